@@ -1,0 +1,313 @@
+"""What a run is: frozen dataclasses, validated on construction, read from and written to TOML."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import typing
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from glm_core.errors import ConfigError, unknown
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The architecture of one GLM; field names follow the papers, sizes the checkpoints."""
+
+    num_layers: int = 4
+    hidden: int = 128
+    """width D"""
+    num_heads: int = 4
+    """H"""
+    num_kv_heads: int = 0
+    """K; 0 = num_heads"""
+    head_dim: int = 0
+    """E; 0 = hidden / num_heads"""
+    ffn: int = 512
+    """inner width F of the feed-forward (of one half, for the gated kinds)"""
+    vocab: int = 4096
+    """V, padded"""
+    max_length: int = 512
+    """longest sequence; sizes the learned position tables, otherwise only checked"""
+    norm: Literal["layer", "rms"] = "layer"
+    norm_eps: float = 1e-5
+    placement: Literal["pre", "deepnorm", "sandwich"] = "deepnorm"
+    activation: Literal["gelu", "geglu", "swiglu"] = "geglu"
+    """gelu is the tanh form, not gated (GLM, ChatGLM-6B); geglu gates with its second half (erf),
+    swiglu with its first"""
+    positions: Literal["learned_2d", "rope", "rope_2d"] = "rope"
+    rope_base: float = 10000.0
+    rope_fraction: float = 1.0
+    """share of the head dimension that is rotated (0.5 in ChatGLM2 and later)"""
+    rope_interleaved: bool = False
+    """pairs (2i, 2i+1) instead of (i, i + d/2)"""
+    linear_bias: bool = True
+    """biases on attention output and feed-forward"""
+    qkv_bias: bool = True
+    tied_head: bool = True
+    qk_layer_scaling: bool = False
+    """scores divided by layer number before, multiplied after the mask (GLM-130B, ChatGLM-6B)"""
+    pb_relax: float = 0.0
+    """alpha of CogView's PB-relax; 0 = off"""
+    embedding_gradient_shrink: float = 1.0
+    """alpha of GLM-130B's embedding gradient shrink; 1 = off"""
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        derived = not self.head_dim
+        if not self.num_kv_heads:
+            object.__setattr__(self, "num_kv_heads", self.num_heads)
+        if derived:
+            object.__setattr__(self, "head_dim", self.hidden // max(self.num_heads, 1))
+        check(
+            self, positive("num_layers hidden num_heads num_kv_heads head_dim ffn vocab max_length")
+        )
+        rotary = self.head_dim * self.rope_fraction / (2 if self.positions == "rope_2d" else 1)
+        check(
+            self,
+            {
+                "num_heads": not derived
+                or self.hidden % self.num_heads == 0
+                or f"does not divide hidden={self.hidden}; give head_dim or use one of {divisors(self.hidden)}",
+                "num_kv_heads": self.num_heads % self.num_kv_heads == 0
+                or f"does not divide num_heads={self.num_heads}; use one of {divisors(self.num_heads)}",
+                "head_dim": self.positions == "learned_2d"
+                or rotary % 2 == 0
+                or f"gives {rotary:g} rotated dimensions; they must be even",
+                "rope_fraction": 0 < self.rope_fraction <= 1 or "must lie in (0, 1]",
+                "norm_eps": self.norm_eps > 0 or "must be positive",
+                "pb_relax": self.pb_relax >= 0 or "must be 0 (off) or positive",
+                "placement": (self.placement, self.norm)
+                not in {("deepnorm", "rms"), ("sandwich", "layer")}
+                or f"is not defined with norm={self.norm!r}; deepnorm goes with layer, sandwich with rms",
+            },
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Which text, which objective, how it is packed."""
+
+    path: str = ""
+    """text file, JSONL file or folder; empty = the machine's own documentation"""
+    text_key: str = "text"
+    """field of a JSONL line that holds the text"""
+    vocab: int = 4096
+    """sentencepiece vocabulary including special tokens"""
+    length: int = 128
+    """tokens per sequence, L"""
+    gmask_prob: float = 0.7
+    """share of samples with one [gMASK] at the end of a prefix (GLM-130B: 0.7)"""
+    sentence_prob: float = 0.0
+    """share of samples with [sMASK] sentence spans; the rest are [MASK] token spans"""
+    mask_ratio: float = 0.15
+    """share of the text's tokens inside [MASK] / [sMASK] spans"""
+    span_mean: float = 3.0
+    """mean of the Poisson distribution of token-span lengths"""
+    min_gmask_ratio: float = 0.2
+    """smallest share of a [gMASK] sample that is generated"""
+    samples_per_sequence: int = 4
+    """[MASK] samples packed into one sequence (GLM-130B: 4)"""
+
+    def __post_init__(self) -> None:
+        check(self, positive("vocab length samples_per_sequence"))
+        ratios = ["gmask_prob", "sentence_prob", "mask_ratio", "min_gmask_ratio"]
+        check(self, {k: 0 <= getattr(self, k) <= 1 or "must lie in [0, 1]" for k in ratios})
+        check(
+            self,
+            {
+                "sentence_prob": self.gmask_prob + self.sentence_prob <= 1
+                or f"plus gmask_prob={self.gmask_prob} exceeds 1",
+                "length": self.length >= 16 or "must be at least 16",
+                "span_mean": self.span_mean > 0 or "must be positive",
+            },
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Optimizer, schedule, precision and bookkeeping of one run."""
+
+    backend: str = "cpu"
+    strict: bool = False
+    """no fallback to reference ops: an op without a kernel is an error"""
+    dtype: Dtype = "float32"
+    """working dtype; below float32 the optimizer keeps float32 master weights"""
+    seed: int = 0
+    steps: int = 200
+    micro_batch: int = 8
+    """sequences per forward"""
+    global_batch: int = 8
+    """sequences per optimizer step, at the end of the ramp"""
+    ramp_from: int = 0
+    """first global batch; 0 = no ramp"""
+    ramp_increment: int = 0
+    ramp_samples: int = 0
+    """samples over which the global batch grows (GLM-130B: +24 over 5 493 164 samples)"""
+    lr: float = 1e-3
+    min_lr: float = 1e-4
+    warmup_steps: int = 20
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    """global gradient norm; 0 = no clipping"""
+    loss_scale: float = 65536.0
+    """initial dynamic loss scale, float16 only"""
+    loss_scale_window: int = 2000
+    loss_scale_hysteresis: int = 2
+    save_every: int = 0
+    """steps between checkpoints; 0 = only at the end"""
+    keep: int = 2
+    """checkpoints kept"""
+    compile: bool = False
+    """torch.compile(model, fullgraph=True)"""
+
+    def __post_init__(self) -> None:
+        check(self, positive("steps micro_batch global_batch keep loss_scale loss_scale_window"))
+        check(
+            self,
+            {
+                "global_batch": self.global_batch % self.micro_batch == 0
+                or f"is not a multiple of micro_batch={self.micro_batch}",
+                "ramp_from": self.ramp_from % self.micro_batch == 0
+                or f"is not a multiple of micro_batch={self.micro_batch}",
+                "ramp_increment": not self.ramp_from
+                or (self.ramp_increment > 0 and self.ramp_increment % self.micro_batch == 0)
+                or f"must be a positive multiple of micro_batch={self.micro_batch} when ramp_from is set",
+                "lr": self.lr > 0 or "must be positive",
+                "min_lr": 0 <= self.min_lr <= self.lr or f"must lie in [0, lr={self.lr}]",
+                "warmup_steps": self.warmup_steps >= 0 or "must not be negative",
+                "beta1": 0 <= self.beta1 < 1 or "must lie in [0, 1)",
+                "beta2": 0 <= self.beta2 < 1 or "must lie in [0, 1)",
+            },
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """Everything that determines a run; written beside its results as `config.toml`."""
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        check(
+            self,
+            {
+                "data": self.data.length <= self.model.max_length
+                or f"length={self.data.length} exceeds model.max_length={self.model.max_length}",
+                "model": self.model.vocab >= self.data.vocab
+                or f"vocab={self.model.vocab} is smaller than data.vocab={self.data.vocab}",
+            },
+        )
+
+
+def positive(names: str) -> dict[str, Any]:
+    """Marks fields for `check`: each must be greater than zero."""
+    return dict.fromkeys(names.split())
+
+
+def divisors(n: int) -> str:
+    """'1, 2, 4' for 4."""
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+
+
+def check(config: Any, rules: dict[str, Any]) -> None:
+    """Raises one ConfigError that lists every broken rule (a rule is True, or the text that says why not)."""
+    bad = []
+    for key, rule in rules.items():
+        value = getattr(config, key)
+        if rule is None:
+            rule = value > 0 or "must be positive"
+        if rule is not True:
+            bad.append(
+                f"{key}={value} {rule}" if not dataclasses.is_dataclass(value) else f"{key}.{rule}"
+            )
+    for name, hint in typing.get_type_hints(type(config)).items() if rules else ():
+        if typing.get_origin(hint) is Literal and getattr(config, name) not in typing.get_args(
+            hint
+        ):
+            allowed = ", ".join(map(str, typing.get_args(hint)))
+            bad.append(f"{name} must be one of {allowed}; received {getattr(config, name)!r}")
+    if bad:
+        raise ConfigError(f"{type(config).__name__}: " + "; ".join(dict.fromkeys(bad)))
+
+
+def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
+    """Builds a config from nested plain values; unknown keys and wrong types are all reported at once."""
+    hints = typing.get_type_hints(cls)
+    bad: list[str] = []
+    built: dict[str, Any] = {}
+    for key, value in values.items():
+        path, hint = f"{where}{key}", hints.get(key)
+        if hint is None:
+            bad.append(unknown("key", path, [where + h for h in hints]))
+        elif dataclasses.is_dataclass(hint):
+            if isinstance(value, dict):
+                built[key] = from_dict(typing.cast(type[Any], hint), value, path + ".")
+            else:
+                bad.append(f"{path}: expected a table, received {value!r}")
+        else:
+            built[key] = float(value) if hint is float and type(value) is int else value
+            if isinstance(hint, type) and type(built[key]) is not hint:
+                bad.append(f"{path}: expected {hint.__name__}, received {value!r}")
+    if bad:
+        raise ConfigError("; ".join(bad))
+    return cls(**built)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain nested values, every default resolved."""
+    return dataclasses.asdict(config)
+
+
+def load(path: str | Path) -> RunConfig:
+    """Reads a TOML run file. Raises ConfigError naming the file and the line or the bad keys."""
+    try:
+        return from_dict(RunConfig, tomllib.loads(Path(path).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; pass an existing TOML run file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML ({error})") from None
+
+
+def dumps(config: RunConfig) -> str:
+    """The resolved config as TOML; `load` reads it back equal."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, bool):
+            return str(value).lower()
+        if isinstance(value, str):
+            escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+            return f'"{escaped}"'
+        return repr(value)
+
+    return "\n".join(
+        f"[{table}]\n" + "".join(f"{k} = {text(v)}\n" for k, v in values.items())
+        for table, values in to_dict(config).items()
+    )
+
+
+def override(config: RunConfig, assignments: list[str]) -> RunConfig:
+    """Applies `train.steps=50`-style overrides, typed by the field they name."""
+    values = to_dict(config)
+    for item in assignments:
+        path, eq, raw = item.partition("=")
+        table, _, key = path.partition(".")
+        if not eq or not key:
+            raise ConfigError(f"{item!r}: expected table.key=value, for example train.steps=50")
+        if table not in values:
+            raise ConfigError(unknown("table", table, values))
+        try:
+            parsed = tomllib.loads(f"v = {raw}")["v"]
+        except tomllib.TOMLDecodeError:
+            parsed = raw
+        values[table][key] = parsed
+    return from_dict(RunConfig, values)

@@ -1,0 +1,173 @@
+"""Who runs an op: the active backend's kernel, or, recorded with its reason, the reference."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from glm_core import errors
+from glm_core.spec import Cost, OpSpec, Sample, Support, declare
+
+
+class Kernel(NamedTuple):
+    """A backend's function for an op, and the predicate that says which arguments it takes."""
+
+    function: Callable[..., Any]
+    supports: Callable[..., Support] | None
+
+
+class Kernels(Protocol):
+    """What dispatch needs to know of a backend."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kernels(self) -> Mapping[str, Kernel]: ...
+    @property
+    def references_only(self) -> bool: ...
+
+
+class Fallback(NamedTuple):
+    """One reason for which the reference ran instead of a kernel."""
+
+    backend: str
+    op: str
+    reason: str
+
+
+Interceptor = Callable[["Op", tuple[Any, ...], dict[str, Any]], Any]
+
+
+class Session:
+    """One `use` of a backend: what fell back while it was active. `compiled` counts traces, not calls."""
+
+    def __init__(self, backend: Kernels, strict: bool) -> None:
+        self.backend, self.strict = backend, strict
+        self.fallbacks: Counter[Fallback] = Counter()
+        self.compiled: Counter[Fallback] = Counter()
+
+
+class _Reference:
+    """The backend outside any `use`: no kernels, every op is its reference, and that is no fallback."""
+
+    name = "reference"
+    references_only = True
+    kernels: Mapping[str, Kernel] = {}
+
+
+class _Active(threading.local):
+    # not a ContextVar: torch.compile cannot trace ContextVar.get (torch 2.13); this it traces and guards
+    session = Session(_Reference(), strict=False)
+    kernels: Mapping[str, Kernel] = {}
+    references_only = True
+    interceptor: Interceptor | None = None
+
+
+_active = _Active()
+
+
+class Op(OpSpec):
+    """A declared op; calling it runs the active backend's kernel or the reference."""
+
+    __slots__ = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        interceptor = _active.interceptor
+        return run(self, args, kwargs) if interceptor is None else interceptor(self, args, kwargs)
+
+
+REGISTRY: dict[str, Op] = {}
+
+
+def op(
+    *,
+    samples: Callable[[], Iterable[Sample]],
+    cost: Callable[..., Cost],
+    differentiable: tuple[str, ...] = (),
+    mutates: tuple[str, ...] = (),
+) -> Callable[[Callable[..., Any]], Op]:
+    """Declares an op: the decorated body is its reference, plain differentiable torch, right in float64 too."""
+
+    def decorate(reference: Callable[..., Any]) -> Op:
+        facts = {
+            "samples": samples,
+            "cost": cost,
+            "differentiable": differentiable,
+            "mutates": mutates,
+        }
+        return REGISTRY.setdefault(reference.__name__, Op(**declare(reference, **facts)))
+
+    return decorate
+
+
+def run(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Dispatches past any interceptor: kernel if there is one for these arguments, else the reference."""
+    kernel = _active.kernels.get(op.name)
+    if kernel is None:
+        if _active.references_only:
+            return op.reference(*args, **kwargs)
+        reason = "no kernel for this op"
+    else:
+        if kernel.supports is None:
+            return kernel.function(*args, **kwargs)
+        support = kernel.supports(*args, **kwargs)
+        if support.ok:
+            return kernel.function(*args, **kwargs)
+        reason = support.reason
+    fell_back(op.name, reason)
+    return op.reference(*args, **kwargs)
+
+
+def fell_back(name: str, reason: str) -> None:
+    """Records that the reference runs in a kernel's place; an error under `strict`."""
+    if torch.compiler.is_compiling():
+        _fell_back_while_compiling(name, reason)
+    else:
+        _record(_active.session, _active.session.fallbacks, name, reason)
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # runs for real at trace time
+def _fell_back_while_compiling(name: str, reason: str) -> None:
+    _record(_active.session, _active.session.compiled, name, reason)
+
+
+def _record(session: Session, where: Counter[Fallback], name: str, reason: str) -> None:
+    backend = session.backend.name
+    if session.strict:
+        raise errors.UnsupportedOpError(
+            f"op {name} on backend {backend}: {reason}; drop strict to allow the reference"
+        )
+    where[Fallback(backend, name, reason)] += 1
+
+
+@contextmanager
+def activate(backend: Kernels, strict: bool = False) -> Iterator[Session]:
+    """Makes `backend` active in this thread for the block; nested uses restore the outer one."""
+    before = (_active.session, _active.kernels, _active.references_only)
+    session = Session(backend, strict)
+    _active.session, _active.kernels = session, backend.kernels
+    _active.references_only = backend.references_only
+    try:
+        yield session
+    finally:
+        _active.session, _active.kernels, _active.references_only = before
+
+
+@contextmanager
+def intercept(interceptor: Interceptor | None) -> Iterator[None]:
+    """Sends every op call of this thread through `interceptor(op, args, kwargs)`, which may call `run`."""
+    before, _active.interceptor = _active.interceptor, interceptor
+    try:
+        yield
+    finally:
+        _active.interceptor = before
+
+
+def session() -> Session:
+    """The innermost active `use` of this thread."""
+    return _active.session

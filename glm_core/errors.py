@@ -1,0 +1,50 @@
+"""Every error the project raises on purpose: one line that says subject, fact and way out."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class GlmCoreError(Exception):
+    """Base of all deliberate errors; the CLI prints its message as one line, never a traceback."""
+
+
+class ConfigError(GlmCoreError):
+    """A configuration that cannot be run; the message lists every bad key at once."""
+
+
+class BackendUnavailableError(GlmCoreError):
+    """The backend exists but cannot run on this machine; carries the backend's own reason."""
+
+
+class UnsupportedOpError(GlmCoreError, NotImplementedError):
+    """Under `strict=True`: the backend has no kernel for this op or these arguments."""
+
+
+class ShapeError(GlmCoreError, ValueError):
+    """Shapes or dtypes that do not fit the op's contract."""
+
+
+class DataError(GlmCoreError):
+    """A corpus, tokenizer or sampler state that cannot be used."""
+
+
+class TraceError(GlmCoreError):
+    """A trace file that is truncated, foreign, or cannot be compared with the other one."""
+
+
+class CheckpointError(GlmCoreError):
+    """A checkpoint that is truncated, foreign, or does not fit the model."""
+
+
+class TrainingError(GlmCoreError):
+    """Training had to stop: the message names step, parameter and op."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """`unknown backend 'cude'; known: cpu, cuda (did you mean cuda?)`."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return f"unknown {kind} {name!r}; known: {', '.join(known) or 'none'}{hint}"

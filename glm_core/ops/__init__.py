@@ -1,0 +1,22 @@
+"""The ops of the GLM family: about a dozen, as coarse as the fusions that pay; one file per family."""
+
+from glm_core.dispatch import REGISTRY, Op
+from glm_core.ops.activation import geglu, gelu, swiglu
+from glm_core.ops.attention import attention
+from glm_core.ops.embedding import embedding
+from glm_core.ops.linear import linear
+from glm_core.ops.loss import linear_cross_entropy
+from glm_core.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from glm_core.ops.optim import adamw, global_norm
+from glm_core.ops.rope import rope
+
+__all__ = [
+    "adamw", "add_layer_norm", "add_rms_norm", "attention", "embedding", "geglu", "gelu", "global_norm",
+    "layer_norm", "linear", "linear_cross_entropy", "rms_norm", "rope", "swiglu",
+    "all_ops",
+]  # fmt: skip
+
+
+def all_ops() -> dict[str, Op]:
+    """Every declared op by name, those of third parties included."""
+    return dict(sorted(REGISTRY.items()))

@@ -1,0 +1,109 @@
+"""Attention whose mask is data: one interval of visible keys per query.
+Shapes: B batch, L queries, S keys, H heads, K kv heads, E head dim.
+
+Every mask of the family is an interval [key_start, key_end) per query: causal (0, i + 1), prefix-LM
+(0, max(i + 1, sep)), packed samples (start, max(i + 1, start + sep)), left padding (pads, i + 1), a KV cache
+(0, position + 1). So the mask costs 8 bytes a query and no [L, L] matrix exists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glm_core.dispatch import op
+from glm_core.ops.precision import num_bytes, wide
+from glm_core.spec import Cost, Sample, given, normal
+
+
+def intervals(b: int, length: int, kind: str, keys: int) -> dict[str, Any]:
+    """key_start and key_end of a named mask: causal, prefix, packed, padded or empty (rows that see nothing)."""
+    starts, ends = [], []
+    for row in range(b):
+        sep, half, pads = (row + 1) * keys // (b + 1), length // 2, row % 3
+        for i in range(length):
+            seen = i + 1 + keys - length
+            start = {"packed": half if i >= half else 0, "padded": pads}.get(kind, 0)
+            reach = {"prefix": sep, "packed": start + half // 2, "padded": pads}.get(kind, 0)
+            end = max(seen, reach)
+            starts.append(start)
+            ends.append(start if kind == "empty" and i % 2 else end)
+    named = (("key_start", starts), ("key_end", ends))
+    return {k: given(v, torch.int32, b, length) for k, v in named}
+
+
+def attention_samples() -> Iterator[Sample]:
+    def make(
+        id: str, b: int, n: int, h: int, k: int, e: int, kind: str = "prefix", keys: int = 0,
+        std: float = 1.0, strided: bool = False, **rest: Any,
+    ) -> Sample:  # fmt: skip
+        keys = keys or n
+        q = normal(b, n, h, e, std=std, strided=strided)
+        kv = [normal(b, keys, k, e, std=std, strided=strided) for _ in range(2)]
+        args = {
+            "q": q,
+            "k": kv[0],
+            "v": kv[1],
+            **intervals(b, n, kind, keys),
+            "scale": e**-0.5,
+            **rest,
+        }
+        return Sample(id, args, real="128" in id)
+
+    yield make("2x9x3x16-prefix", 2, 9, 3, 3, 16)
+    yield make("2x9x3x16-causal", 2, 9, 3, 3, 16, "causal")
+    yield make("2x33x4x16-gqa2-packed", 2, 33, 4, 2, 16, "packed")
+    yield make("3x17x4x24-mqa-padded-strided", 3, 17, 4, 1, 24, "padded", strided=True)
+    yield make("2x6x2x8-empty-rows", 2, 6, 2, 2, 8, "empty")
+    yield make("1x1x1x1", 1, 1, 1, 1, 1, "causal")
+    yield make("2x1x4x16-cache13", 2, 1, 4, 2, 16, "causal", keys=13)
+    yield make("1x9x2x16-huge", 1, 9, 2, 2, 16, std=20.0)
+    yield make("1x9x2x16-tiny", 1, 9, 2, 2, 16, std=1e-3)
+    yield make("2x9x2x16-scaled", 2, 9, 2, 2, 16, layer_scale=5.0)
+    yield make("2x9x2x16-pb-relax", 2, 9, 2, 2, 16, pb_relax=32.0)
+    yield make("0x4x2x8", 0, 4, 2, 2, 8)
+    yield make("1x128x8x128-gqa4-prefix", 1, 128, 8, 2, 128)
+
+
+def attention_cost(
+    q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor,
+    scale: float, layer_scale: float = 1.0, pb_relax: float = 0.0,
+) -> Cost:  # fmt: skip
+    """FLOPs of the visible pairs only; on meta tensors, where intervals have no values, of all pairs."""
+    b, n, h, e = q.shape
+    if q.is_meta:
+        pairs = b * n * k.shape[1] * h
+    else:
+        pairs = int((key_end - key_start).clamp(min=0).sum()) * h
+    moved = num_bytes(q, k, v, key_start, key_end)
+    return Cost(4 * pairs * e, moved + num_bytes(q), 10 * pairs * e, 2 * moved + num_bytes(q))
+
+
+@op(samples=attention_samples, cost=attention_cost, differentiable=("q", "k", "v"))
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor,
+    scale: float, layer_scale: float = 1.0, pb_relax: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """y = softmax(scale q k^T) v over the visible keys;  q [B, L, H, E], k, v [B, S, K, E] -> [B, L, H, E].
+    Key j is visible to query i iff key_start[b, i] <= j < key_end[b, i] (int32 [B, L]); a query that sees nothing
+    gives zeros. KV head h serves queries' heads h*H/K ... (h+1)*H/K - 1. In float32, rounded once.
+    layer_scale c (GLM-130B's query-key layer scaling): scores are formed from q/c and multiplied by c in the
+    softmax, neutral in real arithmetic. pb_relax a > 0: softmax((s/a - max(s/a)) a) (Ding et al. 2021, CogView,
+    eq. 5), neutral too; both keep half-precision scores in range."""
+    b, n, h, e = q.shape
+    groups = k.shape[2]
+    qs = wide(q).unflatten(2, (groups, -1)) * (scale / layer_scale)  # [B, L, K, H/K, E]
+    scores = torch.einsum("blkre,bske->bkrls", qs, wide(k))
+    j = torch.arange(k.shape[1], device=q.device, dtype=torch.int32)
+    visible = (j >= key_start[..., None]) & (j < key_end[..., None])  # [B, L, S]
+    hidden = ~visible[:, None, None]  # [B, 1, 1, L, S]
+    scores = scores.masked_fill(
+        hidden, torch.finfo(scores.dtype).min / max(layer_scale, pb_relax, 1.0)
+    )
+    if pb_relax:
+        scores = scores / pb_relax
+        scores = (scores - scores.amax(-1, keepdim=True).detach()) * pb_relax
+    probabilities = torch.softmax(scores * layer_scale, -1).masked_fill(hidden, 0.0)
+    return torch.einsum("bkrls,bske->blkre", probabilities, wide(v)).flatten(2, 3).to(q.dtype)

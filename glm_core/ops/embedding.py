@@ -1,0 +1,43 @@
+"""Table lookup with GLM-130B's gradient shrink. Shapes: V vocabulary, D width."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from glm_core.dispatch import op
+from glm_core.spec import Cost, Sample, given, integers, normal
+
+
+def embedding_samples() -> Iterator[Sample]:
+    yield Sample("2x5-50x96", {"ids": integers(0, 50, 2, 5), "weight": normal(50, 96)})
+    yield Sample(
+        "2x5-50x96-shrink", {"ids": integers(0, 50, 2, 5), "weight": normal(50, 96), "shrink": 0.1}
+    )
+    repeated = given([[3, 3, 3], [0, 6, 3]], torch.int64)
+    yield Sample("repeated-7x33", {"ids": repeated, "weight": normal(7, 33), "shrink": 0.5})
+    yield Sample("1-1x1", {"ids": given([0], torch.int64), "weight": normal(1, 1)})
+    yield Sample("0-9x8", {"ids": given([], torch.int64), "weight": normal(9, 8)})
+    yield Sample(
+        "16-65024x128", {"ids": integers(0, 65024, 16), "weight": normal(65024, 128)}, real=True
+    )
+
+
+def embedding_cost(ids: Tensor, weight: Tensor, shrink: float = 1.0) -> Cost:
+    rows = ids.numel() * weight.shape[1]
+    moved = 2 * rows * weight.element_size() + ids.numel() * 8
+    return Cost(0, moved, 2 * rows, moved + weight.numel() * weight.element_size())
+
+
+@op(samples=embedding_samples, cost=embedding_cost, differentiable=("weight",))
+def embedding(ids: Tensor, weight: Tensor, shrink: float = 1.0) -> Tensor:
+    """y = weight[ids]; the gradient of weight is multiplied by `shrink`;  ids [...] int64, weight [V, D] -> [..., D].
+    The value is exact in every dtype; rows that occur more than once sum their gradients.
+    Embedding gradient shrink: Zeng et al. 2022 (GLM-130B), section 2.2."""
+    y = torch.nn.functional.embedding(ids, weight)
+    if shrink == 1.0:
+        return y
+    fixed = y.detach()
+    return fixed + shrink * (y - fixed)  # y - fixed is exactly zero, so the value keeps every bit

@@ -1,0 +1,44 @@
+"""The matrix product with a weight. Shapes: D in, F out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from glm_core.dispatch import op
+from glm_core.ops.precision import num_bytes
+from glm_core.spec import Cost, Sample, normal
+
+
+def linear_samples() -> Iterator[Sample]:
+    def make(
+        id: str, rows: tuple[int, ...], d: int, f: int, bias: bool = True, strided: bool = False
+    ) -> Sample:
+        args = {"x": normal(*rows, d, strided=strided), "weight": normal(f, d, std=d**-0.5)}
+        return Sample(
+            id, {**args, **({"bias": normal(f, std=0.2)} if bias else {})}, real="4096" in id
+        )
+
+    yield make("2x5x96-64", (2, 5), 96, 64)
+    yield make("2x5x96-64-nobias", (2, 5), 96, 64, bias=False)
+    yield make("1x1-1", (1,), 1, 1)
+    yield make("3x33-17-strided", (3,), 33, 17, strided=True)
+    yield make("0x16-8", (0,), 16, 8)
+    yield make("4x4096-4608", (4,), 4096, 4608)  # QKV of ChatGLM2 / GLM-4
+
+
+def linear_cost(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Cost:
+    flops = 2 * x.numel() * weight.shape[0]
+    out = x.numel() // max(weight.shape[1], 1) * weight.shape[0] * x.element_size()
+    moved = num_bytes(x, weight, bias) + out
+    return Cost(flops, moved, 2 * flops, 2 * num_bytes(x, weight) + out)
+
+
+@op(samples=linear_samples, cost=linear_cost, differentiable=("x", "weight", "bias"))
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x weight^T + bias;  x [..., D], weight [F, D], bias [F] -> [..., F].
+    Accumulated in float32 at least, rounded to x's dtype."""
+    from torch.nn.functional import linear as product
+
+    return product(x, weight, bias)

@@ -1,0 +1,122 @@
+"""RMS and layer norm, alone and fused with the residual addition before them. Shapes: D width."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from glm_core.dispatch import op
+from glm_core.ops.precision import num_bytes, wide
+from glm_core.spec import Cost, Sample, normal
+
+_SHAPES = {
+    "2x5x96": (2, 5, 96),
+    "1x1x1": (1, 1, 1),
+    "3x7x33": (3, 7, 33),
+    "64x1000": (64, 1000),
+    "0x16": (0, 16),
+}
+
+
+def _samples(residual: bool, bias: bool) -> Iterator[Sample]:
+    def make(
+        id: str, shape: tuple[int, ...], std: float = 1.0, strided: bool = False, **rest: float
+    ) -> Sample:
+        args = {"x": normal(*shape, std=std, strided=strided)}
+        if residual:
+            args["residual"] = normal(*shape, std=std, strided=strided)
+        args["weight"] = normal(shape[-1], mean=1.0, std=0.2)
+        if bias:
+            args["bias"] = normal(shape[-1], std=0.2)
+        return Sample(id, {**args, **rest}, real="4096" in id)
+
+    for id, shape in _SHAPES.items():
+        yield make(id, shape)
+    yield make("2x5x96-strided", (2, 5, 96), strided=True)
+    yield make("4x96-tiny", (4, 96), std=1e-3)  # variance comparable with eps
+    yield make("4x96-huge", (4, 96), std=1e3)
+    yield make("4x96-eps", (4, 96), std=0.1, eps=1e-2)
+    if residual:
+        yield make("4x96-alpha", (4, 96), alpha=2.83)
+    yield make("8x4096", (8, 4096))  # ChatGLM2 / GLM-4
+
+
+def _cost(x: Tensor, *others: Tensor, outputs: int, per_element: int) -> Cost:
+    moved, size = num_bytes(x, *others), x.numel()
+    flops = per_element * size
+    return Cost(
+        flops, moved + outputs * num_bytes(x), 2 * flops, moved + (outputs + 1) * num_bytes(x)
+    )
+
+
+def rms_norm_cost(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Cost:
+    return _cost(x, weight, outputs=1, per_element=4)
+
+
+def layer_norm_cost(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Cost:
+    return _cost(x, weight, bias, outputs=1, per_element=7)
+
+
+def add_rms_norm_cost(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5, alpha: float = 1.0
+) -> Cost:
+    return _cost(x, residual, weight, outputs=2, per_element=6)
+
+
+def add_layer_norm_cost(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, alpha: float = 1.0
+) -> Cost:
+    return _cost(x, residual, weight, bias, outputs=2, per_element=9)
+
+
+@op(samples=lambda: _samples(False, False), cost=rms_norm_cost, differentiable=("x", "weight"))
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+    """y = x / sqrt(mean(x^2, -1) + eps) * weight;  x [..., D], weight [D] -> [..., D].
+    Statistics and product in float32, one rounding to x's dtype. Zhang & Sennrich 2019, eq. 4."""
+    t = wide(x)
+    return (t * torch.rsqrt(t.square().mean(-1, keepdim=True) + eps) * wide(weight)).to(x.dtype)
+
+
+@op(
+    samples=lambda: _samples(False, True),
+    cost=layer_norm_cost,
+    differentiable=("x", "weight", "bias"),
+)
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """y = (x - mean) / sqrt(var + eps) * weight + bias, biased var;  x [..., D], weight, bias [D] -> [..., D].
+    Statistics and product in float32, one rounding to x's dtype. Ba et al. 2016, eq. 4."""
+    t = wide(x)
+    t = t - t.mean(-1, keepdim=True)
+    y = t * torch.rsqrt(t.square().mean(-1, keepdim=True) + eps)
+    return (y * wide(weight) + wide(bias)).to(x.dtype)
+
+
+@op(
+    samples=lambda: _samples(True, False),
+    cost=add_rms_norm_cost,
+    differentiable=("x", "residual", "weight"),
+)
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5, alpha: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """s = x + alpha * residual; y = rms_norm(s);  x, residual [..., D] -> (y, s), both [..., D].
+    The sum is formed in float32 and rounded to x's dtype; the norm reads the rounded sum."""
+    total = (wide(x) + alpha * wide(residual)).to(x.dtype)
+    return rms_norm.reference(total, weight, eps), total
+
+
+@op(
+    samples=lambda: _samples(True, True),
+    cost=add_layer_norm_cost,
+    differentiable=("x", "residual", "weight", "bias"),
+)
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, alpha: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """s = x + alpha * residual; y = layer_norm(s);  x, residual [..., D] -> (y, s), both [..., D].
+    The sum is formed in float32 and rounded to x's dtype; the norm reads the rounded sum. alpha is
+    DeepNorm's (2N)^(1/2) with N the total number of layers (Wang et al. 2022, fig. 2), else 1."""
+    total = (wide(x) + alpha * wide(residual)).to(x.dtype)
+    return layer_norm.reference(total, weight, bias, eps), total

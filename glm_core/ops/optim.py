@@ -1,0 +1,106 @@
+"""Optimizer arithmetic over lists of tensors: one call per parameter group, not one per tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from glm_core.dispatch import op
+from glm_core.ops.precision import num_bytes, wide
+from glm_core.spec import Cost, Draw, Maker, Sample, normal
+
+_SHAPES = ((3, 5), (7,), (1,), (16, 33), (0,))
+
+
+def _lists(*shapes: tuple[int, ...], std: float = 1.0, wide: bool = False) -> list[Maker]:
+    return [normal(*s, std=std, wide=wide) for s in shapes]
+
+
+def global_norm_samples() -> Iterator[Sample]:
+    yield Sample("mixed", {"tensors": _lists(*_SHAPES)})
+    yield Sample("one", {"tensors": _lists((1,))})
+    yield Sample("mixed-tiny", {"tensors": _lists(*_SHAPES, std=1e-6)})
+    yield Sample("mixed-huge", {"tensors": _lists(*_SHAPES, std=1e4)})
+    yield Sample("4096x1024", {"tensors": _lists((4096, 1024))}, real=True)
+
+
+def global_norm_cost(tensors: Sequence[Tensor]) -> Cost:
+    return Cost(2 * sum(t.numel() for t in tensors), num_bytes(*tensors))
+
+
+@op(samples=global_norm_samples, cost=global_norm_cost)
+def global_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """sqrt(sum of all squares) over all tensors -> float32 scalar (float64 for float64); squares and sums in
+    float32 at least. An empty list gives 0. Pascanu et al. 2013, section 3.2."""
+    if not tensors:
+        return torch.zeros(())
+    return torch.stack([torch.linalg.vector_norm(wide(t)) for t in tensors]).norm()
+
+
+def adamw_samples() -> Iterator[Sample]:
+    scale: Maker = lambda draw: torch.tensor(0.5, device=draw.device)  # noqa: E731
+
+    def positive(*shape: int) -> Maker:
+        make = normal(*shape, wide=True)
+        return lambda draw: make(draw).square() * 1e-2
+
+    def make(
+        id: str, shapes: tuple[tuple[int, ...], ...], std: float = 1.0, **rest: float
+    ) -> Sample:
+        args = {
+            "params": _lists(*shapes, wide=True), "grads": _lists(*shapes, std=std),
+            "exp_avgs": _lists(*shapes, std=0.1 * std, wide=True), "exp_avg_sqs": [positive(*s) for s in shapes],
+            "grad_scale": scale, "step": 3, "lr": 1e-3,
+        }  # fmt: skip
+        return Sample(id, {**args, **rest}, real="4096" in id)
+
+    yield make("mixed", _SHAPES)
+    yield make("mixed-decay", _SHAPES, weight_decay=0.1)
+    yield make("mixed-tiny", _SHAPES, std=1e-7, eps=1e-6)
+    yield make("mixed-step1", _SHAPES, step=1, beta1=0.8, beta2=0.95)
+    yield Sample(
+        "low-precision-copy",
+        {**make("", ((16, 33), (5,))).args, "copies": [_empty(16, 33), _empty(5)]},
+    )
+    yield make("4096x1024", ((4096, 1024),))
+
+
+def _empty(*shape: int) -> Maker:
+    def make(draw: Draw) -> Tensor:
+        return torch.zeros(shape, dtype=draw.dtype, device=draw.device)
+
+    return make
+
+
+def adamw_cost(
+    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
+    grad_scale: Tensor, step: int, lr: float, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8,
+    weight_decay: float = 0.0, copies: Sequence[Tensor] | None = None,
+) -> Cost:  # fmt: skip
+    moved = 2 * num_bytes(*params, *exp_avgs, *exp_avg_sqs) + num_bytes(*grads, *(copies or ()))
+    return Cost(14 * sum(p.numel() for p in params), moved)
+
+
+@op(samples=adamw_samples, cost=adamw_cost, mutates=("params", "exp_avgs", "exp_avg_sqs", "copies"))
+def adamw(
+    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
+    grad_scale: Tensor, step: int, lr: float, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8,
+    weight_decay: float = 0.0, copies: Sequence[Tensor] | None = None,
+) -> None:  # fmt: skip
+    """g = grad_scale * grad; m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2;
+    p = p (1 - lr wd) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps), t = step counted from 1.
+    params, exp_avgs, exp_avg_sqs float32, changed in place; grads in the working dtype; grad_scale a float32 scalar
+    (clip coefficient over loss scale); copies, if given, receive the new params in their own dtype.
+    Loshchilov & Hutter 2019, algorithm 2."""
+    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+    for i, (p, grad, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
+        g = grad.to(p.dtype) * grad_scale.to(p.dtype)
+        m.mul_(beta1).add_(g, alpha=1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        p.mul_(1 - lr * weight_decay).addcdiv_(
+            m / correction1, (v / correction2).sqrt() + eps, value=-lr
+        )
+        if copies is not None:
+            copies[i].copy_(p)

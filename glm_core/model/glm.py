@@ -1,0 +1,245 @@
+"""The one model of the family: GLM, GLM-130B, ChatGLM, GLM-4 and GLM-4-0414, told apart by ModelConfig alone.
+
+Shapes: B batch, L sequence, D width, H heads, K kv heads, E head dim, F ffn width, V vocabulary,
+G position rows that are rotated, P pairs of rotated dimensions per row.
+
+Between blocks two tensors travel: `delta`, the last branch's output, and `residual`. Their sum
+delta + alpha * residual is the residual stream x of the papers (alpha = 1 except DeepNorm); the next norm forms it
+in one fused op."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+from glm_core import ops
+from glm_core.config import ModelConfig
+from glm_core.errors import ShapeError
+
+
+class Linear(nn.Module):
+    """y = x weight^T + bias through the op `linear`;  weight [F, D]."""
+
+    def __init__(self, dim_in: int, dim_out: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim_out, dim_in))
+        self.bias = nn.Parameter(torch.empty(dim_out)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)  # type: ignore[no-any-return]
+
+
+class Norm(nn.Module):
+    """RMS or layer norm, alone or of `delta + alpha * residual`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.empty(config.hidden))
+        self.bias = nn.Parameter(torch.empty(config.hidden)) if config.norm == "layer" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is None:
+            return ops.rms_norm(x, self.weight, self.eps)  # type: ignore[no-any-return]
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)  # type: ignore[no-any-return]
+
+    def add(self, delta: Tensor | None, residual: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+        """(norm(s), s) with s = delta + alpha * residual, or s = residual where there is no delta yet."""
+        if delta is None:
+            return self(residual), residual
+        if self.bias is None:
+            return ops.add_rms_norm(delta, residual, self.weight, self.eps, alpha)  # type: ignore[no-any-return]
+        return ops.add_layer_norm(delta, residual, self.weight, self.bias, self.eps, alpha)  # type: ignore[no-any-return]
+
+
+class Attention(nn.Module):
+    """Fused QKV projection (rows: all q heads, then k, then v), rotation, attention, output projection."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_scale = float(layer + 1) if config.qk_layer_scaling else 1.0
+        heads = config.num_heads + 2 * config.num_kv_heads
+        self.qkv = Linear(config.hidden, heads * config.head_dim, config.qkv_bias)
+        self.out = Linear(config.num_heads * config.head_dim, config.hidden, config.linear_bias)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, key_start: Tensor, key_end: Tensor
+    ) -> Tensor:
+        c = self.config
+        qkv = self.qkv(x).unflatten(-1, (-1, c.head_dim))  # [B, L, H + 2K, E]
+        qk, v = qkv.split((c.num_heads + c.num_kv_heads, c.num_kv_heads), 2)
+        if rotary is not None:
+            qk = ops.rope(qk, *rotary, c.rope_interleaved)
+        q, k = qk.split((c.num_heads, c.num_kv_heads), 2)
+        y = ops.attention(
+            q, k, v, key_start, key_end, c.head_dim**-0.5, self.layer_scale, c.pb_relax
+        )  # [B, L, H, E]
+        return self.out(y.flatten(2))  # type: ignore[no-any-return]
+
+
+class MLP(nn.Module):
+    """Projection up (both halves fused for the gated kinds), activation, projection down."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.activation = {"gelu": ops.gelu, "geglu": ops.geglu, "swiglu": ops.swiglu}[
+            config.activation
+        ]
+        width = config.ffn * (1 if config.activation == "gelu" else 2)
+        self.up = Linear(config.hidden, width, config.linear_bias)
+        self.down = Linear(config.ffn, config.hidden, config.linear_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.activation(self.up(x)))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """One layer. DeepNorm keeps the norm's OUTPUT as residual (u and w in the spec), the others its input."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.deepnorm = config.placement == "deepnorm"
+        # the TOTAL number of layers, whatever part of them a pipeline stage holds
+        self.alpha = math.sqrt(2 * config.num_layers) if self.deepnorm else 1.0
+        self.input_norm = Norm(config)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = Norm(config)
+        self.mlp = MLP(config)
+        sandwich = config.placement == "sandwich"
+        self.post_attention_norm = Norm(config) if sandwich else None
+        self.post_mlp_norm = Norm(config) if sandwich else None
+
+    def forward(
+        self, delta: Tensor | None, residual: Tensor, rotary: tuple[Tensor, Tensor] | None,
+        key_start: Tensor, key_end: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        normed, total = self.input_norm.add(delta, residual, self.alpha)
+        delta = self.attention(normed, rotary, key_start, key_end)
+        if self.post_attention_norm is not None:
+            delta = self.post_attention_norm(delta)
+        residual = normed if self.deepnorm else total
+        normed, total = self.mlp_norm.add(delta, residual, self.alpha)
+        delta = self.mlp(normed)
+        if self.post_mlp_norm is not None:
+            delta = self.post_mlp_norm(delta)
+        return delta, normed if self.deepnorm else total
+
+
+class GLM(nn.Module):
+    """Tokens to hidden states, logits or loss. Parameters are uninitialised until `init_weights` or a load."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        c = config
+        self.embedding = nn.Parameter(torch.empty(c.vocab, c.hidden))
+        learned = c.positions == "learned_2d"
+        self.position_embedding = (
+            nn.Parameter(torch.empty(c.max_length + 1, c.hidden)) if learned else None
+        )
+        self.block_embedding = (
+            nn.Parameter(torch.empty(c.max_length + 1, c.hidden)) if learned else None
+        )
+        self.blocks = nn.ModuleList(Block(c, i) for i in range(c.num_layers))
+        self.final_norm = Norm(c)
+        self.head = None if c.tied_head else nn.Parameter(torch.empty(c.vocab, c.hidden))
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor, key_start: Tensor, key_end: Tensor
+    ) -> Tensor:
+        """Hidden states after the final norm;  tokens [B, L] int64, positions [B, 2, L] int64 (row 1 is ignored by
+        1D rotary models), key_start, key_end [B, L] int32 (the mask, see ops.attention) -> [B, L, D]."""
+        if tokens.shape[1] > self.config.max_length:
+            raise ShapeError(
+                f"sequence of {tokens.shape[1]} tokens: longer than max_length={self.config.max_length}; "
+                "shorten it or raise max_length"
+            )
+        x = self.embed(tokens, positions)
+        rotary = None if self.position_embedding is not None else self.rotary(positions)
+        delta: Tensor | None = None
+        for block in self.blocks:
+            delta, x = block(delta, x, rotary, key_start, key_end)
+        alpha = self.blocks[-1].alpha
+        return self.final_norm.add(delta, x, alpha)[0]  # type: ignore[no-any-return, operator]
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Token embeddings with gradient shrink, plus both learned position tables where the model has them."""
+        x: Tensor = ops.embedding(tokens, self.embedding, self.config.embedding_gradient_shrink)
+        for row, table in enumerate((self.position_embedding, self.block_embedding)):
+            if table is not None:
+                x = x + ops.embedding(positions[:, row], table)
+        return x
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [B, L, G, P] float32 of the angles position * base^(-i/P), in float32 as transformers does."""
+        c = self.config
+        rows = 2 if c.positions == "rope_2d" else 1
+        pairs = int(c.head_dim * c.rope_fraction) // rows // 2
+        exponent = torch.arange(pairs, device=positions.device, dtype=torch.float32) / pairs
+        inverse = 1.0 / c.rope_base**exponent
+        angles = positions[:, :rows].transpose(1, 2)[..., None].float() * inverse  # [B, L, G, P]
+        return angles.cos(), angles.sin()
+
+    def logits(
+        self, tokens: Tensor, positions: Tensor, key_start: Tensor, key_end: Tensor
+    ) -> Tensor:
+        """[B, L, V] in the working dtype."""
+        return ops.linear(self(tokens, positions, key_start, key_end), self.head_weight)  # type: ignore[no-any-return]
+
+    def loss(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        key_start: Tensor,
+        key_end: Tensor,
+        labels: Tensor,
+        token_weight: Tensor,
+    ) -> Tensor:
+        """sum(token_weight * cross-entropy), a float32 scalar;  labels, token_weight [B, L]. Labels are pre-aligned:
+        labels[b, i] is what position i predicts. Divide the weights by their sum over the global batch to get
+        GLM's loss (pretrain_glm.py: sum(CE * mask) / sum(mask))."""
+        hidden = self(tokens, positions, key_start, key_end).flatten(0, 1)
+        return ops.linear_cross_entropy(
+            hidden, self.head_weight, labels.flatten(), token_weight.flatten()
+        )  # type: ignore[no-any-return]
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D]: the output projection, the embedding itself where it is tied."""
+        return self.embedding if self.head is None else self.head
+
+    def num_parameters(self) -> int:
+        """Tied weights counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> GLM:
+        """Fills every parameter: norms 1 and 0, biases 0, matrices normal with `init_std`, scaled by
+        (2N)^(-1/2) in the residual branches (GLM: output projections; DeepNorm, Wang et al. 2022 fig. 2: value and
+        output projections and both feed-forward matrices). Each parameter draws from its own CPU generator
+        seeded by (seed, name), so the values depend on no order, device or partition."""
+        for name, p in self.named_parameters():
+            if p.ndim == 1:
+                p.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+                continue
+            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+            values = torch.randn(p.shape, generator=generator) * self.config.init_std
+            p.copy_(values * self._init_gain(name, p).to(values))
+        return self
+
+    def _init_gain(self, name: str, p: Tensor) -> Tensor:
+        c = self.config
+        gain = torch.ones(p.shape[0], 1)
+        small = 1 / math.sqrt(2 * c.num_layers)
+        if name.endswith(("out.weight", "down.weight")) or (
+            name.endswith("up.weight") and c.placement == "deepnorm"
+        ):
+            gain.fill_(small)
+        elif name.endswith("qkv.weight") and c.placement == "deepnorm":
+            gain[-c.num_kv_heads * c.head_dim :] = small
+        return gain

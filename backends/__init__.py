@@ -1,4 +1,5 @@
-"""One folder per backend; found by scanning this folder and the entry point group `glm_core.backends`."""
+"""One folder per backend; found by scanning this folder and the entry point group
+`glm_core.backends`."""
 
 if __name__ == "backends":
     raise ImportError(

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from glm_core.dispatch import Kernel, Op
+from glm_core.dispatch import Op
+from glm_core.session import Kernel
 from glm_core.spec import Support
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -37,14 +38,15 @@ def always() -> Probe:
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class Backend:
-    """One way to run the ops. Most device calls follow from `device_type` through torch's own device module;
-    override a method where the vendor's runtime differs."""
+    """One way to run the ops. Most device calls follow from `device_type` through torch's own
+    device module; override a method where the vendor's runtime differs."""
 
     name: str
     device_type: str
     """torch's name of the device: cpu, cuda, npu, a PrivateUse1 name"""
     verified: str
-    """how far this was ever verified, in the support table's words: run on hardware, executed on the CPU, ..."""
+    """how far this was ever verified, in the support table's words: run on hardware, executed on
+    the CPU, ..."""
     probe: Callable[[], Probe] = always
     collective: str = "gloo"
     """torch.distributed backend: gloo, nccl, hccl"""
@@ -59,8 +61,9 @@ class Backend:
     def implements(
         self, op: Op, supports: Callable[..., Support] | None = None
     ) -> Callable[[F], F]:
-        """Registers a kernel. `supports` sees the call's arguments and answers SUPPORTED or unsupported(reason).
-        Raises TypeError where the kernel's or the predicate's parameters are not the op's own."""
+        """Registers a kernel. `supports` sees the call's arguments and answers SUPPORTED or
+        unsupported(reason). Raises TypeError where the kernel's or the predicate's parameters are
+        not the op's own."""
 
         def register(kernel: F) -> F:
             for function in (kernel, supports):
@@ -81,8 +84,8 @@ class Backend:
         facts = [{n: p.default for n, p in ps.items()} for ps in (own, kernel)]
         if not variadic and (facts[0] != facts[1] or list(own) != list(kernel)):
             raise TypeError(
-                f"backend {self.name}, op {op.name}: parameters must be {inspect.signature(op.reference)}; "
-                f"received {inspect.signature(function)}"
+                f"backend {self.name}, op {op.name}: parameters must be "
+                f"{inspect.signature(op.reference)}; received {inspect.signature(function)}"
             )
 
     def support(self, op: Op, arguments: Mapping[str, Any]) -> Support:
@@ -105,7 +108,8 @@ class Backend:
         torch.get_device_module(self.device_type).synchronize()
 
     def memory_peak_bytes(self) -> int:
-        """Most device memory allocated since the start of the process; 0 where the device does not count."""
+        """Most device memory allocated since the start of the process; 0 where the device does not
+        count."""
         module = torch.get_device_module(self.device_type)
         return int(module.max_memory_allocated()) if hasattr(module, "max_memory_allocated") else 0
 

@@ -11,12 +11,13 @@ from importlib import metadata
 from glm_core import dispatch
 from glm_core.backends import __path__ as _folder
 from glm_core.backends.base import Backend, Probe
-from glm_core.dispatch import Session
 from glm_core.errors import BackendUnavailableError, GlmCoreError, unknown
 from glm_core.ops import all_ops
+from glm_core.session import Session
 
 GROUP = "glm_core.backends"
-"""entry point group: `name = "package.module"`; the module has `backend`, or `variant(option) -> Backend`"""
+"""entry point group: `name = "package.module"`; the module has `backend`, or `variant(option) ->
+Backend`"""
 
 
 def names() -> list[str]:
@@ -30,7 +31,8 @@ def _plugins() -> dict[str, metadata.EntryPoint]:
 
 def get(name: str) -> Backend:
     """The backend, usable or not; `onnxrt:OpenVINOExecutionProvider` passes an option to it.
-    Raises GlmCoreError for an unknown name, BackendUnavailableError where its module cannot be imported."""
+    Raises GlmCoreError for an unknown name, BackendUnavailableError where its module cannot be
+    imported."""
     base, _, option = name.partition(":")
     if base not in names():
         raise GlmCoreError(unknown("backend", base, names()))
@@ -67,16 +69,16 @@ def usable(name: str) -> Backend:
 
 @contextmanager
 def use(name: str | Backend, strict: bool = False) -> Iterator[Session]:
-    """Runs every op of this thread on the backend. `strict` makes any fallback to a reference an error;
-    without it the session's `fallbacks` counts each with its reason."""
+    """Runs every op of this thread on the backend. `strict` makes any fallback to a reference an
+    error; without it the session's `fallbacks` counts each with its reason."""
     backend = usable(name) if isinstance(name, str) else name
     with dispatch.activate(backend, strict) as session:
         yield session
 
 
 def table() -> dict[str, dict[str, str]]:
-    """ops x backends: "kernel", "reference", or "unsupported: ..." with the reason, read from the registry.
-    A kernel that refuses some of the op's samples says how many and the first reason."""
+    """ops x backends: "kernel", "reference", or "unsupported: ..." with the reason, read from the
+    registry. A kernel that refuses some of the op's samples says how many and the first reason."""
     backends = {name: _cells(name) for name in names()}
     return {op: {name: cells[op] for name, cells in backends.items()} for op in all_ops()}
 

@@ -1,4 +1,5 @@
-"""Measurements, each a ratio against a peer or a measured ceiling; run as `python -m glm_core.bench.NAME`."""
+"""Measurements, each a ratio against a peer or a measured ceiling; run as `python -m
+glm_core.bench.NAME`."""
 
 if __name__ == "bench":
     raise ImportError("the name `bench` is not this package; write `from glm_core import bench`")

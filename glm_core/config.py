@@ -72,9 +72,9 @@ class ModelConfig:
             {
                 "num_heads": not derived
                 or self.hidden % self.num_heads == 0
-                or f"does not divide hidden={self.hidden}; give head_dim or use one of {divisors(self.hidden)}",
+                or f"does not divide hidden={self.hidden}; give head_dim or use a divisor",
                 "num_kv_heads": self.num_heads % self.num_kv_heads == 0
-                or f"does not divide num_heads={self.num_heads}; use one of {divisors(self.num_heads)}",
+                or f"does not divide num_heads={self.num_heads}; use {divisors(self.num_heads)}",
                 "head_dim": self.positions == "learned_2d"
                 or rotary % 2 == 0
                 or f"gives {rotary:g} rotated dimensions; they must be even",
@@ -83,7 +83,8 @@ class ModelConfig:
                 "pb_relax": self.pb_relax >= 0 or "must be 0 (off) or positive",
                 "placement": (self.placement, self.norm)
                 not in {("deepnorm", "rms"), ("sandwich", "layer")}
-                or f"is not defined with norm={self.norm!r}; deepnorm goes with layer, sandwich with rms",
+                or f"is not defined with norm={self.norm!r}; "
+                "deepnorm goes with layer, sandwich with rms",
             },
         )
 
@@ -179,7 +180,7 @@ class TrainConfig:
                 or f"is not a multiple of micro_batch={self.micro_batch}",
                 "ramp_increment": not self.ramp_from
                 or (self.ramp_increment > 0 and self.ramp_increment % self.micro_batch == 0)
-                or f"must be a positive multiple of micro_batch={self.micro_batch} when ramp_from is set",
+                or f"must be a positive multiple of micro_batch={self.micro_batch} with ramp_from",
                 "lr": self.lr > 0 or "must be positive",
                 "min_lr": 0 <= self.min_lr <= self.lr or f"must lie in [0, lr={self.lr}]",
                 "warmup_steps": self.warmup_steps >= 0 or "must not be negative",
@@ -220,7 +221,8 @@ def divisors(n: int) -> str:
 
 
 def check(config: Any, rules: dict[str, Any]) -> None:
-    """Raises one ConfigError that lists every broken rule (a rule is True, or the text that says why not)."""
+    """Raises one ConfigError that lists every broken rule (a rule is True, or the text that says
+    why not)."""
     bad = []
     for key, rule in rules.items():
         value = getattr(config, key)
@@ -241,7 +243,8 @@ def check(config: Any, rules: dict[str, Any]) -> None:
 
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
-    """Builds a config from nested plain values; unknown keys and wrong types are all reported at once."""
+    """Builds a config from nested plain values; unknown keys and wrong types are all reported at
+    once."""
     hints = typing.get_type_hints(cls)
     bad: list[str] = []
     built: dict[str, Any] = {}

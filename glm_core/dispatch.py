@@ -3,57 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
-import torch
-
-from glm_core import errors
-from glm_core.spec import Cost, OpSpec, Sample, Support, declare
-
-
-class Kernel(NamedTuple):
-    """A backend's function for an op, and the predicate that says which arguments it takes."""
-
-    function: Callable[..., Any]
-    supports: Callable[..., Support] | None
-
-
-class Kernels(Protocol):
-    """What dispatch needs to know of a backend."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def kernels(self) -> Mapping[str, Kernel]: ...
-    @property
-    def references_only(self) -> bool: ...
-
-
-class Fallback(NamedTuple):
-    """One reason for which the reference ran instead of a kernel."""
-
-    backend: str
-    op: str
-    reason: str
-
+from glm_core.session import Kernel, Kernels, Session
+from glm_core.spec import Cost, OpSpec, Sample, declare
 
 Interceptor = Callable[["Op", tuple[Any, ...], dict[str, Any]], Any]
 
 
-class Session:
-    """One `use` of a backend: what fell back while it was active. `compiled` counts traces, not calls."""
-
-    def __init__(self, backend: Kernels, strict: bool) -> None:
-        self.backend, self.strict = backend, strict
-        self.fallbacks: Counter[Fallback] = Counter()
-        self.compiled: Counter[Fallback] = Counter()
-
-
 class _Reference:
-    """The backend outside any `use`: no kernels, every op is its reference, and that is no fallback."""
+    """The backend outside any `use`: no kernels, every op is its reference, and that is no
+    fallback."""
 
     name = "reference"
     references_only = True
@@ -61,7 +23,8 @@ class _Reference:
 
 
 class _Active(threading.local):
-    # not a ContextVar: torch.compile cannot trace ContextVar.get (torch 2.13); this it traces and guards
+    # not a ContextVar: torch.compile cannot trace ContextVar.get (torch 2.13); this it traces and
+    # guards
     session = Session(_Reference(), strict=False)
     kernels: Mapping[str, Kernel] = {}
     references_only = True
@@ -91,7 +54,8 @@ def op(
     differentiable: tuple[str, ...] = (),
     mutates: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., Any]], Op]:
-    """Declares an op: the decorated body is its reference, plain differentiable torch, right in float64 too."""
+    """Declares an op: the decorated body is its reference, plain differentiable torch, right in
+    float64 too."""
 
     def decorate(reference: Callable[..., Any]) -> Op:
         facts = {
@@ -106,7 +70,8 @@ def op(
 
 
 def run(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Dispatches past any interceptor: kernel if there is one for these arguments, else the reference."""
+    """Dispatches past any interceptor: kernel if there is one for these arguments, else the
+    reference."""
     kernel = _active.kernels.get(op.name)
     if kernel is None:
         if _active.references_only:
@@ -119,30 +84,8 @@ def run(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if support.ok:
             return kernel.function(*args, **kwargs)
         reason = support.reason
-    fell_back(op.name, reason)
+    _active.session.fell_back(op.name, reason)
     return op.reference(*args, **kwargs)
-
-
-def fell_back(name: str, reason: str) -> None:
-    """Records that the reference runs in a kernel's place; an error under `strict`."""
-    if torch.compiler.is_compiling():
-        _fell_back_while_compiling(name, reason)
-    else:
-        _record(_active.session, _active.session.fallbacks, name, reason)
-
-
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # runs for real at trace time
-def _fell_back_while_compiling(name: str, reason: str) -> None:
-    _record(_active.session, _active.session.compiled, name, reason)
-
-
-def _record(session: Session, where: Counter[Fallback], name: str, reason: str) -> None:
-    backend = session.backend.name
-    if session.strict:
-        raise errors.UnsupportedOpError(
-            f"op {name} on backend {backend}: {reason}; drop strict to allow the reference"
-        )
-    where[Fallback(backend, name, reason)] += 1
 
 
 @contextmanager
@@ -160,7 +103,8 @@ def activate(backend: Kernels, strict: bool = False) -> Iterator[Session]:
 
 @contextmanager
 def intercept(interceptor: Interceptor | None) -> Iterator[None]:
-    """Sends every op call of this thread through `interceptor(op, args, kwargs)`, which may call `run`."""
+    """Sends every op call of this thread through `interceptor(op, args, kwargs)`, which may call
+    `run`."""
     before, _active.interceptor = _active.interceptor, interceptor
     try:
         yield

@@ -1,4 +1,5 @@
-"""What an op is: its reference, samples and cost, declared in one place and independent of any backend."""
+"""What an op is: its reference, samples and cost, declared in one place and independent of any
+backend."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from torch import Tensor
 
 
 class Support(NamedTuple):
-    """A backend's answer to "can your kernel take these arguments?"; `reason` reaches the user unchanged."""
+    """A backend's answer to "can your kernel take these arguments?"; `reason` reaches the user
+    unchanged."""
 
     ok: bool
     reason: str = ""
@@ -27,7 +29,8 @@ def unsupported(reason: str) -> Support:
 
 
 class Cost(NamedTuple):
-    """Arithmetic and memory traffic of one call, every tensor moved once (the roofline's compulsory traffic)."""
+    """Arithmetic and memory traffic of one call, every tensor moved once (the roofline's
+    compulsory traffic)."""
 
     flops: int
     """forward floating-point operations; a multiply-add counts as 2"""
@@ -39,7 +42,8 @@ class Cost(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Draw:
-    """Where a sample's tensors are made: working dtype, device and a seeded generator (always on the CPU)."""
+    """Where a sample's tensors are made: working dtype, device and a seeded generator (always on
+    the CPU)."""
 
     dtype: torch.dtype
     device: torch.device
@@ -51,7 +55,8 @@ Maker = Callable[[Draw], Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sample:
-    """One argument set of an op: constants as they are, tensors as makers, so that no memory is held."""
+    """One argument set of an op: constants as they are, tensors as makers, so that no memory is
+    held."""
 
     id: str
     """readable, unique within the op, the filter on the command line: `2x5x96`, `2x5x96-tiny`"""
@@ -62,7 +67,8 @@ class Sample:
     def make(
         self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
     ) -> dict[str, Any]:
-        """The arguments, the same values on every device; dtypes below float32 are rounded from float32."""
+        """The arguments, the same values on every device; dtypes below float32 are rounded from
+        float32."""
         draw = Draw(dtype, torch.device(device), torch.Generator().manual_seed(seed))
         return {k: realize(v, draw) for k, v in self.args.items()}
 
@@ -77,7 +83,8 @@ def realize(value: Any, draw: Draw) -> Any:
 def normal(
     *shape: int, mean: float = 0.0, std: float = 1.0, strided: bool = False, wide: bool = False
 ) -> Maker:
-    """Normal values in the working dtype (`wide`: float32 at least); `strided` gives a non-contiguous view."""
+    """Normal values in the working dtype (`wide`: float32 at least); `strided` gives a
+    non-contiguous view."""
 
     def make(draw: Draw) -> Tensor:
         full = (*shape[:-1], shape[-1] * 2) if strided else shape

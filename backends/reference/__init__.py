@@ -1,4 +1,5 @@
-"""The reference ops, plain torch, on the CPU; `reference:<device>` runs them on any device torch knows."""
+"""The reference ops, plain torch, on the CPU; `reference:<device>` runs them on any device torch
+knows."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
-"""The one model of the family: GLM, GLM-130B, ChatGLM, GLM-4 and GLM-4-0414, told apart by ModelConfig alone.
+"""The one model of the family: GLM, GLM-130B, ChatGLM, GLM-4 and GLM-4-0414, told apart by
+ModelConfig alone.
 
 Shapes: B batch, L sequence, D width, H heads, K kv heads, E head dim, F ffn width, V vocabulary,
 G position rows that are rotated, P pairs of rotated dimensions per row.
 
 Between blocks two tensors travel: `delta`, the last branch's output, and `residual`. Their sum
-delta + alpha * residual is the residual stream x of the papers (alpha = 1 except DeepNorm); the next norm forms it
-in one fused op."""
+delta + alpha * residual is the residual stream x of the papers (alpha = 1 except DeepNorm); the
+next norm forms it in one fused op."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(dim_out)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight, self.bias)  # type: ignore[no-any-return]
+        return ops.linear(x, self.weight, self.bias)
 
 
 class Norm(nn.Module):
@@ -43,20 +44,22 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bias is None:
-            return ops.rms_norm(x, self.weight, self.eps)  # type: ignore[no-any-return]
-        return ops.layer_norm(x, self.weight, self.bias, self.eps)  # type: ignore[no-any-return]
+            return ops.rms_norm(x, self.weight, self.eps)
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)
 
     def add(self, delta: Tensor | None, residual: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-        """(norm(s), s) with s = delta + alpha * residual, or s = residual where there is no delta yet."""
+        """(norm(s), s) with s = delta + alpha * residual, or s = residual where there is no delta
+        yet."""
         if delta is None:
             return self(residual), residual
         if self.bias is None:
-            return ops.add_rms_norm(delta, residual, self.weight, self.eps, alpha)  # type: ignore[no-any-return]
-        return ops.add_layer_norm(delta, residual, self.weight, self.bias, self.eps, alpha)  # type: ignore[no-any-return]
+            return ops.add_rms_norm(delta, residual, self.weight, self.eps, alpha)
+        return ops.add_layer_norm(delta, residual, self.weight, self.bias, self.eps, alpha)
 
 
 class Attention(nn.Module):
-    """Fused QKV projection (rows: all q heads, then k, then v), rotation, attention, output projection."""
+    """Fused QKV projection (rows: all q heads, then k, then v), rotation, attention, output
+    projection."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -78,7 +81,7 @@ class Attention(nn.Module):
         y = ops.attention(
             q, k, v, key_start, key_end, c.head_dim**-0.5, self.layer_scale, c.pb_relax
         )  # [B, L, H, E]
-        return self.out(y.flatten(2))  # type: ignore[no-any-return]
+        return self.out(y.flatten(2))
 
 
 class MLP(nn.Module):
@@ -94,17 +97,23 @@ class MLP(nn.Module):
         self.down = Linear(config.ffn, config.hidden, config.linear_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.activation(self.up(x)))  # type: ignore[no-any-return]
+        return self.down(self.activation(self.up(x)))
+
+
+def residual_scale(config: ModelConfig) -> float:
+    """DeepNorm's alpha = (2N)^(1/2) with N the TOTAL number of layers, whatever part of them a
+    pipeline stage holds (Wang et al. 2022, fig. 2); 1 for the other placements."""
+    return math.sqrt(2 * config.num_layers) if config.placement == "deepnorm" else 1.0
 
 
 class Block(nn.Module):
-    """One layer. DeepNorm keeps the norm's OUTPUT as residual (u and w in the spec), the others its input."""
+    """One layer. DeepNorm keeps the norm's OUTPUT as residual (u and w in the spec), the others
+    its input."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.deepnorm = config.placement == "deepnorm"
-        # the TOTAL number of layers, whatever part of them a pipeline stage holds
-        self.alpha = math.sqrt(2 * config.num_layers) if self.deepnorm else 1.0
+        self.alpha = residual_scale(config)
         self.input_norm = Norm(config)
         self.attention = Attention(config, layer)
         self.mlp_norm = Norm(config)
@@ -130,7 +139,8 @@ class Block(nn.Module):
 
 
 class GLM(nn.Module):
-    """Tokens to hidden states, logits or loss. Parameters are uninitialised until `init_weights` or a load."""
+    """Tokens to hidden states, logits or loss. Parameters are uninitialised until `init_weights`
+    or a load."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -151,8 +161,9 @@ class GLM(nn.Module):
     def forward(
         self, tokens: Tensor, positions: Tensor, key_start: Tensor, key_end: Tensor
     ) -> Tensor:
-        """Hidden states after the final norm;  tokens [B, L] int64, positions [B, 2, L] int64 (row 1 is ignored by
-        1D rotary models), key_start, key_end [B, L] int32 (the mask, see ops.attention) -> [B, L, D]."""
+        """Hidden states after the final norm;  tokens [B, L] int64, positions [B, 2, L] int64 (row
+        1 is ignored by 1D rotary models), key_start, key_end [B, L] int32 (the mask, see
+        ops.attention) -> [B, L, D]."""
         if tokens.shape[1] > self.config.max_length:
             raise ShapeError(
                 f"sequence of {tokens.shape[1]} tokens: longer than max_length={self.config.max_length}; "
@@ -163,11 +174,11 @@ class GLM(nn.Module):
         delta: Tensor | None = None
         for block in self.blocks:
             delta, x = block(delta, x, rotary, key_start, key_end)
-        alpha = self.blocks[-1].alpha
-        return self.final_norm.add(delta, x, alpha)[0]  # type: ignore[no-any-return, operator]
+        return self.final_norm.add(delta, x, residual_scale(self.config))[0]
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Token embeddings with gradient shrink, plus both learned position tables where the model has them."""
+        """Token embeddings with gradient shrink, plus both learned position tables where the model
+        has them."""
         x: Tensor = ops.embedding(tokens, self.embedding, self.config.embedding_gradient_shrink)
         for row, table in enumerate((self.position_embedding, self.block_embedding)):
             if table is not None:
@@ -175,7 +186,8 @@ class GLM(nn.Module):
         return x
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [B, L, G, P] float32 of the angles position * base^(-i/P), in float32 as transformers does."""
+        """cos and sin [B, L, G, P] float32 of the angles position * base^(-i/P), in float32 as
+        transformers does."""
         c = self.config
         rows = 2 if c.positions == "rope_2d" else 1
         pairs = int(c.head_dim * c.rope_fraction) // rows // 2
@@ -188,7 +200,7 @@ class GLM(nn.Module):
         self, tokens: Tensor, positions: Tensor, key_start: Tensor, key_end: Tensor
     ) -> Tensor:
         """[B, L, V] in the working dtype."""
-        return ops.linear(self(tokens, positions, key_start, key_end), self.head_weight)  # type: ignore[no-any-return]
+        return ops.linear(self(tokens, positions, key_start, key_end), self.head_weight)
 
     def loss(
         self,
@@ -199,13 +211,14 @@ class GLM(nn.Module):
         labels: Tensor,
         token_weight: Tensor,
     ) -> Tensor:
-        """sum(token_weight * cross-entropy), a float32 scalar;  labels, token_weight [B, L]. Labels are pre-aligned:
-        labels[b, i] is what position i predicts. Divide the weights by their sum over the global batch to get
-        GLM's loss (pretrain_glm.py: sum(CE * mask) / sum(mask))."""
+        """sum(token_weight * cross-entropy), a float32 scalar;  labels, token_weight [B, L].
+        Labels are pre-aligned: labels[b, i] is what position i predicts. Divide the weights by
+        their sum over the global batch to get GLM's loss (pretrain_glm.py: sum(CE * mask) /
+        sum(mask))."""
         hidden = self(tokens, positions, key_start, key_end).flatten(0, 1)
         return ops.linear_cross_entropy(
             hidden, self.head_weight, labels.flatten(), token_weight.flatten()
-        )  # type: ignore[no-any-return]
+        )
 
     @property
     def head_weight(self) -> Tensor:
@@ -218,10 +231,11 @@ class GLM(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> GLM:
-        """Fills every parameter: norms 1 and 0, biases 0, matrices normal with `init_std`, scaled by
-        (2N)^(-1/2) in the residual branches (GLM: output projections; DeepNorm, Wang et al. 2022 fig. 2: value and
-        output projections and both feed-forward matrices). Each parameter draws from its own CPU generator
-        seeded by (seed, name), so the values depend on no order, device or partition."""
+        """Fills every parameter: norms 1 and 0, biases 0, matrices normal with `init_std`, scaled
+        by (2N)^(-1/2) in the residual branches (GLM: output projections; DeepNorm, Wang et al.
+        2022 fig. 2: value and output projections and both feed-forward matrices). Each parameter
+        draws from its own CPU generator seeded by (seed, name), so the values depend on no order,
+        device or partition."""
         for name, p in self.named_parameters():
             if p.ndim == 1:
                 p.fill_(1.0 if name.endswith("norm.weight") else 0.0)

@@ -32,7 +32,8 @@ _130B: dict[str, Any] = {
 }  # fmt: skip
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # THUDM/GLM config/ds_block_base.sh and ds_block_10B.sh; vocabularies padded to a multiple of 128
+    # THUDM/GLM config/ds_block_base.sh and ds_block_10B.sh; vocabularies padded to a multiple of
+    # 128
     "glm-base": {**_GLM, "num_layers": 12, "hidden": 768, "num_heads": 12, "ffn": 3072, "vocab": 30592, "max_length": 512},
     "glm-large": {
         **_GLM, "num_layers": 24, "hidden": 1024, "num_heads": 16, "ffn": 4096, "vocab": 30592, "max_length": 512,
@@ -43,7 +44,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         **_130B, "num_layers": 70, "hidden": 12288, "num_heads": 96, "ffn": 32768, "vocab": 150528,
         "max_length": 2048, "init_std": 0.0052,
     },
-    # ChatGLM-6B configuration_chatglm.py; its separate lm_head is counted as shared, as the published 6.2B is
+    # ChatGLM-6B configuration_chatglm.py; its separate lm_head is counted as shared, as the
+    # published 6.2B is
     "chatglm-6b": {
         "num_layers": 28, "hidden": 4096, "num_heads": 32, "ffn": 16384, "vocab": 130528, "max_length": 2048,
         "placement": "deepnorm", "activation": "gelu", "positions": "rope_2d", "qk_layer_scaling": True,
@@ -66,7 +68,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str, **changes: Any) -> ModelConfig:
-    """The preset's config with `changes` applied. Raises ConfigError for an unknown name or field."""
+    """The preset's config with `changes` applied. Raises ConfigError for an unknown name or
+    field."""
     if name not in PRESETS:
         raise ConfigError(unknown("preset", name, PRESETS))
     fields = [f.name for f in dataclasses.fields(ModelConfig)]

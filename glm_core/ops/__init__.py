@@ -1,4 +1,5 @@
-"""The ops of the GLM family: about a dozen, as coarse as the fusions that pay; one file per family."""
+"""The ops of the GLM family: about a dozen, as coarse as the fusions that pay; one file per
+family."""
 
 from glm_core.dispatch import REGISTRY, Op
 from glm_core.ops.activation import geglu, gelu, swiglu
@@ -11,7 +12,8 @@ from glm_core.ops.optim import adamw, global_norm
 from glm_core.ops.rope import rope
 
 __all__ = [
-    "adamw", "add_layer_norm", "add_rms_norm", "attention", "embedding", "geglu", "gelu", "global_norm",
+    "adamw", "add_layer_norm", "add_rms_norm", "attention", "embedding", "geglu", "gelu",
+    "global_norm",
     "layer_norm", "linear", "linear_cross_entropy", "rms_norm", "rope", "swiglu",
     "all_ops",
 ]  # fmt: skip

@@ -37,15 +37,16 @@ def gated_cost(x: Tensor) -> Cost:
 
 @op(samples=lambda: _samples(1), cost=gelu_cost, differentiable=("x",))
 def gelu(x: Tensor) -> Tensor:
-    """y = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)));  [..., F] -> [..., F], in float32, rounded once.
-    The tanh form of Hendrycks & Gimpel 2016, section 2, used by GLM and ChatGLM-6B."""
+    """y = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)));  [..., F] -> [..., F], in float32,
+    rounded once. The tanh form of Hendrycks & Gimpel 2016, section 2, used by GLM and
+    ChatGLM-6B."""
     return torch.nn.functional.gelu(wide(x), approximate="tanh").to(x.dtype)
 
 
 @op(samples=lambda: _samples(2), cost=gated_cost, differentiable=("x",))
 def geglu(x: Tensor) -> Tensor:
-    """[a, b] = x; y = a * gelu(b) with the exact (erf) GELU: the gate is the SECOND half;  [..., 2F] -> [..., F].
-    In float32, rounded once. Shazeer 2020, eq. 6; halves as in GLM-130B's code."""
+    """[a, b] = x; y = a * gelu(b) with the exact (erf) GELU: the gate is the SECOND half;  [...,
+    2F] -> [..., F]. In float32, rounded once. Shazeer 2020, eq. 6; halves as in GLM-130B's code."""
     a, b = wide(x).chunk(2, -1)
     return (a * torch.nn.functional.gelu(b)).to(x.dtype)
 

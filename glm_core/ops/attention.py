@@ -2,8 +2,8 @@
 Shapes: B batch, L queries, S keys, H heads, K kv heads, E head dim.
 
 Every mask of the family is an interval [key_start, key_end) per query: causal (0, i + 1), prefix-LM
-(0, max(i + 1, sep)), packed samples (start, max(i + 1, start + sep)), left padding (pads, i + 1), a KV cache
-(0, position + 1). So the mask costs 8 bytes a query and no [L, L] matrix exists."""
+(0, max(i + 1, sep)), packed samples (start, max(i + 1, start + sep)), left padding (pads, i + 1),
+a KV cache (0, position + 1). So the mask costs 8 bytes a query and no [L, L] matrix exists."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from glm_core.spec import Cost, Sample, given, normal
 
 
 def intervals(b: int, length: int, kind: str, keys: int) -> dict[str, Any]:
-    """key_start and key_end of a named mask: causal, prefix, packed, padded or empty (rows that see nothing)."""
+    """key_start and key_end of a named mask: causal, prefix, packed, padded or empty (rows that
+    see nothing)."""
     starts, ends = [], []
     for row in range(b):
         sep, half, pads = (row + 1) * keys // (b + 1), length // 2, row % 3
@@ -71,7 +72,8 @@ def attention_cost(
     q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor,
     scale: float, layer_scale: float = 1.0, pb_relax: float = 0.0,
 ) -> Cost:  # fmt: skip
-    """FLOPs of the visible pairs only; on meta tensors, where intervals have no values, of all pairs."""
+    """FLOPs of the visible pairs only; on meta tensors, where intervals have no values, of all
+    pairs."""
     b, n, h, e = q.shape
     if q.is_meta:
         pairs = b * n * k.shape[1] * h
@@ -86,13 +88,13 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor,
     scale: float, layer_scale: float = 1.0, pb_relax: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """y = softmax(scale q k^T) v over the visible keys;  q [B, L, H, E], k, v [B, S, K, E] -> [B, L, H, E].
-    Key j is visible to query i iff key_start[b, i] <= j < key_end[b, i] (int32 [B, L]); a query that sees nothing
-    gives zeros. KV head h serves queries' heads h*H/K ... (h+1)*H/K - 1. In float32, rounded once.
-    layer_scale c (GLM-130B's query-key layer scaling): scores are formed from q/c and multiplied by c in the
-    softmax, neutral in real arithmetic. pb_relax a > 0: softmax((s/a - max(s/a)) a) (Ding et al. 2021, CogView,
-    eq. 5), neutral too; both keep half-precision scores in range."""
-    b, n, h, e = q.shape
+    """y = softmax(scale q k^T) v over the visible keys;  q [B, L, H, E], k, v [B, S, K, E] -> [B,
+    L, H, E]. Key j is visible to query i iff key_start[b, i] <= j < key_end[b, i] (int32 [B, L]);
+    a query that sees nothing gives zeros. KV head h serves queries' heads h*H/K ... (h+1)*H/K - 1.
+    In float32, rounded once. layer_scale c (GLM-130B's query-key layer scaling): scores are formed
+    from q/c and multiplied by c in the softmax, neutral in real arithmetic. pb_relax a > 0:
+    softmax((s/a - max(s/a)) a) (Ding et al. 2021, CogView, eq. 5), neutral too; both keep
+    half-precision scores in range."""
     groups = k.shape[2]
     qs = wide(q).unflatten(2, (groups, -1)) * (scale / layer_scale)  # [B, L, K, H/K, E]
     scores = torch.einsum("blkre,bske->bkrls", qs, wide(k))

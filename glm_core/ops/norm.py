@@ -85,8 +85,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     differentiable=("x", "weight", "bias"),
 )
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
-    """y = (x - mean) / sqrt(var + eps) * weight + bias, biased var;  x [..., D], weight, bias [D] -> [..., D].
-    Statistics and product in float32, one rounding to x's dtype. Ba et al. 2016, eq. 4."""
+    """y = (x - mean) / sqrt(var + eps) * weight + bias, biased var;  x [..., D], weight, bias [D]
+    -> [..., D]. Statistics and product in float32, one rounding to x's dtype. Ba et al. 2016, eq.
+    4."""
     t = wide(x)
     t = t - t.mean(-1, keepdim=True)
     y = t * torch.rsqrt(t.square().mean(-1, keepdim=True) + eps)

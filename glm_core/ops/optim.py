@@ -32,8 +32,8 @@ def global_norm_cost(tensors: Sequence[Tensor]) -> Cost:
 
 @op(samples=global_norm_samples, cost=global_norm_cost)
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """sqrt(sum of all squares) over all tensors -> float32 scalar (float64 for float64); squares and sums in
-    float32 at least. An empty list gives 0. Pascanu et al. 2013, section 3.2."""
+    """sqrt(sum of all squares) over all tensors -> float32 scalar (float64 for float64); squares
+    and sums in float32 at least. An empty list gives 0. Pascanu et al. 2013, section 3.2."""
     if not tensors:
         return torch.zeros(())
     return torch.stack([torch.linalg.vector_norm(wide(t)) for t in tensors]).norm()
@@ -91,9 +91,9 @@ def adamw(
 ) -> None:  # fmt: skip
     """g = grad_scale * grad; m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2;
     p = p (1 - lr wd) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps), t = step counted from 1.
-    params, exp_avgs, exp_avg_sqs float32, changed in place; grads in the working dtype; grad_scale a float32 scalar
-    (clip coefficient over loss scale); copies, if given, receive the new params in their own dtype.
-    Loshchilov & Hutter 2019, algorithm 2."""
+    params, exp_avgs, exp_avg_sqs float32, changed in place; grads in the working dtype; grad_scale
+    a float32 scalar (clip coefficient over loss scale); copies, if given, receive the new params
+    in their own dtype. Loshchilov & Hutter 2019, algorithm 2."""
     correction1, correction2 = 1 - beta1**step, 1 - beta2**step
     for i, (p, grad, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
         g = grad.to(p.dtype) * grad_scale.to(p.dtype)

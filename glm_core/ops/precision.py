@@ -1,4 +1,5 @@
-"""The dtype rule of all references: arithmetic in float32 at least, one rounding to the working dtype at the end."""
+"""The dtype rule of all references: arithmetic in float32 at least, one rounding to the working
+dtype at the end."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Rotary position embedding in every layout of the family. Shapes: B batch, L sequence, H heads, E head dim,
-G sections, P pairs per section."""
+"""Rotary position embedding in every layout of the family. Shapes: B batch, L sequence, H heads, E
+head dim, G sections, P pairs per section."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from glm_core.spec import Cost, Draw, Maker, Sample, normal
 
 
 def angles(b: int, length: int, sections: int, pairs: int, function: Any) -> Maker:
-    """cos or sin of random positions at RoPE's frequencies, float32 [b, length, sections, pairs]."""
+    """cos or sin of random positions at RoPE's frequencies, float32 [b, length, sections,
+    pairs]."""
 
     def make(draw: Draw) -> Tensor:
         g = torch.Generator().manual_seed(7)  # the same positions for cos and sin
         positions = torch.randint(0, 2048, (b, length, sections, 1), generator=g).double()
         inverse = 10000.0 ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
         keep = torch.promote_types(draw.dtype, torch.float32)
-        return function(positions * inverse).to(keep).to(draw.device)  # type: ignore[no-any-return]
+        return function(positions * inverse).to(keep).to(draw.device)
 
     return make
 
@@ -66,10 +67,11 @@ def rope_cost(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) ->
 
 @op(samples=rope_samples, cost=rope_cost, differentiable=("x",))
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """Rotates pairs of dimensions: (a, b) -> (a cos - b sin, b cos + a sin);  x [B, L, H, E] -> [B, L, H, E].
-    cos, sin [B or 1, L, G, P] float32: section g holds dimensions [2gP, 2(g+1)P), its pairs are (i, i + P), or
-    (2i, 2i + 1) if `interleaved`; dimensions from 2GP on pass unchanged. G is 1, or 2 for ChatGLM-6B's 2D
-    positions. In float32, rounded once to x's dtype. Su et al. 2021, eq. 34."""
+    """Rotates pairs of dimensions: (a, b) -> (a cos - b sin, b cos + a sin);  x [B, L, H, E] ->
+    [B, L, H, E]. cos, sin [B or 1, L, G, P] float32: section g holds dimensions [2gP, 2(g+1)P),
+    its pairs are (i, i + P), or (2i, 2i + 1) if `interleaved`; dimensions from 2GP on pass
+    unchanged. G is 1, or 2 for ChatGLM-6B's 2D positions. In float32, rounded once to x's dtype.
+    Su et al. 2021, eq. 34."""
     sections, pairs = cos.shape[-2:]
     rotated = 2 * sections * pairs
     shape = (pairs, 2) if interleaved else (2, pairs)

@@ -2,20 +2,22 @@
 
     .venv-sat/bin/python tests/peers/sat_oracle.py FOLDER
 
-answers every FOLDER/*.request.npz with a *.result.npz and prints the SAT code that ran. A request has
+answers every FOLDER/*.request.npz with a *.result.npz and prints which SAT classes ran. A request:
 
-- `model` (GLM130B or ChatGLMModel), `num_layers`, `num_heads`, `ffn` (of one half for GLM130B), `runs`: names
-  `<dtype>` or `<dtype>-<mutation>`, the mutations being the functions of this file listed in MUTATIONS;
-- `tokens` [B, L], `positions` [B, L] (ChatGLMModel: [B, 2, L]), `visible` [B, L, L], `labels` [B, L],
-  `loss_mask` [B, L], `loss_scale`;
-- `weight/<name>` under the names of a GLM-130B checkpoint.
+- `model` (GLM130B or ChatGLMModel), `num_layers`, `num_attention_heads`, `inner_hidden_size` (of
+  one half for GLM130B), and `weight/<name>` under the names of a GLM-130B checkpoint;
+- `tokens`, `labels` [B, L] int64, `positions` [B, 2, L] int64 (GLM130B reads row 0), `visible`
+  [B, L, L] bool, `token_weight` [B, L], `loss_scale`;
+- `runs`: names `<dtype>` or `<dtype>-<mutation>`, a mutation being one of MUTATIONS.
 
-A result has, for every run, `<run>/logits` [B, L, V], `<run>/hidden.<i>` [B, L, D] after layer i (not
-normalised), `<run>/loss` and `<run>/grad/<name>` (unscaled).
+A result has, for every run, `<run>/logits` [B, L, V], `<run>/hidden.<i>` [B, L, D] after layer i
+(not normalised), `<run>/loss` = sum(token_weight * cross-entropy), `<run>/grad/<name>` (unscaled).
 
-What is replaced because SAT assumes a GPU and its authors' packages, and nothing else: triton, einops and
-requests (stand-ins: imported, never called); `torch.cuda.current_device`; the mask is made boolean again for GLM130B's `masked_fill_`; in float32 and
-float64 its hard-wired `.half()` gives the working dtype, in float64 so do `.float()` and the frequencies.
+What is replaced because SAT assumes a GPU and its authors' packages, and nothing else: einops,
+requests and a Triton kernel (stand-ins: imported, never called); `torch.cuda.current_device`; the
+mask is made boolean again for GLM130B's `masked_fill_`; where the working dtype is wider than a
+hard-wired `.half()` or `.float()` (GLM130B's softmax), that cast gives the working dtype. Rotary
+frequencies stay float32 in every dtype, as SAT makes them.
 """
 
 from __future__ import annotations
@@ -33,28 +35,33 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-# SAT scripts a few functions; scripted code may round differently from the same source run eagerly.
+# SAT scripts a few functions; scripted code may round differently from the same source run eagerly
 os.environ["PYTORCH_JIT"] = "0"
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Arrays = dict[str, np.ndarray[Any, Any]]
-MODULES = {"GLM130B": "sat.model.official.glm130B_model", "ChatGLMModel": "sat.model.official.chatglm_model"}
+MODULES = {
+    "GLM130B": "sat.model.official.glm130B_model",
+    "ChatGLMModel": "sat.model.official.chatglm_model",
+}
+STAND_INS: dict[str, tuple[str, ...]] = {
+    "einops": ("rearrange", "repeat"),
+    "requests": (),
+    "sat.model.position_embedding.triton_rotary": ("apply_rotary",),
+}
 
 
 def import_sat(name: str) -> Any:
     """The SAT module that defines model `name`, imported with the stand-ins in place."""
-    stand_ins = {path: types.ModuleType(path) for path in ("triton", "triton.language", "einops", "requests")}
-    vars(stand_ins["triton"]).update(jit=lambda kernel: kernel, language=stand_ins["triton.language"])
-    vars(stand_ins["triton.language"]).update(constexpr=object)
-    vars(stand_ins["einops"]).update(rearrange=None, repeat=None)
-    sys.modules.update(stand_ins)
+    for path, names in STAND_INS.items():
+        sys.modules[path] = types.ModuleType(path)
+        vars(sys.modules[path]).update(dict.fromkeys(names))
     try:
         return importlib.import_module(MODULES[name])
     finally:
-        for path in stand_ins:
+        for path in STAND_INS:
             del sys.modules[path]
 
 
@@ -83,101 +90,110 @@ def halves(model: Any) -> None:
 
 
 def frequencies(model: Any) -> None:
-    """Rotary frequencies rounded to float16, as `model.half()` leaves them."""
+    """Rotary frequencies rounded to float16, as SAT's `get_model` leaves them by `model.half()`."""
     for name, buffer in model.named_buffers():
         if name.endswith("inv_freq"):
-            buffer.data = buffer.data.half().to(buffer.dtype)
+            buffer.data = buffer.data.to(torch.float16).to(buffer.dtype)
 
 
-MUTATIONS: dict[str, Callable[[Any], None]] = {f.__name__: f for f in (gelu, alpha, halves, frequencies)}
+MUTATIONS: dict[str, Callable[[Any], None]] = {
+    f.__name__: f for f in (gelu, alpha, halves, frequencies)
+}
 
 
-def build(module: Any, request: Arrays, dtype: torch.dtype) -> Any:
-    """The model with the request's weights in `dtype`; frequencies float32, in a float64 model float64."""
+def build(module: Any, request: dict[str, Any], dtype: torch.dtype) -> Any:
+    """The model with the request's weights in `dtype`; its rotary frequencies stay float32."""
     weights = {k[7:]: torch.from_numpy(v) for k, v in request.items() if k.startswith("weight/")}
     vocab, hidden = weights["transformer.word_embeddings.weight"].shape
-    model = vars(module)[str(request["model"])](Namespace(
-        num_layers=int(request["num_layers"]), num_attention_heads=int(request["num_heads"]), vocab_size=vocab,
-        hidden_size=hidden, inner_hidden_size=int(request["ffn"]), max_sequence_length=request["tokens"].shape[1],
-        layernorm_order="post", model_parallel_size=1, fp16=dtype == torch.float16, skip_init=True, no_glu=False,
-        position_encoding_2d=False, bos_token_id=0, mask_token_id=1, gmask_token_id=2, pad_token_id=3,
-    ))
+    sizes = ("num_layers", "num_attention_heads", "inner_hidden_size")
+    args = Namespace(
+        **{name: int(request[name]) for name in sizes}, vocab_size=vocab, hidden_size=hidden,
+        max_sequence_length=request["tokens"].shape[1], layernorm_order="post", skip_init=True,
+        model_parallel_size=1, fp16=dtype == torch.float16, no_glu=False,
+        position_encoding_2d=False, bos_token_id=0, mask_token_id=1, gmask_token_id=2,
+        pad_token_id=3,
+    )  # fmt: skip
+    model = vars(module)[str(request["model"])](args)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     missing = [name for name in missing if not name.endswith("inv_freq")]
     if missing or unexpected:
-        sys.exit(f"weights do not fit {request['model']}: missing {missing}, unexpected {unexpected}")
+        sys.exit(f"weights do not fit: missing {missing}, unexpected {unexpected}")
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-    for name, buffer in model.named_buffers():
-        if name.endswith("inv_freq") and dtype == torch.float64:
-            exponent = torch.arange(len(buffer), dtype=dtype) / len(buffer)
-            buffer.data = 10000.0**-exponent
     return model.train()
 
 
 @contextlib.contextmanager
-def on_cpu(module: Any, dtype: torch.dtype) -> Iterator[None]:
-    """The replacements listed at the top of the file."""
-    mixin = vars(module).get("SelfAttentionWithFP32SoftmaxMixin")
+def casts_at_least(dtype: torch.dtype) -> Iterator[None]:
+    """`.half()` and `.float()` never give a narrower dtype than this one."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch("torch.cuda.current_device", lambda: "cpu"))
-        if mixin is not None:
-            real = mixin.attention_fn
-
-            def attention_fn(self: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *rest: Any, **named: Any) -> Any:
-                return real(self, q, k, v, mask.bool(), *rest, **named)
-
-            stack.enter_context(mock.patch.object(mixin, "attention_fn", attention_fn))
-        if dtype != torch.float16:
-            stack.enter_context(mock.patch.object(Tensor, "half", lambda x: x.to(dtype)))
-        if dtype == torch.float64:
-            stack.enter_context(mock.patch.object(Tensor, "float", lambda x: x.to(dtype)))
+        for name, narrow in (("half", torch.float16), ("float", torch.float32)):
+            wide = torch.promote_types(narrow, dtype)
+            cast = functools.partialmethod(Tensor.to, wide)
+            stack.enter_context(mock.patch.object(Tensor, name, cast))
         yield
 
 
-def answer(module: Any, request: Arrays, run: str) -> dict[str, Tensor]:
+def answer(module: Any, request: dict[str, Any], run: str) -> dict[str, Tensor]:
     """Forward, loss and backward of one run."""
     name, _, mutation = run.partition("-")
     dtype: torch.dtype = getattr(torch, name)
-    with on_cpu(module, dtype):
-        model = build(module, request, dtype)
-        if mutation:
-            MUTATIONS[mutation](model)
-        # GLM130B takes True = hidden, ChatGLMModel 1 = visible.
-        visible = torch.from_numpy(request["visible"]).bool()[:, None]  # [B, 1, L, L]
-        mask = ~visible if str(request["model"]) == "GLM130B" else visible.to(dtype)
-        logits, *layers = model(
-            torch.from_numpy(request["tokens"]), position_ids=torch.from_numpy(request["positions"]),
-            attention_mask=mask, output_hidden_states=True,
+    model = build(module, request, dtype)
+    served_by = {hook: type(f.__self__).__name__ for hook, f in model.hooks.items()}
+    print(json.dumps({"run": run, "model": type(model).__name__, "served_by": served_by}))
+    if mutation:
+        MUTATIONS[mutation](model)
+    with casts_at_least(dtype):
+        logits, hidden = forward(model, request, dtype)
+        labels, weight = (torch.from_numpy(request[key]) for key in ("labels", "token_weight"))
+        each = importlib.import_module("sat.mpu").vocab_parallel_cross_entropy(
+            logits.float(), labels
         )
-        labels, loss_mask = torch.from_numpy(request["labels"]), torch.from_numpy(request["loss_mask"])
-        mpu = sys.modules["sat.mpu"]
-        losses = mpu.vocab_parallel_cross_entropy(logits.float(), labels)
-        loss = (losses * loss_mask).sum() / loss_mask.sum()
+        loss = (each * weight).sum()
         scale = float(request["loss_scale"])
         (loss * scale).backward()
-    print(json.dumps({"run": run, "model": type(model).__name__, "hooks": hooks(model)}))
-    hidden = [out["hidden_states"] for out in layers]
-    if str(request["model"]) == "GLM130B":
-        hidden = [h.transpose(0, 1) for h in hidden]  # [L, B, D] -> [B, L, D]
-    return {
-        "logits": logits, "loss": loss, **{f"hidden.{i}": h for i, h in enumerate(hidden)},
-        **{f"grad/{n}": p.grad.double() / scale for n, p in model.named_parameters()},
-    }
+    grads = {f"grad/{n}": p.grad.double() / scale for n, p in model.named_parameters()}
+    return {"logits": logits, "loss": loss, **hidden, **grads}
 
 
-def hooks(model: Any) -> dict[str, str]:
-    """Hook name -> the class that serves it."""
-    return {name: type(hook.__self__).__name__ for name, hook in model.hooks.items()}
+def forward(
+    model: Any, request: dict[str, Any], dtype: torch.dtype
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits [B, L, V] and hidden states [B, L, D]. GLM130B takes one row of positions and a mask
+    in which True = hidden, and works on [L, B, D]; ChatGLMModel takes two rows, and 1 = visible."""
+    tokens, positions, visible = (
+        torch.from_numpy(request[key]) for key in ("tokens", "positions", "visible")
+    )
+    visible = visible[:, None]  # [B, 1, L, L]
+    sequence_first = type(model).__name__ == "GLM130B"
+    if sequence_first:
+        real = model.hooks["attention_fn"]
+        model.hooks["attention_fn"] = lambda q, k, v, mask, *rest, **named: real(
+            q, k, v, mask.bool(), *rest, **named
+        )
+    logits, *layers = model(
+        tokens,
+        position_ids=positions[:, 0] if sequence_first else positions,
+        attention_mask=~visible if sequence_first else visible.to(dtype),
+        output_hidden_states=True,
+    )
+    states = [layer["hidden_states"] for layer in layers]
+    if sequence_first:
+        states = [state.transpose(0, 1) for state in states]
+    return logits, {f"hidden.{i}": state for i, state in enumerate(states)}
 
 
-def main(folder: Path) -> None:
+@mock.patch("torch.cuda.current_device", return_value="cpu")
+def main(folder: Path, _: mock.Mock) -> None:
     """Answers every request in the folder."""
     for path in sorted(folder.glob("*.request.npz")):
         request = dict(np.load(path))
         module = import_sat(str(request["model"]))
-        result = {f"{run}/{key}": value.detach().numpy()
-                  for run in map(str, request["runs"]) for key, value in answer(module, request, run).items()}
+        result: dict[str, Any] = {
+            f"{run}/{key}": value.detach().numpy()
+            for run in request["runs"]
+            for key, value in answer(module, request, str(run)).items()
+        }
         np.savez(path.with_name(path.name.replace(".request.", ".result.")), **result)
 
 

@@ -13,7 +13,8 @@ from glm_core.errors import DataError
 
 
 def digest(parts: Iterable[str | bytes]) -> str:
-    """sha256 (hex) of the parts, each with its length, so that ("ab", "c") and ("a", "bc") differ."""
+    """sha256 (hex) of the parts, each with its length, so that ("ab", "c") and ("a", "bc")
+    differ."""
     total = hashlib.sha256()
     for part in parts:
         raw = part.encode() if isinstance(part, str) else part
@@ -22,7 +23,8 @@ def digest(parts: Iterable[str | bytes]) -> str:
 
 
 def once(path: Path, make: Callable[[], bytes]) -> None:
-    """Writes what `make` returns unless `path` exists; of several processes one makes it, the others wait."""
+    """Writes what `make` returns unless `path` exists; of several processes one makes it, the
+    others wait."""
     if path.exists():
         return
     with guarded(path), path.with_name(".lock").open("wb") as lock:
@@ -46,7 +48,8 @@ def write(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def guarded(path: Path) -> Iterator[None]:
-    """Makes the folder of `path`; a failure of the file system becomes a DataError with its reason."""
+    """Makes the folder of `path`; a failure of the file system becomes a DataError with its
+    reason."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield

@@ -26,8 +26,8 @@ class Corpus:
 
 
 def load(config: DataConfig, cache_dir: Path) -> Corpus:
-    """Reads `config.path`, or this machine's documentation if it is empty. Raises DataError: missing,
-    unreadable, empty, binary (NUL byte), not UTF-8 (byte offset), bad JSONL (line)."""
+    """Reads `config.path`, or this machine's documentation if it is empty. Raises DataError:
+    missing, unreadable, empty, binary (NUL byte), not UTF-8 (byte offset), bad JSONL (line)."""
     missing: dict[str, str] = {}
     if config.path:
         root = Path(config.path).expanduser()
@@ -48,7 +48,8 @@ def load(config: DataConfig, cache_dir: Path) -> Corpus:
 
 
 def files(root: Path) -> list[Path]:
-    """The file itself, or every file below a folder, hidden ones left out, in the order of their names."""
+    """The file itself, or every file below a folder, hidden ones left out, in the order of their
+    names."""
     if not root.exists():
         raise DataError(f"{root}: no such file or folder; pass text, JSONL or a folder of them")
     if not root.is_dir():
@@ -58,26 +59,25 @@ def files(root: Path) -> list[Path]:
 
 
 def read(path: Path, text_key: str) -> list[str]:
-    """The documents of one file: the lines of a .jsonl, otherwise the whole file as one document."""
+    """The documents of one file: the lines of a .jsonl, otherwise the whole file as one
+    document."""
     try:
         raw = path.read_bytes()
-        text = raw.decode("utf-8")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except UnicodeDecodeError as error:
-        if (at := raw.find(0)) < 0:
-            raise DataError(
-                f"{path}: not UTF-8 at byte {error.start} ({error.reason}); convert it, for example with iconv"
-            ) from None
-    else:
-        at = raw.find(0)
-    if at >= 0:
+    if (at := raw.find(0)) >= 0:
         raise DataError(f"{path}: binary, NUL at byte {at}; give plain text in UTF-8")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        fact = f"not UTF-8 at byte {error.start} ({error.reason})"
+        raise DataError(f"{path}: {fact}; convert it, for example with iconv") from None
     return jsonl(path, text, text_key) if path.suffix == ".jsonl" else [text]
 
 
 def jsonl(path: Path, text: str, text_key: str) -> list[str]:
-    """The field `text_key` of every line; blank lines are skipped. Raises DataError as file:line."""
+    """The field `text_key` of every line; blank lines are skipped. Raises DataError as
+    file:line."""
     documents = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
@@ -102,7 +102,11 @@ def field(where: str, line: str, text_key: str) -> str:
         raise DataError(f"{where}: no field {text_key!r}, the fields are {has}; set data.text_key")
     text = value[text_key]
     if not isinstance(text, str):
-        raise DataError(f"{where}: field {text_key!r} is {type(text).__name__}, not text; set data.text_key")
+        raise DataError(
+            f"{where}: field {text_key!r} is {type(text).__name__}, not text; set data.text_key"
+        )
     if any("\ud800" <= char <= "\udfff" for char in text):
-        raise DataError(f"{where}: half a surrogate pair in {text_key!r}; write the character itself")
+        raise DataError(
+            f"{where}: half a surrogate pair in {text_key!r}; write the character itself"
+        )
     return text

@@ -1,4 +1,5 @@
-"""What this machine itself can be read from: Python's documentation, and Chinese Debian documentation."""
+"""What this machine itself can be read from: Python's documentation, and Chinese Debian
+documentation."""
 
 from __future__ import annotations
 
@@ -28,8 +29,9 @@ Texts = dict[str, list[str]]
 
 
 def read(cache_dir: Path) -> tuple[Texts, dict[str, str]]:
-    """(texts, missing): documents by part, and for each part that could not be had the reason. Built once and
-    kept in `cache_dir`. What is missing is said on stderr; deleting the named file tries again."""
+    """(texts, missing): documents by part, and for each part that could not be had the reason.
+    Built once and kept in `cache_dir`. What is missing is said on stderr; deleting the named file
+    tries again."""
     key = cache.digest([str(RECIPE), platform.python_version()])[:16]
     path = cache_dir / f"documentation-{key}.json"
     cache.once(path, lambda: json.dumps(collect(cache_dir), ensure_ascii=False).encode())
@@ -65,7 +67,8 @@ def topics() -> list[str]:
 
 
 def docstrings() -> Iterator[str]:
-    """One document per standard library module that has docstrings: each under its qualified name."""
+    """One document per standard library module that has docstrings: each under its qualified
+    name."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         inner = path.relative_to(root)
@@ -81,7 +84,8 @@ def docstrings() -> Iterator[str]:
 
 
 def documented(node: ast.AST, name: str) -> Iterator[str]:
-    """`name` or `name(arguments)`, a newline and the docstring, for the node and everything inside it."""
+    """`name` or `name(arguments)`, a newline and the docstring, for the node and everything inside
+    it."""
     if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
         if text := ast.get_docstring(node):
             arguments = getattr(node, "args", None)
@@ -91,14 +95,16 @@ def documented(node: ast.AST, name: str) -> Iterator[str]:
 
 
 def unpack(package: str, folder: Path) -> None:
-    """Downloads a Debian package and unpacks it in `folder`; needs no root. Raises DataError: why not."""
+    """Downloads a Debian package and unpacks it in `folder`; needs no root. Raises DataError: why
+    not."""
     command(["apt-get", "-o", "Acquire::Retries=0", "download", package], folder)
     for archive in folder.glob("*.deb"):
         command(["dpkg", "-x", archive.name, "."], folder)
 
 
 def command(words: list[str], folder: Path) -> None:
-    """Runs a program in `folder`, bounded in time. Raises DataError with its last line of complaint."""
+    """Runs a program in `folder`, bounded in time. Raises DataError with its last line of
+    complaint."""
     try:
         done = subprocess.run(
             words, cwd=folder, capture_output=True, text=True, timeout=APT_TIMEOUT_S, check=False
@@ -131,12 +137,11 @@ ESCAPES = [
     (re.compile(r"\\[ ~0]"), " "),
     (re.compile(r"\\(?:e|\(rs|\\)"), r"\\"),
 ]
-LAYOUT = re.compile(
-    r"[.'][ \t]*(?:\\|\.|$|(?:so|TP|RS|RE|PD|nf|fi|in|ti|ad|na|hy|nh|if|ie|el|de|ds|nr|ta|ft|sp|br|ne|ll|"
-    r"PP|P|LP|HP|EX|EE|TS|TE|UE|UR|ig|rm|rn|als)(?!\w))"
+REQUESTS = (
+    "so TP RS RE PD nf fi in ti ad na hy nh if ie el de ds nr ta ft sp br ne ll PP P LP HP EX EE "
+    "TS TE UE UR ig rm rn als"
 )
-
-
+LAYOUT = re.compile(rf"[.'][ \t]*(?:\\|\.|$|(?:{'|'.join(REQUESTS.split())})(?!\w))")
 MACRO = re.compile(r"^\.de.*?^\.\.$", re.DOTALL | re.MULTILINE)
 
 

@@ -1,14 +1,16 @@
-"""The objective: autoregressive blank infilling (GLM, arXiv 2103.10360; GLM-130B, arXiv 2210.02414).
+"""The objective: autoregressive blank infilling (GLM, arXiv 2103.10360; GLM-130B, arXiv
+2210.02414).
 
-A sample is A, the text with blanks, followed by B, what was taken out: all of A is visible from everywhere, B only
-to what comes after it. Inputs and labels are aligned (no shift): B's inputs are <sop> + span, its labels
-span + <eop>. Positions are [2, n]: row 0 is the place in A (all of a span stands at its blank), row 1 counts 1, 2, ...
-inside each span of B and is 0 on A. Everything is drawn from the `random.Random` that is passed in.
-"""
+A sample is A, the text with blanks, followed by B, what was taken out: all of A is visible from
+everywhere, B only to what comes after it. Inputs and labels are aligned (no shift): B's inputs are
+<sop> + span, its labels span + <eop>. Positions are [2, n]: row 0 is the place in A (all of a span
+stands at its blank), row 1 counts 1, 2, ... inside each span of B and is 0 on A. Everything is
+drawn from the `random.Random` that is passed in."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from random import Random
 from typing import Literal, TypeAlias
@@ -45,34 +47,39 @@ class Infill:
     """Builds samples of the three kinds, and says how many tokens they may take."""
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, gmask_continues: bool) -> None:
-        """gmask_continues: row 0 runs on through what [gMASK] generates, as GLM-130B's only row does; otherwise it
-        stays at the blank, as in GLM and ChatGLM-6B, whose second row counts."""
+        """gmask_continues: row 0 runs on through what [gMASK] generates, as GLM-130B's only row
+        does; otherwise it stays at the blank, as in GLM and ChatGLM-6B, whose second row counts."""
         self.config = config
         self.tokenizer = tokenizer
         self.gmask_continues = gmask_continues
-        weights = np.array([poisson(k, config.span_mean) for k in range(1, MAX_SPAN + 1)])
-        self.span_weights: list[float] = (weights / weights.sum()).tolist()
         lengths = np.arange(1, MAX_SPAN + 1)
+        log = lengths * math.log(config.span_mean) - [math.lgamma(k + 1) for k in lengths]
+        weights = np.exp(log - log.max())
+        self.span_weights: list[float] = (weights / weights.sum()).tolist()
+        """P(1..MAX_SPAN), Poisson with mean `config.span_mean` cut to this range"""
         self.span_mean = float(lengths @ self.span_weights)
         self.span_deviation = math.sqrt(float((lengths - self.span_mean) ** 2 @ self.span_weights))
 
     def budget(self, n: int) -> int:
-        """How many of n tokens [MASK] and [sMASK] take at least; one at the minimum, so that there is a loss."""
+        """How many of n tokens [MASK] and [sMASK] take at least; one at the minimum, so that there
+        is a loss."""
         return max(1, int(self.config.mask_ratio * n))
 
     def max_spans(self, n: int) -> int:
-        """How many spans n tokens may be given: three standard deviations above the mean number that fills the
-        budget, at most one for every token of it, and a token between any two."""
+        """How many spans n tokens may be given: three standard deviations above the mean number
+        that fills the budget, at most one for every token of it, and a token between any two."""
         mean = self.budget(n) / self.span_mean
         spread = self.span_deviation / self.span_mean * math.sqrt(mean)
         return min(self.budget(n), (n + 1) // 2, math.ceil(mean + 3 * spread) + 1)
 
     def need(self, kind: Kind, n: int) -> int:
-        """The most tokens a sample of n tokens of text can have: two more per span (blank, <sop>), and <eos>."""
+        """The most tokens a sample of n tokens of text can have: two more per span (blank, <sop>),
+        and <eos>."""
         return n + 2 if kind == "gmask" else n + 2 * self.max_spans(n) + 1
 
     def sample(self, kind: Kind, text: Ids, complete: bool, rng: Random) -> Sample:
-        """A sample of at most `need(kind, len(text))` tokens; `complete`: the document ends where the text does."""
+        """A sample of at most `need(kind, len(text))` tokens; `complete`: the document ends where
+        the text does."""
         if kind == "gmask":
             least = max(1, int(self.config.min_gmask_ratio * len(text)))
             length = rng.randint(least, max(least, len(text) - 1))
@@ -82,8 +89,8 @@ class Infill:
         return self.blank(text, self.token_spans(len(text), rng), self.tokenizer.mask, rng)
 
     def token_spans(self, n: int, rng: Random) -> list[Span]:
-        """Spans of Poisson length over at least `budget` of n tokens, at least one token apart, in text order.
-        A length that no longer fits is cut (in texts of a few tokens only)."""
+        """Spans of Poisson length over at least `budget` of n tokens, at least one token apart, in
+        text order. A length that no longer fits is cut (in texts of a few tokens only)."""
         lengths: list[int] = []
         while sum(lengths) < self.budget(n) and len(lengths) < self.max_spans(n):
             if (left := n - sum(lengths) - len(lengths)) < 1:
@@ -93,7 +100,9 @@ class Infill:
         rng.shuffle(lengths)
         free = n - sum(lengths) - len(lengths) + 1
         spans, offset = [], 0
-        for place, length in zip(sorted(rng.randrange(free + 1) for _ in lengths), lengths, strict=True):
+        for place, length in zip(
+            sorted(rng.randrange(free + 1) for _ in lengths), lengths, strict=True
+        ):
             spans.append((offset + place, offset + place + length))
             offset += length + 1
         return spans
@@ -102,7 +111,7 @@ class Infill:
         """Random whole sentences over at least `budget` of the text, in text order."""
         ends = (np.flatnonzero(self.tokenizer.ends_sentence[text]) + 1).tolist()
         edges = sorted({0, *ends, len(text)})
-        sentences = list(zip(edges[:-1], edges[1:], strict=True))
+        sentences = list(itertools.pairwise(edges))
         rng.shuffle(sentences)
         taken = 0
         for count, (start, end) in enumerate(sentences, 1):
@@ -112,14 +121,15 @@ class Infill:
         return sorted(sentences[:count])
 
     def blank(self, text: Ids, spans: list[Span], mask: int, rng: Random) -> Sample:
-        """A: the text with `mask` in place of each span (in text order), and <eos>. B: the spans in random order."""
+        """A: the text with `mask` in place of each span (in text order), and <eos>. B: the spans in
+        random order."""
         token = self.tokenizer
         place = np.ones(len(text) + 1, np.int64)
         for start, end in spans:
             place[start + 1 : end] = 0
         place = np.cumsum(place) - 1
         source = np.append(text, token.eos)
-        kept = np.append(np.diff(place, prepend=-1) > 0, True)[:-1]
+        kept = np.diff(place, prepend=-1) > 0
         source[[start for start, _ in spans]] = mask
         a, a_place = source[kept], place[kept]
         order = rng.sample(spans, len(spans))
@@ -129,12 +139,15 @@ class Infill:
             np.stack([np.full(end - start + 1, place[start]), np.arange(1, end - start + 2)])
             for start, end in order
         ]
-        return self.join(a, np.concatenate(inputs), np.concatenate(labels), a_place, np.hstack(rows))
+        return self.join(
+            a, np.concatenate(inputs), np.concatenate(labels), a_place, np.hstack(rows)
+        )
 
     def generate(self, text: Ids, prefix: int, complete: bool) -> Sample:
-        """A: the first `prefix` tokens and [gMASK]. B: the rest, closed by <eop> only where the document ends."""
+        """A: the first `prefix` tokens and [gMASK]. B: the rest, closed by <eop> only where the
+        document ends."""
         token = self.tokenizer
-        target = np.append(text[prefix:], [token.eop] * complete)
+        target = np.append(text[prefix:], token.eop) if complete else text[prefix:]
         count = np.arange(1, len(target) + 1)
         row = prefix + count if self.gmask_continues else np.full_like(count, prefix)
         a = np.append(text[:prefix], token.gmask)
@@ -150,8 +163,3 @@ class Infill:
             np.hstack([a_positions, b_positions]),
             len(a),
         )
-
-
-def poisson(k: int, mean: float) -> float:
-    """P(k) of the Poisson distribution."""
-    return math.exp(k * math.log(mean) - mean - math.lgamma(k + 1))

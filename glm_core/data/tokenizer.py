@@ -1,8 +1,8 @@
 """How text becomes token ids: a byte-pair model trained on the corpus, with GLM's special tokens.
 
-Vocabulary: <unk>, the special tokens, 256 bytes, learned pieces. Every string has an encoding (bytes stand in for
-what was not learned), and text that spells a special token, such as "<eos>", stays text.
-"""
+Vocabulary: <unk>, the special tokens, 256 bytes, learned pieces. Every string has an encoding
+(bytes stand in for what was not learned), and text that spells a special token, such as "<eos>",
+stays text."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ SENTENCE_END = re.compile("[.?!;:。？！；：…\n]")
 
 
 class Tokenizer:
-    """Text to ids and back, exactly: `decode(encode(text)) == text`, also when the ids of two texts are joined."""
+    """Text to ids and back, exactly: `decode(encode(text)) == text`, also when the ids of two texts
+    are joined."""
 
     def __init__(self, model: bytes) -> None:
         try:
@@ -64,16 +65,20 @@ class Tokenizer:
         self._space = [self._id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         ends = (bool(SENTENCE_END.search(self.decode([i]))) for i in range(self.vocab))
         self.ends_sentence = np.fromiter(ends, bool, self.vocab)
-        """bool [V]: the token contains a mark that ends a sentence (GLM: . ? ! ; : and a newline)"""
+        """bool [V]: the token contains a mark that ends a sentence (GLM: . ? ! ; : and a
+        newline)"""
 
     def _id(self, piece: str) -> int:
         found = int(self._pieces.piece_to_id(piece))
         if found == self.unk:
-            raise DataError(f"tokenizer: has no {piece} token; train it with glm_core.data.tokenizer.train")
+            raise DataError(
+                f"tokenizer: has no {piece} token; train it with glm_core.data.tokenizer.train"
+            )
         return found
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without any special token. Raises DataError if `text` is not valid Unicode."""
+        """The ids of `text`, without any special token. Raises DataError if `text` is not valid
+        Unicode."""
         try:
             first, *rest = self._pieces.encode(text.split(SPACE))
         except RuntimeError:
@@ -84,23 +89,32 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; special tokens give nothing, bytes that are no UTF-8 and unknown ids give U+FFFD."""
-        return str(self._pieces.decode([i if 0 <= i < self.vocab else self.unk for i in map(int, ids)]))
+        """The text of `ids`; special tokens give nothing, bytes that are no UTF-8 and unknown ids
+        give U+FFFD."""
+        return str(
+            self._pieces.decode([i if 0 <= i < self.vocab else self.unk for i in map(int, ids)])
+        )
 
 
 def load(corpus: Corpus, vocab: int, cache_dir: Path) -> Tokenizer:
-    """The tokenizer of this corpus and vocabulary, trained on first use and then read from `cache_dir`."""
+    """The tokenizer of this corpus and vocabulary, trained on first use and then read from
+    `cache_dir`."""
     version = sentencepiece.__version__
     key = cache.digest([corpus.sha256, str(vocab), str(TRAINING_CHARS), version, *SPECIAL.values()])
     path = cache_dir / f"tokenizer-{key[:16]}.model"
     cache.once(path, lambda: train(corpus.documents, vocab))
-    return Tokenizer(path.read_bytes())
+    try:
+        return Tokenizer(path.read_bytes())
+    except (OSError, DataError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); delete it") from None
 
 
 def train(documents: Sequence[str], vocab: int) -> bytes:
     """A sentencepiece model of at most `vocab` tokens; the same documents give the same bytes."""
     if vocab < MIN_VOCAB:
-        raise DataError(f"data.vocab={vocab}: too small for 256 bytes and special tokens; use {MIN_VOCAB} or more")
+        raise DataError(
+            f"data.vocab={vocab}: no room for bytes and special tokens; use at least {MIN_VOCAB}"
+        )
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines(documents, vocab)),
@@ -127,8 +141,9 @@ def train(documents: Sequence[str], vocab: int) -> bytes:
 
 
 def lines(documents: Sequence[str], vocab: int) -> list[str]:
-    """The training text: every k-th line of at most LINE_CHARS characters, so that about TRAINING_CHARS remain,
-    cut at characters too rare for this vocabulary (they are left to the bytes)."""
+    """The training text: every k-th line of at most LINE_CHARS characters, so that about
+    TRAINING_CHARS remain, cut at characters too rare for this vocabulary (they are left to the
+    bytes)."""
     stride = -(-sum(map(len, documents)) // TRAINING_CHARS)
     chosen = [line for number, line in enumerate(split(documents)) if number % stride == 0]
     counts = Counter("".join(chosen))

@@ -102,9 +102,9 @@ class DataConfig:
     length: int = 128
     """tokens per sequence, L"""
     gmask_prob: float = 0.7
-    """share of samples with one [gMASK] at the end of a prefix (GLM-130B: 0.7)"""
+    """share of sequences whose samples are a prefix and one [gMASK] (GLM-130B: 0.7)"""
     sentence_prob: float = 0.0
-    """share of samples with [sMASK] sentence spans; the rest are [MASK] token spans"""
+    """share of sequences with [sMASK] sentence spans; the rest have [MASK] token spans"""
     mask_ratio: float = 0.15
     """share of the text's tokens inside [MASK] / [sMASK] spans"""
     span_mean: float = 3.0
@@ -112,7 +112,7 @@ class DataConfig:
     min_gmask_ratio: float = 0.2
     """smallest share of a [gMASK] sample that is generated"""
     samples_per_sequence: int = 4
-    """[MASK] samples packed into one sequence (GLM-130B: 4)"""
+    """[MASK] or [sMASK] samples packed into one sequence, more if they are short (GLM-130B: 4)"""
 
     def __post_init__(self) -> None:
         check(self, positive("vocab length samples_per_sequence"))

@@ -77,8 +77,9 @@ def use(name: str | Backend, strict: bool = False) -> Iterator[Session]:
 
 
 def table() -> dict[str, dict[str, str]]:
-    """ops x backends: "kernel", "reference", or "unsupported: ..." with the reason, read from the
-    registry. A kernel that refuses some of the op's samples says how many and the first reason."""
+    """ops x backends, read from the registry: "kernel", "reference" (it runs there, as a recorded
+    fallback), or "unsupported: ..." with the reason. Which arguments a kernel takes is asked by
+    conformance in its support mode."""
     backends = {name: _cells(name) for name in names()}
     return {op: {name: cells[op] for name, cells in backends.items()} for op in all_ops()}
 
@@ -87,5 +88,5 @@ def _cells(name: str) -> dict[str, str]:
     try:
         backend = get(name)
     except BackendUnavailableError as error:
-        return dict.fromkeys(all_ops(), f"unsupported: {error}")
+        return {op: f"unsupported: {error}" for op in all_ops()}
     return {op: "kernel" if op in backend.kernels else "reference" for op in all_ops()}

@@ -1,0 +1,28 @@
+# Each target is one line; .ci/run calls `make lint test`.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: setup align test lint sanitize bench peers openvino clean
+.DEFAULT_GOAL := setup
+
+$(VENV)/torch.stamp:
+	$(PYTHON) -m venv $(VENV) && $(PY) -m pip install -q -U pip setuptools wheel ninja && $(PY) -m pip install -q torch==2.13.0 && touch $@
+
+$(VENV)/ready.stamp: $(VENV)/torch.stamp $(SOURCES)
+	$(PY) -m pip install -q --no-build-isolation -e '.[onnx,train,dev]' && touch $@
+
+setup: $(VENV)/ready.stamp ## everything the other targets need
+
+align: setup ## the main job: one GLM on every usable backend, one verdict
+	$(VENV)/bin/glm-core align run --out runs/align
+
+test: setup peers openvino ## the whole suite
+	$(PY) -m pytest -n 2 --dist loadgroup
+
+lint: setup ## style, types, spelling
+	$(VENV)/bin/ruff format --check && $(VENV)/bin/ruff check && $(VENV)/bin/mypy && $(VENV)/bin/codespell && $(VENV)/bin/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp')
+
+clean: ## forget builds, runs and caches
+	rm -rf $(VENV) .venv-* build runs .cache *.egg-info

@@ -1,0 +1,178 @@
+"""A whole training step against transformers, interleaved: `python -m glm_core.bench.step --peer
+transformers`.
+
+The same GLM-4-style model (preset glm4-34m), batch and optimizer on both sides. In bfloat16 ours
+keeps bfloat16 weights and float32 masters; the peer runs autocast over float32 weights, the way
+its users train."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glm_core.backends.registry import use
+from glm_core.bench.harness import Timing, gemm, gemm_flops, interleave, machine, ratio
+from glm_core.config import ModelConfig, TrainConfig
+from glm_core.dispatch import Op, intercept, run
+from glm_core.model import GLM, preset
+from glm_core.optimizer import Optimizer
+
+BATCH, LENGTH = 4, 256
+DTYPES = ("float32", "bfloat16")
+
+
+def inputs(vocab: int) -> tuple[Tensor, Tensor]:
+    """tokens [B, L + 1] and the causal mask's positions, from a fixed seed."""
+    tokens = torch.randint(
+        0, vocab, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0)
+    )
+    return tokens, torch.arange(LENGTH)
+
+
+def ours(config: ModelConfig, dtype: str, backend: str = "cpu") -> Callable[[], float]:
+    """One step of ours: forward, backward, clip, AdamW."""
+    tokens, position = inputs(config.vocab)
+    model = GLM(config).init_weights(0).to(getattr(torch, dtype))
+    optimizer = Optimizer(model, TrainConfig(dtype=dtype))  # type: ignore[arg-type]
+    rows = position.expand(BATCH, LENGTH)
+    where = (
+        torch.stack((rows, torch.zeros_like(rows)), 1),
+        torch.zeros_like(rows, dtype=torch.int32),
+    )
+    weight = torch.full((BATCH, LENGTH), 1 / (BATCH * LENGTH))
+
+    def step() -> float:
+        with use(backend, strict=backend == "cpu"):
+            model.zero_grad(set_to_none=True)
+            loss = model.loss(tokens[:, :-1], *where, (rows + 1).int(), tokens[:, 1:], weight)
+            loss.backward()
+            optimizer.step(1e-3)
+            return float(loss.detach())
+
+    return step
+
+
+def transformers_glm(config: ModelConfig, dtype: str, compiled: bool) -> Callable[[], float]:
+    """One step of transformers' GlmForCausalLM with fused torch AdamW."""
+    from transformers import GlmConfig, GlmForCausalLM
+
+    tokens, _ = inputs(config.vocab)
+    ids, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    torch.manual_seed(0)
+    model = GlmForCausalLM(
+        GlmConfig(
+            vocab_size=config.vocab, hidden_size=config.hidden, intermediate_size=config.ffn,
+            num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads, head_dim=config.head_dim, attention_bias=True,
+            max_position_embeddings=config.max_length, pad_token_id=0, eos_token_id=1, use_cache=False,
+        )
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(
+        model.parameters(), 1e-3, (0.9, 0.95), weight_decay=0.1, fused=True
+    )
+
+    def forward(ids: Tensor, labels: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            # shift_labels: one label a position, as ours
+            loss: Tensor = model(input_ids=ids, labels=labels, shift_labels=labels).loss
+            return loss
+
+    run_forward = torch.compile(forward) if compiled else forward
+
+    def step() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        loss = run_forward(ids, labels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return float(loss.detach())
+
+    return step
+
+
+def matmul_flops(config: ModelConfig) -> int:
+    """Forward and backward FLOPs of the step's matrix products, from the ops' own cost
+    functions."""
+    total = 0
+
+    def count(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        nonlocal total
+        if op.name in ("linear", "linear_cross_entropy"):
+            cost = op.cost(*args, **kwargs)
+            total += cost.flops + cost.backward_flops
+        return run(op, args, kwargs)
+
+    with torch.device("meta"), use("null"), intercept(count):
+        rows = torch.zeros(BATCH, LENGTH, dtype=torch.int64)
+        mask = rows.int()
+        GLM(config).loss(rows, torch.stack((rows, rows), 1), mask, mask, rows, rows.float())
+    return total
+
+
+def measure(
+    dtype: str, rounds: int, peers: tuple[str, ...], backend: str = "cpu"
+) -> dict[str, Any]:
+    """One dtype: medians in ms, ratios with quartiles, share of the GEMM ceiling measured in the
+    same rounds."""
+    config = preset("glm4-34m")
+    contestants: dict[str, Callable[[], Any]] = {"ours": ours(config, dtype, backend)}
+    for peer in peers:
+        contestants[peer] = transformers_glm(config, dtype, peer == "compiled")
+    contestants["gemm"] = gemm(getattr(torch, dtype))
+    losses = {name: run() for name, run in contestants.items() if name != "gemm"}
+    timing = interleave(contestants, rounds)
+    ceiling = gemm_flops() / timing["gemm"].median_s
+    reached = matmul_flops(config) / timing["ours"].median_s
+    row = {
+        "tokens_s": BATCH * LENGTH / timing["ours"].median_s,
+        "gemm_ceiling_gflop_s": ceiling / 1e9,
+        "gemm_share": reached / ceiling,
+        "first_loss": losses,
+        **{f"{n}_ms": t.median_s * 1e3 for n, t in timing.items()},
+        **{f"{n}_spread": t.spread for n, t in timing.items()},
+    }
+    return row | {k: v for p in peers for k, v in compared(p, timing).items()}
+
+
+def compared(peer: str, timing: dict[str, Timing]) -> dict[str, float]:
+    """ratio_PEER > 1: ours is faster."""
+    r = ratio(timing[peer], timing["ours"])
+    return {
+        f"ratio_{peer}": r["ratio"],
+        f"ratio_{peer}_low": r["low"],
+        f"ratio_{peer}_high": r["high"],
+    }
+
+
+def main() -> int:
+    """Prints one row per dtype."""
+    parser = argparse.ArgumentParser(prog="python -m glm_core.bench.step", description=__doc__)
+    parser.add_argument("--peer", choices=["transformers", "none"], default="transformers")
+    parser.add_argument("--eager-only", action="store_true", help="leave out the compiled peer")
+    parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument("--backend", default="cpu")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    names = ("eager",) if args.eager_only else ("eager", "compiled")
+    peers = names if args.peer == "transformers" else ()
+    result: dict[str, Any] = {d: measure(d, args.rounds, peers, args.backend) for d in args.dtype}
+    result["machine"] = machine()
+    if args.json:
+        print(json.dumps(result))
+        return 0
+    for dtype in args.dtype:
+        print(dtype)
+        for key, value in result[dtype].items():
+            print(f"  {key:24} {value:.3f}" if isinstance(value, float) else f"  {key:24} {value}")
+    print(result["machine"])
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

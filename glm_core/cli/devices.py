@@ -1,0 +1,42 @@
+"""`glm-core devices`: every backend, usable here or not with the way out, and how far verified."""
+
+from __future__ import annotations
+
+import argparse
+
+from glm_core.cli.options import add_json, columns, emit
+
+
+def define(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Probes every backend; always exits 0, since a backend that is absent is no failure."""
+    from glm_core.backends import registry
+    from glm_core.errors import BackendUnavailableError
+
+    rows = []
+    for name in registry.names():
+        state = registry.probe(name)
+        row = {"name": name, "usable": state.ok, "reason": state.reason}
+        try:
+            backend = registry.get(name)
+            facts = {"device": backend.device_type, "verified": backend.verified}
+            facts |= {"kernels": str(len(backend.kernels)), "collective": backend.collective}
+        except BackendUnavailableError:
+            facts = {"device": "", "verified": "", "kernels": "0", "collective": ""}
+        rows.append(row | facts)
+    table = [["backend", "device", "usable", "kernels", "verified", "reason"]]
+    for r in rows:
+        usable = "yes" if r["usable"] else "no"
+        table.append(
+            [
+                str(x)
+                for x in (r["name"], r["device"], usable, r["kernels"], r["verified"], r["reason"])
+            ]
+        )
+    emit(args, {"devices": rows}, columns(table))
+    return 0

@@ -1,0 +1,64 @@
+"""Options that several commands share, and the run they describe."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from glm_core.config import RunConfig
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """--json: one object on stdout."""
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """What determines a training run."""
+    parser.add_argument("--config", metavar="FILE", help="TOML run file")
+    parser.add_argument(
+        "--preset", metavar="NAME", help="model preset (default tiny, unless --config)"
+    )
+    parser.add_argument(
+        "--data", metavar="PATH", help="text, JSONL or folder (default: this machine's docs)"
+    )
+    parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of weights and data order")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="TABLE.KEY=VALUE",
+        help="any field, e.g. train.lr=3e-4",
+    )
+
+
+def run_config(args: argparse.Namespace, **train: Any) -> RunConfig:
+    """The RunConfig of the options; flags win over --set, which wins over the file."""
+    from glm_core import config as c
+    from glm_core.model import preset
+
+    base = c.load(args.config) if args.config else c.RunConfig(model=preset("tiny"))
+    values = c.to_dict(base)
+    if args.preset:
+        values["model"] = c.to_dict(preset(args.preset))
+    values = c.to_dict(c.override(c.from_dict(c.RunConfig, values), args.set))
+    if args.data is not None:
+        values["data"]["path"] = args.data
+    flags = {"steps": args.steps, "seed": args.seed, **train}
+    values["train"].update({k: v for k, v in flags.items() if v is not None})
+    return c.from_dict(c.RunConfig, values)
+
+
+def emit(args: argparse.Namespace, value: Any, text: str) -> None:
+    """The result on stdout, as JSON where it was asked for."""
+    print(json.dumps(value, ensure_ascii=False, indent=1) if args.json else text)
+
+
+def columns(rows: list[list[str]]) -> str:
+    """Left-aligned columns; the first row is the head."""
+    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]) - 1)]
+    line = lambda r: "  ".join([c.ljust(w) for c, w in zip(r, widths, strict=False)] + r[-1:])  # noqa: E731
+    return "\n".join(map(line, rows))

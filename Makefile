@@ -24,5 +24,8 @@ test: setup peers openvino ## the whole suite
 lint: setup ## style, types, spelling
 	$(VENV)/bin/ruff format --check && $(VENV)/bin/ruff check && $(VENV)/bin/mypy && $(VENV)/bin/codespell && $(VENV)/bin/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp')
 
+peers: setup ## SwissArmyTransformer's own GLM-130B, in an environment of its own
+	test -d .venv-sat || sh tests/peers/setup_sat.sh
+
 clean: ## forget builds, runs and caches
 	rm -rf $(VENV) .venv-* build runs .cache *.egg-info

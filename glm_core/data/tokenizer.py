@@ -44,6 +44,8 @@ class Tokenizer:
     are joined."""
 
     def __init__(self, model: bytes) -> None:
+        if not model:
+            raise DataError("tokenizer: not a sentencepiece model (empty); train it")
         try:
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
@@ -80,9 +82,10 @@ class Tokenizer:
         """The ids of `text`, without any special token. Raises DataError if `text` is not valid
         Unicode."""
         try:
-            first, *rest = self._pieces.encode(text.split(SPACE))
-        except RuntimeError:
+            raw = text.encode()
+        except UnicodeEncodeError:
             raise DataError("text: holds half a surrogate pair; pass valid Unicode") from None
+        first, *rest = self._pieces.encode(raw.split(SPACE.encode()))
         ids = list(first)
         for part in rest:
             ids += self._space + part

@@ -1,4 +1,5 @@
-"""The optimizer of every run: clipped AdamW with float32 master weights, and the loss scale of float16."""
+"""The optimizer of every run: clipped AdamW with float32 master weights, and the loss scale of
+float16."""
 
 from __future__ import annotations
 
@@ -48,8 +49,9 @@ class LossScale:
 
 
 class Optimizer:
-    """AdamW (op `adamw`) with clipping by the global norm (op `global_norm`). Matrices decay, vectors do not.
-    Below float32 the model's parameters are rounded copies of float32 masters held here."""
+    """AdamW (op `adamw`) with clipping by the global norm (op `global_norm`). Matrices decay,
+    vectors do not. Below float32 the model's parameters are rounded copies of float32 masters held
+    here."""
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
         self.config = config
@@ -74,27 +76,31 @@ class Optimizer:
                 self.named[name].copy_(value)
 
     def step(self, lr: float, loss_scale: float = 1.0) -> Tensor:
-        """One update from the parameters' `.grad`; returns the gradient norm before clipping, loss scale removed
-        (float32 scalar on the device). A norm that is not finite leaves every weight untouched."""
+        """One update from the parameters' `.grad`; returns the gradient norm before clipping, loss
+        scale removed (float32 scalar on the device). A norm that is not finite leaves every weight
+        untouched."""
         c = self.config
         grads = {n: p.grad for n, p in self.named.items() if p.grad is not None}
         norm = ops.global_norm(list(grads.values())) / loss_scale
         if not torch.isfinite(norm):
-            return norm  # type: ignore[no-any-return]
+            return norm
         clip = torch.clamp(c.clip / (norm + 1e-6), max=1.0) if c.clip else torch.ones_like(norm)
         self.step_count += 1
         for names, decay in zip(self.groups, (c.weight_decay, 0.0), strict=True):
             names = [n for n in names if n in grads]
             if names:
                 self._update(names, grads, clip / loss_scale, lr, decay)
-        return norm  # type: ignore[no-any-return]
+        return norm
 
     @torch.no_grad()
     def _update(
         self, names: list[str], grads: dict[str, Tensor], scale: Tensor, lr: float, decay: float
     ) -> None:
         c = self.config
-        pick = lambda table: [table[n] for n in names]  # noqa: E731
+
+        def pick(table: dict[str, Tensor]) -> list[Tensor]:
+            return [table[n] for n in names]
+
         copies = [self.named[n].detach() for n in names] if self.low_precision else None
         ops.adamw(
             pick(self.master), pick(grads), pick(self.exp_avg), pick(self.exp_avg_sq), scale,
@@ -102,14 +108,16 @@ class Optimizer:
         )  # fmt: skip
 
     def state(self) -> dict[str, Any]:
-        """Everything a resumed run needs: tensors by `master.NAME`, `exp_avg.NAME`, ..., and the step count."""
+        """Everything a resumed run needs: tensors by `master.NAME`, `exp_avg.NAME`, ..., and the
+        step count."""
         tables = {"master": self.master, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
         tensors = {f"{t}.{n}": v for t, table in tables.items() for n, v in table.items()}
         return {"tensors": tensors, "step_count": self.step_count}
 
     @torch.no_grad()
     def restore(self, state: dict[str, Any]) -> None:
-        """Loads what `state` returned, into the tensors in place; the model's copies follow the masters."""
+        """Loads what `state` returned, into the tensors in place; the model's copies follow the
+        masters."""
         for key, mine in self.state()["tensors"].items():
             mine.copy_(state["tensors"][key])
         for name, p in self.named.items():

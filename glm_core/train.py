@@ -1,30 +1,46 @@
-"""One training run: batches through the model, gradients accumulated, clipped AdamW, everything reproducible."""
+"""One training run: batches through the model, gradients accumulated, clipped AdamW, everything
+reproducible and resumable."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import sys
+import time
 from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from glm_core import checkpoint, nonfinite
 from glm_core.backends import registry
-from glm_core.config import RunConfig, TrainConfig
+from glm_core.config import RunConfig, TrainConfig, dumps, to_dict
+from glm_core.errors import ConfigError, TrainingError
+from glm_core.interrupt import stop_requests
+from glm_core.metrics import Metrics, Progress
 from glm_core.model import GLM
 from glm_core.optimizer import LossScale, Optimizer, learning_rate
+from glm_core.session import Fallback, Session
 
 
 class Batch(Protocol):
     """What the trainer reads of a batch; shapes in glm_core.data."""
 
-    tokens: Tensor
-    labels: Tensor
-    loss_weight: Tensor
-    positions: Tensor
-    key_start: Tensor
-    key_end: Tensor
+    @property
+    def tokens(self) -> Tensor: ...
+    @property
+    def labels(self) -> Tensor: ...
+    @property
+    def loss_weight(self) -> Tensor: ...
+    @property
+    def positions(self) -> Tensor: ...
+    @property
+    def key_start(self) -> Tensor: ...
+    @property
+    def key_end(self) -> Tensor: ...
 
 
 class Sampler(Protocol):
@@ -50,18 +66,18 @@ class StepResult:
 
 
 def global_batch(config: TrainConfig, samples_seen: int) -> int:
-    """Sequences of the next step: `ramp_from`, growing by `ramp_increment` in equal shares of `ramp_samples`
-    (Zeng et al. 2022, appendix B.1)."""
+    """Sequences of the next step: `ramp_from`, growing by `ramp_increment` in equal shares of
+    `ramp_samples` (Zeng et al. 2022, appendix B.1)."""
     if not config.ramp_from:
         return config.global_batch
     increments = max(1, (config.global_batch - config.ramp_from) // config.ramp_increment)
-    done = int(samples_seen * increments / max(1, config.ramp_samples))
+    done = samples_seen * increments // max(1, config.ramp_samples)
     return min(config.global_batch, config.ramp_from + done * config.ramp_increment)
 
 
 class Trainer:
-    """Model, optimizer and sampler of one run, advanced by `step()`. The backend must be active around `step`
-    (`registry.use`); `run` in this module does both."""
+    """Model, optimizer and sampler of one run, advanced by `step()`. The backend must be active
+    around `step` (`registry.use`); `run` in this module does both."""
 
     def __init__(
         self, config: RunConfig, sampler: Sampler, *, weights: dict[str, Tensor] | None = None
@@ -92,8 +108,9 @@ class Trainer:
         ]
 
     def backward(self, batches: list[Batch]) -> Tensor:
-        """Forward and backward over the micro-batches; gradients are left in `.grad`, multiplied by the loss scale.
-        Returns the loss over the global batch (float32 scalar): the same for every split into micro-batches."""
+        """Forward and backward over the micro-batches; gradients are left in `.grad`, multiplied by
+        the loss scale. Returns the loss over the global batch (float32 scalar): the same for every
+        split into micro-batches."""
         total = sum(float(b.loss_weight.sum()) for b in batches)
         loss = torch.zeros((), device=self.device)
         for batch in batches:
@@ -112,23 +129,192 @@ class Trainer:
         return loss / self.loss_scale.scale
 
     def step(self) -> StepResult:
-        """One optimizer step. A float16 overflow skips the update and lowers the loss scale."""
+        """One optimizer step. A float16 overflow skips the update and lowers the loss scale; any
+        other loss or gradient that is not finite raises TrainingError, weights untouched."""
         batches = self.batches()
         self.model.zero_grad(set_to_none=True)
-        loss = self.backward(batches)
+        loss = float(self.backward(batches))
         scale, lr = self.loss_scale.scale, learning_rate(self.config.train, self.steps_done + 1)
-        norm = float(self.optimizer.step(lr, scale))
+        norm = float(self.optimizer.step(lr, scale)) if math.isfinite(loss) else math.nan
         skipped = not math.isfinite(norm)
-        if self.config.train.dtype == "float16":
+        if self.config.train.dtype == "float16" and (
+            scale > self.loss_scale.minimum or not skipped
+        ):
             self.loss_scale.update(skipped)
+        elif skipped:
+            raise TrainingError(self._explain(batches, loss, norm))
         self.steps_done += 1
         sequences = sum(len(b.tokens) for b in batches)
         self.samples_seen += sequences
         tokens = sum(b.tokens.numel() for b in batches)
-        return StepResult(self.steps_done, float(loss), norm, lr, tokens, sequences, scale, skipped)
+        return StepResult(self.steps_done, loss, norm, lr, tokens, sequences, scale, skipped)
+
+    def _explain(self, batches: list[Batch], loss: float, norm: float) -> str:
+        """Runs the failed step's backward again, watched and not compiled, from the same
+        weights."""
+        self.loss = self.model.loss
+        self.model.zero_grad(set_to_none=True)
+        with nonfinite.watch(self.model) as seen:
+            self.backward(batches)
+        fallback = "op global_norm" if seen.op == seen.parameter == "" else "summing gradients"
+        subject = (
+            f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
+        )
+        return (
+            f"step {self.steps_done + 1}: {subject}; first not finite: {seen.op or fallback}; "
+            f"first parameter with such a gradient: {seen.parameter or 'none'}; resume from the "
+            "last checkpoint with a lower train.lr, or look into that op"
+        )
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and JSON-able facts from which `restore` goes on, bit for bit."""
+        optimizer = self.optimizer.state()
+        rng = {"rng.torch": torch.get_rng_state(), "rng.backend": self.backend.rng_state()}
+        facts = {
+            "config": to_dict(self.config),
+            "step": self.steps_done,
+            "samples_seen": self.samples_seen,
+            "optimizer_steps": optimizer["step_count"],
+            "loss_scale": dataclasses.asdict(self.loss_scale),
+            "sampler": self.sampler.state(),
+        }
+        return {**optimizer["tensors"], **rng}, facts
+
+    def restore(self, path: Path) -> None:
+        """Goes on where the checkpoint was taken. Raises CheckpointError, or DataError where the
+        text is another."""
+        path = checkpoint.find(path)
+        tensors, facts = checkpoint.load(path)
+        checkpoint.require_same(facts["config"], self.config, path)
+        checkpoint.require_fit(tensors, self.state()[0], path)
+        self.sampler.restore(facts["sampler"])
+        self.optimizer.restore({"tensors": tensors, "step_count": facts["optimizer_steps"]})
+        self.loss_scale = LossScale(**facts["loss_scale"])
+        self.steps_done, self.samples_seen = facts["step"], facts["samples_seen"]
+        self.backend.set_rng_state(tensors["rng.backend"])
+        torch.set_rng_state(tensors["rng.torch"])
+
+    def save(self, folder: Path) -> Path:
+        """Writes a checkpoint of now. Raises CheckpointError."""
+        return checkpoint.save(folder, self.steps_done, *self.state(), self.config.train.keep)
 
 
 def initial_weights(config: RunConfig) -> dict[str, Tensor]:
     """The run's float32 starting weights, the same on every backend and device."""
     model = GLM(config.model).init_weights(config.train.seed)
     return {n: p.detach() for n, p in model.named_parameters()}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """How a run ended."""
+
+    steps: int
+    """done in all, those before a resume included"""
+    loss: float | None
+    """of the last step; None where this call did none"""
+    tokens_per_s: float
+    """over the steps of this call after its first, batches included, checkpoints not; 0 where there
+    are none"""
+    interrupted: bool
+    """stopped by SIGINT or SIGTERM before the last step"""
+    fallbacks: dict[Fallback, int]
+    """reference in a kernel's place: calls, or traces where compiled; each with its reason"""
+    checkpoint: Path
+
+
+def run(
+    config: RunConfig,
+    out_dir: str | Path,
+    *,
+    resume: bool | str | Path = False,
+    sampler: Sampler | None = None,
+    cache_dir: str | Path = ".cache",
+    tensorboard: bool = False,
+) -> Result:
+    """Trains to the last step. Into `out_dir` go `config.toml` (resolved), `metrics.jsonl`,
+    `checkpoints/` and, if asked, `tensorboard/`; progress goes to stderr.
+
+    resume: True goes on from `out_dir`'s latest checkpoint (from the start if it was stopped before
+    the first), a path from that one. sampler: in place of the config's data, which is cached in
+    `cache_dir`. The first Ctrl-C or SIGTERM finishes the step, saves and returns; the second acts
+    at once. Raises GlmCoreError; whatever happens, the newest whole checkpoint stays."""
+    out, t = Path(out_dir), config.train
+    start = _starting_point(out, resume)
+    if sampler is None:
+        sampler = _open_data(config, cache_dir)
+    trainer = Trainer(config, sampler)
+    if start is not None:
+        trainer.restore(start)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with (
+            closing(Metrics(out, trainer.steps_done, tensorboard)) as metrics,
+            registry.use(trainer.backend, strict=t.strict) as session,
+            stop_requests() as requests,
+        ):
+            checkpoint.replace(out / "config.toml", lambda part: part.write_text(dumps(config)))
+            return _loop(trainer, out / checkpoint.FOLDER, start, metrics, session, requests)
+    except OSError as error:
+        raise TrainingError(
+            f"{out}: {error}; make it writable or make room, then resume"
+        ) from error
+
+
+def _loop(
+    trainer: Trainer,
+    folder: Path,
+    saved: Path | None,
+    metrics: Metrics,
+    session: Session,
+    requests: list[int],
+) -> Result:
+    t, progress = trainer.config.train, Progress(trainer.config.train.steps)
+    loss, tokens, seconds, timed = None, 0, 0.0, False
+    while trainer.steps_done < t.steps and not requests:
+        begin = time.perf_counter()
+        result = trainer.step()
+        took, loss, saved = time.perf_counter() - begin, result.loss, None
+        metrics.write({**dataclasses.asdict(result), "step_ms": round(took * 1e3, 3)})
+        if timed:
+            tokens, seconds = tokens + result.tokens, seconds + took
+        timed = True  # the first step also allocates and compiles
+        speed = tokens / seconds if seconds else 0.0
+        progress.update(result.step, f"loss {loss:.4f}  lr {result.lr:.2e}  {speed:.0f} tokens/s")
+        if t.save_every and result.step % t.save_every == 0:
+            saved = _save(trainer, folder, metrics)
+    return Result(
+        steps=trainer.steps_done,
+        loss=loss,
+        tokens_per_s=tokens / seconds if seconds else 0.0,
+        interrupted=trainer.steps_done < t.steps,
+        fallbacks=dict(session.fallbacks + session.compiled),
+        checkpoint=saved or _save(trainer, folder, metrics),
+    )
+
+
+def _save(trainer: Trainer, folder: Path, metrics: Metrics) -> Path:
+    metrics.sync()  # the checkpoint promises every line before it
+    return trainer.save(folder)
+
+
+def _starting_point(out: Path, resume: bool | str | Path) -> Path | None:
+    """The checkpoint to go on from, None for a start from step 0. Raises ConfigError rather than
+    write over another run."""
+    begun, folder = (out / "config.toml").exists(), out / checkpoint.FOLDER
+    if resume is False:
+        if begun or folder.exists():
+            raise ConfigError(f"{out}: holds a run already; resume it or choose another folder")
+        return None
+    if resume is not True:
+        return checkpoint.find(Path(resume))
+    if begun and not (folder / checkpoint.LATEST).exists():
+        print(f"{out}: stopped before its first checkpoint; starts at step 0", file=sys.stderr)
+        return None
+    return checkpoint.find(folder)
+
+
+def _open_data(config: RunConfig, cache_dir: str | Path) -> Sampler:
+    from glm_core import data  # here, so that a run on its own sampler needs no sentencepiece
+
+    return data.open(config.data, config.train.seed, cache_dir, positions=config.model.positions)

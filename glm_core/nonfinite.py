@@ -1,0 +1,97 @@
+"""Where numbers stopped being finite: every op call of a backward pass watched, in both
+directions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glm_core import dispatch
+from glm_core.dispatch import Op
+
+
+class Watch:
+    """What was found first; each empty while nothing was."""
+
+    def __init__(self) -> None:
+        self.op = ""
+        """`op geglu in blocks.2.mlp, forward, micro-batch 1`"""
+        self.parameter = ""
+        """first in the order of the backward pass whose gradient is not finite"""
+        self._modules = ["the model"]
+        self._micro_batch = 0
+
+    def call(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs the op and looks at its outputs, and later at the gradients it hands back."""
+        place = f"op {op.name} in {self._modules[-1]}"
+        seen = [
+            self._input(value, f"{place}, backward (gradient of {name})")
+            for name, value in zip(op.parameters, args, strict=False)
+        ]
+        named = {
+            name: self._input(value, f"{place}, backward (gradient of {name})")
+            for name, value in kwargs.items()
+        }
+        outputs = dispatch.run(op, tuple(seen), named)
+        if not self.op and not finite(outputs):
+            given = dict(zip(op.parameters, args, strict=False)) | kwargs
+            bad = [name for name, value in given.items() if not finite(value)]
+            cause = f" (its {', '.join(bad)} is not finite either)" if bad else ""
+            self.op = f"{place}, forward, micro-batch {self._micro_batch}{cause}"
+        return outputs
+
+    def _input(self, value: Any, where: str) -> Any:
+        """An alias, whose gradient is what this one call contributes, before any summation."""
+        if not isinstance(value, Tensor) or not value.requires_grad:
+            return value
+        alias = value.view_as(value)
+        batch = self._micro_batch
+
+        def look(gradient: Tensor) -> None:
+            if not self.op and not finite(gradient):
+                self.op = f"{where}, micro-batch {batch}"
+
+        alias.register_hook(look)
+        return alias
+
+    def enter(self, name: str) -> None:
+        """A module's forward begins; the root's begins a micro-batch."""
+        self._micro_batch += not name
+        self._modules.append(name or "the model")
+
+    def leave(self) -> None:
+        """A module's forward ends."""
+        self._modules.pop()
+
+    def gradient(self, name: str, parameter: Tensor) -> None:
+        """A parameter's gradient is complete for this micro-batch."""
+        if not self.parameter and not finite(parameter.grad):
+            self.parameter = name
+
+
+def finite(value: Any) -> bool:
+    """Of a tensor, or of all tensors in a tuple; anything else is finite."""
+    if isinstance(value, tuple | list):
+        return all(map(finite, value))
+    return not isinstance(value, Tensor) or bool(torch.isfinite(value).all())
+
+
+@contextmanager
+def watch(model: nn.Module) -> Iterator[Watch]:
+    """Watches every op call of this thread, and the backward passes that follow from them."""
+    seen = Watch()
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            before = module.register_forward_pre_hook(lambda m, a, name=name: seen.enter(name))
+            after = module.register_forward_hook(lambda m, a, out: seen.leave())
+            stack.callback(before.remove)
+            stack.callback(after.remove)
+        for name, p in model.named_parameters():
+            hook = p.register_post_accumulate_grad_hook(lambda p, name=name: seen.gradient(name, p))
+            stack.callback(hook.remove)
+        stack.enter_context(dispatch.intercept(seen.call))
+        yield seen

@@ -69,10 +69,14 @@ def machine() -> dict[str, Any]:
         cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
     ).stdout.strip()  # fmt: skip
     return {
-        "cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-        "system": platform.platform(), "python": platform.python_version(), "torch": torch.__version__,
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
         "commit": commit or "unknown",
-    }  # fmt: skip
+    }
 
 
 def cpu_name() -> str:

@@ -69,7 +69,8 @@ def transformers_glm(config: ModelConfig, dtype: str, compiled: bool) -> Callabl
             vocab_size=config.vocab, hidden_size=config.hidden, intermediate_size=config.ffn,
             num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
             num_key_value_heads=config.num_kv_heads, head_dim=config.head_dim, attention_bias=True,
-            max_position_embeddings=config.max_length, pad_token_id=0, eos_token_id=1, use_cache=False,
+            max_position_embeddings=config.max_length, pad_token_id=0, eos_token_id=1,
+            use_cache=False,
         )
     )  # fmt: skip
     optimizer = torch.optim.AdamW(

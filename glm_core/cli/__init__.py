@@ -8,16 +8,13 @@ import sys
 from collections.abc import Sequence
 
 from glm_core import __version__, errors
+from glm_core.cli.exits import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_UNAVAILABLE, EXIT_USAGE
 
 COMMANDS = {
     "devices": "backends, usable here or not, and how far each was ever verified",
     "ops": "ops x backends: kernel, reference or unsupported",
     "train": "train a GLM on one backend",
-    "align": "loss curves across backends: run, record, compare, sensitivity",
-    "conformance": "every op of a backend against the float64 reference, case by case",
 }
-
-EXIT_FAILED, EXIT_USAGE, EXIT_UNAVAILABLE, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,0 +1,122 @@
+"""The command line: quick help, house-form errors, exit codes, JSON names that others rely on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from glm_core.cli import COMMANDS, main
+
+RUN = [
+    "--steps",
+    "2",
+    "--set",
+    "model.num_layers=1",
+    "--set",
+    "model.hidden=32",
+    "--set",
+    "data.length=32",
+]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """A text large enough for a tiny tokenizer."""
+    import pydoc_data.topics as t
+
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(list(t.topics.values())[:20]), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("command", [[], *([c] for c in COMMANDS)], ids=["top", *COMMANDS])
+def test_help_loads_no_torch(command: list[str]) -> None:
+    code = (
+        "import sys; from glm_core.cli import main\n"
+        f"try: main({[*command, '--help']!r})\nexcept SystemExit: pass\n"
+        "bad = {'torch', 'numpy', 'onnxruntime', 'transformers'} & set(sys.modules)\n"
+        "assert not bad, bad"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "usage: glm-core" in done.stdout
+
+
+def test_devices_names_every_backend_with_reason_or_usable(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["devices", "--json"]) == 0
+    rows = {r["name"]: r for r in json.loads(capsys.readouterr().out)["devices"]}
+    assert rows["reference"]["usable"] is True
+    assert {"cpu", "null", "onnxrt", "reference"} <= set(rows)
+    for row in rows.values():
+        assert row["usable"] or row["reason"], row
+        assert row["verified"] or row["reason"], row
+
+
+def test_ops_table_comes_from_the_registry(capsys: pytest.CaptureFixture[str]) -> None:
+    from glm_core.backends import registry
+
+    assert main(["ops", "--json"]) == 0
+    ops = {o["name"]: o["backends"] for o in json.loads(capsys.readouterr().out)["ops"]}
+    for name, cells in ops.items():
+        assert cells["reference"] == "reference"
+        assert cells["cpu"] == ("kernel" if name in registry.get("cpu").kernels else "reference")
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (["ops", "rms_nrm"], 2, "unknown op 'rms_nrm'; known:"),
+        (["train", "--backend", "cpx"], 2, "did you mean cpu?"),
+        (["train", "--preset", "tinny"], 2, "did you mean tiny?"),
+        (["train", "--set", "train.stepz=3"], 2, "did you mean train.steps?"),
+        (["train", "--set", "model.num_heads=5"], 2, "num_heads"),
+        (["train", "--backend", "reference:nosuch"], 3, "is not available here"),
+        (["train", "--data", "/nonexistent/file"], 2, "/nonexistent/file"),
+        (["train", "--config", "/nonexistent.toml"], 2, "no such file"),
+    ],
+    ids=lambda v: v[-1] if isinstance(v, list) else None,
+)
+def test_bad_input_is_one_line_and_a_code(
+    argv: list[str], code: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == code
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.startswith("glm-core: ")
+    assert err.count("\n") == 1, err
+
+
+def test_train_writes_results_and_resumes(
+    tmp_path: Path,
+    corpus: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    argv = [
+        "train",
+        *RUN,
+        "--set",
+        "data.vocab=512",
+        "--data",
+        str(corpus),
+        "--backend",
+        "reference",
+    ]
+    assert main([*argv, "--out", "run", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["steps"] == 2
+    assert result["fallbacks"] == []
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert lines[-1]["loss"] == result["loss"]
+    assert main([*argv, "--out", "run"]) == 2
+    assert "resume" in capsys.readouterr().err

@@ -1,0 +1,181 @@
+"""From an op's reference to an ONNX model: forward, vector-Jacobian product, or in-place update.
+
+Shapes are static: providers of accelerators want them so, and the shape arithmetic of dynamic ones would run on ONNX
+Runtime's CPU provider, which is the unseen fallback that this backend rules out."""
+
+from __future__ import annotations
+
+import functools
+import json
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._decomp import core_aten_decompositions, get_decompositions
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+
+from glm_core.backends.onnxrt.call import Call, positions, unflatten
+from glm_core.backends.onnxrt.graph import Graph, Number, Value
+from glm_core.backends.onnxrt.translate import translate
+from glm_core.errors import UnsupportedOpError
+
+Traced = Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], list[Tensor]]
+"""(tensors, numbers, cotangents) -> results"""
+
+
+class BranchesOnNumberError(UnsupportedOpError):
+    """The reference decides by a number that should stay an input of the graph."""
+
+
+@functools.cache
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """Core ATen, and below it what would only lengthen the translation table."""
+    aten = torch.ops.aten
+    more = [aten.addmm, aten.baddbmm, aten.native_layer_norm, aten.var, aten.softplus, aten.silu]
+    return {**core_aten_decompositions(), **get_decompositions(more)}
+
+
+def export(call: Call) -> bytes:
+    """The serialised model; its inputs are t<i> (tensor i), g<i> (gradient of result i) and n<i>_<dtype> (number i).
+    Raises UnsupportedOpError where the reference cannot be traced or translated."""
+    try:
+        traced, names = trace(call)
+    except GuardOnDataDependentSymNode as error:
+        raise BranchesOnNumberError(f"{call.op.name} branches on a number: {error}") from error
+    except Exception as error:  # whatever a foreign reference raises is the reason
+        if isinstance(error, UnsupportedOpError):
+            raise
+        fact = str(error).strip().splitlines() or [type(error).__name__]
+        raise UnsupportedOpError(f"{call.direction} cannot be traced: {fact[0]}") from error
+    return build(traced, names)
+
+
+def trace(call: Call) -> tuple[GraphModule, list[str]]:
+    """The call as an ATen program over flat inputs, and the names of these."""
+    shapes = ShapeEnv()
+    with FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True):
+        tensors = [torch.empty(shape, dtype=dtype) for dtype, shape in call.tensors]
+        names = [f"t{i}" for i in range(len(tensors))]
+        numbers: list[Any] = list(call.numbers or ())
+        symbols = [] if call.numbers is not None else _symbols(shapes, call.layout)
+        names += [f"n{i}" for i in range(len(symbols))]
+        function = {"forward": forward, "vjp": vjp, "update": update}[call.direction](call)
+        cotangents: list[Tensor] = []
+        if call.direction == "vjp":
+            results = forward(call)(tensors, numbers, ())
+            cotangents = [torch.empty_like(r) for r in results]
+            names += [f"g{i}" for i in range(len(cotangents))]
+        split = len(tensors), len(tensors) + len(symbols)
+
+        def flat(*inputs: Any) -> list[Tensor]:
+            given = inputs[split[0] : split[1]] if symbols else numbers
+            return function(inputs[: split[0]], given, inputs[split[1] :])
+
+        pure = torch.func.functionalize(flat)  # an update's in-place writes become results
+        trace = make_fx(pure, decomposition_table=decompositions(), tracing_mode="real")
+        return trace(*tensors, *symbols, *cotangents), names
+
+
+def _symbols(shapes: ShapeEnv, layout: str) -> list[Any]:
+    return [shapes.create_unbacked_symfloat() for kind in layout.split("\n") if kind == "N"]
+
+
+def outcomes(result: Any) -> list[Tensor]:
+    """A reference's result as a flat list. Raises UnsupportedOpError unless it is a tensor, several, or None."""
+    if result is None:
+        return []
+    flat = [result] if isinstance(result, Tensor) else result
+    several = isinstance(flat, (tuple, list)) and (flat is not result or len(flat) > 1)
+    if not several or not all(isinstance(x, Tensor) for x in flat):
+        raise UnsupportedOpError("cannot export a result that is not a tensor or several of them")
+    return list(flat)
+
+
+def forward(call: Call) -> Traced:
+    return lambda t, n, g: outcomes(call.op.reference(*unflatten(call.layout, t, n)))
+
+
+def vjp(call: Call) -> Traced:
+    """The gradients of the differentiable tensors, in their order, for those of the results."""
+    chosen = positions(call.op, call.layout, call.op.differentiable)
+
+    def function(t: Sequence[Any], n: Sequence[Any], g: Sequence[Any]) -> list[Tensor]:
+        def of_chosen(*values: Tensor) -> list[Tensor]:
+            placed = dict(zip(chosen, values, strict=True))
+            return forward(call)([placed.get(i, x) for i, x in enumerate(t)], n, ())
+
+        _, pullback = torch.func.vjp(of_chosen, *(t[i] for i in chosen))
+        return list(pullback(list(g)))
+
+    return function
+
+
+def update(call: Call) -> Traced:
+    """The new values of the tensors that the op writes in place."""
+    written = positions(call.op, call.layout, call.op.mutates)
+
+    def function(t: Sequence[Any], n: Sequence[Any], g: Sequence[Any]) -> list[Tensor]:
+        if call.op.reference(*unflatten(call.layout, t, n)) is not None:
+            raise UnsupportedOpError("cannot export an in-place op that also returns something")
+        return [t[i] for i in written]
+
+    return function
+
+
+def build(traced: GraphModule, names: list[str]) -> bytes:
+    """The ATen program as an ONNX model. Arithmetic on numbers stays out of it: `numbers` in the model's metadata
+    lists it, to be done in Python's floats as the reference does it, since 1 - 0.999 in float32 is off by 1e-5."""
+    graph, program = Graph(), [n for n in names if n.startswith("n")]
+    steps: list[list[Any]] = []
+    known: dict[Node, Any] = {}
+    inputs = iter(names)
+    needed = _needed(traced)
+
+    def number(node: Node) -> Number:
+        function: Any = node.target
+        arguments = [["#", known[a].index] if isinstance(a, Node) else a for a in node.args]
+        steps.append([function.__name__, arguments])
+        return Number(len(program) + len(steps) - 1)
+
+    def compute(node: Node) -> Any:
+        value = node.meta.get("val")
+        if node.op == "placeholder":
+            name = next(inputs)
+            if isinstance(value, Tensor):
+                used = graph.input(name, value.dtype, value.shape) if node in needed else ""
+                return Value(used, value)
+            return Number(int(name[1:]))
+        if node.op == "get_attr":
+            constant = getattr(traced, str(node.target))
+            return Value(graph.constant(constant), constant)
+        if isinstance(value, (torch.SymFloat, torch.SymInt)):
+            return number(node)
+        if node.target is operator.getitem:
+            return known[node.all_input_nodes[0]][node.args[1]]
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
+        return translate(graph, node.target, args, kwargs, value)
+
+    for node in traced.graph.nodes:
+        if node.op == "output":
+            for result in node.args[0]:
+                graph.output(known[result])
+        elif node in needed or node.op == "placeholder":
+            known[node] = compute(node)
+    return graph.model({"numbers": json.dumps(steps)})
+
+
+def _needed(traced: GraphModule) -> set[Node]:
+    """What the results depend on; `functionalize` leaves write-backs behind that nothing reads."""
+    todo = list(traced.graph.output_node().all_input_nodes)
+    found: set[Node] = set()
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo.extend(node.all_input_nodes)
+    return found

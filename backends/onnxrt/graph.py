@@ -1,0 +1,127 @@
+"""An ONNX graph under construction: which dtype a value has inside it, and where it is rounded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor
+
+OPSET = 18  # the oldest with reduction axes as inputs; older opsets run on more providers
+ELEMENT = {
+    torch.float32: TensorProto.FLOAT, torch.float64: TensorProto.DOUBLE, torch.float16: TensorProto.FLOAT16,
+    torch.bfloat16: TensorProto.BFLOAT16, torch.bool: TensorProto.BOOL, torch.uint8: TensorProto.UINT8,
+    torch.int8: TensorProto.INT8, torch.int32: TensorProto.INT32, torch.int64: TensorProto.INT64,
+}  # fmt: skip
+HALF = (torch.float16, torch.bfloat16)
+
+
+class Value(NamedTuple):
+    """A tensor of the traced program: its name in the ONNX graph, and its shape and dtype as torch sees them."""
+
+    name: str
+    fake: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.fake.dtype
+
+    @property
+    def shape(self) -> list[int]:
+        return list(self.fake.shape)
+
+
+class Number(NamedTuple):
+    """A Python number that is known only when the graph is run."""
+
+    index: int
+
+
+Operand = Value | Number | bool | int | float
+
+
+def inside(dtype: torch.dtype) -> torch.dtype:
+    """The dtype a value has inside the graph: float16 and bfloat16 values are held exactly in float32, because no
+    CPU provider computes in them, and rounded after every arithmetic node, as torch's own ops are."""
+    return torch.float32 if dtype in HALF else dtype
+
+
+class Graph:
+    """Collects nodes; every method returns the name of the value it made."""
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.inputs: dict[str, onnx.ValueInfoProto] = {}
+        self.outputs: list[onnx.ValueInfoProto] = []
+        self.initializers: dict[bytes, onnx.TensorProto] = {}
+
+    def node(self, kind: str, *inputs: str, **attributes: Any) -> str:
+        """One ONNX node with one output."""
+        name = f"v{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, list(inputs), [name], **attributes))
+        return name
+
+    def constant(self, value: Tensor) -> str:
+        """An initializer; equal ones are stored once."""
+        array = value.detach().to(inside(value.dtype)).contiguous().numpy()
+        key = f"{array.dtype}{array.shape}".encode() + array.tobytes()
+        name = f"c{len(self.initializers)}"
+        return str(self.initializers.setdefault(key, numpy_helper.from_array(array, name)).name)
+
+    def ints(self, values: Sequence[int]) -> str:
+        """A shape, an axis list or the like."""
+        return self.constant(torch.tensor(list(values), dtype=torch.int64))
+
+    def input(self, name: str, dtype: torch.dtype, shape: Sequence[int]) -> str:
+        """A graph input, declared at its first use; half floats are widened behind it."""
+        if name not in self.inputs:
+            self.inputs[name] = helper.make_tensor_value_info(name, ELEMENT[dtype], list(shape))
+            if dtype in HALF:
+                wide = helper.make_node("Cast", [name], [f"{name}_wide"], to=TensorProto.FLOAT)
+                self.nodes.append(wide)
+        return f"{name}_wide" if dtype in HALF else name
+
+    def operand(self, x: Operand, dtype: torch.dtype) -> str:
+        """`x` as a value of what `dtype` is inside the graph."""
+        dtype = inside(dtype)
+        if isinstance(x, Value):
+            return x.name if inside(x.dtype) == dtype else self.cast(x.name, dtype)
+        if isinstance(x, Number):
+            return self.input(f"n{x.index}_{str(dtype)[6:]}", dtype, ())
+        return self.constant(torch.tensor(x, dtype=dtype))
+
+    def cast(self, name: str, dtype: torch.dtype) -> str:
+        return self.node("Cast", name, to=ELEMENT[dtype])
+
+    def rounded(self, name: str, dtype: torch.dtype) -> str:
+        """The nearest values that `dtype` can hold, still in the dtype used inside the graph."""
+        return self.cast(self.cast(name, dtype), torch.float32) if dtype in HALF else name
+
+    def reshape(self, name: str, shape: Sequence[int]) -> str:
+        return self.node("Reshape", name, self.ints(shape), allowzero=1)
+
+    def expand(self, name: str, shape: Sequence[int]) -> str:
+        return self.node("Expand", name, self.ints(shape))
+
+    def slice(self, name: str, axis: int, start: int, end: int, step: int = 1) -> str:
+        return self.node("Slice", name, *(self.ints([x]) for x in (start, end, axis, step)))
+
+    def output(self, value: Value) -> None:
+        """The next graph output, in its own dtype, under a name that no other output has."""
+        name = f"o{len(self.outputs)}"
+        kind, attributes = ("Cast", {"to": ELEMENT[value.dtype]}) if value.dtype in HALF else ("Identity", {})
+        self.nodes.append(helper.make_node(kind, [value.name], [name], **attributes))
+        self.outputs.append(helper.make_tensor_value_info(name, ELEMENT[value.dtype], value.shape))
+
+    def model(self, metadata: dict[str, str]) -> bytes:
+        """The finished model, checked and serialised."""
+        parts = (self.nodes, "glm_core", list(self.inputs.values()), self.outputs)
+        graph = helper.make_graph(*parts, initializer=list(self.initializers.values()))
+        opset = [helper.make_opsetid("", OPSET)]
+        model = helper.make_model(graph, opset_imports=opset, ir_version=9)
+        helper.set_model_props(model, metadata)
+        onnx.checker.check_model(model)
+        return bytes(model.SerializeToString(deterministic=True))

@@ -58,6 +58,7 @@ def attention_samples() -> Iterator[Sample]:
     yield make("2x33x4x16-gqa2-packed", 2, 33, 4, 2, 16, "packed")
     yield make("3x17x4x24-mqa-padded-strided", 3, 17, 4, 1, 24, "padded", strided=True)
     yield make("2x6x2x8-empty-rows", 2, 6, 2, 2, 8, "empty")
+    yield make("1x131x2x33-prefix", 1, 131, 2, 2, 33)  # past the tiles of most kernels
     yield make("1x1x1x1", 1, 1, 1, 1, 1, "causal")
     yield make("2x1x4x16-cache13", 2, 1, 4, 2, 16, "causal", keys=13)
     yield make("1x9x2x16-huge", 1, 9, 2, 2, 16, std=20.0)

@@ -13,9 +13,13 @@ from glm_core.spec import Cost, Sample, normal
 
 def linear_samples() -> Iterator[Sample]:
     def make(
-        id: str, rows: tuple[int, ...], d: int, f: int, bias: bool = True, strided: bool = False
-    ) -> Sample:
-        args = {"x": normal(*rows, d, strided=strided), "weight": normal(f, d, std=d**-0.5)}
+        id: str, rows: tuple[int, ...], d: int, f: int, bias: bool = True, strided: bool = False,
+        std: float = 1.0,
+    ) -> Sample:  # fmt: skip
+        args = {
+            "x": normal(*rows, d, std=std, strided=strided),
+            "weight": normal(f, d, std=d**-0.5, strided=strided),
+        }
         return Sample(
             id, {**args, **({"bias": normal(f, std=0.2)} if bias else {})}, real="4096" in id
         )
@@ -24,6 +28,8 @@ def linear_samples() -> Iterator[Sample]:
     yield make("2x5x96-64-nobias", (2, 5), 96, 64, bias=False)
     yield make("1x1-1", (1,), 1, 1)
     yield make("3x33-17-strided", (3,), 33, 17, strided=True)
+    yield make("3x33-17-tiny", (3,), 33, 17, bias=False, std=1e-4)
+    yield make("3x33-17-huge", (3,), 33, 17, std=1e3)
     yield make("0x16-8", (0,), 16, 8)
     yield make("4x4096-4608", (4,), 4096, 4608)  # QKV of ChatGLM2 / GLM-4
 

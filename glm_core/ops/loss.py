@@ -14,20 +14,25 @@ from glm_core.spec import Cost, Maker, Sample, given, integers, normal
 
 def linear_cross_entropy_samples() -> Iterator[Sample]:
     def make(
-        id: str, n: int, d: int, v: int, std: float = 1.0, weights: list[float] | None = None
-    ) -> Sample:
+        id: str, n: int, d: int, v: int, std: float = 1.0, weights: list[float] | None = None,
+        labels: list[int] | None = None, strided: bool = False,
+    ) -> Sample:  # fmt: skip
         per_token: Maker = lambda draw: torch.rand(n, generator=draw.generator).to(draw.device)  # noqa: E731
         args = {
-            "x": normal(n, d, std=std),
-            "weight": normal(v, d, std=d**-0.5),
-            "labels": integers(0, v, n),
+            "x": normal(n, d, std=std, strided=strided),
+            "weight": normal(v, d, std=d**-0.5, strided=strided),
+            "labels": integers(0, v, n) if labels is None else given(labels, torch.int64),
             "token_weight": per_token if weights is None else given(weights, torch.float32),
         }
         return Sample(id, args, real="65024" in id)
 
     yield make("10x96-50", 10, 96, 50)
     yield make("3x33-517-masked", 3, 33, 517, weights=[0.0, 1.0, 0.5])
+    yield make("4x8-5-edges", 4, 8, 5, weights=[1.0, 2.0, 0.25, 0.0], labels=[0, 4, 4, 0])
+    yield make("5x24-31-strided", 5, 24, 31, strided=True)
+    yield make("70x24-1031", 70, 24, 1031)
     yield make("1x1-1", 1, 1, 1)
+    yield make("1x1-3", 1, 1, 3)
     yield make("0x8-16", 0, 8, 16)
     yield make("7x16-1000-huge", 7, 16, 1000, std=100.0)
     yield make("7x16-1000-tiny", 7, 16, 1000, std=1e-3)

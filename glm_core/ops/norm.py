@@ -9,7 +9,7 @@ from torch import Tensor
 
 from glm_core.dispatch import op
 from glm_core.ops.precision import num_bytes, wide
-from glm_core.spec import Cost, Sample, normal
+from glm_core.spec import Cost, Draw, Maker, Sample, normal
 
 _SHAPES = {
     "2x5x96": (2, 5, 96),
@@ -20,13 +20,25 @@ _SHAPES = {
 }
 
 
+def _fading(falloff: float, make: Maker) -> Maker:
+    """Row i times falloff^(i - 1)."""
+
+    def faded(draw: Draw) -> Tensor:
+        x = make(draw)
+        factors = falloff ** (torch.arange(len(x), device=x.device).unsqueeze(-1) - 1.0)
+        return (x * factors).to(x.dtype)
+
+    return make if falloff == 1.0 else faded
+
+
 def _samples(residual: bool, bias: bool) -> Iterator[Sample]:
     def make(
-        id: str, shape: tuple[int, ...], std: float = 1.0, strided: bool = False, **rest: float
-    ) -> Sample:
-        args = {"x": normal(*shape, std=std, strided=strided)}
+        id: str, shape: tuple[int, ...], std: float = 1.0, strided: bool = False,
+        falloff: float = 1.0, **rest: float,
+    ) -> Sample:  # fmt: skip
+        args = {"x": _fading(falloff, normal(*shape, std=std, strided=strided))}
         if residual:
-            args["residual"] = normal(*shape, std=std, strided=strided)
+            args["residual"] = _fading(falloff, normal(*shape, std=std, strided=strided))
         args["weight"] = normal(shape[-1], mean=1.0, std=0.2)
         if bias:
             args["bias"] = normal(shape[-1], std=0.2)
@@ -38,6 +50,7 @@ def _samples(residual: bool, bias: bool) -> Iterator[Sample]:
     yield make("4x96-tiny", (4, 96), std=1e-3)  # variance comparable with eps
     yield make("4x96-huge", (4, 96), std=1e3)
     yield make("4x96-eps", (4, 96), std=0.1, eps=1e-2)
+    yield make("5x130-mixed", (5, 130), falloff=0.03)  # rows of very different magnitude
     if residual:
         yield make("4x96-alpha", (4, 96), alpha=2.83)
     yield make("8x4096", (8, 4096))  # ChatGLM2 / GLM-4

@@ -14,13 +14,17 @@ from glm_core.spec import Cost, Draw, Maker, Sample, normal
 _SHAPES = ((3, 5), (7,), (1,), (16, 33), (0,))
 
 
-def _lists(*shapes: tuple[int, ...], std: float = 1.0, wide: bool = False) -> list[Maker]:
-    return [normal(*s, std=std, wide=wide) for s in shapes]
+def _lists(
+    *shapes: tuple[int, ...], std: float = 1.0, wide: bool = False, strided: bool = False
+) -> list[Maker]:
+    return [normal(*s, std=std, wide=wide, strided=strided) for s in shapes]
 
 
 def global_norm_samples() -> Iterator[Sample]:
     yield Sample("mixed", {"tensors": _lists(*_SHAPES)})
     yield Sample("one", {"tensors": _lists((1,))})
+    yield Sample("none", {"tensors": []})
+    yield Sample("mixed-strided", {"tensors": _lists(*_SHAPES, strided=True)})
     yield Sample("mixed-tiny", {"tensors": _lists(*_SHAPES, std=1e-6)})
     yield Sample("mixed-huge", {"tensors": _lists(*_SHAPES, std=1e4)})
     yield Sample("4096x1024", {"tensors": _lists((4096, 1024))}, real=True)
@@ -47,11 +51,14 @@ def adamw_samples() -> Iterator[Sample]:
         return lambda draw: make(draw).square() * 1e-2
 
     def make(
-        id: str, shapes: tuple[tuple[int, ...], ...], std: float = 1.0, **rest: float
-    ) -> Sample:
+        id: str, shapes: tuple[tuple[int, ...], ...], std: float = 1.0, strided: bool = False,
+        **rest: float,
+    ) -> Sample:  # fmt: skip
         args = {
-            "params": _lists(*shapes, wide=True), "grads": _lists(*shapes, std=std),
-            "exp_avgs": _lists(*shapes, std=0.1 * std, wide=True), "exp_avg_sqs": [positive(*s) for s in shapes],
+            "params": _lists(*shapes, wide=True, strided=strided),
+            "grads": _lists(*shapes, std=std, strided=strided),
+            "exp_avgs": _lists(*shapes, std=0.1 * std, wide=True),
+            "exp_avg_sqs": [positive(*s) for s in shapes],
             "grad_scale": scale, "step": 3, "lr": 1e-3,
         }  # fmt: skip
         return Sample(id, {**args, **rest}, real="4096" in id)
@@ -59,6 +66,10 @@ def adamw_samples() -> Iterator[Sample]:
     yield make("mixed", _SHAPES)
     yield make("mixed-decay", _SHAPES, weight_decay=0.1)
     yield make("mixed-tiny", _SHAPES, std=1e-7, eps=1e-6)
+    yield make("mixed-huge", _SHAPES, std=1e4)
+    yield make("mixed-strided", _SHAPES, strided=True)
+    yield make("one", ((1,),))
+    yield make("none", ())
     yield make("mixed-step1", _SHAPES, step=1, beta1=0.8, beta2=0.95)
     yield Sample(
         "low-precision-copy",
@@ -75,9 +86,10 @@ def _empty(*shape: int) -> Maker:
 
 
 def adamw_cost(
-    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
-    grad_scale: Tensor, step: int, lr: float, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8,
-    weight_decay: float = 0.0, copies: Sequence[Tensor] | None = None,
+    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor], grad_scale: Tensor, step: int, lr: float, beta1: float = 0.9,
+    beta2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0,
+    copies: Sequence[Tensor] | None = None,
 ) -> Cost:  # fmt: skip
     moved = 2 * num_bytes(*params, *exp_avgs, *exp_avg_sqs) + num_bytes(*grads, *(copies or ()))
     return Cost(14 * sum(p.numel() for p in params), moved)
@@ -85,9 +97,10 @@ def adamw_cost(
 
 @op(samples=adamw_samples, cost=adamw_cost, mutates=("params", "exp_avgs", "exp_avg_sqs", "copies"))
 def adamw(
-    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
-    grad_scale: Tensor, step: int, lr: float, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8,
-    weight_decay: float = 0.0, copies: Sequence[Tensor] | None = None,
+    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor], grad_scale: Tensor, step: int, lr: float, beta1: float = 0.9,
+    beta2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0,
+    copies: Sequence[Tensor] | None = None,
 ) -> None:  # fmt: skip
     """g = grad_scale * grad; m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2;
     p = p (1 - lr wd) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps), t = step counted from 1.

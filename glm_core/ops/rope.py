@@ -31,11 +31,15 @@ def angles(b: int, length: int, sections: int, pairs: int, function: Any) -> Mak
 def rope_samples() -> Iterator[Sample]:
     def make(
         id: str, b: int, n: int, h: int, e: int, sections: int = 1, share: float = 1.0,
-        interleaved: bool = False, strided: bool = False, shared: bool = False,
+        interleaved: bool = False, strided: bool = False, shared: bool = False, std: float = 1.0,
     ) -> Sample:  # fmt: skip
         pairs, rows = int(e * share) // sections // 2, 1 if shared else b
         tables = {f.__name__: angles(rows, n, sections, pairs, f) for f in (torch.cos, torch.sin)}
-        args = {"x": normal(b, n, h, e, strided=strided), **tables, "interleaved": interleaved}
+        args = {
+            "x": normal(b, n, h, e, std=std, strided=strided),
+            **tables,
+            "interleaved": interleaved,
+        }
         return Sample(id, args, real="32x128" in id)
 
     yield make("2x5x3x16", 2, 5, 3, 16)
@@ -52,7 +56,12 @@ def rope_samples() -> Iterator[Sample]:
         strided=True,
     )
     yield make("2x5x3x16-2d", 2, 5, 3, 16, sections=2)
+    yield make("2x5x3x24-2d-partial-interleaved", 2, 5, 3, 24, 2, 2 / 3, interleaved=True)
     yield make("3x7x1x2-shared", 3, 7, 1, 2, shared=True)
+    yield make("3x7x5x22-partial", 3, 7, 5, 22, share=0.5)  # five pairs
+    yield make("1x1x1x2", 1, 1, 1, 2)
+    yield make("2x5x3x16-tiny", 2, 5, 3, 16, std=1e-3)
+    yield make("2x5x3x16-huge", 2, 5, 3, 16, std=1e3)
     yield make("0x4x2x8", 0, 4, 2, 8)
     yield make(
         "1x16x32x128-partial-interleaved", 1, 16, 32, 128, share=0.5, interleaved=True

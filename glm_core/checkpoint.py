@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from glm_core.errors import CheckpointError
 
 FORMAT = "glm-core checkpoint 1"
 PATTERN = "step-*.safetensors"
-FOLDER, LATEST = "checkpoints", "latest"
+FOLDER, LATEST, PART = "checkpoints", "latest", ".part"
 FREE = {
     "train.backend", "train.strict", "train.compile", "train.save_every", "train.keep",
     "data.path", "data.text_key",
@@ -40,8 +41,6 @@ def save(
     path = folder / f"step-{step:08d}.safetensors"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob("*.part"):
-            stale.unlink()
         replace(path, lambda part: save_file(kept, part, header))
         replace(folder / LATEST, lambda part: part.write_text(path.name + "\n"))
         for old in sorted(folder.glob(PATTERN))[:-keep]:
@@ -56,16 +55,20 @@ def save(
 
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """`write(temporary)`, flushed to the disk and renamed to `path`: all of it or nothing, and no
-    temporary is left by an error."""
-    part = path.with_name(path.name + ".part")
+    """`write(temporary)`, flushed to the disk and renamed to `path`: all of it or nothing. What a
+    kill or an error left of an earlier attempt is removed."""
+    # a folder: safetensors writes to a temporary of its own beside the file it is given
+    scratch = path.parent / PART
+    shutil.rmtree(scratch, ignore_errors=True)
     try:
-        write(part)
-        flush(part)
-        part.rename(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+        scratch.mkdir()
+        write(scratch / path.name)
+        # safetensors' temporaries are for their owner alone; the folder's mode follows the umask
+        (scratch / path.name).chmod(scratch.stat().st_mode & 0o666)
+        flush(scratch / path.name)
+        (scratch / path.name).rename(path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     flush(path.parent)  # the rename itself
 
 

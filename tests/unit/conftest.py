@@ -1,0 +1,5 @@
+import sys
+from pathlib import Path
+
+# importlib mode leaves sys.path alone; `toy` is shared by these tests and their child processes
+sys.path.insert(0, str(Path(__file__).parent))

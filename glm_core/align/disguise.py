@@ -1,0 +1,137 @@
+"""Ways to run a reference differently and just as honestly: other summation order, float64 inside,
+intermediates rounded once more. They calibrate what a kernel is allowed to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+aten = torch.ops.aten
+
+_ARITHMETIC = {
+    aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.sum, aten.mean, aten.add, aten.sub, aten.mul,
+    aten.div, aten.embedding_dense_backward,
+}  # fmt: skip
+
+
+def widened(value: Any, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Any:
+    """Tensors of these dtypes as float64, everything else as it is; nests."""
+    change = lambda x: x.double() if isinstance(x, Tensor) and x.dtype in dtypes else x  # noqa: E731
+    return tree_map(change, value)
+
+
+class Exact(TorchDispatchMode):
+    """Every float32 intermediate becomes float64; roundings to a dtype below float32 stay, because
+    the op's contract asks for them. Float32 arguments must be `widened` by the caller."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("dtype") == torch.float32:
+            kwargs["dtype"] = torch.float64
+        if func.overloadpacket not in _ARITHMETIC:
+            return func(*args, **kwargs)
+        low = [x for x in args if isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.half)]
+        if not low or len(low) < sum(isinstance(x, Tensor) and x.ndim > 0 for x in args):
+            return func(*args, **kwargs)
+        return func(*widened(args, (low[0].dtype,)), **kwargs).to(low[0].dtype)
+
+
+class Shuffled(TorchDispatchMode):
+    """Every sum and matrix product runs over its terms in another random order, matrix products in
+    two parts besides."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def order(self, n: int, device: torch.device) -> Tensor:
+        """A random permutation of 0..n-1."""
+        return torch.randperm(n, generator=self.generator).to(device)
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """a @ b, accumulated in float32 at least, in the inputs' dtype."""
+        dtype = a.dtype
+        order = self.order(a.shape[-1], a.device)
+        if dtype in (torch.bfloat16, torch.half):
+            a, b = a.float(), b.float()
+        a, b = a.index_select(-1, order), b.index_select(-2, order)
+        half = a.shape[-1] // 2
+        return (a[..., :half] @ b[..., :half, :] + a[..., half:] @ b[..., half:, :]).to(dtype)
+
+    def total(self, func: Any, x: Tensor, dims: Any, *rest: Any, **kwargs: Any) -> Any:
+        """A sum or mean over `dims` after shuffling each of them."""
+        for dim in range(x.ndim) if not dims else dims:
+            x = x.index_select(dim, self.order(x.shape[dim], x.device))
+        return func(x, dims, *rest, **kwargs)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (aten.mm.default, aten.bmm.default):
+            return self.product(*args)
+        if func is aten.addmm.default and not kwargs:
+            bias, a, b = args
+            wide = torch.promote_types(a.dtype, torch.float32)
+            return (self.product(a.to(wide), b.to(wide)) + bias).to(a.dtype)
+        if func in (aten.sum.dim_IntList, aten.mean.dim) and args[0].is_floating_point():
+            return self.total(func, *args, **kwargs)
+        if func in (aten._softmax.default, aten._log_softmax.default):
+            x, dim, half = args
+            order = self.order(x.shape[dim], x.device)
+            return func(x.index_select(dim, order), dim, half).index_select(dim, order.argsort())
+        return func(*args, **kwargs)
+
+
+class Rounded(TorchDispatchMode):
+    """Intermediate number `which` (all of them for None) is rounded to `dtype` once more. Intermediates
+    are float32 tensors of at least `numel` elements (a row's statistics are float32 by contract), and
+    inside a matrix product or sum in `dtype` its two halves, or the product before the bias."""
+
+    def __init__(self, dtype: torch.dtype, numel: int, which: int | None = None) -> None:
+        super().__init__()
+        self.dtype, self.numel, self.which = dtype, numel, which
+        self.seen = 0
+        """intermediates that rounding would have changed"""
+
+    def chosen(self) -> bool:
+        """Counts an intermediate; is it the one to round?"""
+        self.seen += 1
+        return self.which in (None, self.seen - 1)
+
+    def in_parts(self, func: Any, args: Any) -> Any:
+        """A product or sum in `dtype` with a rounding inside, None for anything else."""
+        if func is aten.addmm.default:
+            return torch.mm(args[1], args[2]) + args[0]
+        if func in (aten.mm.default, aten.bmm.default) and args[0].shape[-1] > 1:
+            a, b, half = *args, args[0].shape[-1] // 2
+            return a[..., :half] @ b[..., :half, :] + a[..., half:] @ b[..., half:, :]
+        if func is aten.sum.dim_IntList and len(args[1]) == 1 and args[0].shape[args[1][0]] > 1:
+            halves = args[0].chunk(2, args[1][0])
+            return halves[0].sum(*args[1:]) + halves[1].sum(*args[1:])
+        return None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        first = args[0] if args and isinstance(args[0], Tensor) else None
+        if first is not None and first.dtype == self.dtype:
+            out = self.in_parts(func, args)
+            if out is not None and self.chosen():
+                return out
+        out = func(*args, **(kwargs or {}))
+        eligible = isinstance(out, Tensor) and out.dtype == torch.float32
+        if not eligible or out.numel() < self.numel or func.is_view:
+            return out
+        rounded = out.to(self.dtype).float()
+        return out if torch.equal(rounded, out) or not self.chosen() else rounded
+
+
+Disguise = Callable[[], TorchDispatchMode]

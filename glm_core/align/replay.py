@@ -1,0 +1,72 @@
+"""A captured call run again, forward and backward, by whatever computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from glm_core.align.capture import Call, copied
+from glm_core.align.disguise import Exact, widened
+
+Results = dict[str, Tensor]
+"""forward results `y` (or `y0`, `y1`, ...), gradients `d_NAME`, tensors written in place by name"""
+
+LOW = (torch.bfloat16, torch.float16)
+
+
+def replay(
+    call: Call, function: Callable[..., Any], mode: AbstractContextManager[Any] | None = None,
+    device: torch.device | None = None, widen: bool = False,
+) -> Results:  # fmt: skip
+    """Runs `function` on copies of the call's arguments and differentiates it with the captured
+    output gradients. Results come back on the CPU, lists of tensors as one flat tensor."""
+
+    def fresh(x: Any) -> Any:
+        return x.to(device) if device is not None and isinstance(x, Tensor) else x
+
+    args = tree_map(lambda x: fresh(copied(x)), call.args)
+    gradients = [None if g is None else fresh(g) for g in call.output_gradients]
+    if widen:
+        args, gradients = widened(args), widened(gradients)
+    names = [n for n in call.op.differentiable if isinstance(args.get(n), Tensor)]
+    differentiate = any(g is not None for g in gradients)
+    if differentiate:
+        args.update({n: args[n].requires_grad_() for n in names})
+    with mode or nullcontext(), torch.set_grad_enabled(differentiate):
+        out = function(**args)
+        outputs = out if isinstance(out, tuple) else () if out is None else (out,)
+        results = {f"y{i}" if len(outputs) > 1 else "y": y for i, y in enumerate(outputs)}
+        if differentiate:
+            results |= _backward(outputs, gradients, {n: args[n] for n in names})
+    results |= {n: args[n] for n in call.op.mutates if args.get(n) is not None}
+    return {n: _flat(x).detach().cpu() for n, x in results.items()}
+
+
+def _backward(
+    outputs: tuple[Tensor, ...], gradients: list[Tensor | None], inputs: dict[str, Tensor]
+) -> Results:
+    used = [
+        (y, g.to(y.dtype)) for y, g in zip(outputs, gradients, strict=True)
+        if g is not None and y.requires_grad
+    ]  # fmt: skip
+    found = torch.autograd.grad(
+        [y for y, _ in used], list(inputs.values()), [g for _, g in used], allow_unused=True
+    )
+    pairs = zip(inputs.items(), found, strict=True)
+    return {f"d_{n}": torch.zeros_like(x) if g is None else g for (n, x), g in pairs}
+
+
+def _flat(x: Any) -> Tensor:
+    return x if isinstance(x, Tensor) else torch.cat([t.flatten() for t in x])
+
+
+def exact(call: Call, like: Results) -> Results:
+    """The call in float64, rounded once to the dtypes of `like`: the best any kernel can return.
+    Roundings that the op's contract asks for are kept."""
+    found = replay(call, call.op.reference, Exact(), widen=True)
+    return {n: x.to(like[n].dtype) for n, x in found.items()}

@@ -67,10 +67,10 @@ class Infill:
 
     def max_spans(self, n: int) -> int:
         """How many spans n tokens may be given: three standard deviations above the mean number
-        that fills the budget, at most one for every token of it, and a token between any two."""
+        that fills the budget, at most one for every token of the budget."""
         mean = self.budget(n) / self.span_mean
         spread = self.span_deviation / self.span_mean * math.sqrt(mean)
-        return min(self.budget(n), (n + 1) // 2, math.ceil(mean + 3 * spread) + 1)
+        return min(self.budget(n), math.ceil(mean + 3 * spread) + 1)
 
     def need(self, kind: Kind, n: int) -> int:
         """The most tokens a sample of n tokens of text can have: two more per span (blank, <sop>),

@@ -187,6 +187,16 @@ def test_span_lengths_are_poisson_and_cover_fifteen_percent() -> None:
     assert abs(over.mean() - expected) < 5 * over.std() / math.sqrt(rounds)
 
 
+def test_every_sentence_is_taken_as_often_as_any_other() -> None:
+    """10 sentences of 7 tokens, two taken: each with probability 1/5, within five deviations."""
+    maker, rng, rounds = infill(), Random(4), 2000
+    x = np.arange(15, 85)  # multiples of 7 end a sentence
+    assert (np.flatnonzero(TOKENIZER.ends_sentence[x]) % 7 == 6).all()
+    counts = Counter(start for _ in range(rounds) for start, _ in maker.sentence_spans(x, rng))
+    assert set(counts) == set(range(0, 70, 7))
+    assert all(abs(c - rounds / 5) < 5 * math.sqrt(rounds * 0.16) for c in counts.values())
+
+
 def test_span_places_are_uniform() -> None:
     """One span of 1 in 10 tokens: each place with probability 1/10, within five deviations."""
     maker, rng, rounds = infill(mask_ratio=0.1, span_mean=1e-3), Random(1), 10_000

@@ -129,13 +129,44 @@ def test_an_epoch_is_the_corpus_once(lengths: list[int], seed: int, fields: dict
     assert sorted(text) == list(range(FIRST, FIRST + sum(lengths)))
 
 
-def test_epochs_differ_in_order_and_blanks() -> None:
-    one = sampler()
-    size = len(one._plan)
-    first, second = (set(map(tuple, rows(one.next(size)))) for _ in range(2))
-    assert not first & second
-    shuffled = [sampler(seed=s).next(1).tokens[0, 0].item() for s in range(10)]
-    assert len(set(shuffled)) > 1
+def test_generation_ends_where_its_document_does() -> None:
+    """<eop> is predicted once per document, after its last token; never at a cut."""
+    one = sampler(gmask_prob=1, sentence_prob=0)
+    labels = torch.cat([one.next(1).labels[0] for _ in range(len(one._plan))])
+    before = labels[:-1][labels[1:] == TOKENIZER.eop] - FIRST
+    ends = set((np.cumsum(LENGTHS) - 1).tolist())
+    ends_of_several_tokens = {end for end, n in zip(sorted(ends), LENGTHS, strict=True) if n > 1}
+    assert ends_of_several_tokens <= set(before.tolist())
+    assert int((labels == TOKENIZER.eop).sum()) == len(LENGTHS)
+
+
+def test_blanks_differ_by_seed_and_epoch() -> None:
+    """A document that fills one sequence leaves nothing else to differ."""
+    fields = {"gmask_prob": 1, "sentence_prob": 0}
+    one = sampler([60], **fields)
+    assert len({tuple(rows(one.next(1))[0]) for _ in range(20)}) > 5
+    assert len({tuple(rows(sampler([60], s, **fields).next(1))[0]) for s in range(20)}) > 5
+
+
+def test_documents_meet_others_by_seed_and_epoch() -> None:
+    """Which documents share a sequence is drawn anew, and is not the order of the corpus."""
+    one, fields = sampler([5] * 40, gmask_prob=1, sentence_prob=0), {"gmask_prob": 1}
+
+    def together(epoch: int, seed: int) -> tuple[int, ...]:
+        packer = sampler([5] * 40, seed, sentence_prob=0, **fields)._packer
+        plan = packer.epoch(epoch)
+        return tuple(plan.pieces[: plan.first[1], 0].tolist())
+
+    assert len(one._plan) > 1
+    drawn = {together(0, 0), together(1, 0), together(0, 1)}
+    assert len(drawn) == 3
+    assert all(list(group) != sorted(group) for group in drawn)
+
+
+def test_sequences_of_one_document_are_shuffled() -> None:
+    one = sampler([5000], gmask_prob=1, sentence_prob=0)
+    first = [row[0] for row in rows(one.next(len(one._plan)))]
+    assert first != sorted(first)
 
 
 def test_the_mix_of_kinds_is_the_configs() -> None:

@@ -9,10 +9,15 @@ import torch
 from torch import Tensor
 
 from glm_core.dispatch import Op
+from glm_core.errors import UnsupportedOpError
 
 Direction = Literal["forward", "vjp", "update"]
 SEPARATOR = "\n"
 """between the arguments of a layout; strings may hold anything else"""
+
+
+class BranchesOnNumberError(UnsupportedOpError):
+    """The reference decides by a number that should stay an input of the graph."""
 
 
 class Call(NamedTuple):

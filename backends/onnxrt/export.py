@@ -19,17 +19,13 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
-from glm_core.backends.onnxrt.call import Call, positions, unflatten
+from glm_core.backends.onnxrt.call import SEPARATOR, BranchesOnNumberError, Call, positions, unflatten
 from glm_core.backends.onnxrt.graph import Graph, Number, Value
 from glm_core.backends.onnxrt.translate import translate
 from glm_core.errors import UnsupportedOpError
 
 Traced = Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], list[Tensor]]
 """(tensors, numbers, cotangents) -> results"""
-
-
-class BranchesOnNumberError(UnsupportedOpError):
-    """The reference decides by a number that should stay an input of the graph."""
 
 
 @functools.cache
@@ -82,7 +78,8 @@ def trace(call: Call) -> tuple[GraphModule, list[str]]:
 
 
 def _symbols(shapes: ShapeEnv, layout: str) -> list[Any]:
-    return [shapes.create_unbacked_symfloat() for kind in layout.split("\n") if kind == "N"]
+    with shapes.ignore_fresh_unbacked_symbols():  # inputs, not results of an op
+        return [shapes.create_unbacked_symfloat() for k in layout.split(SEPARATOR) if k == "N"]
 
 
 def outcomes(result: Any) -> list[Tensor]:

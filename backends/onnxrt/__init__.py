@@ -1,0 +1,58 @@
+"""Every op, gradients included, exported from its reference and run by ONNX Runtime: arithmetic that shares nothing
+with torch. `onnxrt:<ExecutionProvider>` selects any provider, with ONNX Runtime's own fallbacks switched off."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+
+from glm_core.backends.base import Backend, Probe
+from glm_core.backends.onnxrt import kernels
+from glm_core.ops import all_ops
+
+CPU = "CPUExecutionProvider"
+VERIFIED = {
+    CPU: "run on x86-64 CPUs",
+    "OpenVINOExecutionProvider": "run on x86-64 CPUs",
+}
+
+
+def variant(option: str) -> Backend:
+    """The backend on execution provider `option` (ONNX Runtime's own CPU provider without one), with a kernel for
+    every op declared by now."""
+    backend = _backend(option)
+    for name, op in all_ops().items():
+        if name not in backend.kernels or kernels._ops.get(name) is not op:
+            backend.implements(op, kernels.predicate(op, option or CPU))(kernels.kernel(op, option or CPU))
+    return backend
+
+
+@functools.cache
+def _backend(option: str) -> Backend:
+    provider = option or CPU
+    return Backend(
+        name=f"onnxrt:{option}" if option else "onnxrt",
+        device_type="cpu",  # tensors are handed over in host memory, whatever the provider runs on
+        verified=VERIFIED.get(provider, "not run with this provider by us"),
+        probe=lambda: probe(provider),
+        dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    )
+
+
+def probe(provider: str) -> Probe:
+    """Are the packages here, and does this build of ONNX Runtime have the provider?"""
+    missing = [p for p in ("onnx", "onnxruntime") if importlib.util.find_spec(p) is None]
+    if missing:
+        return Probe(False, f"{', '.join(missing)} not installed (pip install 'glm-core[onnx]')")
+    import onnxruntime
+
+    available = onnxruntime.get_available_providers()
+    if provider in available:
+        return Probe(True)
+    return Probe(
+        False,
+        f"this onnxruntime has no {provider}, only {', '.join(available)}; install the build of "
+        "onnxruntime that has it (onnxruntime-openvino, onnxruntime-gpu, onnxruntime-cann, ...)",
+    )

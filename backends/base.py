@@ -57,6 +57,8 @@ class Backend:
     """by design this backend has no kernels: a reference that runs here is not a fallback"""
     in_process: bool = True
     """kernels run on torch tensors in this process and can be traced by torch.compile"""
+    deterministic: bool = True
+    """the same call gives the same bits; conformance holds a backend that claims it to it"""
 
     def implements(
         self, op: Op, supports: Callable[..., Support] | None = None

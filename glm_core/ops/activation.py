@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from glm_core.dispatch import op
+from glm_core.ops.layout import gapped
 from glm_core.ops.precision import num_bytes, wide
 from glm_core.spec import Cost, Sample, normal
 
@@ -21,6 +22,7 @@ def _samples(width: int) -> Iterator[Sample]:
     }.items():
         yield Sample(id, {"x": normal(*shape[:-1], width * shape[-1])})
     yield Sample("2x5x48-strided", {"x": normal(2, 5, width * 48, strided=True)})
+    yield Sample("3x33-gapped", gapped({"x": normal(3, width * 33)}))
     yield Sample("64x48-tiny", {"x": normal(64, width * 48, std=1e-3)})
     yield Sample("64x48-huge", {"x": normal(64, width * 48, std=30.0)})
     yield Sample("8x13696", {"x": normal(8, width * 13696)}, real=True)  # ChatGLM2 / GLM-4

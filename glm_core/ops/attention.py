@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from glm_core.dispatch import op
+from glm_core.ops.layout import gapped
 from glm_core.ops.precision import num_bytes, wide
 from glm_core.spec import Cost, Sample, given, normal
 
@@ -57,12 +58,15 @@ def attention_samples() -> Iterator[Sample]:
     yield make("2x9x3x16-causal", 2, 9, 3, 3, 16, "causal")
     yield make("2x33x4x16-gqa2-packed", 2, 33, 4, 2, 16, "packed")
     yield make("3x17x4x24-mqa-padded-strided", 3, 17, 4, 1, 24, "padded", strided=True)
+    plain = make("", 2, 7, 4, 2, 10, "packed").args
+    yield Sample("2x7x4x10-gqa2-packed-gapped", gapped(plain))
     yield make("2x6x2x8-empty-rows", 2, 6, 2, 2, 8, "empty")
     yield make("1x131x2x33-prefix", 1, 131, 2, 2, 33)  # past the tiles of most kernels
     yield make("1x1x1x1", 1, 1, 1, 1, 1, "causal")
     yield make("2x1x4x16-cache13", 2, 1, 4, 2, 16, "causal", keys=13)
     yield make("1x9x2x16-huge", 1, 9, 2, 2, 16, std=20.0)
     yield make("1x9x2x16-tiny", 1, 9, 2, 2, 16, std=1e-3)
+    yield make("2x9x2x16-scale0.4", 2, 9, 2, 2, 16, scale=0.4)
     yield make("2x9x2x16-scaled", 2, 9, 2, 2, 16, layer_scale=5.0)
     yield make("2x9x2x16-pb-relax", 2, 9, 2, 2, 16, pb_relax=32.0)
     yield make("0x4x2x8", 0, 4, 2, 2, 8)

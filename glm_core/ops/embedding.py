@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from glm_core.dispatch import op
+from glm_core.ops.layout import gapped
 from glm_core.spec import Cost, Maker, Sample, given, integers, normal
 
 
@@ -20,6 +21,7 @@ def embedding_samples() -> Iterator[Sample]:
     yield Sample("repeated-7x33", {"ids": repeated, "weight": normal(7, 33), "shrink": 0.5})
     every_other: Maker = lambda draw: integers(0, 9, 3, 8)(draw)[:, ::2]  # noqa: E731
     yield Sample("3x4-9x33-strided", {"ids": every_other, "weight": normal(9, 33, strided=True)})
+    yield Sample("5-9x7-gapped", gapped({"ids": integers(0, 9, 5), "weight": normal(9, 7)}))
     yield Sample("40-3x16", {"ids": integers(0, 3, 40), "weight": normal(3, 16), "shrink": 0.1})
     yield Sample("2x5-50x7-tiny", {"ids": integers(0, 50, 2, 5), "weight": normal(50, 7, std=1e-6)})
     yield Sample("2x5-50x7-huge", {"ids": integers(0, 50, 2, 5), "weight": normal(50, 7, std=1e4)})

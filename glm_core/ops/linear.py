@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from glm_core.dispatch import op
+from glm_core.ops.layout import gapped
 from glm_core.ops.precision import num_bytes
 from glm_core.spec import Cost, Sample, normal
 
@@ -28,6 +29,7 @@ def linear_samples() -> Iterator[Sample]:
     yield make("2x5x96-64-nobias", (2, 5), 96, 64, bias=False)
     yield make("1x1-1", (1,), 1, 1)
     yield make("3x33-17-strided", (3,), 33, 17, strided=True)
+    yield Sample("3x33-17-gapped", gapped(make("", (3,), 33, 17).args))
     yield make("3x33-17-tiny", (3,), 33, 17, bias=False, std=1e-4)
     yield make("3x33-17-huge", (3,), 33, 17, std=1e3)
     yield make("0x16-8", (0,), 16, 8)

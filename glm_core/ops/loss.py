@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from glm_core.dispatch import op
+from glm_core.ops.layout import gapped
 from glm_core.ops.precision import num_bytes, wide
 from glm_core.spec import Cost, Maker, Sample, given, integers, normal
 
@@ -30,6 +31,7 @@ def linear_cross_entropy_samples() -> Iterator[Sample]:
     yield make("3x33-517-masked", 3, 33, 517, weights=[0.0, 1.0, 0.5])
     yield make("4x8-5-edges", 4, 8, 5, weights=[1.0, 2.0, 0.25, 0.0], labels=[0, 4, 4, 0])
     yield make("5x24-31-strided", 5, 24, 31, strided=True)
+    yield Sample("5x24-31-gapped", gapped(make("", 5, 24, 31).args))
     yield make("70x24-1031", 70, 24, 1031)
     yield make("1x1-1", 1, 1, 1)
     yield make("1x1-3", 1, 1, 3)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from glm_core.dispatch import op
+from glm_core.ops.layout import gapped
 from glm_core.ops.precision import num_bytes, wide
 from glm_core.spec import Cost, Draw, Maker, Sample, normal
 
@@ -34,21 +35,25 @@ def _fading(falloff: float, make: Maker) -> Maker:
 def _samples(residual: bool, bias: bool) -> Iterator[Sample]:
     def make(
         id: str, shape: tuple[int, ...], std: float = 1.0, strided: bool = False,
-        falloff: float = 1.0, **rest: float,
+        falloff: float = 1.0, mean: float = 0.0, gaps: bool = False, **rest: float,
     ) -> Sample:  # fmt: skip
-        args = {"x": _fading(falloff, normal(*shape, std=std, strided=strided))}
+        args = {"x": _fading(falloff, normal(*shape, mean=mean, std=std, strided=strided))}
         if residual:
             args["residual"] = _fading(falloff, normal(*shape, std=std, strided=strided))
         args["weight"] = normal(shape[-1], mean=1.0, std=0.2)
         if bias:
             args["bias"] = normal(shape[-1], std=0.2)
+        if gaps:
+            args = gapped(args)
         return Sample(id, {**args, **rest}, real="4096" in id)
 
     for id, shape in _SHAPES.items():
         yield make(id, shape)
     yield make("2x5x96-strided", (2, 5, 96), strided=True)
+    yield make("3x33-gapped", (3, 33), gaps=True)
     yield make("4x96-tiny", (4, 96), std=1e-3)  # variance comparable with eps
     yield make("4x96-huge", (4, 96), std=1e3)
+    yield make("4x96-offset", (4, 96), mean=100.0)  # a one-pass variance cancels
     yield make("4x96-eps", (4, 96), std=0.1, eps=1e-2)
     yield make("5x130-mixed", (5, 130), falloff=0.03)  # rows of very different magnitude
     if residual:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from glm_core.dispatch import op
+from glm_core.ops.layout import gapped
 from glm_core.ops.precision import num_bytes, wide
 from glm_core.spec import Cost, Draw, Maker, Sample, normal
 
@@ -25,6 +26,7 @@ def global_norm_samples() -> Iterator[Sample]:
     yield Sample("one", {"tensors": _lists((1,))})
     yield Sample("none", {"tensors": []})
     yield Sample("mixed-strided", {"tensors": _lists(*_SHAPES, strided=True)})
+    yield Sample("mixed-gapped", gapped({"tensors": _lists(*_SHAPES)}))
     yield Sample("mixed-tiny", {"tensors": _lists(*_SHAPES, std=1e-6)})
     yield Sample("mixed-huge", {"tensors": _lists(*_SHAPES, std=1e4)})
     yield Sample("4096x1024", {"tensors": _lists((4096, 1024))}, real=True)
@@ -68,6 +70,8 @@ def adamw_samples() -> Iterator[Sample]:
     yield make("mixed-tiny", _SHAPES, std=1e-7, eps=1e-6)
     yield make("mixed-huge", _SHAPES, std=1e4)
     yield make("mixed-strided", _SHAPES, strided=True)
+    yield Sample("mixed-gapped", gapped(make("", _SHAPES).args))
+    yield make("mixed-lr", _SHAPES, lr=0.1, weight_decay=0.5)
     yield make("one", ((1,),))
     yield make("none", ())
     yield make("mixed-step1", _SHAPES, step=1, beta1=0.8, beta2=0.95)

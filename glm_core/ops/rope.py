@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from glm_core.dispatch import op
+from glm_core.ops.layout import gapped
 from glm_core.ops.precision import num_bytes, wide
 from glm_core.spec import Cost, Draw, Maker, Sample, normal
 
@@ -57,6 +58,8 @@ def rope_samples() -> Iterator[Sample]:
     )
     yield make("2x5x3x16-2d", 2, 5, 3, 16, sections=2)
     yield make("2x5x3x24-2d-partial-interleaved", 2, 5, 3, 24, 2, 2 / 3, interleaved=True)
+    plain = make("", 2, 5, 3, 16, share=0.5).args
+    yield Sample("2x5x3x16-partial-gapped", gapped(plain))
     yield make("3x7x1x2-shared", 3, 7, 1, 2, shared=True)
     yield make("3x7x5x22-partial", 3, 7, 5, 22, share=0.5)  # five pairs
     yield make("1x1x1x2", 1, 1, 1, 2)

@@ -1,0 +1,154 @@
+"""What a case's results should be: the reference in float64, and what it makes of them in the
+working dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from glm_core.conformance.case import Case
+from glm_core.dispatch import Op
+
+Results = dict[str, Tensor]
+Function = Callable[..., Any]
+
+SMALL = 4096
+"""results up to which eight jittered runs are made; larger tensors pool over themselves, two do"""
+
+
+class Oracle(NamedTuple):
+    """Results by name: exact in float64; near in the working dtype, the plain run first."""
+
+    exact: Results
+    near: list[Results]
+
+
+class Jitter(TorchDispatchMode):
+    """Moves every float32 or float64 intermediate by -1, 0 or 1 ulp at random: as another order of
+    summation or another fused instruction might."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        results = out if isinstance(out, (tuple, list)) else (out,)
+        for value, facts in zip(results, func._schema.returns, strict=False):
+            fresh = facts.alias_info is None or facts.alias_info.is_write
+            if fresh and isinstance(value, Tensor) and value.dtype in (torch.float32, torch.float64):
+                self._move(value)
+        return out
+
+    def _move(self, x: Tensor) -> None:
+        steps = torch.randint(-1, 2, x.shape, generator=self.generator)
+        moved = x * (1 + steps * torch.finfo(x.dtype).eps)
+        x.copy_(torch.where(moved.isfinite(), moved, x))
+
+
+def forward(op: Op, function: Function, args: Mapping[str, Any]) -> Results:
+    """Outputs and mutated arguments by name: `out`, `out[1]`, `params[0]`."""
+    results = named("out", function(**args))
+    for name in op.mutates:
+        results |= named(name, args.get(name))
+    return results
+
+
+def named(name: str, value: Any) -> Results:
+    """The tensors of a value by name; None has none."""
+    if isinstance(value, Tensor):
+        return {name: value}
+    pairs = enumerate(value) if isinstance(value, (list, tuple)) else ()
+    return {k: t for i, v in pairs for k, t in named(f"{name}[{i}]", v).items()}
+
+
+def backward(op: Op, function: Function, args: Mapping[str, Any], strided: bool) -> Results:
+    """Vector-Jacobian products by name for drawn output gradients; with several outputs also for
+    each output alone: `d x`, `d x from out[1]`."""
+    leaves: Results = {}
+    args = {k: _leaf(k, v, leaves) if k in op.differentiable else v for k, v in args.items()}
+    outputs = named("out", function(**args))
+    pulls = {k: _cotangent(i, y, strided) for i, (k, y) in enumerate(outputs.items())}
+    groups = {"": list(outputs)}
+    if len(outputs) > 1:
+        groups |= {f" from {k}": [k] for k in outputs}
+    results = {}
+    for suffix, names in groups.items():
+        gradients = torch.autograd.grad(
+            [outputs[n] for n in names], list(leaves.values()), [pulls[n] for n in names],
+            retain_graph=True, allow_unused=True, materialize_grads=True,
+        )  # fmt: skip
+        results |= {f"d {k}{suffix}": g for k, g in zip(leaves, gradients, strict=True)}
+    return results
+
+
+def _leaf(name: str, value: Any, leaves: Results) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_leaf(f"{name}[{i}]", v, leaves) for i, v in enumerate(value)]
+    if not isinstance(value, Tensor):
+        return value
+    leaves[name] = value.detach().requires_grad_()
+    return leaves[name]
+
+
+def _cotangent(index: int, output: Tensor, strided: bool) -> Tensor:
+    """The gradient of an output: the same values in every dtype, a view with gaps if `strided`."""
+    shape = (*output.shape[:-1], output.shape[-1] * 2) if output.dim() else ()
+    g = torch.randn(shape, generator=torch.Generator().manual_seed(1000 + index)).bfloat16()
+    g = g.to(output.dtype).to(output.device)
+    g = g[..., ::2] if output.dim() else g
+    return g if strided else g.contiguous()
+
+
+def is_strided(args: Mapping[str, Any]) -> bool:
+    """Some argument is not contiguous."""
+    return any(not t.is_contiguous() for v in args.values() for t in named("", v).values())
+
+
+def compute(case: Case, function: Function, args: Mapping[str, Any]) -> Results:
+    """What the case is about: results in test mode, gradients in grad mode."""
+    if case.mode == "grad":
+        return backward(case.op, function, args, is_strided(args))
+    with torch.no_grad():
+        return forward(case.op, function, args)
+
+
+def _widened(args: Mapping[str, Any]) -> dict[str, Any]:
+    def widen(value: Any) -> Any:
+        if isinstance(value, list):
+            return [widen(v) for v in value]
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return {k: widen(v) for k, v in args.items()}
+
+
+_cache: dict[tuple[Op, str, torch.dtype, str], Oracle] = {}
+
+
+def oracle(case: Case) -> Oracle:
+    """The case's oracle; kept for the next backend unless the shape is a published model's."""
+    key = (case.op, case.sample.id, case.dtype, case.mode)
+    if key not in _cache:
+        made = _make(case)
+        if case.sample.real:
+            return made
+        _cache[key] = made
+    return _cache[key]
+
+
+def _make(case: Case) -> Oracle:
+    reference = case.op.reference
+    near = [compute(case, reference, case.sample.make(case.dtype))]
+    size = max((t.numel() for t in near[0].values()), default=0)
+    for seed in range(8 if size <= SMALL else 2):
+        args = case.sample.make(case.dtype)
+        with Jitter(seed):
+            near.append(compute(case, reference, args))
+    exact = compute(case, reference, _widened(case.sample.make(case.dtype)))
+    return Oracle(exact, near)

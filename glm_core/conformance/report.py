@@ -1,0 +1,79 @@
+"""What a conformance run found: counts, cases and the command that reruns each failure."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shlex
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+OUTCOMES = ("pass", "fail", "unsupported", "xfail")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """One case's outcome on one backend."""
+
+    id: str
+    backend: str
+    outcome: str
+    """pass, fail, unsupported (not run: the backend says why) or xfail (a known failure)"""
+    error_ratio: float | None = None
+    """error over the reference's own; None where nothing was compared"""
+    reason: str = ""
+    seconds: float = 0.0
+    measured: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """perf mode: times and rates, each with its unit in its name"""
+
+    @property
+    def rerun(self) -> str:
+        """The command that runs this case alone."""
+        words = ["glm-core", "conformance", "--backend", self.backend, "--id", self.id]
+        return shlex.join(words)
+
+    def to_json(self) -> dict[str, Any]:
+        """`error_ratio` is null where nothing finite was measured."""
+        finite = self.error_ratio is not None and math.isfinite(self.error_ratio)
+        row = {
+            "id": self.id,
+            "outcome": self.outcome,
+            "error_ratio": self.error_ratio if finite else None,
+            "reason": self.reason,
+        }
+        return row | ({"measured": dict(self.measured)} if self.measured else {})
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Report:
+    """A whole run on one backend."""
+
+    backend: str
+    results: Sequence[Result]
+    machine: Mapping[str, Any]
+    """where it ran: CPU, device, versions, commit"""
+
+    def count(self, outcome: str) -> int:
+        return Counter(r.outcome for r in self.results)[outcome]
+
+    @property
+    def failed(self) -> list[Result]:
+        return [r for r in self.results if r.outcome == "fail"]
+
+    @property
+    def ok(self) -> bool:
+        """Nothing failed and something ran."""
+        return not self.failed
+
+    def to_json(self) -> dict[str, Any]:
+        """The machine-readable result."""
+        names = {"passed": "pass", "failed": "fail", "unsupported": "unsupported"}
+        counts = {name: self.count(outcome) for name, outcome in names.items()}
+        return {
+            "backend": self.backend,
+            **counts,
+            "xfailed": self.count("xfail"),
+            "machine": dict(self.machine),
+            "cases": [r.to_json() for r in self.results],
+        }

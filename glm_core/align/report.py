@@ -1,0 +1,219 @@
+"""The verdict as one self-contained HTML file: curves in their envelope, deviations, gradient
+ratios, fallbacks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glm_core.align.charts import Band, Series, chart
+
+if TYPE_CHECKING:
+    from glm_core.align.campaign import Result
+    from glm_core.align.verdict import Pair
+
+    from glm_core.trace import Trace
+
+BLUE, RED, GREY = "#0b5cad", "#b00020", "#bbb"
+STYLE = """
+body{font:15px/1.45 Georgia,serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#000}
+body{background:#fff}h1{font-size:1.5rem}
+h2{border-top:2px solid #000;padding-top:.6rem;margin-top:2.5rem}
+table{border-collapse:collapse;margin:.8rem 0;font-size:14px}
+th{text-align:left;border-bottom:1px solid #000}
+td,th{padding:.2rem .9rem .2rem 0;vertical-align:top}
+td.n{text-align:right;font-variant-numeric:tabular-nums}
+figure{margin:1.2rem 0}figcaption{font-weight:bold}
+svg{max-width:100%;height:auto}svg text{font:11px sans-serif}
+.legend{font-size:13px;margin:0}
+.legend i{display:inline-block;width:14px;height:8px;margin:0 5px 0 14px}
+.bad{color:#b00020;font-weight:bold}.good{font-weight:bold}
+"""
+
+
+def write(result: Result, path: str | Path) -> Path:
+    """Writes the report of a whole `align.run`; returns the path."""
+    sections = [_pair(p, *_traces(result, p)) for p in result.pairs]
+    head = (
+        f"<h1>Loss curves across backends: {_verdict(result.verdict)}</h1>{_summary(result.pairs)}"
+    )
+    return _save(path, head + "".join(sections))
+
+
+def write_pair(pair: Pair, reference: Trace, candidate: Trace, path: str | Path) -> Path:
+    """Writes the report of one comparison of two trace files; returns the path."""
+    names = f"{escape(pair.candidate)} against {escape(pair.reference)}"
+    head = f"<h1>{names}: {_verdict(pair.verdict)}</h1>"
+    return _save(path, head + _summary([pair]) + _pair(pair, reference, candidate))
+
+
+def _save(path: str | Path, body: str) -> Path:
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Alignment</title>'
+        f"<style>{STYLE}</style></head><body>{body}</body></html>"
+    )
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(page, encoding="utf-8")
+    return target
+
+
+def _traces(result: Result, pair: Pair) -> tuple[Trace, Trace]:
+    return (
+        result.traces[f"{pair.reference}-{pair.dtype}"],
+        result.traces[f"{pair.candidate}-{pair.dtype}"],
+    )
+
+
+def _verdict(word: str) -> str:
+    return f'<span class="{"good" if word == "aligned" else "bad"}">{escape(word)}</span>'
+
+
+def _summary(pairs: Sequence[Pair]) -> str:
+    rows = [
+        (
+            p.candidate, p.dtype, _verdict(p.verdict), f"{p.max_envelope_ratio:.2f}",
+            f"{p.max_gradient_ratio:.2f}", f"{p.max_op_ratio:.2f}", p.first_step or "",
+            "; ".join(p.reasons),
+        )
+        for p in pairs
+    ]  # fmt: skip
+    head = ("candidate", "dtype", "verdict", "envelope", "gradients", "ops", "first step", "why")
+    note = "<p>Ratios are shares of what is allowed: above 1 is outside.</p>"
+    return table(head, rows, markup={2}) + note
+
+
+def _pair(pair: Pair, reference: Trace, candidate: Trace) -> str:
+    title = f"<h2>{escape(pair.candidate)}, {escape(pair.dtype)}: {_verdict(pair.verdict)}</h2>"
+    parts = [title, _curves(pair, reference, candidate), _deviation(pair, reference)]
+    parts += [_gradients(pair, reference), _findings(pair), _fallbacks(candidate)]
+    return "".join(parts) + _environments(reference, candidate)
+
+
+def _curves(pair: Pair, reference: Trace, candidate: Trace) -> str:
+    steps = range(1, len(pair.envelope.bound) + 1)
+    low = reference.loss[: len(steps)] - pair.envelope.bound
+    high = reference.loss[: len(steps)] + pair.envelope.bound
+    lines = [
+        Series(pair.reference, range(1, len(reference.loss) + 1), reference.loss),
+        Series(pair.candidate, range(1, len(candidate.loss) + 1), candidate.loss, BLUE),
+    ]
+    return chart("Loss", lines, [Band("envelope", steps, low, high, "#ddd")], y_label="loss")
+
+
+def _deviation(pair: Pair, reference: Trace) -> str:
+    steps = range(1, len(pair.envelope.bound) + 1)
+    controls = [
+        Series(
+            "control runs" if i == 0 else "",
+            steps,
+            abs(row - reference.loss)[: len(steps)],
+            GREY,
+            1.0,
+        )
+        for i, row in enumerate(reference.control_loss)
+    ]
+    lines = [
+        Series("bound", steps, pair.envelope.bound, RED, dash="5 3"),
+        Series(pair.candidate, steps, abs(pair.envelope.deviation), BLUE),
+    ]
+    return chart(
+        "Distance from the reference's curve",
+        [*controls, *lines],
+        y_label="|loss difference|",
+        log=True,
+    )
+
+
+def _gradients(pair: Pair, reference: Trace) -> str:
+    ratios = pair.gradient_ratio
+    if not ratios.size:
+        return "<p>No teacher forcing was recorded.</p>"
+    indices = range(1, ratios.shape[1] + 1)
+    dots = [
+        Series(f"step {step}", indices, row, color, dots=True)
+        for step, row, color in zip(
+            reference.capture_steps, ratios, (BLUE, "#000", "#777") * 9, strict=False
+        )
+    ]
+    limit = Series("limit", [1, ratios.shape[1]], [1.0, 1.0], RED, dash="5 3")
+    figure = chart(
+        "Gradient error against float64, as a share of what is allowed, per parameter",
+        [*dots, limit], x_label="parameter", y_label="ratio", log=True,
+    )  # fmt: skip
+    worst = sorted(zip(ratios.max(0), reference.parameters, strict=True), reverse=True)[:5]
+    return figure + table(("worst parameters", "ratio"), [(name, f"{r:.3f}") for r, name in worst])
+
+
+def _findings(pair: Pair) -> str:
+    if not pair.findings:
+        return "<p>No op stands out.</p>"
+    rows = [
+        (
+            f.op, f.direction, f.layer, f.step, f.tensor, "x".join(map(str, f.shape)), f.projection,
+            f"{f.z:.1f}", f"{f.effect:.2e}", f"{f.benign:.2e}", f"{f.ratio:.2f}",
+        )
+        for f in pair.findings[:20]
+    ]  # fmt: skip
+    head = (
+        "op",
+        "direction",
+        "layer",
+        "step",
+        "tensor",
+        "shape",
+        "projection",
+        "z",
+        "effect",
+        "benign",
+        "ratio",
+    )
+    return "<h3>Ops that stand out</h3>" + table(head, rows)
+
+
+def _fallbacks(candidate: Trace) -> str:
+    if not candidate.fallbacks:
+        return "<p>Nothing fell back to a reference op.</p>"
+    rows = [(f["op"], f["count"], f["reason"]) for f in candidate.fallbacks]
+    return "<h3>Ran on the reference instead of a kernel</h3>" + table(("op", "times", "why"), rows)
+
+
+def _environments(reference: Trace, candidate: Trace) -> str:
+    keys = sorted(set(reference.environment) | set(candidate.environment))
+    rows = [
+        (k, _plain(reference.environment.get(k)), _plain(candidate.environment.get(k)))
+        for k in keys
+    ]
+    rows += [
+        ("data order", reference.data_order[:16], candidate.data_order[:16]),
+        ("initial weights", reference.initial_weights[:16], candidate.initial_weights[:16]),
+        ("seconds", f"{reference.seconds:.1f}", f"{candidate.seconds:.1f}"),
+    ]
+    return "<h3>Environment</h3>" + table(("", reference.backend, candidate.backend), rows)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {v}" for k, v in value.items())
+    return "" if value is None else str(value)
+
+
+def table(
+    head: Sequence[str], rows: Iterable[Sequence[Any]], markup: set[int] | None = None
+) -> str:
+    """An HTML table; cells are escaped except in the columns of `markup`; numbers right-aligned."""
+    cells = []
+    for row in rows:
+        line = []
+        for i, value in enumerate(row):
+            text = str(value)
+            number = (
+                text.replace(".", "").replace("-", "").replace("e", "").replace("+", "").isdigit()
+            )
+            shown = text if i in (markup or ()) else escape(text)
+            line.append(f'<td class="n">{shown}</td>' if number else f"<td>{shown}</td>")
+        cells.append(f"<tr>{''.join(line)}</tr>")
+    names = "".join(f"<th>{escape(h)}</th>" for h in head)
+    return f"<table><tr>{names}</tr>{''.join(cells)}</table>"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import tomllib
 import typing
 from pathlib import Path
@@ -63,24 +65,27 @@ class ModelConfig:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
         if derived:
             object.__setattr__(self, "head_dim", self.hidden // max(self.num_heads, 1))
-        check(
-            self, positive("num_layers hidden num_heads num_kv_heads head_dim ffn vocab max_length")
-        )
+        sizes = "num_layers hidden num_heads num_kv_heads head_dim ffn vocab max_length"
         rotary = self.head_dim * self.rope_fraction / (2 if self.positions == "rope_2d" else 1)
         check(
             self,
+            positive(sizes),
             {
                 "num_heads": not derived
-                or self.hidden % self.num_heads == 0
+                or self.hidden % max(self.num_heads, 1) == 0
                 or f"does not divide hidden={self.hidden}; give head_dim or use a divisor",
-                "num_kv_heads": self.num_heads % self.num_kv_heads == 0
+                "num_kv_heads": self.num_heads % max(self.num_kv_heads, 1) == 0
                 or f"does not divide num_heads={self.num_heads}; use {divisors(self.num_heads)}",
                 "head_dim": self.positions == "learned_2d"
                 or rotary % 2 == 0
                 or f"gives {rotary:g} rotated dimensions; they must be even",
                 "rope_fraction": 0 < self.rope_fraction <= 1 or "must lie in (0, 1]",
-                "norm_eps": self.norm_eps > 0 or "must be positive",
-                "pb_relax": self.pb_relax >= 0 or "must be 0 (off) or positive",
+                "norm_eps": 0 < self.norm_eps < math.inf or "must be positive",
+                "rope_base": 1 < self.rope_base < math.inf or "must be greater than 1",
+                "init_std": 0 <= self.init_std < math.inf or "must not be negative",
+                "embedding_gradient_shrink": 0 <= self.embedding_gradient_shrink <= 1
+                or "must lie in [0, 1]",
+                "pb_relax": 0 <= self.pb_relax < math.inf or "must be 0 (off) or positive",
                 "placement": (self.placement, self.norm)
                 not in {("deepnorm", "rms"), ("sandwich", "layer")}
                 or f"is not defined with norm={self.norm!r}; "
@@ -115,16 +120,16 @@ class DataConfig:
     """[MASK] or [sMASK] samples packed into one sequence, more if they are short (GLM-130B: 4)"""
 
     def __post_init__(self) -> None:
-        check(self, positive("vocab length samples_per_sequence"))
         ratios = ["gmask_prob", "sentence_prob", "mask_ratio", "min_gmask_ratio"]
-        check(self, {k: 0 <= getattr(self, k) <= 1 or "must lie in [0, 1]" for k in ratios})
         check(
             self,
+            positive("vocab length samples_per_sequence"),
+            {k: 0 <= getattr(self, k) <= 1 or "must lie in [0, 1]" for k in ratios},
             {
                 "sentence_prob": self.gmask_prob + self.sentence_prob <= 1
                 or f"plus gmask_prob={self.gmask_prob} exceeds 1",
                 "length": self.length >= 16 or "must be at least 16",
-                "span_mean": self.span_mean > 0 or "must be positive",
+                "span_mean": 0 < self.span_mean < math.inf or "must be positive",
             },
         )
 
@@ -170,22 +175,35 @@ class TrainConfig:
     """torch.compile(model, fullgraph=True)"""
 
     def __post_init__(self) -> None:
-        check(self, positive("steps micro_batch global_batch keep loss_scale loss_scale_window"))
+        m = max(self.micro_batch, 1)
+        multiple = f"multiple of micro_batch={self.micro_batch}"
+        grown = self.global_batch - self.ramp_from
         check(
             self,
+            positive(
+                "steps micro_batch global_batch keep loss_scale loss_scale_window "
+                "loss_scale_hysteresis lr eps"
+            ),
             {
-                "global_batch": self.global_batch % self.micro_batch == 0
-                or f"is not a multiple of micro_batch={self.micro_batch}",
-                "ramp_from": self.ramp_from % self.micro_batch == 0
-                or f"is not a multiple of micro_batch={self.micro_batch}",
+                "global_batch": self.global_batch % m == 0 or f"is not a {multiple}",
+                "ramp_from": (0 <= self.ramp_from <= self.global_batch and self.ramp_from % m == 0)
+                or f"must be 0 (off) or a {multiple} up to global_batch={self.global_batch}",
                 "ramp_increment": not self.ramp_from
-                or (self.ramp_increment > 0 and self.ramp_increment % self.micro_batch == 0)
-                or f"must be a positive multiple of micro_batch={self.micro_batch} with ramp_from",
-                "lr": self.lr > 0 or "must be positive",
+                or (
+                    self.ramp_increment > 0
+                    and self.ramp_increment % m == grown % self.ramp_increment == 0
+                )
+                or f"must be a {multiple} that divides global_batch - ramp_from = {grown}",
+                "ramp_samples": self.ramp_samples > 0
+                or not self.ramp_from
+                or "must be positive with ramp_from",
                 "min_lr": 0 <= self.min_lr <= self.lr or f"must lie in [0, lr={self.lr}]",
-                "warmup_steps": self.warmup_steps >= 0 or "must not be negative",
                 "beta1": 0 <= self.beta1 < 1 or "must lie in [0, 1)",
                 "beta2": 0 <= self.beta2 < 1 or "must lie in [0, 1)",
+            },
+            {
+                k: 0 <= getattr(self, k) < math.inf or "must not be negative"
+                for k in ("weight_decay", "clip", "warmup_steps", "save_every")
             },
         )
 
@@ -220,50 +238,58 @@ def divisors(n: int) -> str:
     return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
 
 
-def check(config: Any, rules: dict[str, Any]) -> None:
+def check(config: Any, *rules: dict[str, Any]) -> None:
     """Raises one ConfigError that lists every broken rule (a rule is True, or the text that says
-    why not)."""
-    bad = []
-    for key, rule in rules.items():
+    why not, or None for a positive number); of a field's rules the first that is broken."""
+    bad: dict[str, str] = {}
+    for key, rule in (item for table in rules for item in table.items()):
         value = getattr(config, key)
         if rule is None:
-            rule = value > 0 or "must be positive"
+            finite = " and finite" if isinstance(value, float) else ""
+            rule = 0 < value < math.inf or "must be positive" + finite
         if rule is not True:
-            bad.append(
-                f"{key}={value} {rule}" if not dataclasses.is_dataclass(value) else f"{key}.{rule}"
-            )
-    for name, hint in typing.get_type_hints(type(config)).items() if rules else ():
-        if typing.get_origin(hint) is Literal and getattr(config, name) not in typing.get_args(
-            hint
-        ):
-            allowed = ", ".join(map(str, typing.get_args(hint)))
-            bad.append(f"{name} must be one of {allowed}; received {getattr(config, name)!r}")
+            told = f".{rule}" if dataclasses.is_dataclass(value) else f"={value} {rule}"
+            bad.setdefault(key, key + told)
+    for name, hint in typing.get_type_hints(type(config)).items():
+        allowed = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+        if allowed and getattr(config, name) not in allowed:
+            known = ", ".join(map(str, allowed))
+            bad[name] = f"{name} must be one of {known}; received {getattr(config, name)!r}"
     if bad:
-        raise ConfigError(f"{type(config).__name__}: " + "; ".join(dict.fromkeys(bad)))
+        raise ConfigError(f"{type(config).__name__}: " + "; ".join(bad.values()))
 
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
     """Builds a config from nested plain values; unknown keys and wrong types are all reported at
     once."""
     hints = typing.get_type_hints(cls)
+    strange: list[str] = []
     bad: list[str] = []
     built: dict[str, Any] = {}
     for key, value in values.items():
         path, hint = f"{where}{key}", hints.get(key)
         if hint is None:
-            bad.append(unknown("key", path, [where + h for h in hints]))
+            strange.append(unknown("key", path, [where + h for h in hints]))
         elif dataclasses.is_dataclass(hint):
             if isinstance(value, dict):
-                built[key] = from_dict(typing.cast(type[Any], hint), value, path + ".")
+                try:
+                    built[key] = from_dict(typing.cast(type[Any], hint), value, path + ".")
+                except ConfigError as error:
+                    bad.append(str(error))
             else:
                 bad.append(f"{path}: expected a table, received {value!r}")
         else:
             built[key] = float(value) if hint is float and type(value) is int else value
             if isinstance(hint, type) and type(built[key]) is not hint:
                 bad.append(f"{path}: expected {hint.__name__}, received {value!r}")
-    if bad:
-        raise ConfigError("; ".join(bad))
-    return cls(**built)
+    if not bad:  # otherwise defaults would stand in for what could not be read
+        try:
+            made = cls(**built)
+        except ConfigError as error:
+            bad.append(str(error))
+    if strange or bad:
+        raise ConfigError("; ".join(strange + bad))
+    return made
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -279,6 +305,8 @@ def load(path: str | Path) -> RunConfig:
         raise ConfigError(f"{path}: no such file; pass an existing TOML run file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML ({error})") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def dumps(config: RunConfig) -> str:
@@ -288,8 +316,8 @@ def dumps(config: RunConfig) -> str:
         if isinstance(value, bool):
             return str(value).lower()
         if isinstance(value, str):
-            escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-            return f'"{escaped}"'
+            # JSON's escapes are TOML's, but for DEL
+            return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
         return repr(value)
 
     return "\n".join(

@@ -25,7 +25,9 @@ def variant(option: str) -> Backend:
     backend = _backend(option)
     for name, op in all_ops().items():
         if name not in backend.kernels or kernels._ops.get(name) is not op:
-            backend.implements(op, kernels.predicate(op, option or CPU))(kernels.kernel(op, option or CPU))
+            backend.implements(op, kernels.predicate(op, option or CPU))(
+                kernels.kernel(op, option or CPU)
+            )
     return backend
 
 

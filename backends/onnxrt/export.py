@@ -19,7 +19,13 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
-from glm_core.backends.onnxrt.call import SEPARATOR, BranchesOnNumberError, Call, positions, unflatten
+from glm_core.backends.onnxrt.call import (
+    SEPARATOR,
+    BranchesOnNumberError,
+    Call,
+    positions,
+    unflatten,
+)
 from glm_core.backends.onnxrt.graph import Graph, Number, Value
 from glm_core.backends.onnxrt.translate import translate
 from glm_core.errors import UnsupportedOpError

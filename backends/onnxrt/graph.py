@@ -112,7 +112,9 @@ class Graph:
     def output(self, value: Value) -> None:
         """The next graph output, in its own dtype, under a name that no other output has."""
         name = f"o{len(self.outputs)}"
-        kind, attributes = ("Cast", {"to": ELEMENT[value.dtype]}) if value.dtype in HALF else ("Identity", {})
+        kind, attributes = (
+            ("Cast", {"to": ELEMENT[value.dtype]}) if value.dtype in HALF else ("Identity", {})
+        )
         self.nodes.append(helper.make_node(kind, [value.name], [name], **attributes))
         self.outputs.append(helper.make_tensor_value_info(name, ELEMENT[value.dtype], value.shape))
 

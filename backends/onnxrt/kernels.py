@@ -49,7 +49,13 @@ def ready(
 def define(op: Op) -> None:
     """Makes the op's custom ops: NAME and NAME_vjp, or NAME_ for one that writes in place."""
     if op.mutates:
-        _define(f"{op.name}_", f"(Tensor(a!)[] written, Tensor[] read, {_REST}) -> ()", op, _update, _fake_update)
+        _define(
+            f"{op.name}_",
+            f"(Tensor(a!)[] written, Tensor[] read, {_REST}) -> ()",
+            op,
+            _update,
+            _fake_update,
+        )
         return
     if _define(op.name, f"(Tensor[] tensors, {_REST}) -> Tensor[]", op, _forward, _fake_forward):
         _library.impl(op.name, _differentiable(op.name), "Autograd")
@@ -75,11 +81,15 @@ def custom_op(name: str) -> Any:
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
-def _forward(op: Op, tensors: list[Tensor], numbers: list[float], layout: str, provider: str) -> list[Tensor]:
+def _forward(
+    op: Op, tensors: list[Tensor], numbers: list[float], layout: str, provider: str
+) -> list[Tensor]:
     return ready(op, "forward", tensors, numbers, layout, provider).run(tensors, (), ())
 
 
-def _fake_forward(op: Op, tensors: list[Tensor], numbers: list[float], layout: str, provider: str) -> list[Tensor]:
+def _fake_forward(
+    op: Op, tensors: list[Tensor], numbers: list[float], layout: str, provider: str
+) -> list[Tensor]:
     results = op.reference(*unflatten(layout, tensors, numbers))
     results = [results] if isinstance(results, Tensor) else results
     return [r.new_empty(r.shape) for r in results]
@@ -117,7 +127,9 @@ def _fake_update(op: Op, *args: Any) -> None:
 
 class _Differentiable(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, name: str, numbers: list[float], layout: str, provider: str, *tensors: Tensor) -> Any:
+    def forward(
+        ctx: Any, name: str, numbers: list[float], layout: str, provider: str, *tensors: Tensor
+    ) -> Any:
         ctx.call = (name, numbers, layout, provider)
         ctx.save_for_backward(*tensors)
         with torch._C._AutoDispatchBelowAutograd():
@@ -138,7 +150,9 @@ class _Differentiable(torch.autograd.Function):
 
 
 def _differentiable(name: str) -> Callable[..., list[Tensor]]:
-    def run(tensors: list[Tensor], numbers: list[float], layout: str, provider: str) -> list[Tensor]:
+    def run(
+        tensors: list[Tensor], numbers: list[float], layout: str, provider: str
+    ) -> list[Tensor]:
         return list(_Differentiable.apply(name, numbers, layout, provider, *tensors))
 
     return run
@@ -174,7 +188,10 @@ def kernel(op: Op, provider: str) -> Callable[..., Any]:
 
     def run(*args: Any, **kwargs: Any) -> Any:
         layout, tensors, numbers = flatten(bind(args, kwargs))
-        results = target(tensors, numbers, layout, provider)
+        if tensors:
+            results = target(tensors, numbers, layout, provider)
+        else:  # torch picks a custom op's implementation by its tensors
+            results = _forward(op, tensors, numbers, layout, provider)
         return results[0] if len(results) == 1 else tuple(results)
 
     def update(*args: Any, **kwargs: Any) -> None:
@@ -182,7 +199,8 @@ def kernel(op: Op, provider: str) -> Callable[..., Any]:
         places = positions(op, layout, op.mutates)
         written = [tensors[i] for i in places]
         read = [t for i, t in enumerate(tensors) if i not in places]
-        target(written, read, numbers, layout, provider)
+        if written:
+            target(written, read, numbers, layout, provider)
 
     return update if op.mutates else run
 
@@ -199,12 +217,16 @@ def predicate(op: Op, provider: str) -> Callable[..., Support]:
         layout, tensors, numbers = flatten(arguments)
         if torch.compiler.is_compiling() or any(isinstance(t, FakeTensor) for t in tensors):
             return SUPPORTED  # shapes may be symbols: the program is made at the first real call
+        if op.mutates and not positions(op, layout, op.mutates):
+            return SUPPORTED  # nothing to write
         return _try(op, layout, tensors, numbers, provider)
 
     return supports
 
 
-def _try(op: Op, layout: str, tensors: list[Tensor], numbers: list[float], provider: str) -> Support:
+def _try(
+    op: Op, layout: str, tensors: list[Tensor], numbers: list[float], provider: str
+) -> Support:
     directions: list[Direction] = ["update" if op.mutates else "forward"]
     if torch.is_grad_enabled() and not op.mutates and any(t.requires_grad for t in tensors):
         directions.append("vjp")

@@ -1,4 +1,4 @@
-"""Is a backend right? Cases made from the ops' own samples, judged against the float64 reference."""
+"""Is a backend right? Cases from the ops' own samples, judged against the float64 reference."""
 
 from glm_core.conformance.case import MODES, Case, every_case, select
 from glm_core.conformance.report import Report, Result

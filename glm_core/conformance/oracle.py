@@ -32,7 +32,7 @@ class Jitter(TorchDispatchMode):
     summation or another fused instruction might."""
 
     def __init__(self, seed: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
         self.generator = torch.Generator().manual_seed(seed)
 
     def __torch_dispatch__(
@@ -42,7 +42,11 @@ class Jitter(TorchDispatchMode):
         results = out if isinstance(out, (tuple, list)) else (out,)
         for value, facts in zip(results, func._schema.returns, strict=False):
             fresh = facts.alias_info is None or facts.alias_info.is_write
-            if fresh and isinstance(value, Tensor) and value.dtype in (torch.float32, torch.float64):
+            if (
+                fresh
+                and isinstance(value, Tensor)
+                and value.dtype in (torch.float32, torch.float64)
+            ):
                 self._move(value)
         return out
 
@@ -78,7 +82,7 @@ def backward(op: Op, function: Function, args: Mapping[str, Any], strided: bool)
     groups = {"": list(outputs)}
     if len(outputs) > 1:
         groups |= {f" from {k}": [k] for k in outputs}
-    results = {}
+    results: Results = {}
     for suffix, names in groups.items():
         gradients = torch.autograd.grad(
             [outputs[n] for n in names], list(leaves.values()), [pulls[n] for n in names],

@@ -48,9 +48,9 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
 def adamw_samples() -> Iterator[Sample]:
     scale: Maker = lambda draw: torch.tensor(0.5, device=draw.device)  # noqa: E731
 
-    def positive(*shape: int) -> Maker:
-        make = normal(*shape, wide=True)
-        return lambda draw: make(draw).square() * 1e-2
+    def positive(*shape: int, std: float) -> Maker:
+        make = normal(*shape, std=0.1 * std, wide=True)
+        return lambda draw: make(draw).square()
 
     def make(
         id: str, shapes: tuple[tuple[int, ...], ...], std: float = 1.0, strided: bool = False,
@@ -60,7 +60,7 @@ def adamw_samples() -> Iterator[Sample]:
             "params": _lists(*shapes, wide=True, strided=strided),
             "grads": _lists(*shapes, std=std, strided=strided),
             "exp_avgs": _lists(*shapes, std=0.1 * std, wide=True),
-            "exp_avg_sqs": [positive(*s) for s in shapes],
+            "exp_avg_sqs": [positive(*s, std=std) for s in shapes],
             "grad_scale": scale, "step": 3, "lr": 1e-3,
         }  # fmt: skip
         return Sample(id, {**args, **rest}, real="4096" in id)

@@ -1,0 +1,15 @@
+from setuptools import setup
+from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+SOURCES = ["driver", "plugin", "faults", "dispatch", "ops"]
+
+setup(
+    ext_modules=[
+        CppExtension(
+            "vendor_sim._C",
+            [f"csrc/{name}.cpp" for name in SOURCES],
+            extra_compile_args=["-O1", "-Wall"],
+        )
+    ],
+    cmdclass={"build_ext": BuildExtension},
+)

@@ -1,5 +1,6 @@
-"""Every op, gradients included, exported from its reference and run by ONNX Runtime: arithmetic that shares nothing
-with torch. `onnxrt:<ExecutionProvider>` selects any provider, with ONNX Runtime's own fallbacks switched off."""
+"""Every op, gradients included, exported from its reference and run by ONNX Runtime: arithmetic
+that shares nothing with torch. `onnxrt:<ExecutionProvider>` selects any provider, with ONNX
+Runtime's own fallbacks switched off."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ VERIFIED = {
 
 
 def variant(option: str) -> Backend:
-    """The backend on execution provider `option` (ONNX Runtime's own CPU provider without one), with a kernel for
-    every op declared by now."""
+    """The backend on execution provider `option` (ONNX Runtime's own CPU provider without one),
+    with a kernel for every op declared by now."""
     backend = _backend(option)
     for name, op in all_ops().items():
         if name not in backend.kernels or kernels._ops.get(name) is not op:

@@ -1,4 +1,4 @@
-"""What one call of an op is, apart from its values: the key under which graphs and sessions are kept."""
+"""What one call of an op is, apart from its values: the key under which models are kept."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Call(NamedTuple):
 
 
 def flatten(arguments: Iterable[Any]) -> tuple[str, list[Tensor], list[float]]:
-    """(layout, tensors, numbers) of arguments: per argument T, N, a list's length, or the constant itself.
-    Plain enough for torch.compile to trace."""
+    """(layout, tensors, numbers) of arguments; the layout has, per argument, T, N, a list's length
+    or the constant itself. Plain enough for torch.compile to trace."""
     layout: list[str] = []
     tensors: list[Tensor] = []
     numbers: list[float] = []

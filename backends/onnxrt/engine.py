@@ -1,4 +1,4 @@
-"""Models in ONNX Runtime sessions of one provider, and torch tensors bound to them without a copy."""
+"""Models in ONNX Runtime sessions of one provider; torch tensors bound to them without a copy."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ OPTIONS = {
 }
 """provider -> options that keep its arithmetic in the graph's own dtypes"""
 DTYPES = {
-    "float": torch.float32, "double": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16,
-    "bool": torch.bool, "uint8": torch.uint8, "int8": torch.int8, "int32": torch.int32, "int64": torch.int64,
+    "float": torch.float32, "double": torch.float64, "float16": torch.float16,
+    "bfloat16": torch.bfloat16, "bool": torch.bool, "uint8": torch.uint8, "int8": torch.int8,
+    "int32": torch.int32, "int64": torch.int64,
 }  # fmt: skip
 ELEMENT = {
     torch.float32: 1, torch.uint8: 2, torch.int8: 3, torch.int32: 6, torch.int64: 7, torch.bool: 9,
@@ -36,13 +37,14 @@ class Port(NamedTuple):
     """One input or output of a model."""
 
     name: str
-    index: int
+    position: int
     shape: list[int]
     dtype: torch.dtype
 
 
 class Program:
-    """A model in a session of its own. Raises UnsupportedOpError with the provider's words where it refuses."""
+    """A model in a session of its own. Raises UnsupportedOpError with the provider's own words
+    where it refuses."""
 
     def __init__(self, model: bytes, provider: str, threads: int) -> None:
         import onnxruntime
@@ -84,13 +86,15 @@ class Program:
             function(port.name, "cpu", 0, ELEMENT[port.dtype], port.shape, address)
 
         for port in self.tensors:
-            bind(binding.bind_input, port, tensors[port.index].contiguous())
+            bind(binding.bind_input, port, tensors[port.position].contiguous())
         for port in self.cotangents:
-            bind(binding.bind_input, port, cotangents[port.index].contiguous())
+            bind(binding.bind_input, port, cotangents[port.position].contiguous())
         if self.numbers:
             values = evaluate(self.steps, numbers)
             for port in self.numbers:
-                bind(binding.bind_input, port, torch.tensor(values[port.index], dtype=port.dtype))
+                bind(
+                    binding.bind_input, port, torch.tensor(values[port.position], dtype=port.dtype)
+                )
         results = [torch.empty(port.shape, dtype=port.dtype) for port in self.outputs]
         for port, result in zip(self.outputs, results, strict=True):
             bind(binding.bind_output, port, result)
@@ -108,7 +112,7 @@ def _port(argument: Any) -> Port:
 
 
 def evaluate(steps: Sequence[Sequence[Any]], numbers: Sequence[float]) -> list[float]:
-    """The call's numbers, then what the reference computes from them, in Python's own arithmetic."""
+    """The call's numbers, then what the reference makes of them, in Python's own arithmetic."""
     values = list(numbers)
     for name, arguments in steps:
         function = getattr(operator, name, None) or getattr(torch, name)
@@ -117,7 +121,8 @@ def evaluate(steps: Sequence[Sequence[Any]], numbers: Sequence[float]) -> list[f
 
 
 def program(call: Call, provider: str, threads: int) -> Program:
-    """The loaded model of a call, exported unless it lies on the disk. Raises UnsupportedOpError, each time."""
+    """The loaded model of a call, exported unless it lies on the disk. Raises UnsupportedOpError,
+    each time."""
     made = _attempt(call, provider, threads)
     if isinstance(made, UnsupportedOpError):
         raise type(made)(str(made))

@@ -1,7 +1,7 @@
 """From an op's reference to an ONNX model: forward, vector-Jacobian product, or in-place update.
 
-Shapes are static: providers of accelerators want them so, and the shape arithmetic of dynamic ones would run on ONNX
-Runtime's CPU provider, which is the unseen fallback that this backend rules out."""
+Shapes are static: providers of accelerators want them so, and the shape arithmetic of dynamic ones
+would run on ONNX Runtime's CPU provider, the unseen fallback that this backend rules out."""
 
 from __future__ import annotations
 
@@ -43,8 +43,9 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
 
 def export(call: Call) -> bytes:
-    """The serialised model; its inputs are t<i> (tensor i), g<i> (gradient of result i) and n<i>_<dtype> (number i).
-    Raises UnsupportedOpError where the reference cannot be traced or translated."""
+    """The serialised model; its inputs are t<i> (tensor i), g<i> (gradient of result i) and
+    n<i>_<dtype> (number i). Raises UnsupportedOpError where the reference cannot be traced or
+    translated."""
     try:
         traced, names = trace(call)
     except GuardOnDataDependentSymNode as error:
@@ -89,7 +90,8 @@ def _symbols(shapes: ShapeEnv, layout: str) -> list[Any]:
 
 
 def outcomes(result: Any) -> list[Tensor]:
-    """A reference's result as a flat list. Raises UnsupportedOpError unless it is a tensor, several, or None."""
+    """A reference's result as a flat list. Raises UnsupportedOpError unless it is a tensor,
+    several, or None."""
     if result is None:
         return []
     flat = [result] if isinstance(result, Tensor) else result
@@ -112,7 +114,7 @@ def vjp(call: Call) -> Traced:
             placed = dict(zip(chosen, values, strict=True))
             return forward(call)([placed.get(i, x) for i, x in enumerate(t)], n, ())
 
-        _, pullback = torch.func.vjp(of_chosen, *(t[i] for i in chosen))
+        pullback = torch.func.vjp(of_chosen, *(t[i] for i in chosen))[1]
         return list(pullback(list(g)))
 
     return function
@@ -131,8 +133,9 @@ def update(call: Call) -> Traced:
 
 
 def build(traced: GraphModule, names: list[str]) -> bytes:
-    """The ATen program as an ONNX model. Arithmetic on numbers stays out of it: `numbers` in the model's metadata
-    lists it, to be done in Python's floats as the reference does it, since 1 - 0.999 in float32 is off by 1e-5."""
+    """The ATen program as an ONNX model. Arithmetic on numbers stays out of it: `numbers` in the
+    model's metadata lists it, to be done in Python's floats as the reference does it, since
+    1 - 0.999 in float32 is off by 1e-5."""
     graph, program = Graph(), [n for n in names if n.startswith("n")]
     steps: list[list[Any]] = []
     known: dict[Node, Any] = {}
@@ -141,7 +144,7 @@ def build(traced: GraphModule, names: list[str]) -> bytes:
 
     def number(node: Node) -> Number:
         function: Any = node.target
-        arguments = [["#", known[a].index] if isinstance(a, Node) else a for a in node.args]
+        arguments = [["#", known[a].position] if isinstance(a, Node) else a for a in node.args]
         steps.append([function.__name__, arguments])
         return Number(len(program) + len(steps) - 1)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import onnx
@@ -10,17 +10,20 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
+from glm_core.errors import UnsupportedOpError
+
 OPSET = 18  # the oldest with reduction axes as inputs; older opsets run on more providers
 ELEMENT = {
-    torch.float32: TensorProto.FLOAT, torch.float64: TensorProto.DOUBLE, torch.float16: TensorProto.FLOAT16,
-    torch.bfloat16: TensorProto.BFLOAT16, torch.bool: TensorProto.BOOL, torch.uint8: TensorProto.UINT8,
-    torch.int8: TensorProto.INT8, torch.int32: TensorProto.INT32, torch.int64: TensorProto.INT64,
+    torch.float32: TensorProto.FLOAT, torch.float64: TensorProto.DOUBLE,
+    torch.float16: TensorProto.FLOAT16, torch.bfloat16: TensorProto.BFLOAT16,
+    torch.bool: TensorProto.BOOL, torch.uint8: TensorProto.UINT8, torch.int8: TensorProto.INT8,
+    torch.int32: TensorProto.INT32, torch.int64: TensorProto.INT64,
 }  # fmt: skip
 HALF = (torch.float16, torch.bfloat16)
 
 
 class Value(NamedTuple):
-    """A tensor of the traced program: its name in the ONNX graph, and its shape and dtype as torch sees them."""
+    """A tensor of the traced program: its name in the ONNX graph; shape and dtype as in torch."""
 
     name: str
     fake: Tensor
@@ -37,15 +40,36 @@ class Value(NamedTuple):
 class Number(NamedTuple):
     """A Python number that is known only when the graph is run."""
 
-    index: int
+    position: int
 
 
 Operand = Value | Number | bool | int | float
+Translation = Callable[..., Any]
+"""(graph, out, **arguments by ATen's names) -> name of the result, or several"""
+
+
+class Table(dict[str, Translation]):
+    """Translations by ATen's name without overload."""
+
+    def translation(self, *names: str) -> Callable[[Translation], Translation]:
+        """Enters a function."""
+
+        def register(function: Translation) -> Translation:
+            self.update(dict.fromkeys(names, function))
+            return function
+
+        return register
+
+
+def refuse(what: str) -> UnsupportedOpError:
+    """For arguments that a translation does not cover."""
+    return UnsupportedOpError(f"{what} has no ONNX translation; write the reference without it")
 
 
 def inside(dtype: torch.dtype) -> torch.dtype:
-    """The dtype a value has inside the graph: float16 and bfloat16 values are held exactly in float32, because no
-    CPU provider computes in them, and rounded after every arithmetic node, as torch's own ops are."""
+    """The dtype a value has inside the graph: float16 and bfloat16 values are held exactly in
+    float32, because no CPU provider computes in them, and rounded after every arithmetic node, as
+    torch's own ops are."""
     return torch.float32 if dtype in HALF else dtype
 
 
@@ -90,7 +114,7 @@ class Graph:
         if isinstance(x, Value):
             return x.name if inside(x.dtype) == dtype else self.cast(x.name, dtype)
         if isinstance(x, Number):
-            return self.input(f"n{x.index}_{str(dtype)[6:]}", dtype, ())
+            return self.input(f"n{x.position}_{str(dtype)[6:]}", dtype, ())
         return self.constant(torch.tensor(x, dtype=dtype))
 
     def cast(self, name: str, dtype: torch.dtype) -> str:
@@ -112,10 +136,11 @@ class Graph:
     def output(self, value: Value) -> None:
         """The next graph output, in its own dtype, under a name that no other output has."""
         name = f"o{len(self.outputs)}"
-        kind, attributes = (
-            ("Cast", {"to": ELEMENT[value.dtype]}) if value.dtype in HALF else ("Identity", {})
-        )
-        self.nodes.append(helper.make_node(kind, [value.name], [name], **attributes))
+        if value.dtype in HALF:
+            last = helper.make_node("Cast", [value.name], [name], to=ELEMENT[value.dtype])
+        else:
+            last = helper.make_node("Identity", [value.name], [name])
+        self.nodes.append(last)
         self.outputs.append(helper.make_tensor_value_info(name, ELEMENT[value.dtype], value.shape))
 
     def model(self, metadata: dict[str, str]) -> bytes:

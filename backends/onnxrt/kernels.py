@@ -1,7 +1,8 @@
-"""Every op as torch custom ops that run on ONNX Runtime: visible to autograd, torch.compile and FakeTensor.
+"""Every op as torch custom ops that run on ONNX Runtime: autograd, torch.compile, FakeTensor see them.
 
-Registered by `Library.impl` with an autograd.Function of our own: torch.library.register_autograd costs 330 us more
-per forward and backward (420 against 90 us for an op that does nothing, one thread, torch 2.13)."""
+Registered by `Library.impl` with an autograd.Function of our own: torch.library.register_autograd
+costs 330 us more per forward and backward (420 against 90 us for an op that does nothing, one
+thread, torch 2.13)."""
 
 from __future__ import annotations
 
@@ -16,10 +17,16 @@ from torch.autograd.function import once_differentiable
 
 from glm_core.backends.onnxrt import engine
 from glm_core.backends.onnxrt.call import (
-    BranchesOnNumberError, Call, Direction, flatten, positions, strange, unflatten,
-)  # fmt: skip
+    BranchesOnNumberError,
+    Call,
+    Direction,
+    flatten,
+    positions,
+    strange,
+    unflatten,
+)
 from glm_core.dispatch import Op
-from glm_core.errors import ShapeError
+from glm_core.errors import ShapeError, UnsupportedOpError
 from glm_core.spec import SUPPORTED, Support, unsupported
 
 NAMESPACE = "glm_core_onnxrt"
@@ -31,10 +38,16 @@ _REST = "Scalar[] numbers, str layout, str provider"
 
 
 def ready(
-    op: Op, direction: Direction, tensors: Sequence[Tensor], numbers: Sequence[float], layout: str, provider: str
-) -> engine.Program:  # fmt: skip
-    """The loaded program of a call. Numbers of in-place ops change every step (learning rate, step), so they are
-    its inputs, unless the reference branches on one: then each new value costs an export."""
+    op: Op,
+    direction: Direction,
+    tensors: Sequence[Tensor],
+    numbers: Sequence[float],
+    layout: str,
+    provider: str,
+) -> engine.Program:
+    """The loaded program of a call. Numbers of in-place ops change every step (learning rate,
+    step), so they are its inputs, unless the reference branches on one: then each new value costs
+    an export."""
     constants = tuple(numbers)
     specs = tuple((t.dtype, t.shape) for t in tensors)
     threads = torch.get_num_threads()
@@ -65,7 +78,7 @@ def define(op: Op) -> None:
 
 def _define(
     name: str, schema: str, op: Op, run: Callable[..., Any], fake: Callable[..., Any]
-) -> bool:  # fmt: skip
+) -> bool:
     new = name not in _ops
     _ops[name] = op  # an op declared again under its old name replaces the old one
     if new:
@@ -96,21 +109,36 @@ def _fake_forward(
 
 
 def _vjp(
-    op: Op, tensors: list[Tensor], cotangents: list[Tensor], numbers: list[float], layout: str, provider: str
-) -> list[Tensor]:  # fmt: skip
+    op: Op,
+    tensors: list[Tensor],
+    cotangents: list[Tensor],
+    numbers: list[float],
+    layout: str,
+    provider: str,
+) -> list[Tensor]:
     return ready(op, "vjp", tensors, numbers, layout, provider).run(tensors, cotangents, ())
 
 
 def _fake_vjp(
-    op: Op, tensors: list[Tensor], cotangents: list[Tensor], numbers: list[float], layout: str, provider: str
-) -> list[Tensor]:  # fmt: skip
+    op: Op,
+    tensors: list[Tensor],
+    cotangents: list[Tensor],
+    numbers: list[float],
+    layout: str,
+    provider: str,
+) -> list[Tensor]:
     chosen = positions(op, layout, op.differentiable)
     return [tensors[i].new_empty(tensors[i].shape) for i in chosen]
 
 
 def _update(
-    op: Op, written: list[Tensor], read: list[Tensor], numbers: list[float], layout: str, provider: str
-) -> None:  # fmt: skip
+    op: Op,
+    written: list[Tensor],
+    read: list[Tensor],
+    numbers: list[float],
+    layout: str,
+    provider: str,
+) -> None:
     places = positions(op, layout, op.mutates)
     where = dict(zip(places, written, strict=True))
     others = iter(read)
@@ -138,7 +166,7 @@ class _Differentiable(torch.autograd.Function):
         return tuple(results)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
         name, numbers, layout, provider = ctx.call
         tensors = list(ctx.saved_tensors)
@@ -153,13 +181,15 @@ def _differentiable(name: str) -> Callable[..., list[Tensor]]:
     def run(
         tensors: list[Tensor], numbers: list[float], layout: str, provider: str
     ) -> list[Tensor]:
-        return list(_Differentiable.apply(name, numbers, layout, provider, *tensors))
+        apply: Any = _Differentiable.apply
+        return list(apply(name, numbers, layout, provider, *tensors))
 
     return run
 
 
 def binder(op: Op) -> Callable[[tuple[Any, ...], dict[str, Any]], list[Any]]:
-    """Orders a call's arguments and fills in defaults; quicker than inspect, and torch.compile can trace it."""
+    """Orders a call's arguments and fills in defaults; quicker than inspect, and torch.compile can
+    trace it."""
     signature = inspect.signature(op.reference)
     names = tuple(signature.parameters)
     defaults = {n: p.default for n, p in signature.parameters.items() if p.default is not p.empty}
@@ -206,7 +236,8 @@ def kernel(op: Op, provider: str) -> Callable[..., Any]:
 
 
 def predicate(op: Op, provider: str) -> Callable[..., Support]:
-    """Whether the provider takes a call: the program is made to find out, which the call then finds ready."""
+    """Whether the provider takes a call: the program is made to find out, and the call then finds
+    it ready."""
     bind = binder(op)
 
     def supports(*args: Any, **kwargs: Any) -> Support:
@@ -233,6 +264,6 @@ def _try(
     try:
         for direction in directions:
             ready(op, direction, tensors, numbers, layout, provider)
-    except engine.UnsupportedOpError as error:
+    except UnsupportedOpError as error:
         return unsupported(str(error))
     return SUPPORTED

@@ -1,8 +1,11 @@
-"""Exported models on disk: named by everything that determines them, whole or absent, and never more than a bound."""
+"""Exported models on disk: named by all that determines them, whole or absent, and bounded."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
+import itertools
 import os
 import sys
 import types
@@ -13,10 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from glm_core.backends.onnxrt.call import Call
+from glm_core.dispatch import Op
 
 MAX_BYTES = 512 * 2**20
 MAX_FILES = 8192
+PRUNE_EVERY = 64
+"""models written between two looks at the bounds"""
 _CHECKSUM = 32
+_FOLDER = Path(__file__).parent
+_writes = itertools.count()
 
 
 def folder() -> Path:
@@ -25,25 +33,25 @@ def folder() -> Path:
 
 
 def key(call: Call) -> str:
-    """Names the model of a call by content: the reference's code with all it calls, the translator's own source,
-    the versions of torch and onnx, shapes, dtypes and constants. The provider does not matter."""
-    own = [p.read_bytes() for n in ("call", "graph", "translate", "export") if (p := _source(n))]
-    facts = (
-        call.direction, call.layout, call.numbers, call.tensors, call.op.differentiable, call.op.mutates,
-        fingerprint(call.op.reference), [hashlib.sha256(source).hexdigest() for source in own],
-        metadata.version("torch"), metadata.version("onnx"), sys.version_info[:2],
-    )  # fmt: skip
+    """Names the model of a call by content: the reference's code with all it calls, the
+    translator's own, the versions of torch and onnx, shapes, dtypes and constants. The provider
+    does not matter."""
+    facts = (call.direction, call.layout, call.numbers, call.tensors, _origin(call.op))
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
-def _source(module: str) -> Path:
-    return Path(__file__).with_name(f"{module}.py")
+@functools.cache
+def _origin(op: Op) -> str:
+    """What a model of this op depends on beside its call."""
+    own = [hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(_FOLDER.glob("*.py"))]
+    versions = [metadata.version(p) for p in ("torch", "onnx")]
+    return repr((fingerprint(op.reference), op.differentiable, op.mutates, own, versions))
 
 
 def fingerprint(function: Callable[..., Any]) -> str:
-    """Changes when the bytecode or the constants of the function change, or of any function outside torch that it
-    reaches by a global name or a closure; not when a comment does."""
-    parts: list[str] = []
+    """Changes when the bytecode or the constants change of the function or of any function outside
+    torch that it reaches by a global name or a closure; not when a comment does."""
+    parts = [sys.version]  # bytecode differs between Pythons
     todo: list[Any] = [function]
     seen: set[int] = set()
     while todo:
@@ -54,22 +62,28 @@ def fingerprint(function: Callable[..., Any]) -> str:
         seen.add(id(value))
         if isinstance(value, types.FunctionType):
             if value.__module__.partition(".")[0] != "torch":
-                cells = [c.cell_contents for c in value.__closure__ or ()]
-                todo += [*cells, *(value.__defaults__ or ())]
-                codes = list(_codes(value.__code__))
-                parts += [repr((c.co_code, c.co_names, _plain(c.co_consts))) for c in codes]
-                names = dict.fromkeys(n for c in codes for n in c.co_names)
-                todo += [value.__globals__[n] for n in names if n in value.__globals__]
+                todo += _reached(value)
+                parts += [repr((c.co_code, c.co_names, _plain(c.co_consts))) for c in _codes(value)]
         elif not isinstance(value, types.ModuleType | type):
-            parts.append(repr(value) if _plain((value,)) else type(value).__qualname__)
+            parts += [repr(x) for x in _plain((value,))] or [type(value).__qualname__]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _codes(constant)
+def _reached(function: types.FunctionType) -> list[Any]:
+    """What a function can use: closure, defaults, and the globals that its code names."""
+    cells = [c.cell_contents for c in function.__closure__ or ()]
+    names = dict.fromkeys(n for c in _codes(function) for n in c.co_names)
+    known = function.__globals__
+    return [*cells, *(function.__defaults__ or ()), *(known[n] for n in names if n in known)]
+
+
+def _codes(function: types.FunctionType) -> Iterator[types.CodeType]:
+    """The function's code and that of the functions defined in it."""
+    todo = [function.__code__]
+    while todo:
+        code = todo.pop()
+        yield code
+        todo += [c for c in code.co_consts if isinstance(c, types.CodeType)]
 
 
 def _plain(values: tuple[Any, ...]) -> list[Any]:
@@ -91,23 +105,26 @@ def load(name: str) -> bytes | None:
 
 
 def save(name: str, model: bytes) -> None:
-    """Writes atomically. A cache that cannot be written costs a second export, not the run: it warns."""
+    """Writes atomically. A cache that cannot be written costs a second export, not the run: it
+    warns."""
     path = folder() / f"{name}.onnx"
     draft = path.with_suffix(f".{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft.write_bytes(hashlib.sha256(model).digest() + model)
         draft.replace(path)
+        if next(_writes) % PRUNE_EVERY == 0:
+            prune()
     except OSError as error:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
         warnings.warn(f"{path.parent}: cannot keep exported models ({error})", stacklevel=2)
 
 
 def prune() -> None:
     """Removes the models used longest ago, down to the bounds."""
     kept = total = 0
-    facts = [(p, p.stat()) for p in folder().glob("*.onnx")]
-    for path, stat in sorted(facts, key=lambda fact: -fact[1].st_mtime):
-        kept, total = kept + 1, total + stat.st_size
+    for entry in sorted(os.scandir(folder()), key=lambda e: -e.stat().st_mtime):
+        kept, total = kept + 1, total + entry.stat().st_size
         if kept > MAX_FILES or total > MAX_BYTES:
-            path.unlink(missing_ok=True)
+            Path(entry.path).unlink(missing_ok=True)

@@ -1,0 +1,146 @@
+"""ATen operators that only move values or choose among them, in ONNX: there is nothing to round."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+
+from glm_core.backends.onnxrt.graph import Graph, Operand, Table, Value, refuse
+
+TABLE = Table()
+translation = TABLE.translation
+
+
+@translation("clamp")
+def clamp(g: Graph, out: Any, self: Value, min: Operand | None, max: Operand | None) -> str:
+    x = g.operand(self, out.dtype)
+    for kind, bound in (("Max", min), ("Min", max)):
+        x = x if bound is None else g.node(kind, x, g.operand(bound, out.dtype))
+    return x
+
+
+@translation("where")
+def where(g: Graph, out: Any, condition: Value, self: Operand, other: Operand) -> str:
+    return g.node("Where", condition.name, g.operand(self, out.dtype), g.operand(other, out.dtype))
+
+
+@translation("clone", "alias", "detach", "lift_fresh_copy")
+def same(g: Graph, out: Any, self: Value, **_: Any) -> str:
+    return self.name
+
+
+@translation("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze")
+def view(g: Graph, out: Any, self: Value, **_: Any) -> str:
+    return g.reshape(self.name, out.shape)
+
+
+@translation("permute")
+def permute(g: Graph, out: Any, self: Value, dims: list[int]) -> str:
+    return g.node("Transpose", self.name, perm=[d % len(dims) for d in dims]) if dims else self.name
+
+
+@translation("expand")
+def expand(g: Graph, out: Any, self: Value, **_: Any) -> str:
+    return g.expand(self.name, out.shape)
+
+
+def span(size: int, start: int | None, end: int | None) -> tuple[int, int]:
+    """ATen's slice bounds, negative or too large, as bounds within [0, size]."""
+    first, last, _ = slice(start, end).indices(size)
+    return first, max(first, last)
+
+
+@translation("slice")
+def slice_of(g: Graph, out: Any, self: Value, dim: int, start: int, end: int, step: int) -> str:
+    return g.slice(self.name, dim, *span(self.shape[dim], start, end), step)
+
+
+@translation("select")
+def select(g: Graph, out: Any, self: Value, dim: int, index: int) -> str:
+    index %= self.shape[dim]
+    return g.reshape(g.slice(self.name, dim, index, index + 1), out.shape)
+
+
+@translation("split_with_sizes")
+def split(g: Graph, out: Any, self: Value, split_sizes: list[int], dim: int) -> list[str]:
+    ends = list(itertools.accumulate(split_sizes))
+    return [g.slice(self.name, dim, e - n, e) for n, e in zip(split_sizes, ends, strict=True)]
+
+
+@translation("cat")
+def cat(g: Graph, out: Any, tensors: list[Value], dim: int) -> str:
+    # ATen skips tensors of shape [0] whatever the others' rank
+    parts = [g.operand(t, out.dtype) for t in tensors if len(t.shape) == out.ndim]
+    return g.node("Concat", *parts, axis=dim)
+
+
+@translation("slice_scatter")
+def slice_scatter(
+    g: Graph, out: Any, self: Value, src: Value, dim: int, start: int, end: int, step: int
+) -> str:
+    if step != 1:
+        raise refuse(f"slice_scatter with step={step}")
+    first, last = span(self.shape[dim], start, end)
+    before = g.slice(self.name, dim, 0, first)
+    return g.node(
+        "Concat", before, src.name, g.slice(self.name, dim, last, self.shape[dim]), axis=dim
+    )
+
+
+@translation("select_scatter")
+def select_scatter(g: Graph, out: Any, self: Value, src: Value, dim: int, index: int) -> str:
+    index %= self.shape[dim]
+    row = [1 if d == dim % out.ndim else n for d, n in enumerate(out.shape)]
+    before = g.slice(self.name, dim, 0, index)
+    after = g.slice(self.name, dim, index + 1, self.shape[dim])
+    return g.node("Concat", before, g.reshape(src.name, row), after, axis=dim)
+
+
+@translation("constant_pad_nd")
+def pad(g: Graph, out: Any, self: Value, pad: list[int], value: Operand) -> str:
+    widths = [0] * (2 * out.ndim)
+    for i in range(len(pad) // 2):
+        widths[out.ndim - 1 - i], widths[2 * out.ndim - 1 - i] = pad[2 * i], pad[2 * i + 1]
+    return g.node("Pad", self.name, g.ints(widths), g.operand(value, out.dtype))
+
+
+@translation("full", "full_like", "scalar_tensor", "empty", "empty_permuted")
+def full(g: Graph, out: Any, fill_value: Operand = 0, s: Operand | None = None, **_: Any) -> str:
+    return g.expand(g.operand(fill_value if s is None else s, out.dtype), out.shape)
+
+
+@translation("arange")
+def arange(g: Graph, out: Any, start: int, end: int, step: int, **_: Any) -> str:
+    return g.constant(torch.arange(start, end, step, dtype=out.dtype))
+
+
+def strict(g: Graph, index: Value, size: int) -> str:
+    """The index with negative entries moved past the end: ATen refuses them, ONNX would count from
+    the end."""
+    negative = g.node("Less", index.name, g.operand(0, index.dtype))
+    return g.node("Where", negative, g.operand(size, index.dtype), index.name)
+
+
+@translation("embedding")
+def embedding(g: Graph, out: Any, weight: Value, indices: Value, **_: Any) -> str:
+    return g.node("Gather", weight.name, strict(g, indices, weight.shape[0]), axis=0)
+
+
+@translation("index_select")
+def index_select(g: Graph, out: Any, self: Value, dim: int, index: Value) -> str:
+    return g.node("Gather", self.name, strict(g, index, self.shape[dim]), axis=dim)
+
+
+@translation("index")
+def index(g: Graph, out: Any, self: Value, indices: list[Value | None]) -> str:
+    places = [(axis, i) for axis, i in enumerate(indices) if i is not None]
+    if len(places) != 1 or places[0][1].dtype == torch.bool:
+        raise refuse("indexing with a mask or with several tensors")
+    return g.node("Gather", self.name, places[0][1].name, axis=places[0][0])
+
+
+@translation("gather")
+def gather(g: Graph, out: Any, self: Value, dim: int, index: Value, **_: Any) -> str:
+    return g.node("GatherElements", self.name, strict(g, index, self.shape[dim]), axis=dim)

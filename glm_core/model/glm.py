@@ -242,7 +242,9 @@ class GLM(nn.Module):
                 continue
             digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
-            values = torch.randn(p.shape, generator=generator) * self.config.init_std
+            # float64: torch's float32 draws differ between instruction sets
+            values = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            values *= self.config.init_std
             p.copy_(values * self._init_gain(name, p).to(values))
         return self
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -11,11 +12,12 @@ from glm_core import ops
 from glm_core.align import rearranged as other
 from glm_core.align import rearranged_training as late
 from glm_core.align.variants import Function, backend, splice
-from glm_core.align.wrong import added, gated
+from glm_core.align.wrong import gated
 from glm_core.align.wrong_attention import attend, flash_backward
 from glm_core.align.wrong_training import cross_entropy
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
+from glm_core.ops.precision import wide
 
 Kernels = Mapping[str, Function]
 BOTH = ("float32", "bfloat16")
@@ -33,7 +35,7 @@ class Benign:
     description: str
     kernels: Kernels = dataclasses.field(default_factory=dict)
     setup: str = ""
-    """the small model it runs in (see `sensitivity`); empty = the first that has the op"""
+    """the small model it runs in (`catalogue.SETUPS`); empty = the one for its op"""
     dtypes: tuple[str, ...] = BOTH
     """working dtypes in which some bit changes"""
     registered: str = ""
@@ -41,6 +43,8 @@ class Benign:
     micro_batch: int = 0
     """sequences per forward; 0 = the whole global batch"""
     threads: int = 1
+    neutral: bool = False
+    """so small a model changes no bit: it runs, but is no evidence and not counted"""
 
     def backend(self) -> Backend:
         """The changed backend."""
@@ -53,36 +57,36 @@ F = torch.nn.functional
 CE = ops.linear_cross_entropy
 
 
-def linear(name: str, description: str, kernel: Function, **rest: object) -> Benign:
+def linear(name: str, description: str, kernel: Function, **rest: Any) -> Benign:
     """A change of the matrix product."""
-    return Benign(f"linear-{name}", "linear", description, {"linear": kernel}, **rest)  # type: ignore[arg-type]  # fields of Benign
+    return Benign(f"linear-{name}", "linear", description, {"linear": kernel}, **rest)
 
 
-def attention(name: str, description: str, kernel: Function, **rest: object) -> Benign:
+def attention(name: str, description: str, kernel: Function, **rest: Any) -> Benign:
     """A change of attention."""
-    return Benign(f"attention-{name}", "attention", description, {"attention": kernel}, **rest)  # type: ignore[arg-type]  # fields of Benign
+    return Benign(f"attention-{name}", "attention", description, {"attention": kernel}, **rest)
 
 
-def loss(name: str, description: str, kernel: Function, **rest: object) -> Benign:
+def loss(name: str, description: str, kernel: Function, **rest: Any) -> Benign:
     """A change of the loss."""
-    return Benign(f"ce-{name}", CE.name, description, {CE.name: kernel}, **rest)  # type: ignore[arg-type]  # fields of Benign
+    return Benign(f"ce-{name}", CE.name, description, {CE.name: kernel}, **rest)
 
 
-def layer_norm(name: str, description: str, kernel: Function, **rest: object) -> Benign:
+def layer_norm(name: str, description: str, kernel: Function, **rest: Any) -> Benign:
     """A change of layer norm, alone and fused with the residual."""
     kernels = other.both_norms(kernel, "layer")
-    return Benign(f"layer-norm-{name}", "layer_norm", description, kernels, **rest)  # type: ignore[arg-type]  # fields of Benign
+    return Benign(f"layer-norm-{name}", "layer_norm", description, kernels, **rest)
 
 
-def rms_norm(name: str, description: str, kernel: Function, **rest: object) -> Benign:
+def rms_norm(name: str, description: str, kernel: Function, **rest: Any) -> Benign:
     """A change of RMS norm, alone and fused with the residual."""
     kernels = other.both_norms(kernel, "rms")
-    return Benign(f"rms-norm-{name}", "rms_norm", description, kernels, **rest)  # type: ignore[arg-type]  # fields of Benign
+    return Benign(f"rms-norm-{name}", "rms_norm", description, kernels, **rest)
 
 
-def activation(op: str, name: str, description: str, kernel: Function, **rest: object) -> Benign:
+def activation(op: str, name: str, description: str, kernel: Function, **rest: Any) -> Benign:
     """A change of an activation."""
-    return Benign(f"{op}-{name}", op, description, {op: kernel}, **rest)  # type: ignore[arg-type]  # fields of Benign
+    return Benign(f"{op}-{name}", op, description, {op: kernel}, **rest)
 
 
 LINEAR = (
@@ -97,8 +101,7 @@ LINEAR = (
     linear("float64", "float64 inside", other.precise(ops.linear)),
     linear("transposed", "(w x^T)^T", other.transposed_linear),
     linear("separate-bias", "product and bias rounded apart",
-           lambda x, weight, bias: x @ weight.t() + bias),
-    linear("padded", "D and rows padded with zeros", other.padded_linear),
+           other.separate_bias, dtypes=BFLOAT16),
     *(linear(f"dweight-split-{n}", f"gradients of weight and bias over {n} parts of the rows",
              splice(ops.linear, ops.linear.reference, other.weight_gradient_in_parts(n)))
       for n in (2, 7)),
@@ -122,7 +125,6 @@ NORM = (
     rms_norm("blocked-8", "sum in blocks of 8", other.rms_norm_by(other.blocked(8))),
     rms_norm("kahan", "compensated sum", other.rms_norm_by(other.kahan)),
     rms_norm("float64", "float64 inside", other.precise(ops.rms_norm)),
-    rms_norm("native", "torch's own kernel", other.native_rms_norm),
     rms_norm("rounded-before-weight", "normalised values rounded, as transformers does",
              other.rounded_rms_norm, dtypes=BFLOAT16),
 )  # fmt: skip
@@ -143,10 +145,9 @@ ACTIVATION = (
     activation("swiglu", "tanh", "g/2 (1 + tanh(g/2))", gated(other.tanh_silu, 0)),
     activation("swiglu", "rounded-before-product", "both steps in the working dtype",
                other.gated_native(F.silu, 0), dtypes=BFLOAT16),
-    activation("rope", "complex", "complex product", other.complex_rope),
     activation("rope", "float64", "float64 inside", other.precise(ops.rope)),
     activation("rope", "fused-multiply-add", "one rounding for a c - b s's second product",
-               other.shear_rope),
+               other.fused_rope),
 )  # fmt: skip
 
 rows = lambda do, o: (do * o).sum(-1, keepdim=True)  # noqa: E731
@@ -159,39 +160,43 @@ ATTENTION = (
     attention("flash-32-rounded", "online softmax, probabilities in the working dtype",
               late.flash(32, True), dtypes=BFLOAT16),
     attention("native", "torch's kernel in the working dtype", late.native_attention(lambda t: t)),
-    attention("native-float32", "torch's kernel in float32", late.native_attention(torch.Tensor.float)),
+    attention("native-float32", "torch's kernel in float32", late.native_attention(wide)),
     attention("exp2", "base 2", attend(late.binary_softmax)),
-    attention("no-maximum", "exp without subtracting the maximum", attend(late.softmax_without_max)),
+    attention("no-maximum", "exp without the maximum", attend(late.softmax_without_max)),
     attention("late-scale", "scaled after the product", late.late_scale(late.binary_softmax)),
-    attention("padded-keys", "five more keys that nobody sees", late.padded_keys(5)),
-    attention("one-by-one", "sequence after sequence", late.one_by_one),
+    attention("padded-keys", "five keys before the first that nobody sees", late.padded_keys(5)),
     attention("query-blocks-16", "queries in blocks of 16", late.query_blocks(16)),
     attention("flash-backward", "closed-form backward, row term from the stored result",
               splice(ops.attention, ops.attention.reference, flash_backward(rows))),
-    attention("flash-32-grouped", "online softmax with grouped heads", late.flash(32, False), setup="glm4"),
+    attention("flash-32-grouped", "online softmax with grouped heads", late.flash(32, False),
+              setup="glm4"),
     attention("native-pb-relax", "torch's kernel in place of PB-relax",
-              late.native_attention(torch.Tensor.float), setup="glm"),
+              late.native_attention(wide), setup="glm"),
 )  # fmt: skip
 
 LOSS = (
     loss("float64", "float64 inside", other.precise(CE)),
-    loss("log-softmax", "log-softmax and gather", cross_entropy(each=late.log_softmax_loss)),
-    loss("split-vocabulary", "logsumexp over 3 parts", cross_entropy(each=late.split_vocabulary(3))),
+    loss("split-vocabulary", "logsumexp over 3 parts",
+         cross_entropy(each=late.split_vocabulary(3))),
     *(loss(f"chunked-{n}", f"chunks of {n} tokens", late.chunked_loss(n)) for n in (32, 100)),
-    loss("padded", "11 more tokens of weight 0", late.padded_loss),
+    loss("padded", "11 tokens of weight 0 before the first", late.padded_loss),
     loss("unrounded-logits", "logits stay in float32", late.unrounded_logits, dtypes=BFLOAT16),
     Benign("embedding-float64-sums", "embedding", "gradients of equal rows summed in float64",
            {"embedding": splice(ops.embedding, ops.embedding.reference, late.summed_wide)}),
     Benign("embedding-reversed-sums", "embedding", "gradients of equal rows summed from the end",
            {"embedding": splice(ops.embedding, ops.embedding.reference, late.summed_backwards)}),
-    Benign("embedding-one-hot", "embedding", "product with one-hot rows", {"embedding": late.one_hot}),
+    Benign("embedding-one-hot", "embedding", "product with one-hot rows",
+           {"embedding": late.one_hot}),
 )  # fmt: skip
 
 OPTIMIZER = (
     Benign("norm-flat", "global_norm", "one sum over everything", {"global_norm": late.flat_norm}),
-    Benign("norm-reversed", "global_norm", "from the last tensor", {"global_norm": late.reversed_norm}),
-    Benign("norm-float64", "global_norm", "float64 inside", {"global_norm": other.precise(ops.global_norm)}),
-    Benign("adamw-foreach", "adamw", "torch.optim.AdamW's foreach arithmetic", {"adamw": late.foreach_adamw}),
+    Benign("norm-reversed", "global_norm", "from the last tensor",
+           {"global_norm": late.reversed_norm}),
+    Benign("norm-float64", "global_norm", "float64 inside",
+           {"global_norm": other.precise(ops.global_norm)}),
+    Benign("adamw-foreach", "adamw", "torch.optim.AdamW's foreach arithmetic",
+           {"adamw": late.foreach_adamw}),
     Benign("adamw-float64", "adamw", "float64 inside", {"adamw": late.precise_adamw}),
     Benign("adamw-folded", "adamw", "sqrt(v) / sqrt(correction)", {"adamw": late.folded_adamw()}),
 )  # fmt: skip
@@ -213,7 +218,7 @@ FLASHED: Kernels = {
 RUNS = (
     Benign("micro-batch-4", "", "two forwards of 4 sequences", micro_batch=4),
     Benign("micro-batch-2", "", "four forwards of 2 sequences", micro_batch=2, setup="glm4"),
-    Benign("threads-2", "", "two threads", threads=2),
+    Benign("threads-2", "", "two threads", threads=2, neutral=True),
     *(Benign(f"all-float64-{s}", "", "every op in float64 inside", PRECISE, setup=s)
       for s in ("130b", "glm4", "glm")),
     *(Benign(f"all-native-{s}", "", "torch's kernels and flash attention at once", FLASHED, setup=s)

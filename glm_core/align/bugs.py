@@ -2,63 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Literal
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from glm_core import ops
 from glm_core.align import wrong, wrong_attention, wrong_training
 from glm_core.align.variants import (
+    BFLOAT16,
+    FLOAT32,
+    Bug,
     Function,
-    backend,
+    Kernels,
+    Kind,
     backward_only,
     changed,
     edited,
     forward_only,
     splice,
 )
-from glm_core.backends.base import Backend
-
-Kind = Literal[
-    "formula", "gradient", "optimizer", "mask", "position", "dtype", "eps", "scale", "rounding",
-    "rows", "stale", "rare shape",
-]  # fmt: skip
-Direction = Literal["forward", "backward", "both", "update"]
-Kernels = Mapping[str, Function]
-BOTH = ("float32", "bfloat16")
-FLOAT32 = ("float32",)
-BFLOAT16 = ("bfloat16",)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Bug:
-    """One mistake, planted in a backend that is the reference otherwise."""
-
-    name: str
-    kind: Kind
-    op: str
-    direction: Direction
-    """where the mistake is; `both`: the gradients are those of the wrong formula"""
-    description: str
-    kernels: Callable[[], Kernels]
-    """fresh kernels by op: some bugs have a memory"""
-    setup: str = ""
-    """the small model it is planted in (see `sensitivity`); empty = the first that has the op"""
-    dtypes: tuple[str, ...] = BOTH
-    """working dtypes in which it is a bug"""
-    reason: str = ""
-    """why it is none in the other dtype"""
-
-    def backend(self) -> Backend:
-        """The deviating backend, without memory of earlier calls."""
-        return backend(f"bug:{self.name}", self.kernels())
-
 
 ATTENTION, CE = ops.attention, ops.linear_cross_entropy
 CONTRACT = "no error there: one rounding of an intermediate to the working dtype or a finer one"
-ONLY_LOW = "float32 results are not rounded to a narrower dtype"
+ONLY_LOW = "in float32 nothing is rounded to a narrower dtype or copied"
 
 
 def one(op: str, function: Function) -> Callable[[], Kernels]:
@@ -114,7 +81,8 @@ NORM = (
         "the residual's gradient is not multiplied by alpha",
         one("add_layer_norm", edited(ops.add_layer_norm, wrong.alpha_forgotten))),
     Bug("layer-norm-float16-internals", "dtype", "add_layer_norm", "both", "arithmetic in float16",
-        one("add_layer_norm", wrong.inside(ops.add_layer_norm, torch.float16)), "", FLOAT32, CONTRACT),
+        one("add_layer_norm", wrong.inside(ops.add_layer_norm, torch.float16)),
+        "", FLOAT32, CONTRACT),
     Bug("rms-norm-bfloat16-internals", "dtype", "rms_norm", "both", "arithmetic in bfloat16",
         one("rms_norm", wrong.inside(ops.rms_norm, torch.bfloat16)), "", FLOAT32, CONTRACT),
     Bug("rms-norm-bfloat16-sum", "dtype", "rms_norm", "both",
@@ -139,11 +107,11 @@ ACTIVATION = (
     Bug("geglu-gradient-tanh", "gradient", "geglu", "backward", "derivative of the tanh form",
         one("geglu", backward_only(ops.geglu, wrong.gated(wrong.tanh_gelu, 1)))),
     Bug("gelu-erf", "formula", "gelu", "both", "erf form for the tanh form",
-        one("gelu", lambda x: torch.nn.functional.gelu(x.float()).to(x.dtype))),
+        one("gelu", wrong.erf_gelu)),
     Bug("gelu-gradient-erf", "gradient", "gelu", "backward", "derivative of the erf form",
-        one("gelu", backward_only(ops.gelu, lambda x: torch.nn.functional.gelu(x.float()).to(x.dtype)))),
+        one("gelu", backward_only(ops.gelu, wrong.erf_gelu))),
     Bug("gelu-sigmoid", "formula", "gelu", "both", "x sigmoid(1.702 x)",
-        one("gelu", lambda x: (x.float() * torch.sigmoid(1.702 * x.float())).to(x.dtype))),
+        one("gelu", wrong.sigmoid_gelu)),
     Bug("swiglu-halves-swapped", "formula", "swiglu", "both", "gate and value exchanged",
         one("swiglu", wrong.gated(torch.nn.functional.silu, 1))),
     Bug("swiglu-rough-exp", "formula", "swiglu", "both", "exp with a relative error of 1e-4",
@@ -162,26 +130,32 @@ ACTIVATION = (
         one("swiglu", wrong.lost_last_row(64))),
 )  # fmt: skip
 
+
+def tables(change: Callable[[Tensor], Tensor]) -> Callable[[], Kernels]:
+    """Rotation with both tables changed."""
+    sides = {"cos": lambda a: change(a["cos"]), "sin": lambda a: change(a["sin"])}
+    return one("rope", changed(ops.rope, **sides))
+
+
 ROPE = (
     Bug("rope-off-by-one", "position", "rope", "both", "every position takes its neighbour's angle",
-        one("rope", changed(ops.rope, cos=lambda a: a["cos"].roll(1, 1), sin=lambda a: a["sin"].roll(1, 1)))),
+        tables(lambda t: t.roll(1, 1))),
     Bug("rope-interleaved-for-half", "position", "rope", "both", "pairs (2i, 2i + 1)",
         one("rope", changed(ops.rope, interleaved=True))),
     Bug("rope-half-for-interleaved", "position", "rope", "both", "pairs (i, i + P)",
         one("rope", changed(ops.rope, interleaved=False)), "glm4"),
     Bug("rope-one-frequency-1%", "position", "rope", "both", "angle of pair 1 too large by 1 %",
-        one("rope", changed(ops.rope, cos=wrong.one_frequency(torch.cos), sin=wrong.one_frequency(torch.sin)))),
+        one("rope", changed(ops.rope, cos=wrong.one_frequency(torch.cos),
+                            sin=wrong.one_frequency(torch.sin)))),
     Bug("rope-gradient-wrong-way", "gradient", "rope", "backward", "rotates forwards again",
         one("rope", backward_only(ops.rope, changed(ops.rope, sin=lambda a: -a["sin"])))),
     Bug("rope-bfloat16-tables", "dtype", "rope", "both", "cos and sin rounded to bfloat16",
-        one("rope", changed(ops.rope, cos=lambda a: a["cos"].bfloat16().float(),
-                            sin=lambda a: a["sin"].bfloat16().float())), "", FLOAT32, CONTRACT),
+        tables(wrong.through(torch.bfloat16)), "", FLOAT32, CONTRACT),
     Bug("rope-last-pair-unrotated", "position", "rope", "both", "the slowest pair stays as it is",
         one("rope", wrong.last_pair_unrotated), "glm4"),
     Bug("rope-last-rows-repeat", "rare shape", "rope", "both",
         "rows past whole blocks of 16 use the last block's angles",
-        one("rope", changed(ops.rope, cos=lambda a: wrong.last_rows_repeat(16)(a["cos"]),
-                            sin=lambda a: wrong.last_rows_repeat(16)(a["sin"]))), "glm4"),
+        tables(wrong.last_rows_repeat(16)), "glm4"),
 )  # fmt: skip
 
 
@@ -203,17 +177,17 @@ SCORES = (
         one("attention", changed(ATTENTION, key_end=wrong_attention.one_more_key))),
     Bug("attention-causal-prefix", "mask", "attention", "both", "the prefix is causal",
         one("attention", changed(ATTENTION, key_end=wrong_attention.causal_end))),
-    Bug("attention-packed-leak", "mask", "attention", "both", "samples of a sequence see each other",
+    Bug("attention-packed-leak", "mask", "attention", "both", "samples see each other",
         one("attention", changed(ATTENTION, key_start=lambda a: torch.zeros_like(a["key_start"])))),
     Bug("attention-leaking-key", "mask", "attention", "both", "key 0 is visible to every query",
         one("attention", wrong_attention.leaking_key)),
     Bug("attention-leaking-head", "mask", "attention", "both", "head 0 sees one key too many",
         one("attention", wrong_attention.leaking_head)),
     Bug("attention-last-key-lost", "rare shape", "attention", "both",
-        "the last key is never seen where keys do not fill blocks of 16",
+        "the last key is unseen where keys do not fill blocks of 16",
         one("attention", changed(ATTENTION, key_end=wrong_attention.without_last_key)), "glm4"),
-    Bug("attention-groups-interleaved", "formula", "attention", "both", "head h reads kv head h mod K",
-        one("attention", wrong_attention.interleaved_groups), "glm4"),
+    Bug("attention-groups-interleaved", "formula", "attention", "both",
+        "head h reads kv head h % K", one("attention", wrong_attention.interleaved_groups), "glm4"),
     Bug("attention-blocks-not-rescaled", "formula", "attention", "both",
         "online softmax keeps old sums when the maximum rises",
         attends(wrong_attention.unscaled_blocks(16))),
@@ -243,7 +217,7 @@ SCORES = (
     Bug("attention-no-row-term", "gradient", "attention", "backward",
         "softmax's backward without the row sum",
         one("attention", splice(ATTENTION, ATTENTION.reference,
-                                wrong_attention.flash_backward(lambda do, o: torch.zeros_like(o[..., :1]))))),
+                                wrong_attention.flash_backward(wrong_attention.no_row_term)))),
     Bug("attention-bfloat16-row-term", "dtype", "attention", "backward",
         "softmax's backward takes the row sum from a bfloat16 result",
         one("attention", splice(ATTENTION, ATTENTION.reference,
@@ -251,13 +225,18 @@ SCORES = (
         "", FLOAT32, CONTRACT),
 )  # fmt: skip
 
+
+def inputs(change: Callable[[Tensor], Tensor]) -> Callable[[], Kernels]:
+    """The matrix product with both inputs changed."""
+    sides = {"x": lambda a: change(a["x"]), "weight": lambda a: change(a["weight"])}
+    return one("linear", changed(ops.linear, **sides))
+
+
 LINEAR = (
     Bug("linear-tf32", "dtype", "linear", "both", "inputs cut to 10 bits of mantissa",
-        one("linear", changed(ops.linear, x=lambda a: wrong.ten_bits(a["x"]),
-                              weight=lambda a: wrong.ten_bits(a["weight"]))), "", FLOAT32, CONTRACT),
+        inputs(wrong.ten_bits), "", FLOAT32, CONTRACT),
     Bug("linear-bfloat16-inputs", "dtype", "linear", "both", "inputs rounded to bfloat16",
-        one("linear", changed(ops.linear, x=lambda a: bf16(a["x"]), weight=lambda a: bf16(a["weight"]))),
-        "", FLOAT32, CONTRACT),
+        inputs(bf16), "", FLOAT32, CONTRACT),
     Bug("linear-float16-accumulator", "dtype", "linear", "both", "running sum in float16",
         one("linear", wrong.partial_sums(torch.float16, 16)), "", FLOAT32, CONTRACT),
     Bug("linear-bfloat16-accumulator", "dtype", "linear", "both", "running sum in bfloat16",
@@ -274,7 +253,7 @@ LINEAR = (
     Bug("linear-row-repeated", "rows", "linear", "forward",
         "the last row of the last tile of 64 is the one before",
         one("linear", forward_only(ops.linear, wrong.repeated_row(64)))),
-    Bug("linear-dx-stale-weight", "stale", "linear", "backward", "dx uses the previous step's weight",
+    Bug("linear-dx-stale-weight", "stale", "linear", "backward", "dx uses the previous weight",
         fresh("linear", lambda: splice(ops.linear, ops.linear.reference, wrong.stale_weight()))),
 )  # fmt: skip
 
@@ -287,7 +266,7 @@ EMBEDDING = (
     Bug("embedding-shrink-0.11", "scale", "embedding", "backward", "0.11 for 0.1",
         one("embedding", changed(ops.embedding, shrink=0.11))),
     Bug("embedding-shrinks-value", "scale", "embedding", "forward", "the value is shrunk too",
-        one("embedding", forward_only(ops.embedding, lambda ids, weight, shrink: weight[ids] * shrink))),
+        one("embedding", forward_only(ops.embedding, wrong.shrunk_value))),
     Bug("embedding-last-token-lost", "rows", "embedding", "backward",
         "the last token's gradient is dropped",
         one("embedding", backward_only(ops.embedding, wrong.without_last_token))),
@@ -342,11 +321,12 @@ OPTIMIZER = (
          wrong_training.adam(denominator=wrong_training.uncorrected_root)),
     adam("adamw-no-clip", "the clip coefficient is ignored",
          changed(ops.adamw, grad_scale=lambda a: torch.ones_like(a["grad_scale"]))),
-    adam("adamw-bfloat16-moments", "moments stored in bfloat16", wrong_training.adam(keep=bf16), "dtype"),
+    adam("adamw-bfloat16-moments", "moments stored in bfloat16", wrong_training.adam(keep=bf16),
+         "dtype"),
     Bug("adamw-copies-truncated", "rounding", "adamw", "update", "working copies cut to bfloat16",
-        one("adamw", wrong_training.adam(store=wrong.truncated)), "", BFLOAT16, "no copies in float32"),
+        one("adamw", wrong_training.adam(store=wrong.truncated)), "", BFLOAT16, ONLY_LOW),
     Bug("adamw-copies-stale", "stale", "adamw", "update", "working copies made before the update",
-        one("adamw", wrong_training.adam(copy_first=True)), "", BFLOAT16, "no copies in float32"),
+        one("adamw", wrong_training.adam(copy_first=True)), "", BFLOAT16, ONLY_LOW),
 )  # fmt: skip
 
 BUGS: tuple[Bug, ...] = (

@@ -1,10 +1,13 @@
-"""Right kernels that round differently: the same formulas in another order, blocking, precision or library call.
-Shapes: B batch, L queries, S keys, H heads, K kv heads, R = H/K, E head dim, D width, N rows, V vocabulary."""
+"""Right kernels that round differently: the same formulas in another order, blocking, precision or
+library call.
+Shapes: B batch, L queries, S keys, H heads, K kv heads, R = H/K, E head dim, D width, N rows, V
+vocabulary."""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +16,6 @@ from torch import Tensor
 from glm_core import ops
 from glm_core.align.variants import Arguments, Function, Gradients
 from glm_core.align.wrong import added
-from glm_core.align.wrong_attention import hidden_keys, scores
 from glm_core.dispatch import Op
 from glm_core.ops.precision import wide
 
@@ -57,7 +59,7 @@ def blocks(x: Tensor, size: int) -> list[Tensor]:
 
 def blocked(size: int) -> Sum:
     """Block after block, as a tiled kernel does."""
-    return lambda x: sum(blocks(x, size)[1:], blocks(x, size)[0])
+    return lambda x: functools.reduce(torch.add, blocks(x, size))
 
 
 def pairwise(x: Tensor) -> Tensor:
@@ -80,7 +82,7 @@ def kahan(x: Tensor) -> Tensor:
     return total
 
 
-# linear --------------------------------------------------------------------------------------------------------
+# linear -------------------------------------------------------------------------------
 
 
 def ordered_linear(order: Order) -> Function:
@@ -93,7 +95,14 @@ def ordered_linear(order: Order) -> Function:
     return kernel
 
 
-def split_linear(size: Callable[[int], int], total: Callable[[list[Tensor]], Tensor] = sum) -> Function:  # type: ignore[assignment]  # sum of tensors is a tensor
+def one_after_another(parts: list[Tensor]) -> Tensor:
+    """Left to right."""
+    return functools.reduce(torch.add, parts)
+
+
+def split_linear(
+    size: Callable[[int], int], total: Callable[[list[Tensor]], Tensor] = one_after_another
+) -> Function:
     """The sum over D in parts of size(D), added in float32."""
 
     def kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -120,11 +129,10 @@ def transposed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias
 
 
-def padded_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """D padded with zeros by 13, rows by 5."""
-    rows = F.pad(x.flatten(0, -2), (0, 13, 0, 5))
-    y = F.linear(rows, F.pad(weight, (0, 13)), bias)[:-5]
-    return y.unflatten(0, x.shape[:-1])
+def separate_bias(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product is rounded before the bias is added."""
+    y = F.linear(x, weight)
+    return y if bias is None else y + bias
 
 
 def weight_gradient_in_parts(parts: int) -> Callable[[Arguments, tuple[Tensor, ...]], Gradients]:
@@ -135,16 +143,16 @@ def weight_gradient_in_parts(parts: int) -> Callable[[Arguments, tuple[Tensor, .
         pairs = list(zip(wide(g).chunk(parts), wide(x).chunk(parts), strict=True))
         found: Gradients = {
             "x": outputs[0] @ a["weight"],
-            "weight": sum(p.t() @ q for p, q in pairs).to(g.dtype),  # type: ignore[union-attr]
+            "weight": one_after_another([p.t() @ q for p, q in pairs]).to(g.dtype),
         }
         if a["bias"] is not None:
-            found["bias"] = sum(p.sum(0) for p, _ in pairs).to(g.dtype)  # type: ignore[union-attr]
+            found["bias"] = one_after_another([p.sum(0) for p, _ in pairs]).to(g.dtype)
         return found
 
     return gradients
 
 
-# normalisation -------------------------------------------------------------------------------------------------
+# normalisation ------------------------------------------------------------------------
 
 
 def layer_norm_by(total: Sum, root: Callable[[Tensor], Tensor] = torch.rsqrt) -> Function:
@@ -211,8 +219,11 @@ def unrounded_sum(norm: Function) -> Function:
     return kernel
 
 
-def native_residual(x: Tensor, residual: Tensor, alpha: float, **rest: Any) -> tuple[Tensor, Tensor]:
-    """The residual is added by torch in the working dtype, fused multiply-add or not as torch likes."""
+def native_residual(
+    x: Tensor, residual: Tensor, alpha: float, **rest: Any
+) -> tuple[Tensor, Tensor]:
+    """The residual is added by torch in the working dtype, fused multiply-add or not as torch
+    likes."""
     total = torch.add(x, residual, alpha=alpha)
     return ops.layer_norm.reference(total, **rest), total
 
@@ -222,7 +233,7 @@ def both_norms(norm: Function, kind: str) -> dict[str, Function]:
     return {f"{kind}_norm": norm, f"add_{kind}_norm": added(norm)}
 
 
-# activations and rotation --------------------------------------------------------------------------------------
+# activations and rotation -------------------------------------------------------------
 
 
 def erf_gelu(x: Tensor) -> Tensor:
@@ -260,24 +271,13 @@ def gated_native(activation: Callable[[Tensor], Tensor], gate: int) -> Function:
     return kernel
 
 
-def complex_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """(a + ib)(cos + i sin)."""
-    sections, pairs = cos.shape[-2:]
-    rotated = 2 * sections * pairs
-    shape, dim = ((pairs, 2), -1) if interleaved else ((2, pairs), -2)
-    a, b = wide(x[..., :rotated]).unflatten(-1, (sections, *shape)).unbind(dim)
-    turned = torch.view_as_real(torch.complex(a, b) * torch.complex(cos, sin).unsqueeze(2))
-    turned = turned if interleaved else turned.transpose(-1, -2)
-    return torch.cat((turned.flatten(-3).to(x.dtype), x[..., rotated:]), -1)
-
-
-def shear_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """a' = (a cos) + (-b sin) by fused multiply-adds: addcmul of the rotated halves."""
+def fused_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """a cos - b sin and b cos + a sin by one product and one fused multiply-add."""
     sections, pairs = cos.shape[-2:]
     rotated = 2 * sections * pairs
     shape, dim = ((pairs, 2), -1) if interleaved else ((2, pairs), -2)
     a, b = double(x[..., :rotated]).unflatten(-1, (sections, *shape)).unbind(dim)
     c, s = cos.unsqueeze(2), sin.unsqueeze(2)
-    exact = lambda p, q: (p + q.double()).float()  # noqa: E731  # one rounding, as an FMA has
-    turned = torch.stack((exact(a * c, -(b * s).float()), exact(b * c, (a * s).float())), dim)
+    rounded = torch.stack((-(b * s), a * s), dim).float()
+    turned = (torch.stack((a * c, b * c), dim) + rounded.double()).float()  # one more rounding
     return torch.cat((turned.flatten(-3).to(x.dtype), x[..., rotated:]), -1)

@@ -1,4 +1,5 @@
-"""Right kernels of attention, loss, embedding and optimizer that round differently; shapes as in `rearranged`."""
+"""Right kernels of attention, loss, embedding and optimizer that round differently; shapes as in
+`rearranged`."""
 
 from __future__ import annotations
 
@@ -31,8 +32,9 @@ def ordered_heads(order: Order) -> Function:
 
 
 def flash(block: int, rounding: bool) -> Function:
-    """Online softmax over blocks of keys, normalised at the end (Dao et al. 2022, algorithm 1); with `rounding`
-    the unnormalised probabilities are rounded to the working dtype for the product with v."""
+    """Online softmax over blocks of keys, normalised at the end (Dao et al. 2022, algorithm 1);
+    with `rounding` the unnormalised probabilities are rounded to the working dtype for the product
+    with v."""
 
     def kernel(**a: Any) -> Tensor:
         q, k, v = a["q"], wide(a["k"]), wide(a["v"])
@@ -94,20 +96,14 @@ def late_scale(weights: Weights) -> Function:
 
 
 def padded_keys(number: int) -> Function:
-    """Keys and values padded with rows that no query sees."""
+    """Keys and values with rows in front that no query sees."""
 
     def kernel(**a: Any) -> Tensor:
-        more = {n: F.pad(a[n], (0, 0, 0, 0, 0, number)) for n in "kv"}
-        return reference(**a | more)
+        more = {n: F.pad(a[n], (0, 0, 0, 0, number, 0)) for n in "kv"}
+        moved = {n: a[n] + number for n in ("key_start", "key_end")}
+        return reference(**a | more | moved)
 
     return kernel
-
-
-def one_by_one(**a: Any) -> Tensor:
-    """Sequence after sequence."""
-    rows = range(a["q"].shape[0])
-    names = ("q", "k", "v", "key_start", "key_end")
-    return torch.cat([reference(**a | {n: a[n][i : i + 1] for n in names}) for i in rows])
 
 
 def query_blocks(size: int) -> Function:
@@ -123,7 +119,7 @@ def query_blocks(size: int) -> Function:
     return kernel
 
 
-# embedding -----------------------------------------------------------------------------------------------------
+# embedding ----------------------------------------------------------------------------
 
 
 def summed_wide(a: Arguments, outputs: tuple[Tensor, ...]) -> Gradients:
@@ -147,11 +143,7 @@ def one_hot(ids: Tensor, weight: Tensor, shrink: float) -> Tensor:
     return fixed + shrink * (rows - fixed)
 
 
-# loss ----------------------------------------------------------------------------------------------------------
-
-
-def log_softmax_loss(z: Tensor, labels: Tensor) -> Tensor:
-    return -torch.log_softmax(z, -1).gather(-1, labels[:, None])[:, 0]
+# loss ---------------------------------------------------------------------------------
 
 
 def split_vocabulary(parts: int) -> Callable[[Tensor, Tensor], Tensor]:
@@ -178,8 +170,8 @@ def chunked_loss(rows: int) -> Function:
 
 
 def padded_loss(x: Tensor, weight: Tensor, labels: Tensor, token_weight: Tensor) -> Tensor:
-    """Eleven more tokens of weight zero."""
-    more = (F.pad(x, (0, 0, 0, 11)), weight, F.pad(labels, (0, 11)), F.pad(token_weight, (0, 11)))
+    """Eleven tokens of weight zero in front."""
+    more = (F.pad(x, (0, 0, 11, 0)), weight, F.pad(labels, (11, 0)), F.pad(token_weight, (11, 0)))
     return ops.linear_cross_entropy.reference(*more)
 
 
@@ -188,7 +180,7 @@ def unrounded_logits(x: Tensor, weight: Tensor, labels: Tensor, token_weight: Te
     return ops.linear_cross_entropy.reference(wide(x), wide(weight), labels, token_weight)
 
 
-# optimizer -----------------------------------------------------------------------------------------------------
+# optimizer ----------------------------------------------------------------------------
 
 
 def flat_norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -205,7 +197,8 @@ def reversed_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def foreach_adamw(**a: Any) -> None:
-    """The arithmetic of torch.optim.AdamW's foreach path: corrections folded into step size and root."""
+    """The arithmetic of torch.optim.AdamW's foreach path: corrections folded into step size and
+    root."""
     ps, gs, ms, vs = (list(a[n]) for n in ("params", "grads", "exp_avgs", "exp_avg_sqs"))
     grads = [g.to(p.dtype) * a["grad_scale"] for p, g in zip(ps, gs, strict=True)]
     torch._foreach_mul_(ps, 1 - a["lr"] * a["weight_decay"])

@@ -1,10 +1,12 @@
-"""How a deviating backend is made: the references, with some kernels replaced, forward and backward apart."""
+"""How a deviating backend is made: the references, with some kernels replaced, forward and backward
+apart."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,8 +24,8 @@ Vjp = Callable[[Arguments, tuple[Tensor, ...]], Gradients]
 
 
 def backend(name: str, kernels: Mapping[str, Function]) -> Backend:
-    """A backend on the CPU whose ops are the references except for these; a kernel receives every argument by
-    name."""
+    """A backend on the CPU whose ops are the references except for these; a kernel receives every
+    argument by name."""
     return Backend(
         name=name,
         device_type="cpu",
@@ -90,7 +92,9 @@ def splice(op: Op, forward: Function, backward: Vjp) -> Function:
     def kernel(**a: Any) -> Any:
         names = tuple(n for n in op.differentiable if isinstance(a[n], Tensor))
         rest = {n: v for n, v in a.items() if n not in names}
-        return _Splice.apply(forward, backward, names, rest, *(a[n] for n in names))
+        return _Splice.apply(  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+            forward, backward, names, rest, *(a[n] for n in names)
+        )
 
     return kernel
 
@@ -114,3 +118,38 @@ def edited(op: Op, edit: Callable[[Arguments, Gradients], Gradients]) -> Functio
         return found | edit(arguments, found)
 
     return splice(op, op.reference, gradients)
+
+
+Kind = Literal[
+    "formula", "gradient", "optimizer", "mask", "position", "dtype", "eps", "scale", "rounding",
+    "rows", "stale", "rare shape",
+]  # fmt: skip
+Direction = Literal["forward", "backward", "both", "update"]
+Kernels = Mapping[str, Function]
+BOTH = ("float32", "bfloat16")
+FLOAT32 = ("float32",)
+BFLOAT16 = ("bfloat16",)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Bug:
+    """One mistake, planted in a backend that is the reference otherwise."""
+
+    name: str
+    kind: Kind
+    op: str
+    direction: Direction
+    """where the mistake is; `both`: the gradients are those of the wrong formula"""
+    description: str
+    kernels: Callable[[], Kernels]
+    """fresh kernels by op: some bugs have a memory"""
+    setup: str = ""
+    """the small model it is planted in (`catalogue.SETUPS`); empty = the one for its op"""
+    dtypes: tuple[str, ...] = BOTH
+    """working dtypes in which it is a bug"""
+    reason: str = ""
+    """why it is none in the other dtype"""
+
+    def backend(self) -> Backend:
+        """The deviating backend, without memory of earlier calls."""
+        return backend(f"bug:{self.name}", self.kernels())

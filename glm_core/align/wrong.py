@@ -1,5 +1,7 @@
-"""Wrong kernels, each a formula of an op with one mistake in it; `bugs` says what they are and where they occur.
-Shapes: B batch, L queries, S keys, H heads, K kv heads, E head dim, D width, F features, N rows, V vocabulary."""
+"""Wrong kernels, each a formula of an op with one mistake in it; `bugs` says what they are and
+where they occur.
+Shapes: B batch, L queries, S keys, H heads, K kv heads, E head dim, D width, F features, N rows, V
+vocabulary."""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ def through(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
 
 
 def ten_bits(x: Tensor) -> Tensor:
-    """float32 with its mantissa cut to TF32's 10 bits (NVIDIA A100 whitepaper); the gradient passes."""
+    """float32 with its mantissa cut to TF32's 10 bits (NVIDIA A100 whitepaper); the gradient
+    passes."""
     cut = (x.detach().float().view(torch.int32) & ~0x1FFF).view(torch.float32)
     return x + (cut - x).detach()
 
@@ -39,7 +42,8 @@ def half_away(x: Tensor) -> Tensor:
 
 
 def leaning(x: Tensor) -> Tensor:
-    """float32 to bfloat16, rounded up at random with a probability too large by 1/16 (repeatable)."""
+    """float32 to bfloat16, rounded up at random with a probability too large by 1/16
+    (repeatable)."""
     noise = torch.randint(0, 1 << 16, x.shape, generator=torch.Generator().manual_seed(1))
     bits = x.float().view(torch.int32) + (noise + (1 << 12)).clamp(max=0xFFFF).int()
     return truncated(bits.view(torch.float32))
@@ -56,15 +60,16 @@ def rounds(op: Op, rounding: Callable[[Tensor], Tensor]) -> Function:
 
 
 def inside(op: Op, dtype: torch.dtype) -> Function:
-    """All arithmetic of the op in `dtype`, the result back in the caller's. For ops without integer arguments."""
+    """All arithmetic of the op in `dtype`, the result back in the caller's. For ops without integer
+    arguments."""
     first = op.parameters[0]
 
     def kernel(**a: Any) -> Any:
         low = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in a.items()}
         with _Narrow(dtype):
             y = op.reference(**low)
-        back = lambda t: t.to(a[first].dtype)  # noqa: E731
-        return tuple(map(back, y)) if isinstance(y, tuple) else back(y)
+        outer = a[first].dtype
+        return tuple(t.to(outer) for t in y) if isinstance(y, tuple) else y.to(outer)
 
     return kernel
 
@@ -84,19 +89,21 @@ class _Narrow(torch.overrides.TorchFunctionMode):
 
 def stale(op: Op, every: int) -> Function:
     """Every n-th call returns the previous call's result if the shape is the same."""
-    calls, last = 0, None
+    calls = 0
+    last: Tensor | None = None
 
     def kernel(**a: Any) -> Tensor:
         nonlocal calls, last
-        right = op.reference(**a)
+        right: Tensor = op.reference(**a)
         calls, before, last = calls + 1, last, right.detach()
-        wrong = calls % every == 0 and before is not None and before.shape == right.shape
-        return before if wrong else right
+        if calls % every or before is None or before.shape != right.shape:
+            return right
+        return before
 
     return kernel
 
 
-# normalisation -------------------------------------------------------------------------------------------------
+# normalisation ------------------------------------------------------------------------
 
 
 def added(norm: Function) -> Function:
@@ -190,7 +197,7 @@ def stale_statistics(every: int) -> Function:
     return kernel
 
 
-# activations ---------------------------------------------------------------------------------------------------
+# activations --------------------------------------------------------------------------
 
 
 def gated(activation: Callable[[Tensor], Tensor], gate: int) -> Function:
@@ -205,6 +212,14 @@ def gated(activation: Callable[[Tensor], Tensor], gate: int) -> Function:
 
 def tanh_gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
+
+
+def erf_gelu(x: Tensor) -> Tensor:
+    return F.gelu(wide(x)).to(x.dtype)
+
+
+def sigmoid_gelu(x: Tensor) -> Tensor:
+    return (wide(x) * torch.sigmoid(1.702 * wide(x))).to(x.dtype)
 
 
 def rough_exp(x: Tensor) -> Tensor:
@@ -235,7 +250,7 @@ def lost_last_row(tile: int) -> Function:
     return kernel
 
 
-# rotation ------------------------------------------------------------------------------------------------------
+# rotation -----------------------------------------------------------------------------
 
 
 def one_frequency(table: Callable[[Tensor], Tensor]) -> Callable[[Arguments], Tensor]:
@@ -260,7 +275,7 @@ def last_pair_unrotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) 
     return ops.rope.reference(x, *tables, interleaved)
 
 
-# linear --------------------------------------------------------------------------------------------------------
+# linear -------------------------------------------------------------------------------
 
 
 def partial_sums(dtype: torch.dtype, block: int) -> Function:
@@ -324,7 +339,7 @@ def stale_weight() -> Vjp:
     return gradients
 
 
-# embedding -----------------------------------------------------------------------------------------------------
+# embedding ----------------------------------------------------------------------------
 
 
 def overwritten(a: Arguments, outputs: tuple[Tensor, ...]) -> Gradients:
@@ -341,3 +356,8 @@ def without_last_token(ids: Tensor, weight: Tensor, shrink: float) -> Tensor:
         for part, w in ((ids.flatten()[:-1], weight), (ids.flatten()[-1:], weight.detach()))
     )
     return torch.cat(list(parts)).unflatten(0, ids.shape)
+
+
+def shrunk_value(ids: Tensor, weight: Tensor, shrink: float) -> Tensor:
+    """The value is multiplied too."""
+    return weight[ids] * shrink

@@ -1,4 +1,5 @@
-"""Wrong attention kernels, each the reference's formula with one mistake in it; `bugs` says what they are.
+"""Wrong attention kernels, each the reference's formula with one mistake in it; `bugs` says what
+they are.
 Shapes: B batch, L queries, S keys, H heads, K kv heads, R = H/K heads per kv head, E head dim."""
 
 from __future__ import annotations
@@ -84,7 +85,8 @@ def unscaled_blocks(block: int) -> Weights:
 
 
 def previous_layer(a: Arguments) -> float:
-    """The scale that results when the softmax multiplies by the previous layer's number (1 in the first)."""
+    """The scale that results when the softmax multiplies by the previous layer's number (1 in the
+    first)."""
     layer: float = a["layer_scale"]
     return float(a["scale"]) * max(layer - 1, 1.0) / layer
 
@@ -114,12 +116,11 @@ def leaking_head(**a: Any) -> Tensor:
 
 def leaking_key(**a: Any) -> Tensor:
     """Every query sees key 0, whatever its key_start."""
-    sees = lambda s, hidden: torch.softmax(s, -1).masked_fill(hidden, 0.0)  # noqa: E731
     hidden = hidden_keys(a)
     hidden[..., 0] = False
     open_scores = scores(a | {"key_start": torch.zeros_like(a["key_start"])})
     s = torch.where(hidden, torch.finfo(open_scores.dtype).min, open_scores)
-    p = sees(s, hidden)
+    p = torch.softmax(s, -1).masked_fill(hidden, 0.0)
     return torch.einsum("bkrls,bske->blkre", p, wide(a["v"])).flatten(2, 3).to(a["q"].dtype)
 
 
@@ -155,15 +156,18 @@ def scaled_gradient(name: str, factor: float) -> Vjp:
     def gradients(a: Arguments, outputs: tuple[Tensor, ...]) -> Gradients:
         up = a | {n: wide(a[n]) for n in "qkv"}
         found = right(up, (wide(outputs[0]),))
-        found[name] = factor * found[name]  # type: ignore[operator]  # q, k and v always have one
-        return {n: g.to(a[n].dtype) for n, g in found.items() if g is not None}
+        factors = {name: factor}
+        return {
+            n: (g * factors.get(n, 1.0)).to(a[n].dtype) for n, g in found.items() if g is not None
+        }
 
     return gradients
 
 
 def flash_backward(row_term: Callable[[Tensor, Tensor], Tensor]) -> Vjp:
-    """The backward in closed form: dS = P (dO v^T - row_term(dO, O)) with O the result as the forward stores it
-    and row_term the sum over E of dO O (Dao et al. 2022, algorithm 4, line 19)."""
+    """The backward in closed form: dS = P (dO v^T - row_term(dO, O)) with O the result as the
+    forward stores it and row_term the sum over E of dO O (Dao et al. 2022, algorithm 4, line
+    19)."""
 
     def gradients(a: Arguments, outputs: tuple[Tensor, ...]) -> Gradients:
         s, hidden, groups = scores(a), hidden_keys(a), a["k"].shape[2]
@@ -186,3 +190,8 @@ def flash_backward(row_term: Callable[[Tensor, Tensor], Tensor]) -> Vjp:
 def low_row_term(do: Tensor, o: Tensor) -> Tensor:
     """The row sum from a result rounded to bfloat16."""
     return (do * o.bfloat16().float()).sum(-1, keepdim=True)
+
+
+def no_row_term(do: Tensor, o: Tensor) -> Tensor:
+    """Zero."""
+    return torch.zeros_like(do[..., :1])

@@ -1,4 +1,5 @@
-"""Wrong kernels of the loss and the optimizer, each with one mistake in it; `bugs` says what they are.
+"""Wrong kernels of the loss and the optimizer, each with one mistake in it; `bugs` says what they
+are.
 Shapes: N tokens, D width, V vocabulary."""
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glm_core import ops
 from glm_core.align.variants import Arguments, Function, Gradients
 from glm_core.ops.precision import wide
 
@@ -113,7 +113,8 @@ def adam(
     decay_first: bool = True,
     copy_first: bool = False,
 ) -> Callable[..., None]:
-    """AdamW with places for mistakes: `keep` is applied to the stored moments, `store` to the copies."""
+    """AdamW with places for mistakes: `keep` is applied to the stored moments, `store` to the
+    copies."""
 
     def kernel(**a: Any) -> None:
         b1, b2, step = a["beta1"], a["beta2"], a["step"]

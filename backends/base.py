@@ -128,6 +128,11 @@ class Backend:
         else:
             torch.get_device_module(self.device_type).set_rng_state(state)
 
+    def runtime_fallbacks(self) -> dict[str, int] | None:
+        """Calls so far, by operator, that the vendor's runtime has run on the host below our
+        dispatch; None where the runtime does not count them."""
+        return None
+
     def peak(self, dtype: torch.dtype) -> Peak | None:
         """Published peak of the device for this dtype, None where no figure is known."""
         return None

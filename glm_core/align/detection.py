@@ -22,6 +22,7 @@ from glm_core.align.benign import Benign
 from glm_core.align.catalogue import DTYPES, SETUPS, Variant, config, held_out, setup_of, variants
 from glm_core.align.variants import Bug
 from glm_core.config import RunConfig
+from glm_core.data import Batch
 from glm_core.errors import BackendUnavailableError, ConfigError, unknown
 from glm_core.trace import Trace
 
@@ -184,8 +185,8 @@ def sensitivity(
     jobs = []
     for setup in SETUPS:
         if mine := tuple(v.name for v in chosen if setup_of(v) == setup):
-            _sampler(config(setup, dtype, steps), cache_dir)()  # builds the corpus once for all
-            jobs.append(Job(setup, dtype, steps, controls, str(cache_dir), mine))
+            drawn = draw(config(setup, dtype, steps), cache_dir)
+            jobs.append(Job(setup, dtype, steps, controls, drawn, mine))
     order = {v.name: i for i, v in enumerate(chosen)}
     rows, calibration = _run(jobs, processes, len(chosen), progress)
     return Sensitivity(
@@ -205,7 +206,8 @@ class Job:
     dtype: str
     steps: int
     controls: int
-    cache_dir: str
+    rows: Batch
+    """the sequences of the run"""
     names: tuple[str, ...]
 
 
@@ -252,17 +254,39 @@ def outcomes(job: Job) -> Iterator[Row | float]:
     torch.set_num_threads(1)
     run = config(job.setup, job.dtype, job.steps)
     start = time.perf_counter()
-    calibration = align.calibrate(
-        run, sampler=_sampler(run, job.cache_dir), controls=job.controls, cache_dir=job.cache_dir
-    )
+    calibration = align.calibrate(run, sampler=lambda: Drawn(job.rows), controls=job.controls)
     yield time.perf_counter() - start
     known = {v.name: v for v in variants(job.dtype)}
     for name in job.names:
         yield judge(known[name], run, calibration)
 
 
-def _sampler(run: RunConfig, cache_dir: str | Path) -> Callable[[], data.Sampler]:
-    return lambda: data.open(run.data, run.train.seed, cache_dir, positions=run.model.positions)
+class Drawn:
+    """A sampler over sequences drawn beforehand: opening the data again for each of the hundreds of
+    runs would cost more than the runs."""
+
+    def __init__(self, rows: Batch) -> None:
+        self.rows, self.index = rows, 0
+
+    def next(self, micro_batch: int) -> Batch:
+        """The next sequences."""
+        at = slice(self.index, self.index + micro_batch)
+        self.index += micro_batch
+        return Batch(**{f.name: getattr(self.rows, f.name)[at] for f in dataclasses.fields(Batch)})
+
+    def state(self) -> dict[str, Any]:
+        """Where it stands."""
+        return {"index": self.index}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes there."""
+        self.index = state["index"]
+
+
+def draw(run: RunConfig, cache_dir: str | Path) -> Batch:
+    """All sequences of a run."""
+    source = data.open(run.data, run.train.seed, cache_dir, positions=run.model.positions)
+    return source.next(run.train.steps * run.train.global_batch)
 
 
 def judge(variant: Variant, run: RunConfig, calibration: align.Calibration) -> Row:

@@ -1,4 +1,4 @@
-"""What one run leaves behind for the verdict: one portable file of bounded size, no torch needed."""
+"""What one run leaves behind for the verdict: one portable file, bounded, read without torch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Trace:
     grad_norm: Array
     """[N], before clipping"""
     control_names: list[str]
-    """how each control run differs from the reference"""
+    """how each control run differs from the reference; only the reference's trace has any"""
     control_loss: Array
     """[K, N]"""
     capture_steps: list[int]
@@ -56,11 +56,12 @@ class Trace:
     digest: Array
     """[C, W]: sketches of the results of each call in `calls`"""
     tests: list[dict[str, Any]]
-    """T entries: op, direction, tensor, layer, step, call, shape, projection"""
+    """T entries: op, direction, tensor, layer, step, call, dtype, shape, projection; of each family
+    of tests (op, tensor, kind of group, statistic) the worst, pooled over calls and for one call"""
     test_values: Array
-    """[T, 4]: effect, standard error, limit of the benign range, number of elements that differ"""
+    """[T, 3]: effect, standard error, limit of the benign range (margin included)"""
     num_tests: int
-    """tests made; `tests` keeps the worst of each family"""
+    """tests made for `tests`"""
     fallbacks: list[dict[str, Any]]
     """op, reason, count: what ran on the reference instead of a kernel"""
     environment: dict[str, Any]
@@ -90,7 +91,7 @@ class Trace:
     def __post_init__(self) -> None:
         sizes: dict[str, int] = {
             "K": len(self.control_names), "S": len(self.capture_steps), "P": len(self.parameters),
-            "J1": 1 + len(self.disguises), "C": len(self.calls), "T": len(self.tests), "4": 4,
+            "J1": 1 + len(self.disguises), "C": len(self.calls), "T": len(self.tests), "3": 3,
         }  # fmt: skip
         for name, letters in _ARRAYS.items():
             array = getattr(self, name)
@@ -111,7 +112,7 @@ _ARRAYS: dict[str, tuple[str, ...]] = {
     "loss": ("N",), "grad_norm": ("N",), "control_loss": ("K", "N"),
     "gradient_norm": ("S", "P"), "gradient_sketch": ("S", "P", "W"),
     "loss_error": ("J1", "S"), "gradient_error": ("J1", "S", "P"), "digest": ("C", "W"),
-    "test_values": ("T", "4"),
+    "test_values": ("T", "3"),
 }  # fmt: skip
 """arrays and the names of their axes; equal names mean equal sizes"""
 
@@ -144,9 +145,10 @@ def load(path: str | Path) -> Trace:
 
 def _fields(text: str) -> dict[str, Any]:
     """The plain fields, each of the kind its annotation begins with."""
-    kinds: dict[str, Any] = {"dict": dict, "list": list, "str": str, "int": int, "float": (int, float)}
+    kinds: dict[str, Any] = {"dict": dict, "list": list, "str": str, "int": int, "float": float}
     try:
         values = json.loads(text)
+        values["seconds"] = float(values["seconds"])
         bad = [
             name for name, hint in _PLAIN.items()
             if not isinstance(values[name], kinds[hint.partition("[")[0]])

@@ -1,4 +1,4 @@
-"""Every op call of a training step with its arguments and output gradients, to be replayed anywhere."""
+"""Every op call of a training step with its arguments and output gradients, to be replayed."""
 
 from __future__ import annotations
 

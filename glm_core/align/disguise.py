@@ -3,7 +3,7 @@ intermediates rounded once more. They calibrate what a kernel is allowed to do."
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
 from typing import Any
 
 import torch
@@ -25,7 +25,12 @@ def widened(value: Any, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> A
     return tree_map(change, value)
 
 
-class Exact(TorchDispatchMode):
+class _Mode(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch 2.13 leaves it unannotated
+
+
+class Exact(_Mode):
     """Every float32 intermediate becomes float64; roundings to a dtype below float32 stay, because
     the op's contract asks for them. Float32 arguments must be `widened` by the caller."""
 
@@ -43,7 +48,7 @@ class Exact(TorchDispatchMode):
         return func(*widened(args, (low[0].dtype,)), **kwargs).to(low[0].dtype)
 
 
-class Shuffled(TorchDispatchMode):
+class Shuffled(_Mode):
     """Every sum and matrix product runs over its terms in another random order, matrix products in
     two parts besides."""
 
@@ -67,7 +72,7 @@ class Shuffled(TorchDispatchMode):
 
     def total(self, func: Any, x: Tensor, dims: Any, *rest: Any, **kwargs: Any) -> Any:
         """A sum or mean over `dims` after shuffling each of them."""
-        for dim in range(x.ndim) if not dims else dims:
+        for dim in dims or range(x.ndim):
             x = x.index_select(dim, self.order(x.shape[dim], x.device))
         return func(x, dims, *rest, **kwargs)
 
@@ -90,20 +95,26 @@ class Shuffled(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-class Rounded(TorchDispatchMode):
-    """Intermediate number `which` (all of them for None) is rounded to `dtype` once more. Intermediates
-    are float32 tensors of at least `numel` elements (a row's statistics are float32 by contract), and
-    inside a matrix product or sum in `dtype` its two halves, or the product before the bias."""
+class Rounded(_Mode):
+    """Intermediate number `which` (all of them for None) is rounded to `dtype` once more.
+    Intermediates are float32 tensors of at least `numel` elements (a row's statistics are float32
+    by contract, as the loss is behind its logits), and inside a matrix product or sum in `dtype`
+    its two halves, or the product before the bias. `seed` rounds three of four, drawn at random."""
 
-    def __init__(self, dtype: torch.dtype, numel: int, which: int | None = None) -> None:
+    def __init__(
+        self, dtype: torch.dtype, numel: int, which: int | None = None, seed: int | None = None
+    ) -> None:
         super().__init__()
         self.dtype, self.numel, self.which = dtype, numel, which
         self.seen = 0
         """intermediates that rounding would have changed"""
+        self.random = None if seed is None else random.Random(seed)
 
     def chosen(self) -> bool:
-        """Counts an intermediate; is it the one to round?"""
+        """Counts an intermediate; is it to be rounded?"""
         self.seen += 1
+        if self.random is not None:
+            return self.random.random() < 0.75
         return self.which in (None, self.seen - 1)
 
     def in_parts(self, func: Any, args: Any) -> Any:
@@ -111,7 +122,8 @@ class Rounded(TorchDispatchMode):
         if func is aten.addmm.default:
             return torch.mm(args[1], args[2]) + args[0]
         if func in (aten.mm.default, aten.bmm.default) and args[0].shape[-1] > 1:
-            a, b, half = *args, args[0].shape[-1] // 2
+            a, b = args
+            half = a.shape[-1] // 2
             return a[..., :half] @ b[..., :half, :] + a[..., half:] @ b[..., half:, :]
         if func is aten.sum.dim_IntList and len(args[1]) == 1 and args[0].shape[args[1][0]] > 1:
             halves = args[0].chunk(2, args[1][0])
@@ -130,8 +142,9 @@ class Rounded(TorchDispatchMode):
         eligible = isinstance(out, Tensor) and out.dtype == torch.float32
         if not eligible or out.numel() < self.numel or func.is_view:
             return out
+        if func is aten._log_softmax.default:
+            return out
+        if self.random is not None:
+            return out.to(self.dtype).float() if self.chosen() else out
         rounded = out.to(self.dtype).float()
         return out if torch.equal(rounded, out) or not self.chosen() else rounded
-
-
-Disguise = Callable[[], TorchDispatchMode]

@@ -44,7 +44,16 @@ def replay(
         if differentiate:
             results |= _backward(outputs, gradients, {n: args[n] for n in names})
     results |= {n: args[n] for n in call.op.mutates if args.get(n) is not None}
-    return {n: _flat(x).detach().cpu() for n, x in results.items()}
+    return _with_change(call, {n: _flat(x).detach().cpu() for n, x in results.items()})
+
+
+def _with_change(call: Call, results: Results) -> Results:
+    """Adds `change`: what an update did to the first tensors it writes, in float64. A weight hides
+    in its last bits what an optimizer did to it."""
+    if call.op.mutates:
+        name = call.op.mutates[0]
+        results["change"] = results[name].double() - _flat(call.args[name]).double().cpu()
+    return results
 
 
 def _backward(
@@ -69,4 +78,4 @@ def exact(call: Call, like: Results) -> Results:
     """The call in float64, rounded once to the dtypes of `like`: the best any kernel can return.
     Roundings that the op's contract asks for are kept."""
     found = replay(call, call.op.reference, Exact(), widen=True)
-    return {n: x.to(like[n].dtype) for n, x in found.items()}
+    return _with_change(call, {n: x.to(like[n].dtype) for n, x in found.items()})

@@ -1,26 +1,27 @@
-"""Does an error have a direction? Sums over groups of elements, effect sizes, and the bounds that
-turn them into a verdict. Pure numpy; derived and checked in docs/alignment.md.
+"""Does an error have a direction? Sums over groups of elements, effect sizes and their bounds.
+Pure numpy; derived, and checked by experiment, in docs/alignment.md.
 
 The error of a result X is D = X - Y, Y the correctly rounded float64 result. Rounding gives D no
-direction, so sums of D over any group of elements chosen without looking at D stay within a few
-standard errors of zero, and their size within what honest kernels show."""
+direction: summed over any group of elements chosen without looking at D it stays within a few
+standard errors of zero, and its size within what honest kernels show."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+Scores = dict[str, tuple[Array, Array]]
+"""per kind (see `scores`) the effect and its standard error, per group"""
 
 NUM_BINS = 32
 EPS = float(np.finfo(np.float32).eps)
-KINDS = ("scale", "offset", "sign", "size", "peak")
-"""what is measured in a group: sum(D Y) / sum(Y^2); mean(D) / rms(Y); (ups - downs) / (ups + downs)
-of the errors away from zero; rms(D) / rms(Y); max|D| / max|Y|"""
+FLOOR = 8 * EPS
+"""systematic relative error any kernel may have: polynomials for exp and erf, float32 inside"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -55,23 +56,22 @@ def structure(shape: Sequence[int]) -> list[Grouping]:
     found = [Grouping("all", 1, size or 1)]
     if len(shape) >= 1 and shape[-1] > 1:
         found.append(Grouping("channel", shape[-1]))
-    if len(shape) >= 2:
+    if len(shape) >= 2 and shape[-1] and size:
         found.append(Grouping("row", size // shape[-1], shape[-1]))
-    if len(shape) >= 3:
+    if len(shape) >= 3 and size:
         found.append(Grouping("position", shape[1], math.prod(shape[2:])))
-    if len(shape) == 4:
+    if len(shape) == 4 and size:
         found.append(Grouping("head", shape[2], shape[3]))
     return found
 
 
 @dataclasses.dataclass(slots=True)
 class Sums:
-    """Per group: everything the statistics need, additive over calls except the peaks."""
+    """Per group, additive over calls: everything `scores` needs."""
 
     count: Array
     yy: Array
     """sum Y^2"""
-    peak_y: Array
     dy: Array
     """sum D Y"""
     dy2: Array
@@ -83,84 +83,87 @@ class Sums:
     raw_sign: Array
     """elements too high minus elements too low"""
     differ: Array
-    peak_d: Array
+    """elements with D != 0"""
 
     def __add__(self, other: Sums) -> Sums:
-        pairs = ((f, getattr(self, f), getattr(other, f)) for f in self.__slots__)
-        return Sums(**{f: np.maximum(a, b) if "peak" in f else a + b for f, a, b in pairs})
+        return Sums(*(getattr(self, f) + getattr(other, f) for f in self.__slots__))
 
 
-@dataclasses.dataclass(slots=True)
 class Base:
-    """The correct result and the groupings its errors are summed over."""
+    """The correct result, flat, and the groupings its errors are summed over. Groups whose root
+    mean square is smaller than `least` times the tensor's are measured against that."""
 
-    y: Array
-    groupings: list[Grouping]
-    sums: list[tuple[Array, Array, Array]] = dataclasses.field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        index = np.arange(self.y.size)
-        for grouping in self.groupings:
+    def __init__(self, y: NDArray[np.floating], groupings: list[Grouping], least: float) -> None:
+        self.y, self.groupings, self.least = y, groupings, least
+        index, square = np.arange(y.size), y.astype(np.float64) ** 2
+        self.known: list[tuple[Array, Array]] = []
+        for grouping in groupings:
             g = grouping.of(index)
-            peak = np.zeros(grouping.groups)
-            np.maximum.at(peak, g, np.abs(self.y))
-            total = np.bincount(g, minlength=grouping.groups).astype(np.float64)
-            self.sums.append((total, np.bincount(g, self.y**2, grouping.groups), peak))
+            count: Array = np.bincount(g, minlength=grouping.groups).astype(np.float64)
+            self.known.append((count, np.bincount(g, square, grouping.groups).astype(np.float64)))
+        self.peak = float(np.abs(y).max(initial=0.0))
+
+    def errors(self, result: NDArray[np.floating]) -> Array:
+        """D; 1e30 where the result is not finite or has another shape."""
+        if result.size != self.y.size:
+            return np.full(self.y.size, 1e30)
+        return np.nan_to_num(
+            result.astype(np.float64) - self.y, nan=1e30, posinf=1e30, neginf=-1e30
+        )
 
 
-def sums(base: Base, result: Array) -> list[Sums]:
-    """The sums of D = result - Y for every grouping of the base. A value that is not finite counts
-    as an error of 1e30."""
-    d = np.nan_to_num(result - base.y, nan=1e30, posinf=1e30, neginf=-1e30)
-    at = np.flatnonzero(d)
-    d, y = d[at], base.y[at]
+def sums(base: Base, errors: Array) -> list[Sums]:
+    """One Sums for every grouping of the base."""
+    at = np.flatnonzero(errors)
+    d, y = errors[at], base.y[at].astype(np.float64)
     up = np.sign(d)
-    fields = (d * y, (d * y) ** 2, d, d * d, up * np.sign(y), up, np.ones_like(d))
-    out = []
-    for grouping, known in zip(base.groupings, base.sums, strict=True):
-        g = grouping.of(at)
-        totals = [np.bincount(g, f, grouping.groups) for f in fields]
-        peak = np.zeros(grouping.groups)
+    fields = (d * y, (d * y) ** 2, d, d * d, up * np.sign(y), up)
+    found = []
+    for grouping, known in zip(base.groupings, base.known, strict=True):
         if grouping.groups == 1:
-            peak[0] = np.abs(d).max(initial=0.0)
-        out.append(Sums(*known, *totals, peak))
-    return out
-
-
-def scores(s: Sums, least: float = 1e-4) -> dict[str, tuple[Array, Array]]:
-    """Per kind the effect and its standard error, per group. Groups whose root mean square is
-    smaller than `least` times the tensor's are measured against that."""
-    mean_square = s.yy.sum() / max(s.count.sum(), 1.0)
-    yy = np.maximum(s.yy, least**2 * mean_square * s.count) + 1e-300
-    n, rms = np.maximum(s.count, 1.0), np.sqrt(yy / np.maximum(s.count, 1.0))
-    differ = np.maximum(s.differ, 1.0)
-    scale, offset = s.dy / yy, s.d / (n * rms)
-    # a direction counts only where it moves the result by more than float32 kernels may
-    matters = np.maximum(np.abs(scale), np.abs(offset)) > FLOOR
-    sign = np.where(np.abs(s.sign) > np.abs(s.raw_sign), s.sign, s.raw_sign) / differ
-    zero = np.zeros_like(n)
-    found = {
-        "scale": (scale, np.sqrt(s.dy2) / yy),
-        "offset": (offset, np.sqrt(s.d2) / (n * rms)),
-        "sign": (sign * matters, 1 / np.sqrt(differ)),
-        "size": (np.sqrt(s.d2 / n) / rms, zero),
-    }
-    if s.count.size == 1:
-        found["peak"] = (s.peak_d / (s.peak_y + 1e-300), zero)
+            totals = [np.array([f.sum()]) for f in (*fields, np.ones_like(d))]
+        else:
+            g = grouping.of(at)
+            totals = [np.bincount(g, f, grouping.groups) for f in fields]
+            totals.append(np.bincount(g, minlength=grouping.groups).astype(np.float64))
+        found.append(Sums(*known, *totals))
     return found
 
 
-FLOOR = 8 * EPS
-"""systematic relative error any kernel may have: polynomials for exp and erf, summation in float32"""
+def scores(s: Sums, least: float) -> Scores:
+    """scale: sum(D Y) / sum(Y^2). offset: mean(D) / rms(Y). sign: (ups - downs) / (ups + downs) of
+    the errors that are not zero, in magnitude or in value, whichever is larger; 0 where the error
+    moves the result by less than FLOOR. size: rms(D) / rms(Y), without a standard error."""
+    n = np.maximum(s.count, 1.0)
+    mean_square = s.yy.sum() / max(s.count.sum(), 1.0)
+    yy = np.maximum(s.yy, least**2 * mean_square * n) + 1e-300
+    rms, differ = np.sqrt(yy / n), np.maximum(s.differ, 1.0)
+    scale, offset = s.dy / yy, s.d / (n * rms)
+    matters = np.maximum(np.abs(scale), np.abs(offset)) > FLOOR
+    sign = np.where(np.abs(s.sign) > np.abs(s.raw_sign), s.sign, s.raw_sign) / differ
+    return {
+        "scale": (scale, np.sqrt(s.dy2) / yy),
+        "offset": (offset, np.sqrt(s.d2) / (n * rms)),
+        "sign": (sign * matters, 1 / np.sqrt(differ)),
+        "size": (np.sqrt(s.d2 / n) / rms, np.zeros_like(n)),
+    }
 
 
 def critical_z(false_alarm_rate: float, num_tests: int) -> float:
     """z beyond which a self-normalised sum of independent errors with symmetric signs lies with
-    probability below rate / tests: P(|z| > x) <= 2 exp(-x^2 / 2), exact for every number of terms
+    probability below rate / tests: P(|z| > x) <= 2 exp(-x^2 / 2) for every number of terms
     (Hoeffding 1963 applied to the signs), Bonferroni over the tests."""
     return math.sqrt(2 * math.log(2 * max(num_tests, 1) / false_alarm_rate))
 
 
-def worst(effects: Iterable[tuple[Array, Array]], z: float) -> float:
-    """The largest lower confidence bound |effect| - z se over all groups."""
-    return max((float(np.max(np.abs(e) - z * se, initial=0.0)) for e, se in effects), default=0.0)
+def lower_bound(effect: Array, error: Array, deviations: float) -> Array:
+    """|effect| less so many standard errors."""
+    return np.abs(effect) - deviations * error
+
+
+def excess(effect: Array, error: Array, limit: float, z: float, caution: float = 4.0) -> Array:
+    """How far outside: above 1 where an effect is significant (|effect| / error > z) and its lower
+    bound exceeds the benign limit. The smaller of both ratios."""
+    outside = lower_bound(effect, error, caution) / limit
+    significant = np.abs(effect) / np.maximum(error, 1e-300) / z
+    return np.where(error > 0, np.minimum(outside, significant), outside)

@@ -1,0 +1,31 @@
+"""The verdict on loss curves: `calibrate`, `record`, `compare`, `run`. Importing this loads neither
+torch nor a backend; `compare` needs neither."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from glm_core.align.calibration import Calibration, calibrate
+    from glm_core.align.campaign import Result, run
+    from glm_core.align.detection import Sensitivity, sensitivity
+    from glm_core.align.recording import record
+    from glm_core.align.verdict import Finding, Pair, compare
+
+__all__ = [
+    "Calibration", "Finding", "Pair", "Result", "Sensitivity", "calibrate", "compare", "record",
+    "run", "sensitivity",
+]  # fmt: skip
+
+_HOME = {
+    "Calibration": "calibration", "calibrate": "calibration", "Result": "campaign",
+    "run": "campaign", "record": "recording", "Finding": "verdict", "Pair": "verdict",
+    "compare": "verdict", "Sensitivity": "detection", "sensitivity": "detection",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

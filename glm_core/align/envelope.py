@@ -1,0 +1,109 @@
+"""How far honest rounding drives a curve or a gradient, and the bound a candidate must keep. Numpy
+only; derived in docs/alignment.md."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glm_core.align.statistics import EPS
+from glm_core.errors import TraceError
+
+Array = NDArray[np.float64]
+
+MIN_CONTROLS = 4
+WINDOW = 5
+"""steps on either side that share one scale"""
+LEAST_SPREAD = 0.15
+"""smallest standard deviation of log T that is believed of a handful of controls"""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Envelope:
+    """The candidate's curve against the bound."""
+
+    deviation: Array
+    """[N]: candidate minus reference"""
+    bound: Array
+    """[N]: what honest rounding keeps |deviation| under at all steps at once"""
+
+    @property
+    def ratio(self) -> Array:
+        """[N]: above 1 is outside; infinite where the candidate is not finite."""
+        return np.nan_to_num(np.abs(self.deviation) / self.bound, nan=np.inf, posinf=np.inf)
+
+    @property
+    def first_step(self) -> int | None:
+        """First step outside, counted from 1."""
+        outside = np.flatnonzero(self.ratio > 1)
+        return int(outside[0]) + 1 if outside.size else None
+
+
+def student_t(probability: float, freedom: int) -> float:
+    """The quantile of Student's t for probability > 1/2, by integrating its density in
+    u = atan(t / sqrt(freedom)), where it is cos(u)^(freedom - 1)."""
+    u = np.linspace(0, math.pi / 2, 20001)
+    f = np.cos(u) ** (freedom - 1)
+    area = np.concatenate(([0.0], np.cumsum((f[1:] + f[:-1]) / 2)))
+    return math.sqrt(freedom) * math.tan(np.interp(2 * probability - 1, area / area[-1], u))
+
+
+def prediction_bound(statistics: Array, rate: float) -> float:
+    """The value that one more draw exceeds with probability `rate`, K positive draws given, their
+    logarithms normal with unknown mean and spread: Student's t with K - 1 degrees of freedom."""
+    logs = np.log(np.maximum(statistics, 1e-30))
+    k = logs.size
+    spread = max(float(logs.std(ddof=1)), LEAST_SPREAD)
+    margin = student_t(1 - rate, k - 1) * spread * math.sqrt(1 + 1 / k)
+    return math.exp(float(logs.mean()) + margin)
+
+
+def scale(deviations: Array, reference: Array) -> Array:
+    """[N]: root mean square of the controls' deviations [K, N] within WINDOW steps, at least the
+    rounding of the loss itself (4 eps of float32)."""
+    n = reference.size
+    square = (deviations**2).mean(0)
+    sums = np.concatenate(([0.0], np.cumsum(square)))
+    low, high = np.maximum(np.arange(n) - WINDOW, 0), np.minimum(np.arange(n) + WINDOW + 1, n)
+    smooth = np.sqrt(np.maximum(sums[high] - sums[low], 0.0) / (high - low))
+    return np.maximum(smooth, 4 * EPS * np.abs(reference))
+
+
+def peaks(deviations: Array, reference: Array) -> Array:
+    """[K]: each control's largest deviation over all steps, in units of the other controls'
+    scale."""
+    others = [np.delete(deviations, k, 0) for k in range(len(deviations))]
+    return np.array([
+        (np.abs(d) / scale(rest, reference)).max()
+        for d, rest in zip(deviations, others, strict=True)
+    ])  # fmt: skip
+
+
+def envelope(reference: Array, controls: Array, candidate: Array, rate: float) -> Envelope:
+    """Bound and deviation of a candidate's loss curve [N] from the reference's, given K control
+    curves [K, N]. Raises TraceError for too few controls or one that is not finite."""
+    if len(controls) < MIN_CONTROLS:
+        raise TraceError(
+            f"reference trace: {len(controls)} control runs, the envelope needs at least "
+            f"{MIN_CONTROLS}; record the reference with controls=8"
+        )
+    if not (np.isfinite(controls).all() and np.isfinite(reference).all()):
+        raise TraceError("reference trace: its loss is not finite; train with a smaller train.lr")
+    deviations = controls - reference
+    factor = prediction_bound(peaks(deviations, reference), rate)
+    return Envelope(candidate - reference, factor * scale(deviations, reference))
+
+
+def error_bound(benign: Array, floor: float, rate: float) -> Array:
+    """The bound on errors [...] given those of J honest runs [J, ...]: the honest root mean square
+    (at least `floor`) times a factor that all of them keep at once."""
+
+    def spread(rows: Array) -> Array:
+        return np.maximum(np.sqrt((rows**2).mean(0)), floor)
+
+    others = [np.delete(benign, j, 0) for j in range(len(benign))]
+    tops = [float((b / spread(r)).max()) for b, r in zip(benign, others, strict=True)]
+    return spread(benign) * prediction_bound(np.array(tops), rate)

@@ -1,0 +1,207 @@
+"""Are two recorded loss curves the same? Decided from the traces alone: no torch, no model, no
+device."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glm_core.align import statistics
+from glm_core.align.envelope import Envelope, envelope, error_bound
+from glm_core.errors import TraceError
+from glm_core.trace import Trace
+
+Array = NDArray[np.float64]
+Verdict = Literal["aligned", "diverged"]
+EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+MAX_FINDINGS = 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """One op result that honest rounding does not explain."""
+
+    op: str
+    direction: str
+    """forward or backward"""
+    layer: str
+    """number of the block; empty outside of blocks, and where all calls were pooled"""
+    step: int
+    """captured step; 0 where all calls were pooled"""
+    call: int
+    """number of the call in its step; -1 where pooled"""
+    tensor: str
+    dtype: str
+    shape: list[int]
+    projection: str
+    z: float
+    """standard errors from zero; 0 for sizes, which have none"""
+    effect: float
+    benign: float
+    """limit of the benign range, margin included"""
+    ratio: float
+    """above 1 is outside"""
+
+    def __str__(self) -> str:
+        where = f" in layer {self.layer}" if self.layer else ""
+        shape = "x".join(map(str, self.shape)) or "scalar"
+        z = f", z = {self.z:.1f}" if self.z else ""
+        return (
+            f"op {self.op} {self.direction}{where}: {self.tensor} [{shape}] {self.dtype}: "
+            f"{self.projection} {self.effect:.2e}{z}, benign up to {self.benign:.1e}"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Pair:
+    """The verdict on a candidate."""
+
+    reference: str
+    candidate: str
+    dtype: str
+    verdict: Verdict
+    reasons: list[str]
+    first_step: int | None
+    """first step outside the envelope, counted from 1"""
+    max_envelope_ratio: float
+    """largest |deviation| / bound; above 1 is outside. 0 where there was no free run"""
+    max_gradient_ratio: float
+    """largest error of a gradient or the loss / its bound; 0 without teacher forcing"""
+    max_op_ratio: float
+    """largest effect of an op / its limit; 0 without teacher forcing"""
+    findings: list[Finding]
+    """guilty op results, worst first, at most MAX_FINDINGS"""
+    false_alarm_rate: float
+    """chosen probability that an honest candidate is called diverged"""
+    envelope: Envelope | None
+    gradient_ratio: Array
+    """[S, P]: error of each parameter's gradient / that of the plain reference"""
+    gradient_excess: Array
+    """[S, P]: error of each parameter's gradient / its bound"""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; curves are left to the traces."""
+        skip = ("envelope", "gradient_ratio", "gradient_excess", "findings")
+        fields = [f.name for f in dataclasses.fields(self) if f.name not in skip]
+        plain = {name: finite(getattr(self, name)) for name in fields}
+        return plain | {"findings": [dataclasses.asdict(f) for f in self.findings]}
+
+
+def finite(value: Any) -> Any:
+    """JSON has no infinity."""
+    return 1e30 if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def compare(reference: Trace, candidate: Trace, *, false_alarm_rate: float = 1e-3) -> Pair:
+    """The verdict. `reference` was recorded with controls, `candidate` with the same config, data
+    and weights, perhaps on another machine. Raises TraceError where the two cannot be compared.
+
+    The rate is split evenly between envelope, gradients and ops, and within each over all steps,
+    parameters and tests."""
+    require_comparable(reference, candidate)
+    rate = false_alarm_rate / 3
+    curve = None
+    if candidate.loss.size:
+        curve = envelope(reference.loss, reference.control_loss, candidate.loss, rate)
+    ratio, excess, loss_excess = gradient_check(candidate, rate)
+    found = op_check(candidate, rate)
+    guilty = [f for f in found if f.ratio > 1]
+    envelope_ratio = float(curve.ratio.max()) if curve else 0.0
+    gradient_ratio = float(max(excess.max(initial=0.0), loss_excess.max(initial=0.0)))
+    reasons = [
+        *_envelope_reason(curve), *_gradient_reason(candidate, excess, loss_excess),
+        *(str(f) for f in guilty[:3]),
+    ]  # fmt: skip
+    return Pair(
+        reference=reference.backend, candidate=candidate.backend, dtype=candidate.dtype,
+        verdict="diverged" if reasons else "aligned", reasons=reasons,
+        first_step=curve.first_step if curve else None, max_envelope_ratio=envelope_ratio,
+        max_gradient_ratio=gradient_ratio, max_op_ratio=max((f.ratio for f in found), default=0.0),
+        findings=guilty[:MAX_FINDINGS], false_alarm_rate=false_alarm_rate, envelope=curve,
+        gradient_ratio=ratio, gradient_excess=excess,
+    )  # fmt: skip
+
+
+def require_comparable(reference: Trace, candidate: Trace) -> None:
+    """Raises TraceError that names the first fact in which the two traces differ."""
+    for what in ("dtype", "initial_weights", "data_order"):
+        mine, other = getattr(reference, what), getattr(candidate, what)
+        if mine != other:
+            raise TraceError(
+                f"traces cannot be compared: {what} is {mine} in the reference, {other} in the "
+                "candidate; record both with the same config, seed and data"
+            )
+    if candidate.loss.size not in (0, reference.loss.size):
+        raise TraceError(
+            f"traces cannot be compared: {reference.loss.size} steps in the reference, "
+            f"{candidate.loss.size} in the candidate; record both with the same train.steps"
+        )
+    if not candidate.loss.size and not candidate.tests:
+        raise TraceError(
+            f"trace of {candidate.backend}: neither a free run nor teacher forcing; record one"
+        )
+
+
+def gradient_check(trace: Trace, rate: float) -> tuple[Array, Array, Array]:
+    """Per parameter the error relative to the plain reference's [S, P] and relative to its bound
+    [S, P]; the loss's relative to its bound [S]. Half the rate each."""
+    if not trace.capture_steps:
+        empty = np.zeros((0, len(trace.parameters)))
+        return empty, empty, np.zeros(0)
+    tokens = trace.config["data"]["length"] * trace.config["train"]["global_batch"]
+    floor = max(EPS[trace.dtype], EPS["float32"] * tokens**0.5)
+    errors = np.nan_to_num(trace.gradient_error, nan=np.inf)
+    losses = np.nan_to_num(trace.loss_error, nan=np.inf)
+    ratio = errors[0] / np.maximum(errors[1], 1e-30)
+    excess = errors[0] / error_bound(errors[2:], floor, rate / 2)
+    loss_floor = EPS["float32"] * tokens**0.5
+    return ratio, excess, losses[0] / error_bound(losses[2:], loss_floor, rate / 2)
+
+
+def op_check(trace: Trace, rate: float) -> list[Finding]:
+    """Every recorded test, the furthest outside first."""
+    z = statistics.critical_z(rate, trace.num_tests)
+    found = []
+    for row, (effect, error, limit) in zip(trace.tests, trace.test_values, strict=True):
+        outside = statistics.excess(np.array([effect]), np.array([error]), float(limit), z)
+        found.append(Finding(
+            **{f: row[f] for f in _ROW}, z=float(abs(effect) / error) if error > 0 else 0.0,
+            effect=float(effect), benign=float(limit), ratio=float(outside[0]),
+        ))  # fmt: skip
+    return sorted(found, key=lambda f: -f.ratio)
+
+
+_ROW = ("op", "direction", "layer", "step", "call", "tensor", "dtype", "shape", "projection")
+
+
+def _envelope_reason(curve: Envelope | None) -> list[str]:
+    if curve is None or curve.first_step is None:
+        return []
+    n = curve.first_step
+    if not math.isfinite(curve.deviation[n - 1]):
+        return [f"step {n}: the loss is not finite, or the run broke off"]
+    return [
+        f"step {n}: the loss deviates by {curve.deviation[n - 1]:+.2e}, "
+        f"honest rounding by at most {curve.bound[n - 1]:.1e}"
+    ]
+
+
+def _gradient_reason(trace: Trace, excess: Array, loss_excess: Array) -> list[str]:
+    reasons = []
+    if excess.size and excess.max() > 1:
+        s, p = divmod(int(np.argmax(excess)), excess.shape[1])
+        reasons.append(
+            f"step {trace.capture_steps[s]}: the gradient of {trace.parameters[p]} is off by "
+            f"{trace.gradient_error[0, s, p]:.2e} of its norm, {excess[s, p]:.3g} times the bound"
+        )
+    if loss_excess.size and loss_excess.max() > 1:
+        at = int(np.argmax(loss_excess))
+        reasons.append(
+            f"step {trace.capture_steps[at]}: on the same weights the loss is off by "
+            f"{trace.loss_error[0, at]:.2e}, {loss_excess[at]:.3g} times the bound"
+        )
+    return reasons

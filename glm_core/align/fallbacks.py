@@ -1,0 +1,235 @@
+"""What did not run on the device's own kernels, and the share of a step that it costs: references
+in a kernel's place, and operators the vendor's runtime sends to the host below our dispatch."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from glm_core import config as c
+from glm_core import dispatch, ops
+from glm_core.align.capture import Call, capture, copied
+from glm_core.align.training import Run
+from glm_core.backends import registry
+from glm_core.backends.base import Backend
+from glm_core.dispatch import Op
+from glm_core.model import GLM
+from glm_core.spec import Cost
+from glm_core.trace import Trace
+from glm_core.train import Sampler
+
+ROUNDS = 5
+"""timings of a call, of which the median counts"""
+OUTSIDE = "(outside ops)"
+"""what torch does between the ops: accumulating gradients, copies, the sum of losses"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One op and one reason."""
+
+    op: str
+    where: str
+    """`reference`: torch's own operators on the backend's device; `host`: below our dispatch"""
+    reason: str
+    calls: float
+    """in one step"""
+    flops_share: float | None = None
+    """of the FLOPs of a step's op calls, forward and backward, by the ops' own costs; None for
+    what is no op"""
+    time_share: float | None = None
+    """of the time of a step's op calls, each timed alone, forward and backward; None where not
+    measured"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Fallbacks:
+    """The rows, the most FLOPs first."""
+
+    backend: str
+    rows: list[Row]
+    runtime_counted: bool
+    """whether rows would tell of the host: its runtime counts, or the device is the CPU itself"""
+    ops_ms: float | None = None
+    """all op calls of a step, each timed alone"""
+    step_ms: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Kind:
+    """Calls of a step that differ in nothing but their values."""
+
+    calls: list[Call]
+    flops: int
+    """of all of them"""
+    seconds: float
+    """of one of them"""
+    host: Counter[str]
+    """operators that one of them made the runtime send to the host"""
+
+
+def measure(config: c.RunConfig, sampler: Sampler, backend: str | Backend) -> Fallbacks:
+    """Trains three steps: one warms up, one is timed and its host calls counted, one's op calls are
+    captured and then timed one by one."""
+    run = Run(config, sampler, backend)
+    with registry.use(run.backend):
+        run.step()
+        before, begin = host_calls(run.backend), time.perf_counter()
+        run.step()
+        run.backend.synchronize()
+        seconds, outside = time.perf_counter() - begin, host_calls(run.backend) - before
+        with capture(run.model, step=3) as captured:
+            run.step()
+        kinds = [timed(calls, run.backend) for calls in alike(captured.calls)]
+    for kind in kinds:
+        outside.subtract({name: n * len(kind.calls) for name, n in kind.host.items()})
+    unowned = [
+        Row(op=OUTSIDE, where="host", reason=f"the runtime sent {name} there", calls=n)
+        for name, n in (+outside).items()
+    ]
+    return Fallbacks(
+        backend=run.backend.name, rows=sorted([*rows(kinds, run.backend), *unowned], key=weight),
+        runtime_counted=run.backend.runtime_fallbacks() is not None, step_ms=seconds * 1e3,
+        ops_ms=sum(k.seconds * len(k.calls) for k in kinds) * 1e3,
+    )  # fmt: skip
+
+
+def weight(row: Row) -> tuple[float, str]:
+    """The most FLOPs first, what is no op last."""
+    return (1.0 if row.flops_share is None else -row.flops_share), row.op + row.reason
+
+
+def host_calls(backend: Backend) -> Counter[str]:
+    """What the runtime has sent to the host so far; empty where it does not count."""
+    return Counter(backend.runtime_fallbacks() or {})
+
+
+def alike(calls: Iterable[Call]) -> Iterator[list[Call]]:
+    """Calls with the same op, shapes, strides, dtypes and constants."""
+
+    def facts(x: Any) -> Any:
+        return (x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else x
+
+    groups: dict[str, list[Call]] = defaultdict(list)
+    for call in calls:
+        groups[f"{call.op.name} {tree_map(facts, call.args)}"].append(call)
+    yield from groups.values()
+
+
+def timed(calls: list[Call], backend: Backend) -> Kind:
+    """Times the first of them, forward and backward."""
+    call = calls[0]
+    args = tree_map(copied, call.args)
+    wanted = [args[n] for n in call.op.differentiable if isinstance(args.get(n), Tensor)]
+    gradients = [g for g in call.output_gradients if g is not None]
+    for x in wanted if gradients else []:
+        x.requires_grad_()
+
+    def once() -> None:
+        with torch.set_grad_enabled(bool(gradients)):
+            out = call.op(**args)
+        if gradients:
+            results = out if isinstance(out, tuple) else (out,)
+            pairs = zip(results, call.output_gradients, strict=True)
+            used = [y for y, g in pairs if g is not None]
+            torch.autograd.grad(used, wanted, gradients, allow_unused=True)
+        backend.synchronize()
+
+    once()
+    before = host_calls(backend)
+    once()
+    host, seconds = host_calls(backend) - before, []
+    for _ in range(ROUNDS):
+        begin = time.perf_counter()
+        once()
+        seconds.append(time.perf_counter() - begin)
+    flops = sum(num_flops(x.op.cost(**x.args), bool(x.output_gradients)) for x in calls)
+    return Kind(calls, flops, statistics.median(seconds), host)
+
+
+def num_flops(cost: Cost, differentiated: bool) -> int:
+    """Forward, and backward where there was one."""
+    return cost.flops + (cost.backward_flops if differentiated else 0)
+
+
+def rows(kinds: list[Kind], backend: Backend) -> list[Row]:
+    """One per op, place and reason; what ran on the device has none."""
+    flops = sum(k.flops for k in kinds) or 1
+    seconds = sum(k.seconds * len(k.calls) for k in kinds)
+    sums: dict[tuple[str, str, str], list[Kind]] = defaultdict(list)
+    for kind in kinds:
+        call = kind.calls[0]
+        support = backend.support(call.op, call.args)
+        if not support.ok:
+            sums[call.op.name, "reference", support.reason].append(kind)
+        for name, n in kind.host.items():
+            reason = f"the runtime sent {name} there, {n} times a call"
+            sums[call.op.name, "host", reason].append(kind)
+    return [
+        Row(
+            op=op, where=where, reason=reason, calls=sum(len(k.calls) for k in mine),
+            flops_share=sum(k.flops for k in mine) / flops,
+            time_share=sum(k.seconds * len(k.calls) for k in mine) / seconds,
+        )
+        for (op, where, reason), mine in sums.items()
+    ]  # fmt: skip
+
+
+def recorded(trace: Trace) -> Fallbacks:
+    """The fallbacks a trace tells of, as shares of the FLOPs of its config's step. Calls of one op
+    count alike; a trace holds no times and nothing from below our dispatch. Raises ConfigError for
+    a config this glm_core does not know."""
+    config = c.from_dict(c.RunConfig, trace.config)
+    table = step_flops(config)
+    total, steps = sum(sum(x) for x in table.values()), max(1, trace.loss.size)
+    found = []
+    for row in trace.fallbacks:
+        each = table.get(row["op"], [0])
+        calls = row["count"] / steps
+        share = calls * sum(each) / len(each) / total
+        found.append(
+            Row(
+                op=row["op"],
+                where="reference",
+                reason=row["reason"],
+                calls=calls,
+                flops_share=share,
+            )
+        )
+    return Fallbacks(backend=trace.backend, rows=sorted(found, key=weight), runtime_counted=False)
+
+
+def step_flops(config: c.RunConfig) -> dict[str, list[int]]:
+    """FLOPs of every op call of one full step, by op, from shapes alone (attention: all pairs)."""
+    table: dict[str, list[int]] = defaultdict(list)
+
+    def note(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        table[op.name].append(num_flops(op.cost(*args, **kwargs), bool(op.differentiable)))
+        return dispatch.run(op, args, kwargs)
+
+    t, size = config.train, (config.train.micro_batch, config.data.length)
+    with torch.device("meta"), torch.no_grad(), registry.use("null"), dispatch.intercept(note):
+        model = GLM(config.model).to(getattr(torch, t.dtype))
+        ids = torch.empty(size, dtype=torch.int64)
+        positions = torch.empty(size[0], 2, size[1], dtype=torch.int64)
+        model.loss(ids, positions, ids.int(), ids.int(), ids, ids.float())
+    parts = t.global_batch // t.micro_batch
+    table = defaultdict(list, {name: parts * calls for name, calls in table.items()})
+    params = [p.detach() for p in model.parameters()]
+    table["global_norm"].append(ops.global_norm.cost(params).flops)
+    for group in ([p for p in params if p.ndim > 1], [p for p in params if p.ndim <= 1]):
+        cost = ops.adamw.cost(group, group, group, group, params[0], 1, t.lr)
+        table["adamw"].append(cost.flops)
+    return dict(table)

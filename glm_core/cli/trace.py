@@ -83,7 +83,9 @@ def run_fallbacks(args: argparse.Namespace) -> int:
         found = fallbacks.recorded(load(args.trace))
     else:
         from glm_core.align.calibration import open_data
+        from glm_core.backends import registry
 
+        registry.usable(args.backend)
         config = run_config(args, backend=args.backend, dtype=args.dtype)
         found = fallbacks.measure(config, open_data(config, ".cache")(), args.backend)
     emit(args, found.to_json(), table(found))

@@ -80,7 +80,10 @@ def reduce(kind: str) -> Translation:
     ) -> str:
         x = g.operand(self, out.dtype)
         dims = [dim] if isinstance(dim, int) else dim or range(len(self.shape))
-        return g.node(kind, x, g.ints(dims), keepdims=int(keepdim)) if self.shape else x
+        if not self.shape:
+            return x
+        name = g.node(kind, x, g.ints(dims), keepdims=int(keepdim or not out.shape))
+        return name if out.shape else g.reshape(name, out.shape)
 
     return make
 
@@ -173,7 +176,8 @@ def to_copy(g: Graph, out: Any, self: Value, **_: Any) -> str:
 
 @translation("copy")
 def copy(g: Graph, out: Any, self: Value, src: Value, **_: Any) -> str:
-    return g.expand(g.operand(src, out.dtype), out.shape)
+    name = g.operand(src, out.dtype)
+    return name if src.shape == self.shape else g.expand(name, out.shape)
 
 
 @translation("mm", "bmm", "mv", "dot")
@@ -183,8 +187,9 @@ def matmul(g: Graph, out: Any, self: Value, **other: Value) -> str:
     (right,) = other.values()
     a, b = (g.operand(x, out.dtype) for x in (self, right))
     length = self.shape[-1]
-    if length < 512 or out.numel() > 4096:
-        return g.node("MatMul", a, b)
+    if not out.shape or length < 512 or out.numel() > 4096:
+        product = g.node("MatMul", a, b)
+        return product if out.shape else g.reshape(product, out.shape)
     part = max(256, -(-length // 8))
     axes = len(self.shape) - 1, max(len(right.shape) - 2, 0)
 

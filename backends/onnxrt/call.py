@@ -12,6 +12,13 @@ from glm_core.dispatch import Op
 from glm_core.errors import UnsupportedOpError
 
 Direction = Literal["forward", "vjp", "update"]
+ELEMENT = {
+    torch.float32: 1, torch.uint8: 2, torch.int8: 3, torch.int32: 6, torch.int64: 7, torch.bool: 9,
+    torch.float16: 10, torch.float64: 11, torch.bfloat16: 16,
+}  # fmt: skip
+"""onnx.TensorProto's numbers, here so that a model from the disk runs without importing onnx"""
+SCALAR = (1,)
+"""the shape that scalars have inside a graph: OpenVINO takes none without dimensions"""
 SEPARATOR = "\n"
 """between the arguments of a layout; strings may hold anything else"""
 
@@ -63,7 +70,7 @@ def strange(arguments: Iterable[Any]) -> str:
                 return f"cannot export an argument of type {type(item).__name__}"
             if item.device.type != "cpu":
                 return f"takes tensors on the CPU, received one on {item.device}"
-            if item.dtype.is_complex or item.layout != torch.strided:
+            if item.dtype not in ELEMENT or item.layout != torch.strided:
                 return f"cannot hold a tensor of {item.dtype}, {item.layout}"
     return ""
 

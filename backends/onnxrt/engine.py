@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from glm_core.backends.onnxrt import store
-from glm_core.backends.onnxrt.call import Call
+from glm_core.backends.onnxrt.call import ELEMENT, SCALAR, Call
 from glm_core.errors import GlmCoreError, UnsupportedOpError
 
 CPU = "CPUExecutionProvider"
@@ -21,20 +21,10 @@ OPTIONS = {
     "OpenVINOExecutionProvider": {"device_type": "CPU", "precision": "FP32"},
 }
 """provider -> options that keep its arithmetic in the graph's own dtypes"""
-DTYPES = {
-    "float": torch.float32, "double": torch.float64, "float16": torch.float16,
-    "bfloat16": torch.bfloat16, "bool": torch.bool, "uint8": torch.uint8, "int8": torch.int8,
-    "int32": torch.int32, "int64": torch.int64,
-}  # fmt: skip
-ELEMENT = {
-    torch.float32: 1, torch.uint8: 2, torch.int8: 3, torch.int32: 6, torch.int64: 7, torch.bool: 9,
-    torch.float16: 10, torch.float64: 11, torch.bfloat16: 16,
-}  # fmt: skip
-"""onnx.TensorProto's numbers, so that a model from the disk runs without importing onnx"""
 
 
 class Port(NamedTuple):
-    """One input or output of a model."""
+    """One input or output of a model: its name, which of the call's values it is, what it holds."""
 
     name: str
     position: int
@@ -43,72 +33,76 @@ class Port(NamedTuple):
 
 
 class Program:
-    """A model in a session of its own. Raises UnsupportedOpError with the provider's own words
-    where it refuses."""
+    """An exported model in a session of its own. Raises UnsupportedOpError with the provider's own
+    words where it refuses."""
 
-    def __init__(self, model: bytes, provider: str, threads: int) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.use_deterministic_compute = True
-        options.log_severity_level = 4  # what fails is raised
-        # one pool per session: idle ones must not spin
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if provider != CPU:
-            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        try:
-            # enable_fallback is Python's own silent retry on the CPU, beside the runtime's
-            self.session = onnxruntime.InferenceSession(
-                model, options, providers=[(provider, OPTIONS.get(provider, {}))], enable_fallback=0
-            )
-        except Exception as error:  # ONNX Runtime's exceptions have no base class but Exception
-            raise UnsupportedOpError(f"{provider}: {str(error).strip().splitlines()[0]}") from error
-        self.steps = json.loads(self.session.get_modelmeta().custom_metadata_map["numbers"])
-        ports = [_port(x) for x in self.session.get_inputs()]
+    def __init__(self, exported: bytes, provider: str, threads: int) -> None:
+        head, _, model = exported.partition(b"\n")
+        plan = json.loads(head)
+        ports = [_port(*facts) for facts in plan["inputs"]]
         self.tensors = [p for p in ports if p.name[0] == "t"]
         self.cotangents = [p for p in ports if p.name[0] == "g"]
         self.numbers = [p for p in ports if p.name[0] == "n"]
-        self.outputs = [_port(x) for x in self.session.get_outputs()]
+        self.steps: list[list[Any]] = plan["numbers"]
+        self.results = [_port(*facts) for facts in plan["results"]]
+        self.session = _session(model, provider, threads) if model else None
         self.nothing = torch.zeros(1)  # ONNX Runtime wants an address for empty tensors too
 
     def run(
         self, tensors: Sequence[Tensor], cotangents: Sequence[Tensor], numbers: Sequence[float]
     ) -> list[Tensor]:
         """The results, in memory of their own. Inputs that are not contiguous are copied."""
-        binding = self.session.io_binding()
-        alive: list[Tensor] = []
-
-        def bind(function: Any, port: Port, tensor: Tensor) -> None:
-            alive.append(tensor)
-            address = tensor.data_ptr() or self.nothing.data_ptr()
-            function(port.name, "cpu", 0, ELEMENT[port.dtype], port.shape, address)
-
-        for port in self.tensors:
-            bind(binding.bind_input, port, tensors[port.position].contiguous())
-        for port in self.cotangents:
-            bind(binding.bind_input, port, cotangents[port.position].contiguous())
+        results = [torch.empty(port.shape, dtype=port.dtype) for port in self.results]
+        if self.session is None:  # nothing has elements
+            return results
+        inputs = [(p, tensors[p.position].contiguous()) for p in self.tensors]
+        inputs += [(p, cotangents[p.position].contiguous()) for p in self.cotangents]
         if self.numbers:
-            values = evaluate(self.steps, numbers)
-            for port in self.numbers:
-                bind(
-                    binding.bind_input, port, torch.tensor(values[port.position], dtype=port.dtype)
-                )
-        results = [torch.empty(port.shape, dtype=port.dtype) for port in self.outputs]
-        for port, result in zip(self.outputs, results, strict=True):
-            bind(binding.bind_output, port, result)
+            known = evaluate(self.steps, numbers)
+            inputs += [(p, torch.tensor(known[p.position], dtype=p.dtype)) for p in self.numbers]
+        binding = self.session.io_binding()
+        for port, tensor in inputs:
+            address = tensor.data_ptr() or self.nothing.data_ptr()
+            shape = port.shape or SCALAR
+            binding.bind_input(port.name, "cpu", 0, ELEMENT[port.dtype], shape, address)
+        outputs: dict[str, Tensor] = {}
+        for port, result in zip(self.results, results, strict=True):
+            if port.name and outputs.setdefault(port.name, result) is result:
+                shape, address = port.shape or SCALAR, result.data_ptr()
+                binding.bind_output(port.name, "cpu", 0, ELEMENT[port.dtype], shape, address)
         try:
             self.session.run_with_iobinding(binding)
-        except Exception as error:
+        except Exception as error:  # ONNX Runtime's exceptions have no base class but Exception
             raise GlmCoreError(f"ONNX Runtime: {str(error).strip().splitlines()[0]}") from error
+        for port, result in zip(self.results, results, strict=True):
+            if port.name and outputs[port.name] is not result:
+                result.copy_(outputs[port.name])
         return results
 
 
-def _port(argument: Any) -> Port:
-    name = argument.name
-    kind = DTYPES[argument.type.removeprefix("tensor(").removesuffix(")")]
-    return Port(name, int(name[1:].split("_")[0]), list(argument.shape), kind)
+def _port(name: str, position: int, shape: list[int], dtype: str) -> Port:
+    return Port(name, position, shape, getattr(torch, dtype))
+
+
+def _session(model: bytes, provider: str, threads: int) -> Any:
+    """A session that runs the whole model on the provider or is refused."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.use_deterministic_compute = True
+    options.log_severity_level = 4  # what fails is raised
+    # one pool per session: idle ones must not spin
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if provider != CPU:
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    chosen = [(provider, OPTIONS.get(provider, {}))]
+    try:
+        # enable_fallback is the Python package's silent retry on the CPU, beside the runtime's own
+        return onnxruntime.InferenceSession(model, options, providers=chosen, enable_fallback=0)
+    except Exception as error:
+        raise UnsupportedOpError(f"{provider}: {str(error).strip().splitlines()[0]}") from error
 
 
 def evaluate(steps: Sequence[Sequence[Any]], numbers: Sequence[float]) -> list[float]:

@@ -26,7 +26,7 @@ from glm_core.backends.onnxrt.call import (
     positions,
     unflatten,
 )
-from glm_core.backends.onnxrt.graph import Graph, Number, Value
+from glm_core.backends.onnxrt.graph import Graph, Number, Value, facts
 from glm_core.backends.onnxrt.translate import translate
 from glm_core.errors import UnsupportedOpError
 
@@ -43,9 +43,9 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
 
 def export(call: Call) -> bytes:
-    """The serialised model; its inputs are t<i> (tensor i), g<i> (gradient of result i) and
-    n<i>_<dtype> (number i). Raises UnsupportedOpError where the reference cannot be traced or
-    translated."""
+    """The plan (one line of JSON) and the serialised model, whose inputs are t<i> (tensor i), g<i>
+    (gradient of result i) and n<i>_<dtype> (number i). Raises UnsupportedOpError where the
+    reference cannot be traced or translated."""
     try:
         traced, names = trace(call)
     except GuardOnDataDependentSymNode as error:
@@ -133,9 +133,9 @@ def update(call: Call) -> Traced:
 
 
 def build(traced: GraphModule, names: list[str]) -> bytes:
-    """The ATen program as an ONNX model. Arithmetic on numbers stays out of it: `numbers` in the
-    model's metadata lists it, to be done in Python's floats as the reference does it, since
-    1 - 0.999 in float32 is off by 1e-5."""
+    """The ATen program as an ONNX model. Arithmetic on numbers stays out of it: the plan's
+    `numbers` list it, to be done in Python's floats as the reference does it, since 1 - 0.999 in
+    float32 is off by 1e-5."""
     graph, program = Graph(), [n for n in names if n.startswith("n")]
     steps: list[list[Any]] = []
     known: dict[Node, Any] = {}
@@ -153,7 +153,7 @@ def build(traced: GraphModule, names: list[str]) -> bytes:
         if node.op == "placeholder":
             name = next(inputs)
             if isinstance(value, Tensor):
-                used = graph.input(name, value.dtype, value.shape) if node in needed else ""
+                used = graph.input(name, value) if node in needed else f"unused_{name}"
                 return Value(used, value)
             return Number(int(name[1:]))
         if node.op == "get_attr":
@@ -167,17 +167,26 @@ def build(traced: GraphModule, names: list[str]) -> bytes:
         return translate(graph, node.target, args, kwargs, value)
 
     for node in traced.graph.nodes:
-        if node.op == "output":
-            for result in node.args[0]:
-                graph.output(known[result])
-        elif node in needed or node.op == "placeholder":
+        if node.op != "output" and (node in needed or node.op == "placeholder"):
             known[node] = compute(node)
-    return graph.model({"numbers": json.dumps(steps)})
+    names = [graph.output(known[r]) if r in needed else "" for r in _results(traced)]
+    fakes = [r.meta["val"] for r in _results(traced)]
+    plan = {
+        "inputs": [[n, int(n[1:].partition("_")[0]), *f] for n, f in graph.inputs.items()],
+        "results": [[n, i, *facts(x)] for i, (n, x) in enumerate(zip(names, fakes, strict=True))],
+        "numbers": steps,
+    }
+    return json.dumps(plan).encode() + b"\n" + (graph.model() if graph.outputs else b"")
+
+
+def _results(traced: GraphModule) -> list[Node]:
+    return list(traced.graph.output_node().args[0])  # type: ignore[arg-type]
 
 
 def _needed(traced: GraphModule) -> set[Node]:
-    """What the results depend on; `functionalize` leaves write-backs behind that nothing reads."""
-    todo = list(traced.graph.output_node().all_input_nodes)
+    """What results depend on that have elements; `functionalize` leaves write-backs behind that
+    nothing reads, and not every provider takes empty tensors."""
+    todo = [r for r in _results(traced) if r.meta["val"].numel()]
     found: set[Node] = set()
     while todo:
         node = todo.pop()

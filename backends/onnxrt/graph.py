@@ -10,15 +10,10 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
+from glm_core.backends.onnxrt.call import ELEMENT, SCALAR
 from glm_core.errors import UnsupportedOpError
 
 OPSET = 18  # the oldest with reduction axes as inputs; older opsets run on more providers
-ELEMENT = {
-    torch.float32: TensorProto.FLOAT, torch.float64: TensorProto.DOUBLE,
-    torch.float16: TensorProto.FLOAT16, torch.bfloat16: TensorProto.BFLOAT16,
-    torch.bool: TensorProto.BOOL, torch.uint8: TensorProto.UINT8, torch.int8: TensorProto.INT8,
-    torch.int32: TensorProto.INT32, torch.int64: TensorProto.INT64,
-}  # fmt: skip
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -78,8 +73,10 @@ class Graph:
 
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
-        self.inputs: dict[str, onnx.ValueInfoProto] = {}
-        self.outputs: list[onnx.ValueInfoProto] = []
+        self.inputs: dict[str, tuple[list[int], str]] = {}
+        self.outputs: dict[tuple[str, torch.dtype], str] = {}
+        """value and the dtype it has outside -> its name as an output"""
+        self.declared: list[onnx.ValueInfoProto] = []
         self.initializers: dict[bytes, onnx.TensorProto] = {}
 
     def node(self, kind: str, *inputs: str, **attributes: Any) -> str:
@@ -99,14 +96,15 @@ class Graph:
         """A shape, an axis list or the like."""
         return self.constant(torch.tensor(list(values), dtype=torch.int64))
 
-    def input(self, name: str, dtype: torch.dtype, shape: Sequence[int]) -> str:
+    def input(self, name: str, like: Tensor) -> str:
         """A graph input, declared at its first use; half floats are widened behind it."""
+        half = like.dtype in HALF
         if name not in self.inputs:
-            self.inputs[name] = helper.make_tensor_value_info(name, ELEMENT[dtype], list(shape))
-            if dtype in HALF:
+            self.inputs[name] = facts(like)
+            if half:
                 wide = helper.make_node("Cast", [name], [f"{name}_wide"], to=TensorProto.FLOAT)
                 self.nodes.append(wide)
-        return f"{name}_wide" if dtype in HALF else name
+        return f"{name}_wide" if half else name
 
     def operand(self, x: Operand, dtype: torch.dtype) -> str:
         """`x` as a value of what `dtype` is inside the graph."""
@@ -114,7 +112,8 @@ class Graph:
         if isinstance(x, Value):
             return x.name if inside(x.dtype) == dtype else self.cast(x.name, dtype)
         if isinstance(x, Number):
-            return self.input(f"n{x.position}_{str(dtype)[6:]}", dtype, ())
+            like = torch.empty((), dtype=dtype)
+            return self.input(f"n{x.position}_{facts(like)[1]}", like)
         return self.constant(torch.tensor(x, dtype=dtype))
 
     def cast(self, name: str, dtype: torch.dtype) -> str:
@@ -125,30 +124,47 @@ class Graph:
         return self.cast(self.cast(name, dtype), torch.float32) if dtype in HALF else name
 
     def reshape(self, name: str, shape: Sequence[int]) -> str:
-        return self.node("Reshape", name, self.ints(shape), allowzero=1)
+        return self.node("Reshape", name, self.ints(shape or SCALAR), allowzero=1)
 
     def expand(self, name: str, shape: Sequence[int]) -> str:
-        return self.node("Expand", name, self.ints(shape))
+        return self.node("Expand", name, self.ints(shape or SCALAR))
 
     def slice(self, name: str, axis: int, start: int, end: int, step: int = 1) -> str:
         return self.node("Slice", name, *(self.ints([x]) for x in (start, end, axis, step)))
 
-    def output(self, value: Value) -> None:
-        """The next graph output, in its own dtype, under a name that no other output has."""
-        name = f"o{len(self.outputs)}"
+    def output(self, value: Value) -> str:
+        """Makes the value an output of the graph, in its own dtype. Twice the same value is one
+        output: OpenVINO mixes up the outputs of graphs that have it twice."""
+        key = value.name, value.dtype
+        if key in self.outputs:
+            return self.outputs[key]
+        name = self.outputs[key] = f"o{len(self.outputs)}"
+        self.declared.append(_declaration(name, facts(value.fake)))
         if value.dtype in HALF:
             last = helper.make_node("Cast", [value.name], [name], to=ELEMENT[value.dtype])
         else:
             last = helper.make_node("Identity", [value.name], [name])
         self.nodes.append(last)
-        self.outputs.append(helper.make_tensor_value_info(name, ELEMENT[value.dtype], value.shape))
+        return name
 
-    def model(self, metadata: dict[str, str]) -> bytes:
+    def model(self) -> bytes:
         """The finished model, checked and serialised."""
-        parts = (self.nodes, "glm_core", list(self.inputs.values()), self.outputs)
-        graph = helper.make_graph(*parts, initializer=list(self.initializers.values()))
+        inputs = [_declaration(*item) for item in self.inputs.items()]
+        constants = list(self.initializers.values())
+        graph = helper.make_graph(
+            self.nodes, "glm_core", inputs, self.declared, initializer=constants
+        )
         opset = [helper.make_opsetid("", OPSET)]
         model = helper.make_model(graph, opset_imports=opset, ir_version=9)
-        helper.set_model_props(model, metadata)
         onnx.checker.check_model(model)
         return bytes(model.SerializeToString(deterministic=True))
+
+
+def facts(x: Tensor) -> tuple[list[int], str]:
+    """Shape and dtype as JSON can hold them."""
+    return list(x.shape), str(x.dtype).removeprefix("torch.")
+
+
+def _declaration(name: str, kind: tuple[list[int], str]) -> onnx.ValueInfoProto:
+    shape, dtype = kind
+    return helper.make_tensor_value_info(name, ELEMENT[getattr(torch, dtype)], shape or SCALAR)

@@ -123,14 +123,20 @@ def strict(g: Graph, index: Value, size: int) -> str:
     return g.node("Where", negative, g.operand(size, index.dtype), index.name)
 
 
+def rows(g: Graph, out: Any, table: Value, axis: int, name: str, index: Value) -> str:
+    """Gather, for an index (`name` in the graph) that may be a scalar."""
+    found = g.node("Gather", table.name, name, axis=axis)
+    return found if index.shape else g.reshape(found, out.shape)
+
+
 @translation("embedding")
 def embedding(g: Graph, out: Any, weight: Value, indices: Value, **_: Any) -> str:
-    return g.node("Gather", weight.name, strict(g, indices, weight.shape[0]), axis=0)
+    return rows(g, out, weight, 0, strict(g, indices, weight.shape[0]), indices)
 
 
 @translation("index_select")
 def index_select(g: Graph, out: Any, self: Value, dim: int, index: Value) -> str:
-    return g.node("Gather", self.name, strict(g, index, self.shape[dim]), axis=dim)
+    return rows(g, out, self, dim, strict(g, index, self.shape[dim]), index)
 
 
 @translation("index")
@@ -138,7 +144,8 @@ def index(g: Graph, out: Any, self: Value, indices: list[Value | None]) -> str:
     places = [(axis, i) for axis, i in enumerate(indices) if i is not None]
     if len(places) != 1 or places[0][1].dtype == torch.bool:
         raise refuse("indexing with a mask or with several tensors")
-    return g.node("Gather", self.name, places[0][1].name, axis=places[0][0])
+    axis, at = places[0]
+    return rows(g, out, self, axis, at.name, at)
 
 
 @translation("gather")

@@ -6,7 +6,11 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from html import escape
+from typing import Any, TypeAlias
 
+from numpy.typing import NDArray
+
+Values: TypeAlias = Sequence[float] | NDArray[Any]
 WIDTH, HEIGHT = 720, 260
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 14, 40
 
@@ -16,8 +20,8 @@ class Series:
     """One line or one set of dots; NaN and, on a log axis, values <= 0 leave a gap."""
 
     name: str
-    x: Sequence[float]
-    y: Sequence[float]
+    x: Values
+    y: Values
     color: str = "#000"
     width: float = 1.5
     dots: bool = False
@@ -29,9 +33,9 @@ class Band:
     """The area between two curves over the same x."""
 
     name: str
-    x: Sequence[float]
-    low: Sequence[float]
-    high: Sequence[float]
+    x: Values
+    low: Values
+    high: Values
     color: str = "#ccc"
 
 
@@ -42,9 +46,11 @@ class Axis:
         self, values: Sequence[float], start: float, stop: float, log: bool = False
     ) -> None:
         good = [v for v in values if math.isfinite(v) and (v > 0 or not log)]
+        low: float
+        high: float
         low, high = (min(good), max(good)) if good else (0.1, 1.0)
         if log:
-            low, high = float(math.floor(math.log10(low))), float(math.ceil(math.log10(high)))
+            low, high = math.floor(math.log10(low)), math.ceil(math.log10(high))
         if low == high:
             low, high = low - 0.5, high + 0.5
         self.low, self.high, self.start, self.stop, self.log = low, high, start, stop, log
@@ -59,8 +65,8 @@ class Axis:
     def ticks(self) -> list[float]:
         """Decades, or about five round numbers."""
         if self.log:
-            step = max(1, math.ceil((self.high - self.low) / 7))
-            return [10.0**e for e in range(int(self.low), int(self.high) + 1, step)]
+            decades = max(1, math.ceil((self.high - self.low) / 7))
+            return [10.0**e for e in range(int(self.low), int(self.high) + 1, decades)]
         raw = (self.high - self.low) / 5
         unit = 10.0 ** math.floor(math.log10(raw))
         step = min((m * unit for m in (1, 2, 5, 10) if m * unit >= raw), default=raw)

@@ -13,7 +13,6 @@ from glm_core.align.charts import Band, Series, chart
 if TYPE_CHECKING:
     from glm_core.align.campaign import Result
     from glm_core.align.verdict import Pair
-
     from glm_core.trace import Trace
 
 BLUE, RED, GREY = "#0b5cad", "#b00020", "#bbb"
@@ -88,63 +87,53 @@ def _summary(pairs: Sequence[Pair]) -> str:
 def _pair(pair: Pair, reference: Trace, candidate: Trace) -> str:
     title = f"<h2>{escape(pair.candidate)}, {escape(pair.dtype)}: {_verdict(pair.verdict)}</h2>"
     parts = [title, _curves(pair, reference, candidate), _deviation(pair, reference)]
-    parts += [_gradients(pair, reference), _findings(pair), _fallbacks(candidate)]
+    parts += [_gradients(pair, candidate), _findings(pair), _fallbacks(candidate)]
     return "".join(parts) + _environments(reference, candidate)
 
 
 def _curves(pair: Pair, reference: Trace, candidate: Trace) -> str:
-    steps = range(1, len(pair.envelope.bound) + 1)
-    low = reference.loss[: len(steps)] - pair.envelope.bound
-    high = reference.loss[: len(steps)] + pair.envelope.bound
-    lines = [
-        Series(pair.reference, range(1, len(reference.loss) + 1), reference.loss),
-        Series(pair.candidate, range(1, len(candidate.loss) + 1), candidate.loss, BLUE),
-    ]
-    return chart("Loss", lines, [Band("envelope", steps, low, high, "#ddd")], y_label="loss")
+    steps = range(1, len(reference.loss) + 1)
+    lines = [Series(pair.reference, steps, reference.loss)]
+    if pair.envelope is None:
+        return chart("Loss of the reference; the candidate did not train freely", lines)
+    bound = pair.envelope.bound
+    band = Band("envelope", steps, reference.loss - bound, reference.loss + bound, "#ddd")
+    lines.append(Series(pair.candidate, steps, candidate.loss, BLUE))
+    return chart("Loss", lines, [band], y_label="loss")
 
 
 def _deviation(pair: Pair, reference: Trace) -> str:
-    steps = range(1, len(pair.envelope.bound) + 1)
-    controls = [
-        Series(
-            "control runs" if i == 0 else "",
-            steps,
-            abs(row - reference.loss)[: len(steps)],
-            GREY,
-            1.0,
-        )
+    if pair.envelope is None:
+        return ""
+    steps = range(1, len(reference.loss) + 1)
+    lines = [
+        Series("" if i else "control runs", steps, abs(row - reference.loss), GREY, 1.0)
         for i, row in enumerate(reference.control_loss)
     ]
-    lines = [
-        Series("bound", steps, pair.envelope.bound, RED, dash="5 3"),
-        Series(pair.candidate, steps, abs(pair.envelope.deviation), BLUE),
-    ]
-    return chart(
-        "Distance from the reference's curve",
-        [*controls, *lines],
-        y_label="|loss difference|",
-        log=True,
-    )
+    lines.append(Series("bound", steps, pair.envelope.bound, RED, dash="5 3"))
+    lines.append(Series(pair.candidate, steps, abs(pair.envelope.deviation), BLUE))
+    title = "Distance from the reference's curve"
+    return chart(title, lines, y_label="|loss difference|", log=True)
 
 
-def _gradients(pair: Pair, reference: Trace) -> str:
-    ratios = pair.gradient_ratio
-    if not ratios.size:
+def _gradients(pair: Pair, candidate: Trace) -> str:
+    excess = pair.gradient_excess
+    if not excess.size:
         return "<p>No teacher forcing was recorded.</p>"
-    indices = range(1, ratios.shape[1] + 1)
+    indices = range(1, excess.shape[1] + 1)
+    colors = (BLUE, "#000", "#777") * len(excess)
     dots = [
         Series(f"step {step}", indices, row, color, dots=True)
-        for step, row, color in zip(
-            reference.capture_steps, ratios, (BLUE, "#000", "#777") * 9, strict=False
-        )
+        for step, row, color in zip(candidate.capture_steps, excess, colors, strict=False)
     ]
-    limit = Series("limit", [1, ratios.shape[1]], [1.0, 1.0], RED, dash="5 3")
+    limit = Series("bound", [1, excess.shape[1]], [1.0, 1.0], RED, dash="5 3")
     figure = chart(
-        "Gradient error against float64, as a share of what is allowed, per parameter",
-        [*dots, limit], x_label="parameter", y_label="ratio", log=True,
+        "Gradient error against float64 as a share of its bound, per parameter",
+        [*dots, limit], x_label="parameter", y_label="share", log=True,
     )  # fmt: skip
-    worst = sorted(zip(ratios.max(0), reference.parameters, strict=True), reverse=True)[:5]
-    return figure + table(("worst parameters", "ratio"), [(name, f"{r:.3f}") for r, name in worst])
+    worst = sorted(zip(excess.max(0), candidate.parameters, strict=True), reverse=True)[:5]
+    rows = [(name, f"{share:.3f}") for share, name in worst]
+    return figure + table(("worst parameters", "share of the bound"), rows)
 
 
 def _findings(pair: Pair) -> str:

@@ -1,0 +1,145 @@
+"""The report: complete, self-contained, readable black on white, opened in headless Chromium."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from glm_core.align import report
+from glm_core.align.campaign import Result
+from glm_core.align.charts import Axis, Band, Series, chart
+from glm_core.align.verdict import compare
+from glm_core.trace import Trace
+
+STEPS, CONTROLS = 40, 6
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
+
+
+def trace(backend: str, loss: np.ndarray, controls: np.ndarray, **changes: object) -> Trace:
+    """A trace of two parameters, one captured step and one test."""
+    fields: dict[str, object] = {
+        "config": {"data": {"length": 16}, "train": {"global_batch": 2}}, "backend": backend,
+        "dtype": "float32", "loss": loss, "grad_norm": loss, "parameters": ["a.weight", "<b>"],
+        "control_names": [f"c{i}" for i in range(len(controls))], "control_loss": controls,
+        "capture_steps": [1], "gradient_norm": np.ones((1, 2)),
+        "gradient_sketch": np.ones((1, 2, 4)),
+        "loss_error": np.full((8, 1), 1e-7), "gradient_error": np.full((8, 1, 2), 1e-6),
+        "disguises": [f"d{i}" for i in range(7)], "calls": [], "digest": np.zeros((0, 4)),
+        "tests": [{"op": "gelu", "direction": "forward", "tensor": "y", "layer": "0", "step": 1,
+                   "call": 3, "shape": [2, 16], "projection": "scale", "dtype": "float32"}],
+        "test_values": np.array([[1e-8, 1e-8, 1e-6]]), "num_tests": 1,
+        "fallbacks": [{"op": "rope", "reason": "no kernel <here>", "count": 4}],
+        "environment": {"cpu": "Test & Co", "threads": 2}, "data_order": "0" * 64,
+        "initial_weights": "1" * 64, "seconds": 1.5,
+    }  # fmt: skip
+    return Trace(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with one aligned and one diverged candidate."""
+    folder = tmp_path_factory.mktemp("report")
+    rng = np.random.default_rng(0)
+    loss = 8 - 3 * (1 - np.exp(-np.arange(STEPS) / 15))
+    noise = 1e-6 * np.exp(rng.normal(0, 0.3, (CONTROLS, 1)) + np.arange(STEPS) / 20)
+    controls = loss + noise * rng.choice([-1, 1], (CONTROLS, STEPS))
+    reference = trace("reference", loss, controls)
+    honest = trace("cpu", loss + 5e-7, np.zeros((0, STEPS)))
+    wrong = trace(
+        "broken", loss + 0.01 * np.arange(STEPS), np.zeros((0, STEPS)), fallbacks=[],
+        test_values=np.array([[1e-2, 1e-6, 1e-6]]), gradient_error=np.full((8, 1, 2), 1e-6)
+        * np.array([1e3] + [1.0] * 7)[:, None, None],
+    )  # fmt: skip
+    pairs = [compare(reference, honest), compare(reference, wrong)]
+    traces = {f"{t.backend}-float32": t for t in (reference, honest, wrong)}
+    result = Result(pairs=pairs, traces=traces, out_dir=folder, seconds=1.0)
+    return report.write(result, folder / "report.html")
+
+
+def test_verdicts_findings_fallbacks_and_environments_are_on_the_page(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert '<span class="bad">diverged</span>' in text
+    assert '<span class="good">aligned</span>' in text
+    for word in (
+        "envelope",
+        "control runs",
+        "a.weight",
+        "gelu",
+        "no kernel &lt;here&gt;",
+        "Test &amp; Co",
+    ):
+        assert word in text
+    assert text.count("<svg") == 6  # curves, deviation, gradients for each of the two
+    assert "&lt;b&gt;" in text
+    assert "<b>" not in text
+
+
+def test_page_needs_no_network(page: Path) -> None:
+    assert not re.search(
+        r"(?:src|href)=|url\(|@import|<script|https?://", page.read_text(encoding="utf-8")
+    )
+
+
+def test_pair_report_without_free_run_or_teacher(tmp_path: Path) -> None:
+    loss = np.linspace(8, 7, STEPS)
+    reference = trace("reference", loss, loss + np.full((CONTROLS, STEPS), 1e-6))
+    bare = trace(
+        "cpu", loss, np.zeros((0, STEPS)), capture_steps=[], gradient_norm=np.zeros((0, 2)),
+        gradient_sketch=np.zeros((0, 2, 4)), loss_error=np.zeros((8, 0)),
+        gradient_error=np.zeros((8, 0, 2)), tests=[], test_values=np.zeros((0, 3)), num_tests=0,
+    )  # fmt: skip
+    path = report.write_pair(compare(reference, bare), reference, bare, tmp_path / "pair.html")
+    assert "No teacher forcing was recorded" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine; install chromium")
+def test_chromium_renders_it_black_on_white(page: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    shot = tmp_path / "shot.png"
+    quiet = (
+        "--disable-quic --no-first-run --disable-background-networking --disable-component-update"
+    )
+    command = [
+        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", *quiet.split(),
+        "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1000,3000",
+        f"--screenshot={shot}",
+        page.as_uri(),
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    image = Image.open(shot).convert("RGB")
+    colors = {c: n for n, c in image.getcolors(maxcolors=1 << 24) or []}
+    total = image.width * image.height
+    assert colors[(255, 255, 255)] > 0.75 * total
+    assert colors[(0, 0, 0)] > 1000
+    blue, red, grey = (11, 92, 173), (176, 0, 32), (221, 221, 221)
+    assert min(colors.get(c, 0) for c in (blue, red, grey)) > 20, "a curve is missing"
+
+
+def test_chart_leaves_gaps_for_what_cannot_be_drawn() -> None:
+    values = [1.0, 2.0, float("nan"), 0.0, 10.0, 20.0]
+    figure = chart("t", [Series("s", range(6), values, "#123456")], log=True)
+    (path,) = re.findall(r'<path d="([^"]*)" fill="none" stroke="#123456"', figure)
+    assert path.count("M") == 2  # the pen was lifted once
+    assert path.count("L") == 2
+    assert "NaN" not in figure
+
+
+def test_axis_ticks_are_round_and_inside() -> None:
+    assert Axis([0.0, 10.0], 0, 100).ticks() == [0, 2, 4, 6, 8, 10]
+    assert Axis([3e-5, 0.2], 0, 100, log=True).ticks() == pytest.approx(
+        [1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1]
+    )
+    assert Axis([5.0, 5.0], 0, 100).pixel(5.0) == 50
+
+
+def test_band_is_drawn_between_its_curves() -> None:
+    figure = chart("t", [], [Band("b", [0, 1], [0.0, 0.0], [1.0, 2.0])])
+    assert figure.count("<polygon") == 1

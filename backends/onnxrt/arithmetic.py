@@ -231,6 +231,8 @@ def index_put(
     at = indices[0]
     if len(indices) != 1 or at is None or at.dtype == torch.bool:
         raise refuse("index_put with a mask or with several tensors")
+    if not at.fake.numel():
+        return g.operand(self, out.dtype)
     shape = [*at.shape, *out.shape[1:]]  # [..., D]
     rows = [math.prod(at.shape), *out.shape[1:]]
     each = g.reshape(at.name, [rows[0], *[1] * (out.ndim - 1)])

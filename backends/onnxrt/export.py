@@ -149,7 +149,7 @@ def build(traced: GraphModule, names: list[str]) -> bytes:
         return Number(len(program) + len(steps) - 1)
 
     def compute(node: Node) -> Any:
-        value = node.meta.get("val")
+        value: Any = node.meta.get("val")
         if node.op == "placeholder":
             name = next(inputs)
             if isinstance(value, Tensor):
@@ -161,6 +161,8 @@ def build(traced: GraphModule, names: list[str]) -> bytes:
             return Value(graph.constant(constant), constant)
         if isinstance(value, (torch.SymFloat, torch.SymInt)):
             return number(node)
+        if _of_nothing(node):
+            return Value(graph.constant(_evaluated(node)), value)
         if node.target is operator.getitem:
             return known[node.all_input_nodes[0]][node.args[1]]
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
@@ -170,6 +172,7 @@ def build(traced: GraphModule, names: list[str]) -> bytes:
         if node.op != "output" and (node in needed or node.op == "placeholder"):
             known[node] = compute(node)
     names = [graph.output(known[r]) if r in needed else "" for r in _results(traced)]
+    graph.sweep()
     fakes = [r.meta["val"] for r in _results(traced)]
     plan = {
         "inputs": [[n, int(n[1:].partition("_")[0]), *f] for n, f in graph.inputs.items()],
@@ -184,13 +187,32 @@ def _results(traced: GraphModule) -> list[Node]:
 
 
 def _needed(traced: GraphModule) -> set[Node]:
-    """What results depend on that have elements; `functionalize` leaves write-backs behind that
-    nothing reads, and not every provider takes empty tensors."""
+    """What results depend on that have elements: `functionalize` leaves write-backs behind that
+    nothing reads, and OpenVINO takes no empty tensors."""
     todo = [r for r in _results(traced) if r.meta["val"].numel()]
     found: set[Node] = set()
     while todo:
         node = todo.pop()
         if node not in found:
             found.add(node)
-            todo.extend(node.all_input_nodes)
+            todo.extend([] if _of_nothing(node) else node.all_input_nodes)
     return found
+
+
+def _of_nothing(node: Node) -> bool:
+    """A tensor made of tensors without elements (a sum of none): a constant."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    given: list[Any] = [n.meta.get("val") for n in node.all_input_nodes]
+    plain = all(isinstance(x, Tensor) for x in (*given, node.meta.get("val")))
+    return bool(given) and plain and not any(x.numel() for x in given)
+
+
+def _evaluated(node: Node) -> Tensor:
+    def real(n: Node) -> Tensor:
+        return torch.empty(n.meta["val"].shape, dtype=n.meta["val"].dtype)
+
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), real)
+    function: Any = node.target
+    result: Tensor = function(*args, **kwargs)
+    return result

@@ -147,6 +147,18 @@ class Graph:
         self.nodes.append(last)
         return name
 
+    def sweep(self) -> None:
+        """Removes nodes and inputs that no output depends on: with an input that nothing reads,
+        OpenVINO binds the others wrongly."""
+        live = set(self.outputs.values())
+        kept = []
+        for node in reversed(self.nodes):
+            if node.output[0] in live:
+                live.update(node.input)
+                kept.append(node)
+        self.nodes = kept[::-1]
+        self.inputs = {name: kind for name, kind in self.inputs.items() if name in live}
+
     def model(self) -> bytes:
         """The finished model, checked and serialised."""
         inputs = [_declaration(*item) for item in self.inputs.items()]

@@ -71,8 +71,8 @@ def split(g: Graph, out: Any, self: Value, split_sizes: list[int], dim: int) -> 
 
 @translation("cat")
 def cat(g: Graph, out: Any, tensors: list[Value], dim: int) -> str:
-    # ATen skips tensors of shape [0] whatever the others' rank
-    parts = [g.operand(t, out.dtype) for t in tensors if len(t.shape) == out.ndim]
+    # ATen skips tensors of shape [0] whatever the others' rank, OpenVINO takes no empty ones
+    parts = [g.operand(t, out.dtype) for t in tensors if t.fake.numel()]
     return g.node("Concat", *parts, axis=dim)
 
 

@@ -1,0 +1,116 @@
+"""The CPU backend: our fused C++ kernels (csrc/), matrix products by torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from glm_core import ops
+from glm_core.backends.base import Backend
+from glm_core.backends.cpu import fakes, supports
+from glm_core.backends.cpu.extension import isa, isas, loaded, probe, select_isa
+
+__all__ = ["backend", "isa", "isas", "select_isa"]
+
+
+class CpuBackend(Backend):
+    def synchronize(self) -> None:
+        """Kernels return when they are done."""
+
+
+backend = CpuBackend(
+    name="cpu", device_type="cpu", verified="run on x86-64 CPUs", dtypes=supports.DTYPES,
+    probe=probe,
+)  # fmt: skip
+_ops = torch.ops.glm_core
+
+if loaded():
+    fakes.register()
+
+
+@backend.implements(ops.rms_norm, supports.rms_norm)
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+    return _ops.rms_norm.default(x, weight, eps)
+
+
+@backend.implements(ops.layer_norm, supports.layer_norm)
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    return _ops.layer_norm.default(x, weight, bias, eps)
+
+
+@backend.implements(ops.add_rms_norm, supports.add_rms_norm)
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5, alpha: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    return _ops.add_rms_norm.default(x, residual, weight, eps, alpha)
+
+
+@backend.implements(ops.add_layer_norm, supports.add_layer_norm)
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, alpha: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    return _ops.add_layer_norm.default(x, residual, weight, bias, eps, alpha)
+
+
+@backend.implements(ops.gelu, supports.activation)
+def gelu(x: Tensor) -> Tensor:
+    return _ops.gelu.default(x)
+
+
+@backend.implements(ops.geglu, supports.activation)
+def geglu(x: Tensor) -> Tensor:
+    return _ops.geglu.default(x)
+
+
+@backend.implements(ops.swiglu, supports.activation)
+def swiglu(x: Tensor) -> Tensor:
+    return _ops.swiglu.default(x)
+
+
+@backend.implements(ops.rope, supports.rope)
+def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    return _ops.rope.default(x, cos, sin, interleaved)
+
+
+@backend.implements(ops.embedding, supports.embedding)
+def embedding(ids: Tensor, weight: Tensor, shrink: float = 1.0) -> Tensor:
+    return _ops.embedding.default(ids, weight, shrink)
+
+
+@backend.implements(ops.linear, supports.linear)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+@backend.implements(ops.attention, supports.attention)
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor,
+    scale: float, layer_scale: float = 1.0, pb_relax: float = 0.0,
+) -> Tensor:  # fmt: skip
+    # layer_scale and pb_relax keep half-precision scores in range; the kernel's are float32
+    return _ops.attention.default(q, k, v, key_start, key_end, scale)
+
+
+@backend.implements(ops.linear_cross_entropy, supports.linear_cross_entropy)
+def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, token_weight: Tensor) -> Tensor:
+    return _ops.linear_cross_entropy.default(x, weight, labels, token_weight)
+
+
+@backend.implements(ops.global_norm, supports.global_norm)
+def global_norm(tensors: Sequence[Tensor]) -> Tensor:
+    return _ops.global_norm.default(tensors)
+
+
+@backend.implements(ops.adamw, supports.adamw)
+def adamw(
+    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor], grad_scale: Tensor, step: int, lr: float, beta1: float = 0.9,
+    beta2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0,
+    copies: Sequence[Tensor] | None = None,
+) -> None:  # fmt: skip
+    _ops.adamw_.default(
+        params, grads, exp_avgs, exp_avg_sqs, grad_scale, step, lr, beta1, beta2, eps,
+        weight_decay, copies or [],
+    )  # fmt: skip

@@ -1,0 +1,69 @@
+"""Loading the compiled kernels, and which instruction set they run with."""
+
+from __future__ import annotations
+
+import importlib
+import os
+
+import torch
+
+from glm_core.backends.base import Probe
+
+BUILD = "pip install -e . --no-build-isolation builds it"
+
+
+def _load() -> str:
+    """Loads the operators `torch.ops.glm_core.*`; returns why that failed, or ''."""
+    try:
+        importlib.import_module("glm_core.backends.cpu._C")
+    except ModuleNotFoundError:
+        return f"its C++ extension is not built; {BUILD}"
+    except ImportError as error:
+        return f"its C++ extension does not fit torch {torch.__version__} ({error}); {BUILD} again"
+    built = torch.ops.glm_core.built_for()
+    if built != torch.__version__.partition("+")[0]:
+        return f"its C++ extension was built for torch {built}, this is {torch.__version__}; {BUILD} again"
+    return _apply_environment()
+
+
+def _apply_environment() -> str:
+    name = os.environ.get("GLM_CORE_ISA")
+    if name is None:
+        return ""
+    try:
+        select_isa(name)
+    except ValueError as error:
+        return f"GLM_CORE_ISA: {error}; unset it or use one of these"
+    return ""
+
+
+def isa() -> str:
+    """The instruction set whose kernels run: scalar, avx2 or avx512."""
+    name: str = torch.ops.glm_core.isa()
+    return name
+
+
+def isas() -> list[str]:
+    """The instruction sets this CPU can run, the best last."""
+    names: list[str] = torch.ops.glm_core.isas()
+    return names
+
+
+def select_isa(name: str) -> None:
+    """Runs the kernels of another instruction set from now on, in every thread. Raises ValueError
+    where this CPU does not have it."""
+    torch.ops.glm_core.set_isa(name)
+
+
+_trouble = _load()
+
+
+def probe() -> Probe:
+    """Usable where the extension is built, fits this torch, and GLM_CORE_ISA names a set this CPU
+    has."""
+    return Probe(not _trouble, _trouble)
+
+
+def loaded() -> bool:
+    """Are the operators there?"""
+    return not _trouble

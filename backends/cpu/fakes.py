@@ -1,0 +1,112 @@
+"""What the compiled operators return, without arithmetic: for FakeTensor, meta tensors and
+torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Three = tuple[Tensor, Tensor, Tensor]
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _like(x: Tensor) -> Tensor:
+    """Contiguous, whatever x's strides: the kernels write rows one after another."""
+    return x.new_empty(x.shape)
+
+
+def norm_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float,
+    alpha: float,
+) -> Three:  # fmt: skip
+    """y, total (empty without residual), statistics of each row."""
+    stats = x.new_empty((1 if bias is None else 2, x[..., 0].numel()), dtype=torch.float32)
+    return _like(x), x.new_empty(0) if residual is None else _like(x), stats
+
+
+def norm_backward(
+    dy: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, stats: Tensor, layer: bool,
+    residual: bool, alpha: float,
+) -> Four:  # fmt: skip
+    """dx, dresidual (empty where it is dx), dweight, dbias (empty for RMS norm)."""
+    dresidual = _like(total) if residual and alpha != 1.0 else total.new_empty(0)
+    dbias = _like(weight) if layer else weight.new_empty(0)
+    return _like(total), dresidual, _like(weight), dbias
+
+
+def activation_forward(x: Tensor, kind: int) -> Tensor:
+    """Kind 0 keeps the width, the gated kinds halve it."""
+    return x.new_empty((*x.shape[:-1], x.shape[-1] // (1 if kind == 0 else 2)))
+
+
+def activation_backward(dy: Tensor, x: Tensor, kind: int) -> Tensor:
+    """dx."""
+    return _like(x)
+
+
+def rope_turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool) -> Tensor:
+    """y."""
+    return _like(x)
+
+
+def embedding_forward(ids: Tensor, weight: Tensor) -> Tensor:
+    """y."""
+    return weight.new_empty((*ids.shape, weight.shape[1]))
+
+
+def embedding_backward(dy: Tensor, ids: Tensor, vocab: int, shrink: float) -> Tensor:
+    """dweight."""
+    return dy.new_empty((vocab, dy.shape[-1]))
+
+
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """y, log-sum-exp [B, H, L]."""
+    b, length, heads, _ = q.shape
+    return _like(q), q.new_empty((b, heads, length), dtype=torch.float32)
+
+
+def attention_backward(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor, lse: Tensor,
+    scale: float,
+) -> Three:  # fmt: skip
+    """dq, dk, dv."""
+    return _like(q), _like(k), _like(v)
+
+
+def linear_cross_entropy_forward(
+    x: Tensor, weight: Tensor, labels: Tensor, token_weight: Tensor, gradients: bool
+) -> Three:
+    """loss, dx and dweight (both empty where not wanted)."""
+    loss = token_weight.new_empty(())
+    return (loss, _like(x), _like(weight)) if gradients else (loss, x.new_empty(0), x.new_empty(0))
+
+
+def global_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """A float32 scalar."""
+    like = tensors[0] if tensors else torch.empty(())
+    return like.new_empty((), dtype=torch.float32)
+
+
+def adamw_(
+    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor], grad_scale: Tensor, step: int, lr: float, beta1: float,
+    beta2: float, eps: float, weight_decay: float, copies: Sequence[Tensor],
+) -> None:  # fmt: skip
+    """Writes its arguments."""
+
+
+FAKES = [
+    norm_forward, norm_backward, activation_forward, activation_backward, rope_turn,
+    embedding_forward, embedding_backward, attention_forward, attention_backward,
+    linear_cross_entropy_forward, global_norm, adamw_,
+]  # fmt: skip
+
+
+def register() -> None:
+    """Tells torch; once, after the operators are loaded."""
+    for fake in FAKES:
+        torch.library.register_fake(f"glm_core::{fake.__name__}", fake)

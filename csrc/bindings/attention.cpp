@@ -1,0 +1,134 @@
+// attention: keeps q, k, v and the log-sum-exp of each query for backward.
+#include <ATen/ops/empty.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "tensor.h"
+
+namespace glm {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using Two = std::tuple<Tensor, Tensor>;
+using Three = std::tuple<Tensor, Tensor, Tensor>;
+using ForwardSignature = Two(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                             const Tensor&, double);
+using BackwardSignature = Three(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                const Tensor&, const Tensor&, const Tensor&, double);
+
+// Rows of heads are read where they lie, in a fused projection for example.
+Tensor with_contiguous_rows(const Tensor& x) {
+  return x.size(-1) <= 1 || x.stride(-1) == 1 ? x : x.contiguous();
+}
+
+template <class T>
+Heads<T> heads(const Tensor& x) {
+  return {data<T>(x), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+void check_shapes(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& key_start,
+                  const Tensor& key_end) {
+  const bool fit = q.dim() == 4 && k.dim() == 4 && k.sizes() == v.sizes() &&
+                   k.size(0) == q.size(0) && k.size(3) == q.size(3) && k.size(2) > 0 &&
+                   q.size(2) % k.size(2) == 0 && key_start.sizes() == q.sizes().slice(0, 2) &&
+                   key_end.sizes() == key_start.sizes();
+  TORCH_CHECK_VALUE(fit, "attention: q [B, L, H, E] needs k and v [B, S, K, E] with K dividing H, ",
+                    "key_start and key_end [B, L]; received q ", q.sizes(), ", k ", k.sizes(),
+                    ", v ", v.sizes(), ", key_start ", key_start.sizes());
+}
+
+Two attention_forward(const Tensor& q_, const Tensor& k_, const Tensor& v_,
+                      const Tensor& key_start_, const Tensor& key_end_, double scale) {
+  check_shapes(q_, k_, v_, key_start_, key_end_);
+  const Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_),
+               v = with_contiguous_rows(v_);
+  const Tensor key_start = key_start_.contiguous(), key_end = key_end_.contiguous();
+  const int64_t batch = q.size(0), queries = q.size(1), num_heads = q.size(2), width = q.size(3);
+  const int64_t kv_heads = k.size(2), tiles = (queries + attention_tile - 1) / attention_tile;
+  Tensor y = at::empty(q.sizes(), q.options());
+  Tensor lse = at::empty({batch, num_heads, queries}, q.options().dtype(at::kFloat));
+  by_dtype(q, [&](auto zero) {
+    using T = decltype(zero);
+    const AttentionForward<T> a{heads<T>(q), heads<T>(k), heads<T>(v), data<int32_t>(key_start),
+                                data<int32_t>(key_end), data<T>(y), data<float>(lse), queries,
+                                k.size(1), num_heads, kv_heads, width, float(scale)};
+    const int64_t cost = attention_tile * k.size(1) * width * num_heads / kv_heads;
+    parallel(batch * kv_heads * tiles, cost,
+             [&](int64_t i, int64_t j) { kernels<T>().attention_forward(a, i, j); });
+  });
+  return {y, lse};
+}
+
+Three attention_backward(const Tensor& dy_, const Tensor& q_, const Tensor& k_, const Tensor& v_,
+                         const Tensor& key_start_, const Tensor& key_end_, const Tensor& lse,
+                         double scale) {
+  const Tensor dy = with_contiguous_rows(dy_), q = with_contiguous_rows(q_),
+               k = with_contiguous_rows(k_), v = with_contiguous_rows(v_);
+  const Tensor key_start = key_start_.contiguous(), key_end = key_end_.contiguous();
+  Tensor dq = at::empty(q.sizes(), q.options()), dk = at::empty(k.sizes(), k.options()),
+         dv = at::empty(v.sizes(), v.options());
+  by_dtype(q, [&](auto zero) {
+    using T = decltype(zero);
+    const AttentionBackward<T> a{heads<T>(dy), heads<T>(q), heads<T>(k), heads<T>(v),
+                                 data<int32_t>(key_start), data<int32_t>(key_end),
+                                 data<float>(lse), data<T>(dq), data<T>(dk), data<T>(dv),
+                                 q.size(1), k.size(1), q.size(2), k.size(2), q.size(3),
+                                 float(scale)};
+    parallel(k.size(0) * k.size(2), q.size(1) * k.size(1) * q.size(3),
+             [&](int64_t i, int64_t j) { kernels<T>().attention_backward(a, i, j); });
+  });
+  return {dq, dk, dv};
+}
+
+Two call_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& key_start,
+                 const Tensor& key_end, double scale) {
+  static const auto forward = op<ForwardSignature>("glm_core::attention_forward");
+  return forward.call(q, k, v, key_start, key_end, scale);
+}
+
+struct AttentionGrad : torch::autograd::Function<AttentionGrad> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& q, const Tensor& k, const Tensor& v,
+                        const Tensor& key_start, const Tensor& key_end, double scale) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [y, lse] = call_forward(q, k, v, key_start, key_end, scale);
+    ctx->save_for_backward({q, k, v, key_start, key_end, lse});
+    ctx->saved_data["scale"] = scale;
+    return y;
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static const auto back = op<BackwardSignature>("glm_core::attention_backward");
+    const variable_list s = ctx->get_saved_variables();
+    auto [dq, dk, dv] = back.call(grads[0], s[0], s[1], s[2], s[3], s[4], s[5],
+                                  ctx->saved_data["scale"].toDouble());
+    return {dq, dk, dv, Tensor(), Tensor(), Tensor()};
+  }
+};
+
+Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& key_start,
+                 const Tensor& key_end, double scale) {
+  if (wants_gradient(q, k, v)) return AttentionGrad::apply(q, k, v, key_start, key_end, scale);
+  return std::get<0>(call_forward(q, k, v, key_start, key_end, scale));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(glm_core, m) {
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, Tensor key_start, Tensor key_end, float scale) -> "
+      "Tensor",
+      attention);
+  m.def(
+      "attention_forward(Tensor q, Tensor k, Tensor v, Tensor key_start, Tensor key_end, "
+      "float scale) -> (Tensor y, Tensor lse)");
+  m.def(
+      "attention_backward(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor key_start, "
+      "Tensor key_end, Tensor lse, float scale) -> (Tensor dq, Tensor dk, Tensor dv)");
+}
+
+TORCH_LIBRARY_IMPL(glm_core, CPU, m) {
+  m.impl("attention_forward", attention_forward);
+  m.impl("attention_backward", attention_backward);
+}
+
+}  // namespace glm

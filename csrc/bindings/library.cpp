@@ -1,0 +1,50 @@
+// The operators' schemas, and the Python module whose import loads them.
+// The public ops are composites: with gradients they run an autograd function, which like the
+// path without gradients calls `*_forward` and `*_backward`; only those have kernels and fakes.
+#include <Python.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include "kernels.h"
+
+namespace {
+
+using glm::Isa;
+
+std::string isa() { return glm::isa_names[int(glm::active_isa())]; }
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (int i = 0; i < glm::num_isas; ++i)
+    if (glm::available(Isa(i))) names.push_back(glm::isa_names[i]);
+  return names;
+}
+
+void set_isa(std::string name) {
+  for (int i = 0; i < glm::num_isas; ++i)
+    if (name == glm::isa_names[i] && glm::available(Isa(i))) return glm::activate(Isa(i));
+  TORCH_CHECK_VALUE(false, "instruction set '", name, "': this CPU has ", c10::Join(", ", isas()));
+}
+
+}  // namespace
+
+TORCH_LIBRARY(glm_core, m) {
+  m.def("isa() -> str", isa);
+  m.def("isas() -> str[]", isas);
+  m.def("set_isa(str name) -> ()", set_isa);
+  m.def("built_for() -> str", [] { return std::string(TORCH_VERSION); });
+
+  m.def(
+      "norm_forward(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, "
+      "float alpha) -> (Tensor y, Tensor total, Tensor stats)");
+  m.def(
+      "norm_backward(Tensor dy, Tensor? dtotal, Tensor total, Tensor weight, Tensor stats, "
+      "bool layer, bool residual, float alpha) -> (Tensor dx, Tensor dresidual, Tensor dweight, "
+      "Tensor dbias)");
+}
+
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef module{
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

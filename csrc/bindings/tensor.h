@@ -1,0 +1,77 @@
+// Between torch tensors and the kernels' plain pointers. A pointer is taken from a tensor that the
+// caller keeps alive for the whole call.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "kernels.h"
+
+namespace glm {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Calls f(T{}) with the kernels' element type of x.
+template <class F>
+void by_dtype(const Tensor& x, F f) {
+  if (x.scalar_type() == at::kFloat) return f(float{});
+  TORCH_CHECK_NOT_IMPLEMENTED(x.scalar_type() == at::kBFloat16, "glm_core: kernels take float32 ",
+                              "and bfloat16; received ", x.scalar_type(), "; convert it");
+  f(bf16{});
+}
+
+template <class T>
+T* data(const Tensor& x) {
+  return static_cast<T*>(x.mutable_data_ptr());
+}
+
+template <class T>
+T* data(const OptionalTensor& x) {
+  return x ? data<T>(*x) : nullptr;
+}
+
+inline OptionalTensor contiguous(const OptionalTensor& x) {
+  return x ? OptionalTensor(x->contiguous()) : x;
+}
+
+// Runs f(begin, end) over [0, size) on torch's threads; `cost` is elements touched per index.
+template <class F>
+void parallel(int64_t size, int64_t cost, const F& f) {
+  constexpr int64_t worth_a_thread = 16384;
+  at::parallel_for(0, size, std::max<int64_t>(1, worth_a_thread / std::max<int64_t>(1, cost)), f);
+}
+
+// Rows summed into one partial result: depends on the number of rows alone, so that results do
+// not depend on the number of threads.
+inline int64_t chunk_rows(int64_t rows) { return std::max<int64_t>(16, (rows + 63) / 64); }
+
+inline int64_t num_rows(const Tensor& x) { return x.size(-1) ? x.numel() / x.size(-1) : 0; }
+
+// Raises IndexError unless all of ids (int64, contiguous) lie in [0, size).
+inline void check_indices(const Tensor& ids, int64_t size, const char* what) {
+  const int64_t* id = data<int64_t>(ids);
+  for (int64_t n = 0; n < ids.numel(); ++n)
+    TORCH_CHECK_INDEX(0 <= id[n] && id[n] < size, what, " ", id[n], " at position ", n,
+                      ": must lie in [0, ", size, ")");
+}
+
+// Should autograd see this call?
+template <class... Tensors>
+bool wants_gradient(const Tensors&... xs) {
+  return at::GradMode::is_enabled() && (xs.requires_grad() || ...);
+}
+
+// The operator of this library, to be called through the dispatcher (so that tracing sees it).
+template <class Signature>
+auto op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+}  // namespace glm

@@ -234,8 +234,8 @@ def positive(names: str) -> dict[str, Any]:
 
 
 def divisors(n: int) -> str:
-    """'1, 2, 4' for 4."""
-    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+    """'1, 2, 4' for 4; of a large n those up to 4096."""
+    return ", ".join(str(d) for d in range(1, min(n, 4096) + 1) if n % d == 0)
 
 
 def check(config: Any, *rules: dict[str, Any]) -> None:
@@ -279,7 +279,8 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
             else:
                 bad.append(f"{path}: expected a table, received {value!r}")
         else:
-            built[key] = float(value) if hint is float and type(value) is int else value
+            whole = hint is float and type(value) is int and abs(value) < 1 << 53
+            built[key] = float(value) if whole else value
             if isinstance(hint, type) and type(built[key]) is not hint:
                 bad.append(f"{path}: expected {hint.__name__}, received {value!r}")
     if not bad:  # otherwise defaults would stand in for what could not be read

@@ -58,7 +58,7 @@ def prediction_bound(statistics: Array, rate: float) -> float:
     k = logs.size
     spread = max(float(logs.std(ddof=1)), LEAST_SPREAD)
     margin = student_t(1 - rate, k - 1) * spread * math.sqrt(1 + 1 / k)
-    return math.exp(float(logs.mean()) + margin)
+    return math.exp(min(float(logs.mean()) + margin, 700.0))  # beyond it there is no float
 
 
 def scale(deviations: Array, reference: Array) -> Array:

@@ -26,8 +26,8 @@ FLOOR = 8 * EPS
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Grouping:
-    """A partition of a result's elements. Either `bins` says for each element its group, or the
-    elements, in memory order, lie as [outer, groups, inner]."""
+    """A partition of a result's elements, which lie in memory as [outer, parts, inner]. The part is
+    the group; or `bins` says for each part which group it belongs to."""
 
     name: str
     groups: int
@@ -36,16 +36,29 @@ class Grouping:
 
     def of(self, index: NDArray[np.intp]) -> NDArray[np.intp]:
         """The groups of elements with these flat indices."""
-        if self.bins is not None:
-            return self.bins[index].astype(np.intp)
-        return (index // self.inner) % self.groups
+        part = index // self.inner if self.inner > 1 else index
+        return part % self.groups if self.bins is None else self.bins[part].astype(np.intp)
+
+    def totals(self, fields: Sequence[Array]) -> list[Array]:
+        """Each field [elements] summed over every group."""
+        shape = (-1, self.groups if self.bins is None else self.bins.size, self.inner)
+        parts = [f.reshape(shape).sum((0, 2)) for f in fields]
+        if self.bins is None:
+            return parts
+        g = self.bins.astype(np.intp)
+        return [np.bincount(g, p, self.groups) for p in parts]
+
+    def totals_at(self, index: NDArray[np.intp], fields: Sequence[Array]) -> list[Array]:
+        """The same where the fields are zero but at these flat indices."""
+        g = self.of(index)
+        return [np.bincount(g, f, self.groups) for f in fields]
 
 
-def quantile_bins(key: Array, groups: int = NUM_BINS) -> NDArray[np.uint8]:
-    """The quantile bin of each element of a flat key; edges from at most 65536 evenly spaced
+def quantile_bins(key: NDArray[np.floating], groups: int = NUM_BINS) -> NDArray[np.uint8]:
+    """The quantile bin of each element of a flat key; edges from at most 16384 evenly spaced
     elements."""
-    sample = key[:: max(1, key.size // 65536)]
-    edges = np.quantile(sample, np.linspace(0, 1, groups + 1)[1:-1])
+    sample = key[:: max(1, key.size // 16384)]
+    edges = np.quantile(sample, np.linspace(0, 1, groups + 1)[1:-1]).astype(key.dtype)
     return np.searchsorted(edges, key, side="right").astype(np.uint8)
 
 
@@ -95,12 +108,8 @@ class Base:
 
     def __init__(self, y: NDArray[np.floating], groupings: list[Grouping], least: float) -> None:
         self.y, self.groupings, self.least = y, groupings, least
-        index, square = np.arange(y.size), y.astype(np.float64) ** 2
-        self.known: list[tuple[Array, Array]] = []
-        for grouping in groupings:
-            g = grouping.of(index)
-            count: Array = np.bincount(g, minlength=grouping.groups).astype(np.float64)
-            self.known.append((count, np.bincount(g, square, grouping.groups).astype(np.float64)))
+        fields = [np.ones(y.size), y.astype(np.float64) ** 2]
+        self.known = [g.totals(fields) for g in groupings]
         self.peak = float(np.abs(y).max(initial=0.0))
 
     def errors(self, result: NDArray[np.floating]) -> Array:
@@ -115,19 +124,15 @@ class Base:
 def sums(base: Base, errors: Array) -> list[Sums]:
     """One Sums for every grouping of the base."""
     at = np.flatnonzero(errors)
-    d, y = errors[at], base.y[at].astype(np.float64)
+    sparse = at.size < errors.size // 4
+    d, y = (errors[at], base.y[at]) if sparse else (errors, base.y)
     up = np.sign(d)
-    fields = (d * y, (d * y) ** 2, d, d * d, up * np.sign(y), up)
-    found = []
-    for grouping, known in zip(base.groupings, base.known, strict=True):
-        if grouping.groups == 1:
-            totals = [np.array([f.sum()]) for f in (*fields, np.ones_like(d))]
-        else:
-            g = grouping.of(at)
-            totals = [np.bincount(g, f, grouping.groups) for f in fields]
-            totals.append(np.bincount(g, minlength=grouping.groups).astype(np.float64))
-        found.append(Sums(*known, *totals))
-    return found
+    dy = d * y
+    fields = [dy, dy * dy, d, d * d, up * np.sign(y), up, np.abs(up)]
+    pairs = zip(base.groupings, base.known, strict=True)
+    if sparse:
+        return [Sums(*known, *g.totals_at(at, fields)) for g, known in pairs]
+    return [Sums(*known, *g.totals(fields)) for g, known in pairs]
 
 
 def scores(s: Sums, least: float) -> Scores:
@@ -163,7 +168,8 @@ def lower_bound(effect: Array, error: Array, deviations: float) -> Array:
 
 def excess(effect: Array, error: Array, limit: float, z: float, caution: float = 4.0) -> Array:
     """How far outside: above 1 where an effect is significant (|effect| / error > z) and its lower
-    bound exceeds the benign limit. The smaller of both ratios."""
+    bound exceeds the benign limit. The smaller of both ratios; infinite where one is NaN."""
     outside = lower_bound(effect, error, caution) / limit
     significant = np.abs(effect) / np.maximum(error, 1e-300) / z
-    return np.where(error > 0, np.minimum(outside, significant), outside)
+    ratio = np.where(error > 0, np.minimum(outside, significant), outside)
+    return np.where(np.isnan(ratio), np.inf, ratio)

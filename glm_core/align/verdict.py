@@ -96,6 +96,7 @@ def finite(value: Any) -> Any:
     return 1e30 if isinstance(value, float) and not math.isfinite(value) else value
 
 
+@np.errstate(all="ignore")  # what overflows is infinite, and what is NaN counts as infinite
 def compare(reference: Trace, candidate: Trace, *, false_alarm_rate: float = 1e-3) -> Pair:
     """The verdict. `reference` was recorded with controls, `candidate` with the same config, data
     and weights, perhaps on another machine. Raises TraceError where the two cannot be compared.
@@ -132,8 +133,8 @@ def require_comparable(reference: Trace, candidate: Trace) -> None:
         mine, other = getattr(reference, what), getattr(candidate, what)
         if mine != other:
             raise TraceError(
-                f"traces cannot be compared: {what} is {mine} in the reference, {other} in the "
-                "candidate; record both with the same config, seed and data"
+                f"traces cannot be compared: {what} is {mine!r:.70} in the reference, "
+                f"{other!r:.70} in the candidate; record both with the same config, seed and data"
             )
     if candidate.loss.size not in (0, reference.loss.size):
         raise TraceError(
@@ -154,12 +155,18 @@ def gradient_check(trace: Trace, rate: float) -> tuple[Array, Array, Array]:
         return empty, empty, np.zeros(0)
     tokens = trace.config["data"]["length"] * trace.config["train"]["global_batch"]
     floor = max(EPS[trace.dtype], EPS["float32"] * tokens**0.5)
-    errors = np.nan_to_num(trace.gradient_error, nan=np.inf)
-    losses = np.nan_to_num(trace.loss_error, nan=np.inf)
+    errors, losses = trace.gradient_error, trace.loss_error
+    if len(errors) < 4 or not (np.isfinite(errors[1:]).all() and np.isfinite(losses[1:]).all()):
+        raise TraceError(
+            f"trace of {trace.backend}: the reference's own gradients in it are too few or not "
+            "finite; train with a smaller train.lr and record again"
+        )
     ratio = errors[0] / np.maximum(errors[1], 1e-30)
     excess = errors[0] / error_bound(errors[2:], floor, rate / 2)
     loss_floor = EPS["float32"] * tokens**0.5
-    return ratio, excess, losses[0] / error_bound(losses[2:], loss_floor, rate / 2)
+    loss_excess = losses[0] / error_bound(losses[2:], loss_floor, rate / 2)
+    excess, loss_excess = (np.where(np.isnan(x), np.inf, x) for x in (excess, loss_excess))
+    return ratio, excess, loss_excess
 
 
 def op_check(trace: Trace, rate: float) -> list[Finding]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -11,12 +10,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from glm_core import trace_format
 from glm_core.errors import TraceError
 
-KIND, VERSION = "glm_core trace", 1
 Array = NDArray[np.float64]
 
 
@@ -74,9 +73,7 @@ class Trace:
     def save(self, path: str | Path) -> None:
         """Writes the file whole or not at all. Raises TraceError where the disk refuses."""
         path = Path(path)
-        arrays = {n: np.ascontiguousarray(getattr(self, n), np.float64) for n in _ARRAYS}
-        plain = {f: getattr(self, f) for f in _PLAIN}
-        metadata = {"kind": KIND, "version": str(VERSION), "fields": json.dumps(plain)}
+        arrays, metadata = trace_format.parts(self)
         scratch = ""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,72 +86,14 @@ class Trace:
             raise TraceError(f"trace {path}: cannot be written ({error}); free the disk") from None
 
     def __post_init__(self) -> None:
-        sizes: dict[str, int] = {
-            "K": len(self.control_names), "S": len(self.capture_steps), "P": len(self.parameters),
-            "J1": 1 + len(self.disguises), "C": len(self.calls), "T": len(self.tests), "3": 3,
-        }  # fmt: skip
-        for name, letters in _ARRAYS.items():
-            array = getattr(self, name)
-            if array.dtype != np.float64 or array.ndim != len(letters):
-                raise TraceError(
-                    f"array {name!r}: expected float64 [{', '.join(letters)}], received "
-                    f"{array.dtype} {list(array.shape)}; record the run again"
-                )
-            for letter, size in zip(letters, array.shape, strict=True):
-                if sizes.setdefault(letter, size) != size:
-                    raise TraceError(
-                        f"array {name!r}: {letter} must be {sizes[letter]}, received {size}; "
-                        "record the run again"
-                    )
-
-
-_ARRAYS: dict[str, tuple[str, ...]] = {
-    "loss": ("N",), "grad_norm": ("N",), "control_loss": ("K", "N"),
-    "gradient_norm": ("S", "P"), "gradient_sketch": ("S", "P", "W"),
-    "loss_error": ("J1", "S"), "gradient_error": ("J1", "S", "P"), "digest": ("C", "W"),
-    "test_values": ("T", "3"),
-}  # fmt: skip
-"""arrays and the names of their axes; equal names mean equal sizes"""
-
-_PLAIN = {f.name: str(f.type) for f in dataclasses.fields(Trace) if f.name not in _ARRAYS}
+        trace_format.check(self)
 
 
 def load(path: str | Path) -> Trace:
-    """Reads and checks a trace. Raises TraceError for a file that is missing, truncated, foreign,
-    of another version, or malformed."""
+    """Reads and checks a trace. Raises TraceError for a file that is missing, too large, truncated,
+    foreign, of another version, or malformed."""
     try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, TypeError) as error:
-        raise TraceError(f"trace {path}: cannot be read ({error}); record the run again") from None
-    if metadata.get("kind") != KIND:
-        raise TraceError(f"trace {path}: not a trace of glm_core; pass a file written by record")
-    if metadata.get("version") != str(VERSION):
-        raise TraceError(
-            f"trace {path}: version {metadata.get('version')}, this glm_core reads {VERSION}; "
-            "record the run again"
-        )
-    if missing := [name for name in _ARRAYS if name not in arrays]:
-        raise TraceError(f"trace {path}: lacks {', '.join(missing)}; record the run again")
-    try:
-        return Trace(**{n: arrays[n] for n in _ARRAYS}, **_fields(metadata.get("fields", "")))
+        return Trace(**trace_format.read(Path(path)))
     except TraceError as error:
-        raise TraceError(f"trace {path}: {error}") from None
-
-
-def _fields(text: str) -> dict[str, Any]:
-    """The plain fields, each of the kind its annotation begins with."""
-    kinds: dict[str, Any] = {"dict": dict, "list": list, "str": str, "int": int, "float": float}
-    try:
-        values = json.loads(text)
-        values["seconds"] = float(values["seconds"])
-        bad = [
-            name for name, hint in _PLAIN.items()
-            if not isinstance(values[name], kinds[hint.partition("[")[0]])
-        ]  # fmt: skip
-    except (ValueError, KeyError, TypeError) as error:
-        raise TraceError(f"malformed fields ({error!r}); record the run again") from None
-    if bad:
-        raise TraceError(f"malformed fields {', '.join(bad)}; record the run again")
-    return {name: values[name] for name in _PLAIN}
+        text = "".join(c if c.isprintable() else "?" for c in str(error))
+        raise TraceError(f"trace {path}: {text[:400]}") from None

@@ -21,6 +21,7 @@ from glm_core.align.training import Run
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
 from glm_core.dispatch import Op
+from glm_core.errors import TraceError
 from glm_core.model import GLM
 from glm_core.spec import Cost
 from glm_core.trace import Trace
@@ -189,34 +190,36 @@ def rows(kinds: list[Kind], backend: Backend) -> list[Row]:
 
 def recorded(trace: Trace) -> Fallbacks:
     """The fallbacks a trace tells of, as shares of the FLOPs of its config's step. Calls of one op
-    count alike; a trace holds no times and nothing from below our dispatch. Raises ConfigError for
-    a config this glm_core does not know."""
+    count alike; a trace holds no times and nothing from below our dispatch. Raises TraceError for
+    a config that is not that of the trace."""
     config = c.from_dict(c.RunConfig, trace.config)
-    table = step_flops(config)
-    total, steps = sum(sum(x) for x in table.values()), max(1, trace.loss.size)
+    steps = max(1, trace.loss.size)
+    try:
+        if config.model.num_layers > len(trace.parameters):
+            raise ValueError("more layers than parameters")
+        table = step_flops(config)
+    except (ValueError, RuntimeError, OverflowError) as error:
+        raise TraceError(f"trace of {trace.backend}: its config cannot be: {error}") from None
+    total = sum(flops for _, flops in table.values())
     found = []
     for row in trace.fallbacks:
-        each = table.get(row["op"], [0])
-        calls = row["count"] / steps
-        share = calls * sum(each) / len(each) / total
+        op, calls = row["op"], row["count"] / steps
+        known, flops = table.get(op, (1, 0))
+        share = calls / known * flops / total
         found.append(
-            Row(
-                op=row["op"],
-                where="reference",
-                reason=row["reason"],
-                calls=calls,
-                flops_share=share,
-            )
+            Row(op=op, where="reference", reason=row["reason"], calls=calls, flops_share=share)
         )
     return Fallbacks(backend=trace.backend, rows=sorted(found, key=weight), runtime_counted=False)
 
 
-def step_flops(config: c.RunConfig) -> dict[str, list[int]]:
-    """FLOPs of every op call of one full step, by op, from shapes alone (attention: all pairs)."""
-    table: dict[str, list[int]] = defaultdict(list)
+def step_flops(config: c.RunConfig) -> dict[str, tuple[int, int]]:
+    """By op: calls in one full step and their FLOPs, from shapes alone (attention: all pairs)."""
+    table: dict[str, tuple[int, int]] = {}
 
     def note(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        table[op.name].append(num_flops(op.cost(*args, **kwargs), bool(op.differentiable)))
+        calls, flops = table.get(op.name, (0, 0))
+        cost = op.cost(*args, **kwargs)
+        table[op.name] = calls + 1, flops + num_flops(cost, bool(op.differentiable))
         return dispatch.run(op, args, kwargs)
 
     t, size = config.train, (config.train.micro_batch, config.data.length)
@@ -226,10 +229,8 @@ def step_flops(config: c.RunConfig) -> dict[str, list[int]]:
         positions = torch.empty(size[0], 2, size[1], dtype=torch.int64)
         model.loss(ids, positions, ids.int(), ids.int(), ids, ids.float())
     parts = t.global_batch // t.micro_batch
-    table = defaultdict(list, {name: parts * calls for name, calls in table.items()})
+    table = {op: (parts * calls, parts * flops) for op, (calls, flops) in table.items()}
     params = [p.detach() for p in model.parameters()]
-    table["global_norm"].append(ops.global_norm.cost(params).flops)
-    for group in ([p for p in params if p.ndim > 1], [p for p in params if p.ndim <= 1]):
-        cost = ops.adamw.cost(group, group, group, group, params[0], 1, t.lr)
-        table["adamw"].append(cost.flops)
-    return dict(table)
+    table["global_norm"] = 1, ops.global_norm.cost(params).flops
+    table["adamw"] = 2, ops.adamw.cost(params, params, params, params, params[0], 1, t.lr).flops
+    return table

@@ -93,7 +93,7 @@ def test_fallbacks_are_counted_explained_and_priced(config: RunConfig) -> None:
     shares = {r.reason: r.flops_share or 0.0 for r in refused}
     narrow, wide = shares["96 rows, at most 95"], shares["128 rows, at most 95"]
     assert narrow / wide == pytest.approx(96 / 128, rel=0.02)  # both have 32 columns
-    total = sum(map(sum, fallbacks.step_flops(config).values()))  # more attention than is visible
+    total = sum(f for _, f in fallbacks.step_flops(config).values())  # attention to all pairs
     assert wide == pytest.approx(4 * 3 * 2 * (2 * 32) * 32 * 128 / total, rel=0.1)
 
 
@@ -145,8 +145,8 @@ def trace(config: RunConfig, rows: list[dict[str, object]]) -> Trace:
     return Trace(
         config=to_dict(config), backend="port", dtype="float32", loss=np.linspace(5, 4, n),
         grad_norm=np.ones(n), control_names=[], control_loss=np.zeros((0, n)), capture_steps=[],
-        parameters=["a"], gradient_norm=np.zeros((0, 1)), gradient_sketch=np.zeros((0, 1, 8)),
-        loss_error=np.zeros((1, 0)), gradient_error=np.zeros((1, 0, 1)), disguises=[], calls=[],
+        parameters=["a", "b"], gradient_norm=np.zeros((0, 2)), gradient_sketch=np.zeros((0, 2, 8)),
+        loss_error=np.zeros((1, 0)), gradient_error=np.zeros((1, 0, 2)), disguises=[], calls=[],
         digest=np.zeros((0, 8)), tests=[], test_values=np.zeros((0, 3)), num_tests=0,
         fallbacks=rows, environment={"cpu": "this one"}, data_order="d", initial_weights="w",
         seconds=1.25,

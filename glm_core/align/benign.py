@@ -113,7 +113,8 @@ NORM = (
     layer_norm("kahan", "compensated sums", other.layer_norm_by(other.kahan)),
     layer_norm("float64", "float64 inside", other.precise(ops.layer_norm)),
     layer_norm("one-pass", "E[x^2] - E[x]^2, affine folded", other.one_pass_layer_norm),
-    layer_norm("native", "torch's own kernel", other.native_layer_norm),
+    layer_norm("native", "torch's own kernel", other.native_layer_norm,
+               dtypes=FLOAT32),
     layer_norm("sqrt-division", "1 / sqrt for rsqrt",
                other.layer_norm_by(lambda t: t.sum(-1, keepdim=True), lambda t: 1 / t.sqrt())),
     layer_norm("rounded-before-affine", "normalised values rounded", other.rounded_layer_norm,
@@ -164,7 +165,8 @@ ATTENTION = (
     attention("exp2", "base 2", attend(late.binary_softmax)),
     attention("no-maximum", "exp without the maximum", attend(late.softmax_without_max)),
     attention("late-scale", "scaled after the product", late.late_scale(late.binary_softmax)),
-    attention("padded-keys", "five keys before the first that nobody sees", late.padded_keys(5)),
+    attention("padded-keys", "five keys before the first that nobody sees",
+              late.padded_keys(5), dtypes=FLOAT32),
     attention("query-blocks-16", "queries in blocks of 16", late.query_blocks(16)),
     attention("flash-backward", "closed-form backward, row term from the stored result",
               splice(ops.attention, ops.attention.reference, flash_backward(rows))),
@@ -211,7 +213,7 @@ PRECISE: Kernels = {
 }  # fmt: skip
 FLASHED: Kernels = {
     "attention": late.flash(32, True), **other.both_norms(other.native_rms_norm, "rms"),
-    **other.both_norms(other.native_layer_norm, "layer"), "adamw": late.foreach_adamw,
+    **other.both_norms(other.layer_norm_by(other.pairwise), "layer"), "adamw": late.foreach_adamw,
     CE.name: late.chunked_loss(32),
 }  # fmt: skip
 
@@ -221,7 +223,7 @@ RUNS = (
     Benign("threads-2", "", "two threads", threads=2, neutral=True),
     *(Benign(f"all-float64-{s}", "", "every op in float64 inside", PRECISE, setup=s)
       for s in ("130b", "glm4", "glm")),
-    *(Benign(f"all-native-{s}", "", "torch's kernels and flash attention at once", FLASHED, setup=s)
+    *(Benign(f"all-reordered-{s}", "", "flash attention, other norms, loss, AdamW", FLASHED, setup=s)
       for s in ("130b", "glm4")),
     *(Benign(f"{b}-{s}", "", f"the {b} backend", registered=b, setup=s)
       for b in ("cpu", "onnxrt") for s in ("130b", "glm4", "glm")),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from glm_core import ops
 from glm_core.align import wrong, wrong_attention, wrong_training
+from glm_core.align.rearranged import native_layer_norm
 from glm_core.align.variants import (
     BFLOAT16,
     FLOAT32,
@@ -87,6 +88,9 @@ NORM = (
         one("rms_norm", wrong.inside(ops.rms_norm, torch.bfloat16)), "", FLOAT32, CONTRACT),
     Bug("rms-norm-bfloat16-sum", "dtype", "rms_norm", "both",
         "the mean square is accumulated in bfloat16", norms("rms", wrong.low_sum_rms_norm)),
+    Bug("layer-norm-native-bfloat16", "dtype", "layer_norm", "backward",
+        "torch's own kernel, whose dgamma and dbeta are summed in bfloat16",
+        norms("layer", native_layer_norm), "", BFLOAT16, "in float32 it is a benign change"),
     Bug("layer-norm-truncated", "rounding", "add_layer_norm", "forward", "result cut to bfloat16",
         one("add_layer_norm", forward_only(ops.add_layer_norm, wrong.added(
             wrong.rounds(ops.layer_norm, wrong.truncated)))), "", BFLOAT16, ONLY_LOW),
@@ -253,8 +257,9 @@ LINEAR = (
     Bug("linear-row-repeated", "rows", "linear", "forward",
         "the last row of the last tile of 64 is the one before",
         one("linear", forward_only(ops.linear, wrong.repeated_row(64)))),
-    Bug("linear-dx-stale-weight", "stale", "linear", "backward", "dx uses the previous weight",
-        fresh("linear", lambda: splice(ops.linear, ops.linear.reference, wrong.stale_weight()))),
+    Bug("linear-dx-stale-weight", "stale", "linear", "backward",
+        "every fifth dx uses the previous weight of the same shape",
+        fresh("linear", lambda: splice(ops.linear, ops.linear.reference, wrong.stale_weight(5)))),
 )  # fmt: skip
 
 EMBEDDING = (

@@ -326,15 +326,19 @@ def no_bias_gradient(a: Arguments, found: Gradients) -> Gradients:
     return {n: torch.zeros_like(g) for n, g in found.items() if n == "bias" and g is not None}
 
 
-def stale_weight() -> Vjp:
-    """The gradient of x uses the weight as it was at the previous backward of the same weight."""
-    right, before = vjp(ops.linear, ops.linear.reference), dict[int, Tensor]()
+def stale_weight(every: int) -> Vjp:
+    """Every n-th gradient of x uses the previous weight of the same shape."""
+    right = vjp(ops.linear, ops.linear.reference)
+    calls, last = 0, dict[torch.Size, Tensor]()
 
     def gradients(a: Arguments, outputs: tuple[Tensor, ...]) -> Gradients:
-        weight = a["weight"]
-        old = before.get(weight.data_ptr(), weight)
-        before[weight.data_ptr()] = weight.detach().clone()
-        return right(a, outputs) | {"x": right(a | {"weight": old}, outputs)["x"]}
+        nonlocal calls
+        calls, weight = calls + 1, a["weight"]
+        before, last[weight.shape] = last.get(weight.shape, weight), weight.detach().clone()
+        found = right(a, outputs)
+        return (
+            found if calls % every else found | {"x": right(a | {"weight": before}, outputs)["x"]}
+        )
 
     return gradients
 

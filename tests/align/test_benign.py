@@ -1,0 +1,64 @@
+"""The benign changes: honest by the error against float64, and not idle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small import differs, outcomes, step_calls
+
+from glm_core.align import catalogue
+from glm_core.align.benign import BENIGN, Benign
+from glm_core.align.capture import Call
+from glm_core.align.replay import Results, exact, replay
+
+CASES = [(b, dtype) for b in BENIGN if b.kernels for dtype in b.dtypes]
+IDS = [f"{b.name}-{dtype}" for b, dtype in CASES]
+
+
+@pytest.mark.parametrize(("change", "dtype"), CASES, ids=IDS)
+def test_a_benign_change_changes_a_bit(change: Benign, dtype: str) -> None:
+    assert differs(change.backend(), step_calls(catalogue.setup_of(change), dtype))
+
+
+def errors(found: Results, truth: Results) -> dict[str, float]:
+    """Root mean square error of each result; parameters stand for their change."""
+    names = [n for n in truth if n != "change"]
+    return {n: float((found[n].double() - truth[n].double()).square().mean().sqrt()) for n in names}
+
+
+def allowed(call: Call, truth: Results) -> dict[str, float]:
+    """Four times the reference's error, and an ulp of the result's root mean square: of the result's
+    own dtype, or the lower one in which the loss has its logits."""
+    own = errors(replay(call, call.op.reference), truth)
+    logits = torch.finfo(call.args["x"].dtype).eps if call.op.name == "linear_cross_entropy" else 0
+    return {
+        n: 4 * own[n]
+        + max(torch.finfo(y.dtype).eps, logits) * float(y.double().square().mean().sqrt())
+        for n, y in truth.items()
+        if n in own
+    }
+
+
+@pytest.mark.parametrize(("change", "dtype"), CASES, ids=IDS)
+def test_a_benign_change_is_as_right_as_the_reference(change: Benign, dtype: str) -> None:
+    backend = change.backend()
+    calls = [
+        c
+        for c in step_calls(catalogue.setup_of(change), dtype)
+        if c.op.name in backend.kernels and c.step == 2
+    ][:6]
+    assert calls
+    for call, found in zip(calls, outcomes(backend, calls), strict=True):
+        truth = exact(call, replay(call, call.op.reference))
+        limit = allowed(call, truth)
+        assert {n: y.dtype for n, y in found.items()} == {n: y.dtype for n, y in truth.items()}
+        for name, error in errors(found, truth).items():
+            assert error <= limit[name], f"{call.op.name} {name}"
+
+
+def test_the_catalogue_is_large_and_names_are_unique() -> None:
+    assert len({b.name for b in BENIGN}) == len(BENIGN)
+    for dtype in catalogue.DTYPES:
+        counted = [b for b in BENIGN if dtype in b.dtypes and not b.neutral and not b.registered]
+        assert len(counted) >= 42
+        assert {b.setup or catalogue.setup_of(b) for b in counted} == set(catalogue.SETUPS)

@@ -181,6 +181,9 @@ def _differentiable(name: str) -> Callable[..., list[Tensor]]:
     def run(
         tensors: list[Tensor], numbers: list[float], layout: str, provider: str
     ) -> list[Tensor]:
+        if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+            with torch._C._AutoDispatchBelowAutograd():
+                return list(custom_op(name)(tensors, numbers, layout, provider))
         apply: Any = _Differentiable.apply
         return list(apply(name, numbers, layout, provider, *tensors))
 

@@ -80,8 +80,10 @@ def _is(value: Any, kind: Any) -> bool:
         return type(value) is str and value in kind
     if kind is dict and type(value) is dict:
         flat = [v for x in value.values() for v in (x.values() if type(x) is dict else [x])]
-        return all(type(x) in (str, int, float, bool) and _is(x, type(x)) for x in flat)
-    return type(value) is kind and (kind is not int or abs(value) < 1 << 53)
+        return all(any(_is(x, k) for k in (str, int, float, bool)) for x in flat)
+    if isinstance(value, bool) and kind is int:
+        return False
+    return isinstance(value, kind) and (kind is not int or abs(value) < 1 << 53)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -1,20 +1,24 @@
 """How wrong may a kernel be? As wrong as the reference in the same dtype, times a small factor.
 
 Nothing here is tuned to an op. For every result y the float64 reference gives the exact value, and
-the reference run in the kernel's own dtype gives errors that honest rounding makes. They are taken
-from several runs: as it is, and with every float32 intermediate moved by at most one unit in the
-last place (Monte Carlo arithmetic: Parker 1997), so that a result which happens to come out right
-once does not set a standard. The kernel's error at each element is divided by
+the reference run in the kernel's own dtype gives the errors that honest rounding makes. They are
+taken from several runs: as it is, and with every float32 intermediate moved by at most one unit in
+the last place (Monte Carlo arithmetic: Parker 1997), so that a result which happens to come out
+right once does not set a standard. The kernel's error at each element is divided by
 
-    the reference's worst error among the results of nearest magnitude   (NEIGHBOURS of them)
-    + one rounding of the result: eps / 2 * |y|                          (eps of the result's dtype)
-    + the smallest normal float32 number, below which a device may flush to zero.
+    the reference's worst error there
+    + one rounding of the result: eps / 2 * the largest |y| in its row (last dimension)
+    + what a device may flush to zero: the smallest normal float32 number
 
-The largest such quotient is the case's `error_ratio`; MAX_ERROR_RATIO is the limit. Sorting by
-magnitude makes the rule elementwise where results differ hugely in size and pools elements where
-they do not. The root mean square of the error is held to the same factor over the whole tensor,
-against the reference's, or the rounding's eps / sqrt(12), whichever is larger: it sees a loss of
-precision that is spread thin."""
+and the largest quotient is the case's `error_ratio`; MAX_ERROR_RATIO is the limit. The row's scale
+stands for that of the terms that cancel in an element.
+
+"There" depends on the dtype. In float32 and wider it means: among the quarter of the results
+nearest in magnitude, so that small results beside huge ones are held to their own size. Below
+float32 a kernel may round intermediates to the working dtype (flash attention rounds its
+probabilities), which puts errors of the tensor's scale into results that cancel, even to zero:
+there it means anywhere in the tensor. The root mean square of the error is held to the same factor,
+which finds a loss of precision that is spread thin."""
 
 from __future__ import annotations
 
@@ -27,8 +31,8 @@ from torch import Tensor
 
 MAX_ERROR_RATIO = 2.0
 
-NEIGHBOURS = 33
-"""results of nearest magnitude whose reference errors are pooled; odd"""
+POOL = 33
+"""results pooled at least: fewer make no statistic"""
 
 
 class Deviation(NamedTuple):
@@ -44,40 +48,40 @@ def deviation(actual: Tensor, exact: Tensor, near: Sequence[Tensor]) -> Deviatio
     if not actual.is_floating_point():
         same = torch.equal(actual, near[0])
         return Deviation(0.0 if same else math.inf, "integers differ from the reference's")
-    if not actual.numel():
+    errors = torch.stack([n.detach().double() - exact for n in near]).abs()  # [runs, ...]
+    judged = errors.isfinite().all(0)
+    if not judged.any():
         return Deviation(0.0, "")
-    y, got = exact.flatten(), actual.detach().double().flatten()
-    honest = torch.stack([n.detach().double().flatten() - y for n in near]).abs()  # [runs, n]
-    judged = honest.isfinite().all(0)
-    y, got, honest = y[judged], got[judged], honest[:, judged]
-    if not y.numel():
-        return Deviation(0.0, "")
+    eps, y = torch.finfo(actual.dtype).eps, exact[judged]
+    scale = exact.abs().amax(-1, keepdim=True) if exact.dim() else exact.abs()
+    scale = scale.expand_as(exact)[judged]
+    honest, got = errors.amax(0)[judged], actual.detach().double()[judged]
     error = (got - y).abs().nan_to_num(math.inf, math.inf)
-    rounding = torch.finfo(actual.dtype).eps * y.abs()
-    tiny = _flushed_below(actual.dtype)
-    ratios = error / (_pooled(honest.amax(0), y) + rounding / 2 + tiny)
+    flushed = _flushed_below(actual.dtype)
+    ratios = error / (_nearby(honest, y, eps) + eps / 2 * scale + flushed)
     worst = int(ratios.argmax())
-    spread = _rms(error) / (max(_rms(honest.max(0).values), _rms(rounding) / 12**0.5) + tiny)
     place = f"{got[worst]:.6g} for {y[worst]:.6g} (error {error[worst]:.2e})"
-    if spread > ratios[worst]:
+    # uniform rounding has a standard deviation of eps / sqrt(12)
+    spread = _rms(error) / (max(_rms(honest), eps / 12**0.5 * _rms(scale)) + flushed)
+    if len(y) >= POOL and spread > ratios[worst]:
         return Deviation(spread, f"root mean square error {_rms(error):.2e}; e.g. {place}")
     return Deviation(float(ratios[worst]), place)
 
 
-def _pooled(errors: Tensor, y: Tensor) -> Tensor:
-    """For each element the largest error among the NEIGHBOURS elements of nearest magnitude."""
-    if errors.numel() <= NEIGHBOURS:
+def _nearby(errors: Tensor, y: Tensor, eps: float) -> Tensor:
+    """For each element the largest error among those of similar magnitude, or of all."""
+    size = max(POOL, len(y) // 8 * 2 + 1)
+    if eps > torch.finfo(torch.float32).eps or len(y) <= size:
         return errors.max().expand_as(errors)
     order = y.abs().argsort()
-    window = torch.nn.functional.max_pool1d(
-        errors[order].view(1, 1, -1), NEIGHBOURS, stride=1, padding=NEIGHBOURS // 2
+    pooled = torch.nn.functional.max_pool1d(
+        errors[order].view(1, 1, -1), size, stride=1, padding=size // 2
     )
-    return torch.empty_like(errors).index_copy_(0, order, window.view(-1))
+    return torch.empty_like(errors).index_copy_(0, order, pooled.view(-1))
 
 
 def _flushed_below(dtype: torch.dtype) -> float:
-    """Absolute floor: float32's smallest normal number, or half a step of the dtype's
-    subnormals."""
+    """float32's smallest normal number, or half a step of the dtype's subnormals."""
     info = torch.finfo(dtype)
     return max(torch.finfo(torch.float32).tiny, info.smallest_normal * info.eps / 2)
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from glm_core.backends.base import Backend
-from glm_core.backends.registry import get
+from glm_core.backends.registry import get, probe
 from glm_core.conformance.case import Case, every_case, select
 from glm_core.conformance.known import Known, load, unmatched
 from glm_core.conformance.run import run_case
@@ -76,11 +76,11 @@ def conformance(
 
 
 def _parameters(name: str, folder: Path | str | None, filters: dict[str, Any]) -> Iterator[Any]:
-    backend = get(name)
-    state = backend.probe()
+    state = probe(name)
     if not state.ok:
         yield pytest.param(None, marks=pytest.mark.skip(reason=state.reason), id=name)
         return
+    backend = get(name)
     known = load(_file(folder, name))
     for case in select(backend, **filters):
         yield pytest.param(Check(backend, case, known), id=f"{name}-{case.id}")

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from glm_core.conformance.wrong.mutant import mutant, pulled
 from glm_core.ops import linear
-from glm_core.ops.precision import wide
 
 
 @mutant(linear, wrong="the bias is left out")
@@ -54,12 +53,6 @@ def weight_gradient_bfloat16(x: Tensor, weight: Tensor, bias: Tensor | None = No
     return linear.reference(x, pulled(weight, lambda g: g.bfloat16().to(g.dtype)), bias)
 
 
-@mutant(linear, wrong="the bias is added after rounding and rounded again, cut not to nearest")
-def bias_cut(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    y = linear.reference(x, weight)
-    if bias is None:
-        return y
-    total = wide(y) + wide(bias)
-    rounded = total.to(x.dtype)
-    beyond = wide(rounded).abs() > total.abs()
-    return torch.where(beyond, rounded * (1 - torch.finfo(x.dtype).eps), rounded)
+@mutant(linear, wrong="the bias is added twice")
+def bias_twice(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return linear.reference(x, weight, None if bias is None else bias + bias)

@@ -1,0 +1,197 @@
+"""Layers import downward only, the core knows no backend by name and no vendor; files are small."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+LAYERS = (
+    ("errors", "config"),
+    ("spec",),
+    ("dispatch", "session", "trace", "trace_format"),
+    ("ops",),
+    ("backends", "bench.harness"),
+    ("model", "data"),
+    ("optimizer", "checkpoint", "metrics", "nonfinite", "interrupt"),
+    ("train",),
+    ("align", "conformance", "distributed"),
+    ("deepspeed", "serve", "bench"),
+    ("cli",),
+)
+"""lowest first; a module may import its own layer and those before it"""
+
+CORE = ("errors", "config", "spec", "dispatch", "session", "trace", "ops", "model", "data", "train")
+VENDORS = {"torch_npu", "torch_xla", "intel_extension_for_pytorch", "onnxruntime", "onnx", "triton"}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its name below glm_core."""
+    found = {}
+    for folder, prefix in (("glm_core", ""), ("backends", "backends."), ("bench", "bench.")):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            if folder == "glm_core" and parts[0] in ("backends", "bench"):
+                continue  # symlinks to the root's folders
+            found[(prefix + ".".join(parts)).removesuffix(".__init__")] = path
+    return found
+
+
+MODULES = modules()
+
+
+def layer(module: str) -> int | None:
+    """The layer of the longest prefix that is listed."""
+    levels = {name: i for i, names in enumerate(LAYERS) for name in names}
+    parts = module.split(".")
+    prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    return next((levels[p] for p in prefixes if p in levels), None)
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, module below glm_core) of every import of ours, those inside functions too, but not
+    those for type checkers alone."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.startswith("glm_core."):
+                    yield node.lineno, alias.name.removeprefix("glm_core.")
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "glm_core":
+            base = (node.module or "").removeprefix("glm_core").removeprefix(".")
+            for alias in node.names:
+                full = f"{base}.{alias.name}".removeprefix(".")
+                yield node.lineno, full if full in MODULES else base or alias.name
+
+
+def test_every_module_has_a_layer() -> None:
+    lost = [name for name in MODULES if name not in ("", "__init__") and layer(name) is None]
+    assert not lost, f"modules of no layer: {lost}; add them to LAYERS"
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if layer(m) is not None])
+def test_imports_point_downward(module: str) -> None:
+    own = layer(module)
+    assert own is not None
+    upward = [
+        f"{MODULES[module]}:{line} imports {target}"
+        for line, target in imports(MODULES[module])
+        if (level := layer(target)) is not None and level > own
+    ]
+    assert not upward
+
+
+def test_an_upward_import_is_seen(tmp_path: Path) -> None:
+    wrong = tmp_path / "ops.py"
+    wrong.write_text("def f():\n    from glm_core.backends import registry\n")
+    [(line, target)] = imports(wrong)
+    assert (line, target) == (2, "backends.registry")
+    assert layer(target) > layer("ops")  # type: ignore[operator]  # both have one
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.split(".")[0] in CORE])
+def test_core_names_no_backend_module(module: str) -> None:
+    named = [t for _, t in imports(MODULES[module]) if t.startswith("backends.")]
+    assert set(named) <= {"backends.base", "backends.registry"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_import_names_are_absolute(module: str) -> None:
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    relative = [n.lineno for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level]
+    assert not relative, f"{MODULES[module]}: relative imports at lines {relative}"
+
+
+def loaded_after(code: str) -> set[str]:
+    """Top-level packages in sys.modules of a fresh interpreter that ran `code`."""
+    report = "; import sys; print(*{m.partition('.')[0] for m in sys.modules}, file=sys.__stderr__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code + report], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return set(done.stderr.split())
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import glm_core",
+        "import glm_core.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: pass\nNone",
+    ],
+)
+def test_light_imports_load_no_torch(code: str) -> None:
+    loaded = loaded_after(code)
+    assert "glm_core" in loaded
+    assert not loaded & (VENDORS | {"torch", "numpy", "transformers"})
+
+
+def test_ops_and_registry_load_no_vendor_package() -> None:
+    loaded = loaded_after("import glm_core.ops, glm_core.backends.registry as r; r.names()")
+    assert "torch" in loaded
+    assert not loaded & VENDORS
+
+
+@pytest.mark.parametrize("name", ["backends", "bench"])
+def test_plain_names_say_what_to_write(name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {name}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError:")
+    assert f"from glm_core import {name}" in last
+
+
+SMALL = ("glm_core/spec.py", "glm_core/dispatch.py", "glm_core/trace.py", "backends/base.py")
+"""the core files, held to 150 lines"""
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_files_stay_small(module: str) -> None:
+    path = MODULES[module]
+    limit = 150 if path.relative_to(ROOT).as_posix() in SMALL else 350
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= limit, f"{path}: {lines} lines; {limit} at most"
+
+
+def test_functions_stay_small() -> None:
+    lengths = sorted(
+        node.end_lineno - node.lineno + 1
+        for path in MODULES.values()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno
+    )
+    assert lengths[len(lengths) // 2] <= 12
+    assert lengths[len(lengths) * 9 // 10] <= 40
+
+
+def test_modules_are_named_for_what_they_hold() -> None:
+    nameless = {"utils", "helpers", "common", "misc", "util"}
+    assert not [m for m in MODULES if m.rpartition(".")[2] in nameless]
+
+
+def test_every_module_says_what_it_decides() -> None:
+    silent = [
+        name
+        for name, path in MODULES.items()
+        if path.read_text(encoding="utf-8").strip()
+        and not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    assert not silent, f"modules without a docstring: {silent}"

@@ -86,6 +86,12 @@ class Trainer:
         self.backend = registry.usable(config.train.backend)
         self.device = self.backend.device()
         self.dtype: torch.dtype = getattr(torch, config.train.dtype)
+        if self.dtype not in self.backend.dtypes:
+            known = ", ".join(str(d).removeprefix("torch.") for d in self.backend.dtypes)
+            raise ConfigError(
+                f"train.dtype={config.train.dtype}: backend {self.backend.name} computes in "
+                f"{known}; use one of these"
+            )
         initial = weights if weights is not None else initial_weights(config)
         self.model = GLM(config.model).to(self.device, self.dtype)
         self.optimizer = Optimizer(self.model, config.train)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import functools
 import itertools
@@ -21,7 +22,13 @@ from glm_core import checkpoint, config, ops, train
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
 from glm_core.config import TrainConfig
-from glm_core.errors import CheckpointError, ConfigError, TrainingError, UnsupportedOpError
+from glm_core.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    TrainingError,
+    UnsupportedOpError,
+)
 from glm_core.metrics import Metrics
 from glm_core.session import Fallback
 from glm_core.spec import unsupported
@@ -363,6 +370,35 @@ def test_strict_refuses(tmp_path: Path, partial: Backend) -> None:
     c = toy.config(backend="partial", strict=True)
     with pytest.raises(UnsupportedOpError, match=r"on backend partial: .*; drop strict"):
         train.run(c, tmp_path, sampler=toy.Sampler())
+
+
+def test_a_dtype_the_backend_lacks(partial: Backend) -> None:
+    partial.dtypes = (torch.float32, torch.float16)
+    c = toy.config(backend="partial", dtype="bfloat16")
+    with pytest.raises(
+        ConfigError, match="=bfloat16: backend partial computes in float32, float16;"
+    ):
+        train.Trainer(c, toy.Sampler())
+
+
+def test_a_run_on_real_text_goes_on_with_the_same_batches(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    words = [f"word{(i * i) % 97} of {i % 13}" for i in range(4000)]
+    text.write_text(". ".join(words))
+    vocab = 300
+    sizes = {"vocab": vocab, "max_length": 32}
+    base = toy.config(model=sizes, steps=6, save_every=2, ramp_from=0)
+    data = dataclasses.replace(base.data, path=str(text), vocab=vocab, length=32)
+    c, cache = dataclasses.replace(base, data=data), tmp_path / "cache"
+    train.run(c, tmp_path / "whole", cache_dir=cache)
+    first = tmp_path / "whole/checkpoints/step-00000004.safetensors"
+    train.run(c, tmp_path / "resumed", cache_dir=cache, resume=first)
+    states = [checkpoint.load(tmp_path / name) for name in ("whole", "resumed")]
+    assert states[0][1] == states[1][1]
+    assert all(torch.equal(t, states[1][0][k]) for k, t in states[0][0].items())
+    text.write_text("another text. " * 4000)
+    with pytest.raises(DataError, match="sampler state: saved with corpus="):
+        train.run(c, tmp_path / "other", cache_dir=cache, resume=first)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from glm_core import dispatch
 from glm_core.align import teacher
-from glm_core.align.disguise import Rounded, Shuffled
+from glm_core.align.disguise import Regrouped, Rounded
 from glm_core.align.environment import environment
 from glm_core.align.replay import LOW
 from glm_core.align.teacher import Case, Key
@@ -133,7 +133,7 @@ def control_modes(config: RunConfig, count: int) -> list[tuple[str, Mode]]:
 def varied(config: RunConfig, seed: int) -> AbstractContextManager[object]:
     """An honest variation of the reference, drawn by `seed`."""
     dtype: torch.dtype = getattr(torch, config.train.dtype)
-    return Rounded(dtype, threshold(config), seed=seed) if dtype in LOW else Shuffled(seed)
+    return Rounded(dtype, threshold(config), seed=seed) if dtype in LOW else Regrouped(seed)
 
 
 def gradient_modes(config: RunConfig) -> dict[str, Mode]:

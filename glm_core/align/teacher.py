@@ -13,7 +13,7 @@ from torch import Tensor
 
 from glm_core.align import statistics
 from glm_core.align.capture import Call
-from glm_core.align.disguise import Rounded, Shuffled
+from glm_core.align.disguise import Regrouped, Rounded
 from glm_core.align.replay import LOW, Results, exact, replay
 from glm_core.align.statistics import Base, Grouping, Scores, Sums, quantile_bins
 
@@ -64,11 +64,14 @@ def cases(calls: Iterable[Call]) -> Iterator[Case]:
 def _base(call: Call, name: str, y: Tensor) -> Base:
     reduced = name in ("d_weight", "d_bias")  # sums over all tokens: rounding scales with the terms
     is_list = name in call.op.mutates or name == "change"
-    groupings = [Grouping("all", 1)] if is_list else statistics.structure(y.shape)
+    groupings = statistics.structure((y.numel(),) if is_list else y.shape)
+    if is_list:
+        groupings = groupings[:1]  # tensors of all shapes one after another
     if y.numel() >= 32 * statistics.NUM_BINS:
         for key, values in _keys(call, name, y).items():
-            bins = quantile_bins(values.double().flatten().numpy())
-            groupings.append(Grouping(f"bin of {key}", statistics.NUM_BINS, bins=bins))
+            bins = quantile_bins(values.float().flatten().numpy())
+            inner = y.numel() // bins.size
+            groupings.append(Grouping(f"bin of {key}", statistics.NUM_BINS, inner, bins))
     return Base(_array(y), groupings, 1.0 if reduced else 0.03)
 
 
@@ -91,7 +94,7 @@ def _keys(call: Call, name: str, y: Tensor) -> dict[str, Tensor]:
         }
     if x.shape == y.shape:
         keys["argument"] = x
-    keys["row"] = x.double().square().mean(-1, keepdim=True).expand(y.shape)
+    keys["row"] = x.double().square().mean(-1)  # one per row
     return keys
 
 
@@ -152,12 +155,12 @@ def disguises(dtype: torch.dtype) -> dict[str, Runner]:
     """The reference as it is, in two other orders of summation, and below float32 with its
     intermediates rounded, each in turn and all at once."""
 
-    def shuffled(seed: int) -> Runner:
-        return lambda call: replay(call, call.op.reference, Shuffled(seed))
+    def regrouped(seed: int) -> Runner:
+        return lambda call: replay(call, call.op.reference, Regrouped(seed))
 
     found: dict[str, Runner] = {
         "plain": lambda call: replay(call, call.op.reference),
-        "shuffled": shuffled(1), "shuffled again": shuffled(2),
+        "regrouped": regrouped(1), "regrouped again": regrouped(2),
     }  # fmt: skip
     if dtype in LOW:
         found["rounded"] = lambda call: _rounded(call, dtype, None)

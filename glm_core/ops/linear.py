@@ -32,6 +32,7 @@ def linear_samples() -> Iterator[Sample]:
     yield Sample("3x33-17-gapped", gapped(make("", (3,), 33, 17).args))
     yield make("3x33-17-tiny", (3,), 33, 17, bias=False, std=1e-4)
     yield make("3x33-17-huge", (3,), 33, 17, std=1e3)
+    yield make("2x1001-5", (2,), 1001, 5)  # long enough for low-precision partial sums to show
     yield make("0x16-8", (0,), 16, 8)
     yield make("4x4096-4608", (4,), 4096, 4608)  # QKV of ChatGLM2 / GLM-4
 

@@ -42,8 +42,9 @@ class Exact(_Mode):
             kwargs["dtype"] = torch.float64
         if func.overloadpacket not in _ARITHMETIC:
             return func(*args, **kwargs)
-        low = [x for x in args if isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.half)]
-        if not low or len(low) < sum(isinstance(x, Tensor) and x.ndim > 0 for x in args):
+        floats = [x for x in args if isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 0]
+        low = [x for x in floats if x.dtype in (torch.bfloat16, torch.half)]
+        if not low or len(low) < len(floats):
             return func(*args, **kwargs)
         return func(*widened(args, (low[0].dtype,)), **kwargs).to(low[0].dtype)
 

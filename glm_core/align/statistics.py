@@ -22,6 +22,8 @@ NUM_BINS = 32
 EPS = float(np.finfo(np.float32).eps)
 FLOOR = 8 * EPS
 """systematic relative error any kernel may have: polynomials for exp and erf, float32 inside"""
+SPARSE = 0.05
+"""share of elements that differ, below which a kernel cannot have rounded an intermediate twice"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -141,13 +143,15 @@ def sums(base: Base, errors: Array) -> list[Sums]:
 def scores(s: Sums, least: float) -> Scores:
     """scale: sum(D Y) / sum(Y^2). offset: mean(D) / rms(Y). sign: (ups - downs) / (ups + downs) of
     the errors that are not zero, in magnitude or in value, whichever is larger; 0 where the error
-    moves the result by less than FLOOR. size: rms(D) / rms(Y), without a standard error."""
+    moves the result by less than FLOOR, and where more than SPARSE of the elements differ, since
+    rounding twice is honest, frequent and biased. size: rms(D) / rms(Y), without a standard error."""
     n = np.maximum(s.count, 1.0)
     mean_square = s.yy.sum() / max(s.count.sum(), 1.0)
     yy = np.maximum(s.yy, least**2 * mean_square * n) + 1e-300
     rms, differ = np.sqrt(yy / n), np.maximum(s.differ, 1.0)
     scale, offset = s.dy / yy, s.d / (n * rms)
     matters = np.maximum(np.abs(scale), np.abs(offset)) > FLOOR
+    matters &= s.differ < SPARSE * n
     sign = np.where(np.abs(s.sign) > np.abs(s.raw_sign), s.sign, s.raw_sign) / differ
     return {
         "scale": (scale, np.sqrt(s.dy2) / yy),

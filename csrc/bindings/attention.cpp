@@ -50,9 +50,19 @@ Two attention_forward(const Tensor& q_, const Tensor& k_, const Tensor& v_,
   Tensor lse = at::empty({batch, num_heads, queries}, q.options().dtype(at::kFloat));
   by_dtype(q, [&](auto zero) {
     using T = decltype(zero);
-    const AttentionForward<T> a{heads<T>(q), heads<T>(k), heads<T>(v), data<int32_t>(key_start),
-                                data<int32_t>(key_end), data<T>(y), data<float>(lse), queries,
-                                k.size(1), num_heads, kv_heads, width, float(scale)};
+    const AttentionForward<T> a{heads<T>(q),
+                                heads<T>(k),
+                                heads<T>(v),
+                                data<int32_t>(key_start),
+                                data<int32_t>(key_end),
+                                data<T>(y),
+                                data<float>(lse),
+                                queries,
+                                k.size(1),
+                                num_heads,
+                                kv_heads,
+                                width,
+                                float(scale)};
     const int64_t cost = attention_tile * k.size(1) * width * num_heads / kv_heads;
     parallel(batch * kv_heads * tiles, cost,
              [&](int64_t i, int64_t j) { kernels<T>().attention_forward(a, i, j); });
@@ -70,10 +80,21 @@ Three attention_backward(const Tensor& dy_, const Tensor& q_, const Tensor& k_, 
          dv = at::empty(v.sizes(), v.options());
   by_dtype(q, [&](auto zero) {
     using T = decltype(zero);
-    const AttentionBackward<T> a{heads<T>(dy), heads<T>(q), heads<T>(k), heads<T>(v),
-                                 data<int32_t>(key_start), data<int32_t>(key_end),
-                                 data<float>(lse), data<T>(dq), data<T>(dk), data<T>(dv),
-                                 q.size(1), k.size(1), q.size(2), k.size(2), q.size(3),
+    const AttentionBackward<T> a{heads<T>(dy),
+                                 heads<T>(q),
+                                 heads<T>(k),
+                                 heads<T>(v),
+                                 data<int32_t>(key_start),
+                                 data<int32_t>(key_end),
+                                 data<float>(lse),
+                                 data<T>(dq),
+                                 data<T>(dk),
+                                 data<T>(dv),
+                                 q.size(1),
+                                 k.size(1),
+                                 q.size(2),
+                                 k.size(2),
+                                 q.size(3),
                                  float(scale)};
     parallel(k.size(0) * k.size(2), q.size(1) * k.size(1) * q.size(3),
              [&](int64_t i, int64_t j) { kernels<T>().attention_backward(a, i, j); });

@@ -86,13 +86,15 @@ Tensor rope_turn(const Tensor& x_, const Tensor& cos_, const Tensor& sin_, bool 
                         (cos.size(0) == 1 || cos.size(0) == x.size(0)) &&
                         cos.size(1) == x.size(1) && 2 * cos.size(2) * cos.size(3) <= x.size(3),
                     "rope: x [B, L, H, E] needs cos and sin [B or 1, L, G, P] with 2GP <= E; "
-                    "received x ", x.sizes(), ", cos ", cos.sizes(), ", sin ", sin.sizes());
+                    "received x ",
+                    x.sizes(), ", cos ", cos.sizes(), ", sin ", sin.sizes());
   Tensor y = at::empty(x.sizes(), x.options());
   by_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    const Rope<T> a{data<T>(x), data<float>(cos), data<float>(sin), data<T>(y), x.size(1),
-                    x.size(2), x.size(3), x.stride(0), x.stride(1), x.stride(2), cos.size(2),
-                    cos.size(3), cos.size(0) == 1, interleaved, back ? -1.0f : 1.0f};
+    const Rope<T> a{data<T>(x),       data<float>(cos), data<float>(sin),   data<T>(y),
+                    x.size(1),        x.size(2),        x.size(3),          x.stride(0),
+                    x.stride(1),      x.stride(2),      cos.size(2),        cos.size(3),
+                    cos.size(0) == 1, interleaved,      back ? -1.0f : 1.0f};
     parallel(x.size(0) * x.size(1), x.size(2) * x.size(3),
              [&](int64_t i, int64_t j) { kernels<T>().rope_turn(a, i, j); });
   });
@@ -106,8 +108,8 @@ Tensor call_rope(const Tensor& x, const Tensor& cos, const Tensor& sin, bool int
 }
 
 struct RopeGrad : torch::autograd::Function<RopeGrad> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& cos,
-                        const Tensor& sin, bool interleaved) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& cos, const Tensor& sin,
+                        bool interleaved) {
     at::AutoDispatchBelowADInplaceOrView guard;
     ctx->save_for_backward({cos, sin});
     ctx->saved_data["interleaved"] = interleaved;
@@ -155,10 +157,9 @@ Tensor embedding_backward(const Tensor& dy_, const Tensor& ids_, int64_t vocab, 
   Tensor dweight = at::empty({vocab, width}, dy.options());
   by_dtype(dy, [&](auto zero) {
     using T = decltype(zero);
-    const EmbeddingBackward<T> a{data<T>(dy), order.data(), starts.data(), data<T>(dweight), width,
-                                 float(shrink)};
-    parallel(vocab, width,
-             [&](int64_t i, int64_t j) { kernels<T>().embedding_backward(a, i, j); });
+    const EmbeddingBackward<T> a{data<T>(dy),      order.data(), starts.data(),
+                                 data<T>(dweight), width,        float(shrink)};
+    parallel(vocab, width, [&](int64_t i, int64_t j) { kernels<T>().embedding_backward(a, i, j); });
   });
   return dweight;
 }

@@ -58,8 +58,11 @@ Three linear_cross_entropy_forward(const Tensor& x, const Tensor& weight, const 
     at::mm_out(z, part, weight.t());
     by_dtype(x, [&](auto zero) {
       using T = decltype(zero);
-      const CrossEntropy<T> a{data<T>(z), data<int64_t>(labels) + begin,
-                              data<float>(token_weight) + begin, data<float>(each) + begin, vocab,
+      const CrossEntropy<T> a{data<T>(z),
+                              data<int64_t>(labels) + begin,
+                              data<float>(token_weight) + begin,
+                              data<float>(each) + begin,
+                              vocab,
                               gradients};
       parallel(size, vocab, [&](int64_t i, int64_t j) { kernels<T>().cross_entropy(a, i, j); });
     });
@@ -178,10 +181,20 @@ void adamw_(at::TensorList params, at::TensorList grads_, at::TensorList exp_avg
       by_dtype(g[work[i].tensor], [&](auto zero) {
         using T = decltype(zero);
         const size_t k = work[i].tensor;
-        const AdamW<T> a{data<float>(p[k]), data<float>(m[k]), data<float>(v[k]), data<T>(g[k]),
-                         c.empty() ? nullptr : data<T>(c[k]), scale, float(beta1),
-                         float(1 - beta1), float(beta2), float(1 - beta2), float(eps), float(lr),
-                         float(1 - lr * weight_decay), float(1 - std::pow(beta1, step)),
+        const AdamW<T> a{data<float>(p[k]),
+                         data<float>(m[k]),
+                         data<float>(v[k]),
+                         data<T>(g[k]),
+                         c.empty() ? nullptr : data<T>(c[k]),
+                         scale,
+                         float(beta1),
+                         float(1 - beta1),
+                         float(beta2),
+                         float(1 - beta2),
+                         float(eps),
+                         float(lr),
+                         float(1 - lr * weight_decay),
+                         float(1 - std::pow(beta1, step)),
                          float(1 - std::pow(beta2, step))};
         kernels<T>().adamw_update(a, work[i].begin, work[i].end);
       });

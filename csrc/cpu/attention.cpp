@@ -126,14 +126,16 @@ void forward_tile(const AttentionForward<T>& a, int64_t b, int64_t g, int64_t fi
   const int64_t shared = a.heads / a.kv_heads, ld = padded(a.width, W);
   const int64_t queries = a.queries - first < TILE ? a.queries - first : TILE;
   const int64_t rows = shared * queries;
-  const int32_t *start = a.key_start + b * a.queries + first, *end = a.key_end + b * a.queries + first;
+  const int32_t *start = a.key_start + b * a.queries + first,
+                *end = a.key_end + b * a.queries + first;
   const Span span = visible(start, end, queries, a.keys);
   const int64_t size = padded(span.last - span.first, BLOCK);
   Scratch scratch(rows * (2 * ld + size + 1) + BLOCK * (ld + a.width) + 128);
   float *q = scratch.take(rows * ld), *y = scratch.take(rows * ld), *p = scratch.take(rows * size);
   float *block = scratch.take(BLOCK * (ld > a.width ? ld : a.width)), *sum = scratch.take(rows);
   for (int64_t r = 0; r < shared; ++r)
-    widen(a.q.at(b, first, g * shared + r), a.q.row, queries, a.width, a.scale, q + r * queries * ld, ld);
+    widen(a.q.at(b, first, g * shared + r), a.q.row, queries, a.width, a.scale,
+          q + r * queries * ld, ld);
   for (int64_t j = 0; j < size; j += BLOCK) {
     const int64_t key = span.first + j, count = span.last - key < BLOCK ? span.last - key : BLOCK;
     transpose(a.k.at(b, key, g), a.k.row, count, a.width, block);
@@ -155,9 +157,8 @@ void forward_tile(const AttentionForward<T>& a, int64_t b, int64_t g, int64_t fi
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t i = first + r % queries, h = g * shared + r / queries;
     T* out = a.y + ((b * a.queries + i) * a.heads + h) * a.width;
-    sweep(a.width, [&](int64_t e, int64_t n) GLM_INLINED {
-      give(out + e, take(y + r * ld + e, n) / sum[r], n);
-    });
+    sweep(a.width, [&](int64_t e, int64_t n)
+                       GLM_INLINED { give(out + e, take(y + r * ld + e, n) / sum[r], n); });
   }
 }
 
@@ -207,16 +208,16 @@ void score_gradients(float* p, float* dp, int64_t size, Span seen, float lse) {
     give(p + i, e, n);
     s[0] = fma(first(e, n), take(dp + i, n), s[0]);
   });
-  sweep(count, [&](int64_t i, int64_t n) GLM_INLINED {
-    give(dp + i, take(p + i, n) * (take(dp + i, n) - total[0]), n);
-  });
+  sweep(count, [&](int64_t i, int64_t n)
+                   GLM_INLINED { give(dp + i, take(p + i, n) * (take(dp + i, n) - total[0]), n); });
 }
 
 template <class T>
 void backward_tile(const AttentionBackward<T>& a, int64_t b, int64_t h, int64_t first,
                    const KeysValues& kv, const Queries& t, int64_t ld) {
   const int64_t queries = a.queries - first < TILE ? a.queries - first : TILE;
-  const int32_t *start = a.key_start + b * a.queries + first, *end = a.key_end + b * a.queries + first;
+  const int32_t *start = a.key_start + b * a.queries + first,
+                *end = a.key_end + b * a.queries + first;
   const float* lse = a.lse + (b * a.heads + h) * a.queries + first;
   const Span span = visible(start, end, queries, a.keys);
   const int64_t base = span.first / BLOCK * BLOCK, size = padded(span.last - base, BLOCK);
@@ -235,18 +236,16 @@ void backward_tile(const AttentionBackward<T>& a, int64_t b, int64_t h, int64_t 
   product(queries, ld, size, {t.dp, size, 1}, kv.k + base * ld, ld, t.dq, ld, false);
   for (int64_t i = 0; i < queries; ++i) {
     T* out = a.dq + ((b * a.queries + first + i) * a.heads + h) * a.width;
-    sweep(a.width, [&](int64_t e, int64_t n) GLM_INLINED {
-      give(out + e, take(t.dq + i * ld + e, n) * a.scale, n);
-    });
+    sweep(a.width, [&](int64_t e, int64_t n)
+                       GLM_INLINED { give(out + e, take(t.dq + i * ld + e, n) * a.scale, n); });
   }
 }
 
 template <class T>
 void close(const float* sum, T* out, int64_t rows, int64_t ld, int64_t width, int64_t stride) {
   for (int64_t r = 0; r < rows; ++r)
-    sweep(width, [&](int64_t e, int64_t n) GLM_INLINED {
-      give(out + r * stride + e, take(sum + r * ld + e, n), n);
-    });
+    sweep(width, [&](int64_t e, int64_t n)
+                     GLM_INLINED { give(out + r * stride + e, take(sum + r * ld + e, n), n); });
 }
 
 }  // namespace

@@ -23,9 +23,8 @@ template <class T>
 float logsumexp(const T* z, int64_t size) {
   const float m = row_max(z, size);
   float total[1];
-  sums(size, total, [&](int64_t i, int64_t n, vf* s) GLM_INLINED {
-    s[0] += first(exp(take(z + i, n) - m), n);
-  });
+  sums(size, total,
+       [&](int64_t i, int64_t n, vf* s) GLM_INLINED { s[0] += first(exp(take(z + i, n) - m), n); });
   return m + std::log(total[0]);
 }
 
@@ -40,9 +39,8 @@ void cross_entropy(const CrossEntropy<T>& a, int64_t begin, int64_t end) {
     a.loss[row] = (lse - get(hit)) * weight;
     if (!a.gradient) continue;
     const float miss = weight * (std::exp(get(hit) - lse) - 1.0f);
-    sweep(a.vocab, [&](int64_t i, int64_t n) GLM_INLINED {
-      give(z + i, exp(take(z + i, n) - lse) * weight, n);
-    });
+    sweep(a.vocab, [&](int64_t i, int64_t n)
+                       GLM_INLINED { give(z + i, exp(take(z + i, n) - lse) * weight, n); });
     put(hit, miss);
   }
 }

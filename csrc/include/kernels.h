@@ -140,23 +140,23 @@ struct AttentionBackward {
 };
 
 // Every kernel and its arguments. All are called as name(arguments, begin, end).
-#define GLM_KERNELS(K) \
-  K(norm_forward, NormForward) \
-  K(norm_backward, NormBackward) \
-  K(sum_chunks, SumChunks) \
-  K(gelu_forward, Activation) \
-  K(gelu_backward, Activation) \
-  K(geglu_forward, Activation) \
-  K(geglu_backward, Activation) \
-  K(swiglu_forward, Activation) \
-  K(swiglu_backward, Activation) \
-  K(rope_turn, Rope) \
-  K(embedding_forward, EmbeddingForward) \
+#define GLM_KERNELS(K)                     \
+  K(norm_forward, NormForward)             \
+  K(norm_backward, NormBackward)           \
+  K(sum_chunks, SumChunks)                 \
+  K(gelu_forward, Activation)              \
+  K(gelu_backward, Activation)             \
+  K(geglu_forward, Activation)             \
+  K(geglu_backward, Activation)            \
+  K(swiglu_forward, Activation)            \
+  K(swiglu_backward, Activation)           \
+  K(rope_turn, Rope)                       \
+  K(embedding_forward, EmbeddingForward)   \
   K(embedding_backward, EmbeddingBackward) \
-  K(attention_forward, AttentionForward) \
+  K(attention_forward, AttentionForward)   \
   K(attention_backward, AttentionBackward) \
-  K(cross_entropy, CrossEntropy) \
-  K(squares, Squares) \
+  K(cross_entropy, CrossEntropy)           \
+  K(squares, Squares)                      \
   K(adamw_update, AdamW)
 
 template <class T>

@@ -46,11 +46,16 @@ static void product_columns(int64_t rows, int64_t depth, Strided a, const float*
   const Strided rest = a.at(m, 0);
   float* out = c + m * ldc;
   switch (rows - m) {
-    case 5: return product_tile<5, V>(depth, rest, b, ldb, out, ldc, add);
-    case 4: return product_tile<4, V>(depth, rest, b, ldb, out, ldc, add);
-    case 3: return product_tile<3, V>(depth, rest, b, ldb, out, ldc, add);
-    case 2: return product_tile<2, V>(depth, rest, b, ldb, out, ldc, add);
-    case 1: return product_tile<1, V>(depth, rest, b, ldb, out, ldc, add);
+    case 5:
+      return product_tile<5, V>(depth, rest, b, ldb, out, ldc, add);
+    case 4:
+      return product_tile<4, V>(depth, rest, b, ldb, out, ldc, add);
+    case 3:
+      return product_tile<3, V>(depth, rest, b, ldb, out, ldc, add);
+    case 2:
+      return product_tile<2, V>(depth, rest, b, ldb, out, ldc, add);
+    case 1:
+      return product_tile<1, V>(depth, rest, b, ldb, out, ldc, add);
   }
 }
 
@@ -61,8 +66,7 @@ static inline void product(int64_t rows, int64_t columns, int64_t depth, Strided
   int64_t n = 0;
   for (; n + COLUMNS * W <= columns; n += COLUMNS * W)
     product_columns<COLUMNS>(rows, depth, a, b + n, ldb, c + n, ldc, add);
-  for (; n < columns; n += W)
-    product_columns<1>(rows, depth, a, b + n, ldb, c + n, ldc, add);
+  for (; n < columns; n += W) product_columns<1>(rows, depth, a, b + n, ldb, c + n, ldc, add);
 }
 
 }  // namespace glm::GLM_ISA

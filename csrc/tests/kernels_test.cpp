@@ -1,0 +1,334 @@
+// Every kernel, with every instruction set this CPU has, against plain loops in double. Buffers are
+// exactly as large as they must be, so that the sanitizers see any step beyond them; sizes are odd.
+#include "kernels.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <string>
+#include <vector>
+
+using namespace glm;
+using Doubles = std::vector<double>;
+
+namespace {
+
+int failures = 0;
+const char* where = "";
+
+uint32_t state = 1;
+double uniform() {  // xorshift32, in (-2, 2)
+  state ^= state << 13, state ^= state >> 17, state ^= state << 5;
+  return state / 4294967296.0 * 4 - 2;
+}
+
+double value(float x) { return x; }
+double value(bf16 x) {
+  const uint32_t u = uint32_t(x.bits) << 16;
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+void set(float& to, double x) { to = float(x); }
+void set(bf16& to, double x) {
+  const float f = float(x);
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  to.bits = uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+// A buffer of its own on the heap, not one byte longer than its content.
+template <class T>
+struct Buffer {
+  std::vector<T> at;
+  explicit Buffer(int64_t n) : at(size_t(n)) {
+    for (T& x : at) set(x, uniform());
+    at.shrink_to_fit();
+  }
+  T* p() { return at.data(); }
+  double operator[](int64_t i) const { return value(at[size_t(i)]); }
+};
+
+template <class T>
+double eps() {
+  return sizeof(T) == 2 ? 1.0 / 128 : 1.0 / 8388608;
+}
+
+// One rounding of the result, and float arithmetic over sums of up to a few hundred terms.
+template <class T>
+void expect(const char* name, const Buffer<T>& got, const Doubles& want) {
+  double scale = 1, worst = 0;  // inputs are of order one, and so is what cancels
+  for (double x : want) scale = std::fmax(scale, std::fabs(x));
+  for (size_t i = 0; i < want.size(); ++i) {
+    const double error = std::fabs(got[int64_t(i)] - want[i]);
+    if (!(error <= worst)) worst = error;
+  }
+  if (worst <= scale * (0.5 * eps<T>() + 64 * eps<float>())) return;
+  ++failures;
+  std::printf("FAILED %s %s: error %g at scale %g\n", where, name, worst, scale);
+}
+
+template <class T>
+void norm(bool layer, bool residual, int64_t rows, int64_t d) {
+  const Kernels<T>& k = kernels<T>();
+  const double e = 1e-5, alpha = 1.5;
+  Buffer<T> x(rows * d), r(rows * d), w(d), b(d), y(rows * d), total(rows * d), dy(rows * d),
+      dt(rows * d), dx(rows * d), dr(rows * d), dw(d), db(d);
+  Buffer<float> stats((layer ? 2 : 1) * rows);
+  k.norm_forward({x.p(), residual ? r.p() : nullptr, w.p(), layer ? b.p() : nullptr, y.p(),
+                  residual ? total.p() : nullptr, stats.p(), rows, d, float(e), float(alpha)},
+                 0, rows);
+  const int64_t per_chunk = 4, chunks = (rows + 3) / 4;
+  Buffer<float> dws(chunks * d), dbs(chunks * d);
+  const Buffer<T>& t = residual ? total : x;
+  k.norm_backward({dy.p(), residual ? dt.p() : nullptr, t.at.data(), w.p(), stats.p(), dx.p(),
+                   residual ? dr.p() : nullptr, dws.p(), layer ? dbs.p() : nullptr, rows, d,
+                   per_chunk, float(alpha)},
+                  0, chunks);
+  k.sum_chunks({dws.p(), dw.p(), chunks, d}, 0, d);
+  k.sum_chunks({dbs.p(), db.p(), chunks, d}, 0, d);
+  Doubles ey, et, ex, er, ew(d), eb(d);
+  for (int64_t i = 0; i < rows; ++i) {
+    double mean = 0, square = 0, gh = 0, g0 = 0;
+    if (residual)
+      for (int64_t j = 0; j < d; ++j) et.push_back(x[i * d + j] + alpha * r[i * d + j]);
+    for (int64_t j = 0; layer && j < d; ++j) mean += t[i * d + j] / double(d);
+    for (int64_t j = 0; j < d; ++j) square += std::pow(t[i * d + j] - mean, 2) / double(d);
+    const double scale = 1 / std::sqrt(square + e);
+    for (int64_t j = 0; j < d; ++j) {
+      const double h = (t[i * d + j] - mean) * scale, g = dy[i * d + j] * w[j];
+      ey.push_back(h * w[j] + (layer ? b[j] : 0));
+      ew[j] += dy[i * d + j] * h, eb[j] += dy[i * d + j];
+      gh += g * h / double(d), g0 += layer ? g / double(d) : 0;
+    }
+    for (int64_t j = 0; j < d; ++j) {
+      const double h = (t[i * d + j] - mean) * scale, g = dy[i * d + j] * w[j];
+      ex.push_back((g - g0 - h * gh) * scale + (residual ? dt[i * d + j] : 0));
+      er.push_back(alpha * ex.back());
+    }
+  }
+  expect("norm y", y, ey), expect("norm dx", dx, ex), expect("norm dw", dw, ew);
+  if (residual) expect("norm total", total, et), expect("norm dr", dr, er);
+  if (layer) expect("norm db", db, eb);
+}
+
+template <class T>
+using ActivationKernel = void (*)(const Activation<T>&, int64_t, int64_t);
+
+// The derivative by central differences in double.
+template <class T>
+void activation(const char* name, ActivationKernel<T> forward, ActivationKernel<T> backward,
+                const std::function<double(double)>& f, int gate, int64_t rows, int64_t width) {
+  const int64_t in = gate < 0 ? width : 2 * width;
+  Buffer<T> x(rows * in), y(rows * width), dy(rows * width), dx(rows * in);
+  forward({x.p(), nullptr, y.p(), rows, width}, 0, rows);
+  backward({x.p(), dy.p(), dx.p(), rows, width}, 0, rows);
+  Doubles ey, ex(rows * in);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < width; ++j) {
+      const int64_t g = i * in + j + (gate == 1 ? width : 0), o = i * in + j + (gate ? 0 : width);
+      const double a = x[g], d = dy[i * width + j], other = gate < 0 ? 1 : x[o];
+      ey.push_back(f(a) * other);
+      if (gate >= 0) ex[o] = d * f(a);
+      ex[g] = d * other * (f(a + 1e-5) - f(a - 1e-5)) / 2e-5;
+    }
+  expect(name, y, ey), expect(name, dx, ex);
+}
+
+template <class T>
+void rope(bool interleaved, int64_t sections, int64_t pairs, int64_t extra) {
+  const int64_t batch = 2, length = 3, heads = 2, e = 2 * sections * pairs + extra, gap = 5;
+  const int64_t stride = heads * (e + gap);
+  Buffer<T> x(batch * length * stride - gap), y(batch * length * heads * e);
+  Buffer<float> c(length * sections * pairs), s(length * sections * pairs);
+  kernels<T>().rope_turn({x.p(), c.p(), s.p(), y.p(), length, heads, e, length * stride, stride,
+                          e + gap, sections, pairs, true, interleaved, -1.0f},
+                         0, batch * length);
+  Doubles want;
+  for (int64_t row = 0; row < batch * length; ++row)
+    for (int64_t h = 0; h < heads; ++h)
+      for (int64_t j = 0; j < e; ++j) {
+        const int64_t at = row * stride + h * (e + gap), g = j / (2 * pairs), in = j % (2 * pairs);
+        if (j >= 2 * sections * pairs) {
+          want.push_back(x[at + j]);
+          continue;
+        }
+        const int64_t pair = interleaved ? in / 2 : in % pairs, step = interleaved ? 1 : pairs;
+        const bool second = interleaved ? in % 2 : in >= pairs;
+        const int64_t angle = (row % length * sections + g) * pairs + pair;
+        const double other = x[at + j + (second ? -step : step)];
+        want.push_back(x[at + j] * c[angle] + (second ? -1 : 1) * other * s[angle]);
+      }
+  expect("rope", y, want);
+}
+
+template <class T>
+void embedding(int64_t d) {
+  const std::vector<int64_t> ids = {3, 0, 3, 6, 3}, order = {1, 0, 2, 4, 3},
+                             starts = {0, 1, 1, 1, 4, 4, 4, 5};
+  Buffer<T> w(7 * (d + 2) - 2), y(5 * d), dy(5 * d), dw(7 * d);
+  kernels<T>().embedding_forward({ids.data(), w.p(), y.p(), d, d + 2}, 0, 5);
+  kernels<T>().embedding_backward({dy.p(), order.data(), starts.data(), dw.p(), d, 0.1f}, 0, 7);
+  Doubles ey, ew(7 * d);
+  for (int64_t n = 0; n < 5; ++n)
+    for (int64_t j = 0; j < d; ++j) {
+      ey.push_back(w[ids[n] * (d + 2) + j]);
+      ew[ids[n] * d + j] += 0.1 * dy[n * d + j];
+    }
+  expect("embedding y", y, ey), expect("embedding dw", dw, ew);
+}
+
+template <class T>
+void cross_entropy(int64_t rows, int64_t vocab) {
+  Buffer<T> z(rows * vocab);
+  const Buffer<T> before = z;
+  Buffer<float> weight(rows), loss(rows);
+  std::vector<int64_t> labels;
+  for (int64_t i = 0; i < rows; ++i) labels.push_back(i * 7 % vocab);
+  kernels<T>().cross_entropy({z.p(), labels.data(), weight.p(), loss.p(), vocab, true}, 0, rows);
+  Doubles el, ez;
+  for (int64_t i = 0; i < rows; ++i) {
+    double sum = 0;
+    for (int64_t v = 0; v < vocab; ++v) sum += std::exp(before[i * vocab + v]);
+    for (int64_t v = 0; v < vocab; ++v)
+      ez.push_back(weight[i] * (std::exp(before[i * vocab + v]) / sum - (v == labels[i])));
+    el.push_back(weight[i] * (std::log(sum) - before[i * vocab + labels[i]]));
+  }
+  expect("cross_entropy loss", loss, el), expect("cross_entropy dz", z, ez);
+}
+
+struct Sizes {
+  int64_t queries, keys, heads, kv_heads, width;
+};
+
+template <class T>
+void attention(Sizes n) {
+  const int64_t batch = 2, kv = batch * n.keys * n.kv_heads * n.width;
+  const int64_t qs = batch * n.queries * n.heads * n.width;
+  Buffer<T> q(qs), k(kv), v(kv), y(qs), dy(qs), dq(qs), dk(kv), dv(kv);
+  Buffer<float> lse(batch * n.heads * n.queries);
+  std::vector<int32_t> start, end;
+  for (int64_t i = 0; i < batch * n.queries; ++i) {  // every fifth query sees nothing
+    start.push_back(int32_t(i * 3 % n.keys));
+    end.push_back(i % 5 == 4 ? start.back() : int32_t(start.back() + i * 11 % n.keys + 1));
+    if (end.back() > n.keys) end.back() = int32_t(n.keys);
+  }
+  auto view = [&](Buffer<T>& x, int64_t length, int64_t heads) {
+    return Heads<T>{x.p(), length * heads * n.width, heads * n.width, n.width};
+  };
+  const Heads<T> hq = view(q, n.queries, n.heads), hk = view(k, n.keys, n.kv_heads),
+                 hv = view(v, n.keys, n.kv_heads), hd = view(dy, n.queries, n.heads);
+  const float scale = 0.3f;
+  const int64_t tiles = (n.queries + attention_tile - 1) / attention_tile;
+  kernels<T>().attention_forward({hq, hk, hv, start.data(), end.data(), y.p(), lse.p(), n.queries,
+                                  n.keys, n.heads, n.kv_heads, n.width, scale},
+                                 0, batch * n.kv_heads * tiles);
+  kernels<T>().attention_backward(
+      {hd, hq, hk, hv, start.data(), end.data(), lse.p(), dq.p(), dk.p(), dv.p(), n.queries, n.keys,
+       n.heads, n.kv_heads, n.width, scale},
+      0, batch * n.kv_heads);
+  Doubles ey(qs), eq(qs), ek(kv), ev(kv);
+  for (int64_t row = 0; row < batch * n.queries * n.heads; ++row) {
+    const int64_t h = row % n.heads, i = row / n.heads, b = i / n.queries;
+    auto at = [&](int64_t j) {
+      return ((b * n.keys + j) * n.kv_heads + h * n.kv_heads / n.heads) * n.width;
+    };
+    double sum = 0, mean = 0;
+    Doubles p(n.keys), dp(n.keys);
+    for (int64_t j = start[i]; j < end[i]; ++j) {
+      double s = 0;
+      for (int64_t e = 0; e < n.width; ++e) s += q[row * n.width + e] * k[at(j) + e];
+      sum += p[j] = std::exp(double(scale) * s);
+    }
+    for (int64_t j = start[i]; j < end[i]; ++j) {
+      p[j] /= sum;
+      for (int64_t e = 0; e < n.width; ++e) {
+        ey[row * n.width + e] += p[j] * v[at(j) + e];
+        ev[at(j) + e] += p[j] * dy[row * n.width + e];
+        dp[j] += dy[row * n.width + e] * v[at(j) + e];
+      }
+      mean += p[j] * dp[j];
+    }
+    for (int64_t j = start[i]; j < end[i]; ++j)
+      for (int64_t e = 0; e < n.width; ++e) {
+        const double ds = double(scale) * p[j] * (dp[j] - mean);
+        eq[row * n.width + e] += ds * k[at(j) + e];
+        ek[at(j) + e] += ds * q[row * n.width + e];
+      }
+  }
+  expect("attention y", y, ey), expect("attention dq", dq, eq);
+  expect("attention dk", dk, ek), expect("attention dv", dv, ev);
+}
+
+template <class T>
+void optimizer(int64_t n) {
+  Buffer<T> g(n), copy(n);
+  Buffer<float> p(n), m(n), v(n);
+  for (float& x : v.at) x = std::fabs(x);
+  Doubles ep, em, ev;
+  double square = 0, sums[2];
+  for (int64_t i = 0; i < n; ++i) {
+    const double d = 0.5 * g[i];
+    em.push_back(0.9 * m[i] + 0.1 * d), ev.push_back(0.95 * v[i] + 0.05 * d * d);
+    ep.push_back(p[i] * 0.99 - 1e-3 * (em[i] / 0.5) / (std::sqrt(ev[i] / 0.25) + 1e-8));
+    square += g[i] * g[i];
+  }
+  kernels<T>().squares({g.p(), sums, n, (n + 1) / 2}, 0, n > 1 ? 2 : 1);
+  kernels<T>().adamw_update({p.p(), m.p(), v.p(), g.p(), copy.p(), 0.5f, 0.9f, 0.1f, 0.95f, 0.05f,
+                             1e-8f, 1e-3f, 0.99f, 0.5f, 0.25f},
+                            0, n);
+  expect("adamw p", p, ep), expect("adamw m", m, em), expect("adamw v", v, ev);
+  expect("adamw copy", copy, ep);
+  Buffer<float> norm(1);
+  norm.at[0] = float(sums[0] + (n > 1 ? sums[1] : 0));
+  expect("squares", norm, {square});
+}
+
+double silu(double x) { return x / (1 + std::exp(-x)); }
+double erf_gelu(double x) { return x / 2 * (1 + std::erf(x / std::sqrt(2))); }
+double tanh_gelu(double x) {
+  return x / 2 * (1 + std::tanh(std::sqrt(2 / std::acos(-1.0)) * (x + 0.044715 * x * x * x)));
+}
+
+template <class T>
+void all() {
+  const Kernels<T>& k = kernels<T>();
+  for (int64_t d : {1, 2, 31, 33, 517})
+    for (int which = 0; which < 4; ++which) norm<T>(which & 1, which & 2, 9, d);
+  for (int64_t f : {1, 16, 37}) {
+    activation<T>("gelu", k.gelu_forward, k.gelu_backward, tanh_gelu, -1, 3, f);
+    activation<T>("geglu", k.geglu_forward, k.geglu_backward, erf_gelu, 1, 3, f);
+    activation<T>("swiglu", k.swiglu_forward, k.swiglu_backward, silu, 0, 3, f);
+    embedding<T>(f);
+  }
+  for (bool interleaved : {false, true})
+    for (int64_t sections : {1, 2})
+      for (int64_t pairs : {1, 5, 16, 19}) rope<T>(interleaved, sections, pairs, pairs % 3);
+  for (int64_t vocab : {1, 5, 64, 517}) cross_entropy<T>(5, vocab);
+  for (Sizes n : {Sizes{1, 1, 1, 1, 1},
+                  {5, 5, 2, 2, 3},
+                  {49, 49, 2, 1, 16},
+                  {97, 131, 4, 2, 33},
+                  {1, 130, 4, 2, 64},
+                  {48, 64, 1, 1, 64}})
+    attention<T>(n);
+  for (int64_t n : {1, 15, 16, 1037}) optimizer<T>(n);
+}
+
+}  // namespace
+
+int main() {
+  for (int i = 0; i < num_isas; ++i) {
+    if (!available(Isa(i))) continue;
+    activate(Isa(i));
+    const std::string name = isa_names[i];
+    const std::string of_float = name + " float32", of_bf16 = name + " bfloat16";
+    where = of_float.c_str();
+    all<float>();
+    where = of_bf16.c_str();
+    all<bf16>();
+    std::printf("%s: done\n", name.c_str());
+  }
+  return failures ? 1 : 0;
+}

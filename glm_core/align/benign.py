@@ -223,7 +223,8 @@ RUNS = (
     Benign("threads-2", "", "two threads", threads=2, neutral=True),
     *(Benign(f"all-float64-{s}", "", "every op in float64 inside", PRECISE, setup=s)
       for s in ("130b", "glm4", "glm")),
-    *(Benign(f"all-reordered-{s}", "", "flash attention, other norms, loss, AdamW", FLASHED, setup=s)
+    *(Benign(f"all-reordered-{s}", "", "flash attention, other norms, loss, AdamW", FLASHED,
+             setup=s)
       for s in ("130b", "glm4")),
     *(Benign(f"{b}-{s}", "", f"the {b} backend", registered=b, setup=s)
       for b in ("cpu", "onnxrt") for s in ("130b", "glm4", "glm")),

@@ -21,6 +21,7 @@ from glm_core import align, data
 from glm_core.align.benign import Benign
 from glm_core.align.catalogue import DTYPES, SETUPS, Variant, config, held_out, setup_of, variants
 from glm_core.align.variants import Bug
+from glm_core.align.verdict import finite
 from glm_core.config import RunConfig
 from glm_core.data import Batch
 from glm_core.errors import BackendUnavailableError, ConfigError, unknown
@@ -96,7 +97,7 @@ class Sensitivity:
         bugs, benign = self.of(True), self.of(False)
         found = [r for r in bugs if r.convicted]
         held = [r for r in bugs if r.held_out]
-        return {
+        plain = {
             "dtype": self.dtype,
             "planted": len(bugs),
             "detected": len(found),
@@ -114,8 +115,9 @@ class Sensitivity:
             "skipped": {r.name: r.skipped for r in self.rows if r.skipped},
             "calibration_seconds": self.calibration_seconds,
             "seconds": self.seconds,
-            "rows": [dataclasses.asdict(r) for r in self.rows],
+            "rows": [{k: finite(v) for k, v in dataclasses.asdict(r).items()} for r in self.rows],
         }
+        return {k: finite(v) for k, v in plain.items()}
 
     def table(self) -> str:
         """For reading: a line per variant, weakest conviction first, then the sums."""
@@ -168,7 +170,7 @@ def _summary(j: dict[str, Any]) -> Iterator[str]:
 
 
 def sensitivity(
-    dtype: Literal["float32", "bfloat16"] = "float32", *, steps: int = 60, controls: int = 8,
+    dtype: Literal["float32", "bfloat16"] = "float32", *, steps: int = 40, controls: int = 8,
     cache_dir: str | Path = ".cache/data", names: Sequence[str] | None = None, processes: int = 2,
     progress: Progress | None = None,
 ) -> Sensitivity:  # fmt: skip

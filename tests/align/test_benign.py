@@ -27,16 +27,12 @@ def errors(found: Results, truth: Results) -> dict[str, float]:
 
 
 def allowed(call: Call, truth: Results) -> dict[str, float]:
-    """Four times the reference's error, and an ulp of the result's root mean square: of the result's
-    own dtype, or the lower one in which the loss has its logits."""
+    """Four times the reference's error, and an ulp of the result's root mean square: of the
+    result's own dtype, or the lower one in which the loss has its logits."""
     own = errors(replay(call, call.op.reference), truth)
     logits = torch.finfo(call.args["x"].dtype).eps if call.op.name == "linear_cross_entropy" else 0
-    return {
-        n: 4 * own[n]
-        + max(torch.finfo(y.dtype).eps, logits) * float(y.double().square().mean().sqrt())
-        for n, y in truth.items()
-        if n in own
-    }
+    size = {n: float(truth[n].double().square().mean().sqrt()) for n in own}
+    return {n: 4 * own[n] + max(torch.finfo(truth[n].dtype).eps, logits) * size[n] for n in own}
 
 
 @pytest.mark.parametrize(("change", "dtype"), CASES, ids=IDS)

@@ -47,7 +47,7 @@ def linear_cost(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Cost:
 @op(samples=linear_samples, cost=linear_cost, differentiable=("x", "weight", "bias"))
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x weight^T + bias;  x [..., D], weight [F, D], bias [F] -> [..., F].
-    Accumulated in float32 at least, rounded to x's dtype."""
+    Accumulated in float32 at least, rounded to x's dtype. As torch.nn.functional.linear."""
     from torch.nn.functional import linear as product
 
     return product(x, weight, bias)

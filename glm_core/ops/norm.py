@@ -121,7 +121,8 @@ def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5, alpha: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """s = x + alpha * residual; y = rms_norm(s);  x, residual [..., D] -> (y, s), both [..., D].
-    The sum is formed in float32 and rounded to x's dtype; the norm reads the rounded sum."""
+    The sum is formed in float32 and rounded to x's dtype; the norm reads the rounded sum. Zhang &
+    Sennrich 2019, eq. 4, of the residual stream."""
     total = (wide(x) + alpha * wide(residual)).to(x.dtype)
     return rms_norm.reference(total, weight, eps), total
 

@@ -281,8 +281,9 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
         else:
             whole = hint is float and type(value) is int and abs(value) < 1 << 53
             built[key] = float(value) if whole else value
-            if isinstance(hint, type) and type(built[key]) is not hint:
-                bad.append(f"{path}: expected {hint.__name__}, received {value!r}")
+            kind = str if typing.get_origin(hint) is Literal else hint
+            if isinstance(kind, type) and type(built[key]) is not kind:
+                bad.append(f"{path}: expected {kind.__name__}, received {value!r}")
     if not bad:  # otherwise defaults would stand in for what could not be read
         try:
             made = cls(**built)

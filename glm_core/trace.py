@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from glm_core import trace_format
 from glm_core.errors import TraceError
@@ -71,18 +69,18 @@ class Trace:
     seconds: float
 
     def save(self, path: str | Path) -> None:
-        """Writes the file whole or not at all. Raises TraceError where the disk refuses."""
+        """Writes the file whole or not at all. Raises TraceError where the disk refuses or the
+        trace is larger than `load` takes."""
         path = Path(path)
-        arrays, metadata = trace_format.parts(self)
-        scratch = ""
+        content = trace_format.encode(self)
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-            os.close(handle)
-            save_file(arrays, scratch, metadata)
-            os.replace(scratch, path)
-        except (OSError, SafetensorError) as error:
-            Path(scratch).unlink(missing_ok=True) if scratch else None
+            part.write_bytes(content)
+            os.replace(part, path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                part.unlink()
             raise TraceError(f"trace {path}: cannot be written ({error}); free the disk") from None
 
     def __post_init__(self) -> None:

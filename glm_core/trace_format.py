@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from glm_core.config import RunConfig, from_dict, to_dict
 from glm_core.errors import GlmCoreError, TraceError
@@ -61,11 +62,17 @@ def check(trace: Any) -> None:
                 )
 
 
-def parts(trace: Any) -> tuple[dict[str, NDArray[np.float64]], dict[str, str]]:
-    """The arrays and the metadata of the file."""
+def encode(trace: Any) -> bytes:
+    """The file's content. Raises TraceError for a trace that `read` would refuse as too large."""
     arrays = {name: np.ascontiguousarray(getattr(trace, name)) for name in ARRAYS}
     fields = json.dumps({name: getattr(trace, name) for name in PLAIN})
-    return arrays, {"kind": KIND, "version": str(VERSION), "fields": fields}
+    content = save(arrays, {"kind": KIND, "version": str(VERSION), "fields": fields})
+    if len(fields) > MAX_FIELDS or len(content) > MAX_BYTES:
+        raise TraceError(
+            f"trace: {len(fields)} characters of fields, {len(content)} bytes in all; at most "
+            f"{MAX_FIELDS} and {MAX_BYTES}: capture fewer steps"
+        )
+    return content
 
 
 def _is(value: Any, kind: Any) -> bool:

@@ -5,6 +5,7 @@ run, nothing grows."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import json
 import os
@@ -239,6 +240,7 @@ def test_hostile_fields(tmp_path: Path, text: str) -> None:
         ("model", "hidden", 1 << 40), ("model", "max_length", 1 << 52), ("data", "length", 500),
         ("train", "global_batch", 1 << 52), ("train", "lr", 10**400), ("train", "dtype", "int8"),
         ("train", "seed", True), ("data", "path", "a\nb"), ("model", "norm", "x" * 10**6),
+        ("model", "norm", []), ("model", "norm", {}),
         ("train", "x" * 10**6, 1), ("train", "\x1b[2J", 1),
     ],
     ids=lambda v: ascii(v)[:16],
@@ -303,6 +305,27 @@ def test_places_that_are_no_file(tmp_path: Path, place: str) -> None:
     with pytest.raises(TraceError, match="cannot be read") as caught:
         load(str(tmp_path / names.get(place, place)))
     assert "\n" not in str(caught.value)
+
+
+def test_what_load_would_refuse_is_not_written(tmp_path: Path) -> None:
+    huge = dataclasses.replace(whole(), backend="x" * (1 << 24))
+    with pytest.raises(TraceError, match="capture fewer steps"):
+        huge.save(tmp_path / "huge.trace")
+    with pytest.raises(TraceError, match="cannot be written"):
+        whole().save("/dev/full/x")
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(TraceError, match="cannot be written"):
+        whole().save(tmp_path / "taken")
+    assert [p.name for p in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_trace_is_readable_by_those_who_may_read_its_folder(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        whole().save(tmp_path / "new" / "a.trace")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "new" / "a.trace").stat().st_mode & 0o777 == 0o644
 
 
 GIGABYTES = """

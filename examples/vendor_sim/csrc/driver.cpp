@@ -21,8 +21,10 @@ constexpr std::size_t kAlignment = 64;
 constexpr std::size_t kQueueDepth = 4096;
 
 char* reserve(int protection) {
-  void* p = mmap(nullptr, kCapacity, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (p == MAP_FAILED) throw std::runtime_error("sim: cannot reserve address space for device memory");
+  void* p =
+      mmap(nullptr, kCapacity, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (p == MAP_FAILED)
+    throw std::runtime_error("sim: cannot reserve address space for device memory");
   return static_cast<char*>(p);
 }
 
@@ -37,8 +39,8 @@ class Heap {
     while (hole != free_.end() && hole->second < size) ++hole;
     if (hole == free_.end() || memory_.allocated + size > memory_.limit) {
       std::ostringstream text;
-      text << "sim: out of memory: " << bytes << " bytes wanted, " << memory_.allocated << " of " << memory_.limit
-           << " allocated; use a smaller batch or model";
+      text << "sim: out of memory: " << bytes << " bytes wanted, " << memory_.allocated << " of "
+           << memory_.limit << " allocated; use a smaller batch or model";
       throw OutOfMemory(text.str());
     }
     const auto [offset, room] = *hole;
@@ -70,13 +72,16 @@ class Heap {
 
   void* resolve(const void* address, std::size_t bytes) {
     std::lock_guard lock(mutex_);
-    const auto offset = reinterpret_cast<std::uintptr_t>(address) - reinterpret_cast<std::uintptr_t>(window_);
+    const auto offset =
+        reinterpret_cast<std::uintptr_t>(address) - reinterpret_cast<std::uintptr_t>(window_);
     auto block = used_.upper_bound(offset);
-    if (offset >= kCapacity || block == used_.begin() || (--block, offset + bytes > block->first + block->second)) {
+    if (offset >= kCapacity || block == used_.begin() ||
+        (--block, offset + bytes > block->first + block->second)) {
       std::ostringstream text;
-      text << "sim: " << bytes << " bytes at " << address << " are not allocated device memory; host pointers and "
+      text << "sim: " << bytes << " bytes at " << address
+           << " are not allocated device memory; host pointers and "
            << "freed memory are refused: copy to the device first";
-      throw std::invalid_argument(text.str());
+      throw std::runtime_error(text.str());
     }
     return storage_ + offset;
   }
@@ -112,7 +117,8 @@ class Queue {
   Queue() { std::thread(&Queue::work, this).detach(); }
 
   void enqueue(Launch launch) {
-    if (getpid() != owner_) throw std::runtime_error("sim: a forked process has no device; start it by spawn");
+    if (getpid() != owner_)
+      throw std::runtime_error("sim: a forked process has no device; start it by spawn");
     std::unique_lock lock(mutex_);
     wait(lock, [&] { return queue_.size() < kQueueDepth; });
     queue_.push_back(std::move(launch));
@@ -160,7 +166,8 @@ class Queue {
  private:
   template <class Condition>
   void wait(std::unique_lock<std::mutex>& lock, Condition condition) {
-    const bool met = changed_.wait_for(lock, timeout_, [&] { return !lost_.empty() || condition(); });
+    const bool met =
+        changed_.wait_for(lock, timeout_, [&] { return !lost_.empty() || condition(); });
     if (!met) {
       std::ostringstream text;
       text << "sim: " << queue_.front().name << " did not finish within " << timeout_.count()
@@ -222,7 +229,9 @@ void* resolve(const void* address, std::size_t bytes) { return heap().resolve(ad
 Memory memory() { return heap().memory(); }
 void set_memory_limit(std::size_t bytes) { heap().set_limit(bytes); }
 void reset_peak() { heap().reset_peak(); }
-void enqueue(std::string name, std::function<void()> kernel) { queue().enqueue({std::move(name), std::move(kernel)}); }
+void enqueue(std::string name, std::function<void()> kernel) {
+  queue().enqueue({std::move(name), std::move(kernel)});
+}
 void synchronize() { queue().synchronize(); }
 void set_timeout(double seconds) { queue().set_timeout(seconds); }
 std::size_t pending() { return queue().pending(); }

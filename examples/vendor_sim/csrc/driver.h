@@ -1,4 +1,5 @@
-// The simulated accelerator's driver: device memory and one queue. What a vendor ships below PyTorch; no torch here.
+// The simulated accelerator's driver: device memory and one queue. What a vendor ships below
+// PyTorch; no torch here.
 #pragma once
 
 #include <cstddef>
@@ -26,8 +27,8 @@ struct Memory {
 void* allocate(std::size_t bytes);  // throws OutOfMemory
 void release(void* address) noexcept;
 
-// Where the executor finds `bytes` bytes at a device address. Throws std::invalid_argument for anything else: a host
-// pointer, freed memory, or a range that leaves its allocation.
+// Where the executor finds `bytes` bytes at a device address. Throws std::runtime_error for
+// anything else: a host pointer, freed memory, or a range that leaves its allocation.
 void* resolve(const void* address, std::size_t bytes);
 
 Memory memory();
@@ -37,8 +38,8 @@ void reset_peak();
 // Queues a kernel and returns before it ran; kernels run one after another. Throws Lost.
 void enqueue(std::string name, std::function<void()> kernel);
 
-// Returns when the queue is empty; rethrows the first exception of a kernel. Throws Lost when the device is lost, or
-// when the queue is not empty after the timeout, which also makes it lost.
+// Returns when the queue is empty; rethrows the first exception of a kernel. Throws Lost when the
+// device is lost, or when the queue is not empty after the timeout, which also makes it lost.
 void synchronize();
 void set_timeout(double seconds);
 std::size_t pending();  // kernels queued or running
@@ -47,7 +48,8 @@ std::size_t pending();  // kernels queued or running
 std::uint64_t resets();
 void block_until_reset(std::uint64_t since);
 
-// Releases a hung kernel. A lost device forgets its queue and works again; its memory keeps its contents.
+// Releases a hung kernel. A lost device forgets its queue and works again; its memory keeps its
+// contents.
 void reset();
 
 }  // namespace sim

@@ -1,11 +1,11 @@
 // Planted defects: what a broken device, driver or kernel library looks like from above.
 #include <ATen/core/Tensor.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <deque>
 #include <map>
 #include <mutex>
+#include <sstream>
 
 #include "torch_sim.h"
 
@@ -15,7 +15,34 @@ namespace {
 std::mutex mutex;
 std::deque<Fault> faults;  // a deque: `due` hands out pointers
 
-void set_fault(std::string kind, std::string op, std::int64_t call, double value, std::string dtype) {
+std::map<std::string, std::vector<at::Tensor>>& last_results() {  // touched by the executor only
+  static auto* table = new std::map<std::string, std::vector<at::Tensor>>;
+  return *table;
+}
+
+void flip(const at::Tensor& tensor, std::int64_t bit) {  // of the first element, modulo its width
+  bit %= 8 * std::int64_t(tensor.element_size());
+  if (tensor.numel() > 0)
+    static_cast<unsigned char*>(tensor.data_ptr())[bit / 8] ^= 1u << (bit % 8);
+}
+
+void deliver_stale(const std::string& name, const std::vector<at::Tensor>& written) {
+  std::ostringstream key;
+  key << name;
+  std::vector<at::Tensor> results;
+  for (const auto& tensor : written) {
+    key << tensor.sizes() << tensor.dtype();
+    results.push_back(tensor.clone());
+  }
+  auto& before = last_results()[key.str()];
+  for (std::size_t i = 0; i < before.size(); ++i) written[i].copy_(before[i]);
+  before = results;
+}
+
+}  // namespace
+
+void set_fault(std::string kind, std::string op, std::int64_t call, double value,
+               std::string dtype) {
   std::lock_guard lock(mutex);
   faults.push_back({std::move(kind), std::move(op), call, value, std::move(dtype)});
 }
@@ -26,18 +53,8 @@ void clear_faults() {
     faults.clear();
   }
   sim::reset();
+  sim::enqueue("clear_faults", [] { last_results().clear(); });
 }
-
-void flip(const at::Tensor& tensor, std::int64_t bit) {  // of the first element
-  if (tensor.numel() > 0) static_cast<unsigned char*>(tensor.data_ptr())[bit / 8] ^= 1u << (bit % 8);
-}
-
-bool same_shapes(const std::vector<at::Tensor>& a, const std::vector<at::Tensor>& b) {
-  return std::equal(a.begin(), a.end(), b.begin(), b.end(),
-                    [](const auto& x, const auto& y) { return x.sizes() == y.sizes() && x.dtype() == y.dtype(); });
-}
-
-}  // namespace
 
 const Fault* due(const std::string& kind, const std::string& op) {
   std::lock_guard lock(mutex);
@@ -52,19 +69,22 @@ const Fault* due(const std::string& kind, const std::string& op) {
 bool lacks(at::ScalarType dtype) {
   std::lock_guard lock(mutex);
   for (const auto& fault : faults) {
-    if (fault.kind == "missing_dtype" && c10::getStringToDtypeMap().at(fault.dtype) == dtype) return true;
+    if (fault.kind == "missing_dtype" && c10::getStringToDtypeMap().at(fault.dtype) == dtype)
+      return true;
   }
   return false;
 }
 
-std::function<void()> spoiled(const std::string& name, std::vector<at::Tensor> written, std::function<void()> kernel) {
+std::function<void()> spoiled(const std::string& name, std::vector<at::Tensor> written,
+                              std::function<void()> kernel) {
   if (due("hang", name)) {
     return [kernel, since = sim::resets()] {
       sim::block_until_reset(since);
       kernel();
     };
   }
-  if (due("device_lost", name)) return [name] { throw Lost("sim: device lost while it ran " + name + "; reset it"); };
+  if (due("device_lost", name))
+    return [name] { throw Lost("sim: device lost while it ran " + name + "; reset it"); };
   if (const auto* fault = due("wrong_op", name)) {
     return [kernel, written, factor = fault->value] {
       kernel();
@@ -80,25 +100,12 @@ std::function<void()> spoiled(const std::string& name, std::vector<at::Tensor> w
     };
   }
   if (due("stale_buffer", name)) {
-    static auto* last = new std::map<std::string, std::vector<at::Tensor>>;  // touched by the executor only
     return [kernel, written, name] {
       kernel();
-      std::vector<at::Tensor> results;
-      for (const auto& tensor : written) results.push_back(tensor.clone());
-      auto& before = (*last)[name];
-      if (same_shapes(before, written)) {
-        for (std::size_t i = 0; i < written.size(); ++i) written[i].copy_(before[i]);
-      }
-      before = results;
+      deliver_stale(name, written);
     };
   }
   return kernel;
-}
-
-TORCH_LIBRARY_FRAGMENT(sim, m) {
-  m.def("fault(str kind, str op, int call, float value, str dtype) -> ()", set_fault);
-  m.def("clear_faults() -> ()", clear_faults);
-  m.def("lacks(ScalarType dtype) -> bool", lacks);
 }
 
 }  // namespace sim

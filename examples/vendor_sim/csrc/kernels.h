@@ -1,4 +1,5 @@
-// Device kernels on raw pointers. T element type, A arithmetic type (float, or double for double); R rows, D width.
+// Device kernels on raw pointers. T element type, A arithmetic type (float, or double for double);
+// R rows, D width.
 #pragma once
 
 #include <cmath>
@@ -11,7 +12,8 @@ A cdf(A x) {  // of the normal distribution
   return A(0.5) * (1 + std::erf(x * A(M_SQRT1_2)));
 }
 
-// x [R, 2F] = [a, b] -> y [R, F] = a * gelu(b). `tanh` selects the approximation: a fault, not an option.
+// x [R, 2F] = [a, b] -> y [R, F] = a * gelu(b). `tanh` selects the approximation: a fault, not an
+// option.
 template <class T, class A>
 void geglu(const T* x, T* y, std::int64_t rows, std::int64_t f, bool tanh) {
   for (std::int64_t r = 0; r < rows; ++r) {
@@ -36,26 +38,28 @@ void geglu_backward(const T* dy, const T* x, T* dx, std::int64_t rows, std::int6
   }
 }
 
-// s = x + alpha residual, rounded to T; y = (s - mean) rstd w + b. Keeps mean and rstd [R]. Sums in double: a plain
-// running float sum would be worse than the reference's pairwise one.
+// s = x + alpha residual, rounded to T; y = (s - mean) rstd w + b. Keeps mean and rstd [R]. Sums in
+// double: a plain running float sum would be worse than the reference's pairwise one.
 template <class T, class A>
-void add_layer_norm(const T* x, const T* residual, const T* w, const T* b, T* y, T* s, A* mean, A* rstd,
-                    std::int64_t rows, std::int64_t d, double eps, double alpha) {
+void add_layer_norm(const T* x, const T* residual, const T* w, const T* b, T* y, T* s, A* mean,
+                    A* rstd, std::int64_t rows, std::int64_t d, double eps, double alpha) {
   for (std::int64_t r = 0; r < rows; ++r, x += d, residual += d, y += d, s += d) {
     double sum = 0, squares = 0;
     for (std::int64_t i = 0; i < d; ++i) sum += A(s[i] = T(A(x[i]) + A(alpha) * A(residual[i])));
     mean[r] = A(sum / d);
     for (std::int64_t i = 0; i < d; ++i) squares += double(A(s[i]) - mean[r]) * (A(s[i]) - mean[r]);
     rstd[r] = A(1 / std::sqrt(squares / d + eps));
-    for (std::int64_t i = 0; i < d; ++i) y[i] = T((A(s[i]) - mean[r]) * rstd[r] * A(w[i]) + A(b[i]));
+    for (std::int64_t i = 0; i < d; ++i)
+      y[i] = T((A(s[i]) - mean[r]) * rstd[r] * A(w[i]) + A(b[i]));
   }
 }
 
-// dx = ds + rstd (w dy - mean(w dy) - n mean(w dy n)), n = (s - mean) rstd; dresidual = alpha dx. dw, db [D] double,
-// zeroed by the caller.
+// dx = ds + rstd (w dy - mean(w dy) - n mean(w dy n)), n = (s - mean) rstd; dresidual = alpha dx.
+// dw, db [D] double, zeroed by the caller.
 template <class T, class A>
-void add_layer_norm_backward(const T* dy, const T* ds, const T* s, const T* w, const A* mean, const A* rstd, T* dx,
-                             T* dresidual, double* dw, double* db, std::int64_t rows, std::int64_t d, double alpha) {
+void add_layer_norm_backward(const T* dy, const T* ds, const T* s, const T* w, const A* mean,
+                             const A* rstd, T* dx, T* dresidual, double* dw, double* db,
+                             std::int64_t rows, std::int64_t d, double alpha) {
   for (std::int64_t r = 0; r < rows; ++r, dy += d, ds += d, s += d, dx += d, dresidual += d) {
     double first = 0, second = 0;
     for (std::int64_t i = 0; i < d; ++i) {
@@ -78,7 +82,8 @@ struct AdamW {
   double lr, beta1, beta2, eps, decay, correction1, correction2;
 };
 
-// Loshchilov & Hutter 2019, algorithm 2, on N elements; P parameter type, G gradient type, C type of the rounded copy.
+// Loshchilov & Hutter 2019, algorithm 2, on N elements; P parameter type, G gradient type, C type
+// of the rounded copy.
 template <class P, class G, class C>
 void adamw(P* p, const G* grad, P* m, P* v, C* copy, float scale, std::int64_t n, const AdamW& c) {
   for (std::int64_t i = 0; i < n; ++i) {

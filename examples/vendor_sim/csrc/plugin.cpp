@@ -1,4 +1,5 @@
-// The device as PyTorch knows it: allocator, device guard, hooks and random generator. One device, one stream.
+// The device as PyTorch knows it: allocator, device guard, hooks and random generator. One device,
+// one stream.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/GeneratorForPrivateuseone.h>
@@ -20,7 +21,8 @@ struct Allocator final : c10::Allocator {
     void* address = translated([&] { return sim::allocate(bytes); });
     c10::DataPtr data(address, address, &sim::release, device);
     translated([&] {  // NaN in every float: nobody may count on fresh memory being zero
-      sim::enqueue("poison", [p = sim::resolve(address, bytes), bytes] { std::memset(p, 0xff, bytes); });
+      sim::enqueue("poison",
+                   [p = sim::resolve(address, bytes), bytes] { std::memset(p, 0xff, bytes); });
     });
     return data;
   }
@@ -37,7 +39,9 @@ REGISTER_ALLOCATOR(kSim, &allocator);
 struct Guard final : c10::impl::NoOpDeviceGuardImpl<kSim> {
   c10::Device exchangeDevice(c10::Device) const override { return {kSim, 0}; }
   c10::Device getDevice() const override { return {kSim, 0}; }
-  c10::Stream getStream(c10::Device) const noexcept override { return c10::Stream(c10::Stream::DEFAULT, {kSim, 0}); }
+  c10::Stream getStream(c10::Device) const noexcept override {
+    return c10::Stream(c10::Stream::DEFAULT, {kSim, 0});
+  }
   c10::Stream getDefaultStream(c10::Device device) const override { return getStream(device); }
   c10::Stream exchangeStream(c10::Stream) const noexcept override { return getStream({kSim, 0}); }
   bool queryStream(const c10::Stream&) const override { return sim::pending() == 0; }
@@ -64,8 +68,10 @@ struct Generator final : c10::GeneratorImpl {
     return tensor.getIntrusivePtr();
   }
   void set_state(const c10::TensorImpl& tensor) override {
-    TORCH_CHECK(tensor.numel() == sizeof state && tensor.dtype() == at::kByte && tensor.is_contiguous(),
-                "sim: a generator state is ", sizeof state, " bytes; received ", tensor.numel(), " elements");
+    TORCH_CHECK(
+        tensor.numel() == sizeof state && tensor.dtype() == at::kByte && tensor.is_contiguous(),
+        "sim: a generator state is ", sizeof state, " bytes; received ", tensor.numel(),
+        " elements");
     std::memcpy(&state, tensor.data(), sizeof state);
   }
   Generator* clone_impl() const override {
@@ -85,8 +91,12 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
   c10::DeviceIndex deviceCount() const override { return 1; }
   c10::DeviceIndex getCurrentDevice() const override { return 0; }
-  const at::Generator& getDefaultGenerator(c10::DeviceIndex) const override { return default_generator(); }
-  at::Generator getNewGenerator(c10::DeviceIndex) const override { return at::make_generator<Generator>(); }
+  const at::Generator& getDefaultGenerator(c10::DeviceIndex) const override {
+    return default_generator();
+  }
+  at::Generator getNewGenerator(c10::DeviceIndex) const override {
+    return at::make_generator<Generator>();
+  }
 };
 [[maybe_unused]] const bool hooked = (at::RegisterPrivateUse1HooksInterface(new Hooks), true);
 
@@ -105,9 +115,12 @@ at::Generator draw(const std::optional<at::Generator>& given) {
   const auto offset = generator.get_offset();
   generator.set_offset(offset + 1);
   // splitmix64's odd constant spreads neighbouring offsets over the 64 bits
-  return at::detail::createCPUGenerator(generator.current_seed() ^ (0x9e3779b97f4a7c15 * (offset + 1)));
+  return at::detail::createCPUGenerator(generator.current_seed() ^
+                                        (0x9e3779b97f4a7c15 * (offset + 1)));
 }
 
-void wait() { translated([] { sim::synchronize(); }); }
+void wait() {
+  translated([] { sim::synchronize(); });
+}
 
 }  // namespace sim

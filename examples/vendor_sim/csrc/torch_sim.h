@@ -15,7 +15,8 @@ namespace sim {
 
 constexpr auto kSim = c10::DeviceType::PrivateUse1;
 
-// Runs `f`, the driver's errors turned into torch's: torch.AcceleratorError and torch.OutOfMemoryError.
+// Runs `f`, the driver's errors turned into torch's: torch.AcceleratorError and
+// torch.OutOfMemoryError.
 template <class F>
 auto translated(F f) {
   try {
@@ -27,15 +28,17 @@ auto translated(F f) {
   }
 }
 
-// The tensor as the executor sees it: a CPU tensor on the storage behind the device address. Only kernels touch it.
+// The tensor as the executor sees it: a CPU tensor on the storage behind the device address. Only
+// kernels touch it.
 at::Tensor resolved(const at::Tensor& tensor);
 
-// Queues a kernel. `written`: what it writes, as `resolved`; the faults set for `name` are applied to it.
+// Queues a kernel. `written`: what it writes, as `resolved`; the faults set for `name` are applied
+// to it.
 void launch(const std::string& name, std::vector<at::Tensor> written, std::function<void()> kernel);
 void wait();  // for all that was launched
 
-// A generator for one random kernel: seeded by the device generator's seed and offset, which moves on. So the state
-// advances when the kernel is queued, not when it runs.
+// A generator for one random kernel: seeded by the device generator's seed and offset, which moves
+// on. So the state advances when the kernel is queued, not when it runs.
 at::Generator draw(const std::optional<at::Generator>& generator);
 at::Generator& default_generator();
 
@@ -47,8 +50,12 @@ struct Fault {
   std::string dtype;
   std::int64_t seen = 0;
 };
+void set_fault(std::string kind, std::string op, std::int64_t call, double value,
+               std::string dtype);
+void clear_faults();
 const Fault* due(const std::string& kind, const std::string& op);
 bool lacks(at::ScalarType dtype);
-std::function<void()> spoiled(const std::string& name, std::vector<at::Tensor> written, std::function<void()> kernel);
+std::function<void()> spoiled(const std::string& name, std::vector<at::Tensor> written,
+                              std::function<void()> kernel);
 
 }  // namespace sim

@@ -1,4 +1,4 @@
-"""The simulated accelerator: `import vendor_sim` makes the torch device "sim" and the module `torch.sim`."""
+"""The simulated accelerator: torch's device "sim" and its module `torch.sim`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from importlib import machinery
 from pathlib import Path
 
 import torch
+from torch.utils import backend_registration
 
 torch.ops.load_library(str(Path(__file__).with_name("_C" + machinery.EXTENSION_SUFFIXES[0])))
 
@@ -16,14 +17,10 @@ from vendor_sim.faults import clear_faults, fault  # noqa: E402
 
 __all__ = ["clear_faults", "device", "fault"]
 
-torch.utils.rename_privateuse1_backend("sim")
+backend_registration.rename_privateuse1_backend("sim")
 torch._register_device_module("sim", device)
-torch.utils.generate_methods_for_privateuse1_backend()
+backend_registration.generate_methods_for_privateuse1_backend()
 faults.read_environment()
-
-
-def autoload() -> None:
-    """For torch's entry point group `torch.backends`: importing torch brings the device, as this module's import."""
 
 
 @atexit.register

@@ -1,4 +1,4 @@
-"""The glm_core backend `sim`: kernels for the ops that pay; every other op's reference runs on the device."""
+"""The glm_core backend `sim`: a few kernels; every other op's reference runs on the device."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from glm_core import ops
-from glm_core.backends.base import Backend
-from glm_core.spec import SUPPORTED, Support, unsupported
 from torch import Tensor
 
 import vendor_sim
+from glm_core import ops
+from glm_core.backends.base import Backend
+from glm_core.spec import SUPPORTED, Support, unsupported
 
 _sim = torch.ops.sim
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -21,6 +21,7 @@ backend = Backend(
     device_type="sim",
     verified="run on the simulated device",
     dtypes=tuple(d for d in _DTYPES if not vendor_sim.faults.missing(d)),
+    in_process=False,  # torch.compile's code generator does not know the device
 )
 
 
@@ -89,9 +90,10 @@ torch.library.register_autograd("sim::add_layer_norm", _norm_backward, setup_con
 
 
 def _adamw_takes(
-    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
-    grad_scale: Tensor, step: int, lr: float, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8,
-    weight_decay: float = 0.0, copies: Sequence[Tensor] | None = None,
+    params: Sequence[Tensor], grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
+    grad_scale: Tensor, step: int, lr: float, beta1: float = 0.9, beta2: float = 0.999,
+    eps: float = 1e-8, weight_decay: float = 0.0, copies: Sequence[Tensor] | None = None,
 ) -> Support:  # fmt: skip
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         if param.dtype != torch.float32 or grad.dtype not in _DTYPES:
@@ -106,9 +108,10 @@ def _adamw_takes(
 
 @backend.implements(ops.adamw, supports=_adamw_takes)
 def adamw(
-    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
-    grad_scale: Tensor, step: int, lr: float, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8,
-    weight_decay: float = 0.0, copies: Sequence[Tensor] | None = None,
+    params: Sequence[Tensor], grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
+    grad_scale: Tensor, step: int, lr: float, beta1: float = 0.9, beta2: float = 0.999,
+    eps: float = 1e-8, weight_decay: float = 0.0, copies: Sequence[Tensor] | None = None,
 ) -> None:  # fmt: skip
     lists = [list(params), list(grads), list(exp_avgs), list(exp_avg_sqs)]
     _sim.adamw(*lists, grad_scale, list(copies or ()), step, lr, beta1, beta2, eps, weight_decay)

@@ -46,8 +46,8 @@ def _is_in_bad_fork() -> bool:
 
 
 def synchronize(device: object = None) -> None:
-    """Returns when the queue is empty. Raises what a kernel raised, and torch.AcceleratorError where the device is
-    lost or the queue not empty after the timeout."""
+    """Returns when the queue is empty. Raises what a kernel raised, and torch.AcceleratorError
+    where the device is lost or the queue not empty after the timeout."""
     _calls.synchronize()
 
 

@@ -1,6 +1,6 @@
 """Defects on request, to see what a broken accelerator looks like to those who test it.
 
-From the environment: VENDOR_SIM_FAULT="bit_flip:op=sim::adamw,call=3,value=30;hang:op=aten::mm,call=9"."""
+From the environment: VENDOR_SIM_FAULT="bit_flip:op=sim::adamw,call=3;hang:op=aten::mm,call=9"."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 KINDS = {
     "wrong_op": "every floating result of the op is multiplied by `value` (1.001)",
     "tanh_gelu": "sim::geglu uses the tanh approximation in its forward",
-    "bit_flip": "bit `value` (30) of the first element of the op's first result is flipped",
+    "bit_flip": "bit `value` (30, modulo the width) of the op's first resulting element is flipped",
     "stale_buffer": "the op delivers what its previous call with the same shapes delivered",
-    "missing_dtype": "the device has no `dtype`: any op that meets it raises NotImplementedError",
+    "missing_dtype": "the device has no `dtype`: what would write it raises NotImplementedError",
     "out_of_memory": "the device has `value` bytes of memory only",
     "device_lost": "the device is lost while it runs the op; every later call fails",
-    "hang": "the op does not finish until `clear_faults`; whoever waits gets an error after the timeout",
+    "hang": "the op does not finish until `clear_faults`; waits end in an error after the timeout",
     "cpu_fallback": "the runtime silently sends the op to the host; see torch.sim.fallbacks()",
 }
 _VALUES = {"wrong_op": 1.001, "bit_flip": 30.0}
@@ -25,8 +25,8 @@ _VALUES = {"wrong_op": 1.001, "bit_flip": 30.0}
 def fault(
     kind: str, *, op: str = "", call: int = 0, value: float | None = None, dtype: str = ""
 ) -> None:
-    """Plants a defect. op: `aten::mul`, `sim::geglu`, ... (all ops if not given); call: which call of it from now on,
-    counted from 1 (0: each). Raises ValueError for an unknown kind or dtype."""
+    """Plants a defect. op: `aten::mul`, `sim::geglu`, ... (all ops if not given); call: which call
+    of it from now on, counted from 1 (0: each). Raises ValueError for an unknown kind or dtype."""
     if kind not in KINDS:
         raise ValueError(f"unknown fault {kind!r}; known: {', '.join(sorted(KINDS))}")
     if kind == "missing_dtype" and not isinstance(getattr(torch, dtype, None), torch.dtype):
@@ -39,7 +39,7 @@ def fault(
 
 
 def clear_faults() -> None:
-    """Takes all defects back. A hung op goes on; a lost device forgets its queue and works again."""
+    """Takes all defects back: a hung op goes on, a lost device forgets its queue and works."""
     torch.ops.sim.clear_faults()
     torch.ops.sim.set_memory_limit(2**62)
 

@@ -1,0 +1,16 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import vendor_sim
+
+
+@pytest.fixture(autouse=True)
+def sound_device() -> Iterator[None]:
+    """Every test starts and ends with a device without defects."""
+    torch.sim.set_timeout(30.0)
+    torch.sim.reset_fallbacks()
+    yield
+    vendor_sim.clear_faults()

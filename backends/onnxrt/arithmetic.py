@@ -25,7 +25,8 @@ translation = TABLE.translation
 UNARY = {
     "neg": "Neg", "exp": "Exp", "log": "Log", "sqrt": "Sqrt", "erf": "Erf", "abs": "Abs",
     "sin": "Sin", "cos": "Cos", "reciprocal": "Reciprocal", "floor": "Floor", "ceil": "Ceil",
-    "round": "Round", "sign": "Sign", "relu": "Relu",
+    "round": "Round", "sign": "Sign", "relu": "Relu", "tan": "Tan", "sinh": "Sinh", "cosh": "Cosh",
+    "asin": "Asin", "acos": "Acos", "atan": "Atan",
 }  # fmt: skip
 BINARY = {"mul": "Mul", "div": "Div", "pow": "Pow", "maximum": "Max", "minimum": "Min"}
 LOGICAL = {"and": "And", "or": "Or", "xor": "Xor"}
@@ -110,6 +111,69 @@ def logical_not(g: Graph, out: Any, self: Value) -> str:
 @translation("isnan")
 def isnan(g: Graph, out: Any, self: Value) -> str:
     return g.node("IsNaN", self.name)
+
+
+@translation("isinf")
+def isinf(g: Graph, out: Any, self: Value) -> str:
+    return g.node("IsInf", self.name)
+
+
+@translation("any")
+def any_of(g: Graph, out: Any, self: Value, dim: Any = None, keepdim: bool = False) -> str:
+    ones = Value(g.cast(g.operand(self, torch.bool), torch.int32), self.fake.int())
+    found = reduce("ReduceMax")(g, out.int(), ones, dim, keepdim)
+    return g.cast(found, torch.bool)
+
+
+@translation("fmod")
+def fmod(g: Graph, out: Any, self: Operand, other: Operand) -> str:
+    return g.node("Mod", *(g.operand(x, out.dtype) for x in (self, other)), fmod=1)
+
+
+@translation("expm1")
+def expm1(g: Graph, out: Any, self: Value) -> str:
+    """2 t / (1 - t) with t = tanh(x / 2), exp(x) - 1 where that does not cancel."""
+    x, one, two = (g.operand(v, out.dtype) for v in (self, 1.0, 2.0))
+    t = tanh(g, out, Value(g.node("Div", x, two), self.fake.to(inside(out.dtype))))
+    near = g.node("Div", g.node("Mul", two, t), g.node("Sub", one, t))
+    far = g.node("Greater", g.node("Abs", x), one)
+    return g.node("Where", far, g.node("Sub", g.node("Exp", x), one), near)
+
+
+@translation("var_mean")
+def var_mean(
+    g: Graph, out: Any, self: Value, dim: Any, correction: Any, keepdim: bool
+) -> list[str]:
+    kept = self.fake.float().var(dim=dim, keepdim=True)
+    mean = reduce("ReduceMean")(g, kept, self, dim, True)
+    centred = g.node("Sub", g.operand(self, out[0].dtype), mean)
+    count = self.fake.numel() // max(out[0].numel(), 1) - (1 if correction is None else correction)
+    square = Value(g.node("Mul", centred, centred), self.fake.to(inside(out[0].dtype)))
+    total = reduce("ReduceSum")(g, out[0], square, dim, keepdim)
+    variance = g.node("Div", total, g.operand(float(count), out[0].dtype))
+    return [variance, mean if keepdim else g.reshape(mean, out[1].shape)]
+
+
+@translation("var")
+def var(g: Graph, out: Any, self: Value, dim: Any, correction: Any, keepdim: bool) -> str:
+    return str(var_mean(g, (out, out), self, dim, correction, keepdim)[0])
+
+
+@translation("cumsum")
+def cumsum(g: Graph, out: Any, self: Value, dim: int, **_: Any) -> str:
+    return g.node("CumSum", g.operand(self, out.dtype), g.constant(torch.tensor(dim)))
+
+
+@translation("log1p")
+def log1p(g: Graph, out: Any, self: Value) -> str:
+    """log(u) x / (u - 1) with u = 1 + x as rounded (Kahan), x itself where u is 1."""
+    x, one = g.operand(self, out.dtype), g.operand(1.0, out.dtype)
+    u = g.node("Add", x, one)
+    scale = g.node("Div", x, g.node("Sub", u, one))
+    log = g.node("Log", u)
+    far = g.node("Greater", x, g.operand(1e6, out.dtype))  # the scale is 1, or inf / inf
+    exact = g.node("Where", far, log, g.node("Mul", log, scale))
+    return g.node("Where", g.node("Equal", u, one), x, exact)
 
 
 def sum_of(kind: str) -> Translation:

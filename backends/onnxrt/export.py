@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from glm_core.backends.onnxrt.call import (
     SEPARATOR,
@@ -38,7 +39,10 @@ Traced = Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], list[Tensor]]
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """Core ATen, and below it what would only lengthen the translation table."""
     aten = torch.ops.aten
-    more = [aten.addmm, aten.baddbmm, aten.native_layer_norm, aten.var, aten.softplus, aten.silu]
+    more = [
+        aten.addmm, aten.baddbmm, aten.native_layer_norm, aten.native_group_norm, aten.softplus,
+        aten.elu, aten.leaky_relu,
+    ]  # fmt: skip
     return {**core_aten_decompositions(), **get_decompositions(more)}
 
 
@@ -71,7 +75,7 @@ def trace(call: Call) -> tuple[GraphModule, list[str]]:
         cotangents: list[Tensor] = []
         if call.direction == "vjp":
             results = forward(call)(tensors, numbers, ())
-            cotangents = [torch.empty_like(r) for r in results]
+            cotangents = [torch.empty_like(r) for r in results if r.is_floating_point()]
             names += [f"g{i}" for i in range(len(cotangents))]
         split = len(tensors), len(tensors) + len(symbols)
 
@@ -81,7 +85,8 @@ def trace(call: Call) -> tuple[GraphModule, list[str]]:
 
         pure = torch.func.functionalize(flat)  # an update's in-place writes become results
         trace = make_fx(pure, decomposition_table=decompositions(), tracing_mode="real")
-        return trace(*tensors, *symbols, *cotangents), names
+        with sdpa_kernel(SDPBackend.MATH):  # torch's fused attentions have no decomposition
+            return trace(*tensors, *symbols, *cotangents), names
 
 
 def _symbols(shapes: ShapeEnv, layout: str) -> list[Any]:
@@ -106,13 +111,15 @@ def forward(call: Call) -> Traced:
 
 
 def vjp(call: Call) -> Traced:
-    """The gradients of the differentiable tensors, in their order, for those of the results."""
+    """The gradients of the differentiable tensors, in their order, for those of the floating
+    results."""
     chosen = positions(call.op, call.layout, call.op.differentiable)
 
     def function(t: Sequence[Any], n: Sequence[Any], g: Sequence[Any]) -> list[Tensor]:
         def of_chosen(*values: Tensor) -> list[Tensor]:
             placed = dict(zip(chosen, values, strict=True))
-            return forward(call)([placed.get(i, x) for i, x in enumerate(t)], n, ())
+            results = forward(call)([placed.get(i, x) for i, x in enumerate(t)], n, ())
+            return [r for r in results if r.is_floating_point()]
 
         pullback = torch.func.vjp(of_chosen, *(t[i] for i in chosen))[1]
         return list(pullback(list(g)))
@@ -165,6 +172,8 @@ def build(traced: GraphModule, names: list[str]) -> bytes:
             return Value(graph.constant(_evaluated(node)), value)
         if node.target is operator.getitem:
             return known[node.all_input_nodes[0]][node.args[1]]
+        if node.target._schema.is_mutable and not _private(node.all_input_nodes[0]):  # type: ignore[union-attr]
+            raise UnsupportedOpError(f"{node.target} writes to a tensor that others may read")
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
         return translate(graph, node.target, args, kwargs, value)
 
@@ -197,6 +206,14 @@ def _needed(traced: GraphModule) -> set[Node]:
             found.add(node)
             todo.extend([] if _of_nothing(node) else node.all_input_nodes)
     return found
+
+
+def _private(node: Node) -> bool:
+    """Whether nothing but its one user can see this tensor: then a write to it is a new value.
+    `functionalize` has removed the reference's writes; some decompositions bring their own."""
+    target: Any = node.target
+    fresh = node.op == "call_function" and not any(r.alias_info for r in target._schema.returns)
+    return fresh and len(node.users) == 1
 
 
 def _of_nothing(node: Node) -> bool:

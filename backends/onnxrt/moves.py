@@ -13,8 +13,10 @@ TABLE = Table()
 translation = TABLE.translation
 
 
-@translation("clamp")
-def clamp(g: Graph, out: Any, self: Value, min: Operand | None, max: Operand | None) -> str:
+@translation("clamp", "clamp_min", "clamp_max")
+def clamp(
+    g: Graph, out: Any, self: Value, min: Operand | None = None, max: Operand | None = None
+) -> str:
     x = g.operand(self, out.dtype)
     for kind, bound in (("Max", min), ("Min", max)):
         x = x if bound is None else g.node(kind, x, g.operand(bound, out.dtype))
@@ -55,6 +57,14 @@ def span(size: int, start: int | None, end: int | None) -> tuple[int, int]:
 @translation("slice")
 def slice_of(g: Graph, out: Any, self: Value, dim: int, start: int, end: int, step: int) -> str:
     return g.slice(self.name, dim, *span(self.shape[dim], start, end), step)
+
+
+@translation("flip")
+def flip(g: Graph, out: Any, self: Value, dims: list[int]) -> str:
+    name = self.name
+    for dim in dims:
+        name = g.slice(name, dim, -1, -(2**31), -1)
+    return name
 
 
 @translation("select")

@@ -50,7 +50,7 @@ def _origin(op: Op) -> str:
 
 def fingerprint(function: Callable[..., Any]) -> str:
     """Changes when the bytecode or the constants change of the function or of any function outside
-    torch that it reaches by a global name or a closure; not when a comment does."""
+    torch that it reaches by name or in a closure; not when a comment does."""
     parts = [sys.version]  # bytecode differs between Pythons
     todo: list[Any] = [function]
     seen: set[int] = set()
@@ -61,7 +61,7 @@ def fingerprint(function: Callable[..., Any]) -> str:
             continue
         seen.add(id(value))
         if isinstance(value, types.FunctionType):
-            if value.__module__.partition(".")[0] != "torch":
+            if not _is_torch(value.__module__):
                 todo += _reached(value)
                 parts += [repr((c.co_code, c.co_names, _plain(c.co_consts))) for c in _codes(value)]
         elif not isinstance(value, types.ModuleType | type):
@@ -70,11 +70,18 @@ def fingerprint(function: Callable[..., Any]) -> str:
 
 
 def _reached(function: types.FunctionType) -> list[Any]:
-    """What a function can use: closure, defaults, and the globals that its code names."""
+    """What a function can use: closure, defaults, the globals that its code names, and what it
+    names in modules among these."""
     cells = [c.cell_contents for c in function.__closure__ or ()]
     names = dict.fromkeys(n for c in _codes(function) for n in c.co_names)
-    known = function.__globals__
-    return [*cells, *(function.__defaults__ or ()), *(known[n] for n in names if n in known)]
+    known = [v for n, v in function.__globals__.items() if n in names]
+    modules = [m for m in known if isinstance(m, types.ModuleType) and not _is_torch(m.__name__)]
+    inside = [getattr(m, n) for m in modules for n in names if hasattr(m, n)]
+    return [*cells, *(function.__defaults__ or ()), *known, *inside]
+
+
+def _is_torch(module: str | None) -> bool:
+    return (module or "").partition(".")[0] == "torch"
 
 
 def _codes(function: types.FunctionType) -> Iterator[types.CodeType]:

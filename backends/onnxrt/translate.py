@@ -20,7 +20,9 @@ def translate(
 ) -> Any:
     """Adds one ATen call to the graph; `out` is its fake result. Raises UnsupportedOpError where
     it has no translation."""
+    # an in-place node is its functional twin: see export._private
     name = target._schema.name.removeprefix("aten::")
+    name = name.removesuffix("_") if target._schema.is_mutable else name
     function = moves.TABLE.get(name) or arithmetic.TABLE.get(name)
     if function is None:
         raise UnsupportedOpError(

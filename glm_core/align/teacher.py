@@ -19,6 +19,8 @@ from glm_core.align.statistics import Base, Grouping, Scores, Sums, quantile_bin
 
 MARGIN = {"scale": 3.0, "offset": 3.0, "sign": 2.0, "size": 3.0, "peak": 4.0}
 """a kernel may combine several of the changes that the benign range was measured with one by one"""
+ROW_MARGIN = 6.0
+"""for the size in a row: few elements, small by cancellation in some rows and not in others"""
 MAX_ROUNDED = 24
 CALLS_PER_SHAPE = 4
 """calls per op and shape that the benign range is measured on"""
@@ -212,4 +214,5 @@ def floor(kind: str, dtype: torch.dtype, terms: int) -> float:
 
 def limit(limits: dict[Key, float], key: Key, dtype: torch.dtype, terms: int) -> float:
     """The limit for a candidate: the benign range with its margin, at least the floor."""
-    return max(MARGIN[key[3]] * limits.get(key, 0.0), floor(key[3], dtype, terms))
+    margin = ROW_MARGIN if key[2:4] == ("row", "size") else MARGIN[key[3]]
+    return max(margin * limits.get(key, 0.0), floor(key[3], dtype, terms))

@@ -2,47 +2,72 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 import vendor_sim
 
+from glm_core.align import fallbacks
 from glm_core.backends import registry
-from glm_core.config import TrainConfig
+from glm_core.config import DataConfig, RunConfig, TrainConfig
 from glm_core.conformance.run import run
-from glm_core.model import GLM, preset
-from glm_core.optimizer import Optimizer
+from glm_core.model import preset
 from glm_core.session import Session
+from glm_core.train import Trainer
 
-STEPS, B, L, V = 4, 2, 24, 256
+STEPS, L, V = 4, 24, 256
 KERNELS = {"add_layer_norm", "adamw", "geglu", "linear"}
+MODEL = {"num_layers": 2, "hidden": 64, "num_heads": 4, "ffn": 96, "vocab": V, "max_length": L}
+
+
+@dataclasses.dataclass
+class Batch:
+    """Random tokens [B, L], each predicting the next."""
+
+    tokens: torch.Tensor
+
+    def __post_init__(self) -> None:
+        b = len(self.tokens)
+        self.labels = self.tokens.roll(-1, 1)
+        self.loss_weight = torch.ones(b, L)
+        self.positions = torch.arange(L).expand(b, 2, L)
+        self.key_start = torch.zeros(b, L, dtype=torch.int32)
+        self.key_end = torch.arange(1, L + 1, dtype=torch.int32).expand(b, L)
+
+
+class Sampler:
+    """The same batches for every run; its state is how many there were."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def next(self, micro_batch: int) -> Batch:
+        self.count += 1
+        generator = torch.Generator().manual_seed(self.count)
+        return Batch(torch.randint(0, V, (micro_batch, L), generator=generator))
+
+    def state(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.count = state["count"]
+
+
+def config(backend: str = "sim", dtype: str = "float32") -> RunConfig:
+    train = TrainConfig(
+        backend=backend, dtype=dtype, steps=STEPS, micro_batch=2, global_batch=4, warmup_steps=1
+    )  # type: ignore[arg-type]
+    return RunConfig(model=preset("tiny", **MODEL), data=DataConfig(length=L, vocab=V), train=train)
 
 
 def train(backend: str, dtype: str = "float32") -> tuple[list[float], Session]:
-    """Losses of STEPS steps of a two-layer GLM on random tokens, the same for every backend."""
-    device = registry.usable(backend).device()
-    config = preset("tiny", num_layers=2, hidden=64, num_heads=4, ffn=96, vocab=V)
-    model = GLM(config).init_weights(1)
-    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
-    model.to(device, getattr(torch, dtype))
-    optimizer = Optimizer(model, TrainConfig(dtype=dtype))
-    optimizer.load_masters(weights)
-    generator, losses = torch.Generator().manual_seed(0), []
+    """The losses of a short run."""
+    trainer = Trainer(config(backend, dtype), Sampler())
     with registry.use(backend) as session:
-        for _ in range(STEPS):
-            model.zero_grad(set_to_none=True)
-            loss = model.loss(*(x.to(device) for x in _batch(generator)))
-            loss.backward()
-            optimizer.step(lr=1e-3)
-            losses.append(float(loss.detach()))
-    return losses, session
-
-
-def _batch(generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-    tokens = torch.randint(0, V, (B, L), generator=generator)
-    positions = torch.arange(L).expand(B, 2, L)
-    key_start = torch.zeros(B, L, dtype=torch.int32)
-    key_end = torch.arange(1, L + 1, dtype=torch.int32).expand(B, L)
-    return tokens, positions, key_start, key_end, tokens.roll(-1, 1), torch.full((B, L), 1 / B / L)
+        return [trainer.step().loss for _ in range(STEPS)], session
 
 
 def test_found_by_entry_point() -> None:
@@ -67,13 +92,30 @@ def test_every_op_without_kernel_is_a_recorded_fallback() -> None:
     assert {f.reason for f in session.fallbacks} == {"no kernel for this op"}
 
 
-def test_fallbacks_below_us_are_counted_and_change_nothing() -> None:
+def test_fallbacks_below_us_are_reported_and_change_nothing() -> None:
     expected, _ = train("sim")
-    assert torch.sim.fallback_counts() == {}
+    assert registry.usable("sim").runtime_fallbacks() == {}
     vendor_sim.fault("cpu_fallback", op="aten::_softmax")
     received, _ = train("sim")
     assert received == expected
-    assert torch.sim.fallback_counts() == {"aten::_softmax": 2 * STEPS}
+    assert registry.usable("sim").runtime_fallbacks() == {"aten::_softmax": 2 * 2 * STEPS}
+    found = fallbacks.measure(config(), Sampler(), "sim")
+    assert {(r.op, r.calls) for r in found.rows if r.where == "host"} == {("attention", 4)}
+
+
+def test_resumed_run_is_the_same_to_the_bit(tmp_path: Path) -> None:
+    expected, _ = train("sim")
+    first = Trainer(config(), Sampler())
+    with registry.use("sim"):
+        begun = [first.step().loss for _ in range(2)]
+    torch.sim.manual_seed(9)
+    first.save(tmp_path)
+    torch.sim.manual_seed(8)
+    second = Trainer(config(), Sampler())
+    second.restore(tmp_path)
+    assert torch.sim.get_rng_state()[0].item() == 9
+    with registry.use("sim"):
+        assert begun + [second.step().loss for _ in range(2)] == expected
 
 
 @pytest.mark.parametrize("op", sorted(KERNELS))

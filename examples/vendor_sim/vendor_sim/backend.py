@@ -8,19 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import vendor_sim
 from glm_core import ops
 from glm_core.backends.base import Backend
 from glm_core.spec import SUPPORTED, Support, unsupported
+from vendor_sim import device, faults
 
 _sim = torch.ops.sim
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-backend = Backend(
+
+class SimBackend(Backend):
+    """Says what else only the vendor knows."""
+
+    def runtime_fallbacks(self) -> dict[str, int]:
+        """What this runtime has sent to the host, by aten op."""
+        return device.fallback_counts()
+
+
+backend = SimBackend(
     name="sim",
     device_type="sim",
     verified="run on the simulated device",
-    dtypes=tuple(d for d in _DTYPES if not vendor_sim.faults.missing(d)),
+    dtypes=tuple(d for d in _DTYPES if not faults.missing(d)),
     in_process=False,  # torch.compile's code generator does not know the device
 )
 

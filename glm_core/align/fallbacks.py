@@ -102,7 +102,8 @@ def measure(config: c.RunConfig, sampler: Sampler, backend: str | Backend) -> Fa
     ]
     return Fallbacks(
         backend=run.backend.name, rows=sorted([*rows(kinds, run.backend), *unowned], key=weight),
-        runtime_counted=run.backend.runtime_fallbacks() is not None, step_ms=seconds * 1e3,
+        runtime_counted=run.device.type == "cpu" or run.backend.runtime_fallbacks() is not None,
+        step_ms=seconds * 1e3,
         ops_ms=sum(k.seconds * len(k.calls) for k in kinds) * 1e3,
     )  # fmt: skip
 
@@ -209,7 +210,10 @@ def recorded(trace: Trace) -> Fallbacks:
         found.append(
             Row(op=op, where="reference", reason=row["reason"], calls=calls, flops_share=share)
         )
-    return Fallbacks(backend=trace.backend, rows=sorted(found, key=weight), runtime_counted=False)
+    return Fallbacks(
+        backend=trace.backend, rows=sorted(found, key=weight),
+        runtime_counted=trace.environment.get("device_type") == "cpu",
+    )  # fmt: skip
 
 
 def step_flops(config: c.RunConfig) -> dict[str, tuple[int, int]]:

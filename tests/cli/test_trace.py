@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -137,6 +138,18 @@ def test_host_calls_outside_the_ops_are_listed_too(config: RunConfig) -> None:
     assert (row.op, row.reason) == (fallbacks.OUTSIDE, "the runtime sent aten::bmm there")
     assert row.calls == 6  # two micro-batches
     assert row.flops_share is row.time_share is None
+
+
+def test_what_is_not_counted_is_said(
+    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unknown = "what its runtime sends to the host is not known"
+    for kind, said in (("npu", True), ("cpu", False)):
+        t = dataclasses.replace(trace(config, []), environment={"device_type": kind})
+        t.save(tmp_path / kind)
+        assert main(["trace", "fallbacks", str(tmp_path / kind)]) == 0
+        out = capsys.readouterr().out
+        assert ("no fallback" in out, unknown in out) == (True, said)
 
 
 def trace(config: RunConfig, rows: list[dict[str, object]]) -> Trace:

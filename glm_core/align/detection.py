@@ -119,7 +119,7 @@ class Sensitivity:
         }
         return {k: finite(v) for k, v in plain.items()}
 
-    def table(self) -> str:
+    def text(self) -> str:
         """For reading: a line per variant, weakest conviction first, then the sums."""
         lines = [_HEAD, *(_line(r) for r in sorted(self.rows, key=_order))]
         return "\n".join([*lines, "", *_summary(self.to_json())])

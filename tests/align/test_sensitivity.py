@@ -63,7 +63,7 @@ def test_a_neutral_change_that_is_convicted_is_a_false_alarm() -> None:
 
 
 def test_the_table_names_what_went_wrong_first() -> None:
-    lines = RESULT.table().splitlines()
+    lines = RESULT.text().splitlines()
     assert [line.split()[1] for line in lines[1:5]] == ["free", "near", "far", "suspect"]
     assert "missed: free" in lines[-6]
     assert "suspect" in lines[-4]

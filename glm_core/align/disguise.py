@@ -4,6 +4,7 @@ intermediates rounded once more. They calibrate what a kernel is allowed to do."
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +29,10 @@ def widened(value: Any, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> A
 class _Mode(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch 2.13 leaves it unannotated
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled under these modes; torch's guard doubles their cost
 
 
 class Exact(_Mode):
@@ -113,17 +118,17 @@ class Rounded(_Mode):
             return self.random.random() < 0.75
         return self.which in (None, self.seen - 1)
 
-    def in_parts(self, func: Any, args: Any) -> Any:
-        """A product or sum in `dtype` with a rounding inside, None for anything else."""
+    def in_parts(self, func: Any, args: Any) -> Callable[[], Tensor] | None:
+        """A product or sum in `dtype` with a rounding inside; None for anything else."""
         if func is aten.addmm.default:
-            return torch.mm(args[1], args[2]) + args[0]
+            return lambda: torch.mm(args[1], args[2]) + args[0]
         if func in (aten.mm.default, aten.bmm.default) and args[0].shape[-1] > 1:
             a, b = args
-            half = a.shape[-1] // 2
-            return a[..., :half] @ b[..., :half, :] + a[..., half:] @ b[..., half:, :]
+            k = a.shape[-1] // 2
+            return lambda: a[..., :k] @ b[..., :k, :] + a[..., k:] @ b[..., k:, :]
         if func is aten.sum.dim_IntList and len(args[1]) == 1 and args[0].shape[args[1][0]] > 1:
             halves = args[0].chunk(2, args[1][0])
-            return halves[0].sum(*args[1:]) + halves[1].sum(*args[1:])
+            return lambda: halves[0].sum(*args[1:]) + halves[1].sum(*args[1:])
         return None
 
     def __torch_dispatch__(
@@ -131,9 +136,9 @@ class Rounded(_Mode):
     ) -> Any:
         first = args[0] if args and isinstance(args[0], Tensor) else None
         if first is not None and first.dtype == self.dtype:
-            out = self.in_parts(func, args)
-            if out is not None and self.chosen():
-                return out
+            in_parts = self.in_parts(func, args)
+            if in_parts is not None and self.chosen():
+                return in_parts()
         out = func(*args, **(kwargs or {}))
         eligible = isinstance(out, Tensor) and out.dtype == torch.float32
         if not eligible or out.numel() < self.numel or func.is_view:

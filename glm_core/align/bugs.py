@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from glm_core import ops
-from glm_core.align import wrong, wrong_attention, wrong_training
+from glm_core.align import wrong, wrong_attention, wrong_norm, wrong_training
 from glm_core.align.rearranged import native_layer_norm
 from glm_core.align.variants import (
     BFLOAT16,
@@ -41,7 +41,7 @@ def fresh(op: str, make: Callable[[], Function]) -> Callable[[], Kernels]:
 
 def norms(kind: str, function: Function) -> Callable[[], Kernels]:
     """A norm with the mistake, alone and fused with the residual."""
-    return lambda: {f"{kind}_norm": function, f"add_{kind}_norm": wrong.added(function)}
+    return lambda: {f"{kind}_norm": function, f"add_{kind}_norm": wrong_norm.added(function)}
 
 
 def eps_norms(kind: str, eps: float) -> Callable[[], Kernels]:
@@ -52,7 +52,7 @@ def eps_norms(kind: str, eps: float) -> Callable[[], Kernels]:
 
 def norm_gradients(kind: str, function: Function) -> Callable[[], Kernels]:
     """A norm whose gradients alone are those of `function`."""
-    both = {f"{kind}_norm": function, f"add_{kind}_norm": wrong.added(function)}
+    both = {f"{kind}_norm": function, f"add_{kind}_norm": wrong_norm.added(function)}
     return lambda: {op: backward_only(ops.all_ops()[op], f) for op, f in both.items()}
 
 
@@ -62,45 +62,45 @@ NORM = (
     Bug("rms-norm-eps-2e-5", "eps", "rms_norm", "both", "eps 2e-5 for 1e-5",
         eps_norms("rms", 2e-5)),
     Bug("rms-norm-eps-outside-root", "eps", "rms_norm", "both", "x / (rms + eps)",
-        norms("rms", wrong.eps_outside_rms_norm)),
+        norms("rms", wrong_norm.eps_outside_rms_norm)),
     Bug("layer-norm-unbiased-variance", "formula", "layer_norm", "both", "variance over D - 1",
-        norms("layer", wrong.unbiased_layer_norm)),
+        norms("layer", wrong_norm.unbiased_layer_norm)),
     Bug("layer-norm-dx-without-mean", "gradient", "layer_norm", "backward",
-        "dx misses the mean's term", norm_gradients("layer", wrong.no_mean_gradient)),
+        "dx misses the mean's term", norm_gradients("layer", wrong_norm.no_mean_gradient)),
     Bug("rms-norm-dx-without-projection", "gradient", "rms_norm", "backward",
         "dx misses the root mean square's term",
-        norm_gradients("rms", wrong.no_projection_gradient)),
+        norm_gradients("rms", wrong_norm.no_projection_gradient)),
     Bug("layer-norm-dgamma-whole-tiles", "rare shape", "layer_norm", "backward",
         "dgamma sums whole tiles of 48 rows only",
-        norm_gradients("layer", wrong.without_tail(48, "weight")(ops.layer_norm.reference))),
+        norm_gradients("layer", wrong_norm.without_tail(48, "weight")(ops.layer_norm.reference))),
     Bug("layer-norm-no-dbeta", "gradient", "layer_norm", "backward", "dbeta is not computed",
-        norm_gradients("layer", wrong.without_tail(10**9, "bias")(ops.layer_norm.reference))),
+        norm_gradients("layer", wrong_norm.without_tail(10**9, "bias")(ops.layer_norm.reference))),
     Bug("add-layer-norm-alpha-0.1%", "scale", "add_layer_norm", "both",
         "DeepNorm's alpha too large by 0.1 %",
         one("add_layer_norm", changed(ops.add_layer_norm, alpha=lambda a: a["alpha"] * 1.001))),
     Bug("add-layer-norm-no-alpha-in-gradient", "gradient", "add_layer_norm", "backward",
         "the residual's gradient is not multiplied by alpha",
-        one("add_layer_norm", edited(ops.add_layer_norm, wrong.alpha_forgotten))),
+        one("add_layer_norm", edited(ops.add_layer_norm, wrong_norm.alpha_forgotten))),
     Bug("layer-norm-float16-internals", "dtype", "add_layer_norm", "both", "arithmetic in float16",
         one("add_layer_norm", wrong.inside(ops.add_layer_norm, torch.float16)),
         "", FLOAT32, CONTRACT),
     Bug("rms-norm-bfloat16-internals", "dtype", "rms_norm", "both", "arithmetic in bfloat16",
         one("rms_norm", wrong.inside(ops.rms_norm, torch.bfloat16)), "", FLOAT32, CONTRACT),
     Bug("rms-norm-bfloat16-sum", "dtype", "rms_norm", "both",
-        "the mean square is accumulated in bfloat16", norms("rms", wrong.low_sum_rms_norm)),
+        "the mean square is accumulated in bfloat16", norms("rms", wrong_norm.low_sum_rms_norm)),
     Bug("layer-norm-native-bfloat16", "dtype", "layer_norm", "backward",
         "torch's own kernel, whose dgamma and dbeta are summed in bfloat16",
         norms("layer", native_layer_norm), "", BFLOAT16, "in float32 it is a benign change"),
     Bug("layer-norm-truncated", "rounding", "add_layer_norm", "forward", "result cut to bfloat16",
-        one("add_layer_norm", forward_only(ops.add_layer_norm, wrong.added(
+        one("add_layer_norm", forward_only(ops.add_layer_norm, wrong_norm.added(
             wrong.rounds(ops.layer_norm, wrong.truncated)))), "", BFLOAT16, ONLY_LOW),
     Bug("residual-half-away", "rounding", "add_layer_norm", "forward",
         "the sum with the residual rounds ties away from zero",
-        one("add_layer_norm", forward_only(ops.add_layer_norm, wrong.half_away_residual)),
+        one("add_layer_norm", forward_only(ops.add_layer_norm, wrong_norm.half_away_residual)),
         "glm", BFLOAT16, ONLY_LOW),
     Bug("layer-norm-stale-statistics", "stale", "add_layer_norm", "both",
         "every fifth call uses the previous call's mean and variance",
-        fresh("add_layer_norm", lambda: wrong.added(wrong.stale_statistics(5)))),
+        fresh("add_layer_norm", lambda: wrong_norm.added(wrong_norm.stale_statistics(5)))),
 )  # fmt: skip
 
 ACTIVATION = (

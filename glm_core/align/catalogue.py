@@ -3,13 +3,17 @@ in."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+from pathlib import Path
 from typing import Any
 
+from glm_core import data
 from glm_core.align.benign import BENIGN, Benign
 from glm_core.align.bugs import BUGS
 from glm_core.align.variants import Bug
 from glm_core.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from glm_core.data import Batch
 
 Variant = Bug | Benign
 DTYPES = ("float32", "bfloat16")
@@ -74,3 +78,31 @@ def variants(dtype: str) -> list[Variant]:
     """All bugs that are one in this dtype, then all changes that change something in it."""
     both: list[Variant] = [*BUGS, *BENIGN]
     return [v for v in both if dtype in v.dtypes]
+
+
+class Drawn:
+    """A sampler over sequences drawn beforehand: opening the data again for each of the hundreds of
+    runs would cost more than the runs."""
+
+    def __init__(self, rows: Batch) -> None:
+        self.rows, self.index = rows, 0
+
+    def next(self, micro_batch: int) -> Batch:
+        """The next sequences."""
+        at = slice(self.index, self.index + micro_batch)
+        self.index += micro_batch
+        return Batch(**{f.name: getattr(self.rows, f.name)[at] for f in dataclasses.fields(Batch)})
+
+    def state(self) -> dict[str, Any]:
+        """Where it stands."""
+        return {"index": self.index}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes there."""
+        self.index = state["index"]
+
+
+def draw(run: RunConfig, cache_dir: str | Path) -> Batch:
+    """All sequences of a run."""
+    source = data.open(run.data, run.train.seed, cache_dir, positions=run.model.positions)
+    return source.next(run.train.steps * run.train.global_batch)

@@ -17,9 +17,19 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from glm_core import align, data
+from glm_core import align
 from glm_core.align.benign import Benign
-from glm_core.align.catalogue import DTYPES, SETUPS, Variant, config, held_out, setup_of, variants
+from glm_core.align.catalogue import (
+    DTYPES,
+    SETUPS,
+    Drawn,
+    Variant,
+    config,
+    draw,
+    held_out,
+    setup_of,
+    variants,
+)
 from glm_core.align.variants import Bug
 from glm_core.align.verdict import finite
 from glm_core.config import RunConfig
@@ -261,34 +271,6 @@ def outcomes(job: Job) -> Iterator[Row | float]:
     known = {v.name: v for v in variants(job.dtype)}
     for name in job.names:
         yield judge(known[name], run, calibration)
-
-
-class Drawn:
-    """A sampler over sequences drawn beforehand: opening the data again for each of the hundreds of
-    runs would cost more than the runs."""
-
-    def __init__(self, rows: Batch) -> None:
-        self.rows, self.index = rows, 0
-
-    def next(self, micro_batch: int) -> Batch:
-        """The next sequences."""
-        at = slice(self.index, self.index + micro_batch)
-        self.index += micro_batch
-        return Batch(**{f.name: getattr(self.rows, f.name)[at] for f in dataclasses.fields(Batch)})
-
-    def state(self) -> dict[str, Any]:
-        """Where it stands."""
-        return {"index": self.index}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Goes there."""
-        self.index = state["index"]
-
-
-def draw(run: RunConfig, cache_dir: str | Path) -> Batch:
-    """All sequences of a run."""
-    source = data.open(run.data, run.train.seed, cache_dir, positions=run.model.positions)
-    return source.next(run.train.steps * run.train.global_batch)
 
 
 def judge(variant: Variant, run: RunConfig, calibration: align.Calibration) -> Row:

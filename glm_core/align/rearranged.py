@@ -15,7 +15,7 @@ from torch import Tensor
 
 from glm_core import ops
 from glm_core.align.variants import Arguments, Function, Gradients
-from glm_core.align.wrong import added
+from glm_core.align.wrong_norm import added
 from glm_core.dispatch import Op
 from glm_core.ops.precision import wide
 

@@ -7,7 +7,14 @@ import torch
 from small import differs, outcomes, step_calls
 
 from glm_core import ops
-from glm_core.align import catalogue, variants, wrong, wrong_attention, wrong_training
+from glm_core.align import (
+    catalogue,
+    variants,
+    wrong,
+    wrong_attention,
+    wrong_norm,
+    wrong_training,
+)
 from glm_core.align.bugs import BUGS
 from glm_core.align.replay import replay
 from glm_core.align.variants import Bug
@@ -49,8 +56,8 @@ RIGHT = {
     "adamw": wrong_training.adam(),
     "geglu": wrong.gated(torch.nn.functional.gelu, 1),
     "swiglu": wrong.gated(torch.nn.functional.silu, 0),
-    "add_layer_norm": wrong.added(ops.layer_norm.reference),
-    "add_rms_norm": wrong.added(ops.rms_norm.reference),
+    "add_layer_norm": wrong_norm.added(ops.layer_norm.reference),
+    "add_rms_norm": wrong_norm.added(ops.rms_norm.reference),
     "linear_cross_entropy": wrong_training.cross_entropy(),
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from glm_core.backends.base import Backend
-from glm_core.conformance.case import select
+from glm_core.conformance.case import Case, select
 from glm_core.conformance.run import Progress, run_case
 from glm_core.conformance.wrong import Mutant, every_mutant
 from glm_core.errors import GlmCoreError, unknown
@@ -82,8 +82,13 @@ def attempt(mutant: Mutant) -> Trial:
     """The first case that rejects the mutant."""
     backend = Backend(name="mutant", device_type="cpu", verified="wrong on purpose", dtypes=DTYPES)
     backend.implements(mutant.op)(mutant.kernel)
-    cases = select(backend, op=mutant.op.name)
-    for case in sorted(cases, key=lambda c: c.sample.real):  # the large shapes last
+    order = [s.id for s in mutant.op.samples()]
+
+    def place(case: Case) -> tuple[bool, int]:
+        """Sample by sample, indexes out of range after them, the large shapes last."""
+        return case.sample.real, len(order) if case.raises else order.index(case.sample.id)
+
+    for case in sorted(select(backend, op=mutant.op.name), key=place):
         result = run_case(case, backend)
         if result.outcome == "fail":
             return Trial(mutant, case.id, result.reason)

@@ -13,12 +13,12 @@ right once does not set a standard. The kernel's error at each element is divide
 and the largest quotient is the case's `error_ratio`; MAX_ERROR_RATIO is the limit. The row's scale
 stands for that of the terms that cancel in an element.
 
-"There" depends on the dtype. In float32 and wider it means: among the quarter of the results
-nearest in magnitude, so that small results beside huge ones are held to their own size. Below
-float32 a kernel may round intermediates to the working dtype (flash attention rounds its
-probabilities), which puts errors of the tensor's scale into results that cancel, even to zero:
-there it means anywhere in the tensor. The root mean square of the error is held to the same factor,
-which finds a loss of precision that is spread thin."""
+"There" depends on the dtype. In float32 and wider it means: among the results of similar magnitude
+(its eighth of them and the eighths beside), so that small results beside huge ones are held to
+their own size. Below float32 a kernel may round intermediates to the working dtype, as flash
+attention rounds its probabilities; that puts errors of the tensor's scale into results that cancel,
+even to zero, and "there" means anywhere in the tensor. The root mean square of the error is held to
+the same factor, which finds a loss of precision that is spread thin."""
 
 from __future__ import annotations
 
@@ -31,8 +31,11 @@ from torch import Tensor
 
 MAX_ERROR_RATIO = 2.0
 
-POOL = 33
-"""results pooled at least: fewer make no statistic"""
+OCTILES = 8
+"""magnitudes are told apart to this many shares of the results, each pooled with its neighbours"""
+
+POOL = 32
+"""results per share at least: fewer make no statistic"""
 
 
 class Deviation(NamedTuple):
@@ -70,14 +73,13 @@ def deviation(actual: Tensor, exact: Tensor, near: Sequence[Tensor]) -> Deviatio
 
 def _nearby(errors: Tensor, y: Tensor, eps: float) -> Tensor:
     """For each element the largest error among those of similar magnitude, or of all."""
-    size = max(POOL, len(y) // 8 * 2 + 1)
-    if eps > torch.finfo(torch.float32).eps or len(y) <= size:
+    if eps > torch.finfo(torch.float32).eps or len(y) < OCTILES * POOL:
         return errors.max().expand_as(errors)
-    order = y.abs().argsort()
-    pooled = torch.nn.functional.max_pool1d(
-        errors[order].view(1, 1, -1), size, stride=1, padding=size // 2
-    )
-    return torch.empty_like(errors).index_copy_(0, order, pooled.view(-1))
+    rank = y.abs().argsort().argsort()
+    octile = rank * OCTILES // len(y)
+    worst = errors.new_zeros(OCTILES).scatter_reduce(0, octile, errors, "amax")
+    padded = torch.nn.functional.pad(worst, (1, 1))
+    return padded.unfold(0, 3, 1).amax(1)[octile]
 
 
 def _flushed_below(dtype: torch.dtype) -> float:

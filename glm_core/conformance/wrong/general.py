@@ -96,7 +96,7 @@ def _last_dropped(g: Tensor) -> Tensor:
 
 def _first_row_twice(g: Tensor) -> Tensor:
     factor = torch.ones_like(g)
-    factor[: 1 if g.dim() else ...] = 2
+    factor[slice(1) if g.dim() else ...] = 2
     return g * factor
 
 

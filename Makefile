@@ -27,5 +27,8 @@ lint: setup ## style, types, spelling
 peers: setup ## SwissArmyTransformer's own GLM-130B, in an environment of its own
 	test -d .venv-sat || sh tests/peers/setup_sat.sh
 
+openvino: setup ## ONNX Runtime's OpenVINO provider, in an environment of its own
+	test -d .venv-openvino || sh tests/contract/setup_openvino.sh
+
 clean: ## forget builds, runs and caches
 	rm -rf $(VENV) .venv-* build runs .cache *.egg-info

@@ -14,6 +14,8 @@ COMMANDS = {
     "devices": "backends, usable here or not, and how far each was ever verified",
     "ops": "ops x backends: kernel, reference or unsupported",
     "train": "train a GLM on one backend",
+    "align": "loss curves across backends: run, record, compare, sensitivity",
+    "conformance": "every op of a backend against the float64 reference, case by case",
     "backend": "start a new backend's package",
     "trace": "what a trace holds, what did not run on the device",
 }

@@ -1,9 +1,7 @@
 """ATen to ONNX: one short function per operator that the core decompositions leave over, those that
 compute in arithmetic.py, those that only move values in moves.py.
 
-Why not torch.onnx.export: for the graphs of one op it takes 0.3-1.3 s (it rebuilds its registry and
-decomposes anew each time) against about 0.01 s here, it passes bfloat16 arithmetic on to providers
-that have none, and it bakes in the numbers that an optimizer changes every step."""
+Why not torch.onnx.export: docs/adr/0005."""
 
 from __future__ import annotations
 

@@ -52,9 +52,10 @@ def student_t(probability: float, freedom: int) -> float:
 
 
 def prediction_bound(statistics: Array, rate: float) -> float:
-    """The value that one more draw exceeds with probability `rate`, K positive draws given, their
-    logarithms normal with unknown mean and spread: Student's t with K - 1 degrees of freedom."""
-    logs = np.log(np.maximum(statistics, 1e-30))
+    """The value that one more draw exceeds with probability `rate`, K draws given, their logarithms
+    normal with unknown mean and spread: Student's t with K - 1 degrees of freedom. Draws are
+    multiples of a scale; those below 1 count as 1, so that runs too quiet to differ set no trap."""
+    logs = np.log(np.maximum(statistics, 1.0))
     k = logs.size
     spread = max(float(logs.std(ddof=1)), LEAST_SPREAD)
     margin = student_t(1 - rate, k - 1) * spread * math.sqrt(1 + 1 / k)

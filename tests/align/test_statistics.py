@@ -1,0 +1,137 @@
+"""The statistics against their definitions, and their error rates by simulation."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from glm_core.align import statistics
+from glm_core.align.statistics import Base, Grouping, critical_z, excess, quantile_bins, scores
+
+RNG = np.random.default_rng
+
+
+def base(shape: tuple[int, ...], seed: int = 0) -> Base:
+    y = RNG(seed).standard_normal(shape)
+    groupings = statistics.structure(shape)
+    groupings.append(Grouping("bin", 4, 1, RNG(1).integers(0, 4, y.size).astype(np.uint8)))
+    return Base(y.reshape(-1), groupings, 1e-4)
+
+
+@given(shape=st.lists(st.integers(1, 5), min_size=0, max_size=4).map(tuple))
+@settings(max_examples=40, deadline=None)
+def test_groupings_partition_and_both_ways_of_summing_agree(shape: tuple[int, ...]) -> None:
+    b, x = base(shape), RNG(2).standard_normal(math.prod(shape))
+    for g in b.groupings:
+        at = np.arange(x.size)
+        (dense,), (sparse,) = g.totals([x]), g.totals_at(at, [x])
+        naive = [x[g.of(at) == i].sum() for i in range(g.groups)]
+        np.testing.assert_allclose(dense, naive, atol=1e-12)
+        np.testing.assert_allclose(sparse, naive, atol=1e-12)
+        assert g.totals([np.ones(x.size)])[0].sum() == x.size
+
+
+def test_structure_names_rows_channels_positions_and_heads() -> None:
+    found = {g.name: g for g in statistics.structure((2, 3, 4, 5))}
+    index = np.arange(120)
+    b, position, head, channel = np.unravel_index(index, (2, 3, 4, 5))
+    assert (found["position"].of(index) == position).all()
+    assert (found["head"].of(index) == head).all()
+    assert (found["channel"].of(index) == channel).all()
+    assert (found["row"].of(index) == (b * 3 + position) * 4 + head).all()
+    assert [g.name for g in statistics.structure(())] == ["all"]
+
+
+@pytest.mark.parametrize("kind", ["normal", "heavy", "ties", "constant"])
+def test_bins_order_the_key_and_are_about_equally_full(kind: str) -> None:
+    x = RNG(0).standard_normal(40_000)
+    key = {"heavy": x**3, "ties": np.round(x), "constant": x * 0}.get(kind, x)
+    bins = quantile_bins(key)
+    assert (np.diff(bins[np.argsort(key)].astype(int)) >= 0).all()
+    if kind == "normal":
+        assert 0.7 < np.bincount(bins, minlength=32).min() / (x.size / 32) < 1.05
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_effects_are_what_was_put_in(sparse: bool) -> None:
+    b = base((40, 50))
+    touched = RNG(3).random(2000) < (0.1 if sparse else 1.1)
+    error = np.where(touched, 1e-3 * b.y, 0.0)
+    found = scores(statistics.sums(b, b.errors(b.y + error))[0], b.least)
+    share = (b.y[touched] ** 2).sum() / (b.y**2).sum()
+    assert found["scale"][0][0] == pytest.approx(1e-3 * share, rel=1e-6)
+    assert found["size"][0][0] == pytest.approx(1e-3 * math.sqrt(share), rel=1e-6)
+    shifted = scores(statistics.sums(b, b.errors(b.y + 0.01))[0], b.least)
+    rms = math.sqrt((b.y**2).mean())
+    assert shifted["offset"][0][0] == pytest.approx(0.01 / rms, rel=1e-6)
+
+
+def test_signs_count_where_few_elements_differ_and_it_matters() -> None:
+    b, at = base((100, 100)), np.arange(0, 10_000, 50)
+
+    def sign(elements: np.ndarray, by: float) -> float:
+        result = b.y.copy()
+        result[elements] *= 1 + by
+        return float(scores(statistics.sums(b, b.errors(result))[0], b.least)["sign"][0][0])
+
+    assert sign(at, 1e-2) == 1.0
+    assert sign(at, -1e-2) == -1.0
+    assert sign(at, 1e-6) == 0.0  # below what any float32 kernel may do
+    assert sign(np.arange(0, 10_000, 4), 1e-2) == 0.0  # rounding twice is biased, honestly
+
+
+def test_sums_add_up_over_calls() -> None:
+    a, b = base((30, 8), 4), base((30, 8), 5)
+    errors = [x.errors(x.y * (1 + 1e-3)) for x in (a, b)]
+    pooled = statistics.sums(a, errors[0])[0] + statistics.sums(b, errors[1])[0]
+    both = Base(np.concatenate((a.y, b.y)), statistics.structure((60, 8)), 1e-4)
+    whole = statistics.sums(both, np.concatenate(errors))[0]
+    for name in pooled.__slots__:
+        np.testing.assert_allclose(getattr(pooled, name), getattr(whole, name))
+
+
+def test_what_is_not_finite_or_of_another_shape_is_as_wrong_as_can_be() -> None:
+    b = base((4, 4))
+    bad = b.y.copy()
+    bad[3] = np.nan
+    assert b.errors(bad)[3] == 1e30
+    assert (b.errors(b.y[:5]) == 1e30).all()
+
+
+def test_small_groups_are_measured_against_the_tensor() -> None:
+    y = np.ones((10, 10))
+    y[3] = 1e-9
+    b = Base(y.reshape(-1), statistics.structure(y.shape), 0.03)
+    rows = next(i for i, g in enumerate(b.groupings) if g.name == "row")
+    s = statistics.sums(b, b.errors(y.reshape(-1) + 1e-9))[rows]
+    assert scores(s, b.least)["size"][0].max() < 1e-7
+    assert scores(s, 1e-12)["size"][0].max() > 0.9
+
+
+@pytest.mark.parametrize("terms", [1, 2, 5, 30, 1000])
+@pytest.mark.parametrize("sizes", ["equal", "heavy"])
+def test_critical_z_keeps_its_rate_for_any_number_of_terms(terms: int, sizes: str) -> None:
+    rng, rate = RNG(terms), 0.05
+    d = np.ones((20_000, terms)) if sizes == "equal" else rng.standard_cauchy((20_000, terms))
+    d *= rng.choice([-1.0, 1.0], d.shape)
+    z = d.sum(1) / np.sqrt((d**2).sum(1))
+    assert (np.abs(z) > critical_z(rate, 1)).mean() <= rate
+
+
+def test_critical_z_pays_for_the_number_of_tests() -> None:
+    assert critical_z(1e-3, 1) == pytest.approx(math.sqrt(2 * math.log(2000)))
+    assert critical_z(1e-3, 10**6) == pytest.approx(math.sqrt(2 * math.log(2e9)))
+
+
+def test_guilt_needs_significance_and_an_effect_beyond_the_benign_range() -> None:
+    def ratio(effect: float, error: float, limit: float) -> float:
+        return float(excess(np.array([effect]), np.array([error]), limit, 6.0)[0])
+
+    assert ratio(1e-3, 1e-5, 1e-4) > 1
+    assert ratio(1e-3, 1e-5, 2e-3) < 1  # significant, but benign changes do as much
+    assert ratio(1e-3, 2e-4, 1e-4) < 1  # large, but five standard errors are not six
+    assert ratio(1e-3, 0.0, 1e-4) == pytest.approx(10)  # sizes have no standard error

@@ -122,7 +122,7 @@ NORM = (
     Benign("layer-norm-reads-unrounded-sum", "add_layer_norm", "the norm reads the float32 sum",
            {"add_layer_norm": other.unrounded_sum(ops.layer_norm.reference)}, dtypes=BFLOAT16),
     Benign("add-layer-norm-native-add", "add_layer_norm", "torch.add(x, residual, alpha)",
-           {"add_layer_norm": other.native_residual}),
+           {"add_layer_norm": other.native_residual}, dtypes=FLOAT32),
     rms_norm("blocked-8", "sum in blocks of 8", other.rms_norm_by(other.blocked(8))),
     rms_norm("kahan", "compensated sum", other.rms_norm_by(other.kahan)),
     rms_norm("float64", "float64 inside", other.precise(ops.rms_norm)),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from glm_core import ops
 from glm_core.align import wrong, wrong_attention, wrong_norm, wrong_training
-from glm_core.align.rearranged import native_layer_norm
+from glm_core.align.rearranged import native_layer_norm, native_residual
 from glm_core.align.variants import (
     BFLOAT16,
     FLOAT32,
@@ -88,6 +88,9 @@ NORM = (
         one("rms_norm", wrong.inside(ops.rms_norm, torch.bfloat16)), "", FLOAT32, CONTRACT),
     Bug("rms-norm-bfloat16-sum", "dtype", "rms_norm", "both",
         "the mean square is accumulated in bfloat16", norms("rms", wrong_norm.low_sum_rms_norm)),
+    Bug("add-layer-norm-bfloat16-alpha", "dtype", "add_layer_norm", "both",
+        "torch.add in bfloat16, which rounds DeepNorm's alpha to bfloat16 (0.15 % here)",
+        one("add_layer_norm", native_residual), "", BFLOAT16, "in float32 it is a benign change"),
     Bug("layer-norm-native-bfloat16", "dtype", "layer_norm", "backward",
         "torch's own kernel, whose dgamma and dbeta are summed in bfloat16",
         norms("layer", native_layer_norm), "", BFLOAT16, "in float32 it is a benign change"),

@@ -1,0 +1,165 @@
+"""Each check of a case finds its fault, and a fault is a result, never a crash."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from glm_core import conformance, ops
+from glm_core.backends.base import Backend
+from glm_core.conformance.check import Finding, raises_alone
+from glm_core.spec import SUPPORTED, Support, unsupported
+
+ROOT = Path(__file__).parents[2]
+
+
+def toy(**facts: Any) -> Backend:
+    """A backend of this test with no kernels."""
+    chosen = {"dtypes": (torch.float32,), **facts}
+    return Backend(name="toy", device_type="cpu", verified="in this test", **chosen)
+
+
+def only(report: conformance.Report) -> conformance.Result:
+    [result] = report.results
+    return result
+
+
+def test_unsupported_carries_the_backends_own_reason() -> None:
+    backend = toy()
+
+    def supports(x: Tensor) -> Support:
+        return SUPPORTED if x.is_contiguous() else unsupported("x has gaps")
+
+    backend.implements(ops.gelu, supports)(ops.gelu.reference)
+    report = conformance.run(backend, mode=("test", "support"), op="gelu", real=False)
+    outcomes = {r.id: (r.outcome, r.reason) for r in report.results}
+    assert outcomes["gelu-float32-3x33-gapped-test"] == ("unsupported", "x has gaps")
+    assert outcomes["gelu-float32-3x33-gapped-support"] == ("unsupported", "x has gaps")
+    assert outcomes["gelu-float32-2x5x48-test"][0] == "pass"
+    without = conformance.run(backend, op="geglu", real=False)
+    assert {(r.outcome, r.reason) for r in without.results} == {
+        ("unsupported", "no kernel for this op")
+    }
+
+
+def test_a_kernel_that_raises_is_a_failure_not_a_crash() -> None:
+    backend = toy()
+
+    @backend.implements(ops.gelu)
+    def gelu(x: Tensor) -> Tensor:
+        raise RuntimeError("device lost\nand gone")
+
+    result = only(conformance.run(backend, id="gelu-float32-1x1-test"))
+    assert (result.outcome, result.reason) == ("fail", "RuntimeError: device lost and gone")
+    assert result.rerun == "glm-core conformance --backend toy --id gelu-float32-1x1-test"
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda y, x: y.double(), "out: dtype must be torch.float32; received torch.float64"),
+        (lambda y, x: y[None], r"out: shape must be \(2, 5, 48\); received \(1, 2, 5, 48\)"),
+        (lambda y, x: y.mT.contiguous().mT, "out: contiguous must be True; received False"),
+        (lambda y, x: x.copy_(y), "argument x was changed"),
+        (lambda y, x: x.view_as(x), "out shares memory with argument x"),
+        (lambda y, x: y + torch.randn_like(y) * 1e-7, "out: a second run gives other bits"),
+        (lambda y, x: y.nan_to_num(), "out: with nan in x, non-finite results are not where"),
+    ],
+)
+def test_each_check_finds_its_fault(damage: Any, reason: str) -> None:
+    backend = toy()
+
+    @backend.implements(ops.gelu)
+    def gelu(x: Tensor) -> Tensor:
+        y: Tensor = damage(ops.gelu.reference(x), x)
+        return y
+
+    result = only(conformance.run(backend, id="gelu-float32-2x5x48-test"))
+    assert result.outcome == "fail"
+    assert re.match(reason, result.reason), result.reason
+
+
+def test_determinism_is_held_only_where_it_is_claimed() -> None:
+    backend = toy(deterministic=False)
+
+    @backend.implements(ops.gelu)
+    def gelu(x: Tensor) -> Tensor:
+        return ops.gelu.reference(x) * (1 + torch.randint(-1, 2, x.shape) * 2**-24)
+
+    assert only(conformance.run(backend, id="gelu-float32-2x5x48-test")).outcome == "pass"
+
+
+class Queue(Backend):
+    """Runs its kernel only at the next synchronize: a device whose queue is asynchronous."""
+
+    def synchronize(self) -> None:
+        while PENDING:
+            PENDING.pop(0)()
+
+
+PENDING: list[Any] = []
+
+
+@pytest.mark.parametrize(("reads_early", "outcome"), [(True, "pass"), (False, "fail")])
+def test_results_are_read_after_synchronize_and_inputs_in_order(
+    reads_early: bool, outcome: str
+) -> None:
+    backend = Queue(
+        name="queue", device_type="cpu", verified="in this test", dtypes=(torch.float32,)
+    )
+
+    @backend.implements(ops.gelu)
+    def gelu(x: Tensor) -> Tensor:
+        y, source = torch.full_like(x, 99.0), x.clone() if reads_early else x
+        PENDING.append(lambda: y.copy_(ops.gelu.reference(source)))
+        return y
+
+    result = only(conformance.run(backend, id="gelu-float32-3x7x33-test"))
+    assert result.outcome == outcome, result.reason
+    if not reads_early:
+        assert "inputs overwritten behind the call change the result" in result.reason
+
+
+def test_indexes_out_of_range_must_raise_and_the_first_error_is_told() -> None:
+    backend = toy()
+
+    @backend.implements(ops.embedding)
+    def embedding(ids: Tensor, weight: Tensor, shrink: float = 1.0) -> Tensor:
+        return ops.embedding.reference(ids.clamp(0, len(weight) - 1), weight, shrink)
+
+    report = conformance.run(backend, id="embedding-float32-2x5-50x96-ids-*-test")
+    assert [r.outcome for r in report.results] == ["fail", "fail"]
+    assert all("an index out of range gave a result" in r.reason for r in report.results)
+    fine = conformance.run("reference", id="embedding-*-ids-*-test")
+    assert [r.outcome for r in fine.results] == ["pass", "pass"]
+
+
+CRASHING = """
+import os
+from glm_core import ops
+from glm_core.backends.base import Backend
+backend = Backend(name="crash", device_type="cpu", verified="in a test")
+@backend.implements(ops.embedding)
+def embedding(ids, weight, shrink=1.0):
+    os.abort()
+"""
+
+
+def test_a_crash_in_its_own_process_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = tmp_path / "crash-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: crash\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[glm_core.backends]\ncrash = vendor_crash\n")
+    (tmp_path / "vendor_crash.py").write_text(CRASHING)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    id = "embedding-float32-2x5-50x96-ids-past-end-test"
+    raises_alone("reference", id.replace("float32", "float64"))
+    with pytest.raises(Finding, match=r"ends the process \(-6\)"):
+        raises_alone("crash", id)

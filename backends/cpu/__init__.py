@@ -100,7 +100,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, token_weight
 
 @backend.implements(ops.global_norm, supports.global_norm)
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
-    return _ops.global_norm.default(tensors)
+    return _ops.global_norm.default(tensors) if tensors else torch.zeros(())
 
 
 @backend.implements(ops.adamw, supports.adamw)

@@ -1,4 +1,4 @@
-// attention: keeps q, k, v and the log-sum-exp of each query for backward.
+// attention: keeps q, k and v for backward, nothing else.
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -10,12 +10,11 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-using Two = std::tuple<Tensor, Tensor>;
 using Three = std::tuple<Tensor, Tensor, Tensor>;
-using ForwardSignature = Two(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                             const Tensor&, double);
+using ForwardSignature = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                const Tensor&, double);
 using BackwardSignature = Three(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                const Tensor&, const Tensor&, const Tensor&, double);
+                                const Tensor&, const Tensor&, double);
 
 // Rows of heads are read where they lie, in a fused projection for example.
 Tensor with_contiguous_rows(const Tensor& x) {
@@ -38,16 +37,20 @@ void check_shapes(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
                     ", v ", v.sizes(), ", key_start ", key_start.sizes());
 }
 
-Two attention_forward(const Tensor& q_, const Tensor& k_, const Tensor& v_,
-                      const Tensor& key_start_, const Tensor& key_end_, double scale) {
+// Units of work to divide among threads where batch and heads give fewer; a constant, so that
+// results do not depend on the number of threads.
+constexpr int64_t enough_units = 32;
+
+Tensor attention_forward(const Tensor& q_, const Tensor& k_, const Tensor& v_,
+                         const Tensor& key_start_, const Tensor& key_end_, double scale) {
   check_shapes(q_, k_, v_, key_start_, key_end_);
   const Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_),
                v = with_contiguous_rows(v_);
   const Tensor key_start = key_start_.contiguous(), key_end = key_end_.contiguous();
   const int64_t batch = q.size(0), queries = q.size(1), num_heads = q.size(2), width = q.size(3);
-  const int64_t kv_heads = k.size(2), tiles = (queries + attention_tile - 1) / attention_tile;
+  const int64_t units = batch * k.size(2), tiles = (queries + attention_tile - 1) / attention_tile;
+  const int64_t parts = std::min(tiles, (enough_units + units - 1) / std::max<int64_t>(1, units));
   Tensor y = at::empty(q.sizes(), q.options());
-  Tensor lse = at::empty({batch, num_heads, queries}, q.options().dtype(at::kFloat));
   by_dtype(q, [&](auto zero) {
     using T = decltype(zero);
     const AttentionForward<T> a{heads<T>(q),
@@ -56,23 +59,21 @@ Two attention_forward(const Tensor& q_, const Tensor& k_, const Tensor& v_,
                                 data<int32_t>(key_start),
                                 data<int32_t>(key_end),
                                 data<T>(y),
-                                data<float>(lse),
                                 queries,
                                 k.size(1),
                                 num_heads,
-                                kv_heads,
+                                k.size(2),
                                 width,
+                                parts,
                                 float(scale)};
-    const int64_t cost = attention_tile * k.size(1) * width * num_heads / kv_heads;
-    parallel(batch * kv_heads * tiles, cost,
+    parallel(units * parts, attention_tile * k.size(1) * width,
              [&](int64_t i, int64_t j) { kernels<T>().attention_forward(a, i, j); });
   });
-  return {y, lse};
+  return y;
 }
 
 Three attention_backward(const Tensor& dy_, const Tensor& q_, const Tensor& k_, const Tensor& v_,
-                         const Tensor& key_start_, const Tensor& key_end_, const Tensor& lse,
-                         double scale) {
+                         const Tensor& key_start_, const Tensor& key_end_, double scale) {
   const Tensor dy = with_contiguous_rows(dy_), q = with_contiguous_rows(q_),
                k = with_contiguous_rows(k_), v = with_contiguous_rows(v_);
   const Tensor key_start = key_start_.contiguous(), key_end = key_end_.contiguous();
@@ -102,8 +103,8 @@ Three attention_backward(const Tensor& dy_, const Tensor& q_, const Tensor& k_, 
   return {dq, dk, dv};
 }
 
-Two call_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& key_start,
-                 const Tensor& key_end, double scale) {
+Tensor call_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& key_start,
+                    const Tensor& key_end, double scale) {
   static const auto forward = op<ForwardSignature>("glm_core::attention_forward");
   return forward.call(q, k, v, key_start, key_end, scale);
 }
@@ -112,16 +113,16 @@ struct AttentionGrad : torch::autograd::Function<AttentionGrad> {
   static Tensor forward(AutogradContext* ctx, const Tensor& q, const Tensor& k, const Tensor& v,
                         const Tensor& key_start, const Tensor& key_end, double scale) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, lse] = call_forward(q, k, v, key_start, key_end, scale);
-    ctx->save_for_backward({q, k, v, key_start, key_end, lse});
+    Tensor y = call_forward(q, k, v, key_start, key_end, scale);
+    ctx->save_for_backward({q, k, v, key_start, key_end});
     ctx->saved_data["scale"] = scale;
     return y;
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     static const auto back = op<BackwardSignature>("glm_core::attention_backward");
     const variable_list s = ctx->get_saved_variables();
-    auto [dq, dk, dv] = back.call(grads[0], s[0], s[1], s[2], s[3], s[4], s[5],
-                                  ctx->saved_data["scale"].toDouble());
+    auto [dq, dk, dv] =
+        back.call(grads[0], s[0], s[1], s[2], s[3], s[4], ctx->saved_data["scale"].toDouble());
     return {dq, dk, dv, Tensor(), Tensor(), Tensor()};
   }
 };
@@ -129,7 +130,7 @@ struct AttentionGrad : torch::autograd::Function<AttentionGrad> {
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& key_start,
                  const Tensor& key_end, double scale) {
   if (wants_gradient(q, k, v)) return AttentionGrad::apply(q, k, v, key_start, key_end, scale);
-  return std::get<0>(call_forward(q, k, v, key_start, key_end, scale));
+  return call_forward(q, k, v, key_start, key_end, scale);
 }
 
 }  // namespace
@@ -141,10 +142,10 @@ TORCH_LIBRARY_FRAGMENT(glm_core, m) {
       attention);
   m.def(
       "attention_forward(Tensor q, Tensor k, Tensor v, Tensor key_start, Tensor key_end, "
-      "float scale) -> (Tensor y, Tensor lse)");
+      "float scale) -> Tensor");
   m.def(
       "attention_backward(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor key_start, "
-      "Tensor key_end, Tensor lse, float scale) -> (Tensor dq, Tensor dk, Tensor dv)");
+      "Tensor key_end, float scale) -> (Tensor dq, Tensor dk, Tensor dv)");
 }
 
 TORCH_LIBRARY_IMPL(glm_core, CPU, m) {

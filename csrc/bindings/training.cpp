@@ -23,7 +23,7 @@ using LossSignature = Three(const Tensor&, const Tensor&, const Tensor&, const T
 // Rows of logits that exist at a time: few enough to stay in the last-level cache, enough for
 // efficient products.
 int64_t loss_chunk(int64_t rows, int64_t vocab, int64_t element_size) {
-  constexpr int64_t budget_bytes = 8 << 20, fewest = 128;
+  constexpr int64_t budget_bytes = 16 << 20, fewest = 128;
   return std::min(rows, std::max(fewest, budget_bytes / (vocab * element_size)));
 }
 

@@ -1,13 +1,16 @@
 // Attention with an interval of visible keys per query. Shapes: B batch, L queries, S keys, H
-// heads, K kv heads, R = H / K heads that share a kv head, E head dim.
+// heads, K kv heads, E head dim.
 //
-// Forward: a unit is one (batch, kv head, TILE queries). Its scores over the keys that any of
-// them sees lie in scratch [R * TILE, S], never [L, S] for a head. Kept for backward: log-sum-exp.
+// Forward: a unit is one (batch, kv head) and a part of the queries; it lays out keys and values
+// once and takes TILE queries of a head at a time: their scores over the keys that any of them
+// sees lie in scratch [TILE, S], never [L, S]. Nothing is kept for backward.
 // Backward: a unit is one (batch, kv head), which owns dk and dv there, so nothing is summed
 // across threads. Probabilities are formed again for TILE queries of a head at a time; what the
 // softmax subtracts, sum(p dp), is formed from them too and not from the rounded output.
-// Everything is computed in float, rounded once. layer_scale and pb_relax are neutral in real
-// arithmetic and keep half-precision scores in range, which float scores are anyway.
+//
+// Softmax and sums are float, results are rounded once. Products take floats, or where the CPU
+// multiplies pairs of bfloat16 (Words = Pair, see product.h) the bfloat16 inputs as they are and
+// probabilities and score gradients rounded to bfloat16, as in Dao et al. 2022 (FlashAttention).
 #include <cmath>
 #include <cstdlib>
 #include <initializer_list>
@@ -21,62 +24,93 @@ namespace glm::GLM_ISA {
 
 namespace {
 
-constexpr int64_t TILE = attention_tile;
-constexpr int64_t BLOCK = 64;  // keys; a multiple of any W
+constexpr int64_t TILE = attention_tile;  // queries; even, a multiple of a register tile's rows
+constexpr int64_t BLOCK = 64;             // keys; a multiple of any W
 
 int64_t padded(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
 
-// Floats for one unit's work, in the largest vector's alignment. (No std::vector here: its
+template <class Words>
+int64_t words(int64_t size) {
+  return (size + Words::per_word - 1) / Words::per_word;
+}
+
+// Words for one unit's work, in the largest vector's alignment. (No std::vector here: its
 // instantiations would be shared between instruction sets.)
 class Scratch {
  public:
   explicit Scratch(int64_t size)
-      : floats_(static_cast<float*>(aligned_alloc(64, size_t(padded(size + 1, 16)) * 4))) {
-    if (!floats_) throw std::bad_alloc();
+      : words_(static_cast<float*>(aligned_alloc(64, size_t(padded(size + 256, 16)) * 4))) {
+    if (!words_) throw std::bad_alloc();
   }
-  ~Scratch() { free(floats_); }
+  ~Scratch() { free(words_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   void clear() { used_ = 0; }
   float* take(int64_t size) {
-    float* p = floats_ + used_;
+    float* p = words_ + used_;
     used_ += padded(size, 16);
     return p;
   }
 
  private:
-  float* floats_;
+  float* words_;
   int64_t used_ = 0;
 };
 
-// out [rows, ld] = factor * x, as float; columns from `width` to ld are zero.
-template <class T>
-void widen(const T* x, int64_t stride, int64_t rows, int64_t width, float factor, float* out,
-           int64_t ld) {
+// out [rows, words(width)]: x with words along its rows.
+template <class Words, class T>
+void along_rows(const T* x, int64_t stride, int64_t rows, int64_t width, float* out) {
+  const int64_t ld = words<Words>(width);
   for (int64_t r = 0; r < rows; ++r) {
+    if constexpr (Words::per_word == 2) {
+      out[r * ld + ld - 1] = 0.0f;
+      memcpy(out + r * ld, x + r * stride, size_t(width) * sizeof(T));
+    } else {
+      sweep(width, [&](int64_t i, int64_t n)
+                       GLM_INLINED { give(out + r * ld + i, take(x + r * stride + i, n), n); });
+    }
+  }
+}
+
+// out [words(rows), ld]: x with words across its rows; rows and columns that x lacks are zero.
+template <class Words, class T>
+void across_rows(const T* x, int64_t stride, int64_t rows, int64_t width, float* out, int64_t ld) {
+  for (int64_t r = 0; r < rows; r += Words::per_word) {
+    const T *upper = x + r * stride, *lower = r + 1 < rows ? upper + stride : nullptr;
+    float* words = out + r / Words::per_word * ld;
     sweep(ld, [&](int64_t i, int64_t n) GLM_INLINED {
-      const int64_t left = width - i < n ? width - i : n;
-      vf v = left == W ? load(x + r * stride + i) : load_n(x + r * stride + i, left > 0 ? left : 0);
-      give(out + r * ld + i, v * factor, n);
+      const int64_t left = width - i < n ? width - i : n, count = left > 0 ? left : 0;
+      vf a = take(upper + (count ? i : 0), count);
+      if constexpr (Words::per_word == 2) {
+        vf b = lower ? take(lower + (count ? i : 0), count) : all(0.0f);
+        a = bits_as<vf>(bits_as<vu>(a) >> 16 | bits_as<vu>(b));
+      }
+      give(words + i, a, n);
     });
   }
 }
 
-// out [width, BLOCK] = the transpose of x [rows <= BLOCK, width]; missing columns are zero.
-template <class T>
-void transpose(const T* x, int64_t stride, int64_t rows, int64_t width, float* out) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t e = 0; e < width; ++e) out[e * BLOCK + r] = get(x + r * stride + e);
-  if (rows == BLOCK) return;
-  for (int64_t e = 0; e < width; ++e)
-    memset(out + e * BLOCK + rows, 0, size_t(BLOCK - rows) * sizeof(float));
+// Per block of BLOCK rows: out [words(width), BLOCK], the transpose of its words along rows;
+// missing rows are zero.
+template <class Words, class T>
+void transposed(const T* x, int64_t stride, int64_t rows, int64_t width, float* out,
+                float* scratch) {
+  const int64_t ld = words<Words>(width);
+  for (int64_t j = 0; j < rows; j += BLOCK, out += ld * BLOCK) {
+    const int64_t count = rows - j < BLOCK ? rows - j : BLOCK;
+    along_rows<Words>(x + j * stride, stride, count, width, scratch);
+    memset(scratch + count * ld, 0, size_t((BLOCK - count) * ld) * sizeof(float));
+    for (int64_t e = 0; e < ld; ++e)
+      for (int64_t r = 0; r < BLOCK; ++r) out[e * BLOCK + r] = scratch[r * ld + e];
+  }
 }
 
-// The keys [first, last) that at least one of the queries sees.
+// Keys [first, last).
 struct Span {
   int64_t first, last;
 };
 
+// The keys that at least one of the queries sees.
 Span visible(const int32_t* start, const int32_t* end, int64_t queries, int64_t keys) {
   Span span{keys, 0};
   for (int64_t i = 0; i < queries; ++i) {
@@ -89,27 +123,28 @@ Span visible(const int32_t* start, const int32_t* end, int64_t queries, int64_t 
 }
 
 // A query's interval, counted from `base` and cut to [0, size).
-Span interval(const int32_t* start, const int32_t* end, int64_t i, int64_t base, int64_t size) {
-  int64_t from = start[i] - base, to = end[i] - base;
+Span interval(int64_t start, int64_t end, int64_t base, int64_t size) {
+  int64_t from = start - base, to = end - base;
   from = from < 0 ? 0 : from > size ? size : from;
   to = to < from ? from : to > size ? size : to;
   return {from, to};
 }
 
-// Scores [size] of one query -> exponentials, zero outside its interval; returns {sum, lse}.
-struct Softmax {
-  float sum, lse;
-};
+void clear_outside(float* row, int64_t size, Span seen) {
+  memset(row, 0, size_t(seen.first) * sizeof(float));
+  memset(row + seen.last, 0, size_t(size - seen.last) * sizeof(float));
+}
 
-Softmax exponentials(float* s, int64_t size, Span seen) {
-  memset(s, 0, size_t(seen.first) * sizeof(float));
-  memset(s + seen.last, 0, size_t(size - seen.last) * sizeof(float));
-  if (seen.first == seen.last) return {1.0f, 0.0f};
-  float* p = s + seen.first;
+// Products q k of one query [size] -> exponentials of the scores, zero outside `seen`; their sum.
+float exponentials(float* row, int64_t size, Span seen, float scale) {
+  clear_outside(row, size, seen);
+  float* p = row + seen.first;
   const int64_t count = seen.last - seen.first;
   vf top = all(-INFINITY);
   sweep(count, [&](int64_t i, int64_t n) GLM_INLINED {
-    top = larger(top, n == W ? load(p + i) : load_n(p + i, n, -INFINITY));
+    vf s = (n == W ? load(p + i) : load_n(p + i, n)) * scale;
+    give(p + i, s, n);
+    top = larger(top, n == W ? s : load_n(p + i, n, -INFINITY));
   });
   const float m = largest(top);
   float total[1];
@@ -118,164 +153,225 @@ Softmax exponentials(float* s, int64_t size, Span seen) {
     give(p + i, e, n);
     t[0] += first(e, n);
   });
-  return {total[0], m + std::log(total[0])};
+  return count ? total[0] : 1.0f;
 }
 
+// A row of floats as words along it, in place.
+template <class Words>
+void as_words(float* row, int64_t size) {
+  if (Words::per_word == 1) return;
+  bf16* out = reinterpret_cast<bf16*>(row);
+  for (int64_t i = 0; i < size; i += W) store(out + i, load(row + i));
+}
+
+// Two rows of floats as words across them, in place of the upper one.
+void as_words_across(float* upper, const float* lower, int64_t size) {
+  for (int64_t i = 0; i < size; i += W) {
+    vu word = rounded(load(upper + i)) | rounded(load(lower + i)) << 16;
+    store(upper + i, bits_as<vf>(word));
+  }
+}
+
+// out [rows, width] = factor * sum, rounded; row r's factor is factors[r] if given.
 template <class T>
-void forward_tile(const AttentionForward<T>& a, int64_t b, int64_t g, int64_t first) {
-  const int64_t shared = a.heads / a.kv_heads, ld = padded(a.width, W);
-  const int64_t queries = a.queries - first < TILE ? a.queries - first : TILE;
-  const int64_t rows = shared * queries;
-  const int32_t *start = a.key_start + b * a.queries + first,
-                *end = a.key_end + b * a.queries + first;
-  const Span span = visible(start, end, queries, a.keys);
-  const int64_t size = padded(span.last - span.first, BLOCK);
-  Scratch scratch(rows * (2 * ld + size + 1) + BLOCK * (ld + a.width) + 128);
-  float *q = scratch.take(rows * ld), *y = scratch.take(rows * ld), *p = scratch.take(rows * size);
-  float *block = scratch.take(BLOCK * (ld > a.width ? ld : a.width)), *sum = scratch.take(rows);
-  for (int64_t r = 0; r < shared; ++r)
-    widen(a.q.at(b, first, g * shared + r), a.q.row, queries, a.width, a.scale,
-          q + r * queries * ld, ld);
-  for (int64_t j = 0; j < size; j += BLOCK) {
-    const int64_t key = span.first + j, count = span.last - key < BLOCK ? span.last - key : BLOCK;
-    transpose(a.k.at(b, key, g), a.k.row, count, a.width, block);
-    product(rows, BLOCK, a.width, {q, ld, 1}, block, BLOCK, p + j, size, false);
-  }
+void close(const float* sum, int64_t ld, int64_t rows, int64_t width, float factor,
+           const float* divisors, T* out, int64_t stride) {
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t i = r % queries, h = g * shared + r / queries;
-    const Span seen = interval(start, end, i, span.first, span.last - span.first);
-    const Softmax row = exponentials(p + r * size, size, seen);
-    sum[r] = row.sum;
-    a.lse[(b * a.heads + h) * a.queries + first + i] = row.lse;
-  }
-  if (!size) memset(y, 0, size_t(rows * ld) * sizeof(float));
-  for (int64_t j = 0; j < size; j += BLOCK) {
-    const int64_t key = span.first + j, count = span.last - key < BLOCK ? span.last - key : BLOCK;
-    widen(a.v.at(b, key, g), a.v.row, count, a.width, 1.0f, block, ld);
-    product(rows, ld, count, {p + j, size, 1}, block, ld, y, ld, j > 0);
-  }
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t i = first + r % queries, h = g * shared + r / queries;
-    T* out = a.y + ((b * a.queries + i) * a.heads + h) * a.width;
-    sweep(a.width, [&](int64_t e, int64_t n)
-                       GLM_INLINED { give(out + e, take(y + r * ld + e, n) / sum[r], n); });
+    const float f = divisors ? factor / divisors[r] : factor;
+    sweep(width, [&](int64_t e, int64_t n)
+                     GLM_INLINED { give(out + r * stride + e, take(sum + r * ld + e, n) * f, n); });
   }
 }
 
-// One (batch, kv head) in the backward: its keys and values as the products want them, and the
-// sums of their gradients. nblocks blocks of BLOCK keys.
-struct KeysValues {
-  float *k, *kt, *vt;  // [S, ld], per block [E, BLOCK], the same
+// Keys [span.first, span.last) of one (batch, kv head), for a part of the queries.
+struct Keys {
+  Span span;
+  float *kt, *v;  // per block [words(E), BLOCK]; [words(S), ld]
+};
+
+// One tile of queries of one head in scratch.
+struct Tile {
+  float *q, *p, *y, *sum;  // [TILE, words(E)], [TILE, S], [TILE, ld], [TILE]
+};
+
+template <class Words, class T>
+void forward_tile(const AttentionForward<T>& a, int64_t b, int64_t h, int64_t first,
+                  const Keys& keys, const Tile& t) {
+  const int64_t queries = a.queries - first < TILE ? a.queries - first : TILE;
+  const int64_t ld = padded(a.width, W), depth = words<Words>(a.width);
+  const int32_t* start = a.key_start + b * a.queries + first;
+  const int32_t* end = a.key_end + b * a.queries + first;
+  const Span span = visible(start, end, queries, a.keys);
+  const int64_t skip = span.first > keys.span.first ? span.first - keys.span.first : 0;
+  const int64_t base = skip / BLOCK * BLOCK, from = keys.span.first + base;
+  const int64_t count = span.last > from ? span.last - from : 0, size = padded(count, BLOCK);
+  along_rows<Words>(a.q.at(b, first, h), a.q.row, queries, a.width, t.q);
+  for (int64_t j = 0; j < size; j += BLOCK)
+    product<Words>(queries, BLOCK, depth, {t.q, depth, 1}, keys.kt + (base + j) * depth, BLOCK,
+                   t.p + j, size, false);
+  for (int64_t i = 0; i < queries; ++i) {
+    float* row = t.p + i * size;
+    t.sum[i] = exponentials(row, size, interval(start[i], end[i], from, count), a.scale);
+    as_words<Words>(row, size);
+  }
+  product<Words>(queries, ld, words<Words>(count), {t.p, size, 1},
+                 keys.v + base / Words::per_word * ld, ld, t.y, ld, false);
+  close(t.y, ld, queries, a.width, 1.0f, t.sum,
+        a.y + ((b * a.queries + first) * a.heads + h) * a.width, a.heads * a.width);
+}
+
+template <class Words, class T>
+void forward_unit(const AttentionForward<T>& a, int64_t unit) {
+  const int64_t tiles = (a.queries + TILE - 1) / TILE, part = unit % a.parts;
+  const int64_t b = unit / a.parts / a.kv_heads, g = unit / a.parts % a.kv_heads;
+  const int64_t from = part * tiles / a.parts * TILE, to = (part + 1) * tiles / a.parts * TILE;
+  const int64_t queries = (to < a.queries ? to : a.queries) - from;
+  const int64_t ld = padded(a.width, W), depth = words<Words>(a.width);
+  const int64_t at = b * a.queries + from;
+  const Span span = visible(a.key_start + at, a.key_end + at, queries, a.keys);
+  const int64_t count = span.last - span.first, size = padded(count, BLOCK);
+  Scratch scratch(size * (depth + ld + TILE) + TILE * (depth + ld + 1) + BLOCK * depth);
+  const Keys keys{span, scratch.take(size * depth), scratch.take(size * ld)};
+  const Tile tile{scratch.take(TILE * depth), scratch.take(TILE * size), scratch.take(TILE * ld),
+                  scratch.take(TILE)};
+  transposed<Words>(a.k.at(b, span.first, g), a.k.row, count, a.width, keys.kt,
+                    scratch.take(BLOCK * depth));
+  across_rows<Words>(a.v.at(b, span.first, g), a.v.row, count, a.width, keys.v, ld);
+  const int64_t shared = a.heads / a.kv_heads;
+  for (int64_t first = from; first < from + queries; first += TILE)
+    for (int64_t h = g * shared; h < (g + 1) * shared; ++h)
+      forward_tile<Words>(a, b, h, first, keys, tile);
+}
+
+// One (batch, kv head) in the backward, laid out for the products, and the sums of its gradients.
+struct KeysGradients {
+  float *k, *kt, *vt;  // [words(S), ld], per block [words(E), BLOCK] twice
   float *dk, *dv;      // [S, ld]
 };
 
-template <class T>
-KeysValues open(const AttentionBackward<T>& a, int64_t b, int64_t g, int64_t ld, Scratch& scratch) {
-  const int64_t size = padded(a.keys, BLOCK);
-  KeysValues kv;
-  for (float** p : {&kv.k, &kv.dk, &kv.dv}) *p = scratch.take(size * ld);
-  for (float** p : {&kv.kt, &kv.vt}) *p = scratch.take(size * a.width);
-  memset(kv.dk, 0, size_t(size * ld) * sizeof(float));
-  memset(kv.dv, 0, size_t(size * ld) * sizeof(float));
-  widen(a.k.at(b, 0, g), a.k.row, a.keys, a.width, 1.0f, kv.k, ld);
-  memset(kv.k + a.keys * ld, 0, size_t((size - a.keys) * ld) * sizeof(float));
-  for (int64_t j = 0; j < a.keys; j += BLOCK) {
-    const int64_t count = a.keys - j < BLOCK ? a.keys - j : BLOCK;
-    transpose(a.k.at(b, j, g), a.k.row, count, a.width, kv.kt + j * a.width);
-    transpose(a.v.at(b, j, g), a.v.row, count, a.width, kv.vt + j * a.width);
-  }
-  return kv;
-}
-
-// One tile of queries of one head, as float.
-struct Queries {
-  float *q, *dy, *dq;  // [TILE, ld]
-  float *p, *dp;       // [TILE, S]
+// One tile of queries of one head.
+struct TileGradients {
+  float *q, *dy;    // [TILE, words(E)]
+  float *qt, *dyt;  // [words(TILE), ld], words across queries
+  float *p, *dp;    // [TILE, S]
+  float *ds, *dq;   // [TILE, words(S)], [TILE, ld]
 };
 
-// p: scores of one query -> probabilities, zero outside `seen`;
-// dp: gradients of the probabilities -> of the scores, p (dp - sum(p dp)).
-void score_gradients(float* p, float* dp, int64_t size, Span seen, float lse) {
-  for (float* x : {p, dp}) {
-    memset(x, 0, size_t(seen.first) * sizeof(float));
-    memset(x + seen.last, 0, size_t(size - seen.last) * sizeof(float));
-  }
+// p: products q k of one query -> probabilities; dp: gradients of the probabilities -> of the
+// scores, p (dp - sum(p dp)); both zero outside `seen`.
+void score_gradients(float* p, float* dp, int64_t size, Span seen, float scale) {
+  const float factor = 1.0f / exponentials(p, size, seen, scale);
+  clear_outside(dp, size, seen);
   p += seen.first, dp += seen.first;
   const int64_t count = seen.last - seen.first;
   float total[1];
   sums(count, total, [&](int64_t i, int64_t n, vf* s) GLM_INLINED {
-    vf e = exp(take(p + i, n) - lse);
-    give(p + i, e, n);
-    s[0] = fma(first(e, n), take(dp + i, n), s[0]);
+    vf x = take(p + i, n) * factor;
+    give(p + i, x, n);
+    s[0] = fma(x, take(dp + i, n), s[0]);
   });
   sweep(count, [&](int64_t i, int64_t n)
                    GLM_INLINED { give(dp + i, take(p + i, n) * (take(dp + i, n) - total[0]), n); });
 }
 
-template <class T>
+// The tile's probabilities and score gradients as words along and across queries. Returns the
+// score gradients along rows, their row stride, and the stride between words across.
+template <class Words>
+Strided lay_out(const TileGradients& t, int64_t queries, int64_t size) {
+  if (Words::per_word == 1) return {t.dp, size, 1};
+  if (queries % 2)
+    for (float* x : {t.p, t.dp}) memset(x + queries * size, 0, size_t(size) * sizeof(float));
+  for (int64_t i = 0; i < queries; ++i) {
+    bf16* out = reinterpret_cast<bf16*>(t.ds + i * size / 2);
+    for (int64_t j = 0; j < size; j += W) store(out + j, load(t.dp + i * size + j));
+  }
+  for (int64_t i = 0; i < queries; i += 2)
+    for (float* x : {t.p, t.dp}) as_words_across(x + i * size, x + (i + 1) * size, size);
+  return {t.ds, size / 2, 1};
+}
+
+template <class Words, class T>
 void backward_tile(const AttentionBackward<T>& a, int64_t b, int64_t h, int64_t first,
-                   const KeysValues& kv, const Queries& t, int64_t ld) {
+                   const KeysGradients& kv, const TileGradients& t) {
   const int64_t queries = a.queries - first < TILE ? a.queries - first : TILE;
-  const int32_t *start = a.key_start + b * a.queries + first,
-                *end = a.key_end + b * a.queries + first;
-  const float* lse = a.lse + (b * a.heads + h) * a.queries + first;
+  const int64_t ld = padded(a.width, W), depth = words<Words>(a.width);
+  const int32_t* start = a.key_start + b * a.queries + first;
+  const int32_t* end = a.key_end + b * a.queries + first;
   const Span span = visible(start, end, queries, a.keys);
   const int64_t base = span.first / BLOCK * BLOCK, size = padded(span.last - base, BLOCK);
-  widen(a.q.at(b, first, h), a.q.row, queries, a.width, a.scale, t.q, ld);
-  widen(a.dy.at(b, first, h), a.dy.row, queries, a.width, 1.0f, t.dy, ld);
+  const T *q = a.q.at(b, first, h), *dy = a.dy.at(b, first, h);
+  along_rows<Words>(q, a.q.row, queries, a.width, t.q);
+  along_rows<Words>(dy, a.dy.row, queries, a.width, t.dy);
+  across_rows<Words>(q, a.q.row, queries, a.width, t.qt, ld);
+  across_rows<Words>(dy, a.dy.row, queries, a.width, t.dyt, ld);
   for (int64_t j = 0; j < size; j += BLOCK) {
-    const int64_t at = (base + j) * a.width;
-    product(queries, BLOCK, a.width, {t.q, ld, 1}, kv.kt + at, BLOCK, t.p + j, size, false);
-    product(queries, BLOCK, a.width, {t.dy, ld, 1}, kv.vt + at, BLOCK, t.dp + j, size, false);
+    const int64_t at = (base + j) * depth;
+    product<Words>(queries, BLOCK, depth, {t.q, depth, 1}, kv.kt + at, BLOCK, t.p + j, size, false);
+    product<Words>(queries, BLOCK, depth, {t.dy, depth, 1}, kv.vt + at, BLOCK, t.dp + j, size,
+                   false);
   }
   for (int64_t i = 0; i < queries; ++i)
     score_gradients(t.p + i * size, t.dp + i * size, size,
-                    interval(start, end, i, base, span.last - base), lse[i]);
-  product(size, ld, queries, {t.p, 1, size}, t.dy, ld, kv.dv + base * ld, ld, true);
-  product(size, ld, queries, {t.dp, 1, size}, t.q, ld, kv.dk + base * ld, ld, true);
-  product(queries, ld, size, {t.dp, size, 1}, kv.k + base * ld, ld, t.dq, ld, false);
-  for (int64_t i = 0; i < queries; ++i) {
-    T* out = a.dq + ((b * a.queries + first + i) * a.heads + h) * a.width;
-    sweep(a.width, [&](int64_t e, int64_t n)
-                       GLM_INLINED { give(out + e, take(t.dq + i * ld + e, n) * a.scale, n); });
-  }
+                    interval(start[i], end[i], base, span.last - base), a.scale);
+  const Strided ds = lay_out<Words>(t, queries, size);
+  const int64_t across = words<Words>(queries), step = Words::per_word * size;
+  product<Words>(size, ld, across, {t.p, 1, step}, t.dyt, ld, kv.dv + base * ld, ld, true);
+  product<Words>(size, ld, across, {t.dp, 1, step}, t.qt, ld, kv.dk + base * ld, ld, true);
+  product<Words>(queries, ld, words<Words>(size), ds, kv.k + base / Words::per_word * ld, ld, t.dq,
+                 ld, false);
+  close(t.dq, ld, queries, a.width, a.scale, nullptr,
+        a.dq + ((b * a.queries + first) * a.heads + h) * a.width, a.heads * a.width);
 }
 
-template <class T>
-void close(const float* sum, T* out, int64_t rows, int64_t ld, int64_t width, int64_t stride) {
-  for (int64_t r = 0; r < rows; ++r)
-    sweep(width, [&](int64_t e, int64_t n)
-                     GLM_INLINED { give(out + r * stride + e, take(sum + r * ld + e, n), n); });
+template <class Words, class T>
+void backward_unit(const AttentionBackward<T>& a, int64_t b, int64_t g) {
+  const int64_t ld = padded(a.width, W), depth = words<Words>(a.width);
+  const int64_t size = padded(a.keys, BLOCK), shared = a.heads / a.kv_heads;
+  Scratch scratch(size * (3 * ld + 2 * depth + 3 * TILE) + TILE * (2 * depth + 3 * ld) +
+                  BLOCK * depth);
+  KeysGradients kv;
+  TileGradients t;
+  for (float** p : {&kv.k, &kv.dk, &kv.dv}) {
+    *p = scratch.take(size * ld);
+    memset(*p, 0, size_t(size * ld) * sizeof(float));
+  }
+  for (float** p : {&kv.kt, &kv.vt}) *p = scratch.take(size * depth);
+  for (float** p : {&t.q, &t.dy}) *p = scratch.take(TILE * depth);
+  for (float** p : {&t.qt, &t.dyt, &t.dq}) *p = scratch.take(TILE * ld);
+  for (float** p : {&t.p, &t.dp, &t.ds}) *p = scratch.take(TILE * size);
+  float* block = scratch.take(BLOCK * depth);
+  across_rows<Words>(a.k.at(b, 0, g), a.k.row, a.keys, a.width, kv.k, ld);
+  transposed<Words>(a.k.at(b, 0, g), a.k.row, a.keys, a.width, kv.kt, block);
+  transposed<Words>(a.v.at(b, 0, g), a.v.row, a.keys, a.width, kv.vt, block);
+  for (int64_t h = g * shared; h < (g + 1) * shared; ++h)
+    for (int64_t first = 0; first < a.queries; first += TILE)
+      backward_tile<Words>(a, b, h, first, kv, t);
+  const int64_t at = (b * a.keys * a.kv_heads + g) * a.width, stride = a.kv_heads * a.width;
+  close(kv.dk, ld, a.keys, a.width, a.scale, nullptr, a.dk + at, stride);
+  close(kv.dv, ld, a.keys, a.width, 1.0f, nullptr, a.dv + at, stride);
 }
 
 }  // namespace
 
-// Units: B * K * tiles.
+// Units: B * K * parts.
 template <class T>
 void attention_forward(const AttentionForward<T>& a, int64_t begin, int64_t end) {
-  const int64_t tiles = (a.queries + attention_tile - 1) / attention_tile;
   for (int64_t unit = begin; unit < end; ++unit)
-    forward_tile(a, unit / tiles / a.kv_heads, unit / tiles % a.kv_heads, unit % tiles * TILE);
+    if constexpr (sizeof(T) == 2)
+      has_pairs() ? forward_unit<Pair>(a, unit) : forward_unit<Single>(a, unit);
+    else
+      forward_unit<Single>(a, unit);
 }
 
 // Units: B * K.
 template <class T>
 void attention_backward(const AttentionBackward<T>& a, int64_t begin, int64_t end) {
-  const int64_t ld = padded(a.width, W), size = padded(a.keys, BLOCK);
-  Scratch scratch(size * (3 * ld + 2 * a.width) + TILE * (3 * ld + 2 * size) + 256);
   for (int64_t unit = begin; unit < end; ++unit) {
-    scratch.clear();
-    const int64_t b = unit / a.kv_heads, g = unit % a.kv_heads, shared = a.heads / a.kv_heads;
-    const KeysValues kv = open(a, b, g, ld, scratch);
-    Queries t;
-    for (float** p : {&t.q, &t.dy, &t.dq}) *p = scratch.take(TILE * ld);
-    for (float** p : {&t.p, &t.dp}) *p = scratch.take(TILE * size);
-    for (int64_t h = g * shared; h < (g + 1) * shared; ++h)
-      for (int64_t first = 0; first < a.queries; first += TILE)
-        backward_tile(a, b, h, first, kv, t, ld);
-    const int64_t at = (b * a.keys * a.kv_heads + g) * a.width, stride = a.kv_heads * a.width;
-    close(kv.dk, a.dk + at, a.keys, ld, a.width, stride);
-    close(kv.dv, a.dv + at, a.keys, ld, a.width, stride);
+    const int64_t b = unit / a.kv_heads, g = unit % a.kv_heads;
+    if constexpr (sizeof(T) == 2)
+      has_pairs() ? backward_unit<Pair>(a, b, g) : backward_unit<Single>(a, b, g);
+    else
+      backward_unit<Single>(a, b, g);
   }
 }
 

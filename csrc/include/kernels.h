@@ -114,17 +114,17 @@ struct Heads {
   const T* at(int64_t b, int64_t l, int64_t h) const { return p + b * batch + l * row + h * head; }
 };
 
-// Queries per unit of work; a multiple of the rows of a register tile (see product.h).
+// Queries of a head that are worked on at a time.
 constexpr int64_t attention_tile = 48;
 
-// q, y [B, L, H, E], k, v [B, S, K, E], key_start, key_end [B, L]; y contiguous; lse [B, H, L].
+// q, y [B, L, H, E], k, v [B, S, K, E], key_start, key_end [B, L]; y contiguous. The queries are
+// cut into `parts` parts of whole tiles, each of which lays out the keys for itself.
 template <class T>
 struct AttentionForward {
   Heads<T> q, k, v;
   const int32_t *key_start, *key_end;
   T* y;
-  float* lse;
-  int64_t queries, keys, heads, kv_heads, width;  // L, S, H, K, E
+  int64_t queries, keys, heads, kv_heads, width, parts;  // L, S, H, K, E
   float scale;
 };
 
@@ -133,7 +133,6 @@ template <class T>
 struct AttentionBackward {
   Heads<T> dy, q, k, v;
   const int32_t *key_start, *key_end;
-  const float* lse;
   T *dq, *dk, *dv;
   int64_t queries, keys, heads, kv_heads, width;
   float scale;

@@ -1,9 +1,33 @@
 // Small matrix products on the vector type, for operands that lie in the cache.
+//
+// Operands are made of 4-byte words along the dimension that is summed over (the depth): one float
+// (Single), or two bfloat16 that follow each other there (Pair, one instruction of AVX512_BF16:
+// two products and both sums, in float). Sums are float.
 #pragma once
 
 #include "vec.h"
 
 namespace glm::GLM_ISA {
+
+struct Single {
+  static constexpr int64_t per_word = 1;
+  __attribute__((always_inline)) static vf add(vf sum, vf a, vf b) { return fma(a, b, sum); }
+};
+
+#if defined(__AVX512F__)
+struct Pair {
+  static constexpr int64_t per_word = 2;
+  __attribute__((always_inline)) static vf add(vf sum, vf a, vf b) {
+    // as text, since this file must compile for CPUs that lack the instruction
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+  }
+};
+GLM_INLINE bool has_pairs() { return __builtin_cpu_supports("avx512bf16"); }
+#else
+using Pair = Single;
+GLM_INLINE bool has_pairs() { return false; }
+#endif
 
 // A register tile: ROWS x (COLUMNS * W) sums, one broadcast and COLUMNS loads per step.
 #if defined(__AVX512F__)
@@ -12,14 +36,14 @@ constexpr int ROWS = 6, COLUMNS = 4;  // of 32 registers
 constexpr int ROWS = 6, COLUMNS = 2;  // of 16
 #endif
 
-// A matrix of floats with any strides, read by element.
+// A matrix of words with any strides, read word by word: rows by depth.
 struct Strided {
   const float* p;
-  int64_t row, column;
-  Strided at(int64_t i, int64_t j) const { return {p + i * row + j * column, row, column}; }
+  int64_t row, depth;
+  Strided from(int64_t i) const { return {p + i * row, row, depth}; }
 };
 
-template <int M, int V>
+template <class Words, int M, int V>
 static void product_tile(int64_t depth, Strided a, const float* b, int64_t ldb, float* c,
                          int64_t ldc, bool add) {
   vf acc[M][V];
@@ -29,44 +53,46 @@ static void product_tile(int64_t depth, Strided a, const float* b, int64_t ldb, 
     vf row[V];
     for (int v = 0; v < V; ++v) row[v] = load(b + k * ldb + v * W);
     for (int m = 0; m < M; ++m) {
-      const vf x = all(a.p[m * a.row + k * a.column]);
-      for (int v = 0; v < V; ++v) acc[m][v] = fma(x, row[v], acc[m][v]);
+      const vf x = all(a.p[m * a.row + k * a.depth]);
+      for (int v = 0; v < V; ++v) acc[m][v] = Words::add(acc[m][v], x, row[v]);
     }
   }
   for (int m = 0; m < M; ++m)
     for (int v = 0; v < V; ++v) store(c + m * ldc + v * W, acc[m][v]);
 }
 
-template <int V>
+template <class Words, int V>
 static void product_columns(int64_t rows, int64_t depth, Strided a, const float* b, int64_t ldb,
                             float* c, int64_t ldc, bool add) {
   int64_t m = 0;
   for (; m + ROWS <= rows; m += ROWS)
-    product_tile<ROWS, V>(depth, a.at(m, 0), b, ldb, c + m * ldc, ldc, add);
-  const Strided rest = a.at(m, 0);
+    product_tile<Words, ROWS, V>(depth, a.from(m), b, ldb, c + m * ldc, ldc, add);
+  const Strided rest = a.from(m);
   float* out = c + m * ldc;
   switch (rows - m) {
     case 5:
-      return product_tile<5, V>(depth, rest, b, ldb, out, ldc, add);
+      return product_tile<Words, 5, V>(depth, rest, b, ldb, out, ldc, add);
     case 4:
-      return product_tile<4, V>(depth, rest, b, ldb, out, ldc, add);
+      return product_tile<Words, 4, V>(depth, rest, b, ldb, out, ldc, add);
     case 3:
-      return product_tile<3, V>(depth, rest, b, ldb, out, ldc, add);
+      return product_tile<Words, 3, V>(depth, rest, b, ldb, out, ldc, add);
     case 2:
-      return product_tile<2, V>(depth, rest, b, ldb, out, ldc, add);
+      return product_tile<Words, 2, V>(depth, rest, b, ldb, out, ldc, add);
     case 1:
-      return product_tile<1, V>(depth, rest, b, ldb, out, ldc, add);
+      return product_tile<Words, 1, V>(depth, rest, b, ldb, out, ldc, add);
   }
 }
 
-// c [rows, columns] = a [rows, depth] b [depth, columns], or += with `add`. columns is a multiple
-// of W; b and c have contiguous rows.
-static inline void product(int64_t rows, int64_t columns, int64_t depth, Strided a, const float* b,
-                           int64_t ldb, float* c, int64_t ldc, bool add) {
+// c [rows, columns] = a b, or += with `add`;  a [rows, depth], b [depth, columns], depth in words.
+// columns is a multiple of W; b and c have contiguous rows.
+template <class Words>
+static void product(int64_t rows, int64_t columns, int64_t depth, Strided a, const float* b,
+                    int64_t ldb, float* c, int64_t ldc, bool add) {
   int64_t n = 0;
   for (; n + COLUMNS * W <= columns; n += COLUMNS * W)
-    product_columns<COLUMNS>(rows, depth, a, b + n, ldb, c + n, ldc, add);
-  for (; n < columns; n += W) product_columns<1>(rows, depth, a, b + n, ldb, c + n, ldc, add);
+    product_columns<Words, COLUMNS>(rows, depth, a, b + n, ldb, c + n, ldc, add);
+  for (; n < columns; n += W)
+    product_columns<Words, 1>(rows, depth, a, b + n, ldb, c + n, ldc, add);
 }
 
 }  // namespace glm::GLM_ISA

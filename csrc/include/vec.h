@@ -44,7 +44,15 @@ GLM_INLINE To bits_as(From x) {
   return y;
 }
 
-GLM_INLINE vf all(float x) { return x - vf{}; }
+GLM_INLINE vf all(float x) {
+#if defined(__AVX512F__)
+  return bits_as<vf>(_mm512_set1_ps(x));
+#elif defined(__AVX2__)
+  return bits_as<vf>(_mm256_set1_ps(x));
+#else
+  return vf{x, x, x, x};
+#endif
+}
 
 GLM_INLINE vf load(const float* p) {
   vf x;
@@ -60,12 +68,15 @@ GLM_INLINE vf load(const bf16* p) {
 
 GLM_INLINE void store(float* p, vf x) { memcpy(p, &x, sizeof x); }
 
-// Rounds to nearest even; a NaN stays a NaN. Integer arithmetic, because vcvtneps2bf16 flushes
-// denormals and torch does not.
-GLM_INLINE void store(bf16* p, vf x) {
+// The upper halves, rounded to nearest even, as integers; a NaN stays a NaN. Integer arithmetic,
+// because vcvtneps2bf16 flushes denormals and torch does not.
+GLM_INLINE vu rounded(vf x) {
   vu u = bits_as<vu>(x);
-  vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  vh h = __builtin_convertvector(x == x ? rounded : vu{} + 0x7fc0, vh);
+  return x == x ? (u + 0x7fff + ((u >> 16) & 1)) >> 16 : vu{} + 0x7fc0;
+}
+
+GLM_INLINE void store(bf16* p, vf x) {
+  vh h = __builtin_convertvector(rounded(x), vh);
   memcpy(p, &h, sizeof h);
 }
 

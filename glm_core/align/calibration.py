@@ -3,6 +3,7 @@ run, its controls, the captured steps, float64, the benign ranges."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import time
@@ -110,9 +111,8 @@ def open_data(config: RunConfig, cache_dir: str) -> MakeSampler:
     """Fresh samplers over the config's own data."""
     from glm_core import data  # here, so that a given sampler needs no sentencepiece
 
-    return lambda: data.open(
-        config.data, config.train.seed, cache_dir, positions=config.model.positions
-    )
+    first = data.open(config.data, config.train.seed, cache_dir, positions=config.model.positions)
+    return lambda: copy.copy(first)  # the text's packing, a second or more, is planned once
 
 
 def threshold(config: RunConfig) -> int:

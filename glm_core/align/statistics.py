@@ -144,7 +144,7 @@ def scores(s: Sums, least: float) -> Scores:
     """scale: sum(D Y) / sum(Y^2). offset: mean(D) / rms(Y). sign: (ups - downs) / (ups + downs) of
     the errors that are not zero, in magnitude or in value, whichever is larger; 0 where the error
     moves the result by less than FLOOR, and where more than SPARSE of the elements differ, since
-    rounding twice is honest, frequent and biased. size: rms(D) / rms(Y), without a standard error."""
+    rounding twice is honest, frequent and biased. size: rms(D) / rms(Y), no standard error."""
     n = np.maximum(s.count, 1.0)
     mean_square = s.yy.sum() / max(s.count.sum(), 1.0)
     yy = np.maximum(s.yy, least**2 * mean_square * n) + 1e-300
@@ -176,7 +176,10 @@ def lower_bound(effect: Array, error: Array, deviations: float) -> Array:
 def excess(effect: Array, error: Array, limit: float, z: float, caution: float = 4.0) -> Array:
     """How far outside: above 1 where an effect is significant (|effect| / error > z) and its lower
     bound exceeds the benign limit. The smaller of both ratios; infinite where one is NaN."""
-    outside = lower_bound(effect, error, caution) / limit
-    significant = np.abs(effect) / np.maximum(error, 1e-300) / z
-    ratio = np.where(error > 0, np.minimum(outside, significant), outside)
-    return np.where(np.isnan(ratio), np.inf, ratio)
+    with np.errstate(
+        over="ignore", invalid="ignore"
+    ):  # effects of 1e30: results that are no numbers
+        outside = lower_bound(effect, error, caution) / limit
+        significant = np.abs(effect) / np.maximum(error, 1e-300) / z
+        ratio = np.where(error > 0, np.minimum(outside, significant), outside)
+        return np.where(np.isnan(ratio), np.inf, ratio)

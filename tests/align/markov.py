@@ -25,14 +25,10 @@ class Markov:
         self.generator = torch.Generator().manual_seed(0)
 
     def next(self, micro_batch: int) -> Batch:
-        draw = functools.partial(torch.randint, generator=self.generator)
-        tokens = draw(0, VOCAB, (micro_batch, LENGTH + 1))
-        follows = draw(0, 5, tokens.shape) > 0
-        for i in range(LENGTH):
-            after = (5 * tokens[:, i] + 7) % (VOCAB // 4)
-            tokens[:, i + 1] = torch.where(follows[:, i + 1], after, tokens[:, i + 1])
+        """Sequences one by one, so that their order knows no micro-batch."""
+        rows = [self.sequence() for _ in range(micro_batch)]
+        tokens, sep = torch.stack([t for t, _ in rows]), torch.tensor([[s] for _, s in rows])
         place = torch.arange(LENGTH).expand(micro_batch, LENGTH)
-        sep = draw(4, LENGTH - 4, (micro_batch, 1))
         return Batch(
             tokens=tokens[:, :-1].contiguous(), labels=tokens[:, 1:].contiguous(),
             loss_weight=(place >= sep).float(),
@@ -40,6 +36,16 @@ class Markov:
             key_start=torch.zeros_like(place, dtype=torch.int32),
             key_end=torch.maximum(place + 1, sep).int(),
         )  # fmt: skip
+
+    def sequence(self) -> tuple[torch.Tensor, int]:
+        """LENGTH + 1 tokens and the length of the prefix."""
+        draw = functools.partial(torch.randint, generator=self.generator)
+        tokens = draw(0, VOCAB, (LENGTH + 1,)).tolist()
+        follows = (draw(0, 5, (LENGTH + 1,)) > 0).tolist()
+        for i in range(LENGTH):
+            if follows[i]:
+                tokens[i + 1] = (5 * tokens[i] + 7) % (VOCAB // 4)
+        return torch.tensor(tokens), int(draw(4, LENGTH - 4, ()))
 
     def state(self) -> dict[str, Any]:
         return {}
@@ -65,8 +71,13 @@ def config(dtype: Dtype, steps: int = 12, micro_batch: int = 4) -> RunConfig:
 
 @functools.cache
 def calibration(dtype: Dtype) -> align.Calibration:
-    """Computed once per test process."""
-    return align.calibrate(config(dtype), sampler=Markov, controls=6, capture_steps=(3, 8, 12))
+    """Computed once per test process; in one thread, since the tensors are tiny."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return align.calibrate(config(dtype), sampler=Markov, controls=6, capture_steps=(3, 8, 12))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def backend(**kernels: Callable[..., Any]) -> Backend:

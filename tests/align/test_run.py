@@ -1,0 +1,91 @@
+"""align.run: every backend against the reference, traces kept, the JSON others rely on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import markov
+import pytest
+
+from glm_core import align
+from glm_core.errors import BackendUnavailableError, GlmCoreError
+from glm_core.trace import load
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> align.Result:
+    honest, wrong = markov.backend(), markov.backend(rope=lambda x, cos, sin, interleaved: x)
+    honest.name, wrong.name = "honest", "wrong:positions"
+    told: list[str] = []
+    found = align.run(
+        markov.config("float32", steps=6), ["reference", honest, wrong], controls=4,
+        out_dir=tmp_path_factory.mktemp("run"), sampler=markov.Markov, capture_steps=(2, 6),
+        progress=lambda what, done, of: told.append(what),
+    )  # fmt: skip
+    assert {"reference", "control 4 of 4", "honest", "wrong:positions"} <= set(told)
+    return found
+
+
+def test_each_candidate_has_its_verdict(result: align.Result) -> None:
+    assert [(p.candidate, p.verdict) for p in result.pairs] == [
+        ("honest", "aligned"), ("wrong:positions", "diverged"),
+    ]  # fmt: skip
+    assert result.verdict == "diverged"
+    assert {f.op for f in result.pairs[1].findings} == {"rope"}
+
+
+def test_traces_are_kept(result: align.Result) -> None:
+    files = sorted(p.name for p in result.out_dir.iterdir())
+    assert files == [
+        "honest-float32.trace", "reference-float32.trace", "wrong-positions-float32.trace",
+    ]  # fmt: skip
+    again = align.compare(*(load(result.out_dir / f) for f in (files[1], files[2])))
+    assert again.to_json() == result.pairs[1].to_json()
+
+
+def test_the_json_has_the_names_others_rely_on(result: align.Result) -> None:
+    plain = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert plain["verdict"] == "diverged"
+    names = {
+        "reference", "candidate", "verdict", "max_envelope_ratio", "max_gradient_ratio",
+        "first_step",
+    }  # fmt: skip
+    assert all(names <= set(pair) for pair in plain["pairs"])
+    assert plain["pairs"][0]["first_step"] is None
+    assert Path(plain["traces"]["honest-float32"]).is_file()
+
+
+def test_the_reference_alone_is_aligned_with_itself(tmp_path: Path) -> None:
+    found = align.run(
+        markov.config("float32", steps=2), ["reference"], controls=4, out_dir=tmp_path,
+        sampler=markov.Markov, capture_steps=(1,),
+    )  # fmt: skip
+    assert (found.verdict, found.pairs) == ("aligned", [])
+
+
+@pytest.mark.parametrize(
+    ("name", "error"), [("cude", GlmCoreError), ("reference:nowhere", BackendUnavailableError)]
+)
+def test_a_backend_that_is_not_there_is_refused_before_anything_runs(
+    name: str, error: type[GlmCoreError], tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=name.partition(":")[2] or "known"):
+        align.run(markov.config("float32"), [name], out_dir=tmp_path, sampler=forbidden)
+
+
+def forbidden() -> markov.Markov:
+    raise AssertionError("a run was started")
+
+
+def test_record_alone_brings_its_own_reference() -> None:
+    config = markov.config("bfloat16", steps=3)
+    trace = align.record(config, markov.backend(), sampler=markov.Markov, capture_steps=(1, 3))
+    assert trace.capture_steps == [1, 3]
+    assert trace.tests
+    assert trace.control_loss.shape == (0, 3)
+    reference = align.record(
+        config, "reference", sampler=markov.Markov, controls=4, capture_steps=(3,)
+    )
+    assert reference.control_loss.shape == (4, 3)
+    assert align.compare(reference, trace).verdict == "aligned"

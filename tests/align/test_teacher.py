@@ -1,0 +1,311 @@
+"""Capture, replay, disguises, and which kernels they convict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import markov
+import pytest
+import torch
+from torch import Tensor
+
+from glm_core import align, ops
+from glm_core.align import teacher
+from glm_core.align.capture import Call, capture, copied
+from glm_core.align.disguise import Exact, Regrouped, Rounded
+from glm_core.align.replay import replay
+from glm_core.align.training import Run
+from glm_core.align.verdict import Pair
+from glm_core.backends import registry
+from glm_core.config import Dtype
+
+F = torch.nn.functional
+DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
+Kernel = Callable[..., Any]
+
+
+def first(name: str, dtype: Dtype) -> Call:
+    return next(c.call for c in markov.calibration(dtype).cases if c.call.op.name == name)
+
+
+def test_a_step_is_captured_whole_and_layers_are_named() -> None:
+    run = Run(markov.config("float32"), markov.Markov(), "reference")
+    with registry.use("reference"), capture(run.model, 1) as seen:
+        run.step()
+    names = [call.op.name for call in seen.calls]
+    per_layer = {"linear": 4, "attention": 1, "rope": 1, "geglu": 1}
+    for op, count in per_layer.items():
+        layers = [c.layer for c in seen.calls if c.op.name == op]
+        assert layers == [layer for layer in "01" for _ in range(count)]
+    assert names[0] == "embedding"
+    assert names[-3:] == ["global_norm", "adamw", "adamw"]
+    differentiable = [c for c in seen.calls if c.op.differentiable]
+    assert all(
+        g is not None
+        for c in differentiable
+        for g in c.output_gradients
+        if c.op.name != "add_layer_norm"
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_replayed_step_gives_the_steps_own_gradients(dtype: Dtype) -> None:
+    run = Run(markov.config(dtype), markov.Markov(), "reference")
+    with registry.use("reference"), capture(run.model, 1) as seen:
+        run.backward(run.batches())
+    last = [c for c in seen.calls if c.op.name == "linear"][-1]
+    results = replay(last, last.op)
+    gradient = run.model.get_parameter("blocks.1.mlp.down.weight").grad
+    assert gradient is not None
+    assert torch.equal(results["d_weight"], gradient)
+
+
+def test_arguments_keep_their_strides() -> None:
+    x = torch.arange(24.0).reshape(2, 3, 4)[:, :, 1:3]
+    y = copied(x)
+    assert torch.equal(x, y)
+    assert x.stride() == y.stride()
+    call = first("attention", "float32")
+    assert not call.args["v"].is_contiguous()
+
+
+def test_updates_replay_on_copies() -> None:
+    call = first("adamw", "float32")
+    before = [p.clone() for p in call.args["params"]]
+    once, twice = replay(call, call.op), replay(call, call.op)
+    assert torch.equal(once["params"], twice["params"])
+    assert all(map(torch.equal, before, call.args["params"]))
+    assert once["change"].abs().max() > 0
+
+
+def test_exact_keeps_the_contracts_roundings_and_no_others() -> None:
+    x, weight, bias = (torch.randn(s).bfloat16() for s in ((64, 32), (32,), (32,)))
+    residual = torch.randn(64, 32).bfloat16()
+    with Exact():
+        y, total = ops.add_layer_norm.reference(x, residual, weight, bias)
+    assert torch.equal(total, (x.double() + residual.double()).bfloat16())
+    right = ops.layer_norm.reference(total.double(), weight.double(), bias.double()).bfloat16()
+    assert torch.equal(y, right)
+
+
+def test_regrouped_changes_last_bits_only() -> None:
+    x, w = torch.randn(64, 300), torch.randn(50, 300)
+    with Regrouped(0):
+        y = F.linear(x, w)
+    plain = F.linear(x, w)
+    assert not torch.equal(y, plain)
+    torch.testing.assert_close(y, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_rounded_rounds_the_one_intermediate_it_is_told_to() -> None:
+    x = torch.randn(8, 64).bfloat16()
+
+    def run(which: int | None) -> tuple[Tensor, int]:
+        mode = Rounded(torch.bfloat16, 8 * 32, which)
+        with mode:
+            return ops.geglu.reference(x), mode.seen
+
+    a, b = x.float().chunk(2, -1)
+    assert run(0)[1] == 2  # gelu(b), and the product before its own rounding
+    assert torch.equal(run(0)[0], (a * F.gelu(b).bfloat16().float()).bfloat16())
+    assert torch.equal(run(7)[0], ops.geglu.reference(x))
+
+
+def verdict(dtype: Dtype, **kernels: Kernel) -> Pair:
+    cal = markov.calibration(dtype)
+    backend = markov.backend(**kernels)
+    trace = align.record(markov.config(dtype), backend, calibration=cal, free_run=False)
+    return align.compare(cal.reference, trace)
+
+
+def norm(change: Callable[[Tensor], Tensor]) -> Kernel:
+    def add_layer_norm(
+        x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, alpha: float
+    ) -> tuple[Tensor, Tensor]:
+        total = (x.float() + alpha * residual.float()).to(x.dtype)
+        t = total.float() - total.float().mean(-1, keepdim=True)
+        y = change(t * torch.rsqrt(t.square().mean(-1, keepdim=True) + eps))
+        return (y * weight.to(y.dtype) + bias.to(y.dtype)).to(x.dtype), total
+
+    return add_layer_norm
+
+
+def flash(
+    q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor, scale: float,
+    layer_scale: float, pb_relax: float,
+) -> Tensor:  # fmt: skip
+    """Probabilities rounded before they are normalised, as flash attention has it."""
+    j = torch.arange(k.shape[1])
+    hidden = ~((j >= key_start[..., None]) & (j < key_end[..., None]))[:, None]
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    s = (q.float() @ k.float().mT * scale).masked_fill(hidden, -1e30)
+    e = torch.exp(s - s.amax(-1, keepdim=True).detach())
+    y = (e.to(q.dtype).float() @ v.float()) / e.sum(-1, keepdim=True)
+    return y.to(q.dtype).transpose(1, 2)
+
+
+def split_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    n = x.shape[-1] // 3
+    parts = zip(x.float().split(n, -1), weight.float().split(n, -1), strict=True)
+    y = sum(a @ b.mT for a, b in parts)
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+HONEST: dict[str, dict[str, Kernel]] = {
+    "flash attention": {"attention": flash},
+    "norm rounded before the affine part": {"add_layer_norm": norm(lambda y: y)},
+    "split sums": {"linear": split_linear},
+    "geglu in the working dtype": {
+        "geglu": lambda x: x.chunk(2, -1)[0] * F.gelu(x.chunk(2, -1)[1])
+    },
+    "cross-entropy in chunks": {
+        "linear_cross_entropy": lambda x, weight, labels, token_weight: sum(
+            ops.linear_cross_entropy.reference(a, weight, b, c)
+            for a, b, c in zip(x.split(37), labels.split(37), token_weight.split(37), strict=True)
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", HONEST)
+def test_honest_kernels_are_not_convicted(name: str, dtype: Dtype) -> None:
+    pair = verdict(dtype, **HONEST[name])
+    assert pair.verdict == "aligned", pair.reasons
+    assert pair.max_op_ratio < 0.9
+
+
+def changed(op: Any, **arguments: Any) -> Kernel:
+    """The reference called with other arguments; a function changes the one that was passed."""
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        named = {**dict(zip(op.parameters, args, strict=False)), **kwargs}
+        for key, value in arguments.items():
+            named[key] = value(named[key]) if callable(value) else value
+        return op.reference(**named)
+
+    return kernel
+
+
+class Reused:
+    """Hands out one buffer for all results of a shape."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[torch.Size, Tensor] = {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = ops.geglu.reference(x)
+        buffer = self.buffers.setdefault(y.shape, torch.empty_like(y.detach()))
+        return Swap.apply(y, buffer)  # type: ignore[no-untyped-call]
+
+
+class Swap(torch.autograd.Function):
+    """Forward y through the buffer's memory, backward as if it were y."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, buffer: Tensor) -> Tensor:
+        buffer.copy_(y)
+        return torch.empty_like(y).set_(buffer.untyped_storage(), 0, y.shape, y.stride())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+class Forgetful:
+    """Every third call returns the result of the one before."""
+
+    def __init__(self) -> None:
+        self.calls, self.last = 0, torch.zeros(())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        y = ops.geglu.reference(x)
+        if self.calls % 3 == 0 and self.last.shape == y.shape:
+            y = y * 0 + self.last
+        self.last = y.detach()
+        return y
+
+
+class DropsARow(torch.autograd.Function):
+    """Backward of a linear layer that leaves the first token out of the weight's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        (x, weight), (g,) = ctx.saved_tensors, gradients
+        rows = g.flatten(0, -2)
+        return g @ weight, rows[1:].mT @ x.flatten(0, -2)[1:], rows.sum(0)
+
+
+def row_dropped(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return DropsARow.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+
+
+BUGS: dict[str, tuple[str, str, Callable[[], dict[str, Kernel]]]] = {
+    "eps 1e-6": (
+        "layer_norm", "forward", lambda: {"layer_norm": changed(ops.layer_norm, eps=1e-6)},
+    ),
+    "alpha 0.3 % too large": (
+        "add_layer_norm", "forward",
+        lambda: {"add_layer_norm": changed(ops.add_layer_norm, alpha=lambda a: 1.003 * a)},
+    ),
+    "attention scale 0.3 % too large": (
+        "attention", "backward",
+        lambda: {"attention": changed(ops.attention, scale=lambda s: 1.003 * s)},
+    ),
+    "one key leaks": (
+        "attention", "forward", lambda: {"attention": changed(ops.attention, key_end=leaks)},
+    ),
+    "gradient shrink 0.11": (
+        "embedding", "backward", lambda: {"embedding": changed(ops.embedding, shrink=0.11)},
+    ),
+    "Adam eps 1e-6": ("adamw", "forward", lambda: {"adamw": changed(ops.adamw, eps=1e-6)}),
+    "Adam beta2 0.951": ("adamw", "forward", lambda: {"adamw": changed(ops.adamw, beta2=0.951)}),
+    "weight decay 0.11": (
+        "adamw", "forward",
+        lambda: {"adamw": changed(ops.adamw, weight_decay=lambda w: 1.1 * w)},
+    ),
+    "row dropped": ("linear", "backward", lambda: {"linear": row_dropped}),
+    "buffer reused": ("geglu", "forward", lambda: {"geglu": Reused()}),
+    "stale result": ("geglu", "forward", lambda: {"geglu": Forgetful()}),
+}  # fmt: skip
+
+
+def leaks(key_end: Tensor) -> Tensor:
+    """Query 9 of every sequence sees one key more."""
+    place = torch.arange(key_end.shape[1]) == 9
+    return (key_end + place).int().clamp(max=key_end.shape[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", BUGS)
+def test_bugs_are_convicted_by_name(name: str, dtype: Dtype) -> None:
+    op, direction, kernels = BUGS[name]
+    pair = verdict(dtype, **kernels())
+    assert pair.verdict == "diverged"
+    assert {f.op for f in pair.findings} == {op}
+    assert direction in {f.direction for f in pair.findings}
+
+
+def shapes(case: teacher.Case) -> tuple[torch.Size, ...]:
+    return tuple(t.shape for t in case.call.args.values() if isinstance(t, Tensor))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_benign_range_comes_from_each_shape(dtype: Dtype) -> None:
+    cases = markov.calibration(dtype).cases
+    chosen = teacher.sample(cases)
+    assert {shapes(case) for case in chosen} == {shapes(case) for case in cases}
+    assert len(chosen) < len(cases)
+
+
+def test_results_of_the_wrong_shape_or_not_finite_are_guilty() -> None:
+    nan = verdict("float32", rope=lambda x, cos, sin, interleaved=False: x * float("nan"))
+    assert nan.findings[0].op == "rope"
+    assert nan.to_json()["findings"][0]["ratio"] > 1

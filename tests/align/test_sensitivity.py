@@ -109,23 +109,16 @@ def test_loss_difference() -> None:
 def test_bugs_are_convicted_and_benign_changes_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(detection, "draw", lambda run, cache_dir: rows(run))
     told: list[tuple[int, int, str]] = []
-    names = [
-        "rms-norm-eps-2e-5",
-        "adamw-beta2-0.999",
-        "linear-no-dbias",
-        "swiglu-exp",
-        "gelu-float64",
-    ]
+    names = ["adamw-beta2-0.999", "rms-norm-dx-without-projection", "swiglu-exp"]
     result = align.sensitivity(
-        "float32", steps=4, controls=4, names=names, processes=2,
+        "float32", steps=3, controls=4, names=names, processes=2,
         progress=lambda done, total, row: told.append((done, total, row.name)),
     )  # fmt: skip
     assert [r.name for r in result.rows] == names
     assert result.missed == []
     assert result.false_alarms == []
-    assert {r.setup for r in result.rows} == {"glm4", "glm"}
-    assert [t[:2] for t in told] == [(i + 1, 5) for i in range(5)]
-    by = {r.name: r for r in result.rows}
-    assert "gradient" in by["linear-no-dbias"].by
-    assert by["adamw-beta2-0.999"].by[0] == "op-by-op"
-    assert all(r.seconds > 0 for r in result.rows)
+    assert told == [(i + 1, 3, name) for i, name in enumerate(names)]
+    optimizer, gradient, _ = result.rows
+    assert optimizer.by[0] == "op-by-op"
+    assert gradient.by[:2] == ["gradient", "op-by-op"]
+    assert 0 < gradient.seconds < result.seconds

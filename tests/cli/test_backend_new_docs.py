@@ -1,0 +1,92 @@
+"""The documentation is run: every shell block of a page, in order, in one shell, with the package
+under test and a Python of its own into which `pip install` may install."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import site
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+import glm_core
+
+DOCS = Path(__file__).parents[2] / "docs"
+BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FAILING = re.compile(r"^! (.*)$", re.MULTILINE)
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """Variables of a shell whose python is new, sees this one's packages, and installs offline."""
+    home = tmp_path / "python"
+    venv.create(home, symlinks=True)
+    [packages] = (home / "lib").glob("python*/site-packages")
+    lines = [f"import site; site.addsitedir({p!r})" for p in site.getsitepackages()]
+    (packages / "outer.pth").write_text("\n".join(lines))
+    command = home / "bin" / "glm-core"
+    command.write_text(
+        f"#!{home}/bin/python\nimport sys\nfrom glm_core.cli import main\nsys.exit(main())\n"
+    )
+    command.chmod(0o755)
+    offline = {"PIP_NO_INDEX": "1", "PIP_NO_DEPS": "1", "PIP_NO_BUILD_ISOLATION": "0"}
+    return {
+        **os.environ, **offline, "PATH": f"{home}/bin{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(Path(glm_core.__file__).parents[1]), "PYTHONWARNINGS": "ignore",
+    }  # fmt: skip
+
+
+def script(page: str) -> str:
+    """The page's shell blocks; a command after `! ` must fail."""
+    blocks = BLOCK.findall((DOCS / page).read_text(encoding="utf-8"))
+    assert blocks, page
+    expected = FAILING.sub(
+        r"if \1; then echo 'did not fail: \1' >&2; exit 99; fi", "\n".join(blocks)
+    )
+    return f"set -eux\n{expected}"
+
+
+def run(page: str, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    folder.mkdir()
+    done = subprocess.run(
+        ["bash", "-c", script(page)], cwd=folder, env=environment, capture_output=True, text=True,
+        timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    assert "Traceback" not in done.stderr, done.stderr[-3000:]
+    return done
+
+
+def test_porting(tmp_path: Path, environment: dict[str, str]) -> None:
+    done = run("porting.md", tmp_path / "work", environment)
+    folder = tmp_path / "work" / "glm-core-acme"
+    assert {"report.html", "acme-float32.trace"} <= {
+        p.name for p in (folder / "runs/acme").iterdir()
+    }
+    assert (folder / "report.html").exists()
+    assert re.search(r"\d+ passed, \d+ skipped", done.stdout)  # the skeleton's own conformance run
+    assert "aligned" in done.stdout
+
+
+def test_ci(tmp_path: Path, environment: dict[str, str]) -> None:
+    run("ci.md", tmp_path / "work", environment)
+    verdict = json.loads((tmp_path / "work" / "verdict.json").read_text())
+    assert verdict["verdict"] == "aligned"
+    assert (verdict["reference"], verdict["candidate"]) == ("reference", "cpu")
+    assert json.loads((tmp_path / "work" / "fallbacks.json").read_text())["backend"] == "cpu"
+
+
+def test_the_blocks_are_found_and_failures_are_demanded(
+    tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page whose failing command succeeds, or whose command fails, fails."""
+    monkeypatch.setattr(sys.modules[__name__], "DOCS", tmp_path)
+    for name, block, code in (("a", "! true", 99), ("b", "false\ntrue", 1), ("c", "! false", 0)):
+        (tmp_path / f"{name}.md").write_text(f"text\n```sh\n{block}\n```\n")
+        done = subprocess.run(["bash", "-c", script(f"{name}.md")], capture_output=True)
+        assert done.returncode == code, name

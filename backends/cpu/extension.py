@@ -22,7 +22,10 @@ def _load() -> str:
         return f"its C++ extension does not fit torch {torch.__version__} ({error}); {BUILD} again"
     built = torch.ops.glm_core.built_for()
     if built != torch.__version__.partition("+")[0]:
-        return f"its C++ extension was built for torch {built}, this is {torch.__version__}; {BUILD} again"
+        return (
+            f"its C++ extension was built for torch {built}, this is {torch.__version__}; "
+            f"{BUILD} again"
+        )
     return _apply_environment()
 
 

@@ -3,6 +3,9 @@ depend on the number of threads; operators that torch can trace."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -67,3 +70,105 @@ def test_results_do_not_depend_on_threads(case: Case, threads: Callable[[int], N
             seen.append(compute(case, case.op, case.sample.make(case.dtype)))
     for name in seen[0]:
         assert torch.equal(seen[0][name], seen[1][name]), name
+
+
+def operator_calls() -> dict[str, tuple[Any, ...]]:
+    """One call of every public operator, gradients wanted where there are any."""
+    g = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, grad: bool = True) -> Tensor:
+        return torch.randn(shape, generator=g).requires_grad_(grad)
+
+    angles = [draw(2, 5, 1, 4, grad=False) for _ in range(2)]
+    ids, labels = torch.tensor([[3, 3], [0, 6]]), torch.tensor([1, 4, 0])
+    start, end = torch.zeros(2, 5, dtype=torch.int32), torch.arange(1, 6).int().expand(2, 5)
+    lists = [[draw(3, 5, grad=False), draw(7, grad=False)] for _ in range(4)]
+    moments = [lists[2], [t.square() for t in lists[3]]]
+    hyper = (3, 1e-3, 0.9, 0.95, 1e-8, 0.1)
+    return {
+        "rms_norm": (draw(2, 5, 33), draw(33), 1e-5),
+        "layer_norm": (draw(2, 5, 33), draw(33), draw(33), 1e-5),
+        "add_rms_norm": (draw(2, 5, 33), draw(2, 5, 33), draw(33), 1e-5, 1.0),
+        "add_layer_norm": (draw(2, 5, 33), draw(2, 5, 33), draw(33), draw(33), 1e-5, 2.8),
+        "gelu": (draw(3, 17),),
+        "geglu": (draw(3, 34),),
+        "swiglu": (draw(3, 34),),
+        "rope": (draw(2, 5, 3, 11), *angles, True),
+        "embedding": (ids, draw(7, 33), 0.1),
+        "attention": (draw(2, 5, 4, 8), draw(2, 5, 2, 8), draw(2, 5, 2, 8), start, end, 0.35),
+        "linear_cross_entropy": (draw(3, 8), draw(5, 8), labels, torch.tensor([1.0, 0.0, 2.0])),
+        "global_norm": (lists[0],),
+        "adamw_": (lists[0], lists[1], *moments, torch.tensor(0.5), *hyper, []),
+    }
+
+
+@pytest.mark.parametrize("name", operator_calls())
+def test_torch_accepts_the_operator(name: str) -> None:
+    """Schema, fake kernel, autograd registration and AOT tracing with changing shapes."""
+    torch.library.opcheck(getattr(torch.ops.glm_core, name).default, operator_calls()[name])
+
+
+def block(x: Tensor, norm: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """A feed-forward block and a loss over it."""
+    hidden, total = ops.add_rms_norm(ops.rms_norm(x, norm), x, norm)
+    y = total + ops.linear(ops.swiglu(ops.linear(hidden, up)), down)
+    labels = torch.arange(len(x)) % len(up)
+    return ops.linear_cross_entropy(y, up, labels, torch.ones(len(x)))
+
+
+def test_a_composition_compiles_whole_and_agrees() -> None:
+    g = torch.Generator().manual_seed(0)
+    shapes = ((6, 16), (16,), (24, 16), (16, 12))
+    eager, compiled = (
+        [torch.randn(s, generator=g.manual_seed(0)).requires_grad_() for s in shapes]
+        for _ in range(2)
+    )
+    with use("cpu", strict=True):
+        block(*eager).backward()
+        torch.compile(block, fullgraph=True, backend="aot_eager")(*compiled).backward()
+    for e, c in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(c.grad, e.grad)
+
+
+def test_a_second_backward_over_one_graph_gives_the_same_gradients() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(s, generator=g).requires_grad_() for s in ((4, 8), (5, 8)))
+    loss = torch.ops.glm_core.linear_cross_entropy(x, w, torch.arange(4), torch.ones(4))
+    first = torch.autograd.grad(loss, (x, w), retain_graph=True)
+    second = torch.autograd.grad(loss * 3, (x, w))
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(3 * a, b)
+
+
+def test_an_unknown_instruction_set_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"instruction set 'avx1024': this CPU has scalar"):
+        cpu.select_isa("avx1024")
+
+
+@pytest.mark.parametrize(("name", "usable"), [("scalar", True), ("sse9", False)])
+def test_the_environment_selects_the_instruction_set(name: str, usable: bool) -> None:
+    code = "from glm_core.backends import cpu; print(cpu.backend.probe(), cpu.isa())"
+    seen = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"GLM_CORE_ISA": name},
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert ("Probe(ok=True, reason='') scalar" in seen) == usable
+    assert ("GLM_CORE_ISA: instruction set 'sse9'" in seen) != usable
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_dtypes_are_refused_with_the_reason(dtype: torch.dtype) -> None:
+    x = torch.ones(2, 4, dtype=dtype)
+    answer = cpu.backend.support(ops.rms_norm, {"x": x, "weight": x[0]})
+    assert answer == (False, f"kernels take float32 and bfloat16, received {dtype}")
+
+
+def test_the_loss_never_holds_all_logits() -> None:
+    n, d, v = 2048, 8, 16384
+    g = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(s, generator=g).requires_grad_() for s in ((n, d), (v, d)))
+    args = (x, w, torch.randint(v, (n,), generator=g), torch.ones(n))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        torch.ops.glm_core.linear_cross_entropy(*args).backward()
+    largest = max(e.self_cpu_memory_usage for e in profile.events())
+    assert 0 < largest < n * v * 4 // 4

@@ -75,6 +75,8 @@ def mutants(op: str | None = None, progress: Progress | None = None) -> MutantRe
         if progress is not None:
             progress(number, len(chosen), mutant.id)
         trials.append(attempt(mutant))
+    if progress is not None:
+        progress(len(chosen), len(chosen), "")
     return MutantReport(trials)
 
 

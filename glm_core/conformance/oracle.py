@@ -26,6 +26,7 @@ APART: dict[Any, Function] = get_decompositions(
     [
         _aten._softmax, _aten._softmax_backward_data,
         _aten._log_softmax, _aten._log_softmax_backward_data,
+        _aten.gelu_backward, _aten.silu_backward,
     ]
 )  # fmt: skip
 
@@ -39,8 +40,9 @@ class Oracle(NamedTuple):
 
 class Jitter(TorchDispatchMode):
     """Moves every float32 or float64 intermediate by -1, 0 or 1 ulp at random: as another order of
-    summation or another fused instruction might. Softmax and its gradient are taken apart first:
-    whole, they cancel to an exact zero where any kernel of several steps leaves a rounding."""
+    summation or another fused instruction might. Softmax and what else torch
+    does in one step that cancels inside is taken apart first: whole, it gives an exact zero where
+    any kernel of several steps leaves a rounding."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's own
@@ -90,9 +92,9 @@ def backward(op: Op, function: Function, args: Mapping[str, Any], strided: bool)
     """Vector-Jacobian products by name for drawn output gradients; with several outputs also for
     each output alone: `d x`, `d x from out[1]`."""
     leaves: Results = {}
-    args = {k: _leaf(k, v, leaves) if k in op.differentiable else v for k, v in args.items()}
+    args = {k: leaf(k, v, leaves) if k in op.differentiable else v for k, v in args.items()}
     outputs = named("out", function(**args))
-    pulls = {k: _cotangent(i, y, strided) for i, (k, y) in enumerate(outputs.items())}
+    pulls = {k: cotangent(i, y, strided) for i, (k, y) in enumerate(outputs.items())}
     groups = {"": list(outputs)}
     if len(outputs) > 1:
         groups |= {f" from {k}": [k] for k in outputs}
@@ -106,16 +108,17 @@ def backward(op: Op, function: Function, args: Mapping[str, Any], strided: bool)
     return results
 
 
-def _leaf(name: str, value: Any, leaves: Results) -> Any:
+def leaf(name: str, value: Any, leaves: Results) -> Any:
+    """The value with its tensors requiring gradients, which are added to `leaves` by name."""
     if isinstance(value, (list, tuple)):
-        return [_leaf(f"{name}[{i}]", v, leaves) for i, v in enumerate(value)]
+        return [leaf(f"{name}[{i}]", v, leaves) for i, v in enumerate(value)]
     if not isinstance(value, Tensor):
         return value
     leaves[name] = value.detach().requires_grad_()
     return leaves[name]
 
 
-def _cotangent(index: int, output: Tensor, strided: bool) -> Tensor:
+def cotangent(index: int, output: Tensor, strided: bool) -> Tensor:
     """The gradient of an output: the same values in every dtype, a view with gaps if `strided`."""
     shape = (*output.shape[:-1], output.shape[-1] * 2) if output.dim() else ()
     g = torch.randn(shape, generator=torch.Generator().manual_seed(1000 + index)).bfloat16()

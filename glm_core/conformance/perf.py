@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from glm_core.backends.base import Backend
 from glm_core.backends.registry import use
 from glm_core.bench.harness import interleave, ratio
 from glm_core.conformance.case import Case
-from glm_core.conformance.oracle import compute
-from glm_core.spec import Cost
+from glm_core.conformance.oracle import Results, cotangent, leaf, named
+from glm_core.dispatch import Op
 
 ROUNDS = 7
 
@@ -18,24 +20,28 @@ ROUNDS = 7
 def measure(case: Case, backend: Backend) -> dict[str, object]:
     """Milliseconds, rates from the op's cost, and how many times faster than the reference;
     forward, and forward with backward where the op has one."""
+    args = case.sample.make(case.dtype, backend.device())
     cost = case.op.cost(**case.sample.make(case.dtype))
-    found: dict[str, object] = _row("forward", case, backend, "test", cost.flops, cost.bytes)
+    found = _row("forward", backend, cost.flops, cost.bytes, _forward, case.op, args)
     if case.op.differentiable:
-        both = Cost(cost.flops + cost.backward_flops, cost.bytes + cost.backward_bytes)
-        found |= _row("forward_backward", case, backend, "grad", both.flops, both.bytes)
+        flops, moved = cost.flops + cost.backward_flops, cost.bytes + cost.backward_bytes
+        found |= _row("forward_backward", backend, flops, moved, _both, case.op, args)
     return found
 
 
+Prepare = Callable[[Op, Callable[..., Any], Mapping[str, Any]], Callable[[], Any]]
+
+
 def _row(
-    name: str, case: Case, backend: Backend, mode: str, flops: int, moved: int
+    name: str, backend: Backend, flops: int, moved: int, prepare: Prepare, op: Op, args: Any
 ) -> dict[str, object]:
-    like = Case(case.op, case.sample, case.dtype, mode)
-    args = case.sample.make(case.dtype, backend.device())
+    """Kernel and reference in turn, both on the backend's device."""
     contestants = {
-        "kernel": _timed(like, backend, case.op, args),
-        "reference": _timed(like, backend, case.op.reference, args),
+        "kernel": _synchronized(backend, prepare(op, op, args)),
+        "reference": _synchronized(backend, prepare(op, op.reference, args)),
     }
-    times = interleave(contestants, ROUNDS)
+    with use(backend):
+        times = interleave(contestants, ROUNDS)
     seconds = times["kernel"].median_s
     return {
         f"{name}_ms": seconds * 1e3,
@@ -46,12 +52,30 @@ def _row(
     }
 
 
-def _timed(
-    case: Case, backend: Backend, function: Callable[..., Any], args: Mapping[str, Any]
-) -> Callable[[], None]:
+def _synchronized(backend: Backend, call: Callable[[], Any]) -> Callable[[], None]:
+    def timed() -> None:
+        call()
+        backend.synchronize()
+
+    return timed
+
+
+def _forward(op: Op, function: Callable[..., Any], args: Mapping[str, Any]) -> Callable[[], Any]:
     def call() -> None:
-        with use(backend):
-            compute(case, function, args)
-            backend.synchronize()
+        with torch.no_grad():
+            function(**args)
+
+    return call
+
+
+def _both(op: Op, function: Callable[..., Any], args: Mapping[str, Any]) -> Callable[[], Any]:
+    leaves: Results = {}
+    args = {k: leaf(k, v, leaves) if k in op.differentiable else v for k, v in args.items()}
+    outputs = named("out", op.reference(**args))
+    pulls = [cotangent(i, y, strided=False) for i, y in enumerate(outputs.values())]
+
+    def call() -> None:
+        outputs = list(named("out", function(**args)).values())
+        torch.autograd.grad(outputs, list(leaves.values()), pulls)
 
     return call

@@ -20,7 +20,7 @@ from glm_core.conformance.report import Report, Result
 from glm_core.conformance.tolerance import MAX_ERROR_RATIO
 
 Progress = Callable[[int, int, str], None]
-"""called before each case with its number, how many there are, and its id"""
+"""called before each case with its number, how many there are, and its id; at the end with ''"""
 
 
 def run(
@@ -45,6 +45,8 @@ def run(
         if progress is not None:
             progress(number, len(cases), case.id)
         results.append(run_case(case, backend, entries))
+    if progress is not None:
+        progress(len(cases), len(cases), "")
     stale = unmatched(entries, [case.id for case in every_case(backend)] if entries else [])
     return Report(backend.name, [*results, *(_stale(e, backend) for e in stale)], machine())
 
@@ -104,4 +106,5 @@ def _stale(entry: Known, backend: Backend) -> Result:
 
 def progress_line(number: int, total: int, id: str) -> None:
     """A Progress for terminals: one line on stderr, overwritten."""
-    print(f"\r{number + 1}/{total} {id:<70.70}", end="", file=sys.stderr, flush=True)
+    line = f"\r{number + bool(id)}/{total} {id:<70.70}"
+    print(line, end="" if id else "\n", file=sys.stderr, flush=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,18 +10,13 @@ import torch
 from glm_core import ops
 from glm_core.align import rearranged as other
 from glm_core.align import rearranged_training as late
-from glm_core.align.variants import Function, backend, splice
+from glm_core.align.variants import BFLOAT16, BOTH, FLOAT32, Function, Kernels, backend, splice
 from glm_core.align.wrong import gated
 from glm_core.align.wrong_attention import attend, flash_backward
 from glm_core.align.wrong_training import cross_entropy
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
 from glm_core.ops.precision import wide
-
-Kernels = Mapping[str, Function]
-BOTH = ("float32", "bfloat16")
-FLOAT32 = ("float32",)
-BFLOAT16 = ("bfloat16",)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -63,7 +63,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Nothing failed and something ran."""
+        """Nothing failed; unsupported and known failures are no failures."""
         return not self.failed
 
     def to_json(self) -> dict[str, Any]:

@@ -4,19 +4,30 @@ verdicts kept."""
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import re
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from queue import Empty, SimpleQueue
+from typing import IO, Any
 
+import torch
+
+import glm_core
 from glm_core.align.calibration import MakeSampler, Progress, calibrate
 from glm_core.align.recording import record
 from glm_core.align.verdict import Pair, Verdict, compare
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
-from glm_core.config import Dtype, RunConfig
-from glm_core.trace import Trace
+from glm_core.config import Dtype, RunConfig, from_dict, to_dict
+from glm_core.errors import GlmCoreError
+from glm_core.trace import Trace, load
 
 REFERENCE = "reference"
 
@@ -59,35 +70,121 @@ def run(
 ) -> Result:
     """Trains `config` on every backend from the same weights, data order and seed, in each of
     `dtypes` (default: the config's), and judges each against the reference, which always runs.
-    Traces go to `out_dir`. Raises BackendUnavailableError before anything is trained."""
+    Traces go to `out_dir`. Several dtypes run side by side, in processes of their own, where all
+    backends are given by name and the data is the config's. Raises BackendUnavailableError before
+    anything is trained."""
     begin, out = time.perf_counter(), Path(out_dir)
     chosen = {name_of(b): b for b in backends if name_of(b) != REFERENCE}
     for backend in chosen.values():
         if isinstance(backend, str):
             registry.usable(backend)
-    pairs: list[Pair] = []
-    traces: dict[str, Trace] = {}
+    jobs = [
+        Job(
+            dataclasses.replace(config, train=dataclasses.replace(config.train, dtype=dtype)),
+            list(chosen.values()), out, controls, capture_steps, cache_dir,
+        )
+        for dtype in dtypes or (config.train.dtype,)
+    ]  # fmt: skip
+    tell = progress or (lambda what, done, of: None)
+    if len(jobs) > 1 and sampler is None and all(isinstance(b, str) for b in chosen.values()):
+        side_by_side(jobs, tell)
+        found = [{n: load(path(out, n)) for n in job.names} for job in jobs]
+    else:
+        found = [job.run(sampler, tell) for job in jobs]
+    pairs = [
+        compare(reference, candidate, false_alarm_rate=false_alarm_rate)
+        for reference, *candidates in (list(traces.values()) for traces in found)
+        for candidate in candidates
+    ]
+    traces = {name: trace for each in found for name, trace in each.items()}
+    return Result(pairs=pairs, traces=traces, out_dir=out, seconds=time.perf_counter() - begin)
 
-    def keep(name: str, trace: Trace) -> Trace:
-        traces[name] = trace
-        trace.save(path(out, name))
-        return trace
 
-    for dtype in dtypes or (config.train.dtype,):
-        typed = dataclasses.replace(config, train=dataclasses.replace(config.train, dtype=dtype))
+@dataclasses.dataclass(frozen=True, slots=True)
+class Job:
+    """One dtype of a campaign: its calibration and all candidates."""
+
+    config: RunConfig
+    backends: list[str | Backend]
+    out_dir: Path
+    controls: int
+    capture_steps: Sequence[int] | None
+    cache_dir: str
+
+    @property
+    def names(self) -> list[str]:
+        """Of the traces it writes, the reference's first."""
+        dtype = self.config.train.dtype
+        return [f"{name}-{dtype}" for name in (REFERENCE, *map(name_of, self.backends))]
+
+    def run(self, sampler: MakeSampler | None, progress: Progress) -> dict[str, Trace]:
+        """Records and saves every trace; by name."""
+        dtype = self.config.train.dtype
+        tell: Progress = lambda what, done, of: progress(f"{dtype}: {what}", done, of)  # noqa: E731
         cal = calibrate(
-            typed, sampler=sampler, controls=controls, capture_steps=capture_steps,
-            cache_dir=cache_dir, progress=progress,
+            self.config, sampler=sampler, controls=self.controls, cache_dir=self.cache_dir,
+            capture_steps=self.capture_steps, progress=tell,
         )  # fmt: skip
-        reference = keep(f"{REFERENCE}-{dtype}", cal.reference)
-        for name, backend in chosen.items():
-            candidate = record(typed, backend, calibration=cal, progress=progress)
-            pairs.append(
-                compare(
-                    reference, keep(f"{name}-{dtype}", candidate), false_alarm_rate=false_alarm_rate
+        traces = {self.names[0]: cal.reference}
+        cal.reference.save(path(self.out_dir, self.names[0]))
+        for name, backend in zip(self.names[1:], self.backends, strict=True):
+            traces[name] = record(self.config, backend, calibration=cal, progress=tell)
+            traces[name].save(path(self.out_dir, name))
+        return traces
+
+    def to_json(self) -> str:
+        """For another process; backends must be names."""
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        plain |= {"config": to_dict(self.config), "out_dir": str(self.out_dir)}
+        return json.dumps(plain)
+
+    @classmethod
+    def from_json(cls, text: str) -> Job:
+        """What `to_json` wrote."""
+        plain = json.loads(text)
+        plain |= {
+            "config": from_dict(RunConfig, plain["config"]), "out_dir": Path(plain["out_dir"]),
+        }  # fmt: skip
+        return cls(**plain)
+
+
+def side_by_side(jobs: Sequence[Job], progress: Progress) -> None:
+    """Runs each job in a process of its own with its share of the threads: models that small use
+    one core each. Raises the first worker's error as GlmCoreError."""
+    threads = max(1, torch.get_num_threads() // len(jobs))
+    root = str(Path(glm_core.__file__).parents[1])
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "glm_core.align.worker", str(threads)]
+    lines: SimpleQueue[str] = SimpleQueue()
+    with ExitStack() as stack:
+        running = []
+        for job in jobs:
+            process = stack.enter_context(
+                subprocess.Popen(
+                    [*command, job.to_json()], stdout=subprocess.PIPE, text=True, env=env
                 )
             )
-    return Result(pairs=pairs, traces=traces, out_dir=out, seconds=time.perf_counter() - begin)
+            stack.callback(process.terminate)  # whatever ends this block ends them all
+            reader = threading.Thread(target=_forward, args=(process.stdout, lines), daemon=True)
+            reader.start()
+            running.append((process, reader))
+        while any(reader.is_alive() for _, reader in running) or not lines.empty():
+            with suppress(Empty):
+                line = json.loads(lines.get(timeout=0.2))
+                if "error" in line:
+                    raise GlmCoreError(line["error"])
+                progress(line["what"], line["done"], line["of"])
+        for process, _ in running:
+            if process.wait():
+                raise GlmCoreError(
+                    f"align: a worker process ended with exit code {process.returncode}; its "
+                    "message is above"
+                )
+
+
+def _forward(stream: IO[str], lines: SimpleQueue[str]) -> None:
+    for line in stream:
+        lines.put(line)
 
 
 def name_of(backend: str | Backend) -> str:

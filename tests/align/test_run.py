@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,8 +10,11 @@ import markov
 import pytest
 
 from glm_core import align
+from glm_core.config import DataConfig, RunConfig
 from glm_core.errors import BackendUnavailableError, GlmCoreError
 from glm_core.trace import load
+
+WORK = ("reference", "control 4 of 4", "honest", "wrong:positions")
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +27,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> align.Result:
         out_dir=tmp_path_factory.mktemp("run"), sampler=markov.Markov, capture_steps=(2, 6),
         progress=lambda what, done, of: told.append(what),
     )  # fmt: skip
-    assert {"reference", "control 4 of 4", "honest", "wrong:positions"} <= set(told)
+    assert {f"float32: {w}" for w in WORK} <= set(told)
     return found
 
 
@@ -54,6 +58,43 @@ def test_the_json_has_the_names_others_rely_on(result: align.Result) -> None:
     assert all(names <= set(pair) for pair in plain["pairs"])
     assert plain["pairs"][0]["first_step"] is None
     assert Path(plain["traces"]["honest-float32"]).is_file()
+
+
+def of_text(folder: Path, text: str) -> RunConfig:
+    (folder / "text.txt").write_text(text)
+    config = markov.config("float32", steps=2)
+    data = DataConfig(path=str(folder / "text.txt"), vocab=300, length=32)
+    return dataclasses.replace(
+        config, data=data, model=dataclasses.replace(config.model, vocab=320)
+    )
+
+
+def test_dtypes_run_side_by_side(tmp_path: Path) -> None:
+    words = [f"{a}{b}" for a in "bdfgklmnprstvz" for b in ("a", "eo", "ist", "ure", "on")]
+    text = "\n\n".join(
+        " ".join(words[(i * k + k * k) % len(words)] for k in range(60)) for i in range(60)
+    )
+    told: dict[str, int] = {}
+    found = align.run(
+        of_text(tmp_path, text), ["reference:cpu"], dtypes=("float32", "bfloat16"), controls=4,
+        out_dir=tmp_path / "out", cache_dir=str(tmp_path / "cache"), capture_steps=(2,),
+        progress=lambda what, done, of: told.__setitem__(what, done),
+    )  # fmt: skip
+    assert [(p.candidate, p.dtype, p.verdict) for p in found.pairs] == [
+        ("reference:cpu", "float32", "aligned"), ("reference:cpu", "bfloat16", "aligned"),
+    ]  # fmt: skip
+    assert told["bfloat16: reference:cpu"] == told["float32: control 4 of 4"] == 2
+    assert set(found.traces) == {
+        f"{b}-{d}" for b in ("reference", "reference:cpu") for d in ("float32", "bfloat16")
+    }
+
+
+def test_a_workers_error_is_the_callers(tmp_path: Path) -> None:
+    with pytest.raises(GlmCoreError, match=r"text\.txt"):
+        align.run(
+            of_text(tmp_path, ""), ["reference:cpu"], dtypes=("float32", "bfloat16"),
+            out_dir=tmp_path / "out", cache_dir=str(tmp_path / "cache"),
+        )  # fmt: skip
 
 
 def test_the_reference_alone_is_aligned_with_itself(tmp_path: Path) -> None:

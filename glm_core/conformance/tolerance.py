@@ -17,8 +17,12 @@ stands for that of the terms that cancel in an element.
 (its eighth of them and the eighths beside), so that small results beside huge ones are held to
 their own size. Below float32 a kernel may round intermediates to the working dtype, as flash
 attention rounds its probabilities; that puts errors of the tensor's scale into results that cancel,
-even to zero, and "there" means anywhere in the tensor. The root mean square of the error is held to
-the same factor, which finds a loss of precision that is spread thin."""
+even to zero, and "there" means anywhere in the tensor.
+
+Two means over the tensor are held to the same factor. The root mean square finds a loss of
+precision that is spread thin. The mean of the error along the result, in eighths of a rounding
+step, finds results that are cut off: rounding to nearest has no direction, once or twice over
+(honest kernels were measured at 1.2 at most), and cutting off loses 0.36 of a step (2.2 to 2.6)."""
 
 from __future__ import annotations
 
@@ -64,11 +68,16 @@ def deviation(actual: Tensor, exact: Tensor, near: Sequence[Tensor]) -> Deviatio
     ratios = error / (_nearby(honest, y, eps) + eps / 2 * scale + flushed)
     worst = int(ratios.argmax())
     place = f"{got[worst]:.6g} for {y[worst]:.6g} (error {error[worst]:.2e})"
-    # uniform rounding has a standard deviation of eps / sqrt(12)
-    spread = _rms(error) / (max(_rms(honest), eps / 12**0.5 * _rms(scale)) + flushed)
-    if len(y) >= POOL and spread > ratios[worst]:
-        return Deviation(spread, f"root mean square error {_rms(error):.2e}; e.g. {place}")
-    return Deviation(float(ratios[worst]), place)
+    found = [Deviation(float(ratios[worst]), place)]
+    if len(y) >= POOL:
+        # uniform rounding has a standard deviation of eps / sqrt(12)
+        spread = _rms(error) / (max(_rms(honest), eps / 12**0.5 * _rms(scale)) + flushed)
+        found.append(Deviation(spread, f"root mean square error {_rms(error):.2e}; e.g. {place}"))
+    if len(y) >= OCTILES * POOL:
+        mean = float(((got - y) * y.sign()).mean().abs())
+        drift = mean / (float((eps * y.abs() + honest).mean()) / 8 + flushed)
+        found.append(Deviation(drift, f"errors have a direction, {mean:.2e} on average"))
+    return max(found)
 
 
 def _nearby(errors: Tensor, y: Tensor, eps: float) -> Tensor:

@@ -17,7 +17,7 @@ from glm_core.backends.base import Backend
 from glm_core.backends.registry import get
 from glm_core.conformance.case import every_case, select
 from glm_core.conformance.known import load
-from glm_core.conformance.tolerance import deviation
+from glm_core.conformance.tolerance import MAX_ERROR_RATIO, deviation
 from glm_core.errors import ConfigError, GlmCoreError
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -31,13 +31,25 @@ def toy(**facts: Any) -> Backend:
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_one_rounding_is_forgiven_and_a_few_percent_are_not(dtype: torch.dtype) -> None:
-    exact = torch.randn(400, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    rounded = exact.to(dtype)
+    drawn = torch.Generator().manual_seed(0)
+    exact = torch.randn(400, dtype=torch.float64, generator=drawn)
+    rounded, eps = exact.to(dtype), torch.finfo(dtype).eps
     assert deviation(rounded, exact, [rounded]).ratio <= 1
-    up = rounded * (1 + torch.finfo(dtype).eps)
-    assert deviation(up, exact, [rounded]).ratio <= conformance.MAX_ERROR_RATIO
-    off = rounded * (1 + 8 * torch.finfo(dtype).eps)
-    assert deviation(off, exact, [rounded]).ratio > conformance.MAX_ERROR_RATIO
+    either = torch.where(torch.rand(400, generator=drawn) < 0.5, 1 - eps / 2, 1 + eps)
+    assert deviation((rounded * either).to(dtype), exact, [rounded]).ratio <= MAX_ERROR_RATIO
+    assert deviation(rounded * (1 + 8 * eps), exact, [rounded]).ratio > MAX_ERROR_RATIO
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_rounding_that_always_goes_one_way_is_found(dtype: torch.dtype) -> None:
+    exact = torch.randn(400, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rounded, eps = exact.to(dtype), torch.finfo(dtype).eps
+    beyond = rounded.double().abs() > exact.abs()
+    cut = torch.where(beyond, rounded.double() * (1 - eps / 2), rounded.double()).to(dtype)
+    assert (cut.double().abs() <= exact.abs() * (1 + eps / 4)).all()
+    found = deviation(cut, exact, [rounded])
+    assert found.ratio > MAX_ERROR_RATIO
+    assert found.where.startswith("errors have a direction")
 
 
 def test_float32_holds_small_results_beside_huge_ones_to_their_own_size() -> None:

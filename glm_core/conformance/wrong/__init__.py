@@ -11,6 +11,7 @@ from glm_core.conformance.wrong import (  # noqa: F401  # imported for what they
     norm,
     optim,
     rope,
+    rounding,
 )
 from glm_core.conformance.wrong.general import general
 from glm_core.conformance.wrong.mutant import MUTANTS, Mutant

@@ -200,7 +200,7 @@ def recorded(trace: Trace) -> Fallbacks:
             raise ValueError("more layers than parameters")
         table = step_flops(config)
     except (ValueError, RuntimeError, OverflowError) as error:
-        raise TraceError(f"trace of {trace.backend}: its config cannot be: {error}") from None
+        raise TraceError(f"trace of {trace.backend!r}: its config cannot be: {error}") from None
     total = sum(flops for _, flops in table.values())
     found = []
     for row in trace.fallbacks:

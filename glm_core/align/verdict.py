@@ -158,7 +158,7 @@ def gradient_check(trace: Trace, rate: float) -> tuple[Array, Array, Array]:
     errors, losses = trace.gradient_error, trace.loss_error
     if len(errors) < 4 or not (np.isfinite(errors[1:]).all() and np.isfinite(losses[1:]).all()):
         raise TraceError(
-            f"trace of {trace.backend}: the reference's own gradients in it are too few or not "
+            f"trace of {trace.backend!r}: the reference's own gradients in it are too few or not "
             "finite; train with a smaller train.lr and record again"
         )
     ratio = errors[0] / np.maximum(errors[1], 1e-30)

@@ -60,12 +60,13 @@ def summary(trace: Trace) -> dict[str, Any]:
 
 
 def plain(value: Any) -> str:
-    """One line, tables as key=value."""
+    """One line, tables as key=value; what would drive the terminal is escaped."""
     if isinstance(value, dict):
-        return " ".join(f"{k}={plain(v)}" for k, v in value.items())
+        return " ".join(f"{plain(k)}={plain(v)}" for k, v in value.items())
     if isinstance(value, list):
         return "; ".join(map(plain, value)) or "none"
-    return str(value)
+    text = str(value)
+    return text if text.isprintable() else ascii(text)
 
 
 def run_fallbacks(args: argparse.Namespace) -> int:

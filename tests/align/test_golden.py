@@ -26,7 +26,7 @@ from torch import Tensor
 
 from glm_core import align, ops
 from glm_core.align.training import Run, free_run, weights_hash
-from glm_core.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from glm_core.config import DataConfig, Dtype, ModelConfig, RunConfig, TrainConfig
 from glm_core.data import Batch
 from glm_core.dispatch import Op
 from glm_core.trace import Trace, load
@@ -34,7 +34,7 @@ from glm_core.train import initial_weights
 
 FOLDER = Path(__file__).parent / "golden"
 MAX_BYTES = 100_000
-DTYPES = ("float32", "bfloat16")
+DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
 V, L = 64, 16
 
 
@@ -70,7 +70,7 @@ class Text:
         self.index = state["index"]
 
 
-def config(dtype: str) -> RunConfig:
+def config(dtype: Dtype) -> RunConfig:
     """GLM-130B in small: DeepNorm, GeGLU, rotary positions, query-key layer scaling, shrink 0.1."""
     return RunConfig(
         model=ModelConfig(
@@ -85,11 +85,11 @@ def config(dtype: str) -> RunConfig:
     )  # fmt: skip
 
 
-def golden(dtype: str) -> Trace:
+def golden(dtype: Dtype) -> Trace:
     return load(FOLDER / f"reference-{dtype}.trace")
 
 
-def trained(dtype: str) -> Trace:
+def trained(dtype: Dtype) -> Trace:
     """Today's curve; what is no part of a curve is the golden trace's own."""
     run = Run(config(dtype), Text(), "reference")
     curve = free_run(run)
@@ -111,7 +111,7 @@ def changed(op: Op, reference: Callable[..., Any]) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_reference_still_trains_to_the_golden_curve(dtype: str) -> None:
+def test_the_reference_still_trains_to_the_golden_curve(dtype: Dtype) -> None:
     pair = align.compare(golden(dtype), trained(dtype))
     assert pair.verdict == "aligned", pair.reasons
 
@@ -172,7 +172,7 @@ def no_bias_correction(*args: Any) -> None:
 
 
 ADAMW = ops.adamw.reference
-PLANTED = {
+PLANTED: dict[str, tuple[Op, Callable[..., Any]]] = {
     "tanh-gelu": (ops.geglu, geglu_tanh),
     "norm-eps": (ops.add_layer_norm, norm_eps),
     "adam-without-bias-correction": (ops.adamw, no_bias_correction),
@@ -194,8 +194,8 @@ def test_golden_traces_are_small() -> None:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or DTYPES:
+    for dtype in DTYPES:
         trace = align.record(
-            config(name), "reference", sampler=Text, controls=8, capture_steps=[2, 12]
+            config(dtype), "reference", sampler=Text, controls=8, capture_steps=[2, 12]
         )
-        trace.save(FOLDER / f"reference-{name}.trace")
+        trace.save(FOLDER / f"reference-{dtype}.trace")

@@ -178,7 +178,7 @@ def _summary(j: dict[str, Any]) -> Iterator[str]:
 
 def sensitivity(
     dtype: Literal["float32", "bfloat16"] = "float32", *, steps: int = 40, controls: int = 8,
-    cache_dir: str | Path = ".cache/data", names: Sequence[str] | None = None, processes: int = 2,
+    cache_dir: str | Path = ".cache", names: Sequence[str] | None = None, processes: int = 2,
     progress: Progress | None = None,
 ) -> Sensitivity:  # fmt: skip
     """Runs the catalogue (or the variants of these names) in one dtype, one process per setup.

@@ -70,7 +70,9 @@ def test_porting(tmp_path: Path, environment: dict[str, str]) -> None:
     }
     assert (folder / "report.html").exists()
     assert re.search(r"\d+ passed, \d+ skipped", done.stdout)  # the skeleton's own conformance run
-    assert "aligned" in done.stdout
+    right, wrong = re.findall(r"^(aligned|diverged); report", done.stdout, re.MULTILINE)
+    assert (right, wrong) == ("aligned", "diverged")
+    assert "op geglu forward in layer 0" in done.stdout  # the one that was broken
 
 
 def test_ci(tmp_path: Path, environment: dict[str, str]) -> None:

@@ -119,7 +119,7 @@ class Backend:
         """State of the device's random generator."""
         if self.device_type == "cpu":
             return torch.get_rng_state()
-        return torch.get_device_module(self.device_type).get_rng_state()  # type: ignore[no-any-return]
+        return torch.get_device_module(self.device_type).get_rng_state()
 
     def set_rng_state(self, state: torch.Tensor) -> None:
         """Restores what `rng_state` returned."""

@@ -46,7 +46,8 @@ def whole() -> Trace:
     row = {**PLACE, "dtype": "float32", "shape": [2, 3], "projection": "scale"}
     return Trace(
         config=to_dict(RunConfig(model=ModelConfig(num_layers=2))), backend="cpu",
-        dtype="float32", loss=loss, grad_norm=np.ones(N), control_names=[f"{k}: ulp" for k in range(K)],
+        dtype="float32", loss=loss, grad_norm=np.ones(N),
+        control_names=[f"{k}: ulp" for k in range(K)],
         control_loss=loss + 1e-6 * r.standard_normal((K, N)), capture_steps=[1, 5],
         parameters=["a", "b", "c"], gradient_norm=np.ones((S, P)),
         gradient_sketch=r.standard_normal((S, P, W)), loss_error=np.full((1 + J, S), 1e-7),

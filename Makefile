@@ -16,7 +16,7 @@ $(VENV)/ready.stamp: $(VENV)/torch.stamp $(SOURCES)
 setup: $(VENV)/ready.stamp ## everything the other targets need
 
 align: setup ## the main job: one GLM on every usable backend, one verdict
-	$(VENV)/bin/glm-core align run --out runs/align
+	$(VENV)/bin/glm-core align run --steps 100 --controls 6 --out runs/align
 
 test: setup peers openvino ## the whole suite
 	$(PY) -m pytest -n 2 --dist loadgroup

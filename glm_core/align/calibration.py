@@ -61,7 +61,7 @@ def calibrate(
     config: RunConfig,
     *,
     sampler: MakeSampler | None = None,
-    controls: int = 8,
+    controls: int = 6,
     capture_steps: Sequence[int] | None = None,
     cache_dir: str = ".cache",
     progress: Progress | None = None,

@@ -61,7 +61,7 @@ def run(
     *,
     out_dir: str | Path,
     dtypes: Sequence[Dtype] | None = None,
-    controls: int = 8,
+    controls: int = 6,
     capture_steps: Sequence[int] | None = None,
     sampler: MakeSampler | None = None,
     cache_dir: str = ".cache",

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -310,6 +311,12 @@ def judge(variant: Variant, run: RunConfig, calibration: align.Calibration) -> R
         mean_loss_difference=loss_difference(calibration.reference, free),
         finding=str(pair.findings[0]) if pair.findings else "",
     )
+
+
+def progress_line(done: int, total: int, row: Row) -> None:
+    """One line on stderr, written over until all are done."""
+    text = f"{done}/{total} {row.name} {'diverged' if row.convicted else 'aligned'}"
+    print(f"\r{text:70}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
 def loss_difference(reference: Trace, candidate: Trace) -> float:

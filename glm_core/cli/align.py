@@ -108,8 +108,9 @@ def run_compare(args: argparse.Namespace) -> int:
 def run_sensitivity(args: argparse.Namespace) -> int:
     """Exit 0 where every planted bug was found and nothing benign was convicted."""
     from glm_core import align
+    from glm_core.align.detection import progress_line
 
-    result = align.sensitivity(args.dtype)
+    result = align.sensitivity(args.dtype, progress=progress_line)
     emit(args, result.to_json(), result.text())
     return 0 if not result.missed and not result.false_alarms else EXIT_FAILED
 

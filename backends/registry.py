@@ -88,5 +88,5 @@ def _cells(name: str) -> dict[str, str]:
     try:
         backend = get(name)
     except BackendUnavailableError as error:
-        return {op: f"unsupported: {error}" for op in all_ops()}
+        return dict.fromkeys(all_ops(), f"unsupported: {error}")
     return {op: "kernel" if op in backend.kernels else "reference" for op in all_ops()}

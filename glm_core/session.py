@@ -1,4 +1,5 @@
-"""What one use of a backend leaves behind: which ops fell back to the reference, how often, and why."""
+"""What one use of a backend leaves behind: which ops fell back to the reference, how often, and
+why."""
 
 from __future__ import annotations
 
@@ -39,8 +40,8 @@ class Fallback(NamedTuple):
 
 
 class Session:
-    """One `use` of a backend. `fallbacks` counts calls; `compiled` counts torch.compile's traces, since compiled
-    code never comes back here."""
+    """One `use` of a backend. `fallbacks` counts calls; `compiled` counts torch.compile's traces,
+    since compiled code never comes back here."""
 
     def __init__(self, backend: Kernels, strict: bool) -> None:
         self.backend, self.strict = backend, strict
@@ -48,7 +49,8 @@ class Session:
         self.compiled: Counter[Fallback] = Counter()
 
     def fell_back(self, op: str, reason: str) -> None:
-        """Records that the reference runs in a kernel's place; UnsupportedOpError under `strict`."""
+        """Records that the reference runs in a kernel's place; UnsupportedOpError under
+        `strict`."""
         if torch.compiler.is_compiling():
             _fell_back_while_compiling(self, op, reason)
         else:
@@ -58,7 +60,8 @@ class Session:
         """Adds one to `counter`, or refuses under `strict`."""
         if self.strict:
             raise UnsupportedOpError(
-                f"op {op} on backend {self.backend.name}: {reason}; drop strict to allow the reference"
+                f"op {op} on backend {self.backend.name}: {reason}; "
+                "drop strict to allow the reference"
             )
         counter[Fallback(self.backend.name, op, reason)] += 1
 

@@ -106,5 +106,6 @@ FAKES = [
 
 def register() -> None:
     """Tells torch; once, after the operators are loaded."""
+    fake: Callable[..., Any]
     for fake in FAKES:
         torch.library.register_fake(f"glm_core::{fake.__name__}", fake)

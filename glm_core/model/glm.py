@@ -166,8 +166,8 @@ class GLM(nn.Module):
         ops.attention) -> [B, L, D]."""
         if tokens.shape[1] > self.config.max_length:
             raise ShapeError(
-                f"sequence of {tokens.shape[1]} tokens: longer than max_length={self.config.max_length}; "
-                "shorten it or raise max_length"
+                f"sequence of {tokens.shape[1]} tokens: longer than "
+                f"max_length={self.config.max_length}; shorten it or raise max_length"
             )
         x = self.embed(tokens, positions)
         rotary = None if self.position_embedding is not None else self.rotary(positions)

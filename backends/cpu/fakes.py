@@ -98,7 +98,7 @@ def adamw_(
     """Writes its arguments."""
 
 
-FAKES = [
+FAKES: list[Callable[..., Any]] = [
     norm_forward, norm_backward, activation_forward, activation_backward, rope_turn,
     embedding_forward, embedding_backward, attention_forward, attention_backward,
     linear_cross_entropy_forward, global_norm, adamw_,
@@ -107,6 +107,5 @@ FAKES = [
 
 def register() -> None:
     """Tells torch; once, after the operators are loaded."""
-    fake: Callable[..., Any]
     for fake in FAKES:
         torch.library.register_fake(f"glm_core::{fake.__name__}", fake)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from small import differs, outcomes, step_calls
@@ -10,6 +12,17 @@ from glm_core.align import catalogue
 from glm_core.align.benign import BENIGN, Benign
 from glm_core.align.capture import Call
 from glm_core.align.replay import Results, exact, replay
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Which sums a BLAS cuts differently depends on the number of threads; the sensitivity figure
+    is taken with one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 CASES = [(b, dtype) for b in BENIGN if b.kernels for dtype in b.dtypes]
 IDS = [f"{b.name}-{dtype}" for b, dtype in CASES]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,10 @@ from glm_core.cli.options import add_json, add_run, columns, emit, run_config
 
 if TYPE_CHECKING:
     from glm_core.align import Pair
+    from glm_core.config import Dtype, RunConfig
 
+STEPS = 120
+"""of `run` and `record` where neither --steps nor --config says: the curve is past its knee"""
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -61,13 +65,41 @@ def run_all(args: argparse.Namespace) -> int:
     names = args.backends.split(",") if args.backends else usable()
     for name in names:
         registry.usable(name)
-    config = run_config(args)
-    dtypes = args.dtypes.split(",")
-    result = align.run(config, names, out_dir=args.out, controls=args.controls, dtypes=dtypes)
+    config = chosen(args)
+    result = align.run(
+        config,
+        names,
+        out_dir=args.out,
+        controls=args.controls,
+        dtypes=dtypes_of(args),
+        progress=progress,
+    )
     page = report.write(result, Path(args.out) / "report.html")
     text = f"{verdict_table(result.pairs)}\n{result.verdict}; report: {page}"
     emit(args, {**result.to_json(), "report": str(page)}, text)
     return 0 if result.verdict == "aligned" else EXIT_FAILED
+
+
+def chosen(args: argparse.Namespace, **train: str) -> RunConfig:
+    """The options' run, with this command's own number of steps where they name none."""
+    if args.steps is None and not args.config:
+        args.steps = STEPS
+    return run_config(args, **train)
+
+
+def dtypes_of(args: argparse.Namespace) -> list[Dtype]:
+    """The dtypes asked for. Raises ConfigError naming one that is none."""
+    from glm_core.errors import ConfigError, unknown
+
+    names = args.dtypes.split(",")
+    if strange := [unknown("dtype", n, DTYPES) for n in names if n not in DTYPES]:
+        raise ConfigError("; ".join(strange))
+    return names
+
+
+def progress(what: str, done: int, of: int) -> None:
+    """One line on stderr, overwritten."""
+    print(f"\r{what:<40.40} {done}/{of}   ", end="" if done < of else "\n", file=sys.stderr)
 
 
 def usable() -> list[str]:
@@ -82,8 +114,8 @@ def run_record(args: argparse.Namespace) -> int:
     """Exit 0 with the trace written."""
     from glm_core import align
 
-    config = run_config(args, backend=args.backend, dtype=args.dtype)
-    trace = align.record(config, args.backend, controls=args.controls)
+    config = chosen(args, backend=args.backend, dtype=args.dtype)
+    trace = align.record(config, args.backend, controls=args.controls, progress=progress)
     trace.save(args.out)
     facts = {"trace": args.out, "backend": trace.backend, "steps": len(trace.loss)}
     facts |= {"last_loss": float(trace.loss[-1]), "seconds": trace.seconds}

@@ -79,6 +79,11 @@ def test_ops_table_comes_from_the_registry(capsys: pytest.CaptureFixture[str]) -
         (["train", "--backend", "reference:nosuch"], 3, "is not available here"),
         (["train", "--data", "/nonexistent/file"], 2, "/nonexistent/file"),
         (["train", "--config", "/nonexistent.toml"], 2, "no such file"),
+        (["align", "run", "--dtypes", "float31"], 2, "did you mean float32?"),
+        (["align", "run", "--backends", "onxrt"], 2, "did you mean onnxrt?"),
+        (["align", "compare", "/no/a.trace", "/no/b.trace"], 2, "/no/a.trace"),
+        (["conformance"], 2, "no backend named"),
+        (["conformance", "--backend", "cpu", "--id", "rms_norm-nothing"], 2, "rms_norm-nothing"),
     ],
     ids=lambda v: v[-1] if isinstance(v, list) else None,
 )

@@ -1,4 +1,4 @@
-# Each target is one line; .ci/run calls `make lint test`.
+# Each target is one line; .ci/run calls lint, sanitize and test.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -23,6 +23,12 @@ test: setup peers openvino ## the whole suite
 
 lint: setup ## style, types, spelling
 	$(VENV)/bin/ruff format --check && $(VENV)/bin/ruff check && $(VENV)/bin/mypy && $(VENV)/bin/codespell && $(VENV)/bin/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp')
+
+sanitize: ## the C++ kernels under AddressSanitizer and UBSan
+	sh csrc/tests/sanitize.sh
+
+bench: setup ## whole training steps and dispatch, against peers and ceilings
+	$(PY) -m glm_core.bench.step --peer transformers && $(PY) -m glm_core.bench.dispatch
 
 peers: setup ## SwissArmyTransformer's own GLM-130B, in an environment of its own
 	test -d .venv-sat || sh tests/peers/setup_sat.sh

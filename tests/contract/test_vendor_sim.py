@@ -4,6 +4,7 @@ out-of-tree device per process."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -18,8 +19,6 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "examples" / "vendor_sim"
 PARTS = ("csrc", "vendor_sim", "setup.py", "pyproject.toml")
 
-pytestmark = pytest.mark.xdist_group("vendor_sim")  # built once, not once per worker
-
 
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -29,8 +28,11 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if path.is_file():
             digest.update(path.name.encode() + path.read_bytes())
     target = ROOT / ".cache" / "vendor_sim" / digest.hexdigest()[:16]
-    if not target.exists():
-        _install(tmp_path_factory.mktemp("vendor_sim"), target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one worker builds, the others wait for it
+        if not target.exists():
+            _install(tmp_path_factory.mktemp("vendor_sim"), target)
     return target
 
 

@@ -64,7 +64,9 @@ def extension() -> Extension:
         "glm_core.backends.cpu._C",
         [f"csrc/bindings/{name}.cpp" for name in BINDINGS],
         include_dirs=[str(ROOT / "csrc" / "include")],
-        extra_compile_args=["-O2", "-fvisibility=hidden", "-Wall"],
+        # OpenMP: without it at::parallel_for runs on one thread and says nothing
+        extra_compile_args=["-O2", "-fvisibility=hidden", "-Wall", "-fopenmp"],
+        extra_link_args=["-fopenmp"],
     )
     made.optional = CHOICE == "auto"
     return made

@@ -1,9 +1,13 @@
 // The operators' schemas, and the Python module whose import loads them.
 // The public ops are composites: with gradients they run an autograd function, which like the
 // path without gradients calls `*_forward` and `*_backward`; only those have kernels and fakes.
+#include <ATen/Parallel.h>
 #include <Python.h>
 #include <torch/library.h>
 #include <torch/version.h>
+
+#include <set>
+#include <thread>
 
 #include "kernels.h"
 
@@ -26,12 +30,23 @@ void set_isa(std::string name) {
   TORCH_CHECK_VALUE(false, "instruction set '", name, "': this CPU has ", c10::Join(", ", isas()));
 }
 
+// How many threads a parallel loop over `size` indices really had. A build without OpenMP runs
+// every loop on one and gives the right results.
+int64_t threads_used(int64_t size) {
+  std::vector<std::thread::id> ran(static_cast<size_t>(size));
+  at::parallel_for(0, size, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) ran[size_t(i)] = std::this_thread::get_id();
+  });
+  return int64_t(std::set<std::thread::id>(ran.begin(), ran.end()).size());
+}
+
 }  // namespace
 
 TORCH_LIBRARY(glm_core, m) {
   m.def("isa() -> str", isa);
   m.def("isas() -> str[]", isas);
   m.def("set_isa(str name) -> ()", set_isa);
+  m.def("threads_used(int size) -> int", threads_used);
   m.def("built_for() -> str", [] { return std::string(TORCH_VERSION); });
 
   m.def(

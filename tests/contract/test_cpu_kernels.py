@@ -72,6 +72,12 @@ def test_results_do_not_depend_on_threads(case: Case, threads: Callable[[int], N
         assert torch.equal(seen[0][name], seen[1][name]), name
 
 
+def test_loops_run_on_as_many_threads_as_torch_has(threads: Callable[[int], None]) -> None:
+    for n in (1, 2):
+        threads(n)
+        assert torch.ops.glm_core.threads_used(64) == n
+
+
 def operator_calls() -> dict[str, tuple[Any, ...]]:
     """One call of every public operator, gradients wanted where there are any."""
     g = torch.Generator().manual_seed(0)

@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: setup align test lint sanitize bench peers openvino clean
+.PHONY: setup align test lint sanitize bench peers openvino npu clean
 .DEFAULT_GOAL := setup
 
 $(VENV)/torch.stamp:
@@ -18,7 +18,7 @@ setup: $(VENV)/ready.stamp ## everything the other targets need
 align: setup ## the main job: one GLM on every usable backend, one verdict
 	$(VENV)/bin/glm-core align run --steps 100 --controls 6 --out runs/align
 
-test: setup peers openvino ## the whole suite
+test: setup peers openvino npu ## the whole suite
 	$(PY) -m pytest -n 2 --dist worksteal
 
 lint: setup ## style, types, spelling
@@ -35,6 +35,9 @@ peers: setup ## SwissArmyTransformer's own GLM-130B, in an environment of its ow
 
 openvino: setup ## ONNX Runtime's OpenVINO provider, in an environment of its own
 	test -d .venv-openvino || sh tests/contract/setup_openvino.sh
+
+npu: setup ## the real torch_npu over stub CANN libraries, in an environment of its own
+	test -d .venv-npu || sh tests/peers/setup_npu.sh
 
 clean: ## forget builds, runs and caches
 	rm -rf $(VENV) .venv-* build runs .cache *.egg-info

@@ -1,0 +1,52 @@
+"""Gradients that torch_npu does not bring: residual + RMS norm, and the shrunk embedding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_npu = torch.ops.npu
+
+
+class AddRmsNorm(torch.autograd.Function):
+    """(y, s): s = x + residual, y = rms_norm(s). torch_npu declares no derivative of
+    npu_add_rms_norm (op-plugin config/derivatives.yaml), so the backward is npu_rms_norm's at s
+    plus what arrives at s itself."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        y, rstd, total = _npu.npu_add_rms_norm(x, residual, weight, eps)
+        ctx.save_for_backward(total, weight, rstd)
+        return y, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, dtotal: Tensor) -> tuple[Tensor | None, ...]:
+        total, weight, rstd = ctx.saved_tensors
+        # torch_npu's order; CANN's own aclnnRmsNormGrad has rstd before gamma
+        dx, dweight = _npu.npu_rms_norm_backward(dy.contiguous(), total, weight, rstd)
+        dx = dx + dtotal
+        return dx, dx, dweight.to(weight.dtype), None
+
+
+class ShrunkEmbedding(torch.autograd.Function):
+    """weight[ids], whose gradient is multiplied by `shrink`."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, shrink: float) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.shrink, ctx.rows = shrink, weight.shape[0]
+        return torch.nn.functional.embedding(ids, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (ids,) = ctx.saved_tensors
+        scaled = dy if ctx.shrink == 1.0 else dy * ctx.shrink
+        dweight = torch.ops.aten.embedding_dense_backward(scaled, ids, ctx.rows, -1, False)
+        return None, dweight, None

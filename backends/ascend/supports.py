@@ -1,0 +1,152 @@
+"""Which arguments Ascend's operators take; the reasons reach the user unchanged.
+
+Products, dtypes and shapes are those of CANN's operator pages (gitcode.com/cann/ops-nn, each
+operator's docs/aclnn*.md) and of torch_npu's docstrings (torch_npu/_op_plugin_docs.py, 2.13.0).
+A tensor on the host is no reason to fall back: torch_npu refuses it with an error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from glm_core.backends.ascend import chip
+from glm_core.spec import SUPPORTED, Support, unsupported
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HEAD_DIM, HEADS = 768, 256
+"""npu_fusion_attention's limits"""
+ROTATED, ROTATED_HEADS = 896, 1000
+"""npu_rotary_mul's limits: below these"""
+
+
+def takes(*tensors: Tensor | None) -> Support:
+    """One dtype of the three, no empty tensor, no bfloat16 on the first generation."""
+    dtype = None
+    for t in (t for t in tensors if t is not None):
+        if not t.numel():
+            return unsupported(f"operators take no empty tensor, received shape {tuple(t.shape)}")
+        if dtype is None:
+            dtype = t.dtype
+            if dtype not in DTYPES:
+                return unsupported(f"operators take float32, bfloat16, float16, received {dtype}")
+            if dtype == torch.bfloat16 and chip.is_first_generation():
+                return unsupported(f"{chip.name()} has no bfloat16; train in float16")
+        elif t.dtype != dtype:
+            return unsupported(f"operators take one dtype, received {dtype} and {t.dtype}")
+    return SUPPORTED
+
+
+def fused(operator: str, *tensors: Tensor | None) -> Support:
+    """Operators that the first generation does not have."""
+    if chip.is_first_generation():
+        return unsupported(f"{operator} needs Atlas A2 (Ascend910B1) or later, not {chip.name()}")
+    return takes(*tensors)
+
+
+def exactly(dtype: torch.dtype, **tensors: Tensor) -> Support:
+    """Arguments whose dtype does not follow the working dtype."""
+    for name, t in tensors.items():
+        if t.dtype != dtype:
+            return unsupported(f"operators take {name} in {dtype}, received {t.dtype}")
+    return SUPPORTED
+
+
+def first(*supports: Support) -> Support:
+    """The first obstacle, if there is one."""
+    return next((s for s in supports if not s.ok), SUPPORTED)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Support:
+    return fused("npu_rms_norm", x, weight)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Support:
+    return takes(x, weight, bias)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5, alpha: float = 1.0
+) -> Support:
+    if x.shape[-1] == 1:  # the gradient cancels to nothing but the rounding between them
+        return unsupported(
+            "npu_add_rms_norm normalises the sum it has not rounded; not for width 1"
+        )
+    return fused("npu_add_rms_norm", x, residual, weight)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, alpha: float = 1.0
+) -> Support:
+    return fused("npu_add_layer_norm", x, residual, weight, bias)
+
+
+def gelu(x: Tensor) -> Support:
+    return takes(x)
+
+
+def geglu(x: Tensor) -> Support:
+    return fused("npu_geglu with activate_left", x)
+
+
+def swiglu(x: Tensor) -> Support:
+    return fused("npu_swiglu", x)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Support:
+    width, heads = 2 * cos.shape[-1], x.shape[2]
+    if width >= ROTATED or heads >= ROTATED_HEADS:
+        limits = f"fewer than {ROTATED} rotated dimensions and {ROTATED_HEADS} heads"
+        return unsupported(f"npu_rotary_mul takes {limits}, received {width} and {heads}")
+    operator = "npu_rotary_mul with any width and interleaved pairs"
+    return first(fused(operator, x), exactly(torch.float32, cos=cos, sin=sin))
+
+
+def embedding(ids: Tensor, weight: Tensor, shrink: float = 1.0) -> Support:
+    if not ids.numel():
+        return unsupported("operators take no empty tensor, received no ids")
+    return first(takes(weight), exactly(torch.int64, ids=ids))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Support:
+    return takes(x, weight, bias)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor,
+    scale: float, layer_scale: float = 1.0, pb_relax: float = 0.0,
+) -> Support:  # fmt: skip
+    heads, width = q.shape[2:]
+    if width > HEAD_DIM or heads > HEADS:
+        limits = f"up to {HEADS} heads of {HEAD_DIM} dimensions"
+        return unsupported(f"npu_fusion_attention takes {limits}, received {heads} of {width}")
+    ints = exactly(torch.int32, key_start=key_start, key_end=key_end)
+    return first(fused("npu_fusion_attention", q, k, v), ints)
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, labels: Tensor, token_weight: Tensor
+) -> Support:
+    rest = exactly(torch.int64, labels=labels), exactly(torch.float32, token_weight=token_weight)
+    return first(fused("npu_cross_entropy_loss", x, weight), *rest)
+
+
+def global_norm(tensors: Sequence[Tensor]) -> Support:
+    if any(t.dtype not in DTYPES for t in tensors):
+        return unsupported(f"operators take {DTYPES}, received {[t.dtype for t in tensors]}")
+    return SUPPORTED
+
+
+def adamw(
+    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor], grad_scale: Tensor, step: int, lr: float, beta1: float = 0.9,
+    beta2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0,
+    copies: Sequence[Tensor] | None = None,
+) -> Support:  # fmt: skip
+    state = [*params, *exp_avgs, *exp_avg_sqs]
+    if strange := {t.dtype for t in (*state, grad_scale)} - {torch.float32}:
+        return unsupported(f"parameters and state are kept in float32, received {strange}")
+    if any(g.dtype not in DTYPES for g in grads):
+        return unsupported(f"operators take {DTYPES}, received {[g.dtype for g in grads]}")
+    return SUPPORTED

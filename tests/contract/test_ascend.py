@@ -1,0 +1,289 @@
+"""The ascend backend by value, over the model of torch_npu's operators in `npu_model.py`: the
+ordinary conformance cases, and mistakes in calling the operators that they must reject."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from glm_core import ops
+from glm_core.backends import ascend
+from glm_core.backends.ascend import availability, chip
+from glm_core.backends.base import always
+from glm_core.conformance import Case, run_case, select
+
+sys.path.insert(0, str(Path(__file__).parent))
+import npu_attention_model
+import npu_model
+
+npu_attention_model.register()
+BACKEND = dataclasses.replace(ascend.backend, device_type="cpu", probe=always)
+CASES = {c.id: c for c in select(BACKEND, modes=("test", "grad"), real=False)}
+
+
+@pytest.fixture(autouse=True)
+def second_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An Atlas A2, where nothing else is said."""
+    monkeypatch.setattr(chip, "name", lambda: "Ascend910B3")
+    aten = SimpleNamespace(layer_norm=npu_model.layer_norm, linear=torch.nn.functional.linear)
+    monkeypatch.setattr(ascend, "functional", aten)
+
+
+def outcome(case: Case) -> tuple[str, str]:
+    result = run_case(case, BACKEND)
+    return result.outcome, result.reason
+
+
+@pytest.mark.parametrize("id", CASES)
+def test_conformance(id: str) -> None:
+    result, reason = outcome(CASES[id])
+    if result == "unsupported":
+        pytest.skip(reason)
+    assert result == "pass", reason
+
+
+Wrong = Callable[..., Any]
+_npu = torch.ops.npu
+MISTAKES: dict[str, tuple[str, str, Wrong]] = {
+    "geglu gates the first half": (
+        "geglu-float32-2x5x48-test", "npu_geglu",
+        lambda x, dim, approximate, left: _npu.npu_geglu(x, dim, approximate, True),
+    ),
+    "geglu is tanh, its default": (
+        "geglu-float32-2x5x48-test", "npu_geglu", lambda x, *_: _npu.npu_geglu(x),
+    ),
+    "geglu gradient of the wrong half": (
+        "geglu-bfloat16-2x5x48-grad", "npu_geglu",
+        lambda x, *_: _npu.npu_geglu(x, -1, 0, True),
+    ),
+    "gelu is erf, its default": (
+        "gelu-float32-2x5x48-test", "npu_gelu", lambda x, approximate: _npu.npu_gelu(x),
+    ),
+    "swiglu gates the second half": (
+        "swiglu-float32-2x5x48-test", "npu_swiglu",
+        lambda x, dim: _npu.npu_swiglu(torch.cat(x.chunk(2, -1)[::-1], -1), dim),
+    ),
+    "rotary half for interleave": (
+        "rope-float32-2x5x3x16-interleaved-test", "npu_rotary_mul",
+        lambda x, cos, sin, mode: _npu.npu_rotary_mul(x, cos, sin, "half"),
+    ),
+    "rotary interleave for half": (
+        "rope-float32-2x5x3x16-test", "npu_rotary_mul",
+        lambda x, cos, sin, mode: _npu.npu_rotary_mul(x, cos, sin, "interleave"),
+    ),
+    "rotary sine before cosine": (
+        "rope-float32-2x5x3x16-grad", "npu_rotary_mul",
+        lambda x, cos, sin, mode: _npu.npu_rotary_mul(x, sin, cos, mode),
+    ),
+    "mask shows where it should hide": (
+        "attention-float32-2x9x3x16-causal-test", "npu_fusion_attention",
+        lambda *a, atten_mask, **k: _npu.npu_fusion_attention(*a, atten_mask=~atten_mask, **k),
+    ),
+    "no mask": (
+        "attention-float32-2x9x3x16-prefix-grad", "npu_fusion_attention",
+        lambda *a, atten_mask, **k: _npu.npu_fusion_attention(*a, **k),
+    ),
+    "scale left at its default": (
+        "attention-float32-2x9x3x16-prefix-test", "npu_fusion_attention",
+        lambda *a, scale, **k: _npu.npu_fusion_attention(*a, **k),
+    ),
+    "heads before sequence": (
+        "attention-float32-2x9x3x16-prefix-test", "npu_fusion_attention",
+        lambda q, k, v, n, layout, **rest: _npu.npu_fusion_attention(q, k, v, n, "BNSD", **rest),
+    ),
+    "norm's eps left at its default": (
+        "rms_norm-float32-4x96-tiny-test", "npu_rms_norm",
+        lambda x, gamma, eps: _npu.npu_rms_norm(x, gamma),
+    ),
+    "fused norm's eps left at its default": (
+        "add_rms_norm-float32-4x96-eps-test", "npu_add_rms_norm",
+        lambda x, y, gamma, eps: _npu.npu_add_rms_norm(x, y, gamma),
+    ),
+    "norm gradient in aclnn's argument order": (
+        "add_rms_norm-float32-2x5x96-grad", "npu_rms_norm_backward",
+        lambda dy, x, gamma, rstd: _npu.npu_rms_norm_backward(dy, x, rstd, gamma),
+    ),
+    "the sum is not asked for": (
+        "add_layer_norm-float32-2x5x96-test", "npu_add_layer_norm",
+        lambda *a: _npu.npu_add_layer_norm(*a[:5], False),
+    ),
+    "losses in the logits' dtype": (
+        "linear_cross_entropy-bfloat16-10x96-50-test", "npu_cross_entropy_loss",
+        lambda z, *a: _npu.npu_cross_entropy_loss(z.bfloat16(), *a),
+    ),
+    "mean of the losses": (
+        "linear_cross_entropy-float32-10x96-50-test", "npu_cross_entropy_loss",
+        lambda z, *a: _npu.npu_cross_entropy_loss(z, *a[:2], "mean"),
+    ),
+}  # fmt: skip
+
+
+class Mistaken:
+    """torch.ops.npu with one operator called wrongly."""
+
+    def __init__(self, operator: str, wrong: Wrong) -> None:
+        setattr(self, operator, wrong)
+
+    def __getattr__(self, operator: str) -> Any:
+        return getattr(_npu, operator)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_in_a_call_is_rejected(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    id, operator, wrong = MISTAKES[mistake]
+    [case] = select(BACKEND, id=id)
+    assert outcome(case) == ("pass", "")
+    for module in (ascend, ascend.autograd, ascend.loss):
+        monkeypatch.setattr(module, "_npu", Mistaken(operator, wrong))
+    result, reason = outcome(case)
+    assert result == "fail", reason
+
+
+@pytest.mark.parametrize("power", [0, 1], ids=["beta^t", "beta^(t-1)"])
+def test_the_fused_adamw_is_rejected(power: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Why `adamw` does not call it: rightly called, v is still off by 1 - beta2 in float32."""
+
+    def fused(
+        p: Any, g: Any, m: Any, v: Any, step: int, lr: float, b1: float, b2: float, eps: float,
+        decay: float,
+    ) -> None:  # fmt: skip
+        for param, grad, first, second in zip(p, g, m, v, strict=True):
+            _npu.npu_apply_adam_w.out(
+                b1 ** (step - power), b2 ** (step - power), lr, decay, b1, b2, eps, grad,
+                None, False, False, out=[param, first, second],
+            )  # fmt: skip
+
+    case = CASES["adamw-float32-mixed-test"]
+    assert outcome(case) == ("pass", "")
+    monkeypatch.setattr(ascend, "_adamw", fused)
+    result, reason = outcome(case)
+    assert result == "fail"
+    assert ("exp_avg_sqs" in reason) == bool(power)
+
+
+def case(op: str, dtype: str = "float32") -> Case:
+    """The op's first case."""
+    return next(c for c in CASES.values() if c.id.startswith(f"{op}-{dtype}-"))
+
+
+def support(of: Case, **changes: Any) -> str:
+    """The reason why the case's arguments, some replaced, are not taken."""
+    args = {**of.sample.make(of.dtype), **changes}
+    return BACKEND.support(of.op, args).reason
+
+
+FUSED = ("rms_norm", "add_rms_norm", "add_layer_norm", "geglu", "swiglu", "rope", "attention",
+         "linear_cross_entropy")  # fmt: skip
+
+
+@pytest.mark.parametrize("op", FUSED)
+def test_first_generation_lacks_the_fused_operators(
+    op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("Ascend910A", "Ascend910B", "Ascend910ProB"):
+        monkeypatch.setattr(chip, "name", lambda name=name: name)
+        assert f"needs Atlas A2 (Ascend910B1) or later, not {name}" in support(case(op))
+    for name in ("Ascend910B1", "Ascend910B4-1", "Ascend910_9391"):
+        monkeypatch.setattr(chip, "name", lambda name=name: name)
+        assert support(case(op)) == ""
+
+
+def test_first_generation_has_no_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chip, "name", lambda: "Ascend910A")
+    assert support(case("linear")) == "" == support(case("linear", "float16"))
+    assert "Ascend910A has no bfloat16; train in float16" in support(case("linear", "bfloat16"))
+
+
+def test_limits_are_told() -> None:
+    wide = torch.zeros(1, 2, 1, 769)
+    reason = support(case("attention"), q=wide, k=wide, v=wide)
+    assert "up to 256 heads of 768 dimensions, received 1 of 769" in reason
+    table = torch.zeros(1, 5, 1, 448)
+    assert "received 896 and 3" in support(case("rope"), cos=table, sin=table)
+    assert "float64" in support(case("gelu"), x=torch.zeros(2, dtype=torch.float64))
+    mixed = {"x": torch.zeros(2, 96, dtype=torch.float16)}
+    assert "one dtype" in support(case("rms_norm"), **mixed)
+    assert "no empty tensor" in support(case("swiglu"), x=torch.zeros(0, 8))
+
+
+def test_every_op_has_a_kernel() -> None:
+    assert set(BACKEND.kernels) == set(ops.all_ops())
+
+
+def test_peaks_carry_their_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    peak = BACKEND.peak(torch.bfloat16)
+    assert peak is not None
+    assert peak.tflops == 294.9
+    assert "msmodeling" in peak.source
+    monkeypatch.setattr(chip, "name", lambda: "Ascend910A")
+    assert BACKEND.peak(torch.bfloat16) is None
+    monkeypatch.setattr(chip, "name", lambda: "Ascend910B1")
+    assert BACKEND.peak(torch.float16) is None
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Sets the stage for probe and returns its reason: torch_npu's version, device files, and
+    what importing it does."""
+
+    def probe(version: str | None, devices: bool, load: Callable[[str], Any] | None = None) -> str:
+        def installed(name: str) -> str:
+            if version is None:
+                raise availability.metadata.PackageNotFoundError(name)
+            return version
+
+        (tmp_path / "davinci_manager").touch()
+        if devices:
+            (tmp_path / "davinci0").touch()
+        monkeypatch.setattr(availability.metadata, "version", installed)
+        monkeypatch.setattr(availability, "DEVICES", tmp_path)
+        if load is not None:
+            monkeypatch.setattr(availability.importlib, "import_module", load)
+        return availability.probe().reason
+
+    return probe
+
+
+def _fails(error: Exception) -> Callable[[str], Any]:
+    def load(name: str) -> Any:
+        raise error
+
+    return load
+
+
+def test_probe_names_every_obstacle_and_the_way_out(machine: Callable[..., str]) -> None:
+    torch_version = torch.__version__.partition("+")[0]
+    both = machine(None, False)
+    assert f"torch_npu is not installed (pip install torch-npu=={torch_version})" in both
+    assert "no /dev/davinci*" in both
+    assert "--device /dev/davinci0" in both
+    mismatch = machine("2.1.0.post8", True)
+    assert "torch_npu 2.1.0.post8 does not fit torch" in mismatch
+    assert "no /dev/davinci*" not in mismatch
+    missing = machine(torch_version, True, _fails(ImportError("libhccl.so: cannot open\nfile")))
+    assert missing.startswith("torch_npu does not load: libhccl.so: cannot open (source ")
+    unset = machine(
+        torch_version, True, _fails(Exception("ASCEND_HOME_PATH : none does not exist"))
+    )
+    assert "ASCEND_HOME_PATH : none does not exist (source " in unset
+
+
+def test_probe_asks_torch_npu_last(
+    machine: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = torch.__version__.partition("+")[0]
+    for available, start in ((False, "torch_npu sees no device"), (True, "")):
+        device_module = SimpleNamespace(is_available=lambda available=available: available)
+        monkeypatch.setattr(
+            availability.torch, "get_device_module", lambda _, module=device_module: module
+        )
+        reason = machine(version, True, lambda name: None)
+        assert reason.startswith(start)
+        assert bool(reason) == (not available)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from glm_core.backends.onnxrt import arithmetic, moves
+from glm_core.backends.onnxrt import arithmetic, integers, moves
 from glm_core.backends.onnxrt.graph import Graph, Value
 from glm_core.errors import UnsupportedOpError
 
@@ -21,7 +21,7 @@ def translate(
     # an in-place node is its functional twin: see export._private
     name = target._schema.name.removeprefix("aten::")
     name = name.removesuffix("_") if target._schema.is_mutable else name
-    function = moves.TABLE.get(name) or arithmetic.TABLE.get(name)
+    function = moves.TABLE.get(name) or integers.TABLE.get(name) or arithmetic.TABLE.get(name)
     if function is None:
         raise UnsupportedOpError(
             f"{target} has no ONNX translation; add one to onnxrt/arithmetic.py or moves.py"

@@ -9,12 +9,14 @@ from glm_core.ops.linear import linear
 from glm_core.ops.loss import linear_cross_entropy
 from glm_core.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from glm_core.ops.optim import adamw, global_norm
+from glm_core.ops.quant import quantized_linear
 from glm_core.ops.rope import rope
 
 __all__ = [
     "adamw", "add_layer_norm", "add_rms_norm", "attention", "embedding", "geglu", "gelu",
     "global_norm",
-    "layer_norm", "linear", "linear_cross_entropy", "rms_norm", "rope", "swiglu",
+    "layer_norm", "linear", "linear_cross_entropy", "quantized_linear", "rms_norm", "rope",
+    "swiglu",
     "all_ops",
 ]  # fmt: skip
 

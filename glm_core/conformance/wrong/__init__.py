@@ -10,6 +10,7 @@ from glm_core.conformance.wrong import (  # noqa: F401  # imported for what they
     loss,
     norm,
     optim,
+    quant,
     rope,
     rounding,
 )

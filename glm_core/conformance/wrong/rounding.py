@@ -17,6 +17,7 @@ from glm_core.ops import (
     gelu,
     layer_norm,
     linear,
+    quantized_linear,
     rms_norm,
     rope,
     swiglu,
@@ -24,7 +25,7 @@ from glm_core.ops import (
 
 OPS = (
     add_layer_norm, add_rms_norm, attention, geglu, gelu,
-    layer_norm, linear, rms_norm, rope, swiglu,
+    layer_norm, linear, quantized_linear, rms_norm, rope, swiglu,
 )  # fmt: skip
 
 

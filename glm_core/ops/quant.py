@@ -1,0 +1,173 @@
+"""The product with a quantised weight, and how weights are quantised: row-wise as GLM-130B, or in
+groups. Shapes: D in, F out, G groups of D / G inputs that share a scale."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from glm_core.dispatch import op
+from glm_core.errors import ShapeError
+from glm_core.ops.layout import gapped
+from glm_core.ops.precision import num_bytes, wide
+from glm_core.spec import Cost, Draw, Maker, Sample, normal
+
+BITS = (8, 4)
+BLOCK = 32
+"""inputs that share a step where activations are rounded to int8"""
+
+
+def quantize(weight: Tensor, bits: int, group: int = 0) -> tuple[Tensor, Tensor]:
+    """(codes, scale) of a float weight [F, D]: codes int8 [F, D], or [F, D / 2] with two 4-bit
+    codes a byte; scale float16 [F], or [F, D / group]. q = round(w / scale), half to even, with
+    scale = max|w| / (2^(bits-1) - 1) over a row or group, symmetric: no zero point. A row that
+    float16 scales cannot tell from zero gets scale 0 and codes 0 (GLM-130B's division gives NaN
+    there). Zeng et al. 2022 (GLM-130B), section 5; quantization/functional.py.
+    Raises ShapeError where D does not divide, or a weight is not finite."""
+    rows, width = weight.shape
+    _check(bits, width, group)
+    top = 2 ** (bits - 1) - 1
+    parts = wide(weight.detach()).reshape(rows, -1, group or width)  # [F, G, D / G]
+    scale = (parts.abs().amax(-1) / top).half()
+    if not scale.isfinite().all():
+        raise ShapeError("quantize: weight has values that are not finite, or over 65504 * steps")
+    step = scale.to(parts)[..., None]
+    codes = torch.where(step > 0, parts / step, 0.0).round().clamp(-top, top)
+    codes = codes.to(torch.int8).reshape(rows, width)
+    return pack(codes) if bits == 4 else codes, scale if group else scale[:, 0]
+
+
+def _check(bits: int, width: int, group: int) -> None:
+    if bits not in BITS:
+        raise ShapeError(f"quantize: bits must be 8 or 4; received {bits}")
+    if bits == 4 and width % 2:
+        raise ShapeError(f"quantize: 4 bits need an even input width; received {width}")
+    if group and (group % BLOCK or width % group):
+        raise ShapeError(
+            f"quantize: group={group} must be a multiple of {BLOCK} that divides the input width "
+            f"{width}; use 0 for one scale a row"
+        )
+
+
+def pack(codes: Tensor) -> Tensor:
+    """4-bit codes [..., D] in -8..7 to bytes [..., D / 2]: the even element in the HIGH nibble
+    (GLM-130B kernels/quantization.cu, compress_int4_weight)."""
+    return (codes[..., ::2] << 4) | (codes[..., 1::2] & 15)
+
+
+def unpack(weight: Tensor, bits: int) -> Tensor:
+    """Codes as int8 [F, D], both nibbles sign-extended."""
+    if bits == 8:
+        return weight
+    return torch.stack((weight >> 4, (weight << 4) >> 4), -1).flatten(-2)
+
+
+def dequantize(weight: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """w = code * scale [F, D], formed in float32 at least and rounded once to `dtype`."""
+    codes = unpack(weight, bits)
+    steps = scale.to(torch.promote_types(dtype, torch.float32)).reshape(len(codes), -1, 1)
+    return (codes.reshape(len(codes), steps.shape[1], -1) * steps).flatten(1).to(dtype)
+
+
+def round_activations(x: Tensor) -> Tensor:
+    """x as int8 codes times a step for every 32 inputs of a row (max|x| / 127, the last block may
+    be shorter), in x's dtype; the gradient passes straight through."""
+    full = x.shape[-1] // BLOCK * BLOCK
+    blocks = x[..., :full].unflatten(-1, (full // BLOCK, BLOCK))
+    rounded = torch.cat((_rounded(blocks).flatten(-2), _rounded(x[..., full:])), -1)
+    return x + (rounded - x).detach()
+
+
+def _rounded(x: Tensor) -> Tensor:
+    if not x.numel():
+        return x
+    step = x.abs().amax(-1, keepdim=True) / 127
+    return torch.where(step > 0, x / step, 0.0).round().clamp(-127, 127) * step
+
+
+def bytes_of_codes(bits: int, *shape: int) -> Maker:
+    """Every code of the width, both nibbles for 4 bits; `shape` is the packed one."""
+
+    def make(draw: Draw) -> Tensor:
+        codes = torch.randint(-128 if bits == 4 else -127, 128, shape, generator=draw.generator)
+        return codes.to(torch.int8).to(draw.device)
+
+    return make
+
+
+def steps(size: float, *shape: int) -> Maker:
+    """Scales in float16, size/2 ... 3/2 size, the first of them zero where there are several
+    rows, as that of a row of zeros."""
+
+    def make(draw: Draw) -> Tensor:
+        scale = (torch.rand(shape, generator=draw.generator) + 0.5) * size
+        scale[: int(shape[0] > 1)] = 0
+        return scale.half().to(draw.device)
+
+    return make
+
+
+def quantized_linear_samples() -> Iterator[Sample]:
+    def make(
+        id: str, rows: tuple[int, ...], d: int, f: int, bits: int, group: int = 0,
+        activation_bits: int = 16, bias: bool = True, std: float = 1.0, strided: bool = False,
+    ) -> Sample:  # fmt: skip
+        size = d**-0.5 / 2 ** (bits - 2)
+        args = {
+            "x": normal(*rows, d, std=std, strided=strided),
+            "weight": bytes_of_codes(bits, f, d * bits // 8),
+            "scale": steps(size, f, d // group) if group else steps(size, f),
+            **({"bias": normal(f, std=0.2)} if bias else {}),
+        }
+        fixed = {"bits": bits, "activation_bits": activation_bits}
+        return Sample(id, {**args, **fixed}, real="4096" in id)
+
+    yield make("2x5x96-64-int4", (2, 5), 96, 64, 4)
+    yield make("2x5x96-64-int8", (2, 5), 96, 64, 8, bias=False)
+    yield make("7x96-33-int4-group32", (7,), 96, 33, 4, group=32)
+    yield make("3x384-17-int4-group128", (3,), 384, 17, 4, group=128, bias=False)
+    yield make("3x256-17-int8-group128-strided", (3,), 256, 17, 8, group=128, strided=True)
+    yield make("1x1-1-int8", (1,), 1, 1, 8)
+    yield make("3x33-17-int8", (3,), 33, 17, 8)
+    yield Sample("3x34-17-int4-gapped", gapped(make("", (3,), 34, 17, 4).args))
+    yield make("3x34-17-tiny", (3,), 34, 17, 4, std=1e-4, bias=False)
+    yield make("3x34-17-huge", (3,), 34, 17, 8, std=1e3)
+    yield make("0x32-8-int4", (0,), 32, 8, 4)
+    yield make("2x5x96-64-int4-a8", (2, 5), 96, 64, 4, activation_bits=8)
+    yield make("7x328-33-int8-a8", (7,), 328, 33, 8, activation_bits=8)  # last block of 8
+    yield make("3x384-17-int4-group32-a8", (3,), 384, 17, 4, group=32, activation_bits=8)
+    yield make("9x384-17-int8-group128-a8", (9,), 384, 17, 8, group=128, activation_bits=8)
+    yield make("3x96-17-int4-a8-zeros", (3,), 96, 17, 4, activation_bits=8, std=0.0)
+    yield make("4x4096-4608-int4", (4,), 4096, 4608, 4, bias=False)  # QKV of ChatGLM2 / GLM-4
+    yield make("1x4096-4608-int4-a8", (1,), 4096, 4608, 4, group=128, activation_bits=8)
+
+
+def quantized_linear_cost(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, bits: int = 8,
+    activation_bits: int = 16,
+) -> Cost:  # fmt: skip
+    rows, fixed = x.numel() // max(x.shape[-1], 1), num_bytes(weight, scale)
+    flops, out = 2 * x.numel() * len(weight), rows * len(weight) * x.element_size()
+    moved = num_bytes(x, bias) + fixed + out
+    return Cost(flops, moved, flops, fixed + num_bytes(x) + out)
+
+
+@op(samples=quantized_linear_samples, cost=quantized_linear_cost, differentiable=("x",))
+def quantized_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, bits: int = 8,
+    activation_bits: int = 16,
+) -> Tensor:  # fmt: skip
+    """y = x w^T + bias, w = code * scale;  x [..., D], weight int8: codes [F, D], or with bits = 4
+    [F, D / 2], the even element in the high nibble; scale float16 or float32 [F] or [F, G], one
+    for D / G inputs; bias [F] -> [..., F]. With activation_bits = 8, x is first rounded to int8
+    codes in blocks of 32 inputs (`round_activations`). Weight, scale and bias are frozen: only x
+    has a gradient, that of the unrounded x.
+    Neither w nor the rounded x is rounded to the working dtype: float32 at least throughout, the
+    result rounded once. Zeng et al. 2022 (GLM-130B), section 5; blocks: Dettmers et al. 2022."""
+    a = wide(x)
+    a = round_activations(a) if activation_bits == 8 else a
+    w = dequantize(weight, scale, bits, a.dtype)
+    added = None if bias is None else bias.detach().to(a)
+    return torch.nn.functional.linear(a, w, added).to(x.dtype)

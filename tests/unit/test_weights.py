@@ -1,0 +1,204 @@
+"""Checkpoints of every layout: read, merged, cut, written back, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from foreign import CONFIGS, STATES, ranks_of, weights, write
+from safetensors import safe_open
+from torch import Tensor
+
+from glm_core.errors import CheckpointError
+from glm_core.model.weights import convert, open_checkpoint, target
+
+SHARDED = ("glm-130b", "sat-chatglm-6b", "glm-block")
+CASES = [(name, 1) for name in STATES] + [(name, size) for name in SHARDED for size in (2, 8)]
+
+
+def stored(folder: Path) -> list[dict[str, Tensor]]:
+    """Everything in a written checkpoint, by rank, read without our reader."""
+    shards = sorted(folder.rglob("mp_rank_*.pt"))
+    if shards:
+        return [torch.load(f, weights_only=True)["module"] for f in shards]
+    state = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            state |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    return [state]
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert found[key].dtype == value.dtype, key
+        assert torch.equal(found[key], value), key
+
+
+@pytest.mark.parametrize(("name", "size"), CASES)
+def test_reads_every_layout(tmp_path: Path, name: str, size: int) -> None:
+    checkpoint = open_checkpoint(write(tmp_path / "c", name, size))
+    assert (checkpoint.layout.name, checkpoint.num_ranks) == (name, size)
+    assert checkpoint.config == CONFIGS[name]
+    assert_same({n: checkpoint.tensor(n) for n in checkpoint.shapes}, weights(name))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+@pytest.mark.parametrize("held", [1, 2, 8])
+@pytest.mark.parametrize("name", SHARDED)
+def test_any_tp_degree_to_any_other(tmp_path: Path, name: str, held: int, size: int) -> None:
+    source = open_checkpoint(write(tmp_path / "from", name, held))
+    convert(source, tmp_path / "to", target(name, num_ranks=size))
+    for found, expected in zip(stored(tmp_path / "to"), ranks_of(name, size), strict=True):
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("held", "size"), [(2, 2), (2, 8), (8, 8), (1, 4)])
+def test_quantised_shards_are_cut(tmp_path: Path, bits: int, held: int, size: int) -> None:
+    """To the same or a higher degree bit by bit: the scales of a row go with each of its parts."""
+    source = open_checkpoint(write(tmp_path / "from", "glm-130b", held, bits))
+    assert source.bits == bits
+    convert(source, tmp_path / "to", target("glm-130b", num_ranks=size))
+    again = open_checkpoint(tmp_path / "to")
+    for name in source.shapes:
+        assert torch.equal(again.dense(name), source.dense(name)), name
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_weights_are_near_the_originals(tmp_path: Path, bits: int) -> None:
+    """Within half a step of each row's scale; the packing's nibbles or groups taken in another
+    order would be off by far more."""
+    checkpoint = open_checkpoint(write(tmp_path / "c", "glm-130b", 2, bits))
+    original = weights("glm-130b")
+    for name in checkpoint.shapes:
+        if not checkpoint.quantised(name):
+            assert torch.equal(checkpoint.dense(name), original[name])
+            continue
+        scale = checkpoint.scale(name).float().reshape(len(original[name]), -1)
+        each = scale.repeat_interleave(original[name].shape[1] // scale.shape[1], 1)
+        off = (checkpoint.dense(name).float() - original[name].float()).abs()
+        assert (off <= each * 0.51 + 1e-3 * original[name].float().abs()).all(), name
+
+
+def test_merged_column_shards_keep_a_scale_each(tmp_path: Path) -> None:
+    source = open_checkpoint(write(tmp_path / "from", "glm-130b", 2, 4))
+    assert source.scale("blocks.0.mlp.down.weight").shape == (32, 2)
+    assert source.scale("blocks.0.mlp.up.weight").shape == (96,)
+    with pytest.raises(CheckpointError, match="one scale a row, but 2 ranks"):
+        convert(source, tmp_path / "to", target("glm-130b"))
+    convert(source, tmp_path / "ours", target("glm-core"))
+    again = open_checkpoint(tmp_path / "ours")
+    for name in source.shapes:
+        assert torch.equal(again.dense(name), source.dense(name)), name
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_written_back_bit_equal(tmp_path: Path, name: str) -> None:
+    """Through our own layout, and directly in several files."""
+    source = open_checkpoint(write(tmp_path / "from", name))
+    convert(source, tmp_path / "ours", target("glm-core"))
+    assert_same(stored(tmp_path / "ours")[0], weights(name))
+    convert(open_checkpoint(tmp_path / "ours"), tmp_path / "back", target(name))
+    expected = {k: v for k, v in ranks_of(name)[0].items() if "inv_freq" not in k}
+    assert_same(stored(tmp_path / "back")[0], expected)
+    assert open_checkpoint(tmp_path / "back").config == CONFIGS[name]
+    convert(source, tmp_path / "same", target(name, shard_bytes=20_000))
+    assert_same(stored(tmp_path / "same")[0], ranks_of(name)[0])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_chatglm_is_written_back(tmp_path: Path, bits: int) -> None:
+    source = open_checkpoint(write(tmp_path / "from", "chatglm-6b", 1, bits))
+    convert(source, tmp_path / "ours", target("glm-core"))
+    convert(open_checkpoint(tmp_path / "ours"), tmp_path / "back", target("chatglm-6b"))
+    assert_same(stored(tmp_path / "back")[0], ranks_of("chatglm-6b", 1, bits)[0])
+    assert json.loads((tmp_path / "back/config.json").read_text())["quantization_bit"] == bits
+
+
+def test_chatglm_to_transformers_and_back(tmp_path: Path) -> None:
+    source = open_checkpoint(write(tmp_path / "from", "chatglm2"))
+    convert(source, tmp_path / "hf", target("glm"))
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert (config["eos_token_id"], config["rope_parameters"]["rope_theta"]) == (91, 30000.0)
+    convert(open_checkpoint(tmp_path / "hf"), tmp_path / "back", target("chatglm2"))
+    expected = {k: v for k, v in ranks_of("chatglm2")[0].items() if "inv_freq" not in k}
+    assert_same(stored(tmp_path / "back")[0], expected)
+    config = json.loads((tmp_path / "back/config.json").read_text())
+    assert (config["rope_ratio"], config["pad_token_id"]) == (3.0, 3)
+
+
+def test_load_fills_the_model(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write(tmp_path / "c", "glm-130b", 8, 8))
+    model = checkpoint.load(torch.float32)
+    for name, p in model.named_parameters():
+        assert p.dtype == torch.float32
+        assert torch.equal(p, checkpoint.dense(name).float()), name
+
+
+def test_a_rank_reads_only_its_part(tmp_path: Path) -> None:
+    """Of 8 stored ranks, rank 1 of 4 needs files 2 and 3: the others may be gone by then."""
+    folder = write(tmp_path / "c", "glm-130b", 8)
+    checkpoint = open_checkpoint(folder)
+    whole = {n: checkpoint.tensor(n, 1, 4) for n in checkpoint.shapes}
+    for r in (0, 1, 4, 5, 6, 7):
+        (folder / f"49300/mp_rank_{r:02d}_model_states.pt").unlink()
+    assert_same({n: checkpoint.tensor(n, 1, 4) for n in checkpoint.shapes}, whole)
+
+
+def test_dtype_and_dequantise(tmp_path: Path) -> None:
+    source = open_checkpoint(write(tmp_path / "from", "chatglm-6b", 1, 4))
+    wanted = target("chatglm-6b", dtype=torch.bfloat16, dequantise=True)
+    convert(source, tmp_path / "to", wanted)
+    again = open_checkpoint(tmp_path / "to")
+    assert again.bits is None
+    for name in source.shapes:
+        assert torch.equal(again.tensor(name), source.dense(name).bfloat16()), name
+
+
+def test_a_stored_head_is_never_tied(tmp_path: Path) -> None:
+    """Old files of tied models hold both; what they hold counts."""
+    folder = write(tmp_path / "c", "glm")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    assert not open_checkpoint(folder).config.tied_head
+
+
+def test_a_config_can_be_given(tmp_path: Path) -> None:
+    folder = write(tmp_path / "c", "glm-130b", 2)
+    (folder / "model_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no config\.json .* name a preset"):
+        open_checkpoint(folder)
+    given = dataclasses.replace(CONFIGS["glm-130b"], embedding_gradient_shrink=0.1)
+    assert open_checkpoint(folder, given).config == given
+
+
+@pytest.mark.parametrize(
+    ("name", "to", "told"),
+    [
+        ("chatglm-6b", "glm", "cannot express .*positions=rope_2d"),
+        ("chatglm2", "chatglm-6b", "no grouped queries, the model has num_kv_heads=2"),
+        ("glm4", "glm", "cannot express placement=sandwich"),
+    ],
+)
+def test_a_layout_that_cannot_hold_the_model(tmp_path: Path, name: str, to: str, told: str) -> None:
+    source = open_checkpoint(write(tmp_path / "from", name))
+    with pytest.raises(CheckpointError, match=told):
+        convert(source, tmp_path / "to", target(to))
+    assert [f.name for f in tmp_path.iterdir()] == ["from"]
+
+
+def test_refused_targets(tmp_path: Path) -> None:
+    source = open_checkpoint(write(tmp_path / "from", "chatglm2"))
+    with pytest.raises(CheckpointError, match="has no tensor-parallel shards"):
+        convert(source, tmp_path / "to", target("glm", num_ranks=2))
+    with pytest.raises(CheckpointError, match="exists; choose a new folder"):
+        convert(source, tmp_path / "from", target("glm"))
+    with pytest.raises(CheckpointError, match=r"unknown layout 'glm5'.*did you mean glm"):
+        target("glm5")
+    sat = open_checkpoint(write(tmp_path / "sat", "glm-130b"))
+    with pytest.raises(CheckpointError, match="3 tensor-parallel ranks do not divide num_heads=8"):
+        convert(sat, tmp_path / "to", target("glm-130b", num_ranks=3))

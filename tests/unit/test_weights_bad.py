@@ -1,0 +1,261 @@
+"""Checkpoints that cannot be used: one CheckpointError that names file, key, shapes, way out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import random
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from foreign import DESCRIPTIONS, ranks_of, write
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from glm_core.errors import CheckpointError
+from glm_core.model.weights import open_checkpoint
+from glm_core.model.weights.configs import read_config
+from glm_core.model.weights.layouts import layout
+
+SHARD = "49300/mp_rank_01_model_states.pt"
+
+
+def refused(path: Path, *told: str) -> None:
+    """One line that contains all of these."""
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    for text in told:
+        assert text in message, message
+
+
+def edit(path: Path, **changes: Any) -> None:
+    """JSON with keys set, or removed where None is given."""
+    values = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+
+
+@pytest.mark.parametrize("kept", [0, 1, 7, 200, 0.5, 0.99])
+@pytest.mark.parametrize(("name", "file"), [("glm", "model-00002-of-00002.safetensors"),
+                                            ("chatglm2", "pytorch_model-00001-of-00002.bin"),
+                                            ("glm-130b", SHARD)])  # fmt: skip
+def test_truncated(tmp_path: Path, name: str, file: str, kept: float) -> None:
+    folder = write(tmp_path / "c", name, 2 if name == "glm-130b" else 1)
+    size = (folder / file).stat().st_size
+    os.truncate(folder / file, int(kept if kept >= 1 or not kept else size * kept))
+    refused(folder, file.rpartition("/")[2], "truncated", "fetch it again")
+
+
+def test_everything_that_does_not_fit_is_told_at_once(tmp_path: Path) -> None:
+    folder = write(tmp_path / "c", "glm")
+    for file in folder.glob("*.safetensors"):
+        state = load_file(file)
+        if "lm_head.weight" in state:
+            state["strange"] = state.pop("model.norm.weight")
+            state["lm_head.weight"] = state["lm_head.weight"][:, :16].clone()
+        save_file(state, file)
+    (folder / "model.safetensors.index.json").unlink()
+    refused(
+        folder, "1 missing (model.norm.weight)", "1 unexpected (strange in model-0000",
+        "lm_head.weight in model-0000", "is [96, 16], expected [96, 32]", "layout glm ",
+    )  # fmt: skip
+
+
+def test_a_shard_of_another_generation(tmp_path: Path) -> None:
+    """Right shapes, other training: what all ranks must share differs."""
+    folder = write(tmp_path / "c", "glm-130b", 2)
+    shard = torch.load(folder / SHARD, weights_only=True)
+    shard["module"]["transformer.final_layernorm.weight"] += 0.01
+    torch.save(shard, folder / SHARD)
+    checkpoint = open_checkpoint(folder)
+    with pytest.raises(CheckpointError, match=r"final_layernorm\.weight differs from rank 0's"):
+        checkpoint.load()
+
+
+def test_shards_of_another_degree(tmp_path: Path) -> None:
+    folder = write(tmp_path / "c", "glm-130b", 2)
+    wider = ranks_of("glm-130b", 1)[0]
+    torch.save({"module": wider}, folder / SHARD)
+    refused(folder, "in mp_rank_01_model_states.pt is [96, 32], expected [48, 32]")
+
+
+def test_a_missing_shard(tmp_path: Path) -> None:
+    folder = write(tmp_path / "c", "glm-130b", 8)
+    (folder / SHARD).unlink()
+    refused(folder, "of 8 shards", "missing: 01", "fetch them")
+
+
+def test_layouts_mixed(tmp_path: Path) -> None:
+    folder = write(tmp_path / "c", "glm4")
+    save_file(ranks_of("chatglm2")[0], folder / "other.safetensors")
+    (folder / "model.safetensors.index.json").unlink()
+    refused(folder, "layout glm4", "unexpected", "these belong to layout chatglm2", "mixed")
+
+
+def test_two_files_with_one_key(tmp_path: Path) -> None:
+    folder = write(tmp_path / "c", "glm4")
+    save_file({"model.norm.weight": torch.ones(1)}, folder / "more.safetensors")
+    (folder / "model.safetensors.index.json").unlink()
+    refused(folder, "model.norm.weight, and so does", "mixes two")
+
+
+def test_an_index_of_another_generation(tmp_path: Path) -> None:
+    folder = write(tmp_path / "c", "glm")
+    index = folder / "model.safetensors.index.json"
+    places = json.loads(index.read_text())["weight_map"]
+    edit(index, weight_map={**places, "model.more.weight": "model-00001-of-00002.safetensors"})
+    refused(folder, "model.more.weight in model-00001-of-00002", "different generations")
+    edit(index, weight_map={**places, "a": "gone.safetensors", "b": "../up.safetensors"})
+    refused(folder, "not here: ../up.safetensors, gone.safetensors", "fetch them")
+    index.write_text("[]")
+    refused(folder, "expected a JSON object, found list")
+    index.write_text('{"weight_map": 3}')
+    refused(folder, "no weight_map")
+
+
+class Malice:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch pwned",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickled_code_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zipped: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = write(tmp_path / "c", "glm-130b", 2)
+    torch.save({"module": Malice()}, folder / SHARD, _use_new_zipfile_serialization=zipped)
+    refused(folder, "mp_rank_01", "would run code", "system", "refused; save model.state_dict()")
+    (folder / SHARD).write_bytes(pickle.dumps(Malice()))
+    refused(folder, "mp_rank_01")
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_training_state_beside_the_weights_is_read_over(tmp_path: Path) -> None:
+    """What SAT and DeepSpeed save with a checkpoint: arguments and random states."""
+    folder = write(tmp_path / "c", "glm-130b", 2)
+    shard = torch.load(folder / SHARD, weights_only=True)
+    shard |= {
+        "args": argparse.Namespace(lr=0.1), "np_rng_state": np.random.get_state(),
+        "random_rng_state": random.getstate(),
+    }  # fmt: skip
+    torch.save(shard, folder / SHARD)
+    assert open_checkpoint(folder).num_ranks == 2
+
+
+def test_a_file_of_before_torch_1_6(tmp_path: Path) -> None:
+    folder = write(tmp_path / "c", "glm-130b", 2)
+    shard = torch.load(folder / SHARD, weights_only=True)
+    torch.save(shard, folder / SHARD, _use_new_zipfile_serialization=False)
+    checkpoint = open_checkpoint(folder)
+    key = checkpoint.layout.keys("embedding")[0]
+    assert torch.equal(checkpoint.tensor("embedding")[48:], shard["module"][key])
+
+
+@pytest.mark.parametrize("held", [[torch.ones(1)], {"module": {"a": 3}}, {"module": {}}, 4])
+def test_not_a_table_of_tensors(tmp_path: Path, held: Any) -> None:
+    torch.save(held, tmp_path / "x.pt")
+    refused(tmp_path / "x.pt", "not a table of tensors by name")
+
+
+def test_no_glm(tmp_path: Path) -> None:
+    save_file({"gpt.wte.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    refused(tmp_path, "holds no GLM", "gpt.wte.weight", "known: glm (")
+    refused(tmp_path / "nothing", "no such file or folder")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "holds no checkpoint", "expected one of model.safetensors.index")
+    (tmp_path / "empty/latest").write_text("../up")
+    refused(tmp_path / "empty", "latest", "'../up', which is no folder beside it")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "told"),
+    [
+        ("glm", {"hidden_size": None, "vocab_size": None}, "hidden_size is missing; vocab_size"),
+        ("glm", {"model_type": "llama"}, "model_type is 'llama', only 'glm' is known"),
+        ("glm", {"hidden_act": "gelu"}, "hidden_act is 'gelu', only 'silu' is known"),
+        ("glm", {"hidden_size": "wide"}, "hidden: expected int, received 'wide'"),
+        ("glm", {"num_key_value_heads": 3}, "num_kv_heads=3 does not divide num_heads=8"),
+        ("glm", {"num_hidden_layers": 10**9}, "1000000000 layers, but the files hold only"),
+        ("glm", {"hidden_size": 1 << 62}, "impossible model"),
+        ("glm", {"num_hidden_layers": 3}, "missing (model.layers.2."),
+        ("glm", {"rope_scaling": {"type": "yarn"}}, "rope_scaling is"),
+        ("chatglm2", {"rmsnorm": False}, "rmsnorm is False"),
+        ("chatglm2", {"rope_ratio": "x"}, "rope_base: expected float, received 'x'"),
+        ("chatglm2", {"ffn_hidden_size": True}, "ffn: expected int, received True"),
+        ("chatglm-6b", {"position_encoding_2d": False}, "position_encoding_2d is False"),
+        ("chatglm-6b", {"num_attention_heads": 3}, "does not divide hidden=64"),
+    ],
+)  # fmt: skip
+def test_configs(tmp_path: Path, name: str, change: dict[str, Any], told: str) -> None:
+    folder = write(tmp_path / "c", name)
+    edit(folder / "config.json", **change)
+    refused(folder, told)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_config_is_a_model_or_an_error(data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(sorted(DESCRIPTIONS)))
+    values = dict(DESCRIPTIONS[name])
+    odd = st.one_of(
+        st.none(), st.booleans(), st.integers(-4, 2**70), st.floats(), st.text(max_size=3),
+        st.lists(st.integers(), max_size=1), st.dictionaries(st.just("rope_theta"), st.integers()),
+    )  # fmt: skip
+    values |= data.draw(st.dictionaries(st.sampled_from(sorted(values)), odd, max_size=3))
+    told = ""
+    try:
+        read_config(layout(name), values, Path("config.json"))
+    except CheckpointError as error:
+        told = str(error)
+    assert told.startswith("config.json: does not describe a model of layout" if told else "")
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """One checkpoint of either format."""
+    root = tmp_path_factory.mktemp("fuzz")
+    return [write(root / "a", "glm"), write(root / "b", "glm-130b", 2)]
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_damage_is_an_error_or_harmless(sound: list[Path], data: st.DataObject) -> None:
+    """Bytes of headers changed in either format: no other exception, no hang, no huge memory."""
+    folder = data.draw(st.sampled_from(sound))
+    file = next(f for f in sorted(folder.rglob("*")) if f.suffix in (".safetensors", ".pt"))
+    original = file.read_bytes()
+    damaged = bytearray(original)
+    end = min(len(damaged), 3000)
+    places = st.integers(0, end - 1) | st.integers(-min(1500, len(damaged)), -1)
+    for place, byte in data.draw(st.lists(st.tuples(places, st.integers(0, 255)), max_size=6)):
+        damaged[place] = byte
+    told = ""
+    try:
+        file.write_bytes(damaged)
+        checkpoint = open_checkpoint(folder)
+        for name in checkpoint.shapes:
+            checkpoint.tensor(name)
+    except CheckpointError as error:
+        told = str(error)
+    finally:
+        file.write_bytes(original)
+    assert not told or file.name in told or str(folder) in told
+
+
+def test_a_header_that_claims_too_much(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
+    refused(file, "truncated or not safetensors")
+    text = json.dumps({"embedding": {"dtype": "F16", "shape": [1 << 40, 1 << 40],
+                                     "data_offsets": [0, 16]}}).encode()  # fmt: skip
+    file.write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
+    refused(file, "truncated or not safetensors")

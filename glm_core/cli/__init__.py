@@ -15,6 +15,7 @@ COMMANDS = {
     "ops": "ops x backends: kernel, reference or unsupported",
     "train": "train a GLM on one backend",
     "align": "loss curves across backends: run, record, compare, sensitivity",
+    "checkpoint": "what other projects' checkpoints hold; rewrite them, merge or cut shards",
     "conformance": "every op of a backend against the float64 reference, case by case",
     "backend": "start a new backend's package",
     "trace": "what a trace holds, what did not run on the device",

@@ -166,7 +166,7 @@ def cut_qkv_blocks(state: State, size: int) -> list[State]:
     return [{**rank, **positions} for rank in ranks]
 
 
-def quantise(ranks: list[State], bits: int) -> list[State]:
+def quantize(ranks: list[State], bits: int) -> list[State]:
     """GLM-130B quantization: after the split, per row; the even element in the high nibble."""
     linears = ("query_key_value.weight", "dense.weight", "4h.weight", "4h_to_h.weight")
     result = []
@@ -237,7 +237,7 @@ def ranks_of(name: str, size: int = 1, bits: int = 0) -> list[State]:
     state = STATES[name](weights(name))
     cut = cut_130b if name == "glm-130b" else cut_qkv_blocks
     ranks = [state] if size == 1 else cut(state, size)
-    return quantise(ranks, bits) if bits else ranks
+    return quantize(ranks, bits) if bits else ranks
 
 
 def write(folder: Path, name: str, size: int = 1, bits: int = 0) -> Path:

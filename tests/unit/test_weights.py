@@ -58,7 +58,7 @@ def test_any_tp_degree_to_any_other(tmp_path: Path, name: str, held: int, size: 
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("held", "size"), [(2, 2), (2, 8), (8, 8), (1, 4)])
-def test_quantised_shards_are_cut(tmp_path: Path, bits: int, held: int, size: int) -> None:
+def test_quantized_shards_are_cut(tmp_path: Path, bits: int, held: int, size: int) -> None:
     """To the same or a higher degree bit by bit: the scales of a row go with each of its parts."""
     source = open_checkpoint(write(tmp_path / "from", "glm-130b", held, bits))
     assert source.bits == bits
@@ -69,13 +69,13 @@ def test_quantised_shards_are_cut(tmp_path: Path, bits: int, held: int, size: in
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantised_weights_are_near_the_originals(tmp_path: Path, bits: int) -> None:
+def test_quantized_weights_are_near_the_originals(tmp_path: Path, bits: int) -> None:
     """Within half a step of each row's scale; the packing's nibbles or groups taken in another
     order would be off by far more."""
     checkpoint = open_checkpoint(write(tmp_path / "c", "glm-130b", 2, bits))
     original = weights("glm-130b")
     for name in checkpoint.shapes:
-        if not checkpoint.quantised(name):
+        if not checkpoint.quantized(name):
             assert torch.equal(checkpoint.dense(name), original[name])
             continue
         scale = checkpoint.scale(name).float().reshape(len(original[name]), -1)
@@ -111,7 +111,7 @@ def test_written_back_bit_equal(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_quantised_chatglm_is_written_back(tmp_path: Path, bits: int) -> None:
+def test_a_quantized_chatglm_is_written_back(tmp_path: Path, bits: int) -> None:
     source = open_checkpoint(write(tmp_path / "from", "chatglm-6b", 1, bits))
     convert(source, tmp_path / "ours", target("glm-core"))
     convert(open_checkpoint(tmp_path / "ours"), tmp_path / "back", target("chatglm-6b"))
@@ -149,9 +149,9 @@ def test_a_rank_reads_only_its_part(tmp_path: Path) -> None:
     assert_same({n: checkpoint.tensor(n, 1, 4) for n in checkpoint.shapes}, whole)
 
 
-def test_dtype_and_dequantise(tmp_path: Path) -> None:
+def test_dtype_and_dequantize(tmp_path: Path) -> None:
     source = open_checkpoint(write(tmp_path / "from", "chatglm-6b", 1, 4))
-    wanted = target("chatglm-6b", dtype=torch.bfloat16, dequantise=True)
+    wanted = target("chatglm-6b", dtype=torch.bfloat16, dequantize=True)
     convert(source, tmp_path / "to", wanted)
     again = open_checkpoint(tmp_path / "to")
     assert again.bits is None

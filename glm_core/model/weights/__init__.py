@@ -5,5 +5,5 @@ from glm_core.model.weights.reading import Checkpoint, open_checkpoint
 from glm_core.model.weights.writing import convert, target
 
 __all__ = [
-    "LAYOUTS", "Checkpoint", "convert", "open_checkpoint", "target", ,
+    "LAYOUTS", "Checkpoint", "convert", "open_checkpoint", "target",
 ]  # fmt: skip

@@ -31,7 +31,8 @@ def read_config(layout: Layout, theirs: dict[str, Any], file: Path) -> ModelConf
             value = value * field.unit
         values[field.ours] = value
     if not bad:
-        values["ffn"] = values["ffn"] or 4 * values["hidden"]
+        if values["ffn"] == 0 and isinstance(values["hidden"], int):
+            values["ffn"] = 4 * values["hidden"]
         try:
             return from_dict(ModelConfig, values)
         except (ConfigError, TypeError) as error:

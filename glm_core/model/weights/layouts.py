@@ -34,7 +34,7 @@ SPLITS = {
 }  # fmt: skip
 """by our name below `blocks.N.`; all others are replicated"""
 LINEARS = ("attention.qkv", "attention.out", "mlp.up", "mlp.down")
-"""the four of a layer that GLM-130B and ChatGLM-6B quantise"""
+"""the four of a layer that GLM-130B and ChatGLM-6B quantize"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,8 +61,8 @@ class Layout:
     """rows q|k|v; or [q_h, k_h, v_h] head by head; or three tensors"""
     sharded: bool = False
     """written as mp_rank_XX_model_states.pt, one per tensor-parallel rank; else as safetensors"""
-    quantised: bool = False
-    """has a quantised form: `weight` int8 or packed int4, `weight_scale` by row"""
+    quantized: bool = False
+    """has a quantized form: `weight` int8 or packed int4, `weight_scale` by row"""
     prefixes: tuple[str, ...] = ("",)
     """before every key; the first is written"""
     ignored: str = r"(.*\.)?inv_freq"
@@ -198,7 +198,7 @@ LAYOUTS = (
             "final_norm": "transformer.encoder.final_layernorm",
             **_blocks("transformer.encoder.layers", "self_attention"),
         },
-        qkv="blocks", quantised=True,
+        qkv="blocks", quantized=True,
         fields=(
             *_same("num_layers=num_layers", "hidden=hidden_size", "num_heads=num_attention_heads"),
             *_same("head_dim=kv_channels", "ffn=ffn_hidden_size", "vocab=padded_vocab_size"),
@@ -217,13 +217,13 @@ LAYOUTS = (
     ),
     Layout(
         name="glm-130b", about="GLM-130B, SwissArmyTransformer shards", names=_SAT, qkv="heads",
-        sharded=True, quantised=True, fields=_SAT_FIELDS,
+        sharded=True, quantized=True, fields=_SAT_FIELDS,
         fixed={**_DEEPNORM, "activation": "geglu", "positions": "rope"},
         required={"layernorm_order": "post"}, header={"model_class": "GLM130B"},
     ),
     Layout(
         name="chatglm-6b", about="ChatGLM-6B in its authors' code",
-        names={**_SAT, "head": "lm_head.weight"}, qkv="heads", quantised=True,
+        names={**_SAT, "head": "lm_head.weight"}, qkv="heads", quantized=True,
         fields=_SAT_FIELDS, fixed=_CHATGLM, required={"position_encoding_2d": True},
         header={"architectures": ["ChatGLMModel"], "model_type": "chatglm"},
     ),
@@ -264,7 +264,7 @@ LAYOUTS = (
                 for n in (*LINEARS, *(f"{n}_norm" for n in _NORMS))
             },
         },
-        qkv="blocks", quantised=True,
+        qkv="blocks", quantized=True,
         fields=tuple(Field(f.name, (f.name,), f.default) for f in dataclasses.fields(ModelConfig)),
         header={"model_type": "glm-core"},
     ),

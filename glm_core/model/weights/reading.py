@@ -36,7 +36,7 @@ class Checkpoint:
     shapes: dict[str, tuple[int, ...]]
     """every parameter of ours, whole"""
     bits: int | None
-    """8 or 4 where the linears are quantised"""
+    """8 or 4 where the linears are quantized"""
 
     @property
     def num_ranks(self) -> int:
@@ -48,23 +48,23 @@ class Checkpoint:
         keys = self.layout.keys(name)
         return [self.files.ranks[rank][self.prefix + k + suffix] for k in keys]
 
-    def quantised(self, name: str) -> bool:
+    def quantized(self, name: str) -> bool:
         return self.bits is not None and is_linear(name)
 
     def tensor(self, name: str, rank: int = 0, size: int = 1) -> Tensor:
         """Our parameter, or its part on one of `size` ranks: as stored, or packed where it is
-        quantised. Reads only the stored ranks it needs."""
+        quantized. Reads only the stored ranks it needs."""
         return self._sliced(name, rank, size, scale=False)
 
     def scale(self, name: str, rank: int = 0, size: int = 1) -> Tensor:
-        """A quantised parameter's scales [F], or [F, G] where G stored ranks, which hold the
+        """A quantized parameter's scales [F], or [F, G] where G stored ranks, which hold the
         columns, each have their own."""
         return self._sliced(name, rank, size, scale=True)
 
     def dense(self, name: str, rank: int = 0, size: int = 1) -> Tensor:
-        """As `tensor`, dequantised where it is quantised."""
+        """As `tensor`, dequantized where it is quantized."""
         tensor = self.tensor(name, rank, size)
-        if not self.quantised(name):
+        if not self.quantized(name):
             return tensor
         scale = self.scale(name, rank, size)
         return dequantize(tensor, scale, self.bits or 8, scale.dtype)
@@ -107,7 +107,7 @@ class Checkpoint:
                     )
 
     def load(self, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> GLM:
-        """The model with these weights, quantised ones dequantised; dtype: in place of the stored
+        """The model with these weights, quantized ones dequantized; dtype: in place of the stored
         one. Fills parameter by parameter, so memory holds the model and one tensor."""
         self.require_equal_copies()
         with torch.device("meta"):
@@ -122,7 +122,7 @@ class Checkpoint:
 
 
 def is_linear(name: str) -> bool:
-    """Whether it is a weight that quantised checkpoints quantise."""
+    """Whether it is a weight that quantized checkpoints quantize."""
     return name.startswith("blocks.") and name.endswith(tuple(f"{n}.weight" for n in LINEARS))
 
 
@@ -185,7 +185,7 @@ def _bits(
     """8 or 4 where scales are stored beside the linears' weights."""
     [key] = layout.keys("blocks.0.mlp.up.weight")
     table = files.ranks[0]
-    if not layout.quantised or prefix + key + SCALE not in table or prefix + key not in table:
+    if not layout.quantized or prefix + key + SCALE not in table or prefix + key not in table:
         return None
     columns = shapes["blocks.0.mlp.up.weight"][1]
     return 4 if table[prefix + key].shape[-1:] == (columns // 2,) else 8
@@ -228,7 +228,7 @@ def _expected(c: Checkpoint, name: str, rank: int) -> dict[str, tuple[tuple[int,
     if len(keys) == 3:
         e = c.config.head_dim
         lengths = [c.config.num_heads * e, *[c.config.num_kv_heads * e] * 2]
-    if not c.quantised(name):
+    if not c.quantized(name):
         pairs = zip(keys, lengths, strict=True)
         return {key: ((n, *columns), "floating point") for key, n in pairs}
     packed = (rows, columns[0] * (c.bits or 8) // 8)

@@ -1,4 +1,4 @@
-"""How tensor-parallel ranks cut a parameter and how it is put together again; scales of quantised
+"""How tensor-parallel ranks cut a parameter and how it is put together again; scales of quantized
 weights follow their rows.
 
 Shapes: H heads, E head dim, R ranks."""
@@ -80,7 +80,7 @@ def cut(
         if groups.shape[1] % size:
             raise CheckpointError(
                 f"{name}: {groups.shape[1]} groups of scales cannot be shared by {size} ranks; "
-                "dequantise first, then cut"
+                "dequantize first, then cut"
             )
         return groups.chunk(size, 1)[rank].squeeze(1)
     lengths = sections(name, config) if dim == 0 else None

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import pickle
 import re
 import struct
@@ -53,6 +54,10 @@ class Stored:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
     def read(self) -> Tensor:
         """The values, mapped where the format allows. Raises CheckpointError where the file has
         changed or is damaged."""
@@ -60,9 +65,7 @@ class Stored:
             with _safetensors(self.file) as file:
                 tensor: Tensor = file.get_tensor(self.key)
         else:
-            tensor = _maps.state(self.file, int(np.prod(self.shape)) * self.dtype.itemsize)[
-                self.key
-            ]
+            tensor = _maps.state(self.file, self.num_bytes)[self.key]
         if tensor.shape != self.shape or tensor.dtype != self.dtype:
             raise CheckpointError(f"{self.file}: {self.key} changed while it was read; read again")
         return tensor
@@ -300,7 +303,7 @@ def safetensors_header(
     table: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for key, dtype, shape in entries:
-        begin, end = end, end + int(np.prod(shape, dtype=object)) * dtype.itemsize
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
         table[key] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

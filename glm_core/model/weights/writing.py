@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -38,7 +39,7 @@ class Planned:
 
     @property
     def num_bytes(self) -> int:
-        return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,8 +49,8 @@ class Target:
     layout: Layout
     num_ranks: int = 1
     dtype: torch.dtype | None = None
-    """of everything that is not quantised; None keeps what is stored"""
-    dequantise: bool = False
+    """of everything that is not quantized; None keeps what is stored"""
+    dequantize: bool = False
     shard_bytes: int = 5_000_000_000
     """largest safetensors file, unless one tensor is larger"""
 
@@ -89,14 +90,14 @@ def _require_possible(source: Checkpoint, target: Target) -> None:
             f"layout {name} has no grouped queries, the model has "
             f"num_kv_heads={source.config.num_kv_heads}; use chatglm2, glm or glm-core"
         )
-    if source.bits is None or target.dequantise:
+    if source.bits is None or target.dequantize:
         return
-    if not item.quantised:
-        raise CheckpointError(f"layout {name} has no quantised form; dequantise on the way")
+    if not item.quantized:
+        raise CheckpointError(f"layout {name} has no quantized form; dequantize on the way")
     if name != "glm-core" and source.num_ranks > target.num_ranks:
         raise CheckpointError(
             f"layout {name} has one scale a row, but {source.num_ranks} ranks scaled their columns "
-            f"separately; use {source.num_ranks} ranks or a multiple, glm-core, or dequantise"
+            f"separately; use {source.num_ranks} ranks or a multiple, glm-core, or dequantize"
         )
 
 
@@ -151,7 +152,7 @@ def _parameter(source: Checkpoint, target: Target, name: str, rank: int) -> Iter
     shape = shard_shape(name, source.shapes[name], source.config, size)
     keys = [target.layout.prefixes[0] + key for key in target.layout.keys(name)]
     order = _order(source, target, name)
-    if source.quantised(name) and not target.dequantise:
+    if source.quantized(name) and not target.dequantize:
         packed = (shape[0], shape[1] * (source.bits or 8) // 8)
         scale = source.stored(name, scale=True)[0]
         grouped = source.scale(name, rank, size).shape
@@ -161,7 +162,7 @@ def _parameter(source: Checkpoint, target: Target, name: str, rank: int) -> Iter
             lambda: order(source.scale(name, rank, size)),
         )  # fmt: skip
         return
-    kept = source.stored(name, scale=True)[0].dtype if source.quantised(name) else stored.dtype
+    kept = source.stored(name, scale=True)[0].dtype if source.quantized(name) else stored.dtype
     dtype = target.dtype or kept
     begin = 0
     for key, rows in zip(keys, _lengths(source, keys, shape[0]), strict=True):
@@ -217,13 +218,13 @@ def _config(source: Checkpoint, target: Target) -> tuple[str, str]:
     """Name and text of the config file: the source's own where the layout stays and nothing in it
     changes."""
     theirs = source.files
-    same = source.layout is target.layout and not target.dequantise and target.dtype is None
+    same = source.layout is target.layout and not target.dequantize and target.dtype is None
     if same and theirs.config_file is not None:
         return theirs.config_file.name, theirs.config_file.read_text(encoding="utf-8")
     kept = target.dtype or source.stored("final_norm.weight")[0].dtype
     dtype = str(kept).removeprefix("torch.")
     config = write_config(target.layout, source.config, theirs.config, dtype)
-    if source.bits is not None and not target.dequantise:
+    if source.bits is not None and not target.dequantize:
         config["quantization_bit"] = source.bits
     name = "model_config.json" if "model_class" in target.layout.header else "config.json"
     return name, json.dumps(config, indent=1, ensure_ascii=False) + "\n"

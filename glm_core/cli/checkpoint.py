@@ -1,0 +1,114 @@
+"""`glm-core checkpoint`: what other projects' checkpoints hold, and rewriting them."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from glm_core.cli.options import add_json, emit
+
+if TYPE_CHECKING:
+    from glm_core.model.weights import Checkpoint
+
+LAYOUTS = "chatglm2, chatglm-6b, glm, glm4, glm-130b, glm-block, glm-core, sat-chatglm-6b"
+
+
+def define(parser: argparse.ArgumentParser) -> None:
+    """Its subcommands."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    inspect = actions.add_parser("inspect", help="layout, sizes, dtypes; reads no weights")
+    convert = actions.add_parser(
+        "convert", help="rewrite in another layout, dtype or tensor-parallel degree"
+    )
+    for action in (inspect, convert):
+        action.add_argument(
+            "checkpoint", metavar="PATH", help="folder or file: safetensors, .bin, .pt, SAT shards"
+        )
+        action.add_argument(
+            "--preset", metavar="NAME", help="the model's sizes where no config.json is there"
+        )
+        add_json(action)
+    inspect.set_defaults(run=run_inspect)
+    convert.add_argument("out", metavar="OUT", help="new folder")
+    convert.add_argument("--to", metavar="LAYOUT", help=f"default: as it is; one of {LAYOUTS}")
+    convert.add_argument(
+        "--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks of a sharded layout"
+    )
+    convert.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
+    convert.add_argument(
+        "--dequantize", action="store_true", help="int8 and int4 weights to floating point"
+    )
+    convert.add_argument(
+        "--shard-gb", type=float, default=5.0, metavar="GB", help="largest safetensors file"
+    )
+    convert.set_defaults(run=run_convert)
+
+
+def opened(args: argparse.Namespace) -> Checkpoint:
+    """The checkpoint of the options. Raises CheckpointError."""
+    from glm_core.model import preset
+    from glm_core.model.weights import open_checkpoint
+
+    return open_checkpoint(args.checkpoint, preset(args.preset) if args.preset else None)
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    """Exits 0 for a checkpoint that is complete and fits its config, else 2 with what does not."""
+    facts = summary(opened(args))
+    lines = [f"{k.replace('_', ' '):20} {v}" for k, v in facts.items() if k != "config"]
+    lines += [f"  {key:18} {value}" for key, value in facts["config"].items()]
+    emit(args, facts, "\n".join(lines))
+    return 0
+
+
+def summary(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Its facts, from the files' headers alone."""
+    from glm_core.config import to_dict
+
+    tables = [stored for rank in checkpoint.files.ranks for stored in rank.values()]
+    return {
+        "layout": checkpoint.layout.name, "about": checkpoint.layout.about,
+        "ranks": checkpoint.num_ranks, "files": len({s.file for s in tables}),
+        "quantized_bits": checkpoint.bits,
+        "dtypes": sorted({str(s.dtype).removeprefix("torch.") for s in tables}),
+        "parameters": sum(math.prod(shape) for shape in checkpoint.shapes.values()),
+        "bytes": sum(s.num_bytes for s in tables), "config": to_dict(checkpoint.config),
+    }  # fmt: skip
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    """Exits 0 when OUT is complete; otherwise OUT does not exist."""
+    import torch
+
+    from glm_core.model.weights import convert, target
+
+    source = opened(args)
+    wanted = target(
+        args.to or source.layout.name, num_ranks=args.tp, dequantize=args.dequantize,
+        dtype=getattr(torch, args.dtype) if args.dtype else None,
+        shard_bytes=int(args.shard_gb * 1e9),
+    )  # fmt: skip
+    begin = time.perf_counter()
+    files = [str(f) for f in convert(source, args.out, wanted, report=progress)]
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    facts = {
+        "from": source.layout.name, "from_ranks": source.num_ranks, "to": wanted.layout.name,
+        "ranks": wanted.num_ranks, "bytes": sum(os.path.getsize(f) for f in files),
+        "seconds": round(time.perf_counter() - begin, 1), "files": files,
+    }  # fmt: skip
+    text = "{from} x {from_ranks} -> {to} x {ranks}: {bytes} bytes in {seconds} s".format(**facts)
+    emit(args, facts, "\n".join([text, *files]))
+    return 0
+
+
+def progress(done: int, total: int, name: str) -> None:
+    """A line that rewrites itself on a terminal, every tenth part of the way elsewhere."""
+    if sys.stderr.isatty():
+        print(f"\r{done}/{total} {name[:60]:60}", end="", file=sys.stderr, flush=True)
+    elif done == total or done * 10 // total > (done - 1) * 10 // total:
+        print(f"{done}/{total} {name}", file=sys.stderr)

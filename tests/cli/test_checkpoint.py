@@ -1,0 +1,57 @@
+"""`glm-core checkpoint`: what it tells, what it writes, how it refuses."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from glm_core.cli import checkpoint, main
+from glm_core.model.weights import LAYOUTS
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+from foreign import write
+
+
+def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(write(tmp_path / "c", "glm-130b", 8, 4))
+    assert main(["checkpoint", "inspect", folder, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["layout"], facts["ranks"], facts["files"]) == ("glm-130b", 8, 8)
+    assert (facts["quantized_bits"], facts["dtypes"]) == (4, ["float16", "int8"])
+    assert (facts["parameters"], facts["config"]["num_heads"]) == (21312, 8)
+    assert main(["checkpoint", "inspect", folder]) == 0
+    assert "GLM-130B, SwissArmyTransformer shards" in capsys.readouterr().out
+
+
+def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = str(write(tmp_path / "c", "glm-130b", 8, 4)), str(tmp_path / "out")
+    command = ["checkpoint", "convert", source, out, "--tp", "2", "--dtype", "bfloat16"]
+    assert main([*command, "--dequantize", "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["ranks"] == 2
+    assert "54/54 transformer.final_layernorm.bias of rank 1" in said.err
+    assert main(["checkpoint", "inspect", out, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["ranks"], facts["quantized_bits"], facts["dtypes"]) == (2, None, ["bfloat16"])
+    assert main([*command, "--dequantize"]) == 2
+    assert "exists; choose a new folder" in capsys.readouterr().err
+
+
+def test_refusals_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = str(write(tmp_path / "c", "glm-130b", 8, 4))
+    assert main(["checkpoint", "convert", source, str(tmp_path / "o"), "--to", "nope"]) == 2
+    assert "unknown layout 'nope'; known: chatglm-6b, chatglm2" in capsys.readouterr().err
+    (Path(source) / "model_config.json").unlink()
+    assert main(["checkpoint", "inspect", source]) == 2
+    assert "no config.json" in capsys.readouterr().err
+    assert main(["checkpoint", "inspect", source, "--preset", "glm-130b"]) == 2
+    message = capsys.readouterr().err
+    assert "70 layers" in message
+    assert message.count("\n") == 1
+
+
+def test_help_names_every_layout() -> None:
+    assert sorted(checkpoint.LAYOUTS.split(", ")) == sorted(item.name for item in LAYOUTS)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
+from foreign import write
 
 from glm_core.cli import checkpoint, main
 from glm_core.model.weights import LAYOUTS
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-from foreign import write
 
 
 def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

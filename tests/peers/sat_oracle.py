@@ -2,7 +2,8 @@
 
     .venv-sat/bin/python tests/peers/sat_oracle.py FOLDER
 
-answers every FOLDER/*.request.npz with a *.result.npz and prints which SAT classes ran. A request:
+answers every FOLDER/*.request.npz with a *.result.npz, saves the model's own float16 state as SAT
+saves it, *.state.pt, and prints which SAT classes ran. A request:
 
 - `model` (GLM130B or ChatGLMModel), `num_layers`, `num_attention_heads`, `inner_hidden_size` (of
   one half for GLM130B), and `weight/<name>` under the names of a GLM-130B checkpoint;
@@ -196,6 +197,8 @@ def main(folder: Path, _: mock.Mock) -> None:
             for run in request["runs"]
             for key, value in answer(module, request, str(run)).items()
         }
+        model = build(module, request, torch.float16)
+        torch.save({"module": model.state_dict()}, path.with_name(f"{request['model']}.state.pt"))
         np.savez(path.with_name(path.name.replace(".request.", ".result.")), **result)
 
 

@@ -25,11 +25,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from foreign import cut_130b, cut_qkv_blocks
 from torch import Tensor, nn
 
 from glm_core import ops
 from glm_core.config import ModelConfig
 from glm_core.model import GLM
+from glm_core.model.weights import convert, open_checkpoint, target
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-sat/bin/python"
@@ -144,6 +146,8 @@ class Case:
     inputs: dict[str, Tensor]
     sat: Arrays
     served_by: list[dict[str, str]]
+    state: dict[str, Tensor]
+    """SAT's own state_dict in float16"""
 
     def ours(self, dtype: str, mutate: Callable[[GLM], None] | None = None) -> Arrays:
         """Our GLM's answers in SAT's names, layout and units."""
@@ -188,6 +192,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
         model: Case(
             model, *parts, dict(np.load(folder / f"{model}.result.npz")),
             [line["served_by"] for line in said if line["model"] == model],
+            torch.load(folder / f"{model}.state.pt", weights_only=True)["module"],
         )
         for model, parts in drawn.items()
     }  # fmt: skip
@@ -344,3 +349,33 @@ def test_wrong_formulas_are_rejected(
 ) -> None:
     case = cases[model]
     assert rejections(case, case.ours(dtype, MUTANTS[mutant]), dtype)
+
+
+MODEL_CONFIG = {
+    "num_layers": LAYERS, "hidden_size": D, "num_attention_heads": H, "inner_hidden_size": F,
+    "vocab_size": V, "max_sequence_length": L, "layernorm_order": "post",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("model", CONFIGS)
+def test_its_checkpoints_are_read(
+    cases: dict[str, Case], model: str, size: int, tmp_path: Path
+) -> None:
+    """SAT's state, cut into ranks by the rules of convert_tp.py, gives SAT's logits; ChatGLM-6B
+    also by way of its authors' layout."""
+    case = cases[model]
+    cut = cut_130b if model == "GLM130B" else cut_qkv_blocks
+    (tmp_path / "sat/7").mkdir(parents=True)
+    (tmp_path / "sat/latest").write_text("7")
+    for r, rank in enumerate(cut(case.state, size)):
+        torch.save({"module": rank}, tmp_path / f"sat/7/mp_rank_{r:02d}_model_states.pt")
+    described = json.dumps({"model_class": model, **MODEL_CONFIG})
+    (tmp_path / "sat/model_config.json").write_text(described)
+    checkpoint = open_checkpoint(tmp_path / "sat")
+    if model == "ChatGLMModel":
+        convert(checkpoint, tmp_path / "authors", target("chatglm-6b"))
+        checkpoint = open_checkpoint(tmp_path / "authors")
+    assert checkpoint.config == CONFIGS[model]
+    loaded = dataclasses.replace(case, weights=checkpoint.load(torch.float32).state_dict())
+    assert not rejections(case, loaded.ours("float16"), "float16")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from glm_core.config import ModelConfig
 from glm_core.model import GLM
+from glm_core.model.weights import convert, open_checkpoint, target
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -253,3 +255,25 @@ def test_a_wrong_model_is_found(wrong: str, dtype: torch.dtype) -> None:
         case.truth = {n: t for n, t in case.truth.items() if "post" not in n}
     worst, _ = case.worst(dtype, given)
     assert worst > 2 * (RATIO + 1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["Glm", "Glm4"])
+def test_its_checkpoints_are_read_and_written(kind: str, shape: str, tmp_path: Path) -> None:
+    """save_pretrained -> our reader: the same config, weights, logits; our writer ->
+    from_pretrained: transformers' logits to the bit."""
+    model = peer(kind, shape)
+    model.save_pretrained(tmp_path / "theirs", max_shard_size="40KB")
+    checkpoint = open_checkpoint(tmp_path / "theirs")
+    case = Case(kind, shape, prefix=True)
+    assert dataclasses.replace(checkpoint.config, max_length=L) == case.config
+    case.weights = checkpoint.load().state_dict()
+    worst, name = case.worst(torch.float32)
+    assert worst <= RATIO, f"{name} has {worst:.2f} times transformers' error"
+
+    convert(checkpoint, tmp_path / "ours", target("glm-core"))
+    again = open_checkpoint(tmp_path / "ours")
+    convert(again, tmp_path / "back", target(kind.lower(), shard_bytes=40_000))
+    back = type(model).from_pretrained(tmp_path / "back", dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(back(case.given.tokens).logits, model(case.given.tokens).logits)

@@ -18,6 +18,7 @@ COMMANDS = {
     "checkpoint": "what other projects' checkpoints hold; rewrite them, merge or cut shards",
     "conformance": "every op of a backend against the float64 reference, case by case",
     "backend": "start a new backend's package",
+    "plan": "what a model would take on a cluster: plans, memory, step time, days",
     "trace": "what a trace holds, what did not run on the device",
 }
 

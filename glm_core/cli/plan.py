@@ -1,0 +1,183 @@
+"""`glm-core plan`: what a model would take on a cluster, and how far that can be believed."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from glm_core.cli.exits import EXIT_FAILED
+from glm_core.cli.options import add_json, columns, emit
+
+if TYPE_CHECKING:
+    from glm_core.bench.planner.cluster import Cluster
+    from glm_core.bench.planner.search import Candidate, Outcome
+
+FIXED = ("tp", "pp", "dp", "zero", "virtual", "micro_batch")
+STACKS = ("megatron", "megatron-deepspeed", "fsdp")
+
+
+def define(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    parser.add_argument(
+        "action", nargs="?", default="search", choices=("search", "validate", "slides"),
+        help="search plans (default), check the planner against published runs, or print the "
+        "utilisation table of the GLM slides",
+    )  # fmt: skip
+    parser.add_argument("--preset", default="glm-130b", metavar="NAME", help="default %(default)s")
+    parser.add_argument("--chip", default="A100-40G", metavar="NAME", help="default %(default)s")
+    parser.add_argument("--chips", type=int, default=768, metavar="N", help="default %(default)s")
+    parser.add_argument("--cluster", metavar="FILE", help="JSON with units, in place of --chip")
+    parser.add_argument("--tokens", type=float, default=400e9, metavar="T", help="default 400e9")
+    parser.add_argument("--global-batch", type=int, default=4224, metavar="N", help="sequences")
+    parser.add_argument("--seq", type=int, default=2048, metavar="N", help="tokens a sequence")
+    parser.add_argument("--days", type=float, metavar="D", help="budget")
+    parser.add_argument("--energy", type=float, metavar="MWH", help="budget")
+    for name in FIXED:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help="fixed")
+    parser.add_argument("--recompute", choices=("none", "selective", "full"), help="fixed")
+    parser.add_argument("--sp", action=argparse.BooleanOptionalAction, help="fixed")
+    parser.add_argument("--stack", choices=STACKS, default="", help="whose efficiency; by plan")
+    parser.add_argument("--unfused-attention", action="store_true", help="scores are written out")
+    parser.add_argument("--top", type=int, default=5, metavar="N", help="plans shown")
+    parser.add_argument("--explain", action="store_true", help="every formula with its source")
+    add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit 0, 1 where no plan fits or the validation fails, 2 usage."""
+    return {"search": run_search, "validate": run_validate, "slides": run_slides}[args.action](args)
+
+
+def run_search(args: argparse.Namespace) -> int:
+    """The fastest plans; exit 1 where none fits, with the one that misses by least."""
+    from glm_core.bench.planner import cluster, search
+    from glm_core.bench.planner.cost import Work, stages
+    from glm_core.errors import ConfigError
+    from glm_core.model import preset
+
+    where = cluster.load(args.cluster) if args.cluster else cluster.preset(args.chip, args.chips)
+    for name in ("tokens", "global_batch", "seq", "top"):
+        if getattr(args, name) <= 0:
+            raise ConfigError(f"--{name.replace('_', '-')}={getattr(args, name)} must be positive")
+    work = Work(model=preset(args.preset), seq=args.seq, fused_attention=not args.unfused_attention)
+    told = {k: getattr(args, k) for k in (*FIXED, "recompute", "sp")}
+    fixed = {k: v for k, v in told.items() if v is not None}
+    budget = search.Budget(tokens=args.tokens, days=args.days, energy_mwh=args.energy)
+    found = search.search(work, where, args.global_batch, budget, fixed, args.stack)
+    nearest = None
+    if not found.feasible and fixed:
+        others = search.search(work, where, args.global_batch, budget, {}, args.stack)
+        nearest = search.nearest_feasible(fixed, others.feasible)
+    told = outcome_json(found, where, nearest, args.top)
+    if found.feasible:
+        told["stages"] = stages(found.feasible[0].plan, work)
+    emit(args, told, text_of(args, found, where, nearest))
+    return 0 if found.feasible else EXIT_FAILED
+
+
+def outcome_json(
+    found: Outcome, where: Cluster, nearest: Candidate | None, top: int
+) -> dict[str, Any]:
+    """The machine-readable result."""
+    return {
+        "cluster": {"name": where.name, "chips": where.chips, "source": where.source},
+        "plans": [c.to_json() for c in found.feasible[:top]],
+        "feasible": len(found.feasible),
+        "rejected": dict(found.rejected),
+        "least_missing": _missing(found),
+        "nearest_feasible": nearest.to_json() if nearest else None,
+    }
+
+
+def _missing(found: Outcome) -> dict[str, Any] | None:
+    if found.nearest is None:
+        return None
+    closest, reasons = found.nearest
+    return {"plan": closest.plan.label(), "reasons": reasons}
+
+
+def text_of(
+    args: argparse.Namespace, found: Outcome, where: Cluster, nearest: Candidate | None
+) -> str:
+    """Tables for people."""
+    rows = [["plan", "GB a chip", "step s", "bubble", "MFU", "HFU", "days", "MWh"]]
+    rows += [_row(c) for c in found.feasible[: args.top]]
+    lines = [f"{args.preset} on {where.chips} x {where.name}: {len(found.feasible)} plans fit"]
+    lines += [columns(rows), *_parts(found.feasible[0])] if found.feasible else []
+    counts = ", ".join(f"{kind} {n}" for kind, n in found.rejected.most_common())
+    lines += [f"rejected: {counts or 'none'}"]
+    missing = _missing(found)
+    if missing and not found.feasible:
+        lines += [f"misses by least: {missing['plan']}: {'; '.join(missing['reasons'])}"]
+    if not found.feasible:
+        fits = columns([rows[0], _row(nearest)]) if nearest else "no other plan fits either"
+        lines += ["nearest that fits:", fits]
+    lines += [f"{where.name}: {where.source}"]
+    return "\n".join([*lines, *(_formulas() if args.explain else [])])
+
+
+def _row(c: Candidate) -> list[str]:
+    return [
+        c.plan.label(), f"{sum(c.memory.values()) / 1e9:.1f}", f"{c.step.seconds:.2f}",
+        f"{c.plan.bubble:.1%}", f"{c.step.mfu:.1%}", f"{c.step.hfu:.1%}", f"{c.days:.1f}",
+        f"{c.energy_mwh:.0f}",
+    ]  # fmt: skip
+
+
+def _parts(best: Candidate) -> list[str]:
+    memory = ", ".join(f"{k} {v / 1e9:.1f}" for k, v in best.memory.items() if v)
+    step = ", ".join(f"{k} {v:.2f}" for k, v in best.step.parts.items() if v)
+    return [f"first: memory GB: {memory}", f"first: step s: {step}"]
+
+
+def _formulas() -> list[str]:
+    from glm_core.bench.planner.formulas import FORMULAS
+
+    return ["", *(f"{name}: {text}  [{source}]" for name, text, source in FORMULAS)]
+
+
+def run_validate(args: argparse.Namespace) -> int:
+    """Exit 1 where the median error of held-out rows exceeds 10 %, or a miss is not explained."""
+    from glm_core.bench.planner import validate
+
+    report = validate.report()
+    rows = [["source", "model", "chip", "rows", "predicted s", "reported s", "error", "note"]]
+    for r in report["rows"]:
+        role = "held" if r["held_out"] else "fit"
+        seconds = [f"{r['predicted_step_s']:.2f}", f"{r['reported_step_s']:.2f}"]
+        miss = abs(r["error"]) > validate.MISS
+        rows.append(
+            [r["source"], r["model"], r["chip"], role, *seconds, f"{r['error']:+.1%}",
+             r["note"] if miss else ""]
+        )  # fmt: skip
+    lines = [columns(rows), ""]
+    for family, found in report["families"].items():
+        lines += [f"{family}: median |error| {found['median_abs_error']:.1%} over "
+                  f"{found['held_out']} held-out rows"]  # fmt: skip
+    lines += [f"all: {report['median_abs_error_held_out']:.1%}"]
+    lines += [f"memory, where it is reported: {report['median_abs_memory_error']:.1%}"]
+    lines += [
+        f"not predicted: {s['source']} {s['model']}: {s['reason']}" for s in report["skipped"]
+    ]
+    if args.explain:
+        lines += [f"{k}: {f}" for k, f in report["factors"].items()] + _formulas()
+    emit(args, report, "\n".join(lines))
+    return 0 if validate.passes(report) else EXIT_FAILED
+
+
+def run_slides(args: argparse.Namespace) -> int:
+    """Always 0."""
+    from glm_core.bench.planner import slides
+
+    table = slides.table()
+    rows = [["system", "chips", "model", "share", "peak TFLOPS", "days", "claimed", "implied peak"]]
+    for r in table:
+        peak = f"{r['peak_tflops']:g}" + (" (implied)" if r["peak_is_implied"] else "")
+        rows.append(
+            [r["system"], str(r["chips"]), f"{r['parameters_b']}B", f"{r['share']:.2%}", peak,
+             f"{r['days']:.1f}", str(r["days_claimed"]), f"{r['implied_peak_tflops']:.1f}"]
+        )  # fmt: skip
+    note = "days = 8 N T / (chips x peak x share), T = 300e9 tokens, full recomputation"
+    emit(args, {"rows": table}, f"{columns(rows)}\n{note}")
+    return 0

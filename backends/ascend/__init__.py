@@ -135,6 +135,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return functional.linear(x, weight, bias)
 
 
+@backend.implements(ops.quantized_linear, supports.quantized_linear)
+def quantized_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, bits: int = 8,
+    activation_bits: int = 16,
+) -> Tensor:  # fmt: skip
+    frozen = None if bias is None else bias.detach().contiguous()
+    rows = x.reshape(-1, x.shape[-1])
+    y = autograd.QuantizedLinear.apply(  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+        rows, weight.contiguous(), scale, frozen
+    )
+    return y.view(*x.shape[:-1], len(weight))
+
+
 @backend.implements(ops.attention, supports.attention)
 def attention(
     q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor,

@@ -1,4 +1,5 @@
-"""Gradients that torch_npu does not bring: residual + RMS norm, and the shrunk embedding."""
+"""Gradients that torch_npu does not bring: residual + RMS norm, the shrunk embedding, and the
+product with a quantised weight."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from glm_core.ops.quant import dequantize
 
 _npu = torch.ops.npu
 
@@ -50,3 +53,24 @@ class ShrunkEmbedding(torch.autograd.Function):
         scaled = dy if ctx.shrink == 1.0 else dy * ctx.shrink
         dweight = torch.ops.aten.embedding_dense_backward(scaled, ids, ctx.rows, -1, False)
         return None, dweight, None
+
+
+class QuantizedLinear(torch.autograd.Function):
+    """x w^T + bias with int8 codes, x [M, D]; only x has a gradient. The operator takes the weight
+    as [D, F], best as a transposed view (its docstring)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        rows = scale.reshape(len(weight), -1)  # [F, G]
+        group = weight.shape[1] // rows.shape[1] if rows.shape[1] > 1 else 0
+        return _npu.npu_weight_quant_batchmatmul(
+            x, weight.t(), rows.t().contiguous(), None, None, None, bias, group
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        weight, scale = ctx.saved_tensors
+        dx = dy.float() @ dequantize(weight, scale, 8, torch.float32)
+        return dx.to(dy.dtype), None, None, None

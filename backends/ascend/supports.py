@@ -17,6 +17,8 @@ from glm_core.spec import SUPPORTED, Support, unsupported
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIM, HEADS = 768, 256
 """npu_fusion_attention's limits"""
+QUANTISED_WIDTH = 65535
+"""npu_weight_quant_batchmatmul's limit"""
 ROTATED, ROTATED_HEADS = 896, 1000
 """npu_rotary_mul's limits: below these"""
 
@@ -111,6 +113,26 @@ def embedding(ids: Tensor, weight: Tensor, shrink: float = 1.0) -> Support:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Support:
     return takes(x, weight, bias)
+
+
+def quantized_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, bits: int = 8,
+    activation_bits: int = 16,
+) -> Support:  # fmt: skip
+    operator = "npu_weight_quant_batchmatmul"
+    if bits == 4:
+        return unsupported(f"{operator} wants 4-bit codes in its own order, eight an int32")
+    if activation_bits == 8:
+        return unsupported(f"{operator} does not round activations; npu_dynamic_quant does by row")
+    if x.dtype != torch.float16:  # scales are float16, and are rounded to x's dtype
+        return unsupported(f"{operator} keeps float16 scales for float16 only, received {x.dtype}")
+    group = weight.shape[1] // scale.shape[1] if scale.dim() == 2 else 0
+    if scale.dim() == 2 and (group % 32 or not group < weight.shape[1]):
+        return unsupported(f"{operator} takes groups of 32 n below the width, received {group}")
+    if max(weight.shape) > QUANTISED_WIDTH:
+        return unsupported(f"{operator} takes up to {QUANTISED_WIDTH} inputs and outputs")
+    exact = exactly(torch.float16, scale=scale, **({} if bias is None else {"bias": bias}))
+    return first(fused(operator, x), exact)
 
 
 def attention(

@@ -59,6 +59,10 @@ npu_cross_entropy_loss_backward(Tensor grad_loss, Tensor log_prob, Tensor target
  Tensor? weight=None, Tensor? grad_zloss=None, Tensor? lse_for_zloss=None,
  str reduction="mean", int ignore_index=-100, float label_smoothing=0.,
  float lse_square_scale_for_zloss=0.) -> Tensor
+npu_weight_quant_batchmatmul(Tensor x, Tensor weight, Tensor antiquant_scale,
+ Tensor? antiquant_offset=None, Tensor? quant_scale=None, Tensor? quant_offset=None,
+ Tensor? bias=None, int antiquant_group_size=0, int inner_precise=0, int? weight_dtype=None)
+ -> Tensor
 npu_apply_adam_w.out(Scalar beta1_power, Scalar beta2_power, Scalar lr, Scalar weight_decay,
  Scalar beta1, Scalar beta2, Scalar epsilon, Tensor grad, Tensor? max_grad_norm, bool? amsgrad,
  bool? maximize, *, Tensor[] out) -> (Tensor, Tensor, Tensor)
@@ -271,6 +275,28 @@ def npu_cross_entropy_loss_backward(
     assert grad_loss.shape == target.shape
     hot = functional.one_hot(target, log_prob.shape[1])
     return ((log_prob.float().exp() - hot) * grad_loss.float()[:, None]).to(log_prob.dtype)
+
+
+def npu_weight_quant_batchmatmul(
+    x: Tensor, weight: Tensor, antiquant_scale: Tensor, antiquant_offset: Tensor | None,
+    quant_scale: Tensor | None, quant_offset: Tensor | None, bias: Tensor | None, group: int,
+    *rest: Any,
+) -> Tensor:  # fmt: skip
+    """x [M, K] times the codes [K, N] times scale [1 or K / group, N]; the dequantised weight is
+    rounded to x's dtype, as it must be to enter the matrix unit."""
+    dtype = one_dtype(x, antiquant_scale, *([] if bias is None else [bias]))
+    (m, k), (k2, n) = x.shape, weight.shape
+    assert dtype == torch.float16
+    assert (antiquant_offset, quant_scale, quant_offset, rest[0]) == (None, None, None, 0)
+    assert weight.dtype == torch.int8
+    assert k == k2
+    assert m >= 1
+    assert group == 0 or (32 <= group < k and group % 32 == 0)
+    assert antiquant_scale.shape == (k // group if group else 1, n)
+    scale = antiquant_scale.float().repeat_interleave(group or k, 0)
+    w = (weight.float() * scale).to(dtype).float()
+    y = x.float() @ w
+    return (y if bias is None else y + bias.float()).to(dtype)
 
 
 def npu_apply_adam_w(

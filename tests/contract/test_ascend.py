@@ -118,6 +118,11 @@ MISTAKES: dict[str, tuple[str, str, Wrong]] = {
         "linear_cross_entropy-bfloat16-10x96-50-test", "npu_cross_entropy_loss",
         lambda z, *a: _npu.npu_cross_entropy_loss(z.bfloat16(), *a),
     ),
+    "scales of one group for all": (
+        "quantized_linear-float16-3x256-17-int8-group128-strided-test",
+        "npu_weight_quant_batchmatmul",
+        lambda x, w, scale, *a: _npu.npu_weight_quant_batchmatmul(x, w, scale[:1], *a[:4]),
+    ),
     "mean of the losses": (
         "linear_cross_entropy-float32-10x96-50-test", "npu_cross_entropy_loss",
         lambda z, *a: _npu.npu_cross_entropy_loss(z, *a[:2], "mean"),

@@ -33,7 +33,7 @@ class Factors:
     launches: float
     """seconds"""
     origin: str
-    """the rows it was fitted to"""
+    """how many runs it was fitted to, and whose"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -67,8 +67,9 @@ def fitted(family: str, stack: str) -> Factors:
     chosen = own or [r for r in rows if r.cluster.family == "A100"]
     table = np.array([np.array(terms(r.ideal)) / r.step_s for r in chosen])
     matmul, elementwise, moved, launches = bounded(table, np.ones(len(chosen)), np.array(FLOORS))
-    names = ", ".join(f"{r.source} {r.model}" for r in chosen)
-    origin = names if own else f"borrowed from A100: {names}"
+    sources = ", ".join(dict.fromkeys(r.source for r in chosen))
+    borrowed = "" if own else "A100 runs, borrowed: "
+    origin = f"{borrowed}{len(chosen)} of {sources}"
     return Factors(matmul, elementwise, moved, launches, origin)
 
 

@@ -12,6 +12,7 @@ FORMULAS: tuple[tuple[str, str, str], ...] = (
     ("activations a layer", "s b h (10 + 24/t + 5 a s/(h t)) bytes for F = 4h; / t with SP; last "
      "term 0 with selective recomputation or fused attention; 2 s b h with full",
      "Korthikanti et al. 2022, eq. 2 to 6, written for any F and gates"),
+    ("runtime", "2 GB a chip for context, buffers and fragmentation", "assumed"),
     ("micro-batches in flight", "min(m, p), times 1 + (p - 1)/(p v) when interleaved",
      "Narayanan et al. 2021, section 2.2"),
     ("bubble", "(p - 1) / (v m + p - 1) of the step; p = n/t chips of a pipeline",

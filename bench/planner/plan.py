@@ -71,6 +71,7 @@ def broken_rules(plan: Plan, model: ModelConfig) -> list[str]:
             -(-model.num_layers // p) * (p - 1) < model.num_layers
         ),
         "sp needs tp > 1": not plan.sp or t > 1,
+        f"zero={plan.zero} needs dp > 1": plan.zero == 0 or plan.dp > 1,
         f"zero={plan.zero} with pp={p}: gradients or weights are gathered every micro-batch": (
             plan.zero < 2 or p == 1
         ),

@@ -135,7 +135,7 @@ def plans(
         if tp * pp * dp != cluster.chips:
             continue
         for zero, sp, mb, recompute, virtual in itertools.product(
-            choices("zero", (0, 1) if pp > 1 else (0, 1, 3)),
+            choices("zero", (0, 1) if pp > 1 else (0, 1, 2, 3)),
             choices("sp", (False, True) if tp > 1 else (False,)),
             choices("micro_batch", MICRO_BATCHES),
             choices("recompute", RECOMPUTES),

@@ -70,6 +70,7 @@ def run_search(args: argparse.Namespace) -> int:
         others = search.search(work, where, args.global_batch, budget, {}, args.stack)
         nearest = search.nearest_feasible(fixed, others.feasible)
     told = outcome_json(found, where, nearest, args.top)
+    told["efficiency"] = efficiency_of(found, where, args.stack)
     if found.feasible:
         told["stages"] = stages(found.feasible[0].plan, work)
     emit(args, told, text_of(args, found, where, nearest))
@@ -88,6 +89,16 @@ def outcome_json(
         "least_missing": _missing(found),
         "nearest_feasible": nearest.to_json() if nearest else None,
     }
+
+
+def efficiency_of(found: Outcome, where: Cluster, stack: str) -> dict[str, dict[str, Any]]:
+    """The fitted factors behind the predictions, by stack, with the runs they come from."""
+    from dataclasses import asdict
+
+    from glm_core.bench.planner.efficiency import fitted, stack_of
+
+    stacks = {stack or stack_of(c.plan) for c in found.feasible}
+    return {s: asdict(fitted(where.family, s)) for s in sorted(stacks)}
 
 
 def _missing(found: Outcome) -> dict[str, Any] | None:
@@ -114,6 +125,8 @@ def text_of(
         fits = columns([rows[0], _row(nearest)]) if nearest else "no other plan fits either"
         lines += ["nearest that fits:", fits]
     lines += [f"{where.name}: {where.source}"]
+    for stack, factors in efficiency_of(found, where, args.stack).items():
+        lines += [f"efficiency of {stack} from {factors['origin']}"]
     return "\n".join([*lines, *(_formulas() if args.explain else [])])
 
 

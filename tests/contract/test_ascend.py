@@ -12,12 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from glm_core import ops
-from glm_core.backends import ascend
+from glm_core.backends import ascend, registry
 from glm_core.backends.ascend import availability, chip
-from glm_core.backends.base import always
+from glm_core.backends.base import Backend, always
+from glm_core.config import ModelConfig, TrainConfig
 from glm_core.conformance import Case, run_case, select
+from glm_core.model import GLM, preset
+from glm_core.optimizer import Optimizer
 
 sys.path.insert(0, str(Path(__file__).parent))
 import npu_attention_model
@@ -216,6 +220,44 @@ def test_limits_are_told() -> None:
     mixed = {"x": torch.zeros(2, 96, dtype=torch.float16)}
     assert "one dtype" in support(case("rms_norm"), **mixed)
     assert "no empty tensor" in support(case("swiglu"), x=torch.zeros(0, 8))
+
+
+@pytest.mark.parametrize("name", ["tiny", "glm4-34m", "glm-base", "chatglm-6b", "glm-4-0414-9b"])
+def test_a_small_glm_trains_as_on_the_reference(name: str) -> None:
+    """Two optimizer steps of every architecture, the same losses and weights: kernels together."""
+    sizes = {"num_layers": 2, "hidden": 64, "num_heads": 4, "head_dim": 16, "ffn": 96, "vocab": 128}
+    config = preset(name, **sizes, num_kv_heads=2, max_length=32)
+    runs = [trained(config, backend) for backend in (BACKEND, "reference")]
+    (losses, weights), (want_losses, want_weights) = runs
+    torch.testing.assert_close(losses, want_losses, rtol=2e-6, atol=0)
+    for n, weight in weights.items():
+        moved = (want_weights[n] - weight).norm() / want_weights[n].norm().clamp(min=1e-3)
+        assert moved < 1e-3, n  # Adam divides gradients near zero by their own size
+
+
+def trained(config: ModelConfig, backend: Backend | str) -> tuple[Tensor, dict[str, Tensor]]:
+    """Losses and weights; packed samples, a prefix, weights of tokens."""
+    model = GLM(config).init_weights(0)
+    optimizer = Optimizer(model, TrainConfig(lr=1e-3))
+    g = torch.Generator().manual_seed(1)
+    tokens, labels = (torch.randint(0, 128, (2, 16), generator=g) for _ in range(2))
+    rows = torch.arange(16)
+    batch = {
+        "tokens": tokens, "positions": rows.expand(2, 2, 16).contiguous(),
+        "key_start": (rows // 8 * 8).expand(2, 16).int(),
+        "key_end": (rows + 1).clamp(min=4).expand(2, 16).int(),
+        "labels": labels, "token_weight": torch.rand(2, 16, generator=g) / 16,
+    }  # fmt: skip
+    losses = []
+    with registry.use(backend, strict=True) as session:
+        for _ in range(2):
+            model.zero_grad()
+            loss = model.loss(**batch)
+            loss.backward()
+            optimizer.step(1e-3)
+            losses.append(loss.detach())
+    assert not session.fallbacks
+    return torch.stack(losses), {n: p.detach() for n, p in model.named_parameters()}
 
 
 def test_every_op_has_a_kernel() -> None:

@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 import torch_npu
-from torch import Tensor
+from torch import Tensor, distributed  # noqa: TID251  # which collectives torch_npu registers
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -224,6 +224,22 @@ STEPS = [
 ]
 
 
+def device_calls() -> dict[str, Any]:
+    """What the backend asks of the device besides kernels, over the stubs."""
+    BACKEND.synchronize()
+    before = BACKEND.rng_state()
+    torch.manual_seed(5)
+    moved = not torch.equal(before, BACKEND.rng_state())
+    BACKEND.set_rng_state(before)
+    peak = BACKEND.peak(torch.bfloat16)
+    return {
+        "device": str(BACKEND.device()), "peak_bytes": BACKEND.memory_peak_bytes(),
+        "rng": moved and torch.equal(before, BACKEND.rng_state()),
+        "tflops": peak and peak.tflops, "probe": BACKEND.probe().reason,
+        "collectives": list(distributed.Backend.backend_list),
+    }  # fmt: skip
+
+
 def main() -> None:
     """Everything, as JSON."""
     failed_before = repair()
@@ -236,7 +252,7 @@ def main() -> None:
             "chip": torch_npu.npu.get_device_name(0), "schemas": differing_schemas(),
             "repaired": {k: {"before": v, "why": REPAIRS[k][2]} for k, v in failed_before.items()},
             "cases": cases, "calls": dict(COUNTED), "steps": steps, "strays": strays,
-            "ops": sorted(ops.all_ops()),
+            "ops": sorted(ops.all_ops()), "device": device_calls(),
         },
         sys.stdout,
     )  # fmt: skip

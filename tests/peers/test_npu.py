@@ -53,6 +53,14 @@ def test_the_wheel_is_the_one_meant(found: Any) -> None:
     assert found["chip"] == "Ascend910B3"
 
 
+def test_device_calls_and_collectives(found: Any) -> None:
+    device = found["device"]
+    assert (device["device"], device["peak_bytes"], device["rng"]) == ("npu:0", 0, True)
+    assert device["tflops"] == 294.9
+    assert "hccl" in device["collectives"]
+    assert device["probe"].startswith("no /dev/davinci*") or Path("/dev/davinci0").exists()
+
+
 def test_the_model_has_the_wheels_schemas(found: Any) -> None:
     assert found["schemas"] == []
 

@@ -247,6 +247,12 @@ def test_the_fit_finds_planted_factors_and_keeps_its_floors() -> None:
     assert table[0] @ one == pytest.approx(3.0)
 
 
+def test_a_family_without_runs_borrows_and_says_so() -> None:
+    own, borrowed = (efficiency.fitted(f, "megatron") for f in ("A100", "Ascend"))
+    assert own.origin.startswith("6 of Narayanan 2021")
+    assert borrowed == dataclasses.replace(own, origin=f"A100 runs, borrowed: {own.origin}")
+
+
 def test_published_runs_are_predicted() -> None:
     report = validate.report()
     assert validate.passes(report)

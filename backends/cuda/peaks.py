@@ -1,0 +1,47 @@
+"""Published peaks by device name: dense tensor-core figures for half precision, float32 without
+TF32, memory bandwidth."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from glm_core.backends.base import Peak
+
+
+class Chip(NamedTuple):
+    """TFLOPS by dtype (bfloat16 None where the chip has none), GB/s, and the data sheet."""
+
+    float16: float
+    bfloat16: float | None
+    float32: float
+    gb_s: float
+    source: str
+
+
+CHIPS = {
+    "H200": Chip(989.4, 989.4, 66.9, 4800, "NVIDIA H200 data sheet (SXM), dense"),
+    "H100 PCIe": Chip(756.4, 756.4, 51.2, 2039, "NVIDIA H100 architecture paper (PCIe), dense"),
+    "H100": Chip(989.4, 989.4, 66.9, 3352, "NVIDIA H100 architecture paper (SXM5), dense"),
+    "A100-SXM4-40GB": Chip(312, 312, 19.5, 1555, "NVIDIA A100 architecture paper (40 GB), dense"),
+    "A100-PCIE-40GB": Chip(312, 312, 19.5, 1555, "NVIDIA A100 architecture paper (40 GB), dense"),
+    "A100 80GB PCIe": Chip(312, 312, 19.5, 1935, "NVIDIA A100 data sheet (80 GB PCIe), dense"),
+    "A100": Chip(312, 312, 19.5, 2039, "NVIDIA A100 data sheet (80 GB SXM), dense"),
+    "RTX 4090": Chip(165.2, 165.2, 82.6, 1008, "NVIDIA Ada architecture paper, float32 sums"),
+    "V100-PCIE": Chip(112, None, 14.0, 900, "NVIDIA V100 data sheet (PCIe)"),
+    "V100": Chip(125, None, 15.7, 900, "NVIDIA V100 data sheet (SXM2)"),
+    "MI300X": Chip(1307.4, 1307.4, 163.4, 5300, "AMD Instinct MI300X data sheet, dense"),
+    "MI250X": Chip(191.5, 191.5, 23.95, 1638, "AMD Instinct MI250X data sheet, one of two dies"),
+    "MI210": Chip(181, 181, 22.6, 1638, "AMD Instinct MI210 data sheet"),
+    "MI60": Chip(29.5, None, 14.7, 1024, "AMD Radeon Instinct MI60 data sheet"),
+    "MI50": Chip(26.5, None, 13.3, 1024, "AMD Radeon Instinct MI50 data sheet"),
+}
+"""by a part of the name that the runtime reports; the first that fits counts"""
+
+
+def peak(name: str, dtype: torch.dtype) -> Peak | None:
+    """None for a device that is not listed, or a dtype it does not compute in."""
+    chip = next((chip for part, chip in CHIPS.items() if part.lower() in name.lower()), None)
+    tflops = getattr(chip, str(dtype).removeprefix("torch."), None)
+    return None if chip is None or tflops is None else Peak(tflops, chip.gb_s, chip.source)

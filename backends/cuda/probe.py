@@ -1,0 +1,109 @@
+"""Is there a GPU that this torch can use? If not, which of the many reasons, and the way out."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+
+from glm_core.backends.base import Probe
+
+
+class Facts(NamedTuple):
+    """What the answer depends on."""
+
+    torch: str
+    cuda: str | None
+    """CUDA version torch was built with"""
+    hip: str | None
+    trouble: str
+    """what torch's runtime says when asked to start, '' where it starts"""
+    devices: int
+    visible: str | None
+    """CUDA_VISIBLE_DEVICES or HIP_VISIBLE_DEVICES"""
+    capability: str = ""
+    """sm_90, gfx90a"""
+    built: tuple[str, ...] = ()
+    """architectures this torch holds kernels for"""
+
+
+def facts() -> Facts:
+    """Of this machine; starts the CUDA runtime where torch has one."""
+    hip = torch.version.hip
+    variable = "HIP_VISIBLE_DEVICES" if hip else "CUDA_VISIBLE_DEVICES"
+    known = Facts(torch.__version__, torch.version.cuda, hip, "", 0, os.environ.get(variable))
+    if not (torch.version.cuda or hip):
+        return known
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return known._replace(trouble=str(error).strip().splitlines()[0])
+    return known._replace(
+        devices=torch.cuda.device_count(),
+        capability=architecture(),
+        built=tuple(torch.cuda.get_arch_list()),
+    )
+
+
+def architecture(index: int = 0) -> str:
+    """sm_90 or gfx90a."""
+    if torch.version.hip:
+        properties = torch.cuda.get_device_properties(index)
+        return str(properties.gcnArchName).partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"
+
+
+def cuda(seen: Facts) -> Probe:
+    """The NVIDIA backend's answer."""
+    if seen.hip:
+        return Probe(False, f"torch {seen.torch} is built for ROCm; use backend rocm")
+    if not seen.cuda:
+        return Probe(
+            False, f"torch {seen.torch} is built without CUDA; install a CUDA build of torch"
+        )
+    return _runtime(seen, "NVIDIA", f"a driver for CUDA {seen.cuda}", "CUDA_VISIBLE_DEVICES")
+
+
+def rocm(seen: Facts) -> Probe:
+    """The AMD and Hygon backend's answer."""
+    if seen.cuda:
+        return Probe(False, f"torch {seen.torch} is built for CUDA; use backend cuda")
+    if not seen.hip:
+        return Probe(
+            False,
+            f"torch {seen.torch} is built without ROCm; install a ROCm build of torch (on a Hygon "
+            "DCU the one that comes with its DTK: stock ROCm does not know Hygon's driver)",
+        )
+    return _runtime(seen, "AMD or Hygon", f"a driver for HIP {seen.hip}", "HIP_VISIBLE_DEVICES")
+
+
+def _runtime(seen: Facts, vendor: str, driver: str, variable: str) -> Probe:
+    if seen.trouble:
+        return Probe(False, f"{seen.trouble}; install {driver} or another torch")
+    if not seen.devices:
+        hidden = f"{variable}={seen.visible!r} hides them; unset it" if seen.visible else ""
+        return Probe(
+            False, f"no {vendor} device; {hidden or 'is it in this machine or container?'}"
+        )
+    family = seen.capability.rstrip("0123456789")
+    if seen.built and not any(_runs_on(arch, seen.capability) for arch in seen.built):
+        return Probe(
+            False,
+            f"this device is {seen.capability}, torch {seen.torch} has kernels for "
+            f"{', '.join(a for a in seen.built if a.startswith(family[:2]))}; "
+            "install a torch built for it",
+        )
+    return Probe(True)
+
+
+def _runs_on(built: str, device: str) -> bool:
+    """Binaries run within their major version, from their minor version on; PTX on anything newer;
+    AMD's only where they are built for."""
+    kind, _, number = built.partition("_")
+    have = device.partition("_")[2]
+    if not have or not number.rstrip("af").isdigit():
+        return built.partition(":")[0] == device
+    need, got = int(number.rstrip("af")), int(have)
+    return need <= got if kind == "compute" else need // 10 == got // 10 and need <= got

@@ -1,0 +1,42 @@
+"""AMD GPUs and Hygon DCUs: the CUDA sources compiled by hipcc, attention by torch's fused kernels,
+collectives by RCCL (which torch calls nccl). torch presents HIP devices as `cuda`. Compiled for
+gfx906 and gfx90a, every kernel executed on the CPU with waves of 64, dry-run; never run on hardware
+by us.
+
+gfx900 and gfx906 have no bfloat16 instructions: train in float16 with its loss scale. A Hygon DCU
+needs the torch of its DTK: stock ROCm's libamdhip64 does not speak to Hygon's kernel driver, and DTK
+26.04 still has HIP's fifth ABI (seen on a K500SM_AI, gfx928:
+github.com/AlphaMine-Tech/alpha-miner, issue 18)."""
+
+from __future__ import annotations
+
+import torch
+
+from glm_core.backends.cuda import probe
+from glm_core.backends.cuda.device import GpuBackend
+from glm_core.backends.cuda.kernels import equip
+
+WITHOUT_BFLOAT16 = ("gfx900", "gfx906")
+DTYPES = (torch.float32, torch.float16)
+
+
+def dtypes(architecture: str) -> tuple[torch.dtype, ...]:
+    """Working dtypes of a chip."""
+    return DTYPES if architecture in WITHOUT_BFLOAT16 else (*DTYPES, torch.bfloat16)
+
+
+class RocmBackend(GpuBackend):
+    """Refuses bfloat16 where the chip computes it in software."""
+
+
+def _here() -> tuple[torch.dtype, ...]:
+    usable = torch.version.hip is not None and torch.cuda.is_available()
+    return dtypes(probe.architecture() if usable else "")
+
+
+backend = RocmBackend(
+    name="rocm", device_type="cuda", collective="nccl", dtypes=_here(),
+    verified="compiled, kernels executed on the CPU (waves of 64), dry-run; not run on hardware by us",
+    probe=lambda: probe.rocm(probe.facts()),
+)  # fmt: skip
+equip(backend, "glm_core.backends.rocm._C")

@@ -1,0 +1,50 @@
+// Between torch's device tensors and the GPU kernels. The stream is asked of torch's device guard,
+// so nothing of torch's CUDA libraries is linked: the extension builds beside any torch.
+#pragma once
+
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include "../tensor.h"
+#include "cuda/launch.h"
+
+// The same operators on the CPU, one fiber per thread, for tests: see csrc/fibers.
+#if defined(GLM_FIBERS)
+#define GLM_LIBRARY glm_core_fibers
+#define GLM_KEY CPU
+#else
+#define GLM_LIBRARY glm_core
+#define GLM_KEY CUDA
+#endif
+
+namespace glm::gpu {
+
+// While it lives, x's device is the current one; `stream` is what torch queues work on there.
+struct OnDevice {
+  explicit OnDevice(const Tensor& x) : guard(x.device()), stream(current(x.device())) {}
+  c10::DeviceGuard guard;
+  Stream stream;
+
+ private:
+  static Stream current(at::Device device) {
+    if (device.is_cpu()) return nullptr;
+    return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
+  }
+};
+
+// Calls f(T{}) with the kernels' element type of x.
+template <class F>
+void by_dtype(const Tensor& x, F f) {
+  if (x.scalar_type() == at::kFloat) return f(float{});
+  if (x.scalar_type() == at::kBFloat16) return f(bf16{});
+  TORCH_CHECK_NOT_IMPLEMENTED(x.scalar_type() == at::kHalf, "glm_core: kernels take float32, ",
+                              "bfloat16 and float16; received ", x.scalar_type(), "; convert it");
+  f(f16{});
+}
+
+// Rows of the last dimension lie together; other strides may be anything.
+inline Tensor with_contiguous_rows(const Tensor& x) {
+  return x.size(-1) <= 1 || x.stride(-1) == 1 ? x : x.contiguous();
+}
+
+}  // namespace glm::gpu

@@ -1,0 +1,102 @@
+// The GPU kernels as the bindings see them: the same arguments as on the CPU, whole problems
+// instead of ranges, queued on a stream. T is float, bf16 or f16; statistics are always float.
+// Pointers are the device's. Results do not depend on the order in which blocks or threads run.
+#pragma once
+
+#include <cstdint>
+
+#include "bf16.h"
+#include "f16.h"
+#include "kernels.h"
+
+namespace glm::gpu {
+
+// cudaStream_t or hipStream_t.
+using Stream = void*;
+
+// Elements of an index that were found out of range end the kernel: on a device as a trap.
+template <class T>
+struct Lookup {
+  EmbeddingForward<T> table;
+  int64_t count, vocab;  // ids, rows of the table
+};
+
+template <class T>
+struct Losses {
+  CrossEntropy<T> of;
+  int64_t rows;
+};
+
+template <class T>
+struct TableGradient {
+  EmbeddingBackward<T> of;  // order and starts on the device
+  int64_t vocab;
+};
+
+template <class T>
+struct Turn {
+  Rope<T> of;
+  int64_t batch;
+};
+
+// Tensors of a list that one launch works on: what fits into a kernel's arguments.
+constexpr int batch_size = 48;
+
+// sums[t * blocks + b]: sum of squares of block b's share of tensor t.
+template <class T>
+struct SquaresBatch {
+  const T* x[batch_size];
+  int64_t size[batch_size];
+  double* sums;
+  int tensors, blocks;
+};
+
+// Blocks per tensor that SquaresBatch and AdamWBatch are launched with for a largest tensor.
+int blocks_for(int64_t largest);
+
+// Scalars as in AdamW, which see; grad_scale lies on the device.
+template <class T>
+struct AdamWBatch {
+  float *param[batch_size], *exp_avg[batch_size], *exp_avg_sq[batch_size];
+  const T* grad[batch_size];
+  T* copy[batch_size];  // each may be null
+  int64_t size[batch_size];
+  const float* grad_scale;
+  float beta1, one_minus_beta1, beta2, one_minus_beta2, eps, lr, decay, correction1, correction2;
+  int tensors, blocks;
+};
+
+enum class Kind { gelu, geglu, swiglu };
+
+template <class T>
+void norm_forward(const NormForward<T>&, Stream);
+// Fills dx and dresidual, and the partial sums of dweight and dbias.
+template <class T>
+void norm_backward(const NormBackward<T>&, Stream);
+template <class T>
+void sum_chunks(const SumChunks<T>&, Stream);
+template <class T>
+void activation_forward(const Activation<T>&, Kind, Stream);
+template <class T>
+void activation_backward(const Activation<T>&, Kind, Stream);
+template <class T>
+void rope_turn(const Turn<T>&, Stream);
+template <class T>
+void embedding_forward(const Lookup<T>&, Stream);
+template <class T>
+void embedding_backward(const TableGradient<T>&, Stream);
+template <class T>
+void cross_entropy(const Losses<T>&, Stream);
+template <class T>
+void squares(const SquaresBatch<T>&, Stream);
+// out = sqrt(sum of sums), float.
+void root_of_sum(const double* sums, int64_t count, float* out, Stream);
+template <class T>
+void adamw_update(const AdamWBatch<T>&, Stream);
+
+#define GLM_GPU_INSTANTIATE(name, Args)                  \
+  template void name<float>(const Args<float>&, Stream); \
+  template void name<bf16>(const Args<bf16>&, Stream);   \
+  template void name<f16>(const Args<f16>&, Stream);
+
+}  // namespace glm::gpu

@@ -1,0 +1,77 @@
+// Softmax cross-entropy of logits that are there anyway, turned into their gradient in place.
+// Shapes: N rows (a chunk of the tokens), V vocabulary. One block per row; maximum and sum are
+// found in one pass (Milakov & Gimelshein 2018, algorithm 3), since a row does not stay in the
+// first-level cache.
+#include "device.h"
+
+namespace glm::gpu {
+
+namespace {
+
+// max and sum of e^(z - max) of some logits.
+struct Softmax {
+  float max, sum;
+};
+
+using gpu::swapped;
+
+__device__ inline Softmax swapped(Softmax x, int mask) {
+  return {swapped(x.max, mask), swapped(x.sum, mask)};
+}
+
+// Nothing summed adds nothing, whatever its maximum; -inf minus -inf would make it NaN.
+__device__ inline float rescaled(Softmax x, float max) {
+  return x.sum == 0.0f ? 0.0f : x.sum * expf(x.max - max);
+}
+
+struct Joined {
+  __device__ Softmax operator()(Softmax a, Softmax b) const {
+    const float max = fmaxf(a.max, b.max);
+    return {max, rescaled(a, max) + rescaled(b, max)};
+  }
+};
+
+template <class T, int V>
+__global__ void row_losses(CrossEntropy<T> a) {
+  const int64_t row = blockIdx.x, label = a.labels[row];
+  if (label < 0 || label >= a.vocab)
+    return out_of_range("linear_cross_entropy: label", label, a.vocab);
+  T* z = a.logits + row * a.vocab;
+  const int64_t begin = int64_t(threadIdx.x) * V, step = int64_t(blockDim.x) * V;
+  const float hit = to_float(z[label]), weight = a.token_weight[row];
+  float x[V];
+  Softmax mine{-INFINITY, 0.0f};
+  for (int64_t i = begin; i < a.vocab; i += step) {
+    take(z + i, x);
+    float max = mine.max;
+    for (int j = 0; j < V; ++j) max = fmaxf(max, x[j]);
+    mine = {max, rescaled(mine, max)};
+    for (int j = 0; j < V; ++j) mine.sum += expf(x[j] - max);
+  }
+  const Softmax all = across_block(mine, Softmax{-INFINITY, 0.0f}, Joined());
+  const float lse = all.max + logf(all.sum);
+  if (threadIdx.x == 0) a.loss[row] = (lse - hit) * weight;
+  if (!a.gradient) return;
+  for (int64_t i = begin; i < a.vocab; i += step) {
+    take(z + i, x);
+    for (int j = 0; j < V; ++j)
+      x[j] = (i + j == label ? expf(x[j] - lse) - 1.0f : expf(x[j] - lse)) * weight;
+    give(z + i, x);
+  }
+}
+
+}  // namespace
+
+template <class T>
+void cross_entropy(const Losses<T>& a, Stream stream) {
+  if (!a.rows) return;
+  const dim3 grid{unsigned(a.rows)};
+  if (fits_wide<T>(a.of.vocab, a.of.logits))
+    launch(row_losses<T, wide<T>>, grid, threads_for(a.of.vocab / wide<T>), stream, a.of);
+  else
+    launch(row_losses<T, 1>, grid, threads_for(a.of.vocab), stream, a.of);
+}
+
+GLM_GPU_INSTANTIATE(cross_entropy, Losses)
+
+}  // namespace glm::gpu

@@ -1,0 +1,99 @@
+"""Builds csrc/cuda and its bindings for the CPU, one fiber per thread, under AddressSanitizer and
+UBSan; kept in .cache for as long as the sources stay."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+CSRC = ROOT / "csrc"
+TORCH = Path(torch.__file__).parent
+COMPILER = os.environ.get("CXX", "g++")
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+FOLDERS = [f"-I{CSRC}/include", f"-I{CSRC}/fibers"]
+KERNEL = [
+    "-std=c++17", "-O1", "-g", "-fPIC", "-DGLM_FIBERS", *FOLDERS, "-Wall", "-Wextra", "-Werror",
+    "-ffp-contract=off", "-fno-strict-aliasing", *SANITIZERS, "-x", "c++",
+]  # fmt: skip
+BINDING = [
+    "-std=c++20", "-O0", "-fPIC", "-DGLM_FIBERS", f"-I{CSRC}", *FOLDERS,
+    f"-I{TORCH}/include", f"-I{TORCH}/include/torch/csrc/api/include",
+]  # fmt: skip
+
+
+def sources() -> dict[Path, list[str]]:
+    """Every source with its flags."""
+    kernels = [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "fibers" / "fibers.cpp"]
+    bindings = sorted((CSRC / "bindings" / "cuda").glob("*.cpp"))
+    return dict.fromkeys(kernels, KERNEL) | dict.fromkeys(bindings, BINDING)
+
+
+def run(command: list[str]) -> None:
+    """Raises RuntimeError with what the compiler said."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr[-3000:]}")
+
+
+def link(objects: list[Path], target: Path) -> Path:
+    """The shared library of these objects."""
+    torch_libraries = [f"-L{TORCH}/lib", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{TORCH}/lib"]
+    run([COMPILER, "-shared", *SANITIZERS, *map(str, objects), *torch_libraries, "-o", str(target)])
+    return target
+
+
+def library() -> Path:
+    """libfibers.so, its objects beside it; one process builds, the others wait for it."""
+    digest = hashlib.sha256(f"{torch.__version__} {KERNEL} {BINDING}".encode())
+    for path in sorted(p for p in CSRC.rglob("*") if p.is_file()):
+        digest.update(path.name.encode() + path.read_bytes())
+    folder = ROOT / ".cache" / "fibers" / digest.hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / "libfibers.so"
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = list(pool.map(lambda s: compiled(*s, folder), sources().items()))
+            link(objects, folder / "new.so").replace(target)
+    return target
+
+
+def compiled(source: Path, flags: list[str], folder: Path) -> Path:
+    """The object file of one source."""
+    target = folder / f"{source.stem}{source.suffix}.o"
+    run([COMPILER, *flags, "-c", str(source), "-o", str(target)])
+    return target
+
+
+def spoiled(source: str, file: str, right: str, wrong: str, folder: Path) -> Path:
+    """The library with csrc/cuda/`source` compiled anew after replacing `right` in csrc/cuda/`file`
+    by `wrong`."""
+    shutil.copytree(CSRC / "cuda", folder / "cuda")
+    text = (folder / "cuda" / file).read_text()
+    assert text.count(right) == 1, f"{file}: {text.count(right)} times {right!r}"
+    (folder / "cuda" / file).write_text(text.replace(right, wrong))
+    fresh = compiled(folder / "cuda" / source, KERNEL, folder)
+    others = [p for p in library().parent.glob("*.o") if p.name != fresh.name]
+    return link([fresh, *others], folder / "spoiled.so")
+
+
+def instrumented() -> dict[str, str]:
+    """The environment of a Python that loads the library: the sanitizers' runtimes come first."""
+    runtimes = (
+        subprocess.run(
+            [COMPILER, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libubsan.so", "libstdc++.so")
+    )
+    # torch holds memory until the end, which is no leak
+    options = {"LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0"}
+    return {**os.environ, **options, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -1,0 +1,90 @@
+"""Conformance of the GPU kernels executed on the CPU, one fiber per thread:
+`python fibers_judge.py LIBRARY SEED PATTERN 32:float32,float16 64:bfloat16` prints {case: "" or
+what is wrong} and how often each kernel ran. A process of its own: the library is instrumented, and
+AddressSanitizer must come first."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from glm_core.backends.base import Backend
+from glm_core.backends.cuda.kernels import share
+from glm_core.conformance.case import Case, dtype_name, select
+from glm_core.conformance.check import Finding, judge
+
+OPERATORS = torch.ops.glm_core
+LEAVES = (
+    "norm_forward", "norm_backward", "activation_forward", "activation_backward", "rope_turn",
+    "embedding_forward", "embedding_backward", "linear_cross_entropy_forward", "global_norm",
+    "adamw_",
+)  # fmt: skip
+"""the operators that have kernels; the others call these"""
+
+
+class OnFibers(TorchDispatchMode):
+    """Sends the operators of glm_core to the library's kernels and counts them."""
+
+    def __init__(self, library: str) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
+        self.calls = dict.fromkeys(LEAVES, 0)
+        self.define = torch.library.Library("glm_core_fibers", "DEF")
+        for name in LEAVES:
+            schema = str(getattr(OPERATORS, name).default._schema)
+            self.define.define(schema.removeprefix("glm_core::"))
+        torch.ops.load_library(library)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func.namespace == "glm_core":
+            name = func._opname
+            self.calls[name] += 1
+            func = getattr(torch.ops.glm_core_fibers, name).default
+        return func(*args, **(kwargs or {}))
+
+
+def complaint(case: Case, backend: Backend) -> str:
+    """Empty where the case passes."""
+    try:
+        return judge(case, backend).reason
+    except Finding as finding:
+        return str(finding)
+    except Exception as error:  # the scheduler's own findings among them
+        return f"{type(error).__name__}: {error}"
+
+
+def cases(backend: Backend, pattern: str, dtypes: set[str]) -> list[Case]:
+    """The kernels' own cases of these dtypes, shapes of published models left out."""
+    return [
+        case
+        for case in select(backend, id=pattern, real=False)
+        if case.op.name in backend.kernels
+        and case.mode in ("test", "grad")
+        and dtype_name(case.dtype) in dtypes
+    ]
+
+
+def main(library: str, seed: str, pattern: str, *runs: str) -> None:
+    """Each run is WAVE:DTYPE,DTYPE."""
+    backend = Backend(name="fibers", device_type="cpu", verified="executed on the CPU")
+    share(backend)
+    mode, scheduler = OnFibers(library), ctypes.CDLL(library)
+    found: dict[str, str] = {}
+    for run in runs:
+        wave, _, dtypes = run.partition(":")
+        scheduler.glm_fibers_configure(int(wave), ctypes.c_uint64(int(seed)))
+        with mode:
+            for case in cases(backend, pattern, set(dtypes.split(","))):
+                found[f"wave{wave}-{case.id}"] = complaint(case, backend)
+    json.dump({"found": found, "calls": mode.calls}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

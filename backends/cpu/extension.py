@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import os
 
 import torch
 
+from glm_core import environment
 from glm_core.backends.base import Probe
 
 BUILD = "pip install -e . --no-build-isolation builds it"
@@ -30,7 +30,7 @@ def _load() -> str:
 
 
 def _apply_environment() -> str:
-    name = os.environ.get("GLM_CORE_ISA")
+    name = environment.isa()
     if name is None:
         return ""
     try:

@@ -1,17 +1,19 @@
 """Attention by torch's fused kernels: SDPA (flash or memory-efficient) where every query sees all
 keys or a causal part, FlexAttention for any other interval. Nothing [L, S] is ever formed: the
 block mask is computed from the intervals, block by block.
-Shapes: B batch, L queries, S keys, H heads, K kv heads, E head dim, M query blocks, N key blocks."""
+Shapes: B batch, L queries, S keys, H heads, K kv heads, E head dim, M blocks of queries, N of keys.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -35,8 +37,6 @@ def mask_kind(key_start: Tensor, key_end: Tensor, keys: int) -> str:
 
 
 def _read(key_start: Tensor, key_end: Tensor, keys: int) -> str:
-    from torch._subclasses.fake_tensor import is_fake
-
     if is_fake(key_start) or key_start.is_meta or torch.compiler.is_compiling():
         return "interval"
     length = key_start.shape[1]
@@ -51,7 +51,7 @@ def _read(key_start: Tensor, key_end: Tensor, keys: int) -> str:
 def block_mask(key_start: Tensor, key_end: Tensor, keys: int) -> BlockMask:
     """The intervals as FlexAttention reads them: for each block of queries the blocks of keys that
     some query sees, and among them those that all its queries see whole."""
-    b, length = key_start.shape
+    length = key_start.shape[1]
     rows = -(-length // BLOCK)
     pad = (0, rows * BLOCK - length)
     start = torch.nn.functional.pad(key_start, pad, value=keys).unflatten(1, (rows, BLOCK))
@@ -75,13 +75,21 @@ def block_mask(key_start: Tensor, key_end: Tensor, keys: int) -> BlockMask:
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """[B, M, N] as numbers [B, 1, M] and indices [B, 1, M, N], those that count first."""
-    order = blocks.to(torch.int8).argsort(-1, descending=True, stable=True).to(torch.int32)
+    order = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
     return blocks.sum(-1, dtype=torch.int32)[:, None], order[:, None].contiguous()
+
+
+def _flex(q: Tensor) -> Callable[..., Any]:
+    """Fused on a device; as it is where something else compiles it, or nothing runs."""
+    eager = q.is_cpu or torch.compiler.is_compiling() or is_fake(q)
+    chosen: Callable[..., Any] = cast("Any", flex_attention) if eager else _compiled()
+    return chosen
 
 
 @functools.cache
 def _compiled() -> Callable[..., Any]:
-    return torch.compile(flex_attention, dynamic=False)
+    compiled: Callable[..., Any] = torch.compile(flex_attention, dynamic=False)
+    return compiled
 
 
 def attention(
@@ -94,21 +102,13 @@ def attention(
     grouped = q.shape[1] != k.shape[1]
     if kind == "interval":
         mask = block_mask(key_start, key_end, k.shape[2])
-        eager = q.is_cpu or torch.compiler.is_compiling() or _fake(q)
-        flex = flex_attention if eager else _compiled()
-        y = flex(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
+        y = _flex(q)(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
     else:
         with sdpa_kernel(FUSED):
             y = torch.nn.functional.scaled_dot_product_attention(
                 q, k, v, is_causal=kind == "causal", scale=scale, enable_gqa=grouped
             )
     return y.transpose(1, 2).contiguous()
-
-
-def _fake(x: Tensor) -> bool:
-    from torch._subclasses.fake_tensor import is_fake
-
-    return is_fake(x)
 
 
 def head_size(e: int) -> str:

@@ -33,6 +33,6 @@ def _mismatch(toolkit: str, of_torch: str | None, build: str) -> str:
     if of_torch is None or toolkit.partition(".")[0] == of_torch.partition(".")[0]:
         return ""
     return (
-        f"its kernels were built with toolkit {toolkit}, torch {torch.__version__} with {of_torch}; "
-        f"use toolkit {of_torch.partition('.')[0]}.x: {build} again"
+        f"its kernels were built with toolkit {toolkit}, torch {torch.__version__} with "
+        f"{of_torch}; use toolkit {of_torch.partition('.')[0]}.x: {build} again"
     )

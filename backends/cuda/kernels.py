@@ -1,5 +1,5 @@
-"""The kernels of a GPU backend, CUDA and ROCm alike: the operators of csrc/, whose device half torch
-picks by device; attention and matrix products by torch."""
+"""The kernels of a GPU backend, CUDA and ROCm alike: the operators of csrc/, whose device half
+torch picks by device; attention and matrix products by torch."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from glm_core import environment
 from glm_core.backends.onnxrt.call import Call
 from glm_core.dispatch import Op
 
@@ -29,7 +30,7 @@ _writes = itertools.count()
 
 def folder() -> Path:
     """`onnxrt` under GLM_CORE_CACHE, or under .cache of the working directory."""
-    return Path(os.environ.get("GLM_CORE_CACHE") or ".cache") / "onnxrt"
+    return environment.cache() / "onnxrt"
 
 
 def key(call: Call) -> str:

@@ -4,8 +4,8 @@ gfx906 and gfx90a, every kernel executed on the CPU with waves of 64, dry-run; n
 by us.
 
 gfx900 and gfx906 have no bfloat16 instructions: train in float16 with its loss scale. A Hygon DCU
-needs the torch of its DTK: stock ROCm's libamdhip64 does not speak to Hygon's kernel driver, and DTK
-26.04 still has HIP's fifth ABI (seen on a K500SM_AI, gfx928:
+needs the torch of its DTK: stock ROCm's libamdhip64 does not speak to Hygon's kernel driver, and
+DTK 26.04 still has HIP's fifth ABI (seen on a K500SM_AI, gfx928:
 github.com/AlphaMine-Tech/alpha-miner, issue 18)."""
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def _here() -> tuple[torch.dtype, ...]:
 
 
 backend = RocmBackend(
-    name="rocm", device_type="cuda", collective="nccl", dtypes=_here(),
-    verified="compiled, kernels executed on the CPU (waves of 64), dry-run; not run on hardware by us",
+    name="rocm", device_type="cuda", collective="nccl", deterministic=False, dtypes=_here(),
+    verified="compiled, kernels executed on the CPU, dry-run; not run on hardware by us",
     probe=lambda: probe.rocm(probe.facts()),
 )  # fmt: skip
 equip(backend, "glm_core.backends.rocm._C")

@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from glm_core import __version__, errors
+from glm_core import __version__, environment, errors
 from glm_core.cli.exits import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_UNAVAILABLE, EXIT_USAGE
 
 COMMANDS = {
@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; deliberate errors become one line on stderr and an exit code."""
     args = parser().parse_args(argv)
     try:
+        environment.check()
         return int(args.run(args))
     except errors.BackendUnavailableError as error:
         return fail(error, EXIT_UNAVAILABLE)

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LAYERS = (
-    ("errors", "config"),
+    ("errors", "config", "environment"),
     ("spec",),
     ("dispatch", "session", "trace", "trace_format"),
     ("ops",),

@@ -1,0 +1,47 @@
+"""Every GLM_CORE_* variable: what it means, what it is now, and which ones are misspelt."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from glm_core.errors import ConfigError, unknown
+
+VARIABLES = {
+    "GLM_CORE_BUILD": "what setup.py builds: auto, off, cpu, cuda or rocm",
+    "GLM_CORE_ARCHES": "what GPU kernels are compiled for: 80,90 or gfx90a,gfx942",
+    "GLM_CORE_ISA": "the CPU's instruction set: scalar, avx2 or avx512",
+    "GLM_CORE_CACHE": "where exported models are kept, instead of .cache",
+}
+BUILDS = ("auto", "off", "cpu", "cuda", "rocm")
+
+
+def check() -> None:
+    """Raises ConfigError that names every GLM_CORE_* variable nobody reads."""
+    strange = sorted(v for v in os.environ if v.startswith("GLM_CORE_") and v not in VARIABLES)
+    if strange:
+        lines = (unknown("environment variable", name, VARIABLES) for name in strange)
+        raise ConfigError("; ".join(lines))
+
+
+def build() -> str:
+    """GLM_CORE_BUILD, auto unless set. Raises ConfigError for anything but BUILDS."""
+    choice = os.environ.get("GLM_CORE_BUILD", "auto")
+    if choice not in BUILDS:
+        raise ConfigError(f"GLM_CORE_BUILD={choice!r}: allowed are {', '.join(BUILDS)}")
+    return choice
+
+
+def arches() -> list[str]:
+    """GLM_CORE_ARCHES, empty unless set."""
+    return [a.strip() for a in os.environ.get("GLM_CORE_ARCHES", "").split(",") if a.strip()]
+
+
+def isa() -> str | None:
+    """GLM_CORE_ISA."""
+    return os.environ.get("GLM_CORE_ISA")
+
+
+def cache() -> Path:
+    """GLM_CORE_CACHE, or .cache of the working directory."""
+    return Path(os.environ.get("GLM_CORE_CACHE") or ".cache")

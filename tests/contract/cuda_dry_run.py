@@ -1,0 +1,77 @@
+"""Whole training steps of the cuda backend on fake tensors, in a process whose torch believes in a
+CUDA device (LD_PRELOAD of csrc/tests/fake_cuda.cpp):
+`python cuda_dry_run.py BACKEND DTYPE [STRAY]` prints what each model of the family called."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from glm_core import dispatch
+from glm_core.backends import registry
+from glm_core.backends.cuda import attention
+from glm_core.backends.cuda.kernels import share
+from glm_core.config import TrainConfig
+from glm_core.model import GLM, preset
+from glm_core.optimizer import Optimizer
+
+B, L = 2, 32
+INPUTS: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+    "tokens": (torch.int64, (B, L)), "positions": (torch.int64, (B, 2, L)),
+    "key_start": (torch.int32, (B, L)), "key_end": (torch.int32, (B, L)),
+    "labels": (torch.int64, (B, L)), "token_weight": (torch.float32, (B, L)),
+}  # fmt: skip
+
+
+def train(name: str, dtype: str, stray: str) -> list[str]:
+    """One optimizer step: two micro-batches forward and backward, norm, clip, AdamW. `stray` names
+    an input that stays on the host. Returns parameters whose gradient is wrong."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtype))
+    with torch.device("cuda"):  # .to() cannot move fake parameters
+        model = GLM(preset(name, num_layers=2, vocab=512, max_length=64))
+    torch.set_default_dtype(before)
+    optimizer = Optimizer(model, TrainConfig(dtype=dtype))
+    inputs = {k: torch.zeros(shape, dtype=t, device="cpu" if k == stray else "cuda")
+              for k, (t, shape) in INPUTS.items()}  # fmt: skip
+    for _ in range(2):
+        model.loss(**inputs).backward()
+    with mock.patch("torch.isfinite", return_value=True):  # a fake tensor has no value to ask
+        optimizer.step(1e-3)
+    return [
+        n for n, p in model.named_parameters()
+        if p.grad is None or (p.grad.dtype, p.grad.device) != (p.dtype, p.device)
+    ]  # fmt: skip
+
+
+FAMILY = ("glm-base", "glm-130b", "chatglm-6b", "chatglm2-6b", "glm-4-9b")
+
+
+def main(backend: str, dtype: str, stray: str = "") -> None:
+    """Strict: an op without a kernel for these arguments ends the run with its reason."""
+    chosen = registry.get(backend)
+    share(chosen)  # as if the kernels were built: nothing is computed
+    attention._has_triton = lambda: True  # nor is FlexAttention compiled
+    answer = {}
+    for name in FAMILY:
+        counted: Counter[str] = Counter()
+
+        def count(op: dispatch.Op, args: Any, kwargs: Any, counted: Counter[str] = counted) -> Any:
+            counted[op.name] += 1
+            return dispatch.run(op, args, kwargs)
+
+        use = registry.use(chosen, strict=True)
+        with FakeTensorMode(), use, dispatch.intercept(count):
+            wrong = train(name, dtype, stray)
+        answer[name] = {"ops": counted, "wrong": wrong}
+    json.dump(answer, sys.stdout)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

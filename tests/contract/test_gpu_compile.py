@@ -1,0 +1,60 @@
+"""The GPU sources compile, link and spill no registers: nvcc for sm_80 and sm_90, hipcc for gfx906
+and gfx90a. Nothing of this runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).parents[2] / "csrc"
+SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
+NVCC, HIPCC = shutil.which("nvcc"), shutil.which("hipcc")
+
+
+def run(command: list[str]) -> str:
+    """What it said; raises with that where it failed."""
+    env = os.environ | {"HIP_PLATFORM": "amd"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
+
+
+@pytest.mark.skipif(NVCC is None, reason="no nvcc (CUDA toolkit)")
+def test_cuda_compiles_links_and_spills_nothing(tmp_path: Path) -> None:
+    flags = ["-std=c++17", "-O3", "-fmad=false", f"-I{CSRC}/include", "-Xcompiler=-fPIC",
+             "-gencode=arch=compute_80,code=sm_80",
+             "-gencode=arch=compute_90,code=[sm_90,compute_90]",
+             "-Werror=all-warnings", "-Xptxas=-v"]  # fmt: skip
+    objects = [tmp_path / f"{s.stem}.o" for s in SOURCES]
+    commands = [[str(NVCC), *flags, "-c", str(s), "-o", str(o)]
+                for s, o in zip(SOURCES, objects, strict=True)]  # fmt: skip
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        said = "".join(pool.map(run, commands))
+    assert set(re.findall(r"for 'sm_(\d+)'", said)) == {"80", "90"}
+    spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", said)]
+    assert len(spilled) >= 2 * len(SOURCES)
+    assert not any(spilled)
+    target = tmp_path / "kernels.so"
+    run([str(NVCC), "-shared", "-cudart=static", *map(str, objects), "-o", str(target),
+         "-Xlinker=-z,defs"])  # fmt: skip
+    assert target.stat().st_size
+
+
+@pytest.mark.skipif(HIPCC is None, reason="no hipcc (Debian: hipcc rocm-device-libs lld)")
+def test_hip_compiles(tmp_path: Path) -> None:
+    flags = ["-std=c++17", "-O1", "-ffp-contract=off", f"-I{CSRC}/include", "-Wall", "-Werror",
+             "--offload-arch=gfx906", "--offload-arch=gfx90a"]  # fmt: skip
+    commands = [[str(HIPCC), *flags, "-c", "-x", "hip", str(s), "-o", str(tmp_path / f"{s.stem}.o")]
+                for s in SOURCES]  # fmt: skip
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(run, commands))
+    for source in SOURCES:
+        built = (tmp_path / f"{source.stem}.o").read_bytes()
+        assert b"gfx906" in built
+        assert b"gfx90a" in built

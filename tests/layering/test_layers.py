@@ -141,7 +141,7 @@ def test_light_imports_load_no_torch(code: str) -> None:
 def test_ops_and_registry_load_no_vendor_package() -> None:
     loaded = loaded_after("import glm_core.ops, glm_core.backends.registry as r; r.names()")
     assert "torch" in loaded
-    assert not loaded & VENDORS
+    assert not loaded & (VENDORS - {"triton"})  # torch itself imports triton where it is installed
 
 
 @pytest.mark.parametrize("name", ["backends", "bench"])

@@ -1,7 +1,7 @@
 """NVIDIA GPUs: our CUDA kernels (csrc/cuda), attention by torch's fused kernels, products by
-cuBLAS, collectives by NCCL. Compiled for sm_80 and sm_90, every kernel executed on the CPU against the
-float64 reference, whole training steps dry-run on fake tensors; never run on hardware by us. Not
-deterministic: torch's attention sums its gradients by atomics."""
+cuBLAS, collectives by NCCL. Compiled for sm_80 and sm_90, every kernel executed on the CPU against
+the float64 reference, whole training steps dry-run on fake tensors; never run on hardware by us.
+Not deterministic: torch's attention sums its gradients by atomics."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ def quantized_linear(
     frozen = None if bias is None else bias.detach().contiguous()
     rows = x.reshape(-1, x.shape[-1])
     y = autograd.QuantizedLinear.apply(  # type: ignore[no-untyped-call]  # torch leaves apply untyped
-        rows, weight.contiguous(), scale, frozen
+        rows, weight if bits == 4 else weight.contiguous(), scale, frozen, bits
     )
     return y.view(*x.shape[:-1], len(weight))
 

@@ -3,13 +3,15 @@ product with a quantised weight."""
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakIdKeyDictionary
 
-from glm_core.ops.quant import dequantize
+from glm_core.ops.quant import dequantize, unpack
 
 _npu = torch.ops.npu
 
@@ -55,22 +57,41 @@ class ShrunkEmbedding(torch.autograd.Function):
         return None, dweight, None
 
 
+_packed: MutableMapping[Tensor, tuple[int, Tensor]] = WeakIdKeyDictionary()
+"""4-bit weight: its version, and the codes in the operator's own order: half a byte each more"""
+
+
+def operand(weight: Tensor, bits: int) -> Tensor:
+    """The codes as npu_weight_quant_batchmatmul takes them: int8 [D, F] as a transposed view, or
+    4-bit ones in int32 [D, F / 8], in an order that only npu_convert_weight_to_int4pack knows."""
+    if bits == 8:
+        return weight.t()
+    version, packed = _packed.get(weight, (-1, weight))
+    if version != weight._version:
+        codes = unpack(weight, 4).t().to(torch.int32).contiguous()
+        packed = _npu.npu_convert_weight_to_int4pack(codes)
+        _packed[weight] = weight._version, packed
+    return packed
+
+
 class QuantizedLinear(torch.autograd.Function):
-    """x w^T + bias with int8 codes, x [M, D]; only x has a gradient. The operator takes the weight
-    as [D, F], best as a transposed view (its docstring)."""
+    """x w^T + bias, x [M, D]; only x has a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits: int
+    ) -> Tensor:
         ctx.save_for_backward(weight, scale)
+        ctx.bits = bits
         rows = scale.reshape(len(weight), -1)  # [F, G]
-        group = weight.shape[1] // rows.shape[1] if rows.shape[1] > 1 else 0
+        group = x.shape[1] // rows.shape[1] if rows.shape[1] > 1 else 0
         return _npu.npu_weight_quant_batchmatmul(
-            x, weight.t(), rows.t().contiguous(), None, None, None, bias, group
+            x, operand(weight, bits), rows.t().contiguous(), None, None, None, bias, group
         )
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         weight, scale = ctx.saved_tensors
-        dx = dy.float() @ dequantize(weight, scale, 8, torch.float32)
-        return dx.to(dy.dtype), None, None, None
+        dx = dy.float() @ dequantize(weight, scale, ctx.bits, torch.float32)
+        return dx.to(dy.dtype), None, None, None, None

@@ -120,16 +120,17 @@ def quantized_linear(
     activation_bits: int = 16,
 ) -> Support:  # fmt: skip
     operator = "npu_weight_quant_batchmatmul"
-    if bits == 4:
-        return unsupported(f"{operator} wants 4-bit codes in its own order, eight an int32")
+    if bits == 4 and len(weight) % 8:
+        return unsupported(f"{operator} takes 4-bit codes of 8 n outputs, received {len(weight)}")
     if activation_bits == 8:
         return unsupported(f"{operator} does not round activations; npu_dynamic_quant does by row")
     if x.dtype != torch.float16:  # scales are float16, and are rounded to x's dtype
         return unsupported(f"{operator} keeps float16 scales for float16 only, received {x.dtype}")
-    group = weight.shape[1] // scale.shape[1] if scale.dim() == 2 else 0
-    if scale.dim() == 2 and (group % 32 or not group < weight.shape[1]):
+    width = weight.shape[1] * 8 // bits
+    group = width // scale.shape[1] if scale.dim() == 2 else 0
+    if scale.dim() == 2 and (group % 32 or not group < width):
         return unsupported(f"{operator} takes groups of 32 n below the width, received {group}")
-    if max(weight.shape) > QUANTISED_WIDTH:
+    if max(len(weight), width) > QUANTISED_WIDTH:
         return unsupported(f"{operator} takes up to {QUANTISED_WIDTH} inputs and outputs")
     exact = exactly(torch.float16, scale=scale, **({} if bias is None else {"bias": bias}))
     return first(fused(operator, x), exact)

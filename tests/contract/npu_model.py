@@ -63,6 +63,7 @@ npu_weight_quant_batchmatmul(Tensor x, Tensor weight, Tensor antiquant_scale,
  Tensor? antiquant_offset=None, Tensor? quant_scale=None, Tensor? quant_offset=None,
  Tensor? bias=None, int antiquant_group_size=0, int inner_precise=0, int? weight_dtype=None)
  -> Tensor
+npu_convert_weight_to_int4pack(Tensor weight, int inner_k_tiles=0) -> Tensor
 npu_apply_adam_w.out(Scalar beta1_power, Scalar beta2_power, Scalar lr, Scalar weight_decay,
  Scalar beta1, Scalar beta2, Scalar epsilon, Tensor grad, Tensor? max_grad_norm, bool? amsgrad,
  bool? maximize, *, Tensor[] out) -> (Tensor, Tensor, Tensor)
@@ -277,6 +278,25 @@ def npu_cross_entropy_loss_backward(
     return ((log_prob.float().exp() - hot) * grad_loss.float()[:, None]).to(log_prob.dtype)
 
 
+_NIBBLES = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
+"""the model's own: torch_npu does not tell its order, so nothing may rely on one"""
+
+
+def npu_convert_weight_to_int4pack(weight: Tensor, inner_k_tiles: int) -> Tensor:
+    """int32 codes [K, N] in -8..7 to int32 [K, N / 8]."""
+    assert weight.dtype == torch.int32
+    assert weight.is_contiguous()
+    assert weight.shape[1] % 8 == 0
+    assert weight.abs().max() <= 8
+    nibbles = (weight.unflatten(1, (-1, 8)).long() & 15) << (4 * _NIBBLES)
+    return nibbles.sum(-1).to(torch.int32)
+
+
+def _codes(packed: Tensor) -> Tensor:
+    nibbles = (packed.long()[..., None] >> (4 * _NIBBLES)) & 15
+    return ((nibbles ^ 8) - 8).flatten(-2).to(torch.int8)
+
+
 def npu_weight_quant_batchmatmul(
     x: Tensor, weight: Tensor, antiquant_scale: Tensor, antiquant_offset: Tensor | None,
     quant_scale: Tensor | None, quant_offset: Tensor | None, bias: Tensor | None, group: int,
@@ -285,6 +305,8 @@ def npu_weight_quant_batchmatmul(
     """x [M, K] times the codes [K, N] times scale [1 or K / group, N]; the dequantised weight is
     rounded to x's dtype, as it must be to enter the matrix unit."""
     dtype = one_dtype(x, antiquant_scale, *([] if bias is None else [bias]))
+    if weight.dtype == torch.int32:
+        weight = _codes(weight)
     (m, k), (k2, n) = x.shape, weight.shape
     assert dtype == torch.float16
     assert (antiquant_offset, quant_scale, quant_offset, rest[0]) == (None, None, None, 0)

@@ -89,20 +89,32 @@ def _add_layer_norm_grad(
     return torch.empty_like(x1), torch.empty_like(x1), wide, wide.clone()
 
 
-REPAIRS = {
-    "npu_geglu_grad": ("geglu", _geglu_grad, "its meta kernel returns two tensors, not one"),
-    "npu_add_layer_norm_backward": ("add_layer_norm", _add_layer_norm_grad, "no meta kernel"),
-}
-"""operator: (op whose gradient needs it, meta kernel of ours, what torch_npu 2.13.0's lacks)"""
+def _int4pack(codes: Tensor, *_: Any) -> Tensor:
+    return codes.new_empty((codes.shape[0], codes.shape[1] // 8))
+
+
+Repair = tuple[str, Callable[..., Any], str]
+REPAIRS: dict[str, Repair] = {
+    "npu_geglu_grad": (
+        "geglu-float32-2x5x48-grad", _geglu_grad, "its meta kernel returns two tensors, not one",
+    ),
+    "npu_add_layer_norm_backward": (
+        "add_layer_norm-float32-2x5x96-grad", _add_layer_norm_grad, "no meta kernel",
+    ),
+    "npu_convert_weight_to_int4pack": (
+        "quantized_linear-float16-2x5x96-64-int4-test", _int4pack, "no meta kernel",
+    ),
+}  # fmt: skip
+"""operator: (case that needs it, meta kernel of ours, what torch_npu 2.13.0 lacks)"""
 
 
 def repair() -> dict[str, str]:
-    """Gives torch_npu the meta kernels that it lacks; tells for each how the gradient failed
+    """Gives torch_npu the meta kernels that it lacks; tells for each how its case failed
     before."""
     library = torch.library.Library("npu", "IMPL", "Meta")
     failed = {}
-    for operator, (op, meta, _) in REPAIRS.items():
-        case = next(c for c in CASES if c.op.name == op and c.mode == "grad")
+    for operator, (id, meta, _) in REPAIRS.items():
+        [case] = select(BACKEND, id=id)
         failed[operator] = outcome(lambda case=case: watched(case))
         library.impl(operator, meta, "Meta", allow_override=True)
     KEPT.append(library)

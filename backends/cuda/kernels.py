@@ -1,9 +1,15 @@
 """The kernels of a GPU backend, CUDA and ROCm alike: the operators of csrc/, whose device half
-torch picks by device; attention and matrix products by torch."""
+torch picks by device; attention and matrix products by torch. Where csrc/
+is not built, Triton kernels for the ops that have them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
 
 from glm_core import ops
 from glm_core.backends.base import Backend
@@ -19,15 +25,31 @@ TORCH = ("linear", "attention")
 def equip(backend: Backend, module: str) -> None:
     """Gives the backend its kernels; those of `module` say why where they are not built."""
     trouble = load(module, backend.name)
-    share(backend, lambda: trouble)
+    covered = _in_triton() if trouble else ()
+    share(backend, lambda op: "" if op in covered else trouble)
     backend.implements(ops.linear, takes(backend, ops.linear))(cpu.kernels["linear"].function)
     supports = attention.supports(backend, takes(backend, ops.attention))
     backend.implements(ops.attention, supports)(attention.attention)
 
 
-def share(backend: Backend, trouble: Callable[[], str] = lambda: "") -> None:
-    """The operators of csrc/: one Python function serves every device."""
+_kept: list[Any] = []
+
+
+def _in_triton() -> tuple[str, ...]:
+    """The ops that Triton kernels serve from now on: none without a device, Triton or operators."""
+    if not (torch.cuda.is_available() and find_spec("triton") and cpu.probe().ok):
+        return ()
+    from glm_core.backends import triton_ops
+
+    _kept.append(triton_ops.register("CUDA"))
+    return triton_ops.OPS
+
+
+def share(backend: Backend, trouble: Callable[[str], str] = lambda op: "") -> None:
+    """The operators of csrc/: one Python function serves every device. `trouble` says why an op has
+    no kernel here."""
     for name, kernel in cpu.kernels.items():
         if name not in TORCH:
             op = ops.all_ops()[name]
-            backend.implements(op, takes(backend, op, trouble))(kernel.function)
+            needs = takes(backend, op, partial(trouble, name))
+            backend.implements(op, needs)(kernel.function)

@@ -1,0 +1,47 @@
+"""The Triton kernels without a device: numbers in Triton's interpreter by the ordinary conformance
+cases, machine code for five chips ahead of time."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from glm_core.backends.registry import probe
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="pip install triton"),
+    pytest.mark.skipif(not probe("cpu").ok, reason=probe("cpu").reason),
+]
+
+
+def answer(cache: Path, script: str, *words: str) -> Any:
+    """What a script of this folder prints."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / script), *words],
+        env=env | {"TRITON_CACHE_DIR": str(cache)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_kernels_conform_in_the_interpreter(tmp_path: Path) -> None:
+    found = answer(tmp_path, "triton_judge.py", "float32,bfloat16", "2")
+    assert len(found) == 8 * 2 * 2 * 2  # ops, modes, dtypes, cases of each
+    assert not {id: what for id, what in found.items() if what}
+
+
+def test_kernels_build_ahead_of_time(tmp_path: Path) -> None:
+    found = answer(tmp_path, "triton_build.py")
+    assert set(found) == {"cuda-80", "cuda-90", "hip-gfx906", "hip-gfx90a", "hip-gfx942"}
+    for target, sizes in found.items():
+        assert len(sizes) == 5, target
+        assert all(sizes.values()), target

@@ -1,0 +1,55 @@
+"""Ahead-of-time builds of the Triton kernels for devices that are not here: `python
+triton_build.py` prints {target: {kernel: bytes of machine code}}."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from glm_core.backends import triton_ops as ops
+
+TARGETS = (
+    ("cuda", 80, 32), ("cuda", 90, 32), ("hip", "gfx906", 64), ("hip", "gfx90a", 64),
+    ("hip", "gfx942", 64),
+)  # fmt: skip
+POINTERS = {"stats": "*fp32", "loss": "*fp32", "token_weight": "*fp32", "labels": "*i64",
+            "dweight": "*fp32", "dbias": "*fp32"}  # fmt: skip
+NUMBERS = {"rows": "i32", "width": "i32", "size": "i32", "vocab": "i32", "per_chunk": "i32",
+           "eps": "fp32", "alpha": "fp32"}  # fmt: skip
+KERNELS: dict[Any, dict[str, Any]] = {
+    ops.norm_rows: {"ADD": True, "LAYER": True, "BLOCK": 4096},
+    ops.norm_rows_backward: {"MORE": True, "LAYER": True, "SCALED": True, "BLOCK": 4096},
+    ops.norm_columns_backward: {"LAYER": True, "BLOCK": ops.COLUMNS},
+    ops.activate: {"KIND": ops.GEGLU, "BACK": True, "BLOCK": 1024},
+    ops.row_losses: {"GRADIENT": True, "BLOCK": ops.LOGITS},
+}
+
+
+def size(kernel: Any, constants: dict[str, Any], target: tuple[Any, ...], half: str) -> int:
+    """Bytes of one kernel's machine code, tensors in `half`."""
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else NUMBERS.get(n) or POINTERS.get(n, half)
+                 for n in names}  # fmt: skip
+    made = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget(*target))
+    return len(made.asm["cubin" if target[0] == "cuda" else "hsaco"])
+
+
+def main() -> None:
+    """float16 where the chip has no bfloat16."""
+    found = {}
+    for target in TARGETS:
+        half = "*fp16" if target[1] == "gfx906" else "*bf16"
+        found[f"{target[0]}-{target[1]}"] = {
+            kernel.__name__: size(kernel, constants, target, half)
+            for kernel, constants in KERNELS.items()
+        }
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -26,7 +26,10 @@ except errors.ConfigError as error:
 
 GPU_KERNELS = ["activation", "embedding", "loss", "norm", "optim", "rope"]
 GPU_BINDINGS = ["library", "ops", "training"]
-KERNELS = ["activation", "attention", "embedding", "loss", "norm", "optim", "rope", "table"]
+KERNELS = [
+    "activation", "attention", "attention_decode", "embedding", "loss", "norm", "optim", "rope",
+    "table",
+]  # fmt: skip
 BINDINGS = ["attention", "library", "norm", "pointwise", "training"]
 X86 = platform.machine() in ("x86_64", "AMD64")
 ISAS = {"scalar": []} | (

@@ -42,6 +42,14 @@ class TrainingError(GlmCoreError):
     """Training had to stop: the message names step, parameter and op."""
 
 
+class PromptError(GlmCoreError):
+    """A prompt that cannot be continued: empty, too long, without a blank, of unknown tokens."""
+
+
+class GenerationError(GlmCoreError):
+    """Generation had to stop: the message names the token's number and the op."""
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """`unknown backend 'cude'; known: cpu, cuda (did you mean cuda?)`."""
     known = sorted(known)

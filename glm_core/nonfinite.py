@@ -1,5 +1,5 @@
-"""Where numbers stopped being finite: every op call of a backward pass watched, in both
-directions."""
+"""Where numbers stopped being finite: every op call watched, of a backward pass in
+both directions."""
 
 from __future__ import annotations
 
@@ -41,12 +41,13 @@ class Watch:
             given = dict(zip(op.parameters, args, strict=False)) | kwargs
             bad = [name for name, value in given.items() if not finite(value)]
             cause = f" (its {', '.join(bad)} is not finite either)" if bad else ""
-            self.op = f"{place}, forward, micro-batch {self._micro_batch}{cause}"
+            when = f", forward, micro-batch {self._micro_batch}" if torch.is_grad_enabled() else ""
+            self.op = f"{place}{when}{cause}"
         return outputs
 
     def _input(self, value: Any, where: str) -> Any:
         """An alias, whose gradient is what this one call contributes, before any summation."""
-        if not isinstance(value, Tensor) or not value.requires_grad:
+        if not (isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled()):
             return value
         alias = value.view_as(value)
         batch = self._micro_batch
@@ -91,6 +92,8 @@ def watch(model: nn.Module) -> Iterator[Watch]:
             stack.callback(before.remove)
             stack.callback(after.remove)
         for name, p in model.named_parameters():
+            if not p.requires_grad:
+                continue
             hook = p.register_post_accumulate_grad_hook(lambda p, name=name: seen.gradient(name, p))
             stack.callback(hook.remove)
         stack.enter_context(dispatch.intercept(seen.call))

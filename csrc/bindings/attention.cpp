@@ -66,8 +66,10 @@ Tensor attention_forward(const Tensor& q_, const Tensor& k_, const Tensor& v_,
                                 width,
                                 parts,
                                 float(scale)};
-    parallel(units * parts, attention_tile * k.size(1) * width,
-             [&](int64_t i, int64_t j) { kernels<T>().attention_forward(a, i, j); });
+    parallel(units * parts, attention_tile * k.size(1) * width, [&](int64_t i, int64_t j) {
+      queries == 1 ? kernels<T>().attention_decode(a, i, j)
+                   : kernels<T>().attention_forward(a, i, j);
+    });
   });
   return y;
 }

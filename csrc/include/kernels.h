@@ -118,7 +118,8 @@ struct Heads {
 constexpr int64_t attention_tile = 48;
 
 // q, y [B, L, H, E], k, v [B, S, K, E], key_start, key_end [B, L]; y contiguous. The queries are
-// cut into `parts` parts of whole tiles, each of which lays out the keys for itself.
+// cut into `parts` parts of whole tiles, each of which lays out the keys for itself. The decode
+// kernel takes queries = 1 and parts = 1.
 template <class T>
 struct AttentionForward {
   Heads<T> q, k, v;
@@ -153,6 +154,7 @@ struct AttentionBackward {
   K(embedding_forward, EmbeddingForward)   \
   K(embedding_backward, EmbeddingBackward) \
   K(attention_forward, AttentionForward)   \
+  K(attention_decode, AttentionForward)    \
   K(attention_backward, AttentionBackward) \
   K(cross_entropy, CrossEntropy)           \
   K(squares, Squares)                      \

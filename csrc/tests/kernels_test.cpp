@@ -227,6 +227,11 @@ void attention(Sizes n) {
   kernels<T>().attention_forward({hq, hk, hv, start.data(), end.data(), y.p(), n.queries, n.keys,
                                   n.heads, n.kv_heads, n.width, parts, scale},
                                  0, batch * n.kv_heads * parts);
+  Buffer<T> alone(qs);
+  if (n.queries == 1)
+    kernels<T>().attention_decode({hq, hk, hv, start.data(), end.data(), alone.p(), 1, n.keys,
+                                   n.heads, n.kv_heads, n.width, 1, scale},
+                                  0, batch * n.kv_heads);
   kernels<T>().attention_backward({hd, hq, hk, hv, start.data(), end.data(), dq.p(), dk.p(), dv.p(),
                                    n.queries, n.keys, n.heads, n.kv_heads, n.width, scale},
                                   0, batch * n.kv_heads);
@@ -259,6 +264,7 @@ void attention(Sizes n) {
         ek[at(j) + e] += ds * q[row * n.width + e];
       }
   }
+  if (n.queries == 1) expect("attention decode", alone, ey, 1, 2);
   expect("attention y", y, ey, 1, 2), expect("attention dq", dq, eq, 1, 2);
   expect("attention dk", dk, ek, 1, 2), expect("attention dv", dv, ev, 1, 2);
 }
@@ -313,6 +319,7 @@ void all() {
                   {49, 49, 2, 1, 16},
                   {97, 131, 4, 2, 33},
                   {1, 130, 4, 2, 64},
+                  {1, 300, 7, 1, 33},
                   {48, 64, 1, 1, 64}})
     attention<T>(n);
   for (int64_t n : {1, 15, 16, 1037}) optimizer<T>(n);

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from glm_core import ops
 from glm_core.config import ModelConfig
 from glm_core.errors import ShapeError
+from glm_core.model.cache import Window
 
 
 class Linear(nn.Module):
@@ -63,21 +64,24 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.layer = config, layer
         self.layer_scale = float(layer + 1) if config.qk_layer_scaling else 1.0
         heads = config.num_heads + 2 * config.num_kv_heads
         self.qkv = Linear(config.hidden, heads * config.head_dim, config.qkv_bias)
         self.out = Linear(config.num_heads * config.head_dim, config.hidden, config.linear_bias)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, key_start: Tensor, key_end: Tensor
-    ) -> Tensor:
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, key_start: Tensor, key_end: Tensor,
+        cache: Window | None = None,
+    ) -> Tensor:  # fmt: skip
         c = self.config
         qkv = self.qkv(x).unflatten(-1, (-1, c.head_dim))  # [B, L, H + 2K, E]
         qk, v = qkv.split((c.num_heads + c.num_kv_heads, c.num_kv_heads), 2)
         if rotary is not None:
             qk = ops.rope(qk, *rotary, c.rope_interleaved)
         q, k = qk.split((c.num_heads, c.num_kv_heads), 2)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
         y = ops.attention(
             q, k, v, key_start, key_end, c.head_dim**-0.5, self.layer_scale, c.pb_relax
         )  # [B, L, H, E]
@@ -124,10 +128,10 @@ class Block(nn.Module):
 
     def forward(
         self, delta: Tensor | None, residual: Tensor, rotary: tuple[Tensor, Tensor] | None,
-        key_start: Tensor, key_end: Tensor,
+        key_start: Tensor, key_end: Tensor, cache: Window | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         normed, total = self.input_norm.add(delta, residual, self.alpha)
-        delta = self.attention(normed, rotary, key_start, key_end)
+        delta = self.attention(normed, rotary, key_start, key_end, cache)
         if self.post_attention_norm is not None:
             delta = self.post_attention_norm(delta)
         residual = normed if self.deepnorm else total
@@ -159,11 +163,13 @@ class GLM(nn.Module):
         self.head = None if c.tied_head else nn.Parameter(torch.empty(c.vocab, c.hidden))
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, key_start: Tensor, key_end: Tensor
-    ) -> Tensor:
+        self, tokens: Tensor, positions: Tensor, key_start: Tensor, key_end: Tensor,
+        cache: Window | None = None,
+    ) -> Tensor:  # fmt: skip
         """Hidden states after the final norm;  tokens [B, L] int64, positions [B, 2, L] int64 (row
         1 is ignored by 1D rotary models), key_start, key_end [B, L] int32 (the mask, see
-        ops.attention) -> [B, L, D]."""
+        ops.attention) -> [B, L, D]. With a cache the call's keys and values are kept in it, and the
+        mask counts keys by their places there."""
         if tokens.shape[1] > self.config.max_length:
             raise ShapeError(
                 f"sequence of {tokens.shape[1]} tokens: longer than "
@@ -173,7 +179,7 @@ class GLM(nn.Module):
         rotary = None if self.position_embedding is not None else self.rotary(positions)
         delta: Tensor | None = None
         for block in self.blocks:
-            delta, x = block(delta, x, rotary, key_start, key_end)
+            delta, x = block(delta, x, rotary, key_start, key_end, cache)
         return self.final_norm.add(delta, x, residual_scale(self.config))[0]
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:

@@ -16,12 +16,12 @@ from torch import Tensor
 from glm_core.dispatch import op
 from glm_core.ops.layout import gapped
 from glm_core.ops.precision import num_bytes, wide
-from glm_core.spec import Cost, Sample, given, normal
+from glm_core.spec import Cost, Draw, Maker, Sample, given, normal, realize
 
 
 def intervals(b: int, length: int, kind: str, keys: int) -> dict[str, Any]:
-    """key_start and key_end of a named mask: causal, prefix, packed, padded or empty (rows that
-    see nothing)."""
+    """key_start and key_end of a named mask: causal, prefix, packed, padded, static (one
+    query each over a cache of several lengths) or empty (rows that see nothing)."""
     starts, ends = [], []
     for row in range(b):
         sep, half, pads = (row + 1) * keys // (b + 1), length // 2, row % 3
@@ -32,18 +32,35 @@ def intervals(b: int, length: int, kind: str, keys: int) -> dict[str, Any]:
             end = max(seen, reach)
             starts.append(start)
             ends.append(start if kind == "empty" and i % 2 else end)
+    if kind == "static":  # a query per sequence, each of another length, of the cache's last one
+        ends = [keys * (row + 1) // b for row in range(b) for _ in range(length)]
+        starts = [row % 3 * (end // 5) for row, end in enumerate(ends)]
     named = (("key_start", starts), ("key_end", ends))
     return {k: given(v, torch.int32, b, length) for k, v in named}
+
+
+def preallocated(maker: Maker) -> Maker:
+    """The same [B, S, K, E] as a view of a cache's storage [B, K, S + 3, E]."""
+
+    def make(draw: Draw) -> Tensor:
+        x: Tensor = realize(maker, draw)
+        storage = x.new_zeros(x.shape[0], x.shape[2], x.shape[1] + 3, x.shape[3])
+        storage[:, :, : x.shape[1]] = x.transpose(1, 2)
+        return storage.transpose(1, 2)[:, : x.shape[1]]
+
+    return make
 
 
 def attention_samples() -> Iterator[Sample]:
     def make(
         id: str, b: int, n: int, h: int, k: int, e: int, kind: str = "prefix", keys: int = 0,
-        std: float = 1.0, strided: bool = False, **rest: Any,
+        std: float = 1.0, strided: bool = False, cache: bool = False, **rest: Any,
     ) -> Sample:  # fmt: skip
         keys = keys or n
         q = normal(b, n, h, e, std=std, strided=strided)
         kv = [normal(b, keys, k, e, std=std, strided=strided) for _ in range(2)]
+        if cache:
+            kv = [preallocated(x) for x in kv]
         args = {
             "q": q,
             "k": kv[0],
@@ -64,6 +81,10 @@ def attention_samples() -> Iterator[Sample]:
     yield make("1x131x2x33-prefix", 1, 131, 2, 2, 33)  # past the tiles of most kernels
     yield make("1x1x1x1", 1, 1, 1, 1, 1, "causal")
     yield make("2x1x4x16-cache13", 2, 1, 4, 2, 16, "causal", keys=13)
+    yield make("3x1x6x24-gqa6-static40", 3, 1, 6, 1, 24, "static", keys=40, cache=True)
+    yield make("2x1x2x33-static300", 2, 1, 2, 2, 33, "static", keys=300, cache=True)
+    yield make("2x5x4x16-static19", 2, 5, 4, 2, 16, "causal", keys=19, cache=True)
+    yield make("4x1x32x128-mqa16-static256", 4, 1, 32, 2, 128, "static", keys=256, cache=True)
     yield make("1x9x2x16-huge", 1, 9, 2, 2, 16, std=200.0)  # past exp's range: one key takes all
     yield make("1x9x2x16-tiny", 1, 9, 2, 2, 16, std=1e-3)
     yield make("2x9x2x16-scale0.4", 2, 9, 2, 2, 16, scale=0.4)
@@ -94,7 +115,8 @@ def attention(
     scale: float, layer_scale: float = 1.0, pb_relax: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """y = softmax(scale q k^T) v over the visible keys;  q [B, L, H, E], k, v [B, S, K, E] -> [B,
-    L, H, E]. Key j is visible to query i iff key_start[b, i] <= j < key_end[b, i] (int32 [B, L]);
+    L, H, E]; k and v may be views of a larger cache, key_end its current length. Key j is visible
+    to query i iff key_start[b, i] <= j < key_end[b, i] (int32 [B, L]);
     a query that sees nothing gives zeros. KV head h serves queries' heads h*H/K ... (h+1)*H/K - 1.
     In float32, rounded once. layer_scale c (GLM-130B's query-key layer scaling): scores are formed
     from q/c and multiplied by c in the softmax, neutral in real arithmetic. pb_relax a > 0:

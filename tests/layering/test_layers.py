@@ -15,11 +15,11 @@ ROOT = Path(__file__).parents[2]
 LAYERS = (
     ("errors", "config", "environment"),
     ("spec",),
-    ("dispatch", "session", "trace", "trace_format"),
+    ("dispatch", "session", "trace", "trace_format", "nonfinite"),
     ("ops",),
     ("backends", "bench.harness"),
     ("model", "data"),
-    ("optimizer", "checkpoint", "metrics", "nonfinite", "interrupt"),
+    ("optimizer", "checkpoint", "metrics", "interrupt"),
     ("train",),
     ("align", "conformance", "distributed"),
     ("deepspeed", "serve", "bench"),

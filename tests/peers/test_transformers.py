@@ -16,8 +16,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from glm_core.backends import registry
 from glm_core.config import ModelConfig
 from glm_core.model import GLM
+from glm_core.model.generate import generate
+from glm_core.model.prompt import causal
+from glm_core.model.sample import Sampling
 from glm_core.model.weights import convert, open_checkpoint, target
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -277,3 +281,29 @@ def test_its_checkpoints_are_read_and_written(kind: str, shape: str, tmp_path: P
     back = type(model).from_pretrained(tmp_path / "back", dtype=torch.float32)
     with torch.no_grad():
         assert torch.equal(back(case.given.tokens).logits, model(case.given.tokens).logits)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["Glm", "Glm4"])
+def test_greedy_tokens(kind: str, shape: str, backend: str) -> None:
+    """transformers' generate with its cache, prompts padded on the left by their own mask; ours one
+    by one and padded."""
+    theirs, g = peer(kind, shape).eval(), torch.Generator().manual_seed(8)
+    prompts = [torch.randint(2, V, (n,), generator=g).tolist() for n in (3, 9, 1, 6)]
+    longest = max(map(len, prompts))
+    pads = [longest - len(p) for p in prompts]
+    asked = torch.tensor([[0] * n + p for n, p in zip(pads, prompts, strict=True)])
+    shown = torch.tensor([[0] * n + [1] * len(p) for n, p in zip(pads, prompts, strict=True)])
+    expected = theirs.generate(
+        asked, attention_mask=shown, max_new_tokens=20, do_sample=False, use_cache=True,
+        eos_token_id=None,
+    )[:, longest:].tolist()  # fmt: skip
+    model = GLM(dataclasses.replace(model_config(kind, theirs.config), max_length=64))
+    model.load_state_dict(renamed(dict(theirs.named_parameters())))
+    settings = Sampling(max_tokens=20, temperature=0)
+    with registry.use(backend):
+        for padded in (False, True):
+            done = generate(model, [causal(p) for p in prompts], settings, padded=padded)
+            assert [d.tokens for d in done] == expected
+    assert len({tuple(e) for e in expected}) == len(expected)

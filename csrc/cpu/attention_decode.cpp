@@ -1,0 +1,147 @@
+// Attention of one query per sequence (decode), keys and values read once, where they lie. Shapes:
+// B batch, S keys, H heads, K kv heads, E head dim; R = H / K queries share a kv head.
+//
+// A unit is one (batch, kv head), so a sequence's result does not depend on what else is in the
+// batch. The scores [R, S] of all its queries lie in scratch; keys, then values, are taken in
+// blocks that stay in the cache while up to HEADS queries at a time pass over them. Everything is
+// float, whatever T is, and rounded once; sums over the keys are formed block by block.
+#include <cmath>
+#include <type_traits>
+
+#include "kernels.h"
+#include "scratch.h"
+#include "vec.h"
+
+namespace glm::GLM_ISA {
+
+namespace {
+
+constexpr int64_t BLOCK = 128;  // keys
+constexpr int HEADS = 4;        // queries in registers
+constexpr int COLUMNS = 2;      // vectors of values in registers, for each of them
+
+// f<R>(first) for every group of R <= HEADS queries.
+template <class F>
+void in_groups(int64_t queries, F f) {
+  int64_t r = 0;
+  for (; r + HEADS <= queries; r += HEADS) f(std::integral_constant<int, HEADS>{}, r);
+  switch (queries - r) {
+    case 3:
+      return f(std::integral_constant<int, 3>{}, r);
+    case 2:
+      return f(std::integral_constant<int, 2>{}, r);
+    case 1:
+      return f(std::integral_constant<int, 1>{}, r);
+  }
+}
+
+// p [R, ldp] = q k^T;  q [R, ld] padded with zeros, k [keys, width].
+template <int R, class T>
+void scores(const T* k, int64_t stride, int64_t keys, int64_t width, const float* q, int64_t ld,
+            float* p, int64_t ldp) {
+  for (int64_t j = 0; j < keys; ++j) {
+    vf total[R] = {};
+    sweep(width, [&](int64_t e, int64_t n) GLM_INLINED {
+      const vf x = take(k + j * stride + e, n);
+      for (int r = 0; r < R; ++r) total[r] = fma(load(q + r * ld + e), x, total[r]);
+    });
+    for (int r = 0; r < R; ++r) p[r * ldp + j] = sum(total[r]);
+  }
+}
+
+// y [R, ld] += p v for C vectors of columns, the last of n columns.
+template <int R, int C, class T>
+void strip(const T* v, int64_t stride, int64_t keys, int64_t n, const float* p, int64_t ldp,
+           float* y, int64_t ld) {
+  vf total[R][C] = {};
+  for (int64_t j = 0; j < keys; ++j)
+    for (int c = 0; c < C; ++c) {
+      const vf x = take(v + j * stride + c * W, C == 1 ? n : int64_t(W));
+      for (int r = 0; r < R; ++r) total[r][c] = fma(x, p[r * ldp + j], total[r][c]);
+    }
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) {
+      float* out = y + r * ld + c * W;
+      store(out, load(out) + total[r][c]);
+    }
+}
+
+template <int R, class T>
+void values(const T* v, int64_t stride, int64_t keys, int64_t width, const float* p, int64_t ldp,
+            float* y, int64_t ld) {
+  int64_t e = 0;
+  for (; e + COLUMNS * W <= width; e += COLUMNS * W)
+    strip<R, COLUMNS>(v + e, stride, keys, W, p, ldp, y + e, ld);
+  for (; e < width; e += W)
+    strip<R, 1>(v + e, stride, keys, width - e < W ? width - e : W, p, ldp, y + e, ld);
+}
+
+// Products q k -> exponentials of the scores; their sum.
+float exponentials(float* p, int64_t size, float scale) {
+  vf top = all(-INFINITY);
+  sweep(size, [&](int64_t i, int64_t n) GLM_INLINED {
+    const vf s = take(p + i, n) * scale;
+    give(p + i, s, n);
+    top = larger(top, n == W ? s : load_n(p + i, n, -INFINITY));
+  });
+  const float m = largest(top);
+  float total[1];
+  sums(size, total, [&](int64_t i, int64_t n, vf* t) GLM_INLINED {
+    const vf e = exp(take(p + i, n) - m);
+    give(p + i, e, n);
+    t[0] += first(e, n);
+  });
+  return total[0];
+}
+
+template <class T>
+void decode_unit(const AttentionForward<T>& a, int64_t b, int64_t g) {
+  const int64_t shared = a.heads / a.kv_heads, ld = padded(a.width, W);
+  const int64_t from = a.key_start[b] > 0 ? a.key_start[b] : 0;
+  const int64_t to = a.key_end[b] < a.keys ? a.key_end[b] : a.keys;
+  const int64_t count = to > from ? to - from : 0, size = padded(count, W);
+  Scratch scratch(shared * (2 * ld + size));
+  float *q = scratch.take(shared * ld), *y = scratch.take(shared * ld);
+  float* p = scratch.take(shared * size);
+  memset(q, 0, size_t(shared * ld) * sizeof(float));
+  memset(y, 0, size_t(shared * ld) * sizeof(float));
+  for (int64_t r = 0; r < shared; ++r) {
+    const T* x = a.q.at(b, 0, g * shared + r);
+    sweep(a.width,
+          [&](int64_t e, int64_t n) GLM_INLINED { give(q + r * ld + e, take(x + e, n), n); });
+  }
+  for (int64_t j = 0; j < count; j += BLOCK)
+    in_groups(shared, [&](auto heads, int64_t r) {
+      const int64_t keys = count - j < BLOCK ? count - j : BLOCK;
+      scores<heads.value>(a.k.at(b, from + j, g), a.k.row, keys, a.width, q + r * ld, ld,
+                          p + r * size + j, size);
+    });
+  float* sum = scratch.take(shared);
+  for (int64_t r = 0; r < shared; ++r)
+    sum[r] = count ? exponentials(p + r * size, count, a.scale) : 1.0f;
+  for (int64_t j = 0; j < count; j += BLOCK)
+    in_groups(shared, [&](auto heads, int64_t r) {
+      const int64_t keys = count - j < BLOCK ? count - j : BLOCK;
+      values<heads.value>(a.v.at(b, from + j, g), a.v.row, keys, a.width, p + r * size + j, size,
+                          y + r * ld, ld);
+    });
+  for (int64_t r = 0; r < shared; ++r) {
+    T* out = a.y + (b * a.heads + g * shared + r) * a.width;
+    sweep(a.width, [&](int64_t e, int64_t n) GLM_INLINED {
+      give(out + e, take(y + r * ld + e, n) * (1.0f / sum[r]), n);
+    });
+  }
+}
+
+}  // namespace
+
+// Units: B * K.
+template <class T>
+void attention_decode(const AttentionForward<T>& a, int64_t begin, int64_t end) {
+  for (int64_t unit = begin; unit < end; ++unit)
+    decode_unit(a, unit / a.kv_heads, unit % a.kv_heads);
+}
+
+GLM_INSTANTIATE(attention_decode, AttentionForward)
+
+}  // namespace glm::GLM_ISA

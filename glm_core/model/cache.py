@@ -1,0 +1,54 @@
+"""Where keys and values of generated sequences stay: static memory, one slot per sequence.
+
+Shapes: B rows of a call, L tokens of a row, S tokens a slot holds, K kv heads, E head dim."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from glm_core.config import ModelConfig
+
+
+class Cache:
+    """Keys and values of `slots` sequences of at most `length` tokens, allocated once. Storage is
+    [slots, K, S, E], so that a head's keys follow each other; what attention sees is a view."""
+
+    def __init__(
+        self, config: ModelConfig, slots: int, length: int, dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:  # fmt: skip
+        self.slots, self.length = slots, length
+        shape = (config.num_layers, 2, slots, config.num_kv_heads, length, config.head_dim)
+        # zeros: a reference multiplies what it hides by 0, which leaves a NaN a NaN
+        self._memory = torch.zeros(shape, dtype=dtype, device=device)
+
+    @property
+    def num_bytes(self) -> int:
+        """All of it; it never grows."""
+        return self._memory.numel() * self._memory.element_size()
+
+    def window(self, first: int, places: Tensor) -> Window:
+        """The slots from `first` on, one per row of a call whose tokens go to `places` [B, L]."""
+        return Window(self._memory[:, :, first : first + len(places)], places)
+
+    def copy(self, sources: list[int], targets: list[int], length: int) -> None:
+        """The first `length` tokens of slots `sources` into `targets`, as if at once."""
+        self._memory[:, :, targets, :, :length] = self._memory[:, :, sources, :, :length]
+
+
+class Window:
+    """A cache as one call of the model sees it."""
+
+    def __init__(self, memory: Tensor, places: Tensor) -> None:
+        self._memory = memory  # [layers, 2, B, K, S, E]
+        self._places = places  # [B, L]
+        self._rows = torch.arange(len(places), device=places.device)[:, None]
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes k, v [B, L, K, E] to the call's places; returns views [B, S, K, E] of all there
+        is."""
+        keys, values = self._memory[layer].transpose(2, 3)  # [B, S, K, E]
+        keys[self._rows, self._places] = k
+        values[self._rows, self._places] = v
+        return keys, values

@@ -1,0 +1,191 @@
+"""How text is generated: sequences come and go in the slots of one cache, one token per step each.
+
+A sequence's tokens depend on its prompt, settings and seed; with kernels whose rows do not depend
+on the number of rows, to the bit (docs/generation.md says which do)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from glm_core.errors import GenerationError, PromptError
+from glm_core.model.glm import GLM
+from glm_core.model.prompt import Pieces, Prompt, blank, filled
+from glm_core.model.runner import IDLE, Next, Runner
+from glm_core.model.sample import Sampling, choose
+
+
+class Generation:
+    """One sequence on its way."""
+
+    def __init__(self, prompt: Prompt, sampling: Sampling, slot: int, offset: int) -> None:
+        self.prompt, self.sampling = prompt, sampling
+        self.slot, self.offset = slot, offset
+        self.tokens: list[int] = []
+        """generated so far, without the stop token"""
+        self.finish = ""
+        """`stop` (a stop token came), `length` (max_tokens or the context is used up), `error`,
+        `cancelled`; empty while it goes on"""
+        self.error: GenerationError | None = None
+        self._generator = torch.Generator().manual_seed(sampling.seed)
+
+    def draw(self) -> float:
+        """The next uniform number of this sequence's own."""
+        return float(torch.rand((), dtype=torch.float64, generator=self._generator))
+
+    def take(self, token: int, room: int) -> None:
+        """Adds a token, or ends; room: new tokens that fit the context."""
+        if token in self.sampling.stop:
+            self.finish = "stop"
+            return
+        self.tokens.append(token)
+        if len(self.tokens) >= min(self.sampling.max_tokens, room):
+            self.finish = "length"
+
+    def next(self) -> Next:
+        """What to feed for the token after."""
+        place = len(self.prompt.tokens) + len(self.tokens) - 1
+        return Next(self.tokens[-1], self.prompt, place, self.offset)
+
+
+class Decoder:
+    """Up to `slots` sequences that share the model's steps. num_ids: ids the tokenizer knows; the
+    padding of the vocabulary beyond them is never generated."""
+
+    def __init__(
+        self, model: GLM, slots: int = 1, length: int | None = None, num_ids: int | None = None
+    ) -> None:
+        self.runner = Runner(model, slots, length)
+        self.num_ids = num_ids or model.config.vocab
+        self.live: list[Generation | None] = [None] * slots
+
+    @property
+    def free(self) -> int:
+        """Slots without a sequence."""
+        return self.live.count(None)
+
+    def add(self, prompt: Prompt, sampling: Sampling) -> Generation:
+        """Starts a sequence; it has its first token, or is finished. Raises PromptError."""
+        self.runner.require_room(prompt)
+        return self._start([prompt], [sampling], self.live.index(None))[0]
+
+    def add_padded(
+        self, prompts: Sequence[Prompt], settings: Sequence[Sampling]
+    ) -> list[Generation]:
+        """Starts sequences with one call, padded on the left, in a decoder without any. The tokens
+        are those of `add` up to rounding. Raises PromptError."""
+        if len(prompts) > len(self.live) or any(self.live):
+            raise PromptError(
+                f"{len(prompts)} prompts: a padded batch needs as many free slots; "
+                f"{self.free} of {len(self.live)} are free"
+            )
+        return self._start(prompts, settings, 0)
+
+    def step(self) -> list[Generation]:
+        """One token for every sequence; returns them. Those that are finished have left."""
+        rows = max((g.slot for g in self.live if g), default=-1) + 1
+        going = [g for g in self.live if g]
+        if not going:
+            return []
+        logits = self.runner.decode([g.next() if g else IDLE for g in self.live[:rows]])
+        self._choose(logits[[g.slot for g in going]], going)
+        return going
+
+    def cancel(self, generation: Generation) -> None:
+        """Ends a sequence before its time and frees its slot."""
+        if not generation.finish:
+            generation.finish = "cancelled"
+            self.live[generation.slot] = None
+
+    def _start(
+        self, prompts: Sequence[Prompt], settings: Sequence[Sampling], first: int
+    ) -> list[Generation]:
+        longest = max(len(p.tokens) for p in prompts)
+        logits = self.runner.prefill(first, prompts)
+        started = [
+            Generation(p, s, first + i, longest - len(p.tokens))
+            for i, (p, s) in enumerate(zip(prompts, settings, strict=True))
+        ]
+        self.live[first : first + len(started)] = started
+        self._choose(logits, started)
+        return started
+
+    def _choose(self, logits: torch.Tensor, going: list[Generation]) -> None:
+        """A token for each; a row that is not finite ends its own sequence only."""
+        logits = logits[:, : self.num_ids]
+        finite = torch.isfinite(logits).all(-1).tolist()
+        for g, good in zip(going, finite, strict=True):
+            if not good:
+                g.finish, g.error = "error", self._explain(g)
+        for i, g in enumerate(going):
+            if len(g.tokens) < g.sampling.min_tokens:
+                logits[i, list(g.sampling.stop)] = -torch.inf
+        fine = [i for i, good in enumerate(finite) if good]
+        chosen = choose(
+            logits[fine], [going[i].sampling for i in fine], [going[i].draw() for i in fine]
+        )
+        for i, token in zip(fine, chosen, strict=True):
+            g = going[i]
+            g.take(token, self.runner.length - len(g.prompt.tokens) - g.offset)
+        for g in going:
+            if g.finish:
+                self.live[g.slot] = None
+
+    def _explain(self, g: Generation) -> GenerationError:
+        return self.runner.explain(self.runner.last, len(g.tokens) + 1)
+
+
+def generate(
+    model: GLM, prompts: Sequence[Prompt], sampling: Sampling | Sequence[Sampling], *,
+    slots: int = 8, padded: bool = False, num_ids: int | None = None,
+) -> list[Generation]:  # fmt: skip
+    """Continues every prompt; more than `slots` wait their turn. padded: all prompts are read at
+    once, padded on the left, instead of one by one. Raises PromptError for a prompt that cannot be
+    continued, GenerationError where the logits are not finite."""
+    settings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+    decoder = Decoder(model, len(prompts) if padded else min(slots, len(prompts)), num_ids=num_ids)
+    done = decoder.add_padded(prompts, settings) if padded and prompts else []
+    waiting = list(zip(prompts, settings, strict=True))[len(done) :]
+    for prompt, _ in waiting:
+        decoder.runner.require_room(prompt)
+    while waiting or any(decoder.live):
+        while waiting and decoder.free:
+            done.append(decoder.add(*waiting.pop(0)))
+        decoder.step()
+    if failed := next((g.error for g in done if g.error), None):
+        raise failed
+    return done
+
+
+def stream(
+    model: GLM, prompt: Prompt, sampling: Sampling, *, num_ids: int | None = None
+) -> Iterator[int]:
+    """The tokens of `generate`, each as soon as it is known."""
+    decoder = Decoder(model, num_ids=num_ids)
+    generation, given = decoder.add(prompt, sampling), 0
+    while True:
+        yield from generation.tokens[given:]
+        given = len(generation.tokens)
+        if generation.error:
+            raise generation.error
+        if generation.finish:
+            return
+        decoder.step()
+
+
+def fill(
+    model: GLM, a: Sequence[int], sampling: Sampling, pieces: Pieces, num_ids: int | None = None
+) -> list[int]:
+    """Part A with all its blanks filled, from left to right, each of them read by those after it
+    (GLM-130B, fill_blanks_generation_api). <eop> and <eos> end a blank. Raises PromptError where A
+    has none."""
+    blanks = {pieces.mask, pieces.smask, pieces.gmask}
+    prompt, tokens = blank(a, pieces, model.config.positions), list(a)
+    while True:
+        (answer,) = generate(model, [prompt], sampling, num_ids=num_ids)
+        # a blank that is generated would be filled for ever
+        tokens = filled(tokens, [t for t in answer.tokens if t not in blanks], pieces)
+        if not blanks & set(tokens):
+            return tokens
+        prompt = blank(tokens, pieces, model.config.positions)

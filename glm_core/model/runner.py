@@ -1,0 +1,145 @@
+"""How a model and its cache take a step: whole prompts (prefill) and one token per slot (decode).
+
+Shapes: B rows, L tokens, V vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from glm_core import nonfinite, ops
+from glm_core.errors import GenerationError, PromptError
+from glm_core.model.cache import Cache
+from glm_core.model.glm import GLM
+from glm_core.model.prompt import Prompt
+
+
+class Next(NamedTuple):
+    """A token to feed: the last of a sequence that began `offset` places into its slot."""
+
+    token: int
+    prompt: Prompt
+    place: int
+    """in the sequence; its place in the slot is offset + place"""
+    offset: int = 0
+
+
+IDLE = Next(0, Prompt((0,)), 0)
+
+
+class Call(NamedTuple):
+    """What the model is called with; shapes as GLM.forward, places [B, L] as Cache.window."""
+
+    tokens: Tensor
+    positions: Tensor
+    key_start: Tensor
+    key_end: Tensor
+    places: Tensor
+    first: int
+    """slot of row 0"""
+
+
+class Runner:
+    """A model with a cache for `slots` sequences of at most `length` tokens. The backend must be
+    active around its calls."""
+
+    def __init__(self, model: GLM, slots: int, length: int | None = None) -> None:
+        weight = model.embedding
+        self.model = model
+        self.length = min(length or model.config.max_length, model.config.max_length)
+        self.cache = Cache(model.config, slots, self.length, weight.dtype, weight.device)
+
+    def require_room(self, prompt: Prompt, offset: int = 0) -> None:
+        """Raises PromptError for a prompt that is empty, too long, or of unknown ids."""
+        if not prompt.tokens:
+            raise PromptError("prompt: is empty; give at least one token")
+        if len(prompt.tokens) + offset >= self.length:
+            raise PromptError(
+                f"prompt: {len(prompt.tokens) + offset} tokens leave no room to answer in a "
+                f"context of {self.length}; shorten it to {self.length - 1} at most"
+            )
+        vocab = self.model.config.vocab
+        if strange := [t for t in prompt.tokens if not 0 <= t < vocab]:
+            raise PromptError(
+                f"prompt: token {strange[0]} is not in the model's vocabulary of {vocab}; use the "
+                "tokenizer it was trained with"
+            )
+
+    def prefill(self, first: int, prompts: Sequence[Prompt]) -> Tensor:
+        """Logits [B, V] (float32) after each prompt; row b goes to slot `first` + b. Several
+        prompts are padded on the left to one length; alone each gives the same up to rounding."""
+        length = max(len(p.tokens) for p in prompts)
+        for prompt in prompts:
+            self.require_room(prompt, length - len(prompt.tokens))
+        rows = [_padded(prompt, length) for prompt in prompts]
+        tokens, positions, start, end = (list(column) for column in zip(*rows, strict=True))
+        places = [list(range(length))] * len(rows)
+        return self._logits(_call(tokens, positions, start, end, places, first, self._device))
+
+    def decode(self, rows: Sequence[Next]) -> Tensor:
+        """Logits [B, V] (float32) after feeding row b's token to slot b."""
+        return self._logits(
+            _call(
+                [[r.token] for r in rows],
+                [[list(x)] for x in (r.prompt.position(r.place) for r in rows)],
+                [[r.offset] for r in rows],
+                # an idle slot sees nothing
+                [[0 if r is IDLE else r.offset + r.prompt.key_end(r.place)] for r in rows],
+                [[r.offset + r.place] for r in rows],
+                0,
+                self._device,
+            )
+        )
+
+    def explain(self, call: Call, step: int) -> GenerationError:
+        """What to say of logits that are not finite: makes the same call again, watched."""
+        with torch.no_grad(), nonfinite.watch(self.model) as seen:
+            self._logits(call)
+        return GenerationError(
+            f"token {step}: the logits are not finite; first: {seen.op or 'op linear in the head'}"
+            "; check the checkpoint, or use a wider dtype"
+        )
+
+    @property
+    def _device(self) -> torch.device:
+        return self.model.embedding.device
+
+    def _logits(self, call: Call) -> Tensor:
+        self.last = call
+        window = self.cache.window(call.first, call.places)
+        with torch.no_grad():
+            hidden = self.model(
+                call.tokens, call.positions, call.key_start, call.key_end, window
+            )  # [B, L, D]
+            logits: Tensor = ops.linear(hidden[:, -1].contiguous(), self.model.head_weight)
+        return logits.float()
+
+
+def _padded(prompt: Prompt, length: int) -> tuple[list[int], list[list[int]], list[int], list[int]]:
+    """Tokens, positions, key_start and key_end of a prompt with pads before it; a pad sees and
+    shows nothing."""
+    n = len(prompt.tokens)
+    pads = length - n
+    return (
+        [0] * pads + list(prompt.tokens),
+        [[0, 0]] * pads + [list(prompt.position(i)) for i in range(n)],
+        [pads] * length,
+        [pads] * pads + [pads + min(prompt.key_end(i), n) for i in range(n)],
+    )
+
+
+def _call(
+    tokens: list[list[int]], positions: list[list[list[int]]], start: list[list[int]],
+    end: list[list[int]], places: list[list[int]], first: int, device: torch.device,
+) -> Call:  # fmt: skip
+    return Call(
+        torch.tensor(tokens, device=device),
+        torch.tensor(positions, device=device).transpose(1, 2),  # [B, 2, L]
+        torch.tensor(start, dtype=torch.int32, device=device),
+        torch.tensor(end, dtype=torch.int32, device=device),
+        torch.tensor(places, device=device),
+        first,
+    )

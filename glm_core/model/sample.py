@@ -1,0 +1,77 @@
+"""How the next token is drawn: temperature, top-k, top-p, in this order, as GLM-130B and
+transformers do. Shapes: B rows, V vocabulary."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from glm_core.config import check, positive
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How one sequence is continued, and until when."""
+
+    max_tokens: int = 256
+    """new tokens; the context may end it before"""
+    temperature: float = 1.0
+    """0 = greedy"""
+    top_k: int = 0
+    """0 = all"""
+    top_p: float = 1.0
+    """the fewest most likely tokens with at least this probability together"""
+    seed: int = 0
+    """of this sequence alone; what else is in the batch does not matter"""
+    min_tokens: int = 0
+    """new tokens before a stop token may come"""
+    stop: tuple[int, ...] = ()
+    """tokens that end the sequence; they are not part of it"""
+
+    def __post_init__(self) -> None:
+        check(
+            self,
+            positive("max_tokens"),
+            {
+                "temperature": 0 <= self.temperature <= 100 or "must lie in [0, 100]",
+                "top_k": self.top_k >= 0 or "must be 0 (all) or positive",
+                "top_p": 0 < self.top_p <= 1 or "must lie in (0, 1]",
+                "min_tokens": 0 <= self.min_tokens <= self.max_tokens
+                or f"must lie in [0, max_tokens={self.max_tokens}]",
+                "seed": 0 <= self.seed < 1 << 63 or "must lie in [0, 2^63)",
+            },
+        )
+
+
+def choose(logits: Tensor, settings: Sequence[Sampling], draws: Sequence[float]) -> list[int]:
+    """A token per row of logits [B, V]. draws: uniform in [0, 1), one per row; each row depends on
+    its own settings and draw alone."""
+    chosen: list[int] = logits.argmax(-1).tolist()
+    rows = [i for i, s in enumerate(settings) if s.temperature > 0 and s.top_k != 1]
+    if rows:
+        drawn = _drawn(logits[rows], [settings[i] for i in rows], [draws[i] for i in rows])
+        for i, token in zip(rows, drawn, strict=True):
+            chosen[i] = token
+    return chosen
+
+
+def _drawn(logits: Tensor, settings: Sequence[Sampling], draws: Sequence[float]) -> list[int]:
+    """The token in whose share of [0, 1) the draw falls, likely tokens first."""
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
+
+    vocab = logits.shape[-1]
+    scaled = logits.double() / column([s.temperature for s in settings])
+    values, order = scaled.sort(stable=True, dim=-1, descending=True)
+    rank = torch.arange(vocab, device=logits.device)
+    kept = rank < column([s.top_k or vocab for s in settings])
+    weights = torch.softmax(values.masked_fill(~kept, -torch.inf), -1)
+    before = weights.cumsum(-1) - weights
+    weights = weights.masked_fill(before >= column([s.top_p for s in settings]), 0.0)
+    share = weights.cumsum(-1)
+    place = (share <= column(list(draws)) * share[:, -1:]).sum(-1, keepdim=True)
+    return order.gather(-1, place.clamp(max=vocab - 1))[:, 0].tolist()

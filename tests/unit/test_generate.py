@@ -1,0 +1,336 @@
+"""Generation: with the cache as without it, alone as in a batch, until it stops; blanks; bad
+input."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from glm_core.backends import registry
+from glm_core.config import ModelConfig
+from glm_core.errors import ConfigError, GenerationError, PromptError
+from glm_core.model import GLM
+from glm_core.model.generate import Decoder, fill, generate, stream
+from glm_core.model.prompt import Prompt, blank, causal, encode, opened
+from glm_core.model.runner import Next, Runner
+from glm_core.model.sample import Sampling, choose
+
+V, LENGTH = 61, 48
+GREEDY = Sampling(max_tokens=12, temperature=0)
+KINDS: dict[str, dict[str, Any]] = {
+    "glm": {"placement": "pre", "activation": "gelu", "positions": "learned_2d"},
+    "glm-130b": {"qk_layer_scaling": True},
+    "chatglm-6b": {"activation": "gelu", "positions": "rope_2d", "qk_layer_scaling": True},
+    "glm-4": {
+        "placement": "pre", "norm": "rms", "activation": "swiglu", "rope_fraction": 0.5,
+        "rope_interleaved": True, "num_kv_heads": 2, "linear_bias": False, "tied_head": False,
+    },
+}  # fmt: skip
+
+
+class Letters:
+    """A tokenizer of single letters, with GLM's special tokens."""
+
+    mask, gmask, smask, eos, eop, sop, vocab = 1, 2, 3, 4, 5, 6, V
+
+    def encode(self, text: str) -> list[int]:
+        return [10 + ord(c) - ord("a") for c in text]
+
+    def decode(self, ids: Any) -> str:
+        return "".join(chr(ord("a") + i - 10) for i in ids)
+
+
+PIECES = Letters()
+
+
+def model(kind: str, **changes: Any) -> GLM:
+    """Random weights whose logits differ enough for every choice to be clear."""
+    sizes = {"num_layers": 2, "hidden": 32, "num_heads": 4, "ffn": 48, "vocab": V}
+    config = ModelConfig(**{**sizes, "max_length": LENGTH, **KINDS[kind], **changes})
+    built, g = GLM(config), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in built.named_parameters():
+            std = 0.05 if p.ndim == 1 else 1.5 * p.shape[1] ** -0.5
+            p.copy_(torch.randn(p.shape, generator=g) * std + name.endswith("norm.weight"))
+    return built
+
+
+def prompts(kind: str) -> list[Prompt]:
+    """Of several lengths, with blanks where the kind has them."""
+    texts = ["ab[MASK]cde", "q[gMASK]", "hello[sMASK]", "somewhatlonger[MASK]textagain"]
+    if kind == "glm-4":
+        return [causal(PIECES.encode(t.replace("[", "").lower().replace("]", ""))) for t in texts]
+    positions = KINDS[kind].get("positions", "rope")
+    return [blank(opened(encode(t, PIECES), PIECES), PIECES, positions) for t in texts]
+
+
+def whole(built: GLM, prompt: Prompt, tokens: list[int]) -> Tensor:
+    """Logits after prompt and tokens by one call without any cache."""
+    ids = [*prompt.tokens, *tokens]
+    places = range(len(ids))
+    end = [min(prompt.key_end(i), len(ids)) for i in places]
+    with torch.no_grad():
+        return built.logits(
+            torch.tensor([ids]),
+            torch.tensor([[prompt.position(i) for i in places]]).transpose(1, 2),
+            torch.zeros(1, len(ids), dtype=torch.int32),
+            torch.tensor([end], dtype=torch.int32),
+        )[0, -1]
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_cached_logits_are_those_without_a_cache(kind: str, backend: str) -> None:
+    """Both in float32, both within rounding of float64: twice the error of the uncached call."""
+    built = model(kind)
+    exact = model(kind).double()
+    with registry.use(backend):
+        for prompt in prompts(kind):
+            runner, tokens = Runner(built, 1), [9, 30, 17]
+            seen = [runner.prefill(0, [prompt])[0]]
+            for i, token in enumerate(tokens):
+                seen += [runner.decode([Next(token, prompt, len(prompt.tokens) + i)])[0]]
+            for i, logits in enumerate(seen):
+                truth = whole(exact, prompt, tokens[:i])
+                rounding = float((whole(built, prompt, tokens[:i]) - truth).abs().max())
+                floor = 8 * torch.finfo(torch.float32).eps * float(truth.abs().max())
+                assert float((logits - truth).abs().max()) <= 2 * rounding + floor
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_do_not_depend_on_the_batch(kind: str, backend: str) -> None:
+    """Alone, in any company, padded on the left, with fewer slots than prompts: the same tokens,
+    sampled ones too."""
+    built, asked = model(kind), prompts(kind)
+    settings = [
+        dataclasses.replace(GREEDY, seed=i, temperature=t, top_p=0.9)
+        for i, t in enumerate((0, 0.7, 1.0, 1.3))
+    ]
+    with registry.use(backend):
+        alone = [generate(built, [p], s)[0].tokens for p, s in zip(asked, settings, strict=True)]
+        assert len({tuple(t) for t in alone}) >= 3
+        for options in ({}, {"slots": 2}, {"slots": 3}, {"padded": True}):
+            together = generate(built, asked, settings, **options)
+            assert [g.tokens for g in together] == alone, options
+
+
+def test_slots_are_reused_and_idle_ones_disturb_nobody() -> None:
+    built, asked = model("glm-130b"), prompts("glm-130b")
+    alone = [generate(built, [p], GREEDY)[0].tokens for p in asked]
+    decoder = Decoder(built, 3)
+    first, second, third = (decoder.add(p, GREEDY) for p in asked[:3])
+    decoder.step()
+    decoder.cancel(first)
+    decoder.cancel(second)
+    assert decoder.free == 2
+    decoder.step()  # slots 0 and 1 idle below slot 2
+    late = decoder.add(asked[3], GREEDY)
+    assert late.slot == 0
+    while any(decoder.live):
+        decoder.step()
+    assert third.tokens == alone[2]
+    assert late.tokens == alone[3]
+    assert first.finish == "cancelled"
+    assert decoder.step() == []
+
+
+def test_memory_is_allocated_once() -> None:
+    built = model("glm-4")
+    runner = Runner(built, 5, length=20)
+    c = built.config
+    assert runner.cache.num_bytes == c.num_layers * 2 * 5 * 20 * c.num_kv_heads * c.head_dim * 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stream_gives_the_tokens_of_generate(kind: str) -> None:
+    built, prompt = model(kind), prompts(kind)[0]
+    settings = Sampling(max_tokens=9, seed=3)
+    assert list(stream(built, prompt, settings)) == generate(built, [prompt], settings)[0].tokens
+
+
+def test_stop_tokens_and_the_context_end_a_sequence() -> None:
+    built, prompt = model("glm-130b"), prompts("glm-130b")[0]
+    (free,) = generate(built, [prompt], GREEDY)
+    assert (free.finish, len(free.tokens)) == ("length", 12)
+    stop = free.tokens[5]
+    at = free.tokens.index(stop)
+    stopping = dataclasses.replace(GREEDY, stop=(stop,))
+    (stopped,) = generate(built, [prompt], stopping)
+    assert (stopped.finish, stopped.tokens) == ("stop", free.tokens[:at])
+    (late,) = generate(built, [prompt], dataclasses.replace(stopping, min_tokens=at + 1))
+    assert len(late.tokens) > at
+    assert stop not in late.tokens[: at + 1]
+    (full,) = generate(built, [prompt], Sampling(max_tokens=1000, temperature=0))
+    assert (full.finish, len(full.tokens)) == ("length", LENGTH - len(prompt.tokens))
+
+
+def test_padding_of_the_vocabulary_is_never_generated() -> None:
+    done = generate(model("glm-4"), [causal([1])] * 9, [
+        Sampling(seed=i, temperature=5.0) for i in range(9)
+    ], num_ids=7)  # fmt: skip
+    assert all(t < 7 for g in done for t in g.tokens)
+
+
+# --- sampling ------------------------------------------------------------------------------------
+
+
+def frequencies(logits: list[float], **settings: Any) -> list[float]:
+    """How often each token is drawn over evenly spaced draws."""
+    n = 1000
+    drawn = choose(
+        torch.tensor([logits]).expand(n, -1), [Sampling(**settings)] * n,
+        [(i + 0.5) / n for i in range(n)],
+    )  # fmt: skip
+    return [drawn.count(i) / n for i in range(len(logits))]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [0.5, 0.3, 0.15, 0.05]),
+        ({"top_k": 2}, [0.625, 0.375, 0, 0]),
+        ({"top_p": 0.75}, [0.625, 0.375, 0, 0]),
+        ({"top_p": 0.81}, [0.526, 0.316, 0.158, 0]),
+        ({"top_p": 0.01}, [1, 0, 0, 0]),
+        ({"top_k": 3, "top_p": 0.9}, [0.526, 0.316, 0.158, 0]),
+        ({"top_k": 3, "top_p": 0.8}, [0.625, 0.375, 0, 0]),
+        ({"temperature": 0.5}, [0.685, 0.247, 0.062, 0.007]),
+        ({"temperature": 0}, [1, 0, 0, 0]),
+    ],
+    ids=str,
+)
+def test_draws_follow_the_distribution(settings: dict[str, Any], expected: list[float]) -> None:
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log() + 3
+    assert frequencies(logits.tolist(), **settings) == pytest.approx(expected, abs=2e-3)
+
+
+def test_top_p_and_temperature_as_transformers() -> None:
+    process = pytest.importorskip("transformers.generation.logits_process")
+    logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(4)) * 2
+    theirs = process.TemperatureLogitsWarper(0.8)(None, logits)
+    theirs = process.TopKLogitsWarper(20)(None, theirs)
+    theirs = torch.softmax(process.TopPLogitsWarper(0.7)(None, theirs), -1)[0].tolist()
+    ours = frequencies(logits[0].tolist(), temperature=0.8, top_k=20, top_p=0.7)
+    assert ours == pytest.approx(theirs, abs=2e-3)
+
+
+def test_seeds_matter_and_repeat() -> None:
+    built, prompt = model("glm-130b"), prompts("glm-130b")[0]
+    runs = [generate(built, [prompt], Sampling(max_tokens=10, seed=s))[0].tokens for s in (1, 1, 2)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"max_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1},
+     {"seed": -1}, {"min_tokens": 300}, {"temperature": float("nan")}],
+    ids=str,
+)  # fmt: skip
+def test_settings_are_checked(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        Sampling(**wrong)
+
+
+# --- blanks --------------------------------------------------------------------------------------
+
+
+def test_positions_of_a_blank() -> None:
+    """The table of GLM (Du et al. 2022, figure 2): B stays at its blank, row 1 counts."""
+    a = encode("ab[MASK]c", PIECES)
+    prompt = blank(opened(a, PIECES), PIECES, "rope_2d")
+    assert prompt.tokens == (10, 11, 1, 12, 4, 6)
+    rows = [prompt.position(i) for i in range(8)]
+    assert rows == [(0, 0), (1, 0), (2, 0), (3, 0), (4, 0), (2, 1), (2, 2), (2, 3)]
+    assert [prompt.key_end(i) for i in range(8)] == [5, 5, 5, 5, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize(("positions", "last"), [("rope", (4, 2)), ("rope_2d", (2, 2))])
+def test_positions_after_gmask(positions: str, last: tuple[int, int]) -> None:
+    prompt = blank(opened(PIECES.encode("ab"), PIECES), PIECES, positions)
+    assert prompt.tokens == (10, 11, 2, 6)
+    assert prompt.position(4) == last
+
+
+@pytest.mark.parametrize("kind", ["glm", "glm-130b", "chatglm-6b"])
+def test_blanks_are_filled_from_left_to_right(kind: str) -> None:
+    """Filling two blanks is filling the first, writing it into the text, and filling the other."""
+    built = model(kind)
+    settings = dataclasses.replace(GREEDY, max_tokens=4)
+    both = fill(built, opened(encode("ab[MASK]cd[sMASK]e", PIECES), PIECES), settings, PIECES)
+    a = opened(encode("ab[MASK]cd[sMASK]e", PIECES), PIECES)
+    specials = {1, 2, 3}
+    (answer,) = generate(built, [blank(a, PIECES, built.config.positions)], settings)
+    first = [t for t in answer.tokens if t not in specials]
+    half = [*a[:2], *first, *a[3:]]
+    (answer,) = generate(built, [blank(half, PIECES, built.config.positions)], settings)
+    at = half.index(PIECES.smask)
+    assert both == [*half[:at], *[t for t in answer.tokens if t not in specials], *half[at + 1 :]]
+    assert both[:2] == PIECES.encode("ab")
+    assert both[-2:] == [*PIECES.encode("e"), PIECES.eos]
+
+
+def test_text_after_the_blank_matters() -> None:
+    """Part A is read in both directions."""
+    built = model("glm-130b")
+    answers = [
+        generate(built, [blank(opened(encode(t, PIECES), PIECES), PIECES, "rope")], GREEDY)[
+            0
+        ].tokens
+        for t in ("ab[MASK]cd", "ab[MASK]xy")
+    ]
+    assert answers[0] != answers[1]
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+def test_bad_prompts() -> None:
+    built = model("glm-130b")
+    for prompt, told in [
+        (causal([]), "empty"),
+        (causal([1] * LENGTH), f"shorten it to {LENGTH - 1}"),
+        (causal([1, V]), f"token {V} is not in the model's vocabulary of {V}"),
+        (causal([-1]), "vocabulary"),
+    ]:
+        with pytest.raises(PromptError, match=told):
+            generate(built, [prompt], GREEDY)
+        with pytest.raises(PromptError, match=told):
+            next(stream(built, prompt, GREEDY))
+    with pytest.raises(PromptError, match="has no blank"):
+        blank(PIECES.encode("abc"), PIECES, "rope")
+    with pytest.raises(PromptError, match="has no blank"):
+        fill(built, PIECES.encode("abc"), GREEDY, PIECES)
+    with pytest.raises(PromptError, match="needs as many free slots"):
+        Decoder(built, 1).add_padded([causal([1])] * 2, [GREEDY] * 2)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_logits_that_are_not_finite_name_token_and_op(frozen: bool) -> None:
+    built = model("glm-130b").requires_grad_(not frozen)
+    prompt = prompts("glm-130b")[0]
+    with torch.no_grad():
+        built.blocks[1].mlp.up.weight[3, 5] = torch.nan
+    with pytest.raises(GenerationError, match=r"token 1: .* op linear in blocks.1.mlp.up \(its we"):
+        generate(built, [prompt], GREEDY)
+
+
+def test_a_sequence_that_fails_leaves_the_others_alone() -> None:
+    built = model("glm", tied_head=False)
+    asked = prompts("glm")[:2]
+    alone = generate(built, asked[1:], GREEDY)[0].tokens
+    decoder = Decoder(built, 2)
+    bad, good = (decoder.add(p, GREEDY) for p in asked)
+    spoiled = [t for t in range(V) if t not in {*asked[1].tokens, *alone}]
+    with torch.no_grad():
+        built.embedding[spoiled] = torch.inf
+    bad.tokens[-1] = spoiled[0]
+    while any(decoder.live):
+        decoder.step()
+    assert good.tokens == alone
+    assert bad.finish == "error"
+    assert "op embedding" in str(bad.error)

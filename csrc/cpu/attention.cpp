@@ -12,11 +12,12 @@
 // multiplies pairs of bfloat16 (Words = Pair, see product.h) the bfloat16 inputs as they are and
 // probabilities and score gradients rounded to bfloat16, as in Dao et al. 2022 (FlashAttention).
 #include <cmath>
+#include <cstdlib>
 #include <initializer_list>
+#include <new>
 
 #include "kernels.h"
 #include "product.h"
-#include "scratch.h"
 #include "vec.h"
 
 namespace glm::GLM_ISA {
@@ -26,10 +27,35 @@ namespace {
 constexpr int64_t TILE = attention_tile;  // queries; even, a multiple of a register tile's rows
 constexpr int64_t BLOCK = 64;             // keys; a multiple of any W
 
+int64_t padded(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
+
 template <class Words>
 int64_t words(int64_t size) {
   return (size + Words::per_word - 1) / Words::per_word;
 }
+
+// Words for one unit's work, in the largest vector's alignment. (No std::vector here: its
+// instantiations would be shared between instruction sets.)
+class Scratch {
+ public:
+  explicit Scratch(int64_t size)
+      : words_(static_cast<float*>(aligned_alloc(64, size_t(padded(size + 256, 16)) * 4))) {
+    if (!words_) throw std::bad_alloc();
+  }
+  ~Scratch() { free(words_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  void clear() { used_ = 0; }
+  float* take(int64_t size) {
+    float* p = words_ + used_;
+    used_ += padded(size, 16);
+    return p;
+  }
+
+ private:
+  float* words_;
+  int64_t used_ = 0;
+};
 
 // out [rows, words(width)]: x with words along its rows.
 template <class Words, class T>

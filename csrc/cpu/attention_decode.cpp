@@ -6,10 +6,11 @@
 // blocks that stay in the cache while up to HEADS queries at a time pass over them. Everything is
 // float, whatever T is, and rounded once; sums over the keys are formed block by block.
 #include <cmath>
+#include <cstdlib>
+#include <new>
 #include <type_traits>
 
 #include "kernels.h"
-#include "scratch.h"
 #include "vec.h"
 
 namespace glm::GLM_ISA {
@@ -19,6 +20,21 @@ namespace {
 constexpr int64_t BLOCK = 128;  // keys
 constexpr int HEADS = 4;        // queries in registers
 constexpr int COLUMNS = 2;      // vectors of values in registers, for each of them
+
+int64_t padded(int64_t size) { return (size + W - 1) / W * W; }
+
+// Zeros for one unit's work, in the largest vector's alignment.
+struct Zeros {
+  explicit Zeros(int64_t size)
+      : p(static_cast<float*>(aligned_alloc(64, size_t(size * 4 + 63) / 64 * 64))) {
+    if (!p) throw std::bad_alloc();
+    memset(p, 0, size_t(size) * sizeof(float));
+  }
+  ~Zeros() { free(p); }
+  Zeros(const Zeros&) = delete;
+  Zeros& operator=(const Zeros&) = delete;
+  float* p;
+};
 
 // f<R>(first) for every group of R <= HEADS queries.
 template <class F>
@@ -96,15 +112,12 @@ float exponentials(float* p, int64_t size, float scale) {
 
 template <class T>
 void decode_unit(const AttentionForward<T>& a, int64_t b, int64_t g) {
-  const int64_t shared = a.heads / a.kv_heads, ld = padded(a.width, W);
+  const int64_t shared = a.heads / a.kv_heads, ld = padded(a.width);
   const int64_t from = a.key_start[b] > 0 ? a.key_start[b] : 0;
   const int64_t to = a.key_end[b] < a.keys ? a.key_end[b] : a.keys;
-  const int64_t count = to > from ? to - from : 0, size = padded(count, W);
-  Scratch scratch(shared * (2 * ld + size));
-  float *q = scratch.take(shared * ld), *y = scratch.take(shared * ld);
-  float* p = scratch.take(shared * size);
-  memset(q, 0, size_t(shared * ld) * sizeof(float));
-  memset(y, 0, size_t(shared * ld) * sizeof(float));
+  const int64_t count = to > from ? to - from : 0, size = padded(count);
+  const Zeros zeros(shared * (2 * ld + size + 1));
+  float *q = zeros.p, *y = q + shared * ld, *p = y + shared * ld, *sum = p + shared * size;
   for (int64_t r = 0; r < shared; ++r) {
     const T* x = a.q.at(b, 0, g * shared + r);
     sweep(a.width,
@@ -116,7 +129,6 @@ void decode_unit(const AttentionForward<T>& a, int64_t b, int64_t g) {
       scores<heads.value>(a.k.at(b, from + j, g), a.k.row, keys, a.width, q + r * ld, ld,
                           p + r * size + j, size);
     });
-  float* sum = scratch.take(shared);
   for (int64_t r = 0; r < shared; ++r)
     sum[r] = count ? exponentials(p + r * size, count, a.scale) : 1.0f;
   for (int64_t j = 0; j < count; j += BLOCK)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glm_core.backends.registry import use
+from glm_core.backends.registry import get, use
 from glm_core.bench.harness import Timing, gemm, gemm_flops, interleave, machine, ratio
 from glm_core.config import ModelConfig, TrainConfig
 from glm_core.dispatch import Op, intercept, run
@@ -36,15 +36,16 @@ def inputs(vocab: int) -> tuple[Tensor, Tensor]:
 
 def ours(config: ModelConfig, dtype: str, backend: str = "cpu") -> Callable[[], float]:
     """One step of ours: forward, backward, clip, AdamW."""
-    tokens, position = inputs(config.vocab)
-    model = GLM(config).init_weights(0).to(getattr(torch, dtype))
+    device = get(backend).device()
+    tokens, position = (x.to(device) for x in inputs(config.vocab))
+    model = GLM(config).init_weights(0).to(device, getattr(torch, dtype))
     optimizer = Optimizer(model, TrainConfig(dtype=dtype))  # type: ignore[arg-type]
     rows = position.expand(BATCH, LENGTH)
     where = (
         torch.stack((rows, torch.zeros_like(rows)), 1),
         torch.zeros_like(rows, dtype=torch.int32),
     )
-    weight = torch.full((BATCH, LENGTH), 1 / (BATCH * LENGTH))
+    weight = torch.full((BATCH, LENGTH), 1 / (BATCH * LENGTH), device=device)
 
     def step() -> float:
         with use(backend, strict=backend == "cpu"):

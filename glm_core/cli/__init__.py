@@ -19,6 +19,7 @@ COMMANDS = {
     "conformance": "every op of a backend against the float64 reference, case by case",
     "backend": "start a new backend's package",
     "plan": "what a model would take on a cluster: plans, memory, step time, days",
+    "doctor": "everything about one backend on this device, in one file to send back",
     "trace": "what a trace holds, what did not run on the device",
 }
 

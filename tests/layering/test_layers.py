@@ -23,6 +23,7 @@ LAYERS = (
     ("train",),
     ("align", "conformance", "distributed"),
     ("deepspeed", "serve", "bench"),
+    ("doctor",),
     ("cli",),
 )
 """lowest first; a module may import its own layer and those before it"""

@@ -1,6 +1,6 @@
 """The kernels of a GPU backend, CUDA and ROCm alike: the operators of csrc/, whose device half
-torch picks by device; attention and matrix products by torch. Where csrc/
-is not built, Triton kernels for the ops that have them."""
+torch picks by device; attention and matrix products by torch. Where csrc/ is not built, Triton
+kernels for the ops that have them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from glm_core import ops
 from glm_core.backends.base import Backend
@@ -18,8 +19,11 @@ from glm_core.backends.cuda import attention
 from glm_core.backends.cuda.extension import load
 from glm_core.backends.cuda.supports import takes
 
-TORCH = ("linear", "attention")
-"""ops that torch's own libraries compute"""
+SHARED = (
+    "rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", "gelu", "geglu", "swiglu", "rope",
+    "embedding", "linear_cross_entropy", "global_norm", "adamw",
+)  # fmt: skip
+"""ops whose operators have a device half in csrc/bindings/cuda"""
 
 
 def equip(backend: Backend, module: str) -> None:
@@ -27,7 +31,7 @@ def equip(backend: Backend, module: str) -> None:
     trouble = load(module, backend.name)
     covered = _in_triton() if trouble else ()
     share(backend, lambda op: "" if op in covered else trouble)
-    backend.implements(ops.linear, takes(backend, ops.linear))(cpu.kernels["linear"].function)
+    backend.implements(ops.linear, takes(backend, ops.linear))(linear)
     supports = attention.supports(backend, takes(backend, ops.attention))
     backend.implements(ops.attention, supports)(attention.attention)
 
@@ -48,8 +52,11 @@ def _in_triton() -> tuple[str, ...]:
 def share(backend: Backend, trouble: Callable[[str], str] = lambda op: "") -> None:
     """The operators of csrc/: one Python function serves every device. `trouble` says why an op has
     no kernel here."""
-    for name, kernel in cpu.kernels.items():
-        if name not in TORCH:
-            op = ops.all_ops()[name]
-            needs = takes(backend, op, partial(trouble, name))
-            backend.implements(op, needs)(kernel.function)
+    for name in SHARED:
+        op = ops.all_ops()[name]
+        needs = takes(backend, op, partial(trouble, name))
+        backend.implements(op, needs)(cpu.kernels[name].function)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.nn.functional.linear(x, weight, bias)

@@ -50,13 +50,13 @@ class LossScale:
 
 class Optimizer:
     """AdamW (op `adamw`) with clipping by the global norm (op `global_norm`). Matrices decay,
-    vectors do not. Below float32 the model's parameters are rounded copies of float32 masters held
-    here."""
+    vectors do not, frozen parameters have no part in it. Below float32 the model's parameters are
+    rounded copies of float32 masters held here."""
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
         self.config = config
         self.step_count = 0
-        self.named = dict(model.named_parameters())
+        self.named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.low_precision = config.dtype != "float32"
         self.master: dict[str, Tensor] = {}
         for name, p in self.named.items():

@@ -80,8 +80,11 @@ class Trainer:
     around `step` (`registry.use`); `run` in this module does both."""
 
     def __init__(
-        self, config: RunConfig, sampler: Sampler, *, weights: dict[str, Tensor] | None = None
-    ) -> None:
+        self, config: RunConfig, sampler: Sampler, *, weights: dict[str, Tensor] | None = None,
+        model: GLM | None = None,
+    ) -> None:  # fmt: skip
+        """weights: to start from; model: one that has its weights, of which only those that are not
+        frozen are trained and saved."""
         self.config, self.sampler = config, sampler
         self.backend = registry.usable(config.train.backend)
         self.device = self.backend.device()
@@ -92,10 +95,10 @@ class Trainer:
                 f"train.dtype={config.train.dtype}: backend {self.backend.name} computes in "
                 f"{known}; use one of these"
             )
-        initial = weights if weights is not None else initial_weights(config)
-        self.model = GLM(config.model).to(self.device, self.dtype)
+        self.model = (model or GLM(config.model)).to(self.device, self.dtype)
         self.optimizer = Optimizer(self.model, config.train)
-        self.optimizer.load_masters(initial)
+        if model is None:
+            self.optimizer.load_masters(initial_weights(config) if weights is None else weights)
         t = config.train
         scale = t.loss_scale if t.dtype == "float16" else 1.0
         self.loss_scale = LossScale(scale, t.loss_scale_window, t.loss_scale_hysteresis)
@@ -235,6 +238,7 @@ def run(
     *,
     resume: bool | str | Path = False,
     sampler: Sampler | None = None,
+    model: GLM | None = None,
     cache_dir: str | Path = ".cache",
     tensorboard: bool = False,
 ) -> Result:
@@ -243,13 +247,14 @@ def run(
 
     resume: True goes on from `out_dir`'s latest checkpoint (from the start if it was stopped before
     the first), a path from that one. sampler: in place of the config's data, which is cached in
-    `cache_dir`. The first Ctrl-C or SIGTERM finishes the step, saves and returns; the second acts
-    at once. Raises GlmCoreError; whatever happens, the newest whole checkpoint stays."""
+    `cache_dir`. model: in place of the config's initial weights; what is frozen in it stays. The
+    first Ctrl-C or SIGTERM finishes the step, saves and returns; the second acts at once. Raises
+    GlmCoreError; whatever happens, the newest whole checkpoint stays."""
     out, t = Path(out_dir), config.train
     start = _starting_point(out, resume)
     if sampler is None:
         sampler = _open_data(config, cache_dir)
-    trainer = Trainer(config, sampler)
+    trainer = Trainer(config, sampler, model=model)
     if start is not None:
         trainer.restore(start)
     try:

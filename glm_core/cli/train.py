@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from glm_core.cli.exits import EXIT_INTERRUPTED
 from glm_core.cli.options import add_json, add_run, emit, run_config
+
+if TYPE_CHECKING:
+    from glm_core.config import RunConfig
+    from glm_core.model import GLM
+    from glm_core.model.adapters import AdapterConfig
 
 
 def define(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +32,13 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tensorboard", action="store_true", help="event files into DIR/tensorboard"
     )
+    parser.add_argument(
+        "--adapter", choices=["lora"], help="train this beside a frozen --base; saved in DIR"
+    )
+    parser.add_argument(
+        "--base", metavar="PATH", help="checkpoint or run whose model --adapter leaves unchanged"
+    )
+    parser.add_argument("--rank", type=int, default=8, metavar="R", help="of LoRA (default 8)")
     add_json(parser)
     parser.set_defaults(run=run)
 
@@ -33,8 +48,12 @@ def run(args: argparse.Namespace) -> int:
     from glm_core import train
 
     flags = {k: getattr(args, k) or None for k in ("backend", "dtype", "strict", "compile")}
-    config = run_config(args, **flags)
-    result = train.run(config, args.out, resume=args.resume, tensorboard=args.tensorboard)
+    config, model = run_config(args, **flags), None
+    if args.adapter:
+        config, model = adapted(args, config)
+    result = train.run(
+        config, args.out, resume=args.resume, tensorboard=args.tensorboard, model=model
+    )
     fallbacks = [{**f._asdict(), "count": n} for f, n in result.fallbacks.items()]
     facts = {
         "steps": result.steps,
@@ -49,5 +68,42 @@ def run(args: argparse.Namespace) -> int:
         f"fallback: {f['op']} ran as reference {f['count']} times: {f['reason']}" for f in fallbacks
     ]
     lines += [f"checkpoint: {result.checkpoint}"]
+    if model is not None:
+        from glm_core.model import adapters
+
+        path = Path(args.out) / "adapter.safetensors"
+        adapters.save_adapter(path, model, adapter_config(args))
+        facts["adapter"] = str(path)
+        lines += [f"adapter: {path}"]
     emit(args, facts, "\n".join(lines))
     return EXIT_INTERRUPTED if result.interrupted else 0
+
+
+def adapted(args: argparse.Namespace, config: RunConfig) -> tuple[RunConfig, GLM]:
+    """The base with adapters that do nothing yet, and the config with the base's model."""
+    from glm_core.config import load
+    from glm_core.errors import ConfigError
+    from glm_core.model import adapters
+    from glm_core.model.weights import open_checkpoint
+
+    if not args.base:
+        raise ConfigError("train --adapter: needs --base PATH, a checkpoint or a run's folder")
+    path, model_config = Path(args.base), None
+    if (path / "config.toml").is_file():
+        model_config = load(path / "config.toml").model
+        path = path / "checkpoints"
+    elif args.config or args.preset:
+        model_config = config.model
+    checkpoint = open_checkpoint(path, model_config)
+    config = dataclasses.replace(config, model=checkpoint.config)
+    import torch
+
+    model = checkpoint.load(getattr(torch, config.train.dtype))
+    return config, adapters.attach(model, adapter_config(args), config.train.seed)
+
+
+def adapter_config(args: argparse.Namespace) -> AdapterConfig:
+    """That of the options."""
+    from glm_core.model.adapters import AdapterConfig
+
+    return AdapterConfig(kind=args.adapter, rank=args.rank)

@@ -142,6 +142,14 @@ class Block(nn.Module):
         return delta, normed if self.deepnorm else total
 
 
+def normal_draw(seed: int, name: str, shape: torch.Size) -> Tensor:
+    """Standard normal values, float64, of the parameter's own CPU generator."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+    # float64: torch's float32 draws differ between instruction sets
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
 class GLM(nn.Module):
     """Tokens to hidden states, logits or loss. Parameters are uninitialised until `init_weights`
     or a load."""
@@ -246,11 +254,7 @@ class GLM(nn.Module):
             if p.ndim == 1:
                 p.fill_(1.0 if name.endswith("norm.weight") else 0.0)
                 continue
-            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
-            # float64: torch's float32 draws differ between instruction sets
-            values = torch.randn(p.shape, generator=generator, dtype=torch.float64)
-            values *= self.config.init_std
+            values = normal_draw(seed, name, p.shape) * self.config.init_std
             p.copy_(values * self._init_gain(name, p).to(values))
         return self
 

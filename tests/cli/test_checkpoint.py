@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import pydoc_data.topics
 from pathlib import Path
 
 import pytest
 from foreign import write
 
 from glm_core.cli import checkpoint, main
-from glm_core.model.weights import LAYOUTS
+from glm_core.config import load
+from glm_core.model import adapters
+from glm_core.model.weights import LAYOUTS, open_checkpoint
 
 
 def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,3 +55,28 @@ def test_refusals_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_help_names_every_layout() -> None:
     assert sorted(checkpoint.LAYOUTS.split(", ")) == sorted(item.name for item in LAYOUTS)
+
+
+def test_lora_beside_a_run_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run's own checkpoint is the base; it stays as it is, and the adapter is saved apart."""
+    text = "\n\n".join(list(pydoc_data.topics.topics.values())[:20])
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    sizes = ("model.num_layers=1", "model.hidden=32", "data.length=32", "data.vocab=512")
+    small = ["--steps", "2", "--data", str(tmp_path / "text.txt")]
+    for size in sizes:
+        small += ["--set", size]
+    base, tuned = str(tmp_path / "base"), str(tmp_path / "tuned")
+    assert main(["train", *small, "--out", base]) == 0
+    [saved] = (tmp_path / "base/checkpoints").glob("*.safetensors")
+    before = saved.read_bytes()
+    command = ["train", *small, "--adapter", "lora", "--rank", "2", "--out", tuned]
+    assert main(command) == 2
+    assert "train --adapter: needs --base PATH" in capsys.readouterr().err
+    assert main([*command, "--base", base, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert saved.read_bytes() == before
+    model = load(f"{tuned}/config.toml").model
+    checkpoint = open_checkpoint(f"{base}/checkpoints", model)
+    assert checkpoint.layout.name == "glm-core"
+    plain = checkpoint.load()
+    assert adapters.load_adapter(facts["adapter"], plain).rank == 2

@@ -173,7 +173,7 @@ def test_no_glm(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "holds no checkpoint", "expected one of model.safetensors.index")
     (tmp_path / "empty/latest").write_text("../up")
-    refused(tmp_path / "empty", "latest", "'../up', which is no folder beside it")
+    refused(tmp_path / "empty", "latest", "'../up', which is not beside it")
 
 
 @pytest.mark.parametrize(

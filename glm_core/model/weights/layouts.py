@@ -255,7 +255,7 @@ LAYOUTS = (
         header={"architectures": ["GLMModel"], "model_type": "glm"},
     ),
     Layout(
-        name="glm-core", about="our own names, one safetensors file or several",
+        name="glm-core", about="our own names; also the float32 masters in a checkpoint of a run",
         names={
             **{n: n for n in ("embedding", "head", "position_embedding", "block_embedding")},
             "final_norm": "final_norm",
@@ -264,7 +264,8 @@ LAYOUTS = (
                 for n in (*LINEARS, *(f"{n}_norm" for n in _NORMS))
             },
         },
-        qkv="blocks", quantized=True,
+        qkv="blocks", quantized=True, prefixes=("", "master."),
+        ignored=r"(exp_avg|exp_avg_sq|rng)\..*",
         fields=tuple(Field(f.name, (f.name,), f.default) for f in dataclasses.fields(ModelConfig)),
         header={"model_type": "glm-core"},
     ),

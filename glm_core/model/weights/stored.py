@@ -36,7 +36,7 @@ DTYPES = {
 }  # fmt: skip
 """safetensors' names"""
 _RECONSTRUCT = np.zeros(0).__reduce__()[0]
-MAPPED_BYTES = 1 << 30
+MAPPED_BYTES = 1 << 28
 """how much of torch files is read before their maps, whose pages count as ours, are given back"""
 HARMLESS: list[Any] = [
     argparse.Namespace, np.ndarray, np.dtype, type(np.dtype(np.uint32)), _RECONSTRUCT,
@@ -90,10 +90,10 @@ def scan(path: str | Path) -> Files:
         raise CheckpointError(f"{path}: no such file or folder; give a checkpoint")
     ranks: tuple[dict[str, Stored], ...]
     folders = [path if path.is_dir() else path.parent]
-    if path.is_file():
-        ranks = (_table([path]),)
+    inner = _iteration(path)
+    if inner.is_file():
+        ranks = (_table([inner]),)
     else:
-        inner = _iteration(path)
         folders.insert(0, inner)
         ranks = tuple(_table(files) for files in _rank_files(inner) or [_plain_files(inner)])
     config_file = next((f / c for f in folders for c in CONFIGS if (f / c).is_file()), None)
@@ -113,13 +113,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _iteration(path: Path) -> Path:
-    """The folder of the iteration that `latest` names, as SAT and DeepSpeed write it."""
-    for name in LATEST:
+    """What `latest` names: an iteration's folder (SAT, DeepSpeed) or a file of a run of ours."""
+    for name in LATEST if path.is_dir() else ():
         if (path / name).is_file():
             tag = (path / name).read_text(errors="replace").strip()
-            if Path(tag).name != tag or not (path / tag).is_dir():
+            if Path(tag).name != tag or not (path / tag).exists():
                 raise CheckpointError(
-                    f"{path / name}: names {tag[:80]!r}, which is no folder beside it; correct it, "
+                    f"{path / name}: names {tag[:80]!r}, which is not beside it; correct it, "
                     "or give the folder that holds the shards"
                 )
             return path / tag

@@ -33,12 +33,17 @@ def define(parser: argparse.ArgumentParser) -> None:
         "--tensorboard", action="store_true", help="event files into DIR/tensorboard"
     )
     parser.add_argument(
-        "--adapter", choices=["lora"], help="train this beside a frozen --base; saved in DIR"
+        "--adapter",
+        choices=["lora", "ptuning"],
+        help="train this beside a frozen --base; saved in DIR",
     )
     parser.add_argument(
         "--base", metavar="PATH", help="checkpoint or run whose model --adapter leaves unchanged"
     )
     parser.add_argument("--rank", type=int, default=8, metavar="R", help="of LoRA (default 8)")
+    parser.add_argument(
+        "--prefix-length", type=int, default=128, metavar="P", help="of ptuning (default 128)"
+    )
     add_json(parser)
     parser.set_defaults(run=run)
 
@@ -106,4 +111,4 @@ def adapter_config(args: argparse.Namespace) -> AdapterConfig:
     """That of the options."""
     from glm_core.model.adapters import AdapterConfig
 
-    return AdapterConfig(kind=args.adapter, rank=args.rank)
+    return AdapterConfig(kind=args.adapter, rank=args.rank, prefix_length=args.prefix_length)

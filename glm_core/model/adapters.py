@@ -1,4 +1,5 @@
-"""Fine-tuning that leaves the base alone: LoRA beside its linears, kept and saved apart.
+"""Fine-tuning that leaves the base alone: LoRA beside its linears, or a prefix (P-Tuning v2),
+kept and saved apart.
 
 Shapes: D in, F out, R rank."""
 
@@ -8,6 +9,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +20,7 @@ from glm_core import ops
 from glm_core.config import check, from_dict, positive, to_dict
 from glm_core.errors import CheckpointError, ConfigError
 from glm_core.model.glm import GLM, normal_draw
+from glm_core.model.prefix import Prefix
 from glm_core.model.weights.layouts import LINEARS
 
 FORMAT = "glm-core adapter 1"
@@ -27,21 +30,22 @@ FORMAT = "glm-core adapter 1"
 class AdapterConfig:
     """What is added to the base."""
 
-    kind: str = "lora"
+    kind: Literal["lora", "ptuning"] = "lora"
     rank: int = 8
     """R"""
     alpha: float = 16.0
     """the product is multiplied by alpha / R"""
     targets: str = "attention.qkv attention.out"
     """linears of every block, out of attention.qkv, attention.out, mlp.up, mlp.down"""
+    prefix_length: int = 128
+    """P, of ptuning"""
 
     def __post_init__(self) -> None:
         odd = sorted(set(self.targets.split()) - set(LINEARS))
         check(
             self,
-            positive("rank alpha"),
+            positive("rank alpha prefix_length"),
             {
-                "kind": self.kind == "lora" or "is not known; use lora",
                 "targets": (bool(self.targets.split()) and not odd)
                 or f"must be one or more of {' '.join(LINEARS)}",
             },
@@ -79,11 +83,27 @@ class LoRA(nn.Module):
 
 def attach(model: GLM, config: AdapterConfig, seed: int = 0) -> GLM:
     """Freezes the model and puts adapters into it, in place; their values depend on seed and name
-    alone. What the model computes is unchanged until they are trained."""
-    if _modules(model):
+    alone. With LoRA, what the model computes is unchanged until they are trained."""
+    if adapter_state(model):
         raise ConfigError("the model has adapters already; merge them or load the base again")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    if config.kind == "ptuning":
+        _attach_prefix(model, config.prefix_length, seed)
+    else:
+        _attach_lora(model, config, seed)
+    return model
+
+
+def _attach_prefix(model: GLM, length: int, seed: int) -> None:
+    prefix = Prefix(model.config, length)
+    values = normal_draw(seed, "prefix.table", prefix.table.shape) * model.config.init_std
+    prefix.table.data.copy_(values)
+    model.prefix = prefix.to(model.embedding.device, model.embedding.dtype)
+    model.register_forward_pre_hook(prefix.before, with_kwargs=True)
+
+
+def _attach_lora(model: GLM, config: AdapterConfig, seed: int) -> None:
     with torch.device("meta"):
         shapes = {n: tuple(p.shape) for n, p in GLM(model.config).named_parameters()}
     for i in range(len(model.blocks)):
@@ -97,7 +117,6 @@ def attach(model: GLM, config: AdapterConfig, seed: int = 0) -> GLM:
             reference = next(base.parameters(), lora.lora_a)
             kind = reference.dtype if reference.is_floating_point() else torch.float32
             _replace(model, name, lora.to(reference.device, kind))
-    return model
 
 
 def _replace(model: GLM, name: str, module: nn.Module) -> None:
@@ -111,6 +130,9 @@ def _modules(model: GLM) -> dict[str, LoRA]:
 
 def adapter_state(model: GLM) -> dict[str, Tensor]:
     """The adapters' parameters by name."""
+    prefix = getattr(model, "prefix", None)
+    if prefix is not None:
+        return {"prefix.table": prefix.table}
     return {
         f"{name}.{leaf}": getattr(lora, leaf)
         for name, lora in _modules(model).items()
@@ -120,7 +142,9 @@ def adapter_state(model: GLM) -> dict[str, Tensor]:
 
 def merge(model: GLM) -> GLM:
     """Adds every LoRA to its base weight and takes it out, in place. Raises ConfigError where the
-    base is quantized."""
+    base is quantized, or the adapter is a prefix."""
+    if hasattr(model, "prefix"):
+        raise ConfigError("a prefix is no part of any weight; keep it beside the base")
     for name, lora in _modules(model).items():
         _replace(model, name, lora.merged())
     return model

@@ -45,6 +45,11 @@ class Window:
         self._places = places  # [B, L]
         self._rows = torch.arange(len(places), device=places.device)[:, None]
 
+    @property
+    def num_keys(self) -> int:
+        """S."""
+        return self._memory.shape[4]
+
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes k, v [B, L, K, E] to the call's places; returns views [B, S, K, E] of all there
         is."""

@@ -1,0 +1,113 @@
+"""P-Tuning v2: learned keys and values in front of every text, in every layer, the base frozen.
+
+Shapes: B batch, L queries, S keys of a call, P prefix length, N layers, K kv heads, E head dim."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glm_core.config import ModelConfig
+from glm_core.errors import ShapeError
+from glm_core.model.cache import Window
+
+
+class Prefix(nn.Module):
+    """table [P, 2N * K * E]: of a row seen as [2N, K, E], entries 2i and 2i + 1 are key and value
+    of layer i, as in ChatGLM's PrefixEncoder without projection. Keys are not rotated, positions of
+    the text do not move, and the prefix is visible to every token of the text it stands before.
+    Liu et al. 2021 (P-Tuning v2), section 3."""
+
+    def __init__(self, config: ModelConfig, length: int) -> None:
+        super().__init__()
+        self.length = length
+        self.heads = (config.num_kv_heads, config.head_dim)
+        width = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+        self.table = nn.Parameter(torch.empty(length, width))
+
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A forward pre-hook of GLM: puts the prefix in and moves the mask. Packed samples get a
+        copy each; a sample of one token, which is how batches are padded, gets none unless it is
+        the first. Raises ShapeError where masks of packed samples overlap."""
+        names = ("tokens", "positions", "key_start", "key_end", "cache")
+        given = {**dict(zip(names, args, strict=False)), **named}
+        start, end, inner = given["key_start"], given["key_end"], given.get("cache")
+        places = Places(start, self.length, inner)
+        given["key_start"] = (start + self.length * places.prior).int()
+        moved = end + self.length * (places.prior + places.own)
+        given["key_end"] = torch.where(end > start, moved, given["key_start"]).int()
+        given["cache"] = PrefixWindow(self, places.index, inner)
+        return (), given
+
+
+class Places:
+    """Where prefixes and keys go. Of each query: `prior` prefixes before its sample's, `own` 1 if
+    it has one of its own;  index [B, S'] picks from [prefix, keys]."""
+
+    def __init__(self, start: Tensor, length: int, inner: Window | None) -> None:
+        if inner is None:
+            first, self.prior, self.own = _samples(start)
+            columns, begin, prior, own = start.shape[1], start, self.prior, self.own
+        else:
+            first = begin = start[:, :1]
+            if (start != first).any():
+                raise ShapeError(
+                    "a prefix with a cache: all queries of a row must start at one key"
+                )
+            columns = inner.num_keys
+            prior, own = torch.zeros_like(first), torch.ones_like(first)
+            self.prior, self.own = prior, own
+        keys = torch.arange(columns, device=start.device)
+        token = keys + length * (prior + own * (keys >= begin))  # [B, S]
+        steps = torch.arange(length, device=start.device)
+        front = (begin + length * prior)[..., None] + steps  # [B, S or 1, P]
+        rows, size = len(start), int(columns + length * (prior + own).max())
+        # one column more, for the prefixes that samples of one token do not get
+        index = torch.zeros(rows, size + 1, dtype=torch.long, device=start.device)
+        front = torch.where(own[..., None] > 0, front, size).long().flatten(1)
+        index.scatter_(1, front, steps.repeat(front.shape[1] // length).expand_as(front))
+        index.scatter_(1, token.long(), (length + keys).expand(rows, -1))
+        self.index = index[:, :size]
+
+
+def _samples(start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each query: where its sample begins, how many prefixes stand before the sample's own, and
+    whether it has one;  start [B, L]. A sample is a run of queries with one start."""
+    keys = torch.arange(start.shape[1], device=start.device).expand_as(start)
+    begins = torch.ones_like(start, dtype=torch.bool)
+    begins[:, 1:] = start[:, 1:] != start[:, :-1]
+    first = torch.where(begins, keys, 0).cummax(1).values
+    if ((start < first) & (first > 0)).any():
+        raise ShapeError(
+            "a prefix needs samples that share no keys; a key_start points before its own sample"
+        )
+    number = begins.cumsum(1) - 1  # [B, L]
+    counts = torch.zeros_like(number).scatter_add_(1, number, torch.ones_like(number))
+    prefixed = counts > 1
+    prefixed[:, 0] = True
+    total = prefixed.long().cumsum(1)
+    own = prefixed.gather(1, number).long()
+    return first, total.gather(1, number) - own, own
+
+
+class PrefixWindow(Window):
+    """Puts the prefix before the keys and values of a call, or of its cache."""
+
+    def __init__(self, prefix: Prefix, index: Tensor, inner: Window | None) -> None:
+        self._prefix, self._index, self._inner = prefix, index, inner
+        self._rows = torch.arange(len(index), device=index.device)[:, None]
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k, v [B, L, K, E] -> all there is, [B, S', K, E]."""
+        if self._inner is not None:
+            k, v = self._inner.append(layer, k, v)
+        table = self._prefix.table.unflatten(1, (-1, 2, *self._prefix.heads))[:, layer]
+        return self._joined(table[:, 0], k), self._joined(table[:, 1], v)
+
+    def _joined(self, front: Tensor, rest: Tensor) -> Tensor:
+        front = front.to(rest.dtype).expand(len(rest), *front.shape)  # [B, P, K, E]
+        return torch.cat((front, rest), 1)[self._rows, self._index]

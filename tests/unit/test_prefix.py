@@ -1,0 +1,143 @@
+"""P-Tuning v2 against attention written out, packed and padded; with a cache; trained."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_adapters import OneWord, base
+from torch import Tensor
+from toy import V, config
+
+from glm_core import ops, train
+from glm_core.errors import CheckpointError, ConfigError, ShapeError
+from glm_core.model import GLM
+from glm_core.model.adapters import (
+    AdapterConfig,
+    attach,
+    load_adapter,
+    merge,
+    save_adapter,
+)  # fmt: skip
+from glm_core.model.cache import Cache
+
+P, B, L = 3, 4, 12
+TUNING = AdapterConfig(kind="ptuning", prefix_length=P)
+
+
+def tuned(**model: Any) -> GLM:
+    """A model with a prefix large enough to matter."""
+    glm = GLM(config({"num_heads": 4, "num_kv_heads": 2, "init_std": 0.3, **model}).model)
+    attach(glm.init_weights(1).double(), TUNING)
+    glm.get_parameter("prefix.table").data.mul_(3)
+    return glm
+
+
+def batch() -> dict[str, Tensor]:
+    """Prefix-LM; three packed samples; left pads; two samples and right pads that see only
+    themselves, as the sampler makes them."""
+    i = torch.arange(L)
+    start, end = torch.zeros(B, L, dtype=torch.long), (i + 1).repeat(B, 1)
+    end[0] = end[0].clamp(min=5)
+    start[1, 4:], start[1, 9:] = 4, 9
+    end[1, 4:] = end[1, 4:].clamp(min=7)
+    start[2] = 2
+    start[3, 5:9], start[3, 9:] = 5, i[9:]
+    tokens = torch.randint(V, (B, L), generator=torch.Generator().manual_seed(4))
+    positions = torch.stack((i - start, (i - start) // 2), 1)
+    return {
+        "tokens": tokens, "positions": positions.clamp(min=0), "key_start": start.int(),
+        "key_end": end.int(),
+    }  # fmt: skip
+
+
+def written_out(glm: GLM, given: dict[str, Tensor]) -> Tensor:
+    """The same model, its attention a softmax over [prefix, keys] with a boolean mask."""
+    table = glm.get_parameter("prefix.table").detach()
+    plain = GLM(glm.config).double()
+    plain.load_state_dict({k: v for k, v in glm.state_dict().items() if k != "prefix.table"})
+    keys = torch.arange(L)
+    seen = (keys >= given["key_start"][..., None]) & (keys < given["key_end"][..., None])
+    seen = torch.cat((torch.ones(B, L, P, dtype=torch.bool), seen), -1)[:, None]
+    c = glm.config
+
+    def forward(i: int) -> Any:
+        attention = plain.blocks[i].attention
+        front = table.view(P, 2 * c.num_layers, c.num_kv_heads, c.head_dim)
+
+        def run(x: Tensor, rotary: tuple[Tensor, Tensor], *_: Any) -> Tensor:
+            qkv = attention.qkv(x).unflatten(-1, (-1, c.head_dim))
+            q, k, v = qkv.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), 2)
+            q, k = (ops.rope(t, *rotary, c.rope_interleaved) for t in (q, k))
+            k, v = (
+                torch.cat((front[:, 2 * i + j].expand(B, -1, -1, -1), t), 1)
+                for j, t in enumerate((k, v))
+            )
+            k, v = (t.repeat_interleave(c.num_heads // c.num_kv_heads, 2) for t in (k, v))
+            scores = torch.einsum("blhe,bshe->bhls", q, k) / math.sqrt(c.head_dim)
+            share = scores.masked_fill(~seen, -math.inf).softmax(-1)
+            return attention.out(torch.einsum("bhls,bshe->blhe", share, v).flatten(2))
+
+        return run
+
+    for i in range(c.num_layers):
+        plain.blocks[i].attention.forward = forward(i)  # type: ignore[method-assign]
+    return plain.logits(**given)
+
+
+def test_equals_attention_written_out() -> None:
+    glm, given = tuned(), batch()
+    counted = torch.ones(B, L, dtype=torch.bool)
+    counted[2, :2], counted[3, 9:] = False, False  # pads
+    expected = written_out(glm, given)[counted]
+    torch.testing.assert_close(glm.logits(**given)[counted], expected, rtol=1e-6, atol=1e-7)
+    glm.get_parameter("prefix.table").data.zero_()
+    assert (glm.logits(**given)[counted] - expected).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_with_a_cache_token_by_token() -> None:
+    """A prompt of six tokens with two pads before it, then one token at a time."""
+    glm, given = tuned(), {k: v[2:3] for k, v in batch().items()}
+    expected = glm.logits(**given)[:, 2:]
+    cache = Cache(glm.config, 1, 20, torch.float64)
+    found = []
+    for part in (slice(0, 6), *(slice(i, i + 1) for i in range(6, L))):
+        window = cache.window(0, torch.arange(L)[None, part])
+        call = {k: v[..., part] for k, v in given.items()}
+        found.append(ops.linear(glm(**call, cache=window), glm.head_weight))
+    torch.testing.assert_close(torch.cat(found, 1)[:, 2:], expected, rtol=1e-6, atol=1e-7)
+
+
+def test_only_the_prefix_is_trained(tmp_path: Path) -> None:
+    model = base()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    attach(model, TUNING)
+    run = config(lr=0.5, min_lr=0.1, steps=30, save_every=0, weight_decay=0.0)
+    train.run(run, tmp_path / "run", sampler=OneWord(), model=model)
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    losses = [float(line.split('"loss": ')[1].split(",")[0]) for line in lines]
+    assert min(losses[-3:]) < losses[0] - 0.5
+    assert all(torch.equal(model.get_parameter(n), before[n]) for n in before)
+    save_adapter(tmp_path / "a.safetensors", model, TUNING)
+    again = base()
+    assert load_adapter(tmp_path / "a.safetensors", again) == TUNING
+    given = {k: v % 16 if k == "tokens" else v for k, v in batch().items()}
+    assert torch.equal(again.logits(**given), model.logits(**given))
+
+
+def test_refusals(tmp_path: Path) -> None:
+    glm, given = tuned(), batch()
+    given["key_start"][0, 6:] = 3
+    with pytest.raises(ShapeError, match="key_start points before its own sample"):
+        glm.logits(**given)
+    with pytest.raises(ConfigError, match="a prefix is no part of any weight"):
+        merge(glm)
+    save_adapter(tmp_path / "a.safetensors", glm, TUNING)
+    with pytest.raises(CheckpointError, match=r"prefix.table is \[3, 32\], expected \[3, 64\]"):
+        load_adapter(tmp_path / "a.safetensors", base())
+    with pytest.raises(ConfigError, match="kind must be one of lora, ptuning"):
+        AdapterConfig(kind="prefix")  # type: ignore[arg-type]

@@ -24,8 +24,8 @@ try:
 except errors.ConfigError as error:
     raise SystemExit(str(error)) from None
 
-GPU_KERNELS = ["activation", "embedding", "loss", "norm", "optim", "rope"]
-GPU_BINDINGS = ["library", "ops", "training"]
+GPU_KERNELS = ["activation", "embedding", "loss", "norm", "optim", "quant", "rope"]
+GPU_BINDINGS = ["library", "ops", "quant", "training"]
 KERNELS = [
     "activation", "attention", "attention_decode", "embedding", "loss", "norm", "optim", "rope",
     "table",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,27 +12,16 @@ from glm_core.backends.base import Backend
 from glm_core.dispatch import Op
 from glm_core.spec import SUPPORTED, Support, unsupported
 
-
-class Rule(NamedTuple):
-    """Parameters whose dtype is not the working dtype."""
-
-    float32: tuple[str, ...] = ()
-    int64: tuple[str, ...] = ()
-    int32: tuple[str, ...] = ()
-
-    def fixed(self, name: str) -> torch.dtype | None:
-        """The dtype `name` must have, None for the working dtype."""
-        dtypes = ("float32", "int64", "int32")
-        return next((getattr(torch, d) for d in dtypes if name in getattr(self, d)), None)
-
-
-RULES = {
-    "rope": Rule(float32=("cos", "sin")),
-    "embedding": Rule(int64=("ids",)),
-    "attention": Rule(int32=("key_start", "key_end")),
-    "linear_cross_entropy": Rule(float32=("token_weight",), int64=("labels",)),
-    "adamw": Rule(float32=("params", "exp_avgs", "exp_avg_sqs", "grad_scale")),
+_float32, _int64, _int32 = (torch.float32,), (torch.int64,), (torch.int32,)
+FIXED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
+    "rope": dict.fromkeys(("cos", "sin"), _float32),
+    "embedding": {"ids": _int64},
+    "attention": dict.fromkeys(("key_start", "key_end"), _int32),
+    "linear_cross_entropy": {"token_weight": _float32, "labels": _int64},
+    "adamw": dict.fromkeys(("params", "exp_avgs", "exp_avg_sqs", "grad_scale"), _float32),
+    "quantized_linear": {"weight": (torch.int8,), "scale": (torch.float16, torch.float32)},
 }
+"""op: its parameters whose dtype is not the working dtype, and what it may be"""
 
 
 def named(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -48,7 +37,7 @@ def takes(
 ) -> Callable[..., Support]:
     """The kernels' rule: tensors on one device of the backend's type, floating ones in one of its
     dtypes, except those whose dtype the op fixes. `trouble` says why there are no kernels."""
-    rule = RULES.get(op.name, Rule())
+    rule = FIXED.get(op.name, {})
 
     def supports(*args: Any, **kwargs: Any) -> Support:
         if reason := trouble():
@@ -57,15 +46,16 @@ def takes(
         working: torch.dtype | None = None
         for name, t in named(op, args, kwargs):
             first = t if first is None else first
-            fixed = rule.fixed(name)
+            fixed = rule.get(name)
             if t.device.type != backend.device_type or t.device != first.device:
                 where = f"{first.device} and {t.device}" if t is not first else str(t.device)
                 return unsupported(
                     f"kernels take tensors on one {backend.device_type} device, received {where}"
                 )
             if fixed is not None:
-                if t.dtype != fixed:
-                    return unsupported(f"kernels take {name} in {fixed}, received {t.dtype}")
+                if t.dtype not in fixed:
+                    kinds = " or ".join(map(str, fixed))
+                    return unsupported(f"kernels take {name} in {kinds}, received {t.dtype}")
                 continue
             if t.dtype not in backend.dtypes:
                 return unsupported(f"{_kinds(backend)}, received {t.dtype}")

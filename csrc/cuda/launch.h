@@ -66,6 +66,25 @@ struct AdamWBatch {
   int tensors, blocks;
 };
 
+// A quantised weight: codes [F, D * bits / 8], scale [F, G] in float16 or float32, the other null.
+struct Codes {
+  const int8_t* codes;
+  const f16* scale16;
+  const float* scale32;
+  int64_t width, outputs, groups;  // D, F, G
+  int bits;
+};
+
+// y = x w^T + bias, summed in float; x may be float where y is not. bias may be null.
+template <class X, class T>
+struct QuantizedRows {
+  const X* x;
+  Codes w;
+  const T* bias;
+  T* y;
+  int64_t rows;
+};
+
 enum class Kind { gelu, geglu, swiglu };
 
 template <class T>
@@ -93,6 +112,13 @@ void squares(const SquaresBatch<T>&, Stream);
 void root_of_sum(const double* sums, int64_t count, float* out, Stream);
 template <class T>
 void adamw_update(const AdamWBatch<T>&, Stream);
+template <class X, class T>
+void quantized_rows(const QuantizedRows<X, T>&, Stream);
+// The weight [F, D] in float.
+void dequantize(const Codes&, float* out, Stream);
+// x [rows, width] rounded to int8 steps of every 32 inputs, in float.
+template <class T>
+void round_activations(const T* x, float* out, int64_t rows, int64_t width, Stream);
 
 #define GLM_GPU_INSTANTIATE(name, Args)                  \
   template void name<float>(const Args<float>&, Stream); \

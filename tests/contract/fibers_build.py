@@ -32,7 +32,7 @@ BINDING = [
 def sources() -> dict[Path, list[str]]:
     """Every source with its flags."""
     kernels = [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "fibers" / "fibers.cpp"]
-    bindings = [CSRC / "bindings" / "cuda" / f"{name}.cpp" for name in ("ops", "training")]
+    bindings = [CSRC / "bindings" / "cuda" / f"{name}.cpp" for name in ("ops", "quant", "training")]
     return dict.fromkeys(kernels, KERNEL) | dict.fromkeys(bindings, BINDING)
 
 

@@ -23,7 +23,7 @@ OPERATORS = torch.ops.glm_core
 LEAVES = (
     "norm_forward", "norm_backward", "activation_forward", "activation_backward", "rope_turn",
     "embedding_forward", "embedding_backward", "linear_cross_entropy_forward", "global_norm",
-    "adamw_",
+    "adamw_", "quantized_linear_forward", "quantized_linear_backward",
 )  # fmt: skip
 """the operators that have kernels; the others call these"""
 

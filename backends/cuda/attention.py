@@ -22,12 +22,15 @@ from glm_core.spec import Support, unsupported
 
 BLOCK = 128
 """FlexAttention's own block size"""
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 
 
 def mask_kind(key_start: Tensor, key_end: Tensor, keys: int) -> str:
     """full, causal or interval. Reads the values, so it waits for the device: once for a pair of
     tensors, then the answer is kept on them. A tensor without values is an interval."""
+    if torch.compiler.is_compiling():
+        return "interval"
     stamp = (id(key_end), key_start._version, key_end._version, keys)
     known = getattr(key_start, "_glm_core_mask", None)
     if known is None or known[0] != stamp:
@@ -37,7 +40,7 @@ def mask_kind(key_start: Tensor, key_end: Tensor, keys: int) -> str:
 
 
 def _read(key_start: Tensor, key_end: Tensor, keys: int) -> str:
-    if is_fake(key_start) or key_start.is_meta or torch.compiler.is_compiling():
+    if is_fake(key_start) or key_start.is_meta:
         return "interval"
     length = key_start.shape[1]
     seen = torch.arange(1, length + 1, device=key_end.device)
@@ -132,7 +135,7 @@ def supports(backend: Backend, takes: Callable[..., Support]) -> Callable[..., S
             return unsupported(reason)
         if not q.numel():
             return unsupported("an empty batch: torch's fused attention takes none")
-        if mask_kind(key_start, key_end, k.shape[1]) == "interval" and not _has_triton():
+        if mask_kind(key_start, key_end, k.shape[1]) == "interval" and not HAS_TRITON:
             return unsupported(
                 "masks other than full and causal need FlexAttention, which needs Triton; "
                 "pip install triton"
@@ -140,8 +143,3 @@ def supports(backend: Backend, takes: Callable[..., Support]) -> Callable[..., S
         return answer
 
     return attention
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None

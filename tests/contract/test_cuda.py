@@ -21,7 +21,8 @@ from glm_core.backends import cuda, rocm
 from glm_core.backends.base import Backend
 from glm_core.backends.cuda import attention, extension, peaks, probe
 from glm_core.backends.cuda.kernels import SHARED, share
-from glm_core.backends.registry import get
+from glm_core.backends.cuda.supports import takes
+from glm_core.backends.registry import get, use
 from glm_core.backends.registry import probe as probe_backend
 from glm_core.conformance.case import Case, select
 from glm_core.conformance.check import judge
@@ -93,6 +94,19 @@ def test_the_kind_of_mask_is_asked_again_when_the_mask_changes() -> None:
     assert attention.mask_kind(start, end, 4) == "causal"
     start[0, 3] = 1
     assert attention.mask_kind(start, end, 4) == "interval"
+
+
+@pytest.mark.skipif(not attention.HAS_TRITON, reason="pip install triton")
+def test_attention_and_its_predicate_compile_whole() -> None:
+    backend = Backend(name="compiled", device_type="cpu", verified="executed on the CPU")
+    supports = attention.supports(backend, takes(backend, ops.attention))
+    backend.implements(ops.attention, supports)(attention.attention)
+    q = torch.randn(1, 9, 2, 16, generator=torch.Generator().manual_seed(0))
+    end = torch.arange(1, 10).int()[None]
+    with use(backend, strict=True), torch.no_grad():
+        compiled = torch.compile(ops.attention, fullgraph=True, backend="eager")
+        y = compiled(q, q, q, torch.zeros_like(end), end, 0.25)
+    torch.testing.assert_close(y, ops.attention.reference(q, q, q, 0 * end, end, 0.25))
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32, device: str = "meta") -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class GlmCoreError(Exception):
@@ -48,6 +49,15 @@ class PromptError(GlmCoreError):
 
 class GenerationError(GlmCoreError):
     """Generation had to stop: the message names the token's number and the op."""
+
+
+class DeviceError(TrainingError):
+    """A backend's device or runtime gave up: the message names backend, op and way out. `place`
+    says in which call, as far as that is known: op, direction, layer, step, call, dtype, shape."""
+
+    def __init__(self, message: str, **place: Any) -> None:
+        super().__init__(message)
+        self.place = place
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from glm_core import checkpoint, nonfinite
+from glm_core import checkpoint, failure, nonfinite, watchdog
 from glm_core.backends import registry
 from glm_core.config import RunConfig, TrainConfig, dumps, to_dict
-from glm_core.errors import ConfigError, TrainingError
+from glm_core.errors import ConfigError, DeviceError, TrainingError
 from glm_core.interrupt import stop_requests
 from glm_core.metrics import Metrics, Progress
 from glm_core.model import GLM
@@ -139,7 +139,12 @@ class Trainer:
 
     def step(self) -> StepResult:
         """One optimizer step. A float16 overflow skips the update and lowers the loss scale; any
-        other loss or gradient that is not finite raises TrainingError, weights untouched."""
+        other loss or gradient that is not finite raises TrainingError, weights untouched; a device
+        that gives up raises DeviceError."""
+        with failure.explained(self.backend.name, f"step {self.steps_done + 1}"):
+            return self._step()
+
+    def _step(self) -> StepResult:
         batches = self.batches()
         self.model.zero_grad(set_to_none=True)
         loss = float(self.backward(batches))
@@ -241,6 +246,7 @@ def run(
     model: GLM | None = None,
     cache_dir: str | Path = ".cache",
     tensorboard: bool = False,
+    timeout_s: float = 0.0,
 ) -> Result:
     """Trains to the last step. Into `out_dir` go `config.toml` (resolved), `metrics.jsonl`,
     `checkpoints/` and, if asked, `tensorboard/`; progress goes to stderr.
@@ -248,24 +254,32 @@ def run(
     resume: True goes on from `out_dir`'s latest checkpoint (from the start if it was stopped before
     the first), a path from that one. sampler: in place of the config's data, which is cached in
     `cache_dir`. model: in place of the config's initial weights; what is frozen in it stays. The
-    first Ctrl-C or SIGTERM finishes the step, saves and returns; the second acts at once. Raises
-    GlmCoreError; whatever happens, the newest whole checkpoint stays."""
+    first Ctrl-C or SIGTERM finishes the step, saves and returns; the second acts at once.
+    timeout_s: a step that takes longer ends the process with exit code 1 and a line that says where
+    (0: never). Raises GlmCoreError; whatever happens, the newest whole checkpoint stays."""
     out, t = Path(out_dir), config.train
     start = _starting_point(out, resume)
     if sampler is None:
         sampler = _open_data(config, cache_dir)
-    trainer = Trainer(config, sampler, model=model)
-    if start is not None:
-        trainer.restore(start)
+    folder = out / checkpoint.FOLDER
+    subject, way_out = f"backend {t.backend}", f"reset the device, then resume from {folder}"
     try:
+        with failure.explained(t.backend, "start"):
+            trainer = Trainer(config, sampler, model=model)
+            if start is not None:
+                trainer.restore(start)
         out.mkdir(parents=True, exist_ok=True)
         with (
+            watchdog.guard(timeout_s, subject, way_out),
             closing(Metrics(out, trainer.steps_done, tensorboard)) as metrics,
             registry.use(trainer.backend, strict=t.strict) as session,
             stop_requests() as requests,
         ):
             checkpoint.replace(out / "config.toml", lambda part: part.write_text(dumps(config)))
-            return _loop(trainer, out / checkpoint.FOLDER, start, metrics, session, requests)
+            return _loop(trainer, folder, start, metrics, session, requests)
+    except DeviceError as error:
+        last = f"last checkpoint: {_latest(folder) or start or 'none'}"
+        raise DeviceError(f"{error}; {last}", **error.place) from error.__cause__
     except OSError as error:
         raise TrainingError(
             f"{out}: {error}; make it writable or make room, then resume"
@@ -273,17 +287,14 @@ def run(
 
 
 def _loop(
-    trainer: Trainer,
-    folder: Path,
-    saved: Path | None,
-    metrics: Metrics,
-    session: Session,
+    trainer: Trainer, folder: Path, saved: Path | None, metrics: Metrics, session: Session,
     requests: list[int],
-) -> Result:
+) -> Result:  # fmt: skip
     t, progress = trainer.config.train, Progress(trainer.config.train.steps)
     loss, tokens, seconds, timed = None, 0, 0.0, False
     while trainer.steps_done < t.steps and not requests:
         begin = time.perf_counter()
+        watchdog.beat(f"step {trainer.steps_done + 1}")
         result = trainer.step()
         took, loss, saved = time.perf_counter() - begin, result.loss, None
         metrics.write({**dataclasses.asdict(result), "step_ms": round(took * 1e3, 3)})
@@ -306,7 +317,14 @@ def _loop(
 
 def _save(trainer: Trainer, folder: Path, metrics: Metrics) -> Path:
     metrics.sync()  # the checkpoint promises every line before it
-    return trainer.save(folder)
+    what = f"checkpoint of step {trainer.steps_done}"
+    watchdog.beat(what)
+    with failure.explained(trainer.backend.name, what):
+        return trainer.save(folder)
+
+
+def _latest(folder: Path) -> Path | None:
+    return checkpoint.find(folder) if (folder / checkpoint.LATEST).exists() else None
 
 
 def _starting_point(out: Path, resume: bool | str | Path) -> Path | None:

@@ -1,5 +1,5 @@
-"""The verdict on loss curves: `calibrate`, `record`, `compare`, `run`. Importing this loads neither
-torch nor a backend; `compare` needs neither."""
+"""The verdict on loss curves: `calibrate`, `record`, `compare`, `run`, `bisect`. Importing this
+loads neither torch nor a backend; `compare` needs neither."""
 
 from __future__ import annotations
 
@@ -7,18 +7,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from glm_core.align.bisection import Bisection, bisect
     from glm_core.align.calibration import Calibration, calibrate
     from glm_core.align.campaign import Result, run
     from glm_core.align.detection import Sensitivity, sensitivity
+    from glm_core.align.hitrate import Hits, hits
     from glm_core.align.recording import record
+    from glm_core.align.rerun import Narrow
     from glm_core.align.verdict import Finding, Pair, compare
 
 __all__ = [
-    "Calibration", "Finding", "Pair", "Result", "Sensitivity", "calibrate", "compare", "record",
-    "run", "sensitivity",
+    "Bisection", "Calibration", "Finding", "Hits", "Narrow", "Pair", "Result", "Sensitivity",
+    "bisect", "calibrate", "compare", "hits", "record", "run", "sensitivity",
 ]  # fmt: skip
 
 _HOME = {
+    "Hits": "hitrate", "hits": "hitrate",
+    "Bisection": "bisection", "bisect": "bisection", "Narrow": "rerun",
     "Calibration": "calibration", "calibrate": "calibration", "Result": "campaign",
     "run": "campaign", "record": "recording", "Finding": "verdict", "Pair": "verdict",
     "compare": "verdict", "Sensitivity": "detection", "sensitivity": "detection",

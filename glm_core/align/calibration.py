@@ -72,7 +72,7 @@ def calibrate(
     begin, tell = time.perf_counter(), progress or (lambda what, done, of: None)
     make = sampler or open_data(config, cache_dir)
     steps = config.train.steps
-    captured = tuple(sorted(set(capture_steps or (max(1, steps // 10), max(1, steps // 2), steps))))
+    captured = captured_steps(config, capture_steps)
     weights = initial_weights(config)
     curve = free_run(
         Run(config, make(), "reference", weights), captured, lambda s: tell("reference", s, steps)
@@ -105,6 +105,12 @@ def calibrate(
         initial_weights=weights_hash(weights), seconds=time.perf_counter() - begin,
     )  # fmt: skip
     return Calibration(config, make, trace, curve.moments, oracle, items, limits)
+
+
+def captured_steps(config: RunConfig, given: Sequence[int] | None = None) -> tuple[int, ...]:
+    """The steps both sides are given the same inputs at: an early, a middle and the last one."""
+    steps = config.train.steps
+    return tuple(sorted(set(given or (max(1, steps // 10), max(1, steps // 2), steps))))
 
 
 def open_data(config: RunConfig, cache_dir: str) -> MakeSampler:

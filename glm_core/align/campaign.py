@@ -20,15 +20,16 @@ from typing import IO, Any
 import torch
 
 import glm_core
+from glm_core import errors, watchdog
 from glm_core.align.calibration import MakeSampler, Progress, calibrate
 from glm_core.align.recording import record
 from glm_core.align.verdict import Pair, Verdict, compare
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
 from glm_core.config import Dtype, RunConfig, from_dict, to_dict
-from glm_core.errors import GlmCoreError
 from glm_core.trace import Trace, load
 
+WAY_OUT = "reset the device; glm-core align bisect waits for every call and names the op"
 REFERENCE = "reference"
 
 
@@ -67,12 +68,14 @@ def run(
     cache_dir: str = ".cache",
     false_alarm_rate: float = 1e-3,
     progress: Progress | None = None,
+    timeout_s: float = 0.0,
 ) -> Result:
     """Trains `config` on every backend from the same weights, data order and seed, in each of
     `dtypes` (default: the config's), and judges each against the reference, which always runs.
     Traces go to `out_dir`. Several dtypes run side by side, in processes of their own, where all
-    backends are given by name and the data is the config's. Raises BackendUnavailableError before
-    anything is trained."""
+    backends are given by name and the data is the config's. `timeout_s`: a step or op call of a
+    backend that takes longer ends its process (0: never). Raises BackendUnavailableError before
+    anything is trained, DeviceError where a backend's device gives up."""
     begin, out = time.perf_counter(), Path(out_dir)
     chosen = {name_of(b): b for b in backends if name_of(b) != REFERENCE}
     for backend in chosen.values():
@@ -81,7 +84,7 @@ def run(
     jobs = [
         Job(
             dataclasses.replace(config, train=dataclasses.replace(config.train, dtype=dtype)),
-            list(chosen.values()), out, controls, capture_steps, cache_dir,
+            list(chosen.values()), out, controls, capture_steps, cache_dir, timeout_s,
         )
         for dtype in dtypes or (config.train.dtype,)
     ]  # fmt: skip
@@ -110,6 +113,7 @@ class Job:
     controls: int
     capture_steps: Sequence[int] | None
     cache_dir: str
+    timeout_s: float
 
     @property
     def names(self) -> list[str]:
@@ -128,7 +132,8 @@ class Job:
         traces = {self.names[0]: cal.reference}
         cal.reference.save(path(self.out_dir, self.names[0]))
         for name, backend in zip(self.names[1:], self.backends, strict=True):
-            traces[name] = record(self.config, backend, calibration=cal, progress=tell)
+            with watchdog.guard(self.timeout_s, f"align: backend {name_of(backend)}", WAY_OUT):
+                traces[name] = record(self.config, backend, calibration=cal, progress=tell)
             traces[name].save(path(self.out_dir, name))
         return traces
 
@@ -150,7 +155,7 @@ class Job:
 
 def side_by_side(jobs: Sequence[Job], progress: Progress) -> None:
     """Runs each job in a process of its own with its share of the threads: models that small use
-    one core each. Raises the first worker's error as GlmCoreError."""
+    one core each. Raises the first worker's error."""
     threads = max(1, torch.get_num_threads() // len(jobs))
     root = str(Path(glm_core.__file__).parents[1])
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
@@ -172,11 +177,11 @@ def side_by_side(jobs: Sequence[Job], progress: Progress) -> None:
             with suppress(Empty):
                 line = json.loads(lines.get(timeout=0.2))
                 if "error" in line:
-                    raise GlmCoreError(line["error"])
+                    raise getattr(errors, line["kind"])(line["error"])
                 progress(line["what"], line["done"], line["of"])
         for process, _ in running:
             if process.wait():
-                raise GlmCoreError(
+                raise errors.TrainingError(
                     f"align: a worker process ended with exit code {process.returncode}; its "
                     "message is above"
                 )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from glm_core import dispatch
 from glm_core.dispatch import Op
@@ -30,6 +30,20 @@ class Call:
     output_gradients: list[Tensor | None]
     """one per output, filled in by the backward pass; empty where nothing is differentiated"""
 
+    def where(self, direction: str) -> str:
+        """`op geglu forward in layer 0`."""
+        return f"op {self.op.name} {direction}" + (f" in layer {self.layer}" if self.layer else "")
+
+    def place(self, direction: str) -> dict[str, Any]:
+        """Which call, and the dtype and shape of its first tensor."""
+        tensors = [x for x in tree_leaves(self.args) if isinstance(x, Tensor)]
+        first = next((x for x in tensors if x.is_floating_point()), torch.empty(0))
+        return {
+            "op": self.op.name, "direction": direction, "layer": self.layer, "step": self.step,
+            "call": self.index, "dtype": str(first.dtype).removeprefix("torch."),
+            "shape": list(first.shape),
+        }  # fmt: skip
+
 
 def copied(x: Any) -> Any:
     """Tensors copied with their strides: a view of a larger tensor stays a view of one."""
@@ -49,6 +63,10 @@ class Capture:
     def __init__(self, step: int) -> None:
         self.step, self.calls, self.layer = step, list[Call](), ""
 
+    def enter(self, layer: str) -> None:
+        """The calls that follow belong to this block."""
+        self.layer = layer
+
     def __call__(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The interceptor: records, runs, and listens for the outputs' gradients."""
         named = {**dict(zip(op.parameters, args, strict=False)), **kwargs}
@@ -59,12 +77,15 @@ class Capture:
         self.calls.append(call)
         result = dispatch.run(op, args, kwargs)
         outputs = result if isinstance(result, tuple) else (result,)
-        if any(isinstance(y, Tensor) and y.requires_grad for y in outputs):
-            call.output_gradients.extend([None] * len(outputs))
-            for i, y in enumerate(outputs):
-                if y.requires_grad:
-                    y.register_hook(_listener(call, i))
-        return result
+        if not any(isinstance(y, Tensor) and y.requires_grad for y in outputs):
+            return result
+        call.output_gradients.extend([None] * len(outputs))
+        # aliases: an output from which the op computes another one has a gradient inside the op too
+        aliases = tuple(y.view_as(y) for y in outputs)
+        for i, y in enumerate(aliases):
+            if y.requires_grad:
+                y.register_hook(_listener(call, i))
+        return aliases if isinstance(result, tuple) else aliases[0]
 
 
 def _listener(call: Call, output: int) -> Any:
@@ -75,23 +96,23 @@ def _listener(call: Call, output: int) -> Any:
 
 
 @contextmanager
-def capture(model: nn.Module, step: int) -> Iterator[Capture]:
-    """Captures every op call of this thread in the block; layers are named after `model.blocks`."""
-    record = Capture(step)
-
-    def enter(name: str) -> Any:
-        def hook(*_: Any) -> None:
-            record.layer = name
-
-        return hook
-
+def layers(model: nn.Module, enter: Callable[[str], None]) -> Iterator[None]:
+    """Tells `enter` which of `model.blocks` runs, "" outside of them."""
     handles = []
     for i, block in enumerate(model.get_submodule("blocks").children()):
-        handles.append(block.register_forward_pre_hook(enter(str(i))))
-        handles.append(block.register_forward_hook(enter("")))
+        handles.append(block.register_forward_pre_hook(lambda *_, i=i: enter(str(i))))
+        handles.append(block.register_forward_hook(lambda *_: enter("")))
     try:
-        with dispatch.intercept(record):
-            yield record
+        yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def capture(model: nn.Module, step: int, record: Capture | None = None) -> Iterator[Capture]:
+    """Captures every op call of this thread in the block, in `record` or a new one; layers are
+    named after `model.blocks`."""
+    found = record or Capture(step)
+    with layers(model, found.enter), dispatch.intercept(found):
+        yield found

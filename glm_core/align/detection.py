@@ -196,9 +196,9 @@ def sensitivity(
     for setup in SETUPS:
         if mine := tuple(v.name for v in chosen if setup_of(v) == setup):
             drawn = draw(config(setup, dtype, steps), cache_dir)
-            jobs.append(Job(setup, dtype, steps, controls, drawn, mine))
+            jobs.append(Job(setup, dtype, steps, controls, drawn, mine, outcomes))
     order = {v.name: i for i, v in enumerate(chosen)}
-    rows, calibration = _run(jobs, processes, len(chosen), progress)
+    rows, calibration = run_jobs(jobs, processes, len(chosen), progress)
     return Sensitivity(
         dtype=dtype,
         rows=sorted(rows, key=lambda r: order[r.name]),
@@ -219,16 +219,19 @@ class Job:
     rows: Batch
     """the sequences of the run"""
     names: tuple[str, ...]
+    work: Callable[[Job], Iterator[Any]]
+    """yields the seconds of the calibration, then a row per variant"""
 
 
-def _run(
+def run_jobs(
     jobs: list[Job], processes: int, total: int, progress: Progress | None
-) -> tuple[list[Row], float]:
-    rows: list[Row] = []
+) -> tuple[list[Any], float]:
+    """The rows of all jobs in the order in which they come, and the calibrations' seconds."""
+    rows: list[Any] = []
     calibration = 0.0
     tell = progress or (lambda done, total, row: None)
 
-    def take(item: Row | float) -> None:
+    def take(item: Any) -> None:
         nonlocal calibration
         if isinstance(item, float):
             calibration += item
@@ -238,7 +241,7 @@ def _run(
 
     if processes == 1:
         for job in jobs:
-            for item in outcomes(job):
+            for item in job.work(job):
                 take(item)
         return rows, calibration
     context = get_context("spawn")  # a fork would copy torch's thread pool in an unusable state
@@ -255,7 +258,7 @@ def _run(
 
 
 def _send(job: Job, queue: Any) -> None:
-    for item in outcomes(job):
+    for item in job.work(job):
         queue.put(item)
 
 

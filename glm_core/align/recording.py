@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from glm_core import failure
 from glm_core.align import statistics, teacher
 from glm_core.align.calibration import (
     NUM_SKETCH,
@@ -21,8 +23,8 @@ from glm_core.align.calibration import (
     teacher_errors,
 )
 from glm_core.align.environment import environment
-from glm_core.align.replay import Results, replay
-from glm_core.align.teacher import Case, Measures
+from glm_core.align.replay import Results, answer
+from glm_core.align.teacher import Case, Key, Measures
 from glm_core.align.training import Curve, Run, free_run, weights_hash
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
@@ -60,8 +62,9 @@ def record(
     _require_same(cal.config, config)
     begin = time.perf_counter()
     chosen = registry.usable(backend) if isinstance(backend, str) else backend
-    curve = _curve(cal, config, backend, progress) if free_run else None
-    facts = _taught(cal, config, backend) if teacher else _untaught(cal)
+    with failure.explained(chosen.name, "record"):
+        curve = _curve(cal, config, backend, progress) if free_run else None
+        facts = _taught(cal, config, backend) if teacher else _untaught(cal)
     weights = initial_weights(config)
     return Trace(
         config=to_dict(config), backend=chosen.name, dtype=config.train.dtype,
@@ -116,9 +119,9 @@ def _taught(cal: Calibration, config: RunConfig, backend: str | Backend) -> dict
     known = cal.reference
     with registry.use(run.backend) as session:
         measured, results = teacher.measure(
-            cal.cases, lambda call: replay(call, call.op, device=run.device), twice=True
+            cal.cases, functools.partial(answer, backend=run.backend), twice=True
         )
-    rows, values = tests(measured, cal)
+    rows, values = tests(measured, cal.cases, cal.limits)
     calls, digest = digests(cal.cases, results)
     counts = session.fallbacks
     return {
@@ -126,7 +129,7 @@ def _taught(cal: Calibration, config: RunConfig, backend: str | Backend) -> dict
         "loss_error": np.concatenate((loss_error[None], known.loss_error[1:])),
         "gradient_error": np.concatenate((gradient_error[None], known.gradient_error[1:])),
         "calls": calls, "digest": digest, "tests": rows, "test_values": values,
-        "num_tests": sum(effect.size for _, effect, _, _ in measured.by_kind()),
+        "num_tests": measured.count(),
         "fallbacks": [{"op": f.op, "reason": f.reason, "count": n} for f, n in counts.items()],
     }  # fmt: skip
 
@@ -151,15 +154,17 @@ def place(case: Case, name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def tests(measured: Measures, cal: Calibration) -> tuple[list[dict[str, Any]], Array]:
+def tests(
+    measured: Measures, cases: list[Case], limits: dict[Key, float]
+) -> tuple[list[dict[str, Any]], Array]:
     """Of each family of tests the one furthest outside its benign range."""
     z = statistics.critical_z(1e-3, 1_000_000)
     worst: dict[teacher.Key, tuple[float, dict[str, Any], list[float]]] = {}
-    by_result = {(c.call.op.name, name): c for c in cal.cases for name in c.dtypes}
+    by_result = {(c.call.op.name, name): c for c in cases for name in c.dtypes}
     for key, effect, error, case in measured.by_kind():
         like = case or by_result[key[:2]]
         dtype, terms = like.dtypes[key[1]], like.terms
-        limit = teacher.limit(cal.limits, key, dtype, terms)
+        limit = teacher.limit(limits, key, dtype, terms)
         outside = statistics.excess(effect, error, limit, z)
         at = int(np.argmax(outside))
         if key in worst and worst[key][0] >= outside[at]:

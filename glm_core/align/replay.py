@@ -10,8 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from glm_core import watchdog
 from glm_core.align.capture import Call, copied
 from glm_core.align.disguise import Exact, widened
+from glm_core.backends.base import Backend
+from glm_core.errors import GlmCoreError
+from glm_core.failure import device_error
 
 Results = dict[str, Tensor]
 """forward results `y` (or `y0`, `y1`, ...), gradients `d_NAME`, tensors written in place by name"""
@@ -44,15 +48,40 @@ def replay(
         if differentiate:
             results |= _backward(outputs, gradients, {n: args[n] for n in names})
     results |= {n: args[n] for n in call.op.mutates if args.get(n) is not None}
-    return _with_change(call, {n: _flat(x).detach().cpu() for n, x in results.items()})
+    return with_change(call, {n: flat(x).detach().cpu() for n, x in results.items()})
 
 
-def _with_change(call: Call, results: Results) -> Results:
+def answer(call: Call, backend: Backend) -> Results:
+    """The backend's results; it must be active. It is waited for after each direction, so that
+    DeviceError names the one in which it fails."""
+    direction = "forward" if call.op.differentiable else "optimizer"
+
+    def waited(**args: Any) -> Any:
+        nonlocal direction
+        out = call.op(**args)
+        backend.synchronize()
+        if call.op.differentiable:
+            direction = "backward"
+        return out
+
+    where = call.where(direction)
+    watchdog.beat(where)
+    try:
+        return replay(call, waited, device=backend.device())
+    except GlmCoreError:
+        raise
+    except Exception as error:  # a vendor's kernel may raise anything
+        where = call.where(direction)
+        raise device_error(error, "captured call", backend.name, where,
+                           **call.place(direction)) from error  # fmt: skip
+
+
+def with_change(call: Call, results: Results) -> Results:
     """Adds `change`: what an update did to the first tensors it writes, in float64. A weight hides
     in its last bits what an optimizer did to it."""
     if call.op.mutates:
         name = call.op.mutates[0]
-        results["change"] = results[name].double() - _flat(call.args[name]).double().cpu()
+        results["change"] = results[name].double() - flat(call.args[name]).double().cpu()
     return results
 
 
@@ -70,7 +99,8 @@ def _backward(
     return {f"d_{n}": torch.zeros_like(x) if g is None else g for (n, x), g in pairs}
 
 
-def _flat(x: Any) -> Tensor:
+def flat(x: Any) -> Tensor:
+    """A tensor as it is, a list of tensors as one."""
     return x if isinstance(x, Tensor) else torch.cat([t.flatten() for t in x])
 
 
@@ -78,4 +108,4 @@ def exact(call: Call, like: Results) -> Results:
     """The call in float64, rounded once to the dtypes of `like`: the best any kernel can return.
     Roundings that the op's contract asks for are kept."""
     found = replay(call, call.op.reference, Exact(), widen=True)
-    return _with_change(call, {n: x.to(like[n].dtype) for n, x in found.items()})
+    return with_change(call, {n: x.to(like[n].dtype) for n, x in found.items()})

@@ -114,6 +114,10 @@ class Measures:
                 if effect.size and (kind, grouping) != ("size", "bin of result"):
                     yield (op, name, grouping, kind, pooled), effect, error, case
 
+    def count(self) -> int:
+        """How many tests there are."""
+        return sum(effect.size for _, effect, _, _ in self.by_kind())
+
 
 def measure(
     items: Iterable[Case], runner: Runner, twice: bool = False

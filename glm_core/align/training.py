@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from glm_core import failure, watchdog
 from glm_core.align.capture import Call, capture
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
 from glm_core.config import RunConfig
-from glm_core.errors import TrainingError
+from glm_core.errors import DeviceError, TrainingError
 from glm_core.train import Batch, Sampler, Trainer
 
 Mode = Callable[[], AbstractContextManager[Any]]
@@ -80,15 +81,19 @@ class Run(Trainer):
     def gradients(self, batches: list[Batch]) -> tuple[float, dict[str, Tensor]]:
         """Loss, and gradients in float64 on the CPU, without an update."""
         self.model.zero_grad(set_to_none=True)
-        with registry.use(self.backend):
+        watchdog.beat("gradients of a captured step")
+        with (
+            registry.use(self.backend),
+            failure.explained(self.backend.name, "gradients of a captured step"),
+        ):
             loss = float(self.backward(split(batches, self.config.train.micro_batch)))
-        scale = self.loss_scale.scale
-        return loss, {
-            n: torch.zeros_like(p, dtype=torch.float64, device="cpu")
-            if p.grad is None
-            else p.grad.cpu().double() / scale
-            for n, p in self.model.named_parameters()
-        }
+            scale = self.loss_scale.scale
+            return loss, {
+                n: torch.zeros_like(p, dtype=torch.float64, device="cpu")
+                if p.grad is None
+                else p.grad.cpu().double() / scale
+                for n, p in self.model.named_parameters()
+            }
 
 
 def split(batches: list[Batch], micro_batch: int) -> list[Batch]:
@@ -113,19 +118,26 @@ class Curve:
 
 
 def free_run(
-    run: Run, capture_steps: tuple[int, ...] = (), progress: Callable[[int], None] | None = None
+    run: Run,
+    capture_steps: tuple[int, ...] = (),
+    progress: Callable[[int], None] | None = None,
+    last: int | None = None,
 ) -> Curve:
-    """Trains `run` to its last step. A step that cannot be done (TrainingError) ends it."""
-    steps = run.config.train.steps
+    """Trains `run` to step `last` (default: its last). A step that cannot be done (TrainingError)
+    ends it; a device that gives up is the caller's affair (DeviceError)."""
+    steps = last or run.config.train.steps
     curve = Curve(np.full(steps, np.nan), np.full(steps, np.nan), [], "", [], [])
     with registry.use(run.backend) as session:
         for step in range(1, steps + 1):
+            watchdog.beat(f"step {step}")
             with contextlib.ExitStack() as stack:
                 if step in capture_steps:
                     weights = {n: w.cpu().clone() for n, w in run.optimizer.master.items()}
                     captured = stack.enter_context(capture(run.model, step))
                 try:
                     result = run.step()
+                except DeviceError:
+                    raise
                 except TrainingError:
                     break
             if step in capture_steps:

@@ -171,9 +171,16 @@ def gradient_check(trace: Trace, rate: float) -> tuple[Array, Array, Array]:
 
 def op_check(trace: Trace, rate: float) -> list[Finding]:
     """Every recorded test, the furthest outside first."""
-    z = statistics.critical_z(rate, trace.num_tests)
+    return findings(trace.tests, trace.test_values, trace.num_tests, rate)
+
+
+def findings(
+    tests: list[dict[str, Any]], values: Array, num_tests: int, rate: float
+) -> list[Finding]:
+    """The tests as a trace keeps them, the furthest outside first."""
+    z = statistics.critical_z(rate, num_tests)
     found = []
-    for row, (effect, error, limit) in zip(trace.tests, trace.test_values, strict=True):
+    for row, (effect, error, limit) in zip(tests, values, strict=True):
         outside = statistics.excess(np.array([effect]), np.array([error]), float(limit), z)
         found.append(Finding(
             **{f: row[f] for f in _ROW}, z=float(abs(effect) / error) if error > 0 else 0.0,

@@ -25,7 +25,7 @@ def main(threads: str, job: str) -> int:
     try:
         Job.from_json(job).run(None, tell)
     except GlmCoreError as error:
-        print(json.dumps({"error": str(error)}), file=out)
+        print(json.dumps({"kind": type(error).__name__, "error": str(error)}), file=out)
         return 1
     except KeyboardInterrupt:
         return 130  # the parent was interrupted too, and speaks for both

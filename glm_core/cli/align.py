@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from glm_core.cli.exits import EXIT_FAILED
-from glm_core.cli.options import add_json, add_run, columns, emit, run_config
+from glm_core.cli.options import (
+    RESET,
+    add_json,
+    add_run,
+    add_timeout,
+    columns,
+    emit,
+    run_config,
+    words,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from glm_core.align import Pair
@@ -16,6 +25,9 @@ if TYPE_CHECKING:
 
 STEPS = 120
 """of `run` and `record` where neither --steps nor --config says: the curve is past its knee"""
+TARGET = 0.95
+"""share of the planted bugs whose op `bisect` must name"""
+DIRECTIONS = ("forward", "backward", "optimizer")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -51,8 +63,22 @@ def define(parser: argparse.ArgumentParser) -> None:
     sensitivity.add_argument(
         "--dtype", choices=DTYPES[:2], default="float32", help="default %(default)s"
     )
+    sensitivity.add_argument(
+        "--bisect", action="store_true", help="does bisect name each bug's op?"
+    )
     sensitivity.set_defaults(run=run_sensitivity)
-    for action in (run, record, compare, sensitivity):
+    bisect = actions.add_parser("bisect", help="which op, direction, dtype, shape and layer")
+    add_run(bisect)
+    bisect.add_argument("--backend", required=True, metavar="NAME", help="the candidate")
+    bisect.add_argument("--dtype", choices=DTYPES, default="float32", help="default %(default)s")
+    bisect.add_argument("--op", default="", metavar="NAME", help="its captured calls alone")
+    bisect.add_argument("--direction", default="", choices=DIRECTIONS, help="this one alone")
+    bisect.add_argument("--layer", default="", metavar="N", help="calls of this block alone")
+    bisect.add_argument("--step", type=int, default=0, metavar="N", help="this captured step alone")
+    bisect.set_defaults(run=run_bisect)
+    for action in (run, record, bisect):
+        add_timeout(action)
+    for action in (run, record, compare, sensitivity, bisect):
         add_json(action)
 
 
@@ -73,6 +99,7 @@ def run_all(args: argparse.Namespace) -> int:
         controls=args.controls,
         dtypes=dtypes_of(args),
         progress=progress,
+        timeout_s=args.timeout,
     )
     page = report.write(result, Path(args.out) / "report.html")
     text = f"{verdict_table(result.pairs)}\n{result.verdict}; report: {page}"
@@ -112,15 +139,32 @@ def usable() -> list[str]:
 
 def run_record(args: argparse.Namespace) -> int:
     """Exit 0 with the trace written."""
-    from glm_core import align
+    from glm_core import align, watchdog
 
     config = chosen(args, backend=args.backend, dtype=args.dtype)
-    trace = align.record(config, args.backend, controls=args.controls, progress=progress)
+    with watchdog.guard(args.timeout, f"align record: backend {args.backend}", RESET):
+        trace = align.record(config, args.backend, controls=args.controls, progress=progress)
     trace.save(args.out)
     facts = {"trace": args.out, "backend": trace.backend, "steps": len(trace.loss)}
     facts |= {"last_loss": float(trace.loss[-1]), "seconds": trace.seconds}
     emit(args, facts, f"{args.out}: {len(trace.loss)} steps on {trace.backend}")
     return 0
+
+
+def run_bisect(args: argparse.Namespace) -> int:
+    """Exit 0 nothing is guilty, 1 something is named, 3 the backend is not available."""
+    from glm_core import align, watchdog
+    from glm_core.backends import registry
+
+    registry.usable(args.backend)
+    config = chosen(args, backend=args.backend, dtype=args.dtype)
+    narrow = align.Narrow(args.op, args.direction, args.layer, args.step)
+    with watchdog.guard(args.timeout, f"align bisect: backend {args.backend}", RESET):
+        found = align.bisect(
+            config, args.backend, narrow=narrow, options=words(args), progress=progress
+        )
+    emit(args, found.to_json(), found.text())
+    return EXIT_FAILED if found.guilty else 0
 
 
 def run_compare(args: argparse.Namespace) -> int:
@@ -138,10 +182,15 @@ def run_compare(args: argparse.Namespace) -> int:
 
 
 def run_sensitivity(args: argparse.Namespace) -> int:
-    """Exit 0 where every planted bug was found and nothing benign was convicted."""
+    """Exit 0 where every planted bug was found and nothing benign was convicted; with --bisect,
+    where TARGET of them are named."""
     from glm_core import align
     from glm_core.align.detection import progress_line
 
+    if args.bisect:
+        found = align.hits(args.dtype, progress=progress_line)
+        emit(args, found.to_json(), found.text())
+        return 0 if found.share >= TARGET else EXIT_FAILED
     result = align.sensitivity(args.dtype, progress=progress_line)
     emit(args, result.to_json(), result.text())
     return 0 if not result.missed and not result.false_alarms else EXIT_FAILED

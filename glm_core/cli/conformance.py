@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from glm_core.cli.exits import EXIT_FAILED
-from glm_core.cli.options import add_json, emit
+from glm_core.cli.options import add_json, add_timeout, emit
 
 MODES = ("test", "grad", "perf", "support")
 
@@ -22,6 +22,7 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--junit", metavar="FILE", help="JUnit XML")
     parser.add_argument("--html", metavar="FILE", help="HTML page")
     parser.add_argument("--github", action="store_true", help="GitHub annotations on stdout")
+    add_timeout(parser)
     add_json(parser)
     parser.set_defaults(run=run)
 
@@ -47,10 +48,12 @@ def run(args: argparse.Namespace) -> int:
         id=args.id,
         known_failures=args.known_failures,
         progress=conformance.progress_line,
+        timeout_s=args.timeout,
     )
     for path, write in ((args.junit, render.junit), (args.html, render.page)):
         if path:
             Path(path).write_text(write(report), encoding="utf-8")
     text = render.text(report)
-    emit(args, report.to_json(), f"{render.github(report)}\n{text}" if args.github else text)
+    notes = render.github(report) if args.github else ""
+    emit(args, report.to_json(), "\n".join(filter(None, (notes, text))))
     return 0 if report.ok else EXIT_FAILED

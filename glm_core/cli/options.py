@@ -35,6 +35,24 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     )
 
 
+RESET = "reset the device; glm-core align bisect waits for every call and names the op"
+
+
+def add_timeout(parser: argparse.ArgumentParser) -> None:
+    """--timeout: nothing waits for ever."""
+    parser.add_argument(
+        "--timeout", type=float, default=600.0, metavar="SECONDS",
+        help="end where a step or an op call takes longer (default %(default)g; 0: never)",
+    )  # fmt: skip
+
+
+def words(args: argparse.Namespace) -> list[str]:
+    """The options of `add_run` as they were given, for a command that runs the same again."""
+    given = {k: getattr(args, k) for k in ("config", "preset", "data", "steps", "seed")}
+    found = [w for k, v in given.items() if v is not None for w in (f"--{k}", str(v))]
+    return found + [w for item in args.set for w in ("--set", item)]
+
+
 def run_config(args: argparse.Namespace, **train: Any) -> RunConfig:
     """The RunConfig of the options; flags win over --set, which wins over the file."""
     from glm_core import config as c

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from glm_core.cli.options import add_json, add_run, columns, emit, run_config
+from glm_core.cli.options import RESET, add_json, add_run, add_timeout, columns, emit, run_config
 
 if TYPE_CHECKING:
     from glm_core.align.fallbacks import Fallbacks
@@ -31,6 +31,7 @@ def define(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=["float32", "bfloat16", "float16"], help="of --backend's steps"
     )
     add_run(fallbacks)
+    add_timeout(fallbacks)
     fallbacks.set_defaults(run=run_fallbacks)
     for action in (show, fallbacks):
         add_json(action)
@@ -76,6 +77,7 @@ def run_fallbacks(args: argparse.Namespace) -> int:
 
     if bool(args.trace) == bool(args.backend):
         raise ConfigError("trace fallbacks: needs either TRACE or --backend NAME; give one of them")
+    from glm_core import watchdog
     from glm_core.align import fallbacks
 
     if args.trace:
@@ -88,7 +90,9 @@ def run_fallbacks(args: argparse.Namespace) -> int:
 
         registry.usable(args.backend)
         config = run_config(args, backend=args.backend, dtype=args.dtype)
-        found = fallbacks.measure(config, open_data(config, ".cache")(), args.backend)
+        data = open_data(config, ".cache")()
+        with watchdog.guard(args.timeout, f"trace fallbacks: backend {args.backend}", RESET):
+            found = fallbacks.measure(config, data, args.backend)
     emit(args, found.to_json(), table(found))
     return 0
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from glm_core.cli.exits import EXIT_INTERRUPTED
-from glm_core.cli.options import add_json, add_run, emit, run_config
+from glm_core.cli.options import add_json, add_run, add_timeout, emit, run_config
 
 if TYPE_CHECKING:
     from glm_core.config import RunConfig
@@ -44,6 +44,7 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prefix-length", type=int, default=128, metavar="P", help="of ptuning (default 128)"
     )
+    add_timeout(parser)
     add_json(parser)
     parser.set_defaults(run=run)
 
@@ -57,7 +58,12 @@ def run(args: argparse.Namespace) -> int:
     if args.adapter:
         config, model = adapted(args, config)
     result = train.run(
-        config, args.out, resume=args.resume, tensorboard=args.tensorboard, model=model
+        config,
+        args.out,
+        resume=args.resume,
+        tensorboard=args.tensorboard,
+        model=model,
+        timeout_s=args.timeout,
     )
     fallbacks = [{**f._asdict(), "count": n} for f, n in result.fallbacks.items()]
     facts = {

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from glm_core import watchdog
 from glm_core.backends.base import Backend
 from glm_core.backends.registry import usable
 from glm_core.bench.harness import machine
@@ -18,6 +19,8 @@ from glm_core.conformance.known import Known, known_for, load, unmatched
 from glm_core.conformance.perf import measure
 from glm_core.conformance.report import Report, Result
 from glm_core.conformance.tolerance import MAX_ERROR_RATIO
+
+WAY_OUT = "reset the device; --id with another pattern leaves the case out"
 
 Progress = Callable[[int, int, str], None]
 """called before each case with its number, how many there are, and its id; at the end with ''"""
@@ -33,18 +36,22 @@ def run(
     real: bool = True,
     known_failures: Path | str | None = None,
     progress: Progress | None = None,
+    timeout_s: float = 0.0,
 ) -> Report:
     """Every case that fits the filters, on one backend. Raises GlmCoreError for unknown names and
-    BackendUnavailableError; a case that goes wrong is a result, not an error."""
+    BackendUnavailableError; a case that goes wrong is a result, not an error, but for
+    one that takes longer than `timeout_s` (0: any time): it ends the process, which names it."""
     backend = usable(backend) if isinstance(backend, str) else backend
     modes = (mode,) if isinstance(mode, str) else tuple(mode)
     cases = select(backend, modes=modes, op=op, id=id, dtypes=dtypes, real=real)
     entries = load(known_failures)
     results = []
-    for number, case in enumerate(cases):
-        if progress is not None:
-            progress(number, len(cases), case.id)
-        results.append(run_case(case, backend, entries))
+    with watchdog.guard(timeout_s, f"conformance: backend {backend.name}", WAY_OUT):
+        for number, case in enumerate(cases):
+            if progress is not None:
+                progress(number, len(cases), case.id)
+            watchdog.beat(f"case {case.id}")
+            results.append(run_case(case, backend, entries))
     if progress is not None:
         progress(len(cases), len(cases), "")
     stale = unmatched(entries, [case.id for case in every_case(backend)] if entries else [])

@@ -19,7 +19,7 @@ LAYERS = (
     ("ops",),
     ("backends", "bench.harness"),
     ("model", "data"),
-    ("optimizer", "checkpoint", "metrics", "interrupt"),
+    ("optimizer", "checkpoint", "metrics", "interrupt", "failure", "watchdog"),
     ("train",),
     ("align", "conformance", "distributed"),
     ("deepspeed", "serve", "bench"),

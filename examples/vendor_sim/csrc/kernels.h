@@ -55,7 +55,7 @@ void add_layer_norm(const T* x, const T* residual, const T* w, const T* b, T* y,
 }
 
 // dx = ds + rstd (w dy - mean(w dy) - n mean(w dy n)), n = (s - mean) rstd; dresidual = alpha dx.
-// dw, db [D] double, zeroed by the caller.
+// dw, db [D] double, zeroed by the caller. All in double: the differences cancel where rows are large.
 template <class T, class A>
 void add_layer_norm_backward(const T* dy, const T* ds, const T* s, const T* w, const A* mean,
                              const A* rstd, T* dx, T* dresidual, double* dw, double* db,
@@ -63,17 +63,17 @@ void add_layer_norm_backward(const T* dy, const T* ds, const T* s, const T* w, c
   for (std::int64_t r = 0; r < rows; ++r, dy += d, ds += d, s += d, dx += d, dresidual += d) {
     double first = 0, second = 0;
     for (std::int64_t i = 0; i < d; ++i) {
-      const A n = (A(s[i]) - mean[r]) * rstd[r], g = A(dy[i]) * A(w[i]);
+      const double n = (double(A(s[i])) - mean[r]) * rstd[r], g = double(A(dy[i])) * A(w[i]);
       first += g;
-      second += double(g) * n;
-      dw[i] += double(A(dy[i])) * n;
+      second += g * n;
+      dw[i] += A(dy[i]) * n;
       db[i] += A(dy[i]);
     }
     for (std::int64_t i = 0; i < d; ++i) {
-      const A n = (A(s[i]) - mean[r]) * rstd[r], g = A(dy[i]) * A(w[i]);
-      const A grad = A(ds[i]) + rstd[r] * (g - A(first / d) - n * A(second / d));
-      dx[i] = T(grad);
-      dresidual[i] = T(A(alpha) * grad);
+      const double n = (double(A(s[i])) - mean[r]) * rstd[r], g = double(A(dy[i])) * A(w[i]);
+      const double grad = A(ds[i]) + rstd[r] * (g - first / d - n * (second / d));
+      dx[i] = T(A(grad));
+      dresidual[i] = T(A(alpha * grad));
     }
   }
 }

@@ -1,0 +1,123 @@
+"""A device that gives up is one line that names step, backend, op and the way out; a hang ends."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import toy
+
+from glm_core import failure, ops, train
+from glm_core.backends import registry
+from glm_core.backends.base import Backend
+from glm_core.errors import ConfigError, DeviceError, TrainingError, UnsupportedOpError
+
+
+def failing(error: Exception, at: int) -> Backend:
+    """References; the global norm's call number `at`, once a step, raises."""
+    backend, calls = Backend(name="weak", device_type="cpu", verified="in this test"), [0]
+    backend.references_only = True
+
+    @backend.implements(ops.global_norm)
+    def global_norm(tensors):  # type: ignore[no-untyped-def]
+        calls[0] += 1
+        if calls[0] == at:
+            raise error
+        return ops.global_norm.reference(tensors)
+
+    return backend
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            torch.OutOfMemoryError("8192 bytes wanted\nstack of the driver"),
+            "step 5: backend weak, op global_norm: OutOfMemoryError: 8192 bytes wanted; use a "
+            "smaller train.micro_batch or a smaller model; last checkpoint: ",
+        ),
+        (
+            torch.AcceleratorError("device lost"),
+            "step 5: backend weak, noticed in op global_norm: AcceleratorError: device lost; "
+            "reset the device, then resume",
+        ),
+        (NotImplementedError("no Half"), "NotImplementedError: no Half; use another train.dtype"),
+    ],
+    ids=["memory", "lost", "dtype"],
+)
+def test_training_names_step_op_and_last_checkpoint(
+    error: Exception, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "usable", lambda name: failing(error, 5))
+    with pytest.raises(DeviceError) as caught:
+        train.run(toy.config(), tmp_path, sampler=toy.Sampler())
+    assert told in str(caught.value)
+    assert str(caught.value).endswith(f"{tmp_path}/checkpoints/step-00000003.safetensors")
+    assert caught.value.__cause__ is error
+    assert isinstance(caught.value, TrainingError)  # exit code 1
+
+
+def test_no_checkpoint_is_said_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "usable", lambda name: failing(torch.OutOfMemoryError("x"), 1))
+    with pytest.raises(DeviceError, match="last checkpoint: none"):
+        train.run(toy.config(), tmp_path, sampler=toy.Sampler())
+
+
+@pytest.mark.parametrize(
+    "error", [UnsupportedOpError("strict"), ConfigError("bad"), ValueError("ours")]
+)
+def test_other_errors_stay_what_they_are(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, failure.explained("weak", "step 1"):
+        raise error
+    assert caught.value is error
+
+
+HANG = """
+import ctypes, threading
+from glm_core import ops, watchdog
+from glm_core.backends.base import Backend
+from glm_core.backends.registry import use
+backend = Backend(name="slow", device_type="cpu", verified="in this test", references_only=True)
+@backend.implements(ops.geglu)
+def geglu(x):
+    {wait}
+with watchdog.guard({seconds}, "backend slow", "reset it"):
+    for step in range(100):
+        watchdog.beat(f"step {{step}}")
+    with use(backend):
+        ops.geglu(None)
+"""
+
+
+def ended(wait: str, seconds: float) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", HANG.format(wait=wait, seconds=seconds)],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    return done.stderr
+
+
+def test_a_hang_ends_and_names_the_op() -> None:
+    told = ended("threading.Event().wait()", 0.2).strip()
+    assert told == (
+        "glm-core: backend slow: step 99: no progress for 0.2 s, inside op geglu; reset it"
+    )
+
+
+def test_a_hang_that_holds_the_interpreter_ends_too() -> None:
+    told = ended("ctypes.PyDLL(None).pause()", 0.2)
+    assert "Timeout (0:00:01.4" in told
+    assert "geglu" in told, "the stack is shown"
+
+
+def test_without_a_limit_nothing_is_guarded() -> None:
+    from glm_core import watchdog
+
+    with watchdog.guard(0, "backend slow", "reset it"):
+        watchdog.beat("step 1")
+    with watchdog.guard(60, "backend slow", "reset it"):
+        watchdog.beat("step 1")

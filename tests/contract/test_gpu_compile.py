@@ -1,5 +1,5 @@
-"""The GPU sources compile, link and spill no registers: nvcc for sm_80 and sm_90, hipcc for gfx906
-and gfx90a. Nothing of this runs."""
+"""The GPU sources compile and link, and nvcc spills no registers: sm_80 and sm_90, gfx906 and
+gfx90a. Nothing of this runs."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def test_cuda_compiles_links_and_spills_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(HIPCC is None, reason="no hipcc (Debian: hipcc rocm-device-libs lld)")
-def test_hip_compiles(tmp_path: Path) -> None:
-    flags = ["-std=c++17", "-O1", "-ffp-contract=off", f"-I{CSRC}/include", "-Wall", "-Werror",
-             "--offload-arch=gfx906", "--offload-arch=gfx90a"]  # fmt: skip
+def test_hip_compiles_and_links(tmp_path: Path) -> None:
+    flags = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", f"-I{CSRC}/include", "-Wall",
+             "-Werror", "--offload-arch=gfx906", "--offload-arch=gfx90a"]  # fmt: skip
     commands = [[str(HIPCC), *flags, "-c", "-x", "hip", str(s), "-o", str(tmp_path / f"{s.stem}.o")]
                 for s in SOURCES]  # fmt: skip
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -58,3 +58,5 @@ def test_hip_compiles(tmp_path: Path) -> None:
         built = (tmp_path / f"{source.stem}.o").read_bytes()
         assert b"gfx906" in built
         assert b"gfx90a" in built
+    objects = [str(tmp_path / f"{s.stem}.o") for s in SOURCES]
+    run([str(HIPCC), "-shared", *objects, "-o", str(tmp_path / "kernels.so"), "-Wl,-z,defs"])

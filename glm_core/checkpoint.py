@@ -21,6 +21,8 @@ from glm_core.errors import CheckpointError
 FORMAT = "glm-core checkpoint 1"
 PATTERN = "step-*.safetensors"
 FOLDER, LATEST, PART = "checkpoints", "latest", ".part"
+TOKENIZER = "tokenizer.model"
+"""in a run's folder: what its ids mean, for those who use its model"""
 FREE = {
     "train.backend", "train.strict", "train.compile", "train.save_every", "train.keep",
     "data.path", "data.text_key",

@@ -7,11 +7,13 @@ from pathlib import Path
 
 from glm_core.errors import ConfigError, unknown
 
+API_KEY = "GLM_CORE_API_KEY"
 VARIABLES = {
     "GLM_CORE_BUILD": "what setup.py builds: auto, off, cpu, cuda or rocm",
     "GLM_CORE_ARCHES": "what GPU kernels are compiled for: 80,90 or gfx90a,gfx942",
     "GLM_CORE_ISA": "the CPU's instruction set: scalar, avx2 or avx512",
     "GLM_CORE_CACHE": "where exported models are kept, instead of .cache",
+    API_KEY: "the key that glm-core serve asks for; empty: none",
 }
 BUILDS = ("auto", "off", "cpu", "cuda", "rocm")
 
@@ -45,3 +47,8 @@ def isa() -> str | None:
 def cache() -> Path:
     """GLM_CORE_CACHE, or .cache of the working directory."""
     return Path(os.environ.get("GLM_CORE_CACHE") or ".cache")
+
+
+def api_key() -> str:
+    """GLM_CORE_API_KEY, empty unless set."""
+    return os.environ.get(API_KEY, "")

@@ -248,8 +248,8 @@ def run(
     tensorboard: bool = False,
     timeout_s: float = 0.0,
 ) -> Result:
-    """Trains to the last step. Into `out_dir` go `config.toml` (resolved), `metrics.jsonl`,
-    `checkpoints/` and, if asked, `tensorboard/`; progress goes to stderr.
+    """Trains to the last step. Into `out_dir` go `config.toml` (resolved), `tokenizer.model`,
+    `metrics.jsonl`, `checkpoints/` and, if asked, `tensorboard/`; progress goes to stderr.
 
     resume: True goes on from `out_dir`'s latest checkpoint (from the start if it was stopped before
     the first), a path from that one. sampler: in place of the config's data, which is cached in
@@ -276,6 +276,10 @@ def run(
             stop_requests() as requests,
         ):
             checkpoint.replace(out / "config.toml", lambda part: part.write_text(dumps(config)))
+            if pieces := getattr(sampler, "tokenizer", None):
+                checkpoint.replace(
+                    out / checkpoint.TOKENIZER, lambda part: part.write_bytes(pieces.model)
+                )
             return _loop(trainer, folder, start, metrics, session, requests)
     except DeviceError as error:
         last = f"last checkpoint: {_latest(folder) or start or 'none'}"

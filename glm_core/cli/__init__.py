@@ -14,6 +14,9 @@ COMMANDS = {
     "devices": "backends, usable here or not, and how far each was ever verified",
     "ops": "ops x backends: kernel, reference or unsupported",
     "train": "train a GLM on one backend",
+    "generate": "go on from a text, or fill its blanks, with a trained model",
+    "chat": "talk to a trained model in the terminal",
+    "serve": "a trained model behind OpenAI's API and a web page",
     "align": "loss curves across backends: run, record, compare, sensitivity",
     "checkpoint": "what other projects' checkpoints hold; rewrite them, merge or cut shards",
     "conformance": "every op of a backend against the float64 reference, case by case",
@@ -47,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(args.run(args))
     except errors.BackendUnavailableError as error:
         return fail(error, EXIT_UNAVAILABLE)
-    except errors.TrainingError as error:
+    except (errors.TrainingError, errors.GenerationError) as error:
         return fail(error, EXIT_FAILED)
     except errors.GlmCoreError as error:
         return fail(error, EXIT_USAGE)

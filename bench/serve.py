@@ -1,0 +1,152 @@
+"""A crowd of concurrent requests on a server of a small model: errors, time to the first token and
+per token, memory. The server is a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import socket
+import sys
+import time
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from glm_core.bench.harness import machine
+
+PIECES = ["The quick brown fox jumps over the lazy dog. It runs again and again, then it sleeps."]
+
+
+class Request(NamedTuple):
+    """What a client saw of one request."""
+
+    status: int
+    first_s: float
+    """from sending to the first piece of text"""
+    token_s: float
+    """mean time between pieces after it; a piece is a token or a few"""
+    tokens: int
+
+
+def serve(listening: socket.socket, slots: int, queue: int, told: Connection) -> None:
+    """The server's process: a GLM-130B-style model of 0.9M parameters, random weights; tells its
+    peak resident memory when it is asked to end."""
+    import resource
+    import threading
+
+    import uvicorn
+
+    from glm_core.backends import registry
+    from glm_core.data import tokenizer
+    from glm_core.model import GLM, preset
+    from glm_core.serve import api
+    from glm_core.serve.engine import Engine
+    from glm_core.serve.source import Source
+
+    pieces = tokenizer.Tokenizer(tokenizer.train(PIECES * 20, 320))
+    model = GLM(preset("tiny", vocab=384)).init_weights(0).requires_grad_(False)
+    source = Source(model=model, tokenizer=pieces, name="small")
+    engine = Engine(source, registry.usable("cpu"), slots=slots, queue=queue)
+    config = uvicorn.Config(api.app(engine, api.Limits()), log_level="error", backlog=4096)
+    server = uvicorn.Server(config)
+
+    def end() -> None:
+        told.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        told.recv()
+        told.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        server.should_exit = True
+
+    threading.Thread(target=end).start()
+    server.run(sockets=[listening])
+    engine.close()
+
+
+async def ask(port: int, number: int, max_tokens: int) -> Request:
+    """One streamed chat request over a connection of its own, without a client library's cost."""
+    body = json.dumps({
+        "model": "small", "max_tokens": max_tokens, "seed": number, "stream": True,
+        "stream_options": {"include_usage": True},
+        "messages": [{"role": "user", "content": f"Question {number}: where is the fox?"}],
+    })  # fmt: skip
+    begin, times, tokens = time.perf_counter(), list[float](), 0
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+    )
+    status = int((await reader.readline()).split()[1])
+    async for line in reader:
+        if not line.startswith(b"data: {"):
+            continue
+        event = json.loads(line[6:])
+        if "error" in event:
+            status = 500
+        elif event.get("usage"):
+            tokens = event["usage"]["completion_tokens"]
+        elif event["choices"][0]["delta"].get("content"):
+            times.append(time.perf_counter() - begin)
+    writer.close()
+    first = times[0] if times else float("nan")
+    rest = (times[-1] - times[0]) / (tokens - 1) if times and tokens > 1 else float("nan")
+    return Request(status, first, rest, tokens)
+
+
+async def crowd(port: int, requests: int, max_tokens: int) -> list[Request]:
+    """All at once."""
+    return await asyncio.gather(*(ask(port, i, max_tokens) for i in range(requests)))
+
+
+def figures(done: list[Request], seconds: float) -> dict[str, Any]:
+    """Counts, and percentiles in milliseconds over the requests that were answered."""
+    good = [r for r in done if r.status == 200]
+    tokens = sum(r.tokens for r in good)
+    row: dict[str, Any] = {
+        "requests": len(done),
+        "refused_429": sum(r.status == 429 for r in done),
+        "errors": sum(r.status not in (200, 429) for r in done),
+        "tokens": tokens,
+        "tokens_s": tokens / seconds,
+    }
+    for name, values in (("first_token", [r.first_s for r in good]),
+                         ("per_token", [r.token_s for r in good])):  # fmt: skip
+        for q in (50, 99):
+            row[f"{name}_p{q}_ms"] = float(np.nanpercentile(values, q)) * 1e3 if good else None
+    return row
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--max-tokens", type=int, default=32)
+    parser.add_argument("--slots", type=int, default=64)
+    parser.add_argument("--queue", type=int, default=1000)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    ours, theirs = multiprocessing.Pipe()
+    with socket.create_server(("127.0.0.1", 0), backlog=4096) as listening:
+        context = multiprocessing.get_context("spawn")
+        server = context.Process(target=serve, args=(listening, args.slots, args.queue, theirs))
+        server.start()
+        before = ours.recv()
+        port = listening.getsockname()[1]
+        asyncio.run(crowd(port, 8, args.max_tokens))  # warm
+        begin = time.perf_counter()
+        done = asyncio.run(crowd(port, args.requests, args.max_tokens))
+        row = figures(done, time.perf_counter() - begin)
+        ours.send("end")
+        row |= {"rss_before_bytes": before, "rss_peak_bytes": ours.recv(), "slots": args.slots,
+                "queue": args.queue, **machine()}  # fmt: skip
+        server.join()
+    if args.json:
+        print(json.dumps({"rows": [row]}, indent=1))
+    else:
+        print("\n".join(f"{k:22} {v}" for k, v in row.items()))
+    sys.exit(1 if row["errors"] else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""`glm-core generate`: go on from a text, or fill its blanks."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from glm_core.cli.options import add_json, emit
+
+if TYPE_CHECKING:
+    from glm_core.model.sample import Sampling
+    from glm_core.serve.source import Source
+
+
+def define(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    add_source(parser)
+    parser.add_argument(
+        "--prompt", required=True, metavar="TEXT",
+        help="[MASK], [sMASK] and [gMASK] are blanks to fill; without one, what follows is written",
+    )  # fmt: skip
+    add_sampling(parser, temperature=0.0, top_p=1.0)
+    parser.add_argument("--beams", type=int, metavar="N", help="beam search with N beams")
+    add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """Which model, and who runs it."""
+    parser.add_argument(
+        "--run", required=True, metavar="DIR", dest="from_run",
+        help="a training run, or one of its checkpoints",
+    )  # fmt: skip
+    parser.add_argument("--backend", default="cpu", metavar="NAME", help="default %(default)s")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+
+
+def add_sampling(parser: argparse.ArgumentParser, temperature: float, top_p: float) -> None:
+    """How an answer is drawn."""
+    parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="new tokens")
+    parser.add_argument(
+        "--temperature", type=float, default=temperature, metavar="T",
+        help="0 = the likeliest token each time (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 = all")
+    parser.add_argument(
+        "--top-p", type=float, default=top_p, metavar="P", help="default %(default)s"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+
+
+def opened(args: argparse.Namespace) -> Source:
+    """The model of the options, on its backend's device."""
+    import torch
+
+    from glm_core.backends import registry
+    from glm_core.serve import source
+
+    found = source.from_run(args.from_run, dtype=getattr(torch, args.dtype))
+    found.model.to(registry.usable(args.backend).device())
+    return found
+
+
+def sampling(args: argparse.Namespace, stop: tuple[int, ...] = ()) -> Sampling:
+    """The Sampling of the options."""
+    from glm_core.model.sample import Sampling
+
+    return Sampling(
+        max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k,
+        top_p=args.top_p, seed=args.seed, stop=stop,
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit 0 done, 1 the logits are not finite, 2 usage."""
+    from glm_core.backends import registry
+    from glm_core.model import prompt
+
+    source = opened(args)
+    settings, pieces = sampling(args, source.stop), source.tokenizer
+    with registry.use(args.backend):
+        if prompt.BLANK.search(args.prompt) and not args.beams:
+            from glm_core.model.generate import fill
+
+            a = prompt.opened(prompt.encode(args.prompt, pieces), pieces)
+            text = pieces.decode(fill(source.model, a, settings, pieces, pieces.vocab))
+            emit(args, {"text": text}, text)
+        elif args.beams:
+            _beams(args, source)
+        else:
+            from glm_core.serve.terminal import spoken
+
+            said = ""
+            for piece in spoken(source, source.complete(args.prompt), settings):
+                said += piece
+                if not args.json:
+                    print(piece, end="", flush=True)
+            emit(args, {"text": said}, "")
+    return 0
+
+
+def _beams(args: argparse.Namespace, source: Source) -> None:
+    """Every answer with its score; of several blanks the first."""
+    from glm_core.model.beam import BeamSearch, search
+
+    settings = BeamSearch(
+        num_beams=args.beams, max_tokens=args.max_tokens, seed=args.seed, stop=source.stop
+    )
+    found = search(source.model, source.complete(args.prompt), settings, source.tokenizer.vocab)
+    answers = [{"text": source.tokenizer.decode(h.tokens), "score": h.score} for h in found]
+    lines = [f"{h['score']:.3f}  {h['text']}" for h in answers]
+    emit(args, {"answers": answers}, "\n".join(lines))

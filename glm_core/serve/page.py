@@ -1,0 +1,123 @@
+"""The web page: one file, no other site, a conversation over the server's own API."""
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>glm-core</title>
+<style>
+  body { font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 0 auto; padding: 1rem;
+         color: #000; background: #fff; }
+  #talk div { margin: .6rem 0; padding: .5rem .8rem; white-space: pre-wrap;
+              overflow-wrap: anywhere; }
+  .user { background: #eef3fa; }
+  .assistant { border-left: 3px solid #0b5cad; }
+  .error { color: #b00020; }
+  form { display: flex; gap: .5rem; position: sticky; bottom: 0; background: #fff;
+         padding: .5rem 0; }
+  textarea { flex: 1; font: inherit; }
+  details { color: #444; }
+  input { font: inherit; width: 6rem; }
+</style>
+<h1>glm-core</h1>
+<p id="model"></p>
+<details><summary>Settings</summary>
+  <label>temperature <input id="temperature" type="number" value="0.95" min="0" max="2"
+    step="0.05"></label>
+  <label>top-p <input id="top_p" type="number" value="0.7" min="0.05" max="1" step="0.05"></label>
+  <label>API key <input id="key" type="password"></label>
+</details>
+<div id="talk" aria-live="polite"></div>
+<form id="form">
+  <textarea id="question" rows="2" aria-label="Your message" required></textarea>
+  <button id="send">Send</button>
+  <button id="stop" type="button" disabled>Stop</button>
+</form>
+<script>
+"use strict";
+const get = id => document.getElementById(id);
+const messages = [];
+let model = "", abort = null;
+
+const headers = () => {
+  const key = get("key").value;
+  return { "Content-Type": "application/json", ...(key ? { Authorization: "Bearer " + key } : {}) };
+};
+
+const show = (kind, text) => {
+  const box = document.createElement("div");
+  box.className = kind;
+  box.textContent = text;
+  get("talk").append(box);
+  box.scrollIntoView();
+  return box;
+};
+
+async function connect() {
+  const answer = await fetch("/v1/models", { headers: headers() });
+  const body = await answer.json();
+  if (!answer.ok) throw new Error(body.error.message);
+  model = body.data[0].id;
+  get("model").textContent = model;
+}
+
+async function ask(box) {
+  abort = new AbortController();
+  const answer = await fetch("/v1/chat/completions", {
+    method: "POST", headers: headers(), signal: abort.signal,
+    body: JSON.stringify({ model, messages, stream: true,
+      temperature: Number(get("temperature").value), top_p: Number(get("top_p").value) }),
+  });
+  if (!answer.ok) throw new Error((await answer.json()).error.message);
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let left = ""; ;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    const lines = (left + value).split("\\n\\n");
+    left = lines.pop();
+    for (const line of lines) {
+      if (line === "data: [DONE]") return;
+      const part = JSON.parse(line.slice(6));
+      if (part.error) throw new Error(part.error.message);
+      box.textContent += part.choices[0].delta.content;
+    }
+  }
+}
+
+async function send(question) {
+  messages.push({ role: "user", content: question });
+  show("user", question);
+  const box = show("assistant", "");
+  get("send").disabled = true;
+  get("stop").disabled = false;
+  try {
+    if (!model) await connect();
+    await ask(box);
+    messages.push({ role: "assistant", content: box.textContent });
+    document.body.dataset.state = "answered";
+  } catch (error) {
+    if (error.name === "AbortError") messages.push({ role: "assistant", content: box.textContent });
+    else { messages.pop(); show("error", error.message); document.body.dataset.state = "failed"; }
+  }
+  get("send").disabled = false;
+  get("stop").disabled = true;
+}
+
+get("form").addEventListener("submit", event => {
+  event.preventDefault();
+  const question = get("question").value.trim();
+  get("question").value = "";
+  if (question) send(question);
+});
+get("question").addEventListener("keydown", event => {
+  if (event.key === "Enter" && !event.shiftKey) {
+    event.preventDefault();
+    get("form").requestSubmit();
+  }
+});
+get("stop").addEventListener("click", () => abort && abort.abort());
+const asked = new URLSearchParams(location.search).get("q");
+if (asked) send(asked); else connect().catch(() => {});
+</script>
+</html>
+"""

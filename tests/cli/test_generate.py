@@ -1,0 +1,141 @@
+"""generate, chat and serve, from a run's checkpoint."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from glm_core import cli, config, train
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps on a little text."""
+    folder = tmp_path_factory.mktemp("generate")
+    text = folder / "text.txt"
+    text.write_text("\n".join(f"The fox number {i} jumps over the dog." for i in range(400)))
+    settings = config.RunConfig(
+        model=config.ModelConfig(num_layers=1, hidden=32, num_heads=2, ffn=32, vocab=512),
+        data=config.DataConfig(path=str(text), vocab=400, length=64),
+        train=config.TrainConfig(steps=2, warmup_steps=0, micro_batch=2, global_batch=2),
+    )
+    train.run(settings, folder / "run", cache_dir=folder / "cache")
+    text.unlink()  # what a run needs to be used lies in its folder
+    return folder / "run"
+
+
+def call(capsys: Any, *args: Any) -> tuple[int, str, str]:
+    code = cli.main([str(a) for a in args])
+    told = capsys.readouterr()
+    return code, told.out, told.err
+
+
+def test_generate(run_dir: Path, capsys: Any) -> None:
+    asked = ["generate", "--run", run_dir, "--prompt", "The fox", "--max-tokens", 8]
+    code, text, _ = call(capsys, *asked)
+    assert code == 0
+    code, told, _ = call(capsys, *asked, "--json")
+    assert json.loads(told)["text"] == text.removesuffix("\n")
+    code, filled, _ = call(
+        capsys, "generate", "--run", run_dir / "checkpoints", "--prompt",
+        "The [MASK] jumps [sMASK] dog.", "--max-tokens", 3,
+    )  # fmt: skip
+    assert code == 0
+    assert filled.startswith("The ")
+    assert filled.endswith(" dog.\n")
+    code, told, _ = call(capsys, *asked, "--beams", 2, "--json")
+    answers = json.loads(told)["answers"]
+    assert code == 0
+    assert 1 <= len(answers) <= 2
+    assert answers == sorted(answers, key=lambda a: -a["score"])
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "told"),
+    [
+        (["--prompt", ""], 2, "prompt: is empty"),
+        (["--prompt", "fox " * 800], 2, "no room to answer"),
+        (["--run", "/nowhere"], 2, "no such checkpoint"),
+        (["--temperature", "-1"], 2, "temperature"),
+        (["--backend", "cpx"], 2, "did you mean cpu?"),
+        (["--beams", "-1"], 2, "num_beams"),
+    ],
+    ids=str,
+)
+def test_bad_usage(run_dir: Path, capsys: Any, change: list[str], code: int, told: str) -> None:
+    done, _, err = call(capsys, "generate", "--run", run_dir, "--prompt", "The fox", *change)
+    assert done == code
+    assert told in err
+    assert err.count("\n") == 1
+
+
+def test_a_tokenizer_of_another_run_is_found(run_dir: Path, capsys: Any, tmp_path: Path) -> None:
+    import shutil
+
+    from glm_core.data import tokenizer
+
+    other = tmp_path / "run"
+    shutil.copytree(run_dir, other)
+    (other / "tokenizer.model").write_bytes(tokenizer.train(["another text entirely"], 320))
+    code, _, err = call(capsys, "generate", "--run", other, "--prompt", "a")
+    assert code == 2
+    assert "trained with another tokenizer" in err
+
+
+def test_chat(run_dir: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ["chat", "--run", run_dir, "--max-tokens", 5, "--seed", 1]
+    said = "The fox\n\n/clear\nThe fox\nand then?\n/quit\nnot read\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(said))
+    code, out, err = call(capsys, *asked)
+    assert (code, err) == (0, "")
+    half = out[: out.index("\n", 1) + 1] if out else ""
+    assert out.startswith(half * 2)  # after /clear the same question has the same answer
+    monkeypatch.setattr(sys, "stdin", io.StringIO("fox " * 900 + "\n"))
+    code, _, err = call(capsys, *asked)
+    assert code == 0
+    assert "no room to answer" in err
+
+
+def test_a_conversation_that_is_too_long_forgets(
+    run_dir: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("fox " * 200 + "\n" + "dog " * 300 + "\n"))
+    code, _, err = call(capsys, "chat", "--run", run_dir, "--max-tokens", 2)
+    assert code == 0
+    assert "its oldest turn is forgotten" in err
+
+
+def test_serve_answers_until_it_is_interrupted(run_dir: Path) -> None:
+    pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = [sys.executable, "-m", "glm_core.cli", "serve", "--run", str(run_dir),
+             "--port", str(port), "--slots", "2", "--context", "64"]  # fmt: skip
+    with subprocess.Popen(
+        words, stderr=subprocess.PIPE, text=True, env={**os.environ, "GLM_CORE_API_KEY": ""}
+    ) as server:
+        assert server.stderr
+        assert "2 slots of 64 tokens" in server.stderr.readline()
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health") as answer:
+                    assert json.load(answer)["status"] == "ok"
+                break
+            except OSError:
+                assert time.monotonic() < deadline
+        server.send_signal(signal.SIGINT)
+        server.wait(60)
+        assert server.returncode in (0, 130)

@@ -1,0 +1,88 @@
+"""A small model behind a real server, on a port of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from glm_core.config import ModelConfig
+from glm_core.data import tokenizer
+from glm_core.model import GLM
+from glm_core.serve.source import Source
+
+TEXT = "The quick brown fox jumps over the lazy dog. 你好，世界 éà 🙂 again and again it runs. "
+
+
+@pytest.fixture(scope="session")
+def source() -> Source:
+    """Random weights: what it says is nonsense, the same each time."""
+    pieces = tokenizer.Tokenizer(tokenizer.train([TEXT * 20], 340))
+    config = ModelConfig(
+        num_layers=2, hidden=32, num_heads=2, ffn=48, vocab=384, max_length=512, tied_head=False
+    )
+    model, g = GLM(config), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            std = 0.05 if p.ndim == 1 else 1.5 * p.shape[1] ** -0.5
+            p.copy_(torch.randn(p.shape, generator=g) * std + name.endswith("norm.weight"))
+    return Source(model=model, tokenizer=pieces, name="small")
+
+
+class Served(NamedTuple):
+    """A server under test."""
+
+    url: str
+    engine: Any
+
+
+@pytest.fixture(scope="session")
+def serving(source: Source) -> Callable[..., contextlib.AbstractContextManager[Served]]:
+    """serving(slots=..., queue=..., token=..., ...) for the length of a `with`."""
+    pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
+    uvicorn = pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
+    from glm_core.backends import registry
+    from glm_core.serve import api
+    from glm_core.serve.engine import Engine
+
+    @contextlib.contextmanager
+    def serve(
+        slots: int = 4, queue: int = 16, model: Source = source, **limits: Any
+    ) -> Iterator[Served]:
+        engine = Engine(model, registry.usable("cpu"), slots=slots, queue=queue)
+        listening = socket.socket()
+        listening.bind(("127.0.0.1", 0))
+        started = threading.Event()
+
+        class Server(uvicorn.Server):  # type: ignore[name-defined, misc]
+            async def startup(self, sockets: Any = None) -> None:
+                await super().startup(sockets)
+                started.set()
+
+        config = uvicorn.Config(api.app(engine, api.Limits(**limits)), log_level="error",
+                                timeout_graceful_shutdown=1, lifespan="off")  # fmt: skip
+        server = Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        assert started.wait(60)
+        try:
+            yield Served(f"http://127.0.0.1:{listening.getsockname()[1]}", engine)
+        finally:
+            server.should_exit = True
+            thread.join()
+            engine.close()
+            listening.close()
+
+    return serve
+
+
+@pytest.fixture(scope="session")
+def server(serving: Any) -> Iterator[Served]:
+    """One for all tests that need nothing special."""
+    with serving(max_tokens=200, max_body=4000) as served:
+        yield served

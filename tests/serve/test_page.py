@@ -1,0 +1,147 @@
+"""The web page in a headless Chromium, driven over its debugging pipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
+
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
+QUIET = "--disable-quic --no-first-run --disable-background-networking --disable-component-update"
+FLAGS = "--headless --no-sandbox --disable-gpu --disable-sync --remote-debugging-pipe"
+
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium on this machine; install chromium"
+)
+
+
+class Browser:
+    """One page; messages are JSON ended by NUL (Chrome DevTools Protocol)."""
+
+    def __init__(self, profile: Path) -> None:
+        (read, self._to), (self._from, write) = os.pipe(), os.pipe()
+        words = [str(CHROMIUM), *FLAGS.split(), *QUIET.split(), f"--user-data-dir={profile}"]
+        line = f"exec {shlex.join(words)} 3<&{read} 4>&{write}"
+        self._process = subprocess.Popen(
+            ["bash", "-c", line], pass_fds=(read, write), stderr=subprocess.DEVNULL
+        )
+        os.close(read)
+        os.close(write)
+        self._left, self._id, self._session = b"", 0, ""
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._session = session
+        self.call("Page.enable")
+
+    def call(self, method: str, **params: Any) -> Any:
+        """The method's result."""
+        self._id += 1
+        message = {"id": self._id, "method": method, "params": params}
+        if self._session:
+            message["sessionId"] = self._session
+        os.write(self._to, json.dumps(message).encode() + b"\0")
+        while (answer := self._next()).get("id") != self._id:
+            pass
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def open(self, url: str) -> None:
+        """Goes there and waits until it is loaded."""
+        self.call("Page.navigate", url=url)
+        while self._next().get("method") != "Page.loadEventFired":
+            pass
+
+    def run(self, script: str) -> Any:
+        """The value of a JavaScript expression, awaited."""
+        done = self.call("Runtime.evaluate", expression=script, awaitPromise=True,
+                         returnByValue=True)  # fmt: skip
+        assert "exceptionDetails" not in done, done
+        return done["result"].get("value")
+
+    def until(self, condition: str) -> None:
+        """Waits in the page."""
+        self.run(
+            "new Promise(done => { const look = setInterval(() => { if (" + condition + ") "
+            "{ clearInterval(look); done(); } }, 10); })"
+        )
+
+    def close(self) -> None:
+        """Ends the browser."""
+        self._session = ""
+        self.call("Browser.close")
+        os.close(self._to)
+        os.close(self._from)
+        self._process.wait(60)
+
+    def _next(self) -> dict[str, Any]:
+        while b"\0" not in self._left:
+            part = os.read(self._from, 1 << 16)
+            assert part, "the browser is gone"
+            self._left += part
+        message, _, self._left = self._left.partition(b"\0")
+        decoded: dict[str, Any] = json.loads(message)
+        return decoded
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    made = Browser(tmp_path_factory.mktemp("profile"))
+    yield made
+    made.close()
+
+
+def ask(browser: Browser, question: str) -> None:
+    browser.run("delete document.body.dataset.state")
+    browser.run(f"get('question').value = {json.dumps(question)}; get('send').click()")
+
+
+def texts(browser: Browser, kind: str) -> list[str]:
+    found: list[str] = browser.run(
+        f"[...document.querySelectorAll('#talk .{kind}')].map(box => box.textContent)"
+    )
+    return found
+
+
+def test_a_conversation(server: Any, browser: Browser) -> None:
+    browser.open(server.url)
+    browser.until("get('model').textContent === 'small'")
+    ask(browser, "the fox <b>&amp;</b>")
+    browser.until("document.body.dataset.state")
+    ask(browser, "你好")
+    browser.until("document.body.dataset.state")
+    assert texts(browser, "user") == ["the fox <b>&amp;</b>", "你好"]
+    assert texts(browser, "error") == []
+    answers = texts(browser, "assistant")
+    assert len(answers) == 2
+    assert all(answers)
+    assert browser.run("messages.map(m => m.role)") == ["user", "assistant"] * 2
+    assert browser.run("messages.map(m => m.content)")[1::2] == answers
+
+
+def test_a_question_in_the_address(server: Any, browser: Browser) -> None:
+    browser.open(f"{server.url}/?q=the+fox")
+    browser.until("document.body.dataset.state === 'answered'")
+    assert texts(browser, "user") == ["the fox"]
+
+
+def test_errors_and_the_key(serving: Any, browser: Browser) -> None:
+    with serving(token="secret", max_tokens=20) as served:
+        browser.open(served.url)
+        ask(browser, "hello")
+        browser.until("document.body.dataset.state")
+        assert texts(browser, "error") == ["authorization: wrong or missing; send the API key"]
+        browser.run("get('key').value = 'secret'")
+        ask(browser, "hello")
+        browser.until("document.body.dataset.state === 'answered'")
+        browser.open("about:blank")

@@ -125,13 +125,8 @@ class Trainer:
         for batch in batches:
             weight = batch.loss_weight * (self.loss_scale.scale / total)
             inputs = (
-                batch.tokens,
-                batch.positions,
-                batch.key_start,
-                batch.key_end,
-                batch.labels,
-                weight,
-            )
+                batch.tokens, batch.positions, batch.key_start, batch.key_end, batch.labels, weight,
+            )  # fmt: skip
             part = self.loss(*(x.to(self.device) for x in inputs))
             part.backward()
             loss += part.detach()

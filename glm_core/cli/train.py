@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
     flags = {k: getattr(args, k) or None for k in ("backend", "dtype", "strict", "compile")}
     config, model = run_config(args, **flags), None
-    if args.adapter:
+    if args.adapter or args.base:
         config, model = adapted(args, config)
     result = train.run(
         config,
@@ -99,6 +99,8 @@ def adapted(args: argparse.Namespace, config: RunConfig) -> tuple[RunConfig, GLM
 
     if not args.base:
         raise ConfigError("train --adapter: needs --base PATH, a checkpoint or a run's folder")
+    if not args.adapter:
+        raise ConfigError("train --base: needs --adapter lora or ptuning; the base stays as it is")
     path, model_config = Path(args.base), None
     if (path / "config.toml").is_file():
         model_config = load(path / "config.toml").model

@@ -114,9 +114,7 @@ def _attach_lora(model: GLM, config: AdapterConfig, seed: int) -> None:
             lora = LoRA(base, (rows, columns), config)
             std = 1 / math.sqrt(columns)
             lora.lora_a.data.copy_(normal_draw(seed, f"{name}.lora_a", lora.lora_a.shape) * std)
-            reference = next(base.parameters(), lora.lora_a)
-            kind = reference.dtype if reference.is_floating_point() else torch.float32
-            _replace(model, name, lora.to(reference.device, kind))
+            _replace(model, name, lora.to(model.embedding.device, model.embedding.dtype))
 
 
 def _replace(model: GLM, name: str, module: nn.Module) -> None:

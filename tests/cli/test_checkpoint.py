@@ -72,6 +72,8 @@ def test_lora_beside_a_run_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture
     command = ["train", *small, "--adapter", "lora", "--rank", "2", "--out", tuned]
     assert main(command) == 2
     assert "train --adapter: needs --base PATH" in capsys.readouterr().err
+    assert main(["train", *small, "--base", base, "--out", tuned]) == 2
+    assert "train --base: needs --adapter lora or ptuning" in capsys.readouterr().err
     assert main([*command, "--base", base, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert saved.read_bytes() == before

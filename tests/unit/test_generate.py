@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from glm_core import dispatch, ops
 from glm_core.backends import registry
 from glm_core.config import ModelConfig
 from glm_core.errors import ConfigError, GenerationError, PromptError
@@ -117,6 +118,30 @@ def test_tokens_do_not_depend_on_the_batch(kind: str, backend: str) -> None:
         for options in ({}, {"slots": 2}, {"slots": 3}, {"padded": True}):
             together = generate(built, asked, settings, **options)
             assert [g.tokens for g in together] == alone, options
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_linear_can_make_the_batch_matter(kind: str) -> None:
+    """With products of one row at a time the logits of a step on `cpu` are the same to the bit,
+    alone and in company."""
+
+    def by_row(op: dispatch.Op, args: Any, kwargs: Any) -> Any:
+        if op is not ops.linear or len(args[0]) == 1:
+            return dispatch.run(op, args, kwargs)
+        rows = [dispatch.run(op, (row[None], *args[1:]), kwargs) for row in args[0]]
+        return torch.cat(rows)
+
+    built, asked = model(kind), prompts(kind)
+    fed = [Next(20 + i, p, len(p.tokens)) for i, p in enumerate(asked)]
+    together = Runner(built, len(asked))
+    with registry.use("cpu"), dispatch.intercept(by_row):
+        for i, prompt in enumerate(asked):
+            together.prefill(i, [prompt])
+        logits = together.decode(fed)
+        for i, prompt in enumerate(asked):
+            alone = Runner(built, 1)
+            alone.prefill(0, [prompt])
+            assert torch.equal(alone.decode([fed[i]])[0], logits[i])
 
 
 def test_slots_are_reused_and_idle_ones_disturb_nobody() -> None:

@@ -21,7 +21,7 @@ from glm_core.backends.cuda.supports import takes
 
 SHARED = (
     "rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", "gelu", "geglu", "swiglu", "rope",
-    "embedding", "linear_cross_entropy", "global_norm", "adamw",
+    "embedding", "quantized_linear", "linear_cross_entropy", "global_norm", "adamw",
 )  # fmt: skip
 """ops whose operators have a device half in csrc/bindings/cuda"""
 
@@ -52,7 +52,7 @@ def _in_triton() -> tuple[str, ...]:
 def share(backend: Backend, trouble: Callable[[str], str] = lambda op: "") -> None:
     """The operators of csrc/: one Python function serves every device. `trouble` says why an op has
     no kernel here."""
-    for name in SHARED:
+    for name in filter(cpu.kernels.__contains__, SHARED):
         op = ops.all_ops()[name]
         needs = takes(backend, op, partial(trouble, name))
         backend.implements(op, needs)(cpu.kernels[name].function)

@@ -208,7 +208,7 @@ def test_peaks_are_the_named_chips() -> None:
 def test_every_op_has_a_kernel_and_every_operator_a_device_half() -> None:
     bindings = "".join(p.read_text() for p in (ROOT / "csrc" / "bindings" / "cuda").glob("*.cpp"))
     for backend in (cuda.backend, rocm.backend):
-        assert set(backend.kernels) == {*SHARED, "linear", "attention"}
+        assert set(backend.kernels) == {*SHARED, "linear", "attention"} & {*get("cpu").kernels}
     for leaf in LEAVES:
         assert f'm.impl("{leaf}", {leaf})' in bindings
 

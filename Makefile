@@ -16,10 +16,10 @@ $(VENV)/ready.stamp: $(VENV)/torch.stamp $(SOURCES)
 setup: $(VENV)/ready.stamp ## everything the other targets need
 
 align: setup ## the main job: one GLM on every usable backend, one verdict
-	$(VENV)/bin/glm-core align run --steps 100 --controls 6 --out runs/align
+	$(VENV)/bin/glm-core align run --out runs/align
 
 test: setup peers openvino npu ## the whole suite
-	$(PY) -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 
 lint: setup ## style, types, spelling
 	$(VENV)/bin/ruff format --check && $(VENV)/bin/ruff check && $(VENV)/bin/mypy && $(VENV)/bin/codespell && $(VENV)/bin/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp')

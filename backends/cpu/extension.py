@@ -8,6 +8,7 @@ import torch
 
 from glm_core import environment
 from glm_core.backends.base import Probe
+from glm_core.backends.cpu import fakes
 
 BUILD = "pip install -e . --no-build-isolation builds it"
 
@@ -26,6 +27,9 @@ def _load() -> str:
             f"its C++ extension was built for torch {built}, this is {torch.__version__}; "
             f"{BUILD} again"
         )
+    operators = torch.ops.glm_core
+    if missing := [f.__name__ for f in fakes.FAKES if not hasattr(operators, f.__name__)]:
+        return f"its C++ extension is older than its sources (no {missing[0]}); {BUILD} again"
     return _apply_environment()
 
 

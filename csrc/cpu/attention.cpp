@@ -298,7 +298,8 @@ void backward_tile(const AttentionBackward<T>& a, int64_t b, int64_t h, int64_t 
   const int32_t* start = a.key_start + b * a.queries + first;
   const int32_t* end = a.key_end + b * a.queries + first;
   const Span span = visible(start, end, queries, a.keys);
-  const int64_t base = span.first / BLOCK * BLOCK, size = padded(span.last - base, BLOCK);
+  const int64_t base = span.first / BLOCK * BLOCK, count = span.last - base;
+  const int64_t size = padded(count, BLOCK);
   const T *q = a.q.at(b, first, h), *dy = a.dy.at(b, first, h);
   along_rows<Words>(q, a.q.row, queries, a.width, t.q);
   along_rows<Words>(dy, a.dy.row, queries, a.width, t.dy);
@@ -311,13 +312,13 @@ void backward_tile(const AttentionBackward<T>& a, int64_t b, int64_t h, int64_t 
                    false);
   }
   for (int64_t i = 0; i < queries; ++i)
-    score_gradients(t.p + i * size, t.dp + i * size, size,
-                    interval(start[i], end[i], base, span.last - base), a.scale);
+    score_gradients(t.p + i * size, t.dp + i * size, size, interval(start[i], end[i], base, count),
+                    a.scale);
   const Strided ds = lay_out<Words>(t, queries, size);
   const int64_t across = words<Words>(queries), step = Words::per_word * size;
-  product<Words>(size, ld, across, {t.p, 1, step}, t.dyt, ld, kv.dv + base * ld, ld, true);
-  product<Words>(size, ld, across, {t.dp, 1, step}, t.qt, ld, kv.dk + base * ld, ld, true);
-  product<Words>(queries, ld, words<Words>(size), ds, kv.k + base / Words::per_word * ld, ld, t.dq,
+  product<Words>(count, ld, across, {t.p, 1, step}, t.dyt, ld, kv.dv + base * ld, ld, true);
+  product<Words>(count, ld, across, {t.dp, 1, step}, t.qt, ld, kv.dk + base * ld, ld, true);
+  product<Words>(queries, ld, words<Words>(count), ds, kv.k + base / Words::per_word * ld, ld, t.dq,
                  ld, false);
   close(t.dq, ld, queries, a.width, a.scale, nullptr,
         a.dq + ((b * a.queries + first) * a.heads + h) * a.width, a.heads * a.width);

@@ -18,14 +18,20 @@ float row_max(const T* z, int64_t size) {
   return largest(m);
 }
 
-// log of the sum of exponentials; NaN where a logit is NaN.
+// Whether a row's exponentials stay in place of its logits: in T = float nothing is lost by it.
 template <class T>
-float logsumexp(const T* z, int64_t size) {
-  const float m = row_max(z, size);
+constexpr bool keeps = sizeof(T) == sizeof(float);
+
+// Sum of exp(z - top); NaN where a logit is NaN.
+template <class T>
+float exponentials(T* z, int64_t size, float top) {
   float total[1];
-  sums(size, total,
-       [&](int64_t i, int64_t n, vf* s) GLM_INLINED { s[0] += first(exp(take(z + i, n) - m), n); });
-  return m + std::log(total[0]);
+  sums(size, total, [&](int64_t i, int64_t n, vf* s) GLM_INLINED {
+    const vf e = exp(take(z + i, n) - top);
+    if constexpr (keeps<T>) give(z + i, e, n);
+    s[0] += first(e, n);
+  });
+  return total[0];
 }
 
 }  // namespace
@@ -33,15 +39,16 @@ float logsumexp(const T* z, int64_t size) {
 template <class T>
 void cross_entropy(const CrossEntropy<T>& a, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
-    T* z = a.logits + row * a.vocab;
-    const float lse = logsumexp(z, a.vocab), weight = a.token_weight[row];
-    T* hit = z + a.labels[row];
-    a.loss[row] = (lse - get(hit)) * weight;
+    T *z = a.logits + row * a.vocab, *hit = z + a.labels[row];
+    const float weight = a.token_weight[row], logit = get(hit), top = row_max(z, a.vocab);
+    const float total = exponentials(z, a.vocab, top), lse = top + std::log(total);
+    a.loss[row] = (lse - logit) * weight;
     if (!a.gradient) continue;
-    const float miss = weight * (std::exp(get(hit) - lse) - 1.0f);
-    sweep(a.vocab, [&](int64_t i, int64_t n)
-                       GLM_INLINED { give(z + i, exp(take(z + i, n) - lse) * weight, n); });
-    put(hit, miss);
+    sweep(a.vocab, [&](int64_t i, int64_t n) GLM_INLINED {
+      const vf x = take(z + i, n);
+      give(z + i, keeps<T> ? x * (weight / total) : exp(x - lse) * weight, n);
+    });
+    put(hit, weight * (std::exp(logit - lse) - 1.0f));
   }
 }
 

@@ -22,11 +22,6 @@ def test_cpu(case: Check) -> None:
     case.check()
 
 
-@conformance("onnxrt", dtypes=[torch.float32], known_failures=XFAILS)
+@conformance("onnxrt", dtypes=[torch.float32, torch.bfloat16], known_failures=XFAILS)
 def test_onnxrt(case: Check) -> None:
-    case.check()
-
-
-@conformance("onnxrt", mode="test", dtypes=[torch.bfloat16], known_failures=XFAILS)
-def test_onnxrt_bfloat16(case: Check) -> None:
     case.check()

@@ -27,15 +27,15 @@ except errors.ConfigError as error:
 GPU_KERNELS = ["activation", "embedding", "loss", "norm", "optim", "quant", "rope"]
 GPU_BINDINGS = ["library", "ops", "quant", "training"]
 KERNELS = [
-    "activation", "attention", "attention_decode", "embedding", "loss", "norm", "optim", "rope",
-    "table",
+    "activation", "attention", "attention_decode", "embedding", "linear", "loss", "norm", "optim", "quant",
+    "rope", "table",
 ]  # fmt: skip
-BINDINGS = ["attention", "library", "norm", "pointwise", "training"]
+BINDINGS = ["attention", "library", "linear", "norm", "pointwise", "training"]
 X86 = platform.machine() in ("x86_64", "AMD64")
 ISAS = {"scalar": []} | (
     {
-        "avx2": ["-mavx2", "-mfma"],
-        "avx512": ["-mavx2", "-mfma", *(f"-mavx512{s}" for s in ("f", "bw", "vl", "dq")),
+        "avx2": ["-mavx2", "-mfma", "-mf16c"],
+        "avx512": ["-mavx2", "-mfma", "-mf16c", *(f"-mavx512{s}" for s in ("f", "bw", "vl", "dq")),
                    "-mprefer-vector-width=512"],
     } if X86 else {}
 )  # fmt: skip

@@ -26,6 +26,9 @@ backend = CpuBackend(
 )  # fmt: skip
 _ops = torch.ops.glm_core
 
+FEW_ROWS = 8
+"""rows up to which the product is bound by reading the weight, and ours is faster than torch's"""
+
 if loaded():
     fakes.register()
 
@@ -81,7 +84,18 @@ def embedding(ids: Tensor, weight: Tensor, shrink: float = 1.0) -> Tensor:
 
 @backend.implements(ops.linear, supports.linear)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return torch.nn.functional.linear(x, weight, bias)
+    training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if training or x.numel() > FEW_ROWS * x.shape[-1]:
+        return torch.nn.functional.linear(x, weight, bias)
+    return _ops.linear_few.default(x, weight, bias)
+
+
+@backend.implements(ops.quantized_linear, supports.quantized_linear)
+def quantized_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, bits: int = 8,
+    activation_bits: int = 16,
+) -> Tensor:  # fmt: skip
+    return _ops.quantized_linear.default(x, weight, scale, bias, bits, activation_bits)
 
 
 @backend.implements(ops.attention, supports.attention)

@@ -76,6 +76,23 @@ def attention_backward(
     return _like(q), _like(k), _like(v)
 
 
+def linear_few(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """y."""
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def quantized_linear_forward(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits: int, activation_bits: int
+) -> Tensor:
+    """y."""
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def quantized_linear_backward(dy: Tensor, weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """dx."""
+    return dy.new_empty((*dy.shape[:-1], weight.shape[1] * 8 // bits))
+
+
 def linear_cross_entropy_forward(
     x: Tensor, weight: Tensor, labels: Tensor, token_weight: Tensor, gradients: bool
 ) -> Three:
@@ -101,6 +118,7 @@ def adamw_(
 FAKES: list[Callable[..., Any]] = [
     norm_forward, norm_backward, activation_forward, activation_backward, rope_turn,
     embedding_forward, embedding_backward, attention_forward, attention_backward,
+    linear_few, quantized_linear_forward, quantized_linear_backward,
     linear_cross_entropy_forward, global_norm, adamw_,
 ]  # fmt: skip
 

@@ -78,6 +78,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Support:
     return takes(x, weight, bias)
 
 
+def quantized_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, bits: int = 8,
+    activation_bits: int = 16,
+) -> Support:  # fmt: skip
+    groups = 1 if scale.dim() == 1 else scale.shape[1]
+    group = x.shape[-1] // max(groups, 1)
+    if groups > 1 and group != 32 and group % 128:
+        return unsupported(f"kernels take groups of 32 or a multiple of 128, received {group}")
+    codes = both(exactly(torch.int8, weight=weight), exactly(torch.float16, scale=scale))
+    return both(takes(x, bias), codes)
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor,
     scale: float, layer_scale: float = 1.0, pb_relax: float = 0.0,

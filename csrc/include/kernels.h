@@ -139,6 +139,69 @@ struct AttentionBackward {
   float scale;
 };
 
+// y [N, F] = x weight^T + bias for few rows;  x [N, D] float, weight [F, D]. Works on features.
+template <class T>
+struct LinearFew {
+  const float* x;
+  const T *weight, *bias;  // bias null: none
+  T* y;
+  int64_t rows, width, features;
+};
+
+// How quantised weights lie in memory: int8 codes [F, D], or 4-bit ones [F, D / 2], the even
+// element in the high nibble; scale float16 [F, groups].
+struct Codes {
+  const int8_t* weight;
+  const uint16_t* scale;
+  int64_t width, groups;
+  int bits;
+};
+
+constexpr int64_t rounded_block = 32;  // inputs that share a step where activations are rounded
+constexpr int64_t input_padding = 128;
+
+// Rows of x [N, D] as quantized_product reads them, each padded with zeros to a multiple of
+// input_padding. Either `values`, or with codes given, x as int8 codes: a step, and what the
+// products' unsigned weights add too much, for every 8 (of 4 bits) or 4 (of 8 bits) inputs.
+template <class T>
+struct QuantizedInput {
+  const T* x;
+  float* values;
+  int8_t* codes;
+  float* steps;
+  int32_t* excess;
+  int64_t width, padded;
+  int bits;
+};
+
+// y [N, F] from what quantized_input made with the same instruction set. Works on features.
+template <class T>
+struct QuantizedProduct {
+  Codes w;
+  const T* bias;  // null: none
+  const float* values;
+  const int8_t* codes;
+  const float* steps;
+  const int32_t* excess;
+  T* y;
+  int64_t rows, features, padded;
+};
+
+// w [F, D] from its codes. Works on features.
+template <class T>
+struct Dequantize {
+  Codes codes;
+  T* w;
+};
+
+// y [N, D]: x rounded to int8 codes times the step of its block. Works on rows.
+template <class T>
+struct RoundActivations {
+  const T* x;
+  T* y;
+  int64_t width;
+};
+
 // Every kernel and its arguments. All are called as name(arguments, begin, end).
 #define GLM_KERNELS(K)                     \
   K(norm_forward, NormForward)             \
@@ -157,6 +220,11 @@ struct AttentionBackward {
   K(attention_decode, AttentionForward)    \
   K(attention_backward, AttentionBackward) \
   K(cross_entropy, CrossEntropy)           \
+  K(linear_few, LinearFew)                 \
+  K(quantized_input, QuantizedInput)       \
+  K(quantized_product, QuantizedProduct)   \
+  K(dequantize, Dequantize)                \
+  K(round_activations, RoundActivations)   \
   K(squares, Squares)                      \
   K(adamw_update, AdamW)
 

@@ -293,6 +293,70 @@ void optimizer(int64_t n) {
   expect("squares", norm, {square});
 }
 
+double half(uint16_t h) {  // of a positive normal number
+  return std::ldexp(1024 + (h & 1023), (h >> 10) - 25);
+}
+
+template <class T>
+void quantized(int bits, int64_t group, bool rounded, int64_t rows, int64_t d, int64_t f) {
+  const Kernels<T>& k = kernels<T>();
+  const int64_t groups = group ? d / group : 1, padded = (d + 127) / 128 * 128;
+  const int64_t lanes = padded / (bits == 4 ? 8 : 4);
+  Buffer<T> x(rows * d), b(f), y(rows * f), w(f * d), xr(rows * d);
+  std::vector<int8_t> weight(size_t(f * d * bits / 8)), codes(size_t(rows * padded));
+  std::vector<uint16_t> scale(size_t(f * groups));
+  for (int8_t& c : weight) c = int8_t(int(uniform() * 64));
+  for (uint16_t& s : scale) s = uint16_t(0x2000 + int(uniform() * 512 + 1024));
+  Buffer<float> values(rows * padded), steps(rows * lanes);
+  std::vector<int32_t> excess(size_t(rows * lanes));
+  int8_t* of_codes = rounded ? codes.data() : nullptr;
+  k.quantized_input({x.p(), values.p(), of_codes, steps.p(), excess.data(), d, padded, bits}, 0,
+                    rows);
+  const Codes c{weight.data(), scale.data(), d, groups, bits};
+  k.quantized_product(
+      {c, b.p(), values.p(), of_codes, steps.p(), excess.data(), y.p(), rows, f, padded}, 0, f);
+  k.dequantize({c, w.p()}, 0, f);
+  k.round_activations({x.p(), xr.p(), d}, 0, rows);
+  Doubles ew, ex, ey;
+  for (int64_t i = 0; i < f * d; ++i) {
+    const int byte = weight[size_t(i * bits / 8)];
+    const int code = bits == 8 ? byte : i % 2 ? int8_t(uint8_t(byte) << 4) >> 4 : byte >> 4;
+    ew.push_back(code * half(scale[size_t(i / d * groups + i % d / (d / groups))]));
+  }
+  for (int64_t i = 0; i < rows * d; ++i) {
+    float top = 0;
+    const int64_t first = i - i % d % 32;
+    for (int64_t j = first; j < first + 32 && j / d == i / d; ++j)
+      top = std::fmax(top, std::fabs(float(x[j])));
+    const float step = top / 127;
+    ex.push_back(std::nearbyint(float(x[i]) / step) * double(step));
+  }
+  for (int64_t n = 0; n < rows; ++n)
+    for (int64_t i = 0; i < f; ++i) {
+      double s = b[i];
+      for (int64_t j = 0; j < d; ++j)
+        s += (rounded ? ex[size_t(n * d + j)] : x[n * d + j]) * ew[size_t(i * d + j)];
+      ey.push_back(s);
+    }
+  expect("dequantize", w, ew), expect("round_activations", xr, ex);
+  expect(rounded ? "quantized_product rounded" : "quantized_product", y, ey);
+}
+
+template <class T>
+void linear(int64_t rows, int64_t d, int64_t f) {
+  Buffer<float> x(rows * d);
+  Buffer<T> w(f * d), b(f), y(rows * f);
+  kernels<T>().linear_few({x.p(), w.p(), b.p(), y.p(), rows, d, f}, 0, f);
+  Doubles want;
+  for (int64_t n = 0; n < rows; ++n)
+    for (int64_t i = 0; i < f; ++i) {
+      double s = b[i];
+      for (int64_t j = 0; j < d; ++j) s += x[n * d + j] * w[i * d + j];
+      want.push_back(s);
+    }
+  expect("linear_few", y, want, std::sqrt(double(d)) * 8);
+}
+
 double silu(double x) { return x / (1 + std::exp(-x)); }
 double erf_gelu(double x) { return x / 2 * (1 + std::erf(x / std::sqrt(2))); }
 double tanh_gelu(double x) {
@@ -323,6 +387,13 @@ void all() {
                   {48, 64, 1, 1, 64}})
     attention<T>(n);
   for (int64_t n : {1, 15, 16, 1037}) optimizer<T>(n);
+  for (int64_t n : {1, 3, 6}) linear<T>(n, 517, 7);
+  for (bool rounded : {false, true})
+    for (int bits : {4, 8}) {
+      for (int64_t d : {2, 34, 96, 328}) quantized<T>(bits, 0, rounded, 5, d, 7);
+      for (int64_t group : {32, 128}) quantized<T>(bits, group, rounded, 5, 384, 7);
+      quantized<T>(bits, 32, rounded, 1, 96, 4);
+    }
 }
 
 }  // namespace

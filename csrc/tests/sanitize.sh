@@ -12,8 +12,8 @@ isas="scalar"
 for isa in $isas; do
   case $isa in
     scalar) set -- ;;
-    avx2) set -- -mavx2 -mfma ;;
-    avx512) set -- -mavx2 -mfma -mavx512f -mavx512bw -mavx512vl -mavx512dq ;;
+    avx2) set -- -mavx2 -mfma -mf16c ;;
+    avx512) set -- -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq ;;
   esac
   for source in cpu/*.cpp; do
     name=$(basename "$source" .cpp)

@@ -122,7 +122,7 @@ def quantized_linear_samples() -> Iterator[Sample]:
             **({"bias": normal(f, std=0.2)} if bias else {}),
         }
         fixed = {"bits": bits, "activation_bits": activation_bits}
-        return Sample(id, {**args, **fixed}, real="4096" in id)
+        return Sample(id, {**args, **fixed}, real="768" in id)
 
     yield make("2x5x96-64-int4", (2, 5), 96, 64, 4)
     yield make("2x5x96-64-int8", (2, 5), 96, 64, 8, bias=False)
@@ -140,8 +140,7 @@ def quantized_linear_samples() -> Iterator[Sample]:
     yield make("3x384-17-int4-group32-a8", (3,), 384, 17, 4, group=32, activation_bits=8)
     yield make("9x384-17-int8-group128-a8", (9,), 384, 17, 8, group=128, activation_bits=8)
     yield make("3x96-17-int4-a8-zeros", (3,), 96, 17, 4, activation_bits=8, std=0.0)
-    yield make("4x4096-4608-int4", (4,), 4096, 4608, 4, bias=False)  # QKV of ChatGLM2 / GLM-4
-    yield make("1x4096-4608-int4-a8", (1,), 4096, 4608, 4, group=128, activation_bits=8)
+    yield make("4x768-2304-int4-group128", (4,), 768, 2304, 4, group=128)  # QKV of GLM base
 
 
 def quantized_linear_cost(

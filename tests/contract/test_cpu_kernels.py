@@ -20,6 +20,7 @@ from glm_core.backends.registry import probe, use
 from glm_core.conformance.case import Case, every_case
 from glm_core.conformance.check import judge
 from glm_core.conformance.oracle import compute
+from glm_core.ops.quant import quantize
 
 pytestmark = pytest.mark.skipif(not probe("cpu").ok, reason=probe("cpu").reason)
 
@@ -112,6 +113,9 @@ def operator_calls() -> dict[str, tuple[Any, ...]]:
         "embedding": (ids, draw(7, 33), 0.1),
         "attention": (draw(2, 5, 4, 8), draw(2, 5, 2, 8), draw(2, 5, 2, 8), start, end, 0.35),
         "linear_cross_entropy": (draw(3, 8), draw(5, 8), labels, torch.tensor([1.0, 0.0, 2.0])),
+        "linear_few": (draw(2, 33, grad=False), draw(5, 33, grad=False), None),
+        "quantized_linear": (draw(2, 5, 64), torch.ones(3, 32).char(), torch.ones(3).half(), None)
+        + (4, 16),
         "global_norm": (lists[0],),
         "adamw_": (lists[0], lists[1], *moments, torch.tensor(0.5), *hyper, []),
     }
@@ -153,6 +157,50 @@ def test_a_second_backward_over_one_graph_gives_the_same_gradients() -> None:
     second = torch.autograd.grad(loss * 3, (x, w))
     for a, b in zip(first, second, strict=True):
         torch.testing.assert_close(3 * a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["linear", "4-16", "4-8", "8-16", "8-8"])
+def test_a_row_does_not_depend_on_the_rows_beside_it(
+    kind: str, dtype: torch.dtype, any_isa: Callable[[str], None]
+) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(s, generator=g).to(dtype) for s in ((8, 416), (21, 416)))
+    for isa in ISAS:
+        any_isa(isa)
+        if kind == "linear":
+            run = lambda x: ops.linear(x, w)  # noqa: E731
+        else:
+            bits, activation_bits = map(int, kind.split("-"))
+            codes = quantize(w, bits, 32)
+            run = lambda x: ops.quantized_linear(x, *codes, None, bits, activation_bits)  # noqa: B023,E731
+        with use("cpu", strict=True), torch.no_grad():
+            together = run(x)
+            for rows in (1, 2, 3, 5):
+                assert torch.equal(run(x[:rows]), together[:rows])
+
+
+def test_many_rows_agree_with_few() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(64, 256, generator=g), torch.randn(1000, 256, generator=g)
+    for bits, group in ((4, 32), (8, 0)):
+        codes, scale = quantize(w, bits, group)
+        for activation_bits in (8, 16):
+            args = (codes, scale, None, bits, activation_bits)
+            with use("cpu", strict=True):
+                torch.testing.assert_close(
+                    ops.quantized_linear(x, *args)[:4], ops.quantized_linear(x[:4], *args),
+                    rtol=0, atol=1e-4,
+                )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("width", "rows", "words"), [(63, 3, "x has width 63"), (64, 2, "scale must have 3 rows")]
+)
+def test_quantised_shapes_that_do_not_fit_are_refused(width: int, rows: int, words: str) -> None:
+    weight, scale = torch.ones(3, 32).char(), torch.ones(rows).half()
+    with pytest.raises(ValueError, match=words):
+        torch.ops.glm_core.quantized_linear(torch.ones(1, width), weight, scale, None, 4, 16)
 
 
 def test_an_unknown_instruction_set_is_refused_by_name() -> None:

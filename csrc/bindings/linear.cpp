@@ -1,0 +1,215 @@
+// linear for few rows, and quantized_linear.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "tensor.h"
+
+namespace glm {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using ForwardSignature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                                int64_t, int64_t);
+using BackwardSignature = Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t);
+
+std::vector<int64_t> result_sizes(const Tensor& x, int64_t features) {
+  std::vector<int64_t> sizes = x.sizes().vec();
+  sizes.back() = features;
+  return sizes;
+}
+
+void check_sizes(const char* name, const Tensor& x, int64_t width, int64_t features,
+                 const OptionalTensor& bias) {
+  TORCH_CHECK_VALUE(x.size(-1) == width, name, ": x has width ", x.size(-1), ", the weight takes ",
+                    width);
+  TORCH_CHECK_VALUE(!bias || bias->numel() == features, name, ": bias must have ", features,
+                    " elements");
+}
+
+Tensor linear_few(const Tensor& x_, const Tensor& weight_, const OptionalTensor& bias_) {
+  const Tensor x = x_.to(at::kFloat).contiguous(), weight = weight_.contiguous();
+  const OptionalTensor bias = contiguous(bias_);
+  const int64_t rows = num_rows(x), width = weight.size(1), features = weight.size(0);
+  check_sizes("linear", x, width, features, bias);
+  Tensor y = at::empty(result_sizes(x, features), x_.options());
+  by_dtype(x_, [&](auto zero) {
+    using T = decltype(zero);
+    const LinearFew<T> a{data<float>(x), data<T>(weight), data<T>(bias), data<T>(y),
+                         rows,           width,           features};
+    parallel(features, width, [&](int64_t i, int64_t j) { kernels<T>().linear_few(a, i, j); });
+  });
+  return y;
+}
+
+// Up to how many rows the fused product is faster than dequantising first; measured.
+constexpr int64_t fused_rows = 24;
+
+// Weights that are dequantised at a time: enough features for an efficient product.
+int64_t features_at_a_time(int64_t width) {
+  constexpr int64_t budget = 4 << 20;
+  return std::max<int64_t>(256, budget / width);
+}
+
+struct Quantized {
+  Tensor weight, scale;
+  Codes codes;
+  Quantized(const Tensor& weight_, const Tensor& scale_, int64_t bits)
+      : weight(weight_.contiguous()), scale(scale_.contiguous()) {
+    const int64_t features = weight.size(0);
+    TORCH_CHECK_VALUE(bits == 4 || bits == 8, "quantized_linear: bits must be 8 or 4");
+    TORCH_CHECK_VALUE(scale.size(0) == features, "quantized_linear: scale must have ", features,
+                      " rows, received ", scale.size(0));
+    codes = {data<int8_t>(weight), data<uint16_t>(scale), weight.size(1) * 8 / bits,
+             features ? scale.numel() / features : 1, int(bits)};
+  }
+
+  // Features [begin, end) as a matrix of `like`'s dtype.
+  Tensor dequantized(const Tensor& like, int64_t begin, int64_t end) const {
+    Tensor w = at::empty({end - begin, codes.width}, like.options());
+    Codes part = codes;
+    part.weight += begin * weight.size(1);
+    part.scale += begin * codes.groups;
+    by_dtype(like, [&](auto zero) {
+      using T = decltype(zero);
+      const Dequantize<T> a{part, data<T>(w)};
+      parallel(end - begin, codes.width,
+               [&](int64_t i, int64_t j) { kernels<T>().dequantize(a, i, j); });
+    });
+    return w;
+  }
+};
+
+// x is contiguous.
+Tensor fused(const Tensor& x, const Quantized& q, const OptionalTensor& bias, bool rounded) {
+  const int64_t rows = num_rows(x), width = q.codes.width, features = q.weight.size(0);
+  const int64_t padded = (width + input_padding - 1) / input_padding * input_padding;
+  const int64_t lanes = padded / (q.codes.bits == 4 ? 8 : 4);
+  const auto ints = x.options().dtype(at::kInt), floats = x.options().dtype(at::kFloat);
+  const Tensor values = at::empty({rounded ? 0 : rows, padded}, floats);
+  const Tensor codes = at::empty({rounded ? rows : 0, padded}, x.options().dtype(at::kChar));
+  const Tensor steps = at::empty({rounded ? rows : 0, lanes}, floats);
+  const Tensor excess = at::empty({rounded ? rows : 0, lanes}, ints);
+  Tensor y = at::empty(result_sizes(x, features), x.options());
+  by_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    int8_t* of_codes = rounded ? data<int8_t>(codes) : nullptr;
+    const QuantizedInput<T> in{
+        data<T>(x), data<float>(values), of_codes, data<float>(steps), data<int32_t>(excess), width,
+        padded,     q.codes.bits};
+    parallel(rows, padded, [&](int64_t i, int64_t j) { kernels<T>().quantized_input(in, i, j); });
+    const QuantizedProduct<T> a{q.codes,
+                                data<T>(bias),
+                                data<float>(values),
+                                of_codes,
+                                data<float>(steps),
+                                data<int32_t>(excess),
+                                data<T>(y),
+                                rows,
+                                features,
+                                padded};
+    parallel(features, width,
+             [&](int64_t i, int64_t j) { kernels<T>().quantized_product(a, i, j); });
+  });
+  return y;
+}
+
+Tensor rounded_activations(const Tensor& x) {
+  Tensor y = at::empty(x.sizes(), x.options());
+  by_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    const RoundActivations<T> a{data<T>(x), data<T>(y), x.size(-1)};
+    parallel(num_rows(x), x.size(-1),
+             [&](int64_t i, int64_t j) { kernels<T>().round_activations(a, i, j); });
+  });
+  return y;
+}
+
+// Many rows: weights dequantised part by part, products by torch.
+Tensor dequantised_first(const Tensor& x_, const Quantized& q, const OptionalTensor& bias,
+                         bool rounded) {
+  const Tensor x = rounded ? rounded_activations(x_) : x_;
+  const int64_t features = q.weight.size(0), chunk = features_at_a_time(q.codes.width);
+  if (chunk >= features) return at::linear(x, q.dequantized(x, 0, features), bias);
+  Tensor y = at::empty(result_sizes(x, features), x.options());
+  for (int64_t begin = 0; begin < features; begin += chunk) {
+    const int64_t end = std::min(features, begin + chunk);
+    const OptionalTensor part = bias ? OptionalTensor(bias->slice(0, begin, end)) : bias;
+    y.slice(-1, begin, end).copy_(at::linear(x, q.dequantized(x, begin, end), part));
+  }
+  return y;
+}
+
+Tensor quantized_linear_forward(const Tensor& x_, const Tensor& weight, const Tensor& scale,
+                                const OptionalTensor& bias_, int64_t bits,
+                                int64_t activation_bits) {
+  const Tensor x = x_.contiguous();
+  const OptionalTensor bias = contiguous(bias_);
+  const Quantized q(weight, scale, bits);
+  const bool rounded = activation_bits == 8;
+  check_sizes("quantized_linear", x, q.codes.width, weight.size(0), bias);
+  if (num_rows(x) <= fused_rows) return fused(x, q, bias, rounded);
+  return dequantised_first(x, q, bias, rounded);
+}
+
+Tensor quantized_linear_backward(const Tensor& dy, const Tensor& weight, const Tensor& scale,
+                                 int64_t bits) {
+  const Quantized q(weight, scale, bits);
+  const Tensor w = q.dequantized(dy, 0, q.weight.size(0));
+  return at::mm(dy.reshape({-1, dy.size(-1)}), w).view(result_sizes(dy, q.codes.width));
+}
+
+Tensor call_forward(const Tensor& x, const Tensor& weight, const Tensor& scale,
+                    const OptionalTensor& bias, int64_t bits, int64_t activation_bits) {
+  static const auto forward = op<ForwardSignature>("glm_core::quantized_linear_forward");
+  return forward.call(x, weight, scale, bias, bits, activation_bits);
+}
+
+struct QuantizedGrad : torch::autograd::Function<QuantizedGrad> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
+                        const Tensor& scale, const OptionalTensor& bias, int64_t bits,
+                        int64_t activation_bits) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward({weight, scale});
+    ctx->saved_data["bits"] = bits;
+    return call_forward(x, weight, scale, bias, bits, activation_bits);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static const auto backward = op<BackwardSignature>("glm_core::quantized_linear_backward");
+    const variable_list s = ctx->get_saved_variables();
+    const Tensor dx = backward.call(grads[0], s[0], s[1], ctx->saved_data["bits"].toInt());
+    return {dx, Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
+  }
+};
+
+Tensor quantized_linear(const Tensor& x, const Tensor& weight, const Tensor& scale,
+                        const OptionalTensor& bias, int64_t bits, int64_t activation_bits) {
+  if (wants_gradient(x)) return QuantizedGrad::apply(x, weight, scale, bias, bits, activation_bits);
+  return call_forward(x, weight, scale, bias, bits, activation_bits);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(glm_core, m) {
+  m.def("linear_few(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def(
+      "quantized_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int bits, "
+      "int activation_bits) -> Tensor",
+      quantized_linear);
+  m.def(
+      "quantized_linear_forward(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int bits, "
+      "int activation_bits) -> Tensor");
+  m.def("quantized_linear_backward(Tensor dy, Tensor weight, Tensor scale, int bits) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(glm_core, CPU, m) {
+  m.impl("linear_few", linear_few);
+  m.impl("quantized_linear_forward", quantized_linear_forward);
+  m.impl("quantized_linear_backward", quantized_linear_backward);
+}
+
+}  // namespace glm

@@ -1,0 +1,296 @@
+// Products with quantised weights, read as they lie in a checkpoint. Shapes: N rows, D in,
+// F features out.
+//
+// A vector of weights has W words: 4 W codes of 8 bits, or 8 W of 4 bits. Inputs are laid out once
+// per call so that each lane meets its own: the weights, of which there are more, never move.
+#include "codes.h"
+#include "kernels.h"
+
+namespace glm::GLM_ISA {
+
+namespace {
+
+enum Groups { ROW, SMALL, LARGE };  // a scale a row, for 32 inputs, for a multiple of 128
+
+#if defined(__AVX512F__)
+constexpr int FEATURES = 4;
+#else
+constexpr int FEATURES = 2;
+#endif
+constexpr int ROWS = 4;
+
+constexpr int64_t per_vector(int bits) { return bits == 4 ? 8 * W : 4 * W; }
+
+// The scale of the vector of weights at input i of the feature whose scales are s.
+template <int BITS, Groups G>
+GLM_INLINE vf scale_at(const Codes& c, const uint16_t* s, int64_t i) {
+  if (G == LARGE) return all(from_half(s[i / (c.width / c.groups)]));
+  return spread<BITS == 4 ? 4 : 8>(s + i / rounded_block, c.groups - i / rounded_block);
+}
+
+// int8 codes of both sides.
+template <int BITS, Groups G, bool VNNI, class T>
+struct Rounded {
+  const QuantizedProduct<T>& a;
+  static constexpr int64_t step_lanes = BITS == 4 ? 8 : 4;
+
+  template <int R, int M>
+  GLM_INLINED void add(vf (&total)[R][M], int64_t i, const int8_t* const* w,
+                       const uint16_t* const* scale, int64_t n) const {
+    vi high[R], low[R];
+    vf size[R];
+    for (int r = 0; r < R; ++r) {
+      const vi words = load_words(w[r]);
+      if (BITS == 4) {  // unsigned: the sign bits turned, 8 too much
+        const vu u = bits_as<vu>(words) ^ 0x88888888;
+        high[r] = bits_as<vi>((u >> 4) & 0x0f0f0f0f), low[r] = bits_as<vi>(u & 0x0f0f0f0f);
+      } else {
+        high[r] = VNNI ? words ^ int32_t(0x80808080) : words;
+      }
+      if (G != ROW) size[r] = scale_at<BITS, G>(a.w, scale[r], i);
+    }
+    for (int m = 0; m < M; ++m) {
+      const int64_t lanes = ((n + m) * a.padded + i) / step_lanes;
+      const int8_t* codes = a.codes + (n + m) * a.padded + i;
+      const vi x = load_words(codes), second = BITS == 4 ? load_words(codes + 4 * W) : x;
+      const vi start = BITS == 4 || VNNI ? load_words(a.excess + lanes) : vi{};
+      const vf step = load(a.steps + lanes);
+      for (int r = 0; r < R; ++r) {
+        vi s;
+        if (BITS == 4)
+          s = add_unsigned<VNNI>(add_unsigned<VNNI>(start, high[r], x), low[r], second);
+        else
+          s = VNNI ? add_unsigned<VNNI>(start, high[r], x) : add_signed(start, high[r], x);
+        total[r][m] = fma(to_float(s), G == ROW ? step : step * size[r], total[r][m]);
+      }
+    }
+  }
+};
+
+// Codes of the weights, inputs as they are.
+template <int BITS, Groups G, class T>
+struct Whole {
+  const QuantizedProduct<T>& a;
+
+  template <int K, int R, int M>
+  GLM_INLINED void nibbles(vf (&part)[R][M], const vi (&words)[R], const float* x) const {
+    vf w[R];
+    for (int r = 0; r < R; ++r) w[r] = nibble<K>(words[r]);
+    for (int m = 0; m < M; ++m) {
+      const vf v = load(x + m * a.padded + K * W);
+      for (int r = 0; r < R; ++r) part[r][m] = fma(w[r], v, part[r][m]);
+    }
+    if constexpr (K < 7) nibbles<K + 1>(part, words, x);
+  }
+
+  template <int R, int M>
+  GLM_INLINED void add(vf (&total)[R][M], int64_t i, const int8_t* const* w,
+                       const uint16_t* const* scale, int64_t n) const {
+    const float* x = a.values + n * a.padded + i;
+    vf part[R][M] = {};
+    if constexpr (BITS == 4) {
+      vi words[R];
+      for (int r = 0; r < R; ++r) words[r] = load_words(w[r]);
+      nibbles<0>(part, words, x);
+      for (int r = 0; r < R; ++r) {
+        const vf size = G == ROW ? vf{} : scale_at<BITS, G>(a.w, scale[r], i);
+        for (int m = 0; m < M; ++m)
+          total[r][m] = G == ROW ? total[r][m] + part[r][m] : fma(part[r][m], size, total[r][m]);
+      }
+      return;
+    }
+    for (int k = 0; k < 4; ++k)
+      for (int r = 0; r < R; ++r) {
+        vf v = bytes(w[r] + k * W);
+        if (G != ROW) {  // exact: 8 bits times 11
+          const int64_t group = (i + k * W) / (a.w.width / a.w.groups);
+          v = v * from_half(scale[r][group < a.w.groups ? group : a.w.groups - 1]);
+        }
+        for (int m = 0; m < M; ++m) part[r][m] = fma(v, load(x + m * a.padded + k * W), part[r][m]);
+      }
+    for (int r = 0; r < R; ++r)
+      for (int m = 0; m < M; ++m) total[r][m] += part[r][m];
+  }
+};
+
+// Features f ... f + R, rows n ... n + M. The order in which a result is summed depends on neither.
+template <int BITS, Groups G, int R, int M, class Kind, class T>
+void tile(const Kind& kind, const QuantizedProduct<T>& a, int64_t f, int64_t n) {
+  constexpr int64_t step = per_vector(BITS);
+  const int64_t row_bytes = a.w.width * BITS / 8, whole = a.w.width / step * step;
+  const int8_t* w[R];
+  const uint16_t* scale[R];
+  for (int r = 0; r < R; ++r) {
+    w[r] = a.w.weight + (f + r) * row_bytes;
+    scale[r] = a.w.scale + (f + r) * a.w.groups;
+  }
+  vf total[R][M] = {};
+  for (int64_t i = 0; i < whole; i += step) {
+    kind.add(total, i, w, scale, n);
+    for (int r = 0; r < R; ++r) w[r] += 4 * W;
+  }
+  if (whole < a.w.width) {
+    int8_t rest[R][4 * W] = {};
+    for (int r = 0; r < R; ++r) {
+      memcpy(rest[r], w[r], size_t(row_bytes - whole * BITS / 8));
+      w[r] = rest[r];
+    }
+    kind.add(total, whole, w, scale, n);
+  }
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < M; ++m) {
+      const float s = sum(total[r][m]) * (G == ROW ? from_half(*scale[r]) : 1.0f);
+      put(a.y + (n + m) * a.features + f + r, a.bias ? s + get(a.bias + f + r) : s);
+    }
+}
+
+template <int BITS, Groups G, int R, class Kind, class T>
+void rows(const Kind& kind, const QuantizedProduct<T>& a, int64_t f) {
+  int64_t n = 0;
+  for (; n + ROWS <= a.rows; n += ROWS) tile<BITS, G, R, ROWS>(kind, a, f, n);
+  for (; n < a.rows; ++n) tile<BITS, G, R, 1>(kind, a, f, n);
+}
+
+template <int BITS, Groups G, class Kind, class T>
+void features(const Kind& kind, const QuantizedProduct<T>& a, int64_t begin, int64_t end) {
+  int64_t f = begin;
+  for (; f + FEATURES <= end; f += FEATURES) rows<BITS, G, FEATURES>(kind, a, f);
+  for (; f < end; ++f) rows<BITS, G, 1>(kind, a, f);
+}
+
+template <int BITS, Groups G, class T>
+void by_kind(const QuantizedProduct<T>& a, int64_t begin, int64_t end) {
+  if (!a.codes) return features<BITS, G>(Whole<BITS, G, T>{a}, a, begin, end);
+  if (has_byte_products()) return features<BITS, G>(Rounded<BITS, G, true, T>{a}, a, begin, end);
+  features<BITS, G>(Rounded<BITS, G, false, T>{a}, a, begin, end);
+}
+
+template <int BITS, class T>
+void by_groups(const QuantizedProduct<T>& a, int64_t begin, int64_t end) {
+  if (a.w.groups == 1) return by_kind<BITS, ROW>(a, begin, end);
+  if (a.w.width / a.w.groups == rounded_block) return by_kind<BITS, SMALL>(a, begin, end);
+  by_kind<BITS, LARGE>(a, begin, end);
+}
+
+// Where among the inputs of its vector the i-th lies.
+int64_t place_of_code(int64_t i, int bits) {
+  if (bits == 8) return i;
+  const int64_t in = i % (8 * W);
+  return i - in + in / 2 + (in % 2 ? 4 * W : 0);  // even elements are the high nibbles
+}
+
+int64_t place_of_value(int64_t i, int bits) {
+  if (bits == 8) return i;
+  const int64_t in = i % (8 * W), nibble = in % 8 ^ 1;
+  return i - in + nibble * W + in / 8;
+}
+
+// One block of n <= 32 inputs as integers in -127 ... 127; returns the step, NaN or infinite where
+// an input is (then all are 0).
+template <class T>
+float round_block(const T* x, int64_t n, float (&out)[rounded_block]) {
+  float top = 0;
+  for (int64_t i = 0; i < rounded_block; ++i) {
+    out[i] = i < n ? get(x + i) : 0.0f;
+    const float size = __builtin_fabsf(out[i]);
+    top = size > top || size != size ? size : top;
+    if (top != top) break;
+  }
+  const float step = top / 127.0f;
+  const bool usable = step > 0 && step <= 3.4e38f;
+  for (float& v : out) {
+    v = usable ? v / step : 0.0f;
+    v = v > 127.0f ? 127.0f : v < -127.0f ? -127.0f : v;
+    v = (v + 0x1.8p+23f) - 0x1.8p+23f;  // to nearest, half to even
+  }
+  return step;
+}
+
+template <class T>
+void input_codes(const QuantizedInput<T>& a, int64_t row) {
+  const int64_t share = a.bits == 4 ? 8 : 4, at = row * a.padded;
+  const int unsigned_by = a.bits == 4 ? 8 : 128;
+  for (int64_t i = 0; i < a.padded; i += rounded_block) {
+    float v[rounded_block] = {};
+    const int64_t left = a.width - i;
+    const float step = left > 0 ? round_block(a.x + row * a.width + i,
+                                              left < rounded_block ? left : rounded_block, v)
+                                : 0.0f;
+    for (int64_t k = 0; k < rounded_block; k += share) {
+      int32_t total = 0;
+      for (int64_t j = k; j < k + share; ++j) {
+        total += int32_t(v[j]);
+        a.codes[at + place_of_code(i + j, a.bits)] = int8_t(v[j]);
+      }
+      a.steps[(at + i + k) / share] = step;
+      a.excess[(at + i + k) / share] = -unsigned_by * total;
+    }
+  }
+}
+
+}  // namespace
+
+template <class T>
+void quantized_input(const QuantizedInput<T>& a, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    if (a.codes) {
+      input_codes(a, row);
+      continue;
+    }
+    for (int64_t i = 0; i < a.padded; ++i)
+      a.values[row * a.padded + place_of_value(i, a.bits)] =
+          i < a.width ? get(a.x + row * a.width + i) : 0.0f;
+  }
+}
+
+template <class T>
+void quantized_product(const QuantizedProduct<T>& a, int64_t begin, int64_t end) {
+  a.w.bits == 4 ? by_groups<4>(a, begin, end) : by_groups<8>(a, begin, end);
+}
+
+template <class T>
+void dequantize(const Dequantize<T>& a, int64_t begin, int64_t end) {
+  const Codes& c = a.codes;
+  const int64_t group = c.width / c.groups;
+  constexpr int64_t most = 256;
+  float values[most];
+  for (int64_t f = begin; f < end; ++f)
+    for (int64_t i = 0; i < c.width; i += most) {
+      const int64_t stop = i + most < c.width ? i + most : c.width;
+      const int8_t* p = c.weight + (f * c.width + i) * c.bits / 8;
+      if (c.bits == 4) {
+        for (int64_t j = 0; j < (stop - i) / 2; ++j) {
+          values[2 * j] = float(p[j] >> 4);
+          values[2 * j + 1] = float(int8_t(uint8_t(p[j]) << 4) >> 4);
+        }
+      } else {
+        for (int64_t j = 0; j < stop - i; ++j) values[j] = float(p[j]);
+      }
+      for (int64_t at = i; at < stop;) {
+        const int64_t g = at / group, next = (g + 1) * group < stop ? (g + 1) * group : stop;
+        const float s = from_half(c.scale[f * c.groups + g]);
+        sweep(next - at, [&](int64_t j, int64_t n) GLM_INLINED {
+          give(a.w + f * c.width + at + j, take(values + at - i + j, n) * s, n);
+        });
+        at = next;
+      }
+    }
+}
+
+template <class T>
+void round_activations(const RoundActivations<T>& a, int64_t begin, int64_t end) {
+  float v[rounded_block];
+  for (int64_t row = begin; row < end; ++row)
+    for (int64_t i = 0; i < a.width; i += rounded_block) {
+      const int64_t n = a.width - i < rounded_block ? a.width - i : rounded_block;
+      const float step = round_block(a.x + row * a.width + i, n, v);
+      for (int64_t j = 0; j < n; ++j) put(a.y + row * a.width + i + j, v[j] * step);
+    }
+}
+
+GLM_INSTANTIATE(quantized_input, QuantizedInput)
+GLM_INSTANTIATE(quantized_product, QuantizedProduct)
+GLM_INSTANTIATE(dequantize, Dequantize)
+GLM_INSTANTIATE(round_activations, RoundActivations)
+
+}  // namespace glm::GLM_ISA

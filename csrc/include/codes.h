@@ -1,0 +1,119 @@
+// Arithmetic on quantised weights: codes to floats, and sums of products of codes. A word is 4
+// bytes; a vector of words holds the codes of W lanes.
+#pragma once
+
+#include "vec.h"
+
+namespace glm::GLM_ISA {
+
+GLM_INLINE vi load_words(const void* p) {
+  vi x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+
+GLM_INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
+
+GLM_INLINE float from_half(uint16_t h) {
+#if defined(__F16C__)
+  return _cvtsh_ss(h);
+#else
+  const uint32_t sign = uint32_t(h & 0x8000) << 16, rest = uint32_t(h & 0x7fff) << 13;
+  if ((h & 0x7c00) == 0x7c00) return bits_as<float>(sign | 0x7f800000 | rest);
+  return bits_as<float>(sign | bits_as<uint32_t>(bits_as<float>(rest) * 0x1p+112f));
+#endif
+}
+
+// Nibble k of every word, as floats; nibbles are signed.
+template <int K>
+GLM_INLINE vf nibble(vi w) {
+#if defined(__AVX512F__)
+  const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+  // the permutation reads the low four bits alone
+  const vu shifted = bits_as<vu>(w) >> (4 * K);
+  return bits_as<vf>(_mm512_maskz_permutexvar_ps(0xffff, bits_as<__m512i>(shifted), values));
+#else
+  return to_float(bits_as<vi>(bits_as<vu>(w) << (28 - 4 * K)) >> 28);
+#endif
+}
+
+// W int8 at p, as floats.
+GLM_INLINE vf bytes(const int8_t* p) {
+#if defined(__AVX512F__)
+  const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return to_float(bits_as<vi>(_mm512_maskz_cvtepi8_epi32(0xffff, b)));
+#elif defined(__AVX2__)
+  const __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return to_float(bits_as<vi>(_mm256_cvtepi8_epi32(b)));
+#else
+  return vf{float(p[0]), float(p[1]), float(p[2]), float(p[3])};
+#endif
+}
+
+#if defined(__AVX512F__)
+GLM_INLINE bool has_byte_products() { return __builtin_cpu_supports("avx512vnni"); }
+#else
+GLM_INLINE bool has_byte_products() { return false; }
+#endif
+
+// sum += the products of each lane's four bytes; u unsigned below 16, or with VNNI below 256.
+template <bool VNNI>
+GLM_INLINE vi add_unsigned(vi sum, vi u, vi s) {
+#if defined(__AVX512F__)
+  if constexpr (VNNI) {
+    // as text, since this file must compile for CPUs that lack the instruction
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(s));
+    return sum;
+  }
+  const __m512i pairs = _mm512_maddubs_epi16(bits_as<__m512i>(u), bits_as<__m512i>(s));
+  return sum + bits_as<vi>(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+#elif defined(__AVX2__)
+  const __m256i pairs = _mm256_maddubs_epi16(bits_as<__m256i>(u), bits_as<__m256i>(s));
+  return sum + bits_as<vi>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#else
+  uint8_t a[4 * W];
+  int8_t b[4 * W];
+  memcpy(a, &u, sizeof a), memcpy(b, &s, sizeof b);
+  for (int i = 0; i < 4 * W; ++i) sum[i / 4] += int(a[i]) * b[i];
+  return sum;
+#endif
+}
+
+// The same of two signed operands.
+GLM_INLINE vi add_signed(vi sum, vi a, vi b) {
+#if defined(__AVX512F__)
+  const __m512i x = bits_as<__m512i>(a), y = bits_as<__m512i>(b);
+  const __m512i even = _mm512_madd_epi16(_mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8),
+                                         _mm512_srai_epi16(_mm512_slli_epi16(y, 8), 8));
+  const __m512i odd = _mm512_madd_epi16(_mm512_srai_epi16(x, 8), _mm512_srai_epi16(y, 8));
+  return sum + bits_as<vi>(even) + bits_as<vi>(odd);
+#elif defined(__AVX2__)
+  const __m256i x = bits_as<__m256i>(a), y = bits_as<__m256i>(b);
+  const __m256i even = _mm256_madd_epi16(_mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8),
+                                         _mm256_srai_epi16(_mm256_slli_epi16(y, 8), 8));
+  const __m256i odd = _mm256_madd_epi16(_mm256_srai_epi16(x, 8), _mm256_srai_epi16(y, 8));
+  return sum + bits_as<vi>(even) + bits_as<vi>(odd);
+#else
+  int8_t x[4 * W], y[4 * W];
+  memcpy(x, &a, sizeof x), memcpy(y, &b, sizeof y);
+  for (int i = 0; i < 4 * W; ++i) sum[i / 4] += int(x[i]) * y[i];
+  return sum;
+#endif
+}
+
+// Scales spread over the lanes, LANES lanes each; of `left` scales from p on the last repeats.
+template <int LANES>
+GLM_INLINE vf spread(const uint16_t* p, int64_t left) {
+#if defined(__AVX512F__)
+  if (LANES == 4 && left >= 4) {
+    const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    const __m128 four = _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    return bits_as<vf>(_mm512_maskz_permutexvar_ps(0xffff, lanes, _mm512_zextps128_ps512(four)));
+  }
+#endif
+  float lane[W];
+  for (int i = 0; i < W; ++i) lane[i] = from_half(p[i / LANES < left ? i / LANES : left - 1]);
+  return load(lane);
+}
+
+}  // namespace glm::GLM_ISA

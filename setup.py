@@ -27,8 +27,8 @@ except errors.ConfigError as error:
 GPU_KERNELS = ["activation", "embedding", "loss", "norm", "optim", "quant", "rope"]
 GPU_BINDINGS = ["library", "ops", "quant", "training"]
 KERNELS = [
-    "activation", "attention", "attention_decode", "embedding", "linear", "loss", "norm", "optim", "quant",
-    "rope", "table",
+    "activation", "attention", "attention_decode", "embedding", "linear", "loss", "norm", "optim",
+    "quant", "rope", "table",
 ]  # fmt: skip
 BINDINGS = ["attention", "library", "linear", "norm", "pointwise", "training"]
 X86 = platform.machine() in ("x86_64", "AMD64")

@@ -19,6 +19,7 @@ COMMANDS = {
     "serve": "a trained model behind OpenAI's API and a web page",
     "align": "loss curves across backends: run, record, compare, sensitivity",
     "checkpoint": "what other projects' checkpoints hold; rewrite them, merge or cut shards",
+    "quantize": "a trained model with int8 or int4 weights: size, error, perplexity",
     "conformance": "every op of a backend against the float64 reference, case by case",
     "backend": "start a new backend's package",
     "plan": "what a model would take on a cluster: plans, memory, step time, days",

@@ -100,6 +100,7 @@ def operator_calls() -> dict[str, tuple[Any, ...]]:
     start, end = torch.zeros(2, 5, dtype=torch.int32), torch.arange(1, 6).int().expand(2, 5)
     lists = [[draw(3, 5, grad=False), draw(7, grad=False)] for _ in range(4)]
     moments = [lists[2], [t.square() for t in lists[3]]]
+    codes = torch.ones(3, 32, dtype=torch.int8)
     hyper = (3, 1e-3, 0.9, 0.95, 1e-8, 0.1)
     return {
         "rms_norm": (draw(2, 5, 33), draw(33), 1e-5),
@@ -114,8 +115,7 @@ def operator_calls() -> dict[str, tuple[Any, ...]]:
         "attention": (draw(2, 5, 4, 8), draw(2, 5, 2, 8), draw(2, 5, 2, 8), start, end, 0.35),
         "linear_cross_entropy": (draw(3, 8), draw(5, 8), labels, torch.tensor([1.0, 0.0, 2.0])),
         "linear_few": (draw(2, 33, grad=False), draw(5, 33, grad=False), None),
-        "quantized_linear": (draw(2, 5, 64), torch.ones(3, 32).char(), torch.ones(3).half(), None)
-        + (4, 16),
+        "quantized_linear": (draw(2, 5, 64), codes, torch.ones(3).half(), None, 4, 16),
         "global_norm": (lists[0],),
         "adamw_": (lists[0], lists[1], *moments, torch.tensor(0.5), *hyper, []),
     }

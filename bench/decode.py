@@ -1,0 +1,195 @@
+"""One token after another against other engines, interleaved: `python -m glm_core.bench.decode`.
+
+The same GLM-4-style shapes and random weights everywhere, one sequence, a short context. Engines
+that are not installed are left out and named. `ceiling_gb_s` is what torch reads when it sums a
+large buffer in the same rounds; a row's `gb_s` counts the weights of all products, head included,
+once a token."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from glm_core.backends.registry import use
+from glm_core.bench import matmul_nbits
+from glm_core.bench.harness import Timing, interleave, machine, ratio
+from glm_core.config import ModelConfig
+from glm_core.model import GLM, preset
+from glm_core.model.prompt import causal
+from glm_core.model.quantize import Quantization, convert
+from glm_core.model.runner import Next, Runner
+
+PROMPT = 64
+READ_BYTES = 512 << 20
+OURS = {
+    "float32": ("float32", None),
+    "bfloat16": ("bfloat16", None),
+    "int8": ("bfloat16", Quantization(bits=8, activation_bits=8)),
+    "int4": ("bfloat16", Quantization(bits=4, group=128, activation_bits=8)),
+    "int4 float activations": ("bfloat16", Quantization(bits=4, group=128)),
+}
+
+
+class Engine(NamedTuple):
+    """A contestant: one call decodes one token (or, in prefill, reads the prompt)."""
+
+    name: str
+    dtype: str
+    step: Callable[[], Any]
+    num_bytes: int
+    """weights read by one step"""
+
+
+def shapes() -> ModelConfig:
+    """0.31B parameters: large enough not to fit any cache, small enough to hold seven times."""
+    return preset(
+        "glm-4-9b", num_layers=12, hidden=1536, num_heads=12, num_kv_heads=2, ffn=4096, vocab=8192,
+        max_length=2048,
+    )  # fmt: skip
+
+
+def read_weights(model: GLM) -> int:
+    """Bytes of all products' weights."""
+    inside = sum(t.nbytes for t in (*model.blocks.parameters(), *model.blocks.buffers()))
+    return inside + model.head_weight.nbytes
+
+
+def ours(config: ModelConfig, dtype: str, prompt: int, prefill: bool) -> Engine:
+    """Our model through its cache and the `cpu` backend."""
+    working, how = OURS[dtype]
+    model = _random(GLM(config)).to(getattr(torch, working)).requires_grad_(False)
+    for _ in convert(model, how) if how else ():
+        pass
+    text = causal([i % config.vocab for i in range(prompt)])
+    runner, place = Runner(model, 1), itertools.count(prompt)
+
+    def fill() -> None:
+        with use("cpu", strict=True):
+            runner.prefill(0, [text])
+
+    def decode() -> None:
+        with use("cpu", strict=True):
+            runner.decode([Next(7, text, next(place))])
+
+    fill()
+    return Engine("ours", dtype, fill if prefill else decode, read_weights(model))
+
+
+def _random(model: GLM) -> GLM:
+    """Values of the right size; which ones does not matter to the time."""
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.02) if p.ndim > 1 else torch.nn.init.ones_(p)
+    return model
+
+
+def transformers_glm(
+    config: ModelConfig, dtype: str, prompt: int, prefill: bool, quantised: bool = False
+) -> Engine:
+    """transformers' GlmForCausalLM with its own cache; `quantised`: torchao's int8 weights."""
+    from transformers import DynamicCache, GlmConfig, GlmForCausalLM
+
+    settings = GlmConfig(
+        vocab_size=config.vocab, hidden_size=config.hidden, intermediate_size=config.ffn,
+        num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads, head_dim=config.head_dim, attention_bias=True,
+        max_position_embeddings=config.max_length, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = GlmForCausalLM(settings).to(getattr(torch, dtype)).eval().requires_grad_(False)
+    size = sum(m.weight.nbytes for m in model.modules() if isinstance(m, torch.nn.Linear))
+    if quantised:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        quantize_(model, Int8WeightOnlyConfig())
+        size //= 2
+    text = torch.arange(prompt)[None] % config.vocab
+    token, cache = torch.tensor([[7]]), DynamicCache()
+
+    def fill() -> None:
+        with torch.no_grad():
+            model(input_ids=text, use_cache=True, logits_to_keep=1)
+
+    def decode() -> None:
+        with torch.no_grad():
+            model(input_ids=token, past_key_values=cache, use_cache=True)
+
+    with torch.no_grad():
+        model(input_ids=text, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    name = "torchao on transformers" if quantised else "transformers"
+    return Engine(name, "int8" if quantised else dtype, fill if prefill else decode, size)
+
+
+def engines(config: ModelConfig, prompt: int, prefill: bool, dtypes: list[str]) -> Iterator[Engine]:
+    """Everything that runs here."""
+    for dtype in dtypes:
+        yield ours(config, dtype, prompt, prefill)
+    if importlib.util.find_spec("transformers"):
+        for dtype in ("float32", "bfloat16"):
+            yield transformers_glm(config, dtype, prompt, prefill)
+        if importlib.util.find_spec("torchao"):
+            yield transformers_glm(config, "bfloat16", prompt, prefill, quantised=True)
+    if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnx"):
+        step, size = matmul_nbits.chain(config, prompt if prefill else 1)
+        yield Engine("onnxruntime MatMulNBits, products alone", "int4", step, size)
+
+
+def measure(rounds: int, prefill: int, dtypes: list[str]) -> dict[str, Any]:
+    """Rows with their ratios to ours in int4 (above 1: ours is faster), the read ceiling, the
+    machine."""
+    config, prompt = shapes(), prefill or PROMPT
+    buffer = torch.zeros(READ_BYTES // 4)
+    found = list(engines(config, prompt, bool(prefill), dtypes))
+    contestants = {f"{e.name}, {e.dtype}": e.step for e in found}
+    timing = interleave({**contestants, "read": buffer.sum}, rounds)
+    ceiling = READ_BYTES / timing["read"].median_s / 1e9
+    base = timing.get("ours, int4")
+    rows = [_row(e, timing[f"{e.name}, {e.dtype}"], base, prefill or 1, ceiling) for e in found]
+    missing = [p for p in ("transformers", "torchao", "onnxruntime", "llama_cpp", "chatglm_cpp")
+               if not importlib.util.find_spec(p)]  # fmt: skip
+    return {
+        "rows": rows, "ceiling_gb_s": ceiling, "prompt": prompt, "prefill": bool(prefill),
+        "not_installed": missing, "machine": machine(),
+    }  # fmt: skip
+
+
+def _row(e: Engine, t: Timing, base: Timing | None, tokens: int, ceiling: float) -> dict[str, Any]:
+    gb_s = e.num_bytes / t.median_s / 1e9
+    row = {
+        "engine": e.name, "dtype": e.dtype, "tokens_s": tokens / t.median_s, "gb_s": gb_s,
+        "bandwidth_share": gb_s / ceiling, "spread": t.spread,
+    }  # fmt: skip
+    return row | ({"ours_int4_is_faster": ratio(t, base)["ratio"]} if base else {})
+
+
+def main() -> int:
+    """Prints a row per engine."""
+    parser = argparse.ArgumentParser(prog="python -m glm_core.bench.decode", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--prefill", type=int, default=0, metavar="N", help="read N tokens instead")
+    parser.add_argument("--dtype", nargs="+", default=list(OURS), choices=OURS)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    result = measure(args.rounds, args.prefill, args.dtype)
+    if args.json:
+        print(json.dumps(result))
+        return 0
+    for r in result["rows"]:
+        against = f"{r['ours_int4_is_faster']:6.2f}x" if "ours_int4_is_faster" in r else ""
+        print(
+            f"{r['engine']:40} {r['dtype']:24} {r['tokens_s']:9.2f} tokens/s {r['gb_s']:6.2f} GB/s "
+            f"{r['bandwidth_share']:5.0%} {against}"
+        )
+    print(f"read ceiling {result['ceiling_gb_s']:.1f} GB/s; not installed: "
+          f"{', '.join(result['not_installed']) or 'none'}")  # fmt: skip
+    print(result["machine"])
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,93 @@
+"""`glm-core quantize`: a trained model with int8 or int4 weights: its size, what each matrix lost,
+and what that does to perplexity and exact matches."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glm_core.cli.options import add_json, columns, emit
+
+if TYPE_CHECKING:
+    from glm_core.config import RunConfig
+    from glm_core.model import GLM
+
+
+def define(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    parser.add_argument("run_folder", metavar="RUN", help="folder of `glm-core train`")
+    parser.add_argument("--bits", type=int, default=4, help="8 or 4 (default %(default)s)")
+    parser.add_argument(
+        "--group", type=int, default=0, metavar="N",
+        help="inputs that share a scale; 0 = a row, as GLM-130B (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--activation-bits", type=int, default=16, metavar="N",
+        help="8: activations rounded to int8 too (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--backend", default="cpu", metavar="NAME", help="default %(default)s")
+    parser.add_argument(
+        "--sequences", type=int, default=64, metavar="N",
+        help="drawn from the run's own text with another seed (default %(default)s)",
+    )  # fmt: skip
+    add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit 0; 2 where the options or the run do not fit."""
+    from glm_core import data
+    from glm_core.backends import registry
+    from glm_core.model.quality import score
+    from glm_core.model.quantize import Quantization, convert, model_bytes
+
+    how = Quantization(bits=args.bits, group=args.group, activation_bits=args.activation_bits)
+    model, config = _trained(args.run_folder)
+    seed = config.train.seed + 1  # other blanks, another order than the run saw
+    sampler = data.open(config.data, seed, ".cache", positions=config.model.positions)
+    batches = [sampler.next(8) for _ in range(max(args.sequences // 8, 1))]
+    with registry.use(args.backend):
+        before, size = score(model, batches), model_bytes(model)
+        layers = list(convert(model, how))
+        after = score(model, batches)
+    facts = {
+        "bits": how.bits, "group": how.group, "activation_bits": how.activation_bits,
+        "targets": before.targets, "before": {**before._asdict(), **size},
+        "after": {**after._asdict(), **model_bytes(model)},
+        "layers": [layer._asdict() for layer in layers],
+    }  # fmt: skip
+    emit(args, facts, _text(facts))
+    return 0
+
+
+def _trained(folder: str) -> tuple[GLM, RunConfig]:
+    """The model of a run's newest checkpoint, in the run's dtype."""
+    import torch
+
+    from glm_core import checkpoint
+    from glm_core.config import RunConfig, from_dict
+    from glm_core.model import GLM
+
+    tensors, facts = checkpoint.load(Path(folder))
+    config = from_dict(RunConfig, facts["config"])
+    masters = {k: t for k, t in tensors.items() if k.startswith("master.")}
+    model = GLM(config.model)
+    model.load_state_dict({k.removeprefix("master."): t for k, t in masters.items()})
+    return model.to(getattr(torch, config.train.dtype)).requires_grad_(False), config
+
+
+def _text(facts: dict[str, Any]) -> str:
+    rows = [["matrix", "error", "bytes"]]
+    rows += [[x["name"], f"{x['error']:.4f}", str(x["bytes_after"])] for x in facts["layers"]]
+    old, new = facts["before"], facts["after"]
+    return "\n".join(
+        [
+            columns(rows),
+            f"bytes: {old['total_bytes']} -> {new['total_bytes']}, "
+            f"linears {old['linears_bytes']} -> {new['linears_bytes']}",
+            f"perplexity: {old['perplexity']:.3f} -> {new['perplexity']:.3f} "
+            f"({new['perplexity'] / old['perplexity'] - 1:+.2%})",
+            f"exact match: {old['exact']:.4f} -> {new['exact']:.4f} of {facts['targets']} targets",
+        ]
+    )

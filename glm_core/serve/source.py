@@ -94,7 +94,13 @@ def from_run(
             f"{tokenizer.sha256[:12]}); put the run's tokenizer.model beside its config.toml"
         )
     model = GLM(settings.model)
-    model.load_state_dict({n: tensors[f"master.{n}"] for n, _ in model.named_parameters()})
+    weights = {n: tensors.get(f"master.{n}") for n, _ in model.named_parameters()}
+    if missing := [n for n, w in weights.items() if w is None]:
+        raise CheckpointError(
+            f"{file}: lacks {missing[0]} and {len(missing) - 1} more, it holds adapters without "
+            "their base; join them with glm_core.model.adapters.load_adapter"
+        )
+    model.load_state_dict(weights)
     return Source(
         model=model.to(dtype).requires_grad_(False), tokenizer=tokenizer, name=run.resolve().name
     )

@@ -93,6 +93,18 @@ def test_a_tokenizer_of_another_run_is_found(run_dir: Path, capsys: Any, tmp_pat
     assert "trained with another tokenizer" in err
 
 
+def test_adapters_alone_are_no_model(run_dir: Path, capsys: Any, tmp_path: Path) -> None:
+    from glm_core import checkpoint
+
+    tensors, facts = checkpoint.load(run_dir)
+    kept = {n: t for n, t in tensors.items() if "attention" not in n}
+    path = checkpoint.save(tmp_path / "checkpoints", 2, kept, facts, keep=1)
+    (tmp_path / "tokenizer.model").write_bytes((run_dir / "tokenizer.model").read_bytes())
+    code, _, err = call(capsys, "generate", "--run", path, "--prompt", "a")
+    assert code == 2
+    assert "holds adapters without their base" in err
+
+
 def test_chat(run_dir: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = ["chat", "--run", run_dir, "--max-tokens", 5, "--seed", 1]
     said = "The fox\n\n/clear\nThe fox\nand then?\n/quit\nnot read\n"

@@ -111,7 +111,7 @@ def adapted(args: argparse.Namespace, config: RunConfig) -> tuple[RunConfig, GLM
     config = dataclasses.replace(config, model=checkpoint.config)
     import torch
 
-    model = checkpoint.load(getattr(torch, config.train.dtype))
+    model = checkpoint.load(getattr(torch, config.train.dtype), quantized=True)
     return config, adapters.attach(model, adapter_config(args), config.train.seed)
 
 

@@ -57,6 +57,18 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
+    @classmethod
+    def of(
+        cls, codes: Tensor, scale: Tensor, bias: Tensor | None, how: Quantization
+    ) -> QuantizedLinear:
+        """From codes and scales as a checkpoint stores them; nothing is rounded again."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made.how = how
+        for name, value in (("weight", codes), ("scale", scale), ("bias", bias)):
+            made.register_buffer(name, value)
+        return made
+
     def forward(self, x: Tensor) -> Tensor:
         how = self.how
         return ops.quantized_linear(

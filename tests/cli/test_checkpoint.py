@@ -62,7 +62,7 @@ def test_lora_beside_a_run_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture
     text = "\n\n".join(list(pydoc_data.topics.topics.values())[:20])
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     sizes = ("model.num_layers=1", "model.hidden=32", "data.length=32", "data.vocab=512")
-    small = ["--steps", "2", "--data", str(tmp_path / "text.txt")]
+    small = ["--backend", "reference", "--steps", "2", "--data", str(tmp_path / "text.txt")]
     for size in sizes:
         small += ["--set", size]
     base, tuned = str(tmp_path / "base"), str(tmp_path / "tuned")

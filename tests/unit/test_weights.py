@@ -13,7 +13,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from glm_core.errors import CheckpointError
+from glm_core.model.adapters import AdapterConfig, attach
 from glm_core.model.weights import convert, open_checkpoint, target
+from glm_core.ops.quant import dequantize
 
 SHARDED = ("glm-130b", "sat-chatglm-6b", "glm-block")
 CASES = [(name, 1) for name in STATES] + [(name, size) for name in SHARDED for size in (2, 8)]
@@ -137,6 +139,25 @@ def test_load_fills_the_model(tmp_path: Path) -> None:
     for name, p in model.named_parameters():
         assert p.dtype == torch.float32
         assert torch.equal(p, checkpoint.dense(name).float()), name
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("held", [1, 2])
+def test_load_keeps_the_codes(tmp_path: Path, bits: int, held: int) -> None:
+    """Codes of merged shards, groups of scales included, give what their dequantized values give,
+    and take LoRA beside them."""
+    checkpoint = open_checkpoint(write(tmp_path / "c", "glm-130b", held, bits))
+    model, unrounded = (checkpoint.load(torch.float64, quantized=q) for q in (True, False))
+    assert len([b for b in model.buffers() if b.dtype == torch.int8]) == 8
+    for name in filter(checkpoint.quantized, checkpoint.shapes):
+        stored = checkpoint.tensor(name), checkpoint.scale(name)
+        unrounded.get_parameter(name).data = dequantize(*stored, bits, torch.float64)
+    i = torch.arange(9)[None]
+    given = i * 5, torch.stack((i, i), 1), torch.zeros_like(i).int(), (i + 1).int()
+    found = model.logits(*given)
+    torch.testing.assert_close(found, unrounded.logits(*given))
+    attach(model, AdapterConfig(rank=2))
+    assert torch.equal(model.logits(*given), found)
 
 
 def test_a_rank_reads_only_its_part(tmp_path: Path) -> None:

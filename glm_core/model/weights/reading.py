@@ -16,6 +16,7 @@ from torch import Tensor
 from glm_core.config import ModelConfig
 from glm_core.errors import CheckpointError
 from glm_core.model.glm import GLM
+from glm_core.model.quantize import Quantization, QuantizedLinear
 from glm_core.model.weights.configs import read_config
 from glm_core.model.weights.layouts import LAYOUTS, LINEARS, Layout, detect, recognised
 from glm_core.model.weights.slicing import cut, from_heads, merge, require_divides, shard_shape
@@ -106,19 +107,41 @@ class Checkpoint:
                         "the same; the shards are of different generations: fetch them again"
                     )
 
-    def load(self, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> GLM:
-        """The model with these weights, quantized ones dequantized; dtype: in place of the stored
-        one. Fills parameter by parameter, so memory holds the model and one tensor."""
+    def load(
+        self, dtype: torch.dtype | None = None, device: str | torch.device = "cpu",
+        quantized: bool = False,
+    ) -> GLM:  # fmt: skip
+        """The model with these weights; dtype: in place of the stored one. Quantized linears are
+        dequantized, or with `quantized` kept as their codes, computed with as they lie. Fills
+        parameter by parameter: memory holds the model and one tensor."""
         self.require_equal_copies()
         with torch.device("meta"):
             model = GLM(self.config)
-        for name, parameter in list(model.named_parameters()):
-            value = self.dense(name)
-            owner = model.get_submodule(name.rpartition(".")[0])
-            kept = value.to(device, dtype or value.dtype, copy=True).contiguous()
-            filled = torch.nn.Parameter(kept, requires_grad=parameter.requires_grad)
-            setattr(owner, name.rpartition(".")[2], filled)
+        kept = {n.rpartition(".")[0] for n in self.shapes if quantized and self.quantized(n)}
+        for name in self.shapes:
+            owner, _, leaf = name.rpartition(".")
+            if owner not in kept:
+                value = self.dense(name)
+                value = value.to(device, dtype or value.dtype, copy=True).contiguous()
+                setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(value))
+        for owner in kept:
+            parent, _, leaf = owner.rpartition(".")
+            linear = self._as_stored(owner, dtype, device)
+            setattr(model.get_submodule(parent), leaf, linear)
         return model
+
+    def _as_stored(
+        self, owner: str, dtype: torch.dtype | None, device: str | torch.device
+    ) -> QuantizedLinear:
+        weight, bias = f"{owner}.weight", None
+        codes, scale = (
+            t.to(device, copy=True).contiguous() for t in (self.tensor(weight), self.scale(weight))
+        )
+        if f"{owner}.bias" in self.shapes:
+            bias = self.tensor(f"{owner}.bias")
+            bias = bias.to(device, dtype or bias.dtype, copy=True)
+        how = Quantization(bits=self.bits or 8)
+        return QuantizedLinear.of(codes, scale, bias, how)
 
 
 def is_linear(name: str) -> bool:

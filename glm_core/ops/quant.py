@@ -15,6 +15,8 @@ from glm_core.ops.precision import num_bytes, wide
 from glm_core.spec import Cost, Draw, Maker, Sample, normal
 
 BITS = (8, 4)
+WORKING_SET = 1 << 24
+"""weights quantised at a time"""
 BLOCK = 32
 """inputs that share a step where activations are rounded to int8"""
 
@@ -28,13 +30,16 @@ def quantize(weight: Tensor, bits: int, group: int = 0) -> tuple[Tensor, Tensor]
     Raises ShapeError where D does not divide, or a weight is not finite."""
     rows, width = weight.shape
     _check(bits, width, group)
+    if rows > (most := max(WORKING_SET // max(width, 1), 1)):  # bounds the float32 copies
+        parts = [quantize(part, bits, group) for part in weight.split(most)]
+        return torch.cat([codes for codes, _ in parts]), torch.cat([scale for _, scale in parts])
     top = 2 ** (bits - 1) - 1
     parts = wide(weight.detach()).reshape(rows, -1, group or width)  # [F, G, D / G]
     scale = (parts.abs().amax(-1) / top).half()
     if not scale.isfinite().all():
         raise ShapeError("quantize: weight has values that are not finite, or over 65504 * steps")
     step = scale.to(parts)[..., None]
-    codes = torch.where(step > 0, parts / step, 0.0).round().clamp(-top, top)
+    codes = torch.where(step > 0, parts / step, 0.0).round_().clamp_(-top, top)
     codes = codes.to(torch.int8).reshape(rows, width)
     return pack(codes) if bits == 4 else codes, scale if group else scale[:, 0]
 

@@ -31,8 +31,8 @@ def quantize(weight: Tensor, bits: int, group: int = 0) -> tuple[Tensor, Tensor]
     rows, width = weight.shape
     _check(bits, width, group)
     if rows > (most := max(WORKING_SET // max(width, 1), 1)):  # bounds the float32 copies
-        parts = [quantize(part, bits, group) for part in weight.split(most)]
-        return torch.cat([codes for codes, _ in parts]), torch.cat([scale for _, scale in parts])
+        made = [quantize(part, bits, group) for part in weight.split(most)]
+        return torch.cat([codes for codes, _ in made]), torch.cat([scale for _, scale in made])
     top = 2 ** (bits - 1) - 1
     parts = wide(weight.detach()).reshape(rows, -1, group or width)  # [F, G, D / G]
     scale = (parts.abs().amax(-1) / top).half()

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glm_core.errors import ShapeError
+from glm_core.ops import quant
 from glm_core.ops.quant import dequantize, pack, quantize, round_activations, unpack
 
 
@@ -43,6 +44,14 @@ def test_row_of_zeros_is_zeros_not_nan() -> None:
         codes, scale = quantize(w, 4, group)
         assert not codes[1].any()
         assert not dequantize(codes, scale, 4, torch.bfloat16)[1].any()
+
+
+def test_a_large_matrix_is_quantised_in_parts_that_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = torch.randn(7, 64, generator=torch.Generator().manual_seed(0))
+    whole = quantize(w, 4, 32)
+    monkeypatch.setattr(quant, "WORKING_SET", 3 * 64)
+    parts = quantize(w, 4, 32)
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 
 
 def test_packing_is_that_of_glm_130b() -> None:

@@ -17,7 +17,7 @@ COMMANDS = {
     "generate": "go on from a text, or fill its blanks, with a trained model",
     "chat": "talk to a trained model in the terminal",
     "serve": "a trained model behind OpenAI's API and a web page",
-    "align": "loss curves across backends: run, record, compare, sensitivity",
+    "align": "loss curves across backends: run, record, compare, bisect, sensitivity",
     "checkpoint": "what other projects' checkpoints hold; rewrite them, merge or cut shards",
     "quantize": "a trained model with int8 or int4 weights: size, error, perplexity",
     "conformance": "every op of a backend against the float64 reference, case by case",

@@ -73,6 +73,11 @@ def test_porting(tmp_path: Path, environment: dict[str, str]) -> None:
     right, wrong = re.findall(r"^(aligned|diverged); report", done.stdout, re.MULTILINE)
     assert (right, wrong) == ("aligned", "diverged")
     assert "op geglu forward in layer 0" in done.stdout  # the one that was broken
+    guilty = json.loads((folder / "guilty.json").read_text())
+    named = {"op": "geglu", "direction": "forward", "dtype": "float32", "layer": "0"}
+    assert named.items() <= guilty.items()
+    assert guilty["rerun"].startswith("glm-core conformance --backend acme --id geglu-float32-")
+    assert "acme: nothing guilty" in done.stdout
 
 
 def test_ci(tmp_path: Path, environment: dict[str, str]) -> None:

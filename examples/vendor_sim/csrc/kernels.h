@@ -38,27 +38,28 @@ void geglu_backward(const T* dy, const T* x, T* dx, std::int64_t rows, std::int6
   }
 }
 
-// s = x + alpha residual, rounded to T; y = (s - mean) rstd w + b. Keeps mean and rstd [R]. Sums in
-// double: a plain running float sum would be worse than the reference's pairwise one.
+// s = x + alpha residual, rounded to T; y = (s - mean) rstd w + b. Keeps mean and rstd [R].
+// Sums in double: a plain running float sum would be worse than the reference's pairwise one.
 template <class T, class A>
-void add_layer_norm(const T* x, const T* residual, const T* w, const T* b, T* y, T* s, A* mean,
-                    A* rstd, std::int64_t rows, std::int64_t d, double eps, double alpha) {
+void add_layer_norm(const T* x, const T* residual, const T* w, const T* b, T* y, T* s, double* mean,
+                    double* rstd, std::int64_t rows, std::int64_t d, double eps, double alpha) {
   for (std::int64_t r = 0; r < rows; ++r, x += d, residual += d, y += d, s += d) {
     double sum = 0, squares = 0;
     for (std::int64_t i = 0; i < d; ++i) sum += A(s[i] = T(A(x[i]) + A(alpha) * A(residual[i])));
-    mean[r] = A(sum / d);
-    for (std::int64_t i = 0; i < d; ++i) squares += double(A(s[i]) - mean[r]) * (A(s[i]) - mean[r]);
-    rstd[r] = A(1 / std::sqrt(squares / d + eps));
+    mean[r] = sum / d;
+    for (std::int64_t i = 0; i < d; ++i) squares += (A(s[i]) - mean[r]) * (A(s[i]) - mean[r]);
+    rstd[r] = 1 / std::sqrt(squares / d + eps);
     for (std::int64_t i = 0; i < d; ++i)
-      y[i] = T((A(s[i]) - mean[r]) * rstd[r] * A(w[i]) + A(b[i]));
+      y[i] = T(A((A(s[i]) - mean[r]) * rstd[r] * A(w[i]) + A(b[i])));
   }
 }
 
 // dx = ds + rstd (w dy - mean(w dy) - n mean(w dy n)), n = (s - mean) rstd; dresidual = alpha dx.
-// dw, db [D] double, zeroed by the caller. All in double: the differences cancel where rows are large.
+// dw, db [D] double, zeroed by the caller. All in double: the differences cancel where rows are
+// large.
 template <class T, class A>
-void add_layer_norm_backward(const T* dy, const T* ds, const T* s, const T* w, const A* mean,
-                             const A* rstd, T* dx, T* dresidual, double* dw, double* db,
+void add_layer_norm_backward(const T* dy, const T* ds, const T* s, const T* w, const double* mean,
+                             const double* rstd, T* dx, T* dresidual, double* dw, double* db,
                              std::int64_t rows, std::int64_t d, double alpha) {
   for (std::int64_t r = 0; r < rows; ++r, dy += d, ds += d, s += d, dx += d, dresidual += d) {
     double first = 0, second = 0;

@@ -29,10 +29,6 @@ T* pointer(const Tensor& tensor) {
                         : nullptr;
 }
 
-at::ScalarType arithmetic(const Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 Tensor geglu(const Tensor& x) {
   auto sizes = x.sizes().vec();
   const auto f = sizes.back() /= 2;
@@ -66,14 +62,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const
                                                           double eps, double alpha) {
   auto y = at::empty_like(x), s = at::empty_like(x);
   const auto d = x.size(-1), rows = x.numel() / std::max<int64_t>(d, 1);
-  auto mean = at::empty({rows}, x.options().dtype(arithmetic(x))), rstd = at::empty_like(mean);
+  auto mean = at::empty({rows}, x.options().dtype(at::kDouble)), rstd = at::empty_like(mean);
   FLOATING(x.scalar_type(), "sim::add_layer_norm", [&] {
     using A = at::opmath_type<scalar_t>;
     launch("sim::add_layer_norm", {resolved(y), resolved(s), resolved(mean), resolved(rstd)},
            [x = pointer<scalar_t>(x), residual = pointer<scalar_t>(residual),
             w = pointer<scalar_t>(weight), b = pointer<scalar_t>(bias), y = pointer<scalar_t>(y),
-            s = pointer<scalar_t>(s), mean = pointer<A>(mean), rstd = pointer<A>(rstd), rows, d,
-            eps, alpha] {
+            s = pointer<scalar_t>(s), mean = pointer<double>(mean), rstd = pointer<double>(rstd),
+            rows, d, eps, alpha] {
              kernels::add_layer_norm<scalar_t, A>(x, residual, w, b, y, s, mean, rstd, rows, d, eps,
                                                   alpha);
            });
@@ -91,9 +87,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
     using A = at::opmath_type<scalar_t>;
     launch("sim::add_layer_norm_backward", {resolved(dx), resolved(dresidual), resolved(sums)},
            [dy = pointer<scalar_t>(dy), ds = pointer<scalar_t>(ds), s = pointer<scalar_t>(s),
-            w = pointer<scalar_t>(weight), mean = pointer<A>(mean), rstd = pointer<A>(rstd),
-            dx = pointer<scalar_t>(dx), dr = pointer<scalar_t>(dresidual),
-            sums = pointer<double>(sums), rows, d, alpha] {
+            w = pointer<scalar_t>(weight), mean = pointer<double>(mean),
+            rstd = pointer<double>(rstd), dx = pointer<scalar_t>(dx),
+            dr = pointer<scalar_t>(dresidual), sums = pointer<double>(sums), rows, d, alpha] {
              kernels::add_layer_norm_backward<scalar_t, A>(dy, ds, s, w, mean, rstd, dx, dr, sums,
                                                            sums + d, rows, d, alpha);
            });

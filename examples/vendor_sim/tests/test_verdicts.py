@@ -1,0 +1,88 @@
+"""Every defect ends in the right verdict through the commands a vendor uses: found, named, over."""
+
+from __future__ import annotations
+
+import os
+import pydoc_data.topics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CONFIG = """
+[model]
+num_layers = 1
+hidden = 32
+num_heads = 2
+ffn = 48
+vocab = 512
+max_length = 32
+
+[data]
+path = "text.txt"
+vocab = 512
+length = 32
+
+[train]
+steps = 3
+warmup_steps = 1
+micro_batch = 2
+global_batch = 2
+save_every = 1
+"""
+RUN = "align run --config small.toml --backends sim --dtypes float32 --controls 4 --out run"
+BISECT = "align bisect --config small.toml --backend sim"
+TRAIN = "train --config small.toml --backend sim --out trained"
+CASE = "conformance --backend sim --id geglu-float32-2x5x48-test"
+TRACE = "trace fallbacks --config small.toml --backend sim"
+
+VERDICTS = [
+    ("", RUN, 0, "aligned; report"),
+    ("wrong_op:op=sim::geglu", BISECT, 1, "guilty: geglu forward, float32 [2x32x48], layer 0"),
+    ("tanh_gelu:", CASE, 1, "FAIL geglu-float32-2x5x48-test"),
+    ("bit_flip:op=sim::adamw,call=3", RUN, 1, "step 2: the loss deviates"),
+    ("stale_buffer:op=sim::geglu", BISECT, 1, "guilty: geglu forward"),
+    ("missing_dtype:dtype=float32", TRAIN, 2, "backend sim computes in bfloat16, float16"),
+    ("out_of_memory:value=100000", TRAIN, 1, "OutOfMemoryError: sim: out of memory"),
+    (
+        "device_lost:op=sim::geglu,call=2", TRAIN, 1,
+        "device lost while it ran sim::geglu; reset it; reset the device, then resume; glm-core "
+        "align bisect waits for every call and names the op; last checkpoint: trained/checkpoints/"
+        "step-00000001",
+    ),
+    ("hang:op=sim::geglu,call=2", RUN, 1, "sim::geglu did not finish within 0.5 s"),
+    ("hang:op=sim::geglu,call=2", BISECT, 1, "guilty: geglu forward, float32 [2x32x96], layer 0"),
+    ("cpu_fallback:op=aten::_softmax", TRACE, 0, "the runtime sent aten::_softmax there"),
+]  # fmt: skip
+
+
+def command(line: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    (folder / "small.toml").write_text(CONFIG)
+    (folder / "text.txt").write_text(" ".join(list(pydoc_data.topics.topics.values())[:12]))
+    return subprocess.run(
+        [sys.executable, "-m", "glm_core.cli", *line.split()], cwd=folder, timeout=120,
+        env={**os.environ, **environment}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fault", "line", "code", "told"),
+    VERDICTS,
+    ids=[f"{f.partition(':')[0] or 'sound'}-{line.split(' --')[0]}" for f, line, *_ in VERDICTS],
+)
+def test_verdict(fault: str, line: str, code: int, told: str, tmp_path: Path) -> None:
+    done = command(line, tmp_path, VENDOR_SIM_FAULT=fault, VENDOR_SIM_TIMEOUT_S="0.5")
+    assert done.returncode == code, done.stdout + done.stderr
+    assert told in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_driver_without_timeout_is_ended_by_ours(tmp_path: Path) -> None:
+    done = command(
+        f"{TRAIN} --timeout 3", tmp_path,
+        VENDOR_SIM_FAULT="hang:op=sim::geglu,call=2", VENDOR_SIM_TIMEOUT_S="1e6",
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "backend sim: step 2: no progress for 3 s" in done.stderr
+    assert "then resume from trained/checkpoints" in done.stderr

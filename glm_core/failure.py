@@ -26,10 +26,15 @@ _WAY_OUT = (
 @contextmanager
 def explained(backend: str, what: str) -> Iterator[None]:
     """Turns what the device raises in the block into a DeviceError: `what`, backend, op as far as
-    the stack tells, the device's own words, the way out."""
+    the stack tells, the device's own words, the way out. A GlmCoreError stays what it is, also one that
+    torch.compile wraps (`strict`)."""
     try:
         yield
     except GlmCoreError:
+        raise
+    except torch._dynamo.exc.TorchDynamoException as error:
+        if isinstance(error.__cause__ or error.__context__, GlmCoreError):
+            raise (error.__cause__ or error.__context__) from None  # type: ignore[misc]  # it is one
         raise
     except RUNTIME as error:
         op = op_of(error.__traceback__)

@@ -75,6 +75,18 @@ def test_other_errors_stay_what_they_are(error: Exception) -> None:
     assert caught.value is error
 
 
+def test_strict_is_the_same_error_out_of_compile() -> None:
+    bare = Backend(name="bare", device_type="cpu", verified="in this test")
+    compiled = torch.compile(ops.geglu.__call__, fullgraph=True, backend="eager")
+    with (
+        pytest.raises(UnsupportedOpError) as caught,
+        failure.explained("bare", "step 1"),
+        registry.use(bare, strict=True),
+    ):
+        compiled(torch.ones(2, 4))
+    assert str(caught.value).startswith("op geglu on backend bare: no kernel for this op; drop")
+
+
 HANG = """
 import ctypes, threading
 from glm_core import ops, watchdog

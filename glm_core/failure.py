@@ -26,8 +26,8 @@ _WAY_OUT = (
 @contextmanager
 def explained(backend: str, what: str) -> Iterator[None]:
     """Turns what the device raises in the block into a DeviceError: `what`, backend, op as far as
-    the stack tells, the device's own words, the way out. A GlmCoreError stays what it is, also one that
-    torch.compile wraps (`strict`)."""
+    the stack tells, the device's own words, the way out. A GlmCoreError stays one, also where
+    torch.compile wraps it (`strict`)."""
     try:
         yield
     except GlmCoreError:

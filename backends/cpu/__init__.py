@@ -27,7 +27,8 @@ backend = CpuBackend(
 _ops = torch.ops.glm_core
 
 FEW_ROWS = 8
-"""rows up to which the product is bound by reading the weight, and ours is faster than torch's"""
+"""rows up to which the product is ours where nothing trains: a row then has the same bits whatever
+rows stand beside it, which no BLAS promises"""
 
 if loaded():
     fakes.register()

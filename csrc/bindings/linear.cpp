@@ -45,7 +45,7 @@ Tensor linear_few(const Tensor& x_, const Tensor& weight_, const OptionalTensor&
   return y;
 }
 
-// Up to how many rows the fused product is faster than dequantising first; measured.
+// Up to how many rows the fused product is taken; above, weights are dequantised first. A guess.
 constexpr int64_t fused_rows = 24;
 
 // Weights that are dequantised at a time: enough features for an efficient product.

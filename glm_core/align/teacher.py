@@ -212,7 +212,8 @@ def _spread(n: int, most: int) -> list[int]:
 
 def floor(kind: str, dtype: torch.dtype, terms: int) -> float:
     """The smallest benign limit: what rounding and float32 arithmetic may do to any kernel."""
-    eps = torch.finfo(dtype).eps if dtype in LOW else statistics.EPS * max(4.0, terms**0.5)
+    # 4: a row that is small because two sums cancel has the rounding of both
+    eps = torch.finfo(dtype).eps if dtype in LOW else 4 * statistics.EPS * max(1.0, terms**0.5)
     return {"sign": 0.5, "size": eps, "peak": 4 * eps}.get(kind, statistics.FLOOR)
 
 

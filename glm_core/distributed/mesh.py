@@ -1,0 +1,65 @@
+"""Which processes form which group: the DeviceMesh of a plan, on the backend's own library."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from glm_core.backends.base import Backend
+from glm_core.distributed.plan import Plan
+from glm_core.errors import ConfigError
+
+AXES = ("pp", "dp", "tp")
+"""outermost first: tensor-parallel neighbours have neighbouring ranks, on one node"""
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def start(backend: Backend, timeout_s: float = 600.0) -> torch.device:
+    """Joins the job that torchrun, Slurm or Kubernetes described in the environment, on the
+    backend's collective library; returns this process's device. Raises ConfigError where the
+    environment describes none."""
+    if missing := [v for v in VARIABLES if v not in os.environ]:
+        raise ConfigError(
+            f"distributed job: {', '.join(missing)} not set; start the processes with torchrun"
+        )
+    device = backend.device(int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type != "cpu":
+        torch.get_device_module(device.type).set_device(device)
+    dist.init_process_group(backend.collective, timeout=timedelta(seconds=timeout_s))
+    return device
+
+
+def make(plan: Plan, device_type: str, timeout_s: float | None = None) -> DeviceMesh:
+    """The mesh [pp, dp, tp] over all processes of the running job. Raises ConfigError unless there
+    are as many as the plan has."""
+    world = dist.get_world_size()
+    if world != plan.world:
+        raise ConfigError(
+            f"plan {plan.label()}: tp * pp * dp = {plan.world} processes, started {world}; "
+            f"start {plan.world}"
+        )
+    mesh = init_device_mesh(device_type, (plan.pp, plan.dp, plan.tp), mesh_dim_names=AXES)
+    if timeout_s is not None:  # groups made by a mesh forget the job's own timeout
+        for axis in AXES:
+            dist.distributed_c10d._set_pg_timeout(
+                timedelta(seconds=timeout_s), mesh.get_group(axis)
+            )
+    return mesh
+
+
+def ends_group(mesh: DeviceMesh) -> dist.ProcessGroup | None:
+    """The group of the first and the last pipeline process of this rank's column, which share a
+    tied embedding; None for a rank between them. Every process must call it."""
+    if mesh["pp"].size() == 2:
+        return mesh.get_group("pp")
+    mine = None
+    columns = mesh.mesh.flatten(1)  # [pp, dp * tp]
+    for first, last in zip(columns[0].tolist(), columns[-1].tolist(), strict=True):
+        group = dist.new_group([first, last])
+        if dist.get_rank() in (first, last):
+            mine = group
+    return mine

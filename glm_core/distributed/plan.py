@@ -1,0 +1,162 @@
+"""What a plan is: the sizes of the parallel groups and what each step does. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from glm_core.config import ModelConfig, check, divisors, positive
+from glm_core.errors import ConfigError, unknown
+
+Schedule = Literal["gpipe", "1f1b", "interleaved", "zero-bubble", "zbv"]
+Recompute = Literal["none", "selective", "full"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """How a global batch and a model are split over tp x pp x dp processes; words as in the
+    planner. Ranks are numbered with tp fastest, then dp, then pp."""
+
+    tp: int = 1
+    """tensor parallel: processes that share every matrix"""
+    pp: int = 1
+    """pipeline parallel: processes that share the layers"""
+    dp: int = 1
+    """data parallel: processes that share the global batch's rows"""
+    zero: int = 0
+    """what data-parallel ranks share: 0 nothing, 1 optimizer, 2 gradients too, 3 weights too"""
+    sp: bool = False
+    """sequence parallel: norms and residuals split over the tensor-parallel group"""
+    micro_batches: int = 1
+    """of one step, per data-parallel rank"""
+    schedule: Schedule = "1f1b"
+    """order of the pipeline's work: GPipe (Huang et al. 2019), 1F1B and interleaved (Narayanan et
+    al. 2021), zero-bubble and its V shape (Qi et al. 2023)"""
+    virtual: int = 1
+    """pipeline stages per process; interleaved and zero-bubble take any number, zbv takes 2"""
+    recompute: Recompute = "none"
+    """selective: attention's core again in the backward pass; full: whole layers"""
+
+    def __post_init__(self) -> None:
+        looped = self.schedule in ("interleaved", "zero-bubble")
+        check(
+            self,
+            positive("tp pp dp micro_batches virtual"),
+            {
+                "zero": self.zero in range(4) or "must be 0, 1, 2 or 3",
+                "sp": not self.sp or self.tp > 1 or "needs tp > 1; leave it out",
+                "virtual": self._virtual_rule(looped),
+                "schedule": self.pp > 1
+                or self.schedule == "1f1b"
+                or "needs pp > 1; leave it out or split the layers",
+                "recompute": self.recompute == "none"
+                or self.schedule not in ("zero-bubble", "zbv")
+                or f"does not go with schedule={self.schedule!r}, which splits the backward pass; "
+                "use none, or schedule interleaved",
+                "micro_batches": not looped
+                or self.micro_batches % max(self.pp, 1) == 0
+                or f"is no multiple of pp={self.pp}; schedule={self.schedule!r} needs one",
+            },
+        )
+        if self.zero and self.dp == 1:
+            raise ConfigError(f"Plan: zero={self.zero} needs dp > 1; use zero=0")
+
+    def _virtual_rule(self, looped: bool) -> str | bool:
+        if looped:
+            return True
+        need = 2 if self.schedule == "zbv" else 1
+        more = "; use interleaved or zero-bubble for more" if need == 1 else ""
+        return self.virtual == need or f"must be {need} with schedule={self.schedule!r}{more}"
+
+    @property
+    def world(self) -> int:
+        """Processes."""
+        return self.tp * self.pp * self.dp
+
+    @property
+    def stages(self) -> int:
+        """Pipeline stages in all."""
+        return self.pp * self.virtual
+
+    def label(self) -> str:
+        """`tp=2,pp=2,schedule=gpipe`: what differs from the default; `parse` reads it back."""
+        told = [
+            f"{f.name}={value}"
+            for f in dataclasses.fields(self)
+            if (value := getattr(self, f.name)) != f.default
+        ]
+        return ",".join(told) or "tp=1"
+
+
+def parse(text: str) -> Plan:
+    """`tp=2,pp=2,micro_batches=4` as a plan. Raises ConfigError that names every bad part."""
+    kinds = {f.name: f.type for f in dataclasses.fields(Plan)}
+    told: dict[str, int | str | bool] = {}
+    wrong = []
+    for part in filter(None, text.split(",")):
+        key, _, raw = part.partition("=")
+        value = _value(str(kinds.get(key, "")), raw)
+        if key not in kinds:
+            wrong.append(unknown("plan key", key, kinds))
+        elif value is None:
+            wrong.append(f"{key}={raw!r}: expected {kinds[key]}, for example tp=2,sp=true")
+        else:
+            told[key] = value
+    if wrong:
+        raise ConfigError(f"plan {text!r}: " + "; ".join(wrong))
+    return Plan(**told)  # type: ignore[arg-type]  # each value has its field's type, or check tells
+
+
+def _value(kind: str, raw: str) -> int | str | bool | None:
+    if kind == "int":
+        return int(raw) if raw.isdecimal() else None
+    if kind == "bool":
+        return {"true": True, "false": False}.get(raw.lower())
+    return raw
+
+
+def require_fit(
+    plan: Plan, model: ModelConfig, *, world: int, global_batch: int, length: int
+) -> None:
+    """Raises one ConfigError that lists why these processes cannot train this model so.
+
+    world: processes there are; global_batch: sequences a step; length: tokens a sequence."""
+    rows, t = plan.dp * plan.micro_batches, plan.tp
+    rules = {
+        f"tp * pp * dp = {plan.world} processes, started {world}; start {plan.world}, or set "
+        f"dp={max(1, world // (plan.tp * plan.pp))}": plan.world == world,
+        f"tp={t} does not divide num_heads={model.num_heads}; use "
+        + divisors(model.num_heads): model.num_heads % t == 0,
+        f"tp={t} does not divide num_kv_heads={model.num_kv_heads}; use "
+        + divisors(model.num_kv_heads): model.num_kv_heads % t == 0,
+        f"tp={t} does not divide ffn={model.ffn}; pad ffn": model.ffn % t == 0,
+        f"tp={t} does not divide vocab={model.vocab}; pad vocab": model.vocab % t == 0,
+        f"pp * virtual = {plan.stages} stages exceed num_layers={model.num_layers}; use "
+        "fewer": plan.stages <= model.num_layers,
+        f"sp: tp={t} does not divide length={length}; pad the sequences": not plan.sp
+        or length % t == 0,
+        f"dp * micro_batches = {rows} does not divide global_batch={global_batch}; use a "
+        "multiple": global_batch % rows == 0,
+    }
+    if broken := [fact for fact, kept in rules.items() if not kept]:
+        raise ConfigError(f"plan {plan.label()}: " + "; ".join(broken))
+
+
+def stage_layers(num_layers: int, stages: int) -> list[range]:
+    """The layers of every stage. Embedding and head count as a layer each, so the first and the
+    last stage are lighter: 70 layers on 8 stages are 8, 9 x 6, 8, as GLM-130B has them (Zeng et
+    al. 2022, section 2.3). Where that would leave an end without a layer they do not count."""
+    ends = 1 if stages > 1 and num_layers + 2 >= 2 * stages else 0
+    base, extra = divmod(num_layers + 2 * ends, stages)
+    first_extra = (stages - extra) // 2  # what does not divide goes to the middle
+    sizes = [base + (first_extra <= s < first_extra + extra) for s in range(stages)]
+    sizes[0], sizes[-1] = sizes[0] - ends, sizes[-1] - ends
+    starts = [sum(sizes[:s]) for s in range(stages)]
+    return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+
+
+def stages_of(plan: Plan, pp_rank: int) -> list[int]:
+    """The stages a process holds: every pp-th, or in the V shape one from each end."""
+    if plan.schedule == "zbv":
+        return [pp_rank, plan.stages - 1 - pp_rank]
+    return list(range(pp_rank, plan.stages, plan.pp))

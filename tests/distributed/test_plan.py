@@ -1,0 +1,113 @@
+"""A plan says what is wrong with it before a process starts; stages and parts cover everything
+once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from glm_core.config import ModelConfig
+from glm_core.distributed.layout import chunks, split_of, take
+from glm_core.distributed.plan import Plan, parse, require_fit, stage_layers, stages_of
+from glm_core.errors import ConfigError
+from glm_core.model import GLM, preset
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("tp=0", "tp=0 must be positive"),
+        ("tpp=2", "unknown plan key 'tpp'; known: .*did you mean tp"),
+        ("tp=x,sp=1", "tp='x': expected int.*sp='1': expected bool"),
+        ("sp=true", "sp=True needs tp > 1"),
+        ("zero=4,dp=2", "zero=4 must be 0, 1, 2 or 3"),
+        ("zero=1", "zero=1 needs dp > 1"),
+        ("schedule=gpipe", "needs pp > 1"),
+        ("pp=2,schedule=1f1bb", "schedule must be one of gpipe, 1f1b"),
+        ("pp=2,schedule=zbv", "virtual=1 must be 2 with schedule='zbv'"),
+        ("pp=2,virtual=2", "must be 1 with schedule='1f1b'; use interleaved"),
+        ("pp=2,schedule=interleaved,virtual=2,micro_batches=3", "is no multiple of pp=2"),
+        ("pp=2,schedule=zbv,virtual=2,recompute=full", "splits the backward pass"),
+    ],
+)
+def test_a_bad_plan_says_why(text: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        parse(text)
+
+
+def test_a_plan_reads_its_own_label() -> None:
+    for text in ("tp=1", "tp=2,pp=2,dp=3,zero=2,sp=True,micro_batches=4,recompute=full"):
+        assert parse(parse(text).label()) == parse(text)
+        assert parse(text).label() == text
+
+
+def test_every_misfit_is_listed_at_once() -> None:
+    model = ModelConfig(num_layers=2, num_heads=4, num_kv_heads=2, ffn=510, vocab=4095)
+    with pytest.raises(ConfigError) as caught:
+        require_fit(Plan(tp=4, sp=True, pp=3, dp=2), model, world=16, global_batch=3, length=30)
+    for fact in (
+        "24 processes, started 16", "num_kv_heads=2; use 1, 2", "ffn=510", "vocab=4095",
+        "3 stages exceed num_layers=2", "length=30", "= 2 does not divide global_batch=3",
+    ):  # fmt: skip
+        assert fact in str(caught.value)
+    assert "num_heads=4;" not in str(caught.value)
+
+
+def test_glm_130b_lies_on_eight_stages_as_published() -> None:
+    plan = Plan(tp=4, pp=8, dp=24, zero=1, micro_batches=176, recompute="full")
+    require_fit(plan, preset("glm-130b"), world=768, global_batch=4224, length=2048)
+    assert [len(s) for s in stage_layers(70, 8)] == [8, 9, 9, 9, 9, 9, 9, 8]
+
+
+@pytest.mark.parametrize("stages", range(1, 8))
+@pytest.mark.parametrize("layers", [7, 12, 28, 70])
+def test_stages_hold_every_layer_once_and_none_is_empty(layers: int, stages: int) -> None:
+    split = stage_layers(layers, stages)
+    assert [i for s in split for i in s] == list(range(layers))
+    sizes = [len(s) for s in split]
+    assert min(sizes) >= 1
+    assert max(sizes) - min(sizes) <= 2
+    assert max(sizes[0], sizes[-1]) <= max(sizes[1:-1], default=layers)
+
+
+@pytest.mark.parametrize("schedule", ["interleaved", "zbv"])
+def test_processes_hold_every_stage_once(schedule: str) -> None:
+    plan = parse(f"pp=4,virtual=2,schedule={schedule},micro_batches=4")
+    held = [stages_of(plan, r) for r in range(4)]
+    assert sorted(i for stages in held for i in stages) == list(range(8))
+    assert held[0] == ([0, 7] if schedule == "zbv" else [0, 4])
+
+
+@pytest.mark.parametrize("activation", ["gelu", "geglu"])
+def test_parts_of_all_ranks_cover_the_whole_once(activation: str) -> None:
+    config = ModelConfig(
+        num_layers=1, hidden=16, num_heads=4, num_kv_heads=2, ffn=8, vocab=12,
+        activation=activation, tied_head=False,
+    )  # fmt: skip
+    model = GLM(config)
+    for name, p in model.named_parameters():
+        whole = torch.arange(p.numel()).reshape(p.shape)
+        built = torch.full_like(whole, -1)
+        for rank in range(2):
+            split = split_of(name, config, 2, rank)
+            part = take(whole, split)
+            cut = len(part) // 3  # the rows of two data-parallel ranks
+            for first, half in ((0, part[:cut]), (cut, part[cut:])):
+                for at, piece in chunks(half, split, first):
+                    spans = tuple(slice(a, a + n) for a, n in zip(at, piece.shape, strict=True))
+                    assert split is None or (built[spans] == -1).all()
+                    built[spans] = piece
+        assert torch.equal(built, whole), name
+
+
+def test_heads_stay_whole_and_gates_stay_paired() -> None:
+    config = ModelConfig(hidden=16, num_heads=4, num_kv_heads=2, ffn=8)  # E = 4
+    qkv, up = (
+        split_of(f"blocks.0.{n}", config, 2, 1) for n in ("attention.qkv.bias", "mlp.up.bias")
+    )
+    assert qkv is not None
+    assert up is not None
+    assert qkv.spans == ((8, 8), (20, 4), (28, 4))
+    assert up.spans == ((4, 4), (12, 4))
+    assert split_of("position_embedding", config, 2, 1) is None
+    assert split_of("blocks.0.attention.out.bias", config, 2, 1) is None

@@ -14,6 +14,7 @@ COMMANDS = {
     "devices": "backends, usable here or not, and how far each was ever verified",
     "ops": "ops x backends: kernel, reference or unsupported",
     "train": "train a GLM on one backend",
+    "launch": "run a script on every slot of one host or of a hostfile",
     "generate": "go on from a text, or fill its blanks, with a trained model",
     "chat": "talk to a trained model in the terminal",
     "serve": "a trained model behind OpenAI's API and a web page",

@@ -1,0 +1,85 @@
+"""`glm-core launch`: a script on every slot of one host or of a hostfile, by torchrun's own API."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from glm_core.cli.exits import EXIT_FAILED
+from glm_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from glm_core.distributed.launch import Job
+
+
+def define(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    parser.add_argument("--hostfile", metavar="FILE", help="lines 'NAME slots=N', as DeepSpeed's")
+    parser.add_argument("--include", default="", metavar="A@B", help="only these of its hosts")
+    parser.add_argument("--exclude", default="", metavar="A@B", help="all of its hosts but these")
+    parser.add_argument(
+        "--nproc-per-node", type=int, metavar="N", help="processes on this host (default 1)"
+    )
+    parser.add_argument(
+        "--master-addr", default="", metavar="NAME", help="default: the first host of the hostfile"
+    )
+    parser.add_argument("--master-port", type=int, default=29500, metavar="PORT")
+    parser.add_argument("--ssh-port", type=int, default=22, metavar="PORT")
+    parser.add_argument(
+        "--max-restarts", type=int, default=0, metavar="N",
+        help="start all processes again, at most so often, after one has failed",
+    )  # fmt: skip
+    parser.add_argument("-m", "--module", action="store_true", help="SCRIPT is a module")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the command of every host, start nothing"
+    )
+    parser.add_argument("script", metavar="SCRIPT")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit 0 where every process ended well, 1 where one failed."""
+    from glm_core.distributed import launch
+
+    wanted = job(args)
+    if args.hostfile:
+        if args.dry_run:
+            lines = launch.remote_commands(wanted, os.environ.items())
+            print("\n".join(shlex.join(words) for words in lines))
+            return 0
+        return EXIT_FAILED if launch.everywhere(wanted) else 0
+    words = launch.arguments(wanted, 0)
+    if args.dry_run:
+        print(shlex.join(["torchrun", *words]))
+        return 0
+    return EXIT_FAILED if launch.start(words) else 0
+
+
+def job(args: argparse.Namespace) -> Job:
+    """What the options describe. Raises ConfigError for those that do not go together."""
+    from glm_core.distributed import launch
+
+    program = [*(["-m"] if args.module else []), args.script, *args.arguments]
+    if not args.module and not Path(args.script).is_file():
+        raise ConfigError(f"{args.script}: no such script; for a module write -m")
+    if not args.hostfile:
+        if args.include or args.exclude:
+            raise ConfigError("--include, --exclude: choose from a --hostfile, which is not given")
+        hosts = [
+            launch.Host("localhost", 1 if args.nproc_per_node is None else args.nproc_per_node)
+        ]
+    elif args.nproc_per_node is not None:
+        raise ConfigError("--nproc-per-node: the hostfile's slots= say it; give one of them")
+    else:
+        hosts = launch.read_hostfile(Path(args.hostfile))
+        hosts = launch.select(hosts, args.include, args.exclude)
+    if hosts[0].slots < 1:
+        raise ConfigError(f"--nproc-per-node={hosts[0].slots}: must be at least 1")
+    return launch.Job(
+        hosts=tuple(hosts), program=tuple(program), address=args.master_addr or hosts[0].name,
+        port=args.master_port, restarts=args.max_restarts, ssh_port=args.ssh_port,
+    )  # fmt: skip

@@ -1,0 +1,172 @@
+"""Which ranks this process talks to through which library, and the five operations that a bench
+measures."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from glm_core.backends.base import Backend
+from glm_core.errors import ConfigError
+
+REDUCING = ("all_reduce", "reduce_scatter")
+"""operations that sum"""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Member:
+    """This process among the ranks of its group."""
+
+    rank: int
+    world: int
+    device: torch.device
+    library: str
+    """torch.distributed backend: gloo, nccl, hccl"""
+
+
+@contextmanager
+def joined(backend: Backend, timeout_s: float = 60.0) -> Iterator[Member]:
+    """The default group over the backend's collective library, from torchrun's variables; left at
+    the end of the block. Raises ConfigError where the process was not started by torchrun."""
+    if "RANK" not in os.environ:
+        raise ConfigError("RANK is not set; start with glm-core launch or torchrun")
+    device = backend.device(int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type != "cpu":
+        torch.get_device_module(device.type).set_device(device)
+    dist.init_process_group(backend.collective, timeout=timedelta(seconds=timeout_s))
+    try:
+        yield Member(dist.get_rank(), dist.get_world_size(), device, backend.collective)
+    finally:
+        dist.destroy_process_group()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Operation:
+    """One operation on one size, ready to run again and again."""
+
+    run: Callable[[], None]
+    wrong: Callable[[], int]
+    """elements of this rank's last result that are not what they must be; sums are of small
+    integers, exact in every dtype"""
+    refill: Callable[[], None]
+    """restores the inputs of an operation that works in place"""
+
+
+def values(rank: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What `rank` contributes: its element i is (i + 3 rank) mod 5."""
+    return ((torch.arange(count, device=device) + 3 * rank) % 5).to(dtype)
+
+
+def operation(name: str, count: int, dtype: torch.dtype, me: Member) -> Operation:
+    """`count`: elements of the whole array, a multiple of the world size; reduce-scatter and
+    all-gather hand each rank its share of it."""
+    build = {
+        "all_reduce": _all_reduce,
+        "all_gather": _all_gather,
+        "reduce_scatter": _reduce_scatter,
+        "all_to_all": _all_to_all,
+        "p2p": _ring,
+    }[name]
+    return build(count, dtype, me)
+
+
+def _all_reduce(count: int, dtype: torch.dtype, me: Member) -> Operation:
+    mine = values(me.rank, count, dtype, me.device)
+    x = mine.clone()
+    return Operation(
+        lambda: _wait(dist.all_reduce(x)),
+        lambda: int((x != _total(count, dtype, me)).sum()),
+        lambda: _refill(x, mine),
+    )
+
+
+def _all_gather(count: int, dtype: torch.dtype, me: Member) -> Operation:
+    share = count // me.world
+    mine = values(me.rank, share, dtype, me.device)
+    out = torch.empty(count, dtype=dtype, device=me.device)
+    want = torch.cat([values(r, share, dtype, me.device) for r in range(me.world)])
+    return Operation(
+        lambda: _wait(dist.all_gather_single(out, mine)),
+        lambda: int((out != want).sum()),
+        lambda: _refill(out, None),
+    )
+
+
+def _reduce_scatter(count: int, dtype: torch.dtype, me: Member) -> Operation:
+    mine = values(me.rank, count, dtype, me.device)
+    out = torch.empty(count // me.world, dtype=dtype, device=me.device)
+    want = _total(count, dtype, me).chunk(me.world)[me.rank]
+    return Operation(
+        lambda: _wait(dist.reduce_scatter_single(out, mine)),
+        lambda: int((out != want).sum()),
+        lambda: _refill(out, None),
+    )
+
+
+def _all_to_all(count: int, dtype: torch.dtype, me: Member) -> Operation:
+    mine = values(me.rank, count, dtype, me.device)
+    out = torch.empty_like(mine)
+    rows = [values(r, count, dtype, me.device).chunk(me.world) for r in range(me.world)]
+    want = torch.cat([row[me.rank] for row in rows])
+    return Operation(
+        lambda: _wait(dist.all_to_all_single(out, mine)),
+        lambda: int((out != want).sum()),
+        lambda: _refill(out, None),
+    )
+
+
+def _ring(count: int, dtype: torch.dtype, me: Member) -> Operation:
+    """Every rank sends to the next and receives from the previous one, as nccl-tests' sendrecv."""
+    before, after = (me.rank - 1) % me.world, (me.rank + 1) % me.world
+    mine = values(me.rank, count, dtype, me.device)
+    out = torch.empty_like(mine)
+    want = values(before, count, dtype, me.device)
+
+    def run() -> None:
+        both = [dist.P2POp(dist.isend, mine, after), dist.P2POp(dist.irecv, out, before)]
+        for work in dist.batch_isend_irecv(both):
+            work.wait()
+
+    return Operation(run, lambda: int((out != want).sum()), lambda: _refill(out, None))
+
+
+def _total(count: int, dtype: torch.dtype, me: Member) -> Tensor:
+    """The sum over the ranks; at most 4 * world, exact in bfloat16 up to 64 ranks."""
+    parts = [values(r, count, torch.float32, me.device) for r in range(me.world)]
+    return torch.stack(parts).sum(0).to(dtype)
+
+
+def _refill(x: Tensor, contents: Tensor | None) -> None:
+    x.copy_(contents) if contents is not None else x.fill_(-1)
+
+
+def _wait(work: dist.Work | None) -> None:
+    if work is not None:
+        work.wait()
+
+
+def slowest(seconds: list[float], me: Member) -> list[float]:
+    """Element by element the longest time over the ranks."""
+    times = torch.tensor(seconds, dtype=torch.float32, device=me.device)
+    _wait(dist.all_reduce(times, op=dist.ReduceOp.MAX))
+    return times.tolist()
+
+
+def gathered(value: float, me: Member) -> list[float]:
+    """Every rank's value, by rank."""
+    table = torch.zeros(me.world, dtype=torch.float32, device=me.device)
+    table[me.rank] = value
+    _wait(dist.all_reduce(table))
+    return table.tolist()
+
+
+def together() -> None:
+    """Returns when every rank has arrived."""
+    dist.barrier()

@@ -1,0 +1,187 @@
+"""How a job's processes are started: torchrun's own API on each host, ssh to reach the others."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from glm_core.errors import ConfigError, TrainingError, unknown
+
+FORWARDED = re.compile(r"(NCCL|HCCL|RCCL|GLOO|GLM_CORE|OMP|TORCH)_\w+|PYTHONPATH|LD_LIBRARY_PATH")
+"""variables that the other hosts' processes see too"""
+_LINE = re.compile(r"(?P<name>[^\s=]+)\s+slots=(?P<slots>\d+)")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Host:
+    """A line of a hostfile."""
+
+    name: str
+    slots: int
+    """processes to start there"""
+
+
+def parse_hostfile(text: str, where: str = "hostfile") -> list[Host]:
+    """DeepSpeed's hostfile: `NAME slots=N` a line, `#` begins a comment. Raises ConfigError that
+    lists every bad line."""
+    hosts: dict[str, Host] = {}
+    bad: list[str] = []
+    for number, raw in enumerate(text.splitlines(), 1):
+        line = raw.split("#")[0].strip()
+        if not line:
+            continue
+        match = _LINE.fullmatch(line)
+        if match is None:
+            bad.append(f"line {number} is {line!r}, not 'NAME slots=N'")
+        elif not int(match["slots"]):
+            bad.append(f"line {number}: {match['name']} has no slots; remove the line")
+        elif match["name"] in hosts:
+            bad.append(f"line {number}: {match['name']} is there already; add up its slots")
+        else:
+            hosts[match["name"]] = Host(match["name"], int(match["slots"]))
+    if not bad and not hosts:
+        bad = ["names no host; write lines such as 'worker-1 slots=8'"]
+    if bad:
+        raise ConfigError(f"{where}: {'; '.join(bad)}")
+    return list(hosts.values())
+
+
+def read_hostfile(path: Path) -> list[Host]:
+    """Raises ConfigError where it cannot be read or is wrong."""
+    try:
+        return parse_hostfile(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a hostfile ({error})") from None
+
+
+def select(hosts: list[Host], include: str, exclude: str) -> list[Host]:
+    """DeepSpeed's `--include` and `--exclude`: names joined by `@`. Raises ConfigError for both at
+    once, an unknown host, single slots, or nobody left."""
+    if include and exclude:
+        raise ConfigError("--include and --exclude: one excludes the other; give one of them")
+    named = [name for name in (include or exclude).split("@") if name]
+    for name in named:
+        if ":" in name:
+            raise ConfigError(
+                f"{name}: single slots cannot be chosen; set slots= in the hostfile and the "
+                "vendor's variable (CUDA_VISIBLE_DEVICES, ASCEND_RT_VISIBLE_DEVICES) on that host"
+            )
+        if name not in {host.name for host in hosts}:
+            raise ConfigError(unknown("host", name, [host.name for host in hosts]))
+    kept = [h for h in hosts if not named or (h.name in named) == bool(include)]
+    if not kept:
+        raise ConfigError(f"--exclude {exclude}: leaves no host of the hostfile")
+    return kept
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What to start, where."""
+
+    hosts: tuple[Host, ...]
+    program: tuple[str, ...]
+    """a script and its arguments, or `-m`, a module and its arguments"""
+    address: str
+    """of the first host, as the others reach it"""
+    port: int = 29500
+    restarts: int = 0
+    """times that torchrun starts all processes again after one has failed"""
+    ssh_port: int = 22
+
+
+def arguments(job: Job, index: int) -> list[str]:
+    """torchrun's arguments on host number `index`."""
+    words = [f"--nproc-per-node={job.hosts[index].slots}", f"--max-restarts={job.restarts}"]
+    if len(job.hosts) == 1:
+        # not --standalone: that takes the host's own name, which need not resolve
+        words += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--local-addr=localhost"]
+    else:
+        words += [
+            f"--nnodes={len(job.hosts)}", f"--node-rank={index}",
+            f"--master-addr={job.address}", f"--master-port={job.port}",
+        ]  # fmt: skip
+    return [*words, *job.program]
+
+
+def remote_commands(job: Job, environment: Iterable[tuple[str, str]]) -> list[list[str]]:
+    """The ssh command line of each host, in ranks' order; its working folder and interpreter are
+    this one's."""
+    exports = [f"{k}={shlex.quote(v)}" for k, v in sorted(environment) if FORWARDED.fullmatch(k)]
+    before = f"cd {shlex.quote(os.getcwd())} && exec {' '.join(['env', *exports])}"
+    lines = []
+    for index, host in enumerate(job.hosts):
+        words = [sys.executable, "-m", "glm_core.distributed.launch", *arguments(job, index)]
+        inner = f"{before} {shlex.join(words)}"
+        # -tt: the remote processes end with the connection
+        lines.append(
+            ["ssh", "-tt", "-o", "BatchMode=yes", "-p", str(job.ssh_port), host.name, inner]
+        )
+    return lines
+
+
+def everywhere(job: Job, poll_s: float = 0.2) -> int:
+    """Starts the job on every host by ssh and waits. The first host that fails ends the others;
+    raises TrainingError that names it."""
+    running = {
+        host.name: subprocess.Popen(words, stdin=subprocess.DEVNULL)
+        for host, words in zip(job.hosts, remote_commands(job, os.environ.items()), strict=True)
+    }
+    try:
+        while None in [p.poll() for p in running.values()]:
+            if failed := [name for name, p in running.items() if p.returncode]:
+                code = running[failed[0]].returncode
+                raise TrainingError(
+                    f"host {failed[0]}: ended with exit code {code}; its own lines above say why "
+                    f"(255: ssh could not reach it)"
+                )
+            time.sleep(poll_s)
+    finally:
+        _end(list(running.values()))
+    return max(p.returncode for p in running.values())
+
+
+def _end(processes: list[subprocess.Popen[bytes]], patience_s: float = 30.0) -> None:
+    """SIGTERM, on which torchrun ends its processes; SIGKILL to what is left."""
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + patience_s
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def local(processes: int, program: Sequence[str]) -> int:
+    """Runs `program` on this host alone; 0, or the exit code of the first process that failed."""
+    if processes < 1:
+        raise ConfigError(f"--processes {processes}: must be at least 1")
+    return start(arguments(Job(
+        hosts=(Host("localhost", processes),), program=tuple(program), address="localhost",
+    ), 0))  # fmt: skip
+
+
+def start(words: Sequence[str]) -> int:
+    """torchrun in this process; 0, or the exit code of the first process that failed: negative for
+    a signal."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's own default, without its warning
+    try:
+        torchrun.run(torchrun.parse_args(list(words)))
+    except ChildFailedError as error:
+        return int(error.get_first_failure()[1].exitcode)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(start(sys.argv[1:]))

@@ -1,0 +1,130 @@
+"""Hostfiles in DeepSpeed's syntax, the command of every host, and a job over two "hosts"."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+import sys
+from pathlib import Path
+
+import process
+import pytest
+
+from glm_core import cli
+from glm_core.distributed.launch import Host, Job, parse_hostfile, remote_commands, select
+from glm_core.errors import ConfigError
+
+TWO = [Host("worker-1", 4), Host("worker-2", 2)]
+
+
+def test_hostfile() -> None:
+    text = "# the rack\nworker-1 slots=4\n\nworker-2   slots=2  # half broken\n"
+    assert parse_hostfile(text) == TWO
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "names no host; write lines such as 'worker-1 slots=8'"),
+        ("a slots=1\na slots=2", "line 2: a is there already"),
+        ("a 4\nb slots=x", "line 1 is 'a 4', not 'NAME slots=N'; line 2 is 'b slots=x'"),
+        ("a slots=0", "line 1: a has no slots"),
+    ],
+    ids=["empty", "twice", "syntax", "none"],
+)
+def test_bad_hostfiles(text: str, told: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_hostfile(text, "hosts.txt")
+    assert str(caught.value).startswith(f"hosts.txt: {told}")
+
+
+def test_include_and_exclude() -> None:
+    assert select(TWO, "worker-2", "") == [TWO[1]]
+    assert select(TWO, "", "worker-2") == [TWO[0]]
+    assert select(TWO, "", "") == TWO
+    for include, exclude, told in (
+        ("worker-1", "worker-2", "one excludes the other"),
+        ("worker-3", "", "unknown host 'worker-3'; known: worker-1, worker-2"),
+        ("worker-1:0,2", "", "single slots cannot be chosen"),
+        ("", "worker-1@worker-2", "leaves no host"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            select(TWO, include, exclude)
+
+
+def test_every_host_gets_its_rank_slots_and_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job(hosts=tuple(TWO), program=("train.py", "--name", "a b"), address="worker-1")
+    variables = {"NCCL_DEBUG": "INFO x", "HOME": "/root", "PYTHONPATH": "src"}
+    lines = remote_commands(job, variables.items())
+    assert [words[-2] for words in lines] == ["worker-1", "worker-2"]
+    inner = shlex.split(lines[1][-1])
+    assert inner[:3] == ["cd", str(Path.cwd()), "&&"]
+    assert inner[3:7] == ["exec", "env", "NCCL_DEBUG=INFO x", "PYTHONPATH=src"]
+    for word in ("--nnodes=2", "--node-rank=1", "--nproc-per-node=2", "--master-addr=worker-1"):
+        assert word in inner
+    assert inner[-3:] == ["train.py", "--name", "a b"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["gone.py"], "gone.py: no such script; for a module write -m"),
+        (["--include", "a", __file__], "--include, --exclude: choose from a --hostfile"),
+        (["--nproc-per-node", "0", __file__], "--nproc-per-node=0: must be at least 1"),
+        (["--hostfile", "/gone", __file__], "/gone: cannot be read as a hostfile"),
+        (["--hostfile", "x", "--nproc-per-node", "2", __file__], "the hostfile's slots= say it"),
+    ],
+    ids=["script", "include", "slots", "hostfile", "both"],
+)
+def test_bad_options(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["launch", *words]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_dry_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.main(["launch", "--nproc-per-node", "3", "--dry-run", __file__, "--json"]) == 0
+    words = shlex.split(capsys.readouterr().out)
+    assert words[0] == "torchrun"
+    assert "--nproc-per-node=3" in words
+    assert words[-2:] == [__file__, "--json"]
+    (tmp_path / "hosts").write_text("a slots=1\nb slots=2\n")
+    told = ["--hostfile", str(tmp_path / "hosts"), "--exclude", "b", "--dry-run", __file__]
+    assert cli.main(["launch", *told]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert shlex.split(line)[:2] == ["ssh", "-tt"]
+
+
+SCRIPT = """
+import os, sys, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+total = torch.ones(())
+dist.all_reduce(total)
+path = os.path.join(sys.argv[1], "rank" + os.environ["RANK"])
+open(path, "w").write(f"{int(total)} {os.environ['LOCAL_RANK']} {os.environ['HOST']}")
+dist.destroy_process_group()
+sys.exit(int(sys.argv[2]) if os.environ["RANK"] == "1" else 0)
+"""
+SSH = """#!/bin/sh
+# the arguments that ssh gets, executed here under the host's name
+while [ $# -gt 2 ]; do shift; done
+HOST=$1 exec sh -c "$2"
+"""
+
+
+def test_two_hosts_by_ssh_end_together_where_one_fails(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "ssh").write_text(SSH)
+    (tmp_path / "ssh").chmod(0o755)
+    (tmp_path / "hosts").write_text("localhost slots=1\nfar slots=1\n")
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    done = process.run(
+        [sys.executable, "-m", "glm_core.cli", "launch", "--hostfile", f"{tmp_path}/hosts",
+         "--master-port", str(port), f"{tmp_path}/script.py", str(tmp_path), "7"],
+        PATH=f"{tmp_path}:{os.environ['PATH']}", PYTHONPATH=str(process.ROOT),
+    )  # fmt: skip
+    assert (tmp_path / "rank0").read_text() == "2 0 localhost", done.stderr
+    assert (tmp_path / "rank1").read_text() == "2 0 far"
+    assert done.returncode == 1
+    assert "host far: ended with exit code 7" in done.stderr

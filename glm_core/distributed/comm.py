@@ -4,17 +4,15 @@ measures."""
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from glm_core.backends.base import Backend
-from glm_core.errors import ConfigError
+from glm_core.distributed import mesh
 
 REDUCING = ("all_reduce", "reduce_scatter")
 """operations that sum"""
@@ -35,12 +33,7 @@ class Member:
 def joined(backend: Backend, timeout_s: float = 60.0) -> Iterator[Member]:
     """The default group over the backend's collective library, from torchrun's variables; left at
     the end of the block. Raises ConfigError where the process was not started by torchrun."""
-    if "RANK" not in os.environ:
-        raise ConfigError("RANK is not set; start with glm-core launch or torchrun")
-    device = backend.device(int(os.environ.get("LOCAL_RANK", "0")))
-    if device.type != "cpu":
-        torch.get_device_module(device.type).set_device(device)
-    dist.init_process_group(backend.collective, timeout=timedelta(seconds=timeout_s))
+    device = mesh.start(backend, timeout_s)
     try:
         yield Member(dist.get_rank(), dist.get_world_size(), device, backend.collective)
     finally:

@@ -81,6 +81,11 @@ def linear_few(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """y."""
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
 def quantized_linear_forward(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits: int, activation_bits: int
 ) -> Tensor:
@@ -118,7 +123,7 @@ def adamw_(
 FAKES: list[Callable[..., Any]] = [
     norm_forward, norm_backward, activation_forward, activation_backward, rope_turn,
     embedding_forward, embedding_backward, attention_forward, attention_backward,
-    linear_few, quantized_linear_forward, quantized_linear_backward,
+    linear_few, linear_forward, quantized_linear_forward, quantized_linear_backward,
     linear_cross_entropy_forward, global_norm, adamw_,
 ]  # fmt: skip
 

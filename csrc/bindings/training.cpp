@@ -10,7 +10,7 @@
 
 #include <cmath>
 
-#include "tensor.h"
+#include "product.h"
 
 namespace glm {
 namespace {
@@ -47,15 +47,13 @@ Three linear_cross_entropy_forward(const Tensor& x, const Tensor& weight, const 
   const int64_t chunk = loss_chunk(rows, vocab, x.element_size());
   const auto of_sums = chunk < rows ? token_weight.options() : weight.options();
   Tensor each = at::empty({rows}, token_weight.options());
-  Tensor logits = at::empty({chunk, vocab}, x.options());
   Tensor dx = at::empty(gradients ? x.sizes() : at::IntArrayRef(none), x.options());
   Tensor dweight = at::empty(gradients ? weight.sizes() : at::IntArrayRef(none), of_sums);
   if (gradients && !rows) dweight.zero_();
   for (int64_t begin = 0; begin < rows; begin += chunk) {
     const int64_t size = std::min(chunk, rows - begin);
     const Tensor part = x.narrow(0, begin, size);
-    Tensor z = logits.narrow(0, 0, size);
-    at::mm_out(z, part, weight.t());
+    const Tensor z = product(part, weight);
     by_dtype(x, [&](auto zero) {
       using T = decltype(zero);
       const CrossEntropy<T> a{data<T>(z),

@@ -1,0 +1,334 @@
+"""Checkpoints of a run on many ranks: written in the background, whole or not there at all, read
+back under any other plan.
+
+`step-N/` holds torch.distributed.checkpoint's files (`*.distcp`, `.metadata`), their sha256 and
+`facts.json`; `latest` names the newest. Names and shapes are the model's on one process
+(glm_core.distributed.layout), so a rank of any plan finds its part. The folder must be one that all
+hosts see. `.metadata` is a pickle: read only checkpoints you trust."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import (
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.futures import Future
+
+from glm_core.checkpoint import LATEST, flush, replace
+from glm_core.distributed.layout import Split, chunks
+from glm_core.errors import CheckpointError
+
+FORMAT = "glm-core distributed checkpoint 1"
+FACTS, SUMS, PART = "facts.json", ".sha256", ".part"
+PATTERN = "step-" + "[0-9]" * 8
+
+
+class Pieces:
+    """What this rank holds of a tensor: views, each with its place in the whole."""
+
+    def __init__(self, shape: torch.Size, parts: list[tuple[tuple[int, ...], Tensor]]) -> None:
+        self.shape = shape
+        self.parts = {torch.Size(place): view for place, view in parts if view.numel()}
+
+    def size(self) -> torch.Size:
+        """Of the whole, for DCP's own check on loading."""
+        return self.shape
+
+    def snapshot(self) -> Pieces:
+        """A copy in host memory."""
+        copies = [(p, v.detach().to("cpu", copy=True)) for p, v in self.parts.items()]
+        return Pieces(self.shape, [(tuple(place), view) for place, view in copies])
+
+    # DCP's protocol for what it does not know
+    def __create_write_items__(self, name: str, _: Any) -> list[WriteItem]:
+        return [
+            WriteItem(
+                index=MetadataIndex(name, place),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk=ChunkStorageMetadata(offsets=place, sizes=view.shape),
+                    properties=TensorProperties.create_from_tensor(view),
+                    size=self.shape,
+                ),
+            )
+            for place, view in self.parts.items()
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(offsets=p, sizes=v.shape) for p, v in self.parts.items()]
+
+
+State = Mapping[str, Tensor | Pieces]
+"""DTensors and tensors that every rank holds whole are cut into Pieces here"""
+
+
+def pieces(tensor: Tensor, split: Split | None = None, tp: int = 1) -> Pieces:
+    """`tensor`: this tensor-parallel rank's part, which `split` places in the whole; a DTensor
+    where it is sharded further, by rows, over data-parallel ranks."""
+    shape, local, place = list(tensor.shape), tensor, (0,) * tensor.ndim
+    if isinstance(tensor, DTensor):
+        local = tensor.to_local()
+        _, place = compute_local_shape_and_global_offset(
+            tensor.shape, tensor.device_mesh, tensor.placements
+        )
+    if split is None:
+        return Pieces(torch.Size(shape), [(place, local.detach())])
+    assert not any(place[1:]), "under tensor parallelism ZeRO shards rows"
+    shape[split.dim] *= tp
+    first_row = place[0] if place else 0
+    return Pieces(torch.Size(shape), chunks(local.detach(), split, first_row))
+
+
+class _SavePlanner(DefaultSavePlanner):
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        return self.state_dict[index.fqn].parts[index.offset]
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None,
+        is_coordinator: bool = False,
+    ) -> None:  # fmt: skip
+        # not DCP's own, which copies what is neither tensor nor container
+        self.state_dict = self.original_state_dict = state_dict
+        self.metadata, self.is_coordinator = metadata, is_coordinator
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        view: Tensor = self.state_dict[index.fqn].parts[index.offset]
+        return view
+
+
+class _Writer(FileSystemWriter):
+    """Files into `step-N.part`; the coordinator's last act, when every rank has written, renames
+    it."""
+
+    def __init__(self, target: Path, facts: str, keep: int) -> None:
+        super().__init__(target.with_name(target.name + PART), sync_files=True)
+        self.target, self.facts, self.keep = target, facts, keep
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        if is_coordinator:  # what a kill left of an earlier attempt
+            for old in self.target.parent.glob(f"*{PART}"):
+                shutil.rmtree(old)
+        super().set_up_storage_writer(is_coordinator, *args, **kwargs)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            done = super().write_data(plan, planner)
+        except Exception as error:
+            raise root_cause(error) from None
+        prefix, folder = plan.storage_data.prefix, Path(self.path)
+        sums = {path.name: file_sha256(path) for path in folder.glob(f"{prefix}*.distcp")}
+        if sums:
+            (folder / f"{prefix}{SUMS}").write_text(json.dumps(sums))
+            flush(folder / f"{prefix}{SUMS}")
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        super().finish(metadata, results)
+        part = Path(self.path)
+        (part / FACTS).write_text(self.facts)
+        flush(part / FACTS)
+        flush(part)
+        if self.target.exists():  # a roll-back came by this step again
+            self.target.rename(self.target.with_name(self.target.name + ".old" + PART))
+        part.rename(self.target)
+        flush(self.target.parent)
+        replace(self.target.parent / LATEST, lambda p: p.write_text(self.target.name + "\n"))
+        for old in [p for p in whole(self.target.parent) if p != self.target][
+            : 1 - self.keep or None
+        ]:
+            shutil.rmtree(old)
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The system's own error, where torch.save has put `unexpected pos 704 vs 598` in its place."""
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, OSError):
+        seen = seen.__cause__ or seen.__context__
+    return seen or error
+
+
+def file_sha256(path: Path) -> str:
+    """Of the file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def whole(folder: Path) -> list[Path]:
+    """The complete checkpoints of a folder, oldest first."""
+    return sorted(p for p in folder.glob(PATTERN) if (p / FACTS).is_file())
+
+
+def find(path: Path) -> Path:
+    """The checkpoint meant: itself, or the one that `latest` names in a folder of checkpoints.
+    Raises CheckpointError where there is none."""
+    if (path / FACTS).is_file():
+        return path
+    found = whole(path)
+    if not found:
+        raise CheckpointError(f"{path}: holds no distributed checkpoint; start without resume")
+    named = path / (path / LATEST).read_text().strip() if (path / LATEST).is_file() else found[-1]
+    return named if named in found else found[-1]
+
+
+class Checkpoints:
+    """One run's folder of checkpoints. Made, and called, by every rank alike."""
+
+    def __init__(self, folder: Path, keep: int = 2, timeout_s: float = 600.0) -> None:
+        """timeout_s: how long the ranks wait for each other while they save."""
+        self.folder, self.keep = folder, keep
+        self.group = (
+            # of its own and on the host: saving goes on beside the training's collectives
+            dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+            if dist.is_initialized()
+            else None
+        )
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._target: Path | None = None
+
+    def save(self, step: int, state: State, facts: dict[str, Any]) -> Path:
+        """Copies the state to host memory, then writes `step-N` in the background; the return value
+        is where it will be. `facts`: JSON-able, rank 0's are kept. Killed at any moment, it leaves
+        the older checkpoints and a `latest` that names a whole one. Raises CheckpointError where
+        the save before this one failed on any rank."""
+        self.wait()
+        kept = {name: _pieces_of(value).snapshot() for name, value in state.items()}
+        target = self.folder / f"step-{step:08d}"
+        text = json.dumps({"format": FORMAT, "step": step, **facts})
+        self._target = target
+        # not a daemon: a process that ends in order finishes what it has begun to write
+        self._thread = threading.Thread(
+            target=self._write, args=(target, kept, text), name=f"checkpoint of step {step}"
+        )
+        self._thread.start()
+        return target
+
+    def _write(self, target: Path, state: dict[str, Pieces], facts: str) -> None:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            writer = _Writer(target, facts, self.keep)
+            with alone_without_warning(self.group is None):
+                dcp_save(
+                    dict(state), storage_writer=writer, process_group=self.group,
+                    planner=_SavePlanner(flatten_state_dict=False), no_dist=self.group is None,
+                )  # fmt: skip
+        except BaseException as error:  # CheckpointException is one; `wait` raises it
+            self._error = error
+
+    def wait(self) -> Path | None:
+        """Returns when nothing is being written; the newest checkpoint of this object. Raises
+        CheckpointError that names the rank where it failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise CheckpointError(
+                f"{self._target}: not saved ({told(error)}); checkpoints before it are intact: "
+                "make room or choose another folder, then resume"
+            ) from None
+        return self._target
+
+    def load(self, path: Path, state: State) -> dict[str, Any]:
+        """Fills the state's tensors in place, under whatever plan it was saved, and returns the
+        facts. Raises CheckpointError for what is damaged, missing or of another model."""
+        path = find(path)
+        facts = read_facts(path)
+        self._verify(path)
+        wanted = {name: _pieces_of(value) for name, value in state.items()}
+        try:
+            with alone_without_warning(self.group is None):
+                dcp_load(
+                    wanted, storage_reader=FileSystemReader(path), process_group=self.group,
+                    planner=_LoadPlanner(flatten_state_dict=False), no_dist=self.group is None,
+                )  # fmt: skip
+        except (CheckpointException, OSError, RuntimeError, ValueError) as error:
+            raise CheckpointError(
+                f"{path}: does not fit this model ({told(error)}); resume with the config it was "
+                "saved with"
+            ) from None
+        return facts
+
+    def _verify(self, path: Path) -> None:
+        """Each rank reads its share of the files; all raise where any differs."""
+        rank, world = (dist.get_rank(), dist.get_world_size()) if self.group else (0, 1)
+        sums: dict[str, str] = {}
+        for table in sorted(path.glob(f"*{SUMS}")):
+            sums |= json.loads(table.read_text())
+        mine = sorted(sums)[rank::world]
+        bad = [n for n in mine if not (path / n).is_file() or file_sha256(path / n) != sums[n]]
+        everyone = [bad]
+        if self.group is not None:
+            everyone = [[] for _ in range(world)]
+            dist.all_gather_object(everyone, bad, group=self.group)
+        if found := sorted(name for names in everyone for name in names):
+            others = [str(p) for p in whole(path.parent) if p != path]
+            instead = f"use {' or '.join(others)}" if others else "start again without resume"
+            raise CheckpointError(f"{path}: damaged or missing: {', '.join(found)}; {instead}")
+
+
+@contextmanager
+def alone_without_warning(alone: bool) -> Iterator[None]:
+    """DCP warns a process that is alone; here that is a run like any other."""
+    if not alone:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
+
+
+def _pieces_of(value: Tensor | Pieces) -> Pieces:
+    return value if isinstance(value, Pieces) else pieces(value)
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """What was saved beside the tensors. Raises CheckpointError for a foreign folder."""
+    try:
+        facts: dict[str, Any] = json.loads((path / FACTS).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a distributed checkpoint ({error})") from None
+    if facts.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: expected {FORMAT!r}, found {facts.get('format')!r}")
+    return facts
+
+
+def told(error: BaseException) -> str:
+    """`rank 1: [Errno 28] No space left on device` of what DCP collects from all ranks."""
+    if isinstance(error, CheckpointException):
+        each = [f"rank {rank}: {e}" for rank, (e, _) in sorted(error.failures.items())]
+        return " ".join("; ".join(each).split())
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,0 +1,136 @@
+"""What the ranks of the tests' jobs do."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from glm_core.config import ModelConfig
+from glm_core.distributed import checkpoint, mesh
+from glm_core.distributed.checkpoint import Checkpoints, Pieces, pieces
+from glm_core.distributed.layout import split_of, take
+from glm_core.distributed.plan import parse, stage_layers, stages_of
+from glm_core.errors import CheckpointError
+from glm_core.model import GLM
+
+MODEL = ModelConfig(
+    num_layers=4, hidden=16, num_heads=4, num_kv_heads=2, ffn=24, vocab=64, max_length=16,
+    activation="geglu",
+)  # fmt: skip
+TABLES = ("master", "exp_avg", "exp_avg_sq")
+
+
+def join() -> None:
+    """The job of this rank's environment."""
+    dist.init_process_group("gloo")
+
+
+def whole_state(seed: int) -> dict[str, Tensor]:
+    """Weights and optimizer state of the model on one process."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):
+        shapes = {n: p.shape for n, p in GLM(MODEL).named_parameters()}
+    return {
+        f"{t}.{n}": torch.randn(s, generator=generator) for t in TABLES for n, s in shapes.items()
+    }
+
+
+def held(plan_text: str, values: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Pieces]]:
+    """This rank's tensors of a plan, and where they lie in the whole."""
+    plan = parse(plan_text)
+    grid = mesh.make(plan, "cpu")
+    pp, _, tp = grid.get_coordinate() or (0, 0, 0)
+    layers = stage_layers(MODEL.num_layers, plan.stages)
+    mine = stages_of(plan, pp)
+    tensors, placed = {}, {}
+    for key, value in values.items():
+        name = key.partition(".")[2]
+        if not _stage_holds(name, [layers[s] for s in mine], 0 in mine, plan.stages - 1 in mine):
+            continue
+        split = split_of(name, MODEL, plan.tp, tp)
+        part = take(value, split).clone()
+        if plan.zero:
+            part = distribute_tensor(part, grid["dp"], [Shard(0)])
+        tensors[key] = part
+        placed[key] = pieces(part, split, plan.tp)
+    return tensors, placed
+
+
+def _stage_holds(name: str, layers: list[range], first: bool, last: bool) -> bool:
+    parts = name.split(".")
+    if parts[0] == "blocks":
+        return any(int(parts[1]) in stage for stage in layers)
+    return first if parts[0] == "embedding" else last
+
+
+def save_under(plan: str, folder: str, seed: int) -> None:
+    """A whole save of the state that `seed` makes."""
+    join()
+    checkpoints = Checkpoints(Path(folder))
+    tensors, placed = held(plan, whole_state(seed))
+    checkpoints.save(seed, placed, {"sampler": {"index": 7 * seed}})
+    for value in tensors.values():  # the snapshot is already taken
+        (value.to_local() if hasattr(value, "to_local") else value).zero_()
+    checkpoints.wait()
+    dist.destroy_process_group()
+
+
+def load_under(plan: str, folder: str, seed: int) -> None:
+    """Every rank finds the bits of its part."""
+    join()
+    checkpoints = Checkpoints(Path(folder))
+    want, _ = held(plan, whole_state(seed))
+    tensors, placed = held(plan, {k: torch.zeros_like(v) for k, v in whole_state(seed).items()})
+    facts = checkpoints.load(Path(folder), placed)
+    assert facts["step"] == seed
+    assert facts["sampler"] == {"index": 7 * seed}
+    for key, value in tensors.items():
+        a, b = (x.to_local() if hasattr(x, "to_local") else x for x in (value, want[key]))
+        assert torch.equal(a, b), key
+    print(json.dumps(sorted(tensors)))
+    dist.destroy_process_group()
+
+
+def save_with_little_room(folder: str, max_bytes: int) -> None:
+    """Step 1 fits; before step 2 rank 1 may no longer write so large a file."""
+    join()
+    checkpoints = Checkpoints(Path(folder), timeout_s=20)
+    x = torch.full((1000, 8), float(os.environ["RANK"]))
+    state = {f"x{os.environ['RANK']}": pieces(x)}
+    checkpoints.save(1, state, {})
+    checkpoints.wait()
+    if dist.get_rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, max_bytes))
+    checkpoints.save(2, state, {})
+    try:
+        checkpoints.wait()
+    except CheckpointError as error:
+        print(error)
+        os._exit(3)
+
+
+def die_in_save(folder: str, victim: int) -> None:
+    """One rank is killed when its file of step 2 is complete but the checkpoint is not."""
+    join()
+    checkpoints: Any = Checkpoints(Path(folder), timeout_s=20)
+    state = {"x": pieces(torch.arange(8.0))}
+    checkpoints.save(1, state, {})
+    checkpoints.wait()
+    if dist.get_rank() == victim:
+        method = "write_data" if victim else "finish"
+
+        def die(*args: Any, **kwargs: Any) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        setattr(checkpoint._Writer, method, die)
+    checkpoints.save(2, state, {})
+    checkpoints.wait()

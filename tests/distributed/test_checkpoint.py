@@ -1,0 +1,110 @@
+"""A checkpoint is whole or not there; any plan reads what any other wrote, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import Ranks
+
+from glm_core.distributed.checkpoint import Checkpoints, Pieces, find, pieces, whole
+from glm_core.distributed.layout import Split
+from glm_core.errors import CheckpointError
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    server = Ranks()
+    yield server
+    server.close()
+
+
+WORKERS = "elastic_workers"
+
+
+def test_plans_read_each_others_checkpoints_bit_for_bit(ranks: Ranks, tmp_path: Path) -> None:
+    plans = ["tp=2,pp=2", "dp=4,zero=3", "tp=2,dp=2,zero=1", "pp=2", "tp=2,pp=2"]
+    worlds = [4, 4, 4, 2, 4]
+    for i in range(len(plans) - 1):
+        folder = str(tmp_path / f"c{i}")
+        job = ranks.run(f"{WORKERS}.save_under", worlds[i], plans[i], folder, i, folder=tmp_path)
+        assert job.codes == [0] * worlds[i], job.told
+        n = worlds[i + 1]
+        job = ranks.run(f"{WORKERS}.load_under", n, plans[i + 1], folder, i, folder=tmp_path)
+        assert job.codes == [0] * n, job.told
+        names = [json.loads(output.splitlines()[-1]) for output in job.outputs]
+        assert all(names)
+
+
+def test_full_disk_names_the_rank_and_leaves_the_step_before(ranks: Ranks, tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    job = ranks.run(f"{WORKERS}.save_with_little_room", 2, str(folder), 8192, folder=tmp_path)
+    assert job.codes == [3, 3], job.told
+    for output in job.outputs:
+        assert "step-00000002: not saved (rank 1: " in output
+        assert "File too large" in output
+        assert "checkpoints before it are intact: make room" in output
+    assert [p.name for p in whole(folder)] == ["step-00000001"]
+    assert find(folder).name == "step-00000001"
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_killed_while_it_saves(ranks: Ranks, tmp_path: Path, victim: int) -> None:
+    folder = tmp_path / "c"
+    job = ranks.run(f"{WORKERS}.die_in_save", 2, str(folder), victim, folder=tmp_path)
+    assert job.codes[victim] == -9, job.told
+    assert job.codes[1 - victim] == 1
+    assert "CheckpointError" in job.outputs[1 - victim]
+    assert find(folder).name == "step-00000001"
+    x = torch.zeros(8)
+    one = Checkpoints(folder)
+    assert one.load(folder, {"x": x})["step"] == 1
+    assert torch.equal(x, torch.arange(8.0))
+    one.save(2, {"x": x + 1}, {})  # clears what the kill left
+    assert one.wait() == find(folder) == folder / "step-00000002"
+    assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-00000001", "step-00000002"]
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 3, 3):  # the last again, after a roll-back
+        checkpoints.save(step, {"x": torch.full((2,), float(step))}, {"note": step})
+    checkpoints.wait()
+    assert [p.name for p in whole(tmp_path)] == ["step-00000002", "step-00000003"]
+    assert (tmp_path / "latest").read_text() == "step-00000003\n"
+
+
+def test_what_is_damaged_foreign_or_of_another_model(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "c")
+    with pytest.raises(CheckpointError, match="holds no distributed checkpoint; start without"):
+        find(tmp_path / "c")
+    for step in (1, 2):
+        checkpoints.save(step, {"x": torch.ones(4)}, {})
+    checkpoints.wait()
+    for state in ({"x": torch.zeros(5)}, {"y": torch.zeros(4)}):
+        with pytest.raises(CheckpointError, match=r"step-00000002: does not fit this model \("):
+            checkpoints.load(tmp_path / "c", state)
+    (file,) = (tmp_path / "c/step-00000002").glob("*.distcp")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"damaged or missing: __0_0.distcp; use .*-00000001"):
+        checkpoints.load(tmp_path / "c", {"x": torch.zeros(4)})
+    file.unlink()
+    with pytest.raises(CheckpointError, match="damaged or missing"):
+        checkpoints.load(tmp_path / "c", {"x": torch.zeros(4)})
+    (tmp_path / "c/latest").write_text("step-00000009\n")  # whole ones count, not the pointer
+    assert find(tmp_path / "c").name == "step-00000002"
+
+
+def test_pieces_of_fused_rows_lie_apart() -> None:
+    part = torch.arange(12.0).reshape(6, 2)
+    split = Split(0, ((2, 2), (8, 4)))
+    placed: Pieces = pieces(part, split, tp=2)
+    assert placed.size() == (12, 2)
+    assert {tuple(k): v.tolist() for k, v in placed.parts.items()} == {
+        (2, 0): part[:2].tolist(), (8, 0): part[2:].tolist(),
+    }  # fmt: skip

@@ -19,6 +19,8 @@ import torch
 from glm_core.backends.registry import use
 from glm_core.bench import matmul_nbits
 from glm_core.bench.harness import Timing, interleave, machine, ratio
+from glm_core.bench.noise import Watch, irregularities
+from glm_core.bench.rows import Row
 from glm_core.config import ModelConfig
 from glm_core.model import GLM, preset
 from glm_core.model.prompt import causal
@@ -139,14 +141,41 @@ def engines(config: ModelConfig, prompt: int, prefill: bool, dtypes: list[str]) 
         yield Engine("onnxruntime MatMulNBits, products alone", "int4", step, size)
 
 
+def timed(
+    config: ModelConfig, rounds: int, prefill: int, dtypes: list[str]
+) -> tuple[list[Engine], dict[str, Timing]]:
+    """Every engine and a read of a large buffer, in turn."""
+    buffer = torch.ones(READ_BYTES // 4)  # not zeros: pages never written read as one zero page
+    found = list(engines(config, prefill or PROMPT, bool(prefill), dtypes))
+    contestants = {f"{e.name}, {e.dtype}": e.step for e in found}
+    return found, interleave({**contestants, "read": buffer.sum}, rounds)
+
+
+def rows(rounds: int, prefill: int, dtypes: list[str], told: dict[str, Any]) -> list[Row]:
+    """A row for each engine; the peer is the read of the same rounds. `told` is the machine."""
+    watch = Watch()
+    found, timing = timed(shapes(), rounds, prefill, dtypes)
+    read, notes, tokens = timing["read"], tuple(watch.notes()), prefill or 1
+    source = f"measured here, best of {rounds}: sum of {READ_BYTES >> 20} MiB"
+    peak = {"tflops": 0.0, "gb_s": READ_BYTES / min(read.seconds) / 1e9, "source": source}
+    kind = f"prefill {prefill}" if prefill else "decode"
+    return [
+        Row(
+            bench="decode", key=f"{kind} {e.name}, {e.dtype}", backend="cpu", dtype=e.dtype,
+            shape=f"1x{prefill or PROMPT}", seconds=timing[f"{e.name}, {e.dtype}"].seconds,
+            peer="read", peer_seconds=read.seconds, bytes=e.num_bytes, peak=peak, machine=told,
+            figures={"tokens_s": tokens / timing[f"{e.name}, {e.dtype}"].median_s},
+            notes=(*notes, *irregularities(timing[f"{e.name}, {e.dtype}"].seconds)),
+        )
+        for e in found
+    ]  # fmt: skip
+
+
 def measure(rounds: int, prefill: int, dtypes: list[str]) -> dict[str, Any]:
     """Rows with their ratios to ours in int4 (above 1: ours is faster), the read ceiling, the
     machine."""
-    config, prompt = shapes(), prefill or PROMPT
-    buffer = torch.ones(READ_BYTES // 4)  # not zeros: pages never written read as one zero page
-    found = list(engines(config, prompt, bool(prefill), dtypes))
-    contestants = {f"{e.name}, {e.dtype}": e.step for e in found}
-    timing = interleave({**contestants, "read": buffer.sum}, rounds)
+    prompt = prefill or PROMPT
+    found, timing = timed(shapes(), rounds, prefill, dtypes)
     ceiling = READ_BYTES / timing["read"].median_s / 1e9
     base = timing.get("ours, int4")
     rows = [_row(e, timing[f"{e.name}, {e.dtype}"], base, prefill or 1, ceiling) for e in found]

@@ -7,6 +7,7 @@ import argparse
 import json
 import statistics
 import timeit
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,11 +19,12 @@ from glm_core.bench.harness import machine
 from glm_core.spec import SUPPORTED, Support
 
 CALLS = 20_000
+LIMIT_US = 5.0
 
 
-def measure(rounds: int = 15) -> dict[str, object]:
-    """Microseconds that dispatch adds to one call: a kernel that does nothing, with a predicate,
-    called through the op and called directly, in turn; median of `rounds`."""
+def samples(rounds: int) -> tuple[list[float], list[float]]:
+    """Seconds a call in each round, through the op and of the bare kernel, in turn: a kernel that
+    does nothing, with a predicate."""
     backend = Backend(name="bench", device_type="cpu", verified="does nothing, by design")
 
     def supports(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Support:
@@ -33,20 +35,24 @@ def measure(rounds: int = 15) -> dict[str, object]:
         return x
 
     x = torch.zeros(1)
-    added = []
+    through, bare = [], []
     with use(backend):
         for _ in range(rounds):
-            through = timeit.timeit(lambda: ops.rms_norm(x, x, 1e-5), number=CALLS)
-            bare = timeit.timeit(lambda: rms_norm(x, x, 1e-5), number=CALLS)
-            added.append((through - bare) / CALLS * 1e6)
-    low, middle, high = statistics.quantiles(added, n=4)
-    return {
-        "overhead_us": middle,
-        "low_us": low,
-        "high_us": high,
-        "limit_us": 5.0,
-        "machine": machine(),
-    }
+            through.append(timeit.timeit(lambda: ops.rms_norm(x, x, 1e-5), number=CALLS) / CALLS)
+            bare.append(timeit.timeit(lambda: rms_norm(x, x, 1e-5), number=CALLS) / CALLS)
+    return through, bare
+
+
+def overhead(through: Sequence[float], bare: Sequence[float]) -> dict[str, float]:
+    """Microseconds that dispatch adds to one call: median and quartiles of the rounds."""
+    added = [(a - b) * 1e6 for a, b in zip(through, bare, strict=True)]
+    low, middle, high = statistics.quantiles(added, n=4) if len(added) > 1 else added * 3
+    return {"overhead_us": middle, "low_us": low, "high_us": high, "limit_us": LIMIT_US}
+
+
+def measure(rounds: int = 15) -> dict[str, object]:
+    """Microseconds that dispatch adds to one call; median of `rounds`."""
+    return overhead(*samples(rounds)) | {"machine": machine()}
 
 
 def main() -> int:

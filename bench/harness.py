@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from glm_core import environment
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Timing:
@@ -63,7 +65,7 @@ def ratio(slow: Timing, fast: Timing) -> dict[str, float]:
 
 
 def machine() -> dict[str, Any]:
-    """Where a row was measured: CPU, threads, versions, commit."""
+    """Where a row was measured: CPU, its instruction set in use, threads, versions, commit."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
         cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
@@ -72,6 +74,7 @@ def machine() -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "isa": environment.isa() or torch.backends.cpu.get_cpu_capability(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from glm_core.backends.registry import get, use
 from glm_core.bench.harness import Timing, gemm, gemm_flops, interleave, machine, ratio
+from glm_core.bench.noise import Watch, irregularities
+from glm_core.bench.rows import Row
 from glm_core.config import ModelConfig, TrainConfig
 from glm_core.dispatch import Op, intercept, run
 from glm_core.model import GLM, preset
@@ -122,12 +124,7 @@ def measure(
     """One dtype: medians in ms, ratios with quartiles, share of the GEMM ceiling measured in the
     same rounds."""
     config = preset("glm4-34m")
-    contestants: dict[str, Callable[[], Any]] = {"ours": ours(config, dtype, backend)}
-    for peer in peers:
-        contestants[peer] = transformers_glm(config, dtype, peer == "compiled")
-    contestants["gemm"] = gemm(getattr(torch, dtype))
-    losses = {name: run() for name, run in contestants.items() if name != "gemm"}
-    timing = interleave(contestants, rounds)
+    timing, losses = timed(config, dtype, rounds, peers, backend)
     ceiling = gemm_flops() / timing["gemm"].median_s
     reached = matmul_flops(config) / timing["ours"].median_s
     row = {
@@ -139,6 +136,41 @@ def measure(
         **{f"{n}_spread": t.spread for n, t in timing.items()},
     }
     return row | {k: v for p in peers for k, v in compared(p, timing).items()}
+
+
+def timed(
+    config: ModelConfig, dtype: str, rounds: int, peers: tuple[str, ...], backend: str
+) -> tuple[dict[str, Timing], dict[str, float]]:
+    """Ours, the peers and a matrix product in turn, and everyone's first loss."""
+    contestants: dict[str, Callable[[], Any]] = {"ours": ours(config, dtype, backend)}
+    for peer in peers:
+        contestants[peer] = transformers_glm(config, dtype, peer == "compiled")
+    contestants["gemm"] = gemm(getattr(torch, dtype))
+    losses = {name: run() for name, run in contestants.items() if name != "gemm"}
+    return interleave(contestants, rounds), losses
+
+
+def rows(
+    dtype: str, rounds: int, peers: tuple[str, ...], backend: str, told: dict[str, Any]
+) -> list[Row]:
+    """A row for each peer, of the same rounds; `told` is the machine."""
+    config = preset("glm4-34m")
+    watch = Watch()
+    timing, losses = timed(config, dtype, rounds, peers, backend)
+    own, notes = timing["ours"].seconds, tuple(watch.notes())
+    return [
+        Row(
+            bench="step", key=f"step {backend} {dtype} glm4-34m against transformers {peer}",
+            backend=backend, dtype=dtype, shape=f"{BATCH}x{LENGTH}", seconds=own,
+            peer=f"transformers {peer}", peer_seconds=timing[peer].seconds, machine=told,
+            flops=matmul_flops(config), notes=(*notes, *irregularities(own)),
+            figures={
+                "tokens_s": BATCH * LENGTH / timing["ours"].median_s, "first_loss": losses,
+                **compared(peer, timing),
+            },
+        )
+        for peer in peers
+    ]  # fmt: skip
 
 
 def compared(peer: str, timing: dict[str, Timing]) -> dict[str, float]:

@@ -76,12 +76,12 @@ class Axis:
 
 def chart(
     title: str, series: Sequence[Series], bands: Sequence[Band] = (), *,
-    x_label: str = "step", y_label: str = "", log: bool = False,
+    x_label: str = "step", y_label: str = "", log: bool = False, log_x: bool = False,
 ) -> str:  # fmt: skip
     """The chart as one <figure> with a legend; an empty one says so."""
     xs = [v for s in series for v in s.x] + [v for b in bands for v in b.x]
     ys = [v for s in series for v in s.y] + [v for b in bands for v in (*b.low, *b.high)]
-    x = Axis(xs, LEFT, WIDTH - RIGHT)
+    x = Axis(xs, LEFT, WIDTH - RIGHT, log_x)
     y = Axis(ys, HEIGHT - BOTTOM, TOP, log)
     parts = [_grid(x, y, x_label, y_label)]
     parts += [_band(b, x, y) for b in bands]

@@ -38,20 +38,21 @@ def write(result: Result, path: str | Path) -> Path:
     head = (
         f"<h1>Loss curves across backends: {_verdict(result.verdict)}</h1>{_summary(result.pairs)}"
     )
-    return _save(path, head + "".join(sections))
+    return save(path, head + "".join(sections))
 
 
 def write_pair(pair: Pair, reference: Trace, candidate: Trace, path: str | Path) -> Path:
     """Writes the report of one comparison of two trace files; returns the path."""
     names = f"{escape(pair.candidate)} against {escape(pair.reference)}"
     head = f"<h1>{names}: {_verdict(pair.verdict)}</h1>"
-    return _save(path, head + _summary([pair]) + _pair(pair, reference, candidate))
+    return save(path, head + _summary([pair]) + _pair(pair, reference, candidate))
 
 
-def _save(path: str | Path, body: str) -> Path:
+def save(path: str | Path, body: str, title: str = "Alignment") -> Path:
+    """Writes a self-contained page; returns the path."""
     page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Alignment</title>'
-        f"<style>{STYLE}</style></head><body>{body}</body></html>"
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>{body}</body></html>"
     )
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,7 @@ COMMANDS = {
     "quantize": "a trained model with int8 or int4 weights: size, error, perplexity",
     "conformance": "every op of a backend against the float64 reference, case by case",
     "backend": "start a new backend's package",
+    "bench": "what this machine reaches: ceilings, ops, training step, decode, links; compare runs",
     "plan": "what a model would take on a cluster: plans, memory, step time, days",
     "doctor": "everything about one backend on this device, in one file to send back",
     "trace": "what a trace holds, what did not run on the device",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,35 +20,43 @@ ROUNDS = 7
 def measure(case: Case, backend: Backend) -> dict[str, object]:
     """Milliseconds, rates from the op's cost, and how many times faster than the reference;
     forward, and forward with backward where the op has one."""
-    args = case.sample.make(case.dtype, backend.device())
-    cost = case.op.cost(**case.sample.make(case.dtype))
-    found = _row("forward", backend, cost.flops, cost.bytes, _forward, case.op, args)
-    if case.op.differentiable:
-        flops, moved = cost.flops + cost.backward_flops, cost.bytes + cost.backward_bytes
-        found |= _row("forward_backward", backend, flops, moved, _both, case.op, args)
+    found: dict[str, object] = {}
+    for name, flops, moved, contestants in calls(case, backend):
+        with use(backend):
+            times = interleave(contestants, ROUNDS)
+        seconds = times["kernel"].median_s
+        found |= {
+            f"{name}_ms": seconds * 1e3,
+            f"{name}_spread": times["kernel"].spread,
+            f"{name}_tflops": flops / seconds / 1e12,
+            f"{name}_gb_s": moved / seconds / 1e9,
+            f"{name}_times_faster_than_reference": ratio(times["reference"], times["kernel"])[
+                "ratio"
+            ],
+        }
     return found
 
 
 Prepare = Callable[[Op, Callable[..., Any], Mapping[str, Any]], Callable[[], Any]]
+Direction = tuple[str, int, int, dict[str, Callable[[], Any]]]
+"""(forward or forward_backward, FLOPs, bytes, the contestants kernel and reference)"""
 
 
-def _row(
-    name: str, backend: Backend, flops: int, moved: int, prepare: Prepare, op: Op, args: Any
-) -> dict[str, object]:
-    """Kernel and reference in turn, both on the backend's device."""
-    contestants = {
+def calls(case: Case, backend: Backend) -> Iterator[Direction]:
+    """What to time, on the backend's device; backward is timed with its forward, for a kernel may
+    move work from one to the other."""
+    args = case.sample.make(case.dtype, backend.device())
+    cost = case.op.cost(**case.sample.make(case.dtype))
+    yield "forward", cost.flops, cost.bytes, _pair(backend, _forward, case.op, args)
+    if case.op.differentiable:
+        flops, moved = cost.flops + cost.backward_flops, cost.bytes + cost.backward_bytes
+        yield "forward_backward", flops, moved, _pair(backend, _both, case.op, args)
+
+
+def _pair(backend: Backend, prepare: Prepare, op: Op, args: Any) -> dict[str, Callable[[], Any]]:
+    return {
         "kernel": _synchronized(backend, prepare(op, op, args)),
         "reference": _synchronized(backend, prepare(op, op.reference, args)),
-    }
-    with use(backend):
-        times = interleave(contestants, ROUNDS)
-    seconds = times["kernel"].median_s
-    return {
-        f"{name}_ms": seconds * 1e3,
-        f"{name}_spread": times["kernel"].spread,
-        f"{name}_tflops": flops / seconds / 1e12,
-        f"{name}_gb_s": moved / seconds / 1e9,
-        f"{name}_times_faster_than_reference": ratio(times["reference"], times["kernel"])["ratio"],
     }
 
 

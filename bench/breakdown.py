@@ -1,0 +1,81 @@
+"""Where a step's time goes, by the profiler: matmul, attention, other, communication, bubble, data,
+host."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from glm_core.backends.base import Backend
+
+PARTS = ("matmul", "attention", "other", "communication", "bubble", "data", "host")
+DATA = "glm_core: data"
+MATMUL = ("mm", "addmm", "bmm", "baddbmm", "linear", "_scaled_mm", "linear_few", "quantized_linear",
+          "mkldnn_linear", "matmul_backward", "linear_backward")  # fmt: skip
+LIBRARIES = ("c10d::", "_c10d_functional::", "nccl:", "gloo:", "hccl:", "record_param_comms")
+WAITING = ("recv", "irecv", "wait_tensor")
+"""point-to-point receives of a pipeline: a stage that waits for its neighbour"""
+
+
+class Event(NamedTuple):
+    """Self time of one operator, children left out."""
+
+    name: str
+    seconds: float
+
+
+def loading() -> AbstractContextManager[Any]:
+    """Marks a block as data loading."""
+    return record_function(DATA)
+
+
+def part_of(name: str) -> str | None:
+    """The part an operator belongs to; None for what is no operator."""
+    plain = name.rsplit("::", 1)[-1].lower()
+    if name.startswith(LIBRARIES):
+        return "bubble" if any(w in plain for w in WAITING) else "communication"
+    if name == DATA:
+        return "data"
+    if "::" not in name or name.startswith(("autograd::", "torch::")):
+        return None
+    if plain in MATMUL:
+        return "matmul"
+    return "attention" if "attention" in plain else "other"
+
+
+def shares(events: Iterable[Event], wall_s: float) -> dict[str, float]:
+    """Seconds by part; host is the wall time in which no operator ran: Python, dispatch, autograd's
+    bookkeeping. Where work overlaps, the parts are scaled to the wall time."""
+    found = dict.fromkeys(PARTS, 0.0)
+    for event in events:
+        if part := part_of(event.name):
+            found[part] += event.seconds
+    known = sum(found.values())
+    if known > wall_s:
+        return {k: v * wall_s / known for k, v in found.items()}
+    return found | {"host": wall_s - known}
+
+
+def measure(step: Callable[[], Any], backend: Backend, rounds: int = 3) -> dict[str, float]:
+    """Seconds of one step by part, mean of `rounds`; the profiler itself slows the host part."""
+    on_device = backend.device_type != "cpu"
+    activities = [ProfilerActivity.CPU]
+    if on_device:
+        activities += [a for a in torch.profiler.supported_activities() if a not in activities]
+    step()
+    with profile(activities=activities) as profiler:
+        begin = time.perf_counter()
+        for _ in range(rounds):
+            step()
+        if on_device:
+            backend.synchronize()
+        wall_s = (time.perf_counter() - begin) / rounds
+    field = "self_device_time_total" if on_device else "self_cpu_time_total"
+    averages = profiler.key_averages()
+    events = [Event(e.key, getattr(e, field) / 1e6 / rounds) for e in averages]
+    return shares(events, wall_s)

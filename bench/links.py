@@ -1,0 +1,43 @@
+"""What the links between processes reach, as rows: bench.comm on processes of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+from glm_core.bench.rows import Row
+from glm_core.errors import GlmCoreError
+
+LIMIT_S = 600
+
+
+def measure(backend: str, processes: int, rounds: int, largest: str) -> list[Row]:
+    """A row for each operation and size. Raises GlmCoreError with what the processes said."""
+    command = [
+        sys.executable, "-m", "glm_core.bench.comm", "--json", "--backend", backend, "--processes",
+        str(processes), "--rounds", str(rounds), "--max-bytes", largest,
+    ]  # fmt: skip
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise GlmCoreError(f"bench comm: no end after {LIMIT_S} s; a link hangs") from error
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        said = (done.stderr.strip() or "nothing").splitlines()[-1]
+        raise GlmCoreError(f"bench comm: ended with {done.returncode}: {said}")
+    return rows(json.loads(lines[-1]))
+
+
+def rows(result: dict[str, Any]) -> list[Row]:
+    """What comm printed; bus bandwidth as nccl-tests counts it is among the figures."""
+    return [
+        Row(
+            bench="comm", backend=result["backend"], dtype=r["type"], shape=f"{r['size_bytes']} B",
+            key=f"comm {result['library']} {result['ranks']} ranks {r['op']} {r['size_bytes']} B",
+            seconds=tuple(r["seconds"]), bytes=r["size_bytes"], machine=result["machine"],
+            figures={k: r[k] for k in ("algbw_gb_s", "busbw_gb_s", "wrong")},
+        )
+        for r in result["rows"]
+    ]  # fmt: skip

@@ -119,6 +119,7 @@ def row(
         "count": count if name in ("all_reduce", "p2p") else count // world,
         "type": TYPES[str(dtype).removeprefix("torch.")],
         "redop": "sum" if name in comm.REDUCING else "none",
+        "seconds": list(timing.seconds),
         "time_us": seconds * 1e6,
         "time_spread": timing.spread,
         "algbw_gb_s": algbw,

@@ -22,7 +22,7 @@ from glm_core.backends import registry
 from glm_core.backends.base import Backend
 from glm_core.bench.harness import Timing, interleave, machine
 from glm_core.distributed import comm, launch
-from glm_core.errors import ConfigError, GlmCoreError
+from glm_core.errors import ConfigError, GlmCoreError, TrainingError
 
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "p2p")
 TYPES = {"float32": "float", "bfloat16": "bfloat16", "float16": "half"}
@@ -173,11 +173,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if "RANK" not in os.environ:
             given = list(sys.argv[1:] if argv is None else argv)
-            return int(launch.local(args.processes, ["-m", "glm_core.bench.comm", *given]) != 0)
+            launch.local(args.processes, ["-m", "glm_core.bench.comm", *given])
+            return 0
         return _member(args)
     except GlmCoreError as error:
         print(f"glm_core.bench.comm: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, TrainingError) else 2
 
 
 def _member(args: argparse.Namespace) -> int:

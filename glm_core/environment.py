@@ -8,11 +8,13 @@ from pathlib import Path
 from glm_core.errors import ConfigError, unknown
 
 API_KEY = "GLM_CORE_API_KEY"
+WATCH = "GLM_CORE_WATCH"
 VARIABLES = {
     "GLM_CORE_BUILD": "what setup.py builds: auto, off, cpu, cuda or rocm",
     "GLM_CORE_ARCHES": "what GPU kernels are compiled for: 80,90 or gfx90a,gfx942",
     "GLM_CORE_ISA": "the CPU's instruction set: scalar, avx2 or avx512",
     "GLM_CORE_CACHE": "where exported models are kept, instead of .cache",
+    WATCH: "where the processes of glm-core launch say who they are; set by it",
     API_KEY: "the key that glm-core serve asks for; empty: none",
 }
 BUILDS = ("auto", "off", "cpu", "cuda", "rocm")
@@ -52,3 +54,9 @@ def cache() -> Path:
 def api_key() -> str:
     """GLM_CORE_API_KEY, empty unless set."""
     return os.environ.get(API_KEY, "")
+
+
+def watch() -> Path | None:
+    """GLM_CORE_WATCH, None outside glm-core launch."""
+    folder = os.environ.get(WATCH)
+    return Path(folder) if folder else None

@@ -8,7 +8,6 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from glm_core.cli.exits import EXIT_FAILED
 from glm_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -51,12 +50,14 @@ def run(args: argparse.Namespace) -> int:
             lines = launch.remote_commands(wanted, os.environ.items())
             print("\n".join(shlex.join(words) for words in lines))
             return 0
-        return EXIT_FAILED if launch.everywhere(wanted) else 0
+        launch.everywhere(wanted)
+        return 0
     words = launch.arguments(wanted, 0)
     if args.dry_run:
         print(shlex.join(["torchrun", *words]))
         return 0
-    return EXIT_FAILED if launch.start(words) else 0
+    launch.start(words)
+    return 0
 
 
 def job(args: argparse.Namespace) -> Job:

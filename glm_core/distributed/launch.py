@@ -11,10 +11,13 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from glm_core.distributed.watch import post_mortem
+from glm_core.environment import WATCH
 from glm_core.errors import ConfigError, TrainingError, unknown
 
 FORWARDED = re.compile(r"(NCCL|HCCL|RCCL|GLOO|GLM_CORE|OMP|TORCH)_\w+|PYTHONPATH|LD_LIBRARY_PATH")
@@ -129,7 +132,7 @@ def remote_commands(job: Job, environment: Iterable[tuple[str, str]]) -> list[li
     return lines
 
 
-def everywhere(job: Job, poll_s: float = 0.2) -> int:
+def everywhere(job: Job, poll_s: float = 0.2) -> None:
     """Starts the job on every host by ssh and waits. The first host that fails ends the others;
     raises TrainingError that names it."""
     running = {
@@ -137,17 +140,18 @@ def everywhere(job: Job, poll_s: float = 0.2) -> int:
         for host, words in zip(job.hosts, remote_commands(job, os.environ.items()), strict=True)
     }
     try:
-        while None in [p.poll() for p in running.values()]:
-            if failed := [name for name, p in running.items() if p.returncode]:
-                code = running[failed[0]].returncode
+        while True:
+            codes = {name: p.poll() for name, p in running.items()}
+            if failed := [name for name, code in codes.items() if code]:
                 raise TrainingError(
-                    f"host {failed[0]}: ended with exit code {code}; its own lines above say why "
-                    f"(255: ssh could not reach it)"
+                    f"host {failed[0]}: ended with exit code {codes[failed[0]]}; its own lines "
+                    "above say why (255: ssh could not reach it)"
                 )
+            if None not in codes.values():
+                return
             time.sleep(poll_s)
     finally:
         _end(list(running.values()))
-    return max(p.returncode for p in running.values())
 
 
 def _end(processes: list[subprocess.Popen[bytes]], patience_s: float = 30.0) -> None:
@@ -163,25 +167,36 @@ def _end(processes: list[subprocess.Popen[bytes]], patience_s: float = 30.0) -> 
             process.wait()
 
 
-def local(processes: int, program: Sequence[str]) -> int:
-    """Runs `program` on this host alone; 0, or the exit code of the first process that failed."""
+def local(processes: int, program: Sequence[str]) -> None:
+    """Runs `program` on this host alone. Raises TrainingError where a process failed."""
     if processes < 1:
         raise ConfigError(f"--processes {processes}: must be at least 1")
-    return start(arguments(Job(
+    start(arguments(Job(
         hosts=(Host("localhost", processes),), program=tuple(program), address="localhost",
     ), 0))  # fmt: skip
 
 
-def start(words: Sequence[str]) -> int:
-    """torchrun in this process; 0, or the exit code of the first process that failed: negative for
-    a signal."""
+def start(words: Sequence[str]) -> None:
+    """torchrun in this process. Raises TrainingError for the first process that failed: its rank,
+    how it ended, and where it was last (glm_core.distributed.watch)."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's own default, without its warning
-    try:
-        torchrun.run(torchrun.parse_args(list(words)))
-    except ChildFailedError as error:
-        return int(error.get_first_failure()[1].exitcode)
-    return 0
+    with TemporaryDirectory(prefix="glm-core-") as folder:
+        os.environ[WATCH] = folder
+        try:
+            torchrun.run(torchrun.parse_args(list(words)))
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            how = failure.signal_name() if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+            known = post_mortem(Path(folder), rank)
+            raise TrainingError(
+                f"rank {rank} (pid {failure.pid}): ended first, by {how}; "
+                + (known or "its own lines above say why")
+            ) from None
 
 
 if __name__ == "__main__":
-    raise SystemExit(start(sys.argv[1:]))
+    try:
+        start(sys.argv[1:])
+    except TrainingError as error:
+        print(f"glm-core: {error}", file=sys.stderr)
+        raise SystemExit(1) from None

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
 import json
 import os
 import resource
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from glm_core import ops, watchdog
+from glm_core.backends import registry
+from glm_core.backends.base import Backend
 from glm_core.config import ModelConfig
-from glm_core.distributed import checkpoint, mesh
+from glm_core.distributed import checkpoint, mesh, straggler, watch
 from glm_core.distributed.checkpoint import Checkpoints, Pieces, pieces
 from glm_core.distributed.layout import split_of, take
 from glm_core.distributed.plan import parse, stage_layers, stages_of
@@ -134,3 +141,101 @@ def die_in_save(folder: str, victim: int) -> None:
         setattr(checkpoint._Writer, method, die)
     checkpoints.save(2, state, {})
     checkpoints.wait()
+
+
+def training(folder: str, steps: int, fault: str, timeout_s: float, interval_s: float) -> None:
+    """A job that saves every second step and at step 3 of its first start has a fault on rank 1: it
+    hangs in an op, keeps the interpreter, is stopped, or is killed."""
+    join()
+    rank, out = dist.get_rank(), Path(folder)
+    with watch.watched(out / "watch", rank, dist.get_world_size(), timeout_s, interval_s):
+        checkpoints = Checkpoints(out / "checkpoints", timeout_s=20)
+        weight, done = torch.zeros(4), 0
+        resumed = (out / "checkpoints").exists()
+        if resumed:
+            done = checkpoints.load(out / "checkpoints", {"weight": weight})["step"]
+        print(f"starts after step {done}", flush=True)
+        with registry.use(
+            faulty(fault if rank == 1 and not resumed else "", out / "watch/rank-1.json")
+        ):
+            for step in range(done + 1, steps + 1):
+                watchdog.beat(f"step {step}")
+                gradient = ops.global_norm([torch.full((4,), float(step))]) * torch.ones(4)
+                dist.all_reduce(gradient)
+                weight += gradient
+                if step % 2 == 0:
+                    checkpoints.save(step, {"weight": weight}, {})
+            checkpoints.wait()
+    print(weight.tolist(), flush=True)
+    dist.destroy_process_group()
+
+
+def faulty(fault: str, record: Path) -> Backend:
+    """The references; the third global_norm has the fault."""
+    backend, calls = Backend(name="weak", device_type="cpu", verified="in this test"), [0]
+
+    @backend.implements(ops.global_norm)
+    def global_norm(tensors: list[Tensor]) -> Tensor:
+        calls[0] += 1
+        if calls[0] == 3 and fault:
+            while (watch.read(record) or {}).get("what") != "op global_norm":
+                pass  # the sampler has not come by yet
+            {"hang": hang, "hold": hold, "stop": stop, "kill": kill}[fault]()
+        return ops.global_norm.reference(tensors)
+
+    return backend
+
+
+def hang() -> None:
+    """As a driver that never answers."""
+    threading.Event().wait()
+
+
+def hold() -> None:
+    """As an extension that loops without giving the interpreter back: PyDLL keeps the GIL."""
+    ctypes.PyDLL(None).usleep(60_000_000)
+
+
+def stop() -> None:
+    """As a frozen machine."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def kill() -> None:
+    """As the system's out-of-memory killer."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def slow_step(folder: str) -> None:
+    """Rank 1 takes longer in one op; both report."""
+    join()
+    report = None
+    linear = torch.nn.Linear(8, 8)
+    for step in range(1, 4):
+        with straggler.timed(Path(folder), step, "cpu", every=2):
+            ops.global_norm([linear.weight.detach()])
+            if dist.get_rank() == 1:
+                with registry.use(slow()):
+                    ops.global_norm([linear.weight.detach()])
+            linear(torch.ones(2, 8)).sum().backward()
+            dist.all_reduce(linear.weight.grad)
+        dist.barrier()
+        report = straggler.report(Path(folder), step, dist.get_world_size()) or report
+    assert report
+    print(json.dumps(dataclasses.asdict(report)))
+    print(report.text())
+    dist.destroy_process_group()
+
+
+def slow() -> Backend:
+    """Needs 0.2 s for a norm."""
+    backend = Backend(name="slow", device_type="cpu", verified="in this test")
+
+    @backend.implements(ops.global_norm)
+    def global_norm(tensors: list[Tensor]) -> Tensor:
+        deadline = time.perf_counter() + 0.2
+        while time.perf_counter() < deadline:
+            torch.ones(4).sum()
+        return ops.global_norm.reference(tensors)
+
+    return backend

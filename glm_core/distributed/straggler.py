@@ -1,0 +1,172 @@
+"""Which rank is slow, and in what: every so many steps each rank times one of its own, and their
+times are laid side by side.
+
+A synchronous step takes all ranks equally long, because the fast ones wait. So what counts is a
+rank's *own* time: the step less what it waited for others in collectives. On a device with a queue
+every op of the measured step is waited for, which makes that step slower than the others."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from glm_core import dispatch
+from glm_core.checkpoint import replace
+from glm_core.dispatch import Op
+
+COLLECTIVE = ("c10d", "_c10d_functional", "c10d_functional")
+"""namespaces of torch's operators that involve other ranks"""
+FACTOR = 1.1
+"""own time over the median from which a rank is named"""
+
+
+class Times(TorchDispatchMode):
+    """Seconds of one step by op; ours by their name, what is outside them by torch's."""
+
+    def __init__(self, device_type: str) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        self.ops: Counter[str] = Counter()
+        self.waiting_s = 0.0
+        self._op = ""
+        self._device_type = device_type
+
+    def call(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """For `dispatch.intercept`: what happens inside belongs to this op."""
+        outer, self._op = self._op, op.name
+        waited, begin = self.waiting_s, time.perf_counter()
+        try:
+            return dispatch.run(op, args, kwargs)
+        finally:
+            self._finish()
+            took = time.perf_counter() - begin - (self.waiting_s - waited)
+            self._op = outer
+            if not outer:
+                self.ops[op.name] += took  # type: ignore[assignment]  # seconds, not a count
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # fmt: skip
+        begin = time.perf_counter()
+        out = func(*args, **(kwargs or {}))
+        if func.namespace in COLLECTIVE:
+            self.waiting_s += time.perf_counter() - begin
+        elif not self._op:
+            self._finish()
+            name = f"{func.namespace}.{func.overloadpacket.__name__}"
+            self.ops[name] += time.perf_counter() - begin  # type: ignore[assignment]
+        return out
+
+    def _finish(self) -> None:
+        if self._device_type != "cpu":
+            torch.get_device_module(self._device_type).synchronize()
+
+
+@contextmanager
+def timed(folder: Path, step: int, device_type: str, every: int) -> Iterator[None]:
+    """Times the block where `every` divides `step`, and leaves this rank's times in `folder`, which
+    all hosts see; costs nothing otherwise."""
+    if not every or step % every:
+        yield
+        return
+    times, plain = Times(device_type), dist.Work.wait
+
+    def wait(work: Any, *args: Any, **kwargs: Any) -> Any:
+        begin = time.perf_counter()
+        try:
+            return plain(work, *args, **kwargs)
+        finally:
+            times.waiting_s += time.perf_counter() - begin
+
+    begin = time.perf_counter()
+    setattr(dist.Work, "wait", wait)  # noqa: B010  # for this step: it is where a rank waits
+    try:
+        with dispatch.intercept(times.call), times:
+            yield
+    finally:
+        setattr(dist.Work, "wait", plain)  # noqa: B010
+    seconds = time.perf_counter() - begin
+    values = {"step": step, "step_s": seconds, "waiting_s": times.waiting_s, "ops": times.ops}
+    rank = dist.get_rank()
+    (folder / f"times-{rank}").mkdir(parents=True, exist_ok=True)
+    replace(folder / f"times-{rank}" / "times.json", lambda p: p.write_text(json.dumps(values)))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Report:
+    """The ranks of one step side by side."""
+
+    step: int
+    own_s: dict[int, float]
+    """by rank"""
+    waiting_s: dict[int, float]
+    slowest: int
+    ratio: float
+    """its own time over the median of the others'"""
+    variation: float
+    """standard deviation of the own times over their mean"""
+    op: str
+    """in which it loses most against the others' median; `outside ops`: data, Python"""
+    op_s: float
+    op_median_s: float
+    missing: list[int]
+    """ranks whose times are not there yet"""
+
+    def text(self) -> str:
+        """One line."""
+        lost = f"; no times of rank {', '.join(map(str, self.missing))}" if self.missing else ""
+        spread = f"own times vary by {self.variation:.1%}{lost}"
+        if self.ratio < FACTOR:
+            return f"step {self.step}: no straggler, {spread}"
+        return (
+            f"step {self.step}: straggler: rank {self.slowest} takes {self.ratio:.2f} times the "
+            f"others' median ({self.own_s[self.slowest] * 1e3:.1f} ms), most of it in {self.op} "
+            f"({self.op_s * 1e3:.1f} ms, others {self.op_median_s * 1e3:.1f} ms); {spread}"
+        )
+
+
+def report(folder: Path, step: int, world: int) -> Report | None:
+    """The ranks' times of `step`; None while fewer than two are there. Call it after the ranks have
+    met in the next step: then all of them are."""
+    found = {}
+    for rank in range(world):
+        try:
+            values = json.loads((folder / f"times-{rank}" / "times.json").read_text())
+        except (OSError, ValueError):
+            continue
+        if values["step"] == step:
+            found[rank] = values
+    return compare(step, found, world) if len(found) > 1 else None
+
+
+def compare(step: int, found: dict[int, dict[str, Any]], world: int) -> Report:
+    """The slowest rank and where it loses its time. `found`: by rank, what `timed` has written."""
+    own = {r: v["step_s"] - v["waiting_s"] for r, v in found.items()}
+    slowest = max(own, key=lambda r: own[r])
+    parts = {
+        r: {**v["ops"], "outside ops": own[r] - sum(v["ops"].values())} for r, v in found.items()
+    }
+    others = [r for r in found if r != slowest]
+    medians = {
+        op: statistics.median(parts[r].get(op, 0.0) for r in others) for op in parts[slowest]
+    }
+    op = max(medians, key=lambda name: parts[slowest][name] - medians[name])
+    median = statistics.median(own[r] for r in others)
+    return Report(
+        step=step, own_s=own, waiting_s={r: v["waiting_s"] for r, v in found.items()},
+        slowest=slowest, ratio=own[slowest] / median,
+        variation=statistics.pstdev(own.values()) / statistics.mean(own.values()),
+        op=op, op_s=parts[slowest][op], op_median_s=medians[op],
+        missing=sorted(set(range(world)) - found.keys()),
+    )  # fmt: skip

@@ -1,0 +1,324 @@
+"""Where every rank is: a record that each keeps on the disk, so that whoever is left can say which
+rank hangs or is gone, in what, with its stack.
+
+The records lie in one folder that all hosts see (the run's). A thread samples the stack of the
+training thread once an interval: nothing is paid on the way of a step."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import linecache
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, TextIO
+
+import torch.distributed as dist
+
+from glm_core import dispatch, environment, watchdog
+from glm_core.errors import TrainingError
+
+RECORD_BYTES = 16384
+"""a record's size from its first moment on: a full disk does not silence it"""
+FRAMES = 24
+"""innermost ones kept of a stack"""
+_WAITING = ("distributed_c10d.py", "_functional_collectives.py")
+"""torch's files whose functions return when other ranks have come"""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Place:
+    """Where a thread is."""
+
+    what: str
+    """`op geglu`, `all_reduce`, or the innermost function"""
+    waiting: bool
+    """for other ranks"""
+    stack: list[str]
+    """`file:line function`, outermost first"""
+
+
+def place_of(frame: FrameType | None) -> Place:
+    """Reads a thread's frames, from the innermost outwards."""
+    if frame is None:
+        return Place("nothing: its thread has ended", False, [])
+    op, collective, stack = "", "", []
+    innermost, walk = frame, frame
+    while walk is not None:
+        name = Path(walk.f_code.co_filename).name
+        stack.append(f"{walk.f_code.co_filename}:{walk.f_lineno} {walk.f_code.co_qualname}")
+        if walk.f_code is dispatch.run.__code__ and not op:
+            op = f"op {walk.f_locals['op'].name}"
+        if name in _WAITING and "wrapper" not in walk.f_code.co_name:
+            collective = walk.f_code.co_name
+        walk = walk.f_back  # type: ignore[assignment]  # ends the loop
+    line = linecache.getline(innermost.f_code.co_filename, innermost.f_lineno)
+    if not collective and ".wait(" in line:
+        collective = innermost.f_code.co_qualname
+    inside = f"{op}, {collective}" if op and collective else collective or op
+    return Place(inside or innermost.f_code.co_qualname, bool(collective), stack[:FRAMES][::-1])
+
+
+class Record:
+    """One rank's file; written by that rank alone."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"rank-{rank}.json"
+        self.file = os.open(self.path, os.O_RDWR | os.O_CREAT)
+        os.pwrite(self.file, b" " * RECORD_BYTES, 0)
+
+    def write(self, values: dict[str, Any]) -> None:
+        """In place: the same bytes of the disk again."""
+        data = json.dumps(values).encode()
+        while len(data) > RECORD_BYTES and values["stack"]:
+            values = {**values, "stack": values["stack"][1:]}
+            data = json.dumps(values).encode()
+        os.pwrite(self.file, data.ljust(RECORD_BYTES), 0)
+
+    def close(self) -> None:
+        """Keeps the file: the last that is known of the rank."""
+        os.close(self.file)
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """A record, None where there is none yet or it is just being written."""
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(errors="replace"))
+    except (OSError, ValueError):
+        return None
+    return values
+
+
+class Watch:
+    """This rank among the others."""
+
+    def __init__(self, folder: Path, rank: int, world: int, interval_s: float = 1.0) -> None:
+        self.folder, self.rank, self.world, self.interval_s = folder, rank, world, interval_s
+        self.record = Record(folder, rank)
+        self.thread = threading.get_ident()
+        self._lock = threading.Lock()
+        if launched := environment.watch():  # the launcher looks here when a process has died
+            (launched / f"rank-{rank}").write_text(str(self.record.path.resolve()))
+
+    def note(self, state: str = "running") -> dict[str, Any]:
+        """Writes where the training thread is now."""
+        place = place_of(sys._current_frames().get(self.thread))
+        values = {
+            "rank": self.rank, "pid": os.getpid(), "host": socket.gethostname(), "state": state,
+            "time": time.time(), "begun": watchdog.begun(), "collectives": collectives(),
+            **dataclasses.asdict(place),
+        }  # fmt: skip
+        with self._lock:
+            self.record.write(values)
+        return values
+
+    def sample(self, done: threading.Event) -> None:
+        """Until `done`: a note every interval."""
+        while not done.wait(self.interval_s):
+            self.note()
+
+    @property
+    def grace_s(self) -> float:
+        """How long a rank that ends waits for what the others have to say."""
+        return 3 * self.interval_s
+
+    def on_hang(self) -> str:
+        """For `watchdog.guard`: this rank's stack, and which rank holds up the job."""
+        mine = self.note("hung")
+        time.sleep(self.grace_s)
+        return f"{stack_text(mine)}\nglm-core: {self.verdict()}\nglm-core: "
+
+    def records(self) -> dict[int, dict[str, Any] | None]:
+        """The newest of every rank."""
+        return {r: read(self.folder / f"rank-{r}.json") for r in range(self.world)}
+
+    def verdict(self) -> str:
+        """Who holds up the job, from the records: ranks that no longer answer; else those that are
+        not waiting for others; else those behind the others in a group's collectives."""
+        records = self.records()
+        if silent := {r: x for r, x in records.items() if silent_s(x) > self.grace_s}:
+            return "; ".join(f"{gone(r, x)}{self._stuck(r)}" for r, x in silent.items())
+        known = {r: x for r, x in records.items() if x is not None and x["state"] != "ended"}
+        busy = {r: x for r, x in known.items() if not x["waiting"]}
+        held = busy or {r: x for r, x in known.items() if behind(x, list(known.values()))}
+        if not held:
+            return f"all {self.world} ranks wait for each other: " + "; ".join(
+                f"rank {r} in {x['what']}" for r, x in known.items()
+            )
+        waiting = sorted(known.keys() - held.keys())
+        others = f"; rank {', '.join(map(str, waiting))} waits" if waiting else ""
+        return (
+            "; ".join(
+                f"rank {r} of {self.world} holds up the job: {x['begun']}, inside {x['what']}"
+                + stack_text(x)
+                for r, x in held.items()
+            )
+            + others
+        )
+
+    def _stuck(self, rank: int) -> str:
+        """What faulthandler has written of a rank whose interpreter is held."""
+        path = stuck_path(self.folder, rank)
+        text = path.read_text(errors="replace").strip() if path.is_file() else ""
+        return "\n" + text if text else ""
+
+    def explain(self, error: Exception) -> TrainingError:
+        """A collective has failed here, mostly because another rank is gone: which, and where it
+        was last."""
+        place = place_of_error(error)
+        begun = watchdog.begun()
+        time.sleep(self.grace_s)  # until a silent rank shows as one
+        records = self.records()
+        lost = [
+            gone(r, x) for r, x in records.items() if r != self.rank and is_gone(x, self.grace_s)
+        ]
+        words = " ".join(str(error).split())[:200]
+        cause = "; ".join(lost) or "every rank still answers"
+        return TrainingError(
+            f"rank {self.rank} of {self.world}: {begun}, {place}: {words}; {cause}; resume from "
+            "the last checkpoint"
+        )
+
+    def close(self, state: str) -> None:
+        """The last note; silence is what is expected from now on."""
+        self.note(state)
+        self.record.close()
+
+
+def collectives() -> dict[str, int]:
+    """How many collectives this rank has begun in every group it belongs to."""
+    if not dist.is_initialized():
+        return {}
+    counts: dict[str, int] = {}
+    for group in list(dist.distributed_c10d._world.pg_map):
+        try:
+            counts[group.group_name] = group._get_sequence_number_for_group()  # type: ignore[attr-defined]  # torch's stub lacks it
+        except RuntimeError:  # a library that does not count
+            continue
+    return counts
+
+
+def behind(record: dict[str, Any], records: list[dict[str, Any]]) -> bool:
+    """Has another rank begun more collectives in a group that both are in?"""
+    return any(
+        other["collectives"].get(group, 0) > count
+        for other in records
+        for group, count in record["collectives"].items()
+    )
+
+
+def silent_s(record: dict[str, Any] | None) -> float:
+    """How long a rank has written nothing; it has ended in order: 0."""
+    if record is None:
+        return float("inf")
+    return 0.0 if record["state"] == "ended" else time.time() - record["time"]
+
+
+def is_gone(record: dict[str, Any] | None, grace_s: float) -> bool:
+    """Silent, or failed by its own word, or its process is no more, where that can be seen."""
+    if record is None or silent_s(record) > grace_s or record["state"] == "failed":
+        return True
+    if record["host"] != socket.gethostname() or record["state"] == "ended":
+        return False
+    try:
+        status = Path(f"/proc/{record['pid']}/stat").read_text()
+    except OSError:
+        return sys.platform == "linux"
+    return status.rpartition(")")[2].split()[0] == "Z"
+
+
+def gone(rank: int, record: dict[str, Any] | None) -> str:
+    """`rank 1 (pid 7 on a) is gone; last seen in step 3, inside op geglu` and its stack."""
+    if record is None:
+        return f"rank {rank} never began"
+    who = f"rank {rank} (pid {record['pid']} on {record['host']})"
+    state = "failed" if record["state"] == "failed" else "is gone or does not answer"
+    return f"{who} {state}; last seen in {record['begun']}, inside {record['what']}" + stack_text(
+        record
+    )
+
+
+def stack_text(record: dict[str, Any]) -> str:
+    """Lines for people, outermost first."""
+    return "".join(f"\n  rank {record['rank']}: {line}" for line in record["stack"])
+
+
+def place_of_error(error: BaseException) -> str:
+    """The op and the collective that a traceback went through."""
+    trace, what = error.__traceback__, ""
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if code is dispatch.run.__code__:
+            what = f"op {trace.tb_frame.f_locals['op'].name}"
+        elif Path(code.co_filename).name in _WAITING and "wrapper" not in code.co_name:
+            what = code.co_name
+        trace = trace.tb_next
+    return f"inside {what}" if what else "outside ops"
+
+
+def stuck_path(folder: Path, rank: int) -> Path:
+    """Where faulthandler writes if a rank's interpreter is held."""
+    return folder / f"rank-{rank}.stuck"
+
+
+def _stuck_file(folder: Path, rank: int) -> TextIO:
+    return stuck_path(folder, rank).open("w")
+
+
+@contextmanager
+def watched(
+    folder: Path, rank: int, world: int, timeout_s: float, interval_s: float = 1.0
+) -> Iterator[Watch]:
+    """The block is watched from outside and by the other ranks. Where it makes no progress (no
+    `watchdog.beat`) for `timeout_s`, the process ends with exit code 1 within 3 more intervals, and
+    says which rank holds up the job, in which op, with its stack. An error out of a collective
+    becomes a TrainingError that names the rank that is gone. timeout_s 0: no limit on hangs."""
+    watch, done = Watch(folder, rank, world, interval_s), threading.Event()
+    way_out = "resume from the last checkpoint"
+    sampler = threading.Thread(target=watch.sample, args=(done,), daemon=True)
+    with ExitStack() as stack:
+        stuck = stack.enter_context(_stuck_file(folder, rank))
+        stack.enter_context(watchdog.guard(
+            timeout_s, f"rank {rank} of {world}", way_out, on_hang=watch.on_hang,
+            # before the others give their verdict, which quotes it
+            stuck_after_s=timeout_s + interval_s, stuck_file=stuck,
+        ))  # fmt: skip
+        watch.note()
+        sampler.start()
+        state = "failed"
+        try:
+            yield watch
+            state = "ended"
+        except RuntimeError as error:
+            if not _from_collective(error):
+                raise
+            raise watch.explain(error) from error
+        finally:
+            done.set()
+            sampler.join()
+            watch.close(state)
+
+
+def _from_collective(error: BaseException) -> bool:
+    return isinstance(error, dist.DistError) or any(
+        word in str(error) for word in ("gloo", "NCCL", "HCCL", "Connection closed", "ProcessGroup")
+    )
+
+
+def post_mortem(launched: Path, rank: int) -> str:
+    """For a launcher: the last that is known of a rank of its host that died; "" if nothing."""
+    try:
+        record = read(Path((launched / f"rank-{rank}").read_text()))
+    except OSError:
+        return ""
+    if record is None:
+        return ""
+    return f"last seen in {record['begun']}, inside {record['what']}{stack_text(record)}"

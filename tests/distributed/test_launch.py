@@ -127,4 +127,6 @@ def test_two_hosts_by_ssh_end_together_where_one_fails(tmp_path: Path) -> None:
     assert (tmp_path / "rank0").read_text() == "2 0 localhost", done.stderr
     assert (tmp_path / "rank1").read_text() == "2 0 far"
     assert done.returncode == 1
-    assert "host far: ended with exit code 7" in done.stderr
+    assert "rank 1 (pid " in done.stderr
+    assert "ended first, by exit code 7; its own lines above say why" in done.stderr
+    assert "host far: ended with exit code 1" in done.stderr

@@ -91,10 +91,17 @@ def run(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 @contextmanager
 def activate(backend: Kernels, strict: bool = False) -> Iterator[Session]:
     """Makes `backend` active in this thread for the block; nested uses restore the outer one."""
+    with resume(Session(backend, strict)) as session:
+        yield session
+
+
+@contextmanager
+def resume(session: Session) -> Iterator[Session]:
+    """Makes a session active in this thread, perhaps another than it was opened in: on accelerators
+    autograd runs, and recomputes, in threads of its own."""
     before = (_active.session, _active.kernels, _active.references_only)
-    session = Session(backend, strict)
-    _active.session, _active.kernels = session, backend.kernels
-    _active.references_only = backend.references_only
+    _active.session, _active.kernels = session, session.backend.kernels
+    _active.references_only = session.backend.references_only
     try:
         yield session
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,15 +49,29 @@ class LossScale:
             self.overflows = 0
 
 
+def own_part(x: Tensor) -> Tensor:
+    """x itself; of a tensor that processes share out (DTensor), this process's part."""
+    to_local: Callable[[], Tensor] | None = getattr(x, "to_local", None)
+    return x if to_local is None else to_local()
+
+
 class Optimizer:
     """AdamW (op `adamw`) with clipping by the global norm (op `global_norm`). Matrices decay,
     vectors do not, frozen parameters have no part in it. Below float32 the model's parameters are
-    rounded copies of float32 masters held here."""
+    rounded copies of float32 masters held here. Of parameters that processes share out, each
+    process has its own part here, and the norm must be given."""
 
-    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+    def __init__(
+        self, model: nn.Module, config: TrainConfig,
+        norm: Callable[[dict[str, Tensor]], Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        """norm: of the whole gradient, from this process's part of it by parameter; default: the
+        op's."""
         self.config = config
+        self.norm = norm or (lambda grads: ops.global_norm(list(grads.values())))
         self.step_count = 0
-        self.named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.named = {n: own_part(p) for n, p in self.trained.items()}
         self.low_precision = config.dtype != "float32"
         self.master: dict[str, Tensor] = {}
         for name, p in self.named.items():
@@ -80,8 +95,8 @@ class Optimizer:
         scale removed (float32 scalar on the device). A norm that is not finite leaves every weight
         untouched."""
         c = self.config
-        grads = {n: p.grad for n, p in self.named.items() if p.grad is not None}
-        norm = ops.global_norm(list(grads.values())) / loss_scale
+        grads = {n: own_part(p.grad) for n, p in self.trained.items() if p.grad is not None}
+        norm = self.norm(grads) / loss_scale
         if not torch.isfinite(norm):
             return norm
         clip = torch.clamp(c.clip / (norm + 1e-6), max=1.0) if c.clip else torch.ones_like(norm)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +70,7 @@ class Attention(nn.Module):
         heads = config.num_heads + 2 * config.num_kv_heads
         self.qkv = Linear(config.hidden, heads * config.head_dim, config.qkv_bias)
         self.out = Linear(config.num_heads * config.head_dim, config.hidden, config.linear_bias)
+        self.core: Callable[..., Tensor] = ops.attention
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, key_start: Tensor, key_end: Tensor,
@@ -82,7 +84,7 @@ class Attention(nn.Module):
         q, k = qk.split((c.num_heads, c.num_kv_heads), 2)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        y = ops.attention(
+        y = self.core(
             q, k, v, key_start, key_end, c.head_dim**-0.5, self.layer_scale, c.pb_relax
         )  # [B, L, H, E]
         return self.out(y.flatten(2))
@@ -150,6 +152,33 @@ def normal_draw(seed: int, name: str, shape: torch.Size) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
+def rotary_angles(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin [B, L, G, P] float32 of the angles position * base^(-i/P), in float32 as
+    transformers does."""
+    rows = 2 if config.positions == "rope_2d" else 1
+    pairs = int(config.head_dim * config.rope_fraction) // rows // 2
+    exponent = torch.arange(pairs, device=positions.device, dtype=torch.float32) / pairs
+    inverse = 1.0 / config.rope_base**exponent
+    angles = positions[:, :rows].transpose(1, 2)[..., None].float() * inverse  # [B, L, G, P]
+    return angles.cos(), angles.sin()
+
+
+def initial_value(config: ModelConfig, seed: int, name: str, shape: torch.Size) -> Tensor:
+    """What a parameter starts from, whatever holds it: float64, a function of these arguments
+    alone. Described at GLM.init_weights."""
+    if len(shape) == 1:
+        return torch.full(shape, 1.0 if name.endswith("norm.weight") else 0.0, dtype=torch.float64)
+    gain = torch.ones(shape[0], 1)
+    small = 1 / math.sqrt(2 * config.num_layers)
+    if name.endswith(("out.weight", "down.weight")) or (
+        name.endswith("up.weight") and config.placement == "deepnorm"
+    ):
+        gain.fill_(small)
+    elif name.endswith("qkv.weight") and config.placement == "deepnorm":
+        gain[-config.num_kv_heads * config.head_dim :] = small
+    return normal_draw(seed, name, shape) * config.init_std * gain.double()
+
+
 class GLM(nn.Module):
     """Tokens to hidden states, logits or loss. Parameters are uninitialised until `init_weights`
     or a load."""
@@ -200,15 +229,8 @@ class GLM(nn.Module):
         return x
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [B, L, G, P] float32 of the angles position * base^(-i/P), in float32 as
-        transformers does."""
-        c = self.config
-        rows = 2 if c.positions == "rope_2d" else 1
-        pairs = int(c.head_dim * c.rope_fraction) // rows // 2
-        exponent = torch.arange(pairs, device=positions.device, dtype=torch.float32) / pairs
-        inverse = 1.0 / c.rope_base**exponent
-        angles = positions[:, :rows].transpose(1, 2)[..., None].float() * inverse  # [B, L, G, P]
-        return angles.cos(), angles.sin()
+        """cos and sin of this model's rotation."""
+        return rotary_angles(self.config, positions)
 
     def logits(
         self, tokens: Tensor, positions: Tensor, key_start: Tensor, key_end: Tensor
@@ -251,21 +273,5 @@ class GLM(nn.Module):
         draws from its own CPU generator seeded by (seed, name), so the values depend on no order,
         device or partition."""
         for name, p in self.named_parameters():
-            if p.ndim == 1:
-                p.fill_(1.0 if name.endswith("norm.weight") else 0.0)
-                continue
-            values = normal_draw(seed, name, p.shape) * self.config.init_std
-            p.copy_(values * self._init_gain(name, p).to(values))
+            p.copy_(initial_value(self.config, seed, name, p.shape))
         return self
-
-    def _init_gain(self, name: str, p: Tensor) -> Tensor:
-        c = self.config
-        gain = torch.ones(p.shape[0], 1)
-        small = 1 / math.sqrt(2 * c.num_layers)
-        if name.endswith(("out.weight", "down.weight")) or (
-            name.endswith("up.weight") and c.placement == "deepnorm"
-        ):
-            gain.fill_(small)
-        elif name.endswith("qkv.weight") and c.placement == "deepnorm":
-            gain[-c.num_kv_heads * c.head_dim :] = small
-        return gain

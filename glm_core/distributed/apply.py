@@ -1,0 +1,125 @@
+"""The one place where a plan becomes modules, in this order:
+
+1. pipeline: each stage holds its layers of the one model;
+2. tensor and sequence parallel: a layer's matrices at a rank's size, its projections talking;
+3. recompute: which parts of a stage are not kept for the backward pass;
+4. device and dtype: parameters get memory here, not before, and no values yet;
+5. ZeRO: what is left is shared out over the data-parallel ranks;
+6. values: from (seed, name), the same as on one process.
+
+The reverse order would not do: ZeRO shares what tensor parallelism left of a matrix, and recompute
+must wrap what the collectives are part of."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from glm_core.config import ModelConfig
+from glm_core.distributed import layout
+from glm_core.distributed.pipeline import Stage
+from glm_core.distributed.plan import Plan, stages_of
+from glm_core.distributed.tensor_parallel import Ranks
+from glm_core.model.glm import initial_value
+
+
+class Share(nn.ModuleList):
+    """The stages one process holds, as one module whose parameters have the whole model's names."""
+
+    def __init__(self, stages: list[Stage]) -> None:
+        super().__init__(stages)
+        self.stages = stages
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Of all stages; what two of them share is named once."""
+        named: dict[str, nn.Parameter] = {}
+        for stage in self.stages:
+            named.update(stage.named_parameters(*args, **kwargs))
+        return iter(named.items())
+
+
+def build(
+    config: ModelConfig, plan: Plan, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype
+) -> Share:
+    """This process's stages under the plan, with memory but without values. Nothing of the size of
+    the whole model is ever made; under FakeTensorMode nothing is."""
+    ranks = Ranks(mesh.get_group("tp"), plan.sp) if plan.tp > 1 else None
+    stages = []
+    for number in stages_of(plan, mesh.get_local_rank("pp")):
+        stage = Stage(config, number, plan.stages, ranks)
+        stage.recompute(plan.recompute)
+        stages.append(stage.to(dtype).to_empty(device=device))
+    first, last = stages[0], stages[-1]
+    if first is not last and first.is_first and last.is_last and config.tied_head:
+        last.embedding = first.embedding  # both ends of a V in one process: one parameter
+    if plan.zero:
+        for stage in stages:
+            shard(stage, plan.zero, mesh["dp"])
+    return Share(stages)
+
+
+def shard(stage: Stage, zero: int, mesh: DeviceMesh) -> None:
+    """ZeRO by FSDP2, layer by layer. Between steps everything is sharded; during one, stages 1 and
+    2 keep the weights that stage 3 gathers again for every use. Gradients are SUMS over dp,
+    whatever the dtype reduced in float32: every token's weight is already relative to the global
+    batch."""
+    # a block's outputs may be views; nothing in the model writes into them
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    for module in (*stage.layers(), stage):
+        fully_shard(module, mesh=mesh, reshard_after_forward=zero == 3, mp_policy=policy)
+    assert isinstance(stage, FSDPModule)
+    stage.set_gradient_divide_factor(1.0)
+    stage.set_force_sum_reduction_for_comms(True)
+    for block in stage.layers():
+        assert isinstance(block, FSDPModule)
+        block.set_gradient_divide_factor(1.0)
+        block.set_force_sum_reduction_for_comms(True)
+
+
+def own_values(
+    share: Share, config: ModelConfig, mesh: DeviceMesh, value: Callable[[str, torch.Size], Tensor]
+) -> dict[str, Tensor]:
+    """Of whole tensors `value(name, shape)` the part that this process holds, by name; one whole
+    tensor exists at a time."""
+    with torch.device("meta"):
+        shapes = {n: p.shape for n, p in _whole(config).items()}
+    tp, rank = mesh["tp"].size(), mesh.get_local_rank("tp")
+    found = {}
+    for name, p in share.named_parameters():
+        part = layout.take(value(name, shapes[name]), layout.split_of(name, config, tp, rank))
+        start, rows = own_rows(p)
+        found[name] = part[start : start + rows]
+    return found
+
+
+def _whole(config: ModelConfig) -> dict[str, nn.Parameter]:
+    from glm_core.model import GLM
+
+    return dict(GLM(config).named_parameters())
+
+
+def own_rows(p: Tensor) -> tuple[int, int]:
+    """(first, number) of the rows that this process holds of a tensor ZeRO shared out, or of a
+    plain one."""
+    if not isinstance(p, DTensor):
+        return 0, p.shape[0]
+    shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    return (offset[0], shape[0]) if shape[0] else (0, 0)
+
+
+def initial_values(
+    share: Share, config: ModelConfig, mesh: DeviceMesh, seed: int
+) -> dict[str, Tensor]:
+    """Float32 starting weights of this process: the same as one process starts from, to the bit."""
+    return own_values(
+        share, config, mesh, lambda name, shape: initial_value(config, seed, name, shape).float()
+    )

@@ -1,0 +1,87 @@
+"""What travels between tensor-parallel ranks and what its gradient is: the four conjugate pairs of
+Megatron-LM (Shoeybi et al. 2019, section 3; Korthikanti et al. 2022, section 4.2), on torch's
+functional collectives. Shapes: B batch, L sequence, D width; L/t of a sequence-parallel rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed import _functional_collectives as functional
+
+SEQUENCE = 1
+"""dim that sequence parallelism splits"""
+
+
+def total(x: Tensor, group: ProcessGroup) -> Tensor:
+    """The sum over the group's ranks, on all of them; has no gradient."""
+    return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", group))
+
+
+def joined(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
+    """The ranks' tensors one after the other along `dim`, on all of them; has no gradient."""
+    return functional.wait_tensor(functional.all_gather_single(x.contiguous(), dim, group))
+
+
+def shared_out(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
+    """This rank's part, along `dim`, of the sum over the group's ranks; has no gradient."""
+    summed = functional.reduce_scatter_single(x.contiguous(), "sum", dim, group)
+    return functional.wait_tensor(summed)
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return total(grads[0], ctx.group), None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        return total(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0], None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return joined(x, group, SEQUENCE)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return shared_out(grads[0], ctx.group, SEQUENCE), None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return shared_out(x, group, SEQUENCE)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return joined(grads[0], ctx.group, SEQUENCE), None
+
+
+def enter(x: Tensor, group: ProcessGroup, sp: bool) -> Tensor:
+    """Into the part of a layer that ranks share out: x itself, its gradient summed over the ranks;
+    [B, L/t, D] -> [B, L, D] where `sp`."""
+    y: Tensor = _Gather.apply(x, group) if sp else _Copy.apply(x, group)  # type: ignore[no-untyped-call]
+    return y
+
+
+def leave(x: Tensor, group: ProcessGroup, sp: bool) -> Tensor:
+    """Out of it: the sum of what the ranks computed; [B, L, D] -> [B, L/t, D] where `sp`."""
+    y: Tensor = _Scatter.apply(x, group) if sp else _Sum.apply(x, group)  # type: ignore[no-untyped-call]
+    return y

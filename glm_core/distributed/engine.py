@@ -1,0 +1,145 @@
+"""One training step under a plan: rows to their ranks, gradients summed where parameters are held
+more than once, one norm over everything, one optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from glm_core import ops
+from glm_core.config import RunConfig
+from glm_core.distributed import apply, schedule
+from glm_core.distributed import mesh as meshes
+from glm_core.distributed.collectives import total
+from glm_core.distributed.plan import Plan, require_fit
+from glm_core.distributed.tensor_parallel import replicated
+from glm_core.errors import TrainingError
+from glm_core.optimizer import LossScale, Optimizer, learning_rate, own_part
+from glm_core.train import Batch
+
+FIELDS = ("positions", "key_start", "key_end", "labels")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Step:
+    """What one step tells, the same on every process."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    loss_scale: float
+    skipped: bool
+
+
+class Engine:
+    """This process's part of one training run. The backend must be active around `train_step`, and
+    every process must call it with the same global batch."""
+
+    def __init__(
+        self, config: RunConfig, plan: Plan, mesh: DeviceMesh, device: torch.device | None = None
+    ) -> None:
+        """Weights start from config.train.seed, as on one process. Raises ConfigError where plan,
+        model and job do not fit."""
+        c = config
+        require_fit(
+            plan, c.model, world=mesh.size(), global_batch=c.train.global_batch,
+            length=c.data.length,
+        )  # fmt: skip
+        self.config, self.plan, self.mesh = config, plan, mesh
+        self.device = device or torch.device(mesh.device_type)
+        dtype: torch.dtype = getattr(torch, c.train.dtype)
+        self.share = apply.build(c.model, plan, mesh, self.device, dtype)
+        self.optimizer = Optimizer(self.share, c.train, self.norm)
+        self.optimizer.load_masters(apply.initial_values(self.share, c.model, mesh, c.train.seed))
+        scale = c.train.loss_scale if c.train.dtype == "float16" else 1.0
+        self.loss_scale = LossScale(scale, c.train.loss_scale_window, c.train.loss_scale_hysteresis)
+        self.ends = meshes.ends_group(mesh) if plan.pp > 1 and plan.schedule != "zbv" else None
+        self.steps_done = 0
+        self.work = schedule.Work(self.share.stages, plan, mesh, c.model, self.device, dtype)
+
+    def train_step(self, batch: Batch) -> Step:
+        """Forward, backward and update on a global batch, which is the same on every process: each
+        data-parallel rank takes its rows. A float16 overflow skips the update; any other value that
+        is not finite raises TrainingError on every process, weights untouched."""
+        lr = learning_rate(self.config.train, self.steps_done + 1)
+        loss = float(self.backward(batch))
+        scale = self.loss_scale.scale
+        norm = float(self.optimizer.step(lr, scale)) if math.isfinite(loss) else math.nan
+        skipped = not math.isfinite(norm)
+        half = self.config.train.dtype == "float16"
+        if half and (scale > self.loss_scale.minimum or not skipped):
+            self.loss_scale.update(skipped)
+        elif skipped:
+            raise TrainingError(
+                f"step {self.steps_done + 1}: loss {loss}, gradient norm {norm}; resume from the "
+                "last checkpoint with a lower train.lr"
+            )
+        self.steps_done += 1
+        return Step(self.steps_done, loss, norm, lr, scale, skipped)
+
+    def backward(self, batch: Batch) -> Tensor:
+        """Leaves every parameter's gradient of the global batch, times the loss scale, in `.grad`
+        (a ZeRO shard where there is ZeRO). Returns the loss over the global batch, float32, the
+        same on every process."""
+        for p in self.share.parameters():
+            p.grad = None
+        scale = self.loss_scale.scale
+        # every rank has the whole batch, so the global sum costs no communication
+        weight = batch.loss_weight * (scale / float(batch.loss_weight.sum()))
+        mine = self._rows(batch.tokens)
+        inputs = {f: getattr(batch, f)[mine].to(self.device) for f in FIELDS}
+        inputs["token_weight"] = weight[mine].to(self.device)
+        loss = self.work.run(batch.tokens[mine].to(self.device), inputs)
+        self._sum_gradients()
+        for axis, size in (("dp", self.plan.dp), ("pp", self.plan.pp)):
+            if size > 1:
+                loss = total(loss, self.mesh.get_group(axis))
+        return loss / scale
+
+    def _rows(self, tokens: Tensor) -> slice:
+        each = len(tokens) // self.plan.dp
+        first = self.mesh.get_local_rank("dp") * each
+        return slice(first, first + each)
+
+    def _sum_gradients(self) -> None:
+        """Adds up the shares of a gradient that several processes have."""
+        grads = {
+            n: own_part(p.grad) for n, p in self.share.named_parameters() if p.grad is not None
+        }
+        if self.plan.sp:
+            add_up([g for n, g in grads.items() if replicated(n)], self.mesh.get_group("tp"))
+        if self.ends is not None and self.config.model.tied_head and "embedding" in grads:
+            add_up([grads["embedding"]], self.ends)
+        if self.plan.dp > 1 and not self.plan.zero:
+            add_up(list(grads.values()), self.mesh.get_group("dp"))
+
+    def norm(self, grads: dict[str, Tensor]) -> Tensor:
+        """The norm of the whole gradient, every element counted once wherever it is held."""
+        own = [g for n, g in grads.items() if self._counts(n)]
+        squares = ops.global_norm(own).to(self.device).square()
+        for axis, sharded in (("tp", self.plan.tp > 1), ("pp", self.plan.pp > 1),
+                              ("dp", self.plan.zero > 0)):  # fmt: skip
+            if sharded:
+                squares = total(squares, self.mesh.get_group(axis))
+        return squares.sqrt()
+
+    def _counts(self, name: str) -> bool:
+        """Of a parameter that several processes hold, one counts it."""
+        if replicated(name) and self.mesh.get_local_rank("tp") != 0:
+            return False
+        return name != "embedding" or self.share.stages[0].is_first
+
+
+def add_up(grads: list[Tensor], group: Any) -> None:
+    """Sums the gradients over the group, in place, one message for all of a dtype."""
+    for dtype in {g.dtype for g in grads}:
+        some = [g for g in grads if g.dtype == dtype]
+        flat = total(torch.cat([g.flatten() for g in some]), group)
+        for g, summed in zip(some, flat.split([g.numel() for g in some]), strict=True):
+            g.copy_(summed.view_as(g))

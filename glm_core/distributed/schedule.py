@@ -1,0 +1,124 @@
+"""The order in which a process does the forwards and backwards of a step's micro-batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import (
+    PipelineScheduleMulti,
+    PipelineScheduleSingle,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+)
+
+from glm_core.config import ModelConfig
+from glm_core.distributed.pipeline import Stage
+from glm_core.distributed.plan import Plan, stages_of
+
+SINGLE: dict[str, type[PipelineScheduleSingle]] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
+MULTI: dict[str, type[PipelineScheduleMulti]] = {
+    "interleaved": ScheduleInterleaved1F1B,
+    "zero-bubble": ScheduleInterleavedZeroBubble,
+    "zbv": ScheduleZBVZeroBubble,
+}
+
+
+class Work:
+    """Runs a process's stages over a step's micro-batches; gradients are summed, not averaged."""
+
+    def __init__(
+        self, stages: list[Stage], plan: Plan, mesh: DeviceMesh, config: ModelConfig,
+        device: torch.device, dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        self.stages, self.plan, self.mesh = stages, plan, mesh
+        self.config, self.device, self.dtype = config, device, dtype
+        self.shape: tuple[int, int] = (0, 0)
+        self.schedule: PipelineScheduleSingle | PipelineScheduleMulti | None = None
+
+    def run(self, tokens: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """Forward and backward of this data-parallel rank's rows. Returns their loss where the last
+        stage is held, else 0; a float32 scalar."""
+        if self.plan.pp == 1:
+            return self._accumulate(tokens, inputs)
+        rows, length = tokens.shape
+        if self.schedule is None or self.shape != (rows, length):
+            # the size of what travels is agreed once; a growing batch changes it
+            self.shape = (rows, length)
+            self.schedule = self._schedule(rows // self.plan.micro_batches, length)
+        losses: list[Tensor] = []
+        first = (tokens,) if any(s.is_first for s in self.stages) else ()
+        self.schedule.step(
+            *first, target=inputs["labels"], losses=losses, return_outputs=False, **inputs
+        )
+        return torch.stack(losses).sum().detach() if losses else self._zero()
+
+    def _zero(self) -> Tensor:
+        return torch.zeros((), device=self.device)
+
+    def _accumulate(self, tokens: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """Without a pipeline: micro-batch after micro-batch. ZeRO-1 reduces gradients after the
+        last; ZeRO-2 and 3 after each, since they keep none whole."""
+        [stage] = self.stages
+        m = self.plan.micro_batches
+        parts = {name: x.chunk(m) for name, x in inputs.items()}
+        loss = self._zero()
+        for i, part in enumerate(tokens.chunk(m)):
+            if isinstance(stage, FSDPModule):
+                last = i == m - 1
+                stage.set_requires_gradient_sync(last or self.plan.zero > 1)
+                stage.set_reshard_after_backward(last or self.plan.zero == 3)
+            out: Tensor = stage(part, **{name: x[i] for name, x in parts.items()})
+            out.sum().backward()
+            loss += out.detach().sum()
+        return loss
+
+    def _schedule(self, rows: int, length: int) -> PipelineScheduleSingle | PipelineScheduleMulti:
+        """torch's schedule for micro-batches of rows x length tokens."""
+        numbers = stages_of(self.plan, self.mesh.get_local_rank("pp"))
+        stages = [
+            PipelineStage(
+                stage, number, self.plan.stages, self.device,
+                input_args=self._inputs(stage, rows, length),
+                output_args=self._outputs(stage, rows, length),
+                group=self.mesh.get_group("pp"),
+            )
+            for stage, number in zip(self.stages, numbers, strict=True)
+        ]  # fmt: skip
+        options: dict[str, Any] = {"loss_fn": _loss, "scale_grads": False}
+        if self.plan.schedule in SINGLE:
+            one = SINGLE[self.plan.schedule]
+            return one(stages[0], self.plan.micro_batches, **options)
+        many = MULTI[self.plan.schedule]
+        return many(stages, self.plan.micro_batches, **options)  # type: ignore[arg-type]
+
+    def _inputs(self, stage: Stage, rows: int, length: int) -> tuple[Tensor, ...]:
+        if stage.is_first:
+            return (torch.empty(rows, length, dtype=torch.int64, device="meta"),)
+        return self._carried(rows, length)
+
+    def _outputs(self, stage: Stage, rows: int, length: int) -> tuple[Tensor, ...]:
+        if stage.is_last:
+            return (torch.empty(1, device="meta", requires_grad=True),)
+        return self._carried(rows, length)
+
+    def _carried(self, rows: int, length: int) -> tuple[Tensor, ...]:
+        """delta and residual, without values;  [B, L, D] or [B, L/t, D]."""
+        own = length // self.plan.tp if self.plan.sp else length
+        shape = (rows, own, self.config.hidden)
+        return tuple(
+            torch.empty(shape, dtype=self.dtype, device="meta", requires_grad=True)
+            for _ in range(2)
+        )
+
+
+def _loss(output: Tensor, _labels: Tensor) -> Tensor:
+    """The last stage's output is the loss already."""
+    return output.sum()

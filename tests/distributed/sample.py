@@ -1,0 +1,72 @@
+"""Tiny models of three GLMs and a text they can learn, the same in every process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from glm_core.config import DataConfig, Dtype, ModelConfig, RunConfig, TrainConfig
+from glm_core.data import Batch
+
+VOCAB, LENGTH, ROWS, STEPS = 64, 16, 8, 6
+SIZES: dict[str, Any] = {"num_layers": 4, "hidden": 32, "num_heads": 4, "vocab": VOCAB}
+MODELS = {
+    "130b": ModelConfig(
+        **SIZES, ffn=64, qk_layer_scaling=True, embedding_gradient_shrink=0.1
+    ),
+    "glm4": ModelConfig(
+        **SIZES, ffn=48, num_kv_heads=2, norm="rms", placement="sandwich", activation="swiglu",
+        rope_fraction=0.5, rope_interleaved=True, linear_bias=False, tied_head=False,
+    ),
+    "10b": ModelConfig(
+        **SIZES, ffn=64, placement="pre", activation="gelu", positions="learned_2d", max_length=32
+    ),
+}  # fmt: skip
+
+
+class Text:
+    """Four of five tokens follow from the one before. Rows differ in prefix and so in weight: a
+    mean over ranks is not the mean over tokens."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(0)
+
+    def next(self, micro_batch: int) -> Batch:
+        """Row by row, so that the order knows no micro-batch."""
+        rows = [self._row() for _ in range(micro_batch)]
+        tokens, sep = torch.stack([t for t, _ in rows]), torch.tensor([[s] for _, s in rows])
+        place = torch.arange(LENGTH).expand(micro_batch, LENGTH)
+        return Batch(
+            tokens=tokens[:, :-1].contiguous(), labels=tokens[:, 1:].contiguous(),
+            loss_weight=(place >= sep).float(),
+            positions=torch.stack((place, (place - sep + 1).clamp(min=0)), 1),
+            key_start=torch.zeros_like(place, dtype=torch.int32),
+            key_end=torch.maximum(place + 1, sep).int(),
+        )  # fmt: skip
+
+    def _row(self) -> tuple[torch.Tensor, int]:
+        draws = torch.randint(0, 1 << 20, (LENGTH + 2,), generator=self.generator).tolist()
+        tokens = [d % VOCAB for d in draws[: LENGTH + 1]]
+        for i in range(LENGTH):
+            if draws[i] % 5:
+                tokens[i + 1] = (5 * tokens[i] + 7) % (VOCAB // 2)
+        return torch.tensor(tokens), 2 + draws[-1] % (LENGTH - 3)
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Nothing to restore: every run starts at the first row."""
+
+
+def config(model: str, dtype: Dtype = "float32") -> RunConfig:
+    """Clipping is at work in every step, so that a wrong norm shows in the weights."""
+    return RunConfig(
+        model=MODELS[model],
+        data=DataConfig(vocab=VOCAB, length=LENGTH),
+        train=TrainConfig(
+            dtype=dtype, steps=STEPS, micro_batch=ROWS // 2, global_batch=ROWS, lr=3e-3,
+            min_lr=3e-4, warmup_steps=2, clip=0.25,
+        ),
+    )  # fmt: skip

@@ -1,0 +1,80 @@
+"""One process of a job: trains every case it is given under its plan, one after the other, and
+writes what it holds: `worker.py CASES.json OUT`, started with torchrun's variables set."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import bugs
+import sample
+import torch
+from torch import distributed as dist
+
+from glm_core.backends import registry
+from glm_core.distributed import layout, mesh
+from glm_core.distributed.apply import own_rows
+from glm_core.distributed.engine import Engine
+from glm_core.distributed.plan import parse
+from glm_core.optimizer import own_part
+
+TIMEOUT_S = 60.0
+
+
+def held(
+    engine: Engine, tensors: dict[str, torch.Tensor]
+) -> list[tuple[str, tuple[int, ...], Any]]:
+    """(name, place in the whole, values) of everything this process holds of these tensors."""
+    tp, rank = engine.plan.tp, engine.mesh.get_local_rank("tp")
+    found = []
+    for name, p in engine.share.named_parameters():
+        split = layout.split_of(name, engine.config.model, tp, rank)
+        for place, piece in layout.chunks(tensors[name], split, own_rows(p)[0]):
+            found.append((name, place, piece.detach().clone()))
+    return found
+
+
+def train(case: dict[str, Any], backend: Any) -> dict[str, Any]:
+    """Losses and norms of all steps, the first step's gradients, the last weights."""
+    plan, config = parse(case["plan"]), sample.config(case["model"], case["dtype"])
+    made = mesh.make(plan, backend.device_type, TIMEOUT_S)
+    planted = bugs.BUGS[case["bug"]]() if case["bug"] else contextlib.nullcontext()
+    told: dict[str, Any] = {"loss": [], "norm": []}
+    with planted, registry.use(backend):
+        engine, text = Engine(config, plan, made), sample.Text()
+        for step in range(sample.STEPS):
+            batch = text.next(sample.ROWS)
+            result = engine.train_step(batch)
+            told["loss"].append(result.loss)
+            told["norm"].append(result.grad_norm)
+            if step == 0:
+                named = dict(engine.share.named_parameters())
+                grads = {n: own_part(p.grad) for n, p in named.items() if p.grad is not None}
+                told["gradient"] = held(engine, grads)
+        told["weight"] = held(engine, engine.optimizer.master)
+    return told
+
+
+def main(cases: str, out: str) -> None:
+    torch.set_num_threads(1)
+    backend = registry.get("cpu")
+    backend = backend if backend.probe().ok else registry.get("reference")
+    mesh.start(backend, TIMEOUT_S)
+    rank = dist.get_rank()
+    for number, case in enumerate(json.loads(Path(cases).read_text())):
+        try:
+            told = train(case, backend)
+        except Exception:  # the job's other processes are told by their own failure, or time out
+            told = {"error": traceback.format_exc()}
+        torch.save(told, Path(out) / f"{number}.{rank}.pt")
+        if "error" in told:
+            break
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

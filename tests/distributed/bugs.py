@@ -30,7 +30,7 @@ def mean_over_ranks() -> AbstractContextManager[Any]:
 
 
 def mean_per_rank() -> AbstractContextManager[Any]:
-    """Each rank divides by its own tokens, as DDP scripts do; wrong where rows weigh differently."""
+    """Each rank divides by its own tokens, as DDP scripts do; rows weigh differently."""
     right = engine.Engine.backward
 
     def wrong(self: engine.Engine, batch: Any) -> Tensor:
@@ -75,7 +75,7 @@ def alpha_of_the_stage() -> Iterator[None]:
 
 def norms_not_summed() -> AbstractContextManager[Any]:
     """Under sequence parallelism each rank keeps its tokens' share of a norm's gradient."""
-    return mock.patch.object(engine, "replicated", lambda name: False)
+    return mock.patch.object(engine, "replicated", return_value=False)
 
 
 def halves_cut_together() -> AbstractContextManager[Any]:
@@ -107,7 +107,7 @@ def own_logsumexp() -> AbstractContextManager[Any]:
 
 def ends_apart() -> AbstractContextManager[Any]:
     """First and last stage keep their own gradients of the tied embedding."""
-    return mock.patch.object(engine.meshes, "ends_group", lambda mesh: None)
+    return mock.patch.object(engine.meshes, "ends_group", return_value=None)
 
 
 def zero_averages() -> AbstractContextManager[Any]:

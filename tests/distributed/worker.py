@@ -72,7 +72,7 @@ def main(cases: str, out: str) -> None:
             told = {"error": traceback.format_exc()}
         torch.save(told, Path(out) / f"{number}.{rank}.pt")
         if "error" in told:
-            break
+            sys.exit(1)
     dist.destroy_process_group()
 
 

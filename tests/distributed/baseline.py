@@ -1,0 +1,84 @@
+"""The single process, and how far honest rounding drives it: what every plan is held to."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import sample
+from numpy.typing import NDArray
+from torch import Tensor
+
+from glm_core.align.calibration import (
+    control_modes,
+    exact_gradients,
+    gradient_modes,
+    teacher_errors,
+)
+from glm_core.align.envelope import envelope, error_bound
+from glm_core.align.training import Run, free_run, moved
+from glm_core.align.verdict import EPS
+from glm_core.train import initial_weights
+
+Array = NDArray[np.float64]
+RATE = 1e-3 / 4
+"""false alarms of each of the four comparisons: loss, gradient norm, gradients, weights"""
+CONTROLS = 6
+
+
+@dataclasses.dataclass(slots=True)
+class Baseline:
+    """Curves [N] and the controls' [K, N]; the first step's exact gradients; the last weights, and
+    how far each control's are from them, by parameter [K, P]."""
+
+    curves: dict[str, tuple[Array, Array]]
+    exact: dict[str, Tensor]
+    gradient_bound: Array
+    weights: dict[str, Tensor]
+    weight_bound: Array
+
+    def ratios(self, curves: dict[str, Any], grads: Any, weights: Any) -> dict[str, float]:
+        """How far a run is from this one, each in units of its bound: above 1 is outside."""
+        found = {
+            name: float(envelope(mine, controls, np.array(curves[name]), RATE).ratio.max())
+            for name, (mine, controls) in self.curves.items()
+        }
+        off = np.array([[distance(grads[n].double(), t) for n, t in sorted(self.exact.items())]])
+        found["gradient"] = float((off / self.gradient_bound).max())
+        off = np.array([distance(weights[n], t) for n, t in sorted(self.weights.items())])
+        found["weight"] = float((off / self.weight_bound).max())
+        return {n: r if math.isfinite(r) else math.inf for n, r in found.items()}
+
+
+def distance(x: Tensor, of: Tensor) -> float:
+    """Relative, in norm."""
+    return float((x - of).norm() / of.norm().clamp(min=1e-300))
+
+
+def make(model: str, dtype: Any) -> Baseline:
+    """The reference's run of a sample model and its honest variations, as `align` calibrates."""
+    config = sample.config(model, dtype)
+    weights = initial_weights(config)
+    run = Run(config, sample.Text(), "reference", weights)
+    curve = free_run(run, (1,))
+    last = {n: w.clone() for n, w in run.optimizer.master.items()}
+    loss, norm, apart = [], [], []
+    for k, (_, mode) in enumerate(control_modes(config, CONTROLS)):
+        control = Run(config, sample.Text(), "reference", moved(weights, k), mode)
+        told = free_run(control)
+        loss.append(told.loss)
+        norm.append(told.grad_norm)
+        apart.append([distance(control.optimizer.master[n], w) for n, w in sorted(last.items())])
+    exact = exact_gradients(config, curve.moments[0])
+    benign = [
+        teacher_errors(Run(config, sample.Text(), "reference", None, mode), curve.moments, [exact])
+        for mode in gradient_modes(config).values()
+    ]
+    eps = max(EPS[dtype], EPS["float32"] * (sample.ROWS * sample.LENGTH) ** 0.5)
+    return Baseline(
+        {"loss": (curve.loss, np.array(loss)), "norm": (curve.grad_norm, np.array(norm))},
+        exact[1], error_bound(np.array([b[1] for b in benign]), eps, RATE),
+        last, error_bound(np.array(apart), EPS["float32"], RATE),
+    )  # fmt: skip

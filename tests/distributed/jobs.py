@@ -1,0 +1,84 @@
+"""Real processes on this machine that train together; none outlives its test."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+from concurrent import futures
+from pathlib import Path
+from typing import Any
+
+import torch
+from cases import Case
+
+ROOT = Path(__file__).parents[2]
+LIMIT_S = 200.0
+"""of a whole job; a collective gives up after 60 s by itself"""
+
+
+def free_port() -> int:
+    """A port nobody listens on now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+        return port
+
+
+def run(cases: list[Case], world: int, out: Path) -> list[list[dict[str, Any]]]:
+    """What each process tells of each case; [case][rank]. The first process that fails ends all;
+    what then is missing is {}."""
+    out.mkdir()
+    (out / "cases.json").write_text(json.dumps([dataclasses.asdict(c) for c in cases]))
+    shared = {
+        **os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    command = [sys.executable, "-W", "error", str(Path(__file__).parent / "worker.py")]
+    processes = [
+        subprocess.Popen(
+            [*command, str(out / "cases.json"), str(out)],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(world)
+    ]
+    pool = futures.ThreadPoolExecutor(world)
+    try:
+        waits = [pool.submit(_good, p) for p in processes]
+        futures.wait(waits, LIMIT_S, futures.FIRST_EXCEPTION)
+    finally:
+        for p in processes:
+            p.kill()
+        pool.shutdown()
+    return [[_told(out / f"{n}.{r}.pt") for r in range(world)] for n in range(len(cases))]
+
+
+def _good(process: subprocess.Popen[bytes]) -> None:
+    if process.wait():
+        raise ChildProcessError
+
+
+def _told(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    told: dict[str, Any] = torch.load(path, weights_only=False)
+    return told
+
+
+def gathered(pieces: list[Any], shapes: dict[str, torch.Size]) -> tuple[dict[str, Any], float]:
+    """The whole tensors from what the processes hold of them, and the largest difference between
+    two copies of an element. Raises AssertionError where an element is nobody's."""
+    whole = {n: torch.full(s, torch.nan) for n, s in shapes.items()}
+    apart = 0.0
+    for name, place, values in pieces:
+        part = whole[name][tuple(slice(a, a + n) for a, n in zip(place, values.shape, strict=True))]
+        known = ~part.isnan()
+        if known.any():
+            apart = max(apart, float((part - values)[known].abs().max()))
+        part.copy_(torch.where(known, part, values.float()))
+    missing = [n for n, t in whole.items() if t.isnan().any()]
+    assert not missing, f"no process holds all of {missing}"
+    return whole, apart

@@ -43,7 +43,7 @@ class Plan:
             self,
             positive("tp pp dp micro_batches virtual"),
             {
-                "zero": self.zero in range(4) or "must be 0, 1, 2 or 3",
+                "zero": self._zero_rule(),
                 "sp": not self.sp or self.tp > 1 or "needs tp > 1; leave it out",
                 "virtual": self._virtual_rule(looped),
                 "schedule": self.pp > 1
@@ -58,8 +58,16 @@ class Plan:
                 or f"is no multiple of pp={self.pp}; schedule={self.schedule!r} needs one",
             },
         )
+
+    def _zero_rule(self) -> str | bool:
+        if self.zero not in range(4):
+            return "must be 0, 1, 2 or 3"
         if self.zero and self.dp == 1:
-            raise ConfigError(f"Plan: zero={self.zero} needs dp > 1; use zero=0")
+            return "needs dp > 1; use zero=0"
+        # FSDP2 frees what the second half of a split backward pass still needs (torch 2.13)
+        return not (self.zero == 3 and self.schedule in ("zero-bubble", "zbv")) or (
+            f"does not go with schedule={self.schedule!r}; use zero=2, or schedule interleaved"
+        )
 
     def _virtual_rule(self, looped: bool) -> str | bool:
         if looped:
@@ -135,6 +143,10 @@ def require_fit(
         "fewer": plan.stages <= model.num_layers,
         f"sp: tp={t} does not divide length={length}; pad the sequences": not plan.sp
         or length % t == 0,
+        f"schedule=zbv with zero={plan.zero}: one process would shard the tied embedding in two "
+        "stages; use zero=0, or schedule zero-bubble": plan.schedule != "zbv"
+        or not plan.zero
+        or not model.tied_head,
         f"dp * micro_batches = {rows} does not divide global_batch={global_batch}; use a "
         "multiple": global_batch % rows == 0,
     }

@@ -25,7 +25,7 @@ from glm_core.train import initial_weights
 Array = NDArray[np.float64]
 RATE = 1e-3 / 4
 """false alarms of each of the four comparisons: loss, gradient norm, gradients, weights"""
-CONTROLS = 6
+CONTROLS = 5
 
 
 @dataclasses.dataclass(slots=True)

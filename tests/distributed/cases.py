@@ -35,11 +35,9 @@ HONEST = [
     Case("tp=2"),
     Case("tp=2,sp=true"),
     Case("tp=2,sp=true,micro_batches=2,recompute=full", "10b"),
-    Case("tp=2,sp=true", "glm4"),
     Case("pp=2,schedule=gpipe,micro_batches=4"),
     Case("pp=2,micro_batches=4", "10b"),
     Case("pp=2,micro_batches=4,recompute=full"),
-    Case("pp=2,schedule=interleaved,virtual=2,micro_batches=4"),
     Case("pp=2,schedule=interleaved,virtual=2,micro_batches=4,recompute=selective", "glm4"),
     Case("pp=2,schedule=zero-bubble,micro_batches=4", "10b"),
     Case("pp=2,schedule=zero-bubble,virtual=2,micro_batches=4"),
@@ -62,6 +60,8 @@ HONEST = [
     Case("pp=2,dp=2,micro_batches=2", "10b"),
     Case("pp=2,dp=2,zero=1,micro_batches=4"),
     Case("pp=2,dp=2,zero=3,micro_batches=2", "glm4"),
+    Case("pp=2,dp=2,zero=1,schedule=zbv,virtual=2,micro_batches=4", "glm4"),
+    Case("pp=2,dp=2,zero=2,schedule=zero-bubble,virtual=2,micro_batches=4"),
 ]
 
 PLANTED = [

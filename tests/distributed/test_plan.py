@@ -22,6 +22,7 @@ from glm_core.model import GLM, preset
         ("sp=true", "sp=True needs tp > 1"),
         ("zero=4,dp=2", "zero=4 must be 0, 1, 2 or 3"),
         ("zero=1", "zero=1 needs dp > 1"),
+        ("dp=2,pp=2,zero=3,schedule=zero-bubble,micro_batches=2", "zero=3 does not go with"),
         ("schedule=gpipe", "needs pp > 1"),
         ("pp=2,schedule=1f1bb", "schedule must be one of gpipe, 1f1b"),
         ("pp=2,schedule=zbv", "virtual=1 must be 2 with schedule='zbv'"),
@@ -51,6 +52,14 @@ def test_every_misfit_is_listed_at_once() -> None:
     ):  # fmt: skip
         assert fact in str(caught.value)
     assert "num_heads=4;" not in str(caught.value)
+
+
+def test_a_tied_embedding_keeps_zero_out_of_a_v() -> None:
+    plan = parse("pp=2,dp=2,virtual=2,schedule=zbv,zero=1,micro_batches=2")
+    told = {"world": 4, "global_batch": 4, "length": 8}
+    require_fit(plan, ModelConfig(tied_head=False), **told)
+    with pytest.raises(ConfigError, match="zbv with zero=1: .* tied embedding"):
+        require_fit(plan, ModelConfig(), **told)
 
 
 def test_glm_130b_lies_on_eight_stages_as_published() -> None:

@@ -58,7 +58,7 @@ def test_a_tied_embedding_keeps_zero_out_of_a_v() -> None:
     plan = parse("pp=2,dp=2,virtual=2,schedule=zbv,zero=1,micro_batches=2")
     told = {"world": 4, "global_batch": 4, "length": 8}
     require_fit(plan, ModelConfig(tied_head=False), **told)
-    with pytest.raises(ConfigError, match="zbv with zero=1: .* tied embedding"):
+    with pytest.raises(ConfigError, match="zbv with zero=1"):
         require_fit(plan, ModelConfig(), **told)
 
 

@@ -56,7 +56,8 @@ def build(
     for number in stages_of(plan, mesh.get_local_rank("pp")):
         stage = Stage(config, number, plan.stages, ranks)
         stage.recompute(plan.recompute)
-        stages.append(stage.to(dtype).to_empty(device=device))
+        give_memory(stage, device, dtype)
+        stages.append(stage)
     first, last = stages[0], stages[-1]
     if first is not last and first.is_first and last.is_last and config.tied_head:
         last.embedding = first.embedding  # both ends of a V in one process: one parameter
@@ -64,6 +65,15 @@ def build(
         for stage in stages:
             shard(stage, plan.zero, mesh["dp"])
     return Share(stages)
+
+
+def give_memory(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Parameters of the meta device become uninitialised ones. As nn.Module.to_empty, which cannot
+    do it under FakeTensorMode."""
+    for part in module.modules():
+        for name, p in list(part.named_parameters(recurse=False)):
+            memory = torch.empty(p.shape, dtype=dtype, device=device)
+            part.register_parameter(name, nn.Parameter(memory))
 
 
 def shard(stage: Stage, zero: int, mesh: DeviceMesh) -> None:

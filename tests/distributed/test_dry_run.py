@@ -18,7 +18,6 @@ from glm_core.distributed.apply import Share
 from glm_core.distributed.plan import Plan
 from glm_core.model import preset
 
-
 LENGTH = 8
 
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "align": "loss curves across backends: run, record, compare, bisect, sensitivity",
     "checkpoint": "what other projects' checkpoints hold; rewrite them, merge or cut shards",
     "quantize": "a trained model with int8 or int4 weights: size, error, perplexity",
+    "export": "a trained model as an ONNX file with a KV cache, int4 if wanted",
     "conformance": "every op of a backend against the float64 reference, case by case",
     "backend": "start a new backend's package",
     "bench": "what this machine reaches: ceilings, ops, training step, decode, links; compare runs",

@@ -25,12 +25,17 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
-def add_source(parser: argparse.ArgumentParser) -> None:
-    """Which model, and who runs it."""
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Which model."""
     parser.add_argument(
         "--run", required=True, metavar="DIR", dest="from_run",
         help="a training run, or one of its checkpoints",
     )  # fmt: skip
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """Which model, and who runs it."""
+    add_model(parser)
     parser.add_argument("--backend", default="cpu", metavar="NAME", help="default %(default)s")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
 

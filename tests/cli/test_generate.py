@@ -151,3 +151,26 @@ def test_serve_answers_until_it_is_interrupted(run_dir: Path) -> None:
         server.send_signal(signal.SIGINT)
         server.wait(60)
         assert server.returncode in (0, 130)
+
+
+def test_export(run_dir: Path, tmp_path: Path, capsys: Any) -> None:
+    pytest.importorskip("onnx", reason="the extra `onnx` is not installed")
+    runtime = pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
+    asked = ["export", "--run", run_dir, tmp_path / "out"]
+    code, told, _ = call(capsys, *asked, "--bits", 4, "--group", 32, "--json")
+    facts = json.loads(told)
+    assert code == 0
+    assert facts["bytes"] == sum(f.stat().st_size for f in (tmp_path / "out").iterdir())
+    meta = runtime.InferenceSession(facts["model"]).get_modelmeta().custom_metadata_map
+    assert len(meta["tokenizer"]) == 64
+    assert json.loads(meta["stop"])
+    assert json.loads(meta["quantization"])["group"] == 32
+    for more, said in [
+        ([], "out: exists; choose a new folder"),
+        (["--bits", 3], "bits=3 must be 8 or 4"),
+        (["--dtype", "bfloat16"], "a model in bfloat16"),
+    ]:
+        to = tmp_path / ("other" if more else "out")
+        code, _, error = call(capsys, *asked[:3], to, *more)
+        assert code == 2
+        assert said in error

@@ -21,7 +21,7 @@ LAYERS = (
     ("model", "data"),
     ("optimizer", "checkpoint", "metrics", "interrupt", "failure", "watchdog"),
     ("train",),
-    ("align", "conformance", "distributed"),
+    ("align", "conformance", "distributed", "export"),
     ("deepspeed", "serve", "bench"),
     ("doctor",),
     ("cli",),

@@ -1,0 +1,68 @@
+"""`glm-core export`: a model as an ONNX file with a KV cache."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from glm_core.cli.generate import add_model
+from glm_core.cli.options import add_json, emit
+
+
+def define(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    add_model(parser)
+    parser.add_argument("out", metavar="OUT", help="new folder for model.onnx and its weights")
+    parser.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16", "float16"],
+        help="only float32 can be exported (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--bits", type=int, metavar="N",
+        help="the four linears of a layer as int8 or int4 codes, by MatMulNBits",
+    )  # fmt: skip
+    parser.add_argument(
+        "--group", type=int, default=0, metavar="N",
+        help="with --bits: inputs that share a scale; 0 = a row (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--activation-bits", type=int, default=16, metavar="N",
+        help="with --bits; 8: ONNX Runtime may round activations to int8 (default %(default)s)",
+    )  # fmt: skip
+    add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit 0 done, 2 usage."""
+    from pathlib import Path
+
+    from glm_core.export.write import export, require_free, require_onnx
+
+    require_onnx()
+    require_free(Path(args.out))  # before the weights are read
+    source = _quantized(args)
+    path = export(
+        source.model, args.out, name=source.name, tokenizer=source.tokenizer.sha256,
+        stop=str(list(source.stop)),
+    )  # fmt: skip
+    size = sum(f.stat().st_size for f in path.parent.iterdir())
+    facts = {"model": str(path), "bytes": size, "bits": args.bits, "group": args.group}
+    emit(args, facts, f"{path}: {size} bytes with its weights")
+    return 0
+
+
+def _quantized(args: argparse.Namespace) -> Any:
+    import torch
+
+    from glm_core.model.quantize import Quantization, convert
+    from glm_core.serve import source
+
+    how = None
+    if args.bits is not None:
+        how = Quantization(bits=args.bits, group=args.group, activation_bits=args.activation_bits)
+    found = source.from_run(args.from_run, dtype=getattr(torch, args.dtype))
+    if how is not None:
+        for _ in convert(found.model, how):
+            pass
+    return found

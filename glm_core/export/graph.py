@@ -1,0 +1,124 @@
+"""An ONNX graph under construction, whose weights go to a file beside it as soon as they are met.
+
+A size of 0 in a shape is one that is known only when the graph runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor
+
+OPSET, CONTRIB = 21, "com.microsoft"
+INLINE_BYTES = 1024
+"""constants up to this size stay in the graph"""
+PAGE = 4096
+"""weights begin at multiples of it, so that they can be mapped"""
+ELEMENT = {
+    torch.float32: TensorProto.FLOAT, torch.int64: TensorProto.INT64,
+    torch.uint8: TensorProto.UINT8, torch.bool: TensorProto.BOOL,
+}  # fmt: skip
+
+
+class Graph:
+    """Collects nodes; equal ones are made once. Methods return the name of the value they made."""
+
+    def __init__(self, data: Path) -> None:
+        self._data, self._file = data.name, data.open("wb")
+        self._nodes: list[onnx.NodeProto] = []
+        self._known: dict[Any, str] = {}
+        self._initializers: list[onnx.TensorProto] = []
+        self._ports: dict[str, list[onnx.ValueInfoProto]] = {"input": [], "output": []}
+        self._names: dict[int, str] = {}
+        self._kept: list[Tensor] = []
+
+    def call_weights(self, named: dict[str, Tensor]) -> None:
+        """Under which names tensors are stored."""
+        self._names = {id(tensor): name for name, tensor in named.items()}
+
+    def node(self, kind: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
+        """A node with one output."""
+        key = kind, inputs, repr(sorted(attributes.items()))
+        if key not in self._known:
+            [self._known[key]] = self.nodes(kind, 1, *inputs, domain=domain, **attributes)
+        return self._known[key]
+
+    def nodes(
+        self, kind: str, count: int, *inputs: str, domain: str = "", **attributes: Any
+    ) -> list[str]:
+        """A node with several outputs."""
+        names = [f"v{len(self._nodes)}_{i}" if i else f"v{len(self._nodes)}" for i in range(count)]
+        self._nodes.append(
+            helper.make_node(kind, list(inputs), names, domain=domain or None, **attributes)
+        )
+        return names
+
+    def tensor(self, value: Tensor) -> str:
+        """A constant or a weight."""
+        small = value.nbytes <= INLINE_BYTES
+        array = value.detach().contiguous().numpy()
+        key = (str(array.dtype), array.shape, array.tobytes()) if small else id(value)
+        if key not in self._known:
+            name = self._names.get(id(value)) or f"c{len(self._initializers)}"
+            self._kept.append(value)  # an id is its own while the tensor lives
+            self._known[key] = name
+            make = numpy_helper.from_array if small else self._outside
+            self._initializers.append(make(array, name))
+        return self._known[key]
+
+    def derived(self, of: Tensor, how: str, make: Callable[[], Tensor]) -> str:
+        """A weight in another form, `make()`, which is released once it is written."""
+        key = (how, id(of))
+        if key not in self._known:
+            name = f"{self._names.get(id(of), f'c{len(self._initializers)}')}.{how}"
+            self._known[key] = name
+            self._initializers.append(self._outside(make().detach().contiguous().numpy(), name))
+        return self._known[key]
+
+    def ints(self, *values: int) -> str:
+        """A vector of int64."""
+        return self.tensor(torch.tensor(values, dtype=torch.int64))
+
+    def number(self, value: float) -> str:
+        """A float32 scalar."""
+        return self.tensor(torch.tensor(value, dtype=torch.float32))
+
+    def port(self, kind: str, name: str, dtype: torch.dtype, shape: Sequence[int | str]) -> None:
+        """Declares an `input` or `output` of the graph; sizes are numbers or names."""
+        self._ports[kind].append(helper.make_tensor_value_info(name, ELEMENT[dtype], list(shape)))
+
+    def name_output(self, value: str, name: str) -> None:
+        """Gives a value the name of an output."""
+        self._nodes.append(helper.make_node("Identity", [value], [name]))
+
+    def close(self) -> None:
+        """No more weights."""
+        self._file.close()
+
+    def model(self, metadata: dict[str, str]) -> onnx.ModelProto:
+        """The graph, without the data file that it points into."""
+        graph = helper.make_graph(
+            self._nodes, "glm", self._ports["input"], self._ports["output"], self._initializers
+        )
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
+        model = helper.make_model(
+            graph, opset_imports=opsets, ir_version=10, producer_name="glm-core"
+        )
+        helper.set_model_props(model, metadata)
+        return model
+
+    def _outside(self, array: Any, name: str) -> onnx.TensorProto:
+        self._file.write(bytes(-self._file.tell() % PAGE))
+        offset = self._file.tell()
+        self._file.write(array.data)
+        kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+        proto = TensorProto(name=name, data_type=kind, dims=array.shape)
+        proto.data_location = TensorProto.EXTERNAL
+        facts = {"location": self._data, "offset": offset, "length": array.nbytes}
+        for key, value in facts.items():
+            proto.external_data.add(key=key, value=str(value))
+        return proto

@@ -1,0 +1,169 @@
+"""What the model's forward is called with to be exported: named values that answer what it asks of
+a tensor and write down the ONNX node for it. What is not here the model may not use."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from types import EllipsisType
+
+import torch
+from torch import Tensor
+
+from glm_core.export.graph import ELEMENT, Graph
+
+Index = int | slice | EllipsisType | None
+
+
+class Value:
+    """A tensor of the graph. Sizes of 0 are known only when it runs; B and L, which are, stay in
+    front, where ONNX's Reshape copies them."""
+
+    device = torch.device("cpu")
+
+    def __init__(
+        self, graph: Graph, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.graph, self.name, self.shape, self.dtype = graph, name, tuple(shape), dtype
+
+    def made(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> Value:
+        """Another value of the same graph, of this one's dtype unless said."""
+        return Value(self.graph, name, shape, dtype or self.dtype)
+
+    def reshape(self, *shape: int) -> Value:
+        """Sizes of 0 are those of this value at the same place."""
+        return self.made(self.graph.node("Reshape", self.name, self.graph.ints(*shape)), shape)
+
+    def unflatten(self, dim: int, sizes: Sequence[int]) -> Value:
+        """One size may be -1."""
+        dim %= len(self.shape)
+        known = math.prod(n for n in sizes if n != -1)
+        whole = [self.shape[dim] // known if n == -1 else n for n in sizes]
+        return self.reshape(*self.shape[:dim], *whole, *self.shape[dim + 1 :])
+
+    def flatten(self, start: int) -> Value:
+        """All dimensions from `start` on become one."""
+        start %= len(self.shape)
+        return self.reshape(*self.shape[:start], math.prod(self.shape[start:]))
+
+    def split(self, sizes: Sequence[int], dim: int) -> list[Value]:
+        """Consecutive parts."""
+        dim %= len(self.shape)
+        g = self.graph
+        names = g.nodes("Split", len(sizes), self.name, g.ints(*sizes), axis=dim)
+        shapes = [(*self.shape[:dim], n, *self.shape[dim + 1 :]) for n in sizes]
+        return [self.made(*pair) for pair in zip(names, shapes, strict=True)]
+
+    def transpose(self, a: int, b: int) -> Value:
+        """Two dimensions change places."""
+        order = list(range(len(self.shape)))
+        order[a], order[b] = order[b], order[a]
+        return self.permute(*order)
+
+    def permute(self, *order: int) -> Value:
+        """All dimensions in another order."""
+        name = self.graph.node("Transpose", self.name, perm=list(order))
+        return self.made(name, [self.shape[i] for i in order])
+
+    def unsqueeze(self, dim: int) -> Value:
+        """A dimension of 1 before `dim`."""
+        dim %= len(self.shape) + 1
+        name = self.graph.node("Unsqueeze", self.name, self.graph.ints(dim))
+        return self.made(name, (*self.shape[:dim], 1, *self.shape[dim:]))
+
+    def select(self, dim: int, index: int) -> Value:
+        """One entry of a dimension, which is gone."""
+        name = self.graph.node(
+            "Gather", self.name, self.graph.tensor(torch.tensor(index)), axis=dim
+        )
+        return self.made(name, (*self.shape[:dim], *self.shape[dim + 1 :]))
+
+    def narrow(self, dim: int, start: int, length: int) -> Value:
+        """Entries [start, start + length) of a dimension of known size."""
+        g, end = self.graph, start + length
+        if (start, end) == (0, self.shape[dim]):
+            return self
+        name = g.node("Slice", self.name, *(g.ints(x) for x in (start, end, dim)))
+        return self.made(name, (*self.shape[:dim], length, *self.shape[dim + 1 :]))
+
+    def __getitem__(self, key: Index | tuple[Index, ...]) -> Value:
+        items = list(key) if isinstance(key, tuple) else [key]
+        value, dim = self, 0
+        for item in items:
+            if item is Ellipsis:
+                dim = len(value.shape) - (len(items) - 1 - items.index(item)) + items.count(None)
+            elif item is None:
+                value, dim = value.unsqueeze(dim), dim + 1
+            elif isinstance(item, slice):
+                if item != slice(None):
+                    value = value.narrow(dim, *_span(item, value.shape[dim]))
+                dim += 1
+            else:
+                value = value.select(dim, int(item))
+        return value
+
+    def to(self, dtype: torch.dtype) -> Value:
+        """In another dtype."""
+        if dtype == self.dtype:
+            return self
+        name = self.graph.node("Cast", self.name, to=ELEMENT[dtype])
+        return self.made(name, self.shape, dtype)
+
+    def float(self) -> Value:
+        return self.to(torch.float32)
+
+    def contiguous(self) -> Value:
+        return self
+
+    def cos(self) -> Value:
+        return self.unary("Cos")
+
+    def sin(self) -> Value:
+        return self.unary("Sin")
+
+    def unary(self, kind: str) -> Value:
+        """A node that changes neither shape nor dtype."""
+        return self.made(self.graph.node(kind, self.name), self.shape)
+
+    def binary(self, kind: str, other: Operand, dtype: torch.dtype | None = None) -> Value:
+        """A node that broadcasts."""
+        name = self.graph.node(kind, self.name, operand(self, other))
+        shape = other.shape if isinstance(other, Value | Tensor) else ()
+        return self.made(name, _broadcast(self.shape, tuple(shape)), dtype)
+
+    def __add__(self, other: Operand) -> Value:
+        return self.binary("Add", other)
+
+    def __sub__(self, other: Operand) -> Value:
+        return self.binary("Sub", other)
+
+    def __mul__(self, other: Operand) -> Value:
+        return self.binary("Mul", other)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Operand) -> Value:
+        return self.binary("Div", other)
+
+
+Operand = Value | Tensor | int | float
+
+
+def operand(like: Value, x: Operand) -> str:
+    """`x` in the graph; a number in the dtype of `like`."""
+    if isinstance(x, Value):
+        return x.name
+    value = x if isinstance(x, Tensor) else torch.tensor(x, dtype=like.dtype)
+    return like.graph.tensor(value)
+
+
+def _span(item: slice, size: int) -> tuple[int, int]:
+    start, end, _ = item.indices(size)
+    return start, end - start
+
+
+def _broadcast(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+    """A size that is not known wins over 1."""
+    n = max(len(a), len(b))
+    pairs = zip((1,) * (n - len(a)) + a, (1,) * (n - len(b)) + b, strict=True)
+    return tuple(y if x == 1 else x for x, y in pairs)

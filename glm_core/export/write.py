@@ -1,0 +1,138 @@
+"""One file for prefill and decode: what goes in and out, and how it gets to the disk.
+
+Shapes: B batch, L tokens of the call, S keys of the cache before it, K kv heads, E head dim, V
+vocabulary."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from glm_core import dispatch, ops
+from glm_core.config import to_dict
+from glm_core.errors import CheckpointError, UnsupportedOpError
+from glm_core.export.graph import Graph
+from glm_core.export.translate import translate
+from glm_core.export.value import Value
+from glm_core.model.cache import Window
+from glm_core.model.glm import GLM
+from glm_core.model.quantize import QuantizedLinear
+
+FORMAT = "glm-core onnx 1"
+MODEL = "model.onnx"
+
+
+class Past(Window):
+    """The cache as the graph's inputs and outputs: keys and values [B, K, S, E] of each layer."""
+
+    def __init__(self, graph: Graph, heads: int, width: int) -> None:
+        self._graph, self._heads, self._width = graph, heads, width
+
+    def append(self, layer: int, k: Any, v: Any) -> tuple[Any, Any]:
+        """As Window.append, of values of the graph."""
+        return self._grown(f"{layer}.key", k), self._grown(f"{layer}.value", v)
+
+    def _grown(self, name: str, new: Value) -> Value:
+        g, past, present = self._graph, f"past_key_values.{name}", f"present.{name}"
+        shape = ("batch", self._heads, "past", self._width)
+        g.port("input", past, torch.float32, shape)
+        rest = new.transpose(1, 2)
+        grown = g.node("Concat", past, rest.name, axis=2)
+        g.name_output(grown, present)
+        g.port("output", present, torch.float32, (*shape[:2], "keys", shape[3]))
+        return rest.made(grown, (0, self._heads, 0, self._width)).transpose(1, 2)
+
+
+def export(model: GLM, folder: str | Path, **facts: str) -> Path:
+    """Writes FOLDER/model.onnx and FOLDER/model.onnx.data; FOLDER appears when they are complete.
+    facts: more entries of the file's metadata, beside `format`, `config` and `quantization`.
+
+    Inputs: input_ids [B, L] int64, positions [B, 2, L] int64, key_start, key_end [B, L] int64 (the
+    mask, see ops.attention; keys are counted from the cache's first), past_key_values.I.key and
+    .value [B, K, S, E] float32, S = 0 at first. Outputs: logits [B, V] float32 of the last token,
+    present.I.key and .value [B, K, S + L, E].
+
+    Raises CheckpointError where FOLDER exists or cannot be written, UnsupportedOpError for a model
+    that cannot be exported."""
+    require_onnx()
+    _require_exportable(model)
+    folder = Path(folder)
+    require_free(folder)
+    partial = folder.with_name(folder.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _write(model, partial / MODEL, facts)
+        partial.rename(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: not written ({error}); make room, then repeat") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder / MODEL
+
+
+def require_onnx() -> None:
+    """Raises UnsupportedOpError where the package is not installed."""
+    if importlib.util.find_spec("onnx") is None:
+        raise UnsupportedOpError("export: onnx is not installed; pip install 'glm-core[onnx]'")
+
+
+def require_free(folder: Path) -> None:
+    """Raises CheckpointError where the folder exists."""
+    if folder.exists():
+        raise CheckpointError(f"{folder}: exists; choose a new folder, or remove it")
+
+
+def _require_exportable(model: GLM) -> None:
+    dtype = model.embedding.dtype
+    if dtype != torch.float32:
+        raise UnsupportedOpError(
+            f"export: a model in {str(dtype).removeprefix('torch.')}; ONNX Runtime's CPU provider "
+            "computes in float32: load it as float32, or quantize its linears"
+        )
+    if hasattr(model, "prefix"):
+        raise UnsupportedOpError(
+            "export: a model with a prefix (P-Tuning); export the base, and feed the prefix as the "
+            "first keys and values of the cache"
+        )
+
+
+def _write(model: GLM, path: Path, facts: dict[str, str]) -> None:
+    import onnx
+
+    graph = Graph(path.with_name(path.name + ".data"))
+    try:
+        graph.call_weights({**dict(model.named_parameters()), **dict(model.named_buffers())})
+        _trace(model, graph)
+    finally:
+        graph.close()
+    how = next((m.how for m in model.modules() if isinstance(m, QuantizedLinear)), None)
+    metadata = {
+        "format": FORMAT, "config": json.dumps(to_dict(model.config)),
+        "quantization": json.dumps(to_dict(how) if how else None), **facts,
+    }  # fmt: skip
+    onnx.save(graph.model(metadata), path)
+    onnx.checker.check_model(path, full_check=True)
+
+
+def _trace(model: GLM, graph: Graph) -> None:
+    c = model.config
+    ports = {
+        "input_ids": ("batch", "length"), "positions": ("batch", 2, "length"),
+        "key_start": ("batch", "length"), "key_end": ("batch", "length"),
+    }  # fmt: skip
+    given = []
+    for name, shape in ports.items():
+        graph.port("input", name, torch.int64, shape)
+        sizes = [n if isinstance(n, int) else 0 for n in shape]
+        given.append(Value(graph, name, sizes, torch.int64))
+    with dispatch.intercept(translate):
+        hidden = model(*given, Past(graph, c.num_kv_heads, c.head_dim))  # [B, L, D]
+        logits = ops.linear(hidden[:, -1], model.head_weight)
+    graph.name_output(logits.name, "logits")
+    graph.port("output", "logits", torch.float32, ("batch", c.vocab))

@@ -1,0 +1,226 @@
+"""The exported file in ONNX Runtime, token for token against our generation."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_generate import GREEDY, KINDS, LENGTH, model, prompts, whole
+
+from glm_core import ops
+from glm_core.backends import registry
+from glm_core.config import ModelConfig, from_dict
+from glm_core.errors import CheckpointError, UnsupportedOpError
+from glm_core.model.adapters import AdapterConfig, attach
+from glm_core.model.generate import generate
+from glm_core.model.prompt import Prompt
+from glm_core.model.quantize import Quantization, convert
+
+pytest.importorskip("onnx", reason="the extra `onnx` is not installed")
+onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
+
+from glm_core.export.write import export  # noqa: E402  # imports onnx
+
+FAMILY = [*((kind, {}) for kind in KINDS), ("glm-4", {"placement": "sandwich"})]
+EPS = torch.finfo(torch.float32).eps
+DOCS = Path(__file__).parents[2] / "docs/export.md"
+
+
+def documented() -> Any:
+    """The runner that docs/export.md shows."""
+    [code] = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(code, str(DOCS), "exec"), names)
+    assert not any(name.startswith("glm_core") for name in re.findall(r"import (\S+)", code))
+    return names["Exported"]
+
+
+class File:
+    """A file in a session, fed like our Runner."""
+
+    def __init__(self, path: Path) -> None:
+        self.session = onnxruntime.InferenceSession(path)
+        self.config = json.loads(self.session.get_modelmeta().custom_metadata_map["config"])
+        self.cache: dict[str, Any] = {}
+
+    def feed(self, rows: list[tuple[Prompt, int, int, list[int]]]) -> Any:
+        """rows: (prompt, pads before it, first place, tokens), all of one length with the pads of
+        a first call;  logits [B, V]."""
+        c, built = self.config, []
+        for prompt, pads, first, tokens in rows:
+            lead = pads if first == 0 else 0
+            places = range(first, first + len(tokens))
+            ends = [min(prompt.key_end(p), first + len(tokens)) for p in places]
+            built.append((
+                [0] * lead + tokens,
+                np.array([[0, 0]] * lead + [list(prompt.position(p)) for p in places]).T,
+                [pads] * (lead + len(tokens)),
+                [pads] * lead + [pads + e for e in ends],
+            ))  # fmt: skip
+        names = ("input_ids", "positions", "key_start", "key_end")
+        given = {n: np.array(v) for n, v in zip(names, zip(*built, strict=True), strict=True)}
+        kinds = [f"{i}.{w}" for i in range(c["num_layers"]) for w in ("key", "value")]
+        empty = np.zeros((len(rows), c["num_kv_heads"], 0, c["head_dim"]), np.float32)
+        past = {f"past_key_values.{k}": self.cache.get(k, empty) for k in kinds}
+        logits, *cache = self.session.run(
+            ["logits", *(f"present.{k}" for k in kinds)], {**given, **past}
+        )
+        self.cache = dict(zip(kinds, cache, strict=True))
+        return torch.from_numpy(logits)
+
+
+def margin(logits: torch.Tensor) -> float:
+    """Between the likeliest token and the next, relative to the largest logit."""
+    first, second = logits.topk(2).values.tolist()
+    return float((first - second) / logits.abs().max())
+
+
+@pytest.mark.parametrize(("kind", "changes"), FAMILY, ids=[*KINDS, "glm-4-0414"])
+def test_tokens_and_logits_are_those_of_our_generation(
+    kind: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    """With the documented runner, greedily; each logit within twice our own rounding error of
+    float64, and no choice so close that rounding could turn it."""
+    built, exact = model(kind, **changes), model(kind, **changes).double()
+    path = export(built, tmp_path / "out", stop="[]")
+    exported = documented()(path)
+    for prompt in prompts(kind):
+        with registry.use("cpu"):
+            (ours,) = generate(built, [prompt], GREEDY)
+        tokens = list(prompt.tokens)
+        assert exported.generate(tokens, 12, prompt.sep, prompt.mask) == ours.tokens
+        file = File(path)
+        seen = [file.feed([(prompt, 0, 0, tokens)])[0]]
+        for i, token in enumerate(ours.tokens[:3]):
+            seen += [file.feed([(prompt, 0, len(tokens) + i, [token])])[0]]
+        for i, logits in enumerate(seen):
+            truth = whole(exact, prompt, ours.tokens[:i])
+            rounding = float((whole(built, prompt, ours.tokens[:i]) - truth).abs().max())
+            floor = 8 * EPS * float(truth.abs().max())
+            assert float((logits - truth).abs().max()) <= 2 * rounding + floor
+            assert margin(logits) > 100 * EPS
+
+
+@pytest.mark.parametrize("kind", ["chatglm-6b", "glm-4"])
+def test_a_padded_batch_and_a_prompt_in_pieces(kind: str, tmp_path: Path) -> None:
+    built, asked = model(kind), prompts(kind)
+    path = export(built, tmp_path / "out")
+    longest = max(len(p.tokens) for p in asked)
+    pads = [longest - len(p.tokens) for p in asked]
+    file = File(path)
+    first = file.feed([(p, n, 0, list(p.tokens)) for p, n in zip(asked, pads, strict=True)])
+    fed = [(p, n, len(p.tokens), [9]) for p, n in zip(asked, pads, strict=True)]
+    second = file.feed(fed)
+    for i, prompt in enumerate(asked):
+        tokens, cut = list(prompt.tokens), max(prompt.sep, 2)
+        alone = File(path)
+        alone.feed([(prompt, 0, 0, tokens[:cut])])
+        logits = [alone.feed([(prompt, 0, cut, tokens[cut:])])[0]] if cut < len(tokens) else []
+        logits += [first[i]]
+        size = float(first[i].abs().max())
+        truth = whole(built, prompt, [])
+        assert all(float((x - truth).abs().max()) <= 64 * EPS * size for x in logits)
+        truth = whole(built, prompt, [9])
+        assert float((second[i] - truth).abs().max()) <= 64 * EPS * size
+
+
+@pytest.mark.parametrize(
+    "how",
+    [Quantization(bits=4, group=32), Quantization(bits=4), Quantization(bits=8),
+     Quantization(bits=8, group=96)],
+    ids=str,
+)  # fmt: skip
+def test_the_quantized_file_has_the_quantized_models_weights(
+    how: Quantization, tmp_path: Path
+) -> None:
+    """96 inputs: three blocks of 32 in one group, and a row that ends within a block of 128."""
+    built = model("glm-130b", hidden=96, ffn=192, num_heads=4)
+    [*_] = convert(built, how)
+    exported = documented()(export(built, tmp_path / "out"))
+    nodes = [n.op_type for n in onnx_graph(tmp_path / "out/model.onnx").node]
+    assert nodes.count("MatMulNBits") == 8
+    assert "MatMul" not in set(nodes) or nodes.count("MatMul") == 4  # attention's own
+    for prompt in prompts("glm-130b"):
+        (ours,) = generate(built, [prompt], GREEDY)
+        tokens = list(prompt.tokens)
+        assert exported.generate(tokens, 12, prompt.sep, prompt.mask) == ours.tokens
+        file, truth = File(tmp_path / "out/model.onnx"), whole(built, prompt, [])
+        logits = file.feed([(prompt, 0, 0, tokens)])[0]
+        assert float((logits - truth).abs().max()) <= 64 * EPS * float(truth.abs().max())
+    facts = exported.facts
+    assert from_dict(Quantization, json.loads(facts["quantization"])) == how
+    assert from_dict(ModelConfig, json.loads(facts["config"])) == built.config
+
+
+def onnx_graph(path: Path) -> Any:
+    import onnx
+
+    return onnx.load(path, load_external_data=False).graph
+
+
+def test_weights_are_stored_once_and_apart(tmp_path: Path) -> None:
+    """A tied head adds nothing; the graph itself stays small."""
+    built = model("glm-130b", hidden=64, ffn=128)
+    path = export(built, tmp_path / "out")
+    weights = sum(p.nbytes for p in built.parameters() if p.nbytes > 1024)
+    data = path.with_name("model.onnx.data").stat().st_size
+    assert weights <= data < weights + 4096 * len(list(built.parameters()))
+    assert path.stat().st_size < 100_000
+    names = {x.name for x in onnx_graph(path).initializer}
+    assert {"embedding", "blocks.1.attention.qkv.weight.turned"} <= names
+
+
+def test_adapters_go_into_the_file(tmp_path: Path) -> None:
+    built = attach(model("glm-4"), AdapterConfig(rank=2))
+    with torch.no_grad():
+        for name, p in built.named_parameters():
+            if "lora_b" in name:
+                p.normal_(std=0.2)
+    prompt = prompts("glm-4")[2]
+    (ours,) = generate(built, [prompt], GREEDY)
+    assert ours.tokens != generate(model("glm-4"), [prompt], GREEDY)[0].tokens
+    assert documented()(export(built, tmp_path / "out")).generate(
+        list(prompt.tokens), 12
+    ) == ours.tokens  # fmt: skip
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+def test_refusals(tmp_path: Path, monkeypatch: Any) -> None:
+    built, out = model("glm-4"), tmp_path / "out"
+    with pytest.raises(UnsupportedOpError, match=r"a model in bfloat16; .* load it as float32"):
+        export(model("glm-4").bfloat16(), out)
+    tuned = attach(model("glm-4"), AdapterConfig(kind="ptuning", prefix_length=3))
+    with pytest.raises(UnsupportedOpError, match="with a prefix"):
+        export(tuned, out)
+    path = export(built, out)
+    with pytest.raises(CheckpointError, match="out: exists; choose a new folder"):
+        export(built, out)
+    exported = documented()(path)
+    for tokens in ([], [1] * LENGTH):
+        with pytest.raises(ValueError, match=f"tokens: the context is {LENGTH}"):
+            exported.generate(tokens, 3)
+    assert len(exported.generate([1], 1000)) == LENGTH - 1
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="not written"):
+        export(built, tmp_path / "file/out")
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(UnsupportedOpError, match=r"onnx is not installed; pip install 'glm-core"):
+        export(built, tmp_path / "other")
+    assert [p.name for p in tmp_path.iterdir()] in (["out", "file"], ["file", "out"])
+
+
+def test_an_op_without_translation_is_named(tmp_path: Path) -> None:
+    built = model("glm-4")
+    built.blocks[0].mlp.activation = lambda x: ops.linear_cross_entropy(x, x, x, x)
+    told = "op linear_cross_entropy has no translation to ONNX; add it"
+    with pytest.raises(UnsupportedOpError, match=told):
+        export(built, tmp_path / "out")
+    assert not list(tmp_path.iterdir())

@@ -13,6 +13,9 @@ from glm_core.backends.cuda import peaks
 
 
 class GpuBackend(Backend):
+    """Work is queued on torch's current stream of the tensors' device, our kernels too, so
+    torch.cuda.stream, events and graphs hold for them."""
+
     def peak(self, dtype: torch.dtype) -> Peak | None:
         """By the device's name, from the vendor's data sheet."""
         return peaks.peak(torch.cuda.get_device_name(self.device()), dtype)

@@ -56,12 +56,12 @@ def _quantized(args: argparse.Namespace) -> Any:
     import torch
 
     from glm_core.model.quantize import Quantization, convert
-    from glm_core.serve import source
+    from glm_core.serve.pretrained import from_path
 
     how = None
     if args.bits is not None:
         how = Quantization(bits=args.bits, group=args.group, activation_bits=args.activation_bits)
-    found = source.from_run(args.from_run, dtype=getattr(torch, args.dtype))
+    found = from_path(args.from_run, dtype=getattr(torch, args.dtype))
     if how is not None:
         for _ in convert(found.model, how):
             pass

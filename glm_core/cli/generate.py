@@ -28,8 +28,8 @@ def define(parser: argparse.ArgumentParser) -> None:
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Which model."""
     parser.add_argument(
-        "--run", required=True, metavar="DIR", dest="from_run",
-        help="a training run, or one of its checkpoints",
+        "--run", "--model", required=True, metavar="DIR", dest="from_run",
+        help="a training run, one of its checkpoints, or a checkpoint's folder of any layout",
     )  # fmt: skip
 
 
@@ -59,9 +59,9 @@ def opened(args: argparse.Namespace) -> Source:
     import torch
 
     from glm_core.backends import registry
-    from glm_core.serve import source
+    from glm_core.serve.pretrained import from_path
 
-    found = source.from_run(args.from_run, dtype=getattr(torch, args.dtype))
+    found = from_path(args.from_run, dtype=getattr(torch, args.dtype))
     found.model.to(registry.usable(args.backend).device())
     return found
 
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     source = opened(args)
     settings, pieces = sampling(args, source.stop), source.tokenizer
     with registry.use(args.backend):
-        if prompt.BLANK.search(args.prompt) and not args.beams:
+        if source.fills and prompt.BLANK.search(args.prompt) and not args.beams:
             from glm_core.model.generate import fill
 
             a = prompt.opened(prompt.encode(args.prompt, pieces), pieces)

@@ -27,9 +27,10 @@ class Message(NamedTuple):
 
 
 class Vocabulary(Pieces, Protocol):
-    """A tokenizer with GLM's blanks that knows its size."""
+    """A tokenizer with GLM's blanks that knows its size and identity."""
 
     vocab: int
+    sha256: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,11 @@ class Source:
     model: GLM
     tokenizer: Vocabulary
     name: str
+
+    @property
+    def fills(self) -> bool:
+        """Whether a text may have blanks."""
+        return True
 
     @property
     def stop(self) -> tuple[int, ...]:

@@ -1,0 +1,174 @@
+"""A model and how to talk to it from a checkpoint of any readable layout, by what its files say."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.sandbox
+import torch
+
+from glm_core import checkpoint
+from glm_core.errors import CheckpointError, DataError, PromptError
+from glm_core.model.prompt import Prompt, causal
+from glm_core.model.weights import open_checkpoint
+from glm_core.serve.pieces import ChatGLM2, Fast, Vocabulary, beside, read_json
+from glm_core.serve.source import Message, Source, from_run
+
+ROLES = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+"""GLM-4's and ChatGLM3's, after the prefix, where the files bring none (tokenization_chatglm.py,
+build_single_message)"""
+ROUNDS = (
+    "{% for m in messages %}{% if m.role == 'user' %}[Round {{ loop.index0 // 2 + 1 }}]\n\n"
+    "问：{{ m.content }}\n\n答：{% else %}{{ m.content }}\n\n{% endif %}{% endfor %}"
+)
+"""ChatGLM2's (tokenization_chatglm.py, build_prompt)"""
+HOLE = re.compile("\ue000(\\d+)\ue001")
+"""what stands for what people wrote while a template is filled in"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Causal(Source):
+    """A model that goes on from a text, and is talked to by its tokenizer's template."""
+
+    tokenizer: Any
+    template: str
+    ends: tuple[int, ...]
+    """tokens that end an answer"""
+
+    @property
+    def fills(self) -> bool:
+        return False
+
+    @property
+    def stop(self) -> tuple[int, ...]:
+        return self.ends
+
+    def complete(self, text: str) -> Prompt:
+        """The prefix and the text. Raises PromptError for an empty text."""
+        if not text:
+            raise PromptError("prompt: is empty; write something to go on from")
+        return causal([*self.tokenizer.prefix, *self.tokenizer.encode(text)])
+
+    def chat(self, messages: Sequence[Message]) -> Prompt:
+        """The template filled in. What people write is text, also where it spells a special
+        token. Raises PromptError where the last word is not the user's."""
+        if not messages or messages[-1].role != "user":
+            raise PromptError("messages: the last one must be the user's; add a question")
+        words = self.tokenizer
+        told = self._filled([m.role for m in messages])
+        parts = HOLE.split(told)  # template, number, template, ...
+        ids = [i for n, part in enumerate(parts) for i in (
+            words.encode(messages[int(part)].content) if n % 2 else self._special(part)
+        )]  # fmt: skip
+        prefix = words.prefix
+        return causal(ids if ids[: len(prefix)] == prefix else [*prefix, *ids])
+
+    def _filled(self, roles: list[str]) -> str:
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True
+        )
+        given = [{"role": r, "content": f"\ue000{i}\ue001"} for i, r in enumerate(roles)]
+        try:
+            return environment.from_string(self.template).render(
+                messages=given, add_generation_prompt=True
+            )
+        except jinja2.TemplateError as error:
+            raise PromptError(f"chat template: {error}; give other roles or order") from None
+
+    def _special(self, text: str) -> Iterator[int]:
+        """The template's own words, with special tokens where it spells them."""
+        special = self.tokenizer.special
+        names = sorted(special, key=len, reverse=True)
+        for part in re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]:
+            if part in special:
+                yield special[part]
+            elif part:
+                yield from self.tokenizer.encode(part)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Blanks(Source):
+    """A model that fills blanks, with the stop tokens of its files."""
+
+    ends: tuple[int, ...]
+
+    @property
+    def stop(self) -> tuple[int, ...]:
+        return self.ends
+
+
+def from_path(path: str | Path, dtype: torch.dtype = torch.float32) -> Source:
+    """A training run of ours (its folder or one of its checkpoints), or the folder of a checkpoint
+    of any layout with its tokenizer. Quantized linears stay as they are stored. Raises
+    CheckpointError, DataError."""
+    path = Path(path)
+    if _is_run(path):
+        return from_run(path, dtype=dtype)
+    return from_checkpoint(path, dtype)
+
+
+def _is_run(path: Path) -> bool:
+    folders = (path, path / checkpoint.FOLDER)
+    return path.match(checkpoint.PATTERN) or any(
+        (f / checkpoint.LATEST).is_file() and any(f.glob(checkpoint.PATTERN)) for f in folders
+    )
+
+
+def from_checkpoint(path: Path, dtype: torch.dtype) -> Source:
+    """The model of a checkpoint's folder; sizes, stop tokens and chat template are those of its
+    files."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: not a folder; give that of a run or of a checkpoint")
+    found = open_checkpoint(path)
+    tokenizer = beside(path, found.layout.name)
+    if tokenizer.vocab > found.config.vocab:
+        raise CheckpointError(
+            f"{path}: the tokenizer has {tokenizer.vocab} tokens, the model {found.config.vocab}; "
+            "check that they belong together"
+        )
+    ends = _ends(path, found.files.config)
+    model = found.load(dtype, quantized=True).requires_grad_(False)
+    name = path.resolve().name
+    if isinstance(tokenizer, Fast | ChatGLM2):
+        template = _template(path, tokenizer)
+        return Causal(
+            model=model, tokenizer=tokenizer, name=name, template=template,
+            ends=ends or _named(tokenizer),
+        )  # fmt: skip
+    return Blanks(
+        model=model, tokenizer=tokenizer, name=name, ends=ends or (tokenizer.eop, tokenizer.eos)
+    )
+
+
+def _ends(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
+    """eos_token_id of generation_config.json, else of config.json: a number or several."""
+    value = read_json(folder / "generation_config.json").get("eos_token_id")
+    value = config.get("eos_token_id") if value is None else value
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if strange := [i for i in ids if type(i) is not int]:
+        raise DataError(f"{folder}: eos_token_id holds {strange[0]!r}; it must hold token ids")
+    return tuple(ids)
+
+
+def _named(tokenizer: Vocabulary) -> tuple[int, ...]:
+    """Special tokens that end an answer by their names."""
+    ends = ("<|endoftext|>", "<|user|>", "<|observation|>", "eop", "</s>")
+    return tuple(tokenizer.special[n] for n in ends if n in tokenizer.special)
+
+
+def _template(folder: Path, tokenizer: Vocabulary) -> str:
+    """chat_template.jinja, or tokenizer_config.json's, or what the special tokens imply."""
+    if (file := folder / "chat_template.jinja").is_file():
+        return file.read_text(encoding="utf-8")
+    listed = read_json(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(listed, list):  # several, by name
+        listed = next((t["template"] for t in listed if t.get("name") == "default"), None)
+    return str(listed) if listed else ROLES if "<|user|>" in tokenizer.special else ROUNDS

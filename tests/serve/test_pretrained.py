@@ -1,0 +1,308 @@
+"""Checkpoints with their tokenizers, in the exact layouts others write, talked to as their authors
+do."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+import torch
+from safetensors.torch import save_file
+
+from glm_core import cli
+from glm_core.errors import CheckpointError, DataError, PromptError
+from glm_core.model import GLM
+from glm_core.model.generate import generate
+from glm_core.model.sample import Sampling
+from glm_core.serve.pieces import ChatGLM6B
+from glm_core.serve.pretrained import Causal, from_path
+from glm_core.serve.source import Message
+
+spec = importlib.util.spec_from_file_location(
+    "foreign", Path(__file__).parents[1] / "unit/foreign.py"
+)
+assert spec is not None
+assert spec.loader is not None
+foreign = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(foreign)
+
+TEXT = "The quick brown fox jumps over the lazy dog. 你好，世界 again and again it runs.\n"
+TALK = [
+    Message("system", "Be brief."), Message("user", "who runs?"), Message("assistant", "the fox"),
+    Message("user", "<|user|> again, 你好?"),
+]  # fmt: skip
+SPECIAL = ["<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>",
+           "<|user|>", "<|assistant|>", "<|observation|>"]  # fmt: skip
+TEMPLATE = (
+    "[gMASK]<sop>{% for item in messages %}{% if item['content'] %}<|{{ item['role'] }}|>\n"
+    "{{ item['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>\n"
+    "{% endif %}"
+)
+GREEDY = Sampling(max_tokens=12, temperature=0)
+
+
+def loud(parameters: Any) -> None:
+    """Random values whose logits differ enough for every choice to be clear."""
+    g = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, p in parameters:
+            std = 0.05 if p.ndim == 1 else 1.5 * p.shape[1] ** -0.5
+            p.copy_(torch.randn(p.shape, generator=g) * std + ("norm" in name and p.ndim == 1))
+
+
+# --- transformers' Glm and Glm4 ------------------------------------------------------------------
+
+
+@pytest.fixture(params=["glm", "glm4"])
+def theirs(request: Any, tmp_path: Path) -> tuple[Path, Any, Any]:
+    """(folder, model, tokenizer), saved by transformers itself."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    pieces = tokenizer_json()
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=pieces, additional_special_tokens=SPECIAL[1:], eos_token=SPECIAL[0],
+        pad_token=SPECIAL[0], chat_template=TEMPLATE,
+    )  # fmt: skip
+    name = {"glm": "Glm", "glm4": "Glm4"}[request.param]
+    ids = fast.convert_tokens_to_ids([SPECIAL[0], "<|user|>", "<|observation|>"])
+    sizes = {
+        "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "head_dim": 8,
+        "num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 384,
+        "max_position_embeddings": 128, "eos_token_id": ids, "pad_token_id": ids[0],
+        "attention_bias": True,
+    }  # fmt: skip
+    model = getattr(transformers, f"{name}ForCausalLM")(
+        getattr(transformers, f"{name}Config")(**sizes)
+    ).eval()
+    loud(model.named_parameters())
+    folder = tmp_path / name
+    model.save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder, model, fast
+
+
+def tokenizer_json() -> Any:
+    """A byte-level BPE that puts [gMASK]<sop> before every text, as GLM-4's does."""
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    pieces = tokenizers.Tokenizer(tokenizers.models.BPE())
+    pieces.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pieces.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=330, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    pieces.train_from_iterator([TEXT] * 9, trainer)
+    pieces.add_special_tokens(SPECIAL)
+    front = [(n, pieces.token_to_id(n)) for n in ("[gMASK]", "<sop>")]
+    pieces.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[gMASK] <sop> $A", special_tokens=front
+    )
+    return pieces
+
+
+def test_tokens_of_transformers(theirs: tuple[Path, Any, Any]) -> None:
+    """Prompts, stop tokens and greedy answers; one of them ended by a stop token."""
+    folder, model, fast = theirs
+    source = from_path(folder)
+    assert isinstance(source, Causal)
+    assert not source.fills
+    asked = "The fox <b> 你好"
+    prompts = [source.complete(asked), source.chat([*TALK[:3], Message("user", "again, 你好?")])]
+    messages = [m._asdict() for m in [*TALK[:3], Message("user", "again, 你好?")]]
+    told = fast.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    wanted = [fast(asked).input_ids, fast(told, add_special_tokens=False).input_ids]
+    assert [list(p.tokens) for p in prompts] == wanted
+    stop = list(source.stop)
+    assert stop == json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    for prompt in prompts:
+        free = greedy(model, prompt.tokens, stop)
+        ours = generate(source.model, [prompt], dataclasses.replace(GREEDY, stop=source.stop))[0]
+        assert ours.tokens == free
+        assert len(set(free)) > 3
+        assert source.tokenizer.decode(free) == fast.decode(free, skip_special_tokens=True)
+    end = free[4]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [end]}))
+    again = from_path(folder)
+    assert again.stop == (end,)
+    cut = generate(again.model, [prompts[1]], dataclasses.replace(GREEDY, stop=again.stop))[0]
+    assert cut.tokens == greedy(model, prompts[1].tokens, [end]) == free[: free.index(end)]
+    assert cut.finish == "stop"
+
+
+def greedy(model: Any, prompt: Any, stop: list[int]) -> list[int]:
+    """transformers' generate, without the stop token."""
+    ids = torch.tensor([list(prompt)])
+    found = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False,
+        eos_token_id=stop, pad_token_id=0,
+    )[0, len(prompt) :].tolist()  # fmt: skip
+    ends = [i for i, token in enumerate(found) if token in stop]
+    return found[: ends[0]] if ends else found
+
+
+def test_what_people_write_is_text(theirs: tuple[Path, Any, Any]) -> None:
+    """Special tokens that a message or a prompt spells are not those tokens."""
+    source = from_path(theirs[0])
+    roles = source.tokenizer.special
+    tokens = source.chat(TALK).tokens
+    assert [t for t in tokens if t in roles.values()] == [
+        roles[n]
+        for n in ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|user|>",
+                  "<|assistant|>")
+    ]  # fmt: skip
+    assert "<|user|> again, 你好?" in source.tokenizer.decode(tokens)
+    assert roles["<|user|>"] not in source.complete("<|user|>").tokens[2:]
+
+
+def test_commands_take_a_checkpoint(
+    theirs: tuple[Path, Any, Any], capsys: Any, monkeypatch: Any
+) -> None:
+    folder, _, _ = theirs
+    assert cli.main(["generate", "--model", str(folder), "--prompt", "[MASK] fox", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["text"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("who runs?\nagain\n/quit\n"))
+    assert cli.main(["chat", "--model", str(folder), "--max-tokens", "5"]) == 0
+    assert capsys.readouterr().out.count("\n") >= 2
+
+
+def test_a_template_of_ones_own_file_wins(theirs: tuple[Path, Any, Any]) -> None:
+    folder, _, _ = theirs
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}!{% endfor %}"
+    )
+    source = from_path(folder)
+    said = source.tokenizer.decode(source.chat([Message("user", "hello")]).tokens)
+    assert said == "hello!"
+    (folder / "chat_template.jinja").write_text("{% for m in")
+    with pytest.raises(PromptError, match="chat template: "):
+        from_path(folder).chat([Message("user", "hello")])
+
+
+# --- ChatGLM in its authors' code ----------------------------------------------------------------
+
+
+def sentences(symbols: list[str], **more: Any) -> bytes:
+    """A sentencepiece model."""
+    made = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([TEXT] * 20), model_writer=made, model_type="bpe", vocab_size=340,
+        hard_vocab_limit=False, byte_fallback=True, character_coverage=1.0, minloglevel=2,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, num_threads=1,
+        user_defined_symbols=symbols, **more,
+    )  # fmt: skip
+    return made.getvalue()
+
+
+def stored(folder: Path, name: str, vocab: int = 400) -> GLM:
+    """A random model in their layout, its tokenizer missing."""
+    folder.mkdir()
+    sizes = {"vocab": vocab, "max_length": 200}
+    model = GLM(dataclasses.replace(foreign.CONFIGS[name], **sizes))
+    loud(model.named_parameters())
+    state = foreign.STATES[name]({k: v.detach() for k, v in model.named_parameters()})
+    save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors")
+    theirs = {
+        **foreign.DESCRIPTIONS[name], "eos_token_id": 2,
+        **({"padded_vocab_size": vocab, "seq_length": 200} if name == "chatglm2" else
+           {"vocab_size": vocab, "max_sequence_length": 200}),
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(theirs))
+    return model
+
+
+@pytest.mark.parametrize("roles", [False, True])
+def test_chatglm2_and_3(roles: bool, tmp_path: Path) -> None:
+    """ChatGLM2's rounds; ChatGLM3's role tokens, listed in tokenizer_config.json."""
+    folder = tmp_path / "their"
+    model = stored(folder, "chatglm2")
+    data = sentences([])
+    (folder / "tokenizer.model").write_bytes(data)
+    plain = sentencepiece.SentencePieceProcessor(model_proto=data)
+    size = plain.vocab_size()
+    names = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"]
+    names += ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"] if roles else []
+    ids = {name: size + i for i, name in enumerate(names)}
+    if roles:
+        listed = {str(i): {"content": n} for n, i in ids.items()}
+        (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": listed}))
+    source = from_path(folder)
+    talk = TALK[1:]
+    if roles:
+        expected = [ids["[gMASK]"], ids["sop"]]
+        for m in talk:
+            expected += [ids[f"<|{m.role}|>"], *plain.encode("\n"), *plain.encode(m.content)]
+        expected += [ids["<|assistant|>"]]
+        assert list(source.chat(talk).tokens) == expected
+    else:
+        tokens = source.chat(talk).tokens
+        assert tokens[:2] == (ids["[gMASK]"], ids["sop"])
+        text = "[Round 1]\n\n问：who runs?\n\n答：the fox\n\n"
+        text += "[Round 2]\n\n问：<|user|> again, 你好?\n\n答："
+        assert source.tokenizer.decode(tokens).replace(" ", "") == text.replace(" ", "")
+    assert source.stop == (2,)
+    prompt = source.complete("the fox")
+    assert list(prompt.tokens) == [ids["[gMASK]"], ids["sop"], *plain.encode("the fox")]
+    ours, expected = (generate(m, [prompt], GREEDY)[0].tokens for m in (source.model, model))
+    assert ours == expected
+
+
+def test_chatglm_6b(tmp_path: Path) -> None:
+    """Newlines and runs of blanks are pieces; ids begin after those of images."""
+    folder = tmp_path / "their"
+    stored(folder, "chatglm-6b", vocab=420)
+    blanks = [f"<|blank_{i}|>" for i in range(2, 7)]
+    symbols = ["[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<n>", "<|tab|>", *blanks]
+    data = sentences(symbols)
+    (folder / "ice_text.model").write_bytes(data)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"num_image_tokens": 20}))
+    source = from_path(folder)
+    plain = sentencepiece.SentencePieceProcessor(model_proto=data)
+    pieces = source.tokenizer
+    assert isinstance(pieces, ChatGLM6B)
+    text = "the fox\n\tjumps    over"
+    ids = pieces.encode(text)
+    assert pieces.decode(ids) == text
+    assert {plain.piece_to_id(x) + 20 for x in ("<n>", "<|tab|>", "<|blank_4|>")} <= set(ids)
+    prompt = source.chat([Message("user", "the fox")])
+    assert list(prompt.tokens) == [*pieces.encode("the fox"), pieces.gmask, pieces.sop]
+    assert (prompt.sep, prompt.mask) == (len(prompt.tokens) - 1, len(prompt.tokens) - 2)
+    assert (source.fills, source.stop) == (True, (2,))
+    assert pieces.decode(source.chat(TALK[1:]).tokens).startswith(
+        "[Round 0]\n问：who runs?\n答：the"
+    )
+    assert generate(source.model, [prompt], GREEDY)[0].tokens
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+def test_refusals(tmp_path: Path) -> None:
+    folder = tmp_path / "their"
+    stored(folder, "chatglm2")
+    with pytest.raises(DataError, match=r"no tokenizer for layout chatglm2; known: tokenizer.json"):
+        from_path(folder)
+    (folder / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
+    with pytest.raises(DataError, match=r"not a sentencepiece model .*; GLM-4's is tiktoken's"):
+        from_path(folder)
+    (folder / "tokenizer.model").write_bytes(sentences([]))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, "</s>"]}')
+    with pytest.raises(DataError, match="eos_token_id holds '</s>'"):
+        from_path(folder)
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(DataError, match=r"generation_config.json: cannot be read"):
+        from_path(folder)
+    (folder / "tokenizer.json").write_text('{"version": "1.0"')
+    with pytest.raises(DataError, match=r"not a tokenizer.json .*; fetch it again"):
+        from_path(folder)
+    small = tmp_path / "small"
+    stored(small, "chatglm2", vocab=90)
+    (small / "tokenizer.model").write_bytes(sentences([]))
+    with pytest.raises(CheckpointError, match=r"the tokenizer has \d+ tokens, the model 90"):
+        from_path(small)
+    with pytest.raises(CheckpointError, match="not a folder"):
+        from_path(tmp_path / "nowhere")

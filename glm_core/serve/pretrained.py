@@ -110,14 +110,14 @@ def from_path(path: str | Path, dtype: torch.dtype = torch.float32) -> Source:
     of any layout with its tokenizer. Quantized linears stay as they are stored. Raises
     CheckpointError, DataError."""
     path = Path(path)
-    if _is_run(path):
+    if not path.is_dir() or _is_run(path):
         return from_run(path, dtype=dtype)
     return from_checkpoint(path, dtype)
 
 
 def _is_run(path: Path) -> bool:
     folders = (path, path / checkpoint.FOLDER)
-    return path.match(checkpoint.PATTERN) or any(
+    return any(
         (f / checkpoint.LATEST).is_file() and any(f.glob(checkpoint.PATTERN)) for f in folders
     )
 
@@ -125,8 +125,6 @@ def _is_run(path: Path) -> bool:
 def from_checkpoint(path: Path, dtype: torch.dtype) -> Source:
     """The model of a checkpoint's folder; sizes, stop tokens and chat template are those of its
     files."""
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: not a folder; give that of a run or of a checkpoint")
     found = open_checkpoint(path)
     tokenizer = beside(path, found.layout.name)
     if tokenizer.vocab > found.config.vocab:

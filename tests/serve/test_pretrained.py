@@ -304,5 +304,5 @@ def test_refusals(tmp_path: Path) -> None:
     (small / "tokenizer.model").write_bytes(sentences([]))
     with pytest.raises(CheckpointError, match=r"the tokenizer has \d+ tokens, the model 90"):
         from_path(small)
-    with pytest.raises(CheckpointError, match="not a folder"):
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
         from_path(tmp_path / "nowhere")

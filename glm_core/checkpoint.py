@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from glm_core.config import RunConfig, to_dict
-from glm_core.errors import CheckpointError
+from glm_core.errors import CheckpointError, ConfigError
 
 FORMAT = "glm-core checkpoint 1"
 PATTERN = "step-*.safetensors"
@@ -25,9 +26,11 @@ TOKENIZER = "tokenizer.model"
 """in a run's folder: what its ids mean, for those who use its model"""
 FREE = {
     "train.backend", "train.strict", "train.compile", "train.save_every", "train.keep",
-    "data.path", "data.text_key",
+    "data.path", "data.text_key", "policy.nonfinite", "policy.spike", "policy.spike_sigma",
+    "policy.spike_window", "policy.limit",
 }  # fmt: skip
-"""keys that may differ on resume: where the run computes and stores, not what. The text itself is
+"""keys that may differ on resume: where the run computes and stores, and what it does about bad
+steps, not what it computes. The text itself is
 identified by its hash, in the sampler's state."""
 
 
@@ -106,6 +109,27 @@ def find(path: Path) -> Path:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint; {_others(path)}")
     return path
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest checkpoint of a folder, None where there is none yet."""
+    return find(folder) if (folder / LATEST).exists() else None
+
+
+def starting_point(out: Path, resume: bool | str | Path) -> Path | None:
+    """The checkpoint to go on from, None for a start from step 0. Raises ConfigError rather than
+    write over another run."""
+    begun, folder = (out / "config.toml").exists(), out / FOLDER
+    if resume is False:
+        if begun or folder.exists():
+            raise ConfigError(f"{out}: holds a run already; resume it or choose another folder")
+        return None
+    if resume is not True:
+        return find(Path(resume))
+    if begun and not (folder / LATEST).exists():
+        print(f"{out}: stopped before its first checkpoint; starts at step 0", file=sys.stderr)
+        return None
+    return find(folder)
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from glm_core.errors import ConfigError, unknown
+from glm_core.policy import PolicyConfig
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 T = TypeVar("T")
@@ -215,6 +216,7 @@ class RunConfig:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    policy: PolicyConfig = dataclasses.field(default_factory=PolicyConfig)
 
     def __post_init__(self) -> None:
         check(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from glm_core.errors import ConfigError
+from glm_core.live import Live
 
 
 class Metrics:
@@ -18,10 +19,14 @@ class Metrics:
     that are not finite become null. Lines after step `done` are dropped first: a resumed run has
     every step once."""
 
-    def __init__(self, folder: Path, done: int, tensorboard: bool = False) -> None:
-        """Raises ConfigError where TensorBoard is asked for and not installed."""
-        path = folder / "metrics.jsonl"
+    def __init__(
+        self, folder: Path, done: int, tensorboard: bool = False, live: Live | None = None
+    ) -> None:
+        """live: what it derives goes to TensorBoard too. Raises ConfigError where TensorBoard is
+        asked for and not installed."""
+        self.path = path = folder / "metrics.jsonl"
         self.writer = _writer(folder, done) if tensorboard else None
+        self.live = live
         keep = kept_bytes(path.read_bytes(), done) if path.exists() else 0
         self.file = path.open("ab")
         self.file.truncate(keep)
@@ -31,10 +36,15 @@ class Metrics:
         plain = {k: _plain(v) for k, v in values.items()}
         self.file.write(json.dumps(plain, allow_nan=False).encode() + b"\n")
         self.file.flush()
+        shown = plain | (self.live.update(values) if self.live is not None else {})
         if self.writer is not None:
-            for key, value in plain.items():
+            for key, value in shown.items():
                 if key != "step" and value is not None:
                     self.writer.add_scalar(key, value, values["step"])
+
+    def rewind(self, done: int) -> None:
+        """Drops the lines after step `done`: the run has gone back to it."""
+        self.file.truncate(kept_bytes(self.path.read_bytes(), done))
 
     def sync(self) -> None:
         """Returns when all lines are on the disk; before a checkpoint, which promises them."""

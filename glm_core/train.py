@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -20,9 +19,11 @@ from glm_core.backends import registry
 from glm_core.config import RunConfig, TrainConfig, dumps, to_dict
 from glm_core.errors import ConfigError, DeviceError, TrainingError
 from glm_core.interrupt import stop_requests
+from glm_core.live import Live
 from glm_core.metrics import Metrics, Progress
 from glm_core.model import GLM
 from glm_core.optimizer import LossScale, Optimizer, learning_rate
+from glm_core.policy import Policy, RollBack
 from glm_core.session import Fallback, Session
 
 
@@ -102,6 +103,7 @@ class Trainer:
         t = config.train
         scale = t.loss_scale if t.dtype == "float16" else 1.0
         self.loss_scale = LossScale(scale, t.loss_scale_window, t.loss_scale_hysteresis)
+        self.policy = Policy(config.policy)
         self.samples_seen = 0
         self.steps_done = 0
         self.loss: Callable[..., Tensor] = self.model.loss
@@ -134,8 +136,8 @@ class Trainer:
 
     def step(self) -> StepResult:
         """One optimizer step. A float16 overflow skips the update and lowers the loss scale; any
-        other loss or gradient that is not finite raises TrainingError, weights untouched; a device
-        that gives up raises DeviceError."""
+        other loss or gradient that is not finite, and a spike, is the policy's: TrainingError,
+        RollBack or a skipped update, weights untouched. A device that gives up: DeviceError."""
         with failure.explained(self.backend.name, f"step {self.steps_done + 1}"):
             return self._step()
 
@@ -144,15 +146,22 @@ class Trainer:
         self.model.zero_grad(set_to_none=True)
         loss = float(self.backward(batches))
         scale, lr = self.loss_scale.scale, learning_rate(self.config.train, self.steps_done + 1)
-        norm = float(self.optimizer.step(lr, scale)) if math.isfinite(loss) else math.nan
+        spike = self.policy.spike(loss)
+        bad = spike or not math.isfinite(loss)
+        norm = math.nan if bad else float(self.optimizer.step(lr, scale))
         skipped = not math.isfinite(norm)
-        if self.config.train.dtype == "float16" and (
+        if spike:
+            self.policy.decide(self.steps_done + 1, "spike", spike)
+        elif self.config.train.dtype == "float16" and (
             scale > self.loss_scale.minimum or not skipped
         ):
             self.loss_scale.update(skipped)
         elif skipped:
-            raise TrainingError(self._explain(batches, loss, norm))
+            told = self._explain(batches, loss, norm)
+            self.policy.decide(self.steps_done + 1, "nonfinite", told)
         self.steps_done += 1
+        if not skipped:
+            self.policy.good(self.steps_done, loss)
         sequences = sum(len(b.tokens) for b in batches)
         self.samples_seen += sequences
         tokens = sum(b.tokens.numel() for b in batches)
@@ -161,16 +170,17 @@ class Trainer:
     def _explain(self, batches: list[Batch], loss: float, norm: float) -> str:
         """Runs the failed step's backward again, watched and not compiled, from the same
         weights."""
-        self.loss = self.model.loss
+        compiled, self.loss = self.loss, self.model.loss
         self.model.zero_grad(set_to_none=True)
         with nonfinite.watch(self.model) as seen:
             self.backward(batches)
+        self.loss = compiled
         fallback = "op global_norm" if seen.op == seen.parameter == "" else "summing gradients"
         subject = (
             f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
         )
         return (
-            f"step {self.steps_done + 1}: {subject}; first not finite: {seen.op or fallback}; "
+            f"{subject}; first not finite: {seen.op or fallback}; "
             f"first parameter with such a gradient: {seen.parameter or 'none'}; resume from the "
             "last checkpoint with a lower train.lr, or look into that op"
         )
@@ -186,6 +196,7 @@ class Trainer:
             "optimizer_steps": optimizer["step_count"],
             "loss_scale": dataclasses.asdict(self.loss_scale),
             "sampler": self.sampler.state(),
+            "policy": self.policy.state(),
         }
         return {**optimizer["tensors"], **rng}, facts
 
@@ -199,9 +210,17 @@ class Trainer:
         self.sampler.restore(facts["sampler"])
         self.optimizer.restore({"tensors": tensors, "step_count": facts["optimizer_steps"]})
         self.loss_scale = LossScale(**facts["loss_scale"])
+        self.policy.restore(facts.get("policy", self.policy.state()))  # older ones have none
         self.steps_done, self.samples_seen = facts["step"], facts["samples_seen"]
         self.backend.set_rng_state(tensors["rng.backend"])
         torch.set_rng_state(tensors["rng.torch"])
+
+    def roll_back(self, path: Path) -> None:
+        """Weights, optimizer and step of the checkpoint, but the data from where they are now: what
+        led to the bad step is passed over (Chowdhery et al. 2022, section 5.1)."""
+        data = self.sampler.state()
+        self.restore(path)
+        self.sampler.restore(data)
 
     def save(self, folder: Path) -> Path:
         """Writes a checkpoint of now. Raises CheckpointError."""
@@ -241,6 +260,7 @@ def run(
     model: GLM | None = None,
     cache_dir: str | Path = ".cache",
     tensorboard: bool = False,
+    live: Live | None = None,
     timeout_s: float = 0.0,
 ) -> Result:
     """Trains to the last step. Into `out_dir` go `config.toml` (resolved), `tokenizer.model`,
@@ -253,9 +273,11 @@ def run(
     timeout_s: a step that takes longer ends the process with exit code 1 and a line that says where
     (0: never). Raises GlmCoreError; whatever happens, the newest whole checkpoint stays."""
     out, t = Path(out_dir), config.train
-    start = _starting_point(out, resume)
+    start = checkpoint.starting_point(out, resume)
     if sampler is None:
-        sampler = _open_data(config, cache_dir)
+        from glm_core import data  # here, so that a run on its own sampler needs no sentencepiece
+
+        sampler = data.open(config.data, t.seed, cache_dir, positions=config.model.positions)
     folder = out / checkpoint.FOLDER
     subject, way_out = f"backend {t.backend}", f"reset the device, then resume from {folder}"
     try:
@@ -266,7 +288,7 @@ def run(
         out.mkdir(parents=True, exist_ok=True)
         with (
             watchdog.guard(timeout_s, subject, way_out),
-            closing(Metrics(out, trainer.steps_done, tensorboard)) as metrics,
+            closing(Metrics(out, trainer.steps_done, tensorboard, live)) as metrics,
             registry.use(trainer.backend, strict=t.strict) as session,
             stop_requests() as requests,
         ):
@@ -277,24 +299,30 @@ def run(
                 )
             return _loop(trainer, folder, start, metrics, session, requests)
     except DeviceError as error:
-        last = f"last checkpoint: {_latest(folder) or start or 'none'}"
+        last = f"last checkpoint: {checkpoint.latest(folder) or start or 'none'}"
         raise DeviceError(f"{error}; {last}", **error.place) from error.__cause__
     except OSError as error:
-        raise TrainingError(
-            f"{out}: {error}; make it writable or make room, then resume"
-        ) from error
+        told = f"{out}: {error}; make it writable or make room, then resume"
+        raise TrainingError(told) from error
 
 
 def _loop(
     trainer: Trainer, folder: Path, saved: Path | None, metrics: Metrics, session: Session,
     requests: list[int],
 ) -> Result:  # fmt: skip
-    t, progress = trainer.config.train, Progress(trainer.config.train.steps)
+    start, t, progress = saved, trainer.config.train, Progress(trainer.config.train.steps)
     loss, tokens, seconds, timed = None, 0, 0.0, False
     while trainer.steps_done < t.steps and not requests:
         begin = time.perf_counter()
         watchdog.beat(f"step {trainer.steps_done + 1}")
-        result = trainer.step()
+        try:
+            result = trainer.step()
+        except RollBack as reason:
+            if (path := checkpoint.latest(folder) or start) is None:
+                raise TrainingError(f"{reason}; there is no checkpoint to go back to") from None
+            trainer.roll_back(path)
+            metrics.rewind(trainer.steps_done)
+            continue
         took, loss, saved = time.perf_counter() - begin, result.loss, None
         metrics.write({**dataclasses.asdict(result), "step_ms": round(took * 1e3, 3)})
         if timed:
@@ -320,29 +348,3 @@ def _save(trainer: Trainer, folder: Path, metrics: Metrics) -> Path:
     watchdog.beat(what)
     with failure.explained(trainer.backend.name, what):
         return trainer.save(folder)
-
-
-def _latest(folder: Path) -> Path | None:
-    return checkpoint.find(folder) if (folder / checkpoint.LATEST).exists() else None
-
-
-def _starting_point(out: Path, resume: bool | str | Path) -> Path | None:
-    """The checkpoint to go on from, None for a start from step 0. Raises ConfigError rather than
-    write over another run."""
-    begun, folder = (out / "config.toml").exists(), out / checkpoint.FOLDER
-    if resume is False:
-        if begun or folder.exists():
-            raise ConfigError(f"{out}: holds a run already; resume it or choose another folder")
-        return None
-    if resume is not True:
-        return checkpoint.find(Path(resume))
-    if begun and not (folder / checkpoint.LATEST).exists():
-        print(f"{out}: stopped before its first checkpoint; starts at step 0", file=sys.stderr)
-        return None
-    return checkpoint.find(folder)
-
-
-def _open_data(config: RunConfig, cache_dir: str | Path) -> Sampler:
-    from glm_core import data  # here, so that a run on its own sampler needs no sentencepiece
-
-    return data.open(config.data, config.train.seed, cache_dir, positions=config.model.positions)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +15,7 @@ from glm_core.cli.options import add_json, add_run, add_timeout, emit, run_confi
 
 if TYPE_CHECKING:
     from glm_core.config import RunConfig
+    from glm_core.live import Live
     from glm_core.model import GLM
     from glm_core.model.adapters import AdapterConfig
 
@@ -31,6 +35,13 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile the whole model")
     parser.add_argument(
         "--tensorboard", action="store_true", help="event files into DIR/tensorboard"
+    )
+    parser.add_argument(
+        "--metrics-port", type=int, default=0, metavar="PORT",
+        help="Prometheus endpoint http://HOST:PORT/metrics (default: none; docs/metrics.md)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--metrics-host", default="127.0.0.1", metavar="HOST", help="(default %(default)s)"
     )
     parser.add_argument(
         "--adapter",
@@ -57,14 +68,16 @@ def run(args: argparse.Namespace) -> int:
     config, model = run_config(args, **flags), None
     if args.adapter or args.base:
         config, model = adapted(args, config)
-    result = train.run(
-        config,
-        args.out,
-        resume=args.resume,
-        tensorboard=args.tensorboard,
-        model=model,
-        timeout_s=args.timeout,
-    )
+    with live_of(args, config) as live:
+        result = train.run(
+            config,
+            args.out,
+            resume=args.resume,
+            tensorboard=args.tensorboard,
+            live=live,
+            model=model,
+            timeout_s=args.timeout,
+        )
     fallbacks = [{**f._asdict(), "count": n} for f, n in result.fallbacks.items()]
     facts = {
         "steps": result.steps,
@@ -88,6 +101,34 @@ def run(args: argparse.Namespace) -> int:
         lines += [f"adapter: {path}"]
     emit(args, facts, "\n".join(lines))
     return EXIT_INTERRUPTED if result.interrupted else 0
+
+
+@contextmanager
+def live_of(args: argparse.Namespace, config: RunConfig) -> Iterator[Live | None]:
+    """The figures that --tensorboard and --metrics-port show, None without them. Raises ConfigError
+    for a port that cannot be had."""
+    if not (args.tensorboard or args.metrics_port):
+        yield None
+        return
+    import torch
+
+    from glm_core.backends import registry
+    from glm_core.bench import ceilings
+    from glm_core.bench.planner.cost import Work, model_flops
+    from glm_core.errors import ConfigError
+    from glm_core.live import Live
+
+    if not 0 <= args.metrics_port < 65536:
+        raise ConfigError(f"--metrics-port {args.metrics_port}: must lie in 1 ... 65535")
+    backend = registry.usable(config.train.backend)
+    peak = ceilings.peak(backend, getattr(torch, config.train.dtype))
+    flops = model_flops(Work(model=config.model, seq=config.data.length))
+    live = Live(backend, flops, peak.tflops, args.metrics_port, args.metrics_host)
+    print(f"MFU over {peak.tflops:.3g} TFLOPS: {peak.source}", file=sys.stderr)
+    try:
+        yield live
+    finally:
+        live.close()
 
 
 def adapted(args: argparse.Namespace, config: RunConfig) -> tuple[RunConfig, GLM]:

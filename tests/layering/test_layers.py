@@ -13,13 +13,13 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LAYERS = (
-    ("errors", "config", "environment"),
+    ("errors", "config", "policy", "environment"),
     ("spec",),
     ("dispatch", "session", "trace", "trace_format", "nonfinite"),
     ("ops",),
     ("backends", "bench.harness"),
     ("model", "data"),
-    ("optimizer", "checkpoint", "metrics", "interrupt", "failure", "watchdog"),
+    ("optimizer", "checkpoint", "metrics", "live", "interrupt", "failure", "watchdog"),
     ("train",),
     ("align", "conformance", "distributed", "export"),
     ("deepspeed", "serve", "bench"),

@@ -135,7 +135,7 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "unknown-keys-in-every-table": (
         {"model": {"hiden": 1}, "train": {"microbatch": 1, "stepz": 2}, "dat": {}},
         [
-            "unknown key 'dat'; known: data, model, train (did you mean data?)",
+            "unknown key 'dat'; known: data, model, policy, train (did you mean data?)",
             "unknown key 'model.hiden'; known: model.activation, ",
             "(did you mean model.hidden?)",
             "unknown key 'train.microbatch'",
@@ -252,7 +252,10 @@ def test_overrides_are_typed_by_their_field() -> None:
     [
         ("steps=5", "'steps=5': expected table.key=value, for example train.steps=50"),
         ("train.steps", "'train.steps': expected table.key=value"),
-        ("trian.steps=5", "unknown table 'trian'; known: data, model, train (did you mean train?)"),
+        (
+            "trian.steps=5",
+            "unknown table 'trian'; known: data, model, policy, train (did you mean train?)",
+        ),
         ("train.step=5", "unknown key 'train.step'"),
         ("train.steps=many", "train.steps: expected int, received 'many'"),
     ],

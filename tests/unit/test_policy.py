@@ -83,7 +83,7 @@ def test_the_limit_counts_bad_steps_without_a_good_one_beyond() -> None:
     ("changes", "told"),
     [
         (
-            {"spike": "skipp", "limit": 0},
+            {"spike": "leave", "limit": 0},
             "limit=0 must be positive; spike must be one of off, stop",
         ),
         ({"spike_window": 2}, "spike_window=2 must be at least 4"),

@@ -93,12 +93,16 @@ State = Mapping[str, Tensor | Pieces]
 """DTensors and tensors that every rank holds whole are cut into Pieces here"""
 
 
-def pieces(tensor: Tensor, split: Split | None = None, tp: int = 1) -> Pieces:
+def pieces(
+    tensor: Tensor, split: Split | None = None, tp: int = 1, own: Tensor | None = None
+) -> Pieces:
     """`tensor`: this tensor-parallel rank's part, which `split` places in the whole; a DTensor
-    where it is sharded further, by rows, over data-parallel ranks."""
-    shape, local, place = list(tensor.shape), tensor, (0,) * tensor.ndim
+    where it is sharded further, by rows, over data-parallel ranks. own: another tensor that is laid
+    out as it, say its moments, by this rank's share alone."""
+    shape, place = list(tensor.shape), (0,) * tensor.ndim
+    local = tensor if own is None else own
     if isinstance(tensor, DTensor):
-        local = tensor.to_local()
+        local = tensor.to_local() if own is None else own
         _, place = compute_local_shape_and_global_offset(
             tensor.shape, tensor.device_mesh, tensor.placements
         )

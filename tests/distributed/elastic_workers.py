@@ -21,9 +21,11 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from glm_core import ops, watchdog
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
-from glm_core.config import ModelConfig
-from glm_core.distributed import checkpoint, mesh, straggler, watch
+from glm_core.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from glm_core.data import Batch
+from glm_core.distributed import checkpoint, mesh, saving, straggler, watch
 from glm_core.distributed.checkpoint import Checkpoints, Pieces, pieces
+from glm_core.distributed.engine import Engine
 from glm_core.distributed.layout import split_of, take
 from glm_core.distributed.plan import parse, stage_layers, stages_of
 from glm_core.errors import CheckpointError
@@ -41,14 +43,17 @@ def join() -> None:
     dist.init_process_group("gloo")
 
 
-def whole_state(seed: int) -> dict[str, Tensor]:
-    """Weights and optimizer state of the model on one process."""
-    generator = torch.Generator().manual_seed(seed)
+def shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Of weights and optimizer state of the model on one process."""
     with torch.device("meta"):
-        shapes = {n: p.shape for n, p in GLM(MODEL).named_parameters()}
-    return {
-        f"{t}.{n}": torch.randn(s, generator=generator) for t in TABLES for n, s in shapes.items()
-    }
+        named = {n: p.shape for n, p in GLM(config).named_parameters()}
+    return {f"{t}.{n}": shape for t in TABLES for n, shape in named.items()}
+
+
+def whole_state(seed: int) -> dict[str, Tensor]:
+    """Values of all of them."""
+    generator = torch.Generator().manual_seed(seed)
+    return {k: torch.randn(s, generator=generator) for k, s in shapes(MODEL).items()}
 
 
 def held(plan_text: str, values: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Pieces]]:
@@ -239,3 +244,43 @@ def slow() -> Backend:
         return ops.global_norm.reference(tensors)
 
     return backend
+
+
+def rows(index: int, count: int) -> Batch:
+    """Sequences from number `index` on, each a function of its number alone."""
+    length = MODEL.max_length
+    seeds = [torch.Generator().manual_seed(index + i) for i in range(count)]
+    tokens = torch.stack([torch.randint(MODEL.vocab, (length + 1,), generator=g) for g in seeds])
+    place = torch.arange(length).expand(count, -1)
+    return Batch(
+        tokens=tokens[:, :-1].contiguous(), labels=tokens[:, 1:].contiguous(),
+        loss_weight=torch.ones(count, length),
+        positions=torch.stack((place, torch.zeros_like(place)), 1),
+        key_start=torch.zeros(count, length, dtype=torch.int32), key_end=(place + 1).int(),
+    )  # fmt: skip
+
+
+def engine_steps(plan_text: str, start: str, out: str, steps: int) -> None:
+    """Goes on from the checkpoint `start` ("" for a new run), saves at once and after the steps."""
+    plan = parse(plan_text)
+    join()
+    batch = 8
+    config = RunConfig(
+        model=MODEL, data=DataConfig(vocab=MODEL.vocab, length=MODEL.max_length),
+        train=TrainConfig(backend="reference", steps=9, global_batch=batch, warmup_steps=1),
+    )  # fmt: skip
+    engine = Engine(config, plan, mesh.make(plan, "cpu"))
+    checkpoints, index = Checkpoints(Path(out), keep=9, timeout_s=20), 0
+    if start:
+        index = saving.restore(engine, Checkpoints(Path(start)), Path(start))["index"]
+        saving.save(engine, checkpoints, {"index": index})
+    losses = []
+    with registry.use("reference"):
+        for _ in range(steps):
+            losses.append(engine.train_step(rows(index, batch)).loss)
+            index += batch
+    if steps:
+        saving.save(engine, checkpoints, {"index": index})
+    checkpoints.wait()
+    print(json.dumps(losses))
+    dist.destroy_process_group()

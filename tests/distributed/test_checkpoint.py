@@ -8,9 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from elastic_workers import MODEL, shapes
 from ranks import Ranks
 
-from glm_core.distributed.checkpoint import Checkpoints, Pieces, find, pieces, whole
+from glm_core.distributed.checkpoint import (
+    Checkpoints,
+    Pieces,
+    find,
+    pieces,
+    read_facts,
+    whole,
+)
 from glm_core.distributed.layout import Split
 from glm_core.errors import CheckpointError
 
@@ -37,6 +45,36 @@ def test_plans_read_each_others_checkpoints_bit_for_bit(ranks: Ranks, tmp_path: 
         assert job.codes == [0] * n, job.told
         names = [json.loads(output.splitlines()[-1]) for output in job.outputs]
         assert all(names)
+
+
+def test_a_run_goes_on_under_another_plan_and_back_bit_for_bit(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    """TP 2 x PP 2 -> DP 4 with ZeRO -> TP 2 x PP 2: what each reads it writes again unchanged."""
+
+    def go(plan: str, start: str, out: str, steps: int) -> list[float]:
+        folders = [str(tmp_path / start) if start else "", str(tmp_path / out)]
+        job = ranks.run(f"{WORKERS}.engine_steps", 4, plan, *folders, steps, folder=tmp_path)
+        assert job.codes == [0] * 4, job.told
+        losses: list[float] = json.loads(job.outputs[0].splitlines()[-1])
+        return losses
+
+    def bits(checkpoint: Path) -> dict[str, torch.Tensor]:
+        tensors = {k: torch.zeros(s) for k, s in shapes(MODEL).items()}
+        Checkpoints(tmp_path).load(checkpoint, tensors)
+        return tensors
+
+    grid, spread = "tp=2,pp=2,micro_batches=4", "dp=4,zero=1"
+    first = go(grid, "", "a", 2)
+    second = go(spread, "a", "b", 2)
+    third = go(grid, "b", "c", 1)
+    for one, other in (("a", "b"), ("b", "c")):
+        read, written = find(tmp_path / one), tmp_path / other / find(tmp_path / one).name
+        before, after = bits(read), bits(written)
+        assert [k for k, v in before.items() if not torch.equal(v, after[k])] == []
+        assert all(v.any() for k, v in before.items() if k.startswith("exp_avg."))
+    assert read_facts(find(tmp_path / "c"))["sampler"] == {"index": 40}
+    assert first + second + third == pytest.approx(go(grid, "", "d", 5), rel=1e-5)
 
 
 def test_full_disk_names_the_rank_and_leaves_the_step_before(ranks: Ranks, tmp_path: Path) -> None:

@@ -1,0 +1,52 @@
+"""What of an engine goes into a checkpoint, so that a run under any other plan, or on one process,
+goes on from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from glm_core import checkpoint as single
+from glm_core.config import to_dict
+from glm_core.distributed.checkpoint import Checkpoints, Pieces, find, pieces, read_facts
+from glm_core.distributed.engine import Engine
+from glm_core.distributed.layout import split_of
+from glm_core.optimizer import LossScale
+
+
+def state(engine: Engine) -> dict[str, Pieces]:
+    """Masters and moments by `master.NAME`, `exp_avg.NAME`, ...: views of this process's part, each
+    with its place in the whole."""
+    tp, rank = engine.plan.tp, engine.mesh.get_local_rank("tp")
+    found = {}
+    for key, own in engine.optimizer.state()["tensors"].items():
+        name = key.partition(".")[2]
+        split = split_of(name, engine.config.model, tp, rank) if tp > 1 else None
+        found[key] = pieces(engine.optimizer.trained[name], split, tp, own)
+    return found
+
+
+def save(engine: Engine, checkpoints: Checkpoints, sampler: dict[str, Any]) -> Path:
+    """Begins to write a checkpoint of now. sampler: its state; the place in the data is a global
+    sequence number, whatever the plan. Raises CheckpointError as `Checkpoints.save`."""
+    facts = {
+        "config": to_dict(engine.config), "plan": engine.plan.label(), "sampler": sampler,
+        "optimizer_steps": engine.optimizer.step_count,
+        "loss_scale": dataclasses.asdict(engine.loss_scale),
+    }  # fmt: skip
+    return checkpoints.save(engine.steps_done, state(engine), facts)
+
+
+def restore(engine: Engine, checkpoints: Checkpoints, path: Path) -> dict[str, Any]:
+    """The engine goes on where the checkpoint was taken, whatever plan that was under; returns the
+    sampler's state. Raises CheckpointError for another run's."""
+    path = find(path)
+    single.require_same(read_facts(path)["config"], engine.config, path)
+    facts = checkpoints.load(path, state(engine))
+    own = engine.optimizer.state()["tensors"]
+    engine.optimizer.restore({"tensors": own, "step_count": facts["optimizer_steps"]})
+    engine.loss_scale = LossScale(**facts["loss_scale"])
+    engine.steps_done = facts["step"]
+    sampler: dict[str, Any] = facts["sampler"]
+    return sampler

@@ -31,15 +31,16 @@ void check_sizes(const char* name, const Tensor& x, int64_t width, int64_t featu
 }
 
 Tensor linear_few(const Tensor& x_, const Tensor& weight_, const OptionalTensor& bias_) {
-  const Tensor x = x_.to(at::kFloat).contiguous(), weight = weight_.contiguous();
+  const Tensor narrow = x_.contiguous(), x = narrow.to(at::kFloat), weight = weight_.contiguous();
   const OptionalTensor bias = contiguous(bias_);
   const int64_t rows = num_rows(x), width = weight.size(1), features = weight.size(0);
   check_sizes("linear", x, width, features, bias);
   Tensor y = at::empty(result_sizes(x, features), x_.options());
   by_dtype(x_, [&](auto zero) {
     using T = decltype(zero);
-    const LinearFew<T> a{data<float>(x), data<T>(weight), data<T>(bias), data<T>(y),
-                         rows,           width,           features};
+    const LinearFew<T> a{data<float>(x), data<T>(narrow), data<T>(weight),
+                         data<T>(bias),  data<T>(y),      rows,
+                         width,          features};
     parallel(features, width, [&](int64_t i, int64_t j) { kernels<T>().linear_few(a, i, j); });
   });
   return y;

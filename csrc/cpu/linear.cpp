@@ -1,7 +1,7 @@
 // The product of few rows with a weight: bound by reading the weight, which is read once.
 // Shapes: N rows, D in, F features out.
+#include "codes.h"
 #include "kernels.h"
-#include "vec.h"
 
 namespace glm::GLM_ISA {
 
@@ -13,25 +13,54 @@ constexpr int FEATURES = 4;
 constexpr int FEATURES = 2;
 #endif
 constexpr int ROWS = 4;
-constexpr int64_t BLOCK = 32 * W;  // summed by itself, so that rounding errors stay small
+
+// 2 W bf16, the first n of them from memory.
+GLM_INLINE vi pairs(const bf16* p, int64_t n) {
+  if (n == 2 * W) return load_words(p);
+  bf16 part[2 * W] = {};
+  memcpy(part, p, size_t(n) * sizeof *p);
+  return load_words(part);
+}
+
+// part += weights times inputs, n <= step of them from i on; in PAIRS the instruction set has sums
+// of two products of bf16, in float32.
+template <bool PAIRS, int R, int M, class T>
+GLM_INLINE void add(vf (&part)[R][M], const LinearFew<T>& a, const T* w, int64_t row, int64_t i,
+                    int64_t n) {
+  if constexpr (PAIRS) {
+    vi x[M];
+    for (int m = 0; m < M; ++m) x[m] = pairs(a.narrow + (row + m) * a.width + i, n);
+    for (int r = 0; r < R; ++r) {
+      const vi v = pairs(w + r * a.width + i, n);
+      for (int m = 0; m < M; ++m) part[r][m] = add_pairs(part[r][m], v, x[m]);
+    }
+  } else {
+    vf x[M];
+    for (int m = 0; m < M; ++m) x[m] = take(a.x + (row + m) * a.width + i, n);
+    for (int r = 0; r < R; ++r) {
+      const vf v = take(w + r * a.width + i, n);
+      for (int m = 0; m < M; ++m) part[r][m] = fma(v, x[m], part[r][m]);
+    }
+  }
+}
 
 // Features f ... f + R, rows n ... n + M. The order in which a result is summed depends on neither.
-template <int R, int M, class T>
+template <bool PAIRS, int R, int M, class T>
 void tile(const LinearFew<T>& a, int64_t f, int64_t n) {
+  constexpr int64_t step = PAIRS ? 2 * W : W;
+  constexpr int64_t block = 32 * step;  // summed by itself, so that rounding errors stay small
   const T* w = a.weight + f * a.width;
-  const float* x = a.x + n * a.width;
   vf total[R][M] = {};
-  for (int64_t begin = 0; begin < a.width; begin += BLOCK) {
-    const int64_t size = a.width - begin < BLOCK ? a.width - begin : BLOCK;
+  for (int64_t begin = 0; begin < a.width; begin += block) {
+    const int64_t end = begin + block < a.width ? begin + block : a.width;
     vf part[R][M] = {};
-    sweep(size, [&](int64_t i, int64_t count) GLM_INLINED {
-      vf row[M];
-      for (int m = 0; m < M; ++m) row[m] = take(x + m * a.width + begin + i, count);
-      for (int r = 0; r < R; ++r) {
-        const vf v = take(w + r * a.width + begin + i, count);
-        for (int m = 0; m < M; ++m) part[r][m] = fma(v, row[m], part[r][m]);
-      }
-    });
+    int64_t i = begin;
+    for (; i + step <= end; i += step) {
+      // the next features, a tile ahead: rows may be too short for the CPU to prefetch by itself
+      for (int r = 0; r < R; ++r) __builtin_prefetch(w + (R + r) * a.width + i, 0, 2);
+      add<PAIRS>(part, a, w, n, i, step);
+    }
+    if (i < end) add<PAIRS>(part, a, w, n, i, end - i);
     for (int r = 0; r < R; ++r)
       for (int m = 0; m < M; ++m) total[r][m] += part[r][m];
   }
@@ -41,27 +70,34 @@ void tile(const LinearFew<T>& a, int64_t f, int64_t n) {
           sum(total[r][m]) + (a.bias ? get(a.bias + f + r) : 0.0f));
 }
 
-template <int R, class T>
-void features(const LinearFew<T>& a, int64_t f) {
+template <bool PAIRS, int R, class T>
+void rows(const LinearFew<T>& a, int64_t f) {
   int64_t n = 0;
-  for (; n + ROWS <= a.rows; n += ROWS) tile<R, ROWS>(a, f, n);
+  for (; n + ROWS <= a.rows; n += ROWS) tile<PAIRS, R, ROWS>(a, f, n);
   switch (a.rows - n) {
     case 3:
-      return tile<R, 3>(a, f, n);
+      return tile<PAIRS, R, 3>(a, f, n);
     case 2:
-      return tile<R, 2>(a, f, n);
+      return tile<PAIRS, R, 2>(a, f, n);
     case 1:
-      return tile<R, 1>(a, f, n);
+      return tile<PAIRS, R, 1>(a, f, n);
   }
+}
+
+template <bool PAIRS, class T>
+void features(const LinearFew<T>& a, int64_t begin, int64_t end) {
+  int64_t f = begin;
+  for (; f + FEATURES <= end; f += FEATURES) rows<PAIRS, FEATURES>(a, f);
+  for (; f < end; ++f) rows<PAIRS, 1>(a, f);
 }
 
 }  // namespace
 
 template <class T>
 void linear_few(const LinearFew<T>& a, int64_t begin, int64_t end) {
-  int64_t f = begin;
-  for (; f + FEATURES <= end; f += FEATURES) features<FEATURES>(a, f);
-  for (; f < end; ++f) features<1>(a, f);
+  if constexpr (sizeof(T) == sizeof(bf16))
+    if (has_pair_products()) return features<true>(a, begin, end);
+  features<false>(a, begin, end);
 }
 
 GLM_INSTANTIATE(linear_few, LinearFew)

@@ -21,10 +21,11 @@ constexpr int ROWS = 4;
 
 constexpr int64_t per_vector(int bits) { return bits == 4 ? 8 * W : 4 * W; }
 
-// The scale of the vector of weights at input i of the feature whose scales are s.
+// The scale of the vector of weights at input i of the feature whose scales are s; `large` is that
+// of its large group, found once a group.
 template <int BITS, Groups G>
-GLM_INLINE vf scale_at(const Codes& c, const uint16_t* s, int64_t i) {
-  if (G == LARGE) return all(from_half(s[i / (c.width / c.groups)]));
+GLM_INLINE vf scale_at(const Codes& c, const uint16_t* s, vf large, int64_t i) {
+  if (G == LARGE) return large;
   return spread<BITS == 4 ? 4 : 8>(s + i / rounded_block, c.groups - i / rounded_block);
 }
 
@@ -36,7 +37,7 @@ struct Rounded {
 
   template <int R, int M>
   GLM_INLINED void add(vf (&total)[R][M], int64_t i, const int8_t* const* w,
-                       const uint16_t* const* scale, int64_t n) const {
+                       const uint16_t* const* scale, const vf* large, int64_t n) const {
     vi high[R], low[R];
     vf size[R];
     for (int r = 0; r < R; ++r) {
@@ -47,7 +48,7 @@ struct Rounded {
       } else {
         high[r] = VNNI ? words ^ int32_t(0x80808080) : words;
       }
-      if (G != ROW) size[r] = scale_at<BITS, G>(a.w, scale[r], i);
+      if (G != ROW) size[r] = scale_at<BITS, G>(a.w, scale[r], large[r], i);
     }
     for (int m = 0; m < M; ++m) {
       const int64_t lanes = ((n + m) * a.padded + i) / step_lanes;
@@ -85,7 +86,7 @@ struct Whole {
 
   template <int R, int M>
   GLM_INLINED void add(vf (&total)[R][M], int64_t i, const int8_t* const* w,
-                       const uint16_t* const* scale, int64_t n) const {
+                       const uint16_t* const* scale, const vf* large, int64_t n) const {
     const float* x = a.values + n * a.padded + i;
     vf part[R][M] = {};
     if constexpr (BITS == 4) {
@@ -93,7 +94,7 @@ struct Whole {
       for (int r = 0; r < R; ++r) words[r] = load_words(w[r]);
       nibbles<0>(part, words, x);
       for (int r = 0; r < R; ++r) {
-        const vf size = G == ROW ? vf{} : scale_at<BITS, G>(a.w, scale[r], i);
+        const vf size = G == ROW ? vf{} : scale_at<BITS, G>(a.w, scale[r], large[r], i);
         for (int m = 0; m < M; ++m)
           total[r][m] = G == ROW ? total[r][m] + part[r][m] : fma(part[r][m], size, total[r][m]);
       }
@@ -102,14 +103,16 @@ struct Whole {
     for (int k = 0; k < 4; ++k)
       for (int r = 0; r < R; ++r) {
         vf v = bytes(w[r] + k * W);
-        if (G != ROW) {  // exact: 8 bits times 11
-          const int64_t group = (i + k * W) / (a.w.width / a.w.groups);
+        if (G == SMALL) {  // exact: 8 bits times 11
+          const int64_t group = (i + k * W) / rounded_block;
           v = v * from_half(scale[r][group < a.w.groups ? group : a.w.groups - 1]);
         }
         for (int m = 0; m < M; ++m) part[r][m] = fma(v, load(x + m * a.padded + k * W), part[r][m]);
       }
     for (int r = 0; r < R; ++r)
-      for (int m = 0; m < M; ++m) total[r][m] += part[r][m];
+      for (int m = 0; m < M; ++m)
+        total[r][m] =
+            G == LARGE ? fma(part[r][m], large[r], total[r][m]) : total[r][m] + part[r][m];
   }
 };
 
@@ -124,10 +127,17 @@ void tile(const Kind& kind, const QuantizedProduct<T>& a, int64_t f, int64_t n) 
     w[r] = a.w.weight + (f + r) * row_bytes;
     scale[r] = a.w.scale + (f + r) * a.w.groups;
   }
-  vf total[R][M] = {};
-  for (int64_t i = 0; i < whole; i += step) {
-    kind.add(total, i, w, scale, n);
-    for (int r = 0; r < R; ++r) w[r] += 4 * W;
+  vf total[R][M] = {}, large[R] = {};
+  const int64_t span = G == LARGE ? a.w.width / a.w.groups : whole;
+  for (int64_t begin = 0; begin < whole; begin += span) {
+    if (G == LARGE)
+      for (int r = 0; r < R; ++r) large[r] = all(from_half(scale[r][begin / span]));
+    for (int64_t i = begin; i < begin + span; i += step) {
+      // the next features, a tile ahead: rows are too short for the CPU to prefetch by itself
+      for (int r = 0; r < R; ++r) __builtin_prefetch(w[r] + R * row_bytes, 0, 2);
+      kind.add(total, i, w, scale, large, n);
+      for (int r = 0; r < R; ++r) w[r] += 4 * W;
+    }
   }
   if (whole < a.w.width) {
     int8_t rest[R][4 * W] = {};
@@ -135,7 +145,7 @@ void tile(const Kind& kind, const QuantizedProduct<T>& a, int64_t f, int64_t n) 
       memcpy(rest[r], w[r], size_t(row_bytes - whole * BITS / 8));
       w[r] = rest[r];
     }
-    kind.add(total, whole, w, scale, n);
+    kind.add(total, whole, w, scale, large, n);
   }
   for (int r = 0; r < R; ++r)
     for (int m = 0; m < M; ++m) {
@@ -173,74 +183,111 @@ void by_groups(const QuantizedProduct<T>& a, int64_t begin, int64_t end) {
 }
 
 // Where among the inputs of its vector the i-th lies.
-int64_t place_of_code(int64_t i, int bits) {
-  if (bits == 8) return i;
+template <int BITS>
+constexpr int64_t place_of_code(int64_t i) {
+  if (BITS == 8) return i;
   const int64_t in = i % (8 * W);
   return i - in + in / 2 + (in % 2 ? 4 * W : 0);  // even elements are the high nibbles
 }
 
-int64_t place_of_value(int64_t i, int bits) {
-  if (bits == 8) return i;
+template <int BITS>
+constexpr int64_t place_of_value(int64_t i) {
+  if (BITS == 8) return i;
   const int64_t in = i % (8 * W), nibble = in % 8 ^ 1;
   return i - in + nibble * W + in / 8;
 }
 
-// One block of n <= 32 inputs as integers in -127 ... 127; returns the step, NaN or infinite where
-// an input is (then all are 0).
+constexpr int PARTS = rounded_block / W;
+
+GLM_INLINE vf larger_or_nan(vf a, vf b) { return b > a ? b : b != b ? b : a; }
+
+// One block of inputs, of which n exist, as integers in -127 ... 127; returns the step, NaN or
+// infinite where an input is (then all are 0).
 template <class T>
-float round_block(const T* x, int64_t n, float (&out)[rounded_block]) {
-  float top = 0;
-  for (int64_t i = 0; i < rounded_block; ++i) {
-    out[i] = i < n ? get(x + i) : 0.0f;
-    const float size = __builtin_fabsf(out[i]);
-    top = size > top || size != size ? size : top;
-    if (top != top) break;
+float round_block(const T* x, int64_t n, vf (&out)[PARTS]) {
+  vf top = {};
+  for (int p = 0; p < PARTS; ++p) {
+    const int64_t left = n - p * W;
+    out[p] = left >= W ? load(x + p * W) : left > 0 ? load_n(x + p * W, left) : vf{};
+    top = larger_or_nan(top, bits_as<vf>(bits_as<vi>(out[p]) & 0x7fffffff));
   }
-  const float step = top / 127.0f;
+  float lane[W];
+  store(lane, top);
+  for (int half = W / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) {
+      const float other = lane[i + half];
+      lane[i] = other > lane[i] || other != other ? other : lane[i];
+    }
+  const float step = lane[0] / 127.0f;
   const bool usable = step > 0 && step <= 3.4e38f;
-  for (float& v : out) {
-    v = usable ? v / step : 0.0f;
-    v = v > 127.0f ? 127.0f : v < -127.0f ? -127.0f : v;
+  for (vf& v : out) {
+    v = usable ? at_least(at_most(v / step, 127.0f), -127.0f) : vf{};
     v = (v + 0x1.8p+23f) - 0x1.8p+23f;  // to nearest, half to even
   }
   return step;
 }
 
-template <class T>
+// The codes of one block, where the weights of each lane meet them.
+template <int BITS>
+GLM_INLINE void place(int8_t* codes, const vf (&v)[PARTS]) {
+  int32_t code[rounded_block];
+  for (int p = 0; p < PARTS; ++p) {
+    const vi whole = __builtin_convertvector(v[p], vi);
+    memcpy(code + p * W, &whole, sizeof whole);
+  }
+  if (BITS == 8)
+    for (int j = 0; j < rounded_block; ++j) codes[j] = int8_t(code[j]);
+  else
+    for (int j = 0; j < rounded_block / 2; ++j) {
+      codes[j] = int8_t(code[2 * j]);
+      codes[j + 4 * W] = int8_t(code[2 * j + 1]);
+    }
+}
+
+template <int BITS, class T>
 void input_codes(const QuantizedInput<T>& a, int64_t row) {
-  const int64_t share = a.bits == 4 ? 8 : 4, at = row * a.padded;
-  const int unsigned_by = a.bits == 4 ? 8 : 128;
-  for (int64_t i = 0; i < a.padded; i += rounded_block) {
-    float v[rounded_block] = {};
-    const int64_t left = a.width - i;
-    const float step = left > 0 ? round_block(a.x + row * a.width + i,
-                                              left < rounded_block ? left : rounded_block, v)
-                                : 0.0f;
-    for (int64_t k = 0; k < rounded_block; k += share) {
-      int32_t total = 0;
-      for (int64_t j = k; j < k + share; ++j) {
-        total += int32_t(v[j]);
-        a.codes[at + place_of_code(i + j, a.bits)] = int8_t(v[j]);
-      }
-      a.steps[(at + i + k) / share] = step;
-      a.excess[(at + i + k) / share] = -unsigned_by * total;
+  constexpr int64_t share = BITS == 4 ? 8 : 4, unsigned_by = BITS == 4 ? 8 : 128;
+  const vi ones = vi{} + 0x01010101;
+  for (int64_t i = 0; i < a.padded; i += input_padding) {
+    const int64_t at = row * a.padded + i;
+    for (int64_t j = 0; j < input_padding; j += rounded_block) {
+      vf v[PARTS];
+      const float step = round_block(a.x + row * a.width + i + j, a.width - i - j, v);
+      place<BITS>(a.codes + at + place_of_code<BITS>(j), v);
+      for (int64_t k = 0; k < rounded_block / share; ++k) a.steps[(at + j) / share + k] = step;
+    }
+    for (int64_t j = at; j < at + input_padding; j += per_vector(BITS)) {
+      vi total = add_signed(vi{}, load_words(a.codes + j), ones);
+      if (BITS == 4) total = add_signed(total, load_words(a.codes + j + 4 * W), ones);
+      total *= int32_t(-unsigned_by);
+      memcpy(a.excess + j / share, &total, sizeof total);
     }
   }
+}
+
+template <int BITS, class T>
+void input_values(const QuantizedInput<T>& a, int64_t row) {
+  constexpr int64_t vector = per_vector(BITS);
+  const T* x = a.x + row * a.width;
+  float* values = a.values + row * a.padded;
+  const int64_t whole = a.width / vector * vector;
+  for (int64_t i = 0; i < whole; i += vector)
+    for (int64_t j = 0; j < vector; ++j) values[i + place_of_value<BITS>(j)] = get(x + i + j);
+  for (int64_t i = whole; i < a.padded; ++i)
+    values[place_of_value<BITS>(i)] = i < a.width ? get(x + i) : 0.0f;
+}
+
+template <int BITS, class T>
+void input(const QuantizedInput<T>& a, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row)
+    a.codes ? input_codes<BITS>(a, row) : input_values<BITS>(a, row);
 }
 
 }  // namespace
 
 template <class T>
 void quantized_input(const QuantizedInput<T>& a, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) {
-    if (a.codes) {
-      input_codes(a, row);
-      continue;
-    }
-    for (int64_t i = 0; i < a.padded; ++i)
-      a.values[row * a.padded + place_of_value(i, a.bits)] =
-          i < a.width ? get(a.x + row * a.width + i) : 0.0f;
-  }
+  a.bits == 4 ? input<4>(a, begin, end) : input<8>(a, begin, end);
 }
 
 template <class T>
@@ -279,12 +326,13 @@ void dequantize(const Dequantize<T>& a, int64_t begin, int64_t end) {
 
 template <class T>
 void round_activations(const RoundActivations<T>& a, int64_t begin, int64_t end) {
-  float v[rounded_block];
+  vf v[PARTS];
   for (int64_t row = begin; row < end; ++row)
     for (int64_t i = 0; i < a.width; i += rounded_block) {
-      const int64_t n = a.width - i < rounded_block ? a.width - i : rounded_block;
-      const float step = round_block(a.x + row * a.width + i, n, v);
-      for (int64_t j = 0; j < n; ++j) put(a.y + row * a.width + i + j, v[j] * step);
+      const int64_t left = a.width - i, n = left < rounded_block ? left : rounded_block;
+      const float step = round_block(a.x + row * a.width + i, left, v);
+      T* y = a.y + row * a.width + i;
+      sweep(n, [&](int64_t j, int64_t count) GLM_INLINED { give(y + j, v[j / W] * step, count); });
     }
 }
 

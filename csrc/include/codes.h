@@ -56,6 +56,22 @@ GLM_INLINE bool has_byte_products() { return __builtin_cpu_supports("avx512vnni"
 GLM_INLINE bool has_byte_products() { return false; }
 #endif
 
+#if defined(__AVX512F__)
+GLM_INLINE bool has_pair_products() { return __builtin_cpu_supports("avx512bf16"); }
+#else
+GLM_INLINE bool has_pair_products() { return false; }
+#endif
+
+// sum += the products of each lane's two bf16; only where has_pair_products. Takes denormals for 0.
+GLM_INLINE vf add_pairs(vf sum, vi a, vi b) {
+#if defined(__AVX512F__)
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+#else
+  (void)a, (void)b;
+#endif
+  return sum;
+}
+
 // sum += the products of each lane's four bytes; u unsigned below 16, or with VNNI below 256.
 template <bool VNNI>
 GLM_INLINE vi add_unsigned(vi sum, vi u, vi s) {
@@ -104,11 +120,22 @@ GLM_INLINE vi add_signed(vi sum, vi a, vi b) {
 // Scales spread over the lanes, LANES lanes each; of `left` scales from p on the last repeats.
 template <int LANES>
 GLM_INLINE vf spread(const uint16_t* p, int64_t left) {
+  constexpr int count = W / LANES > 0 ? W / LANES : 1;
+  if (count == 1) return all(from_half(*p));
+#if defined(__AVX2__)
+  if (left >= count) {
+    uint64_t halves = 0;
+    memcpy(&halves, p, count * sizeof *p);
+    const __m128 few = _mm_cvtph_ps(_mm_cvtsi64_si128(int64_t(halves)));
+    vi lanes;
+    for (int i = 0; i < W; ++i) lanes[i] = i / LANES;
 #if defined(__AVX512F__)
-  if (LANES == 4 && left >= 4) {
-    const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    const __m128 four = _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-    return bits_as<vf>(_mm512_maskz_permutexvar_ps(0xffff, lanes, _mm512_zextps128_ps512(four)));
+    return bits_as<vf>(
+        _mm512_maskz_permutexvar_ps(0xffff, bits_as<__m512i>(lanes), _mm512_zextps128_ps512(few)));
+#else
+    return bits_as<vf>(
+        _mm256_permutevar8x32_ps(_mm256_zextps128_ps256(few), bits_as<__m256i>(lanes)));
+#endif
   }
 #endif
   float lane[W];

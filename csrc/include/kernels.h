@@ -139,10 +139,12 @@ struct AttentionBackward {
   float scale;
 };
 
-// y [N, F] = x weight^T + bias for few rows;  x [N, D] float, weight [F, D]. Works on features.
+// y [N, F] = x weight^T + bias for few rows;  x [N, D], weight [F, D]; `narrow` is x in T. Works on
+// features.
 template <class T>
 struct LinearFew {
   const float* x;
+  const T* narrow;
   const T *weight, *bias;  // bias null: none
   T* y;
   int64_t rows, width, features;

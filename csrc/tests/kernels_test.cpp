@@ -344,9 +344,10 @@ void quantized(int bits, int64_t group, bool rounded, int64_t rows, int64_t d, i
 
 template <class T>
 void linear(int64_t rows, int64_t d, int64_t f) {
+  Buffer<T> narrow(rows * d), w(f * d), b(f), y(rows * f);
   Buffer<float> x(rows * d);
-  Buffer<T> w(f * d), b(f), y(rows * f);
-  kernels<T>().linear_few({x.p(), w.p(), b.p(), y.p(), rows, d, f}, 0, f);
+  for (int64_t i = 0; i < rows * d; ++i) x.at[size_t(i)] = float(narrow[i]);
+  kernels<T>().linear_few({x.p(), narrow.p(), w.p(), b.p(), y.p(), rows, d, f}, 0, f);
   Doubles want;
   for (int64_t n = 0; n < rows; ++n)
     for (int64_t i = 0; i < f; ++i) {

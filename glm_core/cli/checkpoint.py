@@ -43,6 +43,17 @@ def define(parser: argparse.ArgumentParser) -> None:
         "--dequantize", action="store_true", help="int8 and int4 weights to floating point"
     )
     convert.add_argument(
+        "--bits", type=int, metavar="N", help="quantize the layers' linears to 8 or 4 bits"
+    )
+    convert.add_argument(
+        "--group", type=int, default=0, metavar="N",
+        help="with --bits: inputs that share a scale; 0 = a row, as GLM-130B (default)",
+    )  # fmt: skip
+    convert.add_argument(
+        "--activation-bits", type=int, default=16, metavar="N",
+        help="with --bits: 8 = activations are rounded to int8 too (default %(default)s)",
+    )  # fmt: skip
+    convert.add_argument(
         "--shard-gb", type=float, default=5.0, metavar="GB", help="largest safetensors file"
     )
     convert.set_defaults(run=run_convert)
@@ -84,12 +95,16 @@ def run_convert(args: argparse.Namespace) -> int:
     """Exits 0 when OUT is complete; otherwise OUT does not exist."""
     import torch
 
+    from glm_core.model.quantize import Quantization
     from glm_core.model.weights import convert, target
 
+    how = args.bits and Quantization(
+        bits=args.bits, group=args.group, activation_bits=args.activation_bits
+    )
     source = opened(args)
     wanted = target(
         args.to or source.layout.name, num_ranks=args.tp, dequantize=args.dequantize,
-        dtype=getattr(torch, args.dtype) if args.dtype else None,
+        dtype=getattr(torch, args.dtype) if args.dtype else None, quantize=how,
         shard_bytes=int(args.shard_gb * 1e9),
     )  # fmt: skip
     begin = time.perf_counter()

@@ -10,10 +10,15 @@ import pytest
 import torch
 from foreign import CONFIGS, STATES, ranks_of, weights, write
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from glm_core.config import ModelConfig
 from glm_core.errors import CheckpointError
+from glm_core.model import GLM
 from glm_core.model.adapters import AdapterConfig, attach
+from glm_core.model.quantize import Quantization, QuantizedLinear
+from glm_core.model.quantize import convert as in_place
 from glm_core.model.weights import convert, open_checkpoint, target
 from glm_core.ops.quant import dequantize
 
@@ -178,6 +183,65 @@ def test_dtype_and_dequantize(tmp_path: Path) -> None:
     assert again.bits is None
     for name in source.shapes:
         assert torch.equal(again.tensor(name), source.dense(name).bfloat16()), name
+
+
+@pytest.mark.parametrize(
+    ("name", "to", "how"),
+    [
+        ("glm", "glm-core", Quantization(bits=4, activation_bits=8)),
+        ("chatglm-6b", "chatglm-6b", Quantization(bits=4)),
+        ("chatglm2", "chatglm2", Quantization(bits=8)),
+    ],
+)
+def test_quantized_on_the_way(tmp_path: Path, name: str, to: str, how: Quantization) -> None:
+    """The written file starts without the float weights, as the very model that quantizing the
+    loaded one gives."""
+    source = open_checkpoint(write(tmp_path / "from", name))
+    convert(source, tmp_path / "to", target(to, quantize=how))
+    again = open_checkpoint(tmp_path / "to")
+    assert again.bits == how.bits
+    found, expected = again.load(quantized=True), source.load()
+    list(in_place(expected, how))
+    assert_same(found.state_dict(), expected.state_dict())
+    assert {m.how for m in found.modules() if isinstance(m, QuantizedLinear)} == {how}
+
+
+def test_groups_are_written_and_found_again(tmp_path: Path) -> None:
+    config = ModelConfig(num_layers=1, hidden=64, num_heads=2, ffn=96, vocab=64, max_length=16)
+    model, how = GLM(config).init_weights(0), Quantization(bits=4, group=32)
+    save_file({k: p.detach() for k, p in model.named_parameters()}, tmp_path / "model.safetensors")
+    convert(open_checkpoint(tmp_path, config), tmp_path / "o", target("glm-core", quantize=how))
+    found = open_checkpoint(tmp_path / "o").load(quantized=True)
+    list(in_place(model, how))
+    assert_same(found.state_dict(), model.state_dict())
+    assert {m.how for m in found.modules() if isinstance(m, QuantizedLinear)} == {how}
+
+
+@pytest.mark.parametrize(
+    ("name", "to", "how", "words"),
+    [
+        ("glm", "glm", Quantization(bits=4), "layout glm has no quantized form; use glm-core"),
+        ("chatglm2", "chatglm2", Quantization(group=32), "one scale a row .* use glm-core"),
+        ("glm", "glm-core", Quantization(group=128), "groups of 128 do not divide hidden="),
+    ],
+)
+def test_rules_that_a_layout_cannot_hold(
+    tmp_path: Path, name: str, to: str, how: Quantization, words: str
+) -> None:
+    with pytest.raises(CheckpointError, match=words):
+        convert(
+            open_checkpoint(write(tmp_path / "c", name)), tmp_path / "o", target(to, quantize=how)
+        )
+    assert not (tmp_path / "o").exists()
+
+
+def test_codes_are_not_quantized_twice(tmp_path: Path) -> None:
+    source = open_checkpoint(write(tmp_path / "c", "chatglm-6b", 1, 4))
+    wanted = target("glm-core", quantize=Quantization(bits=8))
+    with pytest.raises(CheckpointError, match="holds int4 codes already; add --dequantize"):
+        convert(source, tmp_path / "o", wanted)
+    convert(source, tmp_path / "o", dataclasses.replace(wanted, dequantize=True))
+    assert open_checkpoint(tmp_path / "o").bits == 8
 
 
 def test_a_stored_head_is_never_tied(tmp_path: Path) -> None:

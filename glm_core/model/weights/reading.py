@@ -24,6 +24,8 @@ from glm_core.model.weights.stored import Files, Stored, scan, some
 from glm_core.ops.quant import dequantize
 
 SCALE = "_scale"
+BITS, ACTIVATION_BITS = "quantization_bit", "quantization_activation_bits"
+"""keys of config.json; the first is ChatGLM's"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +142,11 @@ class Checkpoint:
         if f"{owner}.bias" in self.shapes:
             bias = self.tensor(f"{owner}.bias")
             bias = bias.to(device, dtype or bias.dtype, copy=True)
-        how = Quantization(bits=self.bits or 8)
+        group = 0 if scale.dim() == 1 else self.shapes[weight][1] // scale.shape[1]
+        how = Quantization(
+            bits=self.bits or 8, group=0 if group % 32 else group,  # merged shards are no groups
+            activation_bits=self.files.config.get(ACTIVATION_BITS, 16),
+        )  # fmt: skip
         return QuantizedLinear.of(codes, scale, bias, how)
 
 

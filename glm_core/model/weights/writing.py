@@ -18,11 +18,20 @@ import torch
 from torch import Tensor
 
 from glm_core.errors import CheckpointError
+from glm_core.model.quantize import Quantization
 from glm_core.model.weights.configs import write_config
 from glm_core.model.weights.layouts import Layout, layout
-from glm_core.model.weights.reading import SCALE, Checkpoint, _ignored
+from glm_core.model.weights.reading import (
+    ACTIVATION_BITS,
+    BITS,
+    SCALE,
+    Checkpoint,
+    _ignored,
+    is_linear,
+)  # fmt: skip
 from glm_core.model.weights.slicing import require_divides, shard_shape, to_heads
 from glm_core.model.weights.stored import safetensors_header
+from glm_core.ops.quant import quantize
 
 Report = Callable[[int, int, str], None]
 """called with tensors done, tensors in all, name"""
@@ -51,6 +60,8 @@ class Target:
     dtype: torch.dtype | None = None
     """of everything that is not quantized; None keeps what is stored"""
     dequantize: bool = False
+    quantize: Quantization | None = None
+    """the rule for linears that are stored in floating point, or are dequantized on the way"""
     shard_bytes: int = 5_000_000_000
     """largest safetensors file, unless one tensor is larger"""
 
@@ -90,6 +101,7 @@ def _require_possible(source: Checkpoint, target: Target) -> None:
             f"layout {name} has no grouped queries, the model has "
             f"num_kv_heads={source.config.num_kv_heads}; use chatglm2, glm or glm-core"
         )
+    _require_quantizable(source, target)
     if source.bits is None or target.dequantize:
         return
     if not item.quantized:
@@ -98,6 +110,30 @@ def _require_possible(source: Checkpoint, target: Target) -> None:
         raise CheckpointError(
             f"layout {name} has one scale a row, but {source.num_ranks} ranks scaled their columns "
             f"separately; use {source.num_ranks} ranks or a multiple, glm-core, or dequantize"
+        )
+
+
+def _require_quantizable(source: Checkpoint, target: Target) -> None:
+    """Before anything is written: does the layout take such codes, and do the widths divide?"""
+    how, item, c = target.quantize, target.layout, source.config
+    if how is None:
+        return
+    if source.bits is not None and not target.dequantize:
+        raise CheckpointError(
+            f"{source.files.path}: holds int{source.bits} codes already; add --dequantize to "
+            "quantize what they stand for again"
+        )
+    if not item.quantized:
+        raise CheckpointError(f"layout {item.name} has no quantized form; use glm-core")
+    if item.name != "glm-core" and (how.group or how.activation_bits == 8):
+        raise CheckpointError(
+            f"layout {item.name} has one scale a row and activations as they are; use glm-core"
+        )
+    widths = {"hidden": c.hidden, "num_heads * head_dim": c.num_heads * c.head_dim, "ffn": c.ffn}
+    if bad := [f"{k}={v}" for k, v in widths.items() if v % (how.group or 8 // how.bits)]:
+        raise CheckpointError(
+            f"{how.bits} bits in groups of {how.group or 'a row'} do not divide {', '.join(bad)}; "
+            "use a smaller group, or 0 for one scale a row"
         )
 
 
@@ -162,6 +198,11 @@ def _parameter(source: Checkpoint, target: Target, name: str, rank: int) -> Iter
             lambda: order(source.scale(name, rank, size)),
         )  # fmt: skip
         return
+    if target.quantize is not None and is_linear(name):
+        yield from _quantized(
+            keys[0], shape, target.quantize, lambda: order(source.dense(name, rank, size))
+        )
+        return
     kept = source.stored(name, scale=True)[0].dtype if source.quantized(name) else stored.dtype
     dtype = target.dtype or kept
     begin = 0
@@ -171,6 +212,23 @@ def _parameter(source: Checkpoint, target: Target, name: str, rank: int) -> Iter
             key, (rows, *shape[1:]), dtype,
             lambda part=part: order(source.dense(name, rank, size))[part].to(dtype),  # type: ignore[misc]
         )  # fmt: skip
+
+
+def _quantized(
+    key: str, shape: tuple[int, ...], how: Quantization, read: Callable[[], Tensor]
+) -> Iterator[Planned]:
+    """Codes and scale of a weight that is read and quantized once, when its codes are written."""
+    scales: list[Tensor] = []
+
+    def codes() -> Tensor:
+        made, scale = quantize(read(), how.bits, how.group)
+        scales.append(scale)
+        return made
+
+    rows, columns = shape
+    grouped = (rows, columns // how.group) if how.group else (rows,)
+    yield Planned(key, (rows, columns * how.bits // 8), torch.int8, codes)
+    yield Planned(key + SCALE, grouped, torch.float16, lambda: scales.pop())
 
 
 def _order(source: Checkpoint, target: Target, name: str) -> Callable[[Tensor], Tensor]:
@@ -218,14 +276,21 @@ def _config(source: Checkpoint, target: Target) -> tuple[str, str]:
     """Name and text of the config file: the source's own where the layout stays and nothing in it
     changes."""
     theirs = source.files
-    same = source.layout is target.layout and not target.dequantize and target.dtype is None
+    changed = target.dequantize or target.dtype is not None or target.quantize is not None
+    same = source.layout is target.layout and not changed
     if same and theirs.config_file is not None:
         return theirs.config_file.name, theirs.config_file.read_text(encoding="utf-8")
     kept = target.dtype or source.stored("final_norm.weight")[0].dtype
     dtype = str(kept).removeprefix("torch.")
     config = write_config(target.layout, source.config, theirs.config, dtype)
-    if source.bits is not None and not target.dequantize:
-        config["quantization_bit"] = source.bits
+    how = target.quantize
+    if how is not None:
+        config[BITS] = how.bits
+        if how.activation_bits != 16:
+            config[ACTIVATION_BITS] = how.activation_bits
+    elif source.bits is not None and not target.dequantize:
+        config |= {k: v for k, v in theirs.config.items() if k == ACTIVATION_BITS}
+        config[BITS] = source.bits
     name = "model_config.json" if "model_class" in target.layout.header else "config.json"
     return name, json.dumps(config, indent=1, ensure_ascii=False) + "\n"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +20,8 @@ ELEMENT = {
 """onnx.TensorProto's numbers, here so that a model from the disk runs without importing onnx"""
 SCALAR = (1,)
 """the shape that scalars have inside a graph: OpenVINO takes none without dimensions"""
+NBITS_BLOCK = 32
+"""inputs that share a scale in MatMulNBits; those of rows and of larger groups are repeated"""
 SEPARATOR = "\n"
 """between the arguments of a layout; strings may hold anything else"""
 
@@ -36,6 +39,17 @@ class Call(NamedTuple):
     numbers: tuple[float, ...] | None
     """baked into the graph; None = inputs of the graph"""
     tensors: tuple[tuple[torch.dtype, torch.Size], ...]
+
+
+def by_nbits(call: Call, provider: str) -> bool:
+    """Whether ONNX Runtime's MatMulNBits computes it, in place of the translated reference."""
+    chosen = ("quantized_linear", "forward", "CPUExecutionProvider")
+    if (call.op.name, call.direction, provider) != chosen or call.numbers is None:
+        return False
+    (dtype, x), _, (kind, scale) = call.tensors[:3]
+    groups = 1 if len(scale) == 1 else scale[1]
+    fits = groups == 1 or (x[-1] // groups) % NBITS_BLOCK == 0
+    return math.prod(x) > 0 and dtype != torch.float64 and kind == torch.float16 and fits
 
 
 def flatten(arguments: Iterable[Any]) -> tuple[str, list[Tensor], list[float]]:

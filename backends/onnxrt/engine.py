@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from glm_core.backends.onnxrt import store
-from glm_core.backends.onnxrt.call import ELEMENT, SCALAR, Call
+from glm_core.backends.onnxrt.call import ELEMENT, SCALAR, Call, by_nbits
 from glm_core.errors import GlmCoreError, UnsupportedOpError
 
 CPU = "CPUExecutionProvider"
@@ -126,14 +126,16 @@ def program(call: Call, provider: str, threads: int) -> Program:
 # 512: every op of a model in both directions takes about 40; a decoder makes one per key length
 @functools.lru_cache(maxsize=512)
 def _attempt(call: Call, provider: str, threads: int) -> Program | UnsupportedOpError:
-    name = store.key(call)
+    special = by_nbits(call, provider)
+    name = store.key(call) + ("-nbits" if special else "")
     model = store.load(name)
     try:
         if model is None:
             # imported here: onnx and the tracer take 0.5 s, which a warm cache saves
+            from glm_core.backends.onnxrt import nbits
             from glm_core.backends.onnxrt.export import export
 
-            model = export(call)
+            model = nbits.export(call) if special else export(call)
             store.save(name, model)
         return Program(model, provider, threads)
     except UnsupportedOpError as error:

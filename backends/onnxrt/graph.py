@@ -14,6 +14,8 @@ from glm_core.backends.onnxrt.call import ELEMENT, SCALAR
 from glm_core.errors import UnsupportedOpError
 
 OPSET = 18  # the oldest with reduction axes as inputs; older opsets run on more providers
+CONTRIB = "com.microsoft"
+"""domain of the operators that ONNX Runtime adds"""
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -167,6 +169,8 @@ class Graph:
             self.nodes, "glm_core", inputs, self.declared, initializer=constants
         )
         opset = [helper.make_opsetid("", OPSET)]
+        if any(node.domain == CONTRIB for node in self.nodes):
+            opset.append(helper.make_opsetid(CONTRIB, 1))
         model = helper.make_model(graph, opset_imports=opset, ir_version=9)
         onnx.checker.check_model(model)
         return bytes(model.SerializeToString(deterministic=True))

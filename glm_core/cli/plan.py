@@ -13,15 +13,18 @@ if TYPE_CHECKING:
     from glm_core.bench.planner.search import Candidate, Outcome
 
 FIXED = ("tp", "pp", "dp", "zero", "virtual", "micro_batch")
+CARDS = ((8, 40, "A100"), (8, 32, "V100"), (4, 24, "RTX 3090"), (8, 11, "RTX 2080 Ti"))
+"""(cards, GiB each, name): those GLM-130B is published for (its README, hardware requirements)"""
 STACKS = ("megatron", "megatron-deepspeed", "fsdp")
 
 
 def define(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     parser.add_argument(
-        "action", nargs="?", default="search", choices=("search", "validate", "slides"),
-        help="search plans (default), check the planner against published runs, or print the "
-        "utilisation table of the GLM slides",
+        "action", nargs="?", default="search",
+        choices=("search", "validate", "slides", "inference"),
+        help="search plans (default), check the planner against published runs, print the "
+        "utilisation table of the GLM slides, or what inference takes on small cards",
     )  # fmt: skip
     parser.add_argument("--preset", default="glm-130b", metavar="NAME", help="default %(default)s")
     parser.add_argument("--chip", default="A100-40G", metavar="NAME", help="default %(default)s")
@@ -46,7 +49,11 @@ def define(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit 0, 1 where no plan fits or the validation fails, 2 usage."""
-    return {"search": run_search, "validate": run_validate, "slides": run_slides}[args.action](args)
+    actions = {
+        "search": run_search, "validate": run_validate, "slides": run_slides,
+        "inference": run_inference,
+    }  # fmt: skip
+    return actions[args.action](args)
 
 
 def run_search(args: argparse.Namespace) -> int:
@@ -193,4 +200,30 @@ def run_slides(args: argparse.Namespace) -> int:
         )  # fmt: skip
     note = "days = 8 N T / (chips x peak x share), T = 300e9 tokens, full recomputation"
     emit(args, {"rows": table}, f"{columns(rows)}\n{note}")
+    return 0
+
+
+def run_inference(args: argparse.Namespace) -> int:
+    """Weights and cache of one sequence on each card, row-wise int8 and int4; exit 0."""
+    from glm_core.model import preset
+    from glm_core.model.quantize import Quantization, device_memory
+
+    model, told = preset(args.preset), list[dict[str, Any]]()
+    for bits in (8, 4):
+        for cards, room, name in CARDS:
+            memory = device_memory(model, Quantization(bits=bits), cards, args.seq)
+            told.append({
+                "bits": bits, "cards": cards, "card": name, "card_gib": room,
+                "weights_bytes": memory.weights, "cache_bytes": memory.cache,
+                "fits": memory.total < room << 30,
+            })  # fmt: skip
+    head = ["weights", "cards", "weights GiB", "cache GiB", "fits"]
+    gib = [[f"{r[k] / 2**30:.2f}" for k in ("weights_bytes", "cache_bytes")] for r in told]
+    rows = [
+        [f"int{r['bits']}", f"{r['cards']} x {r['card']} {r['card_gib']}G", *sizes,
+         "yes" if r["fits"] else "no"] for r, sizes in zip(told, gib, strict=True)
+    ]  # fmt: skip
+    note = "per card, one sequence, without activations and the runtime's own memory"
+    facts = {"preset": args.preset, "length": args.seq, "rows": told, "counts": note}
+    emit(args, facts, f"{columns([head, *rows])}\n{note}")
     return 0

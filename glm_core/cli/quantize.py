@@ -12,6 +12,7 @@ from glm_core.cli.options import add_json, columns, emit
 if TYPE_CHECKING:
     from glm_core.config import RunConfig
     from glm_core.model import GLM
+    from glm_core.model.quantize import Quantization
 
 
 def define(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +32,9 @@ def define(parser: argparse.ArgumentParser) -> None:
         "--sequences", type=int, default=64, metavar="N",
         help="drawn from the run's own text with another seed (default %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--out", metavar="DIR", help="write the quantized model there, with its tokenizer"
+    )
     add_json(parser)
     parser.set_defaults(run=run)
 
@@ -57,8 +61,28 @@ def run(args: argparse.Namespace) -> int:
         "after": {**after._asdict(), **model_bytes(model)},
         "layers": [layer._asdict() for layer in layers],
     }  # fmt: skip
+    if args.out:
+        facts["files"] = _write(args.run_folder, args.out, config, how)
     emit(args, facts, _text(facts))
     return 0
+
+
+def _write(folder: str, out: str, config: RunConfig, how: Quantization) -> list[str]:
+    """The run's newest weights, quantized on the way, as a checkpoint of layout glm-core."""
+    import shutil
+
+    import torch
+
+    from glm_core import checkpoint
+    from glm_core.model.weights import convert, open_checkpoint, target
+
+    file = checkpoint.find(Path(folder))
+    wanted = target("glm-core", quantize=how, dtype=getattr(torch, config.train.dtype))
+    files = convert(open_checkpoint(file, config.model), out, wanted)
+    pieces = file.parent.parent / checkpoint.TOKENIZER
+    if pieces.is_file():
+        files.append(Path(shutil.copy(pieces, out)))
+    return [str(f) for f in files]
 
 
 def _trained(folder: str) -> tuple[GLM, RunConfig]:
@@ -89,5 +113,6 @@ def _text(facts: dict[str, Any]) -> str:
             f"perplexity: {old['perplexity']:.3f} -> {new['perplexity']:.3f} "
             f"({new['perplexity'] / old['perplexity'] - 1:+.2%})",
             f"exact match: {old['exact']:.4f} -> {new['exact']:.4f} of {facts['targets']} targets",
+            *(f"written: {file}" for file in facts.get("files", ())),
         ]
     )

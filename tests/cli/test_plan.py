@@ -95,3 +95,13 @@ def test_a_cluster_file_without_units_exits_2(
     path.write_text(json.dumps({"chip": "A100-40G", "chips": 8, "link_between_nodes": 25}))
     assert main(["plan", "--cluster", str(path)]) == 2
     assert "link_between_nodes=25 needs a number and its unit" in capsys.readouterr().err
+
+
+def test_int4_is_what_small_cards_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "inference", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    fits = {(r["bits"], r["cards"], r["card_gib"]): r["fits"] for r in rows}
+    assert fits[4, 4, 24] and fits[4, 8, 11]  # noqa: PT018
+    assert not fits[8, 4, 24] and not fits[8, 8, 11]  # noqa: PT018
+    assert main(["plan", "inference", "--seq", "100000"]) == 0
+    assert capsys.readouterr().out.count(" no") > 2

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from glm_core.cli import main
+from glm_core.model.weights import open_checkpoint
 
 
 @pytest.fixture
@@ -42,7 +43,10 @@ def test_size_error_and_quality_are_told(trained: str, capsys: pytest.CaptureFix
     assert after["rest_bytes"] == before["rest_bytes"]
     assert before["perplexity"] != after["perplexity"]
     assert after["perplexity"] == pytest.approx(before["perplexity"], rel=0.02)
-    assert main(["quantize", *common, "--bits", "8"]) == 0
+    assert main(["quantize", *common, "--bits", "8", "--out", "small"]) == 0
+    again = open_checkpoint("small")
+    assert (again.bits, again.config.hidden) == (8, 64)
+    assert Path("small/tokenizer.model").read_bytes() == Path("run/tokenizer.model").read_bytes()
     text = capsys.readouterr().out
     assert "blocks.0.mlp.down" in text
     assert "exact match: " in text

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from glm_core import ops
 from glm_core.backends import registry
-from glm_core.backends.onnxrt import engine
+from glm_core.backends.onnxrt import engine, nbits
+from glm_core.backends.onnxrt.call import Call, by_nbits, flatten
 from glm_core.dispatch import REGISTRY, Op, op
 from glm_core.errors import GlmCoreError, UnsupportedOpError
+from glm_core.ops.quant import quantize
 from glm_core.spec import Cost
 
 pytest.importorskip("onnxruntime", reason="pip install 'glm-core[onnx]'")
@@ -155,3 +157,16 @@ def test_second_derivative_is_refused() -> None:
         (gradient,) = torch.autograd.grad(ops.gelu(x).sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="does not require grad"):
             gradient.sum().backward()
+
+
+def test_quantised_products_are_matmulnbits_on_its_cpu_provider() -> None:
+    x, w = torch.randn(2, 64), torch.randn(3, 64)
+    codes, scale = quantize(w, 4, 32)
+    layout, tensors, numbers = flatten([x, codes, scale, None, 4, 8])
+    specs = tuple((t.dtype, t.shape) for t in tensors)
+    call = Call(ops.quantized_linear, "forward", layout, tuple(numbers), specs)
+    assert by_nbits(call, engine.CPU)
+    assert b"MatMulNBits" in nbits.export(call)
+    for other in (call._replace(direction="vjp"), call._replace(numbers=None)):
+        assert not by_nbits(other, engine.CPU)
+    assert not by_nbits(call, "OpenVINOExecutionProvider")

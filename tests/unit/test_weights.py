@@ -197,7 +197,9 @@ def test_quantized_on_the_way(tmp_path: Path, name: str, to: str, how: Quantizat
     """The written file starts without the float weights, as the very model that quantizing the
     loaded one gives."""
     source = open_checkpoint(write(tmp_path / "from", name))
+    (tmp_path / "from/tokenizer.model").write_bytes(b"pieces")
     convert(source, tmp_path / "to", target(to, quantize=how))
+    assert (tmp_path / "to/tokenizer.model").read_bytes() == b"pieces"
     again = open_checkpoint(tmp_path / "to")
     assert again.bits == how.bits
     found, expected = again.load(quantized=True), source.load()

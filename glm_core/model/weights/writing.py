@@ -33,6 +33,11 @@ from glm_core.model.weights.slicing import require_divides, shard_shape, to_head
 from glm_core.model.weights.stored import safetensors_header
 from glm_core.ops.quant import quantize
 
+BESIDE = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "ice_text.model", "generation_config.json", "chat_template.jinja",
+)  # fmt: skip
+"""what a model is talked to with; copied as it is"""
 Report = Callable[[int, int, str], None]
 """called with tensors done, tensors in all, name"""
 
@@ -83,12 +88,21 @@ def convert(
         part.mkdir(parents=True)
         _write(source, part, target, report)
         (part / config[0]).write_text(config[1], encoding="utf-8")
+        _copy_beside(source, part)
         part.rename(path)
     except OSError as error:
         raise CheckpointError(f"{path}: not written ({error}); make room, then repeat") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return sorted(f for f in path.rglob("*") if f.is_file())
+
+
+def _copy_beside(source: Checkpoint, folder: Path) -> None:
+    path = source.files.path
+    for name in BESIDE:
+        found = (path if path.is_dir() else path.parent) / name
+        if found.is_file():
+            shutil.copyfile(found, folder / name)
 
 
 def _require_possible(source: Checkpoint, target: Target) -> None:

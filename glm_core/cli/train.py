@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from glm_core.cli.exits import EXIT_INTERRUPTED
 from glm_core.cli.options import add_json, add_run, add_timeout, emit, run_config
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from glm_core.live import Live
     from glm_core.model import GLM
     from glm_core.model.adapters import AdapterConfig
+    from glm_core.train import Result
 
 
 def define(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +56,11 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prefix-length", type=int, default=128, metavar="P", help="of ptuning (default 128)"
     )
+    parser.add_argument(
+        "--plan", metavar="PLAN",
+        help="over several processes, e.g. tp=2,pp=2,micro_batches=4 (start with glm-core launch "
+        "or torchrun; docs/distributed.md)",
+    )  # fmt: skip
     add_timeout(parser)
     add_json(parser)
     parser.set_defaults(run=run)
@@ -66,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
 
     flags = {k: getattr(args, k) or None for k in ("backend", "dtype", "strict", "compile")}
     config, model = run_config(args, **flags), None
+    if args.plan is not None:
+        return run_plan(args, config)
     if args.adapter or args.base:
         config, model = adapted(args, config)
     with live_of(args, config) as live:
@@ -78,6 +86,20 @@ def run(args: argparse.Namespace) -> int:
             model=model,
             timeout_s=args.timeout,
         )
+    facts, lines = told(result)
+    if model is not None:
+        from glm_core.model import adapters
+
+        path = Path(args.out) / "adapter.safetensors"
+        adapters.save_adapter(path, model, adapter_config(args))
+        facts["adapter"] = str(path)
+        lines += [f"adapter: {path}"]
+    emit(args, facts, "\n".join(lines))
+    return EXIT_INTERRUPTED if result.interrupted else 0
+
+
+def told(result: Result) -> tuple[dict[str, Any], list[str]]:
+    """How a run ended, for machines and for people."""
     fallbacks = [{**f._asdict(), "count": n} for f, n in result.fallbacks.items()]
     facts = {
         "steps": result.steps,
@@ -87,19 +109,36 @@ def run(args: argparse.Namespace) -> int:
         "checkpoint": str(result.checkpoint),
         "fallbacks": fallbacks,
     }
-    lines = [f"step {result.steps}: loss {result.loss:.4f}, {result.tokens_per_s:.0f} tokens/s"]
+    loss = "" if result.loss is None else f" loss {result.loss:.4f},"
+    lines = [f"step {result.steps}:{loss} {result.tokens_per_s:.0f} tokens/s"]
     lines += [
         f"fallback: {f['op']} ran as reference {f['count']} times: {f['reason']}" for f in fallbacks
     ]
-    lines += [f"checkpoint: {result.checkpoint}"]
-    if model is not None:
-        from glm_core.model import adapters
+    return facts, [*lines, f"checkpoint: {result.checkpoint}"]
 
-        path = Path(args.out) / "adapter.safetensors"
-        adapters.save_adapter(path, model, adapter_config(args))
-        facts["adapter"] = str(path)
-        lines += [f"adapter: {path}"]
-    emit(args, facts, "\n".join(lines))
+
+def run_plan(args: argparse.Namespace, config: RunConfig) -> int:
+    """One process's part of a job; rank 0 tells how it ended."""
+    import os
+
+    from glm_core.distributed.plan import parse
+    from glm_core.errors import ConfigError
+
+    plan = parse(args.plan)
+    alone = {
+        "--adapter": args.adapter,
+        "--compile": args.compile,
+        "--tensorboard": args.tensorboard,
+        "--metrics-port": args.metrics_port,
+    }
+    if unfit := [option for option, given in alone.items() if given]:
+        raise ConfigError(f"train --plan: does not go with {', '.join(unfit)}; leave it out")
+    from glm_core.distributed import run as distributed
+
+    result = distributed.run(config, plan, args.out, resume=args.resume, timeout_s=args.timeout)
+    if os.environ["RANK"] == "0":
+        facts, lines = told(result)
+        emit(args, facts, "\n".join(lines))
     return EXIT_INTERRUPTED if result.interrupted else 0
 
 

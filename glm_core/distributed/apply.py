@@ -28,7 +28,7 @@ from glm_core.distributed import layout
 from glm_core.distributed.pipeline import Stage
 from glm_core.distributed.plan import Plan, stages_of
 from glm_core.distributed.tensor_parallel import Ranks
-from glm_core.model.glm import initial_value
+from glm_core.model.glm import GLM, initial_value
 
 
 class Share(nn.ModuleList):
@@ -100,8 +100,7 @@ def own_values(
 ) -> dict[str, Tensor]:
     """Of whole tensors `value(name, shape)` the part that this process holds, by name; one whole
     tensor exists at a time."""
-    with torch.device("meta"):
-        shapes = {n: p.shape for n, p in _whole(config).items()}
+    shapes = whole_shapes(config)
     tp, rank = mesh["tp"].size(), mesh.get_local_rank("tp")
     found = {}
     for name, p in share.named_parameters():
@@ -111,10 +110,10 @@ def own_values(
     return found
 
 
-def _whole(config: ModelConfig) -> dict[str, nn.Parameter]:
-    from glm_core.model import GLM
-
-    return dict(GLM(config).named_parameters())
+def whole_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Every parameter's shape on one process."""
+    with torch.device("meta"):
+        return {n: p.shape for n, p in GLM(config).named_parameters()}
 
 
 def own_rows(p: Tensor) -> tuple[int, int]:

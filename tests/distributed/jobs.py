@@ -29,20 +29,24 @@ def free_port() -> int:
 
 
 def run(cases: list[Case], world: int, out: Path) -> list[list[dict[str, Any]]]:
-    """What each process tells of each case; [case][rank]. The first process that fails ends all;
-    what then is missing is {}."""
+    """What each process tells of each case; [case][rank]. What is missing because a process failed
+    is {}."""
     out.mkdir()
     (out / "cases.json").write_text(json.dumps([dataclasses.asdict(c) for c in cases]))
+    worker = str(Path(__file__).parent / "worker.py")
+    start([sys.executable, "-W", "error", worker, str(out / "cases.json"), str(out)], world)
+    return [[_told(out / f"{n}.{r}.pt") for r in range(world)] for n in range(len(cases))]
+
+
+def start(command: list[str], world: int) -> list[int | None]:
+    """Runs the command as every rank of a job, with torchrun's variables; exit codes. The first
+    process that fails ends all."""
     shared = {
         **os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
     }  # fmt: skip
-    command = [sys.executable, "-W", "error", str(Path(__file__).parent / "worker.py")]
     processes = [
-        subprocess.Popen(
-            [*command, str(out / "cases.json"), str(out)],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
+        subprocess.Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(world)
     ]
     pool = futures.ThreadPoolExecutor(world)
@@ -53,7 +57,7 @@ def run(cases: list[Case], world: int, out: Path) -> list[list[dict[str, Any]]]:
         for p in processes:
             p.kill()
         pool.shutdown()
-    return [[_told(out / f"{n}.{r}.pt") for r in range(world)] for n in range(len(cases))]
+    return [p.returncode for p in processes]
 
 
 def _good(process: subprocess.Popen[bytes]) -> None:

@@ -9,7 +9,7 @@ import torch
 from glm_core.config import DataConfig, Dtype, ModelConfig, RunConfig, TrainConfig
 from glm_core.data import Batch
 
-VOCAB, LENGTH, ROWS, STEPS = 64, 16, 8, 5
+VOCAB, LENGTH, ROWS, STEPS = 64, 16, 8, 4
 SIZES: dict[str, Any] = {"num_layers": 4, "hidden": 32, "num_heads": 4, "vocab": VOCAB}
 MODELS = {
     "130b": ModelConfig(

@@ -1,0 +1,71 @@
+"""`glm-core train --plan` as a user starts it: the same curve as one process, resumed under another
+plan."""
+
+from __future__ import annotations
+
+import json
+import pydoc_data.topics
+import shutil
+import sys
+from pathlib import Path
+
+import jobs
+import pytest
+
+from glm_core import cli
+
+SIZES = (
+    "model.num_layers=2", "model.hidden=32", "model.ffn=64", "model.vocab=512", "data.vocab=512",
+    "data.length=32", "train.global_batch=8", "train.save_every=2", "train.warmup_steps=1",
+)  # fmt: skip
+OPTIONS = ["train", "--backend", "reference", "--steps", "4"]
+
+
+def curve(folder: Path) -> list[tuple[int, float, float]]:
+    """Step, loss and gradient norm of every step."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
+
+
+def test_a_run_under_one_plan_goes_on_under_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "\n\n".join(list(pydoc_data.topics.topics.values())[:20])
+    Path("text.txt").write_text(text, encoding="utf-8")
+    words = [*OPTIONS, "--data", "text.txt", *(w for s in SIZES for w in ("--set", s))]
+    assert cli.main([*words, "--out", "alone"]) == 0
+    capfd.readouterr()
+
+    def job(*more: str) -> None:
+        command = [sys.executable, "-m", "glm_core.cli", *words, "--out", "job", "--timeout", "60"]
+        assert jobs.start([*command, *more], 2) == [0, 0]
+
+    job("--plan", "tp=2,micro_batches=2")
+    told = capfd.readouterr().out
+    assert told.count("step 4: loss ") == 1  # rank 0 alone
+    shutil.rmtree("job/checkpoints/step-00000004")
+    job("--plan", "dp=2,zero=2", "--resume")
+    alone, both = curve(Path("alone")), curve(Path("job"))
+    assert [s for s, _, _ in both] == [1, 2, 3, 4]
+    for (_, loss, norm), (_, mine, own) in zip(alone, both, strict=True):
+        assert mine == pytest.approx(loss, rel=1e-6)
+        assert own == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--plan", "tpp=2"], "unknown plan key 'tpp'"),
+        (["--plan", "tp=2"], "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT not set"),
+        (["--plan", "tp=2", "--compile"], "does not go with --compile"),
+    ],
+    ids=["key", "alone", "compile"],
+)
+def test_what_cannot_start_says_why(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert cli.main(["train", "--backend", "reference", *words]) == 2
+    assert told in capsys.readouterr().err

@@ -16,7 +16,7 @@ import torch
 from cases import Case
 
 ROOT = Path(__file__).parents[2]
-LIMIT_S = 200.0
+LIMIT_S = 500.0
 """of a whole job; a collective gives up after 60 s by itself"""
 
 

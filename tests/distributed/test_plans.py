@@ -18,6 +18,7 @@ import torch
 from cases import HONEST, PLANTED, Case
 
 T = TypeVar("T")
+pytestmark = pytest.mark.timeout(600)  # the first test of a job waits for all of it
 
 
 @pytest.fixture(scope="module")

@@ -127,7 +127,6 @@ def run_plan(args: argparse.Namespace, config: RunConfig) -> int:
     plan = parse(args.plan)
     alone = {
         "--adapter": args.adapter,
-        "--compile": args.compile,
         "--tensorboard": args.tensorboard,
         "--metrics-port": args.metrics_port,
     }

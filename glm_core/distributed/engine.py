@@ -13,9 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from glm_core import ops
 from glm_core.config import RunConfig
-from glm_core.distributed import apply, layout, schedule
+from glm_core.distributed import apply, schedule
 from glm_core.distributed import mesh as meshes
-from glm_core.distributed.checkpoint import Pieces
 from glm_core.distributed.collectives import total
 from glm_core.distributed.plan import Plan, require_fit
 from glm_core.distributed.tensor_parallel import replicated
@@ -102,38 +101,6 @@ class Engine:
             if size > 1:
                 loss = total(loss, self.mesh.get_group(axis))
         return loss / scale
-
-    def state(self) -> dict[str, Pieces]:
-        """What this process holds of the optimizer's state, each piece with its place in the whole;
-        views, which `checkpoint.Checkpoints.load` fills."""
-        tables: dict[str, dict[str, Tensor]] = {
-            "master": self.optimizer.master,
-            "exp_avg": self.optimizer.exp_avg,
-            "exp_avg_sq": self.optimizer.exp_avg_sq,
-        }
-        model, tp, rank = self.config.model, self.plan.tp, self.mesh.get_local_rank("tp")
-        shapes, found = apply.whole_shapes(model), {}
-        for name, p in self.share.named_parameters():
-            split, first = layout.split_of(name, model, tp, rank), apply.own_rows(p)[0]
-            for table, tensors in tables.items():
-                parts = layout.chunks(tensors[name], split, first)
-                found[f"{table}.{name}"] = Pieces(shapes[name], parts)
-        return found
-
-    def facts(self) -> dict[str, Any]:
-        """What else a resumed run needs; JSON-able, the same on every process."""
-        return {
-            "step": self.steps_done,
-            "optimizer_steps": self.optimizer.step_count,
-            "loss_scale": dataclasses.asdict(self.loss_scale),
-        }
-
-    def restore(self, facts: dict[str, Any]) -> None:
-        """Goes on from `facts`, after `state` was filled."""
-        self.optimizer.load_masters(self.optimizer.master)  # the working copies follow
-        self.optimizer.step_count = facts["optimizer_steps"]
-        self.loss_scale = LossScale(**facts["loss_scale"])
-        self.steps_done = facts["step"]
 
     def _rows(self, tokens: Tensor) -> slice:
         ranks, m = self.plan.dp, self.plan.micro_batches

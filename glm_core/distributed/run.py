@@ -7,16 +7,15 @@ import dataclasses
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from glm_core import checkpoint, failure, watchdog
 from glm_core.backends import registry
-from glm_core.config import RunConfig, dumps, to_dict
-from glm_core.distributed import mesh
-from glm_core.distributed.checkpoint import Checkpoints, read_facts
+from glm_core.config import RunConfig, dumps
+from glm_core.distributed import mesh, saving
+from glm_core.distributed.checkpoint import Checkpoints
 from glm_core.distributed.checkpoint import find as find_checkpoint
 from glm_core.distributed.engine import Engine
 from glm_core.distributed.plan import Plan
@@ -44,6 +43,7 @@ def run(
     not train.micro_batch. timeout_s: a step that takes longer ends the job and names the rank that
     holds it up (0: never). Raises GlmCoreError."""
     out = Path(out_dir)
+    _require_known(config)
     backend = registry.usable(config.train.backend)
     device = mesh.start(backend, timeout_s or 600.0)
     try:
@@ -64,6 +64,19 @@ def run(
             return job.train(session)
     finally:
         dist.destroy_process_group()
+
+
+def _require_known(config: RunConfig) -> None:
+    """Raises ConfigError for what one process does and a plan does not, rather than leave it out
+    silently."""
+    policy = config.policy
+    wrong = {
+        "train.compile=true": config.train.compile,
+        f"policy.nonfinite={policy.nonfinite}": policy.nonfinite != "stop",
+        f"policy.spike={policy.spike}": policy.spike != "off",
+    }
+    if told := [key for key, there in wrong.items() if there]:
+        raise ConfigError(f"train --plan: does not go with {', '.join(told)}; leave it out")
 
 
 def _starting_point(out: Path, resume: bool) -> Path | None:
@@ -107,24 +120,16 @@ class Job:
 
     def restore(self, path: Path) -> None:
         """Goes on where the checkpoint was taken, under whatever plan."""
-        checkpoint.require_same(read_facts(path)["config"], self.engine.config, path)
-        facts = self.saves.load(path, self.engine.state())
-        self.sampler.restore(facts["sampler"])
-        self.engine.restore(facts)
-        self.samples_seen, self.saved = facts["samples_seen"], facts["step"]
+        data = saving.restore(self.engine, self.saves, path)
+        self.sampler.restore(data["sampler"])
+        self.samples_seen, self.saved = data["samples_seen"], self.engine.steps_done
 
     def save(self) -> None:
         """Begins a checkpoint of now."""
-        facts: dict[str, Any] = {
-            **self.engine.facts(),
-            "config": to_dict(self.engine.config),
-            "samples_seen": self.samples_seen,
-            "sampler": self.sampler.state(),
-        }
-        step = facts.pop("step")
-        watchdog.beat(f"checkpoint of step {step}")
-        self.saves.save(step, self.engine.state(), facts)
-        self.saved = step
+        self.saved = self.engine.steps_done
+        watchdog.beat(f"checkpoint of step {self.saved}")
+        data = {"sampler": self.sampler.state(), "samples_seen": self.samples_seen}
+        saving.save(self.engine, self.saves, data)
 
     def train(self, session: Session) -> Result:
         """To the last step, or to the step in which any process is asked to stop."""

@@ -58,9 +58,11 @@ def test_a_run_under_one_plan_goes_on_under_another(
     [
         (["--plan", "tpp=2"], "unknown plan key 'tpp'"),
         (["--plan", "tp=2"], "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT not set"),
-        (["--plan", "tp=2", "--compile"], "does not go with --compile"),
+        (["--plan", "tp=2", "--compile"], "does not go with train.compile=true"),
+        (["--plan", "tp=2", "--set", "policy.spike=skip"], "does not go with policy.spike=skip"),
+        (["--plan", "tp=2", "--tensorboard"], "does not go with --tensorboard"),
     ],
-    ids=["key", "alone", "compile"],
+    ids=["key", "alone", "compile", "policy", "tensorboard"],
 )
 def test_what_cannot_start_says_why(
     words: list[str], told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

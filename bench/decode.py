@@ -11,15 +11,16 @@ import argparse
 import importlib.util
 import itertools
 import json
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from glm_core.backends.registry import use
-from glm_core.bench import matmul_nbits
+from glm_core.bench import matmul_nbits, peers
 from glm_core.bench.harness import Timing, interleave, machine, ratio
 from glm_core.bench.noise import Watch, irregularities
+from glm_core.bench.peers import Engine
 from glm_core.bench.rows import Row
 from glm_core.config import ModelConfig
 from glm_core.model import GLM, preset
@@ -36,16 +37,6 @@ OURS = {
     "int4": ("bfloat16", Quantization(bits=4, group=128, activation_bits=8)),
     "int4 float activations": ("bfloat16", Quantization(bits=4, group=128)),
 }
-
-
-class Engine(NamedTuple):
-    """A contestant: one call decodes one token (or, in prefill, reads the prompt)."""
-
-    name: str
-    dtype: str
-    step: Callable[[], Any]
-    num_bytes: int
-    """weights read by one step"""
 
 
 def shapes() -> ModelConfig:
@@ -65,7 +56,7 @@ def read_weights(model: GLM) -> int:
 def ours(config: ModelConfig, dtype: str, prompt: int, prefill: bool) -> Engine:
     """Our model through its cache and the `cpu` backend."""
     working, how = OURS[dtype]
-    model = _random(GLM(config)).to(getattr(torch, working)).requires_grad_(False)
+    model = randomly(GLM(config)).to(getattr(torch, working)).requires_grad_(False)
     for _ in convert(model, how) if how else ():
         pass
     text = causal([i % config.vocab for i in range(prompt)])
@@ -83,48 +74,11 @@ def ours(config: ModelConfig, dtype: str, prompt: int, prefill: bool) -> Engine:
     return Engine("ours", dtype, fill if prefill else decode, read_weights(model))
 
 
-def _random(model: GLM) -> GLM:
+def randomly(model: GLM) -> GLM:
     """Values of the right size; which ones does not matter to the time."""
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.02) if p.ndim > 1 else torch.nn.init.ones_(p)
     return model
-
-
-def transformers_glm(
-    config: ModelConfig, dtype: str, prompt: int, prefill: bool, quantised: bool = False
-) -> Engine:
-    """transformers' GlmForCausalLM with its own cache; `quantised`: torchao's int8 weights."""
-    from transformers import DynamicCache, GlmConfig, GlmForCausalLM
-
-    settings = GlmConfig(
-        vocab_size=config.vocab, hidden_size=config.hidden, intermediate_size=config.ffn,
-        num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads, head_dim=config.head_dim, attention_bias=True,
-        max_position_embeddings=config.max_length, pad_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = GlmForCausalLM(settings).to(getattr(torch, dtype)).eval().requires_grad_(False)
-    size = sum(m.weight.nbytes for m in model.modules() if isinstance(m, torch.nn.Linear))
-    if quantised:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-        quantize_(model, Int8WeightOnlyConfig())
-        size //= 2
-    text = torch.arange(prompt)[None] % config.vocab
-    token, cache = torch.tensor([[7]]), DynamicCache()
-
-    def fill() -> None:
-        with torch.no_grad():
-            model(input_ids=text, use_cache=True, logits_to_keep=1)
-
-    def decode() -> None:
-        with torch.no_grad():
-            model(input_ids=token, past_key_values=cache, use_cache=True)
-
-    with torch.no_grad():
-        model(input_ids=text, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    name = "torchao on transformers" if quantised else "transformers"
-    return Engine(name, "int8" if quantised else dtype, fill if prefill else decode, size)
 
 
 def engines(config: ModelConfig, prompt: int, prefill: bool, dtypes: list[str]) -> Iterator[Engine]:
@@ -133,12 +87,19 @@ def engines(config: ModelConfig, prompt: int, prefill: bool, dtypes: list[str]) 
         yield ours(config, dtype, prompt, prefill)
     if importlib.util.find_spec("transformers"):
         for dtype in ("float32", "bfloat16"):
-            yield transformers_glm(config, dtype, prompt, prefill)
+            yield peers.transformers_glm(config, dtype, prompt, prefill)
         if importlib.util.find_spec("torchao"):
-            yield transformers_glm(config, "bfloat16", prompt, prefill, quantised=True)
+            for bits in (8, 4):
+                yield peers.torchao_glm(config, bits, prompt, prefill)
     if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnx"):
         step, size = matmul_nbits.chain(config, prompt if prefill else 1)
         yield Engine("onnxruntime MatMulNBits, products alone", "int4", step, size)
+        how = OURS["int4"][1]
+        assert how is not None
+        model = randomly(GLM(config)).requires_grad_(False)
+        for _ in convert(model, how):
+            pass
+        yield peers.onnxruntime_glm(model, prompt, prefill, read_weights(model))
 
 
 def timed(

@@ -280,3 +280,11 @@ def test_other_signatures_are_refused_for_kernels_and_predicates(wrong: Any) -> 
     with pytest.raises(TypeError, match=fact):
         backend.implements(ops.rms_norm, wrong)(ops.rms_norm.reference)
     assert not backend.kernels
+
+
+def test_plugins_are_searched_once_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search costs more than the decoding of a token."""
+    registry.names()
+    monkeypatch.setattr(registry.metadata, "entry_points", lambda **_: pytest.fail("searched"))
+    with registry.use("reference"):
+        assert "cpu" in registry.names()

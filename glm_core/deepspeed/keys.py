@@ -1,0 +1,294 @@
+"""Every key of a DeepSpeed config (0.19.8) and what becomes of it here. Data, no code."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Key(NamedTuple):
+    """What becomes of one key."""
+
+    state: str
+    """supported, no effect (said once), error, or section"""
+    says: str = ""
+    """no effect: why none is needed; error: what the key would have changed, and the way out"""
+    harmless: tuple[Any, ...] = (None, False)
+    """error: values that ask for nothing"""
+
+
+OK = Key("supported")
+SECTION = Key("section")
+
+
+def _idle(says: str) -> Key:
+    return Key("no effect", says)
+
+
+def _error(says: str, *harmless: Any) -> Key:
+    return Key("error", says, (None, False, *harmless))
+
+
+_BUFFERS = "sizes of DeepSpeed's own buffers; results are the same"
+_LOGS = "what DeepSpeed logs; glm_core's own tools measure"
+_MONITOR = "no monitor is attached; log from the script"
+_OFFLOAD = "would keep this on the host or on NVMe; use ZeRO 3 on more devices, or remove it"
+_QUANT = "would round what is communicated (ZeRO++), changing the loss; remove it"
+_REMOVED = "was removed from DeepSpeed itself (0.19); remove it"
+_AUTOTP = "would split layers over ranks by name; use glm_core.distributed's plan (tp=)"
+_MOE = "would place experts on ranks; there is no expert parallelism here"
+_COMPILE = "would compile the step with DeepCompile; call torch.compile(model) before initialize"
+_ZENFLOW = "would update only the largest gradients at once, changing the loss; remove it"
+_DATA = "would reorder or shorten samples, changing the loss; do so in your data loader"
+_TUNE = "would search for batch sizes; set them"
+_WQ = "would quantise the weights; remove it"
+
+TOP: dict[str, Key] = {
+    "train_batch_size": OK,
+    "train_micro_batch_size_per_gpu": OK,
+    "gradient_accumulation_steps": OK,
+    "managed_gradient_accumulation": _error(
+        "False lets step() end the accumulation; use engine.set_gradient_accumulation_boundary",
+        True,
+    )._replace(harmless=(None, True)),
+    "optimizer": SECTION,
+    "scheduler": SECTION,
+    "fp16": SECTION,
+    "bf16": SECTION,
+    "bfloat16": SECTION,
+    "zero_optimization": SECTION,
+    "gradient_clipping": OK,
+    "prescale_gradients": OK,
+    "gradient_predivide_factor": OK,
+    "gradient_allreduce_op": OK,
+    "communication_data_type": OK,
+    "seq_parallel_communication_data_type": _idle("no sequence parallelism in this engine"),
+    "zero_allow_untested_optimizer": _idle("any element-wise torch optimizer is accepted"),
+    "zero_force_ds_cpu_optimizer": _idle("there is no offload, so no special optimizer"),
+    "steps_per_print": OK,
+    "wall_clock_breakdown": _idle(_LOGS),
+    "memory_breakdown": _idle(_LOGS),
+    "dump_state": _idle(_LOGS),
+    "log_level": _idle(_LOGS),
+    "disable_python_gc": _idle("Python's collector is left alone"),
+    "disable_allgather": _idle("a collective is chosen by the backend; results are the same"),
+    "dataloader_drop_last": OK,
+    "torch_autocast": SECTION,
+    "data_types": SECTION,
+    "activation_checkpointing": SECTION,
+    "pipeline": SECTION,
+    "checkpoint": SECTION,
+    "comms_logger": SECTION,
+    "flops_profiler": SECTION,
+    "timers": SECTION,
+    "tensorboard": SECTION,
+    "wandb": SECTION,
+    "csv_monitor": SECTION,
+    "comet": SECTION,
+    "aio": SECTION,
+    "data_parallel_group": _error("would name another group of ranks; pass mpu to initialize"),
+    "sequence_parallel_size": _error(
+        "would split sequences over ranks (Ulysses); use glm_core.distributed's plan", 1
+    ),
+    "tensor_parallel": _error(_AUTOTP, {}),
+    "expert_parallel": _error(_MOE, {}),
+    "use_data_before_expert_parallelism": _error(_MOE),
+    "hybrid_engine": SECTION,
+    "autotuning": SECTION,
+    "data_efficiency": SECTION,
+    "compile": SECTION,
+    "weight_quantization": _error(_WQ, {}),
+    "datastates_ckpt": _error("would write checkpoints through DataStates; remove it", {}),
+    "vocabulary_size": _idle("DeepSpeed does not use it for training either"),
+    "check_overflow": _idle("DeepSpeed does not read it either"),
+    "global_rank": _idle("the rank is the process group's"),
+    **dict.fromkeys(
+        ("nebula", "compression_training", "amp", "quantize_training", "sparse_gradients",
+         "eigenvalue", "sparse_attention", "elasticity", "graph_harvesting",
+         "curriculum_learning", "progressive_layer_drop"),
+        Key("error", _REMOVED, ()),
+    ),
+}  # fmt: skip
+
+
+def _switch(says: str, fields: str) -> dict[str, Key]:
+    """A section that asks for something only where `enabled`."""
+    return {"enabled": _error(says), **dict.fromkeys(fields.split(), _idle(says))}
+
+
+def _quiet(says: str, fields: str) -> dict[str, Key]:
+    return dict.fromkeys(fields.split(), _idle(says))
+
+
+SECTIONS: dict[str, dict[str, Key]] = {
+    "optimizer": {
+        "type": OK,
+        "params": OK,
+        "legacy_fusion": _idle("one optimizer implementation for all"),
+    },
+    "scheduler": {"type": OK, "params": OK},
+    "fp16": {
+        **dict.fromkeys(
+            (
+                "enabled",
+                "auto_cast",
+                "loss_scale",
+                "initial_scale_power",
+                "loss_scale_window",
+                "hysteresis",
+                "consecutive_hysteresis",
+                "min_loss_scale",
+            ),
+            OK,
+        ),
+        "fp16_master_weights_and_grads": _error(
+            "would keep masters in float16, changing the loss; masters here are float32: remove it"
+        ),
+    },
+    "bf16": {
+        "enabled": OK,
+        "check_grad_overflow": OK,
+        "immediate_grad_update": _idle("gradients are summed in float32 either way"),
+        "bf16_master_weights_and_grads": _error(
+            "would keep masters in bfloat16, changing the loss; masters here are float32: remove it"
+        ),
+        "bf16_optimizer_states": _error(
+            "would keep moments in bfloat16, changing the loss; they are float32 here: remove it"
+        ),
+    },
+    "zero_optimization": {
+        "stage": OK,
+        "reduce_bucket_size": OK,
+        "reduce_scatter": _idle("gradients of stages 1 and 2 are always reduce-scattered"),
+        "overlap_comm": _idle("overlap is torch's decision; results are the same"),
+        "ignore_unused_parameters": _idle("a parameter without gradient counts as zero"),
+        "compute_grad_norm": _idle("the norm is always computed"),
+        "load_from_fp32_weights": OK,
+        "elastic_checkpoint": _idle("checkpoints resume on any number of ranks"),
+        "gather_16bit_weights_on_model_save": OK,
+        "stage3_gather_16bit_weights_on_model_save": OK,
+        "stage3_gather_fp16_weights_on_model_save": OK,
+        **_quiet(
+            _BUFFERS,
+            "contiguous_gradients use_multi_rank_bucket_allreduce allgather_partitions "
+            "allgather_bucket_size sub_group_size prefetch_bucket_size max_live_parameters "
+            "max_reuse_distance param_persistence_threshold model_persistence_threshold "
+            "stage3_prefetch_bucket_size stage3_max_live_parameters stage3_max_reuse_distance "
+            "stage3_param_persistence_threshold stage3_model_persistence_threshold "
+            "module_granularity_threshold stage3_module_granularity_threshold "
+            "use_all_reduce_for_fetch_params stage3_use_all_reduce_for_fetch_params "
+            "allgather_sequential stage3_allgather_sequential round_robin_gradients "
+            "parameter_alignment memory_efficient_linear override_module_apply "
+            "pipeline_loading_checkpoint log_trace_cache_warnings enable_sanity_checks "
+            "save_muon_momentum_buffer_in_memory cpu_offload_use_pin_memory "
+            "leaf_module",
+        ),
+        "offload_param": _error(_OFFLOAD, {}, {"device": "none"}, {"device": None}),
+        "offload_optimizer": _error(_OFFLOAD, {}, {"device": "none"}, {"device": None}),
+        "cpu_offload": _error(_OFFLOAD),
+        "cpu_offload_param": _error(_OFFLOAD),
+        "zenflow": _error(_ZENFLOW),
+        "legacy_stage1": _error("was removed from DeepSpeed itself; remove it"),
+        "zero_hpz_partition_size": _error(
+            "would keep a second copy per node; use a replicate x shard mesh in the plan", 1
+        ),
+        "zero_quantized_weights": _error(_QUANT),
+        "zero_quantized_nontrainable_weights": _error(_QUANT),
+        "zero_quantized_gradients": _error(_QUANT),
+        **dict.fromkeys(
+            ("mics_shard_size", "mics_hierarchical_params_gather", "zeropp_loco_param"),
+            Key("error", _REMOVED, ()),
+        ),
+    },
+    "torch_autocast": {
+        "enabled": _error("would autocast each op; use bf16.enabled, or torch.autocast yourself"),
+        "dtype": _idle("torch_autocast is not enabled"),
+        "lower_precision_safe_modules": _idle("torch_autocast is not enabled"),
+    },
+    "data_types": {
+        "grad_accum_dtype": _error(
+            "gradients are summed over micro-batches in float32; use fp32", "fp32", "fp32", "float"
+        ),
+        "param_dtype": _error("weights are in the dtype of fp16/bf16; set those instead"),
+        "buffer_dtype": _error("buffers are cast with the weights; cast them after initialize"),
+        "keep_in_fp32_modules": _error(
+            "would leave some modules in float32; use float32 or bf16 as a whole", "auto", []
+        ),
+    },
+    "activation_checkpointing": {
+        "partition_activations": _error(
+            "would split saved activations over model-parallel ranks; remove it"
+        ),
+        "cpu_checkpointing": _error(
+            "would keep activations on the host; torch.autograd.graph.save_on_cpu does"
+        ),
+        "contiguous_memory_optimization": _idle(_BUFFERS),
+        "number_checkpoints": _idle(_BUFFERS),
+        "synchronize_checkpoint_boundary": _idle(_LOGS),
+        "profile": _idle(_LOGS),
+    },
+    "pipeline": {
+        "stages": _idle("PipelineModule's num_stages decides, in DeepSpeed too"),
+        "partition": _idle("PipelineModule's partition_method decides, in DeepSpeed too"),
+        "seed_layers": _idle("PipelineModule's seed_layers decides, in DeepSpeed too"),
+        "activation_checkpoint_interval": _idle("PipelineModule's argument decides"),
+        "pipe_partitioned": _idle("activations are sent whole; results are the same"),
+        "grad_partitioned": _idle("gradients are sent whole; results are the same"),
+        "use_reentrant": _idle("recomputation is torch's non-reentrant kind"),
+    },
+    "checkpoint": {
+        "tag_validation": OK,
+        "load_universal": _error(
+            "would read a universal checkpoint; load the one it was made from, at any world size"
+        ),
+        "use_node_local_storage": _error(
+            "every rank reads all files; save to a folder that all nodes share"
+        ),
+        "parallel_write": _idle("every rank writes its own file"),
+        "writer": _idle("torch.save writes"),
+    },
+    "comms_logger": _quiet(_LOGS, "enabled prof_all prof_ops verbose debug"),
+    "flops_profiler": _quiet(
+        _LOGS,
+        "enabled recompute_fwd_factor profile_step module_depth top_modules detailed output_file",
+    ),
+    "timers": _quiet(_LOGS, "throughput"),
+    "tensorboard": _quiet(_MONITOR, "enabled output_path job_name"),
+    "wandb": _quiet(_MONITOR, "enabled group team project"),
+    "csv_monitor": _quiet(_MONITOR, "enabled output_path job_name"),
+    "comet": _quiet(
+        _MONITOR,
+        "enabled samples_log_interval project workspace api_key experiment_name "
+        "experiment_key online mode",
+    ),
+    "aio": _quiet(
+        "nothing is swapped to NVMe",
+        "block_size queue_depth intra_op_parallelism thread_count "
+        "single_submit overlap_events use_gds",
+    ),
+    "hybrid_engine": _switch(
+        "would generate with inference kernels; call generate on engine.module",
+        "max_out_tokens inference_tp_size release_inference_cache pin_parameters "
+        "tp_gather_partition_size enable_cuda_graph",
+    ),
+    "autotuning": _switch(
+        _TUNE,
+        "start_step end_step metric_path arg_mappings metric model_info results_dir "
+        "exps_dir overwrite fast start_profile_step end_profile_step tuner_type "
+        "tuner_early_stopping tuner_num_trials model_info_path mp_size max_train_batch_size "
+        "min_train_batch_size max_train_micro_batch_size_per_gpu "
+        "min_train_micro_batch_size_per_gpu num_tuning_micro_batch_sizes",
+    ),
+    "data_efficiency": _switch(_DATA, "seed data_sampling data_routing"),
+    "compile": {
+        "deepcompile": _error(_COMPILE),
+        **_quiet(
+            _COMPILE,
+            "autoep_non_moe free_activation free_activation_threshold "
+            "offload_activation offload_activation_pin_memory offload_opt_states double_buffer "
+            "symmetric_memory debug_log offload_parameters sync_before_reduce sync_after_reduce "
+            "sync_before_allgather sync_after_allgather keep_int_input_tensors "
+            "keep_all_input_tensors passes",
+        ),
+    },
+}
+SECTIONS["bfloat16"] = SECTIONS["bf16"]

@@ -1,0 +1,74 @@
+"""DeepSpeed's Adam classes, and the optimizers that a config can name: torch's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from glm_core.deepspeed.settings import say_once
+from glm_core.errors import ConfigError
+
+
+class FusedAdam(torch.optim.Adam):
+    """Adam, or with adam_w_mode (the default) AdamW; torch's implementation of the same formulas."""
+
+    def __init__(
+        self, params: Iterable[Any], lr: float = 1e-3, bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, adam_w_mode: bool = True,
+        weight_decay: float = 0.0, amsgrad: bool = False, set_grad_none: bool = True,
+    ) -> None:  # fmt: skip
+        """set_grad_none: gradients are always set to None. Raises ConfigError without
+        bias_correction, which torch's has always."""
+        if not bias_correction:
+            raise ConfigError(
+                "bias_correction=False would change the update; write that optimizer as a client"
+            )
+        say_once(f"{type(self).__name__} is torch.optim.Adam's update; results are the same")
+        super().__init__(
+            params, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay,
+            amsgrad=amsgrad, decoupled_weight_decay=adam_w_mode,
+        )  # fmt: skip
+
+
+class DeepSpeedCPUAdam(FusedAdam):
+    """FusedAdam wherever the weights are; nothing is offloaded here."""
+
+    def __init__(
+        self, model_params: Iterable[Any], lr: float = 1e-3, bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
+        amsgrad: bool = False, adamw_mode: bool = True, fp32_optimizer_states: bool = True,
+    ) -> None:  # fmt: skip
+        """As FusedAdam, with DeepSpeed's other names. Raises ConfigError for 16-bit states."""
+        if not fp32_optimizer_states:
+            raise ConfigError("fp32_optimizer_states=False would change the loss; remove it")
+        super().__init__(
+            model_params, lr, bias_correction, betas, eps, adamw_mode, weight_decay, amsgrad
+        )
+
+
+def make(kind: str, params: dict[str, Any], groups: Iterable[Any]) -> torch.optim.Optimizer:
+    """The optimizer a config names. Raises ConfigError."""
+    params, name = dict(params), kind.lower()
+    if "max_grad_norm" in params:
+        raise ConfigError("optimizer.params.max_grad_norm: write gradient_clipping at the top")
+    try:
+        if name in ("adam", "adamw"):
+            params.pop("torch_adam", None)
+            params["adam_w_mode"] = bool(params.pop("adam_w_mode", True)) or name == "adamw"
+            return FusedAdam(groups, **params)
+        if name in ("lamb", "lion", "muon", "onebitadam", "onebitlamb", "zerooneadam", "muadam",
+                    "muadamw", "musgd"):  # fmt: skip
+            raise ConfigError(
+                f"optimizer.type={kind!r}: has no equal here; pass your own as optimizer="
+            )
+        found = torch.optim.Adagrad if name == "adagrad" else getattr(torch.optim, kind, None)
+        if found is None:
+            raise ConfigError(
+                f"optimizer.type={kind!r}: not one of DeepSpeed's or torch.optim's; use AdamW, "
+                "Adam, Adagrad, SGD, or pass your own as optimizer="
+            )
+        return found(groups, **params)
+    except TypeError as error:
+        raise ConfigError(f"optimizer.params: {error}") from None

@@ -1,0 +1,242 @@
+"""What a DeepSpeed config asks for, resolved: every key judged, all complaints in one report."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from glm_core.deepspeed.keys import SECTIONS, TOP, Key
+from glm_core.distributed.precision import (
+    DynamicLossScale,
+    LossScale,
+    Precision,
+    StaticLossScale,
+)
+from glm_core.errors import ConfigError, unknown
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_said: set[str] = set()
+
+
+def say_once(text: str) -> None:
+    """One line on stderr, once per process."""
+    if text not in _said:
+        _said.add(text)
+        print(f"glm_core.deepspeed: {text}", file=sys.stderr)
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Settings:
+    """One engine's settings; defaults are DeepSpeed's."""
+
+    train_batch: int
+    micro_batch: int
+    accumulation: int
+    stage: int = 0
+    precision: Precision = Precision()
+    fp16: dict[str, Any] = dataclasses.field(default_factory=dict)
+    skip_overflow: bool = False
+    """skip the step where a gradient is not finite (fp16, and bf16 unless told otherwise)"""
+    clip: float = 0.0
+    divide_by_ranks: bool = True
+    predivide: float = 1.0
+    bucket: int = 500_000_000
+    auto_cast: bool = False
+    optimizer: tuple[str, dict[str, Any]] | None = None
+    scheduler: tuple[str, dict[str, Any]] | None = None
+    steps_per_print: int | None = None
+    drop_last: bool = False
+    tag_validation: str = "warn"
+    load_masters: bool = True
+    """load_checkpoint: masters from the checkpoint's float32 weights, not its 16-bit ones"""
+    raw: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def loss_scale(self) -> LossScale:
+        """A fresh loss scale. Raises ConfigError."""
+        if self.precision.compute != torch.float16:
+            return StaticLossScale()
+        f = self.fp16
+        if f.get("loss_scale", 0):
+            return StaticLossScale(float(f["loss_scale"]))
+        window, least = int(f.get("loss_scale_window", 1000)), float(f.get("min_loss_scale", 1))
+        if window <= 0 or least <= 0:
+            raise ConfigError(
+                f"fp16: loss_scale_window={window}, min_loss_scale={least:g}; both must be positive"
+            )
+        return DynamicLossScale(
+            scale=2.0 ** f.get("initial_scale_power", 16),
+            window=window,
+            hysteresis=int(f.get("hysteresis", 2)),
+            consecutive_hysteresis=bool(f.get("consecutive_hysteresis", False)),
+            minimum=least,
+        )
+
+
+def read(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """The config as a dict: given as one, as a JSON file, or as base64 of JSON. Raises
+    ConfigError, also for a key that is there twice."""
+    if isinstance(config, Mapping):
+        return dict(config)
+    text = str(config)
+    try:
+        body = Path(text).read_text(encoding="utf-8")
+    except OSError as error:
+        try:
+            body = base64.urlsafe_b64decode(text).decode()
+        except (binascii.Error, ValueError):
+            raise ConfigError(f"config {text}: {error.strerror}; pass a JSON file") from None
+    try:
+        made = json.loads(body, object_pairs_hook=_no_twins)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"config {text}: not valid JSON ({error})") from None
+    if not isinstance(made, dict):
+        raise ConfigError(f"config {text}: expected an object, received {type(made).__name__}")
+    return made
+
+
+def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [k for k, _ in pairs]
+    if twins := sorted({n for n in names if names.count(n) > 1}):
+        raise ConfigError(f"config: given twice: {', '.join(twins)}; keep one")
+    return dict(pairs)
+
+
+def resolve(config: Mapping[str, Any], ranks: int) -> Settings:
+    """Settings for `ranks` data-parallel ranks. Raises ConfigError that lists every unknown key,
+    every key that would change training and is not supported, and every bad value."""
+    bad: list[str] = []
+    judge(config, TOP, "", bad)
+    values: dict[str, Any] = {}
+
+    def take(names: str, make: Callable[[], dict[str, Any]]) -> None:
+        try:
+            values.update(make())
+        except (ConfigError, TypeError, ValueError, KeyError) as error:
+            bad.append(str(error) if isinstance(error, ConfigError) else f"{names}: {error}")
+
+    take("batch sizes", lambda: batches(config, ranks))
+    take("fp16/bf16", lambda: _precision(config))
+    take("zero_optimization", lambda: _zero(config))
+    take("optimizer/scheduler", lambda: _recipes(config))
+    take("gradients", lambda: _gradients(config))
+    if bad:
+        raise ConfigError("; ".join(bad))
+    return Settings(
+        **values,
+        steps_per_print=config.get("steps_per_print"),
+        drop_last=bool(config.get("dataloader_drop_last", False)),
+        tag_validation=str(config.get("checkpoint", {}).get("tag_validation", "warn")).lower(),
+        raw=dict(config),
+    )
+
+
+def judge(given: Mapping[str, Any], table: Mapping[str, Key], at: str, bad: list[str]) -> None:
+    """Every key of this level: complaints go to `bad`, keys without effect are said once."""
+    for name, value in given.items():
+        key, path = table.get(name), f"{at}{name}"
+        if key is None:
+            bad.append(unknown("config key", path, (f"{at}{k}" for k in table)))
+        elif value == "auto" and "auto" not in key.harmless:
+            bad.append(f'{path}: "auto" is filled in by the Hugging Face Trainer; give a value')
+        elif key.state == "error" and not any(value is h or value == h for h in key.harmless):
+            bad.append(f"{path}={value!r}: {key.says}")
+        elif key.state == "no effect":
+            say_once(f"config key {path} has no effect here: {key.says}")
+        elif key.state == "section":
+            if isinstance(value, Mapping):
+                judge(value, SECTIONS[name], f"{path}.", bad)
+            else:
+                bad.append(f"{path}: expected an object, received {value!r}")
+
+
+def batches(config: Mapping[str, Any], ranks: int) -> dict[str, int]:
+    """The triangle train_batch_size = micro batch x accumulation x ranks, its missing corners
+    filled in as DeepSpeed does. Raises ConfigError where it does not close."""
+    total, micro, steps = (
+        config.get(k)
+        for k in (
+            "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+        )
+    )  # fmt: skip
+    if total is None and micro is None:
+        raise ConfigError(
+            "train_batch_size: neither it nor train_micro_batch_size_per_gpu is given; give one"
+        )
+    if total is None:
+        steps = steps or 1
+        total = micro * steps * ranks
+    elif micro is None:
+        steps = steps or 1
+        micro = total // ranks // steps
+    elif steps is None:
+        steps = total // micro // ranks
+    if min(total, micro, steps) <= 0 or total != micro * steps * ranks:
+        raise ConfigError(
+            f"train_batch_size={total} is not train_micro_batch_size_per_gpu={micro} x "
+            f"gradient_accumulation_steps={steps} x {ranks} data-parallel ranks; change one"
+        )
+    return {"train_batch": total, "micro_batch": micro, "accumulation": steps}
+
+
+def _precision(config: Mapping[str, Any]) -> dict[str, Any]:
+    fp16, bf16 = config.get("fp16", {}), config.get("bf16", config.get("bfloat16", {}))
+    if fp16.get("enabled") and bf16.get("enabled"):
+        raise ConfigError("fp16 and bf16 are both enabled; enable one")
+    compute = torch.float32
+    if fp16.get("enabled") or bf16.get("enabled"):
+        compute = torch.float16 if fp16.get("enabled") else torch.bfloat16
+    name = config.get("communication_data_type")
+    if name is not None and str(name).lower() not in DTYPES:
+        raise ConfigError(f"communication_data_type={name!r}: use fp32, bf16 or fp16")
+    low = compute != torch.float32
+    return {
+        "precision": Precision(
+            compute=compute, reduce=DTYPES[str(name).lower()] if name else torch.float32
+        ),
+        "fp16": dict(fp16),
+        "auto_cast": bool(fp16.get("auto_cast", False)),
+        "skip_overflow": low and bool(bf16.get("check_grad_overflow", True)),
+    }
+
+
+def _zero(config: Mapping[str, Any]) -> dict[str, Any]:
+    zero = config.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise ConfigError(f"zero_optimization.stage={stage!r}: use 0, 1, 2 or 3")
+    return {
+        "stage": int(stage),
+        "bucket": int(zero.get("reduce_bucket_size", 500_000_000)),
+        "load_masters": bool(zero.get("load_from_fp32_weights", True)),
+    }
+
+
+def _recipes(config: Mapping[str, Any]) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for name in ("optimizer", "scheduler"):
+        if (kind := config.get(name, {}).get("type")) is not None:
+            made[name] = (str(kind), dict(config[name].get("params") or {}))
+    return made
+
+
+def _gradients(config: Mapping[str, Any]) -> dict[str, Any]:
+    op = str(config.get("gradient_allreduce_op", "mean")).lower()
+    if op not in ("mean", "sum"):
+        raise ConfigError(f"gradient_allreduce_op={op!r}: use mean or sum")
+    if op == "sum" and config.get("zero_optimization", {}).get("stage") == 3:
+        raise ConfigError("gradient_allreduce_op=sum: DeepSpeed has no such ZeRO 3; use mean")
+    return {
+        "clip": float(config.get("gradient_clipping") or 0.0),
+        "divide_by_ranks": op == "mean",
+        "predivide": float(config.get("gradient_predivide_factor") or 1.0)
+        if config.get("prescale_gradients")
+        else 1.0,
+    }

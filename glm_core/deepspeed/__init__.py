@@ -1,0 +1,83 @@
+"""`import glm_core.deepspeed as deepspeed`: training scripts written for DeepSpeed run on torch's
+own parts and any glm_core backend. docs/deepspeed.md lists what is there."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from glm_core.deepspeed import comm, ops, schedules, zero
+from glm_core.deepspeed import fragments as utils
+from glm_core.deepspeed.accelerator import get_accelerator
+from glm_core.deepspeed.comm import init_distributed
+from glm_core.deepspeed.engine import DeepSpeedEngine
+from glm_core.deepspeed.settings import Settings, read, resolve
+from glm_core.errors import ConfigError
+
+__version__ = version = "0.19.8"
+"""of the DeepSpeed whose interface this is; scripts compare it"""
+sys.modules[__name__ + ".utils"] = utils
+
+__all__ = [
+    "DeepSpeedEngine", "add_config_arguments", "comm", "get_accelerator", "init_distributed",
+    "initialize", "ops", "schedules", "utils", "zero",
+]  # fmt: skip
+
+
+def initialize(
+    args: Any = None, model: nn.Module | None = None, optimizer: Any = None,
+    model_parameters: Any = None, training_data: Dataset[Any] | None = None,
+    lr_scheduler: Any = None, distributed_port: int = 29500, mpu: Any = None,
+    dist_init_required: bool | None = None, collate_fn: Any = None,
+    config: str | Path | Mapping[str, Any] | None = None, mesh_param: Any = None,
+    config_params: str | Path | Mapping[str, Any] | None = None,
+) -> tuple[DeepSpeedEngine, Any, Any, Any]:  # fmt: skip
+    """engine, optimizer, dataloader (None without training_data), lr_scheduler. The config is the
+    first of config, config_params, args.deepspeed_config that is given. Raises ConfigError."""
+    if model is None:
+        raise ConfigError("initialize: no model; pass model=")
+    if mesh_param is not None:
+        raise ConfigError("initialize: mesh_param would split sequences over ranks; remove it")
+    comm.init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
+    if not dist.is_initialized():
+        raise ConfigError("initialize: dist_init_required=False, but no process group is there")
+    given = config if config is not None else config_params
+    given = given if given is not None else getattr(args, "deepspeed_config", None)
+    if given is None:
+        raise ConfigError("initialize: no config; pass config= or args.deepspeed_config")
+    ranks = dist.get_world_size(None if mpu is None else mpu.get_data_parallel_group())
+    settings = resolve(read(given), ranks)
+    engine = DeepSpeedEngine(
+        model, settings, optimizer=optimizer, model_parameters=model_parameters,
+        lr_scheduler=lr_scheduler, mpu=mpu,
+    )  # fmt: skip
+    if training_data is not None:
+        engine.training_dataloader = _loader(engine, training_data, collate_fn, settings)
+    return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+def _loader(
+    engine: DeepSpeedEngine, data: Dataset[Any], collate: Any, settings: Settings
+) -> DataLoader[Any]:
+    """Micro-batches, each rank its share, shuffled as torch's DistributedSampler does."""
+    rank = dist.get_rank(engine.dp_group)
+    sampler: DistributedSampler[Any] = DistributedSampler(data, engine.dp_world_size, rank)
+    return DataLoader(
+        data, settings.micro_batch, sampler=sampler, collate_fn=collate,
+        drop_last=settings.drop_last,
+    )  # fmt: skip
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """--deepspeed and --deepspeed_config."""
+    group = parser.add_argument_group("DeepSpeed")
+    group.add_argument("--deepspeed", action="store_true", help="accepted; the engine is always on")
+    group.add_argument("--deepspeed_config", type=str, help="JSON file")
+    return parser

@@ -1,0 +1,403 @@
+"""The engine that `initialize` returns: DeepSpeed's calls over one nn.Module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from glm_core.deepspeed import accelerator, checkpoint, schedules
+from glm_core.deepspeed.ops import adam
+from glm_core.deepspeed.settings import Settings, say_once
+from glm_core.distributed.norm import Piece, clip_, global_norm
+from glm_core.distributed.placement import Flat, Holder, Parted, Replicas
+from glm_core.distributed.precision import cast_, to_compute
+from glm_core.distributed.zero import defer, shard_parameters
+from glm_core.errors import ConfigError, TrainingError
+
+
+class DeepSpeedEngine(nn.Module):
+    """One data-parallel replica's share of training `module`. `backward(loss)`, then `step()`, per
+    micro-batch; the update happens at the last of `gradient_accumulation_steps`."""
+
+    def __init__(
+        self, module: nn.Module, settings: Settings, *, optimizer: Any = None,
+        model_parameters: Any = None, lr_scheduler: Any = None, mpu: Any = None,
+    ) -> None:  # fmt: skip
+        """optimizer, lr_scheduler: made ones, or what makes one of parameters / of the optimizer;
+        None: those of the settings, if any. Raises ConfigError."""
+        super().__init__()
+        self.module, self.settings, self.mpu = module, settings, mpu
+        self.device = accelerator.device()
+        self.dp_group = mpu.get_data_parallel_group() if mpu is not None else None
+        self.dp_world_size = dist.get_world_size(self.dp_group)
+        module.to(self.device)
+        self._same_start()
+        if settings.precision.low and settings.stage < 3:
+            cast_(module, settings.precision.compute)
+        self.scaler = settings.loss_scale()
+        self.holders: list[Holder] = []
+        self.optimizer = self._configure(optimizer, model_parameters)
+        self.names = {p: n for n, p in module.named_parameters()}
+        self.sizes = {p: p.numel() for p in self.names}
+        self.lr_scheduler = self._schedule(lr_scheduler)
+        self.global_steps = self.global_samples = self.micro_steps = self.skipped_steps = 0
+        self.training_dataloader: Any = None
+        self._norm: float | None = None
+        self._boundary: bool | None = None
+        self._reduced = self._quiet = False
+        self._applied = False
+        for name, p in module.named_parameters():
+            p.glm_core_place = (self, name)  # type: ignore[attr-defined]  # for safe_get_full_*
+
+    @torch.no_grad()
+    def _same_start(self) -> None:
+        """Weights and buffers of the group's first rank for all of it."""
+        if self.dp_world_size > 1:
+            first = dist.get_global_rank(self.dp_group or dist.group.WORLD, 0)
+            for t in (*self.module.parameters(), *self.module.buffers()):
+                dist.broadcast(t.detach(), first, self.dp_group)
+
+    def _configure(self, optimizer: Any, parameters: Any) -> torch.optim.Optimizer | None:
+        s = self.settings
+        moved: dict[nn.Parameter, nn.Parameter] = {}
+        if parameters is None:
+            parameters = [p for p in self.module.parameters() if p.requires_grad]
+        parameters = list(parameters)
+        if optimizer is None and s.optimizer is not None:
+            optimizer = adam.make(*s.optimizer, parameters)
+        elif callable(optimizer) and not isinstance(optimizer, torch.optim.Optimizer):
+            optimizer = optimizer(parameters)
+        if s.stage == 3:
+            mesh = DeviceMesh.from_group(self.dp_group or dist.group.WORLD, self.device.type)
+            moved = shard_parameters(
+                self.module, mesh, divide=self._divide(), precision=s.precision
+            )
+        if optimizer is None:
+            return None
+        if optimizer.state:
+            raise ConfigError("optimizer: has a state already; give it to initialize before a step")
+        for group in optimizer.param_groups:
+            own = [moved.get(p, p) for p in group["params"] if p.requires_grad]
+            if own:
+                self.holders.append(self._holder(own))
+                group["params"] = self.holders[-1].masters
+        optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
+        made: torch.optim.Optimizer = optimizer
+        return made
+
+    def _divide(self) -> float:
+        return float(self.dp_world_size) if self.settings.divide_by_ranks else 1.0
+
+    def _holder(self, params: list[nn.Parameter]) -> Holder:
+        s, divide = self.settings, self._divide()
+        if s.stage == 3:
+            return Parted(params, self.dp_world_size)
+        if s.stage == 0 and not s.precision.low:
+            return Replicas(
+                params, self.dp_group, divide=divide, predivide=s.predivide, bucket=s.bucket
+            )
+        return Flat(
+            params, self.dp_group, stage=s.stage, divide=divide, precision=s.precision,
+            predivide=s.predivide, bucket=s.bucket,
+        )  # fmt: skip
+
+    def _schedule(self, scheduler: Any) -> Any:
+        if scheduler is None and self.settings.scheduler is not None:
+            if self.optimizer is None:
+                raise ConfigError("scheduler: there is no optimizer for it; add one")
+            return schedules.make(*self.settings.scheduler, self.optimizer)
+        made = hasattr(scheduler, "step") or not callable(scheduler)
+        return scheduler if made else scheduler(self.optimizer)
+
+    # --- the loop ---
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """The module's forward."""
+        if self.settings.auto_cast:
+            dtype = self.settings.precision.compute
+            inputs, kwargs = to_compute(inputs, dtype), to_compute(kwargs, dtype)
+        if self.settings.stage == 3 and torch.is_grad_enabled():
+            defer(self.module, self._quiet)
+        return self.module(*inputs, **kwargs)
+
+    def backward(
+        self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True
+    ) -> Tensor:
+        """Gradients of one micro-batch, the loss divided by the accumulation steps; that loss."""
+        self._needs_optimizer("backward")
+        if loss.numel() != 1:
+            raise TrainingError(f"backward: a loss of shape {tuple(loss.shape)}; reduce it first")
+        scaled = loss / self.settings.accumulation if scale_wrt_gas else loss
+        (scaled.float() * self.scaler.scale).backward(retain_graph=retain_graph)
+        self._backward_done()
+        return scaled
+
+    def _backward_done(self) -> None:
+        if self._quiet:
+            return
+        last = self.is_gradient_accumulation_boundary()
+        for holder in self.holders:
+            holder.backward_done(last)
+        self._reduced = True
+
+    def _needs_optimizer(self, call: str) -> None:
+        if self.optimizer is None:
+            raise ConfigError(f"engine.{call}: no optimizer; give one to initialize")
+
+    def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
+        """Ends a micro-batch; at the accumulation's end clips, updates and advances the schedule.
+        A step whose gradients are not finite is skipped in fp16 and bf16."""
+        self._needs_optimizer("step")
+        if self._quiet:
+            raise TrainingError("engine.step inside no_sync; call it after the block")
+        if not self._reduced:
+            raise TrainingError(
+                "engine.step: no engine.backward before it; call engine.backward(loss), which "
+                "reduces gradients, in place of loss.backward()"
+            )
+        self._reduced = self._applied = False
+        if self.is_gradient_accumulation_boundary():
+            self._update(lr_kwargs or {})
+        self.micro_steps += 1
+
+    @torch.no_grad()
+    def _update(self, lr_kwargs: dict[str, Any]) -> None:
+        assert self.optimizer is not None
+        parts = self._pieces()
+        norm = self._sum_norm(parts) / self.scaler.scale
+        overflow = self.settings.skip_overflow and not bool(torch.isfinite(norm))
+        self._norm = float(norm)
+        if overflow:
+            self.skipped_steps += 1
+        else:
+            if self.scaler.scale != 1:
+                for tensor, _ in parts:
+                    tensor.div_(self.scaler.scale)
+            clip_(parts, norm, self.settings.clip)
+            self.optimizer.step()
+            for holder in self.holders:
+                holder.publish()
+            self._applied = True
+        self.scaler.update(overflow)
+        self.zero_grad()
+        if not overflow and self.lr_scheduler is not None:
+            self.lr_scheduler.step(**lr_kwargs)
+        self.global_steps += 1
+        self.global_samples += self.settings.train_batch
+        every = self.settings.steps_per_print
+        if every and self.global_steps % every == 0 and dist.get_rank() == 0:
+            print(f"step={self.global_steps}, skipped={self.skipped_steps}, lr={self.get_lr()}")
+
+    def _pieces(self) -> list[Piece]:
+        return [piece for h in self.holders for piece in h.pieces(self._copies)]
+
+    def _copies(self, param: nn.Parameter) -> int:
+        """Ranks of the whole job with the same elements. Megatron marks what it splits."""
+        parallel = any(
+            getattr(param, mark, False) for mark in ("model_parallel", "tensor_model_parallel")
+        )
+        return self.dp_world_size if parallel else dist.get_world_size()
+
+    def _sum_norm(self, parts: list[Piece]) -> Tensor:
+        return global_norm(parts, device=str(self.device))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets all gradients."""
+        for holder in self.holders:
+            holder.zero_grad()
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backwards inside only accumulate on this rank; the next one outside reduces the sum."""
+        self._hold(True)
+        try:
+            yield
+        finally:
+            self._hold(False)
+
+    def _hold(self, quiet: bool) -> None:
+        self._quiet = quiet
+        for holder in self.holders:
+            holder.enabled = not quiet
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Does this micro-batch end with an update?"""
+        if self._boundary is not None:
+            return self._boundary
+        return (self.micro_steps + 1) % self.settings.accumulation == 0
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """The caller's word instead of the count, from now on."""
+        self._boundary = is_boundary
+
+    # --- what a script asks ---
+
+    def get_global_grad_norm(self) -> float | None:
+        """Of the last update, before clipping, loss scale removed; None before the first."""
+        return self._norm
+
+    def get_lr(self) -> list[float]:
+        """One rate per parameter group."""
+        return [] if self.optimizer is None else [g["lr"] for g in self.optimizer.param_groups]
+
+    def get_mom(self) -> list[Any]:
+        """Adam's betas or SGD's momentum, per group."""
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        return [g.get("betas", g.get("momentum")) for g in groups]
+
+    @property
+    def cur_scale(self) -> float:
+        """The loss scale."""
+        return self.scaler.scale
+
+    def loss_scale(self) -> float:
+        """The loss scale."""
+        return self.scaler.scale
+
+    def was_step_applied(self) -> bool:
+        """Did the last `step` change the weights?"""
+        return self._applied
+
+    def train_batch_size(self) -> int:
+        """Samples per update, over all ranks."""
+        return self.settings.train_batch
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        """Samples per rank and micro-batch."""
+        return self.settings.micro_batch
+
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches per update."""
+        return self.settings.accumulation
+
+    def get_batch_info(self) -> tuple[int, int, int]:
+        """train_batch_size, train_micro_batch_size_per_gpu, gradient_accumulation_steps."""
+        s = self.settings
+        return s.train_batch, s.micro_batch, s.accumulation
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """Another number of micro-batches. Raises ConfigError where it is not whole."""
+        per_step = self.settings.micro_batch * self.dp_world_size
+        if train_batch_size % per_step:
+            raise ConfigError(f"train_batch_size={train_batch_size}: not a multiple of {per_step}")
+        self.settings.train_batch = train_batch_size
+        self.settings.accumulation = train_batch_size // per_step
+
+    def gradient_clipping(self) -> float:
+        """The largest norm; 0: any."""
+        return self.settings.clip
+
+    def zero_optimization(self) -> bool:
+        """ZeRO at all?"""
+        return self.settings.stage > 0
+
+    def zero_optimization_stage(self) -> int:
+        """0 to 3."""
+        return self.settings.stage
+
+    def zero_optimization_partition_gradients(self) -> bool:
+        """Stage 2 or 3?"""
+        return self.settings.stage >= 2
+
+    def zero_optimization_partition_weights(self) -> bool:
+        """Stage 3?"""
+        return self.settings.stage == 3
+
+    def fp16_enabled(self) -> bool:
+        """Weights in float16?"""
+        return self.settings.precision.compute == torch.float16
+
+    def bfloat16_enabled(self) -> bool:
+        """Weights in bfloat16?"""
+        return self.settings.precision.compute == torch.bfloat16
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config as given."""
+        return self.settings.raw
+
+    @property
+    def global_rank(self) -> int:
+        """Of this process."""
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        """Of the job."""
+        return dist.get_world_size()
+
+    def __getattr__(self, name: str) -> Any:
+        """What the engine has not, the module may have, as in DeepSpeed."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            module = self.__dict__.get("_modules", {}).get("module")
+            if module is None or not hasattr(module, name):
+                raise
+            return getattr(module, name)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """torch.compile of the module in place; DeepSpeed's compile_kwargs are torch's."""
+        self.module.compile(*args, **kwargs)
+
+    def destroy(self) -> None:
+        """Nothing is held that the collector does not free."""
+
+    # --- checkpoints: glm_core.deepspeed.checkpoint decides ---
+
+    def module_state_dict(self) -> dict[str, Any]:
+        """The module's weights as they are on this rank (stage 3: DTensors)."""
+        return self.module.state_dict()
+
+    def load_module_state_dict(
+        self, state_dict: dict[str, Any], strict: bool = True,
+        custom_load_fn: Callable[..., Any] | None = None,
+    ) -> None:  # fmt: skip
+        """Weights, and from them the masters."""
+        if custom_load_fn is not None:
+            custom_load_fn(src=state_dict, dst=self.module)
+        else:
+            self.module.load_state_dict(state_dict, strict=strict)
+        for holder in self.holders:
+            holder.adopt()
+
+    def save_checkpoint(
+        self, save_dir: str, tag: str | None = None, client_state: dict[str, Any] | None = None,
+        save_latest: bool = True, exclude_frozen_parameters: bool = False,
+    ) -> bool:  # fmt: skip
+        """Everything a resumed run needs, into save_dir/tag (tag None: global_stepN), on all ranks;
+        `latest` names it. Raises CheckpointError."""
+        if exclude_frozen_parameters:
+            say_once("exclude_frozen_parameters has no effect: frozen parameters are saved too")
+        checkpoint.save(self, save_dir, tag, client_state or {}, save_latest)
+        return True
+
+    def load_checkpoint(
+        self, load_dir: str, tag: str | None = None, load_module_strict: bool = True,
+        load_optimizer_states: bool = True, load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False, custom_load_fn: Callable[..., Any] | None = None,
+    ) -> tuple[str | None, dict[str, Any]]:  # fmt: skip
+        """Ours, from any stage and number of ranks, or DeepSpeed's own; its path and client state.
+        (None, {}) where `latest` does not exist. Raises CheckpointError."""
+        return checkpoint.load(
+            self, load_dir, tag, strict=load_module_strict,
+            optimizer=load_optimizer_states and not load_module_only,
+            scheduler=load_lr_scheduler_states and not load_module_only,
+            only_module=load_module_only, custom=custom_load_fn,
+        )  # fmt: skip
+
+    def save_16bit_model(
+        self, save_dir: str, save_filename: str = "pytorch_model.bin",
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:  # fmt: skip
+        """The whole module's weights in the working dtype as one file, written by rank 0."""
+        checkpoint.save_weights(self, save_dir, save_filename)
+        return True
+
+    save_fp16_model = save_16bit_model

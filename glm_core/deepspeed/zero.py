@@ -1,0 +1,54 @@
+"""`deepspeed.zero`: construction and whole views of partitioned parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from glm_core.deepspeed.settings import say_once
+
+
+@contextmanager
+def Init(*args: Any, enabled: bool = True, **kwargs: Any) -> Iterator[None]:  # noqa: N802
+    """A model built inside is built whole on every rank; `initialize` partitions it."""
+    if enabled:
+        say_once(
+            "zero.Init has no effect: the model is built whole in host memory on every rank and "
+            "partitioned by initialize"
+        )
+    yield
+
+
+@contextmanager
+def GatheredParameters(  # noqa: N802
+    params: nn.Parameter | Iterable[nn.Parameter], modifier_rank: int | None = None,
+    fwd_module: nn.Module | None = None, enabled: bool = True,
+) -> Iterator[None]:  # fmt: skip
+    """Inside, each parameter is the whole tensor. Changes last only with modifier_rank: that rank's
+    values become everybody's."""
+    chosen = [params] if isinstance(params, Tensor) else list(params)
+    parted = [p for p in chosen if enabled and isinstance(p, DTensor)]
+    whole = [nn.Parameter(p.full_tensor().detach(), p.requires_grad) for p in parted]
+    for p, full in zip(parted, whole, strict=True):
+        torch.utils.swap_tensors(p, full)
+    try:
+        yield
+    finally:
+        for p, full in zip(parted, whole, strict=True):
+            torch.utils.swap_tensors(p, full)
+            if modifier_rank is not None:
+                _adopt(p, full.detach(), modifier_rank)
+
+
+@torch.no_grad()
+def _adopt(param: nn.Parameter, values: Tensor, rank: int) -> None:
+    assert isinstance(param, DTensor)
+    dist.broadcast(values, rank)
+    shard = distribute_tensor(values, param.device_mesh, param.placements)
+    param.to_local().copy_(shard.to_local())

@@ -1,0 +1,43 @@
+"""One rank: runs scripts one after the other under one package, saves what they saw."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+HERE = Path(__file__).parent
+
+
+def whole_weights(deepspeed: Any, engine: Any) -> dict[str, torch.Tensor]:
+    """By name, whatever the stage."""
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        return {n: p.detach().float().clone() for n, p in engine.module.named_parameters()}
+
+
+def main(out: str, names: list[str]) -> None:
+    if os.environ["PEER"] == "deepspeed":
+        import deepspeed
+    else:
+        import glm_core.deepspeed as deepspeed
+    sys.path.insert(0, str(HERE))
+    deepspeed.init_distributed("gloo")
+    seen = {}
+    for name in names:
+        found = runpy.run_path(str(HERE / "scripts" / f"{name}.py"))
+        weights = whole_weights(deepspeed, found["engine"])
+        lists = {k: [v for v in found[k] if v is not None] for k in ("losses", "norms", "rates")}
+        seen[name] = {**{k: torch.tensor(v) for k, v in lists.items()}, "weights": weights}
+        torch.save(seen, f"{out}.{dist.get_rank()}.part")
+    os.replace(f"{out}.{dist.get_rank()}.part", f"{out}.{dist.get_rank()}")
+    dist.barrier()
+    os._exit(0)  # DeepSpeed's exit handlers take seconds
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

@@ -1,0 +1,32 @@
+"""bfloat16 weights with float32 masters; ZeRO 1."""
+
+import os
+
+import torch
+from small import Classifier, batches
+
+if os.environ.get("PEER") == "deepspeed":
+    import deepspeed
+else:
+    import glm_core.deepspeed as deepspeed
+
+config = {
+    "train_micro_batch_size_per_gpu": 4,
+    "bf16": {"enabled": True},
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+    "zero_optimization": {"stage": 1},
+    "gradient_clipping": 1.0,
+}
+torch.manual_seed(4)
+model = Classifier()
+engine, *_ = deepspeed.initialize(
+    model=model, model_parameters=model.parameters(), config=config
+)
+losses, norms, rates = [], [], []
+for batch in batches(12):
+    loss = engine(batch["x"].bfloat16(), batch["labels"])["loss"]
+    engine.backward(loss)
+    engine.step()
+    losses.append(loss.item())
+    norms.append(engine.get_global_grad_norm())
+    rates.extend(engine.get_lr())

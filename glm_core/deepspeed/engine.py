@@ -44,6 +44,9 @@ class DeepSpeedEngine(nn.Module):
         self.holders: list[Holder] = []
         self.optimizer = self._configure(optimizer, model_parameters)
         self.names = {p: n for n, p in module.named_parameters()}
+        self.aliases = {
+            n: self.names[p] for n, p in module.named_parameters(remove_duplicate=False)
+        }
         self.sizes = {p: p.numel() for p in self.names}
         self.lr_scheduler = self._schedule(lr_scheduler)
         self.global_steps = self.global_samples = self.micro_steps = self.skipped_steps = 0

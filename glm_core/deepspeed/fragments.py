@@ -27,10 +27,7 @@ def _place(param: nn.Parameter) -> tuple[Any, Holder | None]:
     if place is None:
         raise ConfigError("safe_get_full_*: not a parameter of an engine; call initialize first")
     engine = place[0]
-    for holder in engine.holders:
-        if any(span.param is param for span in holder.spans(every_rank=True)):
-            return engine, holder
-    return engine, next((h for h in engine.holders if param in getattr(h, "params", [])), None)
+    return engine, next((h for h in engine.holders if any(p is param for p in h.params)), None)
 
 
 def _full(param: nn.Parameter, of: Callable[[Any], Callable[[Any], Any]]) -> Tensor | None:

@@ -35,6 +35,7 @@ class Holder(Protocol):
     """The parameters of one optimizer group: gradients in, masters out."""
 
     enabled: bool
+    params: list[nn.Parameter]
 
     @property
     def masters(self) -> list[nn.Parameter]: ...
@@ -43,7 +44,7 @@ class Holder(Protocol):
     def publish(self) -> None: ...
     def adopt(self) -> None: ...
     def zero_grad(self) -> None: ...
-    def spans(self) -> Iterator[Span]: ...
+    def spans(self, every_rank: bool = False) -> Iterator[Span]: ...
     def full(self, param: nn.Parameter, select: Select) -> Tensor | None: ...
 
 
@@ -55,8 +56,10 @@ class Flat(Shards):
         """What the optimizer updates."""
         return [self.master]
 
-    def spans(self) -> Iterator[Span]:
-        """See Span."""
+    def spans(self, every_rank: bool = False) -> Iterator[Span]:
+        """See Span; in stage 0 rank 0 of the group stands for all, unless every_rank."""
+        if self.shards == 1 and self.rank and not every_rank:
+            return
         for param, there, here in self.segments():
             yield Span(param, there.start, self.master, here)
 
@@ -74,7 +77,8 @@ class Replicas:
         self, params: Sequence[nn.Parameter], group: dist.ProcessGroup | None, *, divide: float,
         predivide: float = 1.0, bucket: int,
     ) -> None:  # fmt: skip
-        self.masters, self.group = list(params), group
+        self.masters = self.params = list(params)
+        self.group = group
         self.divide, self.predivide, self.bucket = divide, predivide, bucket
         self.enabled = True
 
@@ -120,9 +124,9 @@ class Replicas:
         for p in self.masters:
             p.grad = None
 
-    def spans(self) -> Iterator[Span]:
-        """Rank 0 of the group stands for all."""
-        if not dist.is_initialized() or dist.get_rank(self.group) == 0:
+    def spans(self, every_rank: bool = False) -> Iterator[Span]:
+        """Rank 0 of the group stands for all, unless every_rank."""
+        if every_rank or not dist.is_initialized() or dist.get_rank(self.group) == 0:
             for p in self.masters:
                 yield Span(p, 0, p, slice(0, p.numel()))
 
@@ -136,7 +140,8 @@ class Parted:
     """The DTensors that `zero.shard_parameters` made; FSDP2 reduces their gradients itself."""
 
     def __init__(self, params: Sequence[nn.Parameter], ranks: int) -> None:
-        self.masters, self.ranks, self.enabled = list(params), ranks, True
+        self.masters = self.params = list(params)
+        self.ranks, self.enabled = ranks, True
 
     def backward_done(self, last: bool) -> None:
         """FSDP2 has reduced them."""
@@ -160,7 +165,7 @@ class Parted:
         for p in self.masters:
             p.grad = None
 
-    def spans(self) -> Iterator[Span]:
+    def spans(self, every_rank: bool = False) -> Iterator[Span]:
         """Sharded over dimension 0, so each rank's part is one run of elements."""
         for p in self.masters:
             assert isinstance(p, DTensor)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from glm_core.deepspeed import comm, ops, schedules, zero
+from glm_core.deepspeed import comm, consolidate, ops, schedules, zero
 from glm_core.deepspeed import fragments as utils
 from glm_core.deepspeed.accelerator import get_accelerator
 from glm_core.deepspeed.comm import init_distributed
@@ -23,7 +23,9 @@ from glm_core.errors import ConfigError
 
 __version__ = version = "0.19.8"
 """of the DeepSpeed whose interface this is; scripts compare it"""
+utils.zero_to_fp32 = consolidate  # type: ignore[attr-defined]  # the name scripts use
 sys.modules[__name__ + ".utils"] = utils
+sys.modules[__name__ + ".utils.zero_to_fp32"] = consolidate
 
 __all__ = [
     "DeepSpeedEngine", "add_config_arguments", "comm", "get_accelerator", "init_distributed",

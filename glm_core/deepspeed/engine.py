@@ -34,7 +34,9 @@ class DeepSpeedEngine(nn.Module):
         super().__init__()
         self.module, self.settings, self.mpu = module, settings, mpu
         self.device = accelerator.device()
-        self.dp_group = mpu.get_data_parallel_group() if mpu is not None else None
+        self.dp_group: dist.ProcessGroup = (
+            _world() if mpu is None else mpu.get_data_parallel_group()
+        )
         self.dp_world_size = dist.get_world_size(self.dp_group)
         module.to(self.device)
         self._same_start()
@@ -62,7 +64,7 @@ class DeepSpeedEngine(nn.Module):
     def _same_start(self) -> None:
         """Weights and buffers of the group's first rank for all of it."""
         if self.dp_world_size > 1:
-            first = dist.get_global_rank(self.dp_group or dist.group.WORLD, 0)
+            first = dist.get_global_rank(self.dp_group, 0)
             for t in (*self.module.parameters(), *self.module.buffers()):
                 dist.broadcast(t.detach(), first, self.dp_group)
 
@@ -77,7 +79,7 @@ class DeepSpeedEngine(nn.Module):
         elif callable(optimizer) and not isinstance(optimizer, torch.optim.Optimizer):
             optimizer = optimizer(parameters)
         if s.stage == 3:
-            mesh = DeviceMesh.from_group(self.dp_group or dist.group.WORLD, self.device.type)
+            mesh = DeviceMesh.from_group(self.dp_group, self.device.type)
             moved = shard_parameters(
                 self.module, mesh, divide=self._divide(), precision=s.precision
             )
@@ -404,3 +406,9 @@ class DeepSpeedEngine(nn.Module):
         return True
 
     save_fp16_model = save_16bit_model
+
+
+def _world() -> dist.ProcessGroup:
+    world = dist.group.WORLD
+    assert world is not None
+    return world

@@ -139,7 +139,7 @@ class WarmupCosineLR(WarmupLR):
 
 
 KINDS = {k.__name__: k for k in (WarmupLR, WarmupDecayLR, WarmupCosineLR)}
-"""LRRangeTest and OneCycle are not here: torch.optim.lr_scheduler.OneCycleLR is a client's choice"""
+"""LRRangeTest and OneCycle are not among them; torch's own schedules are found by name"""
 
 
 def make(kind: str, params: dict[str, Any], optimizer: torch.optim.Optimizer) -> Any:

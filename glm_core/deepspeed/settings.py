@@ -41,11 +41,11 @@ class Settings:
     micro_batch: int
     accumulation: int
     stage: int = 0
-    precision: Precision = Precision()
+    precision: Precision = dataclasses.field(default_factory=Precision)
     fp16: dict[str, Any] = dataclasses.field(default_factory=dict)
     skip_overflow: bool = False
     """skip the step where a gradient is not finite (fp16, and bf16 unless told otherwise)"""
-    clip: float = 0.0
+    clip: float = 1.0
     divide_by_ranks: bool = True
     predivide: float = 1.0
     bucket: int = 500_000_000
@@ -160,25 +160,26 @@ def judge(given: Mapping[str, Any], table: Mapping[str, Key], at: str, bad: list
 def batches(config: Mapping[str, Any], ranks: int) -> dict[str, int]:
     """The triangle train_batch_size = micro batch x accumulation x ranks, its missing corners
     filled in as DeepSpeed does. Raises ConfigError where it does not close."""
-    total, micro, steps = (
-        config.get(k)
-        for k in (
-            "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
-        )
-    )  # fmt: skip
+    total = config.get("train_batch_size")
+    micro = config.get("train_micro_batch_size_per_gpu")
+    steps = config.get("gradient_accumulation_steps")
+    for name in (
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+    ):
+        value = config.get(name)
+        if value is not None and (not isinstance(value, int) or value <= 0):
+            raise ConfigError(f"{name}={value!r}: must be a positive integer")
     if total is None and micro is None:
         raise ConfigError(
             "train_batch_size: neither it nor train_micro_batch_size_per_gpu is given; give one"
         )
-    if total is None:
-        steps = steps or 1
-        total = micro * steps * ranks
-    elif micro is None:
-        steps = steps or 1
-        micro = total // ranks // steps
-    elif steps is None:
-        steps = total // micro // ranks
-    if min(total, micro, steps) <= 0 or total != micro * steps * ranks:
+    if steps is None:
+        steps = total // micro // ranks if total and micro else 1
+    micro = (total or 0) // ranks // steps if micro is None else micro
+    total = micro * steps * ranks if total is None else total
+    if min(micro, steps) <= 0 or total != micro * steps * ranks:
         raise ConfigError(
             f"train_batch_size={total} is not train_micro_batch_size_per_gpu={micro} x "
             f"gradient_accumulation_steps={steps} x {ranks} data-parallel ranks; change one"
@@ -234,7 +235,7 @@ def _gradients(config: Mapping[str, Any]) -> dict[str, Any]:
     if op == "sum" and config.get("zero_optimization", {}).get("stage") == 3:
         raise ConfigError("gradient_allreduce_op=sum: DeepSpeed has no such ZeRO 3; use mean")
     return {
-        "clip": float(config.get("gradient_clipping") or 0.0),
+        "clip": float(config.get("gradient_clipping", 1.0) or 0.0),
         "divide_by_ranks": op == "mean",
         "predivide": float(config.get("gradient_predivide_factor") or 1.0)
         if config.get("prescale_gradients")

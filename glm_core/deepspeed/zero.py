@@ -15,7 +15,7 @@ from glm_core.deepspeed.settings import say_once
 
 
 @contextmanager
-def Init(*args: Any, enabled: bool = True, **kwargs: Any) -> Iterator[None]:  # noqa: N802
+def Init(*args: Any, enabled: bool = True, **kwargs: Any) -> Iterator[None]:
     """A model built inside is built whole on every rank; `initialize` partitions it."""
     if enabled:
         say_once(
@@ -26,7 +26,7 @@ def Init(*args: Any, enabled: bool = True, **kwargs: Any) -> Iterator[None]:  # 
 
 
 @contextmanager
-def GatheredParameters(  # noqa: N802
+def GatheredParameters(
     params: nn.Parameter | Iterable[nn.Parameter], modifier_rank: int | None = None,
     fwd_module: nn.Module | None = None, enabled: bool = True,
 ) -> Iterator[None]:  # fmt: skip

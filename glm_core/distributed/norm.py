@@ -49,7 +49,7 @@ def _piece(gradient: Tensor, ranks: int) -> Piece:
 def global_norm(
     parts: Iterable[Piece], group: dist.ProcessGroup | None = None, device: str = "cpu"
 ) -> Tensor:
-    """sqrt(sum of all squares), float32 scalar, the same on every rank of `group` (None: all ranks).
+    """sqrt(sum of all squares), float32 scalar, the same on every rank of `group` (None: all).
     One all-reduce, in which each element is weighted by 1 / copies, so ranks may hold different
     numbers of pieces, or none. `device`: where a rank without pieces makes its zero. Not finite if
     any element is not. Outside a process group it is the norm of this process."""

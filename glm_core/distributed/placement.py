@@ -64,7 +64,7 @@ class Flat(Shards):
             yield Span(param, there.start, self.master, here)
 
     def full(self, param: nn.Parameter, select: Select) -> Tensor | None:
-        """All elements of one parameter's master, gradient or moment, in its shape; a collective."""
+        """All elements of a parameter's master, gradient or moment, in its shape; a collective."""
         flat = select(self.master)
         return None if flat is None else self.whole(flat)[param]
 

@@ -49,8 +49,8 @@ class StaticLossScale:
 class DynamicLossScale:
     """DeepSpeed's rules (deepspeed/runtime/fp16/loss_scaler.py, DynamicLossScaler, 0.19.8): an
     overflow uses up one of `hysteresis`; with the last it halves the scale, and goes on halving
-    until the hysteresis is refilled. Steps are counted since the last overflow, which itself and the
-    step after it do not count; each `window` of them doubles the scale and refills."""
+    until the hysteresis is refilled. Steps are counted since the last overflow; itself and the
+    step after it do not count, each `window` of them doubles the scale and refills."""
 
     scale: float = 2.0**16
     window: int = 1000
@@ -87,8 +87,8 @@ class DynamicLossScale:
             return
         if self.scale == self.minimum:
             raise TrainingError(
-                f"loss scale: gradients overflow at its minimum, {self.minimum:g}; look for what is "
-                "not finite in the model, lower the learning rate, or use bfloat16"
+                f"loss scale: gradients overflow at its minimum, {self.minimum:g}; look for what "
+                "is not finite in the model, lower the learning rate, or use bfloat16"
             )
         self.scale = max(self.scale / 2, self.minimum)
 
@@ -121,7 +121,7 @@ def any_rank(flag: bool, group: dist.ProcessGroup | None = None, device: str = "
 
 
 def to_compute(value: Any, dtype: torch.dtype) -> Any:
-    """Floating-point tensors inside lists, tuples and dicts, in `dtype`; everything else as it is."""
+    """Floating-point tensors inside lists, tuples and dicts in `dtype`; the rest as it is."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, dict):

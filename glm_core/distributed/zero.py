@@ -95,7 +95,7 @@ class Shards:
 
     @torch.no_grad()
     def adopt(self) -> None:
-        """Masters from the parameters as they are now (at the start; after foreign weights came)."""
+        """Masters from the parameters as they are now (at the start, or after new weights came)."""
         self.master.zero_()  # padding stays zero: it must not become NaN in the optimizer
         for param, there, here in self.segments():
             self.master[here] = local(param).reshape(-1)[there].float()
@@ -248,8 +248,8 @@ def shard_parameters(
     """Stage 3: FSDP2 over the data-parallel mesh (1-D, or 2-D replicate x shard), in place. The
     module's parameters become float32 DTensor shards, which are the masters; `blocks` (None: see
     `default_blocks`) are gathered one at a time, in `precision.compute`. Gradients come out as
-    sums over ranks / divide, in float32. A torch optimizer takes the new parameters: returned by the
-    old ones. Micro-batches accumulate in the shards; `defer` sums them whole instead."""
+    sums over ranks / divide, in float32. Returns the new parameters, which the optimizer must
+    take, by the old ones. Micro-batches accumulate in the shards; see also `defer`."""
     old = dict(module.named_parameters())
     for p in old.values():
         if p.is_floating_point() and p.dtype != torch.float32:
@@ -288,7 +288,7 @@ def default_blocks(module: nn.Module) -> list[nn.Module]:
 
 
 def defer(module: nn.Module, deferred: bool) -> None:
-    """Stage 3: deferred, backward keeps whole gradients on each rank and reduces nothing (`no_sync`)
-    until it is called with False before the last backward."""
+    """Stage 3: deferred, backward keeps whole gradients on each rank and reduces nothing
+    (`no_sync`) until it is called with False before the last backward."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(not deferred)

@@ -20,6 +20,16 @@ def whole_weights(deepspeed: Any, engine: Any) -> dict[str, torch.Tensor]:
         return {n: p.detach().float().clone() for n, p in engine.module.named_parameters()}
 
 
+def consolidate(folder: Path) -> None:
+    """DeepSpeed's own whole weights beside each of its checkpoints."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    for place in folder.iterdir():
+        torch.save(
+            dict(get_fp32_state_dict_from_zero_checkpoint(str(place))), place / "consolidated.pt"
+        )
+
+
 def main(out: str, names: list[str]) -> None:
     if os.environ["PEER"] == "deepspeed":
         import deepspeed
@@ -37,6 +47,8 @@ def main(out: str, names: list[str]) -> None:
         lists = {k: [v for v in found[k] if v is not None] for k in ("losses", "norms", "rates")}
         seen[name] = {**{k: torch.tensor(v) for k, v in lists.items()}, "weights": weights}
         torch.save(seen, f"{out}.{dist.get_rank()}.part")
+    if os.environ["PEER"] == "deepspeed" and dist.get_rank() == 0:
+        consolidate(Path(os.environ["CHECKPOINTS"]))
     os.replace(f"{out}.{dist.get_rank()}.part", f"{out}.{dist.get_rank()}")
     dist.barrier()
     os._exit(0)  # DeepSpeed's exit handlers take seconds

@@ -12,7 +12,7 @@ from glm_core.errors import ConfigError
 
 
 class FusedAdam(torch.optim.Adam):
-    """Adam, or with adam_w_mode (the default) AdamW; torch's implementation of the same formulas."""
+    """Adam, or with adam_w_mode (the default) AdamW: torch's implementation of the formulas."""
 
     def __init__(
         self, params: Iterable[Any], lr: float = 1e-3, bias_correction: bool = True,
@@ -27,7 +27,7 @@ class FusedAdam(torch.optim.Adam):
             )
         say_once(f"{type(self).__name__} is torch.optim.Adam's update; results are the same")
         super().__init__(
-            params, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay,
+            params, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay,
             amsgrad=amsgrad, decoupled_weight_decay=adam_w_mode,
         )  # fmt: skip
 
@@ -55,9 +55,12 @@ def make(kind: str, params: dict[str, Any], groups: Iterable[Any]) -> torch.opti
         raise ConfigError("optimizer.params.max_grad_norm: write gradient_clipping at the top")
     try:
         if name in ("adam", "adamw"):
-            params.pop("torch_adam", None)
-            params["adam_w_mode"] = bool(params.pop("adam_w_mode", True)) or name == "adamw"
-            return FusedAdam(groups, **params)
+            decoupled = bool(params.pop("adam_w_mode", True)) or name == "adamw"
+            if params.pop("torch_adam", False):
+                # torch's class: its own defaults (AdamW decays by 0.01, FusedAdam does not)
+                torch_kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+                return torch_kind(groups, **params)
+            return FusedAdam(groups, adam_w_mode=decoupled, **params)
         if name in ("lamb", "lion", "muon", "onebitadam", "onebitlamb", "zerooneadam", "muadam",
                     "muadamw", "musgd"):  # fmt: skip
             raise ConfigError(

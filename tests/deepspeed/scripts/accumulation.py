@@ -22,9 +22,7 @@ config = {
 }
 torch.manual_seed(3)
 model = Classifier()
-engine, *_ = deepspeed.initialize(
-    model=model, model_parameters=model.parameters(), config=config
-)
+engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
 losses, norms, rates = [], [], []
 for batch in batches(24):
     loss = engine(**batch)["loss"]

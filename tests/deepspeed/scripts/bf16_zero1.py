@@ -19,9 +19,7 @@ config = {
 }
 torch.manual_seed(4)
 model = Classifier()
-engine, *_ = deepspeed.initialize(
-    model=model, model_parameters=model.parameters(), config=config
-)
+engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
 losses, norms, rates = [], [], []
 for batch in batches(12):
     loss = engine(batch["x"].bfloat16(), batch["labels"])["loss"]

@@ -18,9 +18,7 @@ config = {
 }
 torch.manual_seed(5)
 model = Classifier()
-engine, *_ = deepspeed.initialize(
-    model=model, model_parameters=model.parameters(), config=config
-)
+engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
 with deepspeed.zero.GatheredParameters(engine.module.head.weight):
     assert engine.module.head.weight.shape == (5, 32)
 losses, norms, rates = [], [], []

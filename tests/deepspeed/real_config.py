@@ -1,0 +1,51 @@
+"""Run by real DeepSpeed's interpreter: its config's fields, and its loss scale over a pattern."""
+
+import importlib
+import json
+import sys
+
+from deepspeed.runtime import constants
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+MODELS = {
+    "fp16": "deepspeed.runtime.precision_config.DeepSpeedFP16Config",
+    "bf16": "deepspeed.runtime.precision_config.DeepSpeedBF16Config",
+    "zero_optimization": "deepspeed.runtime.zero.config.DeepSpeedZeroConfig",
+    "comms_logger": "deepspeed.comm.config.CommsLoggerConfig",
+    "tensorboard": "deepspeed.monitor.config.TensorBoardConfig",
+    "wandb": "deepspeed.monitor.config.WandbConfig",
+    "csv_monitor": "deepspeed.monitor.config.CSVConfig",
+    "comet": "deepspeed.monitor.config.CometConfig",
+    "compile": "deepspeed.compile.config.CompileConfig",
+    "hybrid_engine": "deepspeed.runtime.config.HybridEngineConfig",
+}
+TOP = ["TRAIN_BATCH_SIZE", "TRAIN_MICRO_BATCH_SIZE_PER_GPU", "GRADIENT_ACCUMULATION_STEPS", "OPTIMIZER", "SCHEDULER", "FP16", "BFLOAT16", "BFLOAT16_OLD", "GRADIENT_CLIPPING", "PRESCALE_GRADIENTS", "GRADIENT_PREDIVIDE_FACTOR", "GRADIENT_ALLREDUCE_OP", "COMMUNICATION_DATA_TYPE", "SEQ_PARALLEL_COMMUNICATION_DATA_TYPE", "MANAGED_GRADIENT_ACCUMULATION", "STEPS_PER_PRINT", "WALL_CLOCK_BREAKDOWN", "MEMORY_BREAKDOWN", "DUMP_STATE", "DISABLE_ALLGATHER", "DISABLE_PYTHON_GC", "LOG_LEVEL", "DATALOADER_DROP_LAST", "TORCH_AUTOCAST", "DATA_TYPES", "CHECKPOINT", "ZERO_ALLOW_UNTESTED_OPTIMIZER", "ZERO_FORCE_DS_CPU_OPTIMIZER", "VOCABULARY_SIZE", "USE_DATA_BEFORE_EXPERT_PARALLEL", "DATA_PARALLEL_GROUP", "CHECK_OVERFLOW"]
+
+
+def fields(path):
+    """A pydantic model's fields and their aliases."""
+    module, _, name = path.rpartition(".")
+    found = getattr(importlib.import_module(module), name).model_fields
+    return sorted({*found, *(f.alias for f in found.values() if f.alias)})
+
+
+pattern = json.loads(sys.argv[1])
+scales = {}
+for window, hysteresis, consecutive in ((2, 1, False), (3, 2, False), (2, 3, True)):
+    scaler = DynamicLossScaler(2.0**16, window, 1, hysteresis, consecutive)
+    scaler.update_scale.__globals__["dist"].get_rank = lambda: 1  # it prints on rank 0
+    seen = []
+    for overflow in pattern:
+        scaler.update_scale(overflow)
+        seen.append(scaler.cur_scale)
+    scales[f"{window} {hysteresis} {int(consecutive)}"] = seen
+print(
+    "REPORT"
+    + json.dumps(
+        {
+            "top": [getattr(constants, n) for n in TOP],
+            "sections": {name: fields(path) for name, path in MODELS.items()},
+            "scales": scales,
+        }
+    )
+)

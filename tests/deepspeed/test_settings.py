@@ -1,0 +1,131 @@
+"""Every key is judged; none is ignored silently."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+from typing import Any
+
+import pytest
+import torch
+from conftest import HERE, REAL
+
+from glm_core.deepspeed.keys import SECTIONS, TOP
+from glm_core.deepspeed.settings import batches, read, resolve
+from glm_core.distributed.precision import DynamicLossScale
+from glm_core.errors import ConfigError, TrainingError
+
+PATTERN = [random.Random(0).random() < 0.2 for _ in range(60)]
+GOOD: dict[str, Any] = {"train_batch_size": 8}
+
+
+@pytest.fixture(scope="module")
+def reference() -> dict[str, Any]:
+    if not REAL.exists():
+        pytest.skip("no .venv-deepspeed: make deepspeed (tests/deepspeed/setup_deepspeed.sh)")
+    done = subprocess.run(
+        [REAL, HERE / "real_config.py", json.dumps(PATTERN)],
+        env={**os.environ, "DS_ACCELERATOR": "cpu"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    line = next(t for t in done.stdout.splitlines() if t.startswith("REPORT"))
+    found: dict[str, Any] = json.loads(line.removeprefix("REPORT"))
+    return found
+
+
+def test_the_table_has_all_of_deepspeeds_keys(reference: dict[str, Any]) -> None:
+    missing = set(reference["top"]) - TOP.keys()
+    for section, names in reference["sections"].items():
+        missing |= {f"{section}.{n}" for n in names if n not in SECTIONS[section]}
+    assert not missing
+
+
+def test_loss_scale_moves_like_deepspeeds(reference: dict[str, Any]) -> None:
+    for options, theirs in reference["scales"].items():
+        window, hysteresis, consecutive = map(int, options.split())
+        mine = DynamicLossScale(
+            window=window, hysteresis=hysteresis, consecutive_hysteresis=bool(consecutive)
+        )
+        seen = []
+        for overflow in PATTERN:
+            mine.update(overflow)
+            seen.append(mine.scale)
+        assert seen == theirs, options
+
+
+def test_overflow_at_the_smallest_scale_is_an_error() -> None:
+    scale = DynamicLossScale(scale=1.0, hysteresis=1)
+    with pytest.raises(TrainingError, match="minimum"):
+        scale.update(True)
+
+
+def test_states_are_known_and_errors_say_a_way_out() -> None:
+    for name, key in [*TOP.items(), *((n, k) for s in SECTIONS.values() for n, k in s.items())]:
+        assert key.state in ("supported", "no effect", "error", "section"), name
+        assert (key.state in ("supported", "section")) == (key.says == ""), name
+    assert {n for n, k in TOP.items() if k.state == "section"} == SECTIONS.keys()
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"train_batch_sise": 8}, "did you mean train_batch_size"),
+        ({"zero_optimization": {"stag": 1}}, r"did you mean zero_optimization\.stage"),
+        ({"zero_optimization": {"stage": 4}}, "use 0, 1, 2 or 3"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "host"),
+        ({"zero_optimization": True}, "expected an object"),
+        ({"amp": {"enabled": True}}, "removed from DeepSpeed"),
+        ({"train_batch_size": "auto"}, "Trainer"),
+        ({"train_batch_size": 7}, "is not train_micro"),
+        ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "both enabled"),
+        ({"gradient_allreduce_op": "max"}, "mean or sum"),
+        ({"communication_data_type": "int8"}, "fp32, bf16 or fp16"),
+        ({"compile": {"deepcompile": True}}, "torch.compile"),
+    ],
+)
+def test_bad_configs_say_what_and_how_else(config: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        resolve({**GOOD, **config}, 2)
+
+
+def test_all_complaints_come_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"amp.*stage=9") as told:
+        resolve({"amp": {}, "zero_optimization": {"stage": 9}, "oops": 1}, 1)
+    assert "oops" in str(told.value)
+    assert "train_batch_size" in str(told.value)
+
+
+def test_a_key_without_effect_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        resolve({**GOOD, "wall_clock_breakdown": False}, 2)
+    assert capsys.readouterr().err.count("wall_clock_breakdown") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ((16, None, None), (16, 8, 1)),
+        ((16, 2, None), (16, 2, 4)),
+        ((16, None, 4), (16, 2, 4)),
+        ((None, 2, 4), (16, 2, 4)),
+        ((None, 2, None), (4, 2, 1)),
+    ],
+)
+def test_the_triangle(given: tuple[Any, ...], wanted: tuple[int, ...]) -> None:
+    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    config = {n: v for n, v in zip(names, given, strict=True) if v is not None}
+    assert tuple(batches(config, 2).values()) == wanted
+
+
+def test_a_key_given_twice_is_an_error(tmp_path: Any) -> None:
+    (tmp_path / "c.json").write_text('{"fp16": {}, "fp16": {}}')
+    with pytest.raises(ConfigError, match="twice: fp16"):
+        read(tmp_path / "c.json")
+
+
+def test_defaults_are_deepspeeds() -> None:
+    settings = resolve({**GOOD, "fp16": {"enabled": True}}, 2)
+    assert settings.clip == 1.0
+    assert settings.loss_scale().scale == 2.0**16
+    assert settings.precision.compute == torch.float16

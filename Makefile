@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: setup align test lint sanitize bench peers openvino npu clean
+.PHONY: setup align test lint sanitize bench peers deepspeed openvino npu clean
 .DEFAULT_GOAL := setup
 
 $(VENV)/torch.stamp:
@@ -18,7 +18,7 @@ setup: $(VENV)/ready.stamp ## everything the other targets need
 align: setup ## the main job: one GLM on every usable backend, one verdict
 	$(VENV)/bin/glm-core align run --out runs/align
 
-test: setup peers openvino npu ## the whole suite
+test: setup peers deepspeed openvino npu ## the whole suite
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 
 lint: setup ## style, types, spelling
@@ -32,6 +32,9 @@ bench: setup ## whole training steps and dispatch, against peers and ceilings
 
 peers: setup ## SwissArmyTransformer's own GLM-130B, in an environment of its own
 	test -d .venv-sat || sh tests/peers/setup_sat.sh
+
+deepspeed: setup ## real DeepSpeed, in an environment of its own
+	test -d .venv-deepspeed || sh tests/deepspeed/setup_deepspeed.sh || echo "no DeepSpeed to be had here: its tests are skipped"
 
 openvino: setup ## ONNX Runtime's OpenVINO provider, in an environment of its own
 	test -d .venv-openvino || sh tests/contract/setup_openvino.sh

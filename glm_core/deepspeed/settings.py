@@ -114,6 +114,11 @@ def resolve(config: Mapping[str, Any], ranks: int) -> Settings:
     every key that would change training and is not supported, and every bad value."""
     bad: list[str] = []
     judge(config, TOP, "", bad)
+    sound = {
+        k: v
+        for k, v in config.items()
+        if isinstance(v, Mapping) or k not in SECTIONS  # the others are complained of already
+    }
     values: dict[str, Any] = {}
 
     def take(names: str, make: Callable[[], dict[str, Any]]) -> None:
@@ -122,18 +127,18 @@ def resolve(config: Mapping[str, Any], ranks: int) -> Settings:
         except (ConfigError, TypeError, ValueError, KeyError) as error:
             bad.append(str(error) if isinstance(error, ConfigError) else f"{names}: {error}")
 
-    take("batch sizes", lambda: batches(config, ranks))
-    take("fp16/bf16", lambda: _precision(config))
-    take("zero_optimization", lambda: _zero(config))
-    take("optimizer/scheduler", lambda: _recipes(config))
-    take("gradients", lambda: _gradients(config))
+    take("batch sizes", lambda: batches(sound, ranks))
+    take("fp16/bf16", lambda: _precision(sound))
+    take("zero_optimization", lambda: _zero(sound))
+    take("optimizer/scheduler", lambda: _recipes(sound))
+    take("gradients", lambda: _gradients(sound))
     if bad:
         raise ConfigError("; ".join(bad))
     return Settings(
         **values,
         steps_per_print=config.get("steps_per_print"),
         drop_last=bool(config.get("dataloader_drop_last", False)),
-        tag_validation=str(config.get("checkpoint", {}).get("tag_validation", "warn")).lower(),
+        tag_validation=str(sound.get("checkpoint", {}).get("tag_validation", "warn")).lower(),
         raw=dict(config),
     )
 

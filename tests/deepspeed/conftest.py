@@ -1,52 +1,17 @@
-"""The scripts' runs on two processes each, once per session, for all tests of this folder."""
+"""The scripts' runs, once per session, for all tests of this folder."""
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
-REAL = ROOT / ".venv-deepspeed/bin/python"
-SCRIPTS = sorted(p.stem for p in (HERE / "scripts").glob("*.py") if p.stem != "take_over")
-LIMIT_S = 240
+# importlib mode leaves sys.path alone; what several tests share lies beside them
+sys.path.insert(0, str(Path(__file__).parent))
 
-
-def run(peer: str, python: Path, out: Path, scripts: list[str], foreign: Path) -> list[Any]:
-    """What each rank saw; the processes' own words where they failed."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = {
-        **os.environ, "PEER": peer, "CHECKPOINTS": str(out.parent / peer), "DS_ACCELERATOR": "cpu",
-        "FOREIGN": str(foreign), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }  # fmt: skip
-    command = [str(python), str(HERE / "run_scripts.py"), str(out), *scripts]
-    logs = [out.with_suffix(f".log{r}") for r in range(2)]
-    processes = [
-        subprocess.Popen(
-            command, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)},
-            stdout=logs[r].open("w"), stderr=subprocess.STDOUT,
-        )
-        for r in range(2)
-    ]  # fmt: skip
-    try:
-        codes = [p.wait(LIMIT_S) for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-            p.wait()
-    words = "\n".join(log.read_text()[-3000:] for log in logs)
-    assert codes == [0, 0], f"{peer}: exit codes {codes}\n{words}"
-    return [torch.load(f"{out}.{r}") for r in range(2)]
+from peer_runs import REAL, SCRIPTS, run
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SCRIPTS
+from peer_runs import SCRIPTS
 from torch import Tensor
 
 RATIO, BF16_RATIO = 16, 6

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import HERE, REAL
+from peer_runs import HERE, REAL
 
 from glm_core.deepspeed.keys import SECTIONS, TOP
 from glm_core.deepspeed.settings import batches, read, resolve

@@ -1,0 +1,117 @@
+"""What a script asks of its engine, and of its config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from glm_core.deepspeed.settings import Settings
+from glm_core.distributed.precision import LossScale
+from glm_core.errors import ConfigError
+
+
+class Answers:
+    """The engine's questions without consequences."""
+
+    settings: Settings
+    optimizer: torch.optim.Optimizer | None
+    scaler: LossScale
+    dp_world_size: int
+    _norm: float | None
+    _applied: bool
+
+    def get_global_grad_norm(self) -> float | None:
+        """Of the last update, before clipping, loss scale removed; None before the first."""
+        return self._norm
+
+    def get_lr(self) -> list[float]:
+        """One rate per parameter group."""
+        return [] if self.optimizer is None else [g["lr"] for g in self.optimizer.param_groups]
+
+    def get_mom(self) -> list[Any]:
+        """Adam's betas or SGD's momentum, per group."""
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        return [g.get("betas", g.get("momentum")) for g in groups]
+
+    @property
+    def cur_scale(self) -> float:
+        """The loss scale."""
+        return self.scaler.scale
+
+    def loss_scale(self) -> float:
+        """The loss scale."""
+        return self.scaler.scale
+
+    def was_step_applied(self) -> bool:
+        """Did the last `step` change the weights?"""
+        return self._applied
+
+    def train_batch_size(self) -> int:
+        """Samples per update, over all ranks."""
+        return self.settings.train_batch
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        """Samples per rank and micro-batch."""
+        return self.settings.micro_batch
+
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches per update."""
+        return self.settings.accumulation
+
+    def get_batch_info(self) -> tuple[int, int, int]:
+        """train_batch_size, train_micro_batch_size_per_gpu, gradient_accumulation_steps."""
+        s = self.settings
+        return s.train_batch, s.micro_batch, s.accumulation
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """Another number of micro-batches. Raises ConfigError where it is not whole."""
+        per_step = self.settings.micro_batch * self.dp_world_size
+        if train_batch_size % per_step:
+            raise ConfigError(f"train_batch_size={train_batch_size}: not a multiple of {per_step}")
+        self.settings.train_batch = train_batch_size
+        self.settings.accumulation = train_batch_size // per_step
+
+    def gradient_clipping(self) -> float:
+        """The largest norm; 0: any."""
+        return self.settings.clip
+
+    def zero_optimization(self) -> bool:
+        """ZeRO at all?"""
+        return self.settings.stage > 0
+
+    def zero_optimization_stage(self) -> int:
+        """0 to 3."""
+        return self.settings.stage
+
+    def zero_optimization_partition_gradients(self) -> bool:
+        """Stage 2 or 3?"""
+        return self.settings.stage >= 2
+
+    def zero_optimization_partition_weights(self) -> bool:
+        """Stage 3?"""
+        return self.settings.stage == 3
+
+    def fp16_enabled(self) -> bool:
+        """Weights in float16?"""
+        return self.settings.precision.compute == torch.float16
+
+    def bfloat16_enabled(self) -> bool:
+        """Weights in bfloat16?"""
+        return self.settings.precision.compute == torch.bfloat16
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config as given."""
+        return self.settings.raw
+
+    @property
+    def global_rank(self) -> int:
+        """Of this process."""
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        """Of the job."""
+        return dist.get_world_size()

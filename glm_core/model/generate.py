@@ -12,7 +12,7 @@ import torch
 from glm_core.errors import GenerationError, PromptError
 from glm_core.model.glm import GLM
 from glm_core.model.prompt import Pieces, Prompt, blank, filled
-from glm_core.model.runner import IDLE, Next, Runner
+from glm_core.model.runner import CHUNK, Next, Runner, idle
 from glm_core.model.sample import Sampling, choose
 
 
@@ -22,6 +22,8 @@ class Generation:
     def __init__(self, prompt: Prompt, sampling: Sampling, slot: int, offset: int) -> None:
         self.prompt, self.sampling = prompt, sampling
         self.slot, self.offset = slot, offset
+        self.read = 0
+        """tokens of the prompt that are in the cache"""
         self.tokens: list[int] = []
         """generated so far, without the stop token"""
         self.finish = ""
@@ -29,6 +31,11 @@ class Generation:
         `cancelled`; empty while it goes on"""
         self.error: GenerationError | None = None
         self._generator = torch.Generator().manual_seed(sampling.seed)
+
+    @property
+    def reading(self) -> bool:
+        """Whether some of the prompt is still to be read."""
+        return self.read < len(self.prompt.tokens)
 
     def draw(self) -> float:
         """The next uniform number of this sequence's own."""
@@ -44,7 +51,9 @@ class Generation:
             self.finish = "length"
 
     def next(self) -> Next:
-        """What to feed for the token after."""
+        """What to feed for the token after; nothing while the prompt is read."""
+        if self.reading:
+            return idle(self.read)
         place = len(self.prompt.tokens) + len(self.tokens) - 1
         return Next(self.tokens[-1], self.prompt, place, self.offset)
 
@@ -54,9 +63,11 @@ class Decoder:
     padding of the vocabulary beyond them is never generated."""
 
     def __init__(
-        self, model: GLM, slots: int = 1, length: int | None = None, num_ids: int | None = None
-    ) -> None:
-        self.runner = Runner(model, slots, length)
+        self, model: GLM, slots: int = 1, length: int | None = None, num_ids: int | None = None,
+        chunk: int = CHUNK,
+    ) -> None:  # fmt: skip
+        self.runner = Runner(model, slots, length, chunk)
+        self._reading: list[Generation] = []
         self.num_ids = num_ids or model.config.vocab
         self.live: list[Generation | None] = [None] * slots
 
@@ -65,10 +76,20 @@ class Decoder:
         """Slots without a sequence."""
         return self.live.count(None)
 
+    def begin(self, prompt: Prompt, sampling: Sampling) -> Generation:
+        """Starts a sequence whose prompt the next steps read. Raises PromptError."""
+        self.runner.require_room(prompt)
+        slot = self.live.index(None)
+        generation = self.live[slot] = Generation(prompt, sampling, slot, 0)
+        self._reading.append(generation)
+        return generation
+
     def add(self, prompt: Prompt, sampling: Sampling) -> Generation:
         """Starts a sequence; it has its first token, or is finished. Raises PromptError."""
-        self.runner.require_room(prompt)
-        return self._start([prompt], [sampling], self.live.index(None))[0]
+        generation = self.begin(prompt, sampling)
+        while generation.reading:
+            self._read(generation)
+        return generation
 
     def add_padded(
         self, prompts: Sequence[Prompt], settings: Sequence[Sampling]
@@ -83,20 +104,42 @@ class Decoder:
         return self._start(prompts, settings, 0)
 
     def step(self) -> list[Generation]:
-        """One token for every sequence; returns them. Those that are finished have left."""
-        rows = max((g.slot for g in self.live if g), default=-1) + 1
-        going = [g for g in self.live if g]
-        if not going:
-            return []
-        logits = self.runner.decode([g.next() if g else IDLE for g in self.live[:rows]])
-        self._choose(logits[[g.slot for g in going]], going)
+        """Reads about `chunk` tokens of waiting prompts, in the order they came, then one token for
+        every sequence whose prompt is read; returns those. What is finished has left."""
+        room, begun = self.runner.chunk, list(self._reading)
+        for g in begun:
+            while g.reading and room > 0:
+                room -= self._read(g)
+        going = [g for g in self.live if g and not g.reading]
+        if going:
+            rows = max(g.slot for g in going) + 1
+            logits = self.runner.decode([g.next() if g else idle(0) for g in self.live[:rows]])
+            self._choose(logits[[g.slot for g in going]], going)
         return going
 
     def cancel(self, generation: Generation) -> None:
         """Ends a sequence before its time and frees its slot."""
         if not generation.finish:
             generation.finish = "cancelled"
-            self.live[generation.slot] = None
+            self._release(generation)
+
+    def clear(self) -> None:
+        """Frees all slots."""
+        self.live, self._reading = [None] * len(self.live), []
+
+    def _release(self, generation: Generation) -> None:
+        self.live[generation.slot] = None
+        if generation in self._reading:
+            self._reading.remove(generation)
+
+    def _read(self, generation: Generation) -> int:
+        """The next piece of its prompt, and its first token after the last; how many were read."""
+        g, before = generation, generation.read
+        logits, g.read = self.runner.read(g.slot, [g.prompt], before)
+        if not g.reading:
+            self._reading.remove(g)
+            self._choose(logits, [g])
+        return g.read - before
 
     def _start(
         self, prompts: Sequence[Prompt], settings: Sequence[Sampling], first: int
@@ -107,6 +150,8 @@ class Decoder:
             Generation(p, s, first + i, longest - len(p.tokens))
             for i, (p, s) in enumerate(zip(prompts, settings, strict=True))
         ]
+        for g in started:
+            g.read = len(g.prompt.tokens)
         self.live[first : first + len(started)] = started
         self._choose(logits, started)
         return started
@@ -130,7 +175,7 @@ class Decoder:
             g.take(token, self.runner.length - len(g.prompt.tokens) - g.offset)
         for g in going:
             if g.finish:
-                self.live[g.slot] = None
+                self._release(g)
 
     def _explain(self, g: Generation) -> GenerationError:
         return self.runner.explain(self.runner.last, len(g.tokens) + 1)

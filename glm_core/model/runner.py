@@ -1,4 +1,5 @@
-"""How a model and its cache take a step: whole prompts (prefill) and one token per slot (decode).
+"""How a model and its cache take a step: prompts, long ones in pieces (prefill), and one token per
+slot (decode).
 
 Shapes: B rows, L tokens, V vocabulary."""
 
@@ -16,6 +17,9 @@ from glm_core.model.cache import Cache
 from glm_core.model.glm import GLM
 from glm_core.model.prompt import Prompt
 
+CHUNK = 512
+"""tokens of a prompt that are read by one call"""
+
 
 class Next(NamedTuple):
     """A token to feed: the last of a sequence that began `offset` places into its slot."""
@@ -25,9 +29,13 @@ class Next(NamedTuple):
     place: int
     """in the sequence; its place in the slot is offset + place"""
     offset: int = 0
+    idle: bool = False
+    """sees nothing, and what it leaves at its place is to be written over"""
 
 
-IDLE = Next(0, Prompt((0,)), 0)
+def idle(place: int) -> Next:
+    """For a slot that has no token to feed, whose places from `place` on hold nothing."""
+    return Next(0, Prompt((0,)), place, idle=True)
 
 
 class Call(NamedTuple):
@@ -43,12 +51,14 @@ class Call(NamedTuple):
 
 
 class Runner:
-    """A model with a cache for `slots` sequences of at most `length` tokens. The backend must be
-    active around its calls."""
+    """A model with a cache for `slots` sequences of at most `length` tokens, `chunk` tokens of a
+    prompt at a time. The backend must be active around its calls."""
 
-    def __init__(self, model: GLM, slots: int, length: int | None = None) -> None:
+    def __init__(
+        self, model: GLM, slots: int, length: int | None = None, chunk: int = CHUNK
+    ) -> None:
         weight = model.embedding
-        self.model = model
+        self.model, self.chunk = model, chunk
         self.length = min(length or model.config.max_length, model.config.max_length)
         self.cache = Cache(model.config, slots, self.length, weight.dtype, weight.device)
 
@@ -74,10 +84,24 @@ class Runner:
         length = max(len(p.tokens) for p in prompts)
         for prompt in prompts:
             self.require_room(prompt, length - len(prompt.tokens))
-        rows = [_padded(prompt, length) for prompt in prompts]
-        tokens, positions, start, end = (list(column) for column in zip(*rows, strict=True))
-        places = [list(range(length))] * len(rows)
-        return self._logits(_call(tokens, positions, start, end, places, first, self._device))
+        start = 0
+        while True:
+            logits, start = self.read(first, prompts, start)
+            if start == length:
+                return logits
+
+    def read(self, first: int, prompts: Sequence[Prompt], start: int) -> tuple[Tensor, int]:
+        """The next piece of prompts that are read up to place `start` of their slots: logits
+        [B, V] after it, and where it ends. All of part A is one piece, however long: its tokens see
+        those after them."""
+        length = max(len(p.tokens) for p in prompts)
+        seen = max(length - len(p.tokens) + p.sep for p in prompts)
+        end = min(max(start + self.chunk, seen if any(p.sep for p in prompts) else 0), length)
+        rows = [_padded(prompt, length, start, end) for prompt in prompts]
+        tokens, positions, begin, ends = (list(column) for column in zip(*rows, strict=True))
+        places = [list(range(start, end))] * len(rows)
+        call = _call(tokens, positions, begin, ends, places, first, self._device)
+        return self._logits(call), end
 
     def decode(self, rows: Sequence[Next]) -> Tensor:
         """Logits [B, V] (float32) after feeding row b's token to slot b."""
@@ -86,8 +110,7 @@ class Runner:
                 [[r.token] for r in rows],
                 [[list(x)] for x in (r.prompt.position(r.place) for r in rows)],
                 [[r.offset] for r in rows],
-                # an idle slot sees nothing
-                [[0 if r is IDLE else r.offset + r.prompt.key_end(r.place)] for r in rows],
+                [[0 if r.idle else r.offset + r.prompt.key_end(r.place)] for r in rows],
                 [[r.offset + r.place] for r in rows],
                 0,
                 self._device,
@@ -118,16 +141,20 @@ class Runner:
         return logits.float()
 
 
-def _padded(prompt: Prompt, length: int) -> tuple[list[int], list[list[int]], list[int], list[int]]:
-    """Tokens, positions, key_start and key_end of a prompt with pads before it; a pad sees and
-    shows nothing."""
+def _padded(
+    prompt: Prompt, length: int, start: int, end: int
+) -> tuple[list[int], list[list[int]], list[int], list[int]]:
+    """Tokens, positions, key_start and key_end at places [start, end) of a prompt with pads before
+    it, `length` in all; a pad sees and shows nothing."""
     n = len(prompt.tokens)
     pads = length - n
+    lead = max(min(pads, end) - start, 0)
+    inside = range(max(start - pads, 0), max(end - pads, 0))
     return (
-        [0] * pads + list(prompt.tokens),
-        [[0, 0]] * pads + [list(prompt.position(i)) for i in range(n)],
-        [pads] * length,
-        [pads] * pads + [pads + min(prompt.key_end(i), n) for i in range(n)],
+        [0] * lead + [prompt.tokens[i] for i in inside],
+        [[0, 0]] * lead + [list(prompt.position(i)) for i in inside],
+        [pads] * (end - start),
+        [pads] * lead + [pads + min(prompt.key_end(i), n) for i in inside],
     )
 
 

@@ -141,7 +141,7 @@ class Engine:
         with self._changed:
             failed, self._running = self._running, []
             self.measure.running.set(0)
-        self._decoder.live = [None] * self.slots
+        self._decoder.clear()
         for ticket in failed:
             ticket.deliver(Event([], "error", told))
 
@@ -155,9 +155,7 @@ class Engine:
             self._running += tickets
             self.measure.waiting.set(len(self._waiting))
         for ticket in tickets:
-            ticket.generation = self._decoder.add(ticket.prompt, ticket.sampling)
-            self.measure.first_token_seconds.observe(time.perf_counter() - ticket.arrived)
-        self._tell()
+            ticket.generation = self._decoder.begin(ticket.prompt, ticket.sampling)
 
     def _release_cancelled(self) -> None:
         for ticket in self._running:
@@ -173,6 +171,9 @@ class Engine:
                 continue
             new = g.tokens[ticket.given :]
             if new or g.finish:
+                if not ticket.given:
+                    waited = time.perf_counter() - ticket.arrived
+                    self.measure.first_token_seconds.observe(waited)
                 ticket.given += len(new)
                 self.measure.tokens.inc(len(new))
                 ticket.deliver(Event(new, g.finish, g.error))

@@ -359,3 +359,55 @@ def test_a_sequence_that_fails_leaves_the_others_alone() -> None:
     assert good.tokens == alone
     assert bad.finish == "error"
     assert "op embedding" in str(bad.error)
+
+
+# --- long prompts --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_in_pieces_give_the_same(kind: str, chunk: int) -> None:
+    """Alone and padded on the left; no call is longer than a piece, or than part A."""
+    built, asked = model(kind), prompts(kind)
+    whole_calls, calls = Runner(built, len(asked)), []
+    pieces = Runner(built, len(asked), chunk=chunk)
+    pieces.model.register_forward_pre_hook(lambda _, args: calls.append(args[0].shape[1]))
+    for given in ([p] for p in asked):
+        expected = whole_calls.prefill(0, given)
+        calls.clear()
+        found = pieces.prefill(0, given)
+        assert max(calls) <= max(chunk, given[0].sep)
+        assert sum(calls) == len(given[0].tokens)
+        assert float((found - expected).abs().max() / expected.abs().max()) < 3e-6
+    expected, found = whole_calls.prefill(0, asked), pieces.prefill(0, asked)
+    assert float((found - expected).abs().max() / expected.abs().max()) < 3e-6
+
+
+def test_others_go_on_while_a_long_prompt_is_read() -> None:
+    """A step reads one piece; who was there before gets a token in each; all tokens, and what the
+    cache holds, are those of sequences alone."""
+    built = model("glm-4")
+    short, long = causal([1, 2, 3]), causal([1 + i % 50 for i in range(30)])
+    alone = [generate(built, [p], GREEDY)[0].tokens for p in (short, long)]
+    decoder = Decoder(built, 3, chunk=4)
+    gone = decoder.begin(long, GREEDY)
+    decoder.step()
+    first = decoder.add(short, GREEDY)  # slot 1
+    decoder.cancel(gone)
+    late = decoder.begin(long, GREEDY)  # slot 0, a row of each step that decodes slot 1
+    for step in range(1, 9):
+        decoder.step()
+        assert (late.read, len(first.tokens)) == (min(4 * step, 30), 1 + step)
+    read = Runner(built, 1, chunk=4)
+    read.prefill(0, [long])
+    held, expected = (r.cache.window(0, torch.zeros(1, 1).long())._memory[..., :30, :]
+                      for r in (decoder.runner, read))  # fmt: skip
+    torch.testing.assert_close(held, expected)
+    while any(decoder.live):
+        decoder.step()
+    assert [first.tokens, late.tokens] == alone
+    assert not gone.tokens
+    again = decoder.begin(long, GREEDY)
+    decoder.clear()
+    decoder.step()
+    assert (decoder.free, again.read) == (3, 0)

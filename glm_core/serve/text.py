@@ -11,7 +11,7 @@ MOST_BYTES = 4
 
 class TextStream:
     """Holds back characters whose bytes are not complete and text that may be the start of a stop
-    string; all it gave, joined, is the text before the first stop string."""
+    string; all it gave, joined, is the text before the stop string that is complete first."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()) -> None:
         self._decode, self._stops = decode, [s for s in stops if s]
@@ -31,7 +31,9 @@ class TextStream:
             self._held += self._complete(last=False)
         if last:
             self._held += self._complete(last=True)
-        cut = min((i for s in self._stops if (i := self._held.find(s)) >= 0), default=-1)
+        # the one that is complete first, however many tokens came at once
+        ends = ((i + len(s), i) for s in self._stops if (i := self._held.find(s)) >= 0)
+        _, cut = min(ends, default=(0, -1))
         if cut >= 0:
             self.stopped, text, self._held = True, self._held[:cut], ""
             return text

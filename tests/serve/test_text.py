@@ -1,4 +1,5 @@
-"""Text as it may be shown: whatever the tokens, joined it is the text before the first stop."""
+"""Text as it may be shown: whatever the tokens, joined it is the text before the stop that is
+complete first."""
 
 from __future__ import annotations
 
@@ -6,12 +7,14 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 
 from glm_core.serve.source import Message, Source
 from glm_core.serve.text import TextStream
 
 
+@example(text=" aa", stops=["a", " aa"], size=1)
+@example(text=" aa", stops=["a", " aa"], size=3)
 @settings(max_examples=60, deadline=None)
 @given(
     text=st.text("ab 你é🙂", max_size=40),
@@ -25,8 +28,8 @@ def test_pieces_join_to_the_text(source: Any, text: str, stops: list[str], size:
         shown += stream.feed(ids[i : i + size])
         assert "\ufffd" not in shown
     shown += stream.feed([], last=True)
-    ends = [i for s in stops if (i := text.find(s)) >= 0]
-    assert shown == text[: min(ends, default=len(text))]
+    ends = [(i + len(s), i) for s in stops if (i := text.find(s)) >= 0]
+    assert shown == text[: min(ends, default=(0, len(text)))[1]]
     assert stream.stopped == bool(ends)
 
 

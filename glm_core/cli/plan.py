@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from glm_core.cli.exits import EXIT_FAILED
@@ -22,9 +23,10 @@ def define(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     parser.add_argument(
         "action", nargs="?", default="search",
-        choices=("search", "validate", "slides", "inference"),
+        choices=("search", "validate", "slides", "inference", "dry-run"),
         help="search plans (default), check the planner against published runs, print the "
-        "utilisation table of the GLM slides, or what inference takes on small cards",
+        "utilisation table of the GLM slides, what inference takes on small cards, or do one "
+        "rank's step of a plan without memory",
     )  # fmt: skip
     parser.add_argument("--preset", default="glm-130b", metavar="NAME", help="default %(default)s")
     parser.add_argument("--chip", default="A100-40G", metavar="NAME", help="default %(default)s")
@@ -41,6 +43,9 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sp", action=argparse.BooleanOptionalAction, help="fixed")
     parser.add_argument("--stack", choices=STACKS, default="", help="whose efficiency; by plan")
     parser.add_argument("--unfused-attention", action="store_true", help="scores are written out")
+    parser.add_argument("--plan", metavar="TP=N,...", help="dry-run: tp=4,pp=8,dp=24,zero=1,...")
+    parser.add_argument("--rank", type=int, default=0, metavar="N", help="dry-run: which rank")
+    parser.add_argument("--backend", default="cpu", metavar="NAME", help="dry-run: whose kernels")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="plans shown")
     parser.add_argument("--explain", action="store_true", help="every formula with its source")
     add_json(parser)
@@ -52,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     actions = {
         "search": run_search, "validate": run_validate, "slides": run_slides,
         "inference": run_inference,
+        "dry-run": run_dry,
     }  # fmt: skip
     return actions[args.action](args)
 
@@ -100,8 +106,6 @@ def outcome_json(
 
 def efficiency_of(found: Outcome, where: Cluster, stack: str) -> dict[str, dict[str, Any]]:
     """The fitted factors behind the predictions, by stack, with the runs they come from."""
-    from dataclasses import asdict
-
     from glm_core.bench.planner.efficiency import fitted, stack_of
 
     stacks = {stack or stack_of(c.plan) for c in found.feasible}
@@ -227,3 +231,57 @@ def run_inference(args: argparse.Namespace) -> int:
     facts = {"preset": args.preset, "length": args.seq, "rows": told, "counts": note}
     emit(args, facts, f"{columns([head, *rows])}\n{note}")
     return 0
+
+
+def run_dry(args: argparse.Namespace) -> int:
+    """Exit 1 where the rank needs more memory than the chip has, 2 where a cluster would refuse."""
+    from glm_core.backends.registry import usable
+    from glm_core.bench.planner import cluster, own
+    from glm_core.config import DataConfig, RunConfig, TrainConfig
+    from glm_core.distributed import dry_run
+    from glm_core.distributed.plan import parse
+    from glm_core.errors import ConfigError
+    from glm_core.model import preset
+
+    if not args.plan:
+        raise ConfigError("plan dry-run: no plan; pass --plan tp=4,pp=8,dp=24,micro_batches=176")
+    chip = cluster.load(args.cluster) if args.cluster else cluster.preset(args.chip, args.chips)
+    plan, model = parse(args.plan), preset(args.preset)
+    config = RunConfig(
+        model=model, data=DataConfig(length=args.seq, vocab=min(DataConfig().vocab, model.vocab)),
+        train=TrainConfig(global_batch=args.global_batch, micro_batch=1, dtype="bfloat16",
+                          backend=args.backend),
+    )  # fmt: skip
+    found = dry_run.run(config, plan, args.rank, usable(args.backend))
+    job = own.predict(model, plan, args.rank, args.seq, args.global_batch)
+    told = asdict(found) | {
+        "plan": plan.label(), "backend": args.backend, "chip_bytes": chip.memory,
+        "predicted_memory": own.memory(job), "predicted_collectives": own.collectives(job),
+    }  # fmt: skip
+    told["predicted_peak_bytes"] = sum(told["predicted_memory"].values())
+    told["fits"] = found.peak_bytes <= chip.memory
+    emit(args, told, dry_text(told, chip.name))
+    return 0 if told["fits"] else EXIT_FAILED
+
+
+def dry_text(told: dict[str, Any], chip: str) -> str:
+    """For people: place, memory, messages, what is held."""
+    place = ", ".join(f"{axis} {n}" for axis, n in told["place"].items())
+    peak, predicted, room = (
+        told[k] / 1e9 for k in ("peak_bytes", "predicted_peak_bytes", "chip_bytes")
+    )
+    memory = ", ".join(f"{k} {v / 1e9:.2f}" for k, v in told["memory"].items() if v)
+    rows = [["collective", "count", "bytes", "predicted count", "predicted bytes"]]
+    for name, real in told["collectives"].items():
+        guess = told["predicted_collectives"].get(name, {"count": 0, "bytes": 0})
+        rows.append([name, *(str(d[k]) for d in (real, guess) for k in ("count", "bytes"))])
+    held = [["parameter", "shape", "of the whole"]] + [
+        [n, "x".join(map(str, shape)), told["placement"][n]]
+        for n, shape in told["parameters"].items()
+    ]
+    fits = "fits" if told["fits"] else f"does not fit: {peak - room:.2f} GB more than {room:.0f} GB"
+    return "\n".join([
+        columns(held), columns(rows), f"rank {told['rank']} ({place}) of {told['plan']}",
+        f"peak {peak:.3f} GB, predicted {predicted:.3f} GB ({predicted / peak - 1:+.2%}); {memory}",
+        f"{chip}: {fits}; {told['seconds']:.1f} s",
+    ])  # fmt: skip

@@ -1,0 +1,267 @@
+"""A training step of one rank of a plan, without the other ranks and without memory: the real
+engine over fake tensors and a fake process group. What it allocates, keeps and sends is counted."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import weakref
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from glm_core.backends.base import Backend
+from glm_core.backends.registry import use
+from glm_core.config import RunConfig
+from glm_core.distributed import apply, engine, layout, mesh
+from glm_core.distributed.plan import Plan, require_fit
+from glm_core.errors import ConfigError, GlmCoreError
+from glm_core.optimizer import own_part
+
+COLLECTIVES = {
+    "all_reduce": "all_reduce", "allreduce_": "all_reduce", "all_gather_into_tensor": "all_gather",
+    "_allgather_base_": "all_gather", "reduce_scatter_tensor": "reduce_scatter",
+    "_reduce_scatter_base_": "reduce_scatter", "broadcast_": "broadcast", "send": "send",
+    "recv_": "recv", "allgather_": "all_gather", "barrier": "barrier",
+}  # fmt: skip
+"""torch's operator: the name it is counted under. Its bytes are those of its largest tensor: the
+whole array, as nccl-tests counts"""
+Phase = str
+"""weights, optimizer, activations (made in a forward), gradients, or temporary"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """What one rank would do."""
+
+    rank: int
+    place: dict[str, int]
+    """coordinates in the mesh: pp, dp, tp"""
+    device_type: str
+    parameters: dict[str, tuple[int, ...]]
+    """shapes this rank holds, by the whole model's names"""
+    placement: dict[str, str]
+    """which part of the whole tensor that is"""
+    peak_bytes: int
+    memory: dict[str, int]
+    """bytes at the peak, by what they hold"""
+    collectives: dict[str, dict[str, int]]
+    """name: {count, bytes} of one step"""
+    seconds: float
+
+
+class Meter(TorchDispatchMode):
+    """Counts storages and collectives. A storage belongs to the phase it was made in."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.phase: Phase = "weights"
+        self.sizes: dict[int, tuple[Phase, int]] = {}
+        self.references: dict[int, Any] = {}
+        self.now: Counter[Phase] = Counter()
+        self.peak, self.at_peak = 0, Counter[Phase]()
+        self.sent: dict[str, Counter[str]] = defaultdict(Counter)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 1)
+        if func is torch.ops._c10d_functional.wait_tensor.default:
+            return args[0]  # its fake makes a new tensor, the real one does not
+        result = func(*args, **kwargs or {})
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.add(tensor)
+        space, _, name = func._schema.name.partition("::")
+        if space in ("c10d", "_c10d_functional") and name in COLLECTIVES:
+            self._send(COLLECTIVES[name], (args, result))
+        return result
+
+    def add(self, tensor: Tensor, phase: Phase | None = None) -> None:
+        """Counts the tensor's storage, unless it is known; `phase` says anew what it holds."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        was = self.sizes.get(key)
+        if was is not None and (was[1] == size and phase in (None, was[0])):
+            return
+        if was is not None:
+            self.now[was[0]] -= was[1]
+        else:
+            self.references[key] = weakref.ref(storage, lambda _: self._free(key))
+        self.sizes[key] = (phase or (was[0] if was else self.phase), size)
+        self.now[self.sizes[key][0]] += size
+        if (total := self.now.total()) > self.peak:
+            self.peak, self.at_peak = total, Counter(self.now)
+
+    def _free(self, key: int) -> None:
+        phase, size = self.sizes.pop(key)
+        del self.references[key]
+        self.now[phase] -= size
+
+    def _send(self, name: str, values: Any) -> None:
+        tensors = [t for t in tree_leaves(values) if isinstance(t, Tensor)]
+        self.sent[name]["count"] += 1
+        self.sent[name]["bytes"] += max((t.numel() * t.element_size() for t in tensors), default=0)
+
+
+def run(config: RunConfig, plan: Plan, rank: int, backend: Backend) -> Report:
+    """Builds rank `rank` of the plan's job and does one step of it. Raises ConfigError with what a
+    rank of a real cluster would end with."""
+    if not 0 <= rank < plan.world:
+        raise ConfigError(f"rank {rank}: the plan has ranks 0 to {plan.world - 1}")
+    c = config
+    require_fit(plan, c.model, world=plan.world, global_batch=c.train.global_batch,
+                length=c.data.length)  # fmt: skip
+    begin = time.perf_counter()
+    dist.init_process_group("fake", rank=rank, world_size=plan.world, store=FakeStore())
+    try:
+        return _report(config, plan, backend, begin)
+    except GlmCoreError:
+        raise
+    except Exception as error:  # whatever torch or a kernel says, a cluster would say
+        fact = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ConfigError(f"plan {plan.label()}: rank {rank} would end with {fact}") from error
+    finally:
+        dist.destroy_process_group()
+
+
+def _report(config: RunConfig, plan: Plan, backend: Backend, begin: float) -> Report:
+    device = backend.device()
+    axes = mesh.make(plan, device.type)
+    meter = Meter()
+    ends = mesh.ends_group(axes) if plan.pp > 1 else None  # reads ranks, which fakes have not
+    with FakeTensorMode(allow_non_fake_inputs=True), use(backend), _resizing(meter):
+        # values are never looked at; torch 2.13 cannot convert a fake parameter in place
+        with (
+            mock.patch.object(apply, "own_values", return_value={}),
+            mock.patch.object(nn.Module, "_apply", _converted),
+            mock.patch.object(mesh, "ends_group", return_value=ends),
+        ):
+            part = engine.Engine(config, plan, axes, device)
+        _sort(meter, part)
+        meter.sent.clear()
+        _step(meter, part, config)
+    named = dict(part.share.named_parameters())
+    return Report(
+        rank=dist.get_rank(), device_type=device.type, peak_bytes=meter.peak,
+        place={a: axes.get_local_rank(a) for a in mesh.AXES}, memory=dict(meter.at_peak),
+        parameters={n: tuple(own_part(p).shape) for n, p in named.items()},
+        placement={n: _place(n, p, config, axes) for n, p in named.items()},
+        collectives={k: dict(v) for k, v in sorted(meter.sent.items())},
+        seconds=time.perf_counter() - begin,
+    )  # fmt: skip
+
+
+def _converted(
+    module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True
+) -> Any:
+    """nn.Module._apply by new parameters."""
+    for child in module.children() if recurse else ():
+        child._apply(function)
+    for name, p in module._parameters.items():
+        if p is not None:
+            module._parameters[name] = nn.Parameter(function(p.detach()), p.requires_grad)
+    return module
+
+
+def _sort(meter: Meter, part: engine.Engine) -> None:
+    """Says of what exists before the first step whether it is weights or optimizer, and forgets
+    the peak of building it."""
+    for p in part.share.parameters():
+        meter.add(own_part(p), "weights")
+    for table in (part.optimizer.master, part.optimizer.exp_avg, part.optimizer.exp_avg_sq):
+        for tensor in table.values():
+            if part.optimizer.low_precision or table is not part.optimizer.master:
+                meter.add(tensor, "optimizer")
+    meter.peak, meter.at_peak = 0, Counter()
+
+
+def _step(meter: Meter, part: engine.Engine, config: RunConfig) -> None:
+    """One step, phase by phase."""
+    t, length = config.train, config.data.length
+    ids = torch.zeros(t.global_batch, length, dtype=torch.int64)
+    place = torch.zeros(t.global_batch, 2, length, dtype=torch.int64)
+    where = torch.zeros(t.global_batch, length, dtype=torch.int32)
+    batch = _Batch(ids, ids, torch.ones(t.global_batch, length), place, where, where)
+    meter.phase = "activations"
+    handles = [p.register_post_accumulate_grad_hook(lambda p: _gradient(meter, p))
+               for p in part.share.parameters()]  # fmt: skip
+    with meter, _backwards(meter):
+        part.backward(batch)
+        meter.phase = "temporary"
+        part.optimizer.step(1e-4, part.loss_scale.scale)
+    for handle in handles:
+        handle.remove()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Batch:
+    tokens: Tensor
+    labels: Tensor
+    loss_weight: Tensor
+    positions: Tensor
+    key_start: Tensor
+    key_end: Tensor
+
+
+def _gradient(meter: Meter, p: Tensor) -> None:
+    if p.grad is not None:
+        meter.add(own_part(p.grad), "gradients")
+
+
+@contextmanager
+def _backwards(meter: Meter) -> Iterator[None]:
+    """What a backward pass makes is temporary, not kept."""
+    real = torch.autograd.backward
+
+    def backward(*args: Any, **kwargs: Any) -> Any:
+        before, meter.phase = meter.phase, "temporary"
+        try:
+            return real(*args, **kwargs)
+        finally:
+            meter.phase = before
+
+    with mock.patch.object(torch.autograd, "backward", backward):
+        yield
+
+
+@contextmanager
+def _resizing(meter: Meter) -> Iterator[None]:
+    """FSDP frees what it gathered by resizing its storage, which no operator shows."""
+    real: Callable[..., Any] = torch.UntypedStorage.resize_
+
+    def resize(storage: Any, size: int) -> Any:
+        result = real(storage, size)
+        known = meter.sizes.get(storage._cdata)
+        if known is not None:
+            meter.now[known[0]] += storage.nbytes() - known[1]
+            meter.sizes[storage._cdata] = (known[0], storage.nbytes())
+        return result
+
+    with mock.patch.object(torch.UntypedStorage, "resize_", resize):
+        yield
+
+
+def _place(name: str, p: Tensor, config: RunConfig, axes: Any) -> str:
+    """`rows 0:3072, 12288:15360 of the whole, then its rows 0:100`."""
+    split = layout.split_of(name, config.model, axes["tp"].size(), axes.get_local_rank("tp"))
+    words = "whole"
+    if split is not None:
+        spans = ", ".join(f"{start}:{start + length}" for start, length in split.spans)
+        words = f"{'columns' if split.dim else 'rows'} {spans}"
+    if not isinstance(p, DTensor):
+        return words
+    first, rows = apply.own_rows(p)
+    return f"{words}; of these rows {first}:{first + rows} (ZeRO)"

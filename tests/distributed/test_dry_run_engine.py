@@ -1,0 +1,108 @@
+"""The dry run of a rank against formulas written without it, and what it says of bad plans."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from glm_core.backends import registry
+from glm_core.bench.planner import own
+from glm_core.cli import main
+from glm_core.config import DataConfig, RunConfig, TrainConfig
+from glm_core.distributed import dry_run
+from glm_core.distributed.dry_run import Meter
+from glm_core.distributed.plan import parse
+from glm_core.model import preset
+
+MEMORY = 0.03
+"""relative error that a prediction may have"""
+
+pytestmark = pytest.mark.skipif(
+    not registry.probe("cpu").ok, reason="backend cpu is not built; its fakes say what is kept"
+)
+CASES = [
+    ("glm4-34m", "tp=2", 1, 4, 64),
+    ("glm4-34m", "tp=2,sp=true,recompute=full", 1, 8, 64),
+    ("glm4-34m", "tp=2,pp=2,micro_batches=4", 1, 4, 64),
+    ("glm4-34m", "pp=2,virtual=2,schedule=interleaved,micro_batches=4", 0, 8, 64),
+    ("glm4-34m", "dp=4,zero=2,micro_batches=2", 1, 16, 64),
+    ("glm-130b", "tp=4,pp=8,dp=24,micro_batches=8,recompute=full", 767, 192, 2048),
+    ("glm-130b", "tp=4,pp=8,dp=24,zero=1,micro_batches=8,recompute=full", 100, 192, 2048),
+]
+
+
+def report(name: str, text: str, rank: int, batch: int, length: int) -> dry_run.Report:
+    """The dry run of one rank."""
+    train = TrainConfig(global_batch=batch, micro_batch=1, dtype="bfloat16", backend="cpu")
+    config = RunConfig(model=preset(name), data=DataConfig(length=length), train=train)
+    return dry_run.run(config, parse(text), rank, registry.usable("cpu"))
+
+
+@pytest.mark.parametrize("case", CASES, ids=[f"{c[0]}-{c[1]}-rank{c[2]}" for c in CASES])
+def test_memory_within_three_percent_and_collectives_exact(case: Any) -> None:
+    name, text, rank, batch, length = case
+    found = report(*case)
+    job = own.predict(preset(name), parse(text), rank, length, batch)
+    assert own.collectives(job) == found.collectives
+    assert sum(own.memory(job).values()) == pytest.approx(found.peak_bytes, rel=MEMORY)
+    assert sum(found.memory.values()) == found.peak_bytes
+
+
+def test_report_says_where_the_rank_stands_and_what_it_holds() -> None:
+    found = report("glm4-34m", "tp=2,dp=2,zero=3", 3, 4, 16)
+    assert found.place == {"pp": 0, "dp": 1, "tp": 1}
+    assert found.parameters["embedding"] == (2048, 512)
+    assert found.placement["embedding"] == "rows 4096:8192; of these rows 2048:4096 (ZeRO)"
+    assert found.placement["blocks.0.attention.out.weight"].startswith("columns 256:512")
+    assert not torch.distributed.is_initialized()
+
+
+def test_meter_counts_a_storage_once_and_forgets_it() -> None:
+    meter = Meter()
+    meter.phase = "activations"
+    with meter:
+        x = torch.zeros(1000)
+        view = x[10:]
+        del x
+        assert meter.now["activations"] == 4000
+        del view
+    assert meter.now["activations"] == 0
+    assert meter.peak == 4000
+
+
+def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "dry-run", "--preset", "glm4-34m", "--plan", "tp=2", "--rank", "1",
+             "--global-batch", "2", "--seq", "16", "--json"]  # fmt: skip
+    assert main(words) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["collectives"]["all_reduce"] == told["predicted_collectives"]["all_reduce"]
+    assert {"peak_bytes", "predicted_peak_bytes", "seconds", "placement"} <= set(told)
+    big = ["--global-batch", "1", "--preset", "glm-130b", "--plan", "tp=1", "--seq", "16"]
+    assert main(["plan", "dry-run", *big]) == 1
+    assert "does not fit: 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "no plan; pass --plan"),
+        (["--plan", "tp=3"], "tp=3 does not divide ffn=32768"),
+        (["--plan", "tq=3"], "did you mean tp?"),
+        (["--plan", "tp=2", "--rank", "2"], "rank 2: the plan has ranks 0 to 1"),
+        (["--plan", "tp=2", "--global-batch", "0"], "global_batch"),
+        (
+            ["--plan", "pp=4,micro_batches=2", "--global-batch", "2", "--seq", "16"],
+            "rank 0 would end with ValueError: Number of microbatches (2) must be greater",
+        ),
+    ],
+)
+def test_bad_plans_end_in_the_error_of_a_cluster(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "dry-run", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

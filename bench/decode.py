@@ -56,9 +56,7 @@ def read_weights(model: GLM) -> int:
 def ours(config: ModelConfig, dtype: str, prompt: int, prefill: bool) -> Engine:
     """Our model through its cache and the `cpu` backend."""
     working, how = OURS[dtype]
-    model = randomly(GLM(config)).to(getattr(torch, working)).requires_grad_(False)
-    for _ in convert(model, how) if how else ():
-        pass
+    model = built(config, working, how)
     text = causal([i % config.vocab for i in range(prompt)])
     runner, place = Runner(model, 1), itertools.count(prompt)
 
@@ -72,6 +70,14 @@ def ours(config: ModelConfig, dtype: str, prompt: int, prefill: bool) -> Engine:
 
     fill()
     return Engine("ours", dtype, fill if prefill else decode, read_weights(model))
+
+
+def built(config: ModelConfig, dtype: str, how: Quantization | None) -> GLM:
+    """Random weights, quantised if asked."""
+    model = randomly(GLM(config)).to(getattr(torch, dtype)).requires_grad_(False)
+    for _ in convert(model, how) if how else ():
+        pass
+    return model
 
 
 def randomly(model: GLM) -> GLM:
@@ -94,11 +100,7 @@ def engines(config: ModelConfig, prompt: int, prefill: bool, dtypes: list[str]) 
     if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnx"):
         step, size = matmul_nbits.chain(config, prompt if prefill else 1)
         yield Engine("onnxruntime MatMulNBits, products alone", "int4", step, size)
-        how = OURS["int4"][1]
-        assert how is not None
-        model = randomly(GLM(config)).requires_grad_(False)
-        for _ in convert(model, how):
-            pass
+        model = built(config, "float32", OURS["int4"][1])
         yield peers.onnxruntime_glm(model, prompt, prefill, read_weights(model))
 
 

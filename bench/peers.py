@@ -27,7 +27,7 @@ class Engine(NamedTuple):
 
 def transformers_glm(config: ModelConfig, dtype: str, prompt: int, prefill: bool) -> Engine:
     """transformers' GlmForCausalLM with its own cache."""
-    model = _glm(config, dtype)
+    model = _inference(config, dtype)
     return _engine("transformers", dtype, model, prompt, prefill, _linear_bytes(model))
 
 
@@ -36,7 +36,7 @@ def torchao_glm(config: ModelConfig, bits: int, prompt: int, prefill: bool) -> E
     prototype for CPUs); the bytes are those of codes and bfloat16 scales, head included."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    model = _glm(config, "bfloat16")
+    model = _inference(config, "bfloat16")
     weights = _linear_bytes(model) // 2
     if bits == 8:
         quantize_(model, Int8WeightOnlyConfig())
@@ -48,7 +48,13 @@ def torchao_glm(config: ModelConfig, bits: int, prompt: int, prefill: bool) -> E
     return _engine("torchao on transformers", f"int{bits}", model, prompt, prefill, size)
 
 
-def _glm(config: ModelConfig, dtype: str) -> Any:
+def _inference(config: ModelConfig, dtype: str) -> Any:
+    return glm(config).to(getattr(torch, dtype)).eval().requires_grad_(False)
+
+
+def glm(config: ModelConfig, **more: Any) -> Any:
+    """transformers' GlmForCausalLM in these sizes, float32, from a fixed seed; `more` goes into
+    its config."""
     from transformers import GlmConfig, GlmForCausalLM
 
     settings = GlmConfig(
@@ -56,9 +62,10 @@ def _glm(config: ModelConfig, dtype: str) -> Any:
         num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
         num_key_value_heads=config.num_kv_heads, head_dim=config.head_dim, attention_bias=True,
         max_position_embeddings=config.max_length, pad_token_id=0, eos_token_id=1,
+        **more,
     )  # fmt: skip
     torch.manual_seed(0)
-    return GlmForCausalLM(settings).to(getattr(torch, dtype)).eval().requires_grad_(False)
+    return GlmForCausalLM(settings)
 
 
 def _linear_bytes(model: Any) -> int:

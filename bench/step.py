@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from glm_core.backends.registry import get, use
+from glm_core.bench import peers as other
 from glm_core.bench.harness import Timing, gemm, gemm_flops, interleave, machine, ratio
 from glm_core.bench.noise import Watch, irregularities
 from glm_core.bench.rows import Row
@@ -62,20 +63,9 @@ def ours(config: ModelConfig, dtype: str, backend: str = "cpu") -> Callable[[], 
 
 def transformers_glm(config: ModelConfig, dtype: str, compiled: bool) -> Callable[[], float]:
     """One step of transformers' GlmForCausalLM with fused torch AdamW."""
-    from transformers import GlmConfig, GlmForCausalLM
-
     tokens, _ = inputs(config.vocab)
     ids, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    torch.manual_seed(0)
-    model = GlmForCausalLM(
-        GlmConfig(
-            vocab_size=config.vocab, hidden_size=config.hidden, intermediate_size=config.ffn,
-            num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads, head_dim=config.head_dim, attention_bias=True,
-            max_position_embeddings=config.max_length, pad_token_id=0, eos_token_id=1,
-            use_cache=False,
-        )
-    )  # fmt: skip
+    model = other.glm(config, use_cache=False)
     optimizer = torch.optim.AdamW(
         model.parameters(), 1e-3, (0.9, 0.95), weight_decay=0.1, fused=True
     )

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from glm_core.config import RunConfig, to_dict
+from glm_core.config import RunConfig, dumps, to_dict
 from glm_core.errors import CheckpointError, ConfigError
 
 FORMAT = "glm-core checkpoint 1"
@@ -75,6 +75,13 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     flush(path.parent)  # the rename itself
+
+
+def describe(out: Path, config: RunConfig, sampler: object) -> None:
+    """Into a run's folder what it is: `config.toml`, resolved, and its sampler's tokenizer."""
+    replace(out / "config.toml", lambda part: part.write_text(dumps(config)))
+    if pieces := getattr(sampler, "tokenizer", None):
+        replace(out / TOKENIZER, lambda part: part.write_bytes(pieces.model))
 
 
 def flush(path: Path) -> None:

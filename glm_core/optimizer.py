@@ -35,6 +35,20 @@ class LossScale:
     good_steps: int = 0
     overflows: int = 0
 
+    @classmethod
+    def of(cls, config: TrainConfig) -> LossScale:
+        """Of a run that starts: 1 unless it computes in float16."""
+        scale = config.loss_scale if config.dtype == "float16" else 1.0
+        return cls(scale, config.loss_scale_window, config.loss_scale_hysteresis)
+
+    def explains(self, skipped: bool, dtype: str) -> bool:
+        """After a step: updates a float16 run's scale. False where the step was skipped and no
+        lower scale can be the remedy."""
+        if dtype != "float16" or (skipped and self.scale <= self.minimum):
+            return not skipped
+        self.update(skipped)
+        return True
+
     def update(self, overflow: bool) -> None:
         """After a step: `overflow` says that a gradient was not finite and the step was skipped."""
         if overflow:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from glm_core import checkpoint, failure, nonfinite, watchdog
 from glm_core.backends import registry
-from glm_core.config import RunConfig, TrainConfig, dumps, to_dict
+from glm_core.config import RunConfig, TrainConfig, to_dict
 from glm_core.errors import ConfigError, DeviceError, TrainingError
 from glm_core.interrupt import stop_requests
 from glm_core.live import Live
@@ -101,8 +101,7 @@ class Trainer:
         if model is None:
             self.optimizer.load_masters(initial_weights(config) if weights is None else weights)
         t = config.train
-        scale = t.loss_scale if t.dtype == "float16" else 1.0
-        self.loss_scale = LossScale(scale, t.loss_scale_window, t.loss_scale_hysteresis)
+        self.loss_scale = LossScale.of(t)
         self.policy = Policy(config.policy)
         self.samples_seen = 0
         self.steps_done = 0
@@ -152,11 +151,7 @@ class Trainer:
         skipped = not math.isfinite(norm)
         if spike:
             self.policy.decide(self.steps_done + 1, "spike", spike)
-        elif self.config.train.dtype == "float16" and (
-            scale > self.loss_scale.minimum or not skipped
-        ):
-            self.loss_scale.update(skipped)
-        elif skipped:
+        elif not self.loss_scale.explains(skipped, self.config.train.dtype):
             told = self._explain(batches, loss, norm)
             self.policy.decide(self.steps_done + 1, "nonfinite", told)
         self.steps_done += 1
@@ -292,11 +287,7 @@ def run(
             registry.use(trainer.backend, strict=t.strict) as session,
             stop_requests() as requests,
         ):
-            checkpoint.replace(out / "config.toml", lambda part: part.write_text(dumps(config)))
-            if pieces := getattr(sampler, "tokenizer", None):
-                checkpoint.replace(
-                    out / checkpoint.TOKENIZER, lambda part: part.write_bytes(pieces.model)
-                )
+            checkpoint.describe(out, config, sampler)
             return _loop(trainer, folder, start, metrics, session, requests)
     except DeviceError as error:
         last = f"last checkpoint: {checkpoint.latest(folder) or start or 'none'}"

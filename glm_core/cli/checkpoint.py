@@ -9,7 +9,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from glm_core.cli.options import add_json, emit
+from glm_core.cli.options import add_json, add_quantization, emit
 
 if TYPE_CHECKING:
     from glm_core.model.weights import Checkpoint
@@ -42,17 +42,7 @@ def define(parser: argparse.ArgumentParser) -> None:
     convert.add_argument(
         "--dequantize", action="store_true", help="int8 and int4 weights to floating point"
     )
-    convert.add_argument(
-        "--bits", type=int, metavar="N", help="quantize the layers' linears to 8 or 4 bits"
-    )
-    convert.add_argument(
-        "--group", type=int, default=0, metavar="N",
-        help="with --bits: inputs that share a scale; 0 = a row, as GLM-130B (default)",
-    )  # fmt: skip
-    convert.add_argument(
-        "--activation-bits", type=int, default=16, metavar="N",
-        help="with --bits: 8 = activations are rounded to int8 too (default %(default)s)",
-    )  # fmt: skip
+    add_quantization(convert, "quantize the layers' linears to 8 or 4 bits")
     convert.add_argument(
         "--shard-gb", type=float, default=5.0, metavar="GB", help="largest safetensors file"
     )

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from glm_core.cli.generate import add_model
-from glm_core.cli.options import add_json, emit
+from glm_core.cli.options import add_json, add_quantization, emit
 
 
 def define(parser: argparse.ArgumentParser) -> None:
@@ -17,17 +17,9 @@ def define(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="float32", choices=["float32", "bfloat16", "float16"],
         help="only float32 can be exported (default %(default)s)",
     )  # fmt: skip
-    parser.add_argument(
-        "--bits", type=int, metavar="N",
-        help="the four linears of a layer as int8 or int4 codes, by MatMulNBits",
-    )  # fmt: skip
-    parser.add_argument(
-        "--group", type=int, default=0, metavar="N",
-        help="with --bits: inputs that share a scale; 0 = a row (default %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--activation-bits", type=int, default=16, metavar="N",
-        help="with --bits; 8: ONNX Runtime may round activations to int8 (default %(default)s)",
+    add_quantization(
+        parser, "the four linears of a layer as int8 or int4 codes, by MatMulNBits",
+        rounding="8: ONNX Runtime may round activations to int8",
     )  # fmt: skip
     add_json(parser)
     parser.set_defaults(run=run)

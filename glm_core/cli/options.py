@@ -35,6 +35,23 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_quantization(
+    parser: argparse.ArgumentParser, bits: str, *, default: int | None = None,
+    rounding: str = "8: activations are rounded to int8 too",
+) -> None:  # fmt: skip
+    """--bits, --group, --activation-bits: the fields of a Quantization; `bits` and `rounding` are
+    the help of the first and the last."""
+    parser.add_argument("--bits", type=int, default=default, metavar="N", help=bits)
+    parser.add_argument(
+        "--group", type=int, default=0, metavar="N",
+        help="inputs that share a scale; 0 = a row, as GLM-130B (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--activation-bits", type=int, default=16, metavar="N",
+        help=f"{rounding} (default %(default)s)",
+    )  # fmt: skip
+
+
 RESET = "reset the device; glm-core align bisect waits for every call and names the op"
 
 

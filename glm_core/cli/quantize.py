@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glm_core.cli.options import add_json, columns, emit
+from glm_core.cli.options import add_json, add_quantization, columns, emit
 
 if TYPE_CHECKING:
     from glm_core.config import RunConfig
@@ -18,15 +18,7 @@ if TYPE_CHECKING:
 def define(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     parser.add_argument("run_folder", metavar="RUN", help="folder of `glm-core train`")
-    parser.add_argument("--bits", type=int, default=4, help="8 or 4 (default %(default)s)")
-    parser.add_argument(
-        "--group", type=int, default=0, metavar="N",
-        help="inputs that share a scale; 0 = a row, as GLM-130B (default %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--activation-bits", type=int, default=16, metavar="N",
-        help="8: activations rounded to int8 too (default %(default)s)",
-    )  # fmt: skip
+    add_quantization(parser, "8 or 4 (default %(default)s)", default=4)
     parser.add_argument("--backend", default="cpu", metavar="NAME", help="default %(default)s")
     parser.add_argument(
         "--sequences", type=int, default=64, metavar="N",

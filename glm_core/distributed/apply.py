@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -28,6 +28,7 @@ from glm_core.distributed import layout
 from glm_core.distributed.pipeline import Stage
 from glm_core.distributed.plan import Plan, stages_of
 from glm_core.distributed.tensor_parallel import Ranks
+from glm_core.distributed.zero import sum_gradients
 from glm_core.model.glm import GLM, initial_value
 
 
@@ -86,13 +87,7 @@ def shard(stage: Stage, zero: int, mesh: DeviceMesh) -> None:
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for module in (*stage.layers(), stage):
         fully_shard(module, mesh=mesh, reshard_after_forward=zero == 3, mp_policy=policy)
-    assert isinstance(stage, FSDPModule)
-    stage.set_gradient_divide_factor(1.0)
-    stage.set_force_sum_reduction_for_comms(True)
-    for block in stage.layers():
-        assert isinstance(block, FSDPModule)
-        block.set_gradient_divide_factor(1.0)
-        block.set_force_sum_reduction_for_comms(True)
+    sum_gradients(stage, 1.0)
 
 
 def own_values(

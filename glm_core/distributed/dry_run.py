@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from glm_core.backends.base import Backend
 from glm_core.backends.registry import use
 from glm_core.config import RunConfig
+from glm_core.data.sampler import Batch
 from glm_core.distributed import apply, engine, layout, mesh
 from glm_core.distributed.plan import Plan, require_fit
 from glm_core.errors import ConfigError, GlmCoreError
@@ -194,7 +195,7 @@ def _step(meter: Meter, part: engine.Engine, config: RunConfig) -> None:
     ids = torch.zeros(t.global_batch, length, dtype=torch.int64)
     place = torch.zeros(t.global_batch, 2, length, dtype=torch.int64)
     where = torch.zeros(t.global_batch, length, dtype=torch.int32)
-    batch = _Batch(ids, ids, torch.ones(t.global_batch, length), place, where, where)
+    batch = Batch(ids, ids, torch.ones(t.global_batch, length), place, where, where)
     meter.phase = "activations"
     handles = [p.register_post_accumulate_grad_hook(lambda p: _gradient(meter, p))
                for p in part.share.parameters()]  # fmt: skip
@@ -204,16 +205,6 @@ def _step(meter: Meter, part: engine.Engine, config: RunConfig) -> None:
         part.optimizer.step(1e-4, part.loss_scale.scale)
     for handle in handles:
         handle.remove()
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Batch:
-    tokens: Tensor
-    labels: Tensor
-    loss_weight: Tensor
-    positions: Tensor
-    key_start: Tensor
-    key_end: Tensor
 
 
 def _gradient(meter: Meter, p: Tensor) -> None:

@@ -57,8 +57,7 @@ class Engine:
         self.share = apply.build(c.model, plan, mesh, self.device, dtype)
         self.optimizer = Optimizer(self.share, c.train, self.norm)
         self.optimizer.load_masters(apply.initial_values(self.share, c.model, mesh, c.train.seed))
-        scale = c.train.loss_scale if c.train.dtype == "float16" else 1.0
-        self.loss_scale = LossScale(scale, c.train.loss_scale_window, c.train.loss_scale_hysteresis)
+        self.loss_scale = LossScale.of(c.train)
         self.ends = meshes.ends_group(mesh) if plan.pp > 1 and plan.schedule != "zbv" else None
         self.steps_done = 0
         self.work = schedule.Work(self.share.stages, plan, mesh, c.model, self.device, dtype)
@@ -72,10 +71,7 @@ class Engine:
         scale = self.loss_scale.scale
         norm = float(self.optimizer.step(lr, scale)) if math.isfinite(loss) else math.nan
         skipped = not math.isfinite(norm)
-        half = self.config.train.dtype == "float16"
-        if half and (scale > self.loss_scale.minimum or not skipped):
-            self.loss_scale.update(skipped)
-        elif skipped:
+        if not self.loss_scale.explains(skipped, self.config.train.dtype):
             raise TrainingError(
                 f"step {self.steps_done + 1}: loss {loss}, gradient norm {norm}; resume from the "
                 "last checkpoint with a lower train.lr"

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from glm_core.distributed.norm import Piece, pieces
-from glm_core.distributed.zero import Shards, local
+from glm_core.distributed.zero import Shards
+from glm_core.optimizer import own_part
 
 
 class Span(NamedTuple):
@@ -183,4 +184,4 @@ class Parted:
 
 def flat(tensor: Tensor) -> Tensor:
     """This rank's elements as a vector that shares their memory."""
-    return local(tensor.detach()).view(-1)
+    return own_part(tensor.detach()).view(-1)

@@ -8,17 +8,17 @@ import time
 from contextlib import ExitStack, closing
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from glm_core import checkpoint, failure, watchdog
 from glm_core.backends import registry
-from glm_core.config import RunConfig, dumps
+from glm_core.config import RunConfig
 from glm_core.distributed import mesh, saving
 from glm_core.distributed.checkpoint import Checkpoints
 from glm_core.distributed.checkpoint import find as find_checkpoint
 from glm_core.distributed.engine import Engine
 from glm_core.distributed.plan import Plan
+from glm_core.distributed.precision import any_rank
 from glm_core.distributed.watch import watched
 from glm_core.errors import ConfigError
 from glm_core.interrupt import stop_requests
@@ -168,16 +168,9 @@ class Job:
         if not self.tells:
             return None
         self.out.mkdir(parents=True, exist_ok=True)
-        text = dumps(self.engine.config)
-        checkpoint.replace(self.out / "config.toml", lambda part: part.write_text(text))
-        if pieces := getattr(self.sampler, "tokenizer", None):
-            checkpoint.replace(
-                self.out / checkpoint.TOKENIZER, lambda part: part.write_bytes(pieces.model)
-            )
+        checkpoint.describe(self.out, self.engine.config, self.sampler)
         return stack.enter_context(closing(Metrics(self.out, self.engine.steps_done)))
 
     def _any_asked(self, requests: list[int]) -> bool:
         """A signal reaches processes at different steps; they stop after the same one."""
-        asked = torch.tensor(float(len(requests)), device=self.engine.device)
-        dist.all_reduce(asked)
-        return bool(asked)
+        return any_rank(bool(requests), device=str(self.engine.device))

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from glm_core.distributed.norm import Piece
 from glm_core.distributed.precision import Precision
+from glm_core.optimizer import own_part
 
 BUCKET = 2**25
 """elements reduced by one collective"""
@@ -63,7 +63,7 @@ class Shards:
         self.rank = dist.get_rank(group) if dist.is_initialized() else 0
         self.shards = self.ranks if stage else 1
         self.buckets = list(self._fill(bucket))
-        self.device = local(self.params[0]).device
+        self.device = own_part(self.params[0]).device
         last = self.buckets[-1]
         self.master = nn.Parameter(torch.empty(last.start + last.part, device=self.device))
         self.master.grad = None
@@ -85,12 +85,12 @@ class Shards:
         params: list[nn.Parameter] = []
         size = start = 0
         for p in reversed(self.params):
-            if params and size + local(p).numel() > most:
+            if params and size + own_part(p).numel() > most:
                 yield _Bucket(params, start, -(-size // self.shards))
                 start += -(-size // self.shards)
                 params, size = [], 0
             params.append(p)
-            size += local(p).numel()
+            size += own_part(p).numel()
         yield _Bucket(params, start, -(-size // self.shards))
 
     @torch.no_grad()
@@ -98,7 +98,7 @@ class Shards:
         """Masters from the parameters as they are now (at the start, or after new weights came)."""
         self.master.zero_()  # padding stays zero: it must not become NaN in the optimizer
         for param, there, here in self.segments():
-            self.master[here] = local(param).reshape(-1)[there].float()
+            self.master[here] = own_part(param).reshape(-1)[there].float()
 
     def segments(self) -> Iterator[Segment]:
         """Where each piece of `master` (and of its gradient and optimizer state) belongs."""
@@ -106,11 +106,11 @@ class Shards:
         for bucket in self.buckets:
             begin, end, at = index * bucket.part, (index + 1) * bucket.part, 0
             for p in bucket.params:
-                low, high = max(begin, at), min(end, at + local(p).numel())
+                low, high = max(begin, at), min(end, at + own_part(p).numel())
                 if low < high:
                     here = slice(bucket.start + low - begin, bucket.start + high - begin)
                     yield Segment(p, slice(low - at, high - at), here)
-                at += local(p).numel()
+                at += own_part(p).numel()
 
     def pieces(self, copies: Callable[[nn.Parameter], int]) -> list[Piece]:
         """The gradient for `norm.global_norm`. copies(p): ranks of the norm's group that hold the
@@ -136,7 +136,7 @@ class Shards:
             return
         for p in self.params:
             if p.grad is not None:
-                grad = local(p.grad).float()
+                grad = own_part(p.grad).float()
                 self._sums[p] = self._sums[p].add_(grad) if p in self._sums else grad
                 p.grad = None
 
@@ -165,13 +165,13 @@ class Shards:
         )
         at = 0
         for p in bucket.params:
-            view = flat[at : at + local(p).numel()]
+            view = flat[at : at + own_part(p).numel()]
             if p in self._sums:
                 view.copy_(self._sums.pop(p).view(-1))
             if p.grad is not None:
-                view += local(p.grad).reshape(-1).to(view.dtype)
+                view += own_part(p.grad).reshape(-1).to(view.dtype)
                 p.grad = None
-            at += local(p).numel()
+            at += own_part(p).numel()
         if self.predivide != 1:
             flat /= self.predivide
         own = self._sum_over_ranks(flat, bucket.part).float() / (self.divide / self.predivide)
@@ -201,16 +201,16 @@ class Shards:
         """Every rank's parameters from all ranks' masters, rounded to their dtype."""
         for bucket in self.buckets:
             for p, values in self._parts(
-                bucket, self.master.detach(), local(bucket.params[0]).dtype
+                bucket, self.master.detach(), own_part(bucket.params[0]).dtype
             ):
-                local(p).copy_(values.view(local(p).shape))
+                own_part(p).copy_(values.view(own_part(p).shape))
 
     @torch.no_grad()
     def whole(self, flat: Tensor) -> dict[nn.Parameter, Tensor]:
         """All elements of something laid out like `master` (itself, its gradient, a moment), by
         parameter, in the parameter's local shape; a collective over the group."""
         return {
-            p: values.reshape(local(p).shape).clone()
+            p: values.reshape(own_part(p).shape).clone()
             for bucket in self.buckets
             for p, values in self._parts(bucket, flat.detach(), flat.dtype)
         }
@@ -225,8 +225,8 @@ class Shards:
             own = whole
         at = 0
         for p in bucket.params:
-            yield p, own[at : at + local(p).numel()]
-            at += local(p).numel()
+            yield p, own[at : at + own_part(p).numel()]
+            at += own_part(p).numel()
 
     @torch.no_grad()
     def scatter(self, flat: Tensor, values: dict[nn.Parameter, Tensor]) -> None:
@@ -234,11 +234,6 @@ class Shards:
         for param, there, here in self.segments():
             if param in values:
                 flat[here] = values[param].reshape(-1)[there].to(flat)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor; any other tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_parameters(
@@ -261,12 +256,17 @@ def shard_parameters(
     )
     for block in (*(default_blocks(module) if blocks is None else blocks), module):
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    sum_gradients(module, divide)
+    return {p: module.get_parameter(name) for name, p in old.items()}
+
+
+def sum_gradients(module: nn.Module, divide: float) -> None:
+    """Gradients of every FSDP2 module inside become sums over the ranks / divide."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             # gloo has no PREMUL_SUM; sum, then divide, is the same everywhere
             part.set_force_sum_reduction_for_comms(True)
             part.set_gradient_divide_factor(divide)
-    return {p: module.get_parameter(name) for name, p in old.items()}
 
 
 def default_blocks(module: nn.Module) -> list[nn.Module]:

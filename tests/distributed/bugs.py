@@ -10,9 +10,10 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from glm_core import ops
-from glm_core.distributed import apply, engine, layout, pipeline, tensor_parallel, vocabulary
+from glm_core.distributed import engine, layout, pipeline, tensor_parallel, vocabulary
 
 Bug = Callable[[], AbstractContextManager[Any]]
 
@@ -112,9 +113,9 @@ def ends_apart() -> AbstractContextManager[Any]:
 
 def zero_averages() -> AbstractContextManager[Any]:
     """FSDP2's default: the mean over ranks."""
-    real = apply.FSDPModule.set_gradient_divide_factor
+    real = FSDPModule.set_gradient_divide_factor
     return mock.patch.object(
-        apply.FSDPModule, "set_gradient_divide_factor", lambda self, _: real(self, 2.0)
+        FSDPModule, "set_gradient_divide_factor", lambda self, _: real(self, 2.0)
     )
 
 

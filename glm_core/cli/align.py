@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from glm_core.align import Pair
     from glm_core.config import Dtype, RunConfig
 
-STEPS = 120
+STEPS = 100
 """of `run` and `record` where neither --steps nor --config says: the curve is past its knee"""
 TARGET = 0.95
 """share of the planted bugs whose op `bisect` must name"""

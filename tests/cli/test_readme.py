@@ -17,8 +17,8 @@ def test_python_example_runs(
     text = "\n".join(f"Sentence {i} says that {i} plus {i} is {2 * i}." for i in range(4000))
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     small = 'data=DataConfig(path="text.txt", vocab=512, length=32), train=TrainConfig(steps=4)'
-    assert "train=TrainConfig(steps=120)" in code
-    quick = code.replace("train=TrainConfig(steps=120)", small).replace(
+    assert "train=TrainConfig(steps=100)" in code
+    quick = code.replace("train=TrainConfig(steps=100)", small).replace(
         'preset("tiny")', 'preset("tiny", num_layers=1, hidden=32, ffn=48)'
     )
     quick = quick.replace("import RunConfig", "import DataConfig, RunConfig")

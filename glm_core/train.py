@@ -141,6 +141,7 @@ class Trainer:
             return self._step()
 
     def _step(self) -> StepResult:
+        self.model.train()
         batches = self.batches()
         self.model.zero_grad(set_to_none=True)
         loss = float(self.backward(batches))

@@ -47,6 +47,17 @@ def define(parser: argparse.ArgumentParser) -> None:
         "--shard-gb", type=float, default=5.0, metavar="GB", help="largest safetensors file"
     )
     convert.set_defaults(run=run_convert)
+    adapter = actions.add_parser(
+        "adapter", help="rewrite a trained prefix or LoRA: our file, or ChatGLM's prefix_encoder.*"
+    )
+    adapter.add_argument(
+        "adapter",
+        metavar="PATH",
+        help="adapter.safetensors, a run that has one, or ChatGLM's files",
+    )
+    adapter.add_argument("out", metavar="OUT", help="X.safetensors: ours; X.bin: ChatGLM's")
+    add_json(adapter)
+    adapter.set_defaults(run=run_adapter)
 
 
 def opened(args: argparse.Namespace) -> Checkpoint:
@@ -108,6 +119,20 @@ def run_convert(args: argparse.Namespace) -> int:
     }  # fmt: skip
     text = "{from} x {from_ranks} -> {to} x {ranks}: {bytes} bytes in {seconds} s".format(**facts)
     emit(args, facts, "\n".join([text, *files]))
+    return 0
+
+
+def run_adapter(args: argparse.Namespace) -> int:
+    """Exits 0 when OUT is written; nothing else is touched."""
+    from glm_core.config import to_dict
+    from glm_core.model import adapter_files
+
+    config, state = adapter_files.read(args.adapter)
+    adapter_files.write(args.out, config, state)
+    shapes = {name: list(tensor.shape) for name, tensor in state.items()}
+    lines = [f"{name:24} {shape}" for name, shape in shapes.items()]
+    facts = {"out": args.out, "config": to_dict(config), "shapes": shapes}
+    emit(args, facts, "\n".join([f"{config.kind} -> {args.out}", *lines]))
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from glm_core.cli.generate import add_model
+from glm_core.cli.generate import adapt, add_model
 from glm_core.cli.options import add_json, add_quantization, emit
 
 
@@ -57,4 +57,4 @@ def _quantized(args: argparse.Namespace) -> Any:
     if how is not None:
         for _ in convert(found.model, how):
             pass
-    return found
+    return adapt(args, found)

@@ -31,6 +31,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--run", "--model", required=True, metavar="DIR", dest="from_run",
         help="a training run, one of its checkpoints, or a checkpoint's folder of any layout",
     )  # fmt: skip
+    parser.add_argument(
+        "--adapter", metavar="PATH",
+        help="LoRA or prefix to put on it: adapter.safetensors, a run that has one, or ChatGLM's "
+        "prefix_encoder.*",
+    )  # fmt: skip
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +59,15 @@ def add_sampling(parser: argparse.ArgumentParser, temperature: float, top_p: flo
     parser.add_argument("--seed", type=int, default=0, metavar="N")
 
 
+def adapt(args: argparse.Namespace, source: Source) -> Source:
+    """Puts the adapter of the options on the model."""
+    if args.adapter:
+        from glm_core.model.adapter_files import load_adapter
+
+        load_adapter(args.adapter, source.model)
+    return source
+
+
 def opened(args: argparse.Namespace) -> Source:
     """The model of the options, on its backend's device."""
     import torch
@@ -61,7 +75,7 @@ def opened(args: argparse.Namespace) -> Source:
     from glm_core.backends import registry
     from glm_core.serve.pretrained import from_path
 
-    found = from_path(args.from_run, dtype=getattr(torch, args.dtype))
+    found = adapt(args, from_path(args.from_run, dtype=getattr(torch, args.dtype)))
     found.model.to(registry.usable(args.backend).device())
     return found
 

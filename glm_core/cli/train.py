@@ -57,6 +57,14 @@ def define(parser: argparse.ArgumentParser) -> None:
         "--prefix-length", type=int, default=128, metavar="P", help="of ptuning (default 128)"
     )
     parser.add_argument(
+        "--prefix-projection", action="store_true",
+        help="of ptuning: the prefix is what two linears make of a table (docs/checkpoints.md)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dropout", type=float, default=0.0, metavar="P",
+        help="in training, of LoRA's input or the prefix (default %(default)s; ChatGLM: 0.1)",
+    )  # fmt: skip
+    parser.add_argument(
         "--plan", metavar="PLAN",
         help="over several processes, e.g. tp=2,pp=2,micro_batches=4 (start with glm-core launch "
         "or torchrun; docs/distributed.md)",
@@ -88,10 +96,10 @@ def run(args: argparse.Namespace) -> int:
         )
     facts, lines = told(result)
     if model is not None:
-        from glm_core.model import adapters
+        from glm_core.model import adapter_files
 
-        path = Path(args.out) / "adapter.safetensors"
-        adapters.save_adapter(path, model, adapter_config(args))
+        path = Path(args.out) / adapter_files.NAME
+        adapter_files.save_adapter(path, model, adapter_config(args))
         facts["adapter"] = str(path)
         lines += [f"adapter: {path}"]
     emit(args, facts, "\n".join(lines))
@@ -198,4 +206,7 @@ def adapter_config(args: argparse.Namespace) -> AdapterConfig:
     """That of the options."""
     from glm_core.model.adapters import AdapterConfig
 
-    return AdapterConfig(kind=args.adapter, rank=args.rank, prefix_length=args.prefix_length)
+    return AdapterConfig(
+        kind=args.adapter, rank=args.rank, dropout=args.dropout, prefix_length=args.prefix_length,
+        prefix_projection=args.prefix_projection,
+    )  # fmt: skip

@@ -1,29 +1,22 @@
-"""Fine-tuning that leaves the base alone: LoRA beside its linears, or a prefix (P-Tuning v2),
-kept and saved apart.
+"""Fine-tuning that leaves the base alone: LoRA beside its linears, or a prefix (P-Tuning v2).
 
 Shapes: D in, F out, R rank."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from glm_core import ops
-from glm_core.config import check, from_dict, positive, to_dict
-from glm_core.errors import CheckpointError, ConfigError
+from glm_core.config import ModelConfig, check, positive
+from glm_core.errors import ConfigError
 from glm_core.model.glm import GLM, normal_draw
-from glm_core.model.prefix import Prefix
+from glm_core.model.prefix import Prefix, values_width
 from glm_core.model.weights.layouts import LINEARS
-
-FORMAT = "glm-core adapter 1"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,8 +30,16 @@ class AdapterConfig:
     """the product is multiplied by alpha / R"""
     targets: str = "attention.qkv attention.out"
     """linears of every block, out of attention.qkv, attention.out, mlp.up, mlp.down"""
+    dropout: float = 0.0
+    """share of what goes into A, or of the prefix's values, that is zeroed in training (0.1 for
+    ChatGLM's prefixes)"""
     prefix_length: int = 128
     """P, of ptuning"""
+    prefix_projection: bool = False
+    """the prefix is what two linears make of a smaller or equal table"""
+    prefix_width: int = 0
+    """width of that table; 0 = as published: the model's width (ChatGLM-6B), or with grouped heads
+    that of all keys and values of a token (ChatGLM2, 3)"""
 
     def __post_init__(self) -> None:
         odd = sorted(set(self.targets.split()) - set(LINEARS))
@@ -48,24 +49,39 @@ class AdapterConfig:
             {
                 "targets": (bool(self.targets.split()) and not odd)
                 or f"must be one or more of {' '.join(LINEARS)}",
+                "dropout": 0 <= self.dropout < 1 or "must lie in 0 ... 1, 1 excluded",
+                "prefix_projection": not self.prefix_projection
+                or self.kind == "ptuning"
+                or "is of ptuning; use kind=ptuning or leave it out",
+                "prefix_width": self.prefix_width == 0
+                or (self.prefix_width > 0 and self.prefix_projection)
+                or "must be positive, and needs prefix_projection",
             },
         )
 
+    def table_width(self, model: ModelConfig) -> int:
+        """Of the table that is projected; 0 where none is."""
+        if not self.prefix_projection:
+            return 0
+        grouped = model.num_kv_heads < model.num_heads
+        return self.prefix_width or (values_width(model) if grouped else model.hidden)
+
 
 class LoRA(nn.Module):
-    """y = base(x) + (alpha / R) x A^T B^T, B zero at first;  A [R, D], B [F, R]. Hu et al. 2021,
-    eq. 3."""
+    """y = base(x) + (alpha / R) dropout(x) A^T B^T, B zero at first;  A [R, D], B [F, R]. Hu et al.
+    2021, eq. 3 and appendix D (dropout)."""
 
     def __init__(self, base: nn.Module, shape: tuple[int, int], config: AdapterConfig) -> None:
         super().__init__()
         self.base = base
-        self.scale = config.alpha / config.rank
+        self.scale, self.dropout = config.alpha / config.rank, config.dropout
         self.lora_a = nn.Parameter(torch.empty(config.rank, shape[1]))
         self.lora_b = nn.Parameter(torch.zeros(shape[0], config.rank))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., F]."""
-        low = ops.linear(x, self.lora_a)  # [..., R]
+        fed = nn.functional.dropout(x, self.dropout) if self.dropout and self.training else x
+        low = ops.linear(fed, self.lora_a)  # [..., R]
         return self.base(x) + self.scale * ops.linear(low, self.lora_b)
 
     @torch.no_grad()
@@ -83,22 +99,29 @@ class LoRA(nn.Module):
 
 def attach(model: GLM, config: AdapterConfig, seed: int = 0) -> GLM:
     """Freezes the model and puts adapters into it, in place; their values depend on seed and name
-    alone. With LoRA, what the model computes is unchanged until they are trained."""
+    alone. With LoRA, what the model computes is unchanged until they are trained. Dropout acts in
+    `train` mode only."""
     if adapter_state(model):
         raise ConfigError("the model has adapters already; merge them or load the base again")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     if config.kind == "ptuning":
-        _attach_prefix(model, config.prefix_length, seed)
+        _attach_prefix(model, config, seed)
     else:
         _attach_lora(model, config, seed)
     return model
 
 
-def _attach_prefix(model: GLM, length: int, seed: int) -> None:
-    prefix = Prefix(model.config, length)
-    values = normal_draw(seed, "prefix.table", prefix.table.shape) * model.config.init_std
-    prefix.table.data.copy_(values)
+def _attach_prefix(model: GLM, config: AdapterConfig, seed: int) -> None:
+    """Projected, table and linears start with the variance of torch's own Embedding and Linear, as
+    ChatGLM's do."""
+    width = config.table_width(model.config)
+    prefix = Prefix(model.config, config.prefix_length, width, config.dropout)
+    for name, parameter in prefix.named_parameters():
+        std = model.config.init_std if not width else 1.0
+        if name != "table":
+            std = 0.0 if parameter.ndim == 1 else 1 / math.sqrt(3 * parameter.shape[1])
+        parameter.data.copy_(normal_draw(seed, f"prefix.{name}", parameter.shape) * std)
     model.prefix = prefix.to(model.embedding.device, model.embedding.dtype)
     model.register_forward_pre_hook(prefix.before, with_kwargs=True)
 
@@ -130,7 +153,7 @@ def adapter_state(model: GLM) -> dict[str, Tensor]:
     """The adapters' parameters by name."""
     prefix = getattr(model, "prefix", None)
     if prefix is not None:
-        return {"prefix.table": prefix.table}
+        return {f"prefix.{name}": p for name, p in prefix.named_parameters()}
     return {
         f"{name}.{leaf}": getattr(lora, leaf)
         for name, lora in _modules(model).items()
@@ -146,50 +169,3 @@ def merge(model: GLM) -> GLM:
     for name, lora in _modules(model).items():
         _replace(model, name, lora.merged())
     return model
-
-
-def save_adapter(path: str | Path, model: GLM, config: AdapterConfig) -> None:
-    """Writes the adapters alone, a safetensors file. Raises CheckpointError."""
-    state = {n: t.detach().cpu().contiguous() for n, t in adapter_state(model).items()}
-    header = {"format": FORMAT, "config": json.dumps(to_dict(config))}
-    try:
-        save_file(state, path, header)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: not saved ({error}); make room, then repeat") from None
-
-
-def load_adapter(path: str | Path, model: GLM) -> AdapterConfig:
-    """Attaches saved adapters to a base. Raises CheckpointError for a file that is something else
-    or fits another base, and leaves the model as it was."""
-    config, state = _read(Path(path))
-    with torch.device("meta"):
-        sizes = adapter_state(attach(GLM(model.config), config))
-    odd = [
-        f"{n} is {list(state[n].shape) if n in state else 'missing'}, "
-        f"expected {list(sizes[n].shape) if n in sizes else 'nothing'}"
-        for n in sorted(state.keys() | sizes.keys())
-        if n not in state or n not in sizes or state[n].shape != sizes[n].shape
-    ]
-    if odd:
-        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
-        raise CheckpointError(
-            f"{path}: does not fit this base: {'; '.join(odd[:3])}{more}; load the base that it "
-            "was trained on"
-        )
-    attach(model, config)
-    with torch.no_grad():
-        for name, parameter in adapter_state(model).items():
-            parameter.copy_(state[name])
-    return config
-
-
-def _read(path: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            header: dict[str, str] = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if header.get("format") != FORMAT:
-            raise CheckpointError(f"{path}: not an adapter of ours; expected {FORMAT!r}")
-        return from_dict(AdapterConfig, json.loads(header["config"])), state
-    except (OSError, SafetensorError, ValueError, KeyError, ConfigError) as error:
-        raise CheckpointError(f"{path}: truncated or not an adapter ({error})") from None

@@ -1,6 +1,7 @@
 """P-Tuning v2: learned keys and values in front of every text, in every layer, the base frozen.
 
-Shapes: B batch, L queries, S keys of a call, P prefix length, N layers, K kv heads, E head dim."""
+Shapes: B batch, L queries, S keys of a call, P prefix length, N layers, K kv heads, E head dim,
+W width of a projected table, D hidden width."""
 
 from __future__ import annotations
 
@@ -12,20 +13,42 @@ from torch import Tensor, nn
 from glm_core.config import ModelConfig
 from glm_core.errors import ShapeError
 from glm_core.model.cache import Window
+from glm_core.model.glm import Linear
 
 
 class Prefix(nn.Module):
-    """table [P, 2N * K * E]: of a row seen as [2N, K, E], entries 2i and 2i + 1 are key and value
-    of layer i, as in ChatGLM's PrefixEncoder without projection. Keys are not rotated, positions of
-    the text do not move, and the prefix is visible to every token of the text it stands before.
-    Liu et al. 2021 (P-Tuning v2), section 3."""
+    """The rows of the table are the prefix: [P, 2N * K * E], of a row seen as [2N, K, E], entries
+    2i and 2i + 1 are key and value of layer i. Projected, the table is [P, W] and that is
+    outer(tanh(inner(table))). Keys are not rotated, positions of the text do not move, and the
+    prefix is visible to every token of the text it stands before. In training, `dropout` of the
+    values of each text are zeroed and the others scaled up. Liu et al. 2021 (P-Tuning v2), section
+    3; ChatGLM-6B's PrefixEncoder and get_prompt (modeling_chatglm.py)."""
 
-    def __init__(self, config: ModelConfig, length: int) -> None:
+    def __init__(
+        self, config: ModelConfig, length: int, width: int = 0, dropout: float = 0.0
+    ) -> None:
+        """width: W, 0 without a projection."""
         super().__init__()
-        self.length = length
+        self.length, self.dropout = length, dropout
         self.heads = (config.num_kv_heads, config.head_dim)
-        width = 2 * config.num_layers * config.num_kv_heads * config.head_dim
-        self.table = nn.Parameter(torch.empty(length, width))
+        values = values_width(config)
+        self.table = nn.Parameter(torch.empty(length, width or values))
+        self.inner = Linear(width, config.hidden, bias=True) if width else None
+        self.outer = Linear(config.hidden, values, bias=True) if width else None
+
+    def values(self) -> Tensor:
+        """Keys and values of all layers, [P, 2N, K, E]."""
+        flat: Tensor = self.table
+        if self.inner is not None and self.outer is not None:
+            flat = self.outer(torch.tanh(self.inner(flat)))
+        return flat.unflatten(1, (-1, *self.heads))
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Puts the values in the place of the projection that gives them: computed once, not at
+        each call."""
+        self.table = nn.Parameter(self.values().flatten(1), requires_grad=False)
+        self.inner = self.outer = None
 
     def before(
         self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
@@ -40,8 +63,14 @@ class Prefix(nn.Module):
         given["key_start"] = (start + self.length * places.prior).int()
         moved = end + self.length * (places.prior + places.own)
         given["key_end"] = torch.where(end > start, moved, given["key_start"]).int()
-        given["cache"] = PrefixWindow(self, places.index, inner)
+        dropout = self.dropout if self.training else 0.0
+        given["cache"] = PrefixWindow(self.values(), places.index, inner, dropout)
         return (), given
+
+
+def values_width(config: ModelConfig) -> int:
+    """2N * K * E: what all layers take of one token of a prefix."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim
 
 
 class Places:
@@ -95,19 +124,25 @@ def _samples(start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class PrefixWindow(Window):
-    """Puts the prefix before the keys and values of a call, or of its cache."""
+    """Puts the prefix before the keys and values of a call, or of its cache;  values [P, 2N, K, E].
+    Rows draw their dropout apart, the samples packed in one row share it."""
 
-    def __init__(self, prefix: Prefix, index: Tensor, inner: Window | None) -> None:
-        self._prefix, self._index, self._inner = prefix, index, inner
+    def __init__(
+        self, values: Tensor, index: Tensor, inner: Window | None, dropout: float = 0.0
+    ) -> None:
+        self._values, self._index, self._inner = values, index, inner
+        self._dropout = dropout
         self._rows = torch.arange(len(index), device=index.device)[:, None]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k, v [B, L, K, E] -> all there is, [B, S', K, E]."""
         if self._inner is not None:
             k, v = self._inner.append(layer, k, v)
-        table = self._prefix.table.unflatten(1, (-1, 2, *self._prefix.heads))[:, layer]
-        return self._joined(table[:, 0], k), self._joined(table[:, 1], v)
+        key, value = self._values[:, 2 * layer], self._values[:, 2 * layer + 1]
+        return self._joined(key, k), self._joined(value, v)
 
     def _joined(self, front: Tensor, rest: Tensor) -> Tensor:
         front = front.to(rest.dtype).expand(len(rest), *front.shape)  # [B, P, K, E]
+        if self._dropout:
+            front = nn.functional.dropout(front, self._dropout)
         return torch.cat((front, rest), 1)[self._rows, self._index]

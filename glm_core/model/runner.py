@@ -59,6 +59,7 @@ class Runner:
     ) -> None:
         weight = model.embedding
         self.model, self.chunk = model, chunk
+        model.eval()  # what adapters drop, they drop in training only
         self.length = min(length or model.config.max_length, model.config.max_length)
         self.cache = Cache(model.config, slots, self.length, weight.dtype, weight.device)
 

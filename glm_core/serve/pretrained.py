@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,18 @@ from glm_core import checkpoint
 from glm_core.errors import CheckpointError, DataError, PromptError
 from glm_core.model.prompt import Prompt, causal
 from glm_core.model.weights import open_checkpoint
-from glm_core.serve.pieces import ChatGLM2, Fast, Vocabulary, beside, read_json
+from glm_core.serve.pieces import CONFIG, GLM4, ChatGLM2, Fast, Vocabulary, beside, read_json
 from glm_core.serve.source import Message, Source, from_run
 
 ROLES = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-"""GLM-4's and ChatGLM3's, after the prefix, where the files bring none (tokenization_chatglm.py,
+"""GLM-4's, after the prefix, where the files bring none (tokenization_chatglm.py,
 build_single_message)"""
+SPACED = ROLES.replace("|>\n", "|>\n ")
+"""ChatGLM3's (its tokenizer_config.json): its code encodes each message alone, and sentencepiece
+puts a blank before what is encoded alone"""
 ROUNDS = (
     "{% for m in messages %}{% if m.role == 'user' %}[Round {{ loop.index0 // 2 + 1 }}]\n\n"
     "问：{{ m.content }}\n\n答：{% else %}{{ m.content }}\n\n{% endif %}{% endfor %}"
@@ -62,13 +65,8 @@ class Causal(Source):
         token. Raises PromptError where the last word is not the user's."""
         if not messages or messages[-1].role != "user":
             raise PromptError("messages: the last one must be the user's; add a question")
-        words = self.tokenizer
-        told = self._filled([m.role for m in messages])
-        parts = HOLE.split(told)  # template, number, template, ...
-        ids = [i for n, part in enumerate(parts) for i in (
-            words.encode(messages[int(part)].content) if n % 2 else self._special(part)
-        )]  # fmt: skip
-        prefix = words.prefix
+        ids = self._encoded(self._filled([m.role for m in messages]), messages)
+        prefix = self.tokenizer.prefix
         return causal(ids if ids[: len(prefix)] == prefix else [*prefix, *ids])
 
     def _filled(self, roles: list[str]) -> str:
@@ -83,15 +81,18 @@ class Causal(Source):
         except jinja2.TemplateError as error:
             raise PromptError(f"chat template: {error}; give other roles or order") from None
 
-    def _special(self, text: str) -> Iterator[int]:
-        """The template's own words, with special tokens where it spells them."""
-        special = self.tokenizer.special
-        names = sorted(special, key=len, reverse=True)
-        for part in re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]:
+    def _encoded(self, told: str, messages: Sequence[Message]) -> list[int]:
+        """Special tokens where the template spells them; all between two of them is one text,
+        whoever wrote it."""
+        special, encode = self.tokenizer.special, self.tokenizer.encode
+        names = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
+        ids: list[int] = []
+        for part in re.split(f"({names})", told) if names else [told]:
             if part in special:
-                yield special[part]
+                ids.append(special[part])
             elif part:
-                yield from self.tokenizer.encode(part)
+                ids += encode(HOLE.sub(lambda hole: messages[int(hole[1])].content, part))
+        return ids
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,10 +133,11 @@ def from_checkpoint(path: Path, dtype: torch.dtype) -> Source:
             f"{path}: the tokenizer has {tokenizer.vocab} tokens, the model {found.config.vocab}; "
             "check that they belong together"
         )
-    ends = _ends(path, found.files.config)
+    special = getattr(tokenizer, "special", {})
+    ends = _ends(path, found.files.config, special)
     model = found.load(dtype, quantized=True).requires_grad_(False)
     name = path.resolve().name
-    if isinstance(tokenizer, Fast | ChatGLM2):
+    if isinstance(tokenizer, Fast | ChatGLM2 | GLM4):
         template = _template(path, tokenizer)
         return Causal(
             model=model, tokenizer=tokenizer, name=name, template=template,
@@ -146,14 +148,22 @@ def from_checkpoint(path: Path, dtype: torch.dtype) -> Source:
     )
 
 
-def _ends(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
-    """eos_token_id of generation_config.json, else of config.json: a number or several."""
-    value = read_json(folder / "generation_config.json").get("eos_token_id")
-    value = config.get("eos_token_id") if value is None else value
+ANSWERING = ("<|user|>", "<|observation|>")
+"""roles whose tokens end an answer: it is their turn"""
+
+
+def _ends(folder: Path, config: dict[str, Any], special: dict[str, int]) -> tuple[int, ...]:
+    """eos_token_id, a number or several, of generation_config.json; or of config.json, and beside
+    it the tokens of the roles that answer, as ChatGLM3's chat has it (modeling_chatglm.py)."""
+    own = read_json(folder / "generation_config.json")
+    value = own.get("eos_token_id")
+    roles: tuple[str, ...] = ()
+    if value is None or own.get("_from_model_config"):
+        value, roles = config.get("eos_token_id", value), ANSWERING
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if strange := [i for i in ids if type(i) is not int]:
         raise DataError(f"{folder}: eos_token_id holds {strange[0]!r}; it must hold token ids")
-    return tuple(ids)
+    return tuple(dict.fromkeys([*ids, *(special[r] for r in roles if r in special and ids)]))
 
 
 def _named(tokenizer: Vocabulary) -> tuple[int, ...]:
@@ -166,7 +176,11 @@ def _template(folder: Path, tokenizer: Vocabulary) -> str:
     """chat_template.jinja, or tokenizer_config.json's, or what the special tokens imply."""
     if (file := folder / "chat_template.jinja").is_file():
         return file.read_text(encoding="utf-8")
-    listed = read_json(folder / "tokenizer_config.json").get("chat_template")
+    listed = read_json(folder / CONFIG).get("chat_template")
     if isinstance(listed, list):  # several, by name
         listed = next((t["template"] for t in listed if t.get("name") == "default"), None)
-    return str(listed) if listed else ROLES if "<|user|>" in tokenizer.special else ROUNDS
+    if listed:
+        return str(listed)
+    if "<|user|>" not in tokenizer.special:
+        return ROUNDS
+    return SPACED if isinstance(tokenizer, ChatGLM2) else ROLES

@@ -104,7 +104,7 @@ def from_run(
     if missing := [n for n, w in weights.items() if w is None]:
         raise CheckpointError(
             f"{file}: lacks {missing[0]} and {len(missing) - 1} more, it holds adapters without "
-            "their base; join them with glm_core.model.adapters.load_adapter"
+            "their base; give the base, and this run as --adapter"
         )
     model.load_state_dict(weights)
     return Source(

@@ -11,7 +11,7 @@ from foreign import write
 
 from glm_core.cli import checkpoint, main
 from glm_core.config import load
-from glm_core.model import adapters
+from glm_core.model import adapter_files
 from glm_core.model.weights import LAYOUTS, open_checkpoint
 
 
@@ -81,4 +81,20 @@ def test_lora_beside_a_run_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture
     checkpoint = open_checkpoint(f"{base}/checkpoints", model)
     assert checkpoint.layout.name == "glm-core"
     plain = checkpoint.load()
-    assert adapters.load_adapter(facts["adapter"], plain).rank == 2
+    assert adapter_files.load_adapter(facts["adapter"], plain).rank == 2
+    prompt = ["generate", "--run", base, "--prompt", "The", "--max-tokens", "9", "--json"]
+    prompt += ["--temperature", "9"]
+    assert main([*prompt, "--adapter", tuned]) == 0
+    capsys.readouterr()
+
+    prefix = ["--adapter", "ptuning", "--prefix-length", "3", "--prefix-projection"]
+    prefix += ["--dropout", "0.1", "--out", tuned + "2", "--base", base]
+    assert main(["train", *small, *prefix]) == 0
+    assert main(["checkpoint", "adapter", tuned + "2", str(tmp_path / "pytorch_model.bin")]) == 0
+    assert "prefix.outer.weight      [256, 32]" in capsys.readouterr().out
+    assert main(prompt) == 0
+    answers = [json.loads(capsys.readouterr().out)["text"]]
+    for adapter in (tuned + "2", str(tmp_path / "pytorch_model.bin")):
+        assert main([*prompt, "--adapter", adapter]) == 0
+        answers.append(json.loads(capsys.readouterr().out)["text"])
+    assert answers[0] != answers[1] == answers[2]

@@ -1,42 +1,24 @@
-"""Checkpoints with their tokenizers, in the exact layouts others write, talked to as their authors
-do."""
+"""Checkpoints of transformers with their tokenizers, talked to as it does; bad folders."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import sentencepiece
 import torch
-from safetensors.torch import save_file
+from folders import TALK, TEXT, loud, sentences, stored
 
 from glm_core import cli
 from glm_core.errors import CheckpointError, DataError, PromptError
-from glm_core.model import GLM
 from glm_core.model.generate import generate
 from glm_core.model.sample import Sampling
-from glm_core.serve.pieces import ChatGLM6B
 from glm_core.serve.pretrained import Causal, from_path
 from glm_core.serve.source import Message
 
-spec = importlib.util.spec_from_file_location(
-    "foreign", Path(__file__).parents[1] / "unit/foreign.py"
-)
-assert spec is not None
-assert spec.loader is not None
-foreign = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(foreign)
-
-TEXT = "The quick brown fox jumps over the lazy dog. 你好，世界 again and again it runs.\n"
-TALK = [
-    Message("system", "Be brief."), Message("user", "who runs?"), Message("assistant", "the fox"),
-    Message("user", "<|user|> again, 你好?"),
-]  # fmt: skip
 SPECIAL = ["<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>",
            "<|user|>", "<|assistant|>", "<|observation|>"]  # fmt: skip
 TEMPLATE = (
@@ -45,17 +27,6 @@ TEMPLATE = (
     "{% endif %}"
 )
 GREEDY = Sampling(max_tokens=12, temperature=0)
-
-
-def loud(parameters: Any) -> None:
-    """Random values whose logits differ enough for every choice to be clear."""
-    g = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for name, p in parameters:
-            std = 0.05 if p.ndim == 1 else 1.5 * p.shape[1] ** -0.5
-            p.copy_(torch.randn(p.shape, generator=g) * std + ("norm" in name and p.ndim == 1))
-
-
 # --- transformers' Glm and Glm4 ------------------------------------------------------------------
 
 
@@ -183,101 +154,6 @@ def test_a_template_of_ones_own_file_wins(theirs: tuple[Path, Any, Any]) -> None
         from_path(folder).chat([Message("user", "hello")])
 
 
-# --- ChatGLM in its authors' code ----------------------------------------------------------------
-
-
-def sentences(symbols: list[str], **more: Any) -> bytes:
-    """A sentencepiece model."""
-    made = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([TEXT] * 20), model_writer=made, model_type="bpe", vocab_size=340,
-        hard_vocab_limit=False, byte_fallback=True, character_coverage=1.0, minloglevel=2,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, num_threads=1,
-        user_defined_symbols=symbols, **more,
-    )  # fmt: skip
-    return made.getvalue()
-
-
-def stored(folder: Path, name: str, vocab: int = 400) -> GLM:
-    """A random model in their layout, its tokenizer missing."""
-    folder.mkdir()
-    sizes = {"vocab": vocab, "max_length": 200}
-    model = GLM(dataclasses.replace(foreign.CONFIGS[name], **sizes))
-    loud(model.named_parameters())
-    state = foreign.STATES[name]({k: v.detach() for k, v in model.named_parameters()})
-    save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors")
-    theirs = {
-        **foreign.DESCRIPTIONS[name], "eos_token_id": 2,
-        **({"padded_vocab_size": vocab, "seq_length": 200} if name == "chatglm2" else
-           {"vocab_size": vocab, "max_sequence_length": 200}),
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(theirs))
-    return model
-
-
-@pytest.mark.parametrize("roles", [False, True])
-def test_chatglm2_and_3(roles: bool, tmp_path: Path) -> None:
-    """ChatGLM2's rounds; ChatGLM3's role tokens, listed in tokenizer_config.json."""
-    folder = tmp_path / "their"
-    model = stored(folder, "chatglm2")
-    data = sentences([])
-    (folder / "tokenizer.model").write_bytes(data)
-    plain = sentencepiece.SentencePieceProcessor(model_proto=data)
-    size = plain.vocab_size()
-    names = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"]
-    names += ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"] if roles else []
-    ids = {name: size + i for i, name in enumerate(names)}
-    if roles:
-        listed = {str(i): {"content": n} for n, i in ids.items()}
-        (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": listed}))
-    source = from_path(folder)
-    talk = TALK[1:]
-    if roles:
-        expected = [ids["[gMASK]"], ids["sop"]]
-        for m in talk:
-            expected += [ids[f"<|{m.role}|>"], *plain.encode("\n"), *plain.encode(m.content)]
-        expected += [ids["<|assistant|>"]]
-        assert list(source.chat(talk).tokens) == expected
-    else:
-        tokens = source.chat(talk).tokens
-        assert tokens[:2] == (ids["[gMASK]"], ids["sop"])
-        text = "[Round 1]\n\n问：who runs?\n\n答：the fox\n\n"
-        text += "[Round 2]\n\n问：<|user|> again, 你好?\n\n答："
-        assert source.tokenizer.decode(tokens).replace(" ", "") == text.replace(" ", "")
-    assert source.stop == (2,)
-    prompt = source.complete("the fox")
-    assert list(prompt.tokens) == [ids["[gMASK]"], ids["sop"], *plain.encode("the fox")]
-    ours, expected = (generate(m, [prompt], GREEDY)[0].tokens for m in (source.model, model))
-    assert ours == expected
-
-
-def test_chatglm_6b(tmp_path: Path) -> None:
-    """Newlines and runs of blanks are pieces; ids begin after those of images."""
-    folder = tmp_path / "their"
-    stored(folder, "chatglm-6b", vocab=420)
-    blanks = [f"<|blank_{i}|>" for i in range(2, 7)]
-    symbols = ["[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<n>", "<|tab|>", *blanks]
-    data = sentences(symbols)
-    (folder / "ice_text.model").write_bytes(data)
-    (folder / "tokenizer_config.json").write_text(json.dumps({"num_image_tokens": 20}))
-    source = from_path(folder)
-    plain = sentencepiece.SentencePieceProcessor(model_proto=data)
-    pieces = source.tokenizer
-    assert isinstance(pieces, ChatGLM6B)
-    text = "the fox\n\tjumps    over"
-    ids = pieces.encode(text)
-    assert pieces.decode(ids) == text
-    assert {plain.piece_to_id(x) + 20 for x in ("<n>", "<|tab|>", "<|blank_4|>")} <= set(ids)
-    prompt = source.chat([Message("user", "the fox")])
-    assert list(prompt.tokens) == [*pieces.encode("the fox"), pieces.gmask, pieces.sop]
-    assert (prompt.sep, prompt.mask) == (len(prompt.tokens) - 1, len(prompt.tokens) - 2)
-    assert (source.fills, source.stop) == (True, (2,))
-    assert pieces.decode(source.chat(TALK[1:]).tokens).startswith(
-        "[Round 0]\n问：who runs?\n答：the"
-    )
-    assert generate(source.model, [prompt], GREEDY)[0].tokens
-
-
 # --- bad input -----------------------------------------------------------------------------------
 
 
@@ -286,9 +162,10 @@ def test_refusals(tmp_path: Path) -> None:
     stored(folder, "chatglm2")
     with pytest.raises(DataError, match=r"no tokenizer for layout chatglm2; known: tokenizer.json"):
         from_path(folder)
-    (folder / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
-    with pytest.raises(DataError, match=r"not a sentencepiece model .*; GLM-4's is tiktoken's"):
-        from_path(folder)
+    for data in (b"not pieces", b""):
+        (folder / "tokenizer.model").write_bytes(data)
+        with pytest.raises(DataError, match=r"neither a sentencepiece model .* nor tiktoken's"):
+            from_path(folder)
     (folder / "tokenizer.model").write_bytes(sentences([]))
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, "</s>"]}')
     with pytest.raises(DataError, match="eos_token_id holds '</s>'"):

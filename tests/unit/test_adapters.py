@@ -16,13 +16,12 @@ from glm_core import ops, train
 from glm_core.data import Batch
 from glm_core.errors import CheckpointError, ConfigError
 from glm_core.model import GLM
+from glm_core.model.adapter_files import load_adapter, save_adapter
 from glm_core.model.adapters import (
     AdapterConfig,
     adapter_state,
     attach,
-    load_adapter,
     merge,
-    save_adapter,
 )  # fmt: skip
 from glm_core.ops.quant import quantize
 

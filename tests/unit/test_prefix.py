@@ -15,12 +15,11 @@ from toy import V, config
 from glm_core import ops, train
 from glm_core.errors import CheckpointError, ConfigError, ShapeError
 from glm_core.model import GLM
+from glm_core.model.adapter_files import load_adapter, save_adapter
 from glm_core.model.adapters import (
     AdapterConfig,
     attach,
-    load_adapter,
     merge,
-    save_adapter,
 )  # fmt: skip
 from glm_core.model.cache import Cache
 
@@ -28,10 +27,10 @@ P, B, L = 3, 4, 12
 TUNING = AdapterConfig(kind="ptuning", prefix_length=P)
 
 
-def tuned(**model: Any) -> GLM:
+def tuned(tuning: AdapterConfig = TUNING, **model: Any) -> GLM:
     """A model with a prefix large enough to matter."""
     glm = GLM(config({"num_heads": 4, "num_kv_heads": 2, "init_std": 0.3, **model}).model)
-    attach(glm.init_weights(1).double(), TUNING)
+    attach(glm.init_weights(1).double(), tuning)
     glm.get_parameter("prefix.table").data.mul_(3)
     return glm
 
@@ -54,11 +53,11 @@ def batch() -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-def written_out(glm: GLM, given: dict[str, Tensor]) -> Tensor:
+def written_out(glm: GLM, given: dict[str, Tensor], table: Tensor | None = None) -> Tensor:
     """The same model, its attention a softmax over [prefix, keys] with a boolean mask."""
-    table = glm.get_parameter("prefix.table").detach()
+    table = glm.get_parameter("prefix.table").detach() if table is None else table
     plain = GLM(glm.config).double()
-    plain.load_state_dict({k: v for k, v in glm.state_dict().items() if k != "prefix.table"})
+    plain.load_state_dict({k: v for k, v in glm.state_dict().items() if "prefix" not in k})
     keys = torch.arange(L)
     seen = (keys >= given["key_start"][..., None]) & (keys < given["key_end"][..., None])
     seen = torch.cat((torch.ones(B, L, P, dtype=torch.bool), seen), -1)[:, None]

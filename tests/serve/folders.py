@@ -1,0 +1,69 @@
+"""Folders of checkpoints with tokenizers, small and random, in their authors' exact layouts."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import torch
+from safetensors.torch import save_file
+
+from glm_core.model import GLM
+from glm_core.serve.source import Message
+
+spec = importlib.util.spec_from_file_location(
+    "foreign", Path(__file__).parents[1] / "unit/foreign.py"
+)
+assert spec is not None
+assert spec.loader is not None
+foreign = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(foreign)
+
+TEXT = "The quick brown fox jumps over the lazy dog. 你好，世界 again and again it runs.\n"
+TALK = [
+    Message("system", "Be brief."), Message("user", "who runs?"), Message("assistant", "the fox"),
+    Message("user", "<|user|> again, 你好?"),
+]  # fmt: skip
+
+
+def loud(parameters: Any) -> None:
+    """Random values whose logits differ enough for every choice to be clear."""
+    g = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, p in parameters:
+            std = 0.05 if p.ndim == 1 else 1.5 * p.shape[1] ** -0.5
+            p.copy_(torch.randn(p.shape, generator=g) * std + ("norm" in name and p.ndim == 1))
+
+
+def sentences(symbols: list[str], **more: Any) -> bytes:
+    """A sentencepiece model."""
+    made = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([TEXT] * 20), model_writer=made, model_type="bpe", vocab_size=340,
+        hard_vocab_limit=False, byte_fallback=True, character_coverage=1.0, minloglevel=2,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, num_threads=1,
+        user_defined_symbols=symbols, **more,
+    )  # fmt: skip
+    return made.getvalue()
+
+
+def stored(folder: Path, name: str, vocab: int = 400) -> GLM:
+    """A random model in their layout, its tokenizer missing."""
+    folder.mkdir()
+    sizes = {"vocab": vocab, "max_length": 200}
+    model = GLM(dataclasses.replace(foreign.CONFIGS[name], **sizes))
+    loud(model.named_parameters())
+    state = foreign.STATES[name]({k: v.detach() for k, v in model.named_parameters()})
+    save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors")
+    theirs = {
+        **foreign.DESCRIPTIONS[name], "eos_token_id": 2,
+        **({"padded_vocab_size": vocab, "seq_length": 200} if name == "chatglm2" else
+           {"vocab_size": vocab, "max_sequence_length": 200}),
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(theirs))
+    return model

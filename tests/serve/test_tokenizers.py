@@ -1,0 +1,245 @@
+"""The tokenizers of ChatGLM-6B, ChatGLM2, ChatGLM3 and GLM-4 in their authors' files, and what is
+said with them, id by id."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+from folders import TALK, TEXT, sentences, stored
+
+from glm_core.errors import DataError
+from glm_core.model.generate import generate
+from glm_core.model.sample import Sampling
+from glm_core.serve.pieces import GLM4, GLM4_PATTERN, ChatGLM6B
+from glm_core.serve.pretrained import from_path
+from glm_core.serve.source import Message
+
+GREEDY = Sampling(max_tokens=12, temperature=0)
+CHATGLM3_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first %}[gMASK]sop<|{{ message['role'] }}|>\n "
+    "{{ message['content'] }}{% else %}<|{{ message['role'] }}|>\n {{ message['content'] }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+"""chatglm3-6b, tokenizer_config.json"""
+GLM4_TEMPLATE = (
+    "[gMASK]<sop>{% for item in messages %}{% if item['tools'] is defined %}<|system|>\n..."
+    "{% endif %}{% if item['content'] %}<|{{ item['role'] }}|>{{ item['metadata'] }}\n"
+    "{{ item['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+"""glm-4-9b-chat, tokenizer_config.json, what it says of tools left out"""
+NUM_RANKS = 310
+CHATGLM2 = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"]
+ROLES = ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
+
+
+# --- ChatGLM2 and ChatGLM3: sentencepiece --------------------------------------------------------
+
+
+def family(folder: Path, **facts: Any) -> sentencepiece.SentencePieceProcessor:
+    """A folder of ChatGLM2 or 3; what its authors' code would encode text with."""
+    stored(folder, "chatglm2")
+    data = sentences([])
+    (folder / "tokenizer.model").write_bytes(data)
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "ChatGLMTokenizer", "auto_map": {"a": "b"}, **facts})
+    )
+    return sentencepiece.SentencePieceProcessor(model_proto=data)
+
+
+def test_chatglm2(tmp_path: Path) -> None:
+    """A conversation is one text, encoded as one."""
+    plain = family(tmp_path / "their")
+    source = from_path(tmp_path / "their")
+    size = plain.vocab_size()
+    text = "[Round 1]\n\n问：who runs?\n\n答：the fox\n\n"
+    text += "[Round 2]\n\n问：<|user|> again, 你好?\n\n答："
+    prefix = [size + CHATGLM2.index("[gMASK]"), size + CHATGLM2.index("sop")]
+    assert list(source.chat(TALK[1:]).tokens) == [*prefix, *plain.encode(text)]
+    assert list(source.complete("the fox").tokens) == [*prefix, *plain.encode("the fox")]
+    assert source.stop == (2,)
+    assert generate(source.model, [source.complete("the fox")], GREEDY)[0].tokens
+
+
+def listed(size: int, names: list[str]) -> dict[str, Any]:
+    """added_tokens_decoder of some of ChatGLM3's tokens, beside sentencepiece's own."""
+    ids = {name: size + i for i, name in enumerate(CHATGLM2 + ROLES)}
+    return {"2": {"content": "</s>"}, **{str(ids[n]): {"content": n} for n in names}}
+
+
+@pytest.mark.parametrize("beside", ["list", "part of it and a template", "template", "code"])
+def test_chatglm3(beside: str, tmp_path: Path) -> None:
+    """However the files tell that there are roles: each message after its role, a newline before
+    it, encoded alone (tokenization_chatglm.py, build_single_message)."""
+    folder = tmp_path / "their"
+    size = sentencepiece.SentencePieceProcessor(model_proto=sentences([])).vocab_size()
+    facts: dict[str, Any] = {
+        "list": {"added_tokens_decoder": listed(size, CHATGLM2 + ROLES)},
+        "part of it and a template": {
+            "added_tokens_decoder": listed(size, ["[gMASK]", "sop", "<|user|>", "<|assistant|>"]),
+            "chat_template": CHATGLM3_TEMPLATE,
+        },
+        "template": {"chat_template": CHATGLM3_TEMPLATE},
+        "code": {},
+    }[beside]
+    plain = family(folder, **facts)
+    if beside == "code":
+        (folder / "tokenization_chatglm.py").write_text('raise SystemExit("<|user|>")')
+    source = from_path(folder)
+    ids = {name: size + i for i, name in enumerate(CHATGLM2 + ROLES)}
+    assert source.tokenizer.special == ids
+    expected = [ids["[gMASK]"], ids["sop"]]
+    talk = [*TALK, Message("assistant", "\n well"), Message("user", "  two blanks")]
+    for m in talk:
+        expected += [ids[f"<|{m.role}|>"], *plain.encode("\n"), *plain.encode(m.content)]
+    assert list(source.chat(talk).tokens) == [*expected, ids["<|assistant|>"]]
+    assert source.stop == (2, ids["<|user|>"], ids["<|observation|>"])
+
+
+# --- ChatGLM-6B ----------------------------------------------------------------------------------
+
+
+def test_chatglm_6b(tmp_path: Path) -> None:
+    """Newlines and runs of blanks are pieces; ids begin after those of images."""
+    folder = tmp_path / "their"
+    stored(folder, "chatglm-6b", vocab=420)
+    blanks = [f"<|blank_{i}|>" for i in range(2, 7)]
+    symbols = ["[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<n>", "<|tab|>", *blanks]
+    data = sentences(symbols)
+    (folder / "ice_text.model").write_bytes(data)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"num_image_tokens": 20}))
+    source = from_path(folder)
+    plain = sentencepiece.SentencePieceProcessor(model_proto=data)
+    pieces = source.tokenizer
+    assert isinstance(pieces, ChatGLM6B)
+    text = "the fox\n\tjumps    over"
+    ids = pieces.encode(text)
+    assert pieces.decode(ids) == text
+    spelled = "the fox<n><|tab|>jumps<|blank_4|>over"
+    assert ids == [i + 20 for i in plain.encode(spelled)]
+    assert {plain.piece_to_id(x) + 20 for x in ("<n>", "<|tab|>", "<|blank_4|>")} <= set(ids)
+    written = "a [gMASK] <eop><sop>b"  # what people write is text
+    said = source.chat([Message("user", written)]).tokens
+    assert pieces.decode(said) == written
+    special = {pieces.mask, pieces.gmask, pieces.smask, pieces.sop, pieces.eop, pieces.eos}
+    assert [t for t in said if t in special] == [pieces.gmask, pieces.sop]
+    prompt = source.chat([Message("user", "the fox")])
+    assert list(prompt.tokens) == [*pieces.encode("the fox"), pieces.gmask, pieces.sop]
+    assert (prompt.sep, prompt.mask) == (len(prompt.tokens) - 1, len(prompt.tokens) - 2)
+    assert (source.fills, source.stop) == (True, (2,))
+    text = "[Round 0]\n问：who runs?\n答：the fox\n[Round 1]\n问：<|user|> again, 你好?\n答："
+    tokens = source.chat(TALK[1:]).tokens
+    assert list(tokens) == [*pieces.encode(text), pieces.gmask, pieces.sop]
+    assert generate(source.model, [prompt], GREEDY)[0].tokens
+
+
+# --- GLM-4: tiktoken's file ----------------------------------------------------------------------
+
+
+def ranks(size: int) -> dict[bytes, int]:
+    """Byte pairs of TEXT, the most frequent first, merged within the words that GLM-4 cuts."""
+    regex = pytest.importorskip("regex", reason="regex, which tiktoken brings, is not installed")
+    words = [[bytes([b]) for b in w.encode()] for w in regex.findall(GLM4_PATTERN, TEXT * 3)]
+    found = {bytes([b]): b for b in range(256)}
+    while len(found) < size:
+        pairs = Counter(p for w in words for p in itertools.pairwise(w))
+        best = max(pairs, key=lambda p: (pairs[p], p))
+        found.setdefault(b"".join(best), len(found))
+        for word in words:
+            i = 0
+            while i + 1 < len(word):
+                if (word[i], word[i + 1]) == best:
+                    word[i : i + 2] = [b"".join(best)]
+                i += 1
+    return found
+
+
+def glm4(folder: Path, facts: dict[str, Any]) -> Path:
+    """A folder of GLM-4; its tokenizer's file."""
+    pytest.importorskip("tiktoken", reason="tiktoken is not installed")
+    stored(folder, "chatglm2")
+    lines = [f"{base64.b64encode(t).decode()} {i}" for t, i in ranks(NUM_RANKS).items()]
+    (folder / "tokenizer.model").write_text("\n".join(lines) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(facts))
+    return folder / "tokenizer.model"
+
+
+@pytest.mark.parametrize("beside", ["list and template", "nothing"])
+def test_glm4(beside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ids of text as transformers' converter of tiktoken files gives them; of a conversation as the
+    authors' build_single_message."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
+    slow = pytest.importorskip(
+        "transformers.convert_slow_tokenizer", reason="transformers is not installed"
+    )
+    names = ["<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", *ROLES]
+    ids = {name: NUM_RANKS + i for i, name in enumerate(names)}
+    facts: dict[str, Any] = {"tokenizer_class": "ChatGLM4Tokenizer", "auto_map": {"a": "b"}}
+    if beside != "nothing":
+        facts["added_tokens_decoder"] = {str(i): {"content": n} for n, i in ids.items()}
+        facts["chat_template"] = GLM4_TEMPLATE
+    file = glm4(tmp_path / "their", facts)
+    source = from_path(tmp_path / "their")
+    pieces = source.tokenizer
+    assert isinstance(pieces, GLM4)
+    assert ids.items() <= pieces.special.items()
+    theirs = slow.TikTokenConverter(str(file)).converted()
+    for text in (
+        TEXT,
+        "it's 12345 foxes\r\n\n  and\ttabs ",
+        "你好🙂世界 é",
+        "<|user|> [gMASK]",
+        " ",
+    ):
+        assert pieces.encode(text) == theirs.encode(text, add_special_tokens=False).ids
+        assert pieces.decode(pieces.encode(text)) == text
+    assert pieces.decode([ids["<|user|>"], *pieces.encode("a"), 10**6]) == "a"
+    expected = [ids["[gMASK]"], ids["<sop>"]]
+    for m in TALK:
+        expected += [ids[f"<|{m.role}|>"], *pieces.encode("\n"), *pieces.encode(m.content)]
+    assert list(source.chat(TALK).tokens) == [*expected, ids["<|assistant|>"]]
+    assert generate(source.model, [source.chat(TALK)], GREEDY)[0].tokens
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+def test_bad_tiktoken_files(tmp_path: Path) -> None:
+    file = glm4(tmp_path / "their", {})
+    whole = file.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for data, told in [
+        (b"".join(lines[:-1]) + b"!!! 309\n", "not a tiktoken file"),
+        (b"".join(lines[:100]), "100 lines are not ranks from 0 on that cover every byte"),
+        (b"".join(lines[:290] + lines[300:]), "300 lines are not ranks"),
+        (whole + b"IQ==\n", "not a tiktoken file"),
+    ]:
+        file.write_bytes(data)
+        with pytest.raises(DataError, match=told):
+            from_path(tmp_path / "their")
+    file.write_bytes(whole)
+    for listed, told in [
+        ({"311": {"content": "[gMASK]"}}, "no token <sop> is listed beside it"),
+        ({"x": {}}, "added_tokens_decoder cannot be read"),
+        ({"311": {"content": "[gMASK]"}, "0311": {"content": "<sop>"}}, "two special tokens have"),
+    ]:
+        facts = {"added_tokens_decoder": listed}
+        (tmp_path / "their/tokenizer_config.json").write_text(json.dumps(facts))
+        with pytest.raises(DataError, match=told):
+            from_path(tmp_path / "their")
+
+
+def test_code_in_a_folder_is_never_run(tmp_path: Path) -> None:
+    folder = tmp_path / "their"
+    family(folder, tokenizer_class="OddTokenizer")
+    (folder / "tokenization_chatglm.py").write_text('raise SystemExit("ran")')
+    told = r"its tokenizer OddTokenizer is Python code in the folder, which is never run; known"
+    with pytest.raises(DataError, match=told):
+        from_path(folder)

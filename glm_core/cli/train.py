@@ -195,10 +195,10 @@ def adapted(args: argparse.Namespace, config: RunConfig) -> tuple[RunConfig, GLM
     elif args.config or args.preset:
         model_config = config.model
     checkpoint = open_checkpoint(path, model_config)
-    config = dataclasses.replace(config, model=checkpoint.config)
     import torch
 
     model = checkpoint.load(getattr(torch, config.train.dtype), quantized=True)
+    config = dataclasses.replace(config, model=model.config)
     return config, adapters.attach(model, adapter_config(args), config.train.seed)
 
 

@@ -4,6 +4,7 @@ a time, and what a model takes on each of several devices."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from glm_core import ops
 from glm_core.config import ModelConfig, check
 from glm_core.model.glm import GLM, Linear
-from glm_core.ops.quant import dequantize, quantize
+from glm_core.ops.quant import dequantize, quantize, row_parts
 
 LINEARS = ("attention.qkv", "attention.out", "mlp.up", "mlp.down")
 """what GLM-130B quantises; embeddings, head and norms stay as they are"""
@@ -116,9 +117,14 @@ def _convert(block: nn.Module, prefix: str, how: Quantization) -> Iterator[Conve
 
 
 def _converted(name: str, weight: Tensor, made: QuantizedLinear) -> Converted:
-    error = made.dequantized().sub_(weight.detach()).norm() / weight.detach().float().norm()
-    after = made.weight.nbytes + made.scale.nbytes
-    return Converted(name, float(error.nan_to_num()), weight.nbytes, after)
+    change = size = 0.0
+    for rows in row_parts(weight):
+        part = weight[rows].detach().float()
+        back = dequantize(made.weight[rows], made.scale[rows], made.how.bits, torch.float32)
+        change += float(back.sub_(part).norm()) ** 2
+        size += float(part.norm()) ** 2
+    error = math.sqrt(change / size) if size else 0.0
+    return Converted(name, error, weight.nbytes, made.weight.nbytes + made.scale.nbytes)
 
 
 def streamed(

@@ -15,7 +15,7 @@ from glm_core.ops.precision import num_bytes, wide
 from glm_core.spec import Cost, Draw, Maker, Sample, normal
 
 BITS = (8, 4)
-WORKING_SET = 1 << 24
+WORKING_SET = 1 << 22
 """weights quantised at a time"""
 BLOCK = 32
 """inputs that share a step where activations are rounded to int8"""
@@ -30,18 +30,32 @@ def quantize(weight: Tensor, bits: int, group: int = 0) -> tuple[Tensor, Tensor]
     Raises ShapeError where D does not divide, or a weight is not finite."""
     rows, width = weight.shape
     _check(bits, width, group)
-    if rows > (most := max(WORKING_SET // max(width, 1), 1)):  # bounds the float32 copies
-        made = [quantize(part, bits, group) for part in weight.split(most)]
-        return torch.cat([codes for codes, _ in made]), torch.cat([scale for _, scale in made])
+    groups = width // group if group else 1
+    codes = torch.empty(rows, width * bits // 8, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(rows, groups, dtype=torch.half, device=weight.device)
+    for part in row_parts(weight):  # bounds the float32 copies
+        codes[part], scale[part] = _rounded_rows(wide(weight[part].detach()), bits, groups)
+    return codes, scale if group else scale[:, 0]
+
+
+def row_parts(weight: Tensor) -> Iterator[slice]:
+    """The rows of a matrix in parts of about WORKING_SET elements."""
+    rows, width = weight.shape
+    step = max(WORKING_SET // max(width, 1), 1)
+    return (slice(begin, begin + step) for begin in range(0, rows, step))
+
+
+def _rounded_rows(weight: Tensor, bits: int, groups: int) -> tuple[Tensor, Tensor]:
+    """Codes, and scales [F, G]."""
     top = 2 ** (bits - 1) - 1
-    parts = wide(weight.detach()).reshape(rows, -1, group or width)  # [F, G, D / G]
+    parts = weight.reshape(len(weight), groups, -1)  # [F, G, D / G]
     scale = (parts.abs().amax(-1) / top).half()
     if not scale.isfinite().all():
         raise ShapeError("quantize: weight has values that are not finite, or over 65504 * steps")
     step = scale.to(parts)[..., None]
     codes = torch.where(step > 0, parts / step, 0.0).round_().clamp_(-top, top)
-    codes = codes.to(torch.int8).reshape(rows, width)
-    return pack(codes) if bits == 4 else codes, scale if group else scale[:, 0]
+    codes = codes.to(torch.int8).reshape(weight.shape)
+    return pack(codes) if bits == 4 else codes, scale
 
 
 def _check(bits: int, width: int, group: int) -> None:

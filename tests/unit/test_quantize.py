@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ from glm_core.model.quantize import (
     model_bytes,
     streamed,
 )
+from glm_core.ops import quant
 
 CONFIG = ModelConfig(num_layers=2, hidden=64, num_heads=2, ffn=96, vocab=128, max_length=32)
 GIB = 1 << 30
@@ -112,3 +115,33 @@ def test_device_memory_counts_what_a_model_holds() -> None:
 def test_rules_that_do_not_exist_are_reported_together() -> None:
     with pytest.raises(ConfigError, match=r"bits=3 must be 8 or 4; group=48 must be 0"):
         Quantization(bits=3, group=48)
+
+
+def test_conversion_holds_little_beside_what_is_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Allocated bytes as torch's profiler counts them: above what remains, a layer in bfloat16 and
+    less than one more of it."""
+    config = ModelConfig(num_layers=6, hidden=256, num_heads=4, ffn=1024, vocab=64, max_length=32)
+    monkeypatch.setattr(quant, "WORKING_SET", 1 << 14)
+
+    def read(name: str, shape: torch.Size) -> torch.Tensor:
+        return torch.full(shape, 0.01, dtype=torch.bfloat16)
+
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        made = streamed(config, read, Quantization(bits=4), torch.bfloat16)
+    events = sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+    held = list(itertools.accumulate(e.nbytes() for e in events if e.name() == "[memory]"))
+    layer = 2 * sum(p.numel() for p in GLM(config).blocks[0].parameters())
+    finished = model_bytes(made)["total_bytes"]
+    assert finished <= held[-1] < 1.1 * finished
+    assert max(held) - finished < 2 * layer
+
+
+def test_error_of_a_matrix_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, other = (GLM(CONFIG).init_weights(0) for _ in range(2))
+    whole = list(convert(model, Quantization(bits=4)))
+    monkeypatch.setattr(quant, "WORKING_SET", 3 * 64)
+    assert [x.error for x in convert(other, Quantization(bits=4))] == pytest.approx(
+        [x.error for x in whole], rel=1e-6
+    )

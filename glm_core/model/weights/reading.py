@@ -114,13 +114,16 @@ class Checkpoint:
         quantized: bool = False,
     ) -> GLM:  # fmt: skip
         """The model with these weights; dtype: in place of the stored one. Quantized linears are
-        dequantized, or with `quantized` kept as their codes, computed with as they lie. Fills
+        dequantized, or with `quantized` kept as their codes, computed with as they lie. A stored
+        head whose values are the embedding's, as ChatGLM-6B's, takes no memory of its own. Fills
         parameter by parameter: memory holds the model and one tensor."""
         self.require_equal_copies()
+        config = dataclasses.replace(self.config, tied_head=self._tied())
         with torch.device("meta"):
-            model = GLM(self.config)
-        kept = {n.rpartition(".")[0] for n in self.shapes if quantized and self.quantized(n)}
-        for name in self.shapes:
+            model = GLM(config)
+        names = [n for n in self.shapes if n != "head" or not config.tied_head]
+        kept = {n.rpartition(".")[0] for n in names if quantized and self.quantized(n)}
+        for name in names:
             owner, _, leaf = name.rpartition(".")
             if owner not in kept:
                 value = self.dense(name)
@@ -131,6 +134,9 @@ class Checkpoint:
             linear = self._as_stored(owner, dtype, device)
             setattr(model.get_submodule(parent), leaf, linear)
         return model
+
+    def _tied(self) -> bool:
+        return self.config.tied_head or torch.equal(self.tensor("head"), self.tensor("embedding"))
 
     def _as_stored(
         self, owner: str, dtype: torch.dtype | None, device: str | torch.device

@@ -35,10 +35,13 @@ def run(args: argparse.Namespace) -> int:
     """Exit 0; 2 where the options or the run do not fit."""
     from glm_core import data
     from glm_core.backends import registry
+    from glm_core.errors import CheckpointError
     from glm_core.model.quality import score
     from glm_core.model.quantize import Quantization, convert, model_bytes
 
     how = Quantization(bits=args.bits, group=args.group, activation_bits=args.activation_bits)
+    if args.out and Path(args.out).exists():
+        raise CheckpointError(f"{args.out}: exists; choose a new folder")
     model, config = _trained(args.run_folder)
     seed = config.train.seed + 1  # other blanks, another order than the run saw
     sampler = data.open(config.data, seed, ".cache", positions=config.model.positions)

@@ -1,0 +1,78 @@
+"""A folder of `glm-core quantize` in generate, chat and serve: the same words as the run's own
+model with the same weights quantised in memory."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from glm_core import cli, config, train
+from glm_core.backends.registry import use
+from glm_core.model.generate import generate
+from glm_core.model.quantize import Quantization, QuantizedLinear, convert
+from glm_core.model.sample import Sampling
+from glm_core.serve.pretrained import from_path
+from glm_core.serve.source import Message
+
+ASKED = "The fox number 7"
+HOW = {
+    "int4": Quantization(bits=4, group=32, activation_bits=8),
+    "int8": Quantization(bits=8),
+}
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that learned a little: its answers are not noise, and differ by rounding."""
+    folder = tmp_path_factory.mktemp("quantized")
+    text = folder / "text.txt"
+    text.write_text("\n".join(f"The fox number {i} jumps over the dog." for i in range(400)))
+    settings = config.RunConfig(
+        model=config.ModelConfig(num_layers=2, hidden=64, num_heads=2, ffn=96, vocab=512),
+        data=config.DataConfig(path=str(text), vocab=400, length=64),
+        train=config.TrainConfig(steps=12, warmup_steps=0, micro_batch=4, global_batch=4, lr=3e-3),
+    )
+    train.run(settings, folder / "run", cache_dir=folder / "cache")
+    return folder / "run"
+
+
+@pytest.fixture(params=HOW)
+def quantized(request: Any, run_dir: Path, monkeypatch: Any, capsys: Any) -> tuple[Path, str]:
+    """(the folder that `quantize` wrote, what a chat with it must answer)."""
+    how, folder = HOW[request.param], run_dir.parent / request.param
+    monkeypatch.chdir(run_dir.parent)
+    words = ["--bits", how.bits, "--group", how.group, "--activation-bits", how.activation_bits]
+    argv = ["quantize", run_dir, *words, "--sequences", 8, "--out", folder]
+    assert cli.main([str(word) for word in argv]) == 0
+    capsys.readouterr()
+    source = from_path(run_dir)
+    assert len(list(convert(source.model, how))) == 8
+    sampling = Sampling(max_tokens=12, temperature=0, stop=source.stop)
+    with use("cpu"):
+        [done] = generate(source.model, [source.chat([Message("user", ASKED)])], sampling)
+    assert len(done.tokens) > 3
+    return folder, source.tokenizer.decode(done.tokens)
+
+
+def test_commands_and_server_say_the_same(
+    quantized: tuple[Path, str], serving: Any, monkeypatch: Any, capsys: Any
+) -> None:
+    openai = pytest.importorskip("openai", reason="the extra `serve` is not installed")
+    folder, answer = quantized
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{ASKED}\n/quit\n"))
+    greedy = ["--temperature", "0", "--max-tokens", "12"]
+    assert cli.main(["chat", "--model", str(folder), *greedy]) == 0
+    assert capsys.readouterr().out.strip() == answer.strip()
+    source = from_path(folder)
+    assert sum(isinstance(m, QuantizedLinear) for m in source.model.modules()) == 8
+    with serving(model=source) as served:
+        client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none")
+        told = client.chat.completions.create(
+            model=source.name, messages=[{"role": "user", "content": ASKED}], temperature=0,
+            max_tokens=12, stream=True,
+        )  # fmt: skip
+        pieces = [chunk.choices[0].delta.content or "" for chunk in told if chunk.choices]
+    assert "".join(pieces) == answer

@@ -1,9 +1,9 @@
 """One token after another against other engines, interleaved: `python -m glm_core.bench.decode`.
 
 The same GLM-4-style shapes and random weights everywhere, one sequence, a short context. Engines
-that are not installed are left out and named. `ceiling_gb_s` is what torch reads when it sums a
-large buffer in the same rounds; a row's `gb_s` counts the weights of all products, head included,
-once a token."""
+that are not installed are left out and named. `ceiling_gb_s` is what the faster of two readers of a
+large buffer reaches in the same rounds; a row's `gb_s` counts the weights of all products, head
+included, once a token."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import argparse
 import importlib.util
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from glm_core import ops
 from glm_core.backends.registry import use
-from glm_core.bench import matmul_nbits, peers
+from glm_core.bench import llama, matmul_nbits, peers
 from glm_core.bench.harness import Timing, interleave, machine, ratio
 from glm_core.bench.noise import Watch, irregularities
 from glm_core.bench.peers import Engine
@@ -29,7 +30,13 @@ from glm_core.model.quantize import Quantization, convert
 from glm_core.model.runner import Next, Runner
 
 PROMPT = 64
+TURN = 8
+"""tokens an engine decodes in its turn: the first meets the caches as another engine left them"""
 READ_BYTES = 512 << 20
+PEERS = (
+    "transformers", "torchao", "onnxruntime", "onnx", "onnxruntime_genai", "llama_cpp", "gguf",
+    "chatglm_cpp",
+)  # fmt: skip
 OURS = {
     "float32": ("float32", None),
     "bfloat16": ("bfloat16", None),
@@ -91,27 +98,53 @@ def engines(config: ModelConfig, prompt: int, prefill: bool, dtypes: list[str]) 
     """Everything that runs here."""
     for dtype in dtypes:
         yield ours(config, dtype, prompt, prefill)
-    if importlib.util.find_spec("transformers"):
+    here = {name for name in PEERS if importlib.util.find_spec(name)}
+    if "transformers" in here:
         for dtype in ("float32", "bfloat16"):
             yield peers.transformers_glm(config, dtype, prompt, prefill)
-        if importlib.util.find_spec("torchao"):
-            for bits in (8, 4):
-                yield peers.torchao_glm(config, bits, prompt, prefill)
-    if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnx"):
+    if {"transformers", "torchao"} <= here:
+        for bits in (8, 4):
+            yield peers.torchao_glm(config, bits, prompt, prefill)
+    if {"onnxruntime", "onnx"} <= here:
         step, size = matmul_nbits.chain(config, prompt if prefill else 1)
         yield Engine("onnxruntime MatMulNBits, products alone", "int4", step, size)
         model = built(config, "float32", OURS["int4"][1])
         yield peers.onnxruntime_glm(model, prompt, prefill, read_weights(model))
+    if {"onnxruntime_genai", "transformers"} <= here:
+        yield peers.genai(config, prompt, prefill)
+    if {"llama_cpp", "gguf"} <= here:
+        yield llama.llama(config, prompt, prefill)
+
+
+def readers() -> dict[str, Callable[[], Any]]:
+    """Two ways to read READ_BYTES from memory: torch's sum, and our product with one row, which
+    asks for what it needs next and is the faster of the two on some machines."""
+    # ones, not zeros: pages never written read as one zero page
+    buffer, width = torch.ones(READ_BYTES // 4), 4096
+    weight = torch.ones(READ_BYTES // 2 // width, width, dtype=torch.bfloat16)
+    row = torch.ones(1, width, dtype=torch.bfloat16)
+
+    def product() -> None:
+        with use("cpu", strict=True), torch.no_grad():
+            ops.linear(row, weight)
+
+    return {"sum": buffer.sum, "product": product}
 
 
 def timed(
     config: ModelConfig, rounds: int, prefill: int, dtypes: list[str]
 ) -> tuple[list[Engine], dict[str, Timing]]:
-    """Every engine and a read of a large buffer, in turn."""
-    buffer = torch.ones(READ_BYTES // 4)  # not zeros: pages never written read as one zero page
+    """Every engine in turn, seconds of a token or of the prompt; `read`: the faster reader."""
     found = list(engines(config, prefill or PROMPT, bool(prefill), dtypes))
-    contestants = {f"{e.name}, {e.dtype}": e.step for e in found}
-    return found, interleave({**contestants, "read": buffer.sum}, rounds)
+    times, reading = 1 if prefill else TURN, readers()
+
+    def turn(step: Callable[[], Any]) -> Callable[[], Any]:
+        return lambda: [step() for _ in range(times)]
+
+    contestants = {f"{e.name}, {e.dtype}": turn(e.step) for e in found}
+    taken = interleave({**contestants, **reading}, rounds)
+    each = {n: Timing(seconds=tuple(s / times for s in taken[n].seconds)) for n in contestants}
+    return found, {**each, "read": min((taken[n] for n in reading), key=lambda t: t.median_s)}
 
 
 def rows(rounds: int, prefill: int, dtypes: list[str], told: dict[str, Any]) -> list[Row]:
@@ -119,7 +152,7 @@ def rows(rounds: int, prefill: int, dtypes: list[str], told: dict[str, Any]) -> 
     watch = Watch()
     found, timing = timed(shapes(), rounds, prefill, dtypes)
     read, notes, tokens = timing["read"], tuple(watch.notes()), prefill or 1
-    source = f"measured here, best of {rounds}: sum of {READ_BYTES >> 20} MiB"
+    source = f"measured here, best of {rounds}: read of {READ_BYTES >> 20} MiB"
     peak = {"tflops": 0.0, "gb_s": READ_BYTES / min(read.seconds) / 1e9, "source": source}
     kind = f"prefill {prefill}" if prefill else "decode"
     return [
@@ -142,8 +175,7 @@ def measure(rounds: int, prefill: int, dtypes: list[str]) -> dict[str, Any]:
     ceiling = READ_BYTES / timing["read"].median_s / 1e9
     base = timing.get("ours, int4")
     rows = [_row(e, timing[f"{e.name}, {e.dtype}"], base, prefill or 1, ceiling) for e in found]
-    missing = [p for p in ("transformers", "torchao", "onnxruntime", "llama_cpp", "chatglm_cpp")
-               if not importlib.util.find_spec(p)]  # fmt: skip
+    missing = [p for p in PEERS if not importlib.util.find_spec(p)]
     return {
         "rows": rows, "ceiling_gb_s": ceiling, "prompt": prompt, "prefill": bool(prefill),
         "not_installed": missing, "machine": machine(),

@@ -1,8 +1,11 @@
 """Other engines that decode the same shapes: transformers, torchao on it, ONNX Runtime on the file
-that we export."""
+that we export, ONNX Runtime GenAI on its own builder's."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -124,3 +127,66 @@ def onnxruntime_glm(model: GLM, prompt: int, prefill: bool, size: int) -> Engine
         cache.update(zip(kinds, feed(list(text.tokens), 0), strict=True))
     step = (list(text.tokens), 0) if prefill else ([7], prompt)
     return Engine("onnxruntime, whole model", "int4", lambda: feed(*step), size)
+
+
+def genai(config: ModelConfig, prompt: int, prefill: bool) -> Engine:
+    """ONNX Runtime GenAI on what its own builder makes of a transformers Qwen2 of these sizes: the
+    builder knows no Glm, and theirs differs in what is rotated alone. int4 in blocks of 128, head
+    included, float32 scales."""
+    import onnxruntime_genai as og
+
+    with tempfile.TemporaryDirectory() as folder:
+        size = _qwen2(config, Path(folder, "hf"))
+        made = _built(Path(folder, "hf"), Path(folder, "onnx"))
+        model = og.Model(str(made))
+    settings = og.GeneratorParams(model)
+    # a shortest answer as long as the longest: random weights may say the end at any time
+    settings.set_search_options(
+        do_sample=False, max_length=config.max_length, min_length=config.max_length
+    )
+    text = [i % config.vocab for i in range(prompt)]
+
+    def fill() -> Any:
+        generator = og.Generator(model, settings)
+        generator.append_tokens(text)
+        return generator
+
+    step = fill if prefill else fill().generate_next_token
+    return Engine("onnxruntime-genai", "int4", step, size // 2 + size // 128 * 4)
+
+
+def _qwen2(config: ModelConfig, folder: Path) -> int:
+    """Saves a random Qwen2 with a tokenizer of one word; returns the elements of its products."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=config.vocab, hidden_size=config.hidden, intermediate_size=config.ffn,
+            num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads, max_position_embeddings=config.max_length,
+            tie_word_embeddings=False, bos_token_id=0, eos_token_id=1, pad_token_id=0,
+        )
+    )  # fmt: skip
+    model.save_pretrained(folder)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, "a"))
+    wrap: Any = PreTrainedTokenizerFast  # untyped
+    wrap(tokenizer_object=words, bos_token="a", eos_token="b", pad_token="a").save_pretrained(
+        folder
+    )
+    return _linear_bytes(model) // 4
+
+
+def _built(source: Path, target: Path) -> Path:
+    """GenAI's builder, in a process of its own, and as many threads as ours."""
+    words = ["-i", source, "-o", target, "-c", target / "cache", "-p", "int4", "-e", "cpu"]
+    subprocess.run(
+        [sys.executable, "-m", "onnxruntime_genai.models.builder", *map(str, words),
+         "--extra_options", "block_size=128"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    file = target / "genai_config.json"
+    facts = json.loads(file.read_text())
+    facts["model"]["decoder"]["session_options"]["intra_op_num_threads"] = torch.get_num_threads()
+    file.write_text(json.dumps(facts))
+    return target

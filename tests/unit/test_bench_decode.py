@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from glm_core.backends.registry import probe
-from glm_core.bench import decode, matmul_nbits
+from glm_core.bench import decode, llama, matmul_nbits, peers
 from glm_core.config import ModelConfig
 from glm_core.model import preset
 
@@ -53,3 +53,31 @@ def test_the_chain_has_every_product() -> None:
     assert torch.from_numpy(y).isfinite().all()
     weights = 2 * (128 * 256 + 128 * 128 + 3 * 128 * 256) + 128 * 128
     assert weights / 2 < size < weights * 0.55
+
+
+def test_peers_that_are_not_installed_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "shapes", tiny)
+    monkeypatch.setattr(decode, "READ_BYTES", 1 << 16)
+    monkeypatch.setattr(decode.importlib.util, "find_spec", lambda name: None)
+    result = decode.measure(2, 0, ["int4"])
+    assert [r["engine"] for r in result["rows"]] == ["ours"]
+    assert result["not_installed"] == list(decode.PEERS)
+
+
+@pytest.mark.parametrize("prefill", [False, True], ids=["decode", "prefill"])
+def test_llama_cpp_runs_the_shapes(prefill: bool) -> None:
+    for package in ("llama_cpp", "gguf"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    engine = llama.llama(tiny(), 16, prefill)
+    engine.step()
+    weights = 2 * (128 * (128 + 2 * 2 * 32) + 128 * 128 + 3 * 128 * 256) + 128 * 128
+    assert engine.num_bytes == weights * 18 // 32
+
+
+def test_genai_runs_the_shapes() -> None:
+    for package in ("onnxruntime_genai", "transformers"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    engine = peers.genai(tiny(), 16, False)
+    engine.step()
+    weights = 2 * (128 * (128 + 2 * 2 * 32) + 128 * 128 + 3 * 128 * 256) + 128 * 128
+    assert engine.num_bytes == weights // 2 + weights // 128 * 4

@@ -11,13 +11,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from glm_core.deepspeed import accelerator, checkpoint, schedules
+from glm_core.deepspeed import accelerator, checkpoint, monitor, schedules
 from glm_core.deepspeed.answers import Answers
-from glm_core.deepspeed.ops import adam
+from glm_core.deepspeed.ops import named
 from glm_core.deepspeed.settings import Settings, say_once
 from glm_core.distributed.norm import Piece, clip_, global_norm
 from glm_core.distributed.placement import Flat, Holder, Parted, Replicas
 from glm_core.distributed.precision import cast_, to_compute
+from glm_core.distributed.split import Split, join_module, move_
 from glm_core.distributed.zero import defer, shard_parameters
 from glm_core.errors import ConfigError, TrainingError
 
@@ -39,7 +40,8 @@ class DeepSpeedEngine(Answers, nn.Module):
             _world() if mpu is None else mpu.get_data_parallel_group()
         )
         self.dp_world_size = dist.get_world_size(self.dp_group)
-        module.to(self.device)
+        self._moved = {} if settings.stage == 3 else join_module(module)
+        move_(module, self.device)
         self._same_start()
         if settings.precision.low and settings.stage < 3:
             cast_(module, settings.precision.compute)
@@ -54,6 +56,9 @@ class DeepSpeedEngine(Answers, nn.Module):
         self.lr_scheduler = self._schedule(lr_scheduler)
         self.global_steps = self.global_samples = self.micro_steps = self.skipped_steps = 0
         self.training_dataloader: Any = None
+        self.monitor = monitor.Monitor(settings.raw)
+        self.clock = monitor.Clock(enabled=bool(settings.raw.get("wall_clock_breakdown")))
+        self.flops_profiler = monitor.FlopsProfiler(settings.raw.get("flops_profiler", {}))
         self._norm: float | None = None
         self._boundary: bool | None = None
         self._reduced = self._quiet = False
@@ -67,16 +72,17 @@ class DeepSpeedEngine(Answers, nn.Module):
         if self.dp_world_size > 1:
             first = dist.get_global_rank(self.dp_group, 0)
             for t in (*self.module.parameters(), *self.module.buffers()):
-                dist.broadcast(t.detach(), first, self.dp_group)
+                if not isinstance(t, Split):  # these are the first rank's already
+                    dist.broadcast(t.detach(), first, self.dp_group)
 
     def _configure(self, optimizer: Any, parameters: Any) -> torch.optim.Optimizer | None:
         s = self.settings
-        moved: dict[nn.Parameter, nn.Parameter] = {}
+        moved = self._moved
         if parameters is None:
             parameters = [p for p in self.module.parameters() if p.requires_grad]
-        parameters = list(parameters)
+        parameters = [moved.get(p, p) if isinstance(p, nn.Parameter) else p for p in parameters]
         if optimizer is None and s.optimizer is not None:
-            optimizer = adam.make(*s.optimizer, parameters)
+            optimizer = named.make(*s.optimizer, parameters)
         elif callable(optimizer) and not isinstance(optimizer, torch.optim.Optimizer):
             optimizer = optimizer(parameters)
         if s.stage == 3:
@@ -86,6 +92,7 @@ class DeepSpeedEngine(Answers, nn.Module):
             )
         if optimizer is None:
             return None
+        named.check_stage(optimizer, s.stage, low=s.precision.low)
         if optimizer.state:
             raise ConfigError("optimizer: has a state already; give it to initialize before a step")
         for group in optimizer.param_groups:
@@ -130,7 +137,8 @@ class DeepSpeedEngine(Answers, nn.Module):
             inputs, kwargs = to_compute(inputs, dtype), to_compute(kwargs, dtype)
         if self.settings.stage == 3 and torch.is_grad_enabled():
             defer(self.module, self._quiet)
-        return self.module(*inputs, **kwargs)
+        with self.clock("forward"), self.flops_profiler(self.global_steps):
+            return self.module(*inputs, **kwargs)
 
     def backward(
         self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True
@@ -140,8 +148,9 @@ class DeepSpeedEngine(Answers, nn.Module):
         if loss.numel() != 1:
             raise TrainingError(f"backward: a loss of shape {tuple(loss.shape)}; reduce it first")
         scaled = loss / self.settings.accumulation if scale_wrt_gas else loss
-        (scaled.float() * self.scaler.scale).backward(retain_graph=retain_graph)
-        self._backward_done()
+        with self.clock("backward"):
+            (scaled.float() * self.scaler.scale).backward(retain_graph=retain_graph)
+            self._backward_done()
         return scaled
 
     def _backward_done(self) -> None:
@@ -169,7 +178,9 @@ class DeepSpeedEngine(Answers, nn.Module):
             )
         self._reduced = self._applied = False
         if self.is_gradient_accumulation_boundary():
-            self._update(lr_kwargs or {})
+            with self.clock("step"):
+                self._update(lr_kwargs or {})
+            monitor.tell(self)
         self.micro_steps += 1
 
     @torch.no_grad()
@@ -196,9 +207,6 @@ class DeepSpeedEngine(Answers, nn.Module):
             self.lr_scheduler.step(**lr_kwargs)
         self.global_steps += 1
         self.global_samples += self.settings.train_batch
-        every = self.settings.steps_per_print
-        if every and self.global_steps % every == 0 and dist.get_rank() == 0:
-            print(f"step={self.global_steps}, skipped={self.skipped_steps}, lr={self.get_lr()}")
 
     def _pieces(self) -> list[Piece]:
         return [piece for h in self.holders for piece in h.pieces(self._copies)]

@@ -1,28 +1,99 @@
-"""`deepspeed.zero`: construction and whole views of partitioned parameters."""
+"""`deepspeed.zero`: construction of partitioned parameters, and whole views of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.modules.module import register_module_module_registration_hook
 
-from glm_core.deepspeed.settings import say_once
+from glm_core.deepspeed.comm import init_distributed
+from glm_core.deepspeed.settings import read, say_once
+from glm_core.distributed.split import Split, gathered, split_module
+from glm_core.errors import ConfigError
 
 
-@contextmanager
-def Init(*args: Any, enabled: bool = True, **kwargs: Any) -> Iterator[None]:
-    """A model built inside is built whole on every rank; `initialize` partitions it."""
-    if enabled:
-        say_once(
-            "zero.Init has no effect: the model is built whole in host memory on every rank and "
-            "partitioned by initialize"
-        )
-    yield
+class Init:
+    """Inside the block a module's parameters are cut over the data-parallel ranks when the module
+    becomes a part of another one, so a rank holds its share of the model and one layer whole.
+    Values are the first rank's, the same as without the block. See distributed.split.Split for what
+    may be done with such a parameter before `initialize`."""
+
+    _open: ClassVar[list[Init]] = []
+
+    def __init__(
+        self, module: nn.Module | None = None, data_parallel_group: Any = None,
+        mem_efficient_linear: bool = True, remote_device: str | None = None,
+        pin_memory: bool = False, config_dict_or_path: str | Path | Mapping[str, Any] | None = None,
+        config: str | Path | Mapping[str, Any] | None = None, enabled: bool = True,
+        dtype: torch.dtype | None = None, mpu: Any = None, **_unused: Any,
+    ) -> None:  # fmt: skip
+        """No effect where the config is not one of ZeRO 3. module: is partitioned at once. dtype:
+        no effect, masters are float32. Raises ConfigError for remote_device nvme."""
+        if remote_device not in (None, "none", "cpu"):
+            raise ConfigError(f"zero.Init: remote_device={remote_device!r}: nothing is offloaded")
+        given = config if config_dict_or_path is None else config_dict_or_path
+        stage = 3 if given is None else read(given).get("zero_optimization", {}).get("stage", 0)
+        self.enabled = enabled and stage == 3
+        if not self.enabled:
+            return
+        init_distributed()
+        self.group = data_parallel_group
+        if self.group is None:
+            self.group = dist.group.WORLD if mpu is None else mpu.get_data_parallel_group()
+        if module is not None:
+            split_module(module, self.group)
+
+    def __enter__(self) -> Init:
+        if self.enabled and not Init._open:
+            self._parents: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+            self._hook = register_module_module_registration_hook(self._registered)
+            self._apply = nn.Module.apply
+            nn.Module.apply = _gathering(self._apply)  # type: ignore[method-assign]
+        if self.enabled:
+            Init._open.append(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if not self.enabled:
+            return
+        Init._open.remove(self)
+        if not Init._open:
+            self._hook.remove()
+            nn.Module.apply = self._apply  # type: ignore[method-assign]
+            for module in self._parents:
+                split_module(module, self.group)
+
+    def _registered(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
+        self._parents.add(parent)
+        if child is not None:
+            split_module(child, self.group)
+
+
+def _own(module: nn.Module) -> Iterator[Tensor | None]:
+    yield from module._parameters.values()
+
+
+def _gathering(apply: Callable[..., Any]) -> Callable[..., Any]:
+    """nn.Module.apply, whose function sees each module's own parameters whole."""
+
+    def applied(self: nn.Module, function: Callable[[nn.Module], Any]) -> nn.Module:
+        def whole(module: nn.Module) -> None:
+            own = [p for p in _own(module) if isinstance(p, Split)]
+            with gathered(own, 0):
+                function(module)
+
+        made: nn.Module = apply(self, whole)
+        return made
+
+    return applied
 
 
 @contextmanager
@@ -30,22 +101,29 @@ def GatheredParameters(
     params: nn.Parameter | Iterable[nn.Parameter], modifier_rank: int | None = None,
     fwd_module: nn.Module | None = None, enabled: bool = True,
 ) -> Iterator[None]:  # fmt: skip
-    """Inside, the module's attributes are the whole tensors (parameters that a script holds stay
-    DTensors, whole in shape). Changes last only with modifier_rank: that rank's values become
-    everybody's."""
+    """Inside, the parameters are whole: after `initialize` as the module's attributes (a DTensor
+    that a script holds stays one). Changes last only with modifier_rank: that rank's values become
+    everybody's. Raises ConfigError where a DTensor itself was changed."""
     chosen = [params] if isinstance(params, Tensor) else list(params)
-    parted = [p for p in chosen if enabled and isinstance(p, DTensor)]
-    whole = [nn.Parameter(p.full_tensor().detach(), p.requires_grad) for p in parted]
-    versions = [w._version for w in whole]
-    for p, full in zip(parted, whole, strict=True):
-        _show(p, full)
-    try:
-        yield
-    finally:
-        for p, full, version in zip(parted, whole, versions, strict=True):
-            _show(p, p)
-            if modifier_rank is not None:
-                _adopt(p, full.detach(), full._version != version, modifier_rank)
+    with gathered([p for p in chosen if enabled and isinstance(p, Split)], modifier_rank):
+        parted = [p for p in chosen if enabled and isinstance(p, DTensor)]
+        whole = [nn.Parameter(p.full_tensor().detach(), p.requires_grad) for p in parted]
+        before = [p.to_local().detach().clone() for p in parted]
+        for p, full in zip(parted, whole, strict=True):
+            _show(p, full)
+        try:
+            yield
+        finally:
+            for p in parted:
+                _show(p, p)
+        if not all(torch.equal(a, p.to_local()) for a, p in zip(before, parted, strict=True)):
+            raise ConfigError(
+                "GatheredParameters: a parameter held by the script was changed, not the module's "
+                "attribute; take it from the module inside the block"
+            )
+        if modifier_rank is not None:
+            for p, full in zip(parted, whole, strict=True):
+                _adopt(p, full.detach(), modifier_rank)
 
 
 def _show(param: Tensor, value: Tensor) -> None:
@@ -58,11 +136,17 @@ def _show(param: Tensor, value: Tensor) -> None:
 
 
 @torch.no_grad()
-def _adopt(param: Tensor, values: Tensor, changed: bool, rank: int) -> None:
+def _adopt(param: Tensor, values: Tensor, rank: int) -> None:
     assert isinstance(param, DTensor)
-    told = torch.tensor(float(changed), device=values.device)
-    dist.broadcast(told, rank)
-    if told:
-        dist.broadcast(values, rank)
-        shard = distribute_tensor(values, param.device_mesh, param.placements)
-        param.to_local().copy_(shard.to_local())
+    dist.broadcast(values, rank)
+    shard = distribute_tensor(values, param.device_mesh, param.placements, src_data_rank=None)
+    param.to_local().copy_(shard.to_local())
+
+
+def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> None:
+    """No effect: a parameter used outside its module must lie outside the ModuleLists, whose layers
+    are gathered one at a time."""
+    say_once("zero.register_external_parameter has no effect: whole layers are gathered")
+
+
+unregister_external_parameter = register_external_parameter

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from glm_core.distributed.norm import Piece
 from glm_core.distributed.precision import Precision
+from glm_core.distributed.split import Split, to_meta
 from glm_core.optimizer import own_part
 
 BUCKET = 2**25
@@ -186,7 +187,7 @@ class Shards:
             dist.all_reduce(flat, group=self.group)
             return flat
         own = flat.new_empty(part)
-        dist.reduce_scatter_tensor(own, flat, group=self.group)
+        dist.reduce_scatter_single(own, flat, group=self.group)
         return own
 
     def zero_grad(self) -> None:
@@ -221,7 +222,7 @@ class Shards:
         own = flat[bucket.start : bucket.start + bucket.part].to(dtype)
         if self.shards > 1:
             whole = own.new_empty(bucket.part * self.shards)
-            dist.all_gather_into_tensor(whole, own, group=self.group)
+            dist.all_gather_single(whole, own, group=self.group)
             own = whole
         at = 0
         for p in bucket.params:
@@ -246,8 +247,9 @@ def shard_parameters(
     sums over ranks / divide, in float32. Returns the new parameters, which the optimizer must
     take, by the old ones. Micro-batches accumulate in the shards; see also `defer`."""
     old = dict(module.named_parameters())
+    split = to_meta(module)
     for p in old.values():
-        if p.is_floating_point() and p.dtype != torch.float32:
+        if p not in split and p.is_floating_point() and p.dtype != torch.float32:
             p.data = p.data.float()
     policy = MixedPrecisionPolicy(
         param_dtype=precision.compute if precision.low else None,
@@ -257,7 +259,19 @@ def shard_parameters(
     for block in (*(default_blocks(module) if blocks is None else blocks), module):
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     sum_gradients(module, divide)
+    if split:
+        device = torch.device(mesh.device_type)
+        module._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
+        _fill(module, old)
     return {p: module.get_parameter(name) for name, p in old.items()}
+
+
+def _fill(module: nn.Module, old: dict[str, nn.Parameter]) -> None:
+    """The rows that each rank kept of partitioned parameters, into FSDP2's shards."""
+    with torch.no_grad():
+        for name, p in old.items():
+            if isinstance(p, Split):
+                own_part(module.get_parameter(name)).copy_(p.part)
 
 
 def sum_gradients(module: nn.Module, divide: float) -> None:

@@ -24,7 +24,7 @@ def consolidate(folder: Path) -> None:
     """DeepSpeed's own whole weights beside each of its checkpoints."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    for place in folder.iterdir():
+    for place in (p.parent for p in folder.glob("*/latest")):
         torch.save(
             dict(get_fp32_state_dict_from_zero_checkpoint(str(place))), place / "consolidated.pt"
         )
@@ -40,9 +40,13 @@ def main(out: str, names: list[str]) -> None:
         import glm_core.deepspeed as deepspeed
     sys.path.insert(0, str(HERE))
     deepspeed.init_distributed("gloo")
-    seen = {}
+    seen: dict[str, Any] = {}
+    torch.save(seen, f"{out}.{dist.get_rank()}.part")
     for name in names:
-        found = runpy.run_path(str(HERE / "scripts" / f"{name}.py"))
+        path = HERE / "scripts" / f"{name}.py"
+        found = runpy.run_path(str(path if path.exists() else HERE / "own" / path.name))
+        if "engine" not in found:
+            continue  # it checked itself
         weights = whole_weights(deepspeed, found["engine"])
         lists = {k: [v for v in found[k] if v is not None] for k in ("losses", "norms", "rates")}
         seen[name] = {**{k: torch.tensor(v) for k, v in lists.items()}, "weights": weights}

@@ -35,9 +35,9 @@ class Classifier(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits.float(), labels), "logits": logits}
 
 
-def batches(count: int, rows: int = 4) -> list[dict[str, Tensor]]:
-    """Different on every rank."""
-    generator = torch.Generator().manual_seed(100 + dist.get_rank())
+def batches(count: int, rows: int = 4, rank: int | None = None) -> list[dict[str, Tensor]]:
+    """Different on every rank (None: this one)."""
+    generator = torch.Generator().manual_seed(100 + (dist.get_rank() if rank is None else rank))
     xs = [torch.randn(rows, 7, generator=generator) for _ in range(count)]
     return [{"x": x, "labels": (x.sum(1).abs() * 3).long() % 5} for x in xs]
 

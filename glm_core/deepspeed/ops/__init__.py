@@ -1,5 +1,5 @@
 """DeepSpeed's optimizers by their names."""
 
-from glm_core.deepspeed.ops import adam
+from glm_core.deepspeed.ops import adagrad, adam, lamb, lion
 
-__all__ = ["adam"]
+__all__ = ["adagrad", "adam", "lamb", "lion"]

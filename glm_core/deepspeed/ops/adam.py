@@ -1,4 +1,4 @@
-"""DeepSpeed's Adam classes, and the optimizers that a config can name: torch's own."""
+"""DeepSpeed's Adam classes: torch's own update."""
 
 from __future__ import annotations
 
@@ -46,32 +46,3 @@ class DeepSpeedCPUAdam(FusedAdam):
         super().__init__(
             model_params, lr, bias_correction, betas, eps, adamw_mode, weight_decay, amsgrad
         )
-
-
-def make(kind: str, params: dict[str, Any], groups: Iterable[Any]) -> torch.optim.Optimizer:
-    """The optimizer a config names. Raises ConfigError."""
-    params, name = dict(params), kind.lower()
-    if "max_grad_norm" in params:
-        raise ConfigError("optimizer.params.max_grad_norm: write gradient_clipping at the top")
-    try:
-        if name in ("adam", "adamw"):
-            decoupled = bool(params.pop("adam_w_mode", True)) or name == "adamw"
-            if params.pop("torch_adam", False):
-                # torch's class: its own defaults (AdamW decays by 0.01, FusedAdam does not)
-                torch_kind = torch.optim.AdamW if decoupled else torch.optim.Adam
-                return torch_kind(groups, **params)
-            return FusedAdam(groups, adam_w_mode=decoupled, **params)
-        if name in ("lamb", "lion", "muon", "onebitadam", "onebitlamb", "zerooneadam", "muadam",
-                    "muadamw", "musgd"):  # fmt: skip
-            raise ConfigError(
-                f"optimizer.type={kind!r}: has no equal here; pass your own as optimizer="
-            )
-        found = torch.optim.Adagrad if name == "adagrad" else getattr(torch.optim, kind, None)
-        if found is None:
-            raise ConfigError(
-                f"optimizer.type={kind!r}: not one of DeepSpeed's or torch.optim's; use AdamW, "
-                "Adam, Adagrad, SGD, or pass your own as optimizer="
-            )
-        return found(groups, **params)
-    except TypeError as error:
-        raise ConfigError(f"optimizer.params: {error}") from None

@@ -1,0 +1,79 @@
+"""DeepSpeed's LAMB (You et al. 2020, arXiv:1904.00962, algorithm 2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from glm_core.errors import ConfigError
+
+
+class FusedLamb(torch.optim.Optimizer):
+    """u = m / (sqrt(v) + eps) + decay w;  w -= lr' r u, r = |w| / |u| in [min_coeff, max_coeff],
+    with Adam's m and v and lr' = lr sqrt(1 - b2^t) / (1 - b1^t): the order of DeepSpeed's kernel
+    (csrc/lamb, 0.19.8), which corrects the bias outside the trust ratio. Norms are of whole
+    parameters, so the optimizer's parameters must be whole, or DTensors."""
+
+    def __init__(
+        self, params: Iterable[Any], lr: float = 1e-3, bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        eps_inside_sqrt: bool = False, weight_decay: float = 0.0, max_grad_norm: float = 0.0,
+        max_coeff: float = 10.0, min_coeff: float = 0.01, amsgrad: bool = False,
+    ) -> None:  # fmt: skip
+        """Raises ConfigError for amsgrad and for max_grad_norm, the engine's gradient_clipping."""
+        if amsgrad or max_grad_norm:
+            raise ConfigError(
+                "FusedLamb: no amsgrad, and gradients are clipped by gradient_clipping; remove "
+                "amsgrad and max_grad_norm"
+            )
+        defaults = {
+            "lr": lr, "bias_correction": bias_correction, "betas": betas, "eps": eps,
+            "weight_decay": weight_decay, "max_coeff": max_coeff, "min_coeff": min_coeff,
+        }  # fmt: skip
+        super().__init__(params, defaults)
+        self.eps_inside_sqrt = eps_inside_sqrt
+        self.lamb_coeffs: list[torch.Tensor] = []
+
+    def get_lamb_coeffs(self) -> list[float]:
+        """The last step's trust ratios, by parameter."""
+        return [float(c) for c in self.lamb_coeffs]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update; the closure's loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.lamb_coeffs.clear()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, group)
+        return loss
+
+    def _update(self, p: torch.Tensor, group: dict[str, Any]) -> None:
+        assert p.grad is not None
+        state, (beta1, beta2), eps = self.state[p], group["betas"], group["eps"]
+        if not state:
+            state["step"] = 0
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        state["step"] += 1
+        mean = state["exp_avg"].mul_(beta1).add_(p.grad, alpha=1 - beta1)
+        square = state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+        scale = (square + eps).sqrt() if self.eps_inside_sqrt else square.sqrt() + eps
+        update = (mean / scale).add_(p, alpha=group["weight_decay"])
+        ratio = p.norm() / update.norm()
+        ratio = torch.where(
+            torch.isfinite(ratio) & (ratio > 0),
+            ratio.clamp(group["min_coeff"], group["max_coeff"]),
+            torch.ones_like(ratio),
+        )
+        self.lamb_coeffs.append(ratio)
+        rate = group["lr"]
+        if group["bias_correction"]:
+            rate *= math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1 ** state["step"])
+        p.sub_(update.mul_(ratio * rate))

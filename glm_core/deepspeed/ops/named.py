@@ -1,0 +1,65 @@
+"""The optimizers that a config can name, and where each is right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from glm_core.deepspeed.ops import adam
+from glm_core.deepspeed.ops.lamb import FusedLamb
+from glm_core.deepspeed.ops.lion import FusedLion
+from glm_core.errors import ConfigError
+
+WHOLE: dict[str, tuple[int, ...]] = {
+    "FusedLamb": (0, 3), "Muon": (0,), "Adafactor": (0,), "LBFGS": (),
+}  # fmt: skip
+"""optimizers that look at whole parameters, and the ZeRO stages that show them these"""
+ABSENT = ("muon", "onebitadam", "onebitlamb", "zerooneadam", "muadam", "muadamw", "musgd")
+
+
+def make(kind: str, params: dict[str, Any], groups: Iterable[Any]) -> torch.optim.Optimizer:
+    """The optimizer a config names. Raises ConfigError."""
+    params, name = dict(params), kind.lower()
+    if "max_grad_norm" in params:
+        raise ConfigError("optimizer.params.max_grad_norm: write gradient_clipping at the top")
+    if name in ABSENT:
+        raise ConfigError(
+            f"optimizer.type={kind!r}: has no equal here; pass your own as optimizer="
+        )
+    try:
+        if name in ("adam", "adamw"):
+            return _adam(name, params, groups)
+        own = {"adagrad": torch.optim.Adagrad, "lamb": FusedLamb, "lion": FusedLion}
+        found = own.get(name) or getattr(torch.optim, kind, None)
+        if found is None:
+            raise ConfigError(
+                f"optimizer.type={kind!r}: not one of DeepSpeed's or torch.optim's; use AdamW, "
+                "Adam, Adagrad, Lamb, Lion, SGD, or pass your own as optimizer="
+            )
+        made: torch.optim.Optimizer = found(groups, **params)
+        return made
+    except TypeError as error:
+        raise ConfigError(f"optimizer.params: {error}") from None
+
+
+def _adam(name: str, params: dict[str, Any], groups: Iterable[Any]) -> torch.optim.Optimizer:
+    decoupled = bool(params.pop("adam_w_mode", True)) or name == "adamw"
+    if params.pop("torch_adam", False):
+        # torch's class: its own defaults (AdamW decays by 0.01, FusedAdam does not)
+        return (torch.optim.AdamW if decoupled else torch.optim.Adam)(groups, **params)
+    return adam.FusedAdam(groups, adam_w_mode=decoupled, **params)
+
+
+def check_stage(optimizer: torch.optim.Optimizer, stage: int, *, low: bool) -> None:
+    """Raises ConfigError where the optimizer would see slices of parameters."""
+    name = type(optimizer).__name__
+    right = WHOLE.get(name)
+    if right is None or (stage in right and not (low and stage == 0)):
+        return
+    where = " or ".join(f"{s}{' in float32' if s == 0 else ''}" for s in right) or "none"
+    raise ConfigError(
+        f"{name} looks at whole parameters, which ZeRO {stage}{' in 16 bit' if low else ''} cuts; "
+        f"stages where it is right: {where}; or use an element-wise optimizer as AdamW"
+    )

@@ -1,0 +1,1 @@
+"""Parts of the interface that scripts import by DeepSpeed's longer paths."""

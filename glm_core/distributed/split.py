@@ -1,0 +1,184 @@
+"""Parameters of which each rank keeps its rows from the moment their module is built, so that a
+model larger than a rank's memory can be made (zero.Init)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from glm_core.errors import GlmCoreError
+
+_PASSED_ON = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+
+
+class Split(Tensor):
+    """Whole in shape; `part` holds this rank's rows (dimension 0 in equal parts, the last ones
+    smaller or empty, as FSDP2 cuts it). An operation gathers the whole for as long as it runs, an
+    in-place one keeps this rank's rows of the result: so every operation is a collective, with the
+    same results and random numbers as on a whole tensor. Views of it (weight[0]) are an error
+    outside `gathered`."""
+
+    part: Tensor
+    group: dist.ProcessGroup
+    whole: Tensor | None
+    """while gathered"""
+
+    @staticmethod
+    def __new__(cls, part: Tensor, shape: torch.Size, group: dist.ProcessGroup) -> Split:
+        made: Split = Tensor._make_wrapper_subclass(
+            cls, shape, dtype=part.dtype, device=part.device
+        )
+        made.part, made.group, made.whole = part, group, None
+        return made
+
+    def __repr__(self, *, tensor_contents: Any = None) -> Any:
+        return f"Split({tuple(self.shape)}, here {tuple(self.part.shape)})"
+
+    def rows(self) -> slice:
+        """Of the whole, those here."""
+        each = -(-self.shape[0] // dist.get_world_size(self.group))
+        first = dist.get_rank(self.group) * each
+        return slice(min(first, self.shape[0]), min(first + each, self.shape[0]))
+
+    @torch.no_grad()
+    def gather_rows(self) -> Tensor:
+        """All rows; a collective of the group."""
+        if self.whole is not None:
+            return self.whole
+        ranks = dist.get_world_size(self.group)
+        each, rest = -(-self.shape[0] // ranks), self.shape[1:]
+        padded = self.part.new_zeros(each, *rest)
+        padded[: len(self.part)] = self.part
+        whole = padded.new_empty(ranks * each, *rest)
+        dist.all_gather_single(whole, padded, group=self.group)
+        return whole[: self.shape[0]]
+
+    @torch.no_grad()
+    def keep(self, whole: Tensor) -> None:
+        """This rank's rows of `whole`."""
+        self.part.copy_(whole[self.rows()])
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares it as disabled
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _PASSED_ON and args[0].whole is None:
+            return Split(args[0].part, args[0].shape, args[0].group)
+        found: list[tuple[Split, Tensor]] = []
+
+        def whole(value: Any) -> Any:
+            if isinstance(value, Split):
+                found.append((value, value.gather_rows()))
+                return found[-1][1]
+            return value
+
+        plain = torch.utils._pytree.tree_map(whole, (args, kwargs))
+        changed = list(_written(func, args, kwargs))
+        view = not changed and any(r.alias_info is not None for r in func._schema.returns)
+        if view and any(split.whole is None for split, _ in found):
+            raise GlmCoreError(
+                f"{func}: a view of a partitioned parameter of shape {tuple(found[0][0].shape)}, "
+                "whose changes would be lost; use zero.GatheredParameters(it, modifier_rank=0)"
+            )
+        made = func(*plain[0], **plain[1])
+        for split in changed:
+            if split.whole is None:
+                split.keep(next(w for s, w in found if s is split))
+        return args[0] if isinstance(made, Tensor) and made is plain[0][0] else made
+
+
+def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> Iterator[Split]:
+    """The arguments that the operation changes in place, also those in lists and out=."""
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[index] if index < len(args) else kwargs.get(argument.name)
+            leaves = torch.utils._pytree.tree_leaves(given)
+            yield from (v for v in leaves if isinstance(v, Split))
+
+
+def split(param: nn.Parameter, group: dist.ProcessGroup) -> nn.Parameter:
+    """The first rank's values of `param`, of which only this rank's rows are kept. A collective."""
+    values = param.detach()
+    dist.broadcast(values, dist.get_global_rank(group, 0), group)
+    made = Split(values[:0], values.shape, group)
+    made.part = values[made.rows()].clone()
+    return nn.Parameter(made, param.requires_grad)
+
+
+def split_module(module: nn.Module, group: dist.ProcessGroup) -> None:
+    """Every plain parameter inside in place, but for scalars, which cannot be cut."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for owner in module.modules():
+        for name, p in owner._parameters.items():
+            if p is not None and not isinstance(p, Split) and p.ndim:
+                if p not in made:
+                    made[p] = split(p, group)
+                    made[p].__dict__.update(p.__dict__)
+                owner._parameters[name] = made[p]
+
+
+def join_module(module: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
+    """The opposite: whole parameters on every rank; the new ones by the old. A collective."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for owner in module.modules():
+        for name, p in owner._parameters.items():
+            if isinstance(p, Split):
+                if p not in made:
+                    made[p] = nn.Parameter(p.gather_rows().clone(), p.requires_grad)
+                owner._parameters[name] = made[p]
+    return made
+
+
+@contextmanager
+def gathered(params: Iterable[Split], modifier: int | None) -> Iterator[None]:
+    """Inside, operations see whole tensors and may make views of them; afterwards each rank keeps
+    its rows of rank `modifier`'s (of the whole job) values, or with None of the values before."""
+    chosen = [p for p in params if p.whole is None]
+    for p in chosen:
+        p.whole = p.gather_rows().clone()
+    try:
+        yield
+    finally:
+        for p in chosen:
+            whole, p.whole = p.whole, None
+            assert whole is not None
+            if modifier is not None:
+                dist.broadcast(whole, modifier, p.group)
+                p.keep(whole)
+
+
+def move_(module: nn.Module, device: torch.device) -> None:
+    """`module.to(device)`, for partitioned parameters of the parts."""
+    if not any(isinstance(p, Split) for p in module.parameters()):
+        module.to(device)
+        return
+    for owner in module.modules():
+        for tensor in (*owner._parameters.values(), *owner._buffers.values()):
+            if isinstance(tensor, Split):
+                tensor.part = tensor.part.to(device)
+            elif tensor is not None:
+                tensor.data = tensor.data.to(device)
+
+
+def to_meta(module: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
+    """Partitioned parameters inside become float32 ones without storage, of the whole shape, for
+    FSDP2 to cut; the new ones by the old."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for owner in module.modules():
+        for name, p in owner._parameters.items():
+            if isinstance(p, Split):
+                if p not in made:
+                    dtype = torch.float32 if p.is_floating_point() else p.dtype
+                    empty = torch.empty(p.shape, dtype=dtype, device="meta")
+                    made[p] = nn.Parameter(empty, p.requires_grad)
+                    made[p].__dict__.update(
+                        {k: v for k, v in p.__dict__.items() if k not in ("part", "group", "whole")}
+                    )
+                owner._parameters[name] = made[p]
+    return made

@@ -1,0 +1,104 @@
+"""ZeRO 3's local views, gathered views that are changed, and unreduced micro-batches in stages where
+DeepSpeed has none."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from small import Classifier, batches
+
+import glm_core.deepspeed as deepspeed
+from glm_core.deepspeed import utils
+from glm_core.errors import ConfigError, TrainingError
+
+me, data = dist.get_rank(), batches(6)
+
+
+def make(stage, accumulation=1, **more):
+    torch.manual_seed(41)
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": accumulation,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
+        "zero_optimization": {"stage": stage},
+        **more,
+    }
+    return deepspeed.initialize(model=Classifier(), config=config)[0]
+
+
+def everybody(part):
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, part)
+    return torch.cat(parts)
+
+
+def whole(trained):
+    with deepspeed.zero.GatheredParameters(list(trained.module.parameters())):
+        return [p.detach().clone() for p in trained.module.parameters()]
+
+
+trained = make(3)
+weight = trained.module.head.weight
+trained.backward(trained(**data[0])["loss"])
+trained.step()
+trained.backward(trained(**data[1])["loss"])
+pairs = [
+    (utils.safe_get_local_fp32_param(weight), utils.safe_get_full_fp32_param(weight)),
+    (utils.safe_get_local_grad(weight), utils.safe_get_full_grad(weight)),
+    *(
+        (
+            utils.safe_get_local_optimizer_state(weight, key),
+            utils.safe_get_full_optimizer_state(weight, key),
+        )
+        for key in ("exp_avg", "exp_avg_sq")
+    ),
+]
+for local, full in pairs:
+    assert torch.equal(everybody(local.clone()), full.reshape(-1))
+utils.safe_set_local_fp32_param(weight, pairs[0][0] * 2)
+assert torch.equal(utils.safe_get_full_fp32_param(weight), pairs[0][1] * 2)
+utils.safe_set_local_grad(weight, pairs[1][0] * 3)
+assert torch.equal(utils.safe_get_full_grad(weight), pairs[1][1] * 3)
+utils.safe_set_local_optimizer_state(weight, pairs[2][0] * 4, "exp_avg")
+assert torch.equal(utils.safe_get_full_optimizer_state(weight, "exp_avg"), pairs[2][1] * 4)
+with pytest.raises(ConfigError, match="received 1"):
+    utils.safe_set_local_grad(weight, torch.zeros(1))
+
+# gathered: the module's attributes, of the rank that may change them
+before = whole(trained)
+with deepspeed.zero.GatheredParameters(weight):
+    trained.module.head.weight.data.zero_()
+assert all(torch.equal(a, b) for a, b in zip(before, whole(trained), strict=True))
+with deepspeed.zero.GatheredParameters(weight, modifier_rank=1):
+    trained.module.head.weight.data.fill_(me + 5.0)
+assert utils.safe_get_full_fp32_param(weight).eq(6.0).all()
+with (
+    pytest.raises(ConfigError, match="held by the script"),
+    deepspeed.zero.GatheredParameters(weight, modifier_rank=0),
+):
+    weight.data.zero_()
+
+for stage in (1, 2):
+    with pytest.raises(ConfigError, match="safe_get_full"):
+        utils.safe_get_local_grad(make(stage).module.head.weight)
+
+# sums over ranks at the end only: the same as after every micro-batch
+for stage in (2, 3):
+    results = []
+    for quiet in (False, True):
+        trained = make(stage, 3)
+        for n, batch in enumerate(data):
+            last = n % 3 == 2
+            trained.set_gradient_accumulation_boundary(last)
+            if quiet and not last:
+                with trained.no_sync():
+                    trained.backward(trained(**batch)["loss"])
+                    with pytest.raises(TrainingError, match="no_sync"):
+                        trained.step()
+            else:
+                trained.backward(trained(**batch)["loss"])
+                trained.step()
+        assert trained.global_steps == 2
+        results.append(torch.cat([w.reshape(-1) for w in whole(trained)]))
+    # sums in another order: a rounding or two of each gradient, through two Adam steps
+    eps = torch.finfo(torch.float32).eps
+    assert (results[0] - results[1]).abs().max() <= 64 * eps * results[0].abs().max()

@@ -1,0 +1,16 @@
+"""What only we do, or DeepSpeed refuses on the CPU: scripts on two processes that check
+themselves (tests/deepspeed/own)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from peer_runs import OWN, REAL, run
+
+
+def test_own_scripts(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    # DeepSpeed's checkpoints are read too where it is installed
+    theirs = request.getfixturevalue("real")[1] if REAL.exists() else tmp_path / "none"
+    run("ours", Path(sys.executable), tmp_path / "seen", OWN, theirs)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ import pytest
 # importlib mode leaves sys.path alone; what several tests share lies beside them
 sys.path.insert(0, str(Path(__file__).parent))
 
-from peer_runs import REAL, SCRIPTS, run
+from peer_runs import HERE, REAL, SCRIPTS, run
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +34,17 @@ def ours(real: tuple[list[Any], Path], tmp_path_factory: pytest.TempPathFactory)
     python = Path(sys.executable)
     seen = run("ours", python, folder / "seen", [*SCRIPTS, "take_over"], real[1])
     return seen, folder / "ours"
+
+
+@pytest.fixture(scope="session")
+def reference() -> dict[str, Any]:
+    """What real_config.py tells."""
+    if not REAL.exists():
+        pytest.skip("no .venv-deepspeed: make deepspeed (tests/deepspeed/setup_deepspeed.sh)")
+    done = subprocess.run(
+        [REAL, HERE / "real_config.py"],
+        env={**os.environ, "DS_ACCELERATOR": "cpu"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    line = next(t for t in done.stdout.splitlines() if t.startswith("REPORT"))
+    found: dict[str, Any] = json.loads(line.removeprefix("REPORT"))
+    return found

@@ -1,11 +1,13 @@
-"""Run by real DeepSpeed's interpreter: its config's fields, and its loss scale over a pattern."""
+"""Run by real DeepSpeed's interpreter: its config's fields, its loss scale over a pattern, and its
+schedules over their course."""
 
 import importlib
 import json
-import sys
 
-from deepspeed.runtime import constants
+import torch
+from deepspeed.runtime import constants, lr_schedules
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from recipes import PATTERN, SCHEDULES, follow
 
 MODELS = {
     "fp16": "deepspeed.runtime.precision_config.DeepSpeedFP16Config",
@@ -62,16 +64,22 @@ def fields(path):
     return sorted({*found, *(f.alias for f in found.values() if f.alias)})
 
 
-pattern = json.loads(sys.argv[1])
 scales = {}
 for window, hysteresis, consecutive in ((2, 1, False), (3, 2, False), (2, 3, True)):
     scaler = DynamicLossScaler(2.0**16, window, 1, hysteresis, consecutive)
     scaler.update_scale.__globals__["dist"].get_rank = lambda: 1  # it prints on rank 0
     seen = []
-    for overflow in pattern:
+    for overflow in PATTERN:
         scaler.update_scale(overflow)
         seen.append(scaler.cur_scale)
     scales[f"{window} {hysteresis} {int(consecutive)}"] = seen
+courses = []
+for name, params in SCHEDULES:
+    for start in (0, 3):
+        groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": r} for r in (1e-2, 2e-2)]
+        optimizer = torch.optim.AdamW(groups)
+        kind = getattr(lr_schedules, name)
+        courses.append(follow(lambda o, k=kind, p=params: k(o, **p), optimizer, start))
 print(
     "REPORT"
     + json.dumps(
@@ -79,6 +87,7 @@ print(
             "top": [getattr(constants, n) for n in TOP],
             "sections": {name: fields(path) for name, path in MODELS.items()},
             "scales": scales,
+            "courses": courses,
         }
     )
 )

@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import random
-import subprocess
 from typing import Any
 
 import pytest
 import torch
-from peer_runs import HERE, REAL
+from recipes import PATTERN
 
 from glm_core.deepspeed.keys import SECTIONS, TOP
 from glm_core.deepspeed.settings import batches, read, resolve
 from glm_core.distributed.precision import DynamicLossScale
 from glm_core.errors import ConfigError, TrainingError
 
-PATTERN = [random.Random(0).random() < 0.2 for _ in range(60)]
 GOOD: dict[str, Any] = {"train_batch_size": 8}
-
-
-@pytest.fixture(scope="module")
-def reference() -> dict[str, Any]:
-    if not REAL.exists():
-        pytest.skip("no .venv-deepspeed: make deepspeed (tests/deepspeed/setup_deepspeed.sh)")
-    done = subprocess.run(
-        [REAL, HERE / "real_config.py", json.dumps(PATTERN)],
-        env={**os.environ, "DS_ACCELERATOR": "cpu"}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    line = next(t for t in done.stdout.splitlines() if t.startswith("REPORT"))
-    found: dict[str, Any] = json.loads(line.removeprefix("REPORT"))
-    return found
 
 
 def test_the_table_has_all_of_deepspeeds_keys(reference: dict[str, Any]) -> None:

@@ -1,5 +1,5 @@
-"""ZeRO 3's local views, gathered views that are changed, and unreduced micro-batches in stages where
-DeepSpeed has none."""
+"""ZeRO 3's local views, gathered views that are changed, unreduced micro-batches in stages where
+DeepSpeed has none, and optimizers that need whole parameters."""
 
 import pytest
 import torch
@@ -102,3 +102,16 @@ for stage in (2, 3):
     # sums in another order: a rounding or two of each gradient, through two Adam steps
     eps = torch.finfo(torch.float32).eps
     assert (results[0] - results[1]).abs().max() <= 64 * eps * results[0].abs().max()
+
+# norms of whole parameters: where they are cut by rows as where they are not
+results = []
+for stage in (0, 3):
+    lamb = {"type": "Lamb", "params": {"lr": 1e-2, "weight_decay": 0.1}}
+    trained = make(stage, optimizer=lamb)
+    for batch in data:
+        trained.backward(trained(**batch)["loss"])
+        trained.step()
+    results.append(torch.cat([w.reshape(-1) for w in whole(trained)]))
+assert (results[0] - results[1]).abs().max() <= 64 * eps * results[0].abs().max()
+with pytest.raises(ConfigError, match="whole parameters"):
+    make(2, optimizer=lamb)

@@ -12,7 +12,11 @@ import torch
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 REAL = ROOT / ".venv-deepspeed/bin/python"
-SCRIPTS = sorted(p.stem for p in (HERE / "scripts").glob("*.py") if p.stem != "take_over")
+SCRIPTS = sorted(
+    (p.stem for p in (HERE / "scripts").glob("*.py") if p.stem != "take_over"),
+    # DeepSpeed remembers an mpu for all engines that follow
+    key=lambda name: (name == "tensor_parallel", name),
+)
 OWN = sorted(p.stem for p in (HERE / "own").glob("*.py"))
 """what DeepSpeed has not, refuses or cannot run here; they check themselves"""
 LIMIT_S = 240

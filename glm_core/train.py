@@ -96,6 +96,11 @@ class Trainer:
                 f"train.dtype={config.train.dtype}: backend {self.backend.name} computes in "
                 f"{known}; use one of these"
             )
+        if config.train.compile and hasattr(model, "prefix"):
+            raise ConfigError(
+                "train.compile=True: a prefix (P-Tuning) moves the mask by its values, which "
+                "torch.compile cannot trace; leave compile out"
+            )
         self.model = (model or GLM(config.model)).to(self.device, self.dtype)
         self.optimizer = Optimizer(self.model, config.train)
         if model is None:

@@ -85,15 +85,10 @@ def _trained(folder: str) -> tuple[GLM, RunConfig]:
     import torch
 
     from glm_core import checkpoint
-    from glm_core.config import RunConfig, from_dict
-    from glm_core.model import GLM
+    from glm_core.serve.source import trained
 
-    tensors, facts = checkpoint.load(Path(folder))
-    config = from_dict(RunConfig, facts["config"])
-    masters = {k: t for k, t in tensors.items() if k.startswith("master.")}
-    model = GLM(config.model)
-    model.load_state_dict({k.removeprefix("master."): t for k, t in masters.items()})
-    return model.to(getattr(torch, config.train.dtype)).requires_grad_(False), config
+    model, config, _ = trained(checkpoint.find(Path(folder)))
+    return model.to(getattr(torch, config.train.dtype)), config
 
 
 def _text(facts: dict[str, Any]) -> str:

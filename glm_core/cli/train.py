@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from glm_core.live import Live
     from glm_core.model import GLM
     from glm_core.model.adapters import AdapterConfig
-    from glm_core.train import Result
+    from glm_core.train import Result, Sampler
 
 
 def define(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +52,10 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base", metavar="PATH", help="checkpoint or run whose model --adapter leaves unchanged"
     )
+    parser.add_argument(
+        "--pairs", metavar="FILE",
+        help="conversations to learn the answers of, a line of JSON each (docs/checkpoints.md)",
+    )  # fmt: skip
     parser.add_argument("--rank", type=int, default=8, metavar="R", help="of LoRA (default 8)")
     parser.add_argument(
         "--prefix-length", type=int, default=128, metavar="P", help="of ptuning (default 128)"
@@ -79,11 +83,11 @@ def run(args: argparse.Namespace) -> int:
     from glm_core import train
 
     flags = {k: getattr(args, k) or None for k in ("backend", "dtype", "strict", "compile")}
-    config, model = run_config(args, **flags), None
+    config, model, sampler = run_config(args, **flags), None, None
     if args.plan is not None:
         return run_plan(args, config)
-    if args.adapter or args.base:
-        config, model = adapted(args, config)
+    if args.adapter or args.base or args.pairs:
+        config, model, sampler = adapted(args, config)
     with live_of(args, config) as live:
         result = train.run(
             config,
@@ -91,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
             resume=args.resume,
             tensorboard=args.tensorboard,
             live=live,
+            sampler=sampler,
             model=model,
             timeout_s=args.timeout,
         )
@@ -177,18 +182,58 @@ def live_of(args: argparse.Namespace, config: RunConfig) -> Iterator[Live | None
         live.close()
 
 
-def adapted(args: argparse.Namespace, config: RunConfig) -> tuple[RunConfig, GLM]:
-    """The base with adapters that do nothing yet, and the config with the base's model."""
-    from glm_core.config import load
+def adapted(args: argparse.Namespace, config: RunConfig) -> tuple[RunConfig, GLM, Sampler | None]:
+    """The config with the base's model, the base with new adapters, and what they learn from: None
+    for the config's own data."""
     from glm_core.errors import ConfigError
     from glm_core.model import adapters
-    from glm_core.model.weights import open_checkpoint
 
     if not args.base:
         raise ConfigError("train --adapter: needs --base PATH, a checkpoint or a run's folder")
     if not args.adapter:
         raise ConfigError("train --base: needs --adapter lora or ptuning; the base stays as it is")
+    config, model, sampler = (of_pairs if args.pairs else of_text)(args, config)
+    return config, adapters.attach(model, adapter_config(args), config.train.seed), sampler
+
+
+def of_pairs(args: argparse.Namespace, config: RunConfig) -> tuple[RunConfig, GLM, Sampler]:
+    """The base, and conversations in its own words."""
+    import torch
+
+    from glm_core.data.pairs import Pairs
+    from glm_core.serve import lessons
+    from glm_core.serve.pretrained import from_path
+
+    source = from_path(args.base, getattr(torch, config.train.dtype))
+    pairs = lessons.read(source, args.pairs)
+    length = min(config.data.length, source.model.config.max_length)
+    shaped = dataclasses.replace(config.data, length=length, vocab=source.tokenizer.vocab)
+    config = dataclasses.replace(config, model=source.model.config, data=shaped)
+    return config, source.model, Pairs(pairs, length, config.train.seed)
+
+
+def of_text(args: argparse.Namespace, config: RunConfig) -> tuple[RunConfig, GLM, Sampler | None]:
+    """The base, and the config's text in the base's own tokens. Raises ConfigError where those are
+    not of our tokenizer, whose blanks the text is given."""
+    from glm_core import data
+    from glm_core.config import load
+    from glm_core.data.tokenizer import Tokenizer
+    from glm_core.errors import ConfigError
+    from glm_core.model.weights import open_checkpoint
+    from glm_core.serve.pieces import FILES, beside
+
     path, model_config = Path(args.base), None
+    folder = path if path.is_dir() else path.parent
+    pieces: Tokenizer | None = None
+    if any((folder / name).is_file() for name in FILES):
+        found = beside(folder, "of a base")
+        if isinstance(found, Tokenizer):
+            pieces = found
+        else:
+            raise ConfigError(
+                f"train --base {path}: text is learnt with a tokenizer of ours, this base has "
+                "another; give conversations instead (--pairs FILE)"
+            )
     if (path / "config.toml").is_file():
         model_config = load(path / "config.toml").model
         path = path / "checkpoints"
@@ -198,8 +243,14 @@ def adapted(args: argparse.Namespace, config: RunConfig) -> tuple[RunConfig, GLM
     import torch
 
     model = checkpoint.load(getattr(torch, config.train.dtype), quantized=True)
-    config = dataclasses.replace(config, model=model.config)
-    return config, adapters.attach(model, adapter_config(args), config.train.seed)
+    if pieces is None:
+        return dataclasses.replace(config, model=model.config), model, None
+    shaped = dataclasses.replace(config.data, vocab=pieces.vocab)
+    config = dataclasses.replace(config, model=model.config, data=shaped)
+    sampler = data.open(
+        shaped, config.train.seed, ".cache", positions=model.config.positions, pieces=pieces
+    )
+    return config, model, sampler
 
 
 def adapter_config(args: argparse.Namespace) -> AdapterConfig:

@@ -27,17 +27,19 @@ def open(
     rank: int = 0,
     world: int = 1,
     positions: str = "rope",
+    pieces: Tokenizer | None = None,
 ) -> Sampler:
     """The sampler over `config`'s text; corpus, tokenizer and ids are kept in `cache_dir` for the
     next time.
 
     rank, world: the data-parallel slice. positions: the model's (`ModelConfig.positions`); with
     "rope", row 0 runs on through [gMASK] targets, with the two-row kinds it stays at the blank.
-    `sampler.corpus` says, JSON-able, where the text comes from: sha256, parts (characters), missing
-    (reasons), documents, tokens. Raises DataError."""
+    pieces: a tokenizer in place of the text's own. `sampler.corpus` says, JSON-able, where the text
+    comes from: sha256, parts (characters), missing (reasons), documents, tokens. Raises
+    DataError."""
     folder = Path(cache_dir).expanduser()
     text = corpus.load(config, folder)
-    pieces = tokenizer.load(text, config.vocab, folder)
+    pieces = pieces or tokenizer.load(text, config.vocab, folder)
     ids = encoded(text, pieces, folder)
     num_tokens = len(ids) - len(text.documents)
     if num_tokens < config.length:

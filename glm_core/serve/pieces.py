@@ -17,6 +17,8 @@ from glm_core.data.tokenizer import Tokenizer
 from glm_core.errors import DataError
 
 CONFIG = "tokenizer_config.json"
+FILES = ("ice_text.model", "tokenizer.json", "tokenizer.model")
+"""one of which a folder must hold to be talked to"""
 CHATGLM2_SPECIAL = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 """what ChatGLM2's code puts after the pieces (tokenization_chatglm.py, SPTokenizer)"""
 ROLE_SPECIAL = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")

@@ -65,18 +65,25 @@ class Causal(Source):
         token. Raises PromptError where the last word is not the user's."""
         if not messages or messages[-1].role != "user":
             raise PromptError("messages: the last one must be the user's; add a question")
-        ids = self._encoded(self._filled([m.role for m in messages]), messages)
+        ids = self._encoded(self._filled(messages, True), messages)
         prefix = self.tokenizer.prefix
         return causal(ids if ids[: len(prefix)] == prefix else [*prefix, *ids])
 
-    def _filled(self, roles: list[str]) -> str:
+    def answer(self, messages: Sequence[Message]) -> list[int]:
+        """As the template puts it after the words that ask for it, a newline perhaps before it."""
+        told, asked = self._filled(messages, False), self._filled(messages[:-1], True)
+        hole = f"\ue000{len(messages) - 1}\ue001"
+        said = told.removeprefix(asked).partition(hole)[0] if told.startswith(asked) else ""
+        return self._encoded(said + hole, messages)
+
+    def _filled(self, messages: Sequence[Message], asking: bool) -> str:
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True
         )
-        given = [{"role": r, "content": f"\ue000{i}\ue001"} for i, r in enumerate(roles)]
+        given = [{"role": m.role, "content": f"\ue000{i}\ue001"} for i, m in enumerate(messages)]
         try:
             return environment.from_string(self.template).render(
-                messages=given, add_generation_prompt=True
+                messages=given, add_generation_prompt=asking
             )
         except jinja2.TemplateError as error:
             raise PromptError(f"chat template: {error}; give other roles or order") from None
@@ -111,6 +118,10 @@ def from_path(path: str | Path, dtype: torch.dtype = torch.float32) -> Source:
     of any layout with its tokenizer. Quantized linears stay as they are stored. Raises
     CheckpointError, DataError."""
     path = Path(path)
+    if not path.exists():
+        raise CheckpointError(
+            f"{path}: no such checkpoint; give a run's folder, or a checkpoint's with its tokenizer"
+        )
     if not path.is_dir() or _is_run(path):
         return from_run(path, dtype=dtype)
     return from_checkpoint(path, dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -77,6 +77,11 @@ class Source:
         a = opened(self.tokenizer.encode(system + text + question), self.tokenizer)
         return blank(a, self.tokenizer, self.model.config.positions)
 
+    def answer(self, messages: Sequence[Message]) -> list[int]:
+        """What a model that says the last message has said after `chat` of those before it, without
+        what ends it."""
+        return self.tokenizer.encode(messages[-1].content)
+
 
 def from_run(
     path: str | Path, cache_dir: str | Path | None = None, dtype: torch.dtype = torch.float32
@@ -84,8 +89,7 @@ def from_run(
     """The model of a training run (its folder, or one of its checkpoints), rounded to `dtype`.
     Raises CheckpointError, DataError."""
     file = checkpoint.find(Path(path))
-    tensors, facts = checkpoint.load(file)
-    settings = config.from_dict(config.RunConfig, facts["config"])
+    model, settings, facts = trained(file)
     run = file.parent.parent
     kept = run / checkpoint.TOKENIZER
     if kept.is_file():
@@ -99,6 +103,14 @@ def from_run(
             f"{file}: was trained with another tokenizer ({known[:12]}, found "
             f"{tokenizer.sha256[:12]}); put the run's tokenizer.model beside its config.toml"
         )
+    return Source(model=model.to(dtype), tokenizer=tokenizer, name=run.resolve().name)
+
+
+def trained(file: Path) -> tuple[GLM, config.RunConfig, dict[str, Any]]:
+    """The frozen float32 model of a run's checkpoint, its config and what else the checkpoint says.
+    Raises CheckpointError."""
+    tensors, facts = checkpoint.load(file)
+    settings = config.from_dict(config.RunConfig, facts["config"])
     model = GLM(settings.model)
     weights = {n: tensors.get(f"master.{n}") for n, _ in model.named_parameters()}
     if missing := [n for n, w in weights.items() if w is None]:
@@ -107,6 +119,4 @@ def from_run(
             "their base; give the base, and this run as --adapter"
         )
     model.load_state_dict(weights)
-    return Source(
-        model=model.to(dtype).requires_grad_(False), tokenizer=tokenizer, name=run.resolve().name
-    )
+    return model.requires_grad_(False), settings, facts

@@ -89,7 +89,13 @@ def test_lora_beside_a_run_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture
 
     prefix = ["--adapter", "ptuning", "--prefix-length", "3", "--prefix-projection"]
     prefix += ["--dropout", "0.1", "--out", tuned + "2", "--base", base]
+    text = "\n\n".join(list(pydoc_data.topics.topics.values())[20:40])
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    assert main(["train", *small, *prefix, "--compile"]) == 2
+    assert "which torch.compile cannot trace; leave compile out" in capsys.readouterr().err
     assert main(["train", *small, *prefix]) == 0
+    words = [(tmp_path / run / "tokenizer.model").read_bytes() for run in ("base", "tuned2")]
+    assert words[0] == words[1]  # another text, in the base's tokens
     assert main(["checkpoint", "adapter", tuned + "2", str(tmp_path / "pytorch_model.bin")]) == 0
     assert "prefix.outer.weight      [256, 32]" in capsys.readouterr().out
     assert main(prompt) == 0
@@ -98,3 +104,5 @@ def test_lora_beside_a_run_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture
         assert main([*prompt, "--adapter", adapter]) == 0
         answers.append(json.loads(capsys.readouterr().out)["text"])
     assert answers[0] != answers[1] == answers[2]
+    assert main(["quantize", tuned]) == 2
+    assert "it holds adapters without their base" in capsys.readouterr().err

@@ -64,6 +64,7 @@ def test_chatglm2(tmp_path: Path) -> None:
     prefix = [size + CHATGLM2.index("[gMASK]"), size + CHATGLM2.index("sop")]
     assert list(source.chat(TALK[1:]).tokens) == [*prefix, *plain.encode(text)]
     assert list(source.complete("the fox").tokens) == [*prefix, *plain.encode("the fox")]
+    assert source.answer([*TALK, Message("assistant", "a\n")]) == plain.encode("a\n")
     assert source.stop == (2,)
     assert generate(source.model, [source.complete("the fox")], GREEDY)[0].tokens
 
@@ -100,6 +101,8 @@ def test_chatglm3(beside: str, tmp_path: Path) -> None:
     for m in talk:
         expected += [ids[f"<|{m.role}|>"], *plain.encode("\n"), *plain.encode(m.content)]
     assert list(source.chat(talk).tokens) == [*expected, ids["<|assistant|>"]]
+    learnt = [*talk, Message("assistant", "the fox")]
+    assert source.answer(learnt) == [*plain.encode("\n"), *plain.encode("the fox")]
     assert source.stop == (2, ids["<|user|>"], ids["<|observation|>"])
 
 
@@ -205,6 +208,8 @@ def test_glm4(beside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for m in TALK:
         expected += [ids[f"<|{m.role}|>"], *pieces.encode("\n"), *pieces.encode(m.content)]
     assert list(source.chat(TALK).tokens) == [*expected, ids["<|assistant|>"]]
+    learnt = [*TALK, Message("assistant", "the fox")]
+    assert source.answer(learnt) == [*pieces.encode("\n"), *pieces.encode("the fox")]
     assert generate(source.model, [source.chat(TALK)], GREEDY)[0].tokens
 
 

@@ -13,11 +13,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from glm_core.deepspeed import comm, consolidate, ops, schedules, zero
+from glm_core.deepspeed import comm, consolidate, ops, pipe, schedules, zero
 from glm_core.deepspeed import fragments as utils
 from glm_core.deepspeed.accelerator import get_accelerator
 from glm_core.deepspeed.comm import init_distributed
 from glm_core.deepspeed.engine import DeepSpeedEngine
+from glm_core.deepspeed.runtime.activation_checkpointing import checkpointing
+from glm_core.deepspeed.runtime.pipe.engine import PipelineEngine
+from glm_core.deepspeed.runtime.pipe.module import PipelineModule
 from glm_core.deepspeed.settings import Settings, read, resolve
 from glm_core.errors import ConfigError
 
@@ -25,11 +28,13 @@ __version__ = version = "0.19.8"
 """of the DeepSpeed whose interface this is; scripts compare it"""
 utils.zero_to_fp32 = consolidate  # type: ignore[attr-defined]  # the name scripts use
 sys.modules[__name__ + ".utils"] = utils
+sys.modules[__name__ + ".checkpointing"] = checkpointing
 sys.modules[__name__ + ".utils.zero_to_fp32"] = consolidate
 
 __all__ = [
-    "DeepSpeedEngine", "add_config_arguments", "comm", "get_accelerator", "init_distributed",
-    "initialize", "ops", "schedules", "utils", "zero",
+    "DeepSpeedEngine", "PipelineEngine", "PipelineModule", "add_config_arguments", "checkpointing",
+    "comm", "get_accelerator", "init_distributed", "initialize", "ops", "pipe", "schedules",
+    "utils", "zero",
 ]  # fmt: skip
 
 
@@ -54,13 +59,20 @@ def initialize(
     given = given if given is not None else getattr(args, "deepspeed_config", None)
     if given is None:
         raise ConfigError("initialize: no config; pass config= or args.deepspeed_config")
+    if isinstance(model, PipelineModule):
+        if mpu is not None:
+            raise ConfigError("initialize: a PipelineModule brings its own mpu; remove mpu=")
+        mpu = model.mpu()
     ranks = dist.get_world_size(None if mpu is None else mpu.get_data_parallel_group())
     settings = resolve(read(given), ranks)
-    engine = DeepSpeedEngine(
+    kind: Any = PipelineEngine if isinstance(model, PipelineModule) else DeepSpeedEngine
+    engine: DeepSpeedEngine = kind(
         model, settings, optimizer=optimizer, model_parameters=model_parameters,
         lr_scheduler=lr_scheduler, mpu=mpu,
     )  # fmt: skip
-    if training_data is not None:
+    if training_data is not None and isinstance(engine, PipelineEngine):
+        engine.set_training_data(training_data, collate_fn)
+    elif training_data is not None:
         engine.training_dataloader = _loader(engine, training_data, collate_fn, settings)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 

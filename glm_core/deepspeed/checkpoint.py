@@ -35,13 +35,16 @@ def save(
     _same_tag(engine, name)
     place = Path(folder) / name
     weights = full_weights(engine)
-    mine = {"format": FORMAT, "pieces": pieces(engine), "groups": groups(engine)}
+    mine = {
+        "format": FORMAT, "mp_rank": mp_rank(engine), "pieces": pieces(engine),
+        "groups": groups(engine),
+    }  # fmt: skip
     problem = ""
     try:
         place.mkdir(parents=True, exist_ok=True)
         _write(place / f"glm_core_rank_{dist.get_rank():05d}.pt", mine)
         if dist.get_rank(engine.dp_group) == 0:
-            _write(place / foreign.model_file(_mp_rank(engine)), _facts(engine, weights, client))
+            _write(place / foreign.model_file(mp_rank(engine)), _facts(engine, weights, client))
     except OSError as error:
         problem = f"{place}: not saved ({error}); make room, then save again"
     told: list[str] = [""] * dist.get_world_size()
@@ -60,8 +63,17 @@ def _write(path: Path, value: Any) -> None:
     scratch.rename(path)
 
 
-def _mp_rank(engine: DeepSpeedEngine) -> int:
+def mp_rank(engine: DeepSpeedEngine) -> int:
+    """The number in the name of this rank's model file."""
     return 0 if engine.mpu is None else int(engine.mpu.get_model_parallel_rank())
+
+
+def _slice(engine: DeepSpeedEngine) -> int:
+    """The tensor-parallel rank: whose parts of the same weights go together."""
+    mpu = engine.mpu
+    if mpu is None:
+        return 0
+    return int(getattr(mpu, "get_slice_parallel_rank", mpu.get_model_parallel_rank)())
 
 
 def _same_tag(engine: DeepSpeedEngine, tag: str) -> None:
@@ -98,6 +110,8 @@ def _facts(
         "lr_scheduler": scheduler.state_dict() if hasattr(scheduler, "state_dict") else None,
         "loss_scale": engine.scaler.state(),
         "writers": dist.get_world_size(),
+        "slice": _slice(engine),
+        "stages": engine.num_stages,
         **{n: getattr(engine, n) for n in foreign.COUNTERS},
     }
     if shadowed := sorted(own.keys() & client.keys()):
@@ -124,10 +138,13 @@ def pieces(engine: DeepSpeedEngine) -> list[dict[str, Any]]:
 
 
 def groups(engine: DeepSpeedEngine) -> list[dict[str, Any]]:
-    """The optimizer's parameter groups without their parameters."""
+    """The optimizer's parameter groups with their parameters' names."""
     if engine.optimizer is None:
         return []
-    return [{k: v for k, v in g.items() if k != "params"} for g in engine.optimizer.param_groups]
+    return [
+        {**g, "params": [engine.names[p] for p in h.params]}
+        for h, g in zip(engine.holders, engine.optimizer.param_groups, strict=True)
+    ]
 
 
 def load(
@@ -142,7 +159,7 @@ def load(
             say_once(f"{folder}: no {LATEST} file, nothing loaded; pass tag=")
             return None, {}
     place = Path(folder) / tag
-    saved = read(place, _mp_rank(engine), list(engine.names.values()))
+    saved = engine.read_checkpoint(place)
     set_weights(engine, saved.module, strict, custom)
     if not only_module:
         masters = saved.state if engine.settings.load_masters else {}
@@ -164,17 +181,30 @@ def read(place: Path, mp_rank: int, names: list[str]) -> Saved:
     facts = foreign.load_file(path if path.exists() else place / foreign.model_file_3(0, mp_rank))
     if facts.get("format") != FORMAT:
         return foreign.read(place, facts, mp_rank, names)
+    if facts["stages"] > 1:
+        raise CheckpointError(f"{place}: of a pipeline; load it into a PipelineModule")
+    return read_ours(place, {mp_rank: facts})
+
+
+def read_ours(place: Path, every: dict[int, dict[str, Any]]) -> Saved:
+    """every: by model-parallel rank, what the model files to be merged hold; of a weight that
+    several hold the last is taken. Raises CheckpointError."""
+    facts = next(iter(every.values()))
     files = sorted(place.glob("glm_core_rank_*.pt"))
     if len(files) != facts["writers"]:
         raise CheckpointError(
             f"{place}: {len(files)} of {facts['writers']} ranks' files are there; use another tag"
         )
-    parts = [foreign.load_file(f) for f in files]
+    order = list(every)
+    parts = [p for p in map(foreign.load_file, files) if p["mp_rank"] in every]
+    parts.sort(key=lambda p: order.index(p["mp_rank"]))
+    module = {name: value for own in every.values() for name, value in own[MODEL].items()}
+    each = parts if len(every) > 1 else parts[:1]
     counters = {n: facts[n] for n in foreign.COUNTERS}
     return Saved(
-        facts[MODEL], assemble([p for part in parts for p in part["pieces"]], facts[MODEL]),
-        parts[0]["groups"], facts["lr_scheduler"], facts["loss_scale"], counters,
-        facts["client_state"],
+        module, assemble([p for part in parts for p in part["pieces"]], module),
+        [g for part in each for g in part["groups"]], facts["lr_scheduler"], facts["loss_scale"],
+        counters, facts["client_state"],
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from glm_core.deepspeed import accelerator, checkpoint, monitor, schedules
 from glm_core.deepspeed.answers import Answers
+from glm_core.deepspeed.foreign import Saved
 from glm_core.deepspeed.ops import named
 from glm_core.deepspeed.settings import Settings, say_once
 from glm_core.distributed.norm import Piece, clip_, global_norm
@@ -268,6 +270,13 @@ class DeepSpeedEngine(Answers, nn.Module):
         """Nothing is held that the collector does not free."""
 
     # --- checkpoints: glm_core.deepspeed.checkpoint decides ---
+
+    num_stages = 1
+    """of a pipeline"""
+
+    def read_checkpoint(self, place: Path) -> Saved:
+        """What `load_checkpoint` loads. Raises CheckpointError."""
+        return checkpoint.read(place, checkpoint.mp_rank(self), list(self.names.values()))
 
     def module_state_dict(self) -> dict[str, Any]:
         """The module's weights as they are on this rank (stage 3: DTensors)."""

@@ -4,12 +4,13 @@ whatever the stage."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from glm_core.deepspeed.runtime.dataloader import RepeatingLoader as RepeatingLoader
 from glm_core.deepspeed.settings import say_once
 from glm_core.distributed.placement import Holder, flat
 from glm_core.errors import ConfigError
@@ -24,24 +25,6 @@ def log_dist(message: str, ranks: list[int] | None = None, level: int = logging.
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     if not ranks or -1 in ranks or rank in ranks:
         logger.log(level, message)
-
-
-class RepeatingLoader:
-    """Goes over `loader` again and again."""
-
-    def __init__(self, loader: Iterable[Any]) -> None:
-        self.loader = loader
-        self.data_iter = iter(loader)
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        try:
-            return next(self.data_iter)
-        except StopIteration:
-            self.data_iter = iter(self.loader)
-            return next(self.data_iter)
 
 
 def set_z3_leaf_modules(model: nn.Module, leaf_module_classes: list[Any]) -> list[nn.Module]:

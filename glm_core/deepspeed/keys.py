@@ -215,22 +215,20 @@ SECTIONS: dict[str, dict[str, Key]] = {
         ),
     },
     "activation_checkpointing": {
-        "partition_activations": _error(
-            "would split saved activations over model-parallel ranks; remove it"
-        ),
-        "cpu_checkpointing": _error(
-            "would keep activations on the host; torch.autograd.graph.save_on_cpu does"
-        ),
+        "partition_activations": OK,
+        "cpu_checkpointing": OK,
         "contiguous_memory_optimization": _idle(_BUFFERS),
         "number_checkpoints": _idle(_BUFFERS),
         "synchronize_checkpoint_boundary": _idle(_LOGS),
         "profile": _idle(_LOGS),
     },
     "pipeline": {
-        "stages": _idle("PipelineModule's num_stages decides, in DeepSpeed too"),
+        "stages": _idle("PipelineModule's num_stages decides, in DeepSpeed too")._replace(
+            harmless=(None, False, "auto")
+        ),
         "partition": _idle("PipelineModule's partition_method decides, in DeepSpeed too"),
         "seed_layers": _idle("PipelineModule's seed_layers decides, in DeepSpeed too"),
-        "activation_checkpoint_interval": _idle("PipelineModule's argument decides"),
+        "activation_checkpoint_interval": OK,
         "pipe_partitioned": _idle("activations are sent whole; results are the same"),
         "grad_partitioned": _idle("gradients are sent whole; results are the same"),
         "use_reentrant": _idle("recomputation is torch's non-reentrant kind"),

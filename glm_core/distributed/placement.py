@@ -96,6 +96,12 @@ class Replicas:
             batch.append(p)
         self._reduce(batch)
 
+    def unreduced(self, param: nn.Parameter) -> Tensor:
+        """See Shards.unreduced."""
+        if param.grad is None:
+            param.grad = torch.zeros_like(param)
+        return param.grad
+
     @torch.no_grad()
     def _reduce(self, params: list[nn.Parameter]) -> None:
         for p in params:

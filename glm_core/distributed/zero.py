@@ -131,6 +131,17 @@ class Shards:
             self._widen()
             self._flush()
 
+    def unreduced(self, param: nn.Parameter) -> Tensor:
+        """This rank's gradient of all micro-batches so far, to be changed in place before the last
+        `backward_done` (not in stage 2)."""
+        self._widen()
+        if self.precision.low:
+            zeros = torch.zeros_like(param, dtype=torch.float32)
+            return self._sums.setdefault(param, zeros)
+        if param.grad is None:
+            param.grad = torch.zeros_like(param)
+        return param.grad
+
     def _widen(self) -> None:
         """Sums over micro-batches are float32: a bfloat16 sum forgets small summands."""
         if not self.precision.low:

@@ -14,7 +14,7 @@ import pytest
 # importlib mode leaves sys.path alone; what several tests share lies beside them
 sys.path.insert(0, str(Path(__file__).parent))
 
-from peer_runs import HERE, REAL, SCRIPTS, run
+from peer_runs import HERE, OURS, REAL, SCRIPTS, SCRIPTS_4, run
 
 
 @pytest.fixture(scope="session")
@@ -29,10 +29,10 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], Path]:
 
 @pytest.fixture(scope="session")
 def ours(real: tuple[list[Any], Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Our run of the same scripts, and of the one that goes on from DeepSpeed's checkpoint."""
+    """Our run of the same scripts, and of those that go on from DeepSpeed's checkpoints."""
     folder = tmp_path_factory.mktemp("ours")
     python = Path(sys.executable)
-    seen = run("ours", python, folder / "seen", [*SCRIPTS, "take_over"], real[1])
+    seen = run("ours", python, folder / "seen", [*SCRIPTS, *OURS], real[1])
     return seen, folder / "ours"
 
 
@@ -48,3 +48,14 @@ def reference() -> dict[str, Any]:
     line = next(t for t in done.stdout.splitlines() if t.startswith("REPORT"))
     found: dict[str, Any] = json.loads(line.removeprefix("REPORT"))
     return found
+
+
+@pytest.fixture(scope="session")
+def four(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], list[Any]]:
+    """Real DeepSpeed's and our run of the scripts for four processes."""
+    if not REAL.exists():
+        pytest.skip("no .venv-deepspeed: make deepspeed (tests/deepspeed/setup_deepspeed.sh)")
+    folder = tmp_path_factory.mktemp("four")
+    theirs = run("deepspeed", REAL, folder / "theirs", SCRIPTS_4, folder, ranks=4)
+    mine = run("ours", Path(sys.executable), folder / "mine", SCRIPTS_4, folder, ranks=4)
+    return theirs, mine

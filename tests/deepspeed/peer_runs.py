@@ -1,4 +1,4 @@
-"""One run of scripts on two processes, under real DeepSpeed or under us."""
+"""One run of scripts on some processes, under real DeepSpeed or under us."""
 
 from __future__ import annotations
 
@@ -9,21 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 REAL = ROOT / ".venv-deepspeed/bin/python"
+OURS = ("take_over", "pipeline_take_over")
+"""read what DeepSpeed wrote"""
 SCRIPTS = sorted(
-    (p.stem for p in (HERE / "scripts").glob("*.py") if p.stem != "take_over"),
+    (p.stem for p in (HERE / "scripts").glob("*.py") if p.stem not in OURS),
     # DeepSpeed remembers an mpu for all engines that follow
-    key=lambda name: (name == "tensor_parallel", name),
+    key=lambda name: (name == "tensor_parallel", name.startswith("pipeline"), name),
 )
+SCRIPTS_4 = sorted(p.stem for p in (HERE / "scripts4").glob("*.py"))
+"""on four processes"""
 OWN = sorted(p.stem for p in (HERE / "own").glob("*.py"))
 """what DeepSpeed has not, refuses or cannot run here; they check themselves"""
 LIMIT_S = 240
 
 
 def run(
-    peer: str, python: Path, out: Path, scripts: list[str], foreign: Path, ranks: int = 2
+    peer: str, python: Path | str, out: Path, scripts: list[str], foreign: Path, ranks: int = 2,
+    program: str = "run_scripts.py",
 ) -> list[Any]:  # fmt: skip
     """What each rank saw; the processes' own words where they failed."""
     with socket.socket() as s:
@@ -35,7 +41,7 @@ def run(
         "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }  # fmt: skip
-    command = [str(python), str(HERE / "run_scripts.py"), str(out), *scripts]
+    command = [str(python), str(HERE / program), str(out), *scripts]
     logs = [out.with_suffix(f".log{r}") for r in range(ranks)]
     processes = []
     for r, log in enumerate(logs):
@@ -55,3 +61,11 @@ def run(
     words = "\n".join(log.read_text()[-3000:] for log in logs)
     assert codes == [0] * ranks, f"{peer}: exit codes {codes}\n{words}"
     return [torch.load(f"{out}.{r}") for r in range(ranks)]
+
+
+def distance(mine: Tensor, theirs: Tensor) -> float:
+    """Largest difference in units of the largest value."""
+    assert mine.shape == theirs.shape
+    if not theirs.numel():
+        return 0.0
+    return float((mine - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30))

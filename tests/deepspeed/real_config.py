@@ -7,7 +7,8 @@ import json
 import torch
 from deepspeed.runtime import constants, lr_schedules
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
-from recipes import PATTERN, SCHEDULES, follow
+from deepspeed.runtime.utils import partition_balanced, partition_uniform
+from recipes import PATTERN, SCHEDULES, WEIGHTS, follow
 
 MODELS = {
     "fp16": "deepspeed.runtime.precision_config.DeepSpeedFP16Config",
@@ -64,6 +65,10 @@ def fields(path):
     return sorted({*found, *(f.alias for f in found.values() if f.alias)})
 
 
+parts = [
+    [list(map(int, found)) for found in (partition_uniform(len(w), n), partition_balanced(w, n))]
+    for w, n in WEIGHTS
+]
 scales = {}
 for window, hysteresis, consecutive in ((2, 1, False), (3, 2, False), (2, 3, True)):
     scaler = DynamicLossScaler(2.0**16, window, 1, hysteresis, consecutive)
@@ -88,6 +93,7 @@ print(
             "sections": {name: fields(path) for name, path in MODELS.items()},
             "scales": scales,
             "courses": courses,
+            "parts": parts,
         }
     )
 )

@@ -1,5 +1,5 @@
-"""What both sides are asked, in the same words: overflows for the loss scale, and schedules to be
-followed over their whole course, as (name, params), in all forms of their arguments."""
+"""What both sides are asked, in the same words: overflows for the loss scale, layers to be cut into
+stages, schedules as (name, params) in all forms of their arguments, to be followed to their end."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ from typing import Any
 STEPS = 30
 PATTERN = [random.Random(0).random() < 0.2 for _ in range(60)]
 """of overflows"""
+_DRAW = random.Random(1)
+WEIGHTS = [
+    ([_DRAW.choice((0, 1, 1, 3, 17, 1000)) for _ in range(_DRAW.randrange(1, 14))], n % 5 + 1)
+    for n in range(60)
+]
+"""of a pipeline's layers, with a number of stages"""
 BASE: dict[str, Any] = {"cycle_min_lr": 1e-3, "cycle_max_lr": 1e-2}
 SCHEDULES: list[tuple[str, dict[str, Any]]] = [
     ("LRRangeTest", {}),

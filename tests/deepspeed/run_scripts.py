@@ -25,6 +25,8 @@ def consolidate(folder: Path) -> None:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     for place in (p.parent for p in folder.glob("*/latest")):
+        if any(place.glob("*/layer_*")):
+            continue  # a pipeline's: its own script knows none
         torch.save(
             dict(get_fp32_state_dict_from_zero_checkpoint(str(place))), place / "consolidated.pt"
         )
@@ -43,8 +45,7 @@ def main(out: str, names: list[str]) -> None:
     seen: dict[str, Any] = {}
     torch.save(seen, f"{out}.{dist.get_rank()}.part")
     for name in names:
-        path = HERE / "scripts" / f"{name}.py"
-        found = runpy.run_path(str(path if path.exists() else HERE / "own" / path.name))
+        found = runpy.run_path(str(next(HERE.glob(f"*/{name}.py"))))
         if "engine" not in found:
             continue  # it checked itself
         weights = whole_weights(deepspeed, found["engine"])

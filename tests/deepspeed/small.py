@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -54,3 +56,71 @@ class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         x = self.x[index]
         return {"x": x, "labels": (x.sum().abs() * 3).long() % 5}
+
+
+class Pairs(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """(input, label), as a pipeline's loss function takes them."""
+
+    def __init__(self) -> None:
+        self.x = torch.randn(96, 7, generator=torch.Generator().manual_seed(51))
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        x = self.x[index]
+        return x, (x.sum().abs() * 3).long() % 5
+
+
+VOCABULARY, LENGTH = 19, 6
+
+
+def sentences(replica: int) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
+    """Endless ((tokens, mask), labels) of a data-parallel replica: every third token follows from
+    the one before."""
+    generator = torch.Generator().manual_seed(300 + replica)
+    while True:
+        tokens = torch.randint(VOCABULARY, (3, LENGTH + 1), generator=generator)
+        tokens[:, 1::3] = (tokens[:, 0:-1:3] * 5 + 1) % VOCABULARY
+        mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+        yield (tokens[:, :-1], mask.expand(3, LENGTH, LENGTH)), tokens[:, 1:]
+
+
+class Embedding(nn.Module):
+    """Tokens and their positions;  [B, L] -> [B, L, D]. The mask goes along."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.word, self.position = nn.Embedding(VOCABULARY, hidden), nn.Embedding(LENGTH, hidden)
+        nn.init.normal_(self.word.weight, std=0.3)
+
+    def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        tokens, mask = inputs
+        return self.word(tokens) + self.position(torch.arange(LENGTH)), mask
+
+
+class Attention(nn.Module):
+    """A causal layer of one head;  [B, L, D] -> [B, L, D]."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden)
+        # a key's bias has no gradient but roundings, of which Adam makes whole steps
+        self.qkv = nn.Linear(hidden, 3 * hidden, bias=False)
+        self.out = nn.Linear(hidden, hidden)
+
+    def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        x, mask = inputs
+        q, k, v = self.qkv(self.norm(x)).chunk(3, dim=-1)
+        scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~mask, -1e4)
+        return x + self.out(torch.tanh(scores.softmax(-1) @ v)), mask
+
+
+def logits(embedding: Embedding, inputs: tuple[Tensor, Tensor]) -> Tensor:
+    """The embedding's transpose as the head;  [B, L, D] -> [B, L, V]."""
+    return inputs[0] @ embedding.word.weight.T
+
+
+def next_token_loss(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy."""
+    return nn.functional.cross_entropy(outputs.flatten(0, 1).float(), labels.flatten())

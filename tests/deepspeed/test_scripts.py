@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from peer_runs import SCRIPTS
-from torch import Tensor
+from peer_runs import SCRIPTS, SCRIPTS_4, distance
 
 RATIO, BF16_RATIO = 16, 6
 KEYS = ("losses", "norms", "rates")
@@ -21,24 +20,14 @@ KEYS = ("losses", "norms", "rates")
 
 def allowed(script: str) -> float:
     """Largest relative difference."""
-    if script.startswith("bf16"):
+    if "bf16" in script:
         return BF16_RATIO * torch.finfo(torch.bfloat16).eps
     return RATIO * torch.finfo(torch.float32).eps
 
 
-def distance(mine: Tensor, theirs: Tensor) -> float:
-    """Largest difference in units of the largest value."""
-    assert mine.shape == theirs.shape
-    if not len(theirs):
-        return 0.0
-    return float((mine - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30))
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_one_line_changed(
-    script: str, real: tuple[list[Any], Path], ours: tuple[list[Any], Path]
-) -> None:
-    for theirs, mine in zip(real[0], ours[0], strict=True):
+def compare(script: str, ours: list[Any], real: list[Any]) -> None:
+    """Every rank's."""
+    for theirs, mine in zip(real, ours, strict=True):
         seen = {k: distance(mine[script][k], theirs[script][k]) for k in KEYS}
         for name, weight in theirs[script]["weights"].items():
             seen[name] = distance(mine[script]["weights"][name], weight)
@@ -47,15 +36,31 @@ def test_one_line_changed(
         assert not far, f"{script}: {far}, allowed {allowed(script):.1e}"
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_one_line_changed(
+    script: str, real: tuple[list[Any], Path], ours: tuple[list[Any], Path]
+) -> None:
+    compare(script, ours[0], real[0])
+
+
+@pytest.mark.parametrize("script", SCRIPTS_4)
+def test_one_line_changed_on_four_processes(script: str, four: tuple[list[Any], list[Any]]) -> None:
+    compare(script, four[1], four[0])
+
+
 def test_ranks_see_different_data(ours: tuple[list[Any], Path]) -> None:
     first, second = (run["zero3"]["losses"] for run in ours[0])
     assert distance(first, second) > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("half", "script", "steps"),
+    [("take_over", "resume", 6), ("pipeline_take_over", "pipeline_tied", 7)],
+)
 def test_goes_on_from_deepspeeds_checkpoint(
-    real: tuple[list[Any], Path], ours: tuple[list[Any], Path]
+    half: str, script: str, steps: int, real: tuple[list[Any], Path], ours: tuple[list[Any], Path]
 ) -> None:
     for theirs, mine in zip(real[0], ours[0], strict=True):
         for key in KEYS:
-            half = theirs["resume"][key][6:]
-            assert distance(mine["take_over"][key], half) <= allowed("resume"), key
+            rest = theirs[script][key][steps:]
+            assert distance(mine[half][key], rest) <= allowed(script), key

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from recipes import PATTERN
+from recipes import PATTERN, WEIGHTS
 
 from glm_core.deepspeed.keys import SECTIONS, TOP
+from glm_core.deepspeed.runtime.pipe import partition
 from glm_core.deepspeed.settings import batches, read, resolve
 from glm_core.distributed.precision import DynamicLossScale
 from glm_core.errors import ConfigError, TrainingError
@@ -34,6 +35,12 @@ def test_loss_scale_moves_like_deepspeeds(reference: dict[str, Any]) -> None:
             mine.update(overflow)
             seen.append(mine.scale)
         assert seen == theirs, options
+
+
+def test_pipelines_are_cut_like_deepspeeds(reference: dict[str, Any]) -> None:
+    for (weights, stages), theirs in zip(WEIGHTS, reference["parts"], strict=True):
+        cuts = [partition.uniform(len(weights), stages), partition.balanced(weights, stages)]
+        assert cuts == theirs, (weights, stages)
 
 
 def test_overflow_at_the_smallest_scale_is_an_error() -> None:

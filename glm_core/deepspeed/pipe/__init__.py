@@ -1,0 +1,5 @@
+"""`from deepspeed.pipe import PipelineModule, LayerSpec, TiedLayerSpec`."""
+
+from glm_core.deepspeed.runtime.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+
+__all__ = ["LayerSpec", "PipelineModule", "TiedLayerSpec"]

@@ -4,7 +4,6 @@ own parts and any glm_core backend. docs/deepspeed.md lists what is there."""
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from glm_core.deepspeed import comm, consolidate, ops, pipe, schedules, zero
+from glm_core.deepspeed import comm, names, ops, pipe, runtime, schedules, zero
 from glm_core.deepspeed import fragments as utils
 from glm_core.deepspeed.accelerator import get_accelerator
 from glm_core.deepspeed.comm import init_distributed
@@ -26,15 +25,12 @@ from glm_core.errors import ConfigError
 
 __version__ = version = "0.19.8"
 """of the DeepSpeed whose interface this is; scripts compare it"""
-utils.zero_to_fp32 = consolidate  # type: ignore[attr-defined]  # the name scripts use
-sys.modules[__name__ + ".utils"] = utils
-sys.modules[__name__ + ".checkpointing"] = checkpointing
-sys.modules[__name__ + ".utils.zero_to_fp32"] = consolidate
+names.install()
 
 __all__ = [
     "DeepSpeedEngine", "PipelineEngine", "PipelineModule", "add_config_arguments", "checkpointing",
-    "comm", "get_accelerator", "init_distributed", "initialize", "ops", "pipe", "schedules",
-    "utils", "zero",
+    "comm", "get_accelerator", "init_distributed", "initialize", "ops", "pipe", "runtime",
+    "schedules", "utils", "zero",
 ]  # fmt: skip
 
 
@@ -95,3 +91,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
     group.add_argument("--deepspeed", action="store_true", help="accepted; the engine is always on")
     group.add_argument("--deepspeed_config", type=str, help="JSON file")
     return parser
+
+
+def __getattr__(name: str) -> Any:
+    raise names.absent(name)

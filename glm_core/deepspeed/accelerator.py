@@ -121,7 +121,29 @@ class Accelerator:
         if backend().device_type != "cpu":
             torch.get_device_module(backend().device_type).empty_cache()
 
+    def memory_allocated(self, device_index: int | None = None) -> int:
+        """Bytes now; 0 where the device does not count."""
+        return self._count("memory_allocated")
+
+    def memory_reserved(self, device_index: int | None = None) -> int:
+        """Bytes held by torch now; 0 where the device does not count."""
+        return self._count("memory_reserved")
+
+    def max_memory_reserved(self, device_index: int | None = None) -> int:
+        """Bytes held by torch at most; 0 where the device does not count."""
+        return self._count("max_memory_reserved")
+
+    def reset_peak_memory_stats(self, device_index: int | None = None) -> None:
+        """Nothing where the device does not count."""
+        self._count("reset_peak_memory_stats")
+
+    def _count(self, name: str) -> int:
+        ask = getattr(torch.get_device_module(backend().device_type), name, None)
+        return 0 if ask is None else ask() or 0
+
     def __getattr__(self, name: str) -> Any:
+        if name.endswith("Tensor") and backend().device_type == "cpu":
+            return getattr(torch, name)  # get_accelerator().LongTensor([1])
         return getattr(torch.get_device_module(backend().device_type), name)
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from glm_core.deepspeed.comm import get_local_rank
 from glm_core.deepspeed.settings import Settings
-from glm_core.distributed.precision import LossScale
+from glm_core.distributed.precision import DynamicLossScale, LossScale
 from glm_core.errors import ConfigError
 
 
@@ -19,6 +20,8 @@ class Answers:
     optimizer: torch.optim.Optimizer | None
     scaler: LossScale
     dp_world_size: int
+    dp_group: dist.ProcessGroup
+    mpu: Any
     _norm: float | None
     _applied: bool
 
@@ -100,6 +103,46 @@ class Answers:
     def bfloat16_enabled(self) -> bool:
         """Weights in bfloat16?"""
         return self.settings.precision.compute == torch.bfloat16
+
+    def dynamic_loss_scale(self) -> bool:
+        """Does the loss scale move?"""
+        return isinstance(self.scaler, DynamicLossScale)
+
+    def wall_clock_breakdown(self) -> bool:
+        """Are phases timed?"""
+        return bool(self.settings.raw.get("wall_clock_breakdown", False))
+
+    def optimizer_name(self) -> str | None:
+        """The config's; None for a client's."""
+        return self.settings.optimizer[0] if self.settings.optimizer else None
+
+    def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
+        """Another number of rows, the same number of micro-batches."""
+        s = self.settings
+        s.micro_batch = micro_batch_size
+        s.train_batch = micro_batch_size * s.accumulation * self.dp_world_size
+
+    def get_data_parallel_rank(self) -> int:
+        """Among those that train on other data."""
+        return dist.get_rank(self.dp_group)
+
+    def get_model_parallel_rank(self) -> int:
+        """Among those that share the layers; 0 without an mpu."""
+        return 0 if self.mpu is None else int(self.mpu.get_model_parallel_rank())
+
+    def get_sequence_parallel_group(self) -> dist.ProcessGroup | None:
+        """None: sequences are not split over ranks."""
+        return None
+
+    @property
+    def data_parallel_group(self) -> dist.ProcessGroup:
+        """The ranks that train on other data."""
+        return self.dp_group
+
+    @property
+    def local_rank(self) -> int:
+        """As the launcher set it."""
+        return get_local_rank()
 
     @property
     def config(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -150,3 +151,11 @@ def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> N
 
 
 unregister_external_parameter = register_external_parameter
+
+
+class ZeroParamStatus(Enum):
+    """What `ds_status` may be; parameters here have none, so scripts find nothing to gather."""
+
+    AVAILABLE = 1
+    NOT_AVAILABLE = 2
+    INFLIGHT = 3

@@ -54,6 +54,15 @@ ABSENT = {
     "ops.sparse_attention": _SPARSE,
     "ops.op_builder": "would compile DeepSpeed's extensions; nothing is compiled here",
     "ops.transformer": "are GPU kernels; use the model's own layer",
+    "runtime.zero.partition_parameters.zero_wrapper_for_fp_tensor_constructor": (
+        "wraps tensor constructors; they are left alone here: remove it"
+    ),
+    "runtime.utils.PartitionedTensor": "splits activations; they are sent whole here: remove it",
+    "runtime.utils.all_gather_dp_groups": (
+        "gathers the engine's flat buffers; engine.step publishes weights: remove it"
+    ),
+    "engine.set_data_post_process_func": _DATA,
+    "get_accelerator().get_op_builder": "finds extensions; nothing is compiled here: remove it",
     "env_report": "reports on DeepSpeed's extensions; run glm-core env",
     "nvme": "would swap to NVMe; use ZeRO 3 on more devices",
     "io": "would write through DeepNVMe; torch.save writes here",

@@ -14,7 +14,7 @@ from glm_core.deepspeed.foreign import load_file
 from glm_core.errors import CheckpointError
 
 
-@pytest.mark.parametrize("name", ["resume", "zero3", "bf16_zero3"])
+@pytest.mark.parametrize("name", ["resume", "parts2", "zero3", "bf16_zero3"])
 def test_whole_weights_are_those_of_zero_to_fp32(
     name: str, real: tuple[list[Any], Path], tmp_path: Path
 ) -> None:

@@ -1,5 +1,5 @@
-"""Names that public scripts use (names.json, made by count_names.py): what docs/deepspeed.md says of
-each is so."""
+"""Names that public scripts use (names.json, made by count_names.py): what docs/deepspeed.md says
+of each is so."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ def test_what_is_listed_as_there_is_there(state: str) -> None:
 def test_what_is_not_there_says_the_way_out() -> None:
     for name in listed()[STATES[2]]:
         assert not resolves(name), name
-        assert ";" in (way_out(name) or ""), name
+        assert re.search(
+            r"; (use|do|call|pass|set|run|there|torch|nothing|they|engine)", way_out(name) or ""
+        ), name
     assert not hasattr(deepspeed, "init_inference")
     with pytest.raises(AttributeError, match=r"glm_core\.serve"):
         deepspeed.init_inference()

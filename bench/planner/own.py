@@ -8,7 +8,9 @@ working dtype has 2 bytes, float32 masters and moments 12."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
+from collections.abc import Iterator
 
 from glm_core.config import ModelConfig
 from glm_core.distributed.plan import Plan, stage_layers, stages_of
@@ -57,12 +59,15 @@ def layer_shapes(c: ModelConfig, t: int) -> Shapes:
     """One layer's parameters on a tensor-parallel rank."""
     e, gates = c.head_dim, 1 if c.activation == "gelu" else 2
     inner, qkv = c.num_heads * e // t, (c.num_heads + 2 * c.num_kv_heads) * e // t
-    norms = 4 if c.placement == "sandwich" else 2
-    shapes = [(c.hidden, 1)] * norms * (2 if c.norm == "layer" else 1)
-    shapes += [(qkv, c.hidden), (c.hidden, inner)]
+    shapes = [*held_whole(c), (qkv, c.hidden), (c.hidden, inner)]
     shapes += [(gates * c.ffn // t, c.hidden), (c.hidden, c.ffn // t)]
-    shapes += [(qkv, 1)] * c.qkv_bias
-    return shapes + [(c.hidden, 1), (gates * c.ffn // t, 1), (c.hidden, 1)] * c.linear_bias
+    return shapes + [(qkv, 1)] * c.qkv_bias + [(gates * c.ffn // t, 1)] * c.linear_bias
+
+
+def held_whole(c: ModelConfig) -> Shapes:
+    """Of one layer what every tensor-parallel rank has: norms, biases after the sums."""
+    norms = (4 if c.placement == "sandwich" else 2) * (2 if c.norm == "layer" else 1)
+    return [(c.hidden, 1)] * (norms + 2 * c.linear_bias)
 
 
 def end_shapes(job: Job) -> Shapes:
@@ -85,17 +90,19 @@ def count(shapes: Shapes, ranks: int = 1) -> int:
 
 def activations(job: Job) -> int:
     """Bytes one layer keeps of a micro-batch for its backward pass: the norms' sums, statistics and
-    outputs; q, k after rotation and v within the fused projection; attention's and the
-    activation's results; the activation's input."""
-    c, t, tokens = job.model, job.plan.tp, job.tokens
-    own = tokens // t if job.plan.sp else tokens
-    stats = 8 if c.norm == "layer" else 4
-    norms = 2 * own * (2 * 2 * c.hidden + stats)
-    gathered = 2 * 2 * tokens * c.hidden if job.plan.sp else 0
-    heads = 3 * c.num_kv_heads + 3 * c.num_heads  # fused projection, rotated q and k, result
+    outputs (with SP gathered); a sandwich's outer norms keep their input; q, k after rotation and v
+    within the fused projection; attention's and the activation's results; the activation's
+    input."""
+    c, p, tokens = job.model, job.plan, job.tokens
+    own, stats = tokens // p.tp if p.sp else tokens, 8 if c.norm == "layer" else 4
+    norms = own * (2 * c.hidden + stats) * (4 if c.placement == "sandwich" else 2)
+    outputs = 2 * 2 * tokens * c.hidden
+    heads = 2 * c.num_kv_heads + 2 * c.num_heads  # fused projection and result
+    if c.positions != "learned_2d":
+        heads += c.num_kv_heads + c.num_heads  # rotated q and k
     gates = 1 if c.activation == "gelu" else 2
-    split = 2 * tokens * (heads * c.head_dim + (gates + 1) * c.ffn) // t
-    return norms + gathered + split
+    split = 2 * tokens * (heads * c.head_dim + (gates + 1) * c.ffn) // p.tp
+    return norms + outputs + split
 
 
 def carried(job: Job) -> int:
@@ -103,12 +110,29 @@ def carried(job: Job) -> int:
     return 2 * job.tokens * job.model.hidden // (job.plan.tp if job.plan.sp else 1)
 
 
-def in_flight(job: Job) -> int:
-    """Micro-batches whose activations a stage keeps at once: all of GPipe, p - i of 1F1B."""
-    p, m = job.plan, job.plan.micro_batches
-    if p.pp == 1:
-        return 1
-    return m if p.schedule == "gpipe" else min(m, p.pp - job.pp_rank)
+def backwards(job: Job) -> set[tuple[int, int, bool]]:
+    """Of the backward passes of a step, without repetition: layers whose activations the rank keeps
+    when it begins, which of its stages goes, whether every gradient was there before. The orders
+    are GPipe's, 1F1B's and interleaved 1F1B's (torch 2.13, pipelining/schedules.py); the
+    zero-bubble ones are taken as if input and weight went backward together."""
+    p, layers = job.plan, job.layers
+    v, waiting = len(layers), p.pp - job.pp_rank - 1
+    total = p.micro_batches * v
+    warm = (v - 1) * p.pp + (2 if p.schedule == "interleaved" else 1) * waiting
+    warm = total if p.schedule == "gpipe" else min(total, warm)
+    turns = [i // p.pp % v for i in range(total)]
+    kept, seen, found = (
+        sum(layers[s] for s in turns[:warm]),
+        set[int](),
+        set[tuple[int, int, bool]](),
+    )
+    for turn, forward in itertools.zip_longest(turns, turns[warm:]):
+        kept += layers[forward] if forward is not None else 0
+        stage = v - 1 - turn
+        found.add((kept, stage, len(seen) == v))
+        kept -= layers[stage]
+        seen.add(stage)
+    return found
 
 
 def buffers(job: Job) -> int:
@@ -120,32 +144,80 @@ def buffers(job: Job) -> int:
 
 
 def memory(job: Job) -> dict[str, int]:
-    """Bytes by part at the peak: during a backward pass, or where data-parallel ranks sum their
-    gradients in one flat message (the message and its sum)."""
-    c, p = job.model, job.plan
-    d = p.dp if p.zero else 1
-    layer = layer_shapes(c, p.tp)
-    shapes = layer * sum(job.layers) + end_shapes(job)
-    n, own = count(shapes), count(shapes, d)
-    kept = activations(job) if p.recompute != "full" else 2 * carried(job)
-    kept *= in_flight(job) * sum(job.layers)
-    working = activations(job) if p.recompute == "full" else 0
-    backward = kept + working + _transient(job) + _head(job)
+    """Bytes by part at the peak: the fullest of a step's moments."""
+    p = job.plan
+    shapes = layer_shapes(job.model, p.tp) * sum(job.layers) + end_shapes(job)
+    own = count(shapes, p.dp if p.zero else 1)
     parts = {"weights": 2 * own, "optimizer": 12 * own, "buffers": buffers(job)}
-    if not p.zero:
-        summed = 4 * n if p.dp > 1 else 0
-        if p.micro_batches > 1:
-            return parts | {"gradients": 2 * n, "passing": max(backward, summed)}
-        # no gradient is there yet when the only backward pass begins with the loss
-        later = 2 * n + max(activations(job) + _transient(job), summed)
-        begin = kept + _head(job)
-        return parts | ({"passing": begin} if begin > later else
-                        {"gradients": 2 * n, "passing": later - 2 * n})  # fmt: skip
-    block = count(layer)
-    gathered = 2 * n if p.zero < 3 else 2 * (2 * block + count(end_shapes(job)))
-    unshared = 4 * n if p.zero == 1 and p.micro_batches > 1 else 4 * block + 2 * block
-    gradients = 2 * own if p.zero > 1 else 0
-    return parts | {"gathered": gathered, "gradients": unshared + gradients, "passing": backward}
+    moments = _sharded(job) if p.zero else _replicated(job)
+    return parts | max(moments, key=lambda held: sum(held.values()))
+
+
+def _kept(job: Job) -> tuple[int, int]:
+    """Bytes that a layer keeps of a micro-batch, and that its backward pass works with besides."""
+    if job.plan.recompute == "full":
+        return 2 * carried(job), _transient(job) + activations(job)
+    return activations(job), _transient(job)
+
+
+def _replicated(job: Job) -> Iterator[dict[str, int]]:
+    """Without ZeRO: as a backward pass begins, at its last layer, and where data-parallel ranks sum
+    their gradients in one flat message (the message and its sum)."""
+    shapes = layer_shapes(job.model, job.plan.tp) * sum(job.layers) + end_shapes(job)
+    whole, (one, busy) = 2 * count(shapes), _kept(job)
+    for layers, stage, there in backwards(job):
+        kept, left = layers * one + _waiting(job, layers), _loss_left(job, stage)
+        yield _held(0, whole * there, kept + max(_head(job, stage), left + busy))
+        yield _held(0, whole, kept - (job.layers[stage] - 1) * one + busy)
+    yield _held(0, whole, 2 * whole * (job.plan.dp > 1))
+
+
+def _sharded(job: Job) -> Iterator[dict[str, int]]:
+    """What a rank under ZeRO has beside its shards. FSDP2 (torch 2.13, fsdp/_fully_shard) gathers a
+    layer into one message and copies it out; in stage 3 the next layer's comes while one computes.
+    A layer's gradients leave in a float32 message, kept until the next one's. Stage 1, and in a
+    pipeline every stage, sums them whole in float32 until the last micro-batch."""
+    p, layer, ends = job.plan, count(layer_shapes(job.model, job.plan.tp)), count(end_shapes(job))
+    num, m, (one, busy) = sum(job.layers), p.micro_batches, _kept(job)
+    n, late = layer * num + ends, p.pp > 1 or (p.zero == 1 and m > 1)
+    own = count(layer_shapes(job.model, p.tp) * num + end_shapes(job), p.dp)
+    sums, whole = 4 * n if late else 2 * own, 2 * n if p.zero < 3 else 0
+    for layers, stage, there in backwards(job):
+        chunk, left, before = job.layers[stage], _loss_left(job, stage), sums * there
+        kept = layers * one + _waiting(job, layers)
+        others = 2 * layer * (num - chunk)
+        two = whole or others + 2 * ends + 2 * min(2, chunk) * layer
+        reshards = p.pp == 1 and m == 1 + there
+        yield _held(whole or others + 4 * ends, before, kept + left)
+        yield _held(whole or two - 2 * layer, before, kept + _head(job, stage))
+        yield _held(two, before, kept + left + busy)
+        gone = 2 * layer * (reshards and p.zero < 3)
+        message = 0 if late and there else 4 * layer
+        yield _held(two - gone, before + message, kept + left + busy - one)
+        stays = 2 * n if p.pp > 1 or (p.zero < 3 and not reshards) else 2 * ends
+        fresh = (2 if late else 4) * layer + 2 * ends * job.first + left
+        yield _held(stays, sums, kept - one * chunk + fresh)
+    # the ends' message last: from their gradients, then into the shard's part in two dtypes
+    stays = 2 * n if p.pp > 1 or (p.zero < 3 and m > 1) else 0
+    yield _held(stays, sums, 4 * max(ends, layer) + (not late) * max(2 * ends, 6 * ends // p.dp))
+
+
+def _held(gathered: int, gradients: int, passing: int) -> dict[str, int]:
+    """Bytes of one moment beside weights, optimizer and buffers."""
+    return {"gathered": gathered, "gradients": gradients, "passing": passing}
+
+
+def _loss_left(job: Job, stage: int) -> int:
+    """Of the loss, while the layers go backward: gradients of its input and weight."""
+    c, last = job.model, job.stages[stage] == job.plan.stages - 1
+    return 2 * c.hidden * (c.vocab // job.plan.tp + job.tokens) if last else 0
+
+
+def _waiting(job: Job, layers: int) -> int:
+    """GPipe's last stage has the same of every other micro-batch: without TP the loss's gradients
+    are made in the forward pass."""
+    others = layers // sum(job.layers) - 1 if job.plan.schedule == "gpipe" else 0
+    return others * _loss_left(job, 0) if job.plan.tp == 1 else 0
 
 
 def _transient(job: Job) -> int:
@@ -155,17 +227,18 @@ def _transient(job: Job) -> int:
     return 2 * (job.tokens * (wide + c.ffn // t) + wide * c.hidden)
 
 
-def _head(job: Job) -> int:
+def _head(job: Job, stage: int) -> int:
     """The loss: without TP its op's gradients of input and weight are made in the forward pass;
-    with TP a float32 sum of the weight's gradient, its last addend, and one chunk of logits."""
-    if not job.last:
-        return 0
+    with TP a float32 sum of the weight's gradient and, of one chunk of logits, the next addend or
+    the next chunk."""
     c, t = job.model, job.plan.tp
-    table = c.vocab // t * c.hidden
-    if t == 1:
-        return 2 * (table + job.tokens * c.hidden)
-    logits = min(CHUNK, job.tokens * c.vocab // t)
-    return 4 * table + 2 * table + 12 * logits + 4 * job.tokens * c.hidden
+    left, table = _loss_left(job, stage), c.vocab // t * c.hidden
+    if t == 1 or not left:
+        return left
+    every = job.tokens * c.vocab // t
+    logits = min(CHUNK, every)
+    passing = max(10 * logits + 2 * table, (16 if every > logits else 12) * logits)
+    return 4 * table + passing + 4 * job.tokens * c.hidden
 
 
 def collectives(job: Job) -> dict[str, dict[str, int]]:
@@ -195,9 +268,9 @@ def _tensor_parallel(job: Job, sent: Counter[tuple[str, int]]) -> None:
     if p.sp:
         sent["all_gather", full] += passed * (4 + 2 * again) + m * (job.first + job.last)
         sent["reduce_scatter", full] += passed * (4 + again) + m * (job.first + job.last)
-        whole = [s for s in layer_shapes(c, p.tp) if s == (c.hidden, 1)] * sum(job.layers)
+        whole = held_whole(c) * sum(job.layers)
         whole += [s for s in end_shapes(job) if s[1] == 1 or s[0] == c.max_length + 1]
-        sent["all_reduce", 2 * count(whole)] += 1
+        sent["all_reduce", 2 * count(whole, p.dp if p.zero else 1)] += 1
     else:
         sent["all_reduce", full] += passed * (4 + again) + m * (job.first + job.last)
     sent["all_reduce", 4] += 1  # the norm
@@ -214,7 +287,7 @@ def _pipeline(job: Job, sent: Counter[tuple[str, int]]) -> None:
         sent[name, carried(job)] += 2 * links * p.micro_batches
         sent[name, 4] += links
     if c.tied_head and job.first != job.last:
-        sent["all_reduce", 2 * count([(c.vocab // p.tp, c.hidden)])] += 1
+        sent["all_reduce", 2 * count([(c.vocab // p.tp, c.hidden)], p.dp if p.zero else 1)] += 1
     sent["all_reduce", 4] += 2
 
 
@@ -230,8 +303,9 @@ def _data_parallel(job: Job, sent: Counter[tuple[str, int]]) -> None:
         sent["all_reduce", 2 * count(layer * sum(job.layers) + ends)] += 1
         return
     m = p.micro_batches
-    gathers = 2 * m if p.zero == 3 else 1
-    scatters = m if p.zero > 1 else 1
+    # between a backward pass and the next one a pipeline's weights stay gathered, sums are local
+    gathers = 1 if p.zero < 3 else 2 * m if p.pp == 1 else m + 1
+    scatters = m if p.zero > 1 and p.pp == 1 else 1
     for shapes, times in ((layer, sum(job.layers)), (ends, 1 if ends else 0)):
         padded = p.dp * count(shapes, p.dp)
         sent["all_gather", 2 * padded] += times * gathers

@@ -28,7 +28,12 @@ CASES = [
     ("glm4-34m", "tp=2,sp=true,recompute=full", 1, 8, 64),
     ("glm4-34m", "tp=2,pp=2,micro_batches=4", 1, 4, 64),
     ("glm4-34m", "pp=2,virtual=2,schedule=interleaved,micro_batches=4", 0, 8, 64),
+    ("glm4-34m", "dp=4,zero=1", 1, 4, 256),
     ("glm4-34m", "dp=4,zero=2,micro_batches=2", 1, 16, 64),
+    ("glm4-34m", "dp=4,zero=3", 1, 4, 256),
+    ("glm-base", "dp=4,tp=2,zero=3,sp=true", 5, 8, 512),
+    ("glm4-34m", "dp=2,pp=2,zero=3,micro_batches=4", 1, 8, 64),
+    ("glm4-34m", "pp=2,schedule=gpipe,micro_batches=4", 1, 8, 64),
     ("glm-130b", "tp=4,pp=8,dp=24,micro_batches=8,recompute=full", 767, 192, 2048),
     ("glm-130b", "tp=4,pp=8,dp=24,zero=1,micro_batches=8,recompute=full", 100, 192, 2048),
 ]

@@ -83,7 +83,11 @@ def usable(name: str) -> Backend:
 @contextmanager
 def use(name: str | Backend, strict: bool = False) -> Iterator[Session]:
     """Runs every op of this thread on the backend. `strict` makes any fallback to a reference an
-    error; without it the session's `fallbacks` counts each with its reason."""
+    error; without it the session's `fallbacks` counts each with its reason.
+
+    A function that torch.compile made is compiled again in each session where an op of it falls
+    back, so that every session learns of it, up to torch's recompile_limit (8): keep one session
+    open around all its calls."""
     backend = usable(name) if isinstance(name, str) else name
     with dispatch.activate(backend, strict) as session:
         yield session

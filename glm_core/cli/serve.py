@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import socket
 import sys
 
 from glm_core import environment
@@ -52,23 +53,43 @@ def run(args: argparse.Namespace) -> int:
         raise GlmCoreError(
             "serve: --slots, --max-tokens and --max-body must be positive, --queue not negative"
         )
-    engine = Engine(
-        opened(args), registry.usable(args.backend), slots=args.slots, queue=args.queue,
-        length=args.context,
-    )  # fmt: skip
+    if args.context is not None and args.context < 2:
+        raise GlmCoreError(f"serve: --context {args.context} has no room; give 2 tokens or more")
     limits = api.Limits(
         max_tokens=args.max_tokens, max_body=args.max_body, token=environment.api_key()
     )
-    print(
-        f"{engine.source.name} on http://{args.host}:{args.port}, {engine.slots} slots of "
-        f"{engine.length} tokens, cache {engine.cache_bytes / 1e6:.1f} MB",
-        file=sys.stderr,
-    )
-    try:
-        uvicorn.run(
-            api.app(engine, limits), host=args.host, port=args.port, log_level="warning",
-            timeout_graceful_shutdown=5,
+    with bound(args.host, args.port) as listening:  # before the weights are read
+        engine = Engine(
+            opened(args), registry.usable(args.backend), slots=args.slots, queue=args.queue,
+            length=args.context,
         )  # fmt: skip
-    finally:
-        engine.close()
+        print(
+            f"{engine.source.name} on http://{args.host}:{listening.getsockname()[1]}, "
+            f"{engine.slots} slots of {engine.length} tokens, cache "
+            f"{engine.cache_bytes / 1e6:.1f} MB",
+            file=sys.stderr,
+        )
+        settings = uvicorn.Config(
+            api.app(engine, limits), log_level="warning", timeout_graceful_shutdown=5
+        )
+        try:
+            uvicorn.Server(settings).run(sockets=[listening])
+        except KeyboardInterrupt:
+            pass
+        finally:
+            engine.close()
     return 0
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket with this address, not listening yet. Raises GlmCoreError where it cannot be had."""
+    taken = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind((host, port))
+    except (OSError, OverflowError) as error:
+        taken.close()
+        raise GlmCoreError(
+            f"serve: {host}:{port} cannot be listened on ({error}); choose another --port or --host"
+        ) from None
+    return taken

@@ -153,6 +153,22 @@ def test_serve_answers_until_it_is_interrupted(run_dir: Path) -> None:
         assert server.returncode in (0, 130)
 
 
+def test_serve_refuses_what_it_cannot_do(run_dir: Path, capsys: Any) -> None:
+    pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for more, told in [
+            (["--port", port], f"127.0.0.1:{port} cannot be listened on"),
+            (["--port", 99999], "127.0.0.1:99999 cannot be listened on"),
+            (["--host", "no such host"], "cannot be listened on"),
+            (["--context", -5], "--context -5 has no room"),
+            (["--slots", 0], "--slots, --max-tokens and --max-body must be positive"),
+        ]:
+            code, _, err = call(capsys, "serve", "--run", run_dir, *more)
+            assert (code, err.count("\n")) == (2, 1)
+            assert told in err
+
+
 def test_export(run_dir: Path, tmp_path: Path, capsys: Any) -> None:
     pytest.importorskip("onnx", reason="the extra `onnx` is not installed")
     runtime = pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")

@@ -255,7 +255,7 @@ def test_a_stored_head_is_never_tied(tmp_path: Path) -> None:
 
 
 def test_a_head_equal_to_the_embedding_is_loaded_once(tmp_path: Path) -> None:
-    """ChatGLM-6B's files hold both: 1.07 GB of 6 that need not be taken twice."""
+    """ChatGLM-6B's files have a place for each, 1.07 GB."""
     folder = write(tmp_path / "c", "chatglm-6b", 1, 4)
     files = sorted(folder.glob("*.bin"))
     states = [torch.load(f, weights_only=True) for f in files]

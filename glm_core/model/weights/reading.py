@@ -115,7 +115,7 @@ class Checkpoint:
     ) -> GLM:  # fmt: skip
         """The model with these weights; dtype: in place of the stored one. Quantized linears are
         dequantized, or with `quantized` kept as their codes, computed with as they lie. A stored
-        head whose values are the embedding's, as ChatGLM-6B's, takes no memory of its own. Fills
+        head whose values are the embedding's takes no memory of its own. Fills
         parameter by parameter: memory holds the model and one tensor."""
         self.require_equal_copies()
         config = dataclasses.replace(self.config, tied_head=self._tied())

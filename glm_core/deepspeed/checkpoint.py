@@ -190,6 +190,10 @@ def read_ours(place: Path, every: dict[int, dict[str, Any]]) -> Saved:
     """every: by model-parallel rank, what the model files to be merged hold; of a weight that
     several hold the last is taken. Raises CheckpointError."""
     facts = next(iter(every.values()))
+    if len(every) != facts["stages"]:
+        raise CheckpointError(
+            f"{place}: {len(every)} of {facts['stages']} stages' files are there; use another tag"
+        )
     files = sorted(place.glob("glm_core_rank_*.pt"))
     if len(files) != facts["writers"]:
         raise CheckpointError(

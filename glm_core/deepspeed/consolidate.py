@@ -9,7 +9,7 @@ from torch import Tensor
 
 from glm_core.checkpoint import LATEST, replace
 from glm_core.deepspeed import checkpoint
-from glm_core.deepspeed.foreign import model_file, model_file_3
+from glm_core.deepspeed.foreign import Saved, load_file, model_file, model_file_3
 from glm_core.errors import CheckpointError
 
 
@@ -17,7 +17,8 @@ def get_fp32_state_dict_from_zero_checkpoint(
     checkpoint_dir: str | Path, tag: str | None = None
 ) -> dict[str, Tensor]:
     """The masters in the parameters' shapes, other entries of the state dict as they were saved;
-    ours or DeepSpeed's checkpoint, one model-parallel rank. Raises CheckpointError."""
+    ours, a pipeline's too, or DeepSpeed's checkpoint of one model-parallel rank. Raises
+    CheckpointError."""
     folder = Path(checkpoint_dir)
     if tag is None:
         try:
@@ -25,14 +26,27 @@ def get_fp32_state_dict_from_zero_checkpoint(
         except FileNotFoundError:
             raise CheckpointError(f"{folder}: no {LATEST} file; pass tag=") from None
     place = folder / tag
-    if any((place / f(1)).exists() for f in (model_file, lambda r: model_file_3(0, r))):
-        raise CheckpointError(f"{place}: model-parallel; load it with an mpu instead")
-    saved = checkpoint.read(place, 0, [])
+    saved = _read(place)
     state = saved.state
     return {
         name: state[name]["fp32"].view(value.shape).clone() if name in state else value
         for name, value in saved.module.items()
     }
+
+
+def _read(place: Path) -> Saved:
+    ranks = range(len(list(place.glob(model_file(0).replace("00", "*")))))
+    if len(ranks) > 1:
+        # of a weight on several stages the first stage's is taken
+        every = {rank: load_file(place / model_file(rank)) for rank in reversed(ranks)}
+        if every[0].get("stages") == len(ranks):
+            return checkpoint.read_ours(place, every)
+    if len(ranks) > 1 or (place / model_file_3(0, 1)).exists():
+        raise CheckpointError(
+            f"{place}: model-parallel; load it with an mpu instead, or DeepSpeed's pipeline into a "
+            "PipelineModule and save that"
+        )
+    return checkpoint.read(place, 0, [])
 
 
 def convert_zero_checkpoint_to_fp32_state_dict(

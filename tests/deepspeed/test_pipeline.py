@@ -3,6 +3,7 @@ what a list of layers refuses."""
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import sys
@@ -78,6 +79,21 @@ def test_bfloat16(own: Any, stage: str) -> None:
             assert weight.dtype == torch.bfloat16, name
 
 
+def test_float16(own: Any) -> None:
+    for rank in own:
+        found = apart(rank["half"]["1"], rank["half"]["2"])
+        assert found <= BF16_RATIO * torch.finfo(torch.float16).eps
+
+
+def test_overflows_are_skipped_by_all_stages(own: Any) -> None:
+    first, last = (rank["half"]["high"] for rank in own)
+    assert 0 < first["skipped"] == last["skipped"] < 6
+    assert first["scale"] == last["scale"] == 2.0 ** (22 - first["skipped"])
+    assert first["losses"] == last["losses"]
+    assert len(set(first["losses"])) == 8
+    assert math.isfinite(first["norms"][-1])
+
+
 @pytest.mark.parametrize("interval", ["1", "2"])
 def test_recomputed_dropout_is_the_same(own: Any, interval: str) -> None:
     for rank in own:
@@ -95,6 +111,9 @@ def test_resumes_on_another_number_of_stages_bit_for_bit(own: Any) -> None:
             if number == 0 or not name.startswith(UNTIED):
                 assert torch.equal(one[name], value), name
                 assert torch.equal(again[name], value), name
+        for name, value in rank["resume"]["whole"].items():
+            assert value.dtype == torch.float32
+            assert torch.equal(own[0]["resume"]["one"][name], value), name
         first, second = rank["resume"]["goes on"]
         assert first["losses"] == second["losses"]
         assert first["norms"] == second["norms"]

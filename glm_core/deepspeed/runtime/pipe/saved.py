@@ -30,11 +30,6 @@ def read(place: Path, engine: PipelineEngine) -> Saved:
         raise CheckpointError(f"{place}: holds no mp_rank_*_model_states.pt; use another tag")
     first = next(iter(facts.values()))
     if first.get("format") == checkpoint.FORMAT:
-        if len(facts) != first["stages"]:
-            raise CheckpointError(
-                f"{place}: the files of {len(facts)} of {first['stages']} stages are there; use "
-                "another tag"
-            )
         found = checkpoint.read_ours(place, facts)
     else:
         found = _read_deepspeeds(place, facts, engine)

@@ -44,13 +44,14 @@ def layers(kind: type[nn.Module] = Attention) -> list[Any]:
     ]
 
 
-def make(stages: int | None, clip: float = 0.1, **given: Any) -> Any:
-    """The same weights however it is cut: every layer is seeded."""
+def make(stages: int | None, groups: bool = False, **given: Any) -> Any:
+    """The same weights however it is cut: every layer is seeded. groups: layer 1 in one of its own,
+    which the second of two stages then has not."""
     config = {
         "train_micro_batch_size_per_gpu": 3,
         "gradient_accumulation_steps": MICRO,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
-        "gradient_clipping": clip,
+        "gradient_clipping": 0.1,
         "zero_optimization": {"stage": 1},
         **given.pop("config", {}),
     }
@@ -58,7 +59,17 @@ def make(stages: int | None, clip: float = 0.1, **given: Any) -> Any:
         given.pop("layers", layers()), num_stages=stages, loss_fn=next_token_loss,
         partition_method="uniform", **{"seed_layers": True, **given},
     )  # fmt: skip
-    return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
+    client = None
+    if groups:
+        named = list(model.named_parameters())
+        client = torch.optim.AdamW(
+            [
+                {"params": [p for n, p in named if n.startswith("1.")], "lr": 3e-3},
+                {"params": [p for n, p in named if not n.startswith("1.")], "weight_decay": 0.1},
+            ],
+            lr=1e-2,
+        )
+    return deepspeed.initialize(model=model, optimizer=client, config=config)[0]
 
 
 def train(engine: Any, steps: int = STEPS, data: Iterator[Any] | None = None) -> dict[str, Any]:
@@ -238,26 +249,29 @@ def case_resume() -> dict[str, Any]:
     """Two stages -> one -> two."""
     folder = os.environ["CHECKPOINTS"]
     found = {}
-    engine = make(2)
+    engine = make(2, groups=True)
     train(engine)
     engine.save_checkpoint(folder, tag="two", client_state={"n": 1})
     found["two"] = masters(engine)
     found["whole"] = deepspeed.utils.zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(
         folder, tag="two"
     )
-    same = make(2, base_seed=79)
+    same = make(2, base_seed=79, groups=True)
     same.load_checkpoint(folder, tag="two")
     found["same"] = masters(same)
-    other = make(1, base_seed=77)
+    other = make(1, base_seed=77, groups=True)
     path, client = other.load_checkpoint(folder, tag="two")
     assert path is not None
     assert client == {"n": 1}
     found["one"] = masters(other)
     other.save_checkpoint(folder, tag="one")
-    again = make(2, base_seed=78)
+    again = make(2, base_seed=78, groups=True)
     again.load_checkpoint(folder, tag="one")
     found["again"] = masters(again)
     data = [sentences(1), sentences(1)]
+    found["groups"] = [
+        [(g["lr"], g["weight_decay"]) for g in e.optimizer.param_groups] for e in (engine, other)
+    ]
     found["goes on"] = [train(e, 2, d) for e, d in zip((engine, again), data, strict=True)]
     return found
 

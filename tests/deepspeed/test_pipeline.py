@@ -114,6 +114,9 @@ def test_resumes_on_another_number_of_stages_bit_for_bit(own: Any) -> None:
         for name, value in rank["resume"]["whole"].items():
             assert value.dtype == torch.float32
             assert torch.equal(own[0]["resume"]["one"][name], value), name
+        own_groups, both_groups = rank["resume"]["groups"]
+        assert both_groups == [(3e-3, 0.01), (1e-2, 0.1)]
+        assert own_groups == both_groups[number:]
         first, second = rank["resume"]["goes on"]
         assert first["losses"] == second["losses"]
         assert first["norms"] == second["norms"]

@@ -188,9 +188,7 @@ class PipelineModule(nn.Module):
             if len(stages) == 1:
                 continue
             lines = [[line[s] for s in stages] for line in self._topo.get_axis_comm_lists("pipe")]
-            every = {rank for line in lines for rank in line}
-            alone = [[r] for r in range(self._topo.world_size()) if r not in every]
-            ranks, group = make_groups(lines + alone)
+            ranks, group = make_groups(lines)
             if key in self.tied_modules:
                 weight = operator.attrgetter(*specs[key].tied_weight_attr)(self.tied_modules[key])
                 each = weight if isinstance(weight, tuple) else (weight,)

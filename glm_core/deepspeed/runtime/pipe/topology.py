@@ -222,7 +222,7 @@ class PipelineParallelGrid:
 
 
 def make_groups(lists: Sequence[Sequence[int]]) -> tuple[list[int], dist.ProcessGroup]:
-    """A process group of each list, on all ranks alike; this rank's list and its group."""
+    """A process group of each list, made by all ranks alike; this rank's list and its group. Of a
+    rank in no list the list is empty and the group means nothing."""
     own, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in lists])
-    mine = next(list(ranks) for ranks in lists if dist.get_rank() in ranks)
-    return mine, own
+    return next((list(ranks) for ranks in lists if dist.get_rank() in ranks), []), own

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from glm_core.checkpoint import LATEST, replace
-from glm_core.deepspeed import foreign
+from glm_core.deepspeed import foreign, universal
 from glm_core.deepspeed.foreign import MODEL, Saved
 from glm_core.deepspeed.settings import say_once
 from glm_core.distributed.placement import flat
@@ -153,10 +153,13 @@ def load(
 ) -> tuple[str | None, dict[str, Any]]:  # fmt: skip
     """See DeepSpeedEngine.load_checkpoint."""
     if tag is None:
+        latest = universal.LATEST if engine.settings.load_universal else LATEST
         try:
-            tag = (Path(folder) / LATEST).read_text().strip()
+            tag = (Path(folder) / latest).read_text().strip()
         except FileNotFoundError:
-            say_once(f"{folder}: no {LATEST} file, nothing loaded; pass tag=")
+            if engine.settings.load_universal:
+                raise CheckpointError(f"{folder}: no {latest} file; pass tag=") from None
+            say_once(f"{folder}: no {latest} file, nothing loaded; pass tag=")
             return None, {}
     place = Path(folder) / tag
     saved = engine.read_checkpoint(place)
@@ -179,6 +182,8 @@ def read(place: Path, mp_rank: int, names: list[str]) -> Saved:
     if not place.is_dir():
         raise CheckpointError(f"{place}: no such checkpoint; `latest` or tag= must name a folder")
     facts = foreign.load_file(path if path.exists() else place / foreign.model_file_3(0, mp_rank))
+    if universal.is_universal(place):
+        return universal.read(place, facts)
     if facts.get("format") != FORMAT:
         return foreign.read(place, facts, mp_rank, names)
     if facts["stages"] > 1:

@@ -323,7 +323,14 @@ class DeepSpeedEngine(Answers, nn.Module):
         self, save_dir: str, save_filename: str = "pytorch_model.bin",
         exclude_frozen_parameters: bool = False,
     ) -> bool:  # fmt: skip
-        """The whole module's weights in the working dtype as one file, written by rank 0."""
+        """The whole module's weights in the working dtype as one file, written by rank 0. False,
+        and nothing is written, in stage 3 unless the config says to gather on saving."""
+        if self.settings.stage == 3 and not self.settings.gather_on_save:
+            say_once(
+                "save_16bit_model: nothing saved; set "
+                "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+            )
+            return False
         checkpoint.save_weights(self, save_dir, save_filename)
         return True
 

@@ -19,6 +19,7 @@ FACTS = {
     MODEL, "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params",
     "frozen_param_fragments", "lr_scheduler", "data_sampler", "random_ltd", *COUNTERS,
     "dp_world_size", "mp_world_size", "ds_config", "ds_version", "checkpoint_parallel_dims",
+    "universal_checkpoint_info",
 }  # fmt: skip
 """keys that are DeepSpeed's; the others are the client's state"""
 
@@ -61,6 +62,14 @@ class _Inert:
 
 
 def load_file(path: Path) -> dict[str, Any]:
+    """`load_object` of a dict."""
+    found = load_object(path)
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: not a checkpoint: a {type(found).__name__}")
+    return found
+
+
+def load_object(path: Path) -> Any:
     """What torch.save wrote, with tensors on the CPU. Only tensors, containers and numbers are
     made; DeepSpeed's own classes become inert, any other class is refused. Raises
     CheckpointError."""
@@ -85,8 +94,6 @@ def load_file(path: Path) -> dict[str, Any]:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path}: cannot be read safely ({error})") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: not a checkpoint: a {type(found).__name__}")
     return found
 
 
@@ -97,23 +104,32 @@ def read(place: Path, facts: dict[str, Any], mp_rank: int, names: list[str]) -> 
         raise CheckpointError(f"{place}: not written by DeepSpeed or glm_core.deepspeed")
     files = _optimizer_files(place, mp_rank)
     groups: list[dict[str, Any]] = []
-    scale: dict[str, Any] = {}
+    scaler: Any = None
     if files:
         parts = [load_file(f)["optimizer_state_dict"] for f in files]
         shapes = [dict(g) for g in facts["param_shapes"]]
         whole = "fp32_flat_groups" in parts[0]
         state = _stage_3(parts, shapes) if whole else _stage_1_2(parts, shapes)
         groups = _base(parts[0])["param_groups"]
-        scale = _loss_scale(parts[0].get("loss_scaler"))
+        scaler = parts[0].get("loss_scaler")
     else:
         state, groups = _stage_0(facts, names)
+    return saved(facts, state, groups, scaler)
+
+
+def saved(
+    facts: dict[str, Any], state: dict[str, dict[str, Any]], groups: list[dict[str, Any]],
+    scaler: Any,
+) -> Saved:  # fmt: skip
+    """The model file's facts with what the optimizer's files told."""
     module = dict(facts[MODEL])
     for group in facts["param_shapes"] or []:
         for name, shape in group.items():
             if module.get(name) is None or module[name].shape != shape:  # stage 3 saves none
                 module[name] = state[name]["fp32"].view(shape)
     return Saved(
-        module, state, groups, facts.get("lr_scheduler"), scale, {n: facts[n] for n in COUNTERS},
+        module, state, groups, facts.get("lr_scheduler"), _loss_scale(scaler),
+        {n: facts[n] for n in COUNTERS},
         {k: v for k, v in facts.items() if k not in FACTS},
     )  # fmt: skip
 

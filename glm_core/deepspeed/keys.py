@@ -30,7 +30,7 @@ def _error(says: str, *harmless: Any) -> Key:
 
 _BUFFERS = "sizes of DeepSpeed's own buffers; results are the same"
 _LOGS = "what DeepSpeed logs; glm_core's own tools measure"
-_MONITOR = "no monitor is attached; log from the script"
+_MONITOR = "is not attached; use csv_monitor or tensorboard, or log from the script"
 _OFFLOAD = "would keep this on the host or on NVMe; use ZeRO 3 on more devices, or remove it"
 _QUANT = "would round what is communicated (ZeRO++), changing the loss; remove it"
 _REMOVED = "was removed from DeepSpeed itself (0.19); remove it"
@@ -65,7 +65,7 @@ TOP: dict[str, Key] = {
     "zero_allow_untested_optimizer": _idle("any element-wise torch optimizer is accepted"),
     "zero_force_ds_cpu_optimizer": _idle("there is no offload, so no special optimizer"),
     "steps_per_print": OK,
-    "wall_clock_breakdown": _idle(_LOGS),
+    "wall_clock_breakdown": OK,
     "memory_breakdown": _idle(_LOGS),
     "dump_state": _idle(_LOGS),
     "log_level": _idle(_LOGS),
@@ -235,9 +235,7 @@ SECTIONS: dict[str, dict[str, Key]] = {
     },
     "checkpoint": {
         "tag_validation": OK,
-        "load_universal": _error(
-            "would read a universal checkpoint; load the one it was made from, at any world size"
-        ),
+        "load_universal": OK,
         "use_node_local_storage": _error(
             "every rank reads all files; save to a folder that all nodes share"
         ),
@@ -245,14 +243,15 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "writer": _idle("torch.save writes"),
     },
     "comms_logger": _quiet(_LOGS, "enabled prof_all prof_ops verbose debug"),
-    "flops_profiler": _quiet(
-        _LOGS,
-        "enabled recompute_fwd_factor profile_step module_depth top_modules detailed output_file",
-    ),
+    "flops_profiler": {
+        **dict.fromkeys(("enabled", "profile_step", "module_depth", "detailed", "output_file"), OK),
+        "top_modules": _idle("all modules down to module_depth are listed"),
+        "recompute_fwd_factor": _idle("only the forward is counted"),
+    },
     "timers": _quiet(_LOGS, "throughput"),
-    "tensorboard": _quiet(_MONITOR, "enabled output_path job_name"),
+    "tensorboard": dict.fromkeys(("enabled", "output_path", "job_name"), OK),
     "wandb": _quiet(_MONITOR, "enabled group team project"),
-    "csv_monitor": _quiet(_MONITOR, "enabled output_path job_name"),
+    "csv_monitor": dict.fromkeys(("enabled", "output_path", "job_name"), OK),
     "comet": _quiet(
         _MONITOR,
         "enabled samples_log_interval project workspace api_key experiment_name "

@@ -57,6 +57,10 @@ class Settings:
     tag_validation: str = "warn"
     load_masters: bool = True
     """load_checkpoint: masters from the checkpoint's float32 weights, not its 16-bit ones"""
+    load_universal: bool = False
+    """load_checkpoint without a tag: what `latest_universal` names"""
+    gather_on_save: bool = False
+    """stage 3: may save_16bit_model gather the weights?"""
     raw: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def loss_scale(self) -> LossScale:
@@ -139,6 +143,7 @@ def resolve(config: Mapping[str, Any], ranks: int) -> Settings:
         steps_per_print=config.get("steps_per_print"),
         drop_last=bool(config.get("dataloader_drop_last", False)),
         tag_validation=str(sound.get("checkpoint", {}).get("tag_validation", "warn")).lower(),
+        load_universal=bool(sound.get("checkpoint", {}).get("load_universal", False)),
         raw=dict(config),
     )
 
@@ -213,6 +218,13 @@ def _precision(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+_GATHER_ON_SAVE = (
+    "gather_16bit_weights_on_model_save", "stage3_gather_16bit_weights_on_model_save",
+    "stage3_gather_fp16_weights_on_model_save",
+)  # fmt: skip
+"""one setting by its names of all times"""
+
+
 def _zero(config: Mapping[str, Any]) -> dict[str, Any]:
     zero = config.get("zero_optimization", {})
     stage = zero.get("stage", 0)
@@ -222,6 +234,7 @@ def _zero(config: Mapping[str, Any]) -> dict[str, Any]:
         "stage": int(stage),
         "bucket": int(zero.get("reduce_bucket_size", 500_000_000)),
         "load_masters": bool(zero.get("load_from_fp32_weights", True)),
+        "gather_on_save": any(zero.get(k) for k in _GATHER_ON_SAVE),
     }
 
 

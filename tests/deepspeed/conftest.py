@@ -10,11 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 # importlib mode leaves sys.path alone; what several tests share lies beside them
 sys.path.insert(0, str(Path(__file__).parent))
 
 from peer_runs import HERE, OURS, REAL, SCRIPTS, SCRIPTS_4, run
+from small import made_state
+
+from glm_core.deepspeed import universal
+from glm_core.deepspeed.foreign import Saved
+
+
+def make_universal(place: Path) -> None:
+    """A universal checkpoint of drawn numbers, written by us."""
+    state: dict[str, dict[str, Any]] = {
+        name: {"step": torch.tensor(4.0), **values} for name, values in made_state().items()
+    }
+    group = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=3e-3).param_groups[0]
+    groups = [{k: v for k, v in group.items() if k != "params"}]
+    module = {name: values["fp32"] for name, values in state.items()}
+    counters = {"global_steps": 4, "global_samples": 32, "skipped_steps": 0}
+    universal.write(Saved(module, state, groups, None, {}, counters, {"seen": 5}), place)
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +40,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], Path]:
     if not REAL.exists():
         pytest.skip("no .venv-deepspeed: make deepspeed (tests/deepspeed/setup_deepspeed.sh)")
     folder = tmp_path_factory.mktemp("real")
+    make_universal(folder / "made" / "here")
     seen = run("deepspeed", REAL, folder / "seen", SCRIPTS, folder)
     return seen, folder / "deepspeed"
 
@@ -32,6 +50,7 @@ def ours(real: tuple[list[Any], Path], tmp_path_factory: pytest.TempPathFactory)
     """Our run of the same scripts, and of those that go on from DeepSpeed's checkpoints."""
     folder = tmp_path_factory.mktemp("ours")
     python = Path(sys.executable)
+    make_universal(folder / "made" / "here")
     seen = run("ours", python, folder / "seen", [*SCRIPTS, *OURS], real[1])
     return seen, folder / "ours"
 

@@ -27,9 +27,25 @@ def consolidate(folder: Path) -> None:
     for place in (p.parent for p in folder.glob("*/latest")):
         if any(place.glob("*/layer_*")):
             continue  # a pipeline's: its own script knows none
+        if place.name.startswith("parts"):
+            to_universal(place / "end", place / "universal" / "end")
         torch.save(
             dict(get_fp32_state_dict_from_zero_checkpoint(str(place))), place / "consolidated.pt"
         )
+
+
+def to_universal(place: Path, out: Path) -> None:
+    """DeepSpeed's own conversion."""
+    from argparse import Namespace
+
+    from deepspeed.checkpoint.ds_to_universal import main as convert
+
+    convert(
+        Namespace(
+            input_folder=str(place), output_folder=str(out), num_extract_workers=1,
+            num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=True,
+        )
+    )  # fmt: skip
 
 
 def main(out: str, names: list[str]) -> None:

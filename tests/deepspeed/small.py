@@ -124,3 +124,13 @@ def logits(embedding: Embedding, inputs: tuple[Tensor, Tensor]) -> Tensor:
 def next_token_loss(outputs: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy."""
     return nn.functional.cross_entropy(outputs.flatten(0, 1).float(), labels.flatten())
+
+
+def made_state() -> dict[str, dict[str, Tensor]]:
+    """Masters and moments of a Classifier, drawn."""
+    generator = torch.Generator().manual_seed(71)
+    state = {}
+    for name, p in Classifier().named_parameters():
+        draws = [torch.randn(p.shape, generator=generator) * 0.1 for _ in range(3)]
+        state[name] = {"fp32": draws[0], "exp_avg": draws[1], "exp_avg_sq": draws[2].square()}
+    return state

@@ -1,0 +1,126 @@
+"""Every key's state, tried: a supported one changes a setting, one without effect says so once, an
+error says what it would have changed and the way out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from glm_core.deepspeed import settings as module
+from glm_core.deepspeed.keys import SECTIONS, TOP, Key
+from glm_core.deepspeed.settings import Settings, resolve
+from glm_core.errors import ConfigError
+
+BASE: dict[str, Any] = {"train_micro_batch_size_per_gpu": 2}
+KEYS = {
+    **{(name,): key for name, key in TOP.items() if key.state != "section"},
+    **{(s, name): key for s, table in SECTIONS.items() for name, key in table.items()},
+}
+HALF, BF16 = {"enabled": True}, {"enabled": True}
+
+
+def nested(path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    return {path[0]: value} if len(path) == 1 else {path[0]: {path[1]: value}}
+
+
+def keys(state: str) -> list[tuple[str, ...]]:
+    return [path for path, key in KEYS.items() if key.state == state]
+
+
+def merged(*configs: dict[str, Any]) -> dict[str, Any]:
+    """Sections joined, one level deep."""
+    whole: dict[str, Any] = {}
+    for config in configs:
+        for name, value in config.items():
+            old = whole.get(name)
+            whole[name] = {**old, **value} if isinstance(old, dict) else value
+    return whole
+
+
+@pytest.fixture(autouse=True)
+def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_said", set())
+
+
+@pytest.mark.parametrize("path", keys("no effect"), ids=".".join)
+def test_without_effect_is_said_once(
+    path: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = resolve(BASE, 2)
+    for _ in range(2):
+        given = resolve({**BASE, **nested(path, 3)}, 2)
+    said = capsys.readouterr().err
+    assert said.count(f"config key {'.'.join(path)} has no effect here: ") == 1
+    given.raw = plain.raw
+    assert given == plain
+
+
+@pytest.mark.parametrize("path", keys("error"), ids=".".join)
+def test_an_error_says_the_way_out(path: tuple[str, ...]) -> None:
+    key: Key = KEYS[path]
+    with pytest.raises(ConfigError) as told:
+        resolve({**BASE, **nested(path, 3)}, 2)
+    assert ".".join(path) + "=3: " + key.says in str(told.value)
+    assert ";" in key.says
+    for harmless in key.harmless:
+        resolve({**BASE, **nested(path, harmless)}, 2)
+
+
+SUPPORTED: list[tuple[str, Any, dict[str, Any], str]] = [
+    ("train_batch_size", 8, {}, "accumulation"),
+    ("train_micro_batch_size_per_gpu", 5, {}, "micro_batch"),
+    ("gradient_accumulation_steps", 3, {}, "train_batch"),
+    ("gradient_clipping", 0.25, {}, "clip"),
+    ("prescale_gradients", True, {"gradient_predivide_factor": 2.0}, "predivide"),
+    ("gradient_predivide_factor", 4.0, {"prescale_gradients": True}, "predivide"),
+    ("gradient_allreduce_op", "sum", {}, "divide_by_ranks"),
+    ("communication_data_type", "bf16", {}, "precision"),
+    ("steps_per_print", 7, {}, "steps_per_print"),
+    ("dataloader_drop_last", True, {}, "drop_last"),
+    ("optimizer.type", "SGD", {}, "optimizer"),
+    ("optimizer.params", {"lr": 2.0}, {"optimizer": {"type": "SGD"}}, "optimizer"),
+    ("scheduler.type", "OneCycle", {}, "scheduler"),
+    ("scheduler.params", {"a": 1}, {"scheduler": {"type": "OneCycle"}}, "scheduler"),
+    ("fp16.enabled", True, {}, "precision"),
+    ("fp16.auto_cast", True, {"fp16": HALF}, "auto_cast"),
+    ("fp16.loss_scale", 8.0, {"fp16": HALF}, "loss_scale"),
+    ("fp16.initial_scale_power", 4, {"fp16": HALF}, "loss_scale"),
+    ("fp16.loss_scale_window", 9, {"fp16": HALF}, "loss_scale"),
+    ("fp16.hysteresis", 5, {"fp16": HALF}, "loss_scale"),
+    ("fp16.consecutive_hysteresis", True, {"fp16": HALF}, "loss_scale"),
+    ("fp16.min_loss_scale", 2.0, {"fp16": HALF}, "loss_scale"),
+    ("bf16.enabled", True, {}, "precision"),
+    ("bf16.check_grad_overflow", False, {"bf16": BF16}, "skip_overflow"),
+    ("bfloat16.enabled", True, {}, "precision"),
+    ("bfloat16.check_grad_overflow", False, {"bfloat16": BF16}, "skip_overflow"),
+    ("zero_optimization.stage", 2, {}, "stage"),
+    ("zero_optimization.reduce_bucket_size", 100, {}, "bucket"),
+    ("zero_optimization.load_from_fp32_weights", False, {}, "load_masters"),
+    ("zero_optimization.gather_16bit_weights_on_model_save", True, {}, "gather_on_save"),
+    ("zero_optimization.stage3_gather_16bit_weights_on_model_save", True, {}, "gather_on_save"),
+    ("zero_optimization.stage3_gather_fp16_weights_on_model_save", True, {}, "gather_on_save"),
+    ("checkpoint.tag_validation", "Fail", {}, "tag_validation"),
+    ("checkpoint.load_universal", True, {}, "load_universal"),
+]
+WATCHED = {"wall_clock_breakdown", "csv_monitor", "tensorboard", "flops_profiler"}
+"""own/watched.py shows these"""
+PIPES = {"pipeline", "activation_checkpointing"}
+"""pipeline_own.py and test_checkpointing.py show these"""
+
+
+def test_every_supported_key_is_tried() -> None:
+    tried = {name for name, *_ in SUPPORTED}
+    assert tried == {".".join(p) for p in keys("supported") if p[0] not in WATCHED | PIPES}
+
+
+@pytest.mark.parametrize(("name", "value", "more", "field"), SUPPORTED, ids=lambda v: str(v)[:60])
+def test_supported_changes_a_setting(
+    name: str, value: Any, more: dict[str, Any], field: str
+) -> None:
+    def seen(config: dict[str, Any]) -> Any:
+        found = getattr(resolve(merged(BASE, config), 2), field)
+        return found() if field == "loss_scale" else found
+
+    assert field in (*Settings.__dataclass_fields__, "loss_scale")
+    assert seen(merged(more, nested(tuple(name.split(".")), value))) != seen(more)

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     source = _quantized(args)
     path = export(
         source.model, args.out, name=source.name, tokenizer=source.tokenizer.sha256,
-        stop=str(list(source.stop)),
+        stop=str(list(source.stop)), beside=source.files,
     )  # fmt: skip
     size = sum(f.stat().st_size for f in path.parent.iterdir())
     facts = {"model": str(path), "bytes": size, "bits": args.bits, "group": args.group}

@@ -8,13 +8,18 @@ from typing import TYPE_CHECKING
 from glm_core.cli.options import add_json, emit
 
 if TYPE_CHECKING:
+    from glm_core.model.runner import Runner
     from glm_core.model.sample import Sampling
     from glm_core.serve.source import Source
 
 
 def define(parser: argparse.ArgumentParser) -> None:
     """Its options."""
-    add_source(parser)
+    choice = parser.add_mutually_exclusive_group(required=True)
+    choice.add_argument(
+        "--onnx", metavar="DIR", help="a folder of glm-core export, run by ONNX Runtime"
+    )
+    add_source(parser, choice)
     parser.add_argument(
         "--prompt", required=True, metavar="TEXT",
         help="[MASK], [sMASK] and [gMASK] are blanks to fill; without one, what follows is written",
@@ -25,10 +30,12 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Which model."""
-    parser.add_argument(
-        "--run", "--model", required=True, metavar="DIR", dest="from_run",
+def add_model(
+    parser: argparse.ArgumentParser, choice: argparse._MutuallyExclusiveGroup | None = None
+) -> None:
+    """Which model. choice: where it may be another's."""
+    (choice or parser).add_argument(
+        "--run", "--model", required=choice is None, metavar="DIR", dest="from_run",
         help="a training run, one of its checkpoints, or a checkpoint's folder of any layout",
     )  # fmt: skip
     parser.add_argument(
@@ -38,9 +45,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def add_source(parser: argparse.ArgumentParser) -> None:
+def add_source(
+    parser: argparse.ArgumentParser, choice: argparse._MutuallyExclusiveGroup | None = None
+) -> None:
     """Which model, and who runs it."""
-    add_model(parser)
+    add_model(parser, choice)
     parser.add_argument("--backend", default="cpu", metavar="NAME", help="default %(default)s")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
 
@@ -80,6 +89,16 @@ def opened(args: argparse.Namespace) -> Source:
     return found
 
 
+def exported(args: argparse.Namespace) -> tuple[Source, Runner]:
+    """How an exported model is talked to, and what runs it."""
+    from glm_core.errors import ConfigError
+    from glm_core.serve.pretrained import from_export
+
+    if args.adapter or args.beams:
+        raise ConfigError("generate --onnx: does not go with --adapter or --beams; leave it out")
+    return from_export(args.onnx)
+
+
 def sampling(args: argparse.Namespace, stop: tuple[int, ...] = ()) -> Sampling:
     """The Sampling of the options."""
     from glm_core.model.sample import Sampling
@@ -95,14 +114,15 @@ def run(args: argparse.Namespace) -> int:
     from glm_core.backends import registry
     from glm_core.model import prompt
 
-    source = opened(args)
+    source, runner = exported(args) if args.onnx else (opened(args), None)
     settings, pieces = sampling(args, source.stop), source.tokenizer
     with registry.use(args.backend):
         if source.fills and prompt.BLANK.search(args.prompt) and not args.beams:
             from glm_core.model.generate import fill
 
             a = prompt.opened(prompt.encode(args.prompt, pieces), pieces)
-            text = pieces.decode(fill(source.model, a, settings, pieces, pieces.vocab))
+            answer = fill(runner or source.model, a, settings, pieces, pieces.vocab)
+            text = pieces.decode(answer)
             emit(args, {"text": text}, text)
         elif args.beams:
             _beams(args, source)
@@ -110,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
             from glm_core.serve.terminal import spoken
 
             said = ""
-            for piece in spoken(source, source.complete(args.prompt), settings):
+            for piece in spoken(source, source.complete(args.prompt), settings, runner):
                 said += piece
                 if not args.json:
                     print(piece, end="", flush=True)

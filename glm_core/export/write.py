@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,10 @@ class Past(Window):
         return rest.made(grown, (0, self._heads, 0, self._width)).transpose(1, 2)
 
 
-def export(model: GLM, folder: str | Path, **facts: str) -> Path:
+def export(model: GLM, folder: str | Path, *, beside: Sequence[Path] = (), **facts: str) -> Path:
     """Writes FOLDER/model.onnx and FOLDER/model.onnx.data; FOLDER appears when they are complete.
-    facts: more entries of the file's metadata, beside `format`, `config` and `quantization`.
+    beside: files that are copied there. facts: more entries of the file's metadata than `format`,
+    `config` and `quantization`.
 
     Inputs: input_ids [B, L] int64, positions [B, 2, L] int64, key_start, key_end [B, L] int64 (the
     mask, see ops.attention; keys are counted from the cache's first), past_key_values.I.key and
@@ -68,6 +70,8 @@ def export(model: GLM, folder: str | Path, **facts: str) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _write(model, partial / MODEL, facts)
+        for file in beside:
+            shutil.copy(file, partial)
         partial.rename(folder)
     except OSError as error:
         raise CheckpointError(f"{folder}: not written ({error}); make room, then repeat") from None

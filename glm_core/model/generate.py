@@ -59,17 +59,18 @@ class Generation:
 
 
 class Decoder:
-    """Up to `slots` sequences that share the model's steps. num_ids: ids the tokenizer knows; the
-    padding of the vocabulary beyond them is never generated."""
+    """Up to `slots` sequences that share the model's steps; a Runner comes with its own slots.
+    num_ids: ids the tokenizer knows; the padding of the vocabulary beyond them is never
+    generated."""
 
     def __init__(
-        self, model: GLM, slots: int = 1, length: int | None = None, num_ids: int | None = None,
-        chunk: int = CHUNK,
+        self, model: GLM | Runner, slots: int = 1, length: int | None = None,
+        num_ids: int | None = None, chunk: int = CHUNK,
     ) -> None:  # fmt: skip
-        self.runner = Runner(model, slots, length, chunk)
+        self.runner = model if isinstance(model, Runner) else Runner(model, slots, length, chunk)
         self._reading: list[Generation] = []
         self.num_ids = num_ids or model.config.vocab
-        self.live: list[Generation | None] = [None] * slots
+        self.live: list[Generation | None] = [None] * self.runner.slots
 
     @property
     def free(self) -> int:
@@ -182,7 +183,7 @@ class Decoder:
 
 
 def generate(
-    model: GLM, prompts: Sequence[Prompt], sampling: Sampling | Sequence[Sampling], *,
+    model: GLM | Runner, prompts: Sequence[Prompt], sampling: Sampling | Sequence[Sampling], *,
     slots: int = 8, padded: bool = False, num_ids: int | None = None,
 ) -> list[Generation]:  # fmt: skip
     """Continues every prompt; more than `slots` wait their turn. padded: all prompts are read at
@@ -204,7 +205,7 @@ def generate(
 
 
 def stream(
-    model: GLM, prompt: Prompt, sampling: Sampling, *, num_ids: int | None = None
+    model: GLM | Runner, prompt: Prompt, sampling: Sampling, *, num_ids: int | None = None
 ) -> Iterator[int]:
     """The tokens of `generate`, each as soon as it is known."""
     decoder = Decoder(model, num_ids=num_ids)
@@ -220,7 +221,11 @@ def stream(
 
 
 def fill(
-    model: GLM, a: Sequence[int], sampling: Sampling, pieces: Pieces, num_ids: int | None = None
+    model: GLM | Runner,
+    a: Sequence[int],
+    sampling: Sampling,
+    pieces: Pieces,
+    num_ids: int | None = None,
 ) -> list[int]:
     """Part A with all its blanks filled, from left to right, each of them read by those after it
     (GLM-130B, fill_blanks_generation_api). <eop> and <eos> end a blank. Raises PromptError where A

@@ -58,7 +58,7 @@ class Runner:
         self, model: GLM, slots: int, length: int | None = None, chunk: int = CHUNK
     ) -> None:
         weight = model.embedding
-        self.model, self.chunk = model, chunk
+        self.model, self.config, self.slots, self.chunk = model, model.config, slots, chunk
         model.eval()  # what adapters drop, they drop in training only
         self.length = min(length or model.config.max_length, model.config.max_length)
         self.cache = Cache(model.config, slots, self.length, weight.dtype, weight.device)
@@ -72,7 +72,7 @@ class Runner:
                 f"prompt: {len(prompt.tokens) + offset} tokens leave no room to answer in a "
                 f"context of {self.length}; shorten it to {self.length - 1} at most"
             )
-        vocab = self.model.config.vocab
+        vocab = self.config.vocab
         if strange := [t for t in prompt.tokens if not 0 <= t < vocab]:
             raise PromptError(
                 f"prompt: token {strange[0]} is not in the model's vocabulary of {vocab}; use the "

@@ -225,7 +225,10 @@ class ChatGLM6B:
         return re.sub(r"<\|blank_(\d+)\|>", lambda run: " " * int(run[1]), text)
 
 
-def beside(folder: Path, layout: str) -> Fast | ChatGLM2 | GLM4 | ChatGLM6B | Tokenizer:
+Tokenizers = Fast | ChatGLM2 | GLM4 | ChatGLM6B | Tokenizer
+
+
+def beside(folder: Path, layout: str) -> Tokenizers:
     """The tokenizer in a checkpoint's folder, by what its files hold. Raises DataError."""
     facts = read_json(folder / CONFIG)
     if (file := folder / "ice_text.model").is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +15,21 @@ import torch
 
 from glm_core import checkpoint
 from glm_core.errors import CheckpointError, DataError, PromptError
+from glm_core.export.run import Exported
+from glm_core.model import GLM
 from glm_core.model.prompt import Prompt, causal
 from glm_core.model.weights import open_checkpoint
-from glm_core.serve.pieces import CONFIG, GLM4, ChatGLM2, Fast, Vocabulary, beside, read_json
+from glm_core.model.weights.writing import BESIDE
+from glm_core.serve.pieces import (
+    CONFIG,
+    GLM4,
+    ChatGLM2,
+    Fast,
+    Tokenizers,
+    Vocabulary,
+    beside,
+    read_json,
+)
 from glm_core.serve.source import Message, Source, from_run
 
 ROLES = (
@@ -144,19 +157,31 @@ def from_checkpoint(path: Path, dtype: torch.dtype) -> Source:
             f"{path}: the tokenizer has {tokenizer.vocab} tokens, the model {found.config.vocab}; "
             "check that they belong together"
         )
-    special = getattr(tokenizer, "special", {})
-    ends = _ends(path, found.files.config, special)
+    ends = _ends(path, found.files.config, getattr(tokenizer, "special", {}))
     model = found.load(dtype, quantized=True).requires_grad_(False)
-    name = path.resolve().name
+    return _source(path, model, tokenizer, ends)
+
+
+def from_export(folder: str | Path) -> tuple[Source, Exported]:
+    """A folder of `glm-core export`: how it is talked to, by a model without weights, and what runs
+    it. Raises CheckpointError, DataError, UnsupportedOpError."""
+    folder, runner = Path(folder), Exported(folder)
+    tokenizer = beside(folder, "of an exported model")
+    if tokenizer.sha256 != runner.facts.get("tokenizer"):
+        raise CheckpointError(f"{folder}: was exported with another tokenizer; export it again")
+    with torch.device("meta"):
+        model = GLM(runner.config)
+    ends = tuple(int(i) for i in json.loads(runner.facts.get("stop", "[]")))
+    return _source(folder, model, tokenizer, ends), runner
+
+
+def _source(path: Path, model: GLM, tokenizer: Tokenizers, ends: tuple[int, ...]) -> Source:
+    files = tuple(f for n in BESIDE if (f := path / n).is_file())
+    about: dict[str, Any] = {"model": model, "name": path.resolve().name, "files": files}
     if isinstance(tokenizer, Fast | ChatGLM2 | GLM4):
-        template = _template(path, tokenizer)
-        return Causal(
-            model=model, tokenizer=tokenizer, name=name, template=template,
-            ends=ends or _named(tokenizer),
-        )  # fmt: skip
-    return Blanks(
-        model=model, tokenizer=tokenizer, name=name, ends=ends or (tokenizer.eop, tokenizer.eos)
-    )
+        template, ends = _template(path, tokenizer), ends or _named(tokenizer)
+        return Causal(tokenizer=tokenizer, template=template, ends=ends, **about)
+    return Blanks(tokenizer=tokenizer, ends=ends or (tokenizer.eop, tokenizer.eos), **about)
 
 
 ANSWERING = ("<|user|>", "<|observation|>")

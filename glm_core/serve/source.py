@@ -40,6 +40,8 @@ class Source:
     model: GLM
     tokenizer: Vocabulary
     name: str
+    files: tuple[Path, ...] = ()
+    """what it is talked to with: the tokenizer's files"""
 
     @property
     def fills(self) -> bool:
@@ -103,7 +105,8 @@ def from_run(
             f"{file}: was trained with another tokenizer ({known[:12]}, found "
             f"{tokenizer.sha256[:12]}); put the run's tokenizer.model beside its config.toml"
         )
-    return Source(model=model.to(dtype), tokenizer=tokenizer, name=run.resolve().name)
+    files = (kept,) if kept.is_file() else ()
+    return Source(model=model.to(dtype), tokenizer=tokenizer, name=run.resolve().name, files=files)
 
 
 def trained(file: Path) -> tuple[GLM, config.RunConfig, dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import TextIO
 from glm_core.errors import PromptError
 from glm_core.model.generate import stream
 from glm_core.model.prompt import Prompt
+from glm_core.model.runner import Runner
 from glm_core.model.sample import Sampling
 from glm_core.serve.source import Message, Source
 from glm_core.serve.text import TextStream
@@ -17,10 +18,13 @@ from glm_core.serve.text import TextStream
 HELP = "/clear forgets the conversation, /quit leaves, Ctrl-C stops an answer"
 
 
-def spoken(source: Source, prompt: Prompt, sampling: Sampling) -> Iterator[str]:
-    """The answer's text as it comes. Raises PromptError, GenerationError."""
+def spoken(
+    source: Source, prompt: Prompt, sampling: Sampling, runner: Runner | None = None
+) -> Iterator[str]:
+    """The answer's text as it comes. runner: in place of the source's model. Raises PromptError,
+    GenerationError."""
     text = TextStream(source.tokenizer.decode)
-    for token in stream(source.model, prompt, sampling, num_ids=source.tokenizer.vocab):
+    for token in stream(runner or source.model, prompt, sampling, num_ids=source.tokenizer.vocab):
         if piece := text.feed([token]):
             yield piece
     yield text.feed([], last=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -81,8 +82,6 @@ def test_bad_usage(run_dir: Path, capsys: Any, change: list[str], code: int, tol
 
 
 def test_a_tokenizer_of_another_run_is_found(run_dir: Path, capsys: Any, tmp_path: Path) -> None:
-    import shutil
-
     from glm_core.data import tokenizer
 
     other = tmp_path / "run"
@@ -181,6 +180,24 @@ def test_export(run_dir: Path, tmp_path: Path, capsys: Any) -> None:
     assert len(meta["tokenizer"]) == 64
     assert json.loads(meta["stop"])
     assert json.loads(meta["quantization"])["group"] == 32
+    plain = ["export", "--run", run_dir, tmp_path / "plain"]
+    assert call(capsys, *plain)[0] == 0
+    for prompt in ("The fox", "The [MASK] jumps [sMASK] dog."):
+        ask = ["--prompt", prompt, "--max-tokens", 9, "--json", "--temperature", 3]
+        code, told, _ = call(capsys, "generate", "--onnx", tmp_path / "plain", *ask)
+        assert (code, told) == (0, call(capsys, "generate", "--run", run_dir, *ask)[1])
+    ask = ["generate", "--prompt", "a", "--onnx"]
+    for folder, more, said in [
+        (tmp_path, [], "no such file; give a folder of glm-core export"),
+        (tmp_path / "plain", ["--beams", 2], "does not go with --adapter or --beams"),
+    ]:
+        code, _, error = call(capsys, *ask, folder, *more)
+        assert (code, error.count("\n")) == (2, 1)
+        assert said in error
+    shutil.copy(run_dir / "config.toml", tmp_path / "plain/model.onnx")
+    code, _, error = call(capsys, *ask, tmp_path / "plain")
+    assert code == 2
+    assert "cannot be run" in error
     for more, said in [
         ([], "out: exists; choose a new folder"),
         (["--bits", 3], "bits=3 must be 8 or 4"),

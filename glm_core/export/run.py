@@ -1,0 +1,84 @@
+"""An exported file as generation runs a model: ONNX Runtime computes, one sequence at a time.
+
+Shapes: B batch (1), K kv heads, S keys of the cache, E head dim, V vocabulary."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from glm_core.config import ModelConfig, from_dict
+from glm_core.errors import CheckpointError, ConfigError, GenerationError, UnsupportedOpError
+from glm_core.export.write import FORMAT, MODEL
+from glm_core.model.runner import CHUNK, Call, Runner
+
+
+class Exported(Runner):
+    """A Runner over FOLDER/model.onnx, with its cache between the calls. Raises UnsupportedOpError
+    where onnxruntime is not installed, CheckpointError for a file that `export` did not write."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self._session = _opened(Path(folder) / MODEL)
+        self.facts: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
+        """the file's metadata: tokenizer, stop, name, ..."""
+        self.config = _config(Path(folder) / MODEL, self.facts)
+        self.length, self.chunk, self.slots = self.config.max_length, CHUNK, 1
+        layers = range(self.config.num_layers)
+        self._names = [f"{i}.{kind}" for i in layers for kind in ("key", "value")]
+        empty = np.zeros((1, self.config.num_kv_heads, 0, self.config.head_dim), np.float32)
+        self._past = [empty] * len(self._names)  # [1, K, S, E]
+
+    def explain(self, call: Call, step: int) -> GenerationError:
+        """What to say of logits that are not finite; the graph cannot be watched."""
+        return GenerationError(
+            f"token {step}: the logits of the exported model are not finite; generate with the run "
+            "it was exported from, which names the op"
+        )
+
+    @property
+    def _device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def _logits(self, call: Call) -> Tensor:
+        self.last = call
+        start = int(call.places[0, 0])  # what the cache holds beyond is of an earlier sequence
+        feed = {
+            "input_ids": call.tokens, "positions": call.positions, "key_start": call.key_start,
+            "key_end": call.key_end,
+        }  # fmt: skip
+        given = {name: np.ascontiguousarray(x.long().numpy()) for name, x in feed.items()}
+        for name, past in zip(self._names, self._past, strict=True):
+            given[f"past_key_values.{name}"] = past[:, :, :start]
+        wanted = ["logits", *(f"present.{name}" for name in self._names)]
+        logits, *self._past = self._session.run(wanted, given)
+        return torch.from_numpy(logits)
+
+
+def _opened(path: Path) -> Any:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise UnsupportedOpError(
+            f"{path}: onnxruntime is not installed; pip install 'glm-core[onnx]'"
+        ) from None
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; give a folder of glm-core export")
+    try:
+        return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Exception as error:  # its own classes have no common base but this
+        fact = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path}: cannot be run ({fact}); export it again") from None
+
+
+def _config(path: Path, facts: dict[str, str]) -> ModelConfig:
+    if facts.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not written by glm-core export ({FORMAT!r}); export it")
+    try:
+        return from_dict(ModelConfig, json.loads(facts["config"]))
+    except (KeyError, ValueError, ConfigError) as error:
+        raise CheckpointError(f"{path}: no model is described ({error}); export it again") from None

@@ -69,6 +69,14 @@ def own_part(x: Tensor) -> Tensor:
     return x if to_local is None else to_local()
 
 
+def sum_in_float32(model: nn.Module) -> None:
+    """From now on the trained parameters' `.grad` is float32: a sum over micro-batches in a lower
+    precision forgets small summands."""
+    for p in model.parameters():
+        if p.requires_grad and p.dtype != torch.float32:
+            p.grad_dtype = torch.float32
+
+
 class Optimizer:
     """AdamW (op `adamw`) with clipping by the global norm (op `global_norm`). Matrices decay,
     vectors do not, frozen parameters have no part in it. Below float32 the model's parameters are
@@ -86,7 +94,7 @@ class Optimizer:
         self.step_count = 0
         self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.named = {n: own_part(p) for n, p in self.trained.items()}
-        self.low_precision = config.dtype != "float32"
+        self.low_precision = any(p.dtype != torch.float32 for p in self.named.values())
         self.master: dict[str, Tensor] = {}
         for name, p in self.named.items():
             self.master[name] = p.detach().float().clone() if self.low_precision else p.detach()
@@ -130,11 +138,15 @@ class Optimizer:
         def pick(table: dict[str, Tensor]) -> list[Tensor]:
             return [table[n] for n in names]
 
-        copies = [self.named[n].detach() for n in names] if self.low_precision else None
+        low = [self.named[n].detach() for n in names] if self.low_precision else []
+        # kernels round to the copies where these have the gradients' dtype
+        fused = bool(low) and grads[names[0]].dtype == low[0].dtype
         ops.adamw(
             pick(self.master), pick(grads), pick(self.exp_avg), pick(self.exp_avg_sq), scale,
-            self.step_count, lr, c.beta1, c.beta2, c.eps, decay, copies,
+            self.step_count, lr, c.beta1, c.beta2, c.eps, decay, low if fused else None,
         )  # fmt: skip
+        if low and not fused:
+            torch._foreach_copy_(low, pick(self.master))
 
     def state(self) -> dict[str, Any]:
         """Everything a resumed run needs: tensors by `master.NAME`, `exp_avg.NAME`, ..., and the

@@ -22,7 +22,7 @@ from glm_core.interrupt import stop_requests
 from glm_core.live import Live
 from glm_core.metrics import Metrics, Progress
 from glm_core.model import GLM
-from glm_core.optimizer import LossScale, Optimizer, learning_rate
+from glm_core.optimizer import LossScale, Optimizer, learning_rate, sum_in_float32
 from glm_core.policy import Policy, RollBack
 from glm_core.session import Fallback, Session
 
@@ -106,6 +106,8 @@ class Trainer:
         if model is None:
             self.optimizer.load_masters(initial_weights(config) if weights is None else weights)
         t = config.train
+        if t.global_batch > t.micro_batch:
+            sum_in_float32(self.model)
         self.loss_scale = LossScale.of(t)
         self.policy = Policy(config.policy)
         self.samples_seen = 0

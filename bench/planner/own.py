@@ -17,6 +17,8 @@ from glm_core.distributed.plan import Plan, stage_layers, stages_of
 
 Shapes = list[tuple[int, int]]
 """(rows, columns) of matrices; vectors have one column"""
+MESSAGE = 1 << 25
+"""elements of a gradient that are summed at once, in float32"""
 CHUNK = 1 << 22
 """float32 logits that the shared vocabulary's loss forms at once"""
 
@@ -135,20 +137,13 @@ def backwards(job: Job) -> set[tuple[int, int, bool]]:
     return found
 
 
-def buffers(job: Job) -> int:
-    """Receive buffers of torch's PipelineStage: one per micro-batch and tensor from either
-    neighbour, all held from the first step on (torch 2.13, pipelining/stage.py)."""
-    stages = job.stages
-    links = sum((s > 0) + (s < job.plan.stages - 1) for s in stages)
-    return links * 2 * job.plan.micro_batches * carried(job)
-
-
 def memory(job: Job) -> dict[str, int]:
     """Bytes by part at the peak: the fullest of a step's moments."""
     p = job.plan
     shapes = layer_shapes(job.model, p.tp) * sum(job.layers) + end_shapes(job)
     own = count(shapes, p.dp if p.zero else 1)
-    parts = {"weights": 2 * own, "optimizer": 12 * own, "buffers": buffers(job)}
+    # under ZeRO what a rank holds of the weights is float32, and so the masters
+    parts = {"weights": (4 if p.zero else 2) * own, "optimizer": (8 if p.zero else 12) * own}
     moments = _sharded(job) if p.zero else _replicated(job)
     return parts | max(moments, key=lambda held: sum(held.values()))
 
@@ -161,15 +156,25 @@ def _kept(job: Job) -> tuple[int, int]:
 
 
 def _replicated(job: Job) -> Iterator[dict[str, int]]:
-    """Without ZeRO: as a backward pass begins, at its last layer, and where data-parallel ranks sum
-    their gradients in one flat message (the message and its sum)."""
-    shapes = layer_shapes(job.model, job.plan.tp) * sum(job.layers) + end_shapes(job)
-    whole, (one, busy) = 2 * count(shapes), _kept(job)
+    """Without ZeRO: as a backward pass begins, at its last layer, at the embedding, and where
+    data-parallel ranks sum their gradients, a message at a time. Gradients are of the working dtype
+    where there is one micro-batch, else float32, cast as they come."""
+    layer = layer_shapes(job.model, job.plan.tp)
+    n, (one, busy) = count(layer * sum(job.layers) + end_shapes(job)), _kept(job)
+    several, table = job.plan.micro_batches > 1, job.model.vocab // job.plan.tp * job.model.hidden
+    each = 4 if several else 2
+    whole = each * n
     for layers, stage, there in backwards(job):
         kept, left = layers * one + _waiting(job, layers), _loss_left(job, stage)
-        yield _held(0, whole * there, kept + max(_head(job, stage), left + busy))
-        yield _held(0, whole, kept - (job.layers[stage] - 1) * one + busy)
-    yield _held(0, whole, 2 * whole * (job.plan.dp > 1))
+        cast = 6 * table if several and left and job.plan.tp == 1 else 0
+        yield _held(0, whole * there, kept + max(_head(job, stage) + cast, left + busy))
+        first = job.stages[stage] == 0
+        formed = 0 if there else each * (count(layer) + table * first)  # only now
+        yield _held(0, whole - formed, kept - (job.layers[stage] - 1) * one + busy)
+        if first:
+            formed = 6 * table if several and there else 2 * table
+            yield _held(0, whole, kept - job.layers[stage] * one + formed)
+    yield _held(0, whole, 4 * min(n, MESSAGE) * (job.plan.dp > 1))
 
 
 def _sharded(job: Job) -> Iterator[dict[str, int]]:
@@ -181,7 +186,7 @@ def _sharded(job: Job) -> Iterator[dict[str, int]]:
     num, m, (one, busy) = sum(job.layers), p.micro_batches, _kept(job)
     n, late = layer * num + ends, p.pp > 1 or (p.zero == 1 and m > 1)
     own = count(layer_shapes(job.model, p.tp) * num + end_shapes(job), p.dp)
-    sums, whole = 4 * n if late else 2 * own, 2 * n if p.zero < 3 else 0
+    sums, whole = 4 * n if late else 4 * own, 2 * n if p.zero < 3 else 0
     for layers, stage, there in backwards(job):
         chunk, left, before = job.layers[stage], _loss_left(job, stage), sums * there
         kept = layers * one + _waiting(job, layers)
@@ -197,9 +202,11 @@ def _sharded(job: Job) -> Iterator[dict[str, int]]:
         stays = 2 * n if p.pp > 1 or (p.zero < 3 and not reshards) else 2 * ends
         fresh = (2 if late else 4) * layer + 2 * ends * job.first + left
         yield _held(stays, sums, kept - one * chunk + fresh)
-    # the ends' message last: from their gradients, then into the shard's part in two dtypes
+    # the ends' message last: from their gradients, then into the shard's part
     stays = 2 * n if p.pp > 1 or (p.zero < 3 and m > 1) else 0
-    yield _held(stays, sums, 4 * max(ends, layer) + (not late) * max(2 * ends, 6 * ends // p.dp))
+    message = 4 * max(ends, layer) + (not late) * max(2 * ends, 4 * ends // p.dp)
+    yield _held(stays, sums - (not late) * 4 * ends // p.dp, message)
+    yield _held(0, sums, message * (m > 1))
 
 
 def _held(gathered: int, gradients: int, passing: int) -> dict[str, int]:
@@ -214,17 +221,28 @@ def _loss_left(job: Job, stage: int) -> int:
 
 
 def _waiting(job: Job, layers: int) -> int:
-    """GPipe's last stage has the same of every other micro-batch: without TP the loss's gradients
-    are made in the forward pass."""
-    others = layers // sum(job.layers) - 1 if job.plan.schedule == "gpipe" else 0
-    return others * _loss_left(job, 0) if job.plan.tp == 1 else 0
+    """What else is there for micro-batches of which so many layers are kept. GPipe's last stage has
+    the loss's of every other one: without TP its gradients are made in the forward pass. Of the two
+    tensors that go between stages, where they are not among a layer's: under full recompute what
+    was sent, else what came and one of the sent, whose sum is a norm's. And of gradients the pair
+    that came, that is formed and that is still being sent."""
+    flights = layers / sum(job.layers)
+    others = flights - 1 if job.plan.schedule == "gpipe" and job.plan.tp == 1 else 0
+    come = sum(s > 0 for s in job.stages)
+    gone = sum(s < job.plan.stages - 1 for s in job.stages)
+    kept = 2 * gone if job.plan.recompute == "full" else 2 * come + gone
+    between = carried(job) * (kept * flights + 2 * (gone + come))
+    return int(others * _loss_left(job, 0) + between)
 
 
 def _transient(job: Job) -> int:
-    """Of the backward pass of the largest product: gradients of its output, input and weight."""
+    """Of the backward pass of the largest product: gradients of its output, input and weight, or of
+    input and weight and the latter in float32."""
     c, t = job.model, job.plan.tp
     wide = (1 if c.activation == "gelu" else 2) * c.ffn // t
-    return 2 * (job.tokens * (wide + c.ffn // t) + wide * c.hidden)
+    weight = 6 * wide * c.hidden if job.plan.micro_batches > 1 and not job.plan.zero else 0
+    formed = 2 * (job.tokens * (wide + c.ffn // t) + wide * c.hidden)
+    return max(formed, 2 * job.tokens * c.ffn // t + weight)
 
 
 def _head(job: Job, stage: int) -> int:
@@ -255,6 +273,13 @@ def collectives(job: Job) -> dict[str, dict[str, int]]:
     return dict(sorted((k, v) for k, v in found.items() if v["count"]))
 
 
+def _summed(elements: int, sent: Counter[tuple[str, int]]) -> None:
+    """Gradients that several ranks hold, message by message."""
+    full, rest = divmod(elements, MESSAGE)
+    sent["all_reduce", 4 * MESSAGE] += full
+    sent["all_reduce", 4 * rest] += rest > 0
+
+
 def _tensor_parallel(job: Job, sent: Counter[tuple[str, int]]) -> None:
     """Two messages a layer forward and two backward, one or three more where it is computed again
     (what follows its last product is not); one at the embedding; at the loss one backward, and two
@@ -270,7 +295,7 @@ def _tensor_parallel(job: Job, sent: Counter[tuple[str, int]]) -> None:
         sent["reduce_scatter", full] += passed * (4 + again) + m * (job.first + job.last)
         whole = held_whole(c) * sum(job.layers)
         whole += [s for s in end_shapes(job) if s[1] == 1 or s[0] == c.max_length + 1]
-        sent["all_reduce", 2 * count(whole, p.dp if p.zero else 1)] += 1
+        _summed(count(whole, p.dp if p.zero else 1), sent)
     else:
         sent["all_reduce", full] += passed * (4 + again) + m * (job.first + job.last)
     sent["all_reduce", 4] += 1  # the norm
@@ -287,7 +312,7 @@ def _pipeline(job: Job, sent: Counter[tuple[str, int]]) -> None:
         sent[name, carried(job)] += 2 * links * p.micro_batches
         sent[name, 4] += links
     if c.tied_head and job.first != job.last:
-        sent["all_reduce", 2 * count([(c.vocab // p.tp, c.hidden)], p.dp if p.zero else 1)] += 1
+        _summed(count([(c.vocab // p.tp, c.hidden)], p.dp if p.zero else 1), sent)
     sent["all_reduce", 4] += 2
 
 
@@ -300,7 +325,7 @@ def _data_parallel(job: Job, sent: Counter[tuple[str, int]]) -> None:
     layer, ends = layer_shapes(c, p.tp), end_shapes(job)
     sent["all_reduce", 4] += 1 + (p.zero > 0)
     if not p.zero:
-        sent["all_reduce", 2 * count(layer * sum(job.layers) + ends)] += 1
+        _summed(count(layer * sum(job.layers) + ends), sent)
         return
     m = p.micro_batches
     # between a backward pass and the next one a pipeline's weights stay gathered, sums are local

@@ -3,7 +3,8 @@
 1. pipeline: each stage holds its layers of the one model;
 2. tensor and sequence parallel: a layer's matrices at a rank's size, its projections talking;
 3. recompute: which parts of a stage are not kept for the backward pass;
-4. device and dtype: parameters get memory here, not before, and no values yet;
+4. device and dtype: parameters get memory here, not before (under ZeRO layer by layer), and no
+   values yet;
 5. ZeRO: what is left is shared out over the data-parallel ranks;
 6. values: from (seed, name), the same as on one process.
 
@@ -57,14 +58,14 @@ def build(
     for number in stages_of(plan, mesh.get_local_rank("pp")):
         stage = Stage(config, number, plan.stages, ranks)
         stage.recompute(plan.recompute)
-        give_memory(stage, device, dtype)
+        if plan.zero:
+            shard(stage, plan.zero, mesh["dp"], device, dtype)
+        else:
+            give_memory(stage, device, dtype)
         stages.append(stage)
     first, last = stages[0], stages[-1]
     if first is not last and first.is_first and last.is_last and config.tied_head:
         last.embedding = first.embedding  # both ends of a V in one process: one parameter
-    if plan.zero:
-        for stage in stages:
-            shard(stage, plan.zero, mesh["dp"])
     return Share(stages)
 
 
@@ -73,19 +74,26 @@ def give_memory(module: nn.Module, device: torch.device, dtype: torch.dtype) -> 
     do it under FakeTensorMode."""
     for part in module.modules():
         for name, p in list(part.named_parameters(recurse=False)):
-            memory = torch.empty(p.shape, dtype=dtype, device=device)
-            part.register_parameter(name, nn.Parameter(memory))
+            if p.is_meta:
+                memory = torch.empty(p.shape, dtype=dtype, device=device)
+                part.register_parameter(name, nn.Parameter(memory))
 
 
-def shard(stage: Stage, zero: int, mesh: DeviceMesh) -> None:
-    """ZeRO by FSDP2, layer by layer. Between steps everything is sharded; during one, stages 1 and
-    2 keep the weights that stage 3 gathers again for every use. Gradients are SUMS over dp,
-    whatever the dtype reduced in float32: every token's weight is already relative to the global
-    batch."""
+def shard(
+    stage: Stage, zero: int, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype
+) -> None:
+    """ZeRO by FSDP2, layer by layer, each given its memory just before. What a rank holds of the
+    weights is float32 and so their masters; they are gathered in `dtype`. Between steps everything
+    is sharded; during one, stages 1 and 2 keep the weights that stage 3 gathers again for every
+    use. Gradients are SUMS over dp, and over micro-batches, in float32: every token's weight is
+    already relative to the global batch."""
     # a block's outputs may be views; nothing in the model writes into them
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     for module in (*stage.layers(), stage):
+        give_memory(module, device, torch.float32)
         fully_shard(module, mesh=mesh, reshard_after_forward=zero == 3, mp_policy=policy)
     sum_gradients(stage, 1.0)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -19,9 +21,11 @@ from glm_core.distributed.collectives import total
 from glm_core.distributed.plan import Plan, require_fit
 from glm_core.distributed.tensor_parallel import replicated
 from glm_core.errors import ConfigError, TrainingError
-from glm_core.optimizer import LossScale, Optimizer, learning_rate, own_part
+from glm_core.optimizer import LossScale, Optimizer, learning_rate, own_part, sum_in_float32
 from glm_core.train import Batch
 
+MESSAGE = 2**25
+"""elements that one collective of `add_up` sums"""
 FIELDS = ("positions", "key_start", "key_end", "labels")
 
 
@@ -55,6 +59,8 @@ class Engine:
         self.device = device or torch.device(mesh.device_type)
         dtype: torch.dtype = getattr(torch, c.train.dtype)
         self.share = apply.build(c.model, plan, mesh, self.device, dtype)
+        if plan.micro_batches > 1:
+            sum_in_float32(self.share)
         self.optimizer = Optimizer(self.share, c.train, self.norm)
         self.optimizer.load_masters(apply.initial_values(self.share, c.model, mesh, c.train.seed))
         self.loss_scale = LossScale.of(c.train)
@@ -139,9 +145,27 @@ class Engine:
 
 
 def add_up(grads: list[Tensor], group: Any) -> None:
-    """Sums the gradients over the group, in place, one message for all of a dtype."""
-    for dtype in {g.dtype for g in grads}:
-        some = [g for g in grads if g.dtype == dtype]
-        flat = total(torch.cat([g.flatten() for g in some]), group)
-        for g, summed in zip(some, flat.split([g.numel() for g in some]), strict=True):
-            g.copy_(summed.view_as(g))
+    """Sums the gradients over the group, in place; the sums are formed in float32."""
+    for pieces in messages(grads):
+        sizes = [len(piece) for piece in pieces]
+        flat = torch.empty(sum(sizes), dtype=torch.float32, device=pieces[0].device)
+        torch.cat(pieces, out=flat)
+        dist.all_reduce(flat, group=group)
+        for piece, summed in zip(pieces, flat.split(sizes), strict=True):
+            piece.copy_(summed)
+
+
+def messages(grads: list[Tensor]) -> Iterator[list[Tensor]]:
+    """All elements of the gradients in order, as flat views, MESSAGE of them at a time."""
+    pieces: list[Tensor] = []
+    room = MESSAGE
+    for grad in grads:
+        rest = grad.view(-1)
+        while len(rest):
+            pieces.append(rest[:room])
+            rest, room = rest[room:], room - len(pieces[-1])
+            if not room:
+                yield pieces
+                pieces, room = [], MESSAGE
+    if pieces:
+        yield pieces

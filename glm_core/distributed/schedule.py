@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining._utils import _make_tensor_from_meta
 from torch.distributed.pipelining.schedules import (
     PipelineScheduleMulti,
     PipelineScheduleSingle,
@@ -23,7 +25,57 @@ from glm_core.config import ModelConfig
 from glm_core.distributed.pipeline import Stage
 from glm_core.distributed.plan import Plan, stages_of
 
-SINGLE: dict[str, type[PipelineScheduleSingle]] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
+
+class Lean(PipelineStage):
+    """A stage whose receive buffers exist from the receive to their last use. torch's own (2.13)
+    holds one for every micro-batch of the step, from the first step on."""
+
+    def _setup_forward_recv_info(self, num_microbatches: int, has_backward: bool) -> None:
+        super()._setup_forward_recv_info(1, has_backward)
+        self.args_recv_info = _of_each(self.args_recv_info[0], num_microbatches)
+
+    def _setup_backward_recv_info(self, num_microbatches: int) -> None:
+        super()._setup_backward_recv_info(1)
+        self.chunks = num_microbatches
+        self.grad_recv_info = _of_each(self.grad_recv_info[0], num_microbatches)
+
+    def _get_recv_ops(self, recv_infos: Any) -> Any:
+        for info in recv_infos:
+            if not info.is_root_arg:
+                info.buffer = _make_tensor_from_meta(info.tensor_meta, self.device)
+        return super()._get_recv_ops(recv_infos)
+
+    def _retrieve_recv_activations(self, fwd_chunk_id: int) -> Any:
+        values = super()._retrieve_recv_activations(fwd_chunk_id)
+        _forget(self.args_recv_info[fwd_chunk_id])
+        return values
+
+    def _retrieve_recv_grads(self, bwd_chunk_id: int) -> Any:
+        values = super()._retrieve_recv_grads(bwd_chunk_id)
+        _forget(self.grad_recv_info[bwd_chunk_id])
+        return values
+
+
+def _of_each(recv_infos: Any, num_microbatches: int) -> dict[int, Any]:
+    _forget(recv_infos)
+    return {i: tuple(map(copy.copy, recv_infos)) for i in range(num_microbatches)}
+
+
+def _forget(recv_infos: Any) -> None:
+    for info in recv_infos:
+        info.buffer = None
+
+
+class OneForwardOneBackward(Schedule1F1B):
+    """Takes fewer micro-batches than stages too: torch's loop does, its constructor refuses."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        PipelineScheduleSingle.__init__(self, *args, **kwargs)
+
+
+SINGLE: dict[str, type[PipelineScheduleSingle]] = {
+    "gpipe": ScheduleGPipe, "1f1b": OneForwardOneBackward,
+}  # fmt: skip
 MULTI: dict[str, type[PipelineScheduleMulti]] = {
     "interleaved": ScheduleInterleaved1F1B,
     "zero-bubble": ScheduleInterleavedZeroBubble,
@@ -84,7 +136,7 @@ class Work:
         """torch's schedule for micro-batches of rows x length tokens."""
         numbers = stages_of(self.plan, self.mesh.get_local_rank("pp"))
         stages = [
-            PipelineStage(
+            Lean(
                 stage, number, self.plan.stages, self.device,
                 input_args=self._inputs(stage, rows, length),
                 output_args=self._outputs(stage, rows, length),

@@ -16,6 +16,7 @@ import torch
 from torch import distributed as dist
 
 from glm_core.backends import registry
+from glm_core.distributed import engine as engines
 from glm_core.distributed import layout, mesh, vocabulary
 from glm_core.distributed.apply import own_rows
 from glm_core.distributed.engine import Engine
@@ -62,6 +63,7 @@ def train(case: dict[str, Any], backend: Any) -> dict[str, Any]:
 def main(cases: str, out: str) -> None:
     torch.set_num_threads(1)
     vocabulary.CHUNK = 256  # eight tokens at a time, as a real vocabulary would have it
+    engines.MESSAGE = 1000  # several for these models too
     backend = registry.get("cpu")
     backend = backend if backend.probe().ok else registry.get("reference")
     mesh.start(backend, TIMEOUT_S)

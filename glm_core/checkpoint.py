@@ -123,8 +123,12 @@ def latest(folder: Path) -> Path | None:
     return find(folder) if (folder / LATEST).exists() else None
 
 
-def starting_point(out: Path, resume: bool | str | Path) -> Path | None:
-    """The checkpoint to go on from, None for a start from step 0. Raises ConfigError rather than
+def starting_point(
+    out: Path, resume: bool | str | Path, newest: Callable[[Path], Path | None] = latest,
+    begin: bool = False,
+) -> Path | None:  # fmt: skip
+    """The checkpoint to go on from, None for a start from step 0. newest: of a folder of
+    checkpoints; begin: where there is no run to resume, one begins. Raises ConfigError rather than
     write over another run."""
     begun, folder = (out / "config.toml").exists(), out / FOLDER
     if resume is False:
@@ -133,10 +137,11 @@ def starting_point(out: Path, resume: bool | str | Path) -> Path | None:
         return None
     if resume is not True:
         return find(Path(resume))
-    if begun and not (folder / LATEST).exists():
+    if (found := newest(folder)) is not None or not (begun or begin):
+        return found or find(folder)
+    if begun:
         print(f"{out}: stopped before its first checkpoint; starts at step 0", file=sys.stderr)
-        return None
-    return find(folder)
+    return None
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

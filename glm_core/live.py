@@ -3,8 +3,10 @@ Prometheus endpoint. The names are documented in docs/metrics.md."""
 
 from __future__ import annotations
 
+import functools
 import resource
 import time
+from collections.abc import Callable
 from typing import Any
 
 from glm_core.backends.base import Backend
@@ -19,10 +21,16 @@ GAUGES = {
     "step_seconds": "of the last step",
     "tokens_per_second": "of the last step",
     "mfu_ratio": "model FLOPs of the step over what the peak allows in its time",
-    "memory_peak_bytes": "device memory allocated at most; on a CPU the process's resident set",
+    "memory_peak_bytes": "device memory allocated at most, of all ranks; on a CPU resident set",
     "last_step_timestamp_seconds": "when the last step ended, Unix time",
 }
-COUNTERS = {"tokens": "tokens trained on by this process", "skipped_steps": "updates left out"}
+COUNTERS = {"tokens": "tokens trained on by this call", "skipped_steps": "updates left out"}
+RANKS = {
+    "slowest_rank": "of the last timed step, by own time: without waiting for others",
+    "slowest_rank_ratio": "its own time over the median of the others'",
+    "rank_variation_ratio": "standard deviation of the ranks' own times over their mean",
+}
+"""gauges of a run on many processes"""
 PREFIX = "glm_core_train_"
 _OURS = {"learning_rate": "lr"}
 """a gauge's name: the trainer's word for it, where it is another"""
@@ -37,7 +45,7 @@ class Live:
     ) -> None:  # fmt: skip
         """flops_per_sequence: forward and backward, by the model alone; port: 0 for no endpoint.
         Raises ConfigError where the port cannot be had."""
-        self._backend = backend
+        self.memory: Callable[[], int] = functools.partial(memory_peak_bytes, backend)
         self._flops, self._peak = flops_per_sequence, peak_tflops * 1e12
         self._endpoint = Endpoint(port, host) if port else None
 
@@ -47,11 +55,16 @@ class Live:
         derived = {
             "tokens_per_second": values["tokens"] / seconds,
             "mfu_ratio": self._flops * values["global_batch"] / (seconds * self._peak),
-            "memory_peak_bytes": float(memory_peak_bytes(self._backend)),
+            "memory_peak_bytes": float(self.memory()),
         }
         if self._endpoint is not None:
             self._endpoint.set({**values, "step_seconds": seconds, **derived})
         return derived
+
+    def ranks(self, values: dict[str, float]) -> None:
+        """A timed step's, by the names of `RANKS`."""
+        if self._endpoint is not None:
+            self._endpoint.ranks(values)
 
     def close(self) -> None:
         """Gives the port back."""
@@ -77,10 +90,9 @@ class Endpoint:
                 f"--metrics-port: {error}; pip install prometheus-client, or leave it out"
             ) from None
         registry = prometheus.CollectorRegistry()
-        self._gauges = {
-            name: prometheus.Gauge(PREFIX + name, text, registry=registry)
-            for name, text in GAUGES.items()
-        }
+        self._gauge = functools.partial(prometheus.Gauge, registry=registry)
+        self._ranks: dict[str, Any] = {}
+        self._gauges = {name: self._gauge(PREFIX + name, text) for name, text in GAUGES.items()}
         self._counters = {
             name: prometheus.Counter(PREFIX + name, text, registry=registry)
             for name, text in COUNTERS.items()
@@ -99,6 +111,13 @@ class Endpoint:
             gauge.set(stamped[_OURS.get(name, name)])
         self._counters["tokens"].inc(values["tokens"])
         self._counters["skipped_steps"].inc(values["skipped"])
+
+    def ranks(self, values: dict[str, float]) -> None:
+        """A timed step of many processes; served from the first on."""
+        for name, value in values.items():
+            if name not in self._ranks:
+                self._ranks[name] = self._gauge(PREFIX + name, RANKS[name])
+            self._ranks[name].set(value)
 
     def close(self) -> None:
         """Ends the server."""

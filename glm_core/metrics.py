@@ -42,6 +42,14 @@ class Metrics:
                 if key != "step" and value is not None:
                     self.writer.add_scalar(key, value, values["step"])
 
+    def ranks(self, step: int, values: dict[str, float]) -> None:
+        """The ranks of a timed step side by side; not in the file, which has a line a step."""
+        if self.live is not None:
+            self.live.ranks(values)
+        if self.writer is not None:
+            for key, value in values.items():
+                self.writer.add_scalar(key, value, step)
+
     def rewind(self, done: int) -> None:
         """Drops the lines after step `done`: the run has gone back to it."""
         self.file.truncate(kept_bytes(self.path.read_bytes(), done))

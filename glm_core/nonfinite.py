@@ -78,7 +78,10 @@ def finite(value: Any) -> bool:
     """Of a tensor, or of all tensors in a tuple; anything else is finite."""
     if isinstance(value, tuple | list):
         return all(map(finite, value))
-    return not isinstance(value, Tensor) or bool(torch.isfinite(value).all())
+    if not isinstance(value, Tensor):
+        return True
+    local = value.to_local() if hasattr(value, "to_local") else value  # of a DTensor, no collective
+    return bool(torch.isfinite(local).all())
 
 
 @contextmanager
@@ -98,3 +101,13 @@ def watch(model: nn.Module) -> Iterator[Watch]:
             stack.callback(hook.remove)
         stack.enter_context(dispatch.intercept(seen.call))
         yield seen
+
+
+def told(subject: str, op: str, parameter: str) -> str:
+    """The whole reason: `subject` (`the loss is nan`), what a watch has seen, the way out."""
+    fallback = "summing gradients" if parameter else "op global_norm"
+    return (
+        f"{subject}; first not finite: {op or fallback}; "
+        f"first parameter with such a gradient: {parameter or 'none'}; resume from the last "
+        "checkpoint with a lower train.lr, or look into that op"
+    )

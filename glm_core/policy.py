@@ -43,8 +43,8 @@ class Policy:
     """The recent losses of one run and what follows from them. On many ranks every one decides
     alike, for loss and gradient norm are the global ones."""
 
-    def __init__(self, config: PolicyConfig) -> None:
-        self.config = config
+    def __init__(self, config: PolicyConfig, tells: bool = True) -> None:
+        self.config, self.tells = config, tells
         self.losses: deque[float] = deque(maxlen=config.spike_window)
         self.bad, self._bad_step = 0, 0
 
@@ -81,7 +81,8 @@ class Policy:
         if action == "stop":
             raise TrainingError(f"step {step}: {reason}")
         told = "update left out" if action == "skip" else "back to the last checkpoint"
-        print(f"policy.{kind}={action}: step {step}: {reason}: {told}", file=sys.stderr)
+        if self.tells:
+            print(f"policy.{kind}={action}: step {step}: {reason}: {told}", file=sys.stderr)
         if action == "rollback":
             raise RollBack(f"step {step}: {reason}")
 

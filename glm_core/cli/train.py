@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from glm_core.live import Live
     from glm_core.model import GLM
     from glm_core.model.adapters import AdapterConfig
-    from glm_core.train import Result, Sampler
+    from glm_core.steps import Result
+    from glm_core.train import Sampler
 
 
 def define(parser: argparse.ArgumentParser) -> None:
@@ -131,33 +133,31 @@ def told(result: Result) -> tuple[dict[str, Any], list[str]]:
 
 
 def run_plan(args: argparse.Namespace, config: RunConfig) -> int:
-    """One process's part of a job; rank 0 tells how it ended."""
-    import os
-
+    """One process's part of a job; rank 0 tells how it goes and how it ended."""
     from glm_core.distributed.plan import parse
     from glm_core.errors import ConfigError
 
     plan = parse(args.plan)
-    alone = {
-        "--adapter": args.adapter,
-        "--tensorboard": args.tensorboard,
-        "--metrics-port": args.metrics_port,
-    }
-    if unfit := [option for option, given in alone.items() if given]:
+    if unfit := [f"--{k}" for k in ("adapter", "base", "pairs") if getattr(args, k)]:
         raise ConfigError(f"train --plan: does not go with {', '.join(unfit)}; leave it out")
     from glm_core.distributed import run as distributed
 
-    result = distributed.run(config, plan, args.out, resume=args.resume, timeout_s=args.timeout)
-    if os.environ["RANK"] == "0":
+    tells = os.environ.get("RANK") == "0"
+    with live_of(args, config, plan.world) if tells else nullcontext() as live:
+        result = distributed.run(
+            config, plan, args.out, resume=args.resume, tensorboard=args.tensorboard, live=live,
+            timeout_s=args.timeout,
+        )  # fmt: skip
+    if tells:
         facts, lines = told(result)
         emit(args, facts, "\n".join(lines))
     return EXIT_INTERRUPTED if result.interrupted else 0
 
 
 @contextmanager
-def live_of(args: argparse.Namespace, config: RunConfig) -> Iterator[Live | None]:
-    """The figures that --tensorboard and --metrics-port show, None without them. Raises ConfigError
-    for a port that cannot be had."""
+def live_of(args: argparse.Namespace, config: RunConfig, chips: int = 1) -> Iterator[Live | None]:
+    """The figures that --tensorboard and --metrics-port show, None without them; MFU over the peak
+    of so many chips. Raises ConfigError for a port that cannot be had."""
     if not (args.tensorboard or args.metrics_port):
         yield None
         return
@@ -174,8 +174,9 @@ def live_of(args: argparse.Namespace, config: RunConfig) -> Iterator[Live | None
     backend = registry.usable(config.train.backend)
     peak = ceilings.peak(backend, getattr(torch, config.train.dtype))
     flops = model_flops(Work(model=config.model, seq=config.data.length))
-    live = Live(backend, flops, peak.tflops, args.metrics_port, args.metrics_host)
-    print(f"MFU over {peak.tflops:.3g} TFLOPS: {peak.source}", file=sys.stderr)
+    live = Live(backend, flops, chips * peak.tflops, args.metrics_port, args.metrics_host)
+    times = f"{chips} x " if chips > 1 else ""
+    print(f"MFU over {times}{peak.tflops:.3g} TFLOPS: {peak.source}", file=sys.stderr)
     try:
         yield live
     finally:

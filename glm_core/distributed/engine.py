@@ -3,8 +3,6 @@ more than once, one norm over everything, one optimizer."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,15 +11,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from glm_core import ops
+from glm_core import nonfinite, ops
 from glm_core.config import RunConfig
 from glm_core.distributed import apply, schedule
 from glm_core.distributed import mesh as meshes
 from glm_core.distributed.collectives import total
 from glm_core.distributed.plan import Plan, require_fit
 from glm_core.distributed.tensor_parallel import replicated
-from glm_core.errors import ConfigError, TrainingError
-from glm_core.optimizer import LossScale, Optimizer, learning_rate, own_part, sum_in_float32
+from glm_core.errors import ConfigError
+from glm_core.optimizer import Optimizer, own_part, sum_in_float32
+from glm_core.steps import StepResult, Updates
 from glm_core.train import Batch
 
 MESSAGE = 2**25
@@ -29,19 +28,7 @@ MESSAGE = 2**25
 FIELDS = ("positions", "key_start", "key_end", "labels")
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Step:
-    """What one step tells, the same on every process."""
-
-    step: int
-    loss: float
-    grad_norm: float
-    lr: float
-    loss_scale: float
-    skipped: bool
-
-
-class Engine:
+class Engine(Updates):
     """This process's part of one training run. The backend must be active around `train_step`, and
     every process must call it with the same global batch."""
 
@@ -55,35 +42,38 @@ class Engine:
             plan, c.model, world=mesh.size(), global_batch=c.train.global_batch,
             length=c.data.length,
         )  # fmt: skip
-        self.config, self.plan, self.mesh = config, plan, mesh
+        self.plan, self.mesh = plan, mesh
         self.device = device or torch.device(mesh.device_type)
         dtype: torch.dtype = getattr(torch, c.train.dtype)
         self.share = apply.build(c.model, plan, mesh, self.device, dtype)
         if plan.micro_batches > 1:
             sum_in_float32(self.share)
-        self.optimizer = Optimizer(self.share, c.train, self.norm)
+        optimizer = Optimizer(self.share, c.train, self.norm)
+        super().__init__(c, optimizer, tells=dist.get_rank() == 0)
         self.optimizer.load_masters(apply.initial_values(self.share, c.model, mesh, c.train.seed))
-        self.loss_scale = LossScale.of(c.train)
         self.ends = meshes.ends_group(mesh) if plan.pp > 1 and plan.schedule != "zbv" else None
-        self.steps_done = 0
         self.work = schedule.Work(self.share.stages, plan, mesh, c.model, self.device, dtype)
 
-    def train_step(self, batch: Batch) -> Step:
-        """Forward, backward and update on a global batch, which is the same on every process: each
-        data-parallel rank takes its rows. A float16 overflow skips the update; any other value that
-        is not finite raises TrainingError on every process, weights untouched."""
-        lr = learning_rate(self.config.train, self.steps_done + 1)
+    def train_step(self, batch: Batch) -> StepResult:
+        """Forward, backward and update (`Updates.update`) on a global batch, which is the same on
+        every process: each data-parallel rank takes its rows."""
         loss = float(self.backward(batch))
-        scale = self.loss_scale.scale
-        norm = float(self.optimizer.step(lr, scale)) if math.isfinite(loss) else math.nan
-        skipped = not math.isfinite(norm)
-        if not self.loss_scale.explains(skipped, self.config.train.dtype):
-            raise TrainingError(
-                f"step {self.steps_done + 1}: loss {loss}, gradient norm {norm}; resume from the "
-                "last checkpoint with a lower train.lr"
-            )
-        self.steps_done += 1
-        return Step(self.steps_done, loss, norm, lr, scale, skipped)
+        return self.update(
+            loss, len(batch.tokens), batch.tokens.numel(), lambda what: self._explain(batch, what)
+        )
+
+    def _explain(self, batch: Batch, subject: str) -> str:
+        """Runs the failed step's backward again on every process, watched, and quotes the one in
+        which numbers stopped being finite."""
+        [alone, *more] = self.share.stages
+        with nonfinite.watch(self.share if more else alone) as seen:
+            self.backward(batch)
+        every: list[Any] = [None] * self.mesh.size()
+        dist.all_gather_object(every, (seen.op, seen.parameter))
+        # an op that was given what is not finite says so
+        rank = min(range(len(every)), key=lambda r: (not every[r][0], "either)" in every[r][0], r))
+        op, parameter = every[rank]
+        return nonfinite.told(subject, f"{op} on rank {rank}" if op else "", parameter)
 
     def backward(self, batch: Batch) -> Tensor:
         """Leaves every parameter's gradient of the global batch, times the loss scale, in `.grad`

@@ -3,16 +3,13 @@ goes on from it."""
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 from glm_core import checkpoint as single
-from glm_core.config import to_dict
 from glm_core.distributed.checkpoint import Checkpoints, Pieces, find, pieces, read_facts
 from glm_core.distributed.engine import Engine
 from glm_core.distributed.layout import split_of
-from glm_core.optimizer import LossScale
 
 
 def state(engine: Engine) -> dict[str, Pieces]:
@@ -30,11 +27,7 @@ def state(engine: Engine) -> dict[str, Pieces]:
 def save(engine: Engine, checkpoints: Checkpoints, sampler: dict[str, Any]) -> Path:
     """Begins to write a checkpoint of now. sampler: its state; the place in the data is a global
     sequence number, whatever the plan. Raises CheckpointError as `Checkpoints.save`."""
-    facts = {
-        "config": to_dict(engine.config), "plan": engine.plan.label(), "sampler": sampler,
-        "optimizer_steps": engine.optimizer.step_count,
-        "loss_scale": dataclasses.asdict(engine.loss_scale),
-    }  # fmt: skip
+    facts = {**engine.facts(), "plan": engine.plan.label(), "sampler": sampler}
     return checkpoints.save(engine.steps_done, state(engine), facts)
 
 
@@ -44,9 +37,6 @@ def restore(engine: Engine, checkpoints: Checkpoints, path: Path) -> dict[str, A
     path = find(path)
     single.require_same(read_facts(path)["config"], engine.config, path)
     facts = checkpoints.load(path, state(engine))
-    own = engine.optimizer.state()["tensors"]
-    engine.optimizer.restore({"tensors": own, "step_count": facts["optimizer_steps"]})
-    engine.loss_scale = LossScale(**facts["loss_scale"])
-    engine.steps_done = facts["step"]
+    engine.restore_facts(facts, engine.optimizer.state()["tensors"])
     sampler: dict[str, Any] = facts["sampler"]
     return sampler

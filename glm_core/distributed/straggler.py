@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -80,9 +81,12 @@ def timed(folder: Path, step: int, device_type: str, every: int) -> Iterator[Non
     if not every or step % every:
         yield
         return
-    times, plain = Times(device_type), dist.Work.wait
+    times, plain, own = Times(device_type), dist.Work.wait, threading.current_thread()
 
     def wait(work: Any, *args: Any, **kwargs: Any) -> Any:
+        thread = threading.current_thread()
+        if thread is not own and not isinstance(thread, threading._DummyThread):
+            return plain(work, *args, **kwargs)  # a checkpoint's; autograd's are unknown to Python
         begin = time.perf_counter()
         try:
             return plain(work, *args, **kwargs)
@@ -122,6 +126,19 @@ class Report:
     op_median_s: float
     missing: list[int]
     """ranks whose times are not there yet"""
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Report:
+        """Back from JSON, where a rank has become a string."""
+        by_rank = {k: {int(r): s for r, s in values[k].items()} for k in ("own_s", "waiting_s")}
+        return cls(**{**values, **by_rank})
+
+    def figures(self) -> dict[str, float]:
+        """For TensorBoard and Prometheus."""
+        return {
+            "slowest_rank": self.slowest, "slowest_rank_ratio": self.ratio,
+            "rank_variation_ratio": self.variation,
+        }  # fmt: skip
 
     def text(self) -> str:
         """One line."""
@@ -170,3 +187,38 @@ def compare(step: int, found: dict[int, dict[str, Any]], world: int) -> Report:
         op=op, op_s=parts[slowest][op], op_median_s=medians[op],
         missing=sorted(set(range(world)) - found.keys()),
     )  # fmt: skip
+
+
+class Log:
+    """A run's reports, in a file that is there while the run goes on: after each report it is
+    written anew, whole."""
+
+    def __init__(self, path: Path, done: int) -> None:
+        """What the file says of steps after `done` is forgotten: they are done again."""
+        self.path = path
+        self.reports: list[Report] = []
+        if path.is_file():
+            every = json.loads(path.read_text())["reports"]
+            self.reports = [Report.of(r) for r in every if r["step"] <= done]
+
+    def add(self, report: Report) -> None:
+        """One more."""
+        self.reports = [r for r in self.reports if r.step < report.step] + [report]
+        told = {"summary": self.text(), "reports": [dataclasses.asdict(r) for r in self.reports]}
+        replace(self.path, lambda part: part.write_text(json.dumps(told, indent=1) + "\n"))
+
+    def text(self) -> str:
+        """One line over all reports; "" where there are none."""
+        if not self.reports:
+            return ""
+        steps = f"{len(self.reports)} timed steps"
+        spread = f"own times vary by {statistics.median(r.variation for r in self.reports):.1%}"
+        named = [r for r in self.reports if r.ratio >= FACTOR]
+        if not named:
+            return f"no straggler in {steps}; {spread}"
+        rank, times = Counter(r.slowest for r in named).most_common(1)[0]
+        worst = max((r for r in named if r.slowest == rank), key=lambda r: r.ratio)
+        return (
+            f"stragglers: rank {rank} in {times} of {steps}, at worst in step {worst.step}: "
+            f"{worst.ratio:.2f} times the others' median, most of it in {worst.op}; {spread}"
+        )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import json
+import math
 import os
 import resource
 import signal
 import threading
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,16 @@ from glm_core.backends import registry
 from glm_core.backends.base import Backend
 from glm_core.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from glm_core.data import Batch
-from glm_core.distributed import checkpoint, mesh, saving, straggler, watch
+from glm_core.distributed import checkpoint, dry_run, mesh, saving, straggler, watch
+from glm_core.distributed import run as planned
 from glm_core.distributed.checkpoint import Checkpoints, Pieces, pieces
 from glm_core.distributed.engine import Engine
 from glm_core.distributed.layout import split_of, take
 from glm_core.distributed.plan import parse, stage_layers, stages_of
 from glm_core.errors import CheckpointError
+from glm_core.live import Live
 from glm_core.model import GLM
+from glm_core.policy import PolicyConfig
 
 MODEL = ModelConfig(
     num_layers=4, hidden=16, num_heads=4, num_kv_heads=2, ffn=24, vocab=64, max_length=16,
@@ -284,3 +289,81 @@ def engine_steps(plan_text: str, start: str, out: str, steps: int) -> None:
     checkpoints.wait()
     print(json.dumps(losses))
     dist.destroy_process_group()
+
+
+class Rows:
+    """Sequences by their number; the loss of the one numbered `bad` is not finite."""
+
+    def __init__(self, bad: int = -1) -> None:
+        self.index, self.bad = 0, bad
+
+    def next(self, micro_batch: int) -> Batch:
+        batch = rows(self.index, micro_batch)
+        if self.index <= self.bad < self.index + micro_batch:
+            batch.loss_weight[self.bad - self.index] = math.inf
+        self.index += micro_batch
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        return {"index": self.index}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.index = state["index"]
+
+
+def policy_config(**policy: Any) -> RunConfig:
+    """Eight steps of a run that saves after every third."""
+    return RunConfig(
+        model=MODEL, data=DataConfig(vocab=MODEL.vocab, length=MODEL.max_length),
+        train=TrainConfig(
+            backend="reference", steps=8, save_every=3, micro_batch=8, global_batch=8,
+            warmup_steps=1,
+        ),
+        policy=PolicyConfig(**policy),
+    )  # fmt: skip
+
+
+def run_under(plan: str, out: str, policy: dict[str, Any], bad: int, port: int) -> None:
+    """A whole run of the plan, and what rank 0's endpoint serves at its end."""
+    rank = int(os.environ["RANK"])
+    planned.TIMED_EVERY = 4
+    figures = Live(registry.get("reference"), 1e6, 1.0, port) if port and rank == 0 else None
+    result = planned.run(
+        policy_config(**policy), parse(plan), out, sampler=Rows(bad), live=figures,
+        tensorboard=bool(port), timeout_s=20,
+    )  # fmt: skip
+    print(f"ended at {result.checkpoint}")
+    if figures is not None:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+            print(answer.read().decode())
+        figures.close()
+
+
+STAGES = RunConfig(
+    model=ModelConfig(num_layers=10, hidden=64, num_heads=4, ffn=128, vocab=1024, max_length=64),
+    data=DataConfig(vocab=1024, length=64),
+    train=TrainConfig(backend="cpu", dtype="bfloat16", global_batch=6, micro_batch=1),
+)
+
+
+class RealMeter(dry_run.Meter):
+    """Counts what really is computed and waited for."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops._c10d_functional.wait_tensor.default:
+            return func(*args, **kwargs or {})
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def measured_stage(plan_text: str) -> None:
+    """Bytes of tensors at this rank's peak of a real step, beside the dry run's."""
+    plan = parse(plan_text)
+    join()
+    meter, backend = RealMeter(), registry.usable("cpu")
+    with registry.use(backend):
+        engine = Engine(STAGES, plan, mesh.make(plan, "cpu"))
+        dry_run._sort(meter, engine)
+        dry_run._step(meter, engine, STAGES)
+    dist.destroy_process_group()
+    fake = dry_run.run(STAGES, plan, int(os.environ["RANK"]), backend)
+    print(json.dumps([meter.peak, fake.peak_bytes]))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import Ranks
 
 from glm_core.backends import registry
 from glm_core.bench.planner import own
@@ -14,7 +17,7 @@ from glm_core.cli import main
 from glm_core.config import DataConfig, RunConfig, TrainConfig
 from glm_core.distributed import dry_run
 from glm_core.distributed.dry_run import Meter
-from glm_core.distributed.plan import parse
+from glm_core.distributed.plan import parse, stage_layers
 from glm_core.errors import ConfigError
 from glm_core.model import preset
 
@@ -132,3 +135,38 @@ def test_bad_plans_end_in_the_error_of_a_cluster(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_stages_of_a_real_job_hold_what_the_dry_run_says(tmp_path: Path) -> None:
+    """Four processes; the ends hold the embedding and fewer layers."""
+    server = Ranks()
+    try:
+        job = server.run(
+            "elastic_workers.measured_stage", 4, "pp=4,micro_batches=6", folder=tmp_path,
+            timeout_s=50,
+        )  # fmt: skip
+    finally:
+        server.close()
+    assert job.codes == [0, 0, 0, 0], job.told
+    told = [json.loads(output.splitlines()[-1]) for output in job.outputs]
+    print(told)
+    for real, fake in told:
+        assert real == pytest.approx(fake, rel=MEMORY)
+
+
+def test_the_balance_is_the_one_whose_fullest_stage_holds_least(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of the 28 ways to give six of GLM-130B's eight stages nine layers and two of them eight."""
+    plan = parse("tp=4,pp=8,dp=24,micro_batches=176,recompute=full")
+
+    def fullest(light: tuple[int, ...]) -> int:
+        sizes = [9 - (s in light) for s in range(8)]
+        split = [range(sum(sizes[:s]), sum(sizes[: s + 1])) for s in range(8)]
+        monkeypatch.setattr(own, "stage_layers", lambda *_: split)
+        jobs = (own.predict(preset("glm-130b"), plan, s * 96, 2048, 4224) for s in range(8))
+        return max(sum(own.memory(job).values()) for job in jobs)
+
+    chosen = [len(stage) for stage in stage_layers(70, 8)]
+    best = min(itertools.combinations(range(8), 2), key=fullest)
+    assert chosen == [9 - (s in best) for s in range(8)] == [8, 9, 9, 9, 9, 9, 9, 8]

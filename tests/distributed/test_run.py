@@ -59,10 +59,9 @@ def test_a_run_under_one_plan_goes_on_under_another(
         (["--plan", "tpp=2"], "unknown plan key 'tpp'"),
         (["--plan", "tp=2"], "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT not set"),
         (["--plan", "tp=2", "--compile"], "does not go with train.compile=true"),
-        (["--plan", "tp=2", "--set", "policy.spike=skip"], "does not go with policy.spike=skip"),
-        (["--plan", "tp=2", "--tensorboard"], "does not go with --tensorboard"),
+        (["--plan", "tp=2", "--base", "x"], "does not go with --base; leave it out"),
     ],
-    ids=["key", "alone", "compile", "policy", "tensorboard"],
+    ids=["key", "alone", "compile", "base"],
 )
 def test_what_cannot_start_says_why(
     words: list[str], told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

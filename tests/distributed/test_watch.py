@@ -87,6 +87,22 @@ def test_report_over_ranks() -> None:
     assert even.text() == "step 4: no straggler, own times vary by 2.4%"
 
 
+def test_a_log_goes_on_where_the_run_does(tmp_path: Path) -> None:
+    log = straggler.Log(tmp_path / "stragglers.json", 0)
+    assert log.text() == ""
+    slow = {0: times(1.0, linear=0.6), 1: times(1.5, linear=1.1)}
+    even = {0: times(1.0, linear=0.6), 1: times(1.05, linear=0.6)}
+    for step, found in ((4, slow), (8, even), (12, slow)):
+        log.add(straggler.compare(step, found, 2))
+    told = "stragglers: rank 1 in 2 of 3 timed steps, at worst in step 4: 1.50 times the others' "
+    assert log.text().startswith(told + "median, most of it in linear; own times vary by 20.0%")
+    resumed = straggler.Log(tmp_path / "stragglers.json", 9)
+    assert resumed.reports == log.reports[:2]
+    resumed.add(straggler.compare(12, even, 2))
+    assert json.loads(resumed.path.read_text())["summary"] == resumed.text()
+    assert "rank 1 in 1 of 3" in resumed.text()
+
+
 def record(rank: int, **changes: Any) -> dict[str, Any]:
     values = {
         "rank": rank, "pid": 1, "host": "a", "state": "hung", "time": 0.0, "begun": "step 3",

@@ -20,6 +20,7 @@ LAYERS = (
     ("backends", "bench.harness"),
     ("model", "data"),
     ("optimizer", "checkpoint", "metrics", "live", "interrupt", "failure", "watchdog"),
+    ("steps",),
     ("train",),
     ("align", "conformance", "distributed", "export"),
     ("deepspeed", "serve", "bench"),

@@ -63,7 +63,7 @@ ABSENT = {
     ),
     "engine.set_data_post_process_func": _DATA,
     "get_accelerator().get_op_builder": "finds extensions; nothing is compiled here: remove it",
-    "env_report": "reports on DeepSpeed's extensions; run glm-core env",
+    "env_report": "reports on DeepSpeed's extensions; run glm-core doctor",
     "nvme": "would swap to NVMe; use ZeRO 3 on more devices",
     "io": "would write through DeepNVMe; torch.save writes here",
     "launcher": "launches jobs; use glm-core launch or torchrun",

@@ -15,7 +15,7 @@ import torch
 # importlib mode leaves sys.path alone; what several tests share lies beside them
 sys.path.insert(0, str(Path(__file__).parent))
 
-from peer_runs import HERE, OURS, REAL, SCRIPTS, SCRIPTS_4, run
+from peer_runs import CONTROLS, HERE, OURS, REAL, SCRIPTS, SCRIPTS_4, differences, run
 from small import made_state
 
 from glm_core.deepspeed import universal
@@ -53,6 +53,23 @@ def ours(real: tuple[list[Any], Path], tmp_path_factory: pytest.TempPathFactory)
     make_universal(folder / "made" / "here")
     seen = run("ours", python, folder / "seen", [*SCRIPTS, *OURS], real[1])
     return seen, folder / "ours"
+
+
+@pytest.fixture(scope="session")
+def spread(ours: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, float]:
+    """How far our own results move when only the order of sums does (and in bfloat16 where they are
+    rounded), the largest of the control scripts of a dtype."""
+    folder = tmp_path_factory.mktemp("otherwise")
+    names = [name for group in CONTROLS.values() for name in group]
+    other = run("otherwise", Path(sys.executable), folder / "seen", names, folder)
+    return {
+        dtype: max(
+            max(differences(a[name], b[name]).values())
+            for name in group
+            for a, b in zip(other, ours[0], strict=True)
+        )
+        for dtype, group in CONTROLS.items()
+    }
 
 
 @pytest.fixture(scope="session")

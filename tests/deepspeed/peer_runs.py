@@ -24,6 +24,11 @@ SCRIPTS_4 = sorted(p.stem for p in (HERE / "scripts4").glob("*.py"))
 """on four processes"""
 OWN = sorted(p.stem for p in (HERE / "own").glob("*.py"))
 """what DeepSpeed has not, refuses or cannot run here; they check themselves"""
+CONTROLS = {
+    torch.float32: ["client_optimizer", "clipping", "gathered", "hf_loop", "zero3"],
+    torch.bfloat16: ["bf16_zero1", "bf16_zero3"],
+}
+"""run once more as "otherwise": how far rounding alone carries a script"""
 LIMIT_S = 240
 
 
@@ -69,3 +74,10 @@ def distance(mine: Tensor, theirs: Tensor) -> float:
     if not theirs.numel():
         return 0.0
     return float((mine - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30))
+
+
+def differences(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
+    """`distance` of a script's losses, norms, rates and each weight."""
+    seen = {k: distance(mine[k], theirs[k]) for k in ("losses", "norms", "rates")}
+    weights = theirs["weights"].items()
+    return {**seen, **{n: distance(mine["weights"][n], w) for n, w in weights}}

@@ -34,6 +34,18 @@ def consolidate(folder: Path) -> None:
         )
 
 
+def sum_in_bfloat16(deepspeed: Any) -> None:
+    """Gradients of bfloat16 scripts are summed over ranks in bfloat16, as DeepSpeed does."""
+    usual = deepspeed.initialize
+
+    def initialize(*args: Any, **kwargs: Any) -> Any:
+        if "bf16" in (kwargs.get("config") or {}):
+            kwargs["config"] = {**kwargs["config"], "communication_data_type": "bf16"}
+        return usual(*args, **kwargs)
+
+    deepspeed.initialize = initialize
+
+
 def to_universal(place: Path, out: Path) -> None:
     """DeepSpeed's own conversion."""
     from argparse import Namespace
@@ -57,6 +69,8 @@ def main(out: str, names: list[str]) -> None:
     else:
         import glm_core.deepspeed as deepspeed
     sys.path.insert(0, str(HERE))
+    if os.environ["PEER"] == "otherwise":
+        sum_in_bfloat16(deepspeed)
     deepspeed.init_distributed("gloo")
     seen: dict[str, Any] = {}
     torch.save(seen, f"{out}.{dist.get_rank()}.part")

@@ -13,4 +13,7 @@ from peer_runs import OWN, REAL, run
 def test_own_scripts(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     # DeepSpeed's checkpoints are read too where it is installed
     theirs = request.getfixturevalue("real")[1] if REAL.exists() else tmp_path / "none"
-    run("ours", Path(sys.executable), tmp_path / "seen", OWN, theirs)
+    python = Path(sys.executable)
+    run("ours", python, tmp_path / "seen", OWN, theirs)
+    # what two processes saved, on one
+    run("ours", python, tmp_path / "alone", ["alone"], tmp_path / "ours", ranks=1)

@@ -1,9 +1,10 @@
 """The same scripts under real DeepSpeed and under us, two processes with different data: losses,
 gradient norms, learning rates and final weights.
 
-float32: both sum the same few numbers in another order, so a result may differ by RATIO roundings.
-bfloat16: DeepSpeed sums gradients over ranks in bfloat16, we in float32; a weight then may be
-rounded to a neighbour, and 12 steps of Adam carry that on. The bound is BF16_RATIO roundings."""
+What may differ is measured, not set: control scripts run once more with the rows of each
+micro-batch in the other order, which changes roundings alone, and in bfloat16 with gradients summed
+over ranks in bfloat16, as DeepSpeed does and we do not. The project's rule then holds: at most
+RATIO times the largest of these spreads in a dtype."""
 
 from __future__ import annotations
 
@@ -12,40 +13,45 @@ from typing import Any
 
 import pytest
 import torch
-from peer_runs import SCRIPTS, SCRIPTS_4, distance
+from peer_runs import SCRIPTS, SCRIPTS_4, differences, distance
 
-RATIO, BF16_RATIO = 16, 6
+RATIO = 2
 KEYS = ("losses", "norms", "rates")
+Spread = dict[torch.dtype, float]
 
 
-def allowed(script: str) -> float:
+def allowed(script: str, spread: Spread) -> float:
     """Largest relative difference."""
-    if "bf16" in script:
-        return BF16_RATIO * torch.finfo(torch.bfloat16).eps
-    return RATIO * torch.finfo(torch.float32).eps
+    return RATIO * spread[torch.bfloat16 if "bf16" in script else torch.float32]
 
 
-def compare(script: str, ours: list[Any], real: list[Any]) -> None:
+def compare(script: str, ours: list[Any], real: list[Any], spread: Spread) -> None:
     """Every rank's."""
     for theirs, mine in zip(real, ours, strict=True):
-        seen = {k: distance(mine[script][k], theirs[script][k]) for k in KEYS}
-        for name, weight in theirs[script]["weights"].items():
-            seen[name] = distance(mine[script]["weights"][name], weight)
         assert len(mine[script]["losses"]) >= 12
-        far = {k: v for k, v in seen.items() if v > allowed(script)}
-        assert not far, f"{script}: {far}, allowed {allowed(script):.1e}"
+        seen = differences(mine[script], theirs[script])
+        limit = allowed(script, spread)
+        far = {k: v for k, v in seen.items() if v > limit}
+        assert not far, f"{script}: {far}, allowed {limit:.1e}"
+
+
+def test_the_spread_is_of_roundings(spread: Spread) -> None:
+    for dtype, found in spread.items():
+        assert 0 < found < 16 * torch.finfo(dtype).eps, dtype
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_one_line_changed(
-    script: str, real: tuple[list[Any], Path], ours: tuple[list[Any], Path]
+    script: str, real: tuple[list[Any], Path], ours: tuple[list[Any], Path], spread: Spread
 ) -> None:
-    compare(script, ours[0], real[0])
+    compare(script, ours[0], real[0], spread)
 
 
 @pytest.mark.parametrize("script", SCRIPTS_4)
-def test_one_line_changed_on_four_processes(script: str, four: tuple[list[Any], list[Any]]) -> None:
-    compare(script, four[1], four[0])
+def test_one_line_changed_on_four_processes(
+    script: str, four: tuple[list[Any], list[Any]], spread: Spread
+) -> None:
+    compare(script, four[1], four[0], spread)
 
 
 def test_ranks_see_different_data(ours: tuple[list[Any], Path]) -> None:
@@ -58,9 +64,10 @@ def test_ranks_see_different_data(ours: tuple[list[Any], Path]) -> None:
     [("take_over", "resume", 6), ("pipeline_take_over", "pipeline_tied", 7)],
 )
 def test_goes_on_from_deepspeeds_checkpoint(
-    half: str, script: str, steps: int, real: tuple[list[Any], Path], ours: tuple[list[Any], Path]
-) -> None:
+    half: str, script: str, steps: int, real: tuple[list[Any], Path],
+    ours: tuple[list[Any], Path], spread: Spread,
+) -> None:  # fmt: skip
     for theirs, mine in zip(real[0], ours[0], strict=True):
         for key in KEYS:
             rest = theirs[script][key][steps:]
-            assert distance(mine[half][key], rest) <= allowed(script), key
+            assert distance(mine[half][key], rest) <= allowed(script, spread), key

@@ -15,7 +15,7 @@ import torch
 # importlib mode leaves sys.path alone; what several tests share lies beside them
 sys.path.insert(0, str(Path(__file__).parent))
 
-from peer_runs import CONTROLS, HERE, OURS, REAL, SCRIPTS, SCRIPTS_4, differences, run
+from peer_runs import CONTROLS, HERE, OURS_2, OURS_4, REAL, SCRIPTS, SCRIPTS_4, differences, run
 from small import made_state
 
 from glm_core.deepspeed import universal
@@ -51,7 +51,7 @@ def ours(real: tuple[list[Any], Path], tmp_path_factory: pytest.TempPathFactory)
     folder = tmp_path_factory.mktemp("ours")
     python = Path(sys.executable)
     make_universal(folder / "made" / "here")
-    seen = run("ours", python, folder / "seen", [*SCRIPTS, *OURS], real[1])
+    seen = run("ours", python, folder / "seen", [*SCRIPTS, *OURS_2], real[1])
     return seen, folder / "ours"
 
 
@@ -93,5 +93,6 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], list[Any]
         pytest.skip("no .venv-deepspeed: make deepspeed (tests/deepspeed/setup_deepspeed.sh)")
     folder = tmp_path_factory.mktemp("four")
     theirs = run("deepspeed", REAL, folder / "theirs", SCRIPTS_4, folder, ranks=4)
-    mine = run("ours", Path(sys.executable), folder / "mine", SCRIPTS_4, folder, ranks=4)
+    scripts, foreign = [*SCRIPTS_4, *OURS_4], folder / "deepspeed"
+    mine = run("ours", Path(sys.executable), folder / "mine", scripts, foreign, ranks=4)
     return theirs, mine

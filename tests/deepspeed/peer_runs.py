@@ -13,14 +13,14 @@ from torch import Tensor
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 REAL = ROOT / ".venv-deepspeed/bin/python"
-OURS = ("take_over", "pipeline_take_over")
+OURS_2, OURS_4 = ("take_over", "pipeline_take_over"), ("replicas_take_over",)
 """read what DeepSpeed wrote"""
 SCRIPTS = sorted(
-    (p.stem for p in (HERE / "scripts").glob("*.py") if p.stem not in OURS),
+    (p.stem for p in (HERE / "scripts").glob("*.py") if p.stem not in OURS_2),
     # DeepSpeed remembers an mpu for all engines that follow
     key=lambda name: (name == "tensor_parallel", name.startswith("pipeline"), name),
 )
-SCRIPTS_4 = sorted(p.stem for p in (HERE / "scripts4").glob("*.py"))
+SCRIPTS_4 = sorted(p.stem for p in (HERE / "scripts4").glob("*.py") if p.stem not in OURS_4)
 """on four processes"""
 OWN = sorted(p.stem for p in (HERE / "own").glob("*.py"))
 """what DeepSpeed has not, refuses or cannot run here; they check themselves"""

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -405,7 +406,13 @@ def case_slices() -> dict[str, Any]:
 def case_refused() -> dict[str, str]:
     """What is said, on every rank before anything is sent."""
     engine = make(2)
+    universal = Path(os.environ["CHECKPOINTS"]) / "universal" / "zero"
+    universal.mkdir(parents=True, exist_ok=True)
+    (universal / "optimizer_state.pt").touch()
     calls: dict[str, Callable[[], Any]] = {
+        "universal": lambda: engine.load_checkpoint(universal.parents[1], tag="universal"),
+        "no checkpoint": lambda: engine.load_checkpoint(universal.parents[1], tag="absent"),
+        "no files": lambda: engine.load_checkpoint(universal.parent, tag="zero"),
         "forward": lambda: engine(1),
         "backward": lambda: engine.backward(torch.ones(())),
         "step": lambda: engine.step(),

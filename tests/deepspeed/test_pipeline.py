@@ -152,6 +152,8 @@ def test_slices_with_the_same_weights_count_once(own: Any) -> None:
 
 
 REFUSED = {
+    "universal": "load the one it was made from", "no checkpoint": "no such checkpoint",
+    "no files": "holds no mp_rank",
     "forward": r"Only train_batch\(\)", "backward": r"Only train_batch\(\)",
     "step": r"Only train_batch\(\)", "no_grad": "call eval_batch", "no data": "no data",
     "reduce": "use 'avg' or None", "zero": "takes 0 or 1", "stages": "must divide the 2 ranks",

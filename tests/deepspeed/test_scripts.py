@@ -71,3 +71,13 @@ def test_goes_on_from_deepspeeds_checkpoint(
         for key in KEYS:
             rest = theirs[script][key][steps:]
             assert distance(mine[half][key], rest) <= allowed(script, spread), key
+
+
+def test_goes_on_from_a_checkpoint_of_stages_and_replicas(
+    four: tuple[list[Any], list[Any]], spread: Spread
+) -> None:
+    for theirs, mine in zip(*four, strict=True):
+        for key in KEYS:
+            rest = theirs["pipeline_replicas"][key][6:]
+            found = distance(mine["replicas_take_over"][key], rest)
+            assert found <= allowed("replicas", spread), key

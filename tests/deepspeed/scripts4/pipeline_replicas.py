@@ -1,4 +1,5 @@
-"""Two stages, two replicas with different data; tied, ZeRO 1, clipped, SGD with momentum."""
+"""Two stages, two replicas with different data; tied, ZeRO 1, clipped, SGD with momentum; a
+checkpoint on the way."""
 
 import os
 
@@ -30,7 +31,9 @@ client = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
 engine, *_ = deepspeed.initialize(model=model, optimizer=client, config=config)
 losses, norms, rates = [], [], []
 data = sentences(model.mpu().get_data_parallel_rank())
-for _ in range(12):
+for step in range(12):
+    if step == 6:
+        engine.save_checkpoint(os.path.join(os.environ["CHECKPOINTS"], "pipeline_replicas"))
     losses.append(engine.train_batch(data).item())
     norms.append(float(engine.get_global_grad_norm()))
     rates.extend(engine.get_lr())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from glm_core.deepspeed import checkpoint, foreign
+from glm_core.deepspeed import checkpoint, foreign, universal
 from glm_core.deepspeed.foreign import MODEL, Saved
 from glm_core.errors import CheckpointError
 
@@ -22,6 +22,11 @@ def read(place: Path, engine: PipelineEngine) -> Saved:
     Raises CheckpointError."""
     if not place.is_dir():
         raise CheckpointError(f"{place}: no such checkpoint; `latest` or tag= must name a folder")
+    if universal.is_universal(place):
+        raise CheckpointError(
+            f"{place}: a universal checkpoint is not read into a pipeline; load the one it was made "
+            "from, of any number of stages"
+        )
     files = sorted(place.glob("mp_rank_*_model_states.pt"))
     slices, own = engine.grid.slice_parallel_size, engine.grid.get_slice_parallel_rank()
     every = {rank: foreign.load_file(f) for rank, f in enumerate(files)}

@@ -128,9 +128,6 @@ class NewestFirst(list):  # type: ignore[type-arg]
 
     popleft = list.pop
 
-    def __getitem__(self, index: Any) -> Any:
-        return super().__getitem__(-1)
-
 
 def newest_first() -> AbstractContextManager[Any]:
     """A stage pairs a gradient with the newest micro-batch it has under way."""

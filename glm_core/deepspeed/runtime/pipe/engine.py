@@ -139,8 +139,8 @@ class PipelineEngine(Feed, DeepSpeedEngine):
         return self.agg_train_loss
 
     def _one_forward_one_backward(self) -> list[Tensor]:
-        """The losses of this replica's micro-batches on its last stage; means of the module's
-        additional losses after them."""
+        """Of each micro-batch, on the last stage, the loss and after it the module's additional
+        ones."""
         self.channel.begin()
         count = self.micro_batches
         ahead = min(self.num_stages - 1 - self.stage_id, count)
@@ -154,13 +154,14 @@ class PipelineEngine(Feed, DeepSpeedEngine):
             if i < ahead:
                 self.channel.send(outputs)
                 continue
+            oldest = waiting.popleft()
             # the neighbour sends its gradient first, then takes this: both in one order
-            gradients = self._gradients(waiting[0])
+            gradients = self._gradients(oldest)
             self.channel.send(outputs)
-            self._backward(waiting.popleft(), gradients)
+            self._backward(oldest, gradients)
         while waiting:
-            self._backward(waiting[0], self._gradients(waiting[0]))
-            waiting.popleft()
+            oldest = waiting.popleft()
+            self._backward(oldest, self._gradients(oldest))
         return losses
 
     def _gradients(self, flight: Flight) -> list[Tensor]:

@@ -24,8 +24,8 @@ def read(place: Path, engine: PipelineEngine) -> Saved:
         raise CheckpointError(f"{place}: no such checkpoint; `latest` or tag= must name a folder")
     if universal.is_universal(place):
         raise CheckpointError(
-            f"{place}: a universal checkpoint is not read into a pipeline; load the one it was made "
-            "from, of any number of stages"
+            f"{place}: a universal checkpoint is not read into a pipeline; load the one it was "
+            "made from, of any number of stages"
         )
     files = sorted(place.glob("mp_rank_*_model_states.pt"))
     slices, own = engine.grid.slice_parallel_size, engine.grid.get_slice_parallel_rank()

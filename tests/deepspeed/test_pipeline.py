@@ -24,9 +24,8 @@ from glm_core.deepspeed.runtime.pipe.topology import (
 )
 from glm_core.errors import ConfigError, TrainingError
 
-RATIO = 16
-"""float32 roundings: both sum the same few numbers in another order"""
-BF16_RATIO = 6
+RATIO = 2
+"""of what two stages may differ by, and what one does when only the order of its sums changes"""
 
 
 @pytest.fixture(scope="module")
@@ -45,44 +44,62 @@ def apart(one: dict[str, Any], other: dict[str, Any]) -> float:
 
 
 UNTIED = "tied_modules.embed.position.weight"
-EXACT = RATIO * torch.finfo(torch.float32).eps
 
 
-def test_two_stages_compute_what_one_process_does(own: Any) -> None:
+@pytest.fixture(scope="module")
+def allowed(own: Any) -> dict[str, float]:
+    """By dtype, measured on this machine."""
+    whole = {
+        "float32": lambda rank: rank["one_stage"],
+        "bfloat16": lambda rank: rank["low"]["1 0"],
+        "float16": lambda rank: rank["half"]["1"],
+    }
+    found = {
+        dtype: RATIO * max(
+            apart(run_of(rank), other) for rank in own for other in rank["otherwise"][dtype]
+        )
+        for dtype, run_of in whole.items()
+    }  # fmt: skip
+    for dtype, limit in found.items():
+        assert 0 < limit < 32 * torch.finfo(getattr(torch, dtype)).eps, found
+    return found
+
+
+def test_two_stages_compute_what_one_process_does(own: Any, allowed: dict[str, float]) -> None:
     for rank in own:
-        assert apart(rank["bugs"]["right"], rank["one_stage"]) <= EXACT
+        assert apart(rank["bugs"]["right"], rank["one_stage"]) <= allowed["float32"]
         assert max(rank["one_stage"]["norms"]) > 0.2  # twice what it is clipped to
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_planted_mistakes_are_found(own: Any, bug: str) -> None:
+def test_planted_mistakes_are_found(own: Any, allowed: dict[str, float], bug: str) -> None:
     found = [apart(rank["bugs"][bug], rank["one_stage"]) for rank in own]
-    assert max(found) > 10 * EXACT, found
+    assert max(found) > 1e3 * allowed["float32"], found
 
 
-def test_every_kind_of_tensor_travels(own: Any) -> None:
+def test_every_kind_of_tensor_travels(own: Any, allowed: dict[str, float]) -> None:
     for rank in own:
-        assert apart(rank["travels"]["1"], rank["travels"]["2"]) <= EXACT
+        assert apart(rank["travels"]["1"], rank["travels"]["2"]) <= allowed["float32"]
 
 
-def test_micro_batches_may_differ_in_shape(own: Any) -> None:
+def test_micro_batches_may_differ_in_shape(own: Any, allowed: dict[str, float]) -> None:
     for rank in own:
-        assert apart(rank["dynamic"]["1"], rank["dynamic"]["2"]) <= EXACT
+        assert apart(rank["dynamic"]["1"], rank["dynamic"]["2"]) <= allowed["float32"]
 
 
 @pytest.mark.parametrize("stage", ["0", "1"])
-def test_bfloat16(own: Any, stage: str) -> None:
+def test_bfloat16(own: Any, allowed: dict[str, float], stage: str) -> None:
     for rank in own:
         found = apart(rank["low"][f"1 {stage}"], rank["low"][f"2 {stage}"])
-        assert found <= BF16_RATIO * torch.finfo(torch.bfloat16).eps
+        assert found <= allowed["bfloat16"]
         for name, weight in rank["low"]["2 0"]["weights"].items():
             assert weight.dtype == torch.bfloat16, name
 
 
-def test_float16(own: Any) -> None:
+def test_float16(own: Any, allowed: dict[str, float]) -> None:
     for rank in own:
         found = apart(rank["half"]["1"], rank["half"]["2"])
-        assert found <= BF16_RATIO * torch.finfo(torch.float16).eps
+        assert found <= allowed["float16"]
 
 
 def test_overflows_are_skipped_by_all_stages(own: Any) -> None:
@@ -98,7 +115,7 @@ def test_overflows_are_skipped_by_all_stages(own: Any) -> None:
 def test_recomputed_dropout_is_the_same(own: Any, interval: str) -> None:
     for rank in own:
         assert rank["recompute"][interval]["losses"] == rank["recompute"]["0"]["losses"]
-        assert apart(rank["recompute"][interval], rank["recompute"]["0"]) <= EXACT
+        assert apart(rank["recompute"][interval], rank["recompute"]["0"]) == 0
 
 
 def test_resumes_on_another_number_of_stages_bit_for_bit(own: Any) -> None:
@@ -137,16 +154,16 @@ def test_eval(own: Any) -> None:
     assert not first["training"]
 
 
-def test_more_losses_and_batches_made_by_a_function(own: Any) -> None:
+def test_more_losses_and_batches_made_by_a_function(own: Any, allowed: dict[str, float]) -> None:
     for rank in own:
-        assert apart(rank["more"]["1"], rank["more"]["2"]) <= EXACT
+        assert apart(rank["more"]["1"], rank["more"]["2"]) <= allowed["float32"]
         assert rank["more"]["1 square"] == pytest.approx(rank["more"]["2 square"], rel=1e-5)
         assert rank["more"]["1 square"] > 0
 
 
-def test_slices_with_the_same_weights_count_once(own: Any) -> None:
+def test_slices_with_the_same_weights_count_once(own: Any, allowed: dict[str, float]) -> None:
     for rank in own:
-        assert apart(rank["slices"], rank["one_stage"]) <= EXACT
+        assert apart(rank["slices"], rank["one_stage"]) <= allowed["float32"]
         for name, value in rank["slices"]["weights"].items():
             assert torch.equal(rank["slices"]["loaded"][name], value), name
 

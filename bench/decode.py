@@ -2,9 +2,9 @@
 
 The same GLM-4-style shapes and random weights everywhere, one sequence, a short context. Engines
 that are not installed are left out and named (`pip install transformers torchao onnxruntime-genai
-llama-cpp-python gguf` brings all). `ceiling_gb_s` is what the faster of two readers of a large buffer
-reaches in the same rounds; a row's `gb_s` counts the weights of all products, head included, once
-a token."""
+llama-cpp-python gguf` brings all). `ceiling_gb_s` is what the faster of two readers of a large
+buffer reaches in the same rounds; a row's `gb_s` counts the weights of all products, head included,
+once a token."""
 
 from __future__ import annotations
 

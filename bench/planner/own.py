@@ -261,12 +261,8 @@ def _head(job: Job, stage: int) -> int:
 
 def collectives(job: Job) -> dict[str, dict[str, int]]:
     """{name: {count, bytes}} of one step, bytes of the whole array each time."""
-    sent: Counter[tuple[str, int]] = Counter()
-    _tensor_parallel(job, sent)
-    _pipeline(job, sent)
-    _data_parallel(job, sent)
     found: dict[str, dict[str, int]] = {}
-    for (name, size), times in sent.items():
+    for (name, size), times in messages(job).items():
         entry = found.setdefault(name, {"count": 0, "bytes": 0})
         entry["count"] += times
         entry["bytes"] += times * size
@@ -278,6 +274,15 @@ def _summed(elements: int, sent: Counter[tuple[str, int]]) -> None:
     full, rest = divmod(elements, MESSAGE)
     sent["all_reduce", 4 * MESSAGE] += full
     sent["all_reduce", 4 * rest] += rest > 0
+
+
+def messages(job: Job) -> Counter[tuple[str, int]]:
+    """How often one step sends (name, bytes of the whole array)."""
+    sent: Counter[tuple[str, int]] = Counter()
+    _tensor_parallel(job, sent)
+    _pipeline(job, sent)
+    _data_parallel(job, sent)
+    return sent
 
 
 def _tensor_parallel(job: Job, sent: Counter[tuple[str, int]]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from glm_core.cli.exits import EXIT_FAILED
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 FIXED = ("tp", "pp", "dp", "zero", "virtual", "micro_batch")
 CARDS = ((8, 40, "A100"), (8, 32, "V100"), (4, 24, "RTX 3090"), (8, 11, "RTX 2080 Ti"))
 """(cards, GiB each, name): those GLM-130B is published for (its README, hardware requirements)"""
+PUBLISHED = {"preset": "glm-130b", "global_batch": 4224, "seq": 2048}
+SMALL = {"preset": "glm4-34m", "global_batch": 8, "seq": 128}
+"""model and batch where none is given: of GLM-130B's training, of what this machine does"""
 STACKS = ("megatron", "megatron-deepspeed", "fsdp")
 
 
@@ -23,18 +26,18 @@ def define(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     parser.add_argument(
         "action", nargs="?", default="search",
-        choices=("search", "validate", "slides", "inference", "dry-run"),
+        choices=("search", "validate", "slides", "inference", "dry-run", "measure"),
         help="search plans (default), check the planner against published runs, print the "
-        "utilisation table of the GLM slides, what inference takes on small cards, or do one "
-        "rank's step of a plan without memory",
+        "utilisation table of the GLM slides, what inference takes on small cards, do one "
+        "rank's step of a plan without memory, or predict and measure steps on this machine",
     )  # fmt: skip
-    parser.add_argument("--preset", default="glm-130b", metavar="NAME", help="default %(default)s")
+    parser.add_argument("--preset", metavar="NAME", help="default glm-130b; measure: glm4-34m")
     parser.add_argument("--chip", default="A100-40G", metavar="NAME", help="default %(default)s")
     parser.add_argument("--chips", type=int, default=768, metavar="N", help="default %(default)s")
     parser.add_argument("--cluster", metavar="FILE", help="JSON with units, in place of --chip")
     parser.add_argument("--tokens", type=float, default=400e9, metavar="T", help="default 400e9")
-    parser.add_argument("--global-batch", type=int, default=4224, metavar="N", help="sequences")
-    parser.add_argument("--seq", type=int, default=2048, metavar="N", help="tokens a sequence")
+    parser.add_argument("--global-batch", type=int, metavar="N", help="default 4224; measure: 8")
+    parser.add_argument("--seq", type=int, metavar="N", help="tokens; default 2048; measure: 128")
     parser.add_argument("--days", type=float, metavar="D", help="budget")
     parser.add_argument("--energy", type=float, metavar="MWH", help="budget")
     for name in FIXED:
@@ -46,6 +49,8 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", metavar="TP=N,...", help="dry-run: tp=4,pp=8,dp=24,zero=1,...")
     parser.add_argument("--rank", type=int, default=0, metavar="N", help="dry-run: which rank")
     parser.add_argument("--backend", default="cpu", metavar="NAME", help="dry-run: whose kernels")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="measure: of each step")
+    parser.add_argument("--out", metavar="FILE", help="measure: this machine as a --cluster")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="plans shown")
     parser.add_argument("--explain", action="store_true", help="every formula with its source")
     add_json(parser)
@@ -57,8 +62,11 @@ def run(args: argparse.Namespace) -> int:
     actions = {
         "search": run_search, "validate": run_validate, "slides": run_slides,
         "inference": run_inference,
-        "dry-run": run_dry,
+        "dry-run": run_dry, "measure": run_measure,
     }  # fmt: skip
+    for name, size in (SMALL if args.action == "measure" else PUBLISHED).items():
+        if getattr(args, name) is None:
+            setattr(args, name, size)
     return actions[args.action](args)
 
 
@@ -284,4 +292,59 @@ def dry_text(told: dict[str, Any], chip: str) -> str:
         columns(held), columns(rows), f"rank {told['rank']} ({place}) of {told['plan']}",
         f"peak {peak:.3f} GB, predicted {predicted:.3f} GB ({predicted / peak - 1:+.2%}); {memory}",
         f"{chip}: {fits}; {told['seconds']:.1f} s",
+    ])  # fmt: skip
+
+
+def run_measure(args: argparse.Namespace) -> int:
+    """Always 0: what this machine reaches, the steps that follow from it, then the steps."""
+    import json
+    import sys
+    from pathlib import Path
+
+    from glm_core.bench import steps
+    from glm_core.bench.harness import machine
+    from glm_core.bench.planner import here
+    from glm_core.errors import ConfigError
+    from glm_core.model import preset
+
+    if args.rounds < 1:
+        raise ConfigError(f"--rounds={args.rounds} must be at least 1")
+    model = preset(args.preset)
+    wanted = here.Wanted(preset=args.preset, processes=2, length=args.seq,
+                         global_batch=args.global_batch, rounds=args.rounds)  # fmt: skip
+    chosen = here.checked_plans([args.plan] if args.plan else here.PLANS, model, wanted)
+    first = steps.measure(replace(wanted, alone=here.alone(model), messages=True))
+    at = here.calibrated(first, model, args.seq)
+    if args.out:
+        told = here.cluster_file(at, machine(), wanted.processes)
+        Path(args.out).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    forecast = {
+        text: here.predicted(at, model, plan, args.seq, args.global_batch)
+        for text, plan in chosen.items()
+    }
+    for text, parts in forecast.items():
+        print(f"predicted: {text}: {sum(parts.values()):.3f} s", file=sys.stderr)
+    again = replace(wanted, alone=here.alone(model)[:2], plans=tuple(chosen))
+    report = here.report(at, forecast, first, steps.measure(again))
+    emit(args, report | {"machine": machine()}, measured_text(report))
+    return 0
+
+
+def measured_text(report: dict[str, Any]) -> str:
+    """For people: the factors, then a line a plan."""
+    rows = [["plan", "predicted s", "measured s", "error", "less drift", "largest parts"]]
+    for r in report["rows"]:
+        parts = sorted(r["parts_s"].items(), key=lambda item: -item[1])[:3]
+        rows.append(
+            [r["plan"], f"{r['predicted_step_s']:.3f}", f"{r['measured_step_s']:.3f}",
+             f"{r['error']:+.1%}", f"{r['error_without_drift']:+.1%}",
+             ", ".join(f"{k} {v:.3f}" for k, v in parts)]
+        )  # fmt: skip
+    factors = ", ".join(f"{k} {v:.3g}" for k, v in report["factors"].items())
+    return "\n".join([
+        columns(rows), f"median |error| {report['median_abs_error']:.1%}, less drift "
+        f"{report['median_abs_error_without_drift']:.1%}; steps alone took "
+        f"{report['drift']:.2f} times as long during the measurement as before it",
+        f"peak {report['peak_gflops']:.0f} GFLOP/s and read {report['read_gb_s']:.1f} GB/s a "
+        f"process, all at once; seconds for each nominal one: {factors}",
     ])  # fmt: skip

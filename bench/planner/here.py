@@ -1,12 +1,14 @@
 """Steps of our own trainer on this machine, predicted from what every process reaches at once and
-then measured. Five factors come from steps of single processes, messages from their own times;
+then measured. Four factors come from steps of single processes, messages from their own times;
 nothing is fitted to a step of a plan."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from glm_core.bench.planner.efficiency import bounded
 from glm_core.bench.planner.own import Job
 from glm_core.config import ModelConfig
 from glm_core.distributed.plan import Plan, parse, require_fit
+from glm_core.errors import ConfigError
 
 PARTS = ("matrix products", "loss", "elementwise", "optimizer", "calls")
 PLANS = ("dp=2", "dp=2,micro_batches=2", "dp=2,zero=1", "dp=2,zero=3", "tp=2", "tp=2,sp=true",
@@ -26,8 +29,10 @@ READ = 256 << 20
 """bytes of the read that is the memory's bandwidth"""
 SIZES = tuple(4**k << 10 for k in range(8))
 """bytes of the messages that are timed: 1 KiB to 16 MiB"""
-MESSAGES = {"all_reduce": "bfloat16", "sum": "float32", "all_gather": "bfloat16", "reduce_scatter": "float32",
-            "p2p": "bfloat16"}  # fmt: skip
+MESSAGES = {
+    "all_reduce": "bfloat16", "sum": "float32", "all_gather": "bfloat16",
+    "reduce_scatter": "float32", "p2p": "bfloat16",
+}  # fmt: skip
 """what a bfloat16 step sends, and in which dtype; a sum is the all-reduce of gradients"""
 
 
@@ -124,7 +129,8 @@ def nominal(job: Job, at: Machine) -> tuple[float, ...]:
 
 def calibrated(found: Mapping[str, Sequence[float]], model: ModelConfig, length: int) -> Machine:
     """The machine from what `bench.steps` timed: least squares of the relative error over the
-    single-process steps, no factor negative."""
+    single-process steps, no factor negative. Elementwise work is taken at the bandwidth: in steps
+    of one width it grows as the products do."""
     middle = {k: statistics.median(v) for k, v in found.items()}
     at = Machine(
         peak=2.0 * SIDE**3 / middle["gemm bfloat16"], bandwidth=READ / middle["memory read"],
@@ -134,8 +140,10 @@ def calibrated(found: Mapping[str, Sequence[float]], model: ModelConfig, length:
     table = [nominal(_alone_job(model, a, length), at) for a in told]
     seconds = np.array([middle[a.name] for a in told])
     rows = np.array(table) / seconds[:, None]
-    factors = bounded(rows, np.ones(len(told)), np.zeros(len(PARTS)))
-    return dataclasses.replace(at, factors=tuple(factors))
+    fixed = PARTS.index("elementwise")
+    rest = np.delete(rows, fixed, axis=1)
+    factors = bounded(rest, 1.0 - rows[:, fixed], np.zeros(len(PARTS) - 1))
+    return dataclasses.replace(at, factors=(*factors[:fixed], 1.0, *factors[fixed:]))
 
 
 def _alone_job(model: ModelConfig, a: Alone, length: int) -> Job:
@@ -161,18 +169,22 @@ def predicted(
     return each[slowest] | {"bubble": fill}
 
 
-def cluster_file(at: Machine, machine: Mapping[str, Any], processes: int) -> dict[str, Any]:
-    """The machine as `glm-core plan --cluster` reads it; memory and power are the preset's."""
-    size = SIZES[-1]
-    link = size / at.messages["all_reduce"][-1] / 1e9
-    rate = f"{min(link, at.bandwidth / 1e9):.4g} GB/s"
-    return {
+def write_cluster(path: str, at: Machine, machine: Mapping[str, Any], processes: int) -> None:
+    """The machine as `glm-core plan --cluster` reads it; memory and power are the preset's. Raises
+    ConfigError."""
+    read = at.bandwidth / 1e9
+    link = f"{min(SIZES[-1] / at.messages['all_reduce'][-1] / 1e9, read):.4g} GB/s"
+    told = {
         "chip": "CPU", "name": "here", "chips": processes, "chips_per_node": processes,
-        "peak": f"{at.peak / 1e9:.4g} GFLOPS", "memory_bandwidth": f"{at.bandwidth / 1e9:.4g} GB/s",
-        "link_within_node": rate, "link_between_nodes": rate,
+        "peak": f"{at.peak / 1e9:.4g} GFLOPS", "memory_bandwidth": f"{read:.4g} GB/s",
+        "link_within_node": link, "link_between_nodes": link,
         "source": f"measured by glm-core plan measure on {processes} processes of "
         f"{machine['cpu']}, one thread each, all at once; memory and power assumed",
     }  # fmt: skip
+    try:
+        Path(path).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--out {path}: {error.strerror}; name another file") from error
 
 
 def checked_plans(texts: Sequence[str], model: ModelConfig, wanted: Wanted) -> dict[str, Plan]:
@@ -191,7 +203,7 @@ def report(
     """Predicted beside measured; drift is how many times as long single-process steps took by the
     time of the measurement."""
     middle = statistics.median
-    drift = middle(middle(v) / middle(first[k]) for k, v in found.items() if k in first)
+    drift = middle(middle(v) / middle(first[k]) for k, v in found.items() if k.startswith("alone"))
     rows: list[dict[str, Any]] = []
     for plan, parts in forecast.items():
         seconds, measured = sum(parts.values()), middle(found[plan])

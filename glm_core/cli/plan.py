@@ -297,9 +297,7 @@ def dry_text(told: dict[str, Any], chip: str) -> str:
 
 def run_measure(args: argparse.Namespace) -> int:
     """Always 0: what this machine reaches, the steps that follow from it, then the steps."""
-    import json
     import sys
-    from pathlib import Path
 
     from glm_core.bench import steps
     from glm_core.bench.harness import machine
@@ -316,8 +314,7 @@ def run_measure(args: argparse.Namespace) -> int:
     first = steps.measure(replace(wanted, alone=here.alone(model), messages=True))
     at = here.calibrated(first, model, args.seq)
     if args.out:
-        told = here.cluster_file(at, machine(), wanted.processes)
-        Path(args.out).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        here.write_cluster(args.out, at, machine(), wanted.processes)
     forecast = {
         text: here.predicted(at, model, plan, args.seq, args.global_batch)
         for text, plan in chosen.items()

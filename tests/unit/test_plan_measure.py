@@ -1,0 +1,126 @@
+"""Steps on this machine: factors found again in planted times, what follows from them, the report.
+Times themselves are never tested."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from glm_core.backends import registry
+from glm_core.bench import steps
+from glm_core.bench.planner import cluster, here
+from glm_core.bench.planner.here import MESSAGES, SIZES, Machine, Wanted
+from glm_core.cli import main
+from glm_core.distributed.plan import parse
+from glm_core.errors import ConfigError
+from glm_core.model import preset
+
+MODEL = preset("glm4-34m")
+PLANTED = Machine(
+    peak=2e11, bandwidth=1e10, factors=(1.3, 1.7, 1.0, 0.9, 2e-4),
+    messages={name: [1e-4 + size / 1e9 for size in SIZES] for name in MESSAGES},
+)  # fmt: skip
+
+
+def timed(at: Machine, wanted: Wanted, slower: float = 1.0) -> dict[str, list[float]]:
+    """What the processes would tell on a machine that is exactly so."""
+    bare = {"gemm bfloat16": [2.0 * here.SIDE**3 / at.peak], "memory read": [
+        here.READ / at.bandwidth]}  # fmt: skip
+    for name, times in at.messages.items() if wanted.messages else ():
+        bare |= {f"{name} {size}": [t] for size, t in zip(SIZES, times, strict=True)}
+    for a in wanted.alone:
+        job = here._alone_job(MODEL, a, wanted.length)
+        each = zip(at.factors, here.nominal(job, at), strict=True)
+        bare[a.name] = [slower * sum(f * t for f, t in each)]
+    for text in wanted.plans:
+        parts = here.predicted(at, MODEL, parse(text), wanted.length, wanted.global_batch)
+        bare[text] = [slower * sum(parts.values())]
+    return bare
+
+
+def wanted(**more: Any) -> Wanted:
+    return Wanted(preset="glm4-34m", processes=2, length=128, global_batch=8, rounds=1, **more)
+
+
+def test_planted_factors_are_found() -> None:
+    first = timed(PLANTED, wanted(alone=here.alone(MODEL), messages=True))
+    found = here.calibrated(first, MODEL, 128)
+    assert found.factors == pytest.approx(PLANTED.factors, rel=1e-3)
+    assert found.message("sum", SIZES[-1] * 2) == pytest.approx(2 * PLANTED.messages["sum"][-1])
+    assert found.message("recv", SIZES[3]) == PLANTED.messages["p2p"][3]
+    assert found.message("send", SIZES[3]) == 0
+
+
+def test_a_plan_costs_what_its_ranks_do() -> None:
+    one, two = (here.predicted(PLANTED, MODEL, parse(p), 128, 8) for p in ("dp=2", "tp=2"))
+    assert one["matrix products"] == pytest.approx(two["matrix products"])
+    assert two["loss"] == pytest.approx(one["loss"] * 4 / 3)  # its logits twice
+    assert two["optimizer"] < one["optimizer"]
+    shared = here.predicted(PLANTED, MODEL, parse("dp=2,zero=1"), 128, 8)
+    assert shared["optimizer"] < one["optimizer"]
+    cut = here.predicted(PLANTED, MODEL, parse("pp=2,micro_batches=4"), 128, 8)
+    assert cut["bubble"] > 0 == one["bubble"]
+    assert cut["messages"] < two["messages"] < one["messages"]
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes on a machine that is as planted, a fifth slower the second time."""
+    monkeypatch.setattr(
+        steps, "measure", lambda w: timed(PLANTED, w, 1.2 if w.plans else 1.0)
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("machine")
+def test_command_line_predicts_then_measures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "here.json"
+    assert main(["plan", "measure", "--json", "--out", str(path)]) == 0
+    told, talk = capsys.readouterr()
+    report = json.loads(told)
+    assert [r["plan"] for r in report["rows"]] == list(here.PLANS)
+    assert talk.count("predicted: ") == len(here.PLANS)
+    assert report["drift"] == pytest.approx(1.2)
+    for row in report["rows"]:
+        assert row["error"] == pytest.approx(1 / 1.2 - 1, abs=1e-3)
+        assert row["error_without_drift"] == pytest.approx(0, abs=1e-3)
+    found = cluster.load(path)
+    assert (found.chips, found.peak) == (2, pytest.approx(2e11))
+    assert main(["plan", "measure", "--plan", "dp=2"]) == 0
+    assert "median |error| 16.7%" in capsys.readouterr().out
+    arguments = ["--cluster", str(path), "--preset", "tiny", "--global-batch", "8", "--seq", "128"]
+    assert main(["plan", *arguments, "--tokens", "1e6"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "fact"),
+    [
+        (["--plan", "dp=4"], "tp * pp * dp = 4 processes, started 2"),
+        (["--plan", "tq=2"], "did you mean tp?"),
+        (["--global-batch", "3"], "does not divide global_batch=3"),
+        (["--rounds", "0"], "--rounds=0 must be at least 1"),
+        (["--out", "/nowhere/here.json"], "No such file or directory"),
+    ],
+)
+@pytest.mark.usefixtures("machine")
+def test_bad_input_is_one_line_and_exit_2(
+    words: list[str], fact: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "measure", *words]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert fact in errors[-1]
+
+
+@pytest.mark.skipif(not registry.probe("cpu").ok, reason="backend cpu is not built")
+def test_two_processes_do_a_step() -> None:
+    asked = Wanted(preset="tiny", processes=2, length=16, global_batch=2, rounds=1,
+                   plans=("dp=2",), alone=here.alone(preset("tiny"))[2:3])  # fmt: skip
+    found = steps.measure(asked)
+    assert set(found) == {"gemm bfloat16", "memory read", asked.alone[0].name, "dp=2"}
+    with pytest.raises(ConfigError, match="does not divide global_batch=1"):
+        here.checked_plans(["dp=2"], MODEL, dataclasses.replace(asked, global_batch=1))

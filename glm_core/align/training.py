@@ -27,18 +27,6 @@ FIELDS = ("tokens", "labels", "loss_weight", "positions", "key_start", "key_end"
 
 
 @dataclasses.dataclass(slots=True)
-class Slice:
-    """A Batch made of another's rows."""
-
-    tokens: Tensor
-    labels: Tensor
-    loss_weight: Tensor
-    positions: Tensor
-    key_start: Tensor
-    key_end: Tensor
-
-
-@dataclasses.dataclass(slots=True)
 class Moment:
     """What both sides are given at a captured step."""
 
@@ -100,9 +88,11 @@ def split(batches: list[Batch], micro_batch: int) -> list[Batch]:
     """The same sequences in micro-batches of another size."""
     if all(len(b.tokens) == micro_batch for b in batches):
         return batches
+    from glm_core import data  # here, so that a given sampler needs no sentencepiece
+
     whole = {f: torch.cat([getattr(b, f) for b in batches]) for f in FIELDS}
     parts = {f: x.split(micro_batch) for f, x in whole.items()}
-    return [Slice(**{f: parts[f][i] for f in FIELDS}) for i in range(len(parts["tokens"]))]
+    return [data.Batch(**{f: parts[f][i] for f in FIELDS}) for i in range(len(parts["tokens"]))]
 
 
 @dataclasses.dataclass(slots=True)

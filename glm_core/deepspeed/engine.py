@@ -20,7 +20,7 @@ from glm_core.deepspeed.settings import Settings, say_once
 from glm_core.distributed.norm import Piece, clip_, global_norm
 from glm_core.distributed.placement import Flat, Holder, Parted, Replicas
 from glm_core.distributed.precision import cast_, to_compute
-from glm_core.distributed.split import Split, join_module, move_
+from glm_core.distributed.split import Split, join_module, move_, round_
 from glm_core.distributed.zero import defer, shard_parameters
 from glm_core.errors import ConfigError, TrainingError
 
@@ -45,8 +45,9 @@ class DeepSpeedEngine(Answers, nn.Module):
         self._moved = {} if settings.stage == 3 else join_module(module)
         move_(module, self.device)
         self._same_start()
-        if settings.precision.low and settings.stage < 3:
-            cast_(module, settings.precision.compute)
+        if settings.precision.low:
+            # stage 3 keeps float32 shards, which start, as all masters, from 16-bit weights
+            (cast_ if settings.stage < 3 else round_)(module, settings.precision.compute)
         self.scaler = settings.loss_scale()
         self.holders: list[Holder] = []
         self.optimizer = self._configure(optimizer, model_parameters)

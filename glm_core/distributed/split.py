@@ -166,6 +166,15 @@ def move_(module: nn.Module, device: torch.device) -> None:
                 tensor.data = tensor.data.to(device)
 
 
+@torch.no_grad()
+def round_(module: nn.Module, dtype: torch.dtype) -> None:
+    """Floating-point parameters to values that `dtype` has; theirs stays as it is."""
+    for p in module.parameters():
+        values = p.part if isinstance(p, Split) else p
+        if values.is_floating_point():
+            values.copy_(values.to(dtype))
+
+
 def to_meta(module: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
     """Partitioned parameters inside become float32 ones without storage, of the whole shape, for
     FSDP2 to cut; the new ones by the old."""

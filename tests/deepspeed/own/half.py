@@ -67,8 +67,6 @@ for stage in range(4):
         },
     }  # fmt: skip
     model = Classifier()
-    if stage == 3:
-        model = model.half()  # masters start from what the weights hold
     trained, *_ = deepspeed.initialize(
         model=model, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), config=config
     )

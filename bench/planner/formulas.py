@@ -30,10 +30,10 @@ FORMULAS: tuple[tuple[str, str, str], ...] = (
     ("optimizer", "28 n bytes / memory bandwidth, / d from ZeRO 1 on", "own count"),
     ("factors", "least squares of the relative error over the fit rows, none below its floor",
      "`glm-core plan validate` lists rows, factors and floors"),
-    ("our own trainer", "2 n weights, 2 n gradients, 12 n masters and moments; of a layer "
-     "2 T (4 D + 3 (H + K) E/t + (gates + 1) F/t) + statistics, with full recomputation 4 T D; "
-     "2 T D of receive buffers a micro-batch, tensor and neighbour; 4 n where data-parallel ranks "
-     "sum at once",
+    ("our own trainer", "2 n weights, 12 n masters and moments, under ZeRO 12 n / d in all; 2 n "
+     "gradients, 4 n where micro-batches are summed; of a layer 2 T (4 D + 3 (H + K) E/t + "
+     "(gates + 1) F/t) + statistics, with full recomputation 4 T D; what a stage got and sent for "
+     "every micro-batch in flight",
      "bench/planner/own.py, held against `glm-core plan dry-run`"),
     ("days, energy", "tokens / (global batch x s) steps; chips x power", "definition"),
 )  # fmt: skip

@@ -55,7 +55,10 @@ def run(
     rank that holds it up (0: never). Raises GlmCoreError."""
     out = Path(out_dir)
     if config.train.compile:
-        raise ConfigError("train --plan: does not go with train.compile=true; leave it out")
+        raise ConfigError(
+            "train --plan: does not go with train.compile=true, which is not proved under plans; "
+            "leave it out"
+        )
     backend = registry.usable(config.train.backend)
     device = mesh.start(backend, timeout_s or 600.0)
     try:

@@ -3,36 +3,14 @@ checkpoint and past the data in between. Imports no torch."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import statistics
 import sys
 from collections import deque
 from typing import Any, Literal
 
+from glm_core.config import PolicyConfig
 from glm_core.errors import TrainingError
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class PolicyConfig:
-    """Free to change when a run is resumed."""
-
-    nonfinite: Literal["stop", "skip", "rollback"] = "stop"
-    """a loss or gradient norm that is not finite; a float16 overflow is the loss scale's matter"""
-    spike: Literal["off", "stop", "skip", "rollback"] = "off"
-    """a loss far above the recent ones"""
-    spike_sigma: float = 6.0
-    """standard deviations above the mean of the window (OLMo-core, SkipStepOptimizer: 6)"""
-    spike_window: int = 128
-    """steps; nothing is called a spike before half of them are seen (OLMo-core: 128)"""
-    limit: int = 5
-    """bad steps without a good one beyond them, after which the run stops all the same"""
-
-    def __post_init__(self) -> None:
-        from glm_core.config import check, positive  # here: that module holds this class in a field
-
-        rule = self.spike_window > 3 or "must be at least 4"
-        check(self, positive("spike_sigma limit"), {"spike_window": rule})
 
 
 class RollBack(TrainingError):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from glm_core.config import check, positive
+from glm_core.fields import check, positive
 from glm_core.model.glm import GLM
 from glm_core.model.prompt import Prompt
 from glm_core.model.runner import Next, Runner

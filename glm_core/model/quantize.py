@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from glm_core import ops
-from glm_core.config import ModelConfig, check
+from glm_core.config import ModelConfig
+from glm_core.fields import check
 from glm_core.model.glm import GLM, Linear
 from glm_core.ops.quant import dequantize, quantize, row_parts
 

@@ -23,7 +23,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from glm_core import ops, watchdog
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
-from glm_core.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from glm_core.config import DataConfig, ModelConfig, PolicyConfig, RunConfig, TrainConfig
 from glm_core.data import Batch
 from glm_core.distributed import checkpoint, dry_run, mesh, saving, straggler, watch
 from glm_core.distributed import run as planned
@@ -34,7 +34,6 @@ from glm_core.distributed.plan import parse, stage_layers, stages_of
 from glm_core.errors import CheckpointError
 from glm_core.live import Live
 from glm_core.model import GLM
-from glm_core.policy import PolicyConfig
 
 MODEL = ModelConfig(
     num_layers=4, hidden=16, num_heads=4, num_kv_heads=2, ffn=24, vocab=64, max_length=16,

@@ -13,7 +13,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LAYERS = (
-    ("errors", "config", "policy", "environment"),
+    ("errors", "environment"),
+    ("fields",),
+    ("config",),
+    ("policy",),
     ("spec",),
     ("dispatch", "session", "trace", "trace_format", "nonfinite"),
     ("ops",),

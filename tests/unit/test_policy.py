@@ -12,9 +12,9 @@ import torch
 import toy
 
 from glm_core import train
-from glm_core.config import RunConfig, from_dict, to_dict
+from glm_core.config import PolicyConfig, RunConfig, from_dict, to_dict
 from glm_core.errors import ConfigError, TrainingError
-from glm_core.policy import Policy, PolicyConfig, RollBack
+from glm_core.policy import Policy, RollBack
 
 
 def with_policy(steps: int = 12, **changes: Any) -> RunConfig:

@@ -10,8 +10,9 @@ import math
 import torch
 from torch import Tensor
 
-from glm_core.config import ModelConfig, divisors
+from glm_core.config import ModelConfig
 from glm_core.errors import CheckpointError
+from glm_core.fields import divisors
 from glm_core.model.weights.layouts import sections, split_of
 
 

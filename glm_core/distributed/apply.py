@@ -119,12 +119,13 @@ def whole_shapes(config: ModelConfig) -> dict[str, torch.Size]:
         return {n: p.shape for n, p in GLM(config).named_parameters()}
 
 
-def own_rows(p: Tensor) -> tuple[int, int]:
+def own_rows(p: Tensor, mesh: DeviceMesh | None = None) -> tuple[int, int]:
     """(first, number) of the rows that this process holds of a tensor ZeRO shared out, or of a
-    plain one."""
+    plain one. mesh: in place of the tensor's own."""
     if not isinstance(p, DTensor):
         return 0, p.shape[0]
-    shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    mesh = mesh or p.device_mesh
+    shape, offset = compute_local_shape_and_global_offset(p.shape, mesh, p.placements)
     return (offset[0], shape[0]) if shape[0] else (0, 0)
 
 

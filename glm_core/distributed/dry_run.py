@@ -254,5 +254,6 @@ def _place(name: str, p: Tensor, config: RunConfig, axes: Any) -> str:
         words = f"{'columns' if split.dim else 'rows'} {spans}"
     if not isinstance(p, DTensor):
         return words
-    first, rows = apply.own_rows(p)
+    # DTensor keeps results by mesh without its rank: an earlier dry run's mesh may be in p
+    first, rows = apply.own_rows(p, axes["dp"])
     return f"{words}; of these rows {first}:{first + rows} (ZeRO)"

@@ -91,6 +91,8 @@ def test_report_says_where_the_rank_stands_and_what_it_holds() -> None:
     assert found.placement["embedding"] == "rows 4096:8192; of these rows 2048:4096 (ZeRO)"
     assert found.placement["blocks.0.attention.out.weight"].startswith("columns 256:512")
     assert not torch.distributed.is_initialized()
+    other = report("glm4-34m", "tp=2,dp=2,zero=3", 1, 4, 16)
+    assert other.placement["embedding"] == "rows 4096:8192; of these rows 0:2048 (ZeRO)"
 
 
 def test_meter_counts_a_storage_once_and_forgets_it() -> None:

@@ -127,10 +127,10 @@ def run(args: argparse.Namespace) -> int:
         elif args.beams:
             _beams(args, source)
         else:
-            from glm_core.serve.terminal import spoken
+            from glm_core.serve.terminal import written
 
             said = ""
-            for piece in spoken(source, source.complete(args.prompt), settings, runner):
+            for piece in written(source, source.complete(args.prompt), settings, runner):
                 said += piece
                 if not args.json:
                     print(piece, end="", flush=True)

@@ -31,11 +31,12 @@ class Answer:
 
     def __init__(
         self, engine: Engine, request: Request, prompt: Prompt, sampling: Sampling,
-        stops: Sequence[str] = (),
+        stops: Sequence[str] = (), spoken: bool = False,
     ) -> None:  # fmt: skip
+        """spoken: it is somebody's word, which whitespace does not begin."""
         self._engine, self._request = engine, request
         self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self._text = TextStream(engine.source.tokenizer.decode, stops)
+        self._text = TextStream(engine.source.tokenizer.decode, stops, spoken)
         loop = asyncio.get_running_loop()
 
         def deliver(event: Event) -> None:

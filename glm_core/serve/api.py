@@ -113,7 +113,7 @@ def _openai(api: FastAPI, engine: Engine, limits: Limits) -> None:
         ]
         wanted = body.max_completion_tokens or body.max_tokens
         sampling = body.sampling(wanted, limits.max_tokens, source.stop)
-        answer = Answer(engine, request, source.chat(said), sampling, body.stops)
+        answer = Answer(engine, request, source.chat(said), sampling, body.stops, spoken=True)
         if body.stream:
             head = _head("chatcmpl", "chat.completion.chunk", source.name)
             return _stream(answer, lambda piece: _delta(head, piece), head, body, first=True)
@@ -139,7 +139,7 @@ def _rest(api: FastAPI, engine: Engine, limits: Limits) -> None:
             max_tokens=room, temperature=body.temperature, top_p=body.top_p,
             seed=secrets.randbits(63), stop=engine.source.stop,
         )  # fmt: skip
-        piece = await Answer(engine, request, prompt, sampling).whole()
+        piece = await Answer(engine, request, prompt, sampling, spoken=True).whole()
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         history = [*body.history, (body.prompt, piece.text)]
         return {"response": piece.text, "history": history, "status": 200, "time": now}

@@ -18,12 +18,13 @@ from glm_core.serve.text import TextStream
 HELP = "/clear forgets the conversation, /quit leaves, Ctrl-C stops an answer"
 
 
-def spoken(
-    source: Source, prompt: Prompt, sampling: Sampling, runner: Runner | None = None
-) -> Iterator[str]:
-    """The answer's text as it comes. runner: in place of the source's model. Raises PromptError,
-    GenerationError."""
-    text = TextStream(source.tokenizer.decode)
+def written(
+    source: Source, prompt: Prompt, sampling: Sampling, runner: Runner | None = None,
+    spoken: bool = False,
+) -> Iterator[str]:  # fmt: skip
+    """The answer's text as it comes. runner: in place of the source's model; spoken: as of
+    TextStream. Raises PromptError, GenerationError."""
+    text = TextStream(source.tokenizer.decode, spoken=spoken)
     for token in stream(runner or source.model, prompt, sampling, num_ids=source.tokenizer.vocab):
         if piece := text.feed([token]):
             yield piece
@@ -63,7 +64,7 @@ def _answered(source: Source, turns: list[Message], sampling: Sampling, out: Tex
     said = ""
     while True:
         try:
-            for piece in spoken(source, source.chat(turns), sampling):
+            for piece in written(source, source.chat(turns), sampling, spoken=True):
                 said += piece
                 print(piece, end="", file=out, flush=True)
         except PromptError as error:

@@ -13,8 +13,13 @@ class TextStream:
     """Holds back characters whose bytes are not complete and text that may be the start of a stop
     string; all it gave, joined, is the text before the stop string that is complete first."""
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()) -> None:
-        self._decode, self._stops = decode, [s for s in stops if s]
+    def __init__(
+        self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = (),
+        spoken: bool = False,
+    ) -> None:  # fmt: skip
+        """spoken: it begins with the first visible character (ChatGLM3 and GLM-4 put a newline
+        before every answer; their authors' chat strips it)."""
+        self._decode, self._stops, self._silent = decode, [s for s in stops if s], spoken
         self._ids: list[int] = []
         self._shown = 0
         """tokens whose text is complete; those before them by a few are kept as context"""
@@ -24,6 +29,13 @@ class TextStream:
 
     def feed(self, tokens: Sequence[int], last: bool = False) -> str:
         """The text that can be shown now; with `last`, all that is left."""
+        text = self._fed(tokens, last)
+        if self._silent:
+            text = text.lstrip()
+            self._silent = not text
+        return text
+
+    def _fed(self, tokens: Sequence[int], last: bool) -> str:
         if self.stopped:
             return ""
         for token in tokens:

@@ -13,23 +13,28 @@ from glm_core.serve.source import Message, Source
 from glm_core.serve.text import TextStream
 
 
-@example(text=" aa", stops=["a", " aa"], size=1)
-@example(text=" aa", stops=["a", " aa"], size=3)
+@example(text=" aa", stops=["a", " aa"], size=1, spoken=False)
+@example(text=" aa", stops=["a", " aa"], size=3, spoken=False)
+@example(text="  a b", stops=[], size=1, spoken=True)
 @settings(max_examples=60, deadline=None)
 @given(
     text=st.text("ab 你é🙂", max_size=40),
     stops=st.lists(st.text("ab 你", min_size=1, max_size=3), max_size=2),
     size=st.integers(1, 5),
+    spoken=st.booleans(),
 )
-def test_pieces_join_to_the_text(source: Any, text: str, stops: list[str], size: int) -> None:
+def test_pieces_join_to_the_text(
+    source: Any, text: str, stops: list[str], size: int, spoken: bool
+) -> None:
     ids = source.tokenizer.encode(text)
-    stream, shown = TextStream(source.tokenizer.decode, stops), ""
+    stream, shown = TextStream(source.tokenizer.decode, stops, spoken), ""
     for i in range(0, len(ids), size):
         shown += stream.feed(ids[i : i + size])
         assert "\ufffd" not in shown
     shown += stream.feed([], last=True)
     ends = [(i + len(s), i) for s in stops if (i := text.find(s)) >= 0]
-    assert shown == text[: min(ends, default=(0, len(text)))[1]]
+    whole = text[: min(ends, default=(0, len(text)))[1]]
+    assert shown == (whole.lstrip() if spoken else whole)
     assert stream.stopped == bool(ends)
 
 

@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from glm_core.bench.harness import interleave, ratio
+from glm_core.bench.harness import Timing, interleave, ratio
 
 SIZES = {"tiny": (32, 8, 4), "medium": (512, 8, 64)}
 """width, layers, rows of a micro-batch; tiny is nearly all overhead"""
@@ -42,7 +43,8 @@ class Layers(nn.Module):
 
 
 def worker(peer: str, stage: int, size: str) -> None:
-    """One rank: for each number on stdin, so many steps; then a line on stdout."""
+    """One rank: for each number on stdin, so many steps; then its loss and the CPU seconds they
+    took on stdout."""
     if peer == "deepspeed":
         import deepspeed
 
@@ -65,11 +67,12 @@ def worker(peer: str, stage: int, size: str) -> None:
     x = torch.randn(rows, width)
     print("READY", flush=True)
     for line in sys.stdin:
+        start = time.process_time()
         for _ in range(int(line)):
             loss = engine(x)
             engine.backward(loss)
             engine.step()
-        print(f"READY {loss.item():.6f}", flush=True)
+        print(f"READY {loss.item():.6f} {time.process_time() - start:.6f}", flush=True)
     os._exit(0)  # DeepSpeed's exit handlers take seconds
 
 
@@ -94,18 +97,25 @@ class Pair:
             for r in range(RANKS)
         ]  # fmt: skip
         self.loss = ""
+        self.cpu_seconds: list[float] = []
+        """of each call, the ranks' mean"""
         self._wait()
 
     def _wait(self) -> None:
+        seconds = []
         for p in self.processes:
             out: IO[str] | None = p.stdout
             assert out is not None
             for line in out:
                 if line.startswith("READY"):
-                    self.loss = line[6:].strip()
+                    if told := line.split()[1:]:
+                        self.loss = told[0]
+                        seconds.append(float(told[1]))
                     break
             else:
                 raise RuntimeError(f"{p.args!r}: ended; run it by hand to see why")
+        if seconds:
+            self.cpu_seconds.append(statistics.mean(seconds))
 
     def __call__(self, steps: int) -> None:
         """So many steps on all ranks."""
@@ -123,7 +133,8 @@ class Pair:
 
 
 def measure(real: str, stage: int, size: str, steps: int, rounds: int) -> dict[str, Any]:
-    """Milliseconds per step of both, and how many times longer DeepSpeed's is."""
+    """Milliseconds per step of both, of the clock and of a rank's CPU (which other processes of the
+    machine hardly move), and how many times more DeepSpeed's are."""
     with ExitStack() as stack:
         pairs = {}
         for peer, python in (("ours", sys.executable), ("deepspeed", real)):
@@ -132,11 +143,15 @@ def measure(real: str, stage: int, size: str, steps: int, rounds: int) -> dict[s
         runs = {peer: (lambda p=pair: p(steps)) for peer, pair in pairs.items()}
         times = interleave(runs, rounds)
         losses = {peer: pair.loss for peer, pair in pairs.items()}
+        cpu = {p: Timing(seconds=tuple(pair.cpu_seconds[-rounds:])) for p, pair in pairs.items()}
     ms = {peer: t.median_s / steps * 1e3 for peer, t in times.items()}
     return {
         "size": size, "stage": stage, "ours_ms": round(ms["ours"], 3),
         "deepspeed_ms": round(ms["deepspeed"], 3), "steps": steps, "rounds": rounds,
-        "deepspeed_over_ours": ratio(times["deepspeed"], times["ours"]), "losses": losses,
+        "deepspeed_over_ours": ratio(times["deepspeed"], times["ours"]),
+        "ours_cpu_ms": round(cpu["ours"].median_s / steps * 1e3, 3),
+        "deepspeed_cpu_ms": round(cpu["deepspeed"].median_s / steps * 1e3, 3),
+        "cpu_deepspeed_over_ours": ratio(cpu["deepspeed"], cpu["ours"]), "losses": losses,
     }  # fmt: skip
 
 

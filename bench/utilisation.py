@@ -104,7 +104,9 @@ def measure(config: RunConfig, rounds: int, on_text: bool = False) -> Row:
         bench="step", key=_key(config), backend=backend.name, dtype=config.train.dtype,
         shape=f"{config.train.global_batch}x{config.data.length}", seconds=seconds,
         peer="gemm", peer_seconds=timing["gemm"].seconds, flops=hardware, peak=peak._asdict(),
-        figures=figures, notes=(*watch.notes(), *irregularities(seconds)), machine=told,
+        figures=figures, machine=told,
+        notes=(*watch.notes(), *irregularities(seconds),
+               *breakdown.note(parts, timing["step"].median_s)),
     )  # fmt: skip
 
 

@@ -165,6 +165,20 @@ def test_parts_of_a_step_sum_to_its_time() -> None:
     assert overlapping["host"] == 0
 
 
+def test_the_fastest_profiled_step_is_told_and_an_unlike_one_noted() -> None:
+    x, sizes = torch.ones(64, 64), iter([1, 40, 1, 40])
+    parts = breakdown.measure(
+        lambda: [x @ x for _ in range(next(sizes))], registry.get("reference"), rounds=3
+    )
+    assert parts["matmul"] > 0
+    assert breakdown.note({"matmul": 1.0}, 1.0) == []
+    assert breakdown.note({"matmul": 3.4}, 1.0) == [
+        "the split is of a profiled step that took 3.4 times the median"
+    ]
+    with pytest.raises(StopIteration):
+        next(sizes)
+
+
 def test_a_step_is_measured_with_its_flops_and_parts() -> None:
     model = preset("glm4-34m", num_layers=1, hidden=32, ffn=48, num_heads=2, num_kv_heads=2,
                    vocab=64)  # fmt: skip

@@ -128,17 +128,17 @@ def nominal(job: Job, at: Machine) -> tuple[float, ...]:
 
 
 def calibrated(found: Mapping[str, Sequence[float]], model: ModelConfig, length: int) -> Machine:
-    """The machine from what `bench.steps` timed: least squares of the relative error over the
-    single-process steps, no factor negative. Elementwise work is taken at the bandwidth: in steps
-    of one width it grows as the products do."""
-    middle = {k: statistics.median(v) for k, v in found.items()}
+    """The machine from the fastest round of what `bench.steps` timed (other processes only ever
+    add): least squares of the relative error over the single-process steps, no factor negative.
+    Elementwise work is taken at the bandwidth: in steps of one width it grows as products do."""
+    best = {k: min(v) for k, v in found.items()}
     at = Machine(
-        peak=2.0 * SIDE**3 / middle["gemm bfloat16"], bandwidth=READ / middle["memory read"],
-        messages={k: [middle[f"{k} {size}"] for size in SIZES] for k in MESSAGES},
+        peak=2.0 * SIDE**3 / best["gemm bfloat16"], bandwidth=READ / best["memory read"],
+        messages={k: [best[f"{k} {size}"] for size in SIZES] for k in MESSAGES},
     )  # fmt: skip
     told = alone(model)
     table = [nominal(_alone_job(model, a, length), at) for a in told]
-    seconds = np.array([middle[a.name] for a in told])
+    seconds = np.array([best[a.name] for a in told])
     rows = np.array(table) / seconds[:, None]
     fixed = PARTS.index("elementwise")
     rest = np.delete(rows, fixed, axis=1)
@@ -200,13 +200,13 @@ def report(
     at: Machine, forecast: Mapping[str, Mapping[str, float]], first: Mapping[str, Sequence[float]],
     found: Mapping[str, Sequence[float]],
 ) -> dict[str, Any]:  # fmt: skip
-    """Predicted beside measured; drift is how many times as long single-process steps took by the
-    time of the measurement."""
+    """Predicted beside measured, the fastest round; drift is how many times as long single-process
+    steps took by the time of the measurement."""
     middle = statistics.median
-    drift = middle(middle(v) / middle(first[k]) for k, v in found.items() if k.startswith("alone"))
+    drift = middle(min(v) / min(first[k]) for k, v in found.items() if k.startswith("alone"))
     rows: list[dict[str, Any]] = []
     for plan, parts in forecast.items():
-        seconds, measured = sum(parts.values()), middle(found[plan])
+        seconds, measured = sum(parts.values()), min(found[plan])
         rows.append({
             "plan": plan, "predicted_step_s": seconds, "measured_step_s": measured,
             "error": seconds / measured - 1, "error_without_drift": seconds * drift / measured - 1,
@@ -217,6 +217,6 @@ def report(
         "read_gb_s": at.bandwidth / 1e9, "factors": dict(zip(PARTS, at.factors, strict=True)),
         "median_abs_error": middle(abs(r["error"]) for r in rows),
         "median_abs_error_without_drift": middle(abs(r["error_without_drift"]) for r in rows),
-        "alone_s": {a: middle(v) for a, v in first.items() if a.startswith("alone")},
+        "alone_s": {a: min(v) for a, v in first.items() if a.startswith("alone")},
         "messages_s": dict(at.messages),
     }  # fmt: skip

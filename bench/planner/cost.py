@@ -9,7 +9,7 @@ import dataclasses
 import math
 
 from glm_core.bench.planner.cluster import Cluster
-from glm_core.bench.planner.plan import Plan
+from glm_core.bench.planner.sizing import Sizing
 from glm_core.config import ModelConfig
 
 
@@ -75,7 +75,7 @@ def hardware_flops(work: Work, recompute: str) -> float:
     return model_flops(work) + work.model.num_layers * again
 
 
-def stage_parameters(plan: Plan, c: ModelConfig, stage: int = 0) -> float:
+def stage_parameters(plan: Sizing, c: ModelConfig, stage: int = 0) -> float:
     """Weights on a chip: (l/p layers + tables) / t. The first stage holds the embedding, the last
     the head, even where both are tied; a single stage holds tied weights once."""
     tables = c.vocab * c.hidden * ((stage == 0) + (stage == plan.pp - 1))
@@ -84,7 +84,7 @@ def stage_parameters(plan: Plan, c: ModelConfig, stage: int = 0) -> float:
     return (c.num_layers / plan.pp * layer_parameters(c) + tables) / plan.tp
 
 
-def memory(plan: Plan, work: Work, stage: int = 0) -> dict[str, float]:
+def memory(plan: Sizing, work: Work, stage: int = 0) -> dict[str, float]:
     """Bytes by part on a chip of a stage. Stage i keeps the activations of p - i micro-batches
     (1F1B), or of 1 + (p - 1)/(p v) times p when interleaved."""
     c, d, p = work.model, plan.dp, plan.pp
@@ -106,12 +106,12 @@ def memory(plan: Plan, work: Work, stage: int = 0) -> dict[str, float]:
     }
 
 
-def stages(plan: Plan, work: Work) -> list[dict[str, float]]:
+def stages(plan: Sizing, work: Work) -> list[dict[str, float]]:
     """The memory of every stage."""
     return [memory(plan, work, stage) for stage in range(plan.pp)]
 
 
-def fullest_stage(plan: Plan, work: Work) -> dict[str, float]:
+def fullest_stage(plan: Sizing, work: Work) -> dict[str, float]:
     """The first stage, which waits longest, or the last, which has the logits."""
     ends = (memory(plan, work, stage) for stage in {0, plan.pp - 1})
     return max(ends, key=lambda parts: sum(parts.values()))
@@ -121,7 +121,7 @@ RUNTIME_BYTES = 2e9
 """context, communication buffers, fragmentation: assumed"""
 
 
-def layer_activations(plan: Plan, work: Work, recompute: str) -> float:
+def layer_activations(plan: Sizing, work: Work, recompute: str) -> float:
     """Bytes kept of one layer and micro-batch. Without recomputation s b h (10 + 24/t + 5 a s/(h
     t)) for a GELU layer of F = 4h; with SP everything / t; selective and fused attention drop the
     last term; full keeps the layer's input, 2 s b h."""
@@ -153,7 +153,7 @@ class Ideal:
     """share of the step"""
 
 
-def ideal(plan: Plan, work: Work, cluster: Cluster) -> Ideal:
+def ideal(plan: Sizing, work: Work, cluster: Cluster) -> Ideal:
     """Seconds at nominal rates. The slowest stage works m times, the others' fill and drain adds
     (p - 1)/v times a stage. Uneven stages: all but the last hold ceil(l/p) layers, and the last
     has the head in place of those it lacks."""
@@ -189,12 +189,12 @@ def ring(n: int) -> float:
     return (n - 1) / n
 
 
-def all_reduces(plan: Plan) -> int:
+def all_reduces(plan: Sizing) -> int:
     """All-reduces a layer: two forward, two backward, two more where it is computed again."""
     return 6 if plan.recompute == "full" else 4
 
 
-def elementwise_bytes(plan: Plan, work: Work, passes: float) -> float:
+def elementwise_bytes(plan: Sizing, work: Work, passes: float) -> float:
     """One layer, one micro-batch: what is kept of it is written once and read once a pass; scores
     that are written cost 10 bytes a pair and pass."""
     scores = 10.0 * plan.micro_batch * work.seq**2 * work.model.num_heads / plan.tp
@@ -203,7 +203,7 @@ def elementwise_bytes(plan: Plan, work: Work, passes: float) -> float:
     return passes * (2 * layer_activations(plan, fused, "none") + unfused)
 
 
-def data_parallel_seconds(plan: Plan, work: Work, cluster: Cluster) -> float:
+def data_parallel_seconds(plan: Sizing, work: Work, cluster: Cluster) -> float:
     """Gradients reduced once a step, 2 x 4 n bytes; under ZeRO 3 weights gathered twice and
     gradients scattered in every micro-batch, 3 x 2 n bytes. A node's ranks share its links: a
     buffer crosses each node's border once, and passes every chip's inner link."""

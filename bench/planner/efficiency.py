@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from glm_core.bench.planner import published
 from glm_core.bench.planner.cluster import Cluster
 from glm_core.bench.planner.cost import Ideal, Work, hardware_flops, ideal, model_flops
-from glm_core.bench.planner.plan import Plan
+from glm_core.bench.planner.sizing import Sizing
 
 Array = NDArray[np.float64]
 FLOORS = (1.2, 0.5, 0.2, 0.0)
@@ -46,7 +46,7 @@ class Step:
     hfu: float
 
 
-def stack_of(plan: Plan) -> str:
+def stack_of(plan: Sizing) -> str:
     """Whose software a plan is most like: FSDP where weights are shared and nothing else is split,
     else Megatron (no published run fits FSDP's factors with tensor parallelism inside)."""
     return "fsdp" if plan.zero == 3 and plan.tp == 1 else "megatron"
@@ -90,7 +90,7 @@ def bounded(table: Array, target: Array, floors: Array) -> list[float]:
     return [float(x) for x in result]
 
 
-def predict(plan: Plan, work: Work, cluster: Cluster, stack: str = "") -> Step:
+def predict(plan: Sizing, work: Work, cluster: Cluster, stack: str = "") -> Step:
     """Seconds of one optimizer step by part; the pipeline's bubble is taken out of the others."""
     x = ideal(plan, work, cluster)
     f = fitted(cluster.family, stack or stack_of(plan))

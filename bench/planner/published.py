@@ -10,7 +10,7 @@ from pathlib import Path
 
 from glm_core.bench.planner import cluster as clusters
 from glm_core.bench.planner.cost import Ideal, Work, hardware_flops, ideal, model_flops
-from glm_core.bench.planner.plan import RECOMPUTES, Plan
+from glm_core.bench.planner.sizing import RECOMPUTES, Sizing
 from glm_core.config import ModelConfig
 
 FILE = Path(__file__).with_name("published.csv")
@@ -30,7 +30,7 @@ class Run:
     stack: str
     cluster: clusters.Cluster
     work: Work
-    plan: Plan
+    plan: Sizing
     step_s: float
     """reported, or from the reported TFLOPS and our count of FLOPs; NaN where neither is"""
     memory_gb: float
@@ -57,7 +57,7 @@ def _run(row: dict[str, str]) -> Run:
     )
     sizes = ("tp", "pp", "dp", "virtual", "zero", "micro_batch", "global_batch")
     [recompute] = [r for r in RECOMPUTES if r == row["recompute"]]
-    plan = Plan(**{k: int(row[k]) for k in sizes}, sp=row["sp"] == "1", recompute=recompute)
+    plan = Sizing(**{k: int(row[k]) for k in sizes}, sp=row["sp"] == "1", recompute=recompute)
     texts = ("source", "model", "role", "checked", "stack", "note", "url")
     return Run(
         **{k: row[k] for k in texts}, work=work, plan=plan,
@@ -75,7 +75,7 @@ def _model(row: dict[str, str]) -> ModelConfig:
     )  # fmt: skip
 
 
-def _seconds(row: dict[str, str], work: Work, plan: Plan) -> float:
+def _seconds(row: dict[str, str], work: Work, plan: Sizing) -> float:
     if row["step_s"]:
         return float(row["step_s"])
     if not row["tflops"]:

@@ -11,7 +11,7 @@ from typing import Any
 from glm_core.bench.planner.cluster import Cluster
 from glm_core.bench.planner.cost import Work, fullest_stage
 from glm_core.bench.planner.efficiency import Step, predict
-from glm_core.bench.planner.plan import RECOMPUTES, Plan, broken_rules
+from glm_core.bench.planner.sizing import RECOMPUTES, Sizing, broken_rules
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 CHUNKS = (1, 2, 3, 5)
@@ -30,7 +30,7 @@ class Budget:
 class Candidate:
     """A plan with what it would take."""
 
-    plan: Plan
+    plan: Sizing
     memory: dict[str, float]
     """bytes by part on a chip of the fullest stage"""
     step: Step
@@ -57,7 +57,7 @@ class Outcome:
     """of the rejected plans that obey the rules the one that misses by least, and its reasons"""
 
 
-def candidate(plan: Plan, work: Work, cluster: Cluster, tokens: float, stack: str) -> Candidate:
+def candidate(plan: Sizing, work: Work, cluster: Cluster, tokens: float, stack: str) -> Candidate:
     """The plan, priced."""
     step = predict(plan, work, cluster, stack)
     seconds = tokens / (plan.global_batch * work.seq) * step.seconds
@@ -121,7 +121,7 @@ def _kind(rule: str) -> str:
 
 def plans(
     work: Work, cluster: Cluster, global_batch: int, fixed: Mapping[str, Any]
-) -> Iterator[Plan]:
+) -> Iterator[Sizing]:
     """Sizes that multiply to the cluster's chips."""
 
     def choices(name: str, usual: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -141,7 +141,7 @@ def plans(
             choices("recompute", RECOMPUTES),
             choices("virtual", CHUNKS if pp > 1 else (1,)),
         ):
-            yield Plan(
+            yield Sizing(
                 tp=tp, pp=pp, dp=dp, zero=zero, sp=sp, micro_batch=mb, recompute=recompute,
                 virtual=virtual, global_batch=global_batch,
             )  # fmt: skip

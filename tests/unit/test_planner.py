@@ -16,12 +16,12 @@ import pytest
 import torch
 
 from glm_core.bench.planner import cluster, cost, efficiency, published, search, slides, validate
-from glm_core.bench.planner.plan import Plan, broken_rules
+from glm_core.bench.planner.sizing import Sizing, broken_rules
 from glm_core.errors import ConfigError
 from glm_core.model import GLM, preset
 
 GLM_130B = cost.Work(model=preset("glm-130b"), seq=2048)
-AS_RUN = Plan(tp=4, pp=8, dp=24, zero=1, micro_batch=1, global_batch=4224, recompute="full")
+AS_RUN = Sizing(tp=4, pp=8, dp=24, zero=1, micro_batch=1, global_batch=4224, recompute="full")
 A100 = cluster.preset("A100-40G", 768)
 BUDGET = search.Budget(tokens=400e9)
 
@@ -131,7 +131,7 @@ def test_activations_are_korthikantis() -> None:
     config = dataclasses.replace(preset("glm-10b"), ffn=4 * 4096)
     work = cost.Work(model=config, seq=1024, fused_attention=False)
     sbh, scores = 1024 * 2 * 4096, 5 * 64 * 1024 / 4096
-    plain = Plan(micro_batch=2, global_batch=2)
+    plain = Sizing(micro_batch=2, global_batch=2)
     split = dataclasses.replace(plain, tp=8)
     assert cost.layer_activations(plain, work, "none") == pytest.approx(sbh * (34 + scores))
     assert cost.layer_activations(split, work, "none") == pytest.approx(
@@ -145,7 +145,7 @@ def test_activations_are_korthikantis() -> None:
 
 def test_zero_shares_the_state() -> None:
     work = cost.Work(model=preset("glm-10b"), seq=1024)
-    plans = [Plan(dp=8, zero=z, global_batch=8, recompute="full") for z in range(4)]
+    plans = [Sizing(dp=8, zero=z, global_batch=8, recompute="full") for z in range(4)]
     optimizer, gradients, weights = (
         [cost.memory(p, work)[part] for p in plans]
         for part in ("optimizer", "gradients", "weights")
@@ -171,18 +171,18 @@ def test_a_nodes_ranks_share_its_links() -> None:
     two_nodes = cluster.preset("H100", 16)
     work = cost.Work(model=preset("chatglm2-6b"), seq=2048)
     n = cost.parameters(work.model)
-    alone = Plan(dp=16, global_batch=16)
+    alone = Sizing(dp=16, global_batch=16)
     assert cost.data_parallel_seconds(alone, work, two_nodes) == pytest.approx(
         8 * n * 15 / 16 / (8 * 50e9)
     )
-    split = Plan(tp=8, dp=2, global_batch=16)
+    split = Sizing(tp=8, dp=2, global_batch=16)
     assert cost.data_parallel_seconds(split, work, two_nodes) == pytest.approx(
         8 * cost.stage_parameters(split, work.model) / 2 / 50e9
     )
 
 
 def test_broken_rules_name_values() -> None:
-    wrong = Plan(tp=5, pp=71, dp=3, virtual=2, zero=2, micro_batch=7, global_batch=100)
+    wrong = Sizing(tp=5, pp=71, dp=3, virtual=2, zero=2, micro_batch=7, global_batch=100)
     told = "; ".join(broken_rules(wrong, preset("glm-130b")))
     for fact in (
         "tp=5 does not divide num_heads=96", "pp=71 exceeds num_layers=70", "virtual=2 needs",

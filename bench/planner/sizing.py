@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, get_args
+from typing import get_args
 
 from glm_core.config import ModelConfig
+from glm_core.distributed.plan import Recompute
 
-Recompute = Literal["none", "selective", "full"]
 RECOMPUTES: tuple[Recompute, ...] = get_args(Recompute)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """Sizes of the parallel groups and what each step does."""
+class Sizing:
+    """Sizes of the parallel groups and of the batch, for anybody's software: what is priced.
+    `distributed.plan.Plan` is what our own trainer runs."""
 
     tp: int = 1
     pp: int = 1
@@ -54,7 +55,7 @@ class Plan:
         return " ".join(p for p in [*parts, self.recompute, schedule] if p)
 
 
-def broken_rules(plan: Plan, model: ModelConfig) -> list[str]:
+def broken_rules(plan: Sizing, model: ModelConfig) -> list[str]:
     """Why this model cannot be split so; empty where it can."""
     t, p = plan.tp, plan.pp
     rules = {

@@ -186,12 +186,12 @@ def gelu(x: Value) -> Value:
 
 
 def geglu(x: Value) -> Value:
-    a, b = x.split([x.shape[-1] // 2] * 2, -1)
+    a, b = x.split_with_sizes([x.shape[-1] // 2] * 2, -1)
     return a * b.unary("Gelu")
 
 
 def swiglu(x: Value) -> Value:
-    gate, u = x.split([x.shape[-1] // 2] * 2, -1)
+    gate, u = x.split_with_sizes([x.shape[-1] // 2] * 2, -1)
     return gate * gate.unary("Sigmoid") * u
 
 

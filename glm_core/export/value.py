@@ -46,7 +46,7 @@ class Value:
         start %= len(self.shape)
         return self.reshape(*self.shape[:start], math.prod(self.shape[start:]))
 
-    def split(self, sizes: Sequence[int], dim: int) -> list[Value]:
+    def split_with_sizes(self, sizes: Sequence[int], dim: int) -> list[Value]:
         """Consecutive parts."""
         dim %= len(self.shape)
         g = self.graph

@@ -78,10 +78,10 @@ class Attention(nn.Module):
     ) -> Tensor:  # fmt: skip
         c = self.config
         qkv = self.qkv(x).unflatten(-1, (-1, c.head_dim))  # [B, L, H + 2K, E]
-        qk, v = qkv.split((c.num_heads + c.num_kv_heads, c.num_kv_heads), 2)
+        qk, v = qkv.split_with_sizes((c.num_heads + c.num_kv_heads, c.num_kv_heads), 2)
         if rotary is not None:
             qk = ops.rope(qk, *rotary, c.rope_interleaved)
-        q, k = qk.split((c.num_heads, c.num_kv_heads), 2)
+        q, k = qk.split_with_sizes((c.num_heads, c.num_kv_heads), 2)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         y = self.core(

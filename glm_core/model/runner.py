@@ -134,12 +134,13 @@ class Runner:
     def _logits(self, call: Call) -> Tensor:
         self.last = call
         window = self.cache.window(call.first, call.places)
-        with torch.no_grad():
+        with torch.inference_mode():
             hidden = self.model(
                 call.tokens, call.positions, call.key_start, call.key_end, window
             )  # [B, L, D]
             logits: Tensor = ops.linear(hidden[:, -1].contiguous(), self.model.head_weight)
-        return logits.float()
+        # a copy: outside of inference mode nobody may write into what it made
+        return logits.to(torch.float32, copy=True)
 
 
 def _padded(

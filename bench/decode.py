@@ -27,7 +27,7 @@ from glm_core.bench.rows import Row
 from glm_core.config import ModelConfig
 from glm_core.model import GLM, preset
 from glm_core.model.prompt import causal
-from glm_core.model.quantize import Quantization, convert
+from glm_core.model.quantize import Quantization, convert, quantize_head
 from glm_core.model.runner import Next, Runner
 
 PROMPT = 64
@@ -44,6 +44,7 @@ OURS = {
     "int8": ("bfloat16", Quantization(bits=8, activation_bits=8)),
     "int4": ("bfloat16", Quantization(bits=4, group=128, activation_bits=8)),
     "int4 float activations": ("bfloat16", Quantization(bits=4, group=128)),
+    "int4, head too": ("bfloat16", Quantization(bits=4, group=128, activation_bits=8)),
 }
 
 
@@ -58,13 +59,17 @@ def shapes() -> ModelConfig:
 def read_weights(model: GLM) -> int:
     """Bytes of all products' weights."""
     inside = sum(t.nbytes for t in (*model.blocks.parameters(), *model.blocks.buffers()))
-    return inside + model.head_weight.nbytes
+    codes = model.head_codes
+    head = [model.head_weight] if codes is None else codes.buffers()
+    return inside + sum(t.nbytes for t in head)
 
 
 def ours(config: ModelConfig, dtype: str, prompt: int, prefill: bool) -> Engine:
     """Our model through its cache and the `cpu` backend."""
     working, how = OURS[dtype]
     model = built(config, working, how)
+    if dtype.endswith("head too"):  # as llama.cpp and ONNX Runtime GenAI have it
+        quantize_head(model, 4)
     text = causal([i % config.vocab for i in range(prompt)])
     runner, place = Runner(model, 1), itertools.count(prompt)
 

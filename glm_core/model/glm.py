@@ -198,6 +198,7 @@ class GLM(nn.Module):
         self.blocks = nn.ModuleList(Block(c, i) for i in range(c.num_layers))
         self.final_norm = Norm(c)
         self.head = None if c.tied_head else nn.Parameter(torch.empty(c.vocab, c.hidden))
+        self.head_codes: nn.Module | None = None  # of quantize.quantize_head
 
     def forward(
         self, tokens: Tensor, positions: Tensor, key_start: Tensor, key_end: Tensor,
@@ -236,7 +237,16 @@ class GLM(nn.Module):
         self, tokens: Tensor, positions: Tensor, key_start: Tensor, key_end: Tensor
     ) -> Tensor:
         """[B, L, V] in the working dtype."""
-        return ops.linear(self(tokens, positions, key_start, key_end), self.head_weight)
+        return self.project(self(tokens, positions, key_start, key_end))
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of hidden states [..., D]: by the head, or its quantised copy if there is
+        one."""
+        if self.head_codes is not None:
+            quantised: Tensor = self.head_codes(hidden)
+            return quantised
+        whole: Tensor = ops.linear(hidden, self.head_weight)
+        return whole
 
     def loss(
         self,

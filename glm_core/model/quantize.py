@@ -106,6 +106,16 @@ def convert(model: GLM, how: Quantization) -> Iterator[Converted]:
         yield from _convert(block, f"blocks.{i}", how)
 
 
+def quantize_head(model: GLM, bits: int) -> Converted:
+    """Gives the model a copy of its head in so many bits, groups of 32, activations in int8: what
+    logits are made of from now on, half or a quarter to be read for each token. Embedding and loss
+    stay as they are. Raises ConfigError, and ShapeError for a width that 32 does not divide."""
+    head = model.head_weight
+    made = QuantizedLinear(head, None, Quantization(bits=bits, group=32, activation_bits=8))
+    model.head_codes = made
+    return _converted("head", head, made)
+
+
 def _convert(block: nn.Module, prefix: str, how: Quantization) -> Iterator[Converted]:
     for path in LINEARS:
         part, _, attribute = path.rpartition(".")

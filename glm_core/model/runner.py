@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from glm_core import nonfinite, ops
+from glm_core import nonfinite
 from glm_core.errors import GenerationError, PromptError
 from glm_core.model.cache import Cache
 from glm_core.model.glm import GLM
@@ -138,7 +138,7 @@ class Runner:
             hidden = self.model(
                 call.tokens, call.positions, call.key_start, call.key_end, window
             )  # [B, L, D]
-            logits: Tensor = ops.linear(hidden[:, -1].contiguous(), self.model.head_weight)
+            logits = self.model.project(hidden[:, -1].contiguous())
         # a copy: outside of inference mode nobody may write into what it made
         return logits.to(torch.float32, copy=True)
 

@@ -60,6 +60,9 @@ def test_generate(run_dir: Path, capsys: Any) -> None:
     assert code == 0
     assert 1 <= len(answers) <= 2
     assert answers == sorted(answers, key=lambda a: -a["score"])
+    code, told, _ = call(capsys, *asked, "--head-bits", 8)
+    assert code == 0
+    assert told
 
 
 @pytest.mark.parametrize(
@@ -71,6 +74,7 @@ def test_generate(run_dir: Path, capsys: Any) -> None:
         (["--temperature", "-1"], 2, "temperature"),
         (["--backend", "cpx"], 2, "did you mean cpu?"),
         (["--beams", "-1"], 2, "num_beams"),
+        (["--head-bits", "3"], 2, "bits=3 must be 8 or 4"),
     ],
     ids=str,
 )
@@ -189,7 +193,7 @@ def test_export(run_dir: Path, tmp_path: Path, capsys: Any) -> None:
     ask = ["generate", "--prompt", "a", "--onnx"]
     for folder, more, said in [
         (tmp_path, [], "no such file; give a folder of glm-core export"),
-        (tmp_path / "plain", ["--beams", 2], "does not go with --adapter or --beams"),
+        (tmp_path / "plain", ["--beams", 2], "does not go with --adapter, --beams or --head-bits"),
     ]:
         code, _, error = call(capsys, *ask, folder, *more)
         assert (code, error.count("\n")) == (2, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -11,14 +12,17 @@ from glm_core.backends.registry import use
 from glm_core.config import ModelConfig
 from glm_core.errors import ConfigError
 from glm_core.model import GLM, preset
+from glm_core.model.prompt import causal
 from glm_core.model.quantize import (
     Quantization,
     QuantizedLinear,
     convert,
     device_memory,
     model_bytes,
+    quantize_head,
     streamed,
 )
+from glm_core.model.runner import Runner
 from glm_core.ops import quant
 
 CONFIG = ModelConfig(num_layers=2, hidden=64, num_heads=2, ffn=96, vocab=128, max_length=32)
@@ -51,6 +55,29 @@ def test_logits_move_by_what_the_codes_allow(how: Quantization, most: float) -> 
     assert all(x.bytes_after < x.bytes_before * how.bits / 32 * 1.3 for x in layers)
     change = (after - before).norm() / before.norm()
     assert 1e-6 < change < 2 * most
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_quantised_head_makes_logits_and_nothing_else(tied: bool) -> None:
+    model = GLM(dataclasses.replace(CONFIG, tied_head=tied)).init_weights(0)
+    tokens, positions, start, end = inputs()
+    weight = torch.ones_like(tokens).float()
+    told = (tokens, positions, start, end, tokens, weight)
+    with use("reference"), torch.no_grad():
+        before, loss = model.logits(*inputs()), model.loss(*told)
+        change = quantize_head(model, 8)
+        after = model.logits(*inputs())
+        assert torch.equal(model.loss(*told), loss)
+        runner = Runner(model, 1)
+        read = runner.prefill(0, [causal([3, 5, 7])])
+        row = model.logits(tokens[:1, :3] * 0 + torch.tensor([3, 5, 7]), positions[:1, :, :3],
+                           start[:1, :3], end[:1, :3])  # fmt: skip
+    torch.testing.assert_close(read, row[:, -1])  # decoding reads the codes too
+    assert change.bytes_after < change.bytes_before * 0.3
+    moved = (after - before).norm() / before.norm()
+    assert 1e-5 < moved < 0.02
+    with pytest.raises(ConfigError, match="bits=3 must be 8 or 4"):
+        quantize_head(model, 3)
 
 
 def test_a_change_of_dtype_leaves_codes_and_scales() -> None:

@@ -2,7 +2,8 @@
 
 The same GLM-4-style shapes and random weights everywhere, one sequence, a short context. Engines
 that are not installed are left out and named (`pip install transformers torchao onnxruntime-genai
-llama-cpp-python gguf` brings all). `ceiling_gb_s` is what the faster of two readers of a large
+llama-cpp-python gguf chatglm-cpp tabulate` brings all; chatglm-cpp is built under
+CMAKE_POLICY_VERSION_MINIMUM=3.5). `ceiling_gb_s` is what the faster of two readers of a large
 buffer reaches in the same rounds; a row's `gb_s` counts the weights of all products, head included,
 once a token."""
 
@@ -19,7 +20,7 @@ import torch
 
 from glm_core import ops
 from glm_core.backends.registry import use
-from glm_core.bench import llama, matmul_nbits, peers
+from glm_core.bench import chatglm, llama, matmul_nbits, peers
 from glm_core.bench.harness import Timing, interleave, machine, ratio
 from glm_core.bench.noise import Watch, irregularities
 from glm_core.bench.peers import Engine
@@ -120,6 +121,8 @@ def engines(config: ModelConfig, prompt: int, prefill: bool, dtypes: list[str]) 
         yield peers.genai(config, prompt, prefill)
     if {"llama_cpp", "gguf"} <= here:
         yield llama.llama(config, prompt, prefill)
+    if {"chatglm_cpp", "transformers"} <= here:
+        yield chatglm.chatglm(config, prompt, prefill)
 
 
 def readers() -> dict[str, Callable[[], Any]]:

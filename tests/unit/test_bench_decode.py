@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from glm_core.backends.registry import probe
-from glm_core.bench import decode, llama, matmul_nbits, peers
+from glm_core.bench import chatglm, decode, llama, matmul_nbits, peers
 from glm_core.config import ModelConfig
 from glm_core.model import preset
 
@@ -69,6 +69,15 @@ def test_llama_cpp_runs_the_shapes(prefill: bool) -> None:
     for package in ("llama_cpp", "gguf"):
         pytest.importorskip(package, reason=f"{package} is not installed")
     engine = llama.llama(tiny(), 16, prefill)
+    engine.step()
+    weights = 2 * (128 * (128 + 2 * 2 * 32) + 128 * 128 + 3 * 128 * 256) + 128 * 128
+    assert engine.num_bytes == weights * 18 // 32
+
+
+def test_chatglm_cpp_runs_the_shapes() -> None:
+    for package in ("chatglm_cpp", "transformers"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    engine = chatglm.chatglm(tiny(), 16, False)
     engine.step()
     weights = 2 * (128 * (128 + 2 * 2 * 32) + 128 * 128 + 3 * 128 * 256) + 128 * 128
     assert engine.num_bytes == weights * 18 // 32

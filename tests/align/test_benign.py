@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from small import differs, outcomes, step_calls
+from small_runs import differs, outcomes, step_calls
 
 from glm_core.align import catalogue
 from glm_core.align.benign import BENIGN, Benign

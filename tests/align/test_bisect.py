@@ -14,7 +14,7 @@ from typing import Any
 import markov
 import pytest
 import torch
-from small import rows
+from small_runs import rows
 
 from glm_core import align, ops
 from glm_core.align import hitrate, substitution

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small import differs, outcomes, step_calls
+from small_runs import differs, outcomes, step_calls
 
 from glm_core import ops
 from glm_core.align import (

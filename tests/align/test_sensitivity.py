@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 import pytest
-from small import rows
+from small_runs import rows
 
 from glm_core import align
 from glm_core.align import catalogue, detection

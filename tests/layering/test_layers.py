@@ -200,3 +200,13 @@ def test_every_module_says_what_it_decides() -> None:
         and not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
     ]
     assert not silent, f"modules without a docstring: {silent}"
+
+
+def test_what_tests_share_has_a_name_of_its_own() -> None:
+    """Folders of tests are on one path: the first `small` would be everybody's."""
+    shared = [
+        path.name
+        for path in (ROOT / "tests").rglob("*.py")
+        if not path.name.startswith("test_") and path.name not in ("conftest.py", "__init__.py")
+    ]
+    assert sorted(shared) == sorted(set(shared))

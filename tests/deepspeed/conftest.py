@@ -18,8 +18,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 from peer_runs import CONTROLS, HERE, OURS_2, OURS_4, REAL, SCRIPTS, SCRIPTS_4, differences, run
 from small import made_state
 
-from glm_core.deepspeed import universal
+from glm_core.deepspeed import settings, universal
 from glm_core.deepspeed.foreign import Saved
+
+
+@pytest.fixture(autouse=True)
+def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is said once per process is said once per test."""
+    monkeypatch.setattr(settings, "_said", set())
 
 
 def make_universal(place: Path) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from glm_core.deepspeed import settings as module
 from glm_core.deepspeed.keys import SECTIONS, TOP, Key
 from glm_core.deepspeed.settings import Settings, resolve
 from glm_core.errors import ConfigError
@@ -36,11 +35,6 @@ def merged(*configs: dict[str, Any]) -> dict[str, Any]:
             old = whole.get(name)
             whole[name] = {**old, **value} if isinstance(old, dict) else value
     return whole
-
-
-@pytest.fixture(autouse=True)
-def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_said", set())
 
 
 @pytest.mark.parametrize("path", keys("no effect"), ids=".".join)

@@ -85,12 +85,6 @@ def test_all_complaints_come_at_once() -> None:
     assert "train_batch_size" in str(told.value)
 
 
-def test_a_key_without_effect_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
-    for _ in range(2):
-        resolve({**GOOD, "wall_clock_breakdown": False}, 2)
-    assert capsys.readouterr().err.count("wall_clock_breakdown") == 1
-
-
 @pytest.mark.parametrize(
     ("given", "wanted"),
     [

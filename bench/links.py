@@ -19,15 +19,22 @@ def measure(backend: str, processes: int, rounds: int, largest: str) -> list[Row
         sys.executable, "-m", "glm_core.bench.comm", "--json", "--backend", backend, "--processes",
         str(processes), "--rounds", str(rounds), "--max-bytes", largest,
     ]  # fmt: skip
+    return rows(answer(command, LIMIT_S, "bench comm:", "a link hangs"))
+
+
+def answer(command: list[str], limit_s: int, who: str, late: str) -> dict[str, Any]:
+    """The JSON object in the last line that a command of ours prints. Raises GlmCoreError with what
+    it said, `who` before it; `late`: what to think of one that does not end within limit_s."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
     except subprocess.TimeoutExpired as error:
-        raise GlmCoreError(f"bench comm: no end after {LIMIT_S} s; a link hangs") from error
+        raise GlmCoreError(f"{who} no end after {limit_s} s; {late}") from error
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         said = (done.stderr.strip() or "nothing").splitlines()[-1]
-        raise GlmCoreError(f"bench comm: ended with {done.returncode}: {said}")
-    return rows(json.loads(lines[-1]))
+        raise GlmCoreError(f"{who} ended with {done.returncode}: {said}")
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found
 
 
 def rows(result: dict[str, Any]) -> list[Row]:

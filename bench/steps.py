@@ -9,7 +9,6 @@ import dataclasses
 import io
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
-from glm_core.bench import ceilings
+from glm_core.bench import ceilings, links
 from glm_core.bench.comm import elements
 from glm_core.bench.harness import interleave
 from glm_core.bench.planner.here import MESSAGES, SIZES, Alone, Wanted
@@ -40,16 +39,7 @@ def measure(wanted: Wanted) -> dict[str, list[float]]:
     """Seconds of each round by what was timed: of the slowest rank. Raises GlmCoreError with what
     the processes said."""
     words = [sys.executable, "-m", "glm_core.bench.steps", json.dumps(dataclasses.asdict(wanted))]
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT_S, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise GlmCoreError(f"plan measure: no end after {LIMIT_S} s; ask for less") from error
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or not lines:
-        said = (done.stderr.strip() or "nothing").splitlines()[-1]
-        raise GlmCoreError(f"plan measure: the processes ended with {done.returncode}: {said}")
-    seconds: dict[str, list[float]] = json.loads(lines[-1])
-    return seconds
+    return links.answer(words, LIMIT_S, "plan measure:", "ask for less")
 
 
 def contestants(wanted: Wanted, backend: Backend, me: comm.Member) -> dict[str, Call]:

@@ -215,11 +215,8 @@ class DeepSpeedEngine(Answers, nn.Module):
         return [piece for h in self.holders for piece in h.pieces(self._copies)]
 
     def _copies(self, param: nn.Parameter) -> int:
-        """Ranks of the whole job with the same elements. Megatron marks what it splits."""
-        parallel = any(
-            getattr(param, mark, False) for mark in ("model_parallel", "tensor_model_parallel")
-        )
-        return self.dp_world_size if parallel else dist.get_world_size()
+        """Ranks of the whole job with the same elements."""
+        return self.dp_world_size if is_split(param) else dist.get_world_size()
 
     def _sum_norm(self, parts: list[Piece]) -> Tensor:
         return global_norm(parts, device=str(self.device))
@@ -336,6 +333,12 @@ class DeepSpeedEngine(Answers, nn.Module):
         return True
 
     save_fp16_model = save_16bit_model
+
+
+def is_split(param: nn.Parameter) -> bool:
+    """Is it a tensor-parallel rank's part? Megatron marks what it splits."""
+    marks = ("model_parallel", "tensor_model_parallel")
+    return any(getattr(param, mark, False) for mark in marks)
 
 
 def _world() -> dist.ProcessGroup:

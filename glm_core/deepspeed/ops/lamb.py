@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
+from glm_core.deepspeed.ops.each import OneByOne
 from glm_core.errors import ConfigError
 
 
-class FusedLamb(torch.optim.Optimizer):
+class FusedLamb(OneByOne):
     """u = m / (sqrt(v) + eps) + decay w;  w -= lr' r u, r = |w| / |u| in [min_coeff, max_coeff],
     with Adam's m and v and lr' = lr sqrt(1 - b2^t) / (1 - b1^t): the order of DeepSpeed's kernel
     (csrc/lamb, 0.19.8), which corrects the bias outside the trust ratio. Norms are of whole
@@ -41,19 +42,8 @@ class FusedLamb(torch.optim.Optimizer):
         """The last step's trust ratios, by parameter."""
         return [float(c) for c in self.lamb_coeffs]
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update; the closure's loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _begin(self) -> None:
         self.lamb_coeffs.clear()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update(p, group)
-        return loss
 
     def _update(self, p: torch.Tensor, group: dict[str, Any]) -> None:
         assert p.grad is not None

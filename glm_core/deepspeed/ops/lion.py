@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
+from glm_core.deepspeed.ops.each import OneByOne
 
-class FusedLion(torch.optim.Optimizer):
+
+class FusedLion(OneByOne):
     """c = b1 m + (1 - b1) g;  w = (1 - lr decay) w - lr sign(c);  m = b2 m + (1 - b2) g. Where c is
     0 the weight does not move, as in the paper; DeepSpeed's kernels move it by lr."""
 
@@ -18,19 +20,6 @@ class FusedLion(torch.optim.Optimizer):
     ) -> None:  # fmt: skip
         """set_grad_none: gradients are always set to None."""
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update; the closure's loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update(p, group)
-        return loss
 
     def _update(self, p: torch.Tensor, group: dict[str, Any]) -> None:
         assert p.grad is not None

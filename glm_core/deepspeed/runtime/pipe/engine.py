@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from glm_core.deepspeed.engine import DeepSpeedEngine
+from glm_core.deepspeed.engine import DeepSpeedEngine, is_split
 from glm_core.deepspeed.foreign import Saved
 from glm_core.deepspeed.runtime.pipe import saved
 from glm_core.deepspeed.runtime.pipe.feed import Feed
@@ -187,10 +187,10 @@ class PipelineEngine(Feed, DeepSpeedEngine):
     def _copies(self, param: nn.Parameter) -> int:
         """A stage's weight is on its replicas and, unless it is marked as split, slices; a tied one
         on those of all its stages."""
-        marks = ("model_parallel", "tensor_model_parallel")
-        split = any(getattr(param, mark, False) for mark in marks)
         stages = next((len(t.ranks) for t in self.module.ties if t.weight is param), 1)
-        return self.dp_world_size * stages * (1 if split else self.grid.slice_parallel_size)
+        return (
+            self.dp_world_size * stages * (1 if is_split(param) else self.grid.slice_parallel_size)
+        )
 
     def _report(self, losses: list[Tensor]) -> None:
         """Means over micro-batches and replicas, to all stages."""

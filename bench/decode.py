@@ -14,7 +14,7 @@ import importlib.util
 import itertools
 import json
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -39,13 +39,26 @@ PEERS = (
     "transformers", "torchao", "onnxruntime", "onnx", "onnxruntime_genai", "llama_cpp", "gguf",
     "chatglm_cpp",
 )  # fmt: skip
+
+
+class Ours(NamedTuple):
+    """How our model computes."""
+
+    dtype: str
+    how: Quantization | None = None
+    head_bits: int = 0
+    """0: the head is left as it is"""
+
+
+INT4 = Quantization(bits=4, group=128, activation_bits=8)
 OURS = {
-    "float32": ("float32", None),
-    "bfloat16": ("bfloat16", None),
-    "int8": ("bfloat16", Quantization(bits=8, activation_bits=8)),
-    "int4": ("bfloat16", Quantization(bits=4, group=128, activation_bits=8)),
-    "int4 float activations": ("bfloat16", Quantization(bits=4, group=128)),
-    "int4, head too": ("bfloat16", Quantization(bits=4, group=128, activation_bits=8)),
+    "float32": Ours("float32"),
+    "bfloat16": Ours("bfloat16"),
+    "int8": Ours("bfloat16", Quantization(bits=8, activation_bits=8)),
+    "int4": Ours("bfloat16", INT4),
+    "int4 float activations": Ours("bfloat16", Quantization(bits=4, group=128)),
+    # as llama.cpp and ONNX Runtime GenAI have it
+    "int4, head too": Ours("bfloat16", INT4, head_bits=4),
 }
 
 
@@ -67,10 +80,10 @@ def read_weights(model: GLM) -> int:
 
 def ours(config: ModelConfig, dtype: str, prompt: int, prefill: bool) -> Engine:
     """Our model through its cache and the `cpu` backend."""
-    working, how = OURS[dtype]
-    model = built(config, working, how)
-    if dtype.endswith("head too"):  # as llama.cpp and ONNX Runtime GenAI have it
-        quantize_head(model, 4)
+    chosen = OURS[dtype]
+    model = built(config, chosen.dtype, chosen.how)
+    if chosen.head_bits:
+        quantize_head(model, chosen.head_bits)
     text = causal([i % config.vocab for i in range(prompt)])
     runner, place = Runner(model, 1), itertools.count(prompt)
 
@@ -115,7 +128,7 @@ def engines(config: ModelConfig, prompt: int, prefill: bool, dtypes: list[str]) 
     if {"onnxruntime", "onnx"} <= here:
         step, size = matmul_nbits.chain(config, prompt if prefill else 1)
         yield Engine("onnxruntime MatMulNBits, products alone", "int4", step, size)
-        model = built(config, "float32", OURS["int4"][1])
+        model = built(config, "float32", INT4)
         yield peers.onnxruntime_glm(model, prompt, prefill, read_weights(model))
     if {"onnxruntime_genai", "transformers"} <= here:
         yield peers.genai(config, prompt, prefill)

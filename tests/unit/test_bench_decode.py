@@ -64,29 +64,32 @@ def test_peers_that_are_not_installed_are_named(monkeypatch: pytest.MonkeyPatch)
     assert result["not_installed"] == list(decode.PEERS)
 
 
+WEIGHTS = 2 * (128 * (128 + 2 * 2 * 32) + 128 * 128 + 3 * 128 * 256) + 128 * 128
+"""of the products of `tiny`, head included"""
+
+
+def needs(*packages: str) -> None:
+    for package in packages:
+        pytest.importorskip(package, reason=f"{package} is not installed")
+
+
 @pytest.mark.parametrize("prefill", [False, True], ids=["decode", "prefill"])
 def test_llama_cpp_runs_the_shapes(prefill: bool) -> None:
-    for package in ("llama_cpp", "gguf"):
-        pytest.importorskip(package, reason=f"{package} is not installed")
+    needs("llama_cpp", "gguf")
     engine = llama.llama(tiny(), 16, prefill)
     engine.step()
-    weights = 2 * (128 * (128 + 2 * 2 * 32) + 128 * 128 + 3 * 128 * 256) + 128 * 128
-    assert engine.num_bytes == weights * 18 // 32
+    assert engine.num_bytes == WEIGHTS * 18 // 32
 
 
 def test_chatglm_cpp_runs_the_shapes() -> None:
-    for package in ("chatglm_cpp", "transformers"):
-        pytest.importorskip(package, reason=f"{package} is not installed")
+    needs("chatglm_cpp", "transformers")
     engine = chatglm.chatglm(tiny(), 16, False)
     engine.step()
-    weights = 2 * (128 * (128 + 2 * 2 * 32) + 128 * 128 + 3 * 128 * 256) + 128 * 128
-    assert engine.num_bytes == weights * 18 // 32
+    assert engine.num_bytes == WEIGHTS * 18 // 32
 
 
 def test_genai_runs_the_shapes() -> None:
-    for package in ("onnxruntime_genai", "transformers"):
-        pytest.importorskip(package, reason=f"{package} is not installed")
+    needs("onnxruntime_genai", "transformers")
     engine = peers.genai(tiny(), 16, False)
     engine.step()
-    weights = 2 * (128 * (128 + 2 * 2 * 32) + 128 * 128 + 3 * 128 * 256) + 128 * 128
-    assert engine.num_bytes == weights // 2 + weights // 128 * 4
+    assert engine.num_bytes == WEIGHTS // 2 + WEIGHTS // 128 * 4

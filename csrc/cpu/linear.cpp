@@ -25,70 +25,70 @@ GLM_INLINE vi pairs(const bf16* p, int64_t n) {
 // part += weights times inputs, n <= step of them from i on; in PAIRS the instruction set has sums
 // of two products of bf16, in float32.
 template <bool PAIRS, int R, int M, class T>
-GLM_INLINE void add(vf (&part)[R][M], const LinearFew<T>& a, const T* w, int64_t row, int64_t i,
-                    int64_t n) {
+GLM_INLINE void add(vf (&part)[R][M], const LinearFew<T>& a, const T* const (&w)[R], int64_t row,
+                    int64_t i, int64_t n) {
   if constexpr (PAIRS) {
     vi x[M];
     for (int m = 0; m < M; ++m) x[m] = pairs(a.narrow + (row + m) * a.width + i, n);
     for (int r = 0; r < R; ++r) {
-      const vi v = pairs(w + r * a.width + i, n);
+      const vi v = pairs(w[r] + i, n);
       for (int m = 0; m < M; ++m) part[r][m] = add_pairs(part[r][m], v, x[m]);
     }
   } else {
     vf x[M];
     for (int m = 0; m < M; ++m) x[m] = take(a.x + (row + m) * a.width + i, n);
     for (int r = 0; r < R; ++r) {
-      const vf v = take(w + r * a.width + i, n);
+      const vf v = take(w[r] + i, n);
       for (int m = 0; m < M; ++m) part[r][m] = fma(v, x[m], part[r][m]);
     }
   }
 }
 
-// Features f ... f + R, rows n ... n + M. The order in which a result is summed depends on neither.
+// Features f, f + apart, ... (R of them), rows n ... n + M. The order in which a result is summed
+// depends on neither.
 template <bool PAIRS, int R, int M, class T>
-void tile(const LinearFew<T>& a, int64_t f, int64_t n) {
+void tile(const LinearFew<T>& a, int64_t f, int64_t apart, int64_t n) {
   constexpr int64_t step = PAIRS ? 2 * W : W;
   constexpr int64_t block = 32 * step;  // summed by itself, so that rounding errors stay small
-  const T* w = a.weight + f * a.width;
+  const T* w[R];
+  for (int r = 0; r < R; ++r) w[r] = a.weight + (f + r * apart) * a.width;
   vf total[R][M] = {};
   for (int64_t begin = 0; begin < a.width; begin += block) {
     const int64_t end = begin + block < a.width ? begin + block : a.width;
     vf part[R][M] = {};
     int64_t i = begin;
-    for (; i + step <= end; i += step) {
-      // the next features, a tile ahead: rows may be too short for the CPU to prefetch by itself
-      for (int r = 0; r < R; ++r) __builtin_prefetch(w + (R + r) * a.width + i, 0, 2);
-      add<PAIRS>(part, a, w, n, i, step);
-    }
+    for (; i + step <= end; i += step) add<PAIRS>(part, a, w, n, i, step);
     if (i < end) add<PAIRS>(part, a, w, n, i, end - i);
     for (int r = 0; r < R; ++r)
       for (int m = 0; m < M; ++m) total[r][m] += part[r][m];
   }
   for (int r = 0; r < R; ++r)
-    for (int m = 0; m < M; ++m)
-      put(a.y + (n + m) * a.features + f + r,
-          sum(total[r][m]) + (a.bias ? get(a.bias + f + r) : 0.0f));
+    for (int m = 0; m < M; ++m) {
+      const int64_t at = f + r * apart;
+      put(a.y + (n + m) * a.features + at, sum(total[r][m]) + (a.bias ? get(a.bias + at) : 0.0f));
+    }
 }
 
 template <bool PAIRS, int R, class T>
-void rows(const LinearFew<T>& a, int64_t f) {
+void rows(const LinearFew<T>& a, int64_t f, int64_t apart) {
   int64_t n = 0;
-  for (; n + ROWS <= a.rows; n += ROWS) tile<PAIRS, R, ROWS>(a, f, n);
+  for (; n + ROWS <= a.rows; n += ROWS) tile<PAIRS, R, ROWS>(a, f, apart, n);
   switch (a.rows - n) {
     case 3:
-      return tile<PAIRS, R, 3>(a, f, n);
+      return tile<PAIRS, R, 3>(a, f, apart, n);
     case 2:
-      return tile<PAIRS, R, 2>(a, f, n);
+      return tile<PAIRS, R, 2>(a, f, apart, n);
     case 1:
-      return tile<PAIRS, R, 1>(a, f, n);
+      return tile<PAIRS, R, 1>(a, f, apart, n);
   }
 }
 
 template <bool PAIRS, class T>
 void features(const LinearFew<T>& a, int64_t begin, int64_t end) {
-  int64_t f = begin;
-  for (; f + FEATURES <= end; f += FEATURES) rows<PAIRS, FEATURES>(a, f);
-  for (; f < end; ++f) rows<PAIRS, 1>(a, f);
+  // far apart, so that each is a long stream that the CPU prefetches by itself
+  const int64_t apart = (end - begin) / FEATURES;
+  for (int64_t i = 0; i < apart; ++i) rows<PAIRS, FEATURES>(a, begin + i, apart);
+  for (int64_t f = begin + FEATURES * apart; f < end; ++f) rows<PAIRS, 1>(a, f, 1);
 }
 
 }  // namespace

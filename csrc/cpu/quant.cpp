@@ -42,9 +42,9 @@ struct Rounded {
     vf size[R];
     for (int r = 0; r < R; ++r) {
       const vi words = load_words(w[r]);
-      if (BITS == 4) {  // unsigned: the sign bits turned, 8 too much
-        const vu u = bits_as<vu>(words) ^ 0x88888888;
-        high[r] = bits_as<vi>((u >> 4) & 0x0f0f0f0f), low[r] = bits_as<vi>(u & 0x0f0f0f0f);
+      if (BITS == 4) {
+        const Nibbles nibbles = unsigned_nibbles(words);
+        high[r] = nibbles.high, low[r] = nibbles.low;
       } else {
         high[r] = VNNI ? words ^ int32_t(0x80808080) : words;
       }
@@ -116,27 +116,34 @@ struct Whole {
   }
 };
 
-// Features f ... f + R, rows n ... n + M. The order in which a result is summed depends on neither.
+// Features f, f + apart, ... (R of them), rows n ... n + M. The order in which a result is summed
+// depends on neither.
 template <int BITS, Groups G, int R, int M, class Kind, class T>
-void tile(const Kind& kind, const QuantizedProduct<T>& a, int64_t f, int64_t n) {
+void tile(const Kind& kind, const QuantizedProduct<T>& a, int64_t f, int64_t apart, int64_t n) {
   constexpr int64_t step = per_vector(BITS);
   const int64_t row_bytes = a.w.width * BITS / 8, whole = a.w.width / step * step;
   const int8_t* w[R];
   const uint16_t* scale[R];
   for (int r = 0; r < R; ++r) {
-    w[r] = a.w.weight + (f + r) * row_bytes;
-    scale[r] = a.w.scale + (f + r) * a.w.groups;
+    w[r] = a.w.weight + (f + r * apart) * row_bytes;
+    scale[r] = a.w.scale + (f + r * apart) * a.w.groups;
   }
   vf total[R][M] = {}, large[R] = {};
-  const int64_t span = G == LARGE ? a.w.width / a.w.groups : whole;
-  for (int64_t begin = 0; begin < whole; begin += span) {
+  float sizes[R][W];  // scales of W large groups at a time
+  const int64_t group = G == LARGE ? a.w.width / a.w.groups : whole;
+  const int64_t part = G == LARGE ? W * group : whole;
+  for (int64_t begin = 0; begin < whole; begin += part) {
+    const int64_t end = whole - begin < part ? whole : begin + part;
     if (G == LARGE)
-      for (int r = 0; r < R; ++r) large[r] = all(from_half(scale[r][begin / span]));
-    for (int64_t i = begin; i < begin + span; i += step) {
-      // the next features, a tile ahead: rows are too short for the CPU to prefetch by itself
-      for (int r = 0; r < R; ++r) __builtin_prefetch(w[r] + R * row_bytes, 0, 2);
+      for (int r = 0; r < R; ++r)
+        from_halves(scale[r] + begin / group, (end - begin) / group, sizes[r]);
+    const float* size = sizes[0];
+    for (int64_t i = begin, left = group; i < end; i += step) {
+      if (G == LARGE)
+        for (int r = 0; r < R; ++r) large[r] = all(size[r * W]);
       kind.add(total, i, w, scale, large, n);
       for (int r = 0; r < R; ++r) w[r] += 4 * W;
+      if (G == LARGE && !(left -= step)) left = group, ++size;
     }
   }
   if (whole < a.w.width) {
@@ -150,22 +157,25 @@ void tile(const Kind& kind, const QuantizedProduct<T>& a, int64_t f, int64_t n) 
   for (int r = 0; r < R; ++r)
     for (int m = 0; m < M; ++m) {
       const float s = sum(total[r][m]) * (G == ROW ? from_half(*scale[r]) : 1.0f);
-      put(a.y + (n + m) * a.features + f + r, a.bias ? s + get(a.bias + f + r) : s);
+      const int64_t at = f + r * apart;
+      put(a.y + (n + m) * a.features + at, a.bias ? s + get(a.bias + at) : s);
     }
 }
 
 template <int BITS, Groups G, int R, class Kind, class T>
-void rows(const Kind& kind, const QuantizedProduct<T>& a, int64_t f) {
+void rows(const Kind& kind, const QuantizedProduct<T>& a, int64_t f, int64_t apart) {
   int64_t n = 0;
-  for (; n + ROWS <= a.rows; n += ROWS) tile<BITS, G, R, ROWS>(kind, a, f, n);
-  for (; n < a.rows; ++n) tile<BITS, G, R, 1>(kind, a, f, n);
+  for (; n + ROWS <= a.rows; n += ROWS) tile<BITS, G, R, ROWS>(kind, a, f, apart, n);
+  for (; n < a.rows; ++n) tile<BITS, G, R, 1>(kind, a, f, apart, n);
 }
 
 template <int BITS, Groups G, class Kind, class T>
 void features(const Kind& kind, const QuantizedProduct<T>& a, int64_t begin, int64_t end) {
-  int64_t f = begin;
-  for (; f + FEATURES <= end; f += FEATURES) rows<BITS, G, FEATURES>(kind, a, f);
-  for (; f < end; ++f) rows<BITS, G, 1>(kind, a, f);
+  // Far apart, so that each is one long stream: the CPU's own prefetching follows a few of those,
+  // and reads twice as much as with rows side by side that are asked for ahead.
+  const int64_t apart = (end - begin) / FEATURES;
+  for (int64_t i = 0; i < apart; ++i) rows<BITS, G, FEATURES>(kind, a, begin + i, apart);
+  for (int64_t f = begin + FEATURES * apart; f < end; ++f) rows<BITS, G, 1>(kind, a, f, 1);
 }
 
 template <int BITS, Groups G, class T>

@@ -24,6 +24,32 @@ GLM_INLINE float from_half(uint16_t h) {
 #endif
 }
 
+// The first n <= W of p, as floats.
+GLM_INLINE void from_halves(const uint16_t* p, int64_t n, float* out) {
+#if defined(__AVX512F__)
+  const __mmask16 some = __mmask16((1u << n) - 1);
+  store(out, bits_as<vf>(_mm512_maskz_cvtph_ps(some, _mm256_maskz_loadu_epi16(some, p))));
+#else
+  for (int64_t i = 0; i < n; ++i) out[i] = from_half(p[i]);
+#endif
+}
+
+// Both nibbles of every byte as unsigned bytes, 8 too much: `low` the lower ones.
+struct Nibbles {
+  vi high, low;
+};
+GLM_INLINE Nibbles unsigned_nibbles(vi w) {
+#if defined(__AVX512F__)
+  const auto turned = [](vi x) GLM_INLINED {  // (x ^ 8) & 15
+    return bits_as<vi>(_mm512_maskz_ternarylogic_epi32(
+        0xffff, bits_as<__m512i>(x), _mm512_set1_epi8(8), _mm512_set1_epi8(15), 0x28));
+  };
+#else
+  const auto turned = [](vi x) GLM_INLINED { return (x ^ 0x08080808) & 0x0f0f0f0f; };
+#endif
+  return {turned(bits_as<vi>(bits_as<vu>(w) >> 4)), turned(w)};
+}
+
 // Nibble k of every word, as floats; nibbles are signed.
 template <int K>
 GLM_INLINE vf nibble(vi w) {

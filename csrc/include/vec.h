@@ -163,11 +163,24 @@ GLM_INLINE vf root(vf x) {
 
 // Sum of the lanes in a fixed order: halves, quarters, ...
 GLM_INLINE float sum(vf x) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  const __m512 z = bits_as<__m512>(x);
+  const __m256 half = _mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, z, 0),
+                                    _mm512_maskz_extractf32x8_ps(0xff, z, 1));
+#else
+  const __m256 half = bits_as<__m256>(x);
+#endif
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
   float lane[W];
   store(lane, x);
   for (int half = W / 2; half; half /= 2)
     for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
   return lane[0];
+#endif
 }
 
 // K sums over a row: f(i, n, sums) adds the n elements at i to each of the K. Blocks of 32 vectors

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from glm_core.decode_step import DecodeStep, Stack
 from glm_core.dispatch import Op
 from glm_core.session import Kernel
 from glm_core.spec import Support
@@ -96,6 +97,11 @@ class Backend:
         if kernel is None:
             return Support(self.references_only, "no kernel for this op")
         return Support(True) if kernel.supports is None else kernel.supports(**arguments)
+
+    def decode_step(self, stack: Stack) -> DecodeStep | None:
+        """Takes a whole decode step of this model; None (the default): ops are called one by
+        one."""
+        return None
 
     def device(self, index: int = 0) -> torch.device:
         """The device tensors of this backend live on."""

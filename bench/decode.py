@@ -35,6 +35,8 @@ PROMPT = 64
 TURN = 8
 """tokens an engine decodes in its turn: the first meets the caches as another engine left them"""
 READ_BYTES = 512 << 20
+REST_S = 0.1
+"""before every turn: ONNX Runtime's threads spin on after theirs, at the cost of whoever is next"""
 PEERS = (
     "transformers", "torchao", "onnxruntime", "onnx", "onnxruntime_genai", "llama_cpp", "gguf",
     "chatglm_cpp",
@@ -164,7 +166,7 @@ def timed(
         return lambda: [step() for _ in range(times)]
 
     contestants = {f"{e.name}, {e.dtype}": turn(e.step) for e in found}
-    taken = interleave({**contestants, **reading}, rounds)
+    taken = interleave({**contestants, **reading}, rounds, rest_s=REST_S)
     each = {n: Timing(seconds=tuple(s / times for s in taken[n].seconds)) for n in contestants}
     return found, {**each, "read": min((taken[n] for n in reading), key=lambda t: t.median_s)}
 

@@ -40,13 +40,14 @@ class Timing:
 
 
 def interleave(
-    contestants: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2
+    contestants: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2, rest_s: float = 0.0
 ) -> dict[str, Timing]:
     """Times every contestant once per round, in turn, so that a slow spell of a shared machine
-    hits all alike."""
+    hits all alike. `rest_s` before each: other engines' threads go on spinning for a while."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for i in range(warmup + rounds):
         for name, run in contestants.items():
+            time.sleep(rest_s)
             start = time.perf_counter()
             run()
             if i >= warmup:

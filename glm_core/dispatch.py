@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from glm_core.decode_step import DecodeStep, Stack
 from glm_core.session import Kernel, Kernels, Session
 from glm_core.spec import Cost, OpSpec, Sample, declare
 
@@ -20,6 +21,9 @@ class _Reference:
     name = "reference"
     references_only = True
     kernels: Mapping[str, Kernel] = {}
+
+    def decode_step(self, stack: Stack) -> DecodeStep | None:
+        return None
 
 
 class _Active(threading.local):
@@ -122,3 +126,14 @@ def intercept(interceptor: Interceptor | None) -> Iterator[None]:
 def session() -> Session:
     """The innermost active `use` of this thread."""
     return _active.session
+
+
+def decode_step(stack: Stack) -> DecodeStep | None:
+    """What the active backend takes whole decode steps of a model with; None where it calls op
+    after op."""
+    return _active.session.backend.decode_step(stack)
+
+
+def intercepted() -> bool:
+    """Does somebody want to see every op call of this thread?"""
+    return _active.interceptor is not None

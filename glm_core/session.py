@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from glm_core.decode_step import DecodeStep, Stack
 from glm_core.errors import UnsupportedOpError
 from glm_core.spec import Support
 
@@ -29,6 +30,7 @@ class Kernels(Protocol):
     def kernels(self) -> Mapping[str, Kernel]: ...
     @property
     def references_only(self) -> bool: ...
+    def decode_step(self, stack: Stack) -> DecodeStep | None: ...
 
 
 class Fallback(NamedTuple):

@@ -10,7 +10,9 @@ from torch import Tensor
 from glm_core import ops
 from glm_core.backends.base import Backend
 from glm_core.backends.cpu import fakes, supports
+from glm_core.backends.cpu.decode_step import CpuDecodeStep, supported
 from glm_core.backends.cpu.extension import isa, isas, loaded, probe, select_isa
+from glm_core.decode_step import DecodeStep, Stack
 
 __all__ = ["backend", "isa", "isas", "select_isa"]
 
@@ -18,6 +20,10 @@ __all__ = ["backend", "isa", "isas", "select_isa"]
 class CpuBackend(Backend):
     def synchronize(self) -> None:
         """Kernels return when they are done."""
+
+    def decode_step(self, stack: Stack) -> DecodeStep | None:
+        """For models whose every op has a kernel."""
+        return CpuDecodeStep(stack, FEW_ROWS) if supported(stack).ok else None
 
 
 backend = CpuBackend(

@@ -18,8 +18,13 @@ namespace glm::GLM_ISA {
 namespace {
 
 constexpr int64_t BLOCK = 128;  // keys
-constexpr int HEADS = 4;        // queries in registers
-constexpr int COLUMNS = 2;      // vectors of values in registers, for each of them
+#if defined(__AVX512F__)
+constexpr int HEADS = 6;  // queries in registers
+#else
+constexpr int HEADS = 2;
+#endif
+constexpr int KEYS = 4;     // for each of them
+constexpr int COLUMNS = 4;  // vectors of values, likewise
 
 int64_t padded(int64_t size) { return (size + W - 1) / W * W; }
 
@@ -36,26 +41,39 @@ struct Zeros {
   float* p;
 };
 
+// f<R>() for a rest of R <= MOST.
+template <int MOST, class F>
+void rest_of_group(int64_t rest, F f) {
+  if (rest == MOST) return f(std::integral_constant<int, MOST>{});
+  if constexpr (MOST > 1) rest_of_group<MOST - 1>(rest, f);
+}
+
 // f<R>(first) for every group of R <= HEADS queries.
 template <class F>
 void in_groups(int64_t queries, F f) {
   int64_t r = 0;
   for (; r + HEADS <= queries; r += HEADS) f(std::integral_constant<int, HEADS>{}, r);
-  switch (queries - r) {
-    case 3:
-      return f(std::integral_constant<int, 3>{}, r);
-    case 2:
-      return f(std::integral_constant<int, 2>{}, r);
-    case 1:
-      return f(std::integral_constant<int, 1>{}, r);
-  }
+  rest_of_group<HEADS - 1>(queries - r, [&](auto heads) { f(heads, r); });
 }
 
 // p [R, ldp] = q k^T;  q [R, ld] padded with zeros, k [keys, width].
 template <int R, class T>
 void scores(const T* k, int64_t stride, int64_t keys, int64_t width, const float* q, int64_t ld,
             float* p, int64_t ldp) {
-  for (int64_t j = 0; j < keys; ++j) {
+  int64_t j = 0;
+  for (; j + KEYS <= keys; j += KEYS) {
+    vf total[R][KEYS] = {};
+    sweep(width, [&](int64_t e, int64_t n) GLM_INLINED {
+      vf x[KEYS];
+      for (int i = 0; i < KEYS; ++i) x[i] = take(k + (j + i) * stride + e, n);
+      for (int r = 0; r < R; ++r) {
+        const vf of_query = load(q + r * ld + e);
+        for (int i = 0; i < KEYS; ++i) total[r][i] = fma(of_query, x[i], total[r][i]);
+      }
+    });
+    for (int r = 0; r < R; ++r) sums_of_four(total[r], p + r * ldp + j);
+  }
+  for (; j < keys; ++j) {
     vf total[R] = {};
     sweep(width, [&](int64_t e, int64_t n) GLM_INLINED {
       const vf x = take(k + j * stride + e, n);

@@ -209,26 +209,17 @@ constexpr int64_t place_of_value(int64_t i) {
 
 constexpr int PARTS = rounded_block / W;
 
-GLM_INLINE vf larger_or_nan(vf a, vf b) { return b > a ? b : b != b ? b : a; }
-
 // One block of inputs, of which n exist, as integers in -127 ... 127; returns the step, NaN or
 // infinite where an input is (then all are 0).
 template <class T>
 float round_block(const T* x, int64_t n, vf (&out)[PARTS]) {
-  vf top = {};
+  vi top = {};  // as integers, magnitudes have the same order, and a NaN is above all
   for (int p = 0; p < PARTS; ++p) {
     const int64_t left = n - p * W;
     out[p] = left >= W ? load(x + p * W) : left > 0 ? load_n(x + p * W, left) : vf{};
-    top = larger_or_nan(top, bits_as<vf>(bits_as<vi>(out[p]) & 0x7fffffff));
+    top = larger(top, bits_as<vi>(out[p]) & 0x7fffffff);
   }
-  float lane[W];
-  store(lane, top);
-  for (int half = W / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) {
-      const float other = lane[i + half];
-      lane[i] = other > lane[i] || other != other ? other : lane[i];
-    }
-  const float step = lane[0] / 127.0f;
+  const float step = bits_as<float>(largest(top)) / 127.0f;
   const bool usable = step > 0 && step <= 3.4e38f;
   for (vf& v : out) {
     v = usable ? at_least(at_most(v / step, 127.0f), -127.0f) : vf{};
@@ -240,6 +231,18 @@ float round_block(const T* x, int64_t n, vf (&out)[PARTS]) {
 // The codes of one block, where the weights of each lane meet them.
 template <int BITS>
 GLM_INLINE void place(int8_t* codes, const vf (&v)[PARTS]) {
+#if defined(__AVX512F__)
+  const auto bytes = [](vf x) GLM_INLINED {
+    const vi whole = __builtin_convertvector(x, vi);
+    return _mm512_maskz_cvtepi32_epi8(0xffff, bits_as<__m512i>(whole));
+  };
+  const auto keep = [&](int64_t at, __m128i x) GLM_INLINED { memcpy(codes + at, &x, sizeof x); };
+  const __m128i a = bytes(v[0]), b = bytes(v[1]);
+  if (BITS == 8) return keep(0, a), keep(W, b);
+  const __m128i lower = _mm_set1_epi16(0xff);
+  keep(0, _mm_packus_epi16(_mm_and_si128(a, lower), _mm_and_si128(b, lower)));
+  keep(4 * W, _mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8)));
+#else
   int32_t code[rounded_block];
   for (int p = 0; p < PARTS; ++p) {
     const vi whole = __builtin_convertvector(v[p], vi);
@@ -252,6 +255,7 @@ GLM_INLINE void place(int8_t* codes, const vf (&v)[PARTS]) {
       codes[j] = int8_t(code[2 * j]);
       codes[j + 4 * W] = int8_t(code[2 * j + 1]);
     }
+#endif
 }
 
 template <int BITS, class T>
@@ -267,8 +271,8 @@ void input_codes(const QuantizedInput<T>& a, int64_t row) {
       for (int64_t k = 0; k < rounded_block / share; ++k) a.steps[(at + j) / share + k] = step;
     }
     for (int64_t j = at; j < at + input_padding; j += per_vector(BITS)) {
-      vi total = add_signed(vi{}, load_words(a.codes + j), ones);
-      if (BITS == 4) total = add_signed(total, load_words(a.codes + j + 4 * W), ones);
+      vi total = add_unsigned<false>(vi{}, ones, load_words(a.codes + j));
+      if (BITS == 4) total = add_unsigned<false>(total, ones, load_words(a.codes + j + 4 * W));
       total *= int32_t(-unsigned_by);
       memcpy(a.excess + j / share, &total, sizeof total);
     }

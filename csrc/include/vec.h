@@ -183,6 +183,28 @@ GLM_INLINE float sum(vf x) {
 #endif
 }
 
+// out[k] = sum(x[k]), the same bits.
+GLM_INLINE void sums_of_four(const vf* x, float* out) {
+#if defined(__AVX2__)
+  __m128 four[4];
+  for (int k = 0; k < 4; ++k) {
+#if defined(__AVX512F__)
+    const __m512 z = bits_as<__m512>(x[k]);
+    const __m256 half = _mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, z, 0),
+                                      _mm512_maskz_extractf32x8_ps(0xff, z, 1));
+#else
+    const __m256 half = bits_as<__m256>(x[k]);
+#endif
+    four[k] = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  }
+  const __m128 a = _mm_add_ps(_mm_movelh_ps(four[0], four[1]), _mm_movehl_ps(four[1], four[0]));
+  const __m128 b = _mm_add_ps(_mm_movelh_ps(four[2], four[3]), _mm_movehl_ps(four[3], four[2]));
+  _mm_storeu_ps(out, _mm_add_ps(_mm_shuffle_ps(a, b, 0x88), _mm_shuffle_ps(a, b, 0xdd)));
+#else
+  for (int k = 0; k < 4; ++k) out[k] = sum(x[k]);
+#endif
+}
+
 // K sums over a row: f(i, n, sums) adds the n elements at i to each of the K. Blocks of 32 vectors
 // are summed by themselves, so that rounding errors grow with the row's square root at most.
 template <int K, class F>
@@ -204,6 +226,27 @@ GLM_INLINE float largest(vf x) {
   for (int half = W / 2; half; half /= 2)
     for (int i = 0; i < half; ++i) lane[i] = lane[i] < lane[i + half] ? lane[i + half] : lane[i];
   return lane[0];
+}
+
+GLM_INLINE vi larger(vi a, vi b) { return a < b ? b : a; }
+
+GLM_INLINE int32_t largest(vi x) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  const __m512i z = bits_as<__m512i>(x);
+  const __m256i half = _mm256_max_epi32(_mm512_maskz_extracti32x8_epi32(0xff, z, 0),
+                                        _mm512_maskz_extracti32x8_epi32(0xff, z, 1));
+#else
+  const __m256i half = bits_as<__m256i>(x);
+#endif
+  __m128i four = _mm_max_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+#else
+  int32_t top = x[0];
+  for (int i = 1; i < W; ++i) top = top < x[i] ? x[i] : top;
+  return top;
+#endif
 }
 
 // 2^n for n in [-126, 127].

@@ -28,6 +28,11 @@ class Cache:
         """All of it; it never grows."""
         return self._memory.numel() * self._memory.element_size()
 
+    @property
+    def memory(self) -> Tensor:
+        """[layers, 2, slots, K, S, E]: keys, then values."""
+        return self._memory
+
     def window(self, first: int, places: Tensor) -> Window:
         """The slots from `first` on, one per row of a call whose tokens go to `places` [B, L]."""
         return Window(self._memory[:, :, first : first + len(places)], places)

@@ -5,17 +5,20 @@ Shapes: B rows, L tokens, V vocabulary."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from glm_core import nonfinite
+from glm_core import dispatch, nonfinite
+from glm_core.decode_step import DecodeStep, Rows
 from glm_core.errors import GenerationError, PromptError
 from glm_core.model.cache import Cache
 from glm_core.model.glm import GLM
 from glm_core.model.prompt import Prompt
+from glm_core.model.stack import angles, stack
 
 CHUNK = 512
 """tokens of a prompt that are read by one call"""
@@ -62,6 +65,9 @@ class Runner:
         model.eval()  # what adapters drop, they drop in training only
         self.length = min(length or model.config.max_length, model.config.max_length)
         self.cache = Cache(model.config, slots, self.length, weight.dtype, weight.device)
+        self._last: Callable[[], Call]
+        self._step_of: object = None
+        self._step: DecodeStep | None = None
 
     def require_room(self, prompt: Prompt, offset: int = 0) -> None:
         """Raises PromptError for a prompt that is empty, too long, or of unknown ids."""
@@ -95,6 +101,7 @@ class Runner:
         """The next piece of prompts that are read up to place `start` of their slots: logits
         [B, V] after it, and where it ends. All of part A is one piece, however long: its tokens see
         those after them."""
+        self._step_of = None  # the model may have been changed between two prompts
         length = max(len(p.tokens) for p in prompts)
         seen = max(length - len(p.tokens) + p.sep for p in prompts)
         end = min(max(start + self.chunk, seen if any(p.sep for p in prompts) else 0), length)
@@ -105,18 +112,30 @@ class Runner:
         return self._logits(call), end
 
     def decode(self, rows: Sequence[Next]) -> Tensor:
-        """Logits [B, V] (float32) after feeding row b's token to slot b."""
-        return self._logits(
-            _call(
-                [[r.token] for r in rows],
-                [[list(x)] for x in (r.prompt.position(r.place) for r in rows)],
-                [[r.offset] for r in rows],
-                [[0 if r.idle else r.offset + r.prompt.key_end(r.place)] for r in rows],
-                [[r.offset + r.place] for r in rows],
-                0,
-                self._device,
-            )
-        )
+        """Logits [B, V] (float32) after feeding row b's token to slot b: by the backend in one
+        step if it takes those of such a model, else op by op."""
+        asked, step = _rows(rows), self._whole_step()
+        if step is None or len(rows) > step.max_rows or dispatch.intercepted():
+            return self._logits(_step_call(asked, self._device))
+        self._last = lambda: _step_call(asked, self._device)
+        return step(asked, self.cache.memory)
+
+    def _whole_step(self) -> DecodeStep | None:
+        backend = dispatch.session().backend
+        if self._step_of is not backend:
+            made = stack(self.model, self._angles)
+            self._step_of = backend
+            self._step = None if made is None else dispatch.decode_step(made)
+        return self._step
+
+    @cached_property
+    def _angles(self) -> tuple[Tensor, Tensor] | None:
+        return angles(self.model, self.length)
+
+    @property
+    def last(self) -> Call:
+        """What the latest step was called with."""
+        return self._last()
 
     def explain(self, call: Call, step: int) -> GenerationError:
         """What to say of logits that are not finite: makes the same call again, watched."""
@@ -132,7 +151,7 @@ class Runner:
         return self.model.embedding.device
 
     def _logits(self, call: Call) -> Tensor:
-        self.last = call
+        self._last = lambda: call
         window = self.cache.window(call.first, call.places)
         with torch.inference_mode():
             hidden = self.model(
@@ -158,6 +177,25 @@ def _padded(
         [pads] * (end - start),
         [pads] * lead + [pads + min(prompt.key_end(i), n) for i in inside],
     )
+
+
+def _rows(rows: Sequence[Next]) -> Rows:
+    return Rows(
+        [r.token for r in rows],
+        [p for r in rows for p in r.prompt.position(r.place)],
+        [r.offset for r in rows],
+        [0 if r.idle else r.offset + r.prompt.key_end(r.place) for r in rows],
+        [r.offset + r.place for r in rows],
+    )
+
+
+def _step_call(rows: Rows, device: torch.device) -> Call:
+    """The same for the model."""
+    pairs = zip(rows.positions[::2], rows.positions[1::2], strict=True)
+    return _call(
+        [[t] for t in rows.tokens], [[list(p)] for p in pairs], [[k] for k in rows.key_start],
+        [[k] for k in rows.key_end], [[p] for p in rows.places], 0, device,
+    )  # fmt: skip
 
 
 def _call(

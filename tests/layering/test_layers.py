@@ -17,7 +17,7 @@ LAYERS = (
     ("fields",),
     ("config",),
     ("policy",),
-    ("spec",),
+    ("spec", "decode_step"),
     ("dispatch", "session", "trace", "trace_format", "nonfinite"),
     ("ops",),
     ("backends", "bench.harness"),

@@ -1,0 +1,224 @@
+"""A backend's whole decode steps: the same bits as op by op, and not where somebody has to see or
+replace an op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from glm_core import dispatch, ops
+from glm_core.backends import registry
+from glm_core.backends.cpu import isas, select_isa
+from glm_core.decode_step import Rows
+from glm_core.model import GLM, preset
+from glm_core.model.adapters import AdapterConfig, attach
+from glm_core.model.prompt import Prompt, causal
+from glm_core.model.quantize import Quantization, convert, quantize_head
+from glm_core.model.runner import Next, Runner, idle
+from glm_core.model.stack import angles, stack
+
+V, LENGTH = 61, 48
+PRESETS = ("glm-base", "glm-130b", "chatglm-6b", "glm-4-9b", "glm-4-0414-9b")
+HOW = {
+    "plain": None,
+    "int4": Quantization(bits=4),
+    "int4-group32-a8": Quantization(bits=4, group=32, activation_bits=8),
+    "int8-group128-a8": Quantization(bits=8, group=128, activation_bits=8),
+}
+
+
+def built(name: str, dtype: torch.dtype = torch.float32, how: Quantization | None = None) -> GLM:
+    """Shapes of a published model, small: two layers, a group of heads to a kv head where it has
+    them, an ffn width that is no multiple of a vector."""
+    kv = 2 if preset(name).num_kv_heads != preset(name).num_heads else 4
+    small = preset(
+        name, num_layers=2, hidden=128, num_heads=4, num_kv_heads=kv, head_dim=32, ffn=384,
+        vocab=V, max_length=LENGTH,
+    )  # fmt: skip
+    model = GLM(small).init_weights(3).to(dtype).requires_grad_(False)
+    for p in model.parameters():
+        if p.ndim == 1:  # biases of zero and norms of one would hide one left out
+            p.add_(torch.linspace(-0.1, 0.1, len(p), dtype=p.dtype))
+    for _ in convert(model, how) if how else ():
+        pass
+    return model
+
+
+def run(model: GLM, whole: bool, rows: int = 3) -> tuple[list[Tensor], Tensor]:
+    """Logits of four steps of `rows` sequences that end differently, one of them idle in between,
+    and what the cache holds then."""
+    prompts = [
+        Prompt(tuple(range(7, 12 + b)), sep=4, mask=2) if b % 2 else causal(range(9, 15 + b))
+        for b in range(rows)
+    ]
+    runner, places = Runner(model, rows), [len(p.tokens) for p in prompts]
+    for b, prompt in enumerate(prompts):
+        runner.prefill(b, [prompt])
+    seen: list[str] = []
+
+    def watch(op: dispatch.Op, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        seen.append(op.name)
+        return dispatch.run(op, args, kwargs)
+
+    found = []
+    for step in range(4):
+        asked = [Next(20 + step + b, prompts[b], places[b] + step) for b in range(rows)]
+        if step == 2:
+            asked[0] = idle(places[0] + step)
+        with dispatch.intercept(None if whole else watch):
+            found.append(runner.decode(asked))
+    assert bool(seen) is not whole
+    assert runner._step is not None
+    return found, runner.cache.memory
+
+
+def assert_same(model: GLM, rows: int = 3) -> None:
+    with registry.use("cpu", strict=True):
+        (one, kept), (other, also) = run(model, True, rows), run(model, False, rows)
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert torch.equal(kept, also)
+    assert all(x.dtype == torch.float32 and x.isfinite().all() for x in one)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_bits_are_those_of_the_ops(name: str, dtype: torch.dtype) -> None:
+    for how in HOW.values():
+        assert_same(built(name, dtype, how))
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_any_number_of_rows_it_takes(rows: int) -> None:
+    model = built("glm-4-9b", torch.bfloat16, HOW["int4-group32-a8"])
+    quantize_head(model, 4)
+    assert_same(model, rows)
+
+
+def test_every_instruction_set_and_number_of_threads() -> None:
+    model = built("glm-130b", how=HOW["int4-group32-a8"])
+    threads, best = torch.get_num_threads(), isas()[-1]
+    try:
+        for isa in isas():
+            select_isa(isa)
+            results = []
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                assert_same(model)
+                with registry.use("cpu", strict=True):
+                    results.append(run(model, True)[0])
+            for other in results[1:]:
+                assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    finally:
+        select_isa(best)
+        torch.set_num_threads(threads)
+
+
+def step_of(model: GLM) -> object:
+    """What the cpu backend would take the model's steps with."""
+    made = stack(model, angles(model, LENGTH))
+    return None if made is None else registry.get("cpu").decode_step(made)
+
+
+def adapted(model: GLM) -> None:
+    attach(model, AdapterConfig(kind="lora", rank=2))
+
+
+def prefixed(model: GLM) -> None:
+    attach(model, AdapterConfig(kind="ptuning"))
+
+
+def hooked(model: GLM) -> None:
+    model.blocks[1].mlp.register_forward_pre_hook(lambda *_: None)
+
+
+def replaced(model: GLM) -> None:
+    model.blocks[0].attention.core = lambda *args: ops.attention(*args)
+
+
+def halved(model: GLM) -> None:
+    model.half()
+
+
+def grouped(model: GLM) -> None:
+    for _ in convert(model, Quantization(bits=8, group=64)):
+        pass
+
+
+@pytest.mark.parametrize("change", [adapted, prefixed, hooked, replaced, halved, grouped])
+def test_not_for_what_only_the_ops_can_do(change: Callable[[GLM], None]) -> None:
+    model = built("glm-4-9b")
+    assert step_of(model) is not None
+    change(model)
+    assert step_of(model) is None
+
+
+def test_other_backends_call_their_ops() -> None:
+    made = stack(model := built("glm-4-9b"), angles(model, LENGTH))
+    assert made is not None
+    assert registry.get("onnxrt").decode_step(made) is None
+    assert dispatch.decode_step(made) is None  # outside of any `use`
+
+
+def test_more_rows_go_op_by_op() -> None:
+    model = built("glm-4-9b")
+    runner, prompt = Runner(model, 9), causal(range(5))
+    with registry.use("cpu", strict=True):
+        for slot in range(9):
+            runner.prefill(slot, [prompt])
+        logits = runner.decode([Next(7, prompt, 5)] * 9)
+        assert runner.decode([Next(7, prompt, 5)]).sub(logits[:1]).abs().max() < 1e-4
+
+
+def test_a_model_that_changed_between_prompts_is_looked_at_again() -> None:
+    model, prompt = built("glm-4-9b"), causal(range(6))
+    runner = Runner(model, 1)
+    with registry.use("cpu", strict=True):
+        runner.prefill(0, [prompt])
+        before = runner.decode([Next(7, prompt, 6)])
+        for _ in convert(model, Quantization(bits=4)):
+            pass
+        runner.prefill(0, [prompt])
+        after = runner.decode([Next(7, prompt, 6)])
+        fresh = Runner(model, 1)
+        fresh.prefill(0, [prompt])
+        assert torch.equal(fresh.decode([Next(7, prompt, 6)]), after)
+    assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "fact"),
+    [
+        ({"tokens": [V]}, "token 61 of row 0"),
+        ({"tokens": [-1]}, "token -1 of row 0"),
+        ({"positions": [LENGTH, 0]}, "position 48 of row 0"),
+        ({"places": [LENGTH]}, "place 48 of row 0"),
+        ({"key_start": [-1]}, "key_start -1 of row 0"),
+        ({"key_end": [LENGTH + 1]}, "key_end 49 of row 0"),
+    ],
+)
+def test_what_lies_outside_is_an_error(wrong: dict[str, list[int]], fact: str) -> None:
+    runner = Runner(built("glm-4-9b"), 1)
+    step, rows = step_of(runner.model), Rows([7], [3, 0], [0], [4], [3])
+    assert callable(step)
+    kept = runner.cache.memory.clone()
+    with pytest.raises(IndexError, match=fact):
+        step(rows._replace(**wrong), runner.cache.memory)
+    assert torch.equal(kept, runner.cache.memory)
+    for bad in (rows._replace(places=[3, 4]), rows._replace(positions=[3])):
+        with pytest.raises(ValueError, match="need as many places"):
+            step(bad, runner.cache.memory)
+    with pytest.raises(ValueError, match="do not fit a cache"):
+        step(rows, runner.cache.memory.double())
+
+
+def test_numbers_that_are_not_finite_are_traced_to_their_op() -> None:
+    model, prompt = built("glm-4-9b"), causal(range(6))
+    runner = Runner(model, 1)
+    with registry.use("cpu", strict=True):
+        runner.prefill(0, [prompt])
+        model.blocks[1].mlp.down.weight[3, 5] = float("nan")
+        assert not runner.decode([Next(7, prompt, 6)]).isfinite().all()
+        assert "op linear in blocks.1.mlp.down" in str(runner.explain(runner.last, 1))

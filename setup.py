@@ -27,7 +27,9 @@ KERNELS = [
     "activation", "attention", "attention_decode", "embedding", "linear", "loss", "norm", "optim",
     "quant", "rope", "table",
 ]  # fmt: skip
-BINDINGS = ["attention", "decode_step", "library", "linear", "norm", "pointwise", "product", "training"]
+BINDINGS = [
+    "attention", "decode_step", "library", "linear", "norm", "pointwise", "product", "training",
+]  # fmt: skip
 X86 = platform.machine() in ("x86_64", "AMD64")
 ISAS = {"scalar": []} | (
     {

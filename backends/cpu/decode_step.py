@@ -1,4 +1,4 @@
-"""Whole decode steps: csrc/bindings/decoder.cpp."""
+"""Whole decode steps: csrc/bindings/decode_step.cpp."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ void scores(const T* k, int64_t stride, int64_t keys, int64_t width, const float
         for (int i = 0; i < KEYS; ++i) total[r][i] = fma(of_query, x[i], total[r][i]);
       }
     });
-    for (int r = 0; r < R; ++r) sums_of_four(total[r], p + r * ldp + j);
+    for (int r = 0; r < R; ++r) sums(total[r], p + r * ldp + j);
   }
   for (; j < keys; ++j) {
     vf total[R] = {};

@@ -161,9 +161,9 @@ GLM_INLINE vf root(vf x) {
 #endif
 }
 
-// Sum of the lanes in a fixed order: halves, quarters, ...
-GLM_INLINE float sum(vf x) {
 #if defined(__AVX2__)
+// The lanes halved to four.
+GLM_INLINE __m128 sum_to_four(vf x) {
 #if defined(__AVX512F__)
   const __m512 z = bits_as<__m512>(x);
   const __m256 half = _mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, z, 0),
@@ -171,8 +171,14 @@ GLM_INLINE float sum(vf x) {
 #else
   const __m256 half = bits_as<__m256>(x);
 #endif
-  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+#endif
+
+// Sum of the lanes in a fixed order: halves, quarters, ...
+GLM_INLINE float sum(vf x) {
+#if defined(__AVX2__)
+  const __m128 four = sum_to_four(x), two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 #else
   float lane[W];
@@ -184,22 +190,13 @@ GLM_INLINE float sum(vf x) {
 }
 
 // out[k] = sum(x[k]), the same bits.
-GLM_INLINE void sums_of_four(const vf* x, float* out) {
+GLM_INLINE void sums(const vf (&x)[4], float* out) {
 #if defined(__AVX2__)
-  __m128 four[4];
-  for (int k = 0; k < 4; ++k) {
-#if defined(__AVX512F__)
-    const __m512 z = bits_as<__m512>(x[k]);
-    const __m256 half = _mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, z, 0),
-                                      _mm512_maskz_extractf32x8_ps(0xff, z, 1));
-#else
-    const __m256 half = bits_as<__m256>(x[k]);
-#endif
-    four[k] = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-  }
-  const __m128 a = _mm_add_ps(_mm_movelh_ps(four[0], four[1]), _mm_movehl_ps(four[1], four[0]));
-  const __m128 b = _mm_add_ps(_mm_movelh_ps(four[2], four[3]), _mm_movehl_ps(four[3], four[2]));
-  _mm_storeu_ps(out, _mm_add_ps(_mm_shuffle_ps(a, b, 0x88), _mm_shuffle_ps(a, b, 0xdd)));
+  const __m128 s = sum_to_four(x[0]), t = sum_to_four(x[1]);
+  const __m128 u = sum_to_four(x[2]), v = sum_to_four(x[3]);
+  const __m128 st = _mm_add_ps(_mm_movelh_ps(s, t), _mm_movehl_ps(t, s));
+  const __m128 uv = _mm_add_ps(_mm_movelh_ps(u, v), _mm_movehl_ps(v, u));
+  _mm_storeu_ps(out, _mm_add_ps(_mm_shuffle_ps(st, uv, 0x88), _mm_shuffle_ps(st, uv, 0xdd)));
 #else
   for (int k = 0; k < 4; ++k) out[k] = sum(x[k]);
 #endif

@@ -3,6 +3,7 @@ few sequences, where calling ops one by one costs as much as what they do."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -46,8 +47,9 @@ class Stack(NamedTuple):
     embedding: Tensor
     position_embeddings: tuple[Tensor | None, Tensor | None]
     """[P, D], added for rows 0 and 1 of the positions"""
-    rotary: tuple[Tensor, Tensor] | None
-    """cos and sin [P, G, pairs] float32 of every position"""
+    rotary: Callable[[], tuple[Tensor, Tensor] | None]
+    """cos and sin [P, G, pairs] float32 of every position, made when asked for; None: no heads are
+    turned"""
     layers: tuple[Layer, ...]
     final_norm: Norm
     head: Product

@@ -128,12 +128,6 @@ def session() -> Session:
     return _active.session
 
 
-def decode_step(stack: Stack) -> DecodeStep | None:
-    """What the active backend takes whole decode steps of a model with; None where it calls op
-    after op."""
-    return _active.session.backend.decode_step(stack)
-
-
 def intercepted() -> bool:
     """Does somebody want to see every op call of this thread?"""
     return _active.interceptor is not None

@@ -31,7 +31,7 @@ class CpuDecodeStep:
             )
         head = stack.head
         self._step.set_ends(
-            [stack.embedding, *stack.position_embeddings], list(stack.rotary or (None, None)),
+            [stack.embedding, *stack.position_embeddings], list(stack.rotary() or (None, None)),
             list(stack.final_norm), _tensors(head), head.bits, head.activation_bits,
         )  # fmt: skip
 

@@ -4,6 +4,7 @@
 // its own code evicted from the caches by the weights that passed through. Bit for bit what the
 // operators give. Shapes: N rows, D width, H heads, K kv heads, E head dim, S keys, V vocabulary.
 #include <ATen/ops/empty.h>
+#include <c10/util/BFloat16.h>
 #include <omp.h>
 #include <torch/custom_class.h>
 
@@ -77,10 +78,6 @@ class Arena {
   size_t size_ = 0, used_ = 0;
   char* memory_ = nullptr;
 };
-
-int64_t padded(int64_t width) {
-  return (width + input_padding - 1) / input_padding * input_padding;
-}
 
 int64_t share(int64_t size, int64_t thread, int64_t threads) { return size * thread / threads; }
 
@@ -382,18 +379,9 @@ class DecodeStep : public torch::CustomClassHolder {
   }
 
   static float narrow(float x, float) { return x; }
-  static bf16 narrow(float x, bf16) {  // to nearest, half to even
-    uint32_t u;
-    memcpy(&u, &x, sizeof u);
-    return {x == x ? uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16) : uint16_t(0x7fc0)};
-  }
+  static bf16 narrow(float x, bf16) { return {c10::detail::round_to_nearest_even(x)}; }
   static float wide(float x) { return x; }
-  static float wide(bf16 x) {
-    const uint32_t u = uint32_t(x.bits) << 16;
-    float f;
-    memcpy(&f, &u, sizeof f);
-    return f;
-  }
+  static float wide(bf16 x) { return c10::detail::f32_from_bits(x.bits); }
 
   template <class T>
   void activate(const Call<T>& c, Own<T>& own, int64_t width) const {

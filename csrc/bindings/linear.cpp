@@ -89,11 +89,10 @@ struct Quantized {
 // x is contiguous.
 Tensor fused(const Tensor& x, const Quantized& q, const OptionalTensor& bias, bool rounded) {
   const int64_t rows = num_rows(x), width = q.codes.width, features = q.weight.size(0);
-  const int64_t padded = (width + input_padding - 1) / input_padding * input_padding;
-  const int64_t lanes = padded / (q.codes.bits == 4 ? 8 : 4);
+  const int64_t places = padded(width), lanes = places / (q.codes.bits == 4 ? 8 : 4);
   const auto ints = x.options().dtype(at::kInt), floats = x.options().dtype(at::kFloat);
-  const Tensor values = at::empty({rounded ? 0 : rows, padded}, floats);
-  const Tensor codes = at::empty({rounded ? rows : 0, padded}, x.options().dtype(at::kChar));
+  const Tensor values = at::empty({rounded ? 0 : rows, places}, floats);
+  const Tensor codes = at::empty({rounded ? rows : 0, places}, x.options().dtype(at::kChar));
   const Tensor steps = at::empty({rounded ? rows : 0, lanes}, floats);
   const Tensor excess = at::empty({rounded ? rows : 0, lanes}, ints);
   Tensor y = at::empty(result_sizes(x, features), x.options());
@@ -102,8 +101,8 @@ Tensor fused(const Tensor& x, const Quantized& q, const OptionalTensor& bias, bo
     int8_t* of_codes = rounded ? data<int8_t>(codes) : nullptr;
     const QuantizedInput<T> in{
         data<T>(x), data<float>(values), of_codes, data<float>(steps), data<int32_t>(excess), width,
-        padded,     q.codes.bits};
-    parallel(rows, padded, [&](int64_t i, int64_t j) { kernels<T>().quantized_input(in, i, j); });
+        places,     q.codes.bits};
+    parallel(rows, places, [&](int64_t i, int64_t j) { kernels<T>().quantized_input(in, i, j); });
     const QuantizedProduct<T> a{q.codes,
                                 data<T>(bias),
                                 data<float>(values),
@@ -113,7 +112,7 @@ Tensor fused(const Tensor& x, const Quantized& q, const OptionalTensor& bias, bo
                                 data<T>(y),
                                 rows,
                                 features,
-                                padded};
+                                places};
     parallel(features, width,
              [&](int64_t i, int64_t j) { kernels<T>().quantized_product(a, i, j); });
   });

@@ -52,6 +52,11 @@ void parallel(int64_t size, int64_t cost, const F& f) {
 // not depend on the number of threads.
 inline int64_t chunk_rows(int64_t rows) { return std::max<int64_t>(16, (rows + 63) / 64); }
 
+// Of the inputs of a quantised product.
+inline int64_t padded(int64_t width) {
+  return (width + input_padding - 1) / input_padding * input_padding;
+}
+
 inline int64_t num_rows(const Tensor& x) { return x.size(-1) ? x.numel() / x.size(-1) : 0; }
 
 // Raises IndexError unless all of ids (int64, contiguous) lie in [0, size).

@@ -21,25 +21,21 @@ class Cache:
         self.slots, self.length = slots, length
         shape = (config.num_layers, 2, slots, config.num_kv_heads, length, config.head_dim)
         # zeros: a reference multiplies what it hides by 0, which leaves a NaN a NaN
-        self._memory = torch.zeros(shape, dtype=dtype, device=device)
+        self.memory = torch.zeros(shape, dtype=dtype, device=device)
+        """[layers, 2, slots, K, S, E]: keys, then values"""
 
     @property
     def num_bytes(self) -> int:
         """All of it; it never grows."""
-        return self._memory.numel() * self._memory.element_size()
-
-    @property
-    def memory(self) -> Tensor:
-        """[layers, 2, slots, K, S, E]: keys, then values."""
-        return self._memory
+        return self.memory.numel() * self.memory.element_size()
 
     def window(self, first: int, places: Tensor) -> Window:
         """The slots from `first` on, one per row of a call whose tokens go to `places` [B, L]."""
-        return Window(self._memory[:, :, first : first + len(places)], places)
+        return Window(self.memory[:, :, first : first + len(places)], places)
 
     def copy(self, sources: list[int], targets: list[int], length: int) -> None:
         """The first `length` tokens of slots `sources` into `targets`, as if at once."""
-        self._memory[:, :, targets, :, :length] = self._memory[:, :, sources, :, :length]
+        self.memory[:, :, targets, :, :length] = self.memory[:, :, sources, :, :length]
 
 
 class Window:

@@ -123,9 +123,9 @@ class Runner:
     def _whole_step(self) -> DecodeStep | None:
         backend = dispatch.session().backend
         if self._step_of is not backend:
-            made = stack(self.model, self._angles)
+            made = stack(self.model, lambda: self._angles)
             self._step_of = backend
-            self._step = None if made is None else dispatch.decode_step(made)
+            self._step = None if made is None else backend.decode_step(made)
         return self._step
 
     @cached_property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,8 @@ from glm_core import ops
 from glm_core.decode_step import Layer, Norm, Product, Stack
 from glm_core.model import glm
 from glm_core.model.quantize import QuantizedLinear
+
+Angles = Callable[[], tuple[Tensor, Tensor] | None]
 
 
 class _Unknown(Exception):
@@ -24,16 +28,16 @@ def angles(model: glm.GLM, length: int) -> tuple[Tensor, Tensor] | None:
     return cos[0], sin[0]
 
 
-def stack(model: glm.GLM, rotary: tuple[Tensor, Tensor] | None) -> Stack | None:
-    """What the model is made of, with its `angles`; None where it is not all plain or quantised
-    parts without hooks: its modules must then be called as they are."""
+def stack(model: glm.GLM, rotary: Angles) -> Stack | None:
+    """What the model is made of; `rotary` gives its `angles`. None where it is not all plain or
+    quantised parts without hooks: its modules must then be called as they are."""
     try:
         return _stack(model, rotary)
     except _Unknown:
         return None
 
 
-def _stack(model: glm.GLM, rotary: tuple[Tensor, Tensor] | None) -> Stack:
+def _stack(model: glm.GLM, rotary: Angles) -> Stack:
     if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
         raise _Unknown
     if type(model) is not glm.GLM:

@@ -118,7 +118,7 @@ def test_every_instruction_set_and_number_of_threads() -> None:
 
 def step_of(model: GLM) -> object:
     """What the cpu backend would take the model's steps with."""
-    made = stack(model, angles(model, LENGTH))
+    made = stack(model, lambda: angles(model, LENGTH))
     return None if made is None else registry.get("cpu").decode_step(made)
 
 
@@ -156,10 +156,10 @@ def test_not_for_what_only_the_ops_can_do(change: Callable[[GLM], None]) -> None
 
 
 def test_other_backends_call_their_ops() -> None:
-    made = stack(model := built("glm-4-9b"), angles(model, LENGTH))
+    made = stack(model := built("glm-4-9b"), lambda: angles(model, LENGTH))
     assert made is not None
     assert registry.get("onnxrt").decode_step(made) is None
-    assert dispatch.decode_step(made) is None  # outside of any `use`
+    assert dispatch.session().backend.decode_step(made) is None  # outside of any `use`
 
 
 def test_more_rows_go_op_by_op() -> None:

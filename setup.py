@@ -24,24 +24,55 @@ except errors.ConfigError as error:
     raise SystemExit(str(error)) from None
 
 KERNELS = [
-    "activation", "attention", "attention_decode", "embedding", "linear", "loss", "norm", "optim",
-    "quant", "rope", "table",
-]  # fmt: skip
+    "activation",
+    "attention",
+    "attention_decode",
+    "embedding",
+    "linear",
+    "loss",
+    "norm",
+    "optim",
+    "quant",
+    "rope",
+    "table",
+]
 BINDINGS = [
-    "attention", "decode_step", "library", "linear", "norm", "pointwise", "product", "training",
-]  # fmt: skip
+    "attention",
+    "decode_step",
+    "library",
+    "linear",
+    "norm",
+    "pointwise",
+    "product",
+    "training",
+]
 X86 = platform.machine() in ("x86_64", "AMD64")
 ISAS = {"scalar": []} | (
     {
         "avx2": ["-mavx2", "-mfma", "-mf16c"],
-        "avx512": ["-mavx2", "-mfma", "-mf16c", *(f"-mavx512{s}" for s in ("f", "bw", "vl", "dq")),
-                   "-mprefer-vector-width=512"],
-    } if X86 else {}
-)  # fmt: skip
+        "avx512": [
+            "-mavx2",
+            "-mfma",
+            "-mf16c",
+            *(f"-mavx512{s}" for s in ("f", "bw", "vl", "dq")),
+            "-mprefer-vector-width=512",
+        ],
+    }
+    if X86
+    else {}
+)
 FLAGS = [
-    "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
-    "-fno-trapping-math", "-Wall", "-Wextra", "-Icsrc/include",
-]  # fmt: skip
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wall",
+    "-Wextra",
+    "-Icsrc/include",
+]
 # GCC would keep the arrays of pointers there in vectors: 12 % slower
 OF_KERNEL = {"quant": ["-fno-tree-slp-vectorize"]}
 
@@ -64,10 +95,19 @@ class Build(BuildExtension):
         compiler = [os.environ.get("CXX", "c++"), *FLAGS]
         jobs = [[*compiler, "-c", "csrc/cpu/isa.cpp", "-o", f"{folder}/isa.o"]]
         return jobs + [
-            [*compiler, *flags, *OF_KERNEL.get(k, []), f"-DGLM_ISA={isa}",
-             "-c", f"csrc/cpu/{k}.cpp", "-o", f"{folder}/{k}_{isa}.o"]
-            for k in KERNELS for isa, flags in ISAS.items()
-        ]  # fmt: skip
+            [
+                *compiler,
+                *flags,
+                *OF_KERNEL.get(k, []),
+                f"-DGLM_ISA={isa}",
+                "-c",
+                f"csrc/cpu/{k}.cpp",
+                "-o",
+                f"{folder}/{k}_{isa}.o",
+            ]
+            for k in KERNELS
+            for isa, flags in ISAS.items()
+        ]
 
     def compiled(self, command: list[str]) -> str:
         """Runs a command; returns its target."""

@@ -25,9 +25,21 @@ LOGITS = 4096
 
 @triton.jit
 def norm_rows(
-    x, residual, weight, bias, y, total, stats, rows, width, eps, alpha,
-    ADD: tl.constexpr, LAYER: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x,
+    residual,
+    weight,
+    bias,
+    y,
+    total,
+    stats,
+    rows,
+    width,
+    eps,
+    alpha,
+    ADD: tl.constexpr,
+    LAYER: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """y, the rounded sum, 1 / std and the mean of one row."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
@@ -52,9 +64,21 @@ def norm_rows(
 
 @triton.jit
 def norm_rows_backward(
-    dy, dtotal, total, weight, stats, dx, dresidual, rows, width, alpha,
-    MORE: tl.constexpr, LAYER: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    dy,
+    dtotal,
+    total,
+    weight,
+    stats,
+    dx,
+    dresidual,
+    rows,
+    width,
+    alpha,
+    MORE: tl.constexpr,
+    LAYER: tl.constexpr,
+    SCALED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """dx (and alpha dx) of one row: (g - mean(g) - h mean(g h)) / std with g = dy weight."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
@@ -80,9 +104,17 @@ def norm_rows_backward(
 
 @triton.jit
 def norm_columns_backward(
-    dy, total, stats, dweight, dbias, rows, width, per_chunk,
-    LAYER: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    dy,
+    total,
+    stats,
+    dweight,
+    dbias,
+    rows,
+    width,
+    per_chunk,
+    LAYER: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """A chunk's sums of dy h and of dy, for BLOCK columns."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < width
@@ -177,9 +209,13 @@ def _rows(x: Tensor) -> int:
 
 
 def norm_forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
     alpha: float,
-) -> Three:  # fmt: skip
+) -> Three:
     x, weight = x.contiguous(), weight.contiguous()
     rows, width = _rows(x), x.shape[-1]
     y = torch.empty_like(x)
@@ -187,17 +223,34 @@ def norm_forward(
     stats = x.new_empty((1 if bias is None else 2, rows), dtype=torch.float32)
     if x.numel():
         norm_rows[(rows,)](
-            x, None if residual is None else residual.contiguous(), weight,
-            None if bias is None else bias.contiguous(), y, total, stats, rows, width, eps, alpha,
-            ADD=residual is not None, LAYER=bias is not None, BLOCK=triton.next_power_of_2(width),
-        )  # fmt: skip
+            x,
+            None if residual is None else residual.contiguous(),
+            weight,
+            None if bias is None else bias.contiguous(),
+            y,
+            total,
+            stats,
+            rows,
+            width,
+            eps,
+            alpha,
+            ADD=residual is not None,
+            LAYER=bias is not None,
+            BLOCK=triton.next_power_of_2(width),
+        )
     return y, total, stats
 
 
 def norm_backward(
-    dy: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, stats: Tensor, layer: bool,
-    residual: bool, alpha: float,
-) -> Four:  # fmt: skip
+    dy: Tensor,
+    dtotal: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    stats: Tensor,
+    layer: bool,
+    residual: bool,
+    alpha: float,
+) -> Four:
     dy, total, weight = dy.contiguous(), total.contiguous(), weight.contiguous()
     rows, width = _rows(total), total.shape[-1]
     scaled = residual and alpha != 1.0  # else the residual's gradient is dx itself
@@ -209,9 +262,21 @@ def norm_backward(
     if total.numel():
         more = None if dtotal is None else dtotal.contiguous()
         norm_rows_backward[(rows,)](
-            dy, more, total, weight, stats, dx, dresidual, rows, width, alpha,
-            MORE=more is not None, LAYER=layer, SCALED=scaled, BLOCK=triton.next_power_of_2(width),
-        )  # fmt: skip
+            dy,
+            more,
+            total,
+            weight,
+            stats,
+            dx,
+            dresidual,
+            rows,
+            width,
+            alpha,
+            MORE=more is not None,
+            LAYER=layer,
+            SCALED=scaled,
+            BLOCK=triton.next_power_of_2(width),
+        )
         norm_columns_backward[(triton.cdiv(width, COLUMNS), chunks)](
             dy, total, stats, sums[0], sums[-1], rows, width, per_chunk, LAYER=layer, BLOCK=COLUMNS
         )
@@ -253,9 +318,14 @@ def linear_cross_entropy_forward(
         part = x[first : first + chunk]
         z = part @ weight.t()
         row_losses[(len(part),)](
-            z, labels[first:].contiguous(), token_weight[first:].contiguous(), each[first:], vocab,
-            GRADIENT=gradients, BLOCK=min(LOGITS, triton.next_power_of_2(vocab)),
-        )  # fmt: skip
+            z,
+            labels[first:].contiguous(),
+            token_weight[first:].contiguous(),
+            each[first:],
+            vocab,
+            GRADIENT=gradients,
+            BLOCK=min(LOGITS, triton.next_power_of_2(vocab)),
+        )
         if gradients:
             torch.mm(z, weight, out=dx[first : first + chunk])
             dweight += z.t() @ part
@@ -265,14 +335,23 @@ def linear_cross_entropy_forward(
 OPERATORS = {
     f.__name__: f
     for f in (
-        norm_forward, norm_backward, activation_forward, activation_backward,
+        norm_forward,
+        norm_backward,
+        activation_forward,
+        activation_backward,
         linear_cross_entropy_forward,
     )
-}  # fmt: skip
+}
 OPS = (
-    "rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", "gelu", "geglu", "swiglu",
+    "rms_norm",
+    "layer_norm",
+    "add_rms_norm",
+    "add_layer_norm",
+    "gelu",
+    "geglu",
+    "swiglu",
     "linear_cross_entropy",
-)  # fmt: skip
+)
 """what these operators make up"""
 
 

@@ -15,8 +15,19 @@ from glm_core.backends.base import Backend
 
 PARTS = ("matmul", "attention", "other", "communication", "bubble", "data", "host")
 DATA = "glm_core: data"
-MATMUL = ("mm", "addmm", "bmm", "baddbmm", "linear", "_scaled_mm", "linear_few", "quantized_linear",
-          "mkldnn_linear", "matmul_backward", "linear_backward")  # fmt: skip
+MATMUL = (
+    "mm",
+    "addmm",
+    "bmm",
+    "baddbmm",
+    "linear",
+    "_scaled_mm",
+    "linear_few",
+    "quantized_linear",
+    "mkldnn_linear",
+    "matmul_backward",
+    "linear_backward",
+)
 LIBRARIES = ("c10d::", "_c10d_functional::", "nccl:", "gloo:", "hccl:", "record_param_comms")
 WAITING = ("recv", "irecv", "wait_tensor")
 """point-to-point receives of a pipeline: a stage that waits for its neighbour"""

@@ -77,13 +77,26 @@ def _write(c: ModelConfig, weights: dict[str, Tensor], file: Path) -> None:
     from chatglm_cpp.convert import ChatGLM2Converter, GGMLType
 
     told = SimpleNamespace(
-        add_bias_linear=False, add_qkv_bias=True, apply_residual_connection_post_layernorm=False,
-        multi_query_attention=True, original_rope=True, post_layer_norm=True, rmsnorm=True,
-        kv_channels=c.head_dim, hidden_size=c.hidden, num_attention_heads=c.num_heads,
-        padded_vocab_size=c.vocab, multi_query_group_num=c.num_kv_heads, num_layers=c.num_layers,
-        ffn_hidden_size=c.ffn, layernorm_epsilon=c.norm_eps, seq_length=c.max_length,
-        eos_token_id=None, pad_token_id=None, quantization_bit=0,
-    )  # fmt: skip
+        add_bias_linear=False,
+        add_qkv_bias=True,
+        apply_residual_connection_post_layernorm=False,
+        multi_query_attention=True,
+        original_rope=True,
+        post_layer_norm=True,
+        rmsnorm=True,
+        kv_channels=c.head_dim,
+        hidden_size=c.hidden,
+        num_attention_heads=c.num_heads,
+        padded_vocab_size=c.vocab,
+        multi_query_group_num=c.num_kv_heads,
+        num_layers=c.num_layers,
+        ffn_hidden_size=c.ffn,
+        layernorm_epsilon=c.norm_eps,
+        seq_length=c.max_length,
+        eos_token_id=None,
+        pad_token_id=None,
+        quantization_bit=0,
+    )
     pieces = tokenizer.train(WORDS, 300)
     words = SimpleNamespace(serialized_model_proto=lambda: pieces)
     model = SimpleNamespace(config=told, state_dict=lambda: weights)

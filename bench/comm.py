@@ -20,9 +20,9 @@ import torch
 
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
-from glm_core.bench.harness import Timing, interleave, machine
 from glm_core.distributed import comm, launch
 from glm_core.errors import ConfigError, GlmCoreError, TrainingError
+from glm_core.measure.timing import Timing, interleave, machine
 
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "p2p")
 TYPES = {"float32": "float", "bfloat16": "bfloat16", "float16": "half"}
@@ -71,9 +71,13 @@ def sizes(smallest: int, largest: int, factor: int) -> list[int]:
 
 
 def measure(
-    names: Sequence[str], size_list: Sequence[int], dtype: torch.dtype, rounds: int,
-    backend: Backend, me: comm.Member,
-) -> list[dict[str, Any]]:  # fmt: skip
+    names: Sequence[str],
+    size_list: Sequence[int],
+    dtype: torch.dtype,
+    rounds: int,
+    backend: Backend,
+    me: comm.Member,
+) -> list[dict[str, Any]]:
     """A row for each operation and size, the same on every rank."""
     cases = {
         (name, count): comm.operation(name, count, dtype, me)
@@ -150,9 +154,10 @@ def text(result: dict[str, Any]) -> str:
 def options() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m glm_core.bench.comm", description=__doc__,
+        prog="python -m glm_core.bench.comm",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("--op", nargs="+", default=list(OPERATIONS), choices=OPERATIONS)
     parser.add_argument("--backend", default="reference", help="whose device and library")
     parser.add_argument("--dtype", default="float32", choices=sorted(TYPES))
@@ -187,9 +192,12 @@ def _member(args: argparse.Namespace) -> int:
     with comm.joined(backend) as me:
         rows = measure(args.op, wanted, dtype, args.rounds, backend, me)
     result = {
-        "rows": rows, "ranks": me.world, "library": me.library, "backend": backend.name,
+        "rows": rows,
+        "ranks": me.world,
+        "library": me.library,
+        "backend": backend.name,
         "machine": machine(),
-    }  # fmt: skip
+    }
     if me.rank == 0:
         print(json.dumps(result) if args.json else text(result), flush=True)
     return int(any(r["wrong"] for r in rows))

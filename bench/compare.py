@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_core.bench.rows import MACHINE, Row
 from glm_core.errors import GlmCoreError
+from glm_core.measure.rows import MACHINE, Row
 
 MEASURES = ("auto", "time", "ratio")
 FALSE_ALARMS = 0.05
@@ -75,8 +75,9 @@ def compare(
     shared = [r for r in (*a, *b) if r.key in keys]
     chosen = _measure(measure, shared, different)
     level = FALSE_ALARMS / len(keys)
-    changes = [_change(k, _samples(a, k, chosen), _samples(b, k, chosen), level, least)
-               for k in keys]  # fmt: skip
+    changes = [
+        _change(k, _samples(a, k, chosen), _samples(b, k, chosen), level, least) for k in keys
+    ]
     every = dict.fromkeys(r.key for r in (*a, *b))
     notes = [f"different machines: {fact}" for fact in different]
     if all(sum(r.key == k for r in rows) == 1 for rows in (a, b) for k in keys):
@@ -108,8 +109,10 @@ def _measure(asked: str, rows: Sequence[Row], different: list[str]) -> str:
         )
     if (asked == "ratio" or different) and not can_ratio:
         fact = f"no peer in {lacking[0]}" if lacking else f"different peers in {mixed[0]}"
-        raise GlmCoreError(f"bench compare: {fact}, so there are no ratios to compare; measure "
-                           "both files again with the same peer")  # fmt: skip
+        raise GlmCoreError(
+            f"bench compare: {fact}, so there are no ratios to compare; measure "
+            "both files again with the same peer"
+        )
     return "ratio" if asked == "ratio" or (asked == "auto" and can_ratio) else "time"
 
 

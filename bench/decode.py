@@ -21,11 +21,11 @@ import torch
 from glm_core import ops
 from glm_core.backends.registry import use
 from glm_core.bench import chatglm, llama, matmul_nbits, peers
-from glm_core.bench.harness import Timing, interleave, machine, ratio
-from glm_core.bench.noise import Watch, irregularities
 from glm_core.bench.peers import Engine
-from glm_core.bench.rows import Row
 from glm_core.config import ModelConfig
+from glm_core.measure.noise import Watch, irregularities
+from glm_core.measure.rows import Row
+from glm_core.measure.timing import Timing, interleave, machine, ratio
 from glm_core.model import GLM, preset
 from glm_core.model.prompt import causal
 from glm_core.model.quantize import Quantization, convert, quantize_head
@@ -38,9 +38,15 @@ READ_BYTES = 512 << 20
 REST_S = 0.1
 """before every turn: ONNX Runtime's threads spin on after theirs, at the cost of whoever is next"""
 PEERS = (
-    "transformers", "torchao", "onnxruntime", "onnx", "onnxruntime_genai", "llama_cpp", "gguf",
+    "transformers",
+    "torchao",
+    "onnxruntime",
+    "onnx",
+    "onnxruntime_genai",
+    "llama_cpp",
+    "gguf",
     "chatglm_cpp",
-)  # fmt: skip
+)
 
 
 class Ours(NamedTuple):
@@ -67,9 +73,15 @@ OURS = {
 def shapes() -> ModelConfig:
     """0.31B parameters: large enough not to fit any cache, small enough to hold seven times."""
     return preset(
-        "glm-4-9b", num_layers=12, hidden=1536, num_heads=12, num_kv_heads=2, ffn=4096, vocab=8192,
+        "glm-4-9b",
+        num_layers=12,
+        hidden=1536,
+        num_heads=12,
+        num_kv_heads=2,
+        ffn=4096,
+        vocab=8192,
         max_length=2048,
-    )  # fmt: skip
+    )
 
 
 def read_weights(model: GLM) -> int:
@@ -181,14 +193,22 @@ def rows(rounds: int, prefill: int, dtypes: list[str], told: dict[str, Any]) -> 
     kind = f"prefill {prefill}" if prefill else "decode"
     return [
         Row(
-            bench="decode", key=f"{kind} {e.name}, {e.dtype}", backend="cpu", dtype=e.dtype,
-            shape=f"1x{prefill or PROMPT}", seconds=timing[f"{e.name}, {e.dtype}"].seconds,
-            peer="read", peer_seconds=read.seconds, bytes=e.num_bytes, peak=peak, machine=told,
+            bench="decode",
+            key=f"{kind} {e.name}, {e.dtype}",
+            backend="cpu",
+            dtype=e.dtype,
+            shape=f"1x{prefill or PROMPT}",
+            seconds=timing[f"{e.name}, {e.dtype}"].seconds,
+            peer="read",
+            peer_seconds=read.seconds,
+            bytes=e.num_bytes,
+            peak=peak,
+            machine=told,
             figures={"tokens_s": tokens / timing[f"{e.name}, {e.dtype}"].median_s},
             notes=(*notes, *irregularities(timing[f"{e.name}, {e.dtype}"].seconds)),
         )
         for e in found
-    ]  # fmt: skip
+    ]
 
 
 def measure(rounds: int, prefill: int, dtypes: list[str]) -> dict[str, Any]:
@@ -201,17 +221,25 @@ def measure(rounds: int, prefill: int, dtypes: list[str]) -> dict[str, Any]:
     rows = [_row(e, timing[f"{e.name}, {e.dtype}"], base, prefill or 1, ceiling) for e in found]
     missing = [p for p in PEERS if not importlib.util.find_spec(p)]
     return {
-        "rows": rows, "ceiling_gb_s": ceiling, "prompt": prompt, "prefill": bool(prefill),
-        "not_installed": missing, "machine": machine(),
-    }  # fmt: skip
+        "rows": rows,
+        "ceiling_gb_s": ceiling,
+        "prompt": prompt,
+        "prefill": bool(prefill),
+        "not_installed": missing,
+        "machine": machine(),
+    }
 
 
 def _row(e: Engine, t: Timing, base: Timing | None, tokens: int, ceiling: float) -> dict[str, Any]:
     gb_s = e.num_bytes / t.median_s / 1e9
     row = {
-        "engine": e.name, "dtype": e.dtype, "tokens_s": tokens / t.median_s, "gb_s": gb_s,
-        "bandwidth_share": gb_s / ceiling, "spread": t.spread,
-    }  # fmt: skip
+        "engine": e.name,
+        "dtype": e.dtype,
+        "tokens_s": tokens / t.median_s,
+        "gb_s": gb_s,
+        "bandwidth_share": gb_s / ceiling,
+        "spread": t.spread,
+    }
     return row | ({"ours_int4_is_faster": ratio(t, base)["ratio"]} if base else {})
 
 
@@ -233,8 +261,10 @@ def main() -> int:
             f"{r['engine']:40} {r['dtype']:24} {r['tokens_s']:9.2f} tokens/s {r['gb_s']:6.2f} GB/s "
             f"{r['bandwidth_share']:5.0%} {against}"
         )
-    print(f"read ceiling {result['ceiling_gb_s']:.1f} GB/s; not installed: "
-          f"{', '.join(result['not_installed']) or 'none'}")  # fmt: skip
+    print(
+        f"read ceiling {result['ceiling_gb_s']:.1f} GB/s; not installed: "
+        f"{', '.join(result['not_installed']) or 'none'}"
+    )
     print(result["machine"])
     return 0
 

@@ -17,7 +17,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from glm_core.bench.harness import Timing, interleave, ratio
+from glm_core.measure.timing import Timing, interleave, ratio
 
 SIZES = {"tiny": (32, 8, 4), "medium": (512, 8, 64)}
 """width, layers, rows of a micro-batch; tiny is nearly all overhead"""
@@ -30,10 +30,14 @@ class Layers(nn.Module):
     def __init__(self, width: int, layers: int) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(),
-                          nn.Linear(2 * width, width))
+            nn.Sequential(
+                nn.LayerNorm(width),
+                nn.Linear(width, 2 * width),
+                nn.GELU(),
+                nn.Linear(2 * width, width),
+            )
             for _ in range(layers)
-        )  # fmt: skip
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """The mean square of what comes out."""
@@ -55,10 +59,11 @@ def worker(peer: str, stage: int, size: str) -> None:
     deepspeed.init_distributed("gloo")
     width, layers, rows = SIZES[size]
     config = {
-        "train_micro_batch_size_per_gpu": rows, "gradient_clipping": 1.0,
+        "train_micro_batch_size_per_gpu": rows,
+        "gradient_clipping": 1.0,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-    }  # fmt: skip
+    }
     torch.manual_seed(0)
     model = Layers(width, layers)
     engine, *_ = deepspeed.initialize(
@@ -84,18 +89,27 @@ class Pair:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         shared = {
-            **os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-            "WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port), "PYTHONPATH": os.pathsep.join(sys.path),
-        }  # fmt: skip
+            **os.environ,
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "WORLD_SIZE": str(RANKS),
+            "LOCAL_WORLD_SIZE": str(RANKS),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        }
         words = [python, "-m", "glm_core.bench.deepspeed_step", "--worker", peer, str(stage), size]
         self.processes = [
             subprocess.Popen(
-                words, env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)}, text=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                words,
+                env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)},
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
             )
             for r in range(RANKS)
-        ]  # fmt: skip
+        ]
         self.loss = ""
         self.cpu_seconds: list[float] = []
         """of each call, the ranks' mean"""
@@ -146,13 +160,18 @@ def measure(real: str, stage: int, size: str, steps: int, rounds: int) -> dict[s
         cpu = {p: Timing(seconds=tuple(pair.cpu_seconds[-rounds:])) for p, pair in pairs.items()}
     ms = {peer: t.median_s / steps * 1e3 for peer, t in times.items()}
     return {
-        "size": size, "stage": stage, "ours_ms": round(ms["ours"], 3),
-        "deepspeed_ms": round(ms["deepspeed"], 3), "steps": steps, "rounds": rounds,
+        "size": size,
+        "stage": stage,
+        "ours_ms": round(ms["ours"], 3),
+        "deepspeed_ms": round(ms["deepspeed"], 3),
+        "steps": steps,
+        "rounds": rounds,
         "deepspeed_over_ours": ratio(times["deepspeed"], times["ours"]),
         "ours_cpu_ms": round(cpu["ours"].median_s / steps * 1e3, 3),
         "deepspeed_cpu_ms": round(cpu["deepspeed"].median_s / steps * 1e3, 3),
-        "cpu_deepspeed_over_ours": ratio(cpu["deepspeed"], cpu["ours"]), "losses": losses,
-    }  # fmt: skip
+        "cpu_deepspeed_over_ours": ratio(cpu["deepspeed"], cpu["ours"]),
+        "losses": losses,
+    }
 
 
 def main() -> None:

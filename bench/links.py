@@ -7,8 +7,8 @@ import subprocess
 import sys
 from typing import Any
 
-from glm_core.bench.rows import Row
 from glm_core.errors import GlmCoreError
+from glm_core.measure.rows import Row
 
 LIMIT_S = 600
 
@@ -16,9 +16,19 @@ LIMIT_S = 600
 def measure(backend: str, processes: int, rounds: int, largest: str) -> list[Row]:
     """A row for each operation and size. Raises GlmCoreError with what the processes said."""
     command = [
-        sys.executable, "-m", "glm_core.bench.comm", "--json", "--backend", backend, "--processes",
-        str(processes), "--rounds", str(rounds), "--max-bytes", largest,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "glm_core.bench.comm",
+        "--json",
+        "--backend",
+        backend,
+        "--processes",
+        str(processes),
+        "--rounds",
+        str(rounds),
+        "--max-bytes",
+        largest,
+    ]
     return rows(answer(command, LIMIT_S, "bench comm:", "a link hangs"))
 
 
@@ -41,10 +51,15 @@ def rows(result: dict[str, Any]) -> list[Row]:
     """What comm printed; bus bandwidth as nccl-tests counts it is among the figures."""
     return [
         Row(
-            bench="comm", backend=result["backend"], dtype=r["type"], shape=f"{r['size_bytes']} B",
+            bench="comm",
+            backend=result["backend"],
+            dtype=r["type"],
+            shape=f"{r['size_bytes']} B",
             key=f"comm {result['library']} {result['ranks']} ranks {r['op']} {r['size_bytes']} B",
-            seconds=tuple(r["seconds"]), bytes=r["size_bytes"], machine=result["machine"],
+            seconds=tuple(r["seconds"]),
+            bytes=r["size_bytes"],
+            machine=result["machine"],
             figures={k: r[k] for k in ("algbw_gb_s", "busbw_gb_s", "wrong")},
         )
         for r in result["rows"]
-    ]  # fmt: skip
+    ]

@@ -21,9 +21,13 @@ def llama(config: ModelConfig, prompt: int, prefill: bool) -> Engine:
         size = _gguf(config, file)
         threads = torch.get_num_threads()
         model = Llama(
-            str(file), n_ctx=config.max_length, n_batch=512, n_threads=threads,
-            n_threads_batch=threads, verbose=False,
-        )  # fmt: skip
+            str(file),
+            n_ctx=config.max_length,
+            n_batch=512,
+            n_threads=threads,
+            n_threads_batch=threads,
+            verbose=False,
+        )
     text = [i % config.vocab for i in range(prompt)]
 
     def fill() -> None:

@@ -30,10 +30,17 @@ def chain(config: ModelConfig, rows: int) -> tuple[Callable[[], Any], int]:
             tensors.append(numpy_helper.from_array(array, name + part))
         nodes.append(
             helper.make_node(
-                "MatMulNBits", [x, name + "w", name + "s"], [name], domain="com.microsoft",
-                K=columns, N=out, bits=4, block_size=BLOCK, accuracy_level=4,
+                "MatMulNBits",
+                [x, name + "w", name + "s"],
+                [name],
+                domain="com.microsoft",
+                K=columns,
+                N=out,
+                bits=4,
+                block_size=BLOCK,
+                accuracy_level=4,
             )
-        )  # fmt: skip
+        )
         return name
 
     def first(x: str, size: int, whole: int) -> str:
@@ -50,9 +57,12 @@ def chain(config: ModelConfig, rows: int) -> tuple[Callable[[], Any], int]:
     y = product(x, c.hidden, c.vocab)
     size = sum(len(t.raw_data) for t in tensors)
     graph = helper.make_graph(
-        nodes, "chain", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [rows, c.hidden])],
-        [helper.make_tensor_value_info(y, TensorProto.FLOAT, [rows, c.vocab])], tensors,
-    )  # fmt: skip
+        nodes,
+        "chain",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [rows, c.hidden])],
+        [helper.make_tensor_value_info(y, TensorProto.FLOAT, [rows, c.vocab])],
+        tensors,
+    )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
     options = onnxruntime.SessionOptions()

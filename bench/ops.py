@@ -13,11 +13,11 @@ import torch
 from glm_core.backends import registry
 from glm_core.backends.base import Backend, Peak
 from glm_core.backends.registry import use
-from glm_core.bench import ceilings
-from glm_core.bench.harness import interleave
-from glm_core.bench.noise import Watch, irregularities
-from glm_core.bench.rows import Row
 from glm_core.conformance import Case, perf, select
+from glm_core.measure import ceilings
+from glm_core.measure.noise import Watch, irregularities
+from glm_core.measure.rows import Row
+from glm_core.measure.timing import interleave
 
 LEAST_S = 1e-3
 """of a round: shorter ones measure the clock and cold caches"""
@@ -65,13 +65,21 @@ def rows(
         )
         name = case.id.removesuffix("-perf")
         yield Row(
-            bench="ops", key=f"{backend.name} {name} {direction}", backend=backend.name,
-            dtype=str(case.dtype).removeprefix("torch."), shape=case.sample.id, seconds=seconds,
-            peer="reference", peer_seconds=peer, flops=flops, bytes=moved,
+            bench="ops",
+            key=f"{backend.name} {name} {direction}",
+            backend=backend.name,
+            dtype=str(case.dtype).removeprefix("torch."),
+            shape=case.sample.id,
+            seconds=seconds,
+            peer="reference",
+            peer_seconds=peer,
+            flops=flops,
+            bytes=moved,
             figures={"op": case.op.name, "direction": direction, "repeats": repeats},
             peak=peak._asdict(),
-            notes=(*watch.notes(), *irregularities(seconds)), machine=told,
-        )  # fmt: skip
+            notes=(*watch.notes(), *irregularities(seconds)),
+            machine=told,
+        )
 
 
 def _repeats(call: Callable[[], Any]) -> int:

@@ -11,7 +11,7 @@ from glm_core.align.charts import Series, chart
 from glm_core.align.report import save, table
 from glm_core.bench.breakdown import PARTS
 from glm_core.bench.compare import Comparison
-from glm_core.bench.rows import Row
+from glm_core.measure.rows import Row
 
 COLORS = ("#0b5cad", "#b00020", "#1b7837", "#7a5195", "#b8860b", "#555")
 
@@ -34,8 +34,9 @@ def rooflines(rows: Iterable[Row]) -> dict[str, list[Row]]:
         if row.roof_tflops:
             found.setdefault(
                 f"{row.dtype}: {row.peak['tflops'] * 1e3:.0f} GFLOP/s, {row.peak['gb_s']:.1f} GB/s,"
-                f" {row.peak['source']}", []
-            ).append(row)  # fmt: skip
+                f" {row.peak['source']}",
+                [],
+            ).append(row)
     return found
 
 
@@ -50,14 +51,24 @@ def _roofline(name: str, rows: Sequence[Row]) -> str:
     for r in rows:
         kinds.setdefault(f"{r.backend} {r.figures.get('direction', r.bench)}", []).append(r)
     dots = [
-        Series(kind, [r.flops / r.bytes for r in group], [r.tflops * 1e3 for r in group], color,
-               2.0, dots=True)
+        Series(
+            kind,
+            [r.flops / r.bytes for r in group],
+            [r.tflops * 1e3 for r in group],
+            color,
+            2.0,
+            dots=True,
+        )
         for (kind, group), color in zip(kinds.items(), COLORS * len(kinds), strict=False)
-    ]  # fmt: skip
+    ]
     figure = chart(
-        f"Roofline, {name}", [Series("roof", ends, roof, width=2.0), *dots],
-        x_label="FLOP a byte of compulsory traffic", y_label="GFLOP/s", log=True, log_x=True,
-    )  # fmt: skip
+        f"Roofline, {name}",
+        [Series("roof", ends, roof, width=2.0), *dots],
+        x_label="FLOP a byte of compulsory traffic",
+        y_label="GFLOP/s",
+        log=True,
+        log_x=True,
+    )
     above = [r.key for r in rows if r.tflops > r.roof_tflops]
     note = f"Above the roof, for their data stayed in a cache: {', '.join(above)}." if above else ""
     return f"{figure}<p>{escape(note)}</p>"
@@ -77,8 +88,17 @@ def _parts(row: Row) -> str:
 
 
 def _table(rows: Sequence[Row]) -> str:
-    head = ("what", "ms", "spread", "GFLOP/s", "GB/s", "of its roof", "peer", "times as fast as it",
-            "notes")  # fmt: skip
+    head = (
+        "what",
+        "ms",
+        "spread",
+        "GFLOP/s",
+        "GB/s",
+        "of its roof",
+        "peer",
+        "times as fast as it",
+        "notes",
+    )
     return table(head, [cells(r) for r in rows])
 
 
@@ -86,19 +106,28 @@ def cells(row: Row) -> list[str]:
     """A row in words: what, ms, spread, GFLOP/s, GB/s, share of the roof, peer, ratio, notes."""
     d: dict[str, Any] = row.to_json()["derived"]
     return [
-        row.key, f"{d['median_ms']:.4g}", f"{d['spread']:.1%}",
-        f"{row.tflops * 1e3:.4g}" if row.flops else "", f"{row.gb_s:.4g}" if row.bytes else "",
-        f"{d['roof_share']:.1%}" if "roof_share" in d else "", row.peer,
-        f"{d['times_faster_than_peer']:.3g}" if row.peer else "", "; ".join(row.notes),
-    ]  # fmt: skip
+        row.key,
+        f"{d['median_ms']:.4g}",
+        f"{d['spread']:.1%}",
+        f"{row.tflops * 1e3:.4g}" if row.flops else "",
+        f"{row.gb_s:.4g}" if row.bytes else "",
+        f"{d['roof_share']:.1%}" if "roof_share" in d else "",
+        row.peer,
+        f"{d['times_faster_than_peer']:.3g}" if row.peer else "",
+        "; ".join(row.notes),
+    ]
 
 
 def _verdicts(found: Comparison) -> str:
     rows = [
-        (c.key, f"{c.ratio:.3f}", f"{c.low:.3f} to {c.high:.3f}",
-         f'<span class="bad">{c.verdict}</span>' if c.verdict == "regression" else c.verdict)
+        (
+            c.key,
+            f"{c.ratio:.3f}",
+            f"{c.low:.3f} to {c.high:.3f}",
+            f'<span class="bad">{c.verdict}</span>' if c.verdict == "regression" else c.verdict,
+        )
         for c in found.changes
-    ]  # fmt: skip
+    ]
     notes = "".join(f"<p>{escape(n)}</p>" for n in found.notes)
     head = ("what", f"{found.measure}, B / A", "interval", "verdict")
     return f"<h2>B against A</h2>{table(head, rows, markup={3})}{notes}"

@@ -61,12 +61,19 @@ def glm(config: ModelConfig, **more: Any) -> Any:
     from transformers import GlmConfig, GlmForCausalLM
 
     settings = GlmConfig(
-        vocab_size=config.vocab, hidden_size=config.hidden, intermediate_size=config.ffn,
-        num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads, head_dim=config.head_dim, attention_bias=True,
-        max_position_embeddings=config.max_length, pad_token_id=0, eos_token_id=1,
+        vocab_size=config.vocab,
+        hidden_size=config.hidden,
+        intermediate_size=config.ffn,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        attention_bias=True,
+        max_position_embeddings=config.max_length,
+        pad_token_id=0,
+        eos_token_id=1,
         **more,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     return GlmForCausalLM(settings)
 
@@ -162,12 +169,19 @@ def _qwen2(config: ModelConfig, folder: Path) -> int:
 
     model = Qwen2ForCausalLM(
         Qwen2Config(
-            vocab_size=config.vocab, hidden_size=config.hidden, intermediate_size=config.ffn,
-            num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads, max_position_embeddings=config.max_length,
-            tie_word_embeddings=False, bos_token_id=0, eos_token_id=1, pad_token_id=0,
+            vocab_size=config.vocab,
+            hidden_size=config.hidden,
+            intermediate_size=config.ffn,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            max_position_embeddings=config.max_length,
+            tie_word_embeddings=False,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=0,
         )
-    )  # fmt: skip
+    )
     model.save_pretrained(folder)
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, "a"))
     wrap: Any = PreTrainedTokenizerFast  # untyped
@@ -181,10 +195,17 @@ def _built(source: Path, target: Path) -> Path:
     """GenAI's builder, in a process of its own, and as many threads as ours."""
     words = ["-i", source, "-o", target, "-c", target / "cache", "-p", "int4", "-e", "cpu"]
     subprocess.run(
-        [sys.executable, "-m", "onnxruntime_genai.models.builder", *map(str, words),
-         "--extra_options", "block_size=128"],
-        check=True, capture_output=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "onnxruntime_genai.models.builder",
+            *map(str, words),
+            "--extra_options",
+            "block_size=128",
+        ],
+        check=True,
+        capture_output=True,
+    )
     file = target / "genai_config.json"
     facts = json.loads(file.read_text())
     facts["model"]["decoder"]["session_options"]["intra_op_num_threads"] = torch.get_num_threads()

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from glm_core.bench.harness import machine
+from glm_core.measure.timing import machine
 
 PIECES = ["The quick brown fox jumps over the lazy dog. It runs again and again, then it sleeps."]
 
@@ -42,9 +42,9 @@ def serve(listening: socket.socket, slots: int, queue: int, told: Connection) ->
     from glm_core.backends import registry
     from glm_core.data import tokenizer
     from glm_core.model import GLM, preset
+    from glm_core.pretrained.source import Source
     from glm_core.serve import api
     from glm_core.serve.engine import Engine
-    from glm_core.serve.source import Source
 
     pieces = tokenizer.Tokenizer(tokenizer.train(PIECES * 20, 320))
     model = GLM(preset("tiny", vocab=384)).init_weights(0).requires_grad_(False)
@@ -66,11 +66,16 @@ def serve(listening: socket.socket, slots: int, queue: int, told: Connection) ->
 
 async def ask(port: int, number: int, max_tokens: int) -> Request:
     """One streamed chat request over a connection of its own, without a client library's cost."""
-    body = json.dumps({
-        "model": "small", "max_tokens": max_tokens, "seed": number, "stream": True,
-        "stream_options": {"include_usage": True},
-        "messages": [{"role": "user", "content": f"Question {number}: where is the fox?"}],
-    })  # fmt: skip
+    body = json.dumps(
+        {
+            "model": "small",
+            "max_tokens": max_tokens,
+            "seed": number,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "messages": [{"role": "user", "content": f"Question {number}: where is the fox?"}],
+        }
+    )
     begin, times, tokens = time.perf_counter(), list[float](), 0
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(
@@ -110,8 +115,10 @@ def figures(done: list[Request], seconds: float) -> dict[str, Any]:
         "tokens": tokens,
         "tokens_s": tokens / seconds,
     }
-    for name, values in (("first_token", [r.first_s for r in good]),
-                         ("per_token", [r.token_s for r in good])):  # fmt: skip
+    for name, values in (
+        ("first_token", [r.first_s for r in good]),
+        ("per_token", [r.token_s for r in good]),
+    ):
         for q in (50, 99):
             row[f"{name}_p{q}_ms"] = float(np.nanpercentile(values, q)) * 1e3 if good else None
     return row
@@ -138,8 +145,13 @@ def main() -> None:
         done = asyncio.run(crowd(port, args.requests, args.max_tokens))
         row = figures(done, time.perf_counter() - begin)
         ours.send("end")
-        row |= {"rss_before_bytes": before, "rss_peak_bytes": ours.recv(), "slots": args.slots,
-                "queue": args.queue, **machine()}  # fmt: skip
+        row |= {
+            "rss_before_bytes": before,
+            "rss_peak_bytes": ours.recv(),
+            "slots": args.slots,
+            "queue": args.queue,
+            **machine(),
+        }
         server.join()
     if args.json:
         print(json.dumps({"rows": [row]}, indent=1))

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from glm_core.backends.registry import get, use
 from glm_core.bench import peers as other
-from glm_core.bench.harness import Timing, gemm, gemm_flops, interleave, machine, ratio
-from glm_core.bench.noise import Watch, irregularities
-from glm_core.bench.rows import Row
 from glm_core.config import ModelConfig, TrainConfig
 from glm_core.dispatch import Op, intercept, run
+from glm_core.measure.noise import Watch, irregularities
+from glm_core.measure.rows import Row
+from glm_core.measure.timing import Timing, gemm, gemm_flops, interleave, machine, ratio
 from glm_core.model import GLM, preset
-from glm_core.optimizer import Optimizer
+from glm_core.training.optimizer import Optimizer
 
 BATCH, LENGTH = 4, 256
 DTYPES = ("float32", "bfloat16")
@@ -150,17 +150,25 @@ def rows(
     own, notes = timing["ours"].seconds, tuple(watch.notes())
     return [
         Row(
-            bench="step", key=f"step {backend} {dtype} glm4-34m against transformers {peer}",
-            backend=backend, dtype=dtype, shape=f"{BATCH}x{LENGTH}", seconds=own,
-            peer=f"transformers {peer}", peer_seconds=timing[peer].seconds, machine=told,
-            flops=matmul_flops(config), notes=(*notes, *irregularities(own)),
+            bench="step",
+            key=f"step {backend} {dtype} glm4-34m against transformers {peer}",
+            backend=backend,
+            dtype=dtype,
+            shape=f"{BATCH}x{LENGTH}",
+            seconds=own,
+            peer=f"transformers {peer}",
+            peer_seconds=timing[peer].seconds,
+            machine=told,
+            flops=matmul_flops(config),
+            notes=(*notes, *irregularities(own)),
             figures={
-                "tokens_s": BATCH * LENGTH / timing["ours"].median_s, "first_loss": losses,
+                "tokens_s": BATCH * LENGTH / timing["ours"].median_s,
+                "first_loss": losses,
                 **compared(peer, timing),
             },
         )
         for peer in peers
-    ]  # fmt: skip
+    ]
 
 
 def compared(peer: str, timing: dict[str, Timing]) -> dict[str, float]:

@@ -11,14 +11,15 @@ import torch
 from glm_core import data
 from glm_core.backends import registry
 from glm_core.backends.base import Backend, Peak
-from glm_core.bench import breakdown, ceilings
-from glm_core.bench.harness import gemm, gemm_flops, interleave
-from glm_core.bench.noise import Watch, irregularities
-from glm_core.bench.planner.cost import Work, model_flops
-from glm_core.bench.rows import Row
+from glm_core.bench import breakdown
 from glm_core.config import RunConfig, TrainConfig
 from glm_core.dispatch import Op, intercept, run
-from glm_core.train import Batch, Trainer
+from glm_core.measure import ceilings
+from glm_core.measure.noise import Watch, irregularities
+from glm_core.measure.rows import Row
+from glm_core.measure.timing import gemm, gemm_flops, interleave
+from glm_core.planner.cost import Work, model_flops
+from glm_core.training.trainer import Batch, Trainer
 
 MFU = (
     "MFU = sequences x 3 (l (2 s W + 4 s^2 H E) + 2 s h V) / (seconds x peak): every pair of "
@@ -45,11 +46,13 @@ class RandomText:
             place = torch.arange(self.length).expand(micro_batch, -1)
             zeros = torch.zeros_like(place, dtype=torch.int32)
             return data.Batch(
-                tokens=ids[:, :-1].contiguous(), labels=ids[:, 1:].contiguous(),
+                tokens=ids[:, :-1].contiguous(),
+                labels=ids[:, 1:].contiguous(),
                 loss_weight=torch.ones(micro_batch, self.length),
-                positions=torch.stack((place, torch.zeros_like(place)), 1), key_start=zeros,
+                positions=torch.stack((place, torch.zeros_like(place)), 1),
+                key_start=zeros,
                 key_end=(place + 1).int(),
-            )  # fmt: skip
+            )
 
     def state(self) -> dict[str, Any]:
         return {"generator": self.generator.get_state()}
@@ -95,19 +98,32 @@ def measure(config: RunConfig, rounds: int, on_text: bool = False) -> Row:
         parts = breakdown.measure(trainer.step, backend)
     seconds = timing["step"].seconds
     figures = _figures(config, timing["step"].median_s, hardware, peak) | {
-        "parts_s": parts, "memory_peak_bytes": memory_peak(backend)[0],
-        "memory_peak_of": memory_peak(backend)[1], "data": "text" if on_text else "random tokens",
+        "parts_s": parts,
+        "memory_peak_bytes": memory_peak(backend)[0],
+        "memory_peak_of": memory_peak(backend)[1],
+        "data": "text" if on_text else "random tokens",
         "gemm_tflops": gemm_flops() / timing["gemm"].median_s / 1e12,
         "fallbacks": {f"{f.op}: {f.reason}": n for f, n in session.fallbacks.items()},
-    }  # fmt: skip
+    }
     return Row(
-        bench="step", key=_key(config), backend=backend.name, dtype=config.train.dtype,
-        shape=f"{config.train.global_batch}x{config.data.length}", seconds=seconds,
-        peer="gemm", peer_seconds=timing["gemm"].seconds, flops=hardware, peak=peak._asdict(),
-        figures=figures, machine=told,
-        notes=(*watch.notes(), *irregularities(seconds),
-               *breakdown.note(parts, timing["step"].median_s)),
-    )  # fmt: skip
+        bench="step",
+        key=_key(config),
+        backend=backend.name,
+        dtype=config.train.dtype,
+        shape=f"{config.train.global_batch}x{config.data.length}",
+        seconds=seconds,
+        peer="gemm",
+        peer_seconds=timing["gemm"].seconds,
+        flops=hardware,
+        peak=peak._asdict(),
+        figures=figures,
+        machine=told,
+        notes=(
+            *watch.notes(),
+            *irregularities(seconds),
+            *breakdown.note(parts, timing["step"].median_s),
+        ),
+    )
 
 
 def _sampler(config: RunConfig, on_text: bool) -> Any:
@@ -154,9 +170,12 @@ def _figures(config: RunConfig, seconds: float, hardware: float, peak: Peak) -> 
     possible = seconds * peak.tflops * 1e12
     return {
         "tokens_s": t.global_batch * length / seconds,
-        "mfu": model / possible, "hfu": hardware / possible,
-        "model_flops": model, "hardware_flops": hardware, "formula": [MFU, HFU],
-    }  # fmt: skip
+        "mfu": model / possible,
+        "hfu": hardware / possible,
+        "model_flops": model,
+        "hardware_flops": hardware,
+        "formula": [MFU, HFU],
+    }
 
 
 def memory_peak(backend: Backend) -> tuple[int, str]:

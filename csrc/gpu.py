@@ -28,11 +28,23 @@ def compiler(choice: str) -> list[str]:
     arches = environment.arches() or {"cuda": ["80", "90"], "rocm": ["gfx906", "gfx90a"]}[choice]
     flags = ["-std=c++17", "-O3", "-Icsrc/include"]
     if choice == "rocm":
-        return [found, *flags, "-fPIC", "-ffp-contract=off",
-                *(f"--offload-arch={a}" for a in arches), "-x", "hip"]  # fmt: skip
+        return [
+            found,
+            *flags,
+            "-fPIC",
+            "-ffp-contract=off",
+            *(f"--offload-arch={a}" for a in arches),
+            "-x",
+            "hip",
+        ]
     codes = [f"arch=compute_{a},code=[sm_{a},compute_{a}]" for a in arches]
-    return [found, *flags, "-Xcompiler=-fPIC", "-fmad=false",
-            *(x for c in codes for x in ("-gencode", c))]  # fmt: skip
+    return [
+        found,
+        *flags,
+        "-Xcompiler=-fPIC",
+        "-fmad=false",
+        *(x for c in codes for x in ("-gencode", c)),
+    ]
 
 
 def jobs(choice: str, folder: Path) -> list[list[str]]:

@@ -18,10 +18,17 @@ def colors(page: Path, folder: Path) -> dict[tuple[int, int, int], float]:
 
     shot = folder / "shot.png"
     command = [
-        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", *QUIET.split(),
-        "--disable-sync", f"--user-data-dir={folder / 'profile'}", "--window-size=1000,3000",
-        f"--screenshot={shot}", page.as_uri(),
-    ]  # fmt: skip
+        str(CHROMIUM),
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        *QUIET.split(),
+        "--disable-sync",
+        f"--user-data-dir={folder / 'profile'}",
+        "--window-size=1000,3000",
+        f"--screenshot={shot}",
+        page.as_uri(),
+    ]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     image = Image.open(shot).convert("RGB")
     total = image.width * image.height

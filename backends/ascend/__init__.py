@@ -37,12 +37,15 @@ class AscendBackend(Backend):
 
 
 backend = AscendBackend(
-    name="ascend", device_type="npu", probe=probe, collective="hccl",
+    name="ascend",
+    device_type="npu",
+    probe=probe,
+    collective="hccl",
     verified="by value over a model of torch_npu's operators; dry-run with the real torch_npu; "
     "never run on hardware",
     # gradients of norm weights are summed in no fixed order (ops-nn aclnnRmsNormGrad.md)
     deterministic=False,
-)  # fmt: skip
+)
 
 
 @backend.implements(ops.rms_norm, supports.rms_norm)
@@ -137,9 +140,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @backend.implements(ops.quantized_linear, supports.quantized_linear)
 def quantized_linear(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, bits: int = 8,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    bits: int = 8,
     activation_bits: int = 16,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     frozen = None if bias is None else bias.detach().contiguous()
     rows = x.reshape(-1, x.shape[-1])
     y = autograd.QuantizedLinear.apply(  # type: ignore[no-untyped-call]  # torch leaves apply untyped
@@ -150,18 +157,30 @@ def quantized_linear(
 
 @backend.implements(ops.attention, supports.attention)
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor,
-    scale: float, layer_scale: float = 1.0, pb_relax: float = 0.0,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_start: Tensor,
+    key_end: Tensor,
+    scale: float,
+    layer_scale: float = 1.0,
+    pb_relax: float = 0.0,
+) -> Tensor:
     # layer_scale and pb_relax keep half-precision scores in range; the operator's are float32.
     # The mask takes B * L * S bytes, one for all heads: the operator's compressed masks (sparse
     # modes 2 to 8) want prefix lengths on the host, which would wait for the device.
     j = torch.arange(k.shape[1], device=q.device, dtype=torch.int32)
     hidden = (j < key_start[..., None]) | (j >= key_end[..., None])  # [B, L, S], True hides
     y = _npu.npu_fusion_attention(
-        q.contiguous(), k.contiguous(), v.contiguous(), q.shape[2], "BSND",
-        atten_mask=hidden.unsqueeze(1), scale=scale, inner_precise=2,  # 2: rows that see nothing
-    )[0]  # fmt: skip
+        q.contiguous(),
+        k.contiguous(),
+        v.contiguous(),
+        q.shape[2],
+        "BSND",
+        atten_mask=hidden.unsqueeze(1),
+        scale=scale,
+        inner_precise=2,  # 2: rows that see nothing
+    )[0]
     return y.masked_fill((key_end <= key_start)[..., None, None], 0.0)
 
 
@@ -182,11 +201,19 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 @backend.implements(ops.adamw, supports.adamw)
 def adamw(
-    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor], grad_scale: Tensor, step: int, lr: float, beta1: float = 0.9,
-    beta2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    grad_scale: Tensor,
+    step: int,
+    lr: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
     copies: Sequence[Tensor] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     full = [i for i, p in enumerate(params) if p.numel()]
     p, m, v = ([table[i] for i in full] for table in (params, exp_avgs, exp_avg_sqs))
     g = [grads[i].float() * grad_scale for i in full]
@@ -197,9 +224,17 @@ def adamw(
 
 
 def _adamw(
-    p: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor], step: int, lr: float,
-    beta1: float, beta2: float, eps: float, weight_decay: float,
-) -> None:  # fmt: skip
+    p: list[Tensor],
+    g: list[Tensor],
+    m: list[Tensor],
+    v: list[Tensor],
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
     """Over all tensors at once. npu_apply_adam_w is not used: it forms 1 - beta from a float32 beta
     (ops-nn optim/apply_adam_w/op_kernel), which is off by 1.3e-5 for 0.999, and conformance finds
     it; it also wants beta^(t-1), and rounds its scalars to the gradient's dtype."""

@@ -35,15 +35,21 @@ _FLOAT32, _BFLOAT16, _FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 _TFLOPS: dict[str, tuple[dict[torch.dtype, float], float, str]] = {
     "Ascend910A": ({_FLOAT16: 256.0}, 1229.0, _910A),
     "Ascend910B2": (
-        {_FLOAT32: 99.5, _BFLOAT16: 353.9, _FLOAT16: 376.0}, 1759.0, _A2.format(376, "910B2"),
+        {_FLOAT32: 99.5, _BFLOAT16: 353.9, _FLOAT16: 376.0},
+        1759.0,
+        _A2.format(376, "910B2"),
     ),
     "Ascend910B3": (
-        {_FLOAT32: 83.0, _BFLOAT16: 294.9, _FLOAT16: 313.0}, 1759.0, _A2.format(313, "910B3"),
+        {_FLOAT32: 83.0, _BFLOAT16: 294.9, _FLOAT16: 313.0},
+        1759.0,
+        _A2.format(313, "910B3"),
     ),
     "Ascend910B4": (
-        {_FLOAT32: 75.0, _BFLOAT16: 245.8, _FLOAT16: 280.0}, 1759.0, _A2.format(280, "910B4"),
+        {_FLOAT32: 75.0, _BFLOAT16: 245.8, _FLOAT16: 280.0},
+        1759.0,
+        _A2.format(280, "910B4"),
     ),
-}  # fmt: skip
+}
 
 
 def peak(dtype: torch.dtype) -> Peak | None:

@@ -116,9 +116,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Support:
 
 
 def quantized_linear(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, bits: int = 8,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    bits: int = 8,
     activation_bits: int = 16,
-) -> Support:  # fmt: skip
+) -> Support:
     operator = "npu_weight_quant_batchmatmul"
     if bits == 4 and len(weight) % 8:
         return unsupported(f"{operator} takes 4-bit codes of 8 n outputs, received {len(weight)}")
@@ -137,9 +141,15 @@ def quantized_linear(
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor,
-    scale: float, layer_scale: float = 1.0, pb_relax: float = 0.0,
-) -> Support:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_start: Tensor,
+    key_end: Tensor,
+    scale: float,
+    layer_scale: float = 1.0,
+    pb_relax: float = 0.0,
+) -> Support:
     heads, width = q.shape[2:]
     if width > HEAD_DIM or heads > HEADS:
         limits = f"up to {HEADS} heads of {HEAD_DIM} dimensions"
@@ -162,11 +172,19 @@ def global_norm(tensors: Sequence[Tensor]) -> Support:
 
 
 def adamw(
-    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor], grad_scale: Tensor, step: int, lr: float, beta1: float = 0.9,
-    beta2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    grad_scale: Tensor,
+    step: int,
+    lr: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
     copies: Sequence[Tensor] | None = None,
-) -> Support:  # fmt: skip
+) -> Support:
     state = [*params, *exp_avgs, *exp_avg_sqs]
     if strange := {t.dtype for t in (*state, grad_scale)} - {torch.float32}:
         return unsupported(f"parameters and state are kept in float32, received {strange}")

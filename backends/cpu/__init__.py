@@ -27,9 +27,12 @@ class CpuBackend(Backend):
 
 
 backend = CpuBackend(
-    name="cpu", device_type="cpu", verified="run on x86-64 CPUs", dtypes=supports.DTYPES,
+    name="cpu",
+    device_type="cpu",
+    verified="run on x86-64 CPUs",
+    dtypes=supports.DTYPES,
     probe=probe,
-)  # fmt: skip
+)
 _ops = torch.ops.glm_core
 
 FEW_ROWS = 8
@@ -99,17 +102,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @backend.implements(ops.quantized_linear, supports.quantized_linear)
 def quantized_linear(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, bits: int = 8,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    bits: int = 8,
     activation_bits: int = 16,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     return _ops.quantized_linear.default(x, weight, scale, bias, bits, activation_bits)
 
 
 @backend.implements(ops.attention, supports.attention)
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor,
-    scale: float, layer_scale: float = 1.0, pb_relax: float = 0.0,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_start: Tensor,
+    key_end: Tensor,
+    scale: float,
+    layer_scale: float = 1.0,
+    pb_relax: float = 0.0,
+) -> Tensor:
     # layer_scale and pb_relax keep half-precision scores in range; the kernel's are float32
     return _ops.attention.default(q, k, v, key_start, key_end, scale)
 
@@ -126,12 +139,30 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 @backend.implements(ops.adamw, supports.adamw)
 def adamw(
-    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor], grad_scale: Tensor, step: int, lr: float, beta1: float = 0.9,
-    beta2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    grad_scale: Tensor,
+    step: int,
+    lr: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
     copies: Sequence[Tensor] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     _ops.adamw_.default(
-        params, grads, exp_avgs, exp_avg_sqs, grad_scale, step, lr, beta1, beta2, eps,
-        weight_decay, copies or [],
-    )  # fmt: skip
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        grad_scale,
+        step,
+        lr,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        copies or [],
+    )

@@ -18,9 +18,16 @@ class CpuDecodeStep:
     def __init__(self, stack: Stack, max_rows: int) -> None:
         self.max_rows = max_rows
         self._step = torch.classes.glm_core.DecodeStep(
-            stack.num_heads, stack.num_kv_heads, stack.head_dim, stack.head_dim**-0.5,
-            stack.norm_eps, stack.alpha, stack.deepnorm, stack.rope_interleaved, stack.activation,
-        )  # fmt: skip
+            stack.num_heads,
+            stack.num_kv_heads,
+            stack.head_dim,
+            stack.head_dim**-0.5,
+            stack.norm_eps,
+            stack.alpha,
+            stack.deepnorm,
+            stack.rope_interleaved,
+            stack.activation,
+        )
         for layer in stack.layers:
             products = layer[:4]
             self._step.add_layer(
@@ -31,9 +38,13 @@ class CpuDecodeStep:
             )
         head = stack.head
         self._step.set_ends(
-            [stack.embedding, *stack.position_embeddings], list(stack.rotary() or (None, None)),
-            list(stack.final_norm), _tensors(head), head.bits, head.activation_bits,
-        )  # fmt: skip
+            [stack.embedding, *stack.position_embeddings],
+            list(stack.rotary() or (None, None)),
+            list(stack.final_norm),
+            _tensors(head),
+            head.bits,
+            head.activation_bits,
+        )
 
     def __call__(self, rows: Rows, cache: Tensor) -> Tensor:
         logits: Tensor = self._step.step(*rows, cache)

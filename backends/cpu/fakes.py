@@ -19,18 +19,28 @@ def _like(x: Tensor) -> Tensor:
 
 
 def norm_forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
     alpha: float,
-) -> Three:  # fmt: skip
+) -> Three:
     """y, total (empty without residual), statistics of each row."""
     stats = x.new_empty((1 if bias is None else 2, x[..., 0].numel()), dtype=torch.float32)
     return _like(x), x.new_empty(0) if residual is None else _like(x), stats
 
 
 def norm_backward(
-    dy: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, stats: Tensor, layer: bool,
-    residual: bool, alpha: float,
-) -> Four:  # fmt: skip
+    dy: Tensor,
+    dtotal: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    stats: Tensor,
+    layer: bool,
+    residual: bool,
+    alpha: float,
+) -> Four:
     """dx, dresidual (empty where it is dx), dweight, dbias (empty for RMS norm)."""
     dresidual = _like(total) if residual and alpha != 1.0 else total.new_empty(0)
     dbias = _like(weight) if layer else weight.new_empty(0)
@@ -113,19 +123,40 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def adamw_(
-    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor], grad_scale: Tensor, step: int, lr: float, beta1: float,
-    beta2: float, eps: float, weight_decay: float, copies: Sequence[Tensor],
-) -> None:  # fmt: skip
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    grad_scale: Tensor,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    copies: Sequence[Tensor],
+) -> None:
     """Writes its arguments."""
 
 
 FAKES: list[Callable[..., Any]] = [
-    norm_forward, norm_backward, activation_forward, activation_backward, rope_turn,
-    embedding_forward, embedding_backward, attention_forward, attention_backward,
-    linear_few, linear_forward, quantized_linear_forward, quantized_linear_backward,
-    linear_cross_entropy_forward, global_norm, adamw_,
-]  # fmt: skip
+    norm_forward,
+    norm_backward,
+    activation_forward,
+    activation_backward,
+    rope_turn,
+    embedding_forward,
+    embedding_backward,
+    attention_forward,
+    attention_backward,
+    linear_few,
+    linear_forward,
+    quantized_linear_forward,
+    quantized_linear_backward,
+    linear_cross_entropy_forward,
+    global_norm,
+    adamw_,
+]
 
 
 def register() -> None:

@@ -79,9 +79,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Support:
 
 
 def quantized_linear(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, bits: int = 8,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    bits: int = 8,
     activation_bits: int = 16,
-) -> Support:  # fmt: skip
+) -> Support:
     groups = 1 if scale.dim() == 1 else scale.shape[1]
     group = x.shape[-1] // max(groups, 1)
     if groups > 1 and group != 32 and group % 128:
@@ -91,9 +95,15 @@ def quantized_linear(
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor,
-    scale: float, layer_scale: float = 1.0, pb_relax: float = 0.0,
-) -> Support:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_start: Tensor,
+    key_end: Tensor,
+    scale: float,
+    layer_scale: float = 1.0,
+    pb_relax: float = 0.0,
+) -> Support:
     return both(takes(q, k, v), exactly(torch.int32, key_start=key_start, key_end=key_end))
 
 
@@ -111,11 +121,19 @@ def global_norm(tensors: Sequence[Tensor]) -> Support:
 
 
 def adamw(
-    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor], grad_scale: Tensor, step: int, lr: float, beta1: float = 0.9,
-    beta2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    grad_scale: Tensor,
+    step: int,
+    lr: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
     copies: Sequence[Tensor] | None = None,
-) -> Support:  # fmt: skip
+) -> Support:
     state = takes(*params, *exp_avgs, *exp_avg_sqs, grad_scale)
     if state.ok and grad_scale.dtype != torch.float32:
         return unsupported(f"kernels keep parameters in float32, received {grad_scale.dtype}")

@@ -10,8 +10,11 @@ from glm_core.backends.cuda.device import GpuBackend
 from glm_core.backends.cuda.kernels import equip
 
 backend = GpuBackend(
-    name="cuda", device_type="cuda", collective="nccl", deterministic=False,
+    name="cuda",
+    device_type="cuda",
+    collective="nccl",
+    deterministic=False,
     verified="compiled, kernels executed on the CPU, dry-run; not run on hardware by us",
     probe=lambda: probe.cuda(probe.facts()),
-)  # fmt: skip
+)
 equip(backend, "glm_core.backends.cuda._C")

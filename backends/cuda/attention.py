@@ -96,9 +96,15 @@ def _compiled() -> Callable[..., Any]:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor,
-    scale: float, layer_scale: float = 1.0, pb_relax: float = 0.0,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_start: Tensor,
+    key_end: Tensor,
+    scale: float,
+    layer_scale: float = 1.0,
+    pb_relax: float = 0.0,
+) -> Tensor:
     # layer_scale and pb_relax keep half-precision scores in range; the kernels' are float32
     kind = mask_kind(key_start, key_end, k.shape[1])
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, L, E]
@@ -125,9 +131,15 @@ def supports(backend: Backend, takes: Callable[..., Support]) -> Callable[..., S
     """`takes` is the rule of all kernels: devices and dtypes."""
 
     def attention(
-        q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor,
-        scale: float, layer_scale: float = 1.0, pb_relax: float = 0.0,
-    ) -> Support:  # fmt: skip
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_start: Tensor,
+        key_end: Tensor,
+        scale: float,
+        layer_scale: float = 1.0,
+        pb_relax: float = 0.0,
+    ) -> Support:
         answer = takes(q, k, v, key_start, key_end, scale, layer_scale, pb_relax)
         if not answer.ok:
             return answer

@@ -20,9 +20,20 @@ from glm_core.backends.cuda.extension import load
 from glm_core.backends.cuda.supports import takes
 
 SHARED = (
-    "rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", "gelu", "geglu", "swiglu", "rope",
-    "embedding", "quantized_linear", "linear_cross_entropy", "global_norm", "adamw",
-)  # fmt: skip
+    "rms_norm",
+    "layer_norm",
+    "add_rms_norm",
+    "add_layer_norm",
+    "gelu",
+    "geglu",
+    "swiglu",
+    "rope",
+    "embedding",
+    "quantized_linear",
+    "linear_cross_entropy",
+    "global_norm",
+    "adamw",
+)
 """ops whose operators have a device half in csrc/bindings/cuda"""
 
 

@@ -23,11 +23,27 @@ TABLE = Table()
 translation = TABLE.translation
 
 UNARY = {
-    "neg": "Neg", "exp": "Exp", "log": "Log", "sqrt": "Sqrt", "erf": "Erf", "abs": "Abs",
-    "sin": "Sin", "cos": "Cos", "reciprocal": "Reciprocal", "floor": "Floor", "ceil": "Ceil",
-    "round": "Round", "sign": "Sign", "relu": "Relu", "tan": "Tan", "sinh": "Sinh", "cosh": "Cosh",
-    "asin": "Asin", "acos": "Acos", "atan": "Atan",
-}  # fmt: skip
+    "neg": "Neg",
+    "exp": "Exp",
+    "log": "Log",
+    "sqrt": "Sqrt",
+    "erf": "Erf",
+    "abs": "Abs",
+    "sin": "Sin",
+    "cos": "Cos",
+    "reciprocal": "Reciprocal",
+    "floor": "Floor",
+    "ceil": "Ceil",
+    "round": "Round",
+    "sign": "Sign",
+    "relu": "Relu",
+    "tan": "Tan",
+    "sinh": "Sinh",
+    "cosh": "Cosh",
+    "asin": "Asin",
+    "acos": "Acos",
+    "atan": "Atan",
+}
 BINARY = {"mul": "Mul", "div": "Div", "pow": "Pow", "maximum": "Max", "minimum": "Min"}
 LOGICAL = {"and": "And", "or": "Or", "xor": "Xor"}
 COMPARE = {
@@ -38,9 +54,12 @@ COMPARE = {
     "ge": "GreaterOrEqual",
 }
 REDUCE = {
-    "sum": "ReduceSum", "mean": "ReduceMean", "amax": "ReduceMax", "amin": "ReduceMin",
+    "sum": "ReduceSum",
+    "mean": "ReduceMean",
+    "amax": "ReduceMax",
+    "amin": "ReduceMin",
     "prod": "ReduceProd",
-}  # fmt: skip
+}
 
 
 def unary(kind: str) -> Translation:

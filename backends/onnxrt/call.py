@@ -14,9 +14,16 @@ from glm_core.errors import UnsupportedOpError
 
 Direction = Literal["forward", "vjp", "update"]
 ELEMENT = {
-    torch.float32: 1, torch.uint8: 2, torch.int8: 3, torch.int32: 6, torch.int64: 7, torch.bool: 9,
-    torch.float16: 10, torch.float64: 11, torch.bfloat16: 16,
-}  # fmt: skip
+    torch.float32: 1,
+    torch.uint8: 2,
+    torch.int8: 3,
+    torch.int32: 6,
+    torch.int64: 7,
+    torch.bool: 9,
+    torch.float16: 10,
+    torch.float64: 11,
+    torch.bfloat16: 16,
+}
 """onnx.TensorProto's numbers, here so that a model from the disk runs without importing onnx"""
 SCALAR = (1,)
 """the shape that scalars have inside a graph: OpenVINO takes none without dimensions"""

@@ -40,9 +40,14 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     """Core ATen, and below it what would only lengthen the translation table."""
     aten = torch.ops.aten
     more = [
-        aten.addmm, aten.baddbmm, aten.native_layer_norm, aten.native_group_norm, aten.softplus,
-        aten.elu, aten.leaky_relu,
-    ]  # fmt: skip
+        aten.addmm,
+        aten.baddbmm,
+        aten.native_layer_norm,
+        aten.native_group_norm,
+        aten.softplus,
+        aten.elu,
+        aten.leaky_relu,
+    ]
     return {**core_aten_decompositions(), **get_decompositions(more)}
 
 

@@ -25,9 +25,15 @@ def export(call: Call) -> bytes:
     value = _rounded(g, value, x) if rounding == 8 else value
     inputs = [value, _blocks(g, weight, bits, width), _scales(g, scale, width)]
     name = g.node(
-        "MatMulNBits", *inputs, domain=CONTRIB, K=width, N=features, bits=bits, block_size=BLOCK,
+        "MatMulNBits",
+        *inputs,
+        domain=CONTRIB,
+        K=width,
+        N=features,
+        bits=bits,
+        block_size=BLOCK,
         accuracy_level=1,  # float32; 4 rounds activations too, but not by the contract's rule
-    )  # fmt: skip
+    )
     if bias is not None:
         name = g.node("Add", name, g.input("t3", bias))
     y = x.new_empty(*x.shape[:-1], features)

@@ -35,8 +35,12 @@ def _here() -> tuple[torch.dtype, ...]:
 
 
 backend = RocmBackend(
-    name="rocm", device_type="cuda", collective="nccl", deterministic=False, dtypes=_here(),
+    name="rocm",
+    device_type="cuda",
+    collective="nccl",
+    deterministic=False,
+    dtypes=_here(),
     verified="compiled, kernels executed on the CPU, dry-run; not run on hardware by us",
     probe=lambda: probe.rocm(probe.facts()),
-)  # fmt: skip
+)
 equip(backend, "glm_core.backends.rocm._C")

@@ -8,9 +8,19 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 NODES, DEVICES, PORT = 2, 8, 29500
 TRAIN = [
-    "-m", "glm_core.cli", "train", "--config", "run.toml", "--backend", "cuda",
-    "--plan", "tp=8,dp=2,zero=1,micro_batches=4", "--out", "/shared/run", "--resume",
-]  # fmt: skip
+    "-m",
+    "glm_core.cli",
+    "train",
+    "--config",
+    "run.toml",
+    "--backend",
+    "cuda",
+    "--plan",
+    "tp=8,dp=2,zero=1,micro_batches=4",
+    "--out",
+    "/shared/run",
+    "--resume",
+]
 
 
 @ray.remote(num_gpus=DEVICES)

@@ -10,24 +10,37 @@ if TYPE_CHECKING:
     from glm_core.align.bisection import Bisection, bisect
     from glm_core.align.calibration import Calibration, calibrate
     from glm_core.align.campaign import Result, run
-    from glm_core.align.detection import Sensitivity, sensitivity
-    from glm_core.align.hitrate import Hits, hits
     from glm_core.align.recording import record
     from glm_core.align.rerun import Narrow
     from glm_core.align.verdict import Finding, Pair, compare
 
 __all__ = [
-    "Bisection", "Calibration", "Finding", "Hits", "Narrow", "Pair", "Result", "Sensitivity",
-    "bisect", "calibrate", "compare", "hits", "record", "run", "sensitivity",
-]  # fmt: skip
+    "Bisection",
+    "Calibration",
+    "Finding",
+    "Narrow",
+    "Pair",
+    "Result",
+    "bisect",
+    "calibrate",
+    "compare",
+    "record",
+    "run",
+]
 
 _HOME = {
-    "Hits": "hitrate", "hits": "hitrate",
-    "Bisection": "bisection", "bisect": "bisection", "Narrow": "rerun",
-    "Calibration": "calibration", "calibrate": "calibration", "Result": "campaign",
-    "run": "campaign", "record": "recording", "Finding": "verdict", "Pair": "verdict",
-    "compare": "verdict", "Sensitivity": "detection", "sensitivity": "detection",
-}  # fmt: skip
+    "Bisection": "bisection",
+    "bisect": "bisection",
+    "Narrow": "rerun",
+    "Calibration": "calibration",
+    "calibrate": "calibration",
+    "Result": "campaign",
+    "run": "campaign",
+    "record": "recording",
+    "Finding": "verdict",
+    "Pair": "verdict",
+    "compare": "verdict",
+}
 
 
 def __getattr__(name: str) -> Any:

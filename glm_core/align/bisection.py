@@ -187,9 +187,13 @@ def first(found: list[Finding]) -> Finding:
 
 
 def named(
-    found: list[Finding], known: Evidence, backend: Backend, command: list[str],
-    config: RunConfig, make: MakeSampler,
-) -> Bisection:  # fmt: skip
+    found: list[Finding],
+    known: Evidence,
+    backend: Backend,
+    command: list[str],
+    config: RunConfig,
+    make: MakeSampler,
+) -> Bisection:
     """By what the captured calls show."""
     worst = first(found)
     op, direction = worst.op, direction_of(worst)
@@ -197,11 +201,17 @@ def named(
     del places[f"{op} {direction}"]
     again = rerun.find(backend, worst, direction, config.train.dtype, known.judged, command)
     return Bisection(
-        **_place(worst, known.cases), backend=backend.name, how="op by op",
-        kernel=_ran(backend, op), others=list(places), rerun=again.command, note=again.note,
-        substitution={} if direction == "optimizer" else substitution.confirm(
-            config, make, backend, known.moments, op, direction),
-    )  # fmt: skip
+        **_place(worst, known.cases),
+        backend=backend.name,
+        how="op by op",
+        kernel=_ran(backend, op),
+        others=list(places),
+        rerun=again.command,
+        note=again.note,
+        substitution={}
+        if direction == "optimizer"
+        else substitution.confirm(config, make, backend, known.moments, op, direction),
+    )
 
 
 def _place(worst: Finding, cases: list[Case]) -> dict[str, Any]:
@@ -213,9 +223,14 @@ def _place(worst: Finding, cases: list[Case]) -> dict[str, Any]:
         dtype = call.place(direction)["dtype"]
     told = dataclasses.replace(worst, direction=direction, dtype=dtype)
     return {
-        "op": worst.op, "direction": direction, "dtype": dtype, "shape": worst.shape,
-        "layer": worst.layer, "step": worst.step, "finding": str(told),
-    }  # fmt: skip
+        "op": worst.op,
+        "direction": direction,
+        "dtype": dtype,
+        "shape": worst.shape,
+        "layer": worst.layer,
+        "step": worst.step,
+        "finding": str(told),
+    }
 
 
 def _ran(backend: Backend, op: str) -> str:
@@ -230,18 +245,26 @@ def _broke(error: DeviceError, backend: Backend, command: list[str]) -> Bisectio
     place.pop("call", None)
     narrow = Narrow(**{k: place[k] for k in _NARROW if k in place})
     return Bisection(
-        **place, backend=backend.name, finding=str(error), how="by its error",
-        kernel=_ran(backend, place["op"]), rerun=rerun.join(command, narrow),
-    )  # fmt: skip
+        **place,
+        backend=backend.name,
+        finding=str(error),
+        how="by its error",
+        kernel=_ran(backend, place["op"]),
+        rerun=rerun.join(command, narrow),
+    )
 
 
 _NARROW = ("op", "direction", "layer", "step")
 
 
 def _beyond(
-    config: RunConfig, backend: Backend, known: Evidence, make: MakeSampler,
-    command: list[str], tell: Progress,
-) -> Bisection:  # fmt: skip
+    config: RunConfig,
+    backend: Backend,
+    known: Evidence,
+    make: MakeSampler,
+    command: list[str],
+    tell: Progress,
+) -> Bisection:
     """Every captured op call is right by itself: is one in the backend's own run wrong, the whole
     step, or the curve?"""
     again = rerun.join(command, rerun.ALL)
@@ -259,9 +282,11 @@ def _beyond(
     if pair.findings:
         return _once(first(pair.findings), known, backend, again)
     common: dict[str, Any] = {
-        "backend": backend.name, "dtype": config.train.dtype, "rerun": again,
+        "backend": backend.name,
+        "dtype": config.train.dtype,
+        "rerun": again,
         "finding": pair.reasons[0],
-    }  # fmt: skip
+    }
     if pair.max_gradient_ratio > 1:
         place = substitution.search(full, taught, backend, tell)
         how = "by substitution in a whole step"
@@ -274,9 +299,13 @@ def _beyond(
 def _once(worst: Finding, known: Evidence, backend: Backend, again: str) -> Bisection:
     place = _place(worst, known.cases)
     return Bisection(
-        **place, backend=backend.name, how="in its own run", kernel=_ran(backend, worst.op),
-        rerun=again, note=ONCE,
-    )  # fmt: skip
+        **place,
+        backend=backend.name,
+        how="in its own run",
+        kernel=_ran(backend, worst.op),
+        rerun=again,
+        note=ONCE,
+    )
 
 
 ONCE = "the captured calls are right: it happened once, or it needs the calls before it"

@@ -21,12 +21,12 @@ from glm_core.align.disguise import Regrouped, Rounded
 from glm_core.align.environment import environment
 from glm_core.align.replay import LOW
 from glm_core.align.teacher import Case, Key
+from glm_core.align.trace import Trace
 from glm_core.align.training import Mode, Moment, Run, free_run, moved, weights_hash
 from glm_core.backends import registry
 from glm_core.config import RunConfig, to_dict
 from glm_core.model import GLM
-from glm_core.trace import Trace
-from glm_core.train import Sampler, initial_weights
+from glm_core.training.trainer import Sampler, initial_weights
 
 Array = NDArray[np.float64]
 MakeSampler = Callable[[], Sampler]
@@ -92,18 +92,30 @@ def calibrate(
     names = sorted(weights)
     plain = Run(config, make(), "reference")
     trace = Trace(
-        config=to_dict(config), backend="reference", dtype=config.train.dtype, loss=curve.loss,
-        grad_norm=curve.grad_norm, control_names=list(runs),
+        config=to_dict(config),
+        backend="reference",
+        dtype=config.train.dtype,
+        loss=curve.loss,
+        grad_norm=curve.grad_norm,
+        control_names=list(runs),
         control_loss=np.array(list(runs.values())).reshape(len(runs), steps),
-        capture_steps=[m.step for m in curve.moments], parameters=names,
+        capture_steps=[m.step for m in curve.moments],
+        parameters=names,
         **gradient_facts(plain, curve.moments, names),
         loss_error=np.stack([rows[0][0], *(r[0] for r in rows)]),
         gradient_error=np.stack([rows[0][1], *(r[1] for r in rows)]),
-        disguises=list(gradient_modes(config)), calls=[], digest=np.zeros((0, NUM_SKETCH)),
-        tests=[], test_values=np.zeros((0, 3)), num_tests=0, fallbacks=curve.fallbacks,
-        environment=environment(registry.usable("reference")), data_order=curve.data_order,
-        initial_weights=weights_hash(weights), seconds=time.perf_counter() - begin,
-    )  # fmt: skip
+        disguises=list(gradient_modes(config)),
+        calls=[],
+        digest=np.zeros((0, NUM_SKETCH)),
+        tests=[],
+        test_values=np.zeros((0, 3)),
+        num_tests=0,
+        fallbacks=curve.fallbacks,
+        environment=environment(registry.usable("reference")),
+        data_order=curve.data_order,
+        initial_weights=weights_hash(weights),
+        seconds=time.perf_counter() - begin,
+    )
     return Calibration(config, make, trace, curve.moments, oracle, items, limits)
 
 

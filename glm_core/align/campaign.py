@@ -20,14 +20,15 @@ from typing import IO, Any
 import torch
 
 import glm_core
-from glm_core import errors, watchdog
+from glm_core import errors
 from glm_core.align.calibration import MakeSampler, Progress, calibrate
 from glm_core.align.recording import record
+from glm_core.align.trace import Trace, load
 from glm_core.align.verdict import Pair, Verdict, compare
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
 from glm_core.config import Dtype, RunConfig, from_dict, to_dict
-from glm_core.trace import Trace, load
+from glm_core.diagnose import watchdog
 
 WAY_OUT = "reset the device; glm-core align bisect waits for every call and names the op"
 REFERENCE = "reference"
@@ -84,10 +85,15 @@ def run(
     jobs = [
         Job(
             dataclasses.replace(config, train=dataclasses.replace(config.train, dtype=dtype)),
-            list(chosen.values()), out, controls, capture_steps, cache_dir, timeout_s,
+            list(chosen.values()),
+            out,
+            controls,
+            capture_steps,
+            cache_dir,
+            timeout_s,
         )
         for dtype in dtypes or (config.train.dtype,)
-    ]  # fmt: skip
+    ]
     tell = progress or (lambda what, done, of: None)
     if len(jobs) > 1 and sampler is None and all(isinstance(b, str) for b in chosen.values()):
         side_by_side(jobs, tell)
@@ -126,9 +132,13 @@ class Job:
         dtype = self.config.train.dtype
         tell: Progress = lambda what, done, of: progress(f"{dtype}: {what}", done, of)  # noqa: E731
         cal = calibrate(
-            self.config, sampler=sampler, controls=self.controls, cache_dir=self.cache_dir,
-            capture_steps=self.capture_steps, progress=tell,
-        )  # fmt: skip
+            self.config,
+            sampler=sampler,
+            controls=self.controls,
+            cache_dir=self.cache_dir,
+            capture_steps=self.capture_steps,
+            progress=tell,
+        )
         traces = {self.names[0]: cal.reference}
         cal.reference.save(path(self.out_dir, self.names[0]))
         for name, backend in zip(self.names[1:], self.backends, strict=True):
@@ -148,8 +158,9 @@ class Job:
         """What `to_json` wrote."""
         plain = json.loads(text)
         plain |= {
-            "config": from_dict(RunConfig, plain["config"]), "out_dir": Path(plain["out_dir"]),
-        }  # fmt: skip
+            "config": from_dict(RunConfig, plain["config"]),
+            "out_dir": Path(plain["out_dir"]),
+        }
         return cls(**plain)
 
 

@@ -39,10 +39,14 @@ class Call:
         tensors = [x for x in tree_leaves(self.args) if isinstance(x, Tensor)]
         first = next((x for x in tensors if x.is_floating_point()), torch.empty(0))
         return {
-            "op": self.op.name, "direction": direction, "layer": self.layer, "step": self.step,
-            "call": self.index, "dtype": str(first.dtype).removeprefix("torch."),
+            "op": self.op.name,
+            "direction": direction,
+            "layer": self.layer,
+            "step": self.step,
+            "call": self.index,
+            "dtype": str(first.dtype).removeprefix("torch."),
             "shape": list(first.shape),
-        }  # fmt: skip
+        }
 
 
 def copied(x: Any) -> Any:
@@ -71,9 +75,13 @@ class Capture:
         """The interceptor: records, runs, and listens for the outputs' gradients."""
         named = {**dict(zip(op.parameters, args, strict=False)), **kwargs}
         call = Call(
-            op=op, index=len(self.calls), layer=self.layer, step=self.step,
-            args=tree_map(copied, named), output_gradients=[],
-        )  # fmt: skip
+            op=op,
+            index=len(self.calls),
+            layer=self.layer,
+            step=self.step,
+            args=tree_map(copied, named),
+            output_gradients=[],
+        )
         self.calls.append(call)
         result = dispatch.run(op, args, kwargs)
         outputs = result if isinstance(result, tuple) else (result,)

@@ -75,9 +75,15 @@ class Axis:
 
 
 def chart(
-    title: str, series: Sequence[Series], bands: Sequence[Band] = (), *,
-    x_label: str = "step", y_label: str = "", log: bool = False, log_x: bool = False,
-) -> str:  # fmt: skip
+    title: str,
+    series: Sequence[Series],
+    bands: Sequence[Band] = (),
+    *,
+    x_label: str = "step",
+    y_label: str = "",
+    log: bool = False,
+    log_x: bool = False,
+) -> str:
     """The chart as one <figure> with a legend; an empty one says so."""
     xs = [v for s in series for v in s.x] + [v for b in bands for v in b.x]
     ys = [v for s in series for v in s.y] + [v for b in bands for v in (*b.low, *b.high)]

@@ -15,9 +15,18 @@ from torch.utils._pytree import tree_map
 aten = torch.ops.aten
 
 _ARITHMETIC = {
-    aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.sum, aten.mean, aten.add, aten.sub, aten.mul,
-    aten.div, aten.embedding_dense_backward,
-}  # fmt: skip
+    aten.mm,
+    aten.addmm,
+    aten.bmm,
+    aten.baddbmm,
+    aten.sum,
+    aten.mean,
+    aten.add,
+    aten.sub,
+    aten.mul,
+    aten.div,
+    aten.embedding_dense_backward,
+}
 
 
 def widened(value: Any, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Any:

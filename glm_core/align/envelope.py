@@ -77,10 +77,12 @@ def peaks(deviations: Array, reference: Array) -> Array:
     """[K]: each control's largest deviation over all steps, in units of the other controls'
     scale."""
     others = [np.delete(deviations, k, 0) for k in range(len(deviations))]
-    return np.array([
-        (np.abs(d) / scale(rest, reference)).max()
-        for d, rest in zip(deviations, others, strict=True)
-    ])  # fmt: skip
+    return np.array(
+        [
+            (np.abs(d) / scale(rest, reference)).max()
+            for d, rest in zip(deviations, others, strict=True)
+        ]
+    )
 
 
 def envelope(reference: Array, controls: Array, candidate: Array, rate: float) -> Envelope:

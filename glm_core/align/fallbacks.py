@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from glm_core import config as c
 from glm_core import dispatch, ops
 from glm_core.align.capture import Call, capture, copied
+from glm_core.align.trace import Trace
 from glm_core.align.training import Run
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
@@ -24,8 +25,7 @@ from glm_core.dispatch import Op
 from glm_core.errors import TraceError
 from glm_core.model import GLM
 from glm_core.spec import Cost
-from glm_core.trace import Trace
-from glm_core.train import Sampler
+from glm_core.training.trainer import Sampler
 
 ROUNDS = 5
 """timings of a call, of which the median counts"""
@@ -101,11 +101,12 @@ def measure(config: c.RunConfig, sampler: Sampler, backend: str | Backend) -> Fa
         for name, n in (+outside).items()
     ]
     return Fallbacks(
-        backend=run.backend.name, rows=sorted([*rows(kinds, run.backend), *unowned], key=weight),
+        backend=run.backend.name,
+        rows=sorted([*rows(kinds, run.backend), *unowned], key=weight),
         runtime_counted=run.device.type == "cpu" or run.backend.runtime_fallbacks() is not None,
         step_ms=seconds * 1e3,
         ops_ms=sum(k.seconds * len(k.calls) for k in kinds) * 1e3,
-    )  # fmt: skip
+    )
 
 
 def weight(row: Row) -> tuple[float, str]:
@@ -181,12 +182,15 @@ def rows(kinds: list[Kind], backend: Backend) -> list[Row]:
             sums[call.op.name, "host", reason].append(kind)
     return [
         Row(
-            op=op, where=where, reason=reason, calls=sum(len(k.calls) for k in mine),
+            op=op,
+            where=where,
+            reason=reason,
+            calls=sum(len(k.calls) for k in mine),
             flops_share=sum(k.flops for k in mine) / flops,
             time_share=sum(k.seconds * len(k.calls) for k in mine) / seconds,
         )
         for (op, where, reason), mine in sums.items()
-    ]  # fmt: skip
+    ]
 
 
 def recorded(trace: Trace) -> Fallbacks:
@@ -211,9 +215,10 @@ def recorded(trace: Trace) -> Fallbacks:
             Row(op=op, where="reference", reason=row["reason"], calls=calls, flops_share=share)
         )
     return Fallbacks(
-        backend=trace.backend, rows=sorted(found, key=weight),
+        backend=trace.backend,
+        rows=sorted(found, key=weight),
         runtime_counted=trace.environment.get("device_type") == "cpu",
-    )  # fmt: skip
+    )
 
 
 def step_flops(config: c.RunConfig) -> dict[str, tuple[int, int]]:

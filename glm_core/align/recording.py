@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_core import failure
 from glm_core.align import statistics, teacher
 from glm_core.align.calibration import (
     NUM_SKETCH,
@@ -25,13 +24,14 @@ from glm_core.align.calibration import (
 from glm_core.align.environment import environment
 from glm_core.align.replay import Results, answer
 from glm_core.align.teacher import Case, Key, Measures
+from glm_core.align.trace import Trace
 from glm_core.align.training import Curve, Run, free_run, weights_hash
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
 from glm_core.config import RunConfig, to_dict
+from glm_core.diagnose import device_errors
 from glm_core.errors import TraceError
-from glm_core.trace import Trace
-from glm_core.train import initial_weights
+from glm_core.training.trainer import initial_weights
 
 Array = NDArray[np.float64]
 
@@ -54,28 +54,39 @@ def record(
     the result for `backend="reference"` then. The config may differ from the calibration's in
     micro_batch, backend and strict only."""
     cal = calibration or calibrate(
-        config, sampler=sampler, controls=controls, capture_steps=capture_steps,
-        cache_dir=cache_dir, progress=progress,
-    )  # fmt: skip
+        config,
+        sampler=sampler,
+        controls=controls,
+        capture_steps=capture_steps,
+        cache_dir=cache_dir,
+        progress=progress,
+    )
     if calibration is None and backend == "reference":
         return cal.reference
     _require_same(cal.config, config)
     begin = time.perf_counter()
     chosen = registry.usable(backend) if isinstance(backend, str) else backend
-    with failure.explained(chosen.name, "record"):
+    with device_errors.explained(chosen.name, "record"):
         curve = _curve(cal, config, backend, progress) if free_run else None
         facts = _taught(cal, config, backend) if teacher else _untaught(cal)
     weights = initial_weights(config)
     return Trace(
-        config=to_dict(config), backend=chosen.name, dtype=config.train.dtype,
+        config=to_dict(config),
+        backend=chosen.name,
+        dtype=config.train.dtype,
         loss=curve.loss if curve else np.zeros(0),
-        grad_norm=curve.grad_norm if curve else np.zeros(0), control_names=[],
+        grad_norm=curve.grad_norm if curve else np.zeros(0),
+        control_names=[],
         control_loss=np.zeros((0, curve.loss.size if curve else 0)),
-        parameters=cal.reference.parameters, disguises=cal.reference.disguises,
-        fallbacks=_fallbacks(facts.pop("fallbacks"), curve), environment=environment(chosen),
+        parameters=cal.reference.parameters,
+        disguises=cal.reference.disguises,
+        fallbacks=_fallbacks(facts.pop("fallbacks"), curve),
+        environment=environment(chosen),
         data_order=curve.data_order if curve else cal.reference.data_order,
-        initial_weights=weights_hash(weights), seconds=time.perf_counter() - begin, **facts,
-    )  # fmt: skip
+        initial_weights=weights_hash(weights),
+        seconds=time.perf_counter() - begin,
+        **facts,
+    )
 
 
 def _require_same(known: RunConfig, given: RunConfig) -> None:
@@ -105,11 +116,18 @@ def _fallbacks(taught: list[dict[str, Any]], curve: Curve | None) -> list[dict[s
 def _untaught(cal: Calibration) -> dict[str, Any]:
     p, j = len(cal.reference.parameters), 1 + len(cal.reference.disguises)
     return {
-        "capture_steps": [], "gradient_norm": np.zeros((0, p)),
-        "gradient_sketch": np.zeros((0, p, NUM_SKETCH)), "loss_error": np.zeros((j, 0)),
-        "gradient_error": np.zeros((j, 0, p)), "calls": [], "digest": np.zeros((0, NUM_SKETCH)),
-        "tests": [], "test_values": np.zeros((0, 3)), "num_tests": 0, "fallbacks": [],
-    }  # fmt: skip
+        "capture_steps": [],
+        "gradient_norm": np.zeros((0, p)),
+        "gradient_sketch": np.zeros((0, p, NUM_SKETCH)),
+        "loss_error": np.zeros((j, 0)),
+        "gradient_error": np.zeros((j, 0, p)),
+        "calls": [],
+        "digest": np.zeros((0, NUM_SKETCH)),
+        "tests": [],
+        "test_values": np.zeros((0, 3)),
+        "num_tests": 0,
+        "fallbacks": [],
+    }
 
 
 def _taught(cal: Calibration, config: RunConfig, backend: str | Backend) -> dict[str, Any]:
@@ -125,13 +143,17 @@ def _taught(cal: Calibration, config: RunConfig, backend: str | Backend) -> dict
     calls, digest = digests(cal.cases, results)
     counts = session.fallbacks
     return {
-        "capture_steps": known.capture_steps, **gradient_facts(run, cal.moments, known.parameters),
+        "capture_steps": known.capture_steps,
+        **gradient_facts(run, cal.moments, known.parameters),
         "loss_error": np.concatenate((loss_error[None], known.loss_error[1:])),
         "gradient_error": np.concatenate((gradient_error[None], known.gradient_error[1:])),
-        "calls": calls, "digest": digest, "tests": rows, "test_values": values,
+        "calls": calls,
+        "digest": digest,
+        "tests": rows,
+        "test_values": values,
         "num_tests": measured.count(),
         "fallbacks": [{"op": f.op, "reason": f.reason, "count": n} for f, n in counts.items()],
-    }  # fmt: skip
+    }
 
 
 def digests(cases: list[Case], results: list[Results | None]) -> tuple[list[dict[str, Any]], Array]:
@@ -149,9 +171,13 @@ def place(case: Case, name: str) -> dict[str, Any]:
     call = case.call
     direction = "backward" if name.startswith("d_") else "forward"
     return {
-        "step": call.step, "call": call.index, "op": call.op.name, "layer": call.layer,
-        "direction": direction, "tensor": name,
-    }  # fmt: skip
+        "step": call.step,
+        "call": call.index,
+        "op": call.op.name,
+        "layer": call.layer,
+        "direction": direction,
+        "tensor": name,
+    }
 
 
 def tests(
@@ -171,9 +197,11 @@ def tests(
             continue
         row = place(like, key[1]) if case else {**place(like, key[1]), "step": 0, "call": -1}
         row |= {
-            "layer": row["layer"] if case else "", "dtype": str(dtype).removeprefix("torch."),
-            "shape": list(like.shapes[key[1]]), "projection": _projection(key, at),
-        }  # fmt: skip
+            "layer": row["layer"] if case else "",
+            "dtype": str(dtype).removeprefix("torch."),
+            "shape": list(like.shapes[key[1]]),
+            "projection": _projection(key, at),
+        }
         worst[key] = (float(outside[at]), row, [float(effect[at]), float(error[at]), limit])
     rows = [row for _, row, _ in worst.values()]
     return rows, np.array([v for _, _, v in worst.values()]).reshape(-1, 3)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from glm_core import watchdog
 from glm_core.align.capture import Call, copied
 from glm_core.align.disguise import Exact, widened
 from glm_core.backends.base import Backend
+from glm_core.diagnose import watchdog
+from glm_core.diagnose.device_errors import device_error
 from glm_core.errors import GlmCoreError
-from glm_core.failure import device_error
 
 Results = dict[str, Tensor]
 """forward results `y` (or `y0`, `y1`, ...), gradients `d_NAME`, tensors written in place by name"""
@@ -24,9 +24,12 @@ LOW = (torch.bfloat16, torch.float16)
 
 
 def replay(
-    call: Call, function: Callable[..., Any], mode: AbstractContextManager[Any] | None = None,
-    device: torch.device | None = None, widen: bool = False,
-) -> Results:  # fmt: skip
+    call: Call,
+    function: Callable[..., Any],
+    mode: AbstractContextManager[Any] | None = None,
+    device: torch.device | None = None,
+    widen: bool = False,
+) -> Results:
     """Runs `function` on copies of the call's arguments and differentiates it with the captured
     output gradients. Results come back on the CPU, lists of tensors as one flat tensor."""
 
@@ -72,8 +75,9 @@ def answer(call: Call, backend: Backend) -> Results:
         raise
     except Exception as error:  # a vendor's kernel may raise anything
         where = call.where(direction)
-        raise device_error(error, "captured call", backend.name, where,
-                           **call.place(direction)) from error  # fmt: skip
+        raise device_error(
+            error, "captured call", backend.name, where, **call.place(direction)
+        ) from error
 
 
 def with_change(call: Call, results: Results) -> Results:
@@ -89,9 +93,10 @@ def _backward(
     outputs: tuple[Tensor, ...], gradients: list[Tensor | None], inputs: dict[str, Tensor]
 ) -> Results:
     used = [
-        (y, g.to(y.dtype)) for y, g in zip(outputs, gradients, strict=True)
+        (y, g.to(y.dtype))
+        for y, g in zip(outputs, gradients, strict=True)
         if g is not None and y.requires_grad
-    ]  # fmt: skip
+    ]
     found = torch.autograd.grad(
         [y for y, _ in used], list(inputs.values()), [g for _, g in used], allow_unused=True
     )

@@ -12,8 +12,8 @@ from glm_core.align.charts import Band, Series, chart
 
 if TYPE_CHECKING:
     from glm_core.align.campaign import Result
+    from glm_core.align.trace import Trace
     from glm_core.align.verdict import Pair
-    from glm_core.trace import Trace
 
 BLUE, RED, GREY = "#0b5cad", "#b00020", "#bbb"
 STYLE = """
@@ -74,12 +74,17 @@ def _verdict(word: str) -> str:
 def _summary(pairs: Sequence[Pair]) -> str:
     rows = [
         (
-            p.candidate, p.dtype, _verdict(p.verdict), f"{p.max_envelope_ratio:.2f}",
-            f"{p.max_gradient_ratio:.2f}", f"{p.max_op_ratio:.2f}", p.first_step or "",
+            p.candidate,
+            p.dtype,
+            _verdict(p.verdict),
+            f"{p.max_envelope_ratio:.2f}",
+            f"{p.max_gradient_ratio:.2f}",
+            f"{p.max_op_ratio:.2f}",
+            p.first_step or "",
             "; ".join(p.reasons),
         )
         for p in pairs
-    ]  # fmt: skip
+    ]
     head = ("candidate", "dtype", "verdict", "envelope", "gradients", "ops", "first step", "why")
     note = "<p>Ratios are shares of what is allowed: above 1 is outside.</p>"
     return table(head, rows, markup={2}) + note
@@ -130,8 +135,11 @@ def _gradients(pair: Pair, candidate: Trace) -> str:
     limit = Series("bound", [1, excess.shape[1]], [1.0, 1.0], RED, dash="5 3")
     figure = chart(
         "Gradient error against float64 as a share of its bound, per parameter",
-        [*dots, limit], x_label="parameter", y_label="share", log=True,
-    )  # fmt: skip
+        [*dots, limit],
+        x_label="parameter",
+        y_label="share",
+        log=True,
+    )
     worst = sorted(zip(excess.max(0), candidate.parameters, strict=True), reverse=True)[:5]
     rows = [(name, f"{share:.3f}") for share, name in worst]
     return figure + table(("worst parameters", "share of the bound"), rows)
@@ -142,11 +150,20 @@ def _findings(pair: Pair) -> str:
         return "<p>No op stands out.</p>"
     rows = [
         (
-            f.op, f.direction, f.layer, f.step, f.tensor, "x".join(map(str, f.shape)), f.projection,
-            f"{f.z:.1f}", f"{f.effect:.2e}", f"{f.benign:.2e}", f"{f.ratio:.2f}",
+            f.op,
+            f.direction,
+            f.layer,
+            f.step,
+            f.tensor,
+            "x".join(map(str, f.shape)),
+            f.projection,
+            f"{f.z:.1f}",
+            f"{f.effect:.2e}",
+            f"{f.benign:.2e}",
+            f"{f.ratio:.2f}",
         )
         for f in pair.findings[:20]
-    ]  # fmt: skip
+    ]
     head = (
         "op",
         "direction",

@@ -74,9 +74,13 @@ def join(words: list[str], narrow: Narrow) -> str:
 
 
 def find(
-    backend: Backend, finding: Finding, direction: str, dtype: str,
-    judge: Callable[[Backend, Narrow], list[Finding]], words: list[str],
-) -> Again:  # fmt: skip
+    backend: Backend,
+    finding: Finding,
+    direction: str,
+    dtype: str,
+    judge: Callable[[Backend, Narrow], list[Finding]],
+    words: list[str],
+) -> Again:
     """The first of these that fails when it is tried: a conformance case of the op in this dtype
     and direction, the captured call, all captured calls of the op, the whole bisection."""
     mode = "grad" if direction == "backward" else "test"

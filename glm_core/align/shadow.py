@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from glm_core import watchdog
 from glm_core.align import teacher
 from glm_core.align.calibration import MakeSampler, Progress
 from glm_core.align.capture import Call, Capture, capture
@@ -24,6 +23,7 @@ from glm_core.align.verdict import Finding, findings
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
 from glm_core.config import RunConfig
+from glm_core.diagnose import watchdog
 from glm_core.dispatch import Op
 from glm_core.errors import DeviceError, TrainingError
 

@@ -17,13 +17,13 @@ from torch.utils._pytree import tree_map
 from glm_core import dispatch
 from glm_core.align.calibration import Calibration, MakeSampler, Progress, loaded, teacher_errors
 from glm_core.align.capture import layers
+from glm_core.align.trace import Trace
 from glm_core.align.training import Moment, Run
-from glm_core.align.variants import splice, vjp
 from glm_core.align.verdict import gradient_check
 from glm_core.backends.base import Backend
 from glm_core.config import RunConfig
 from glm_core.dispatch import Op
-from glm_core.trace import Trace
+from glm_core.faults.variants import splice, vjp
 
 RATE = 1e-3 / 3
 
@@ -71,9 +71,13 @@ def substituted(
 
 
 def confirm(
-    config: RunConfig, make: MakeSampler, backend: Backend, moments: list[Moment], op: str,
+    config: RunConfig,
+    make: MakeSampler,
+    backend: Backend,
+    moments: list[Moment],
+    op: str,
     direction: str,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """The largest relative difference of a parameter's gradient from the reference's, of the
     candidate as it is and with the op's reference in its place."""
     run, reference = Run(config, make(), backend), Run(config, make(), "reference")

@@ -57,10 +57,11 @@ def cases(calls: Iterable[Call]) -> Iterator[Case]:
     for call in calls:
         correct = exact(call, replay(call, call.op.reference))
         yield Case(
-            call, {n: _base(call, n, y) for n, y in correct.items()},
+            call,
+            {n: _base(call, n, y) for n, y in correct.items()},
             {n: tuple(y.shape) for n, y in correct.items()},
             {n: y.dtype for n, y in correct.items()},
-        )  # fmt: skip
+        )
 
 
 def _base(call: Call, name: str, y: Tensor) -> Base:
@@ -166,8 +167,9 @@ def disguises(dtype: torch.dtype) -> dict[str, Runner]:
 
     found: dict[str, Runner] = {
         "plain": lambda call: replay(call, call.op.reference),
-        "regrouped": regrouped(1), "regrouped again": regrouped(2),
-    }  # fmt: skip
+        "regrouped": regrouped(1),
+        "regrouped again": regrouped(2),
+    }
     if dtype in LOW:
         found["rounded"] = lambda call: _rounded(call, dtype, None)
         for which in range(MAX_ROUNDED):

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glm_core import failure, watchdog
 from glm_core.align.capture import Call, capture
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
 from glm_core.config import RunConfig
+from glm_core.diagnose import device_errors, watchdog
 from glm_core.errors import DeviceError, TrainingError
-from glm_core.train import Batch, Sampler, Trainer
+from glm_core.training.trainer import Batch, Sampler, Trainer
 
 Mode = Callable[[], AbstractContextManager[Any]]
 FIELDS = ("tokens", "labels", "loss_weight", "positions", "key_start", "key_end")
@@ -41,9 +41,13 @@ class Run(Trainer):
     backward, never around the optimizer."""
 
     def __init__(
-        self, config: RunConfig, sampler: Sampler, backend: str | Backend,
-        weights: dict[str, Tensor] | None = None, mode: Mode = contextlib.nullcontext,
-    ) -> None:  # fmt: skip
+        self,
+        config: RunConfig,
+        sampler: Sampler,
+        backend: str | Backend,
+        weights: dict[str, Tensor] | None = None,
+        mode: Mode = contextlib.nullcontext,
+    ) -> None:
         chosen = registry.usable(backend) if isinstance(backend, str) else backend
         place = backend if isinstance(backend, str) else f"reference:{chosen.device_type}"
         train = dataclasses.replace(config.train, backend=place)
@@ -72,7 +76,7 @@ class Run(Trainer):
         watchdog.beat("gradients of a captured step")
         with (
             registry.use(self.backend),
-            failure.explained(self.backend.name, "gradients of a captured step"),
+            device_errors.explained(self.backend.name, "gradients of a captured step"),
         ):
             loss = float(self.backward(split(batches, self.config.train.micro_batch)))
             scale = self.loss_scale.scale

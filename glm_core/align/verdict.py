@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from glm_core.align import statistics
 from glm_core.align.envelope import Envelope, envelope, error_bound
+from glm_core.align.trace import Trace
 from glm_core.errors import TraceError
-from glm_core.trace import Trace
 
 Array = NDArray[np.float64]
 Verdict = Literal["aligned", "diverged"]
@@ -114,17 +114,26 @@ def compare(reference: Trace, candidate: Trace, *, false_alarm_rate: float = 1e-
     envelope_ratio = float(curve.ratio.max()) if curve else 0.0
     gradient_ratio = float(max(excess.max(initial=0.0), loss_excess.max(initial=0.0)))
     reasons = [
-        *_envelope_reason(curve), *_gradient_reason(candidate, excess, loss_excess),
+        *_envelope_reason(curve),
+        *_gradient_reason(candidate, excess, loss_excess),
         *(str(f) for f in guilty[:3]),
-    ]  # fmt: skip
+    ]
     return Pair(
-        reference=reference.backend, candidate=candidate.backend, dtype=candidate.dtype,
-        verdict="diverged" if reasons else "aligned", reasons=reasons,
-        first_step=curve.first_step if curve else None, max_envelope_ratio=envelope_ratio,
-        max_gradient_ratio=gradient_ratio, max_op_ratio=max((f.ratio for f in found), default=0.0),
-        findings=guilty[:MAX_FINDINGS], false_alarm_rate=false_alarm_rate, envelope=curve,
-        gradient_ratio=ratio, gradient_excess=excess,
-    )  # fmt: skip
+        reference=reference.backend,
+        candidate=candidate.backend,
+        dtype=candidate.dtype,
+        verdict="diverged" if reasons else "aligned",
+        reasons=reasons,
+        first_step=curve.first_step if curve else None,
+        max_envelope_ratio=envelope_ratio,
+        max_gradient_ratio=gradient_ratio,
+        max_op_ratio=max((f.ratio for f in found), default=0.0),
+        findings=guilty[:MAX_FINDINGS],
+        false_alarm_rate=false_alarm_rate,
+        envelope=curve,
+        gradient_ratio=ratio,
+        gradient_excess=excess,
+    )
 
 
 def require_comparable(reference: Trace, candidate: Trace) -> None:
@@ -182,10 +191,15 @@ def findings(
     found = []
     for row, (effect, error, limit) in zip(tests, values, strict=True):
         outside = statistics.excess(np.array([effect]), np.array([error]), float(limit), z)
-        found.append(Finding(
-            **{f: row[f] for f in _ROW}, z=float(abs(effect) / error) if error > 0 else 0.0,
-            effect=float(effect), benign=float(limit), ratio=float(outside[0]),
-        ))  # fmt: skip
+        found.append(
+            Finding(
+                **{f: row[f] for f in _ROW},
+                z=float(abs(effect) / error) if error > 0 else 0.0,
+                effect=float(effect),
+                benign=float(limit),
+                ratio=float(outside[0]),
+            )
+        )
     return sorted(found, key=lambda f: -f.ratio)
 
 

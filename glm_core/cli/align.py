@@ -17,7 +17,7 @@ from glm_core.cli.options import (
     emit,
     run_config,
     words,
-)  # fmt: skip
+)
 
 if TYPE_CHECKING:
     from glm_core.align import Pair
@@ -139,7 +139,8 @@ def usable() -> list[str]:
 
 def run_record(args: argparse.Namespace) -> int:
     """Exit 0 with the trace written."""
-    from glm_core import align, watchdog
+    from glm_core import align
+    from glm_core.diagnose import watchdog
 
     config = chosen(args, backend=args.backend, dtype=args.dtype)
     with watchdog.guard(args.timeout, f"align record: backend {args.backend}", RESET):
@@ -153,8 +154,9 @@ def run_record(args: argparse.Namespace) -> int:
 
 def run_bisect(args: argparse.Namespace) -> int:
     """Exit 0 nothing is guilty, 1 something is named, 3 the backend is not available."""
-    from glm_core import align, watchdog
+    from glm_core import align
     from glm_core.backends import registry
+    from glm_core.diagnose import watchdog
 
     registry.usable(args.backend)
     config = chosen(args, backend=args.backend, dtype=args.dtype)
@@ -171,7 +173,7 @@ def run_compare(args: argparse.Namespace) -> int:
     """Exit 0 aligned, 1 diverged."""
     from glm_core import align
     from glm_core.align import report
-    from glm_core.trace import load
+    from glm_core.align.trace import load
 
     reference, candidate = load(args.reference), load(args.candidate)
     pair = align.compare(reference, candidate)
@@ -184,14 +186,14 @@ def run_compare(args: argparse.Namespace) -> int:
 def run_sensitivity(args: argparse.Namespace) -> int:
     """Exit 0 where every planted bug was found and nothing benign was convicted; with --bisect,
     where TARGET of them are named."""
-    from glm_core import align
-    from glm_core.align.detection import progress_line
+    from glm_core.sensitivity.detection import progress_line, sensitivity
+    from glm_core.sensitivity.hitrate import hits
 
     if args.bisect:
-        found = align.hits(args.dtype, progress=progress_line)
+        found = hits(args.dtype, progress=progress_line)
         emit(args, found.to_json(), found.text())
         return 0 if found.share >= TARGET else EXIT_FAILED
-    result = align.sensitivity(args.dtype, progress=progress_line)
+    result = sensitivity(args.dtype, progress=progress_line)
     emit(args, result.to_json(), result.text())
     return 0 if not result.missed and not result.false_alarms else EXIT_FAILED
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from glm_core.bench.compare import Comparison
-    from glm_core.bench.rows import Row
+    from glm_core.measure.rows import Row
 
 DTYPES = ("float32", "bfloat16", "float16")
 MEASURES = ("auto", "time", "ratio")
@@ -31,8 +31,12 @@ def define(parser: argparse.ArgumentParser) -> None:
     step = _measuring(actions, "step", "training: tokens/s, MFU, HFU, where the time goes", 12)
     add_run(step)
     step.add_argument("--backend", metavar="NAME", help="default: the run file's")
-    step.add_argument("--peer", choices=("none", "transformers", "compiled"), default="none",
-                      help="glm4-34m against transformers, eager or also compiled")  # fmt: skip
+    step.add_argument(
+        "--peer",
+        choices=("none", "transformers", "compiled"),
+        default="none",
+        help="glm4-34m against transformers, eager or also compiled",
+    )
     decode = _measuring(actions, "decode", "a token after another, against other engines", 30)
     decode.add_argument("--prefill", type=int, default=0, metavar="N", help="read N tokens instead")
     comm = _measuring(actions, "comm", "what the links between processes reach", 20)
@@ -73,25 +77,33 @@ def _measuring(
 def _judging(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--by", choices=MEASURES, default="auto", help="time, or ratio to the peer")
     parser.add_argument(
-        "--least", type=float, default=0.05, metavar="SHARE",
+        "--least",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
         help="change that matters (default %(default)s)",
-    )  # fmt: skip
+    )
 
 
 def run_measure(args: argparse.Namespace) -> int:
     """Exit 0, 1 a row is slower than the baseline's or a limit is broken, 2 usage, 3 no such
     backend."""
-    from glm_core.bench import page, rows
+    from glm_core.bench import page
     from glm_core.bench.compare import compare
     from glm_core.errors import GlmCoreError
+    from glm_core.measure import rows
 
     if args.rounds < 1:
         raise GlmCoreError(f"--rounds={args.rounds} must be at least 1")
     base = rows.read(args.baseline) if args.baseline else []
     found = {
-        "ceilings": _ceilings, "ops": _ops, "step": _step, "decode": _decode, "comm": _comm,
+        "ceilings": _ceilings,
+        "ops": _ops,
+        "step": _step,
+        "decode": _decode,
+        "comm": _comm,
         "dispatch": _dispatch,
-    }[args.action](args)  # fmt: skip
+    }[args.action](args)
     if args.out:
         rows.append(found, args.out)
     judged = compare(base, found, args.by, args.least) if base else None
@@ -125,7 +137,8 @@ def _dtypes(args: argparse.Namespace, known: tuple[torch.dtype, ...]) -> tuple[t
 
 def _ceilings(args: argparse.Namespace) -> list[Row]:
     from glm_core.backends import registry
-    from glm_core.bench import ceilings, links
+    from glm_core.bench import links
+    from glm_core.measure import ceilings
 
     backend = registry.usable(args.backend)
     found = ceilings.measure(backend, _dtypes(args, backend.dtypes), args.rounds)
@@ -149,13 +162,18 @@ def _ops(args: argparse.Namespace) -> list[Row]:
 
 def _step(args: argparse.Namespace) -> list[Row]:
     from glm_core.backends import registry
-    from glm_core.bench import ceilings, step, utilisation
+    from glm_core.bench import step, utilisation
+    from glm_core.measure import ceilings
 
     config = run_config(args, backend=args.backend)
     dtypes = args.dtype or [config.train.dtype]
     if args.peer == "none":
-        return [utilisation.measure(utilisation.with_dtype(config, d), args.rounds,
-                                    on_text=args.data is not None) for d in dtypes]  # fmt: skip
+        return [
+            utilisation.measure(
+                utilisation.with_dtype(config, d), args.rounds, on_text=args.data is not None
+            )
+            for d in dtypes
+        ]
     peers = ("eager",) if args.peer == "transformers" else ("eager", "compiled")
     name = args.backend or "cpu"
     told = ceilings.place(registry.usable(name))
@@ -164,8 +182,9 @@ def _step(args: argparse.Namespace) -> list[Row]:
 
 def _decode(args: argparse.Namespace) -> list[Row]:
     from glm_core.backends import registry
-    from glm_core.bench import ceilings, decode
+    from glm_core.bench import decode
     from glm_core.errors import GlmCoreError
+    from glm_core.measure import ceilings
 
     if args.prefill < 0:
         raise GlmCoreError(f"--prefill={args.prefill} must be at least 0")
@@ -181,15 +200,16 @@ def _comm(args: argparse.Namespace) -> list[Row]:
 
 def _dispatch(args: argparse.Namespace) -> list[Row]:
     from glm_core.backends import registry
-    from glm_core.bench import ceilings
+    from glm_core.measure import ceilings
 
     return [ceilings.dispatch_row(args.rounds, ceilings.place(registry.usable("reference")))]
 
 
 def run_compare(args: argparse.Namespace) -> int:
     """Exit 1 where a row of B is slower."""
-    from glm_core.bench import page, rows
+    from glm_core.bench import page
     from glm_core.bench.compare import compare
+    from glm_core.measure import rows
 
     a, b = rows.read(args.a), rows.read(args.b)
     found = compare(a, b, args.by, args.least)
@@ -201,7 +221,8 @@ def run_compare(args: argparse.Namespace) -> int:
 
 def run_page(args: argparse.Namespace) -> int:
     """Always 0."""
-    from glm_core.bench import page, rows
+    from glm_core.bench import page
+    from glm_core.measure import rows
 
     print(page.write([r for f in args.files for r in rows.read(f)], args.html))
     return 0
@@ -211,8 +232,17 @@ def text_of(rows: list[Row]) -> str:
     """A table, then what each row tells besides, then where it was measured."""
     from glm_core.bench.page import cells
 
-    head = ["what", "ms", "spread", "GFLOP/s", "GB/s", "of its roof", "peer", "times as fast",
-            "notes"]  # fmt: skip
+    head = [
+        "what",
+        "ms",
+        "spread",
+        "GFLOP/s",
+        "GB/s",
+        "of its roof",
+        "peer",
+        "times as fast",
+        "notes",
+    ]
     lines = [columns([head, *map(cells, rows)])]
     for row in rows:
         lines += _details(row)
@@ -224,8 +254,10 @@ def text_of(rows: list[Row]) -> str:
 def _details(row: Row) -> list[str]:
     f = row.figures
     if row.bench == "dispatch":
-        return ["dispatch adds {overhead_us:.2f} us a call ({low_us:.2f} to {high_us:.2f}), limit "
-                "{limit_us:g}".format(**f)]  # fmt: skip
+        return [
+            "dispatch adds {overhead_us:.2f} us a call ({low_us:.2f} to {high_us:.2f}), limit "
+            "{limit_us:g}".format(**f)
+        ]
     if "parts_s" not in f:
         return []
     whole = sum(f["parts_s"].values())
@@ -233,15 +265,17 @@ def _details(row: Row) -> list[str]:
     return [
         f"{row.key}: {f['tokens_s']:.0f} tokens/s, MFU {f['mfu']:.1%}, HFU {f['hfu']:.1%}, memory "
         f"{f['memory_peak_bytes'] / 2**30:.2f} GiB ({f['memory_peak_of']})",
-        *f"{row.key}: {parts}".splitlines(), *f["formula"],
-    ]  # fmt: skip
+        *f"{row.key}: {parts}".splitlines(),
+        *f["formula"],
+    ]
 
 
 def verdicts(found: Comparison) -> str:
     """A line a row."""
     head = ["what", f"{found.measure} B / A", "interval", "verdict"]
-    rows = [[c.key, f"{c.ratio:.3f}", f"{c.low:.3f} to {c.high:.3f}", c.verdict]
-            for c in found.changes]  # fmt: skip
+    rows = [
+        [c.key, f"{c.ratio:.3f}", f"{c.low:.3f} to {c.high:.3f}", c.verdict] for c in found.changes
+    ]
     lines = [columns([head, *rows])]
     if found.unmatched:
         lines.append(f"in one file only: {', '.join(found.unmatched)}")

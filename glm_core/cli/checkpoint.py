@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from glm_core.cli.options import add_json, add_quantization, emit
 
 if TYPE_CHECKING:
-    from glm_core.model.weights import Checkpoint
+    from glm_core.pretrained.weights import Checkpoint
 
 LAYOUTS = "chatglm2, chatglm-6b, glm, glm4, glm-130b, glm-block, glm-core, sat-chatglm-6b"
 
@@ -63,7 +63,7 @@ def define(parser: argparse.ArgumentParser) -> None:
 def opened(args: argparse.Namespace) -> Checkpoint:
     """The checkpoint of the options. Raises CheckpointError."""
     from glm_core.model import preset
-    from glm_core.model.weights import open_checkpoint
+    from glm_core.pretrained.weights import open_checkpoint
 
     return open_checkpoint(args.checkpoint, preset(args.preset) if args.preset else None)
 
@@ -83,13 +83,16 @@ def summary(checkpoint: Checkpoint) -> dict[str, Any]:
 
     tables = [stored for rank in checkpoint.files.ranks for stored in rank.values()]
     return {
-        "layout": checkpoint.layout.name, "about": checkpoint.layout.about,
-        "ranks": checkpoint.num_ranks, "files": len({s.file for s in tables}),
+        "layout": checkpoint.layout.name,
+        "about": checkpoint.layout.about,
+        "ranks": checkpoint.num_ranks,
+        "files": len({s.file for s in tables}),
         "quantized_bits": checkpoint.bits,
         "dtypes": sorted({str(s.dtype).removeprefix("torch.") for s in tables}),
         "parameters": sum(math.prod(shape) for shape in checkpoint.shapes.values()),
-        "bytes": sum(s.num_bytes for s in tables), "config": to_dict(checkpoint.config),
-    }  # fmt: skip
+        "bytes": sum(s.num_bytes for s in tables),
+        "config": to_dict(checkpoint.config),
+    }
 
 
 def run_convert(args: argparse.Namespace) -> int:
@@ -97,26 +100,33 @@ def run_convert(args: argparse.Namespace) -> int:
     import torch
 
     from glm_core.model.quantize import Quantization
-    from glm_core.model.weights import convert, target
+    from glm_core.pretrained.weights import convert, target
 
     how = args.bits and Quantization(
         bits=args.bits, group=args.group, activation_bits=args.activation_bits
     )
     source = opened(args)
     wanted = target(
-        args.to or source.layout.name, num_ranks=args.tp, dequantize=args.dequantize,
-        dtype=getattr(torch, args.dtype) if args.dtype else None, quantize=how,
+        args.to or source.layout.name,
+        num_ranks=args.tp,
+        dequantize=args.dequantize,
+        dtype=getattr(torch, args.dtype) if args.dtype else None,
+        quantize=how,
         shard_bytes=int(args.shard_gb * 1e9),
-    )  # fmt: skip
+    )
     begin = time.perf_counter()
     files = [str(f) for f in convert(source, args.out, wanted, report=progress)]
     if sys.stderr.isatty():
         print(file=sys.stderr)
     facts = {
-        "from": source.layout.name, "from_ranks": source.num_ranks, "to": wanted.layout.name,
-        "ranks": wanted.num_ranks, "bytes": sum(os.path.getsize(f) for f in files),
-        "seconds": round(time.perf_counter() - begin, 1), "files": files,
-    }  # fmt: skip
+        "from": source.layout.name,
+        "from_ranks": source.num_ranks,
+        "to": wanted.layout.name,
+        "ranks": wanted.num_ranks,
+        "bytes": sum(os.path.getsize(f) for f in files),
+        "seconds": round(time.perf_counter() - begin, 1),
+        "files": files,
+    }
     text = "{from} x {from_ranks} -> {to} x {ranks}: {bytes} bytes in {seconds} s".format(**facts)
     emit(args, facts, "\n".join([text, *files]))
     return 0
@@ -125,7 +135,7 @@ def run_convert(args: argparse.Namespace) -> int:
 def run_adapter(args: argparse.Namespace) -> int:
     """Exits 0 when OUT is written; nothing else is touched."""
     from glm_core.config import to_dict
-    from glm_core.model import adapter_files
+    from glm_core.pretrained import adapter_files
 
     config, state = adapter_files.read(args.adapter)
     adapter_files.write(args.out, config, state)

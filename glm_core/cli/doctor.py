@@ -31,7 +31,7 @@ def define(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit 0 all good, 1 something is wrong (the file says what), 2 usage, 3 not available."""
-    from glm_core import doctor
+    from glm_core.doctor import examination
     from glm_core.errors import GlmCoreError
 
     if not args.hardware or not args.backend:
@@ -41,12 +41,16 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.steps is None and not args.config:
         args.steps = STEPS
-    asked = doctor.Examination(
-        backend=args.backend, config=run_config(args), controls=args.controls, op=args.op,
-        preset=args.model, rounds=args.rounds,
-    )  # fmt: skip
+    asked = examination.Examination(
+        backend=args.backend,
+        config=run_config(args),
+        controls=args.controls,
+        op=args.op,
+        preset=args.model,
+        rounds=args.rounds,
+    )
     out = Path(args.out or f"doctor-{args.backend.replace(':', '-')}.zip")
-    found = doctor.examine(asked, out, lambda part: print(part, file=sys.stderr))
+    found = examination.examine(asked, out, lambda part: print(part, file=sys.stderr))
     lines = [_line(name, part) for name, part in found["parts"].items()]
     emit(args, {**found, "file": str(out)}, "\n".join([*lines, f"send back: {out}"]))
     return 0 if found["ok"] else EXIT_FAILED

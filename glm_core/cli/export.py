@@ -14,13 +14,16 @@ def define(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("out", metavar="OUT", help="new folder for model.onnx and its weights")
     parser.add_argument(
-        "--dtype", default="float32", choices=["float32", "bfloat16", "float16"],
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16", "float16"],
         help="only float32 can be exported (default %(default)s)",
-    )  # fmt: skip
+    )
     add_quantization(
-        parser, "the four linears of a layer as int8 or int4 codes, by MatMulNBits",
+        parser,
+        "the four linears of a layer as int8 or int4 codes, by MatMulNBits",
         rounding="8: ONNX Runtime may round activations to int8",
-    )  # fmt: skip
+    )
     add_json(parser)
     parser.set_defaults(run=run)
 
@@ -35,9 +38,13 @@ def run(args: argparse.Namespace) -> int:
     require_free(Path(args.out))  # before the weights are read
     source = _quantized(args)
     path = export(
-        source.model, args.out, name=source.name, tokenizer=source.tokenizer.sha256,
-        stop=str(list(source.stop)), beside=source.files,
-    )  # fmt: skip
+        source.model,
+        args.out,
+        name=source.name,
+        tokenizer=source.tokenizer.sha256,
+        stop=str(list(source.stop)),
+        beside=source.files,
+    )
     size = sum(f.stat().st_size for f in path.parent.iterdir())
     facts = {"model": str(path), "bytes": size, "bits": args.bits, "group": args.group}
     emit(args, facts, f"{path}: {size} bytes with its weights")
@@ -48,7 +55,7 @@ def _quantized(args: argparse.Namespace) -> Any:
     import torch
 
     from glm_core.model.quantize import Quantization, convert
-    from glm_core.serve.pretrained import from_path
+    from glm_core.pretrained.load import from_path
 
     how = None
     if args.bits is not None:

@@ -10,7 +10,7 @@ from glm_core.cli.options import add_json, emit
 if TYPE_CHECKING:
     from glm_core.model.runner import Runner
     from glm_core.model.sample import Sampling
-    from glm_core.serve.source import Source
+    from glm_core.pretrained.source import Source
 
 
 def define(parser: argparse.ArgumentParser) -> None:
@@ -21,9 +21,11 @@ def define(parser: argparse.ArgumentParser) -> None:
     )
     add_source(parser, choice)
     parser.add_argument(
-        "--prompt", required=True, metavar="TEXT",
+        "--prompt",
+        required=True,
+        metavar="TEXT",
         help="[MASK], [sMASK] and [gMASK] are blanks to fill; without one, what follows is written",
-    )  # fmt: skip
+    )
     add_sampling(parser, temperature=0.0, top_p=1.0)
     parser.add_argument("--beams", type=int, metavar="N", help="beam search with N beams")
     add_json(parser)
@@ -35,14 +37,19 @@ def add_model(
 ) -> None:
     """Which model. choice: where it may be another's."""
     (choice or parser).add_argument(
-        "--run", "--model", required=choice is None, metavar="DIR", dest="from_run",
+        "--run",
+        "--model",
+        required=choice is None,
+        metavar="DIR",
+        dest="from_run",
         help="a training run, one of its checkpoints, or a checkpoint's folder of any layout",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--adapter", metavar="PATH",
+        "--adapter",
+        metavar="PATH",
         help="LoRA or prefix to put on it: adapter.safetensors, a run that has one, or ChatGLM's "
         "prefix_encoder.*",
-    )  # fmt: skip
+    )
 
 
 def add_source(
@@ -53,18 +60,23 @@ def add_source(
     parser.add_argument("--backend", default="cpu", metavar="NAME", help="default %(default)s")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument(
-        "--head-bits", type=int, metavar="N",
+        "--head-bits",
+        type=int,
+        metavar="N",
         help="8 or 4: logits by a copy of the head in so many bits; faster with large vocabularies",
-    )  # fmt: skip
+    )
 
 
 def add_sampling(parser: argparse.ArgumentParser, temperature: float, top_p: float) -> None:
     """How an answer is drawn."""
     parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="new tokens")
     parser.add_argument(
-        "--temperature", type=float, default=temperature, metavar="T",
+        "--temperature",
+        type=float,
+        default=temperature,
+        metavar="T",
         help="0 = the likeliest token each time (default %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 = all")
     parser.add_argument(
         "--top-p", type=float, default=top_p, metavar="P", help="default %(default)s"
@@ -75,7 +87,7 @@ def add_sampling(parser: argparse.ArgumentParser, temperature: float, top_p: flo
 def adapt(args: argparse.Namespace, source: Source) -> Source:
     """Puts the adapter of the options on the model."""
     if args.adapter:
-        from glm_core.model.adapter_files import load_adapter
+        from glm_core.pretrained.adapter_files import load_adapter
 
         load_adapter(args.adapter, source.model)
     return source
@@ -87,7 +99,7 @@ def opened(args: argparse.Namespace) -> Source:
 
     from glm_core.backends import registry
     from glm_core.model.quantize import quantize_head
-    from glm_core.serve.pretrained import from_path
+    from glm_core.pretrained.load import from_path
 
     found = adapt(args, from_path(args.from_run, dtype=getattr(torch, args.dtype)))
     if args.head_bits is not None:
@@ -99,7 +111,7 @@ def opened(args: argparse.Namespace) -> Source:
 def exported(args: argparse.Namespace) -> tuple[Source, Runner]:
     """How an exported model is talked to, and what runs it."""
     from glm_core.errors import ConfigError
-    from glm_core.serve.pretrained import from_export
+    from glm_core.pretrained.load import from_export
 
     if args.adapter or args.beams or args.head_bits:
         raise ConfigError(
@@ -113,9 +125,13 @@ def sampling(args: argparse.Namespace, stop: tuple[int, ...] = ()) -> Sampling:
     from glm_core.model.sample import Sampling
 
     return Sampling(
-        max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k,
-        top_p=args.top_p, seed=args.seed, stop=stop,
-    )  # fmt: skip
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        stop=stop,
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -28,9 +28,12 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--master-port", type=int, default=29500, metavar="PORT")
     parser.add_argument("--ssh-port", type=int, default=22, metavar="PORT")
     parser.add_argument(
-        "--max-restarts", type=int, default=0, metavar="N",
+        "--max-restarts",
+        type=int,
+        default=0,
+        metavar="N",
         help="start all processes again, at most so often, after one has failed",
-    )  # fmt: skip
+    )
     parser.add_argument("-m", "--module", action="store_true", help="SCRIPT is a module")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the command of every host, start nothing"
@@ -81,6 +84,10 @@ def job(args: argparse.Namespace) -> Job:
     if hosts[0].slots < 1:
         raise ConfigError(f"--nproc-per-node={hosts[0].slots}: must be at least 1")
     return launch.Job(
-        hosts=tuple(hosts), program=tuple(program), address=args.master_addr or hosts[0].name,
-        port=args.master_port, restarts=args.max_restarts, ssh_port=args.ssh_port,
-    )  # fmt: skip
+        hosts=tuple(hosts),
+        program=tuple(program),
+        address=args.master_addr or hosts[0].name,
+        port=args.master_port,
+        restarts=args.max_restarts,
+        ssh_port=args.ssh_port,
+    )

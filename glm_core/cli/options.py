@@ -36,20 +36,29 @@ def add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def add_quantization(
-    parser: argparse.ArgumentParser, bits: str, *, default: int | None = None,
+    parser: argparse.ArgumentParser,
+    bits: str,
+    *,
+    default: int | None = None,
     rounding: str = "8: activations are rounded to int8 too",
-) -> None:  # fmt: skip
+) -> None:
     """--bits, --group, --activation-bits: the fields of a Quantization; `bits` and `rounding` are
     the help of the first and the last."""
     parser.add_argument("--bits", type=int, default=default, metavar="N", help=bits)
     parser.add_argument(
-        "--group", type=int, default=0, metavar="N",
+        "--group",
+        type=int,
+        default=0,
+        metavar="N",
         help="inputs that share a scale; 0 = a row, as GLM-130B (default %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--activation-bits", type=int, default=16, metavar="N",
+        "--activation-bits",
+        type=int,
+        default=16,
+        metavar="N",
         help=f"{rounding} (default %(default)s)",
-    )  # fmt: skip
+    )
 
 
 RESET = "reset the device; glm-core align bisect waits for every call and names the op"
@@ -58,9 +67,12 @@ RESET = "reset the device; glm-core align bisect waits for every call and names 
 def add_timeout(parser: argparse.ArgumentParser) -> None:
     """--timeout: nothing waits for ever."""
     parser.add_argument(
-        "--timeout", type=float, default=600.0, metavar="SECONDS",
+        "--timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
         help="end where a step or an op call takes longer (default %(default)g; 0: never)",
-    )  # fmt: skip
+    )
 
 
 def words(args: argparse.Namespace) -> list[str]:

@@ -10,8 +10,8 @@ from glm_core.cli.exits import EXIT_FAILED
 from glm_core.cli.options import add_json, columns, emit
 
 if TYPE_CHECKING:
-    from glm_core.bench.planner.cluster import Cluster
-    from glm_core.bench.planner.search import Candidate, Outcome
+    from glm_core.planner.cluster import Cluster
+    from glm_core.planner.search import Candidate, Outcome
 
 FIXED = ("tp", "pp", "dp", "zero", "virtual", "micro_batch")
 CARDS = ((8, 40, "A100"), (8, 32, "V100"), (4, 24, "RTX 3090"), (8, 11, "RTX 2080 Ti"))
@@ -25,12 +25,14 @@ STACKS = ("megatron", "megatron-deepspeed", "fsdp")
 def define(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     parser.add_argument(
-        "action", nargs="?", default="search",
+        "action",
+        nargs="?",
+        default="search",
         choices=("search", "validate", "slides", "inference", "dry-run", "measure"),
         help="search plans (default), check the planner against published runs, print the "
         "utilisation table of the GLM slides, what inference takes on small cards, do one "
         "rank's step of a plan without memory, or predict and measure steps on this machine",
-    )  # fmt: skip
+    )
     parser.add_argument("--preset", metavar="NAME", help="default glm-130b; measure: glm4-34m")
     parser.add_argument("--chip", default="A100-40G", metavar="NAME", help="default %(default)s")
     parser.add_argument("--chips", type=int, default=768, metavar="N", help="default %(default)s")
@@ -60,10 +62,13 @@ def define(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit 0, 1 where no plan fits or the validation fails, 2 usage."""
     actions = {
-        "search": run_search, "validate": run_validate, "slides": run_slides,
+        "search": run_search,
+        "validate": run_validate,
+        "slides": run_slides,
         "inference": run_inference,
-        "dry-run": run_dry, "measure": run_measure,
-    }  # fmt: skip
+        "dry-run": run_dry,
+        "measure": run_measure,
+    }
     for name, size in (SMALL if args.action == "measure" else PUBLISHED).items():
         if getattr(args, name) is None:
             setattr(args, name, size)
@@ -72,10 +77,10 @@ def run(args: argparse.Namespace) -> int:
 
 def run_search(args: argparse.Namespace) -> int:
     """The fastest plans; exit 1 where none fits, with the one that misses by least."""
-    from glm_core.bench.planner import cluster, search
-    from glm_core.bench.planner.cost import Work, stages
     from glm_core.errors import ConfigError
     from glm_core.model import preset
+    from glm_core.planner import cluster, search
+    from glm_core.planner.cost import Work, stages
 
     where = cluster.load(args.cluster) if args.cluster else cluster.preset(args.chip, args.chips)
     for name in ("tokens", "global_batch", "seq", "top"):
@@ -114,7 +119,7 @@ def outcome_json(
 
 def efficiency_of(found: Outcome, where: Cluster, stack: str) -> dict[str, dict[str, Any]]:
     """The fitted factors behind the predictions, by stack, with the runs they come from."""
-    from glm_core.bench.planner.efficiency import fitted, stack_of
+    from glm_core.planner.efficiency import fitted, stack_of
 
     stacks = {stack or stack_of(c.plan) for c in found.feasible}
     return {s: asdict(fitted(where.family, s)) for s in sorted(stacks)}
@@ -151,10 +156,15 @@ def text_of(
 
 def _row(c: Candidate) -> list[str]:
     return [
-        c.plan.label(), f"{sum(c.memory.values()) / 1e9:.1f}", f"{c.step.seconds:.2f}",
-        f"{c.plan.bubble:.1%}", f"{c.step.mfu:.1%}", f"{c.step.hfu:.1%}", f"{c.days:.1f}",
+        c.plan.label(),
+        f"{sum(c.memory.values()) / 1e9:.1f}",
+        f"{c.step.seconds:.2f}",
+        f"{c.plan.bubble:.1%}",
+        f"{c.step.mfu:.1%}",
+        f"{c.step.hfu:.1%}",
+        f"{c.days:.1f}",
         f"{c.energy_mwh:.0f}",
-    ]  # fmt: skip
+    ]
 
 
 def _parts(best: Candidate) -> list[str]:
@@ -164,14 +174,14 @@ def _parts(best: Candidate) -> list[str]:
 
 
 def _formulas() -> list[str]:
-    from glm_core.bench.planner.formulas import FORMULAS
+    from glm_core.planner.formulas import FORMULAS
 
     return ["", *(f"{name}: {text}  [{source}]" for name, text, source in FORMULAS)]
 
 
 def run_validate(args: argparse.Namespace) -> int:
     """Exit 1 where the median error of held-out rows exceeds 10 %, or a miss is not explained."""
-    from glm_core.bench.planner import validate
+    from glm_core.planner import validate
 
     report = validate.report()
     rows = [["source", "model", "chip", "rows", "predicted s", "reported s", "error", "note"]]
@@ -180,13 +190,22 @@ def run_validate(args: argparse.Namespace) -> int:
         seconds = [f"{r['predicted_step_s']:.2f}", f"{r['reported_step_s']:.2f}"]
         miss = abs(r["error"]) > validate.MISS
         rows.append(
-            [r["source"], r["model"], r["chip"], role, *seconds, f"{r['error']:+.1%}",
-             r["note"] if miss else ""]
-        )  # fmt: skip
+            [
+                r["source"],
+                r["model"],
+                r["chip"],
+                role,
+                *seconds,
+                f"{r['error']:+.1%}",
+                r["note"] if miss else "",
+            ]
+        )
     lines = [columns(rows), ""]
     for family, found in report["families"].items():
-        lines += [f"{family}: median |error| {found['median_abs_error']:.1%} over "
-                  f"{found['held_out']} held-out rows"]  # fmt: skip
+        lines += [
+            f"{family}: median |error| {found['median_abs_error']:.1%} over "
+            f"{found['held_out']} held-out rows"
+        ]
     lines += [f"all: {report['median_abs_error_held_out']:.1%}"]
     lines += [f"memory, where it is reported: {report['median_abs_memory_error']:.1%}"]
     lines += [
@@ -200,16 +219,24 @@ def run_validate(args: argparse.Namespace) -> int:
 
 def run_slides(args: argparse.Namespace) -> int:
     """Always 0."""
-    from glm_core.bench.planner import slides
+    from glm_core.planner import slides
 
     table = slides.table()
     rows = [["system", "chips", "model", "share", "peak TFLOPS", "days", "claimed", "implied peak"]]
     for r in table:
         peak = f"{r['peak_tflops']:g}" + (" (implied)" if r["peak_is_implied"] else "")
         rows.append(
-            [r["system"], str(r["chips"]), f"{r['parameters_b']}B", f"{r['share']:.2%}", peak,
-             f"{r['days']:.1f}", str(r["days_claimed"]), f"{r['implied_peak_tflops']:.1f}"]
-        )  # fmt: skip
+            [
+                r["system"],
+                str(r["chips"]),
+                f"{r['parameters_b']}B",
+                f"{r['share']:.2%}",
+                peak,
+                f"{r['days']:.1f}",
+                str(r["days_claimed"]),
+                f"{r['implied_peak_tflops']:.1f}",
+            ]
+        )
     note = "days = 8 N T / (chips x peak x share), T = 300e9 tokens, full recomputation"
     emit(args, {"rows": table}, f"{columns(rows)}\n{note}")
     return 0
@@ -224,17 +251,28 @@ def run_inference(args: argparse.Namespace) -> int:
     for bits in (8, 4):
         for cards, room, name in CARDS:
             memory = device_memory(model, Quantization(bits=bits), cards, args.seq)
-            told.append({
-                "bits": bits, "cards": cards, "card": name, "card_gib": room,
-                "weights_bytes": memory.weights, "cache_bytes": memory.cache,
-                "fits": memory.total < room << 30,
-            })  # fmt: skip
+            told.append(
+                {
+                    "bits": bits,
+                    "cards": cards,
+                    "card": name,
+                    "card_gib": room,
+                    "weights_bytes": memory.weights,
+                    "cache_bytes": memory.cache,
+                    "fits": memory.total < room << 30,
+                }
+            )
     head = ["weights", "cards", "weights GiB", "cache GiB", "fits"]
     gib = [[f"{r[k] / 2**30:.2f}" for k in ("weights_bytes", "cache_bytes")] for r in told]
     rows = [
-        [f"int{r['bits']}", f"{r['cards']} x {r['card']} {r['card_gib']}G", *sizes,
-         "yes" if r["fits"] else "no"] for r, sizes in zip(told, gib, strict=True)
-    ]  # fmt: skip
+        [
+            f"int{r['bits']}",
+            f"{r['cards']} x {r['card']} {r['card_gib']}G",
+            *sizes,
+            "yes" if r["fits"] else "no",
+        ]
+        for r, sizes in zip(told, gib, strict=True)
+    ]
     note = "per card, one sequence, without activations and the runtime's own memory"
     facts = {"preset": args.preset, "length": args.seq, "rows": told, "counts": note}
     emit(args, facts, f"{columns([head, *rows])}\n{note}")
@@ -244,28 +282,33 @@ def run_inference(args: argparse.Namespace) -> int:
 def run_dry(args: argparse.Namespace) -> int:
     """Exit 1 where the rank needs more memory than the chip has, 2 where a cluster would refuse."""
     from glm_core.backends.registry import usable
-    from glm_core.bench.planner import cluster, own
     from glm_core.config import DataConfig, RunConfig, TrainConfig
     from glm_core.distributed import dry_run
     from glm_core.distributed.plan import parse
     from glm_core.errors import ConfigError
     from glm_core.model import preset
+    from glm_core.planner import cluster, own
 
     if not args.plan:
         raise ConfigError("plan dry-run: no plan; pass --plan tp=4,pp=8,dp=24,micro_batches=176")
     chip = cluster.load(args.cluster) if args.cluster else cluster.preset(args.chip, args.chips)
     plan, model = parse(args.plan), preset(args.preset)
     config = RunConfig(
-        model=model, data=DataConfig(length=args.seq, vocab=min(DataConfig().vocab, model.vocab)),
-        train=TrainConfig(global_batch=args.global_batch, micro_batch=1, dtype="bfloat16",
-                          backend=args.backend),
-    )  # fmt: skip
+        model=model,
+        data=DataConfig(length=args.seq, vocab=min(DataConfig().vocab, model.vocab)),
+        train=TrainConfig(
+            global_batch=args.global_batch, micro_batch=1, dtype="bfloat16", backend=args.backend
+        ),
+    )
     found = dry_run.run(config, plan, args.rank, usable(args.backend))
     job = own.predict(model, plan, args.rank, args.seq, args.global_batch)
     told = asdict(found) | {
-        "plan": plan.label(), "backend": args.backend, "chip_bytes": chip.memory,
-        "predicted_memory": own.memory(job), "predicted_collectives": own.collectives(job),
-    }  # fmt: skip
+        "plan": plan.label(),
+        "backend": args.backend,
+        "chip_bytes": chip.memory,
+        "predicted_memory": own.memory(job),
+        "predicted_collectives": own.collectives(job),
+    }
     told["predicted_peak_bytes"] = sum(told["predicted_memory"].values())
     told["fits"] = found.peak_bytes <= chip.memory
     emit(args, told, dry_text(told, chip.name))
@@ -288,30 +331,40 @@ def dry_text(told: dict[str, Any], chip: str) -> str:
         for n, shape in told["parameters"].items()
     ]
     fits = "fits" if told["fits"] else f"does not fit: {peak - room:.2f} GB more than {room:.0f} GB"
-    return "\n".join([
-        columns(held), columns(rows), f"rank {told['rank']} ({place}) of {told['plan']}",
-        f"peak {peak:.3f} GB, predicted {predicted:.3f} GB ({predicted / peak - 1:+.2%}); {memory}",
-        f"{chip}: {fits}; {told['seconds']:.1f} s",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            columns(held),
+            columns(rows),
+            f"rank {told['rank']} ({place}) of {told['plan']}",
+            f"peak {peak:.3f} GB, predicted {predicted:.3f} GB ({predicted / peak - 1:+.2%}); "
+            f"{memory}",
+            f"{chip}: {fits}; {told['seconds']:.1f} s",
+        ]
+    )
 
 
 def run_measure(args: argparse.Namespace) -> int:
     """Always 0: what this machine reaches, the steps that follow from it, then the steps."""
     import sys
 
-    from glm_core.bench import steps
-    from glm_core.bench.harness import machine
-    from glm_core.bench.planner import here
+    from glm_core.bench import plan_steps
     from glm_core.errors import ConfigError
+    from glm_core.measure.timing import machine
     from glm_core.model import preset
+    from glm_core.planner import here
 
     if args.rounds < 1:
         raise ConfigError(f"--rounds={args.rounds} must be at least 1")
     model = preset(args.preset)
-    wanted = here.Wanted(preset=args.preset, processes=2, length=args.seq,
-                         global_batch=args.global_batch, rounds=args.rounds)  # fmt: skip
+    wanted = here.Wanted(
+        preset=args.preset,
+        processes=2,
+        length=args.seq,
+        global_batch=args.global_batch,
+        rounds=args.rounds,
+    )
     chosen = here.checked_plans([args.plan] if args.plan else here.PLANS, model, wanted)
-    first = steps.measure(replace(wanted, alone=here.alone(model), messages=True))
+    first = plan_steps.measure(replace(wanted, alone=here.alone(model), messages=True))
     at = here.calibrated(first, model, args.seq)
     if args.out:
         here.write_cluster(args.out, at, machine(), wanted.processes)
@@ -322,7 +375,7 @@ def run_measure(args: argparse.Namespace) -> int:
     for text, parts in forecast.items():
         print(f"predicted: {text}: {sum(parts.values()):.3f} s", file=sys.stderr)
     again = replace(wanted, alone=here.alone(model)[:2], plans=tuple(chosen))
-    report = here.report(at, forecast, first, steps.measure(again))
+    report = here.report(at, forecast, first, plan_steps.measure(again))
     emit(args, report | {"machine": machine()}, measured_text(report))
     return 0
 
@@ -333,15 +386,23 @@ def measured_text(report: dict[str, Any]) -> str:
     for r in report["rows"]:
         parts = sorted(r["parts_s"].items(), key=lambda item: -item[1])[:3]
         rows.append(
-            [r["plan"], f"{r['predicted_step_s']:.3f}", f"{r['measured_step_s']:.3f}",
-             f"{r['error']:+.1%}", f"{r['error_without_drift']:+.1%}",
-             ", ".join(f"{k} {v:.3f}" for k, v in parts)]
-        )  # fmt: skip
+            [
+                r["plan"],
+                f"{r['predicted_step_s']:.3f}",
+                f"{r['measured_step_s']:.3f}",
+                f"{r['error']:+.1%}",
+                f"{r['error_without_drift']:+.1%}",
+                ", ".join(f"{k} {v:.3f}" for k, v in parts),
+            ]
+        )
     factors = ", ".join(f"{k} {v:.3g}" for k, v in report["factors"].items())
-    return "\n".join([
-        columns(rows), f"median |error| {report['median_abs_error']:.1%}, less drift "
-        f"{report['median_abs_error_without_drift']:.1%}; steps alone took "
-        f"{report['drift']:.2f} times as long during the measurement as before it",
-        f"peak {report['peak_gflops']:.0f} GFLOP/s and read {report['read_gb_s']:.1f} GB/s a "
-        f"process, all at once; seconds for each nominal one: {factors}",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            columns(rows),
+            f"median |error| {report['median_abs_error']:.1%}, less drift "
+            f"{report['median_abs_error_without_drift']:.1%}; steps alone took "
+            f"{report['drift']:.2f} times as long during the measurement as before it",
+            f"peak {report['peak_gflops']:.0f} GFLOP/s and read {report['read_gb_s']:.1f} GB/s a "
+            f"process, all at once; seconds for each nominal one: {factors}",
+        ]
+    )

@@ -21,9 +21,12 @@ def define(parser: argparse.ArgumentParser) -> None:
     add_quantization(parser, "8 or 4 (default %(default)s)", default=4)
     parser.add_argument("--backend", default="cpu", metavar="NAME", help="default %(default)s")
     parser.add_argument(
-        "--sequences", type=int, default=64, metavar="N",
+        "--sequences",
+        type=int,
+        default=64,
+        metavar="N",
         help="drawn from the run's own text with another seed (default %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--out", metavar="DIR", help="write the quantized model there, with its tokenizer"
     )
@@ -36,8 +39,8 @@ def run(args: argparse.Namespace) -> int:
     from glm_core import data
     from glm_core.backends import registry
     from glm_core.errors import CheckpointError
-    from glm_core.model.quality import score
     from glm_core.model.quantize import Quantization, convert, model_bytes
+    from glm_core.training.quality import score
 
     how = Quantization(bits=args.bits, group=args.group, activation_bits=args.activation_bits)
     if args.out and Path(args.out).exists():
@@ -51,11 +54,14 @@ def run(args: argparse.Namespace) -> int:
         layers = list(convert(model, how))
         after = score(model, batches)
     facts = {
-        "bits": how.bits, "group": how.group, "activation_bits": how.activation_bits,
-        "targets": before.targets, "before": {**before._asdict(), **size},
+        "bits": how.bits,
+        "group": how.group,
+        "activation_bits": how.activation_bits,
+        "targets": before.targets,
+        "before": {**before._asdict(), **size},
         "after": {**after._asdict(), **model_bytes(model)},
         "layers": [layer._asdict() for layer in layers],
-    }  # fmt: skip
+    }
     if args.out:
         facts["files"] = _write(args.run_folder, args.out, config, how)
     emit(args, facts, _text(facts))
@@ -68,8 +74,8 @@ def _write(folder: str, out: str, config: RunConfig, how: Quantization) -> list[
 
     import torch
 
-    from glm_core import checkpoint
-    from glm_core.model.weights import convert, open_checkpoint, target
+    from glm_core.pretrained.weights import convert, open_checkpoint, target
+    from glm_core.training import checkpoint
 
     file = checkpoint.find(Path(folder))
     wanted = target("glm-core", quantize=how, dtype=getattr(torch, config.train.dtype))
@@ -84,8 +90,8 @@ def _trained(folder: str) -> tuple[GLM, RunConfig]:
     """The model of a run's newest checkpoint, in the run's dtype."""
     import torch
 
-    from glm_core import checkpoint
-    from glm_core.serve.source import trained
+    from glm_core.pretrained.source import trained
+    from glm_core.training import checkpoint
 
     model, config, _ = trained(checkpoint.find(Path(folder)))
     return model.to(getattr(torch, config.train.dtype)), config

@@ -20,9 +20,12 @@ def define(parser: argparse.ArgumentParser) -> None:
         "--slots", type=int, default=16, metavar="N", help="requests at a time (%(default)s)"
     )
     parser.add_argument(
-        "--queue", type=int, default=256, metavar="N",
+        "--queue",
+        type=int,
+        default=256,
+        metavar="N",
         help="requests that may wait; more get 429 (default %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--max-tokens", type=int, default=1024, metavar="N", help="most new tokens of a request"
     )
@@ -60,9 +63,12 @@ def run(args: argparse.Namespace) -> int:
     )
     with bound(args.host, args.port) as listening:  # before the weights are read
         engine = Engine(
-            opened(args), registry.usable(args.backend), slots=args.slots, queue=args.queue,
+            opened(args),
+            registry.usable(args.backend),
+            slots=args.slots,
+            queue=args.queue,
             length=args.context,
-        )  # fmt: skip
+        )
         print(
             f"{engine.source.name} on http://{args.host}:{listening.getsockname()[1]}, "
             f"{engine.slots} slots of {engine.length} tokens, cache "

@@ -9,7 +9,7 @@ from glm_core.cli.options import RESET, add_json, add_run, add_timeout, columns,
 
 if TYPE_CHECKING:
     from glm_core.align.fallbacks import Fallbacks
-    from glm_core.trace import Trace
+    from glm_core.align.trace import Trace
 
 
 def define(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +39,7 @@ def define(parser: argparse.ArgumentParser) -> None:
 
 def run_show(args: argparse.Namespace) -> int:
     """Exits 0; 2 for a file that is no trace."""
-    from glm_core.trace import load
+    from glm_core.align.trace import load
 
     facts = summary(load(args.trace))
     emit(args, facts, "\n".join(f"{name:16} {plain(value)}" for name, value in facts.items()))
@@ -50,14 +50,23 @@ def summary(trace: Trace) -> dict[str, Any]:
     """The trace's facts and how much it holds of each kind."""
     loss = trace.loss.tolist()
     return {
-        "backend": trace.backend, "dtype": trace.dtype, "steps": len(loss),
-        "first_loss": loss[0] if loss else None, "last_loss": loss[-1] if loss else None,
-        "controls": trace.control_names, "capture_steps": trace.capture_steps,
-        "parameters": len(trace.parameters), "calls": len(trace.calls), "tests": trace.num_tests,
-        "fallbacks": trace.fallbacks, "seconds": round(trace.seconds, 1),
-        "initial_weights": trace.initial_weights, "data_order": trace.data_order,
-        "environment": trace.environment, "config": trace.config,
-    }  # fmt: skip
+        "backend": trace.backend,
+        "dtype": trace.dtype,
+        "steps": len(loss),
+        "first_loss": loss[0] if loss else None,
+        "last_loss": loss[-1] if loss else None,
+        "controls": trace.control_names,
+        "capture_steps": trace.capture_steps,
+        "parameters": len(trace.parameters),
+        "calls": len(trace.calls),
+        "tests": trace.num_tests,
+        "fallbacks": trace.fallbacks,
+        "seconds": round(trace.seconds, 1),
+        "initial_weights": trace.initial_weights,
+        "data_order": trace.data_order,
+        "environment": trace.environment,
+        "config": trace.config,
+    }
 
 
 def plain(value: Any) -> str:
@@ -77,11 +86,11 @@ def run_fallbacks(args: argparse.Namespace) -> int:
 
     if bool(args.trace) == bool(args.backend):
         raise ConfigError("trace fallbacks: needs either TRACE or --backend NAME; give one of them")
-    from glm_core import watchdog
     from glm_core.align import fallbacks
+    from glm_core.diagnose import watchdog
 
     if args.trace:
-        from glm_core.trace import load
+        from glm_core.align.trace import load
 
         found = fallbacks.recorded(load(args.trace))
     else:

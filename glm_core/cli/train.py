@@ -16,11 +16,11 @@ from glm_core.cli.options import add_json, add_run, add_timeout, emit, run_confi
 
 if TYPE_CHECKING:
     from glm_core.config import RunConfig
-    from glm_core.live import Live
     from glm_core.model import GLM
     from glm_core.model.adapters import AdapterConfig
-    from glm_core.steps import Result
-    from glm_core.train import Sampler
+    from glm_core.training.live import Live
+    from glm_core.training.loop import Result
+    from glm_core.training.trainer import Sampler
 
 
 def define(parser: argparse.ArgumentParser) -> None:
@@ -40,9 +40,12 @@ def define(parser: argparse.ArgumentParser) -> None:
         "--tensorboard", action="store_true", help="event files into DIR/tensorboard"
     )
     parser.add_argument(
-        "--metrics-port", type=int, default=0, metavar="PORT",
+        "--metrics-port",
+        type=int,
+        default=0,
+        metavar="PORT",
         help="Prometheus endpoint http://HOST:PORT/metrics (default: none; docs/metrics.md)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--metrics-host", default="127.0.0.1", metavar="HOST", help="(default %(default)s)"
     )
@@ -55,26 +58,32 @@ def define(parser: argparse.ArgumentParser) -> None:
         "--base", metavar="PATH", help="checkpoint or run whose model --adapter leaves unchanged"
     )
     parser.add_argument(
-        "--pairs", metavar="FILE",
+        "--pairs",
+        metavar="FILE",
         help="conversations to learn the answers of, a line of JSON each (docs/checkpoints.md)",
-    )  # fmt: skip
+    )
     parser.add_argument("--rank", type=int, default=8, metavar="R", help="of LoRA (default 8)")
     parser.add_argument(
         "--prefix-length", type=int, default=128, metavar="P", help="of ptuning (default 128)"
     )
     parser.add_argument(
-        "--prefix-projection", action="store_true",
+        "--prefix-projection",
+        action="store_true",
         help="of ptuning: the prefix is what two linears make of a table (docs/checkpoints.md)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--dropout", type=float, default=0.0, metavar="P",
+        "--dropout",
+        type=float,
+        default=0.0,
+        metavar="P",
         help="in training, of LoRA's input or the prefix (default %(default)s; ChatGLM: 0.1)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--plan", metavar="PLAN",
+        "--plan",
+        metavar="PLAN",
         help="over several processes, e.g. tp=2,pp=2,micro_batches=4 (start with glm-core launch "
         "or torchrun; docs/distributed.md)",
-    )  # fmt: skip
+    )
     add_timeout(parser)
     add_json(parser)
     parser.set_defaults(run=run)
@@ -82,7 +91,7 @@ def define(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit 0 finished, 1 training had to stop, 130 interrupted with a checkpoint written."""
-    from glm_core import train
+    from glm_core.training import trainer
 
     flags = {k: getattr(args, k) or None for k in ("backend", "dtype", "strict", "compile")}
     config, model, sampler = run_config(args, **flags), None, None
@@ -91,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     if args.adapter or args.base or args.pairs:
         config, model, sampler = adapted(args, config)
     with live_of(args, config) as live:
-        result = train.run(
+        result = trainer.run(
             config,
             args.out,
             resume=args.resume,
@@ -103,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
         )
     facts, lines = told(result)
     if model is not None:
-        from glm_core.model import adapter_files
+        from glm_core.pretrained import adapter_files
 
         path = Path(args.out) / adapter_files.NAME
         adapter_files.save_adapter(path, model, adapter_config(args))
@@ -145,9 +154,14 @@ def run_plan(args: argparse.Namespace, config: RunConfig) -> int:
     tells = os.environ.get("RANK") == "0"
     with live_of(args, config, plan.world) if tells else nullcontext() as live:
         result = distributed.run(
-            config, plan, args.out, resume=args.resume, tensorboard=args.tensorboard, live=live,
+            config,
+            plan,
+            args.out,
+            resume=args.resume,
+            tensorboard=args.tensorboard,
+            live=live,
             timeout_s=args.timeout,
-        )  # fmt: skip
+        )
     if tells:
         facts, lines = told(result)
         emit(args, facts, "\n".join(lines))
@@ -164,10 +178,10 @@ def live_of(args: argparse.Namespace, config: RunConfig, chips: int = 1) -> Iter
     import torch
 
     from glm_core.backends import registry
-    from glm_core.bench import ceilings
-    from glm_core.bench.planner.cost import Work, model_flops
     from glm_core.errors import ConfigError
-    from glm_core.live import Live
+    from glm_core.measure import ceilings
+    from glm_core.planner.cost import Work, model_flops
+    from glm_core.training.live import Live
 
     if not 0 <= args.metrics_port < 65536:
         raise ConfigError(f"--metrics-port {args.metrics_port}: must lie in 1 ... 65535")
@@ -201,12 +215,12 @@ def of_pairs(args: argparse.Namespace, config: RunConfig) -> tuple[RunConfig, GL
     """The base, and conversations in its own words."""
     import torch
 
-    from glm_core.data.pairs import Pairs
-    from glm_core.serve import lessons
-    from glm_core.serve.pretrained import from_path
+    from glm_core.pretrained import conversations
+    from glm_core.pretrained.load import from_path
+    from glm_core.pretrained.pairs import Pairs
 
     source = from_path(args.base, getattr(torch, config.train.dtype))
-    pairs = lessons.read(source, args.pairs)
+    pairs = conversations.read(source, args.pairs)
     length = min(config.data.length, source.model.config.max_length)
     shaped = dataclasses.replace(config.data, length=length, vocab=source.tokenizer.vocab)
     config = dataclasses.replace(config, model=source.model.config, data=shaped)
@@ -220,8 +234,8 @@ def of_text(args: argparse.Namespace, config: RunConfig) -> tuple[RunConfig, GLM
     from glm_core.config import load
     from glm_core.data.tokenizer import Tokenizer
     from glm_core.errors import ConfigError
-    from glm_core.model.weights import open_checkpoint
-    from glm_core.serve.pieces import FILES, beside
+    from glm_core.pretrained.tokenizers import FILES, beside
+    from glm_core.pretrained.weights import open_checkpoint
 
     path, model_config = Path(args.base), None
     folder = path if path.is_dir() else path.parent
@@ -259,6 +273,9 @@ def adapter_config(args: argparse.Namespace) -> AdapterConfig:
     from glm_core.model.adapters import AdapterConfig
 
     return AdapterConfig(
-        kind=args.adapter, rank=args.rank, dropout=args.dropout, prefix_length=args.prefix_length,
+        kind=args.adapter,
+        rank=args.rank,
+        dropout=args.dropout,
+        prefix_length=args.prefix_length,
         prefix_projection=args.prefix_projection,
-    )  # fmt: skip
+    )

@@ -6,6 +6,14 @@ from glm_core.conformance.run import progress_line, run, run_case
 from glm_core.conformance.tolerance import MAX_ERROR_RATIO
 
 __all__ = [
-    "MAX_ERROR_RATIO", "MODES", "Case", "Report", "Result", "every_case", "progress_line", "run",
-    "run_case", "select",
-]  # fmt: skip
+    "MAX_ERROR_RATIO",
+    "MODES",
+    "Case",
+    "Report",
+    "Result",
+    "every_case",
+    "progress_line",
+    "run",
+    "run_case",
+    "select",
+]

@@ -11,8 +11,8 @@ import torch
 from glm_core.backends.base import Backend
 from glm_core.conformance.case import Case, select
 from glm_core.conformance.run import Progress, run_case
-from glm_core.conformance.wrong import Mutant, every_mutant
 from glm_core.errors import GlmCoreError, unknown
+from glm_core.faults.mutants import Mutant, every_mutant
 from glm_core.ops import all_ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -24,11 +24,14 @@ SMALL = 4096
 _aten = torch.ops.aten
 APART: dict[Any, Function] = get_decompositions(
     [
-        _aten._softmax, _aten._softmax_backward_data,
-        _aten._log_softmax, _aten._log_softmax_backward_data,
-        _aten.gelu_backward, _aten.silu_backward,
+        _aten._softmax,
+        _aten._softmax_backward_data,
+        _aten._log_softmax,
+        _aten._log_softmax_backward_data,
+        _aten.gelu_backward,
+        _aten.silu_backward,
     ]
-)  # fmt: skip
+)
 
 
 class Oracle(NamedTuple):
@@ -101,9 +104,13 @@ def backward(op: Op, function: Function, args: Mapping[str, Any], strided: bool)
     results: Results = {}
     for suffix, names in groups.items():
         gradients = torch.autograd.grad(
-            [outputs[n] for n in names], list(leaves.values()), [pulls[n] for n in names],
-            retain_graph=True, allow_unused=True, materialize_grads=True,
-        )  # fmt: skip
+            [outputs[n] for n in names],
+            list(leaves.values()),
+            [pulls[n] for n in names],
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
         results |= {f"d {k}{suffix}": g for k, g in zip(leaves, gradients, strict=True)}
     return results
 

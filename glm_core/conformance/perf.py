@@ -9,10 +9,10 @@ import torch
 
 from glm_core.backends.base import Backend
 from glm_core.backends.registry import use
-from glm_core.bench.harness import interleave, ratio
 from glm_core.conformance.case import Case
 from glm_core.conformance.oracle import Results, cotangent, leaf, named
 from glm_core.dispatch import Op
+from glm_core.measure.timing import interleave, ratio
 
 ROUNDS = 7
 

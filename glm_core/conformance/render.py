@@ -49,15 +49,20 @@ def _measured(r: Result) -> str:
 def junit(report: Report) -> str:
     """One test case per case; unsupported and known failures are skipped, with their reason."""
     suite = ElementTree.Element(
-        "testsuite", name=f"conformance {report.backend}", tests=str(len(report.results)),
+        "testsuite",
+        name=f"conformance {report.backend}",
+        tests=str(len(report.results)),
         failures=str(len(report.failed)),
         skipped=str(report.count("unsupported") + report.count("xfail")),
-    )  # fmt: skip
+    )
     for r in report.results:
         case = ElementTree.SubElement(
-            suite, "testcase", name=r.id, classname=f"conformance.{report.backend}",
+            suite,
+            "testcase",
+            name=r.id,
+            classname=f"conformance.{report.backend}",
             time=f"{r.seconds:.3f}",
-        )  # fmt: skip
+        )
         tag = {"fail": "failure", "unsupported": "skipped", "xfail": "skipped"}.get(r.outcome)
         if tag:
             ElementTree.SubElement(case, tag, message=_printable(r.reason)).text = r.rerun

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import torch
 
-from glm_core import watchdog
 from glm_core.backends.base import Backend
 from glm_core.backends.registry import usable
-from glm_core.bench.harness import machine
 from glm_core.conformance.case import Case, every_case, select
 from glm_core.conformance.check import Finding, Judged, judge
 from glm_core.conformance.known import Known, known_for, load, unmatched
 from glm_core.conformance.perf import measure
 from glm_core.conformance.report import Report, Result
 from glm_core.conformance.tolerance import MAX_ERROR_RATIO
+from glm_core.diagnose import watchdog
+from glm_core.measure.timing import machine
 
 WAY_OUT = "reset the device; --id with another pattern leaves the case out"
 
@@ -68,9 +68,14 @@ def run_case(case: Case, backend: Backend, entries: Iterable[Known] = ()) -> Res
         outcome = _as_known(outcome, entry)
     name, ratio, reason, measured = outcome
     return Result(
-        id=case.id, backend=backend.name, outcome=name, error_ratio=ratio, reason=reason,
-        seconds=time.perf_counter() - start, measured=measured,
-    )  # fmt: skip
+        id=case.id,
+        backend=backend.name,
+        outcome=name,
+        error_ratio=ratio,
+        reason=reason,
+        seconds=time.perf_counter() - start,
+        measured=measured,
+    )
 
 
 Outcome = tuple[str, float | None, str, dict[str, object]]

@@ -28,20 +28,39 @@ __version__ = version = "0.19.8"
 names.install()
 
 __all__ = [
-    "DeepSpeedEngine", "PipelineEngine", "PipelineModule", "add_config_arguments", "checkpointing",
-    "comm", "get_accelerator", "init_distributed", "initialize", "ops", "pipe", "runtime",
-    "schedules", "utils", "zero",
-]  # fmt: skip
+    "DeepSpeedEngine",
+    "PipelineEngine",
+    "PipelineModule",
+    "add_config_arguments",
+    "checkpointing",
+    "comm",
+    "get_accelerator",
+    "init_distributed",
+    "initialize",
+    "ops",
+    "pipe",
+    "runtime",
+    "schedules",
+    "utils",
+    "zero",
+]
 
 
 def initialize(
-    args: Any = None, model: nn.Module | None = None, optimizer: Any = None,
-    model_parameters: Any = None, training_data: Dataset[Any] | None = None,
-    lr_scheduler: Any = None, distributed_port: int = 29500, mpu: Any = None,
-    dist_init_required: bool | None = None, collate_fn: Any = None,
-    config: str | Path | Mapping[str, Any] | None = None, mesh_param: Any = None,
+    args: Any = None,
+    model: nn.Module | None = None,
+    optimizer: Any = None,
+    model_parameters: Any = None,
+    training_data: Dataset[Any] | None = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = 29500,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Any = None,
+    config: str | Path | Mapping[str, Any] | None = None,
+    mesh_param: Any = None,
     config_params: str | Path | Mapping[str, Any] | None = None,
-) -> tuple[DeepSpeedEngine, Any, Any, Any]:  # fmt: skip
+) -> tuple[DeepSpeedEngine, Any, Any, Any]:
     """engine, optimizer, dataloader (None without training_data), lr_scheduler. The config is the
     first of config, config_params, args.deepspeed_config that is given. Raises ConfigError."""
     if model is None:
@@ -63,9 +82,13 @@ def initialize(
     settings = resolve(read(given), ranks)
     kind: Any = PipelineEngine if isinstance(model, PipelineModule) else DeepSpeedEngine
     engine: DeepSpeedEngine = kind(
-        model, settings, optimizer=optimizer, model_parameters=model_parameters,
-        lr_scheduler=lr_scheduler, mpu=mpu,
-    )  # fmt: skip
+        model,
+        settings,
+        optimizer=optimizer,
+        model_parameters=model_parameters,
+        lr_scheduler=lr_scheduler,
+        mpu=mpu,
+    )
     if training_data is not None and isinstance(engine, PipelineEngine):
         engine.set_training_data(training_data, collate_fn)
     elif training_data is not None:
@@ -80,9 +103,12 @@ def _loader(
     rank = dist.get_rank(engine.dp_group)
     sampler: DistributedSampler[Any] = DistributedSampler(data, engine.dp_world_size, rank)
     return DataLoader(
-        data, settings.micro_batch, sampler=sampler, collate_fn=collate,
+        data,
+        settings.micro_batch,
+        sampler=sampler,
+        collate_fn=collate,
         drop_last=settings.drop_last,
-    )  # fmt: skip
+    )
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -13,12 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from glm_core.checkpoint import LATEST, replace
 from glm_core.deepspeed import foreign, universal
 from glm_core.deepspeed.foreign import MODEL, Saved
 from glm_core.deepspeed.settings import say_once
 from glm_core.distributed.placement import flat
 from glm_core.errors import CheckpointError
+from glm_core.training.checkpoint import LATEST, replace
 
 if TYPE_CHECKING:
     from glm_core.deepspeed.engine import DeepSpeedEngine
@@ -36,9 +36,11 @@ def save(
     place = Path(folder) / name
     weights = full_weights(engine)
     mine = {
-        "format": FORMAT, "mp_rank": mp_rank(engine), "pieces": pieces(engine),
+        "format": FORMAT,
+        "mp_rank": mp_rank(engine),
+        "pieces": pieces(engine),
         "groups": groups(engine),
-    }  # fmt: skip
+    }
     problem = ""
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -148,9 +150,16 @@ def groups(engine: DeepSpeedEngine) -> list[dict[str, Any]]:
 
 
 def load(
-    engine: DeepSpeedEngine, folder: str, tag: str | None, *, strict: bool, optimizer: bool,
-    scheduler: bool, only_module: bool, custom: Callable[..., Any] | None,
-) -> tuple[str | None, dict[str, Any]]:  # fmt: skip
+    engine: DeepSpeedEngine,
+    folder: str,
+    tag: str | None,
+    *,
+    strict: bool,
+    optimizer: bool,
+    scheduler: bool,
+    only_module: bool,
+    custom: Callable[..., Any] | None,
+) -> tuple[str | None, dict[str, Any]]:
     """See DeepSpeedEngine.load_checkpoint."""
     if tag is None:
         latest = universal.LATEST if engine.settings.load_universal else LATEST
@@ -211,10 +220,14 @@ def read_ours(place: Path, every: dict[int, dict[str, Any]]) -> Saved:
     each = parts if len(every) > 1 else parts[:1]
     counters = {n: facts[n] for n in foreign.COUNTERS}
     return Saved(
-        module, assemble([p for part in parts for p in part["pieces"]], module),
-        [g for part in each for g in part["groups"]], facts["lr_scheduler"], facts["loss_scale"],
-        counters, facts["client_state"],
-    )  # fmt: skip
+        module,
+        assemble([p for part in parts for p in part["pieces"]], module),
+        [g for part in each for g in part["groups"]],
+        facts["lr_scheduler"],
+        facts["loss_scale"],
+        counters,
+        facts["client_state"],
+    )
 
 
 def assemble(runs: list[dict[str, Any]], weights: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
@@ -235,9 +248,11 @@ def assemble(runs: list[dict[str, Any]], weights: dict[str, Tensor]) -> dict[str
 
 @torch.no_grad()
 def set_weights(
-    engine: DeepSpeedEngine, weights: dict[str, Tensor], strict: bool,
+    engine: DeepSpeedEngine,
+    weights: dict[str, Tensor],
+    strict: bool,
     custom: Callable[..., Any] | None,
-) -> None:  # fmt: skip
+) -> None:
     """Whole weights into the module, whatever its stage, and from them the masters."""
     if engine.settings.stage != 3 or custom is not None:
         engine.load_module_state_dict(weights, strict, custom)
@@ -257,9 +272,10 @@ def set_weights(
 
 @torch.no_grad()
 def restore(
-    engine: DeepSpeedEngine, state: dict[str, dict[str, Any]],
+    engine: DeepSpeedEngine,
+    state: dict[str, dict[str, Any]],
     saved_groups: list[dict[str, Any]] | None,
-) -> None:  # fmt: skip
+) -> None:
     """Masters, and unless saved_groups is None the optimizer's moments and groups."""
     optimizer = engine.optimizer
     for holder in engine.holders:

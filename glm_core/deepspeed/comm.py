@@ -12,12 +12,18 @@ from glm_core.deepspeed.accelerator import backend
 
 
 def init_distributed(
-    dist_backend: str | None = None, auto_mpi_discovery: bool = True,
-    distributed_port: int = 29500, verbose: bool = True,
-    timeout: datetime.timedelta | None = None, init_method: str | None = None,
-    dist_init_required: bool | None = None, config: Any = None, rank: int = -1,
-    world_size: int = -1, **_unused: Any,
-) -> None:  # fmt: skip
+    dist_backend: str | None = None,
+    auto_mpi_discovery: bool = True,
+    distributed_port: int = 29500,
+    verbose: bool = True,
+    timeout: datetime.timedelta | None = None,
+    init_method: str | None = None,
+    dist_init_required: bool | None = None,
+    config: Any = None,
+    rank: int = -1,
+    world_size: int = -1,
+    **_unused: Any,
+) -> None:
     """Joins the job that the launcher's environment describes (one process without one), unless
     that is done. dist_backend None: the glm_core backend's."""
     if dist.is_initialized() or dist_init_required is False:
@@ -26,9 +32,12 @@ def init_distributed(
     for name, value in {**alone, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
         os.environ.setdefault(name, value)
     dist.init_process_group(
-        dist_backend or backend().collective, timeout=timeout, init_method=init_method,
-        rank=rank, world_size=world_size,
-    )  # fmt: skip
+        dist_backend or backend().collective,
+        timeout=timeout,
+        init_method=init_method,
+        rank=rank,
+        world_size=world_size,
+    )
 
 
 def get_local_rank() -> int:

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from glm_core.checkpoint import LATEST, replace
 from glm_core.deepspeed import checkpoint
 from glm_core.deepspeed.foreign import Saved, load_file, model_file, model_file_3
 from glm_core.errors import CheckpointError
+from glm_core.training.checkpoint import LATEST, replace
 
 
 def get_fp32_state_dict_from_zero_checkpoint(

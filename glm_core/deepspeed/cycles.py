@@ -16,10 +16,14 @@ class LRRangeTest(Schedule):
     """min (1 + step_rate n / step_size) at the n-th step, in stairs of step_size if wanted."""
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, lr_range_test_min_lr: float | list[float] = 1e-3,
-        lr_range_test_step_size: int = 2000, lr_range_test_step_rate: float = 1.0,
-        lr_range_test_staircase: bool = False, last_batch_iteration: int = -1,
-    ) -> None:  # fmt: skip
+        self,
+        optimizer: torch.optim.Optimizer,
+        lr_range_test_min_lr: float | list[float] = 1e-3,
+        lr_range_test_step_size: int = 2000,
+        lr_range_test_step_rate: float = 1.0,
+        lr_range_test_staircase: bool = False,
+        last_batch_iteration: int = -1,
+    ) -> None:
         """One smallest rate for all groups, or a list."""
         size = lr_range_test_step_size
         if not isinstance(size, int) or size <= 0:
@@ -43,14 +47,22 @@ class OneCycle(Schedule):
     min / (1 + decay_lr_rate n / decay_step_size) and beta1 as max (1 + decay_mom_rate n / ...)."""
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, cycle_min_lr: float | list[float],
-        cycle_max_lr: float | list[float], decay_lr_rate: float = 0.0,
-        cycle_first_step_size: int = 2000, cycle_second_step_size: int | None = None,
-        cycle_first_stair_count: int = 0, cycle_second_stair_count: int | None = None,
-        decay_step_size: int = 0, cycle_momentum: bool = True,
-        cycle_min_mom: float | list[float] = 0.8, cycle_max_mom: float | list[float] = 0.9,
-        decay_mom_rate: float = 0.0, last_batch_iteration: int = -1,
-    ) -> None:  # fmt: skip
+        self,
+        optimizer: torch.optim.Optimizer,
+        cycle_min_lr: float | list[float],
+        cycle_max_lr: float | list[float],
+        decay_lr_rate: float = 0.0,
+        cycle_first_step_size: int = 2000,
+        cycle_second_step_size: int | None = None,
+        cycle_first_stair_count: int = 0,
+        cycle_second_stair_count: int | None = None,
+        decay_step_size: int = 0,
+        cycle_momentum: bool = True,
+        cycle_min_mom: float | list[float] = 0.8,
+        cycle_max_mom: float | list[float] = 0.9,
+        decay_mom_rate: float = 0.0,
+        last_batch_iteration: int = -1,
+    ) -> None:
         """Rates and momenta: one for all groups, or a list. Second sizes None: as the first. Stair
         count 0: no stairs; decay_step_size 0: no decay."""
         super().__init__(optimizer, last_batch_iteration)

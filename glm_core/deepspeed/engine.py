@@ -30,9 +30,15 @@ class DeepSpeedEngine(Answers, nn.Module):
     micro-batch; the update happens at the last of `gradient_accumulation_steps`."""
 
     def __init__(
-        self, module: nn.Module, settings: Settings, *, optimizer: Any = None,
-        model_parameters: Any = None, lr_scheduler: Any = None, mpu: Any = None,
-    ) -> None:  # fmt: skip
+        self,
+        module: nn.Module,
+        settings: Settings,
+        *,
+        optimizer: Any = None,
+        model_parameters: Any = None,
+        lr_scheduler: Any = None,
+        mpu: Any = None,
+    ) -> None:
         """optimizer, lr_scheduler: made ones, or what makes one of parameters / of the optimizer;
         None: those of the settings, if any. Raises ConfigError."""
         super().__init__()
@@ -119,9 +125,14 @@ class DeepSpeedEngine(Answers, nn.Module):
                 params, self.dp_group, divide=divide, predivide=s.predivide, bucket=s.bucket
             )
         return Flat(
-            params, self.dp_group, stage=s.stage, divide=divide, precision=s.precision,
-            predivide=s.predivide, bucket=s.bucket,
-        )  # fmt: skip
+            params,
+            self.dp_group,
+            stage=s.stage,
+            divide=divide,
+            precision=s.precision,
+            predivide=s.predivide,
+            bucket=s.bucket,
+        )
 
     def _schedule(self, scheduler: Any) -> Any:
         if scheduler is None and self.settings.scheduler is not None:
@@ -281,9 +292,11 @@ class DeepSpeedEngine(Answers, nn.Module):
         return self.module.state_dict()
 
     def load_module_state_dict(
-        self, state_dict: dict[str, Any], strict: bool = True,
+        self,
+        state_dict: dict[str, Any],
+        strict: bool = True,
         custom_load_fn: Callable[..., Any] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Weights, and from them the masters."""
         if custom_load_fn is not None:
             custom_load_fn(src=state_dict, dst=self.module)
@@ -293,9 +306,13 @@ class DeepSpeedEngine(Answers, nn.Module):
             holder.adopt()
 
     def save_checkpoint(
-        self, save_dir: str, tag: str | None = None, client_state: dict[str, Any] | None = None,
-        save_latest: bool = True, exclude_frozen_parameters: bool = False,
-    ) -> bool:  # fmt: skip
+        self,
+        save_dir: str,
+        tag: str | None = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
         """Everything a resumed run needs, into save_dir/tag (tag None: global_stepN), on all ranks;
         `latest` names it. Raises CheckpointError."""
         if exclude_frozen_parameters:
@@ -304,23 +321,34 @@ class DeepSpeedEngine(Answers, nn.Module):
         return True
 
     def load_checkpoint(
-        self, load_dir: str, tag: str | None = None, load_module_strict: bool = True,
-        load_optimizer_states: bool = True, load_lr_scheduler_states: bool = True,
-        load_module_only: bool = False, custom_load_fn: Callable[..., Any] | None = None,
-    ) -> tuple[str | None, dict[str, Any]]:  # fmt: skip
+        self,
+        load_dir: str,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Callable[..., Any] | None = None,
+    ) -> tuple[str | None, dict[str, Any]]:
         """Ours, from any stage and number of ranks, or DeepSpeed's own; its path and client state.
         (None, {}) where `latest` does not exist. Raises CheckpointError."""
         return checkpoint.load(
-            self, load_dir, tag, strict=load_module_strict,
+            self,
+            load_dir,
+            tag,
+            strict=load_module_strict,
             optimizer=load_optimizer_states and not load_module_only,
             scheduler=load_lr_scheduler_states and not load_module_only,
-            only_module=load_module_only, custom=custom_load_fn,
-        )  # fmt: skip
+            only_module=load_module_only,
+            custom=custom_load_fn,
+        )
 
     def save_16bit_model(
-        self, save_dir: str, save_filename: str = "pytorch_model.bin",
+        self,
+        save_dir: str,
+        save_filename: str = "pytorch_model.bin",
         exclude_frozen_parameters: bool = False,
-    ) -> bool:  # fmt: skip
+    ) -> bool:
         """The whole module's weights in the working dtype as one file, written by rank 0. False,
         and nothing is written, in stage 3 unless the config says to gather on saving."""
         if self.settings.stage == 3 and not self.settings.gather_on_save:

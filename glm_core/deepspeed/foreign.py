@@ -16,11 +16,24 @@ from glm_core.errors import CheckpointError
 MODEL = "module"
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 FACTS = {
-    MODEL, "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params",
-    "frozen_param_fragments", "lr_scheduler", "data_sampler", "random_ltd", *COUNTERS,
-    "dp_world_size", "mp_world_size", "ds_config", "ds_version", "checkpoint_parallel_dims",
+    MODEL,
+    "buffer_names",
+    "optimizer",
+    "param_shapes",
+    "frozen_param_shapes",
+    "shared_params",
+    "frozen_param_fragments",
+    "lr_scheduler",
+    "data_sampler",
+    "random_ltd",
+    *COUNTERS,
+    "dp_world_size",
+    "mp_world_size",
+    "ds_config",
+    "ds_version",
+    "checkpoint_parallel_dims",
     "universal_checkpoint_info",
-}  # fmt: skip
+}
 """keys that are DeepSpeed's; the others are the client's state"""
 
 
@@ -118,9 +131,11 @@ def read(place: Path, facts: dict[str, Any], mp_rank: int, names: list[str]) -> 
 
 
 def saved(
-    facts: dict[str, Any], state: dict[str, dict[str, Any]], groups: list[dict[str, Any]],
+    facts: dict[str, Any],
+    state: dict[str, dict[str, Any]],
+    groups: list[dict[str, Any]],
     scaler: Any,
-) -> Saved:  # fmt: skip
+) -> Saved:
     """The model file's facts with what the optimizer's files told."""
     module = dict(facts[MODEL])
     for group in facts["param_shapes"] or []:
@@ -128,10 +143,14 @@ def saved(
             if module.get(name) is None or module[name].shape != shape:  # stage 3 saves none
                 module[name] = state[name]["fp32"].view(shape)
     return Saved(
-        module, state, groups, facts.get("lr_scheduler"), _loss_scale(scaler),
+        module,
+        state,
+        groups,
+        facts.get("lr_scheduler"),
+        _loss_scale(scaler),
         {n: facts[n] for n in COUNTERS},
         {k: v for k, v in facts.items() if k not in FACTS},
-    )  # fmt: skip
+    )
 
 
 def _optimizer_files(place: Path, mp_rank: int) -> list[Path]:
@@ -157,10 +176,14 @@ def _loss_scale(scaler: Any) -> dict[str, Any]:
     if not old.get("dynamic"):
         return {}
     return {
-        "scale": old["cur_scale"], "window": old["scale_window"], "minimum": old["min_scale"],
-        "hysteresis": old["delayed_shift"], "left": old["cur_hysteresis"],
-        "steps": old["cur_iter"], "last_overflow": old["last_overflow_iter"],
-    }  # fmt: skip
+        "scale": old["cur_scale"],
+        "window": old["scale_window"],
+        "minimum": old["min_scale"],
+        "hysteresis": old["delayed_shift"],
+        "left": old["cur_hysteresis"],
+        "steps": old["cur_iter"],
+        "last_overflow": old["last_overflow_iter"],
+    }
 
 
 def _stage_1_2(parts: list[Any], shapes: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -102,12 +102,22 @@ TOP: dict[str, Key] = {
     "check_overflow": _idle("DeepSpeed does not read it either"),
     "global_rank": _idle("the rank is the process group's"),
     **dict.fromkeys(
-        ("nebula", "compression_training", "amp", "quantize_training", "sparse_gradients",
-         "eigenvalue", "sparse_attention", "elasticity", "graph_harvesting",
-         "curriculum_learning", "progressive_layer_drop"),
+        (
+            "nebula",
+            "compression_training",
+            "amp",
+            "quantize_training",
+            "sparse_gradients",
+            "eigenvalue",
+            "sparse_attention",
+            "elasticity",
+            "graph_harvesting",
+            "curriculum_learning",
+            "progressive_layer_drop",
+        ),
         Key("error", _REMOVED, ()),
     ),
-}  # fmt: skip
+}
 
 
 def _switch(says: str, fields: str) -> dict[str, Key]:

@@ -219,9 +219,10 @@ def _precision(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _GATHER_ON_SAVE = (
-    "gather_16bit_weights_on_model_save", "stage3_gather_16bit_weights_on_model_save",
+    "gather_16bit_weights_on_model_save",
+    "stage3_gather_16bit_weights_on_model_save",
     "stage3_gather_fp16_weights_on_model_save",
-)  # fmt: skip
+)
 """one setting by its names of all times"""
 
 

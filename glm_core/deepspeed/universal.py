@@ -77,17 +77,28 @@ def write(saved: Saved, place: Path) -> None:
     steps = [{"step": v["step"]} for v in saved.state.values() if "step" in v]
     version = {"ds_version": "0.19.8"}
     common = {
-        **version, "zero_stage": 1, "param_groups": saved.groups,
+        **version,
+        "zero_stage": 1,
+        "param_groups": saved.groups,
         "optimizer_state_dict": {"state": dict(enumerate(steps)), "param_groups": saved.groups},
-    }  # fmt: skip
+    }
     torch.save(common, place / ZERO / COMMON)
     facts = {
-        **version, foreign.MODEL: saved.module, **saved.counters, **saved.client,
-        "lr_scheduler": saved.lr_scheduler, "optimizer": None, "dp_world_size": 1,
-        "mp_world_size": 1, "param_shapes": [shapes], "buffer_names": [], "shared_params": {},
-        "frozen_param_shapes": None, "frozen_param_fragments": None,
+        **version,
+        foreign.MODEL: saved.module,
+        **saved.counters,
+        **saved.client,
+        "lr_scheduler": saved.lr_scheduler,
+        "optimizer": None,
+        "dp_world_size": 1,
+        "mp_world_size": 1,
+        "param_shapes": [shapes],
+        "buffer_names": [],
+        "shared_params": {},
+        "frozen_param_shapes": None,
+        "frozen_param_fragments": None,
         "universal_checkpoint_info": {"universal_checkpoint_version": VERSION},
-    }  # fmt: skip
+    }
     for name in (foreign.model_file(0), foreign.model_file_3(0, 0)):
         torch.save(facts, place / name)
     (place.parent / LATEST).write_text(place.name)

@@ -66,10 +66,14 @@ class WarmupLR(Schedule):
     """From min to max over the warm-up, then constant; the rate starts at its minimum."""
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, warmup_min_lr: float | list[float] = 0.0,
-        warmup_max_lr: float | list[float] | None = None, warmup_num_steps: int = 1000,
-        warmup_type: str = "log", last_batch_iteration: int = -1,
-    ) -> None:  # fmt: skip
+        self,
+        optimizer: torch.optim.Optimizer,
+        warmup_min_lr: float | list[float] = 0.0,
+        warmup_max_lr: float | list[float] | None = None,
+        warmup_num_steps: int = 1000,
+        warmup_type: str = "log",
+        last_batch_iteration: int = -1,
+    ) -> None:
         """One rate for all groups, or a list. warmup_max_lr None: the optimizer's own rates."""
         if not isinstance(warmup_num_steps, int) or warmup_num_steps <= 0:
             raise ConfigError(f"warmup_num_steps={warmup_num_steps!r}: must be a positive integer")
@@ -102,16 +106,25 @@ class WarmupDecayLR(WarmupLR):
     """WarmupLR, then down to the minimum at total_num_steps in a straight line."""
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, total_num_steps: int,
-        warmup_min_lr: float | list[float] = 0.0, warmup_max_lr: float | list[float] = 0.001,
-        warmup_num_steps: int = 1000, warmup_type: str = "log", last_batch_iteration: int = -1,
-    ) -> None:  # fmt: skip
+        self,
+        optimizer: torch.optim.Optimizer,
+        total_num_steps: int,
+        warmup_min_lr: float | list[float] = 0.0,
+        warmup_max_lr: float | list[float] = 0.001,
+        warmup_num_steps: int = 1000,
+        warmup_type: str = "log",
+        last_batch_iteration: int = -1,
+    ) -> None:
         """As WarmupLR."""
         self.total_num_steps = total_num_steps
         super().__init__(
-            optimizer, warmup_min_lr, warmup_max_lr, warmup_num_steps, warmup_type,
+            optimizer,
+            warmup_min_lr,
+            warmup_max_lr,
+            warmup_num_steps,
+            warmup_type,
             last_batch_iteration,
-        )  # fmt: skip
+        )
 
     def _share(self, step: int) -> float:
         left = self.total_num_steps - step
@@ -123,10 +136,15 @@ class WarmupCosineLR(WarmupLR):
     cos_min_ratio at total_num_steps, where it stays."""
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, total_num_steps: int,
-        warmup_min_ratio: float = 0.0, warmup_num_steps: int = 1000, cos_min_ratio: float = 0.0001,
-        warmup_type: str = "log", last_batch_iteration: int = -1,
-    ) -> None:  # fmt: skip
+        self,
+        optimizer: torch.optim.Optimizer,
+        total_num_steps: int,
+        warmup_min_ratio: float = 0.0,
+        warmup_num_steps: int = 1000,
+        cos_min_ratio: float = 0.0001,
+        warmup_type: str = "log",
+        last_batch_iteration: int = -1,
+    ) -> None:
         """As WarmupLR."""
         self.total_num_steps, self.cos_min_ratio = total_num_steps, cos_min_ratio
         self.warmup_min_ratio = warmup_min_ratio

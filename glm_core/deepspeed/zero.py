@@ -30,12 +30,19 @@ class Init:
     _open: ClassVar[list[Init]] = []
 
     def __init__(
-        self, module: nn.Module | None = None, data_parallel_group: Any = None,
-        mem_efficient_linear: bool = True, remote_device: str | None = None,
-        pin_memory: bool = False, config_dict_or_path: str | Path | Mapping[str, Any] | None = None,
-        config: str | Path | Mapping[str, Any] | None = None, enabled: bool = True,
-        dtype: torch.dtype | None = None, mpu: Any = None, **_unused: Any,
-    ) -> None:  # fmt: skip
+        self,
+        module: nn.Module | None = None,
+        data_parallel_group: Any = None,
+        mem_efficient_linear: bool = True,
+        remote_device: str | None = None,
+        pin_memory: bool = False,
+        config_dict_or_path: str | Path | Mapping[str, Any] | None = None,
+        config: str | Path | Mapping[str, Any] | None = None,
+        enabled: bool = True,
+        dtype: torch.dtype | None = None,
+        mpu: Any = None,
+        **_unused: Any,
+    ) -> None:
         """No effect where the config is not one of ZeRO 3. module: is partitioned at once. dtype:
         no effect, masters are float32. Raises ConfigError for remote_device nvme."""
         if remote_device not in (None, "none", "cpu"):
@@ -99,9 +106,11 @@ def _gathering(apply: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def GatheredParameters(
-    params: nn.Parameter | Iterable[nn.Parameter], modifier_rank: int | None = None,
-    fwd_module: nn.Module | None = None, enabled: bool = True,
-) -> Iterator[None]:  # fmt: skip
+    params: nn.Parameter | Iterable[nn.Parameter],
+    modifier_rank: int | None = None,
+    fwd_module: nn.Module | None = None,
+    enabled: bool = True,
+) -> Iterator[None]:
     """Inside, the parameters are whole: after `initialize` as the module's attributes (a DTensor
     that a script holds stays one). Changes last only with modifier_rank: that rank's values become
     everybody's. Raises ConfigError where a DTensor itself was changed."""

@@ -45,9 +45,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.futures import Future
 
-from glm_core.checkpoint import LATEST, flush, replace
 from glm_core.distributed.layout import Split, chunks
 from glm_core.errors import CheckpointError
+from glm_core.training.checkpoint import LATEST, flush, replace
 
 FORMAT = "glm-core distributed checkpoint 1"
 FACTS, SUMS, PART = "facts.json", ".sha256", ".part"
@@ -121,9 +121,11 @@ class _SavePlanner(DefaultSavePlanner):
 
 class _LoadPlanner(DefaultLoadPlanner):
     def set_up_planner(
-        self, state_dict: dict[str, Any], metadata: Metadata | None = None,
+        self,
+        state_dict: dict[str, Any],
+        metadata: Metadata | None = None,
         is_coordinator: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         # not DCP's own, which copies what is neither tensor nor container
         self.state_dict = self.original_state_dict = state_dict
         self.metadata, self.is_coordinator = metadata, is_coordinator
@@ -246,9 +248,12 @@ class Checkpoints:
             writer = _Writer(target, facts, self.keep)
             with alone_without_warning(self.group is None):
                 dcp_save(
-                    dict(state), storage_writer=writer, process_group=self.group,
-                    planner=_SavePlanner(flatten_state_dict=False), no_dist=self.group is None,
-                )  # fmt: skip
+                    dict(state),
+                    storage_writer=writer,
+                    process_group=self.group,
+                    planner=_SavePlanner(flatten_state_dict=False),
+                    no_dist=self.group is None,
+                )
         except BaseException as error:  # CheckpointException is one; `wait` raises it
             self._error = error
 
@@ -276,9 +281,12 @@ class Checkpoints:
         try:
             with alone_without_warning(self.group is None):
                 dcp_load(
-                    wanted, storage_reader=FileSystemReader(path), process_group=self.group,
-                    planner=_LoadPlanner(flatten_state_dict=False), no_dist=self.group is None,
-                )  # fmt: skip
+                    wanted,
+                    storage_reader=FileSystemReader(path),
+                    process_group=self.group,
+                    planner=_LoadPlanner(flatten_state_dict=False),
+                    no_dist=self.group is None,
+                )
         except (CheckpointException, OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f"{path}: does not fit this model ({told(error)}); resume with the config it was "

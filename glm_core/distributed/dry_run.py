@@ -28,14 +28,21 @@ from glm_core.data.sampler import Batch
 from glm_core.distributed import apply, engine, layout, mesh
 from glm_core.distributed.plan import Plan, require_fit
 from glm_core.errors import ConfigError, GlmCoreError
-from glm_core.optimizer import own_part
+from glm_core.training.optimizer import own_part
 
 COLLECTIVES = {
-    "all_reduce": "all_reduce", "allreduce_": "all_reduce", "all_gather_into_tensor": "all_gather",
-    "_allgather_base_": "all_gather", "reduce_scatter_tensor": "reduce_scatter",
-    "_reduce_scatter_base_": "reduce_scatter", "broadcast_": "broadcast", "send": "send",
-    "recv_": "recv", "allgather_": "all_gather", "barrier": "barrier",
-}  # fmt: skip
+    "all_reduce": "all_reduce",
+    "allreduce_": "all_reduce",
+    "all_gather_into_tensor": "all_gather",
+    "_allgather_base_": "all_gather",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "broadcast_": "broadcast",
+    "send": "send",
+    "recv_": "recv",
+    "allgather_": "all_gather",
+    "barrier": "barrier",
+}
 """torch's operator: the name it is counted under. Its bytes are those of its largest tensor: the
 whole array, as nccl-tests counts"""
 Phase = str
@@ -123,8 +130,9 @@ def run(config: RunConfig, plan: Plan, rank: int, backend: Backend) -> Report:
     if not 0 <= rank < plan.world:
         raise ConfigError(f"rank {rank}: the plan has ranks 0 to {plan.world - 1}")
     c = config
-    require_fit(plan, c.model, world=plan.world, global_batch=c.train.global_batch,
-                length=c.data.length)  # fmt: skip
+    require_fit(
+        plan, c.model, world=plan.world, global_batch=c.train.global_batch, length=c.data.length
+    )
     begin = time.perf_counter()
     dist.init_process_group("fake", rank=rank, world_size=plan.world, store=FakeStore())
     try:
@@ -156,13 +164,16 @@ def _report(config: RunConfig, plan: Plan, backend: Backend, begin: float) -> Re
         _step(meter, part, config)
     named = dict(part.share.named_parameters())
     return Report(
-        rank=dist.get_rank(), device_type=device.type, peak_bytes=meter.peak,
-        place={a: axes.get_local_rank(a) for a in mesh.AXES}, memory=dict(meter.at_peak),
+        rank=dist.get_rank(),
+        device_type=device.type,
+        peak_bytes=meter.peak,
+        place={a: axes.get_local_rank(a) for a in mesh.AXES},
+        memory=dict(meter.at_peak),
         parameters={n: tuple(own_part(p).shape) for n, p in named.items()},
         placement={n: _place(n, p, config, axes) for n, p in named.items()},
         collectives={k: dict(v) for k, v in sorted(meter.sent.items())},
         seconds=time.perf_counter() - begin,
-    )  # fmt: skip
+    )
 
 
 def _converted(
@@ -197,8 +208,10 @@ def _step(meter: Meter, part: engine.Engine, config: RunConfig) -> None:
     where = torch.zeros(t.global_batch, length, dtype=torch.int32)
     batch = Batch(ids, ids, torch.ones(t.global_batch, length), place, where, where)
     meter.phase = "activations"
-    handles = [p.register_post_accumulate_grad_hook(lambda p: _gradient(meter, p))
-               for p in part.share.parameters()]  # fmt: skip
+    handles = [
+        p.register_post_accumulate_grad_hook(lambda p: _gradient(meter, p))
+        for p in part.share.parameters()
+    ]
     with meter, _backwards(meter):
         part.backward(batch)
         meter.phase = "temporary"

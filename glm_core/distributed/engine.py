@@ -11,17 +11,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from glm_core import nonfinite, ops
+from glm_core import ops
 from glm_core.config import RunConfig
+from glm_core.diagnose import nonfinite
 from glm_core.distributed import apply, schedule
 from glm_core.distributed import mesh as meshes
 from glm_core.distributed.collectives import total
 from glm_core.distributed.plan import Plan, require_fit
 from glm_core.distributed.tensor_parallel import replicated
 from glm_core.errors import ConfigError
-from glm_core.optimizer import Optimizer, own_part, sum_in_float32
-from glm_core.steps import StepResult, Updates
-from glm_core.train import Batch
+from glm_core.training.loop import StepResult, Updates
+from glm_core.training.optimizer import Optimizer, own_part, sum_in_float32
+from glm_core.training.trainer import Batch
 
 MESSAGE = 2**25
 """elements that one collective of `add_up` sums"""
@@ -39,9 +40,12 @@ class Engine(Updates):
         model and job do not fit."""
         c = config
         require_fit(
-            plan, c.model, world=mesh.size(), global_batch=c.train.global_batch,
+            plan,
+            c.model,
+            world=mesh.size(),
+            global_batch=c.train.global_batch,
             length=c.data.length,
-        )  # fmt: skip
+        )
         self.plan, self.mesh = plan, mesh
         self.device = device or torch.device(mesh.device_type)
         dtype: torch.dtype = getattr(torch, c.train.dtype)
@@ -121,8 +125,11 @@ class Engine(Updates):
         """The norm of the whole gradient, every element counted once wherever it is held."""
         own = [g for n, g in grads.items() if self._counts(n)]
         squares = ops.global_norm(own).to(self.device).square()
-        for axis, sharded in (("tp", self.plan.tp > 1), ("pp", self.plan.pp > 1),
-                              ("dp", self.plan.zero > 0)):  # fmt: skip
+        for axis, sharded in (
+            ("tp", self.plan.tp > 1),
+            ("pp", self.plan.pp > 1),
+            ("dp", self.plan.zero > 0),
+        ):
             if sharded:
                 squares = total(squares, self.mesh.get_group(axis))
         return squares.sqrt()

@@ -110,9 +110,11 @@ def arguments(job: Job, index: int) -> list[str]:
         words += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--local-addr=localhost"]
     else:
         words += [
-            f"--nnodes={len(job.hosts)}", f"--node-rank={index}",
-            f"--master-addr={job.address}", f"--master-port={job.port}",
-        ]  # fmt: skip
+            f"--nnodes={len(job.hosts)}",
+            f"--node-rank={index}",
+            f"--master-addr={job.address}",
+            f"--master-port={job.port}",
+        ]
     return [*words, *job.program]
 
 
@@ -171,9 +173,16 @@ def local(processes: int, program: Sequence[str]) -> None:
     """Runs `program` on this host alone. Raises TrainingError where a process failed."""
     if processes < 1:
         raise ConfigError(f"--processes {processes}: must be at least 1")
-    start(arguments(Job(
-        hosts=(Host("localhost", processes),), program=tuple(program), address="localhost",
-    ), 0))  # fmt: skip
+    start(
+        arguments(
+            Job(
+                hosts=(Host("localhost", processes),),
+                program=tuple(program),
+                address="localhost",
+            ),
+            0,
+        )
+    )
 
 
 def start(words: Sequence[str]) -> None:

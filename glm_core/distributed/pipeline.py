@@ -69,9 +69,14 @@ class Stage(nn.Module):
                 block.attention.core = functools.partial(again, ops.attention)
 
     def forward(
-        self, *carried: Tensor, positions: Tensor, key_start: Tensor, key_end: Tensor,
-        labels: Tensor, token_weight: Tensor,
-    ) -> tuple[Tensor, Tensor] | Tensor:  # fmt: skip
+        self,
+        *carried: Tensor,
+        positions: Tensor,
+        key_start: Tensor,
+        key_end: Tensor,
+        labels: Tensor,
+        token_weight: Tensor,
+    ) -> tuple[Tensor, Tensor] | Tensor:
         """carried: the tokens on the first stage, delta and residual on the others -> delta and
         residual, on the last stage the micro-batch's sum(token_weight * cross-entropy) as [1].
         Every other tensor is the whole micro-batch's, on every stage; shapes as in GLM.loss."""
@@ -128,6 +133,9 @@ def again(function: Callable[..., Any], *args: Any) -> Any:
     again there on the same backend."""
     session = dispatch.session()
     return checkpoint(
-        function, *args, use_reentrant=False, preserve_rng_state=False,
+        function,
+        *args,
+        use_reentrant=False,
+        preserve_rng_state=False,
         context_fn=lambda: (dispatch.resume(session), dispatch.resume(session)),
-    )  # fmt: skip
+    )

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from glm_core.distributed.norm import Piece, pieces
 from glm_core.distributed.zero import Shards
-from glm_core.optimizer import own_part
+from glm_core.training.optimizer import own_part
 
 
 class Span(NamedTuple):
@@ -75,9 +75,14 @@ class Replicas:
     end of the accumulation, in place."""
 
     def __init__(
-        self, params: Sequence[nn.Parameter], group: dist.ProcessGroup | None, *, divide: float,
-        predivide: float = 1.0, bucket: int,
-    ) -> None:  # fmt: skip
+        self,
+        params: Sequence[nn.Parameter],
+        group: dist.ProcessGroup | None,
+        *,
+        divide: float,
+        predivide: float = 1.0,
+        bucket: int,
+    ) -> None:
         self.masters = self.params = list(params)
         self.group = group
         self.divide, self.predivide, self.bucket = divide, predivide, bucket

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from glm_core.config import ModelConfig
+from glm_core.config import ModelConfig, check, divisors, positive
 from glm_core.errors import ConfigError, unknown
-from glm_core.fields import check, divisors, positive
 
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zero-bubble", "zbv"]
 Recompute = Literal["none", "selective", "full"]

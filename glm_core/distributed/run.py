@@ -12,22 +12,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from glm_core import checkpoint, failure
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
 from glm_core.config import RunConfig
+from glm_core.diagnose import device_errors
 from glm_core.distributed import mesh, saving, straggler
 from glm_core.distributed.checkpoint import Checkpoints, find, whole
 from glm_core.distributed.engine import Engine
 from glm_core.distributed.plan import Plan
 from glm_core.distributed.watch import watched
 from glm_core.errors import ConfigError, GlmCoreError
-from glm_core.interrupt import stop_requests
-from glm_core.live import Live, memory_peak_bytes
-from glm_core.metrics import Metrics
 from glm_core.session import Session
-from glm_core.steps import Result, Saves, StepResult, loop, way_out
-from glm_core.train import Sampler, global_batch
+from glm_core.training import checkpoint
+from glm_core.training.interrupt import stop_requests
+from glm_core.training.live import Live, memory_peak_bytes
+from glm_core.training.loop import Result, Saves, StepResult, loop, way_out
+from glm_core.training.metrics import Metrics
+from glm_core.training.trainer import Sampler, global_batch
 
 WATCH = "watch"
 """folder of a run that holds every rank's record and times"""
@@ -68,7 +69,7 @@ def run(
             watched(out / WATCH, dist.get_rank(), dist.get_world_size(), timeout_s),
             registry.use(backend, strict=config.train.strict) as session,
         ):
-            with failure.explained(backend.name, "start"):
+            with device_errors.explained(backend.name, "start"):
                 made = mesh.make(plan, device.type, timeout_s or None)
                 if sampler is None:
                     sampler = _open_data(config, cache_dir)
@@ -120,9 +121,14 @@ class Job:
     """One process's run: engine, data, checkpoints; rank 0 tells."""
 
     def __init__(
-        self, engine: Engine, sampler: Sampler, backend: Backend, out: Path, start: Path | None,
+        self,
+        engine: Engine,
+        sampler: Sampler,
+        backend: Backend,
+        out: Path,
+        start: Path | None,
         timeout_s: float,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.engine, self.sampler, self.backend = engine, sampler, backend
         self.config, self.out, self.start = engine.config, out, start
         self.checkpoints = Checkpoints(out / checkpoint.FOLDER, self.config.train.keep, timeout_s)
@@ -164,7 +170,7 @@ class Job:
         timed = number % TIMED_EVERY == 0 or number == t.steps
         device_type = self.engine.device.type
         with (
-            failure.explained(self.backend.name, f"step {number}"),
+            device_errors.explained(self.backend.name, f"step {number}"),
             straggler.timed(self.out / WATCH, number, device_type, every=int(timed)),
         ):
             batch = self.sampler.next(global_batch(t, self.engine.samples_seen))

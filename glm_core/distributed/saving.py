@@ -6,10 +6,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from glm_core import checkpoint as single
 from glm_core.distributed.checkpoint import Checkpoints, Pieces, find, pieces, read_facts
 from glm_core.distributed.engine import Engine
 from glm_core.distributed.layout import split_of
+from glm_core.training import checkpoint as single
 
 
 def state(engine: Engine) -> dict[str, Pieces]:

@@ -74,8 +74,9 @@ class OneForwardOneBackward(Schedule1F1B):
 
 
 SINGLE: dict[str, type[PipelineScheduleSingle]] = {
-    "gpipe": ScheduleGPipe, "1f1b": OneForwardOneBackward,
-}  # fmt: skip
+    "gpipe": ScheduleGPipe,
+    "1f1b": OneForwardOneBackward,
+}
 MULTI: dict[str, type[PipelineScheduleMulti]] = {
     "interleaved": ScheduleInterleaved1F1B,
     "zero-bubble": ScheduleInterleavedZeroBubble,
@@ -87,9 +88,14 @@ class Work:
     """Runs a process's stages over a step's micro-batches; gradients are summed, not averaged."""
 
     def __init__(
-        self, stages: list[Stage], plan: Plan, mesh: DeviceMesh, config: ModelConfig,
-        device: torch.device, dtype: torch.dtype,
-    ) -> None:  # fmt: skip
+        self,
+        stages: list[Stage],
+        plan: Plan,
+        mesh: DeviceMesh,
+        config: ModelConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
         self.stages, self.plan, self.mesh = stages, plan, mesh
         self.config, self.device, self.dtype = config, device, dtype
         self.shape: tuple[int, int] = (0, 0)
@@ -137,13 +143,16 @@ class Work:
         numbers = stages_of(self.plan, self.mesh.get_local_rank("pp"))
         stages = [
             Lean(
-                stage, number, self.plan.stages, self.device,
+                stage,
+                number,
+                self.plan.stages,
+                self.device,
                 input_args=self._inputs(stage, rows, length),
                 output_args=self._outputs(stage, rows, length),
                 group=self.mesh.get_group("pp"),
             )
             for stage, number in zip(self.stages, numbers, strict=True)
-        ]  # fmt: skip
+        ]
         options: dict[str, Any] = {"loss_fn": _loss, "scale_grads": False}
         if self.plan.schedule in SINGLE:
             one = SINGLE[self.plan.schedule]

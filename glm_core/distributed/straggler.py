@@ -23,8 +23,8 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from glm_core import dispatch
-from glm_core.checkpoint import replace
 from glm_core.dispatch import Op
+from glm_core.training.checkpoint import replace
 
 COLLECTIVE = ("c10d", "_c10d_functional", "c10d_functional")
 """namespaces of torch's operators that involve other ranks"""
@@ -56,9 +56,12 @@ class Times(TorchDispatchMode):
                 self.ops[op.name] += took  # type: ignore[assignment]  # seconds, not a count
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (),
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         begin = time.perf_counter()
         out = func(*args, **(kwargs or {}))
         if func.namespace in COLLECTIVE:
@@ -136,9 +139,10 @@ class Report:
     def figures(self) -> dict[str, float]:
         """For TensorBoard and Prometheus."""
         return {
-            "slowest_rank": self.slowest, "slowest_rank_ratio": self.ratio,
+            "slowest_rank": self.slowest,
+            "slowest_rank_ratio": self.ratio,
             "rank_variation_ratio": self.variation,
-        }  # fmt: skip
+        }
 
     def text(self) -> str:
         """One line."""
@@ -181,12 +185,17 @@ def compare(step: int, found: dict[int, dict[str, Any]], world: int) -> Report:
     op = max(medians, key=lambda name: parts[slowest][name] - medians[name])
     median = statistics.median(own[r] for r in others)
     return Report(
-        step=step, own_s=own, waiting_s={r: v["waiting_s"] for r, v in found.items()},
-        slowest=slowest, ratio=own[slowest] / median,
+        step=step,
+        own_s=own,
+        waiting_s={r: v["waiting_s"] for r, v in found.items()},
+        slowest=slowest,
+        ratio=own[slowest] / median,
         variation=statistics.pstdev(own.values()) / statistics.mean(own.values()),
-        op=op, op_s=parts[slowest][op], op_median_s=medians[op],
+        op=op,
+        op_s=parts[slowest][op],
+        op_median_s=medians[op],
         missing=sorted(set(range(world)) - found.keys()),
-    )  # fmt: skip
+    )
 
 
 class Log:

@@ -73,9 +73,12 @@ class RowLinear(Linear):
 def part_of(config: ModelConfig, tp: int) -> ModelConfig:
     """The sizes of one rank's modules: its heads, its features, its rows of the vocabulary."""
     return dataclasses.replace(
-        config, num_heads=config.num_heads // tp, num_kv_heads=config.num_kv_heads // tp,
-        ffn=config.ffn // tp, vocab=config.vocab // tp,
-    )  # fmt: skip
+        config,
+        num_heads=config.num_heads // tp,
+        num_kv_heads=config.num_kv_heads // tp,
+        ffn=config.ffn // tp,
+        vocab=config.vocab // tp,
+    )
 
 
 def share(block: Block, ranks: Ranks) -> None:

@@ -21,9 +21,13 @@ CHUNK = 1 << 22
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, token_weight: Tensor,
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        token_weight: Tensor,
         group: ProcessGroup,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         local = labels - group.rank() * weight.shape[0]
         stats = []  # of each chunk [2, n]: logsumexp and the label's logit, over this rank's rows
         for rows in _chunks(x, weight):

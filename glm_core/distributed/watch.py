@@ -22,7 +22,8 @@ from typing import Any, TextIO
 
 import torch.distributed as dist
 
-from glm_core import dispatch, environment, watchdog
+from glm_core import dispatch, environment
+from glm_core.diagnose import watchdog
 from glm_core.errors import TrainingError
 
 RECORD_BYTES = 16384
@@ -112,10 +113,15 @@ class Watch:
         """Writes where the training thread is now."""
         place = place_of(sys._current_frames().get(self.thread))
         values = {
-            "rank": self.rank, "pid": os.getpid(), "host": socket.gethostname(), "state": state,
-            "time": time.time(), "begun": watchdog.begun(), "collectives": collectives(),
+            "rank": self.rank,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "state": state,
+            "time": time.time(),
+            "begun": watchdog.begun(),
+            "collectives": collectives(),
             **dataclasses.asdict(place),
-        }  # fmt: skip
+        }
         with self._lock:
             self.record.write(values)
         return values
@@ -286,11 +292,17 @@ def watched(
     sampler = threading.Thread(target=watch.sample, args=(done,), daemon=True)
     with ExitStack() as stack:
         stuck = stack.enter_context(_stuck_file(folder, rank))
-        stack.enter_context(watchdog.guard(
-            timeout_s, f"rank {rank} of {world}", way_out, on_hang=watch.on_hang,
-            # before the others give their verdict, which quotes it
-            stuck_after_s=timeout_s + interval_s, stuck_file=stuck,
-        ))  # fmt: skip
+        stack.enter_context(
+            watchdog.guard(
+                timeout_s,
+                f"rank {rank} of {world}",
+                way_out,
+                on_hang=watch.on_hang,
+                # before the others give their verdict, which quotes it
+                stuck_after_s=timeout_s + interval_s,
+                stuck_file=stuck,
+            )
+        )
         watch.note()
         sampler.start()
         state = "failed"

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from glm_core.distributed.norm import Piece
 from glm_core.distributed.precision import Precision
 from glm_core.distributed.split import Split, to_meta
-from glm_core.optimizer import own_part
+from glm_core.training.optimizer import own_part
 
 BUCKET = 2**25
 """elements reduced by one collective"""
@@ -52,10 +52,16 @@ class Shards:
     parallel): `group` is then the data-parallel dimension's."""
 
     def __init__(
-        self, params: Sequence[nn.Parameter], group: dist.ProcessGroup | None, *, stage: int,
-        divide: float, precision: Precision = Precision(), predivide: float = 1.0,  # noqa: B008
+        self,
+        params: Sequence[nn.Parameter],
+        group: dist.ProcessGroup | None,
+        *,
+        stage: int,
+        divide: float,
+        precision: Precision = Precision(),  # noqa: B008  # frozen
+        predivide: float = 1.0,
         bucket: int = BUCKET,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """divide: 1 for sums of gradients already weighted, the number of ranks for means;
         predivide: this factor of it is divided out before the sum (float16 range)."""
         self.params, self.group, self.stage = list(params), group, stage
@@ -249,9 +255,14 @@ class Shards:
 
 
 def shard_parameters(
-    module: nn.Module, mesh: DeviceMesh, *, divide: float, precision: Precision = Precision(),  # noqa: B008
-    blocks: Sequence[nn.Module] | None = None, reshard_after_forward: bool = True,
-) -> dict[nn.Parameter, nn.Parameter]:  # fmt: skip
+    module: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    divide: float,
+    precision: Precision = Precision(),  # noqa: B008
+    blocks: Sequence[nn.Module] | None = None,
+    reshard_after_forward: bool = True,
+) -> dict[nn.Parameter, nn.Parameter]:
     """Stage 3: FSDP2 over the data-parallel mesh (1-D, or 2-D replicate x shard), in place. The
     module's parameters become float32 DTensor shards, which are the masters; `blocks` (None: see
     `default_blocks`) are gathered one at a time, in `precision.compute`. Gradients come out as

@@ -19,9 +19,11 @@ INLINE_BYTES = 1024
 PAGE = 4096
 """weights begin at multiples of it, so that they can be mapped"""
 ELEMENT = {
-    torch.float32: TensorProto.FLOAT, torch.int64: TensorProto.INT64,
-    torch.uint8: TensorProto.UINT8, torch.bool: TensorProto.BOOL,
-}  # fmt: skip
+    torch.float32: TensorProto.FLOAT,
+    torch.int64: TensorProto.INT64,
+    torch.uint8: TensorProto.UINT8,
+    torch.bool: TensorProto.BOOL,
+}
 
 
 class Graph:

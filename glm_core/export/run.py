@@ -51,9 +51,11 @@ class Exported(Runner):
         self._last = lambda: call
         start = int(call.places[0, 0])  # what the cache holds beyond is of an earlier sequence
         feed = {
-            "input_ids": call.tokens, "positions": call.positions, "key_start": call.key_start,
+            "input_ids": call.tokens,
+            "positions": call.positions,
+            "key_start": call.key_start,
             "key_end": call.key_end,
-        }  # fmt: skip
+        }
         given = {name: np.ascontiguousarray(x.long().numpy()) for name, x in feed.items()}
         for name, past in zip(self._names, self._past, strict=True):
             given[f"past_key_values.{name}"] = past[:, :, :start]

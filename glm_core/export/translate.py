@@ -145,9 +145,15 @@ def rope(x: Value, cos: Value, sin: Value, interleaved: bool) -> Value:
 
 
 def attention(
-    q: Value, k: Value, v: Value, key_start: Value, key_end: Value, scale: float,
-    layer_scale: float, pb_relax: float,
-) -> Value:  # fmt: skip
+    q: Value,
+    k: Value,
+    v: Value,
+    key_start: Value,
+    key_end: Value,
+    scale: float,
+    layer_scale: float,
+    pb_relax: float,
+) -> Value:
     g = q.graph
     groups = k.shape[2]
     kt = k.permute(0, 2, 3, 1).unsqueeze(2)  # [B, K, 1, E, S]
@@ -198,7 +204,17 @@ def swiglu(x: Value) -> Value:
 TABLE: dict[str, Translation] = {
     f.__name__: f
     for f in (
-        linear, quantized_linear, embedding, rms_norm, layer_norm, add_rms_norm, add_layer_norm,
-        rope, attention, gelu, geglu, swiglu,
+        linear,
+        quantized_linear,
+        embedding,
+        rms_norm,
+        layer_norm,
+        add_rms_norm,
+        add_layer_norm,
+        rope,
+        attention,
+        gelu,
+        geglu,
+        swiglu,
     )
-}  # fmt: skip
+}

@@ -117,9 +117,11 @@ def _write(model: GLM, path: Path, facts: dict[str, str]) -> None:
         graph.close()
     how = next((m.how for m in model.modules() if isinstance(m, QuantizedLinear)), None)
     metadata = {
-        "format": FORMAT, "config": json.dumps(to_dict(model.config)),
-        "quantization": json.dumps(to_dict(how) if how else None), **facts,
-    }  # fmt: skip
+        "format": FORMAT,
+        "config": json.dumps(to_dict(model.config)),
+        "quantization": json.dumps(to_dict(how) if how else None),
+        **facts,
+    }
     onnx.save(graph.model(metadata), path)
     onnx.checker.check_model(path, full_check=True)
 
@@ -127,9 +129,11 @@ def _write(model: GLM, path: Path, facts: dict[str, str]) -> None:
 def _trace(model: GLM, graph: Graph) -> None:
     c = model.config
     ports = {
-        "input_ids": ("batch", "length"), "positions": ("batch", 2, "length"),
-        "key_start": ("batch", "length"), "key_end": ("batch", "length"),
-    }  # fmt: skip
+        "input_ids": ("batch", "length"),
+        "positions": ("batch", 2, "length"),
+        "key_start": ("batch", "length"),
+        "key_end": ("batch", "length"),
+    }
     given = []
     for name, shape in ports.items():
         graph.port("input", name, torch.int64, shape)

@@ -12,12 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from glm_core import ops
-from glm_core.config import ModelConfig
+from glm_core.config import ModelConfig, check, positive
 from glm_core.errors import ConfigError
-from glm_core.fields import check, positive
-from glm_core.model.glm import GLM, normal_draw
+from glm_core.model.glm import GLM, LINEARS, normal_draw
 from glm_core.model.prefix import Prefix, values_width
-from glm_core.model.weights.layouts import LINEARS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

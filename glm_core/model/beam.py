@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from glm_core.fields import check, positive
+from glm_core.config import check, positive
 from glm_core.model.glm import GLM
 from glm_core.model.prompt import Prompt
 from glm_core.model.runner import Next, Runner
@@ -84,8 +84,9 @@ def search(
         logits = logits[:, : num_ids or model.config.vocab]
         if not torch.isfinite(logits).all():
             raise runner.explain(runner.last, step + 1)
-        running = _advance(_banned(logits, prompt, running, settings), running, ended, settings,
-                           generator, size)  # fmt: skip
+        running = _advance(
+            _banned(logits, prompt, running, settings), running, ended, settings, generator, size
+        )
         best = max((_penalised(b.score, size + step + 1, settings) for b in running), default=None)
         if best is None or (len(ended) == settings.num_beams and ended[-1].score >= best):
             return ended
@@ -95,9 +96,13 @@ def search(
 
 
 def _advance(
-    scores: Tensor, running: list[_Beam], ended: list[Hypothesis], settings: BeamSearch,
-    generator: torch.Generator, size: int,
-) -> list[_Beam]:  # fmt: skip
+    scores: Tensor,
+    running: list[_Beam],
+    ended: list[Hypothesis],
+    settings: BeamSearch,
+    generator: torch.Generator,
+    size: int,
+) -> list[_Beam]:
     """The beams that go on from logits [N, V]; those that end join `ended`."""
     vocab = scores.shape[-1]
     so_far = torch.tensor([b.score for b in running], device=scores.device)
@@ -126,9 +131,7 @@ def _candidates(total: Tensor, settings: BeamSearch, generator: torch.Generator)
     return total.topk(min(count, len(total))).indices.tolist()
 
 
-def _banned(
-    logits: Tensor, prompt: Prompt, running: list[_Beam], settings: BeamSearch
-) -> Tensor:  # fmt: skip
+def _banned(logits: Tensor, prompt: Prompt, running: list[_Beam], settings: BeamSearch) -> Tensor:
     """Logits in which early ends and repeated n-grams cannot come."""
     n = settings.no_repeat_ngram
     for row, beam in enumerate(running):

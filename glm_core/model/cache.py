@@ -15,9 +15,13 @@ class Cache:
     [slots, K, S, E], so that a head's keys follow each other; what attention sees is a view."""
 
     def __init__(
-        self, config: ModelConfig, slots: int, length: int, dtype: torch.dtype,
+        self,
+        config: ModelConfig,
+        slots: int,
+        length: int,
+        dtype: torch.dtype,
         device: torch.device | str = "cpu",
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.slots, self.length = slots, length
         shape = (config.num_layers, 2, slots, config.num_kv_heads, length, config.head_dim)
         # zeros: a reference multiplies what it hides by 0, which leaves a NaN a NaN

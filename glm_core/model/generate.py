@@ -64,9 +64,13 @@ class Decoder:
     generated."""
 
     def __init__(
-        self, model: GLM | Runner, slots: int = 1, length: int | None = None,
-        num_ids: int | None = None, chunk: int = CHUNK,
-    ) -> None:  # fmt: skip
+        self,
+        model: GLM | Runner,
+        slots: int = 1,
+        length: int | None = None,
+        num_ids: int | None = None,
+        chunk: int = CHUNK,
+    ) -> None:
         self.runner = model if isinstance(model, Runner) else Runner(model, slots, length, chunk)
         self._reading: list[Generation] = []
         self.num_ids = num_ids or model.config.vocab
@@ -183,9 +187,14 @@ class Decoder:
 
 
 def generate(
-    model: GLM | Runner, prompts: Sequence[Prompt], sampling: Sampling | Sequence[Sampling], *,
-    slots: int = 8, padded: bool = False, num_ids: int | None = None,
-) -> list[Generation]:  # fmt: skip
+    model: GLM | Runner,
+    prompts: Sequence[Prompt],
+    sampling: Sampling | Sequence[Sampling],
+    *,
+    slots: int = 8,
+    padded: bool = False,
+    num_ids: int | None = None,
+) -> list[Generation]:
     """Continues every prompt; more than `slots` wait their turn. padded: all prompts are read at
     once, padded on the left, instead of one by one. Raises PromptError for a prompt that cannot be
     continued, GenerationError where the logits are not finite."""

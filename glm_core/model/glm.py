@@ -22,6 +22,10 @@ from glm_core.config import ModelConfig
 from glm_core.errors import ShapeError
 from glm_core.model.cache import Window
 
+LINEARS = ("attention.qkv", "attention.out", "mlp.up", "mlp.down")
+"""the linear layers of a block, by name below it: GLM-130B and ChatGLM-6B quantise these, and
+adapters sit on them"""
+
 
 class Linear(nn.Module):
     """y = x weight^T + bias through the op `linear`;  weight [F, D]."""
@@ -73,9 +77,13 @@ class Attention(nn.Module):
         self.core: Callable[..., Tensor] = ops.attention
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, key_start: Tensor, key_end: Tensor,
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        key_start: Tensor,
+        key_end: Tensor,
         cache: Window | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         c = self.config
         qkv = self.qkv(x).unflatten(-1, (-1, c.head_dim))  # [B, L, H + 2K, E]
         qk, v = qkv.split_with_sizes((c.num_heads + c.num_kv_heads, c.num_kv_heads), 2)
@@ -129,9 +137,14 @@ class Block(nn.Module):
         self.post_mlp_norm = Norm(config) if sandwich else None
 
     def forward(
-        self, delta: Tensor | None, residual: Tensor, rotary: tuple[Tensor, Tensor] | None,
-        key_start: Tensor, key_end: Tensor, cache: Window | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self,
+        delta: Tensor | None,
+        residual: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        key_start: Tensor,
+        key_end: Tensor,
+        cache: Window | None = None,
+    ) -> tuple[Tensor, Tensor]:
         normed, total = self.input_norm.add(delta, residual, self.alpha)
         delta = self.attention(normed, rotary, key_start, key_end, cache)
         if self.post_attention_norm is not None:
@@ -201,9 +214,13 @@ class GLM(nn.Module):
         self.head_codes: nn.Module | None = None  # of quantize.quantize_head
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, key_start: Tensor, key_end: Tensor,
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        key_start: Tensor,
+        key_end: Tensor,
         cache: Window | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Hidden states after the final norm;  tokens [B, L] int64, positions [B, 2, L] int64 (row
         1 is ignored by 1D rotary models), key_start, key_end [B, L] int32 (the mask, see
         ops.attention) -> [B, L, D]. With a cache the call's keys and values are kept in it, and the

@@ -59,8 +59,11 @@ def causal(tokens: Sequence[int]) -> Prompt:
 def encode(text: str, pieces: Pieces) -> list[int]:
     """The text's ids, with blanks where it spells [MASK], [sMASK] or [gMASK]."""
     ids = {"[MASK]": pieces.mask, "[sMASK]": pieces.smask, "[gMASK]": pieces.gmask}
-    return [i for part in BLANK.split(text) for i in ([ids[part]] if part in ids else
-            pieces.encode(part) if part else [])]  # fmt: skip
+    return [
+        i
+        for part in BLANK.split(text)
+        for i in ([ids[part]] if part in ids else pieces.encode(part) if part else [])
+    ]
 
 
 def opened(tokens: Sequence[int], pieces: Pieces) -> list[int]:

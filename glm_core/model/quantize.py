@@ -12,13 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from glm_core import ops
-from glm_core.config import ModelConfig
-from glm_core.fields import check
-from glm_core.model.glm import GLM, Linear
+from glm_core.config import ModelConfig, check
+from glm_core.model.glm import GLM, LINEARS, Linear
 from glm_core.ops.quant import dequantize, quantize, row_parts
-
-LINEARS = ("attention.qkv", "attention.out", "mlp.up", "mlp.down")
-"""what GLM-130B quantises; embeddings, head and norms stay as they are"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,9 +135,11 @@ def _converted(name: str, weight: Tensor, made: QuantizedLinear) -> Converted:
 
 
 def streamed(
-    config: ModelConfig, read: Callable[[str, torch.Size], Tensor], how: Quantization,
+    config: ModelConfig,
+    read: Callable[[str, torch.Size], Tensor],
+    how: Quantization,
     dtype: torch.dtype,
-) -> GLM:  # fmt: skip
+) -> GLM:
     """A quantised model whose parameters come one by one from `read(name, shape)`: beside what is
     finished, at most one layer's float weights are in memory. The rest of the model is in
     `dtype`."""
@@ -159,9 +157,12 @@ def streamed(
 
 
 def _fill(
-    module: nn.Module, prefix: str, read: Callable[[str, torch.Size], Tensor], dtype: torch.dtype,
+    module: nn.Module,
+    prefix: str,
+    read: Callable[[str, torch.Size], Tensor],
+    dtype: torch.dtype,
     recurse: bool = True,
-) -> None:  # fmt: skip
+) -> None:
     for name, parameter in list(module.named_parameters(recurse=recurse)):
         value = read(f"{prefix}.{name}".lstrip("."), parameter.shape).to(dtype)
         owner = module.get_submodule(name.rpartition(".")[0])

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from glm_core import dispatch, nonfinite
+from glm_core import dispatch
 from glm_core.decode_step import DecodeStep, Rows
+from glm_core.diagnose import nonfinite
 from glm_core.errors import GenerationError, PromptError
 from glm_core.model.cache import Cache
 from glm_core.model.glm import GLM
@@ -193,15 +194,25 @@ def _step_call(rows: Rows, device: torch.device) -> Call:
     """The same for the model."""
     pairs = zip(rows.positions[::2], rows.positions[1::2], strict=True)
     return _call(
-        [[t] for t in rows.tokens], [[list(p)] for p in pairs], [[k] for k in rows.key_start],
-        [[k] for k in rows.key_end], [[p] for p in rows.places], 0, device,
-    )  # fmt: skip
+        [[t] for t in rows.tokens],
+        [[list(p)] for p in pairs],
+        [[k] for k in rows.key_start],
+        [[k] for k in rows.key_end],
+        [[p] for p in rows.places],
+        0,
+        device,
+    )
 
 
 def _call(
-    tokens: list[list[int]], positions: list[list[list[int]]], start: list[list[int]],
-    end: list[list[int]], places: list[list[int]], first: int, device: torch.device,
-) -> Call:  # fmt: skip
+    tokens: list[list[int]],
+    positions: list[list[list[int]]],
+    start: list[list[int]],
+    end: list[list[int]],
+    places: list[list[int]],
+    first: int,
+    device: torch.device,
+) -> Call:
     return Call(
         torch.tensor(tokens, device=device),
         torch.tensor(positions, device=device).transpose(1, 2),  # [B, 2, L]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from glm_core.fields import check, positive
+from glm_core.config import check, positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -46,11 +46,21 @@ def _stack(model: glm.GLM, rotary: Angles) -> Stack:
     head = Product(model.head_weight, None) if codes is None else _product(codes)
     tables = (model.position_embedding, model.block_embedding)
     return Stack(
-        model.embedding, tables, rotary, tuple(map(_layer, model.blocks)),
-        _norm(model.final_norm), head,
-        c.num_heads, c.num_kv_heads, c.head_dim, c.norm_eps, glm.residual_scale(c),
-        c.placement == "deepnorm", c.rope_interleaved, c.activation,
-    )  # fmt: skip
+        model.embedding,
+        tables,
+        rotary,
+        tuple(map(_layer, model.blocks)),
+        _norm(model.final_norm),
+        head,
+        c.num_heads,
+        c.num_kv_heads,
+        c.head_dim,
+        c.norm_eps,
+        glm.residual_scale(c),
+        c.placement == "deepnorm",
+        c.rope_interleaved,
+        c.activation,
+    )
 
 
 def _layer(block: nn.Module) -> Layer:
@@ -61,10 +71,14 @@ def _layer(block: nn.Module) -> Layer:
         raise _Unknown
     after = [block.post_attention_norm, block.post_mlp_norm]
     return Layer(
-        _product(attention.qkv), _product(attention.out), _product(mlp.up), _product(mlp.down),
-        _norm(block.input_norm), _norm(block.mlp_norm),
+        _product(attention.qkv),
+        _product(attention.out),
+        _product(mlp.up),
+        _product(mlp.down),
+        _norm(block.input_norm),
+        _norm(block.mlp_norm),
         *(None if norm is None else _norm(norm) for norm in after),
-    )  # fmt: skip
+    )
 
 
 def _product(m: nn.Module) -> Product:

@@ -13,12 +13,23 @@ from glm_core.ops.quant import quantized_linear
 from glm_core.ops.rope import rope
 
 __all__ = [
-    "adamw", "add_layer_norm", "add_rms_norm", "attention", "embedding", "geglu", "gelu",
+    "adamw",
+    "add_layer_norm",
+    "add_rms_norm",
+    "attention",
+    "embedding",
+    "geglu",
+    "gelu",
     "global_norm",
-    "layer_norm", "linear", "linear_cross_entropy", "quantized_linear", "rms_norm", "rope",
+    "layer_norm",
+    "linear",
+    "linear_cross_entropy",
+    "quantized_linear",
+    "rms_norm",
+    "rope",
     "swiglu",
     "all_ops",
-]  # fmt: skip
+]
 
 
 def all_ops() -> dict[str, Op]:

@@ -53,9 +53,19 @@ def preallocated(maker: Maker) -> Maker:
 
 def attention_samples() -> Iterator[Sample]:
     def make(
-        id: str, b: int, n: int, h: int, k: int, e: int, kind: str = "prefix", keys: int = 0,
-        std: float = 1.0, strided: bool = False, cache: bool = False, **rest: Any,
-    ) -> Sample:  # fmt: skip
+        id: str,
+        b: int,
+        n: int,
+        h: int,
+        k: int,
+        e: int,
+        kind: str = "prefix",
+        keys: int = 0,
+        std: float = 1.0,
+        strided: bool = False,
+        cache: bool = False,
+        **rest: Any,
+    ) -> Sample:
         keys = keys or n
         q = normal(b, n, h, e, std=std, strided=strided)
         kv = [normal(b, keys, k, e, std=std, strided=strided) for _ in range(2)]
@@ -95,9 +105,15 @@ def attention_samples() -> Iterator[Sample]:
 
 
 def attention_cost(
-    q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor,
-    scale: float, layer_scale: float = 1.0, pb_relax: float = 0.0,
-) -> Cost:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_start: Tensor,
+    key_end: Tensor,
+    scale: float,
+    layer_scale: float = 1.0,
+    pb_relax: float = 0.0,
+) -> Cost:
     """FLOPs of the visible pairs only; on meta tensors, where intervals have no values, of all
     pairs."""
     b, n, h, e = q.shape
@@ -111,9 +127,15 @@ def attention_cost(
 
 @op(samples=attention_samples, cost=attention_cost, differentiable=("q", "k", "v"))
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor,
-    scale: float, layer_scale: float = 1.0, pb_relax: float = 0.0,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_start: Tensor,
+    key_end: Tensor,
+    scale: float,
+    layer_scale: float = 1.0,
+    pb_relax: float = 0.0,
+) -> Tensor:
     """y = softmax(scale q k^T) v over the visible keys;  q [B, L, H, E], k, v [B, S, K, E] -> [B,
     L, H, E]; k and v may be views of a larger cache, key_end its current length. Key j is visible
     to query i iff key_start[b, i] <= j < key_end[b, i] (int32 [B, L]);

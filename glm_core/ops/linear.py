@@ -14,9 +14,14 @@ from glm_core.spec import Cost, Sample, normal
 
 def linear_samples() -> Iterator[Sample]:
     def make(
-        id: str, rows: tuple[int, ...], d: int, f: int, bias: bool = True, strided: bool = False,
+        id: str,
+        rows: tuple[int, ...],
+        d: int,
+        f: int,
+        bias: bool = True,
+        strided: bool = False,
         std: float = 1.0,
-    ) -> Sample:  # fmt: skip
+    ) -> Sample:
         args = {
             "x": normal(*rows, d, std=std, strided=strided),
             "weight": normal(f, d, std=d**-0.5, strided=strided),

@@ -15,9 +15,15 @@ from glm_core.spec import Cost, Maker, Sample, given, integers, normal
 
 def linear_cross_entropy_samples() -> Iterator[Sample]:
     def make(
-        id: str, n: int, d: int, v: int, std: float = 1.0, weights: list[float] | None = None,
-        labels: list[int] | None = None, strided: bool = False,
-    ) -> Sample:  # fmt: skip
+        id: str,
+        n: int,
+        d: int,
+        v: int,
+        std: float = 1.0,
+        weights: list[float] | None = None,
+        labels: list[int] | None = None,
+        strided: bool = False,
+    ) -> Sample:
         per_token: Maker = lambda draw: torch.rand(n, generator=draw.generator).to(draw.device)  # noqa: E731
         args = {
             "x": normal(n, d, std=std, strided=strided),

@@ -34,9 +34,15 @@ def _fading(falloff: float, make: Maker) -> Maker:
 
 def _samples(residual: bool, bias: bool) -> Iterator[Sample]:
     def make(
-        id: str, shape: tuple[int, ...], std: float = 1.0, strided: bool = False,
-        falloff: float = 1.0, mean: float = 0.0, gaps: bool = False, **rest: float,
-    ) -> Sample:  # fmt: skip
+        id: str,
+        shape: tuple[int, ...],
+        std: float = 1.0,
+        strided: bool = False,
+        falloff: float = 1.0,
+        mean: float = 0.0,
+        gaps: bool = False,
+        **rest: float,
+    ) -> Sample:
         args = {"x": _fading(falloff, normal(*shape, mean=mean, std=std, strided=strided))}
         if residual:
             args["residual"] = _fading(falloff, normal(*shape, std=std, strided=strided))

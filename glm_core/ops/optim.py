@@ -53,16 +53,21 @@ def adamw_samples() -> Iterator[Sample]:
         return lambda draw: make(draw).square()
 
     def make(
-        id: str, shapes: tuple[tuple[int, ...], ...], std: float = 1.0, strided: bool = False,
+        id: str,
+        shapes: tuple[tuple[int, ...], ...],
+        std: float = 1.0,
+        strided: bool = False,
         **rest: float,
-    ) -> Sample:  # fmt: skip
+    ) -> Sample:
         args = {
             "params": _lists(*shapes, wide=True, strided=strided),
             "grads": _lists(*shapes, std=std, strided=strided),
             "exp_avgs": _lists(*shapes, std=0.1 * std, wide=True),
             "exp_avg_sqs": [positive(*s, std=std) for s in shapes],
-            "grad_scale": scale, "step": 3, "lr": 1e-3,
-        }  # fmt: skip
+            "grad_scale": scale,
+            "step": 3,
+            "lr": 1e-3,
+        }
         return Sample(id, {**args, **rest}, real="4096" in id)
 
     yield make("mixed", _SHAPES)
@@ -90,22 +95,38 @@ def _empty(*shape: int) -> Maker:
 
 
 def adamw_cost(
-    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor], grad_scale: Tensor, step: int, lr: float, beta1: float = 0.9,
-    beta2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    grad_scale: Tensor,
+    step: int,
+    lr: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
     copies: Sequence[Tensor] | None = None,
-) -> Cost:  # fmt: skip
+) -> Cost:
     moved = 2 * num_bytes(*params, *exp_avgs, *exp_avg_sqs) + num_bytes(*grads, *(copies or ()))
     return Cost(14 * sum(p.numel() for p in params), moved)
 
 
 @op(samples=adamw_samples, cost=adamw_cost, mutates=("params", "exp_avgs", "exp_avg_sqs", "copies"))
 def adamw(
-    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor], grad_scale: Tensor, step: int, lr: float, beta1: float = 0.9,
-    beta2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    grad_scale: Tensor,
+    step: int,
+    lr: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
     copies: Sequence[Tensor] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """g = grad_scale * grad; m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2;
     p = p (1 - lr wd) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps), t = step counted from 1.
     params, exp_avgs, exp_avg_sqs float32, changed in place; grads in the working dtype; grad_scale

@@ -130,9 +130,17 @@ def steps(size: float, *shape: int) -> Maker:
 
 def quantized_linear_samples() -> Iterator[Sample]:
     def make(
-        id: str, rows: tuple[int, ...], d: int, f: int, bits: int, group: int = 0,
-        activation_bits: int = 16, bias: bool = True, std: float = 1.0, strided: bool = False,
-    ) -> Sample:  # fmt: skip
+        id: str,
+        rows: tuple[int, ...],
+        d: int,
+        f: int,
+        bits: int,
+        group: int = 0,
+        activation_bits: int = 16,
+        bias: bool = True,
+        std: float = 1.0,
+        strided: bool = False,
+    ) -> Sample:
         size = d**-0.5 / 2 ** (bits - 2)
         args = {
             "x": normal(*rows, d, std=std, strided=strided),
@@ -165,9 +173,13 @@ def quantized_linear_samples() -> Iterator[Sample]:
 
 
 def quantized_linear_cost(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, bits: int = 8,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    bits: int = 8,
     activation_bits: int = 16,
-) -> Cost:  # fmt: skip
+) -> Cost:
     rows, fixed = x.numel() // max(x.shape[-1], 1), num_bytes(weight, scale)
     flops, out = 2 * x.numel() * len(weight), rows * len(weight) * x.element_size()
     moved = num_bytes(x, bias) + fixed + out
@@ -176,9 +188,13 @@ def quantized_linear_cost(
 
 @op(samples=quantized_linear_samples, cost=quantized_linear_cost, differentiable=("x",))
 def quantized_linear(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, bits: int = 8,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    bits: int = 8,
     activation_bits: int = 16,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """y = x w^T + bias, w = code * scale;  x [..., D], weight int8: codes [F, D], or with bits = 4
     [F, D / 2], the even element in the high nibble; scale float16 or float32 [F] or [F, G], one
     for D / G inputs; bias [F] -> [..., F]. With activation_bits = 8, x is first rounded to int8

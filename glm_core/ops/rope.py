@@ -31,9 +31,18 @@ def angles(b: int, length: int, sections: int, pairs: int, function: Any) -> Mak
 
 def rope_samples() -> Iterator[Sample]:
     def make(
-        id: str, b: int, n: int, h: int, e: int, sections: int = 1, share: float = 1.0,
-        interleaved: bool = False, strided: bool = False, shared: bool = False, std: float = 1.0,
-    ) -> Sample:  # fmt: skip
+        id: str,
+        b: int,
+        n: int,
+        h: int,
+        e: int,
+        sections: int = 1,
+        share: float = 1.0,
+        interleaved: bool = False,
+        strided: bool = False,
+        shared: bool = False,
+        std: float = 1.0,
+    ) -> Sample:
         pairs, rows = int(e * share) // sections // 2, 1 if shared else b
         tables = {f.__name__: angles(rows, n, sections, pairs, f) for f in (torch.cos, torch.sin)}
         args = {

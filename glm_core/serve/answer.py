@@ -30,9 +30,14 @@ class Answer:
     engine when it is complete, or its client is gone, or `close` is called."""
 
     def __init__(
-        self, engine: Engine, request: Request, prompt: Prompt, sampling: Sampling,
-        stops: Sequence[str] = (), spoken: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        engine: Engine,
+        request: Request,
+        prompt: Prompt,
+        sampling: Sampling,
+        stops: Sequence[str] = (),
+        spoken: bool = False,
+    ) -> None:
         """spoken: it is somebody's word, which whitespace does not begin."""
         self._engine, self._request = engine, request
         self._events: asyncio.Queue[Event] = asyncio.Queue()

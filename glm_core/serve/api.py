@@ -18,12 +18,12 @@ from starlette.exceptions import HTTPException
 
 from glm_core.errors import ConfigError, DataError, GlmCoreError, PromptError, unknown
 from glm_core.model.sample import Sampling
+from glm_core.pretrained.source import Message
 from glm_core.serve.answer import Answer, Piece
 from glm_core.serve.engine import BusyError, Engine
 from glm_core.serve.guard import Guard, problem
 from glm_core.serve.page import PAGE
 from glm_core.serve.schema import Chat, Completion, Legacy, Shared
-from glm_core.serve.source import Message
 
 Frame = Callable[[Piece | None], dict[str, Any]]
 """a piece as the endpoint's chunk; None: the chunk before the first piece"""
@@ -63,8 +63,9 @@ def _errors(api: FastAPI) -> None:
 
     @api.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:
-        return JSONResponse(problem(f"{request.method} {request.url.path}: {error.detail}"),
-                            error.status_code)  # fmt: skip
+        return JSONResponse(
+            problem(f"{request.method} {request.url.path}: {error.detail}"), error.status_code
+        )
 
     @api.exception_handler(GlmCoreError)
     async def failed(request: Request, error: GlmCoreError) -> Response:
@@ -96,9 +97,9 @@ def _openai(api: FastAPI, engine: Engine, limits: Limits) -> None:
 
         def frame(piece: Piece | None) -> dict[str, Any]:
             text, finish = (piece.text, piece.finish or None) if piece else ("", None)
-            return head | {"choices": [
-                {"index": 0, "text": text, "logprobs": None, "finish_reason": finish}
-            ]}  # fmt: skip
+            return head | {
+                "choices": [{"index": 0, "text": text, "logprobs": None, "finish_reason": finish}]
+            }
 
         if body.stream:
             return _stream(answer, frame, head, body, first=False)
@@ -131,14 +132,20 @@ def _rest(api: FastAPI, engine: Engine, limits: Limits) -> None:
 
     @api.post("/")
     async def legacy(body: Legacy, request: Request) -> dict[str, Any]:
-        turns = [Message(r, t) for pair in body.history
-                 for r, t in zip(("user", "assistant"), pair, strict=True)]  # fmt: skip
+        turns = [
+            Message(r, t)
+            for pair in body.history
+            for r, t in zip(("user", "assistant"), pair, strict=True)
+        ]
         prompt = engine.source.chat([*turns, Message("user", body.prompt)])
         room = max(1, min(limits.max_tokens, body.max_length - len(prompt.tokens)))
         sampling = Sampling(
-            max_tokens=room, temperature=body.temperature, top_p=body.top_p,
-            seed=secrets.randbits(63), stop=engine.source.stop,
-        )  # fmt: skip
+            max_tokens=room,
+            temperature=body.temperature,
+            top_p=body.top_p,
+            seed=secrets.randbits(63),
+            stop=engine.source.stop,
+        )
         piece = await Answer(engine, request, prompt, sampling, spoken=True).whole()
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         history = [*body.history, (body.prompt, piece.text)]
@@ -148,8 +155,13 @@ def _rest(api: FastAPI, engine: Engine, limits: Limits) -> None:
     async def health() -> Response:
         running, waiting = engine.load
         alive = engine.alive
-        facts = {"status": "ok" if alive else "engine stopped", "model": engine.source.name,
-                 "slots": engine.slots, "running": running, "waiting": waiting}  # fmt: skip
+        facts = {
+            "status": "ok" if alive else "engine stopped",
+            "model": engine.source.name,
+            "slots": engine.slots,
+            "running": running,
+            "waiting": waiting,
+        }
         return JSONResponse(facts, 200 if alive else 503)
 
     @api.get("/metrics")
@@ -159,8 +171,12 @@ def _rest(api: FastAPI, engine: Engine, limits: Limits) -> None:
 
 def _head(prefix: str, kind: str, model: str) -> dict[str, Any]:
     created = int(time.time())
-    return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": created,
-            "model": model}  # fmt: skip
+    return {
+        "id": f"{prefix}-{uuid.uuid4().hex}",
+        "object": kind,
+        "created": created,
+        "model": model,
+    }
 
 
 def _usage(answer: Answer, piece: Piece) -> dict[str, int]:
@@ -171,9 +187,9 @@ def _usage(answer: Answer, piece: Piece) -> dict[str, int]:
 def _delta(head: dict[str, Any], piece: Piece | None) -> dict[str, Any]:
     delta = {"content": piece.text} if piece else {"role": "assistant", "content": ""}
     finish = piece.finish or None if piece else None
-    return head | {"choices": [
-        {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
-    ]}  # fmt: skip
+    return head | {
+        "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]
+    }
 
 
 def _stream(

@@ -19,8 +19,8 @@ from glm_core.errors import GlmCoreError
 from glm_core.model.generate import Decoder, Generation
 from glm_core.model.prompt import Prompt
 from glm_core.model.sample import Sampling
+from glm_core.pretrained.source import Source
 from glm_core.serve.measure import Measure
-from glm_core.serve.source import Source
 
 
 class BusyError(GlmCoreError):
@@ -55,9 +55,14 @@ class Engine:
     allocated once."""
 
     def __init__(
-        self, source: Source, backend: Backend, *, slots: int = 16, queue: int = 256,
+        self,
+        source: Source,
+        backend: Backend,
+        *,
+        slots: int = 16,
+        queue: int = 256,
         length: int | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.source, self._backend, self.queue = source, backend, queue
         self.measure = Measure()
         with registry.use(backend):

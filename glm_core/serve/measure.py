@@ -20,13 +20,17 @@ class Measure:
         self.running = Gauge("glm_core_running", "requests that hold a slot", registry=r)
         self.waiting = Gauge("glm_core_waiting", "requests that wait for a slot", registry=r)
         self.first_token_seconds = Histogram(
-            "glm_core_first_token_seconds", "from arrival to the first token", buckets=SECONDS,
+            "glm_core_first_token_seconds",
+            "from arrival to the first token",
+            buckets=SECONDS,
             registry=r,
-        )  # fmt: skip
+        )
         self.step_seconds = Histogram(
-            "glm_core_step_seconds", "a decoding step, a token for every running request",
-            buckets=SECONDS, registry=r,
-        )  # fmt: skip
+            "glm_core_step_seconds",
+            "a decoding step, a token for every running request",
+            buckets=SECONDS,
+            registry=r,
+        )
 
     def text(self) -> bytes:
         """The exposition format."""

@@ -57,9 +57,13 @@ class Shared(Strict):
             )
         seed = secrets.randbits(63) if self.seed is None else self.seed
         return Sampling(
-            max_tokens=wanted or most, temperature=self.temperature, top_k=self.top_k,
-            top_p=self.top_p, seed=seed, stop=end,
-        )  # fmt: skip
+            max_tokens=wanted or most,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=seed,
+            stop=end,
+        )
 
 
 class Completion(Shared):

@@ -12,16 +12,19 @@ from glm_core.model.generate import stream
 from glm_core.model.prompt import Prompt
 from glm_core.model.runner import Runner
 from glm_core.model.sample import Sampling
-from glm_core.serve.source import Message, Source
+from glm_core.pretrained.source import Message, Source
 from glm_core.serve.text import TextStream
 
 HELP = "/clear forgets the conversation, /quit leaves, Ctrl-C stops an answer"
 
 
 def written(
-    source: Source, prompt: Prompt, sampling: Sampling, runner: Runner | None = None,
+    source: Source,
+    prompt: Prompt,
+    sampling: Sampling,
+    runner: Runner | None = None,
     spoken: bool = False,
-) -> Iterator[str]:  # fmt: skip
+) -> Iterator[str]:
     """The answer's text as it comes. runner: in place of the source's model; spoken: as of
     TextStream. Raises PromptError, GenerationError."""
     text = TextStream(source.tokenizer.decode, spoken=spoken)

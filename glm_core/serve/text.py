@@ -14,9 +14,11 @@ class TextStream:
     string; all it gave, joined, is the text before the stop string that is complete first."""
 
     def __init__(
-        self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = (),
+        self,
+        decode: Callable[[Sequence[int]], str],
+        stops: Sequence[str] = (),
         spoken: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """spoken: it begins with the first visible character (ChatGLM3 and GLM-4 put a newline
         before every answer; their authors' chat strips it)."""
         self._decode, self._stops, self._silent = decode, [s for s in stops if s], spoken

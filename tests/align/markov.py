@@ -30,12 +30,13 @@ class Markov:
         tokens, sep = torch.stack([t for t, _ in rows]), torch.tensor([[s] for _, s in rows])
         place = torch.arange(LENGTH).expand(micro_batch, LENGTH)
         return Batch(
-            tokens=tokens[:, :-1].contiguous(), labels=tokens[:, 1:].contiguous(),
+            tokens=tokens[:, :-1].contiguous(),
+            labels=tokens[:, 1:].contiguous(),
             loss_weight=(place >= sep).float(),
             positions=torch.stack((place, torch.zeros_like(place)), 1),
             key_start=torch.zeros_like(place, dtype=torch.int32),
             key_end=torch.maximum(place + 1, sep).int(),
-        )  # fmt: skip
+        )
 
     def sequence(self) -> tuple[torch.Tensor, int]:
         """LENGTH + 1 tokens and the length of the prefix."""
@@ -58,15 +59,25 @@ def config(dtype: Dtype, steps: int = 12, micro_batch: int = 4) -> RunConfig:
     """A GLM-130B style model of two layers."""
     return RunConfig(
         model=ModelConfig(
-            num_layers=2, hidden=32, num_heads=2, ffn=64, vocab=VOCAB, qk_layer_scaling=True,
+            num_layers=2,
+            hidden=32,
+            num_heads=2,
+            ffn=64,
+            vocab=VOCAB,
+            qk_layer_scaling=True,
             embedding_gradient_shrink=0.1,
         ),
         data=DataConfig(vocab=VOCAB, length=LENGTH),
         train=TrainConfig(
-            backend="reference", dtype=dtype, steps=steps, micro_batch=micro_batch, global_batch=4,
-            lr=3e-3, warmup_steps=3,
+            backend="reference",
+            dtype=dtype,
+            steps=steps,
+            micro_batch=micro_batch,
+            global_batch=4,
+            lr=3e-3,
+            warmup_steps=3,
         ),
-    )  # fmt: skip
+    )
 
 
 @functools.cache

@@ -7,13 +7,13 @@ import functools
 import torch
 
 from glm_core import dispatch
-from glm_core.align import catalogue
 from glm_core.align.capture import Call
 from glm_core.align.replay import Results, replay
 from glm_core.align.training import Run, free_run
 from glm_core.backends.base import Backend
 from glm_core.config import RunConfig
 from glm_core.data import Batch
+from glm_core.sensitivity import catalogue
 
 STEPS = 3
 
@@ -34,16 +34,19 @@ def rows(config: RunConfig) -> Batch:
     at = torch.arange(end, length, dtype=torch.int32)
     start[-1, end:], key_end[-1, end:], weight[-1, end:] = at, at + 1, 0.0
     return Batch(
-        tokens=tokens, labels=tokens.roll(-1, 1), loss_weight=weight,
+        tokens=tokens,
+        labels=tokens.roll(-1, 1),
+        loss_weight=weight,
         positions=torch.stack((place, (place - 11).clamp(min=0)), 1).long(),
-        key_start=start, key_end=key_end,
-    )  # fmt: skip
+        key_start=start,
+        key_end=key_end,
+    )
 
 
 @functools.cache
 def step_calls(setup: str, dtype: str) -> list[Call]:
     """Every op call of the first steps of a setup's reference run."""
-    from glm_core.align.detection import Drawn
+    from glm_core.sensitivity.detection import Drawn
 
     config = catalogue.config(setup, dtype, STEPS)
     run = Run(config, Drawn(rows(config)), "reference")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from small_runs import differs, outcomes, step_calls
 
-from glm_core.align import catalogue
-from glm_core.align.benign import BENIGN, Benign
 from glm_core.align.capture import Call
 from glm_core.align.replay import Results, exact, replay
+from glm_core.faults.benign import BENIGN, Benign
+from glm_core.sensitivity import catalogue
 
 
 @pytest.fixture(autouse=True)

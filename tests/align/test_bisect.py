@@ -17,14 +17,15 @@ import torch
 from small_runs import rows
 
 from glm_core import align, ops
-from glm_core.align import hitrate, substitution
+from glm_core.align import substitution
 from glm_core.align.bisection import Evidence
 from glm_core.align.training import Run
-from glm_core.align.variants import backward_only, changed, edited, forward_only
 from glm_core.backends.base import Backend
 from glm_core.cli import main
 from glm_core.config import RunConfig
 from glm_core.errors import ConfigError
+from glm_core.faults.variants import backward_only, changed, edited, forward_only
+from glm_core.sensitivity import hitrate
 
 GEGLU = ops.geglu
 
@@ -62,16 +63,23 @@ WRONG = {
     "one gradient of several": (
         "add_layer_norm",
         edited(NORM, lambda a, found: {"residual": found["residual"] * 1.01}),
-        "backward", "d_residual",
+        "backward",
+        "d_residual",
     ),
     "mask": (
-        "attention", changed(ops.attention, key_end=lambda a: a["key_end"] + 1), "forward", "y"
+        "attention",
+        changed(ops.attention, key_end=lambda a: a["key_end"] + 1),
+        "forward",
+        "y",
     ),
     "optimizer": ("adamw", changed(ops.adamw, eps=1e-3), "optimizer", ""),
     "clip": (
-        "global_norm", changed(ops.global_norm, tensors=lambda a: a["tensors"][1:]), "optimizer", ""
+        "global_norm",
+        changed(ops.global_norm, tensors=lambda a: a["tensors"][1:]),
+        "optimizer",
+        "",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -218,18 +226,19 @@ def test_hits_compares_what_was_planted_with_what_is_named(
 ) -> None:
     monkeypatch.setattr(hitrate, "draw", lambda run, cache_dir: rows(run))
     names = ["swiglu-halves-swapped", "adamw-beta2-0.999"]
-    found = align.hits("float32", steps=3, names=names, processes=1)
+    found = hitrate.hits("float32", steps=3, names=names, processes=1)
     assert [(r.op, r.direction, r.rerun) for r in found.rows] == [
-        ("swiglu", "forward", "conformance"), ("adamw", "optimizer", "conformance"),
-    ]  # fmt: skip
+        ("swiglu", "forward", "conformance"),
+        ("adamw", "optimizer", "conformance"),
+    ]
     assert (found.share, found.to_json()["missed"]) == (1.0, [])
     lost = [dataclasses.replace(found.rows[0], op=""), found.rows[1]]
-    wrong = align.Hits(dtype="float32", rows=[*lost, dataclasses.replace(lost[1], direction="")])
+    wrong = hitrate.Hits(dtype="float32", rows=[*lost, dataclasses.replace(lost[1], direction="")])
     assert wrong.share == pytest.approx(2 / 3)
     assert wrong.to_json()["missed"] == ["swiglu-halves-swapped"]
     assert "swiglu-halves-swapped: planted swiglu forward; named forward" in wrong.text()
     with pytest.raises(ConfigError, match="unknown float32 bug 'geglu-tan'"):
-        align.hits("float32", names=["geglu-tan"])
+        hitrate.hits("float32", names=["geglu-tan"])
 
 
 SMALL = ["--steps", "2", "--set", "model.num_layers=1", "--set", "model.hidden=32"]

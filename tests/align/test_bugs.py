@@ -7,17 +7,11 @@ import torch
 from small_runs import differs, outcomes, step_calls
 
 from glm_core import ops
-from glm_core.align import (
-    catalogue,
-    variants,
-    wrong,
-    wrong_attention,
-    wrong_norm,
-    wrong_training,
-)
-from glm_core.align.bugs import BUGS
 from glm_core.align.replay import replay
-from glm_core.align.variants import Bug
+from glm_core.faults import variants, wrong, wrong_attention, wrong_norm, wrong_training
+from glm_core.faults.bugs import BUGS
+from glm_core.faults.variants import Bug
+from glm_core.sensitivity import catalogue
 
 CASES = [(bug, dtype) for bug in BUGS for dtype in bug.dtypes]
 
@@ -41,9 +35,19 @@ TRAINED = [n for n in ops.all_ops() if n in ops.__all__ and n != "quantized_line
 
 def test_every_kind_and_op_occurs() -> None:
     assert {b.kind for b in BUGS} == {
-        "formula", "gradient", "optimizer", "mask", "position", "dtype", "eps", "scale",
-        "rounding", "rows", "stale", "rare shape",
-    }  # fmt: skip
+        "formula",
+        "gradient",
+        "optimizer",
+        "mask",
+        "position",
+        "dtype",
+        "eps",
+        "scale",
+        "rounding",
+        "rows",
+        "stale",
+        "rare shape",
+    }
     planted = {op for b in BUGS for op in b.kernels()}
     assert planted == set(TRAINED)
     assert {b.direction for b in BUGS} == {"forward", "backward", "both", "update"}

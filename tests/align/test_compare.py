@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from glm_core import align, ops
+from glm_core.align.trace import Trace, load
 from glm_core.align.training import moved
 from glm_core.errors import TraceError
-from glm_core.trace import Trace, load
 
 
 @pytest.fixture(scope="module")
@@ -93,11 +93,18 @@ def test_a_run_that_broke_off_diverges(honest: Trace) -> None:
 def test_either_half_alone_is_enough(honest: Trace) -> None:
     n = len(honest.disguises) + 1
     curve_only = changed(
-        honest, capture_steps=[], gradient_norm=honest.gradient_norm[:0],
-        gradient_sketch=honest.gradient_sketch[:0], loss_error=np.zeros((n, 0)),
-        gradient_error=np.zeros((n, 0, len(honest.parameters))), calls=[],
-        digest=honest.digest[:0], tests=[], test_values=honest.test_values[:0], num_tests=0,
-    )  # fmt: skip
+        honest,
+        capture_steps=[],
+        gradient_norm=honest.gradient_norm[:0],
+        gradient_sketch=honest.gradient_sketch[:0],
+        loss_error=np.zeros((n, 0)),
+        gradient_error=np.zeros((n, 0, len(honest.parameters))),
+        calls=[],
+        digest=honest.digest[:0],
+        tests=[],
+        test_values=honest.test_values[:0],
+        num_tests=0,
+    )
     empty = np.zeros(0)
     taught_only = changed(honest, loss=empty, grad_norm=empty, control_loss=np.zeros((0, 0)))
     assert align.compare(reference(), curve_only).max_op_ratio == 0.0
@@ -157,15 +164,18 @@ def test_the_verdict_needs_files_only(honest: Trace, tmp_path: Path) -> None:
     program = (
         "import sys\n"
         "from glm_core import align\n"
-        "from glm_core.trace import load\n"
+        "from glm_core.align.trace import load\n"
         "pair = align.compare(load(sys.argv[1]), load(sys.argv[2]))\n"
         "print(pair.verdict, 'torch' in sys.modules)"
     )
     files = [str(tmp_path / f"{side}.trace") for side in ("reference", "candidate")]
     out = subprocess.run(
-        [sys.executable, "-c", program, *files], capture_output=True, text=True, check=True,
+        [sys.executable, "-c", program, *files],
+        capture_output=True,
+        text=True,
+        check=True,
         cwd=Path(align.__file__).parents[2],
-    )  # fmt: skip
+    )
     assert out.stdout.split() == ["aligned", "False"]
 
 

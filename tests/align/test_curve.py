@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from glm_core import dispatch, train
+from glm_core import dispatch
 from glm_core.config import DataConfig, ModelConfig, RunConfig, TrainConfig, override
 from glm_core.data import Batch
 from glm_core.dispatch import Op
+from glm_core.training import trainer as train
 
 V, L, STEPS = 64, 24, 40
 RATIO = 2.0
@@ -25,23 +26,69 @@ CONTROLS = 3
 EPS = torch.finfo(torch.float32).eps
 CONFIG = RunConfig(
     model=ModelConfig(
-        num_layers=2, hidden=32, num_heads=2, ffn=48, vocab=V, max_length=L,
-        qk_layer_scaling=True, embedding_gradient_shrink=0.1,
+        num_layers=2,
+        hidden=32,
+        num_heads=2,
+        ffn=48,
+        vocab=V,
+        max_length=L,
+        qk_layer_scaling=True,
+        embedding_gradient_shrink=0.1,
     ),
     data=DataConfig(vocab=V, length=L),
     train=TrainConfig(
-        backend="reference", steps=STEPS, micro_batch=4, global_batch=8, lr=1e-2, min_lr=1e-3,
+        backend="reference",
+        steps=STEPS,
+        micro_batch=4,
+        global_batch=8,
+        lr=1e-2,
+        min_lr=1e-3,
         warmup_steps=5,
     ),
-)  # fmt: skip
+)
 GRAD_NORM = 0.519658327
 LOSSES = [
-    4.16534615, 4.16135216, 4.11329937, 4.0946331, 4.08075809, 3.99287224, 3.93842459, 3.75098324,
-    3.72194982, 3.58822489, 3.49258709, 3.38497019, 3.31767035, 3.21417141, 3.14605808, 2.9888773,
-    2.97533965, 2.94836521, 2.84154224, 2.86562395, 2.75210762, 2.80580115, 2.76611376, 2.75912905,
-    2.66830349, 2.62048769, 2.66790199, 2.67280078, 2.60540342, 2.61816096, 2.57731628, 2.58332014,
-    2.52047205, 2.55895281, 2.58800411, 2.54245329, 2.56537008, 2.51840782, 2.5552628, 2.55560017,
-]  # fmt: skip
+    4.16534615,
+    4.16135216,
+    4.11329937,
+    4.0946331,
+    4.08075809,
+    3.99287224,
+    3.93842459,
+    3.75098324,
+    3.72194982,
+    3.58822489,
+    3.49258709,
+    3.38497019,
+    3.31767035,
+    3.21417141,
+    3.14605808,
+    2.9888773,
+    2.97533965,
+    2.94836521,
+    2.84154224,
+    2.86562395,
+    2.75210762,
+    2.80580115,
+    2.76611376,
+    2.75912905,
+    2.66830349,
+    2.62048769,
+    2.66790199,
+    2.67280078,
+    2.60540342,
+    2.61816096,
+    2.57731628,
+    2.58332014,
+    2.52047205,
+    2.55895281,
+    2.58800411,
+    2.54245329,
+    2.56537008,
+    2.51840782,
+    2.5552628,
+    2.55560017,
+]
 
 
 class Pattern:

@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 from glm_core import align, ops
+from glm_core.align.trace import Trace, load
 from glm_core.align.training import Run, free_run, weights_hash
 from glm_core.config import DataConfig, Dtype, ModelConfig, RunConfig, TrainConfig
 from glm_core.data import Batch
 from glm_core.dispatch import Op
-from glm_core.trace import Trace, load
-from glm_core.train import initial_weights
+from glm_core.training.trainer import initial_weights
 
 FOLDER = Path(__file__).parent / "golden"
 MAX_BYTES = 100_000
@@ -49,11 +49,13 @@ class Text:
         self.index += micro_batch
         place = torch.arange(L).expand(micro_batch, L)
         return Batch(
-            tokens=tokens[:, :L], labels=tokens[:, 1:], loss_weight=(place >= sep).float(),
+            tokens=tokens[:, :L],
+            labels=tokens[:, 1:],
+            loss_weight=(place >= sep).float(),
             positions=torch.stack((place, (place - sep + 1).clamp(min=0)), 1),
             key_start=torch.zeros(micro_batch, L, dtype=torch.int32),
             key_end=torch.maximum(place + 1, sep).int(),
-        )  # fmt: skip
+        )
 
     def _tokens(self, rows: int) -> tuple[Tensor, Tensor]:
         """[B, L + 1] and the lengths of the prefixes [B, 1]; integers only, the same everywhere."""
@@ -74,15 +76,27 @@ def config(dtype: Dtype) -> RunConfig:
     """GLM-130B in small: DeepNorm, GeGLU, rotary positions, query-key layer scaling, shrink 0.1."""
     return RunConfig(
         model=ModelConfig(
-            num_layers=2, hidden=32, num_heads=2, ffn=86, vocab=V, max_length=L,
-            qk_layer_scaling=True, embedding_gradient_shrink=0.1, init_std=0.2,
+            num_layers=2,
+            hidden=32,
+            num_heads=2,
+            ffn=86,
+            vocab=V,
+            max_length=L,
+            qk_layer_scaling=True,
+            embedding_gradient_shrink=0.1,
+            init_std=0.2,
         ),
         data=DataConfig(vocab=V, length=L),
         train=TrainConfig(
-            backend="reference", dtype=dtype, steps=12, micro_batch=4, global_batch=8,
-            warmup_steps=3, lr=3e-3,
+            backend="reference",
+            dtype=dtype,
+            steps=12,
+            micro_batch=4,
+            global_batch=8,
+            warmup_steps=3,
+            lr=3e-3,
         ),
-    )  # fmt: skip
+    )
 
 
 def golden(dtype: Dtype) -> Trace:
@@ -94,9 +108,12 @@ def trained(dtype: Dtype) -> Trace:
     run = Run(config(dtype), Text(), "reference")
     curve = free_run(run)
     return dataclasses.replace(
-        golden(dtype), loss=curve.loss, grad_norm=curve.grad_norm, data_order=curve.data_order,
+        golden(dtype),
+        loss=curve.loss,
+        grad_norm=curve.grad_norm,
+        data_order=curve.data_order,
         initial_weights=weights_hash(initial_weights(config(dtype))),
-    )  # fmt: skip
+    )
 
 
 @contextmanager
@@ -127,9 +144,11 @@ def test_a_full_record_compares_too() -> None:
 
 
 SCALAR = {
-    "ATEN_CPU_CAPABILITY": "default", "DNNL_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE",
+    "ATEN_CPU_CAPABILITY": "default",
+    "DNNL_MAX_CPU_ISA": "SSE41",
+    "MKL_CBWR": "COMPATIBLE",
     "OMP_NUM_THREADS": "2",
-}  # fmt: skip
+}
 
 
 def test_another_instruction_set_is_aligned_and_not_the_same_bits() -> None:
@@ -143,9 +162,13 @@ for dtype in {DTYPES!r}:
     print(json.dumps([dtype, t.loss.tolist(), t.initial_weights, t.data_order]))
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **SCALAR}, capture_output=True, text=True,
-        timeout=120, check=True,
-    )  # fmt: skip
+        [sys.executable, "-c", code],
+        env={**os.environ, **SCALAR},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
     for dtype, loss, weights, order in map(json.loads, done.stdout.splitlines()):
         there = dataclasses.replace(
             golden(dtype), loss=np.array(loss), initial_weights=weights, data_order=order

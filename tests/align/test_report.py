@@ -12,8 +12,8 @@ from chromium import CHROMIUM, colors
 from glm_core.align import report
 from glm_core.align.campaign import Result
 from glm_core.align.charts import Axis, Band, Series, chart
+from glm_core.align.trace import Trace
 from glm_core.align.verdict import compare
-from glm_core.trace import Trace
 
 STEPS, CONTROLS = 40, 6
 
@@ -21,20 +21,43 @@ STEPS, CONTROLS = 40, 6
 def trace(backend: str, loss: np.ndarray, controls: np.ndarray, **changes: object) -> Trace:
     """A trace of two parameters, one captured step and one test."""
     fields: dict[str, object] = {
-        "config": {"data": {"length": 16}, "train": {"global_batch": 2}}, "backend": backend,
-        "dtype": "float32", "loss": loss, "grad_norm": loss, "parameters": ["a.weight", "<b>"],
-        "control_names": [f"c{i}" for i in range(len(controls))], "control_loss": controls,
-        "capture_steps": [1], "gradient_norm": np.ones((1, 2)),
+        "config": {"data": {"length": 16}, "train": {"global_batch": 2}},
+        "backend": backend,
+        "dtype": "float32",
+        "loss": loss,
+        "grad_norm": loss,
+        "parameters": ["a.weight", "<b>"],
+        "control_names": [f"c{i}" for i in range(len(controls))],
+        "control_loss": controls,
+        "capture_steps": [1],
+        "gradient_norm": np.ones((1, 2)),
         "gradient_sketch": np.ones((1, 2, 4)),
-        "loss_error": np.full((8, 1), 1e-7), "gradient_error": np.full((8, 1, 2), 1e-6),
-        "disguises": [f"d{i}" for i in range(7)], "calls": [], "digest": np.zeros((0, 4)),
-        "tests": [{"op": "gelu", "direction": "forward", "tensor": "y", "layer": "0", "step": 1,
-                   "call": 3, "shape": [2, 16], "projection": "scale", "dtype": "float32"}],
-        "test_values": np.array([[1e-8, 1e-8, 1e-6]]), "num_tests": 1,
+        "loss_error": np.full((8, 1), 1e-7),
+        "gradient_error": np.full((8, 1, 2), 1e-6),
+        "disguises": [f"d{i}" for i in range(7)],
+        "calls": [],
+        "digest": np.zeros((0, 4)),
+        "tests": [
+            {
+                "op": "gelu",
+                "direction": "forward",
+                "tensor": "y",
+                "layer": "0",
+                "step": 1,
+                "call": 3,
+                "shape": [2, 16],
+                "projection": "scale",
+                "dtype": "float32",
+            }
+        ],
+        "test_values": np.array([[1e-8, 1e-8, 1e-6]]),
+        "num_tests": 1,
         "fallbacks": [{"op": "rope", "reason": "no kernel <here>", "count": 4}],
-        "environment": {"cpu": "Test & Co", "threads": 2}, "data_order": "0" * 64,
-        "initial_weights": "1" * 64, "seconds": 1.5,
-    }  # fmt: skip
+        "environment": {"cpu": "Test & Co", "threads": 2},
+        "data_order": "0" * 64,
+        "initial_weights": "1" * 64,
+        "seconds": 1.5,
+    }
     return Trace(**{**fields, **changes})  # type: ignore[arg-type]
 
 
@@ -49,10 +72,13 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     reference = trace("reference", loss, controls)
     honest = trace("cpu", loss + 5e-7, np.zeros((0, STEPS)))
     wrong = trace(
-        "broken", loss + 0.01 * np.arange(STEPS), np.zeros((0, STEPS)), fallbacks=[],
-        test_values=np.array([[1e-2, 1e-6, 1e-6]]), gradient_error=np.full((8, 1, 2), 1e-6)
-        * np.array([1e3] + [1.0] * 7)[:, None, None],
-    )  # fmt: skip
+        "broken",
+        loss + 0.01 * np.arange(STEPS),
+        np.zeros((0, STEPS)),
+        fallbacks=[],
+        test_values=np.array([[1e-2, 1e-6, 1e-6]]),
+        gradient_error=np.full((8, 1, 2), 1e-6) * np.array([1e3] + [1.0] * 7)[:, None, None],
+    )
     pairs = [compare(reference, honest), compare(reference, wrong)]
     traces = {f"{t.backend}-float32": t for t in (reference, honest, wrong)}
     result = Result(pairs=pairs, traces=traces, out_dir=folder, seconds=1.0)
@@ -87,10 +113,18 @@ def test_pair_report_without_free_run_or_teacher(tmp_path: Path) -> None:
     loss = np.linspace(8, 7, STEPS)
     reference = trace("reference", loss, loss + np.full((CONTROLS, STEPS), 1e-6))
     bare = trace(
-        "cpu", loss, np.zeros((0, STEPS)), capture_steps=[], gradient_norm=np.zeros((0, 2)),
-        gradient_sketch=np.zeros((0, 2, 4)), loss_error=np.zeros((8, 0)),
-        gradient_error=np.zeros((8, 0, 2)), tests=[], test_values=np.zeros((0, 3)), num_tests=0,
-    )  # fmt: skip
+        "cpu",
+        loss,
+        np.zeros((0, STEPS)),
+        capture_steps=[],
+        gradient_norm=np.zeros((0, 2)),
+        gradient_sketch=np.zeros((0, 2, 4)),
+        loss_error=np.zeros((8, 0)),
+        gradient_error=np.zeros((8, 0, 2)),
+        tests=[],
+        test_values=np.zeros((0, 3)),
+        num_tests=0,
+    )
     path = report.write_pair(compare(reference, bare), reference, bare, tmp_path / "pair.html")
     assert "No teacher forcing was recorded" in path.read_text(encoding="utf-8")
 

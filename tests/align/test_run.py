@@ -10,9 +10,9 @@ import markov
 import pytest
 
 from glm_core import align
+from glm_core.align.trace import load
 from glm_core.config import DataConfig, RunConfig
 from glm_core.errors import BackendUnavailableError, GlmCoreError
-from glm_core.trace import load
 
 WORK = ("reference", "control 4 of 4", "honest", "wrong:positions")
 
@@ -23,18 +23,23 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> align.Result:
     honest.name, wrong.name = "honest", "wrong:positions"
     told: list[str] = []
     found = align.run(
-        markov.config("float32", steps=6), ["reference", honest, wrong], controls=4,
-        out_dir=tmp_path_factory.mktemp("run"), sampler=markov.Markov, capture_steps=(2, 6),
+        markov.config("float32", steps=6),
+        ["reference", honest, wrong],
+        controls=4,
+        out_dir=tmp_path_factory.mktemp("run"),
+        sampler=markov.Markov,
+        capture_steps=(2, 6),
         progress=lambda what, done, of: told.append(what),
-    )  # fmt: skip
+    )
     assert {f"float32: {w}" for w in WORK} <= set(told)
     return found
 
 
 def test_each_candidate_has_its_verdict(result: align.Result) -> None:
     assert [(p.candidate, p.verdict) for p in result.pairs] == [
-        ("honest", "aligned"), ("wrong:positions", "diverged"),
-    ]  # fmt: skip
+        ("honest", "aligned"),
+        ("wrong:positions", "diverged"),
+    ]
     assert result.verdict == "diverged"
     assert {f.op for f in result.pairs[1].findings} == {"rope"}
 
@@ -42,8 +47,10 @@ def test_each_candidate_has_its_verdict(result: align.Result) -> None:
 def test_traces_are_kept(result: align.Result) -> None:
     files = sorted(p.name for p in result.out_dir.iterdir())
     assert files == [
-        "honest-float32.trace", "reference-float32.trace", "wrong-positions-float32.trace",
-    ]  # fmt: skip
+        "honest-float32.trace",
+        "reference-float32.trace",
+        "wrong-positions-float32.trace",
+    ]
     again = align.compare(*(load(result.out_dir / f) for f in (files[1], files[2])))
     assert again.to_json() == result.pairs[1].to_json()
 
@@ -52,9 +59,13 @@ def test_the_json_has_the_names_others_rely_on(result: align.Result) -> None:
     plain = json.loads(json.dumps(result.to_json(), allow_nan=False))
     assert plain["verdict"] == "diverged"
     names = {
-        "reference", "candidate", "verdict", "max_envelope_ratio", "max_gradient_ratio",
+        "reference",
+        "candidate",
+        "verdict",
+        "max_envelope_ratio",
+        "max_gradient_ratio",
         "first_step",
-    }  # fmt: skip
+    }
     assert all(names <= set(pair) for pair in plain["pairs"])
     assert plain["pairs"][0]["first_step"] is None
     assert Path(plain["traces"]["honest-float32"]).is_file()
@@ -76,13 +87,19 @@ def test_dtypes_run_side_by_side(tmp_path: Path) -> None:
     )
     told: dict[str, int] = {}
     found = align.run(
-        of_text(tmp_path, text), ["reference:cpu"], dtypes=("float32", "bfloat16"), controls=4,
-        out_dir=tmp_path / "out", cache_dir=str(tmp_path / "cache"), capture_steps=(2,),
+        of_text(tmp_path, text),
+        ["reference:cpu"],
+        dtypes=("float32", "bfloat16"),
+        controls=4,
+        out_dir=tmp_path / "out",
+        cache_dir=str(tmp_path / "cache"),
+        capture_steps=(2,),
         progress=lambda what, done, of: told.__setitem__(what, done),
-    )  # fmt: skip
+    )
     assert [(p.candidate, p.dtype, p.verdict) for p in found.pairs] == [
-        ("reference:cpu", "float32", "aligned"), ("reference:cpu", "bfloat16", "aligned"),
-    ]  # fmt: skip
+        ("reference:cpu", "float32", "aligned"),
+        ("reference:cpu", "bfloat16", "aligned"),
+    ]
     assert told["bfloat16: reference:cpu"] == told["float32: control 4 of 4"] == 2
     assert set(found.traces) == {
         f"{b}-{d}" for b in ("reference", "reference:cpu") for d in ("float32", "bfloat16")
@@ -92,16 +109,23 @@ def test_dtypes_run_side_by_side(tmp_path: Path) -> None:
 def test_a_workers_error_is_the_callers(tmp_path: Path) -> None:
     with pytest.raises(GlmCoreError, match=r"text\.txt"):
         align.run(
-            of_text(tmp_path, ""), ["reference:cpu"], dtypes=("float32", "bfloat16"),
-            out_dir=tmp_path / "out", cache_dir=str(tmp_path / "cache"),
-        )  # fmt: skip
+            of_text(tmp_path, ""),
+            ["reference:cpu"],
+            dtypes=("float32", "bfloat16"),
+            out_dir=tmp_path / "out",
+            cache_dir=str(tmp_path / "cache"),
+        )
 
 
 def test_the_reference_alone_is_aligned_with_itself(tmp_path: Path) -> None:
     found = align.run(
-        markov.config("float32", steps=2), ["reference"], controls=4, out_dir=tmp_path,
-        sampler=markov.Markov, capture_steps=(1,),
-    )  # fmt: skip
+        markov.config("float32", steps=2),
+        ["reference"],
+        controls=4,
+        out_dir=tmp_path,
+        sampler=markov.Markov,
+        capture_steps=(1,),
+    )
     assert (found.verdict, found.pairs) == ("aligned", [])
 
 

@@ -10,16 +10,27 @@ import numpy as np
 import pytest
 from small_runs import rows
 
-from glm_core import align
-from glm_core.align import catalogue, detection
-from glm_core.align.detection import Row, Sensitivity
 from glm_core.errors import ConfigError
+from glm_core.sensitivity import catalogue, detection
+from glm_core.sensitivity.detection import Row, Sensitivity
 
 BLANK = Row(
-    name="", planted=True, kind="eps", op="rms_norm", setup="glm4", held_out=False, convicted=True,
-    by=["op-by-op"], margin=10.0, gradient_ratio=0.5, op_ratio=10.0, envelope_ratio=0.1,
-    seconds=1.0, mean_loss_difference=1e-5, finding="",
-)  # fmt: skip
+    name="",
+    planted=True,
+    kind="eps",
+    op="rms_norm",
+    setup="glm4",
+    held_out=False,
+    convicted=True,
+    by=["op-by-op"],
+    margin=10.0,
+    gradient_ratio=0.5,
+    op_ratio=10.0,
+    envelope_ratio=0.1,
+    seconds=1.0,
+    mean_loss_difference=1e-5,
+    finding="",
+)
 
 
 def made(*changes: dict[str, object]) -> Sensitivity:
@@ -85,7 +96,7 @@ def test_an_infinite_margin_is_still_json() -> None:
 )
 def test_bad_arguments(arguments: dict[str, object], told: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        align.sensitivity(**arguments)  # type: ignore[arg-type]
+        detection.sensitivity(**arguments)  # type: ignore[arg-type]
     assert told in str(caught.value)
 
 
@@ -118,10 +129,14 @@ def test_bugs_are_convicted_and_benign_changes_are_not(monkeypatch: pytest.Monke
     monkeypatch.setattr(detection, "draw", lambda run, cache_dir: rows(run))
     told: list[tuple[int, int, str]] = []
     names = ["adamw-beta2-0.999", "rms-norm-dx-without-projection", "swiglu-exp"]
-    result = align.sensitivity(
-        "float32", steps=3, controls=4, names=names, processes=2,
+    result = detection.sensitivity(
+        "float32",
+        steps=3,
+        controls=4,
+        names=names,
+        processes=2,
         progress=lambda done, total, row: told.append((done, total, row.name)),
-    )  # fmt: skip
+    )
     assert [r.name for r in result.rows] == names
     assert result.missed == []
     assert result.false_alarms == []

@@ -41,9 +41,10 @@ def test_an_honest_curve_stays_inside(k: int) -> None:
     rate, alarms = 0.05, 0
     for seed in range(200):
         d = curves(k + 1, seed)
-        alarms += e.envelope(
-            REFERENCE, REFERENCE + d[:-1], REFERENCE + d[-1], rate
-        ).first_step is not None  # fmt: skip
+        alarms += (
+            e.envelope(REFERENCE, REFERENCE + d[:-1], REFERENCE + d[-1], rate).first_step
+            is not None
+        )
     assert alarms <= 200 * 2 * rate
 
 

@@ -132,9 +132,15 @@ def norm(change: Callable[[Tensor], Tensor]) -> Kernel:
 
 
 def flash(
-    q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor, scale: float,
-    layer_scale: float, pb_relax: float,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_start: Tensor,
+    key_end: Tensor,
+    scale: float,
+    layer_scale: float,
+    pb_relax: float,
+) -> Tensor:
     """Probabilities rounded before they are normalised, as flash attention has it."""
     j = torch.arange(k.shape[1])
     hidden = ~((j >= key_start[..., None]) & (j < key_end[..., None]))[:, None]
@@ -249,32 +255,41 @@ def row_dropped(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 BUGS: dict[str, tuple[str, str, Callable[[], dict[str, Kernel]]]] = {
     "eps 1e-6": (
-        "layer_norm", "forward", lambda: {"layer_norm": changed(ops.layer_norm, eps=1e-6)},
+        "layer_norm",
+        "forward",
+        lambda: {"layer_norm": changed(ops.layer_norm, eps=1e-6)},
     ),
     "alpha 0.3 % too large": (
-        "add_layer_norm", "forward",
+        "add_layer_norm",
+        "forward",
         lambda: {"add_layer_norm": changed(ops.add_layer_norm, alpha=lambda a: 1.003 * a)},
     ),
     "attention scale 0.3 % too large": (
-        "attention", "backward",
+        "attention",
+        "backward",
         lambda: {"attention": changed(ops.attention, scale=lambda s: 1.003 * s)},
     ),
     "one key leaks": (
-        "attention", "forward", lambda: {"attention": changed(ops.attention, key_end=leaks)},
+        "attention",
+        "forward",
+        lambda: {"attention": changed(ops.attention, key_end=leaks)},
     ),
     "gradient shrink 0.11": (
-        "embedding", "backward", lambda: {"embedding": changed(ops.embedding, shrink=0.11)},
+        "embedding",
+        "backward",
+        lambda: {"embedding": changed(ops.embedding, shrink=0.11)},
     ),
     "Adam eps 1e-6": ("adamw", "forward", lambda: {"adamw": changed(ops.adamw, eps=1e-6)}),
     "Adam beta2 0.951": ("adamw", "forward", lambda: {"adamw": changed(ops.adamw, beta2=0.951)}),
     "weight decay 0.11": (
-        "adamw", "forward",
+        "adamw",
+        "forward",
         lambda: {"adamw": changed(ops.adamw, weight_decay=lambda w: 1.1 * w)},
     ),
     "row dropped": ("linear", "backward", lambda: {"linear": row_dropped}),
     "buffer reused": ("geglu", "forward", lambda: {"geglu": Reused()}),
     "stale result": ("geglu", "forward", lambda: {"geglu": Forgetful()}),
-}  # fmt: skip
+}
 
 
 def leaks(key_end: Tensor) -> Tensor:

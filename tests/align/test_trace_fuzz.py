@@ -26,10 +26,10 @@ from safetensors.numpy import save as save_arrays
 
 from glm_core import align
 from glm_core.align import fallbacks
+from glm_core.align.trace import Trace, load
 from glm_core.cli.trace import plain, summary
 from glm_core.config import ModelConfig, RunConfig, to_dict
 from glm_core.errors import GlmCoreError, TraceError
-from glm_core.trace import Trace, load
 
 N, K, S, P, J, C, W = 6, 4, 2, 3, 4, 2, 8
 PLACE = {"step": 1, "call": 0, "op": "rope", "layer": "0", "direction": "forward", "tensor": "y"}
@@ -45,18 +45,31 @@ def whole() -> Trace:
     loss = np.linspace(6, 5, N)
     row = {**PLACE, "dtype": "float32", "shape": [2, 3], "projection": "scale"}
     return Trace(
-        config=to_dict(RunConfig(model=ModelConfig(num_layers=2))), backend="cpu",
-        dtype="float32", loss=loss, grad_norm=np.ones(N),
+        config=to_dict(RunConfig(model=ModelConfig(num_layers=2))),
+        backend="cpu",
+        dtype="float32",
+        loss=loss,
+        grad_norm=np.ones(N),
         control_names=[f"{k}: ulp" for k in range(K)],
-        control_loss=loss + 1e-6 * r.standard_normal((K, N)), capture_steps=[1, 5],
-        parameters=["a", "b", "c"], gradient_norm=np.ones((S, P)),
-        gradient_sketch=r.standard_normal((S, P, W)), loss_error=np.full((1 + J, S), 1e-7),
-        gradient_error=np.full((1 + J, S, P), 1e-7), disguises=[f"d{j}" for j in range(J)],
-        calls=[PLACE] * C, digest=r.standard_normal((C, W)), tests=[row, row],
-        test_values=np.array([[1e-8, 1e-8, 1e-5]] * 2), num_tests=100,
+        control_loss=loss + 1e-6 * r.standard_normal((K, N)),
+        capture_steps=[1, 5],
+        parameters=["a", "b", "c"],
+        gradient_norm=np.ones((S, P)),
+        gradient_sketch=r.standard_normal((S, P, W)),
+        loss_error=np.full((1 + J, S), 1e-7),
+        gradient_error=np.full((1 + J, S, P), 1e-7),
+        disguises=[f"d{j}" for j in range(J)],
+        calls=[PLACE] * C,
+        digest=r.standard_normal((C, W)),
+        tests=[row, row],
+        test_values=np.array([[1e-8, 1e-8, 1e-5]] * 2),
+        num_tests=100,
         fallbacks=[{"op": "rope", "reason": "no kernel", "count": 12}],
-        environment={"cpu": "one"}, data_order="d", initial_weights="w", seconds=1.5,
-    )  # fmt: skip
+        environment={"cpu": "one"},
+        data_order="d",
+        initial_weights="w",
+        seconds=1.5,
+    )
 
 
 @functools.cache
@@ -146,13 +159,17 @@ def test_random_bytes(tmp_path: Path, content: bytes, framed: bool) -> None:
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.floats() | st.text(max_size=8) | st.integers()
+    st.none()
+    | st.booleans()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.integers()
     | st.sampled_from([10**400, -(10**400), 2**63, 2**40, 10**6, -1, 0, "\x1b[2J", "\ud800"]),
     lambda inner: (
         st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
     ),
     max_leaves=6,
-)  # fmt: skip
+)
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -237,15 +254,25 @@ def test_hostile_fields(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("table", "key", "value"),
     [
-        ("model", "num_layers", 10**6), ("model", "num_heads", 10**12), ("model", "ffn", 1 << 52),
-        ("model", "hidden", 1 << 40), ("model", "max_length", 1 << 52), ("data", "length", 500),
-        ("train", "global_batch", 1 << 52), ("train", "lr", 10**400), ("train", "dtype", "int8"),
-        ("train", "seed", True), ("data", "path", "a\nb"), ("model", "norm", "x" * 10**6),
-        ("model", "norm", []), ("model", "norm", {}),
-        ("train", "x" * 10**6, 1), ("train", "\x1b[2J", 1),
+        ("model", "num_layers", 10**6),
+        ("model", "num_heads", 10**12),
+        ("model", "ffn", 1 << 52),
+        ("model", "hidden", 1 << 40),
+        ("model", "max_length", 1 << 52),
+        ("data", "length", 500),
+        ("train", "global_batch", 1 << 52),
+        ("train", "lr", 10**400),
+        ("train", "dtype", "int8"),
+        ("train", "seed", True),
+        ("data", "path", "a\nb"),
+        ("model", "norm", "x" * 10**6),
+        ("model", "norm", []),
+        ("model", "norm", {}),
+        ("train", "x" * 10**6, 1),
+        ("train", "\x1b[2J", 1),
     ],
     ids=lambda v: ascii(v)[:16],
-)  # fmt: skip
+)
 def test_hostile_configs(tmp_path: Path, table: str, key: str, value: Any) -> None:
     fields = copy.deepcopy(parts()[1])
     fields["config"][table][key] = value
@@ -288,9 +315,18 @@ def header(**arrays: Any) -> bytes:
         struct.pack("<Q", 1 << 62) + b"{}",
         struct.pack("<Q", 99_999_999) + b"{}",
     ],
-    ids=["8-tb", "overflow", "negative", "bfloat16", "float8", "empty-of-2-60", "objects",
-         "header-of-4-eb", "header-of-100-mb"],
-)  # fmt: skip
+    ids=[
+        "8-tb",
+        "overflow",
+        "negative",
+        "bfloat16",
+        "float8",
+        "empty-of-2-60",
+        "objects",
+        "header-of-4-eb",
+        "header-of-100-mb",
+    ],
+)
 def test_headers_that_promise_what_is_not_there(tmp_path: Path, content: bytes) -> None:
     assert survives(content, tmp_path / "x") is None
 
@@ -340,7 +376,7 @@ def test_a_trace_is_readable_by_those_who_may_read_its_folder(tmp_path: Path) ->
 GIGABYTES = """
 import resource, sys
 from glm_core.errors import TraceError
-from glm_core.trace import load
+from glm_core.align.trace import load
 resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
 try:
     load(sys.argv[1])

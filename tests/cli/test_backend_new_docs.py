@@ -36,9 +36,12 @@ def environment(tmp_path: Path) -> dict[str, str]:
     command.chmod(0o755)
     offline = {"PIP_NO_INDEX": "1", "PIP_NO_DEPS": "1", "PIP_NO_BUILD_ISOLATION": "0"}
     return {
-        **os.environ, **offline, "PATH": f"{home}/bin{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(Path(glm_core.__file__).parents[1]), "PYTHONWARNINGS": "ignore",
-    }  # fmt: skip
+        **os.environ,
+        **offline,
+        "PATH": f"{home}/bin{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(Path(glm_core.__file__).parents[1]),
+        "PYTHONWARNINGS": "ignore",
+    }
 
 
 def script(page: str) -> str:
@@ -54,9 +57,13 @@ def script(page: str) -> str:
 def run(page: str, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     folder.mkdir()
     done = subprocess.run(
-        ["bash", "-c", script(page)], cwd=folder, env=environment, capture_output=True, text=True,
+        ["bash", "-c", script(page)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
         timeout=280,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     assert "Traceback" not in done.stderr, done.stderr[-3000:]
     return done

@@ -11,8 +11,8 @@ from foreign import write
 
 from glm_core.cli import checkpoint, main
 from glm_core.config import load
-from glm_core.model import adapter_files
-from glm_core.model.weights import LAYOUTS, open_checkpoint
+from glm_core.pretrained import adapter_files
+from glm_core.pretrained.weights import LAYOUTS, open_checkpoint
 
 
 def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -88,9 +88,13 @@ def test_ops_table_comes_from_the_registry(capsys: pytest.CaptureFixture[str]) -
     ids=lambda v: v[-1] if isinstance(v, list) else None,
 )
 def test_bad_input_is_one_line_and_a_code(
-    argv: list[str], code: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    argv: list[str],
+    code: int,
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(argv) == code
     err = capsys.readouterr().err

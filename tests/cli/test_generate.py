@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from glm_core import cli, config, train
+from glm_core import cli, config
+from glm_core.training import trainer
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         data=config.DataConfig(path=str(text), vocab=400, length=64),
         train=config.TrainConfig(steps=2, warmup_steps=0, micro_batch=2, global_batch=2),
     )
-    train.run(settings, folder / "run", cache_dir=folder / "cache")
+    trainer.run(settings, folder / "run", cache_dir=folder / "cache")
     text.unlink()  # what a run needs to be used lies in its folder
     return folder / "run"
 
@@ -49,9 +50,15 @@ def test_generate(run_dir: Path, capsys: Any) -> None:
     code, told, _ = call(capsys, *asked, "--json")
     assert json.loads(told)["text"] == text.removesuffix("\n")
     code, filled, _ = call(
-        capsys, "generate", "--run", run_dir / "checkpoints", "--prompt",
-        "The [MASK] jumps [sMASK] dog.", "--max-tokens", 3,
-    )  # fmt: skip
+        capsys,
+        "generate",
+        "--run",
+        run_dir / "checkpoints",
+        "--prompt",
+        "The [MASK] jumps [sMASK] dog.",
+        "--max-tokens",
+        3,
+    )
     assert code == 0
     assert filled.startswith("The ")
     assert filled.endswith(" dog.\n")
@@ -97,7 +104,7 @@ def test_a_tokenizer_of_another_run_is_found(run_dir: Path, capsys: Any, tmp_pat
 
 
 def test_adapters_alone_are_no_model(run_dir: Path, capsys: Any, tmp_path: Path) -> None:
-    from glm_core import checkpoint
+    from glm_core.training import checkpoint
 
     tensors, facts = checkpoint.load(run_dir)
     kept = {n: t for n, t in tensors.items() if "attention" not in n}
@@ -136,8 +143,20 @@ def test_serve_answers_until_it_is_interrupted(run_dir: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    words = [sys.executable, "-m", "glm_core.cli", "serve", "--run", str(run_dir),
-             "--port", str(port), "--slots", "2", "--context", "64"]  # fmt: skip
+    words = [
+        sys.executable,
+        "-m",
+        "glm_core.cli",
+        "serve",
+        "--run",
+        str(run_dir),
+        "--port",
+        str(port),
+        "--slots",
+        "2",
+        "--context",
+        "64",
+    ]
     with subprocess.Popen(
         words, stderr=subprocess.PIPE, text=True, env={**os.environ, "GLM_CORE_API_KEY": ""}
     ) as server:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from glm_core.bench.planner.formulas import FORMULAS
 from glm_core.cli import main
+from glm_core.planner.formulas import FORMULAS
 
 
 def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from glm_core.cli import main
-from glm_core.model.weights import open_checkpoint
+from glm_core.pretrained.weights import open_checkpoint
 
 
 @pytest.fixture
@@ -20,9 +20,13 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     fields = (
-        "model.hidden=64", "model.num_layers=1", "model.ffn=96", "model.vocab=512",
-        "data.vocab=512", "data.length=32",
-    )  # fmt: skip
+        "model.hidden=64",
+        "model.num_layers=1",
+        "model.ffn=96",
+        "model.vocab=512",
+        "data.vocab=512",
+        "data.length=32",
+    )
     options = [part for field in fields for part in ("--set", field)]
     argv = ["train", "--steps", "2", "--data", "text.txt", "--backend", "reference"]
     assert main([*argv, *options, "--out", "run"]) == 0

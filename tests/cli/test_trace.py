@@ -17,12 +17,12 @@ from torch import Tensor
 
 from glm_core import data, ops
 from glm_core.align import fallbacks
+from glm_core.align.trace import Trace
 from glm_core.backends.base import Backend
 from glm_core.cli import main
 from glm_core.config import DataConfig, ModelConfig, RunConfig, TrainConfig, to_dict
 from glm_core.data.sampler import Sampler
 from glm_core.spec import SUPPORTED, Support, unsupported
-from glm_core.trace import Trace
 
 SIZES = {"num_layers": 2, "hidden": 32, "num_heads": 2, "ffn": 64, "vocab": 300, "max_length": 32}
 
@@ -162,14 +162,31 @@ def trace(config: RunConfig, rows: list[dict[str, object]]) -> Trace:
     """A trace of a run without controls and teacher forcing."""
     n = config.train.steps
     return Trace(
-        config=to_dict(config), backend="port", dtype="float32", loss=np.linspace(5, 4, n),
-        grad_norm=np.ones(n), control_names=[], control_loss=np.zeros((0, n)), capture_steps=[],
-        parameters=["a", "b"], gradient_norm=np.zeros((0, 2)), gradient_sketch=np.zeros((0, 2, 8)),
-        loss_error=np.zeros((1, 0)), gradient_error=np.zeros((1, 0, 2)), disguises=[], calls=[],
-        digest=np.zeros((0, 8)), tests=[], test_values=np.zeros((0, 3)), num_tests=0,
-        fallbacks=rows, environment={"cpu": "this one"}, data_order="d", initial_weights="w",
+        config=to_dict(config),
+        backend="port",
+        dtype="float32",
+        loss=np.linspace(5, 4, n),
+        grad_norm=np.ones(n),
+        control_names=[],
+        control_loss=np.zeros((0, n)),
+        capture_steps=[],
+        parameters=["a", "b"],
+        gradient_norm=np.zeros((0, 2)),
+        gradient_sketch=np.zeros((0, 2, 8)),
+        loss_error=np.zeros((1, 0)),
+        gradient_error=np.zeros((1, 0, 2)),
+        disguises=[],
+        calls=[],
+        digest=np.zeros((0, 8)),
+        tests=[],
+        test_values=np.zeros((0, 3)),
+        num_tests=0,
+        fallbacks=rows,
+        environment={"cpu": "this one"},
+        data_order="d",
+        initial_weights="w",
         seconds=1.25,
-    )  # fmt: skip
+    )
 
 
 def test_a_trace_tells_the_same_counts_and_flops(config: RunConfig, tmp_path: Path) -> None:
@@ -216,9 +233,13 @@ def test_fallbacks_of_a_file_and_of_a_backend(
     ids=lambda v: "-".join(v) if isinstance(v, list) else None,
 )
 def test_bad_input_is_one_line(
-    argv: list[str], code: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    argv: list[str],
+    code: int,
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["trace", *argv]) == code
     err = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""docs/trace-format.md says what glm_core.trace_format does."""
+"""docs/trace-format.md says what glm_core.align.trace_format does."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import dataclasses
 import re
 from pathlib import Path
 
-from glm_core import trace_format
-from glm_core.trace import Trace
+from glm_core.align import trace_format
+from glm_core.align.trace import Trace
 
 PAGE = (Path(__file__).parents[2] / "docs" / "trace-format.md").read_text(encoding="utf-8")
 

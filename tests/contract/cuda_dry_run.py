@@ -19,14 +19,17 @@ from glm_core.backends.cuda import attention
 from glm_core.backends.cuda.kernels import share
 from glm_core.config import TrainConfig
 from glm_core.model import GLM, preset
-from glm_core.optimizer import Optimizer
+from glm_core.training.optimizer import Optimizer
 
 B, L = 2, 32
 INPUTS: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-    "tokens": (torch.int64, (B, L)), "positions": (torch.int64, (B, 2, L)),
-    "key_start": (torch.int32, (B, L)), "key_end": (torch.int32, (B, L)),
-    "labels": (torch.int64, (B, L)), "token_weight": (torch.float32, (B, L)),
-}  # fmt: skip
+    "tokens": (torch.int64, (B, L)),
+    "positions": (torch.int64, (B, 2, L)),
+    "key_start": (torch.int32, (B, L)),
+    "key_end": (torch.int32, (B, L)),
+    "labels": (torch.int64, (B, L)),
+    "token_weight": (torch.float32, (B, L)),
+}
 
 
 def train(name: str, dtype: str, stray: str) -> list[str]:
@@ -38,16 +41,19 @@ def train(name: str, dtype: str, stray: str) -> list[str]:
         model = GLM(preset(name, num_layers=2, vocab=512, max_length=64))
     torch.set_default_dtype(before)
     optimizer = Optimizer(model, TrainConfig(dtype=dtype))
-    inputs = {k: torch.zeros(shape, dtype=t, device="cpu" if k == stray else "cuda")
-              for k, (t, shape) in INPUTS.items()}  # fmt: skip
+    inputs = {
+        k: torch.zeros(shape, dtype=t, device="cpu" if k == stray else "cuda")
+        for k, (t, shape) in INPUTS.items()
+    }
     for _ in range(2):
         model.loss(**inputs).backward()
     with mock.patch("torch.isfinite", return_value=True):  # a fake tensor has no value to ask
         optimizer.step(1e-3)
     return [
-        n for n, p in model.named_parameters()
+        n
+        for n, p in model.named_parameters()
         if p.grad is None or (p.grad.dtype, p.grad.device) != (p.dtype, p.device)
-    ]  # fmt: skip
+    ]
 
 
 FAMILY = ("glm-base", "glm-130b", "chatglm-6b", "chatglm2-6b", "glm-4-9b")

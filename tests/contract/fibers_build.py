@@ -20,13 +20,31 @@ COMPILER = os.environ.get("CXX", "g++")
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 FOLDERS = [f"-I{CSRC}/include", f"-I{CSRC}/fibers"]
 KERNEL = [
-    "-std=c++17", "-O1", "-g", "-fPIC", "-DGLM_FIBERS", *FOLDERS, "-Wall", "-Wextra", "-Werror",
-    "-ffp-contract=off", "-fno-strict-aliasing", *SANITIZERS, "-x", "c++",
-]  # fmt: skip
+    "-std=c++17",
+    "-O1",
+    "-g",
+    "-fPIC",
+    "-DGLM_FIBERS",
+    *FOLDERS,
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-ffp-contract=off",
+    "-fno-strict-aliasing",
+    *SANITIZERS,
+    "-x",
+    "c++",
+]
 BINDING = [
-    "-std=c++20", "-O0", "-fPIC", "-DGLM_FIBERS", f"-I{CSRC}", *FOLDERS,
-    f"-I{TORCH}/include", f"-I{TORCH}/include/torch/csrc/api/include",
-]  # fmt: skip
+    "-std=c++20",
+    "-O0",
+    "-fPIC",
+    "-DGLM_FIBERS",
+    f"-I{CSRC}",
+    *FOLDERS,
+    f"-I{TORCH}/include",
+    f"-I{TORCH}/include/torch/csrc/api/include",
+]
 
 
 def sources() -> dict[Path, list[str]]:

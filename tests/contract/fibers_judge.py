@@ -22,10 +22,19 @@ from glm_core.conformance.check import Finding, judge
 
 OPERATORS = torch.ops.glm_core
 DEVICE_HALVES = (
-    "norm_forward", "norm_backward", "activation_forward", "activation_backward", "rope_turn",
-    "embedding_forward", "embedding_backward", "linear_cross_entropy_forward", "global_norm",
-    "adamw_", "quantized_linear_forward", "quantized_linear_backward",
-)  # fmt: skip
+    "norm_forward",
+    "norm_backward",
+    "activation_forward",
+    "activation_backward",
+    "rope_turn",
+    "embedding_forward",
+    "embedding_backward",
+    "linear_cross_entropy_forward",
+    "global_norm",
+    "adamw_",
+    "quantized_linear_forward",
+    "quantized_linear_backward",
+)
 LEAVES = tuple(name for name in DEVICE_HALVES if hasattr(OPERATORS, name))
 """the operators that have kernels; the others call these"""
 

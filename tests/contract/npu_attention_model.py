@@ -47,10 +47,21 @@ def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, prec
 
 
 def npu_fusion_attention(
-    query: Tensor, key: Tensor, value: Tensor, head_num: int, input_layout: str,
-    pse: Tensor | None, padding_mask: Tensor | None, atten_mask: Tensor | None, scale: float,
-    keep_prob: float, pre: int, following: int, inner_precise: int, *rest: Any,
-) -> tuple[Any, ...]:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    head_num: int,
+    input_layout: str,
+    pse: Tensor | None,
+    padding_mask: Tensor | None,
+    atten_mask: Tensor | None,
+    scale: float,
+    keep_prob: float,
+    pre: int,
+    following: int,
+    inner_precise: int,
+    *rest: Any,
+) -> tuple[Any, ...]:
     """Probabilities are rounded before the product with the values, as flash attention does."""
     dtype = npu_model.one_dtype(query, key, value)
     assert pse is None
@@ -65,9 +76,18 @@ def npu_fusion_attention(
 
 
 def npu_fusion_attention_grad(
-    query: Tensor, key: Tensor, value: Tensor, dy: Tensor, head_num: int, input_layout: str, *,
-    atten_mask: Tensor | None, scale_value: float, inner_precise: int, **_: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dy: Tensor,
+    head_num: int,
+    input_layout: str,
+    *,
+    atten_mask: Tensor | None,
+    scale_value: float,
+    inner_precise: int,
+    **_: Any,
+) -> tuple[Tensor, ...]:
     """dq, dk, dv; pse and sink have none."""
     groups = head_num // key.shape[2]
     q, k, v = _heads(query, key, value, input_layout, head_num)
@@ -90,23 +110,35 @@ Derivative = Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], Any]
 DERIVATIVES: dict[str, Derivative] = {
     "npu_rms_norm": lambda i, o, g: (*_npu.npu_rms_norm_backward(g[0], *i[:2], o[1]), None),
     "npu_add_layer_norm": lambda i, o, g: (
-        *_npu.npu_add_layer_norm_backward(g[0], i[0], i[1], o[2], o[1], i[2], g[3]), None, None
+        *_npu.npu_add_layer_norm_backward(g[0], i[0], i[1], o[2], o[1], i[2], g[3]),
+        None,
+        None,
     ),
     "npu_gelu": lambda i, o, g: _npu.npu_gelu_backward(g[0], i[0], approximate=i[1]),
-    "npu_geglu": lambda i, o, g: (
-        _npu.npu_geglu_grad(g[0], i[0], o[1], *i[1:]), None, None, None
-    ),
+    "npu_geglu": lambda i, o, g: (_npu.npu_geglu_grad(g[0], i[0], o[1], *i[1:]), None, None, None),
     "npu_swiglu": lambda i, o, g: (_npu.npu_swiglu_backward(g[0], i[0], i[1]), None),
     "npu_rotary_mul": lambda i, o, g: (
-        _npu.npu_rotary_mul_backward(g[0], *i[:4])[0], None, None, None, None
+        _npu.npu_rotary_mul_backward(g[0], *i[:4])[0],
+        None,
+        None,
+        None,
+        None,
     ),
     "npu_fusion_attention": lambda i, o, g: (
         *_npu.npu_fusion_attention_grad(
-            *i[:3], g[0], *i[3:5], atten_mask=i[7], softmax_max=o[1], softmax_sum=o[2],
-            attention_in=o[0], scale_value=i[8], inner_precise=i[12],
-        )[:3], *[None] * 20,
+            *i[:3],
+            g[0],
+            *i[3:5],
+            atten_mask=i[7],
+            softmax_max=o[1],
+            softmax_sum=o[2],
+            attention_in=o[0],
+            scale_value=i[8],
+            inner_precise=i[12],
+        )[:3],
+        *[None] * 20,
     ),
-}  # fmt: skip
+}
 
 
 _kept: list[torch.library.Library] = []

@@ -138,9 +138,14 @@ def npu_add_layer_norm(
 
 
 def npu_add_layer_norm_backward(
-    dy: Tensor | None, x1: Tensor, x2: Tensor, rstd: Tensor, mean: Tensor, gamma: Tensor,
+    dy: Tensor | None,
+    x1: Tensor,
+    x2: Tensor,
+    rstd: Tensor,
+    mean: Tensor,
+    gamma: Tensor,
     dsum: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx1, dx2 (the same values), dgamma, dbeta in float32."""
     dy = torch.zeros_like(x1) if dy is None else dy
     normal, dnormal = (_sum(x1, x2) - mean) * rstd, dy.float() * gamma.float()
@@ -188,9 +193,13 @@ def npu_geglu(
 
 
 def npu_geglu_grad(
-    grad_output: Tensor, input: Tensor, gelu: Tensor, dim: int, approximate: int,
+    grad_output: Tensor,
+    input: Tensor,
+    gelu: Tensor,
+    dim: int,
+    approximate: int,
     activate_left: bool,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """dx; the gelu of the forward pass comes back rounded."""
     linear, gate = _halves(input, dim, activate_left)
     dy = grad_output.float()
@@ -268,9 +277,15 @@ def npu_cross_entropy_loss(
 
 
 def npu_cross_entropy_loss_backward(
-    grad_loss: Tensor, log_prob: Tensor, target: Tensor, weight: Tensor | None,
-    grad_zloss: Tensor | None, lse: Tensor | None, reduction: str, *_: Any,
-) -> Tensor:  # fmt: skip
+    grad_loss: Tensor,
+    log_prob: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    grad_zloss: Tensor | None,
+    lse: Tensor | None,
+    reduction: str,
+    *_: Any,
+) -> Tensor:
     """(softmax - one-hot) * grad, for reduction none."""
     assert reduction == "none"
     assert grad_loss.shape == target.shape
@@ -298,10 +313,16 @@ def _codes(packed: Tensor) -> Tensor:
 
 
 def npu_weight_quant_batchmatmul(
-    x: Tensor, weight: Tensor, antiquant_scale: Tensor, antiquant_offset: Tensor | None,
-    quant_scale: Tensor | None, quant_offset: Tensor | None, bias: Tensor | None, group: int,
+    x: Tensor,
+    weight: Tensor,
+    antiquant_scale: Tensor,
+    antiquant_offset: Tensor | None,
+    quant_scale: Tensor | None,
+    quant_offset: Tensor | None,
+    bias: Tensor | None,
+    group: int,
     *rest: Any,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """x [M, K] times the codes [K, N] times scale [1 or K / group, N]; the dequantised weight is
     rounded to x's dtype, as it must be to enter the matrix unit."""
     dtype = one_dtype(x, antiquant_scale, *([] if bias is None else [bias]))
@@ -322,10 +343,20 @@ def npu_weight_quant_batchmatmul(
 
 
 def npu_apply_adam_w(
-    beta1_power: float, beta2_power: float, lr: float, weight_decay: float, beta1: float,
-    beta2: float, epsilon: float, grad: Tensor, max_grad_norm: Tensor | None, amsgrad: bool | None,
-    maximize: bool | None, *, out: list[Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    beta1_power: float,
+    beta2_power: float,
+    lr: float,
+    weight_decay: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    grad: Tensor,
+    max_grad_norm: Tensor | None,
+    amsgrad: bool | None,
+    maximize: bool | None,
+    *,
+    out: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
     """var, m, v in place; beta^t = beta_power * beta (aclnnApplyAdamW.md), scalars rounded to the
     gradient's dtype (ApplyAdamWKernelNpuOpApi.cpp)."""
     var, m, v = out

@@ -21,7 +21,7 @@ from glm_core.backends.base import Backend, always
 from glm_core.config import ModelConfig, TrainConfig
 from glm_core.conformance import Case, run_case, select
 from glm_core.model import GLM, preset
-from glm_core.optimizer import Optimizer
+from glm_core.training.optimizer import Optimizer
 
 sys.path.insert(0, str(Path(__file__).parent))
 import npu_attention_model
@@ -57,69 +57,88 @@ Wrong = Callable[..., Any]
 _npu = torch.ops.npu
 MISTAKES: dict[str, tuple[str, str, Wrong]] = {
     "geglu gates the first half": (
-        "geglu-float32-2x5x48-test", "npu_geglu",
+        "geglu-float32-2x5x48-test",
+        "npu_geglu",
         lambda x, dim, approximate, left: _npu.npu_geglu(x, dim, approximate, True),
     ),
     "geglu is tanh, its default": (
-        "geglu-float32-2x5x48-test", "npu_geglu", lambda x, *_: _npu.npu_geglu(x),
+        "geglu-float32-2x5x48-test",
+        "npu_geglu",
+        lambda x, *_: _npu.npu_geglu(x),
     ),
     "geglu gradient of the wrong half": (
-        "geglu-bfloat16-2x5x48-grad", "npu_geglu",
+        "geglu-bfloat16-2x5x48-grad",
+        "npu_geglu",
         lambda x, *_: _npu.npu_geglu(x, -1, 0, True),
     ),
     "gelu is erf, its default": (
-        "gelu-float32-2x5x48-test", "npu_gelu", lambda x, approximate: _npu.npu_gelu(x),
+        "gelu-float32-2x5x48-test",
+        "npu_gelu",
+        lambda x, approximate: _npu.npu_gelu(x),
     ),
     "swiglu gates the second half": (
-        "swiglu-float32-2x5x48-test", "npu_swiglu",
+        "swiglu-float32-2x5x48-test",
+        "npu_swiglu",
         lambda x, dim: _npu.npu_swiglu(torch.cat(x.chunk(2, -1)[::-1], -1), dim),
     ),
     "rotary half for interleave": (
-        "rope-float32-2x5x3x16-interleaved-test", "npu_rotary_mul",
+        "rope-float32-2x5x3x16-interleaved-test",
+        "npu_rotary_mul",
         lambda x, cos, sin, mode: _npu.npu_rotary_mul(x, cos, sin, "half"),
     ),
     "rotary interleave for half": (
-        "rope-float32-2x5x3x16-test", "npu_rotary_mul",
+        "rope-float32-2x5x3x16-test",
+        "npu_rotary_mul",
         lambda x, cos, sin, mode: _npu.npu_rotary_mul(x, cos, sin, "interleave"),
     ),
     "rotary sine before cosine": (
-        "rope-float32-2x5x3x16-grad", "npu_rotary_mul",
+        "rope-float32-2x5x3x16-grad",
+        "npu_rotary_mul",
         lambda x, cos, sin, mode: _npu.npu_rotary_mul(x, sin, cos, mode),
     ),
     "mask shows where it should hide": (
-        "attention-float32-2x9x3x16-causal-test", "npu_fusion_attention",
+        "attention-float32-2x9x3x16-causal-test",
+        "npu_fusion_attention",
         lambda *a, atten_mask, **k: _npu.npu_fusion_attention(*a, atten_mask=~atten_mask, **k),
     ),
     "no mask": (
-        "attention-float32-2x9x3x16-prefix-grad", "npu_fusion_attention",
+        "attention-float32-2x9x3x16-prefix-grad",
+        "npu_fusion_attention",
         lambda *a, atten_mask, **k: _npu.npu_fusion_attention(*a, **k),
     ),
     "scale left at its default": (
-        "attention-float32-2x9x3x16-prefix-test", "npu_fusion_attention",
+        "attention-float32-2x9x3x16-prefix-test",
+        "npu_fusion_attention",
         lambda *a, scale, **k: _npu.npu_fusion_attention(*a, **k),
     ),
     "heads before sequence": (
-        "attention-float32-2x9x3x16-prefix-test", "npu_fusion_attention",
+        "attention-float32-2x9x3x16-prefix-test",
+        "npu_fusion_attention",
         lambda q, k, v, n, layout, **rest: _npu.npu_fusion_attention(q, k, v, n, "BNSD", **rest),
     ),
     "norm's eps left at its default": (
-        "rms_norm-float32-4x96-tiny-test", "npu_rms_norm",
+        "rms_norm-float32-4x96-tiny-test",
+        "npu_rms_norm",
         lambda x, gamma, eps: _npu.npu_rms_norm(x, gamma),
     ),
     "fused norm's eps left at its default": (
-        "add_rms_norm-float32-4x96-eps-test", "npu_add_rms_norm",
+        "add_rms_norm-float32-4x96-eps-test",
+        "npu_add_rms_norm",
         lambda x, y, gamma, eps: _npu.npu_add_rms_norm(x, y, gamma),
     ),
     "norm gradient in aclnn's argument order": (
-        "add_rms_norm-float32-2x5x96-grad", "npu_rms_norm_backward",
+        "add_rms_norm-float32-2x5x96-grad",
+        "npu_rms_norm_backward",
         lambda dy, x, gamma, rstd: _npu.npu_rms_norm_backward(dy, x, rstd, gamma),
     ),
     "the sum is not asked for": (
-        "add_layer_norm-float32-2x5x96-test", "npu_add_layer_norm",
+        "add_layer_norm-float32-2x5x96-test",
+        "npu_add_layer_norm",
         lambda *a: _npu.npu_add_layer_norm(*a[:5], False),
     ),
     "losses in the logits' dtype": (
-        "linear_cross_entropy-bfloat16-10x96-50-test", "npu_cross_entropy_loss",
+        "linear_cross_entropy-bfloat16-10x96-50-test",
+        "npu_cross_entropy_loss",
         lambda z, *a: _npu.npu_cross_entropy_loss(z.bfloat16(), *a),
     ),
     "scales of one group for all": (
@@ -128,16 +147,18 @@ MISTAKES: dict[str, tuple[str, str, Wrong]] = {
         lambda x, w, scale, *a: _npu.npu_weight_quant_batchmatmul(x, w, scale[:1], *a[:4]),
     ),
     "two codes of a byte swapped": (
-        "quantized_linear-float16-2x5x96-64-int4-test", "npu_convert_weight_to_int4pack",
+        "quantized_linear-float16-2x5x96-64-int4-test",
+        "npu_convert_weight_to_int4pack",
         lambda w: _npu.npu_convert_weight_to_int4pack(
             w.unflatten(0, (-1, 2)).flip(1).flatten(0, 1).contiguous()
         ),
     ),
     "mean of the losses": (
-        "linear_cross_entropy-float32-10x96-50-test", "npu_cross_entropy_loss",
+        "linear_cross_entropy-float32-10x96-50-test",
+        "npu_cross_entropy_loss",
         lambda z, *a: _npu.npu_cross_entropy_loss(z, *a[:2], "mean"),
     ),
-}  # fmt: skip
+}
 
 
 class Mistaken:
@@ -166,14 +187,32 @@ def test_the_fused_adamw_is_rejected(power: int, monkeypatch: pytest.MonkeyPatch
     """Why `adamw` does not call it: rightly called, v is still off by 1 - beta2 in float32."""
 
     def fused(
-        p: Any, g: Any, m: Any, v: Any, step: int, lr: float, b1: float, b2: float, eps: float,
+        p: Any,
+        g: Any,
+        m: Any,
+        v: Any,
+        step: int,
+        lr: float,
+        b1: float,
+        b2: float,
+        eps: float,
         decay: float,
-    ) -> None:  # fmt: skip
+    ) -> None:
         for param, grad, first, second in zip(p, g, m, v, strict=True):
             _npu.npu_apply_adam_w.out(
-                b1 ** (step - power), b2 ** (step - power), lr, decay, b1, b2, eps, grad,
-                None, False, False, out=[param, first, second],
-            )  # fmt: skip
+                b1 ** (step - power),
+                b2 ** (step - power),
+                lr,
+                decay,
+                b1,
+                b2,
+                eps,
+                grad,
+                None,
+                False,
+                False,
+                out=[param, first, second],
+            )
 
     case = CASES["adamw-float32-mixed-test"]
     assert outcome(case) == ("pass", "")
@@ -204,8 +243,16 @@ def test_four_bit_weights_are_packed_once_until_they_change() -> None:
     assert first.any()
 
 
-FUSED = ("rms_norm", "add_rms_norm", "add_layer_norm", "geglu", "swiglu", "rope", "attention",
-         "linear_cross_entropy")  # fmt: skip
+FUSED = (
+    "rms_norm",
+    "add_rms_norm",
+    "add_layer_norm",
+    "geglu",
+    "swiglu",
+    "rope",
+    "attention",
+    "linear_cross_entropy",
+)
 
 
 @pytest.mark.parametrize("op", FUSED)
@@ -259,11 +306,13 @@ def trained(config: ModelConfig, backend: Backend | str) -> tuple[Tensor, dict[s
     tokens, labels = (torch.randint(0, 128, (2, 16), generator=g) for _ in range(2))
     rows = torch.arange(16)
     batch = {
-        "tokens": tokens, "positions": rows.expand(2, 2, 16).contiguous(),
+        "tokens": tokens,
+        "positions": rows.expand(2, 2, 16).contiguous(),
         "key_start": (rows // 8 * 8).expand(2, 16).int(),
         "key_end": (rows + 1).clamp(min=4).expand(2, 16).int(),
-        "labels": labels, "token_weight": torch.rand(2, 16, generator=g) / 16,
-    }  # fmt: skip
+        "labels": labels,
+        "token_weight": torch.rand(2, 16, generator=g) / 16,
+    }
     losses = []
     with registry.use(backend, strict=True) as session:
         for _ in range(2):

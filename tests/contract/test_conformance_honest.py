@@ -120,9 +120,15 @@ class Flash(torch.autograd.Function):
 
 @honest(ops.attention)
 def flash(
-    q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor,
-    scale: float, layer_scale: float = 1.0, pb_relax: float = 0.0,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_start: Tensor,
+    key_end: Tensor,
+    scale: float,
+    layer_scale: float = 1.0,
+    pb_relax: float = 0.0,
+) -> Tensor:
     share = q.shape[2] // k.shape[2]
     heads = [q.transpose(1, 2), *(t.transpose(1, 2).repeat_interleave(share, 1) for t in (k, v))]
     j = torch.arange(k.shape[1])
@@ -148,9 +154,11 @@ def logits_not_rounded(x: Tensor, weight: Tensor, labels: Tensor, token_weight: 
 @pytest.mark.parametrize(("op", "kernel"), HONEST)
 def test_honest_kernels_pass(op: Op, kernel: Callable[..., Any]) -> None:
     backend = Backend(
-        name="honest", device_type="cpu", verified="in this test",
+        name="honest",
+        device_type="cpu",
+        verified="in this test",
         dtypes=(torch.float32, torch.bfloat16),
-    )  # fmt: skip
+    )
     backend.implements(op)(kernel)
     report = conformance.run(backend, op=op.name, real=False)
     assert report.count("pass") > 20

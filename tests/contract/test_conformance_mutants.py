@@ -10,7 +10,7 @@ from glm_core import conformance, ops
 from glm_core.backends.registry import get
 from glm_core.conformance.case import Case, select
 from glm_core.conformance.mutants import mutants
-from glm_core.conformance.wrong import every_mutant
+from glm_core.faults.mutants import every_mutant
 
 
 def test_every_op_has_its_own_mutants_and_backward_only_ones() -> None:
@@ -34,7 +34,7 @@ def test_the_samples_kill_every_mutant(op: str) -> None:
 
 def test_a_right_kernel_survives_and_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     from glm_core.conformance import mutants as module
-    from glm_core.conformance.wrong import Mutant
+    from glm_core.faults.mutants import Mutant
 
     right = Mutant("right", ops.swiglu, "nothing", ops.swiglu.reference)
     monkeypatch.setattr(module, "every_mutant", lambda: [right])

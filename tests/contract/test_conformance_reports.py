@@ -141,9 +141,13 @@ def test_a_vendors_own_package_runs_the_cases(tmp_path: Path) -> None:
     (tmp_path / "known.txt").write_text("gelu-*-2x5x48-test doubled\nnone-such gone\n")
     command = [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", "."]
     done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, check=False,
+        command,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
         env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": "", "COLUMNS": "200"},
-    )  # fmt: skip
+    )
     assert done.returncode == 1, done.stdout + done.stderr
     assert "PASSED test_vendor.py::test_acme[acme-gelu-float32-1x1-test]" in done.stdout
     assert "FAILED test_vendor.py::test_acme[acme-gelu-float32-3x7x33-test]" in done.stdout

@@ -194,9 +194,11 @@ def test_many_rows_agree_with_few() -> None:
             args = (codes, scale, None, bits, activation_bits)
             with use("cpu", strict=True):
                 torch.testing.assert_close(
-                    ops.quantized_linear(x, *args)[:4], ops.quantized_linear(x[:4], *args),
-                    rtol=0, atol=1e-4,
-                )  # fmt: skip
+                    ops.quantized_linear(x, *args)[:4],
+                    ops.quantized_linear(x[:4], *args),
+                    rtol=0,
+                    atol=1e-4,
+                )
 
 
 @pytest.mark.parametrize(
@@ -217,9 +219,12 @@ def test_an_unknown_instruction_set_is_refused_by_name() -> None:
 def test_the_environment_selects_the_instruction_set(name: str, usable: bool) -> None:
     code = "from glm_core.backends import cpu; print(cpu.backend.probe(), cpu.isa())"
     seen = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"GLM_CORE_ISA": name},
-        capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
+        [sys.executable, "-c", code],
+        env=os.environ | {"GLM_CORE_ISA": name},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     assert ("Probe(ok=True, reason='') scalar" in seen) == usable
     assert ("GLM_CORE_ISA: instruction set 'sse9'" in seen) != usable
 

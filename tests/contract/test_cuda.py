@@ -222,11 +222,24 @@ def fake_cuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = Path(torch.__file__).parent
     target = tmp_path_factory.mktemp("fake_cuda") / "libfake_cuda.so"
     subprocess.run(
-        [compiler, "-std=c++20", "-O0", "-shared", "-fPIC", f"-I{folder}/include",
-         str(ROOT / "csrc" / "tests" / "fake_cuda.cpp"), f"-L{folder}/lib", "-ltorch_cpu", "-lc10",
-         f"-Wl,-rpath,{folder}/lib", "-o", str(target)],
-        check=True, capture_output=True,
-    )  # fmt: skip
+        [
+            compiler,
+            "-std=c++20",
+            "-O0",
+            "-shared",
+            "-fPIC",
+            f"-I{folder}/include",
+            str(ROOT / "csrc" / "tests" / "fake_cuda.cpp"),
+            f"-L{folder}/lib",
+            "-ltorch_cpu",
+            "-lc10",
+            f"-Wl,-rpath,{folder}/lib",
+            "-o",
+            str(target),
+        ],
+        check=True,
+        capture_output=True,
+    )
     return target
 
 
@@ -234,8 +247,11 @@ def dry_run(library: Path, *words: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, str(Path(__file__).parent / "cuda_dry_run.py"), *words],
-        env=env | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        env=env | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 @pytest.mark.skipif(not probe_backend("cpu").ok, reason=probe_backend("cpu").reason)

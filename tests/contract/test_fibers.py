@@ -29,8 +29,11 @@ def judge(library: Path, pattern: str, *runs: str) -> subprocess.CompletedProces
     script = Path(__file__).parent / "fibers_judge.py"
     return subprocess.run(
         [sys.executable, str(script), str(library), "1", pattern, *runs],
-        env=fibers_build.instrumented(), capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        env=fibers_build.instrumented(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_every_kernel_conforms_on_fibers() -> None:
@@ -51,15 +54,18 @@ BUGS = {
     "missing barrier": ("device.h", "  __syncthreads();\n  return x;", "  return x;", ""),
     "32 lanes assumed": ("device.h", REDUCE, REDUCE.replace("wave() / 2", "16"), ""),
     "out of bounds": (
-        "norm.cu", "take(a.bias + i, b)", "take(a.bias + i + 1, b)",
+        "norm.cu",
+        "take(a.bias + i, b)",
+        "take(a.bias + i + 1, b)",
         "AddressSanitizer: heap-buffer-overflow",
     ),
     "return before a barrier": (
-        "norm.cu", "  float x[V], r[V], sum",
+        "norm.cu",
+        "  float x[V], r[V], sum",
         "  if (begin >= a.width) return;\n  float x[V], r[V], sum",
         "at a shuffle, the others not",
     ),
-}  # fmt: skip
+}
 """name: (file, right, wrong, words of the finding)"""
 
 

@@ -27,13 +27,22 @@ def run(command: list[str]) -> str:
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc (CUDA toolkit)")
 def test_cuda_compiles_links_and_spills_nothing(tmp_path: Path) -> None:
-    flags = ["-std=c++17", "-O3", "-fmad=false", f"-I{CSRC}/include", "-Xcompiler=-fPIC",
-             "-gencode=arch=compute_80,code=sm_80",
-             "-gencode=arch=compute_90,code=[sm_90,compute_90]",
-             "-Werror=all-warnings", "-Xptxas=-v"]  # fmt: skip
+    flags = [
+        "-std=c++17",
+        "-O3",
+        "-fmad=false",
+        f"-I{CSRC}/include",
+        "-Xcompiler=-fPIC",
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90,code=[sm_90,compute_90]",
+        "-Werror=all-warnings",
+        "-Xptxas=-v",
+    ]
     objects = [tmp_path / f"{s.stem}.o" for s in SOURCES]
-    commands = [[str(NVCC), *flags, "-c", str(s), "-o", str(o)]
-                for s, o in zip(SOURCES, objects, strict=True)]  # fmt: skip
+    commands = [
+        [str(NVCC), *flags, "-c", str(s), "-o", str(o)]
+        for s, o in zip(SOURCES, objects, strict=True)
+    ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         said = "".join(pool.map(run, commands))
     assert set(re.findall(r"for 'sm_(\d+)'", said)) == {"80", "90"}
@@ -41,17 +50,37 @@ def test_cuda_compiles_links_and_spills_nothing(tmp_path: Path) -> None:
     assert len(spilled) >= 2 * len(SOURCES)
     assert not any(spilled)
     target = tmp_path / "kernels.so"
-    run([str(NVCC), "-shared", "-cudart=static", *map(str, objects), "-o", str(target),
-         "-Xlinker=-z,defs"])  # fmt: skip
+    run(
+        [
+            str(NVCC),
+            "-shared",
+            "-cudart=static",
+            *map(str, objects),
+            "-o",
+            str(target),
+            "-Xlinker=-z,defs",
+        ]
+    )
     assert target.stat().st_size
 
 
 @pytest.mark.skipif(HIPCC is None, reason="no hipcc (Debian: hipcc rocm-device-libs lld)")
 def test_hip_compiles_and_links(tmp_path: Path) -> None:
-    flags = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", f"-I{CSRC}/include", "-Wall",
-             "-Werror", "--offload-arch=gfx906", "--offload-arch=gfx90a"]  # fmt: skip
-    commands = [[str(HIPCC), *flags, "-c", "-x", "hip", str(s), "-o", str(tmp_path / f"{s.stem}.o")]
-                for s in SOURCES]  # fmt: skip
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-fPIC",
+        "-ffp-contract=off",
+        f"-I{CSRC}/include",
+        "-Wall",
+        "-Werror",
+        "--offload-arch=gfx906",
+        "--offload-arch=gfx90a",
+    ]
+    commands = [
+        [str(HIPCC), *flags, "-c", "-x", "hip", str(s), "-o", str(tmp_path / f"{s.stem}.o")]
+        for s in SOURCES
+    ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(run, commands))
     for source in SOURCES:

@@ -78,8 +78,12 @@ def test_openvino_runs_every_op_in_both_directions() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     run = subprocess.run(
         [str(OPENVINO), script, "OpenVINOExecutionProvider", "float32", "3"],
-        capture_output=True, text=True, env=environment, cwd=ROOT, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+        check=False,
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     found = json.loads(run.stdout)
     assert {case: reason for case, reason in found.items() if reason and case not in KNOWN} == {}

@@ -27,8 +27,11 @@ def answer(cache: Path, script: str, *words: str) -> Any:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(Path(__file__).parent / script), *words],
-        env=env | {"TRITON_CACHE_DIR": str(cache)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        env=env | {"TRITON_CACHE_DIR": str(cache)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 

@@ -53,8 +53,12 @@ def _python(installed: Path, folder: Path, *arguments: str) -> subprocess.Comple
     env = {**os.environ, "PYTHONPATH": f"{installed}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-P", *arguments],
-        cwd=folder, env=env, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 @pytest.mark.timeout(900)  # whole test files, and the commands they run

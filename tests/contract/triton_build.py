@@ -14,13 +14,29 @@ from triton.compiler import ASTSource
 from glm_core.backends import triton_ops as ops
 
 TARGETS = (
-    ("cuda", 80, 32), ("cuda", 90, 32), ("hip", "gfx906", 64), ("hip", "gfx90a", 64),
+    ("cuda", 80, 32),
+    ("cuda", 90, 32),
+    ("hip", "gfx906", 64),
+    ("hip", "gfx90a", 64),
     ("hip", "gfx942", 64),
-)  # fmt: skip
-POINTERS = {"stats": "*fp32", "loss": "*fp32", "token_weight": "*fp32", "labels": "*i64",
-            "dweight": "*fp32", "dbias": "*fp32"}  # fmt: skip
-NUMBERS = {"rows": "i32", "width": "i32", "size": "i32", "vocab": "i32", "per_chunk": "i32",
-           "eps": "fp32", "alpha": "fp32"}  # fmt: skip
+)
+POINTERS = {
+    "stats": "*fp32",
+    "loss": "*fp32",
+    "token_weight": "*fp32",
+    "labels": "*i64",
+    "dweight": "*fp32",
+    "dbias": "*fp32",
+}
+NUMBERS = {
+    "rows": "i32",
+    "width": "i32",
+    "size": "i32",
+    "vocab": "i32",
+    "per_chunk": "i32",
+    "eps": "fp32",
+    "alpha": "fp32",
+}
 KERNELS: dict[Any, dict[str, Any]] = {
     ops.norm_rows: {"ADD": True, "LAYER": True, "BLOCK": 4096},
     ops.norm_rows_backward: {"MORE": True, "LAYER": True, "SCALED": True, "BLOCK": 4096},
@@ -33,8 +49,9 @@ KERNELS: dict[Any, dict[str, Any]] = {
 def size(kernel: Any, constants: dict[str, Any], target: tuple[Any, ...], half: str) -> int:
     """Bytes of one kernel's machine code, tensors in `half`."""
     names = kernel.arg_names
-    signature = {n: "constexpr" if n in constants else NUMBERS.get(n) or POINTERS.get(n, half)
-                 for n in names}  # fmt: skip
+    signature = {
+        n: "constexpr" if n in constants else NUMBERS.get(n) or POINTERS.get(n, half) for n in names
+    }
     made = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget(*target))
     return len(made.asm["cubin" if target[0] == "cuda" else "hsaco"])
 

@@ -85,8 +85,11 @@ def reference() -> dict[str, Any]:
         pytest.skip("no .venv-deepspeed: make deepspeed (tests/deepspeed/setup_deepspeed.sh)")
     done = subprocess.run(
         [REAL, HERE / "real_config.py"],
-        env={**os.environ, "DS_ACCELERATOR": "cpu"}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        env={**os.environ, "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     line = next(t for t in done.stdout.splitlines() if t.startswith("REPORT"))
     found: dict[str, Any] = json.loads(line.removeprefix("REPORT"))
     return found

@@ -14,10 +14,25 @@ from collections import Counter
 from pathlib import Path
 
 USUAL = {
-    "step", "backward", "forward", "train", "eval", "__init__", "__getattr__", "__del__", "scale",
-    "config", "optimizer", "device", "module", "zero_grad", "compile", "loss_scale", "get_lr",
+    "step",
+    "backward",
+    "forward",
+    "train",
+    "eval",
+    "__init__",
+    "__getattr__",
+    "__del__",
+    "scale",
+    "config",
+    "optimizer",
+    "device",
+    "module",
+    "zero_grad",
+    "compile",
+    "loss_scale",
+    "get_lr",
     "log_level",
-}  # fmt: skip
+}
 """names of the engine's that other objects have as well: not counted"""
 
 

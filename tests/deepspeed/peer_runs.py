@@ -33,19 +33,31 @@ LIMIT_S = 240
 
 
 def run(
-    peer: str, python: Path | str, out: Path, scripts: list[str], foreign: Path, ranks: int = 2,
+    peer: str,
+    python: Path | str,
+    out: Path,
+    scripts: list[str],
+    foreign: Path,
+    ranks: int = 2,
     program: str = "run_scripts.py",
-) -> list[Any]:  # fmt: skip
+) -> list[Any]:
     """What each rank saw; the processes' own words where they failed."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     env = {
-        **os.environ, "PEER": peer, "CHECKPOINTS": str(out.parent / peer), "DS_ACCELERATOR": "cpu",
-        "FOREIGN": str(foreign), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-        "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+        **os.environ,
+        "PEER": peer,
+        "CHECKPOINTS": str(out.parent / peer),
+        "DS_ACCELERATOR": "cpu",
+        "FOREIGN": str(foreign),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-    }  # fmt: skip
+    }
     command = [str(python), str(HERE / program), str(out), *scripts]
     logs = [out.with_suffix(f".log{r}") for r in range(ranks)]
     processes = []
@@ -53,10 +65,12 @@ def run(
         with log.open("w") as words_of:
             processes.append(
                 subprocess.Popen(
-                    command, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)},
-                    stdout=words_of, stderr=subprocess.STDOUT,
+                    command,
+                    env={**env, "RANK": str(r), "LOCAL_RANK": str(r)},
+                    stdout=words_of,
+                    stderr=subprocess.STDOUT,
                 )
-            )  # fmt: skip
+            )
     try:
         codes = [p.wait(LIMIT_S) for p in processes]
     finally:

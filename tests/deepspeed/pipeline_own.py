@@ -58,9 +58,12 @@ def make(stages: int | None, groups: bool = False, **given: Any) -> Any:
         **given.pop("config", {}),
     }
     model = PipelineModule(
-        given.pop("layers", layers()), num_stages=stages, loss_fn=next_token_loss,
-        partition_method="uniform", **{"seed_layers": True, **given},
-    )  # fmt: skip
+        given.pop("layers", layers()),
+        num_stages=stages,
+        loss_fn=next_token_loss,
+        partition_method="uniform",
+        **{"seed_layers": True, **given},
+    )
     client = None
     if groups:
         named = list(model.named_parameters())
@@ -155,9 +158,10 @@ def gradients_from_the_last_micro_batch() -> AbstractContextManager[Any]:
 def norm_of_the_stage() -> AbstractContextManager[Any]:
     """Each stage clips by its own norm."""
     return mock.patch.object(
-        engines.PipelineEngine, "_sum_norm",
+        engines.PipelineEngine,
+        "_sum_norm",
         lambda self, parts: torch.stack([t.norm() for t, _ in parts]).norm(),
-    )  # fmt: skip
+    )
 
 
 def layers_swapped() -> AbstractContextManager[Any]:
@@ -174,11 +178,16 @@ def layers_swapped() -> AbstractContextManager[Any]:
 BUGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     f.__name__: f
     for f in (
-        ties_not_added, ties_counted_twice, loss_not_averaged, newest_first,
-        weights_not_tied_at_the_start, gradients_from_the_last_micro_batch, norm_of_the_stage,
+        ties_not_added,
+        ties_counted_twice,
+        loss_not_averaged,
+        newest_first,
+        weights_not_tied_at_the_start,
+        gradients_from_the_last_micro_batch,
+        norm_of_the_stage,
         layers_swapped,
     )
-}  # fmt: skip
+}
 
 
 # --- cases ---
@@ -209,8 +218,10 @@ def case_otherwise() -> dict[str, Any]:
             yield (tokens[order], mask), labels[order]
 
     configs = {
-        "float32": {}, "bfloat16": {**LOW, "bf16": {"enabled": True}}, "float16": {**LOW, **FIXED}
-    }  # fmt: skip
+        "float32": {},
+        "bfloat16": {**LOW, "bf16": {"enabled": True}},
+        "float16": {**LOW, **FIXED},
+    }
     seeds = {"float32": 5}
     return {
         dtype: [
@@ -354,8 +365,16 @@ class Arrives(nn.Module):
 
     def forward(self, inputs: tuple[Tensor, ...]) -> Tensor:
         y, turned, fixed, positive, count, empty, total, _unused = inputs
-        assert [x.requires_grad for x in inputs] == [True, True, False, False, False, False, True,
-                                                     True]  # fmt: skip
+        assert [x.requires_grad for x in inputs] == [
+            True,
+            True,
+            False,
+            False,
+            False,
+            False,
+            True,
+            True,
+        ]
         assert empty.shape == (0, 4)
         assert total.shape == ()
         x = (y + turned.T * positive).mul_(fixed) * total * count.sum()
@@ -367,14 +386,18 @@ def case_travels() -> dict[str, Any]:
     for stages in (1, 2):
         torch.manual_seed(3)
         model = PipelineModule(
-            [LayerSpec(Travels), LayerSpec(Arrives)], num_stages=stages, seed_layers=True,
-            loss_fn=nn.functional.mse_loss, partition_method="uniform",
-        )  # fmt: skip
+            [LayerSpec(Travels), LayerSpec(Arrives)],
+            num_stages=stages,
+            seed_layers=True,
+            loss_fn=nn.functional.mse_loss,
+            partition_method="uniform",
+        )
         # seed_layers seeds the forward too, which draws nothing here
         config = {
-            "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3,
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_accumulation_steps": 3,
             "optimizer": {"type": "SGD", "params": {"lr": 1e-3}},
-        }  # fmt: skip
+        }
         engine, *_ = deepspeed.initialize(model=model, config=config)
         rows = torch.randn(12, 2, 4, generator=torch.Generator().manual_seed(1))
         pairs = ((x, x.flip(0)) for x in rows)
@@ -399,9 +422,10 @@ def case_more() -> dict[str, Any]:
     found = {}
     for stages in (1, 2):
         config = {
-            "train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": MICRO,
+            "train_micro_batch_size_per_gpu": 3,
+            "gradient_accumulation_steps": MICRO,
             "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
-        }  # fmt: skip
+        }
         model = Counted(layers(), stages, loss_fn=next_token_loss, seed_layers=True)
         engine, *_ = deepspeed.initialize(model=model, config=config)
         engine.set_batch_fn(lambda batch: batch["pair"])
@@ -450,7 +474,7 @@ def case_refused() -> dict[str, str]:
         "mpu": lambda: deepspeed.initialize(
             model=engine.module, mpu=engine.grid, config={"train_batch_size": 2}
         ),
-    }  # fmt: skip
+    }
     said = {}
     for name, call in calls.items():
         try:
@@ -480,9 +504,10 @@ def case_partitioned() -> dict[str, Any]:
     layer, x = nn.Linear(5, 5), torch.randn(3, 5)
     found: dict[str, Any] = {}
     for name, options in {
-        "whole": {}, "parts": {"partition_activations": True},
+        "whole": {},
+        "parts": {"partition_activations": True},
         "host": {"partition_activations": True, "checkpoint_in_cpu": True},
-    }.items():  # fmt: skip
+    }.items():
         chk.configure(Fake(), **options)
         kept: list[int] = []
         right = chk._keep

@@ -28,22 +28,34 @@ SCHEDULES: list[tuple[str, dict[str, Any]]] = [
     (
         "OneCycle",
         {
-            **BASE, "cycle_first_step_size": 6, "cycle_second_step_size": 9,
-            "cycle_first_stair_count": 2, "cycle_second_stair_count": 4,
+            **BASE,
+            "cycle_first_step_size": 6,
+            "cycle_second_step_size": 9,
+            "cycle_first_stair_count": 2,
+            "cycle_second_stair_count": 4,
         },
     ),
     (
         "OneCycle",
         {
-            **BASE, "cycle_first_step_size": 4, "decay_step_size": 3, "decay_lr_rate": 0.2,
-            "decay_mom_rate": 0.1, "cycle_min_mom": 0.7, "cycle_max_mom": 0.95,
+            **BASE,
+            "cycle_first_step_size": 4,
+            "decay_step_size": 3,
+            "decay_lr_rate": 0.2,
+            "decay_mom_rate": 0.1,
+            "cycle_min_mom": 0.7,
+            "cycle_max_mom": 0.95,
         },
     ),
     (
         "OneCycle",
         {
-            "cycle_min_lr": [1e-3, 2e-3], "cycle_max_lr": [1e-2, 4e-2], "cycle_first_step_size": 4,
-            "cycle_min_mom": [0.8, 0.7], "cycle_max_mom": [0.9, 0.99], "decay_step_size": 2,
+            "cycle_min_lr": [1e-3, 2e-3],
+            "cycle_max_lr": [1e-2, 4e-2],
+            "cycle_first_step_size": 4,
+            "cycle_min_mom": [0.8, 0.7],
+            "cycle_max_mom": [0.9, 0.99],
+            "decay_step_size": 2,
             "decay_lr_rate": 0.5,
         },
     ),
@@ -52,7 +64,7 @@ SCHEDULES: list[tuple[str, dict[str, Any]]] = [
     ("WarmupLR", {"warmup_num_steps": 6, "warmup_type": "linear", "warmup_min_lr": [0.0, 1e-4]}),
     ("WarmupDecayLR", {"total_num_steps": 20, "warmup_num_steps": 5, "warmup_max_lr": 1e-2}),
     ("WarmupCosineLR", {"total_num_steps": 20, "warmup_num_steps": 5, "cos_min_ratio": 0.1}),
-]  # fmt: skip
+]
 
 
 def follow(make: Any, optimizer: Any, start: int) -> list[Any]:

@@ -54,10 +54,15 @@ def to_universal(place: Path, out: Path) -> None:
 
     convert(
         Namespace(
-            input_folder=str(place), output_folder=str(out), num_extract_workers=1,
-            num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=True,
+            input_folder=str(place),
+            output_folder=str(out),
+            num_extract_workers=1,
+            num_merge_workers=1,
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=True,
         )
-    )  # fmt: skip
+    )
 
 
 def main(out: str, names: list[str]) -> None:

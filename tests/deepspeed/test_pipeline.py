@@ -55,11 +55,10 @@ def allowed(own: Any) -> dict[str, float]:
         "float16": lambda rank: rank["half"]["1"],
     }
     found = {
-        dtype: RATIO * max(
-            apart(run_of(rank), other) for rank in own for other in rank["otherwise"][dtype]
-        )
+        dtype: RATIO
+        * max(apart(run_of(rank), other) for rank in own for other in rank["otherwise"][dtype])
         for dtype, run_of in whole.items()
-    }  # fmt: skip
+    }
     for dtype, limit in found.items():
         assert 0 < limit < 32 * torch.finfo(getattr(torch, dtype)).eps, found
     return found
@@ -169,15 +168,26 @@ def test_slices_with_the_same_weights_count_once(own: Any, allowed: dict[str, fl
 
 
 REFUSED = {
-    "universal": "load the one it was made from", "no checkpoint": "no such checkpoint",
+    "universal": "load the one it was made from",
+    "no checkpoint": "no such checkpoint",
     "no files": "holds no mp_rank",
-    "forward": r"Only train_batch\(\)", "backward": r"Only train_batch\(\)",
-    "step": r"Only train_batch\(\)", "no_grad": "call eval_batch", "no data": "no data",
-    "reduce": "use 'avg' or None", "zero": "takes 0 or 1", "stages": "must divide the 2 ranks",
-    "neither": "give one", "axis": "named pipe", "ranks": "has 4 ranks, the job 2",
-    "method": "use parameters, uniform or type", "regex": "there are: Attention, Embedding",
-    "layer": "no module, spec or function", "nested": "list its layers", "mpu": "remove mpu",
-}  # fmt: skip
+    "forward": r"Only train_batch\(\)",
+    "backward": r"Only train_batch\(\)",
+    "step": r"Only train_batch\(\)",
+    "no_grad": "call eval_batch",
+    "no data": "no data",
+    "reduce": "use 'avg' or None",
+    "zero": "takes 0 or 1",
+    "stages": "must divide the 2 ranks",
+    "neither": "give one",
+    "axis": "named pipe",
+    "ranks": "has 4 ranks, the job 2",
+    "method": "use parameters, uniform or type",
+    "regex": "there are: Attention, Embedding",
+    "layer": "no module, spec or function",
+    "nested": "list its layers",
+    "mpu": "remove mpu",
+}
 
 
 @pytest.mark.parametrize("call", REFUSED)
@@ -242,10 +252,13 @@ def test_a_layout_survives_its_header() -> None:
     draw = random.Random(0)
     for _ in range(50):
         kinds = tuple(
-            p2p.Kind(draw.choice(p2p.DTYPES), draw.random() < 0.5,
-                     tuple(draw.randrange(9) for _ in range(draw.randrange(5))))
+            p2p.Kind(
+                draw.choice(p2p.DTYPES),
+                draw.random() < 0.5,
+                tuple(draw.randrange(9) for _ in range(draw.randrange(5))),
+            )
             for _ in range(draw.randrange(1, 20))
-        )  # fmt: skip
+        )
         given = p2p.Layout(draw.random() < 0.5, kinds)
         assert p2p.decode(p2p.encode(given)) == given
 

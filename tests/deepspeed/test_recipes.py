@@ -193,9 +193,14 @@ def test_optimizers_of_whole_parameters_are_refused_where_these_are_cut() -> Non
 
 
 @pytest.mark.parametrize(
-    "name", ["ops.adam.FusedAdam", "ops.lamb.FusedLamb", "ops.lion.DeepSpeedCPULion",
-             "ops.adagrad.DeepSpeedCPUAdagrad"],
-)  # fmt: skip
+    "name",
+    [
+        "ops.adam.FusedAdam",
+        "ops.lamb.FusedLamb",
+        "ops.lion.DeepSpeedCPULion",
+        "ops.adagrad.DeepSpeedCPUAdagrad",
+    ],
+)
 def test_modules_as_scripts_import_them(name: str) -> None:
     module, _, leaf = name.rpartition(".")
     found = importlib.import_module(f"glm_core.deepspeed.{module}")

@@ -64,9 +64,13 @@ def test_ranks_see_different_data(ours: tuple[list[Any], Path]) -> None:
     [("take_over", "resume", 6), ("pipeline_take_over", "pipeline_tied", 7)],
 )
 def test_goes_on_from_deepspeeds_checkpoint(
-    half: str, script: str, steps: int, real: tuple[list[Any], Path],
-    ours: tuple[list[Any], Path], spread: Spread,
-) -> None:  # fmt: skip
+    half: str,
+    script: str,
+    steps: int,
+    real: tuple[list[Any], Path],
+    ours: tuple[list[Any], Path],
+    spread: Spread,
+) -> None:
     for theirs, mine in zip(real[0], ours[0], strict=True):
         for key in KEYS:
             rest = theirs[script][key][steps:]

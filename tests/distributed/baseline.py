@@ -20,7 +20,7 @@ from glm_core.align.calibration import (
 from glm_core.align.envelope import envelope, error_bound
 from glm_core.align.training import Run, free_run, moved
 from glm_core.align.verdict import EPS
-from glm_core.train import initial_weights
+from glm_core.training.trainer import initial_weights
 
 Array = NDArray[np.float64]
 RATE = 1e-3 / 4
@@ -79,6 +79,8 @@ def make(model: str, dtype: Any) -> Baseline:
     eps = max(EPS[dtype], EPS["float32"] * (sample.ROWS * sample.LENGTH) ** 0.5)
     return Baseline(
         {"loss": (curve.loss, np.array(loss)), "norm": (curve.grad_norm, np.array(norm))},
-        exact[1], error_bound(np.array([b[1] for b in benign]), eps, RATE),
-        last, error_bound(np.array(apart), EPS["float32"], RATE),
-    )  # fmt: skip
+        exact[1],
+        error_bound(np.array([b[1] for b in benign]), eps, RATE),
+        last,
+        error_bound(np.array(apart), EPS["float32"], RATE),
+    )

@@ -129,8 +129,16 @@ def norm_of_a_part() -> AbstractContextManager[Any]:
 BUGS: dict[str, Bug] = {
     f.__name__: f
     for f in (
-        mean_over_ranks, mean_per_rank, same_rows, bias_per_rank, alpha_of_the_stage,
-        norms_not_summed, halves_cut_together, own_logsumexp, ends_apart, zero_averages,
+        mean_over_ranks,
+        mean_per_rank,
+        same_rows,
+        bias_per_rank,
+        alpha_of_the_stage,
+        norms_not_summed,
+        halves_cut_together,
+        own_logsumexp,
+        ends_apart,
+        zero_averages,
         norm_of_a_part,
     )
-}  # fmt: skip
+}

@@ -20,11 +20,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from glm_core import ops, watchdog
+from glm_core import ops
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
 from glm_core.config import DataConfig, ModelConfig, PolicyConfig, RunConfig, TrainConfig
 from glm_core.data import Batch
+from glm_core.diagnose import watchdog
 from glm_core.distributed import checkpoint, dry_run, mesh, saving, straggler, watch
 from glm_core.distributed import run as planned
 from glm_core.distributed.checkpoint import Checkpoints, Pieces, pieces
@@ -32,13 +33,19 @@ from glm_core.distributed.engine import Engine
 from glm_core.distributed.layout import split_of, take
 from glm_core.distributed.plan import parse, stage_layers, stages_of
 from glm_core.errors import CheckpointError
-from glm_core.live import Live
 from glm_core.model import GLM
+from glm_core.training.live import Live
 
 MODEL = ModelConfig(
-    num_layers=4, hidden=16, num_heads=4, num_kv_heads=2, ffn=24, vocab=64, max_length=16,
+    num_layers=4,
+    hidden=16,
+    num_heads=4,
+    num_kv_heads=2,
+    ffn=24,
+    vocab=64,
+    max_length=16,
     activation="geglu",
-)  # fmt: skip
+)
 TABLES = ("master", "exp_avg", "exp_avg_sq")
 
 
@@ -257,11 +264,13 @@ def rows(index: int, count: int) -> Batch:
     tokens = torch.stack([torch.randint(MODEL.vocab, (length + 1,), generator=g) for g in seeds])
     place = torch.arange(length).expand(count, -1)
     return Batch(
-        tokens=tokens[:, :-1].contiguous(), labels=tokens[:, 1:].contiguous(),
+        tokens=tokens[:, :-1].contiguous(),
+        labels=tokens[:, 1:].contiguous(),
         loss_weight=torch.ones(count, length),
         positions=torch.stack((place, torch.zeros_like(place)), 1),
-        key_start=torch.zeros(count, length, dtype=torch.int32), key_end=(place + 1).int(),
-    )  # fmt: skip
+        key_start=torch.zeros(count, length, dtype=torch.int32),
+        key_end=(place + 1).int(),
+    )
 
 
 def engine_steps(plan_text: str, start: str, out: str, steps: int) -> None:
@@ -270,9 +279,10 @@ def engine_steps(plan_text: str, start: str, out: str, steps: int) -> None:
     join()
     batch = 8
     config = RunConfig(
-        model=MODEL, data=DataConfig(vocab=MODEL.vocab, length=MODEL.max_length),
+        model=MODEL,
+        data=DataConfig(vocab=MODEL.vocab, length=MODEL.max_length),
         train=TrainConfig(backend="reference", steps=9, global_batch=batch, warmup_steps=1),
-    )  # fmt: skip
+    )
     engine = Engine(config, plan, mesh.make(plan, "cpu"))
     checkpoints, index = Checkpoints(Path(out), keep=9, timeout_s=20), 0
     if start:
@@ -313,13 +323,18 @@ class Rows:
 def policy_config(**policy: Any) -> RunConfig:
     """Eight steps of a run that saves after every third."""
     return RunConfig(
-        model=MODEL, data=DataConfig(vocab=MODEL.vocab, length=MODEL.max_length),
+        model=MODEL,
+        data=DataConfig(vocab=MODEL.vocab, length=MODEL.max_length),
         train=TrainConfig(
-            backend="reference", steps=8, save_every=3, micro_batch=8, global_batch=8,
+            backend="reference",
+            steps=8,
+            save_every=3,
+            micro_batch=8,
+            global_batch=8,
             warmup_steps=1,
         ),
         policy=PolicyConfig(**policy),
-    )  # fmt: skip
+    )
 
 
 def run_under(plan: str, out: str, policy: dict[str, Any], bad: int, port: int) -> None:
@@ -328,9 +343,14 @@ def run_under(plan: str, out: str, policy: dict[str, Any], bad: int, port: int) 
     planned.TIMED_EVERY = 4
     figures = Live(registry.get("reference"), 1e6, 1.0, port) if port and rank == 0 else None
     result = planned.run(
-        policy_config(**policy), parse(plan), out, sampler=Rows(bad), live=figures,
-        tensorboard=bool(port), timeout_s=20,
-    )  # fmt: skip
+        policy_config(**policy),
+        parse(plan),
+        out,
+        sampler=Rows(bad),
+        live=figures,
+        tensorboard=bool(port),
+        timeout_s=20,
+    )
     print(f"ended at {result.checkpoint}")
     if figures is not None:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:

@@ -18,9 +18,14 @@ def run(
     killed."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     process = subprocess.Popen(
-        words, cwd=ROOT, text=True, start_new_session=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, env={**inherited, "OMP_NUM_THREADS": "1", **environment},
-    )  # fmt: skip
+        words,
+        cwd=ROOT,
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**inherited, "OMP_NUM_THREADS": "1", **environment},
+    )
     try:
         out, err = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired as error:

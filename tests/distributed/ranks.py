@@ -30,8 +30,10 @@ class Job:
     @property
     def told(self) -> str:
         """Everything that was said, for the message of a failed assertion."""
-        return "\n".join(f"--- rank {r}: {c}\n{o}" for r, (c, o) in enumerate(
-            zip(self.codes, self.outputs, strict=True)))  # fmt: skip
+        return "\n".join(
+            f"--- rank {r}: {c}\n{o}"
+            for r, (c, o) in enumerate(zip(self.codes, self.outputs, strict=True))
+        )
 
 
 class Ranks:
@@ -41,17 +43,25 @@ class Ranks:
         here = str(Path(__file__).parent)
         paths = [here, str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
         self.process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
             start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
-        )  # fmt: skip
+        )
 
     def run(
         self, function: str, world: int, *args: Any, folder: Path, timeout_s: float = 60.0
     ) -> Job:
         """`module.function(*args)` on every rank; output goes through files in `folder`."""
-        request = {"function": function, "world": world, "args": args, "folder": str(folder),
-                   "timeout_s": timeout_s}  # fmt: skip
+        request = {
+            "function": function,
+            "world": world,
+            "args": args,
+            "folder": str(folder),
+            "timeout_s": timeout_s,
+        }
         assert self.process.stdin
         assert self.process.stdout
         self.process.stdin.write(json.dumps(request) + "\n")

@@ -12,17 +12,23 @@ from glm_core.data import Batch
 VOCAB, LENGTH, ROWS, STEPS = 64, 16, 8, 4
 SIZES: dict[str, Any] = {"num_layers": 4, "hidden": 32, "num_heads": 4, "vocab": VOCAB}
 MODELS = {
-    "130b": ModelConfig(
-        **SIZES, ffn=64, qk_layer_scaling=True, embedding_gradient_shrink=0.1
-    ),
+    "130b": ModelConfig(**SIZES, ffn=64, qk_layer_scaling=True, embedding_gradient_shrink=0.1),
     "glm4": ModelConfig(
-        **SIZES, ffn=48, num_kv_heads=2, norm="rms", placement="sandwich", activation="swiglu",
-        rope_fraction=0.5, rope_interleaved=True, linear_bias=False, tied_head=False,
+        **SIZES,
+        ffn=48,
+        num_kv_heads=2,
+        norm="rms",
+        placement="sandwich",
+        activation="swiglu",
+        rope_fraction=0.5,
+        rope_interleaved=True,
+        linear_bias=False,
+        tied_head=False,
     ),
     "10b": ModelConfig(
         **SIZES, ffn=64, placement="pre", activation="gelu", positions="learned_2d", max_length=32
     ),
-}  # fmt: skip
+}
 
 
 class Text:
@@ -38,12 +44,13 @@ class Text:
         tokens, sep = torch.stack([t for t, _ in rows]), torch.tensor([[s] for _, s in rows])
         place = torch.arange(LENGTH).expand(micro_batch, LENGTH)
         return Batch(
-            tokens=tokens[:, :-1].contiguous(), labels=tokens[:, 1:].contiguous(),
+            tokens=tokens[:, :-1].contiguous(),
+            labels=tokens[:, 1:].contiguous(),
             loss_weight=(place >= sep).float(),
             positions=torch.stack((place, (place - sep + 1).clamp(min=0)), 1),
             key_start=torch.zeros_like(place, dtype=torch.int32),
             key_end=torch.maximum(place + 1, sep).int(),
-        )  # fmt: skip
+        )
 
     def _row(self) -> tuple[torch.Tensor, int]:
         draws = torch.randint(0, 1 << 20, (LENGTH + 2,), generator=self.generator).tolist()
@@ -67,7 +74,14 @@ def config(model: str, dtype: Dtype = "float32") -> RunConfig:
         model=MODELS[model],
         data=DataConfig(vocab=VOCAB, length=LENGTH),
         train=TrainConfig(
-            dtype=dtype, steps=STEPS, micro_batch=ROWS // 2, global_batch=ROWS, lr=3e-3,
-            min_lr=3e-4, warmup_steps=2, clip=0.25, eps=1e-4,
+            dtype=dtype,
+            steps=STEPS,
+            micro_batch=ROWS // 2,
+            global_batch=ROWS,
+            lr=3e-3,
+            min_lr=3e-4,
+            warmup_steps=2,
+            clip=0.25,
+            eps=1e-4,
         ),
-    )  # fmt: skip
+    )

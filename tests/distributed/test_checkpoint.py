@@ -144,5 +144,6 @@ def test_pieces_of_fused_rows_lie_apart() -> None:
     placed: Pieces = pieces(part, split, tp=2)
     assert placed.size() == (12, 2)
     assert {tuple(k): v.tolist() for k, v in placed.parts.items()} == {
-        (2, 0): part[:2].tolist(), (8, 0): part[2:].tolist(),
-    }  # fmt: skip
+        (2, 0): part[:2].tolist(),
+        (8, 0): part[2:].tolist(),
+    }

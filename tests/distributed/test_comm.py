@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from glm_core.bench import comm as bench
-from glm_core.bench.harness import Timing
 from glm_core.distributed import comm
 from glm_core.errors import ConfigError
+from glm_core.measure.timing import Timing
 
 # a worker that breaks every result before it is checked: the check must see every element
 LIAR = """
@@ -37,10 +37,14 @@ with comm.joined(registry.get("reference")) as me:
 @pytest.mark.parametrize(
     ("name", "world", "factor"),
     [
-        ("all_reduce", 2, 1.0), ("all_reduce", 8, 1.75), ("all_gather", 4, 0.75),
-        ("reduce_scatter", 4, 0.75), ("all_to_all", 8, 0.875), ("p2p", 8, 1.0),
+        ("all_reduce", 2, 1.0),
+        ("all_reduce", 8, 1.75),
+        ("all_gather", 4, 0.75),
+        ("reduce_scatter", 4, 0.75),
+        ("all_to_all", 8, 0.875),
+        ("p2p", 8, 1.0),
     ],
-)  # fmt: skip
+)
 def test_bus_factors_are_those_of_nccl_tests(name: str, world: int, factor: float) -> None:
     assert bench.bus_factor(name, world) == factor
 
@@ -106,7 +110,9 @@ def test_outside_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     from glm_core.backends import registry
 
     monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(ConfigError, match=r"RANK.* not set; start the processes with torchrun"), \
-            comm.joined(registry.get("reference")):  # fmt: skip
+    with (
+        pytest.raises(ConfigError, match=r"RANK.* not set; start the processes with torchrun"),
+        comm.joined(registry.get("reference")),
+    ):
         pass
     assert bench.main(["--processes", "0"]) == 2

@@ -19,9 +19,17 @@ from glm_core.distributed.plan import parse
 
 DEPLOY = Path(__file__).parents[2] / "docs/deploy"
 SBATCH = {
-    "job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "time", "signal",
-    "requeue", "open-mode", "output",
-}  # fmt: skip
+    "job-name",
+    "nodes",
+    "ntasks-per-node",
+    "gpus-per-node",
+    "cpus-per-task",
+    "time",
+    "signal",
+    "requeue",
+    "open-mode",
+    "output",
+}
 """options of sbatch (slurm.schedmd.com/sbatch.html)"""
 
 
@@ -52,9 +60,13 @@ def executed(script: str, tmp_path: Path, **variables: str) -> list[str]:
         (tmp_path / name).chmod(0o755)
     shell = (DEPLOY / script).read_text().splitlines()[0].removeprefix("#!")
     done = subprocess.run(
-        [shell, str(DEPLOY / script)], capture_output=True, text=True, check=True, timeout=30,
+        [shell, str(DEPLOY / script)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=30,
         env={"PATH": f"{tmp_path}:{os.environ['PATH']}", **variables},
-    )  # fmt: skip
+    )
     return done.stdout.splitlines()
 
 

@@ -28,9 +28,13 @@ def dry(config: ModelConfig, plan: Plan, made: DeviceMesh) -> tuple[Share, tuple
     carried = (torch.empty(shape, dtype=torch.float16, requires_grad=True) for _ in range(2))
     rows = torch.zeros(1, LENGTH, dtype=torch.int64)
     out = share.stages[0](
-        *carried, positions=torch.zeros(1, 2, LENGTH, dtype=torch.int64), key_start=rows.int(),
-        key_end=rows.int() + 1, labels=rows, token_weight=rows.float(),
-    )  # fmt: skip
+        *carried,
+        positions=torch.zeros(1, 2, LENGTH, dtype=torch.int64),
+        key_start=rows.int(),
+        key_end=rows.int() + 1,
+        labels=rows,
+        token_weight=rows.float(),
+    )
     (out[0].sum() + out[1].sum()).backward()
     return share, out
 

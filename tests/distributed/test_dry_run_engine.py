@@ -12,7 +12,6 @@ import torch
 from ranks import Ranks
 
 from glm_core.backends import registry
-from glm_core.bench.planner import own
 from glm_core.cli import main
 from glm_core.config import DataConfig, RunConfig, TrainConfig
 from glm_core.distributed import dry_run
@@ -20,6 +19,7 @@ from glm_core.distributed.dry_run import Meter
 from glm_core.distributed.plan import parse, stage_layers
 from glm_core.errors import ConfigError
 from glm_core.model import preset
+from glm_core.planner import own
 
 MEMORY = 0.03
 """relative error that a prediction may have"""
@@ -109,8 +109,21 @@ def test_meter_counts_a_storage_once_and_forgets_it() -> None:
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["plan", "dry-run", "--preset", "glm4-34m", "--plan", "tp=2", "--rank", "1",
-             "--global-batch", "2", "--seq", "16", "--json"]  # fmt: skip
+    words = [
+        "plan",
+        "dry-run",
+        "--preset",
+        "glm4-34m",
+        "--plan",
+        "tp=2",
+        "--rank",
+        "1",
+        "--global-batch",
+        "2",
+        "--seq",
+        "16",
+        "--json",
+    ]
     assert main(words) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["collectives"]["all_reduce"] == told["predicted_collectives"]["all_reduce"]
@@ -144,9 +157,12 @@ def test_stages_of_a_real_job_hold_what_the_dry_run_says(tmp_path: Path) -> None
     server = Ranks()
     try:
         job = server.run(
-            "elastic_workers.measured_stage", 4, "pp=4,micro_batches=6", folder=tmp_path,
+            "elastic_workers.measured_stage",
+            4,
+            "pp=4,micro_batches=6",
+            folder=tmp_path,
             timeout_s=50,
-        )  # fmt: skip
+        )
     finally:
         server.close()
     assert job.codes == [0, 0, 0, 0], job.told

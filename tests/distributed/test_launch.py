@@ -120,10 +120,22 @@ def test_two_hosts_by_ssh_end_together_where_one_fails(tmp_path: Path) -> None:
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     done = process.run(
-        [sys.executable, "-m", "glm_core.cli", "launch", "--hostfile", f"{tmp_path}/hosts",
-         "--master-port", str(port), f"{tmp_path}/script.py", str(tmp_path), "7"],
-        PATH=f"{tmp_path}:{os.environ['PATH']}", PYTHONPATH=str(process.ROOT),
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "glm_core.cli",
+            "launch",
+            "--hostfile",
+            f"{tmp_path}/hosts",
+            "--master-port",
+            str(port),
+            f"{tmp_path}/script.py",
+            str(tmp_path),
+            "7",
+        ],
+        PATH=f"{tmp_path}:{os.environ['PATH']}",
+        PYTHONPATH=str(process.ROOT),
+    )
     assert (tmp_path / "rank0").read_text() == "2 0 localhost", done.stderr
     assert (tmp_path / "rank1").read_text() == "2 0 far"
     assert done.returncode == 1

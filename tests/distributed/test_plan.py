@@ -47,9 +47,14 @@ def test_every_misfit_is_listed_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         require_fit(Plan(tp=4, sp=True, pp=3, dp=2), model, world=16, global_batch=3, length=30)
     for fact in (
-        "24 processes, started 16", "num_kv_heads=2; use 1, 2", "ffn=510", "vocab=4095",
-        "3 stages exceed num_layers=2", "length=30", "= 2 does not divide global_batch=3",
-    ):  # fmt: skip
+        "24 processes, started 16",
+        "num_kv_heads=2; use 1, 2",
+        "ffn=510",
+        "vocab=4095",
+        "3 stages exceed num_layers=2",
+        "length=30",
+        "= 2 does not divide global_batch=3",
+    ):
         assert fact in str(caught.value)
     assert "num_heads=4;" not in str(caught.value)
 
@@ -90,9 +95,15 @@ def test_processes_hold_every_stage_once(schedule: str) -> None:
 @pytest.mark.parametrize("activation", ["gelu", "geglu"])
 def test_parts_of_all_ranks_cover_the_whole_once(activation: str) -> None:
     config = ModelConfig(
-        num_layers=1, hidden=16, num_heads=4, num_kv_heads=2, ffn=8, vocab=12,
-        activation=activation, tied_head=False,
-    )  # fmt: skip
+        num_layers=1,
+        hidden=16,
+        num_heads=4,
+        num_kv_heads=2,
+        ffn=8,
+        vocab=12,
+        activation=activation,
+        tied_head=False,
+    )
     model = GLM(config)
     for name, p in model.named_parameters():
         whole = torch.arange(p.numel()).reshape(p.shape)

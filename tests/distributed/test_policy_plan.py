@@ -13,8 +13,8 @@ import elastic_workers
 import pytest
 from ranks import Job, Ranks
 
-from glm_core import train
-from glm_core.live import PREFIX
+from glm_core.training import trainer
+from glm_core.training.live import PREFIX
 
 BAD = 36
 """a sequence of the fifth step"""
@@ -30,9 +30,15 @@ def ranks() -> Iterator[Ranks]:
 def planned(ranks: Ranks, tmp_path: Path, plan: str, policy: dict[str, Any], **more: int) -> Job:
     options = {"bad": BAD, "port": 0} | more
     return ranks.run(
-        "elastic_workers.run_under", 2, plan, str(tmp_path / "job"), policy, *options.values(),
-        folder=tmp_path, timeout_s=40,
-    )  # fmt: skip
+        "elastic_workers.run_under",
+        2,
+        plan,
+        str(tmp_path / "job"),
+        policy,
+        *options.values(),
+        folder=tmp_path,
+        timeout_s=40,
+    )
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -51,7 +57,7 @@ def test_bad_steps_end_as_on_one_process(
     ranks: Ranks, tmp_path: Path, capsys: pytest.CaptureFixture[str], plan: str, action: str
 ) -> None:
     config = elastic_workers.policy_config(nonfinite=action)
-    train.run(config, tmp_path / "alone", sampler=elastic_workers.Rows(BAD))
+    trainer.run(config, tmp_path / "alone", sampler=elastic_workers.Rows(BAD))
     job = planned(ranks, tmp_path, plan, {"nonfinite": action})
     assert job.codes == [0, 0], job.told
     alone, both = lines(tmp_path / "alone"), lines(tmp_path / "job")

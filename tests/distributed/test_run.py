@@ -15,9 +15,16 @@ import pytest
 from glm_core import cli
 
 SIZES = (
-    "model.num_layers=2", "model.hidden=32", "model.ffn=64", "model.vocab=512", "data.vocab=512",
-    "data.length=32", "train.global_batch=8", "train.save_every=2", "train.warmup_steps=1",
-)  # fmt: skip
+    "model.num_layers=2",
+    "model.hidden=32",
+    "model.ffn=64",
+    "model.vocab=512",
+    "data.vocab=512",
+    "data.length=32",
+    "train.global_batch=8",
+    "train.save_every=2",
+    "train.warmup_steps=1",
+)
 OPTIONS = ["train", "--backend", "reference", "--steps", "4"]
 
 

@@ -31,9 +31,16 @@ def ranks() -> Iterator[Ranks]:
 
 def train(ranks: Ranks, tmp_path: Path, fault: str) -> Job:
     return ranks.run(
-        f"{WORKERS}.training", 2, str(tmp_path / "run"), 6, fault, TIMEOUT_S, INTERVAL_S,
-        folder=tmp_path, timeout_s=25,
-    )  # fmt: skip
+        f"{WORKERS}.training",
+        2,
+        str(tmp_path / "run"),
+        6,
+        fault,
+        TIMEOUT_S,
+        INTERVAL_S,
+        folder=tmp_path,
+        timeout_s=25,
+    )
 
 
 @pytest.mark.parametrize("fault", ["hang", "hold", "stop", "kill"])
@@ -105,9 +112,17 @@ def test_a_log_goes_on_where_the_run_does(tmp_path: Path) -> None:
 
 def record(rank: int, **changes: Any) -> dict[str, Any]:
     values = {
-        "rank": rank, "pid": 1, "host": "a", "state": "hung", "time": 0.0, "begun": "step 3",
-        "collectives": {"0": 7}, "what": "all_reduce", "waiting": True, "stack": ["f.py:1 g"],
-    }  # fmt: skip
+        "rank": rank,
+        "pid": 1,
+        "host": "a",
+        "state": "hung",
+        "time": 0.0,
+        "begun": "step 3",
+        "collectives": {"0": 7},
+        "what": "all_reduce",
+        "waiting": True,
+        "stack": ["f.py:1 g"],
+    }
     return {**values, **changes}
 
 

@@ -21,7 +21,7 @@ from glm_core.distributed import layout, mesh, vocabulary
 from glm_core.distributed.apply import own_rows
 from glm_core.distributed.engine import Engine
 from glm_core.distributed.plan import parse
-from glm_core.optimizer import own_part
+from glm_core.training.optimizer import own_part
 
 TIMEOUT_S = 60.0
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from glm_core import doctor
 from glm_core.backends import registry
 from glm_core.cli import main
 from glm_core.config import ModelConfig, RunConfig, from_dict
+from glm_core.doctor import examination
 from glm_core.model import GLM
 
 MODEL = {"num_layers": 1, "hidden": 32, "num_heads": 2, "ffn": 48, "vocab": 512, "max_length": 256}
@@ -24,8 +24,8 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     """A run of seconds, its own text included; the timed model is as small."""
     text = tmp_path / "text.txt"
     text.write_text("".join(f"The {n}th line counts {n * n} sheep.\n" for n in range(3000)))
-    monkeypatch.setattr(doctor, "preset", lambda name: ModelConfig(**MODEL))
-    monkeypatch.setattr(doctor.Examination, "dtypes", lambda self, backend: ["float32"])
+    monkeypatch.setattr(examination, "preset", lambda name: ModelConfig(**MODEL))
+    monkeypatch.setattr(examination.Examination, "dtypes", lambda self, backend: ["float32"])
     monkeypatch.chdir(tmp_path)
     return from_dict(
         RunConfig,
@@ -39,8 +39,10 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
 
 def examined(backend: str, config: RunConfig, folder: Path) -> dict[str, bytes]:
     """The archive's files."""
-    asked = doctor.Examination(backend=backend, config=config, controls=4, op="geglu", rounds=2)
-    doctor.examine(asked, folder / "doctor.zip")
+    asked = examination.Examination(
+        backend=backend, config=config, controls=4, op="geglu", rounds=2
+    )
+    examination.examine(asked, folder / "doctor.zip")
     with zipfile.ZipFile(folder / "doctor.zip") as archive:
         return {name: archive.read(name) for name in archive.namelist()}
 

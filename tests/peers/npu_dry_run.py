@@ -28,7 +28,7 @@ from glm_core.config import TrainConfig
 from glm_core.conformance import Case, select
 from glm_core.conformance.oracle import forward, leaf, named
 from glm_core.model import GLM, preset
-from glm_core.optimizer import Optimizer
+from glm_core.training.optimizer import Optimizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
 import npu_model
@@ -96,15 +96,21 @@ def _int4pack(codes: Tensor, *_: Any) -> Tensor:
 Repair = tuple[str, Callable[..., Any], str]
 REPAIRS: dict[str, Repair] = {
     "npu_geglu_grad": (
-        "geglu-float32-2x5x48-grad", _geglu_grad, "its meta kernel returns two tensors, not one",
+        "geglu-float32-2x5x48-grad",
+        _geglu_grad,
+        "its meta kernel returns two tensors, not one",
     ),
     "npu_add_layer_norm_backward": (
-        "add_layer_norm-float32-2x5x96-grad", _add_layer_norm_grad, "no meta kernel",
+        "add_layer_norm-float32-2x5x96-grad",
+        _add_layer_norm_grad,
+        "no meta kernel",
     ),
     "npu_convert_weight_to_int4pack": (
-        "quantized_linear-float16-2x5x96-64-int4-test", _int4pack, "no meta kernel",
+        "quantized_linear-float16-2x5x96-64-int4-test",
+        _int4pack,
+        "no meta kernel",
     ),
-}  # fmt: skip
+}
 """operator: (case that needs it, meta kernel of ours, what torch_npu 2.13.0 lacks)"""
 
 
@@ -209,15 +215,21 @@ def train(name: str, dtype: str, stray: str = "") -> dict[str, Any]:
             optimizer.step(1e-3)
     wrong = [n for n, p in model.named_parameters() if p.grad is None or p.grad.dtype != p.dtype]
     return {
-        "calls": dict(watch.calls), "wrong": wrong, "fallbacks": len(session.fallbacks),
+        "calls": dict(watch.calls),
+        "wrong": wrong,
+        "fallbacks": len(session.fallbacks),
         "gradients": len(list(model.parameters())),
-    }  # fmt: skip
+    }
 
 
 INPUTS: dict[str, tuple[int, torch.dtype]] = {
-    "tokens": (0, torch.int64), "positions": (2, torch.int64), "key_start": (0, torch.int32),
-    "key_end": (0, torch.int32), "labels": (0, torch.int64), "token_weight": (0, torch.float32),
-}  # fmt: skip
+    "tokens": (0, torch.int64),
+    "positions": (2, torch.int64),
+    "key_start": (0, torch.int32),
+    "key_end": (0, torch.int32),
+    "labels": (0, torch.int64),
+    "token_weight": (0, torch.float32),
+}
 """of GLM.loss: rows between batch and sequence, dtype"""
 
 
@@ -245,11 +257,13 @@ def device_calls() -> dict[str, Any]:
     BACKEND.set_rng_state(before)
     peak = BACKEND.peak(torch.bfloat16)
     return {
-        "device": str(BACKEND.device()), "peak_bytes": BACKEND.memory_peak_bytes(),
+        "device": str(BACKEND.device()),
+        "peak_bytes": BACKEND.memory_peak_bytes(),
         "rng": moved and torch.equal(before, BACKEND.rng_state()),
-        "tflops": peak and peak.tflops, "probe": BACKEND.probe().reason,
+        "tflops": peak and peak.tflops,
+        "probe": BACKEND.probe().reason,
         "collectives": list(distributed.Backend.backend_list),
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
@@ -260,14 +274,20 @@ def main() -> None:
     strays = {k: outcome(lambda k=k: train("tiny", "float32", stray=k)) for k in INPUTS}
     json.dump(
         {
-            "torch_npu": torch_npu.__version__, "torch": torch.__version__,
-            "chip": torch_npu.npu.get_device_name(0), "schemas": differing_schemas(),
+            "torch_npu": torch_npu.__version__,
+            "torch": torch.__version__,
+            "chip": torch_npu.npu.get_device_name(0),
+            "schemas": differing_schemas(),
             "repaired": {k: {"before": v, "why": REPAIRS[k][2]} for k, v in failed_before.items()},
-            "cases": cases, "calls": dict(COUNTED), "steps": steps, "strays": strays,
-            "ops": sorted(ops.all_ops()), "device": device_calls(),
+            "cases": cases,
+            "calls": dict(COUNTED),
+            "steps": steps,
+            "strays": strays,
+            "ops": sorted(ops.all_ops()),
+            "device": device_calls(),
         },
         sys.stdout,
-    )  # fmt: skip
+    )
 
 
 def _judged(case: Case) -> str:

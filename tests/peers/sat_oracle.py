@@ -110,12 +110,21 @@ def build(module: Any, request: dict[str, Any], dtype: torch.dtype) -> Any:
     vocab, hidden = weights["transformer.word_embeddings.weight"].shape
     sizes = ("num_layers", "num_attention_heads", "inner_hidden_size")
     args = Namespace(
-        **{name: int(request[name]) for name in sizes}, vocab_size=vocab, hidden_size=hidden,
-        max_sequence_length=request["tokens"].shape[1], layernorm_order="post", skip_init=True,
-        model_parallel_size=1, fp16=dtype == torch.float16, no_glu=False,
-        position_encoding_2d=False, bos_token_id=0, mask_token_id=1, gmask_token_id=2,
+        **{name: int(request[name]) for name in sizes},
+        vocab_size=vocab,
+        hidden_size=hidden,
+        max_sequence_length=request["tokens"].shape[1],
+        layernorm_order="post",
+        skip_init=True,
+        model_parallel_size=1,
+        fp16=dtype == torch.float16,
+        no_glu=False,
+        position_encoding_2d=False,
+        bos_token_id=0,
+        mask_token_id=1,
+        gmask_token_id=2,
         pad_token_id=3,
-    )  # fmt: skip
+    )
     model = vars(module)[str(request["model"])](args)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     missing = [name for name in missing if not name.endswith("inv_freq")]

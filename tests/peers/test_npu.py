@@ -38,9 +38,12 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def _dry_run() -> str:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("ASCEND")}
     env = {
-        **kept, "PYTHONPATH": str(ROOT), "LD_LIBRARY_PATH": str(VENV / "cann"),
-        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+        **kept,
+        "PYTHONPATH": str(ROOT),
+        "LD_LIBRARY_PATH": str(VENV / "cann"),
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [VENV / "bin/python", ROOT / "tests/peers/npu_dry_run.py"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -77,10 +80,15 @@ INFERENCE = {"npu_weight_quant_batchmatmul", "npu_convert_weight_to_int4pack"}
 
 def test_every_operator_is_called(found: Any) -> None:
     pairs = {
-        "npu_rms_norm": "_backward", "npu_add_layer_norm": "_backward", "npu_gelu": "_backward",
-        "npu_geglu": "_grad", "npu_swiglu": "_backward", "npu_rotary_mul": "_backward",
-        "npu_fusion_attention": "_grad", "npu_cross_entropy_loss": "_backward",
-    }  # fmt: skip
+        "npu_rms_norm": "_backward",
+        "npu_add_layer_norm": "_backward",
+        "npu_gelu": "_backward",
+        "npu_geglu": "_grad",
+        "npu_swiglu": "_backward",
+        "npu_rotary_mul": "_backward",
+        "npu_fusion_attention": "_grad",
+        "npu_cross_entropy_loss": "_backward",
+    }
     named = {*pairs, *(name + suffix for name, suffix in pairs.items()), "npu_add_rms_norm"}
     assert named | INFERENCE == set(found["calls"])
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from glm_core import ops
 from glm_core.config import ModelConfig
 from glm_core.model import GLM
-from glm_core.model.weights import convert, open_checkpoint, target
+from glm_core.pretrained.weights import convert, open_checkpoint, target
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-sat/bin/python"
@@ -59,9 +59,15 @@ SERVED_BY = {
 }
 B, L, D, H, F, V, LAYERS = 4, 64, 64, 4, 160, 1024, 3
 COMMON: dict[str, Any] = {
-    "num_layers": LAYERS, "hidden": D, "num_heads": H, "ffn": F, "vocab": V, "max_length": L,
-    "placement": "deepnorm", "qk_layer_scaling": True,
-}  # fmt: skip
+    "num_layers": LAYERS,
+    "hidden": D,
+    "num_heads": H,
+    "ffn": F,
+    "vocab": V,
+    "max_length": L,
+    "placement": "deepnorm",
+    "qk_layer_scaling": True,
+}
 CONFIGS = {
     "GLM130B": ModelConfig(**COMMON, activation="geglu", positions="rope"),
     "ChatGLMModel": ModelConfig(**COMMON, activation="gelu", positions="rope_2d", tied_head=False),
@@ -131,10 +137,13 @@ def draw_inputs(generator: torch.Generator) -> dict[str, Tensor]:
     tokens, labels = torch.randint(0, V, (2, B, L), generator=generator)
     counted = (i >= sep).float()
     return {
-        "tokens": tokens, "labels": labels, "positions": torch.stack((positions, block), 1),
-        "key_start": start.int(), "key_end": torch.maximum(i + 1, sep).int(),
+        "tokens": tokens,
+        "labels": labels,
+        "positions": torch.stack((positions, block), 1),
+        "key_start": start.int(),
+        "key_end": torch.maximum(i + 1, sep).int(),
         "token_weight": counted / counted.sum(),
-    }  # fmt: skip
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,12 +199,14 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return {
         model: Case(
-            model, *parts, dict(np.load(folder / f"{model}.result.npz")),
+            model,
+            *parts,
+            dict(np.load(folder / f"{model}.result.npz")),
             [line["served_by"] for line in said if line["model"] == model],
             torch.load(folder / f"{model}.state.pt", weights_only=True)["module"],
         )
         for model, parts in drawn.items()
-    }  # fmt: skip
+    }
 
 
 def draw(model: str, folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -212,9 +223,13 @@ def draw(model: str, folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]
         **{k: v.numpy() for k, v in inputs.items() if not k.startswith("key_")},
         **{f"weight/{sat_name(k)}": sat_layout(model, k, v).numpy() for k, v in weights.items()},
         "visible": ((keys >= start) & (keys < end)).numpy(),
-        "model": model, "num_layers": LAYERS, "num_attention_heads": H, "inner_hidden_size": F,
-        "loss_scale": LOSS_SCALE, "runs": [*DTYPES, *mutations],
-    }  # fmt: skip
+        "model": model,
+        "num_layers": LAYERS,
+        "num_attention_heads": H,
+        "inner_hidden_size": F,
+        "loss_scale": LOSS_SCALE,
+        "runs": [*DTYPES, *mutations],
+    }
     arrays: dict[str, Any] = request
     np.savez(folder / f"{model}.request.npz", **arrays)
     return weights, inputs
@@ -352,9 +367,14 @@ def test_wrong_formulas_are_rejected(
 
 
 MODEL_CONFIG = {
-    "num_layers": LAYERS, "hidden_size": D, "num_attention_heads": H, "inner_hidden_size": F,
-    "vocab_size": V, "max_sequence_length": L, "layernorm_order": "post",
-}  # fmt: skip
+    "num_layers": LAYERS,
+    "hidden_size": D,
+    "num_attention_heads": H,
+    "inner_hidden_size": F,
+    "vocab_size": V,
+    "max_sequence_length": L,
+    "layernorm_order": "post",
+}
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

@@ -22,7 +22,7 @@ from glm_core.model import GLM
 from glm_core.model.generate import generate
 from glm_core.model.prompt import causal
 from glm_core.model.sample import Sampling
-from glm_core.model.weights import convert, open_checkpoint, target
+from glm_core.pretrained.weights import convert, open_checkpoint, target
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -32,17 +32,28 @@ B, L, V = 3, 24, 97
 SHAPES: dict[str, dict[str, Any]] = {
     "gqa": {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
     "mqa-wide-heads-no-bias": {
-        "hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32,
-        "attention_bias": False, "num_hidden_layers": 1,
+        "hidden_size": 48,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "attention_bias": False,
+        "num_hidden_layers": 1,
     },
     "full-rotary-tied": {
-        "hidden_size": 60, "num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 12,
-        "num_hidden_layers": 3, "tie_word_embeddings": True, "rms_norm_eps": 1e-5,
+        "hidden_size": 60,
+        "num_attention_heads": 5,
+        "num_key_value_heads": 5,
+        "head_dim": 12,
+        "num_hidden_layers": 3,
+        "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-5,
         "rope_parameters": {
-            "rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0,
+            "rope_type": "default",
+            "rope_theta": 500.0,
+            "partial_rotary_factor": 1.0,
         },
     },
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,17 +82,27 @@ def inputs(prefix: bool) -> Inputs:
     place = torch.arange(L).expand(B, L)
     sep = torch.tensor([[5], [11], [17]]) if prefix else 0
     end = (place + 1).maximum(torch.as_tensor(sep)).int()
-    return Inputs(tokens, labels, weight / weight.sum(), place.expand(2, B, L).transpose(0, 1),
-                  torch.zeros(B, L, dtype=torch.int32), end)  # fmt: skip
+    return Inputs(
+        tokens,
+        labels,
+        weight / weight.sum(),
+        place.expand(2, B, L).transpose(0, 1),
+        torch.zeros(B, L, dtype=torch.int32),
+        end,
+    )
 
 
 def peer(kind: str, shape: str) -> nn.Module:
     """transformers' model with weights of a size that makes every part matter."""
     sizes = {"num_hidden_layers": 2, "intermediate_size": 88, "vocab_size": V, **SHAPES[shape]}
     config = getattr(transformers, f"{kind}Config")(
-        **sizes, max_position_embeddings=64, pad_token_id=0, eos_token_id=1,
-        attn_implementation="sdpa", use_cache=False,
-    )  # fmt: skip
+        **sizes,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        eos_token_id=1,
+        attn_implementation="sdpa",
+        use_cache=False,
+    )
     model: nn.Module = getattr(transformers, f"{kind}ForCausalLM")(config).train()
     g = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -126,11 +147,18 @@ def pure_float64(model: nn.Module) -> None:
 
 
 NAMES = {
-    "model.embed_tokens.weight": "embedding", "model.norm": "final_norm", "lm_head.weight": "head",
-    "model.layers": "blocks", "self_attn.o_proj": "attention.out", "input_layernorm": "input_norm",
-    "gate_up_proj": "up", "down_proj": "down", "post_mlp_layernorm": "post_mlp_norm",
-    "post_self_attn_layernorm": "post_attention_norm", "post_attention_layernorm": "mlp_norm",
-}  # fmt: skip
+    "model.embed_tokens.weight": "embedding",
+    "model.norm": "final_norm",
+    "lm_head.weight": "head",
+    "model.layers": "blocks",
+    "self_attn.o_proj": "attention.out",
+    "input_layernorm": "input_norm",
+    "gate_up_proj": "up",
+    "down_proj": "down",
+    "post_mlp_layernorm": "post_mlp_norm",
+    "post_self_attn_layernorm": "post_attention_norm",
+    "post_attention_layernorm": "mlp_norm",
+}
 
 
 def renamed(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -154,13 +182,26 @@ def _sibling(name: str, letter: str) -> str:
 def model_config(kind: str, peer_config: Any) -> ModelConfig:
     c, rope = peer_config, peer_config.rope_parameters
     return ModelConfig(
-        num_layers=c.num_hidden_layers, hidden=c.hidden_size, num_heads=c.num_attention_heads,
-        num_kv_heads=c.num_key_value_heads, head_dim=c.head_dim, ffn=c.intermediate_size, vocab=V,
-        max_length=L, norm="rms", norm_eps=c.rms_norm_eps, activation="swiglu", positions="rope",
-        placement="sandwich" if kind == "Glm4" else "pre", rope_base=rope["rope_theta"],
-        rope_fraction=rope["partial_rotary_factor"], rope_interleaved=True, linear_bias=False,
-        qkv_bias=c.attention_bias, tied_head=c.tie_word_embeddings,
-    )  # fmt: skip
+        num_layers=c.num_hidden_layers,
+        hidden=c.hidden_size,
+        num_heads=c.num_attention_heads,
+        num_kv_heads=c.num_key_value_heads,
+        head_dim=c.head_dim,
+        ffn=c.intermediate_size,
+        vocab=V,
+        max_length=L,
+        norm="rms",
+        norm_eps=c.rms_norm_eps,
+        activation="swiglu",
+        positions="rope",
+        placement="sandwich" if kind == "Glm4" else "pre",
+        rope_base=rope["rope_theta"],
+        rope_fraction=rope["partial_rotary_factor"],
+        rope_interleaved=True,
+        linear_bias=False,
+        qkv_bias=c.attention_bias,
+        tied_head=c.tie_word_embeddings,
+    )
 
 
 def ours(
@@ -199,8 +240,10 @@ class Case:
         own = 1.0 if dtype == torch.float32 else EPS_64 / EPS_32
         # a scalar's error can be lucky; its own rounding is the least that can be asked
         floor = {n: rms(t) * EPS_32 for n, t in self.truth.items()}
-        return max((rms(mine[n].double() - t) / own / max(self.error[n], floor[n]), n)
-                   for n, t in self.truth.items())  # fmt: skip
+        return max(
+            (rms(mine[n].double() - t) / own / max(self.error[n], floor[n]), n)
+            for n, t in self.truth.items()
+        )
 
 
 @pytest.mark.parametrize("mask", ["causal", "prefix"])
@@ -250,9 +293,11 @@ def test_a_wrong_model_is_found(wrong: str, dtype: torch.dtype) -> None:
         given.key_end[2, 20] += 1
     else:
         changes = {
-            "half-rotation": {"rope_interleaved": False}, "rope-fraction": {"rope_fraction": 0.25},
-            "eps": {"norm_eps": 1e-6}, "placement": {"placement": "pre"},
-        }[wrong]  # fmt: skip
+            "half-rotation": {"rope_interleaved": False},
+            "rope-fraction": {"rope_fraction": 0.25},
+            "eps": {"norm_eps": 1e-6},
+            "placement": {"placement": "pre"},
+        }[wrong]
         case.config = dataclasses.replace(case.config, **changes)
     if wrong == "placement":
         case.weights = {n: w for n, w in case.weights.items() if "post" not in n}
@@ -296,9 +341,13 @@ def test_greedy_tokens(kind: str, shape: str, backend: str) -> None:
     asked = torch.tensor([[0] * n + p for n, p in zip(pads, prompts, strict=True)])
     shown = torch.tensor([[0] * n + [1] * len(p) for n, p in zip(pads, prompts, strict=True)])
     expected = theirs.generate(
-        asked, attention_mask=shown, max_new_tokens=20, do_sample=False, use_cache=True,
+        asked,
+        attention_mask=shown,
+        max_new_tokens=20,
+        do_sample=False,
+        use_cache=True,
         eos_token_id=None,
-    )[:, longest:].tolist()  # fmt: skip
+    )[:, longest:].tolist()
     model = GLM(dataclasses.replace(model_config(kind, theirs.config), max_length=64))
     model.load_state_dict(renamed(dict(theirs.named_parameters())))
     settings = Sampling(max_tokens=20, temperature=0)

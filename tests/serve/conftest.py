@@ -16,7 +16,7 @@ import torch
 from glm_core.config import ModelConfig
 from glm_core.data import tokenizer
 from glm_core.model import GLM
-from glm_core.serve.source import Source
+from glm_core.pretrained.source import Source
 
 # importlib mode leaves sys.path alone; `folders` is shared by these tests
 sys.path.insert(0, str(Path(__file__).parent))
@@ -69,8 +69,12 @@ def serving(source: Source) -> Callable[..., contextlib.AbstractContextManager[S
                 await super().startup(sockets)
                 started.set()
 
-        config = uvicorn.Config(api.app(engine, api.Limits(**limits)), log_level="error",
-                                timeout_graceful_shutdown=1, lifespan="off")  # fmt: skip
+        config = uvicorn.Config(
+            api.app(engine, api.Limits(**limits)),
+            log_level="error",
+            timeout_graceful_shutdown=1,
+            lifespan="off",
+        )
         server = Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from glm_core.model import GLM
-from glm_core.serve.source import Message
+from glm_core.pretrained.source import Message
 
 spec = importlib.util.spec_from_file_location(
     "foreign", Path(__file__).parents[1] / "unit/foreign.py"
@@ -26,9 +26,11 @@ spec.loader.exec_module(foreign)
 
 TEXT = "The quick brown fox jumps over the lazy dog. 你好，世界 again and again it runs.\n"
 TALK = [
-    Message("system", "Be brief."), Message("user", "who runs?"), Message("assistant", "the fox"),
+    Message("system", "Be brief."),
+    Message("user", "who runs?"),
+    Message("assistant", "the fox"),
     Message("user", "<|user|> again, 你好?"),
-]  # fmt: skip
+]
 
 
 def loud(parameters: Any) -> None:
@@ -44,11 +46,20 @@ def sentences(symbols: list[str], **more: Any) -> bytes:
     """A sentencepiece model."""
     made = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([TEXT] * 20), model_writer=made, model_type="bpe", vocab_size=340,
-        hard_vocab_limit=False, byte_fallback=True, character_coverage=1.0, minloglevel=2,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, num_threads=1,
-        user_defined_symbols=symbols, **more,
-    )  # fmt: skip
+        sentence_iterator=iter([TEXT] * 20),
+        model_writer=made,
+        model_type="bpe",
+        vocab_size=340,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        character_coverage=1.0,
+        minloglevel=2,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        num_threads=1,
+        user_defined_symbols=symbols,
+        **more,
+    )
     return made.getvalue()
 
 
@@ -61,9 +72,13 @@ def stored(folder: Path, name: str, vocab: int = 400) -> GLM:
     state = foreign.STATES[name]({k: v.detach() for k, v in model.named_parameters()})
     save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors")
     theirs = {
-        **foreign.DESCRIPTIONS[name], "eos_token_id": 2,
-        **({"padded_vocab_size": vocab, "seq_length": 200} if name == "chatglm2" else
-           {"vocab_size": vocab, "max_sequence_length": 200}),
-    }  # fmt: skip
+        **foreign.DESCRIPTIONS[name],
+        "eos_token_id": 2,
+        **(
+            {"padded_vocab_size": vocab, "seq_length": 200}
+            if name == "chatglm2"
+            else {"vocab_size": vocab, "max_sequence_length": 200}
+        ),
+    }
     (folder / "config.json").write_text(json.dumps(theirs))
     return model

@@ -14,11 +14,11 @@ from folders import sentences, stored
 from test_tokenizers import CHATGLM3_TEMPLATE
 
 from glm_core import cli
-from glm_core.data.pairs import Pair, Pairs
 from glm_core.errors import DataError
 from glm_core.model.prompt import Prompt, causal
-from glm_core.serve import lessons
-from glm_core.serve.pretrained import from_path
+from glm_core.pretrained import conversations
+from glm_core.pretrained.load import from_path
+from glm_core.pretrained.pairs import Pair, Pairs
 
 
 def chatglm3(folder: Path) -> Path:
@@ -38,12 +38,35 @@ def test_an_answer_is_learnt(tmp_path: Path, capsys: Any, monkeypatch: Any) -> N
         '{"messages": [{"role": "user", "content": "who jumps?"},'
         ' {"role": "assistant", "content": "the fox"}]}\n'
     )
-    learn = ["train", "--backend", "reference", "--base", str(base), "--pairs",
-             str(tmp_path / "pairs.jsonl"), "--adapter", "ptuning", "--prefix-length", "8",
-             "--prefix-projection", "--dropout", "0.1", "--steps", "120", "--out",
-             str(out)]  # fmt: skip
-    for item in ("lr=0.02", "min_lr=0.001", "warmup_steps=5", "micro_batch=2", "global_batch=2",
-                 "weight_decay=0.0", "save_every=0"):  # fmt: skip
+    learn = [
+        "train",
+        "--backend",
+        "reference",
+        "--base",
+        str(base),
+        "--pairs",
+        str(tmp_path / "pairs.jsonl"),
+        "--adapter",
+        "ptuning",
+        "--prefix-length",
+        "8",
+        "--prefix-projection",
+        "--dropout",
+        "0.1",
+        "--steps",
+        "120",
+        "--out",
+        str(out),
+    ]
+    for item in (
+        "lr=0.02",
+        "min_lr=0.001",
+        "warmup_steps=5",
+        "micro_batch=2",
+        "global_batch=2",
+        "weight_decay=0.0",
+        "save_every=0",
+    ):
         learn += ["--set", f"train.{item}"]
     assert cli.main([*learn, "--set", "data.length=48"]) == 0
     capsys.readouterr()
@@ -51,8 +74,9 @@ def test_an_answer_is_learnt(tmp_path: Path, capsys: Any, monkeypatch: Any) -> N
     talk = ["chat", "--model", str(base), "--temperature", "0", "--max-tokens", "12"]
     assert cli.main([*talk, "--adapter", str(out)]) == 0
     assert [s.strip() for s in capsys.readouterr().out.splitlines() if s.strip()] == [
-        "the lazy dog", "the fox",
-    ]  # fmt: skip
+        "the lazy dog",
+        "the fox",
+    ]
 
 
 PREFIX_LM = Pair(Prompt((5, 6, 7, 8), sep=3, mask=2), (9, 10, 2))
@@ -109,10 +133,10 @@ def test_refusals(tmp_path: Path, capsys: Any) -> None:
     ]:
         file.write_text('{"prompt": "a", "response": "b"}\n' + line)
         with pytest.raises(DataError, match=told):
-            lessons.read(source, file)
+            conversations.read(source, file)
     file.write_bytes(b"\xff")
     with pytest.raises(DataError, match="cannot be read"):
-        lessons.read(source, file)
+        conversations.read(source, file)
     base = ["--base", str(tmp_path / "their"), "--out", str(tmp_path / "out")]
     assert cli.main(["train", "--adapter", "lora", *base]) == 2
     assert "this base has another; give conversations instead (--pairs" in capsys.readouterr().err

@@ -64,8 +64,9 @@ class Browser:
 
     def run(self, script: str) -> Any:
         """The value of a JavaScript expression, awaited."""
-        done = self.call("Runtime.evaluate", expression=script, awaitPromise=True,
-                         returnByValue=True)  # fmt: skip
+        done = self.call(
+            "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
+        )
         assert "exceptionDetails" not in done, done
         return done["result"].get("value")
 

@@ -16,11 +16,21 @@ from glm_core import cli
 from glm_core.errors import CheckpointError, DataError, PromptError
 from glm_core.model.generate import generate
 from glm_core.model.sample import Sampling
-from glm_core.serve.pretrained import Causal, from_path
-from glm_core.serve.source import Message
+from glm_core.pretrained.load import Causal, from_path
+from glm_core.pretrained.source import Message
 
-SPECIAL = ["<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>",
-           "<|user|>", "<|assistant|>", "<|observation|>"]  # fmt: skip
+SPECIAL = [
+    "<|endoftext|>",
+    "[MASK]",
+    "[gMASK]",
+    "[sMASK]",
+    "<sop>",
+    "<eop>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|observation|>",
+]
 TEMPLATE = (
     "[gMASK]<sop>{% for item in messages %}{% if item['content'] %}<|{{ item['role'] }}|>\n"
     "{{ item['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>\n"
@@ -36,17 +46,27 @@ def theirs(request: Any, tmp_path: Path) -> tuple[Path, Any, Any]:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     pieces = tokenizer_json()
     fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=pieces, additional_special_tokens=SPECIAL[1:], eos_token=SPECIAL[0],
-        pad_token=SPECIAL[0], chat_template=TEMPLATE,
-    )  # fmt: skip
+        tokenizer_object=pieces,
+        additional_special_tokens=SPECIAL[1:],
+        eos_token=SPECIAL[0],
+        pad_token=SPECIAL[0],
+        chat_template=TEMPLATE,
+    )
     name = {"glm": "Glm", "glm4": "Glm4"}[request.param]
     ids = fast.convert_tokens_to_ids([SPECIAL[0], "<|user|>", "<|observation|>"])
     sizes = {
-        "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "head_dim": 8,
-        "num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 384,
-        "max_position_embeddings": 128, "eos_token_id": ids, "pad_token_id": ids[0],
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "head_dim": 8,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+        "vocab_size": 384,
+        "max_position_embeddings": 128,
+        "eos_token_id": ids,
+        "pad_token_id": ids[0],
         "attention_bias": True,
-    }  # fmt: skip
+    }
     model = getattr(transformers, f"{name}ForCausalLM")(
         getattr(transformers, f"{name}Config")(**sizes)
     ).eval()
@@ -64,9 +84,10 @@ def tokenizer_json() -> Any:
     pieces.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     pieces.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=330, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=330,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
-    )  # fmt: skip
+    )
     pieces.train_from_iterator([TEXT] * 9, trainer)
     pieces.add_special_tokens(SPECIAL)
     front = [(n, pieces.token_to_id(n)) for n in ("[gMASK]", "<sop>")]
@@ -109,9 +130,13 @@ def greedy(model: Any, prompt: Any, stop: list[int]) -> list[int]:
     """transformers' generate, without the stop token."""
     ids = torch.tensor([list(prompt)])
     found = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False,
-        eos_token_id=stop, pad_token_id=0,
-    )[0, len(prompt) :].tolist()  # fmt: skip
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=stop,
+        pad_token_id=0,
+    )[0, len(prompt) :].tolist()
     ends = [i for i, token in enumerate(found) if token in stop]
     return found[: ends[0]] if ends else found
 
@@ -123,9 +148,16 @@ def test_what_people_write_is_text(theirs: tuple[Path, Any, Any]) -> None:
     tokens = source.chat(TALK).tokens
     assert [t for t in tokens if t in roles.values()] == [
         roles[n]
-        for n in ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|user|>",
-                  "<|assistant|>")
-    ]  # fmt: skip
+        for n in (
+            "[gMASK]",
+            "<sop>",
+            "<|system|>",
+            "<|user|>",
+            "<|assistant|>",
+            "<|user|>",
+            "<|assistant|>",
+        )
+    ]
     assert "<|user|> again, 你好?" in source.tokenizer.decode(tokens)
     assert roles["<|user|>"] not in source.complete("<|user|>").tokens[2:]
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from glm_core import cli, config, train
+from glm_core import cli, config
 from glm_core.backends.registry import use
 from glm_core.model.generate import generate
 from glm_core.model.quantize import Quantization, QuantizedLinear, convert
 from glm_core.model.sample import Sampling
-from glm_core.serve.pretrained import from_path
-from glm_core.serve.source import Message
+from glm_core.pretrained.load import from_path
+from glm_core.pretrained.source import Message
+from glm_core.training import trainer
 
 ASKED = "The fox number 7"
 HOW = {
@@ -35,7 +36,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         data=config.DataConfig(path=str(text), vocab=400, length=64),
         train=config.TrainConfig(steps=12, warmup_steps=0, micro_batch=4, global_batch=4, lr=3e-3),
     )
-    train.run(settings, folder / "run", cache_dir=folder / "cache")
+    trainer.run(settings, folder / "run", cache_dir=folder / "cache")
     return folder / "run"
 
 
@@ -71,8 +72,11 @@ def test_commands_and_server_say_the_same(
     with serving(model=source) as served:
         client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none")
         told = client.chat.completions.create(
-            model=source.name, messages=[{"role": "user", "content": ASKED}], temperature=0,
-            max_tokens=12, stream=True,
-        )  # fmt: skip
+            model=source.name,
+            messages=[{"role": "user", "content": ASKED}],
+            temperature=0,
+            max_tokens=12,
+            stream=True,
+        )
         pieces = [chunk.choices[0].delta.content or "" for chunk in told if chunk.choices]
     assert "".join(pieces) == answer

@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import example, given, settings
 
-from glm_core.serve.source import Message, Source
+from glm_core.pretrained.source import Message, Source
 from glm_core.serve.text import TextStream
 
 

@@ -17,9 +17,9 @@ from folders import TALK, TEXT, sentences, stored
 from glm_core.errors import DataError
 from glm_core.model.generate import generate
 from glm_core.model.sample import Sampling
-from glm_core.serve.pieces import GLM4, GLM4_PATTERN, ChatGLM6B
-from glm_core.serve.pretrained import from_path
-from glm_core.serve.source import Message
+from glm_core.pretrained.load import from_path
+from glm_core.pretrained.source import Message
+from glm_core.pretrained.tokenizers import GLM4, GLM4_PATTERN, ChatGLM6B
 
 GREEDY = Sampling(max_tokens=12, temperature=0)
 CHATGLM3_TEMPLATE = (

@@ -1,7 +1,7 @@
 """Tiny checkpoints exactly as other projects store them, written here by hand from our weights.
 
-Nothing of glm_core.model.weights is used: these are what it is judged by. Keys and splits after
-GLM-130B tools/convert_tp.py, THUDM/GLM change_mp.py, modeling_chatglm.py and transformers."""
+Nothing of glm_core.pretrained.weights is used: these are what it is judged by. Keys and splits
+after GLM-130B tools/convert_tp.py, THUDM/GLM change_mp.py, modeling_chatglm.py and transformers."""
 
 from __future__ import annotations
 
@@ -20,17 +20,38 @@ from glm_core.model import GLM
 State = dict[str, Tensor]
 N, D, H, K, E, F, V, L = 2, 32, 8, 2, 8, 48, 96, 32
 SWIGLU: dict[str, Any] = {
-    "num_layers": N, "hidden": D, "num_heads": H, "num_kv_heads": K, "head_dim": E, "ffn": F,
-    "vocab": V, "max_length": L, "norm": "rms", "placement": "pre", "activation": "swiglu",
-    "rope_fraction": 0.5, "rope_interleaved": True, "linear_bias": False, "tied_head": False,
-}  # fmt: skip
+    "num_layers": N,
+    "hidden": D,
+    "num_heads": H,
+    "num_kv_heads": K,
+    "head_dim": E,
+    "ffn": F,
+    "vocab": V,
+    "max_length": L,
+    "norm": "rms",
+    "placement": "pre",
+    "activation": "swiglu",
+    "rope_fraction": 0.5,
+    "rope_interleaved": True,
+    "linear_bias": False,
+    "tied_head": False,
+}
 PLAIN: dict[str, Any] = {
-    "num_layers": N, "hidden": D, "num_heads": H, "ffn": F, "vocab": V, "max_length": L,
+    "num_layers": N,
+    "hidden": D,
+    "num_heads": H,
+    "ffn": F,
+    "vocab": V,
+    "max_length": L,
     "qk_layer_scaling": True,
-}  # fmt: skip
+}
 CHATGLM: dict[str, Any] = {
-    **PLAIN, "activation": "gelu", "positions": "rope_2d", "tied_head": False, "hidden": 64,
-}  # fmt: skip
+    **PLAIN,
+    "activation": "gelu",
+    "positions": "rope_2d",
+    "tied_head": False,
+    "hidden": 64,
+}
 CONFIGS = {
     "glm": ModelConfig(**{**SWIGLU, "norm_eps": 1.5625e-7, "rope_base": 500.0}),
     "glm4": ModelConfig(**{**SWIGLU, "placement": "sandwich", "norm_eps": 1.5625e-7}),
@@ -39,15 +60,25 @@ CONFIGS = {
     "chatglm-6b": ModelConfig(**CHATGLM),
     "sat-chatglm-6b": ModelConfig(**CHATGLM),
     "glm-block": ModelConfig(
-        num_layers=N, hidden=D, num_heads=H, ffn=4 * D, vocab=V, max_length=L, placement="pre",
-        activation="gelu", positions="learned_2d",
+        num_layers=N,
+        hidden=D,
+        num_heads=H,
+        ffn=4 * D,
+        vocab=V,
+        max_length=L,
+        placement="pre",
+        activation="gelu",
+        positions="learned_2d",
     ),
-}  # fmt: skip
+}
 MEGATRON = {
-    "input_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
-    "attention.qkv": "attention.query_key_value", "attention.out": "attention.dense",
-    "mlp.up": "mlp.dense_h_to_4h", "mlp.down": "mlp.dense_4h_to_h",
-}  # fmt: skip
+    "input_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    "attention.qkv": "attention.query_key_value",
+    "attention.out": "attention.dense",
+    "mlp.up": "mlp.dense_h_to_4h",
+    "mlp.down": "mlp.dense_4h_to_h",
+}
 
 
 def weights(name: str, dtype: torch.dtype = torch.float16) -> State:
@@ -116,15 +147,19 @@ def chatglm2(ours: State) -> State:
 def hf(ours: State) -> State:
     """transformers' Glm and Glm4."""
     names = {
-        "input_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
-        "post_attention_norm": "post_self_attn_layernorm", "post_mlp_norm": "post_mlp_layernorm",
-        "attention.out": "self_attn.o_proj", "mlp.up": "mlp.gate_up_proj",
+        "input_norm": "input_layernorm",
+        "mlp_norm": "post_attention_layernorm",
+        "post_attention_norm": "post_self_attn_layernorm",
+        "post_mlp_norm": "post_mlp_layernorm",
+        "attention.out": "self_attn.o_proj",
+        "mlp.up": "mlp.gate_up_proj",
         "mlp.down": "mlp.down_proj",
-    }  # fmt: skip
+    }
     theirs = {
-        "model.embed_tokens.weight": ours["embedding"], "lm_head.weight": ours["head"],
+        "model.embed_tokens.weight": ours["embedding"],
+        "lm_head.weight": ours["head"],
         "model.norm.weight": ours["final_norm.weight"],
-    }  # fmt: skip
+    }
     for i, module, leaf, value in inner(ours):
         if module == "attention.qkv":
             for p, part in zip("qkv", value.split([H * E, K * E, K * E]), strict=True):
@@ -189,47 +224,98 @@ def quantize(ranks: list[State], bits: int) -> list[State]:
 SPECIAL = {"bos_token_id": 90, "eos_token_id": 91, "pad_token_id": 3}
 DESCRIPTIONS: dict[str, dict[str, Any]] = {
     "chatglm2": {
-        "model_type": "chatglm", "architectures": ["ChatGLMModel"], "num_layers": N,
-        "hidden_size": D, "ffn_hidden_size": F, "kv_channels": E, "num_attention_heads": H,
-        "multi_query_attention": True, "multi_query_group_num": K, "padded_vocab_size": V,
-        "seq_length": L, "layernorm_epsilon": 1e-5, "rmsnorm": True, "post_layer_norm": True,
-        "apply_residual_connection_post_layernorm": False, "add_bias_linear": False,
-        "add_qkv_bias": True, "rope_ratio": 3, "tie_word_embeddings": False, **SPECIAL,
+        "model_type": "chatglm",
+        "architectures": ["ChatGLMModel"],
+        "num_layers": N,
+        "hidden_size": D,
+        "ffn_hidden_size": F,
+        "kv_channels": E,
+        "num_attention_heads": H,
+        "multi_query_attention": True,
+        "multi_query_group_num": K,
+        "padded_vocab_size": V,
+        "seq_length": L,
+        "layernorm_epsilon": 1e-5,
+        "rmsnorm": True,
+        "post_layer_norm": True,
+        "apply_residual_connection_post_layernorm": False,
+        "add_bias_linear": False,
+        "add_qkv_bias": True,
+        "rope_ratio": 3,
+        "tie_word_embeddings": False,
+        **SPECIAL,
     },
     "glm-130b": {
-        "model_class": "GLM130B", "num_layers": N, "hidden_size": D, "num_attention_heads": H,
-        "inner_hidden_size": F, "vocab_size": V, "max_sequence_length": L,
-        "layernorm_order": "post", "model_parallel_size": 8,
+        "model_class": "GLM130B",
+        "num_layers": N,
+        "hidden_size": D,
+        "num_attention_heads": H,
+        "inner_hidden_size": F,
+        "vocab_size": V,
+        "max_sequence_length": L,
+        "layernorm_order": "post",
+        "model_parallel_size": 8,
     },
     "chatglm-6b": {
-        "model_type": "chatglm", "architectures": ["ChatGLMModel"], "num_layers": N,
-        "hidden_size": 64, "inner_hidden_size": F, "num_attention_heads": H, "vocab_size": V,
-        "max_sequence_length": L, "layernorm_epsilon": 1e-5, "position_encoding_2d": True,
+        "model_type": "chatglm",
+        "architectures": ["ChatGLMModel"],
+        "num_layers": N,
+        "hidden_size": 64,
+        "inner_hidden_size": F,
+        "num_attention_heads": H,
+        "vocab_size": V,
+        "max_sequence_length": L,
+        "layernorm_epsilon": 1e-5,
+        "position_encoding_2d": True,
         **SPECIAL,
     },
     "sat-chatglm-6b": {
-        "model_class": "ChatGLMModel", "num_layers": N, "hidden_size": 64, "vocab_size": V,
-        "inner_hidden_size": F, "num_attention_heads": H, "max_sequence_length": L,
+        "model_class": "ChatGLMModel",
+        "num_layers": N,
+        "hidden_size": 64,
+        "vocab_size": V,
+        "inner_hidden_size": F,
+        "num_attention_heads": H,
+        "max_sequence_length": L,
     },
     "glm-block": {
-        "model_type": "glm", "num_layers": N, "hidden_size": D, "num_attention_heads": H,
-        "vocab_size": V, "max_sequence_length": L, "block_position_encoding": True,
+        "model_type": "glm",
+        "num_layers": N,
+        "hidden_size": D,
+        "num_attention_heads": H,
+        "vocab_size": V,
+        "max_sequence_length": L,
+        "block_position_encoding": True,
     },
-}  # fmt: skip
+}
 for _kind, _extra in (("glm", {"rope_theta": 500.0}), ("glm4", {})):
     DESCRIPTIONS[_kind] = {
-        "model_type": _kind, "num_hidden_layers": N, "hidden_size": D, "intermediate_size": F,
-        "num_attention_heads": H, "num_key_value_heads": K, "head_dim": E, "vocab_size": V,
-        "max_position_embeddings": L, "rms_norm_eps": 1.5625e-7, "attention_bias": True,
-        "tie_word_embeddings": False, "hidden_act": "silu", "partial_rotary_factor": 0.5,
-        **_extra, **SPECIAL,
-    }  # fmt: skip
+        "model_type": _kind,
+        "num_hidden_layers": N,
+        "hidden_size": D,
+        "intermediate_size": F,
+        "num_attention_heads": H,
+        "num_key_value_heads": K,
+        "head_dim": E,
+        "vocab_size": V,
+        "max_position_embeddings": L,
+        "rms_norm_eps": 1.5625e-7,
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+        "partial_rotary_factor": 0.5,
+        **_extra,
+        **SPECIAL,
+    }
 STATES: dict[str, Callable[[State], State]] = {
-    "glm": hf, "glm4": hf, "chatglm2": chatglm2, "glm-block": block,
+    "glm": hf,
+    "glm4": hf,
+    "chatglm2": chatglm2,
+    "glm-block": block,
     "glm-130b": lambda w: sat(w, "", by_head=True),
     "chatglm-6b": lambda w: sat(w, "lm_head.weight", by_head=True),
     "sat-chatglm-6b": lambda w: sat(w, "mixins.chatglm-final.lm_head.weight", by_head=False),
-}  # fmt: skip
+}
 
 
 def ranks_of(name: str, size: int = 1, bits: int = 0) -> list[State]:

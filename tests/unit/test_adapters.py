@@ -12,18 +12,19 @@ import torch
 from torch import Tensor, nn
 from toy import Sampler, config
 
-from glm_core import ops, train
+from glm_core import ops
 from glm_core.data import Batch
 from glm_core.errors import CheckpointError, ConfigError
 from glm_core.model import GLM
-from glm_core.model.adapter_files import load_adapter, save_adapter
 from glm_core.model.adapters import (
     AdapterConfig,
     adapter_state,
     attach,
     merge,
-)  # fmt: skip
+)
 from glm_core.ops.quant import quantize
+from glm_core.pretrained.adapter_files import load_adapter, save_adapter
+from glm_core.training import trainer
 
 ALL = AdapterConfig(rank=3, targets="attention.qkv attention.out mlp.up mlp.down")
 
@@ -48,7 +49,7 @@ def inputs() -> tuple[Tensor, ...]:
 def trained(model: GLM, folder: Path, dtype: str = "float32") -> list[float]:
     """The losses of twenty steps."""
     run = config(lr=0.05, min_lr=0.05, dtype=dtype, steps=20, save_every=0)
-    result = train.run(run, folder, sampler=OneWord(), model=model)
+    result = trainer.run(run, folder, sampler=OneWord(), model=model)
     assert result.steps == 20
     text = (folder / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["loss"] for line in text]

@@ -36,9 +36,11 @@ def log_probabilities(model: GLM, ids: list[int]) -> torch.Tensor:
     place = torch.arange(n)
     with torch.no_grad():
         logits = model.logits(
-            torch.tensor([ids]), torch.stack((place, place))[None],
-            torch.zeros(1, n, dtype=torch.int32), (place + 1).int()[None],
-        )  # fmt: skip
+            torch.tensor([ids]),
+            torch.stack((place, place))[None],
+            torch.zeros(1, n, dtype=torch.int32),
+            (place + 1).int()[None],
+        )
     return logits[0, -1].double()
 
 

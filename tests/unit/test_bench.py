@@ -8,28 +8,30 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from glm_core.bench import dispatch, harness, step
+from glm_core.bench import dispatch, step
+from glm_core.measure import dispatch as cost
+from glm_core.measure import timing
 from glm_core.model import preset
 
 
 def test_interleave_runs_every_contestant_once_a_round_in_turn() -> None:
     order: list[str] = []
     contestants = {name: (lambda name=name: order.append(name)) for name in "ab"}
-    timing = harness.interleave(contestants, rounds=3, warmup=1)
+    timings = timing.interleave(contestants, rounds=3, warmup=1)
     assert order == ["a", "b"] * 4
-    assert {len(t.seconds) for t in timing.values()} == {3}
+    assert {len(t.seconds) for t in timings.values()} == {3}
 
 
 def test_ratio_is_the_median_of_round_by_round_ratios() -> None:
-    slow = harness.Timing(seconds=(2.0, 30.0, 6.0))
-    fast = harness.Timing(seconds=(1.0, 10.0, 1.0))
-    assert harness.ratio(slow, fast)["ratio"] == 3.0
+    slow = timing.Timing(seconds=(2.0, 30.0, 6.0))
+    fast = timing.Timing(seconds=(1.0, 10.0, 1.0))
+    assert timing.ratio(slow, fast)["ratio"] == 3.0
     assert slow.median_s == 6.0
 
 
 def test_spread_is_the_interquartile_range_over_the_median() -> None:
-    assert harness.Timing(seconds=(1.0,)).spread == 0.0
-    assert harness.Timing(seconds=(1.0, 2.0, 3.0)).spread == pytest.approx(1.0)
+    assert timing.Timing(seconds=(1.0,)).spread == 0.0
+    assert timing.Timing(seconds=(1.0, 2.0, 3.0)).spread == pytest.approx(1.0)
 
 
 def test_matmul_flops_are_six_per_weight_and_token() -> None:
@@ -56,12 +58,12 @@ def test_dispatch_overhead_is_the_difference_of_two_timings(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock: Iterator[float] = itertools.cycle([0.03, 0.01])
-    monkeypatch.setattr(dispatch.timeit, "timeit", lambda f, number: next(clock))
-    assert dispatch.measure(rounds=2)["overhead_us"] == pytest.approx(0.02 / dispatch.CALLS * 1e6)
+    monkeypatch.setattr(cost.timeit, "timeit", lambda f, number: next(clock))
+    assert dispatch.measure(rounds=2)["overhead_us"] == pytest.approx(0.02 / cost.CALLS * 1e6)
 
 
 def test_gemm_contestant_has_the_dtype_and_size_it_is_counted_with() -> None:
-    product = harness.gemm(torch.bfloat16, 8)()
+    product = timing.gemm(torch.bfloat16, 8)()
     assert product.dtype == torch.bfloat16
     assert product.shape == (8, 8)
-    assert harness.gemm_flops(8) == 1024
+    assert timing.gemm_flops(8) == 1024

@@ -17,9 +17,15 @@ pytestmark = pytest.mark.skipif(not probe("cpu").ok, reason=probe("cpu").reason)
 
 def tiny() -> ModelConfig:
     return preset(
-        "glm-4-9b", num_layers=2, hidden=128, num_heads=4, num_kv_heads=2, ffn=256, vocab=128,
+        "glm-4-9b",
+        num_layers=2,
+        hidden=128,
+        num_heads=4,
+        num_kv_heads=2,
+        ffn=256,
+        vocab=128,
         max_length=1024,
-    )  # fmt: skip
+    )
 
 
 def test_rows_have_the_promised_fields_and_count_every_weight_once(
@@ -27,9 +33,9 @@ def test_rows_have_the_promised_fields_and_count_every_weight_once(
 ) -> None:
     monkeypatch.setattr(decode, "shapes", tiny)
     monkeypatch.setattr(decode, "READ_BYTES", 1 << 16)
-    monkeypatch.setattr(decode, "engines", lambda c, p, f, dtypes: (
-        decode.ours(c, dtype, p, f) for dtype in dtypes
-    ))  # fmt: skip
+    monkeypatch.setattr(
+        decode, "engines", lambda c, p, f, dtypes: (decode.ours(c, dtype, p, f) for dtype in dtypes)
+    )
     for prefill in (0, 40):
         result = decode.measure(2, prefill, ["float32", "int4"])
         assert json.dumps(result)

@@ -14,15 +14,16 @@ import torch
 from chromium import CHROMIUM, colors
 
 from glm_core.backends import registry
-from glm_core.bench import breakdown, ceilings, links, noise, ops, page, rows, utilisation
+from glm_core.bench import breakdown, links, ops, page, utilisation
 from glm_core.bench.breakdown import Event
 from glm_core.bench.compare import Comparison, compare
-from glm_core.bench.planner.cost import Work, model_flops
-from glm_core.bench.rows import Row
 from glm_core.cli import main
 from glm_core.config import DataConfig, RunConfig, TrainConfig
 from glm_core.errors import GlmCoreError
+from glm_core.measure import ceilings, noise, rows
+from glm_core.measure.rows import Row
 from glm_core.model import preset
+from glm_core.planner.cost import Work, model_flops
 
 HERE = {"cpu": "Zen", "cores": 2, "threads": 2, "isa": "AVX512", "device": "cpu"}
 PEAK = {"tflops": 0.1, "gb_s": 20.0, "source": "measured <here>"}
@@ -34,10 +35,16 @@ def row(key: str = "k", scale: float = 1.0, seed: int = 0, n: int = 20, **change
     shared = np.exp(rng.normal(0, 0.2, n))
     own, peer = (np.exp(rng.normal(0, 0.03, n)) * shared for _ in range(2))
     facts: dict[str, Any] = {
-        "bench": "ops", "key": key, "backend": "cpu", "dtype": "float32", "shape": "8",
-        "seconds": tuple(own * scale * 1e-3), "peer": "reference",
-        "peer_seconds": tuple(peer * 2e-3), "machine": HERE,
-    }  # fmt: skip
+        "bench": "ops",
+        "key": key,
+        "backend": "cpu",
+        "dtype": "float32",
+        "shape": "8",
+        "seconds": tuple(own * scale * 1e-3),
+        "peer": "reference",
+        "peer_seconds": tuple(peer * 2e-3),
+        "machine": HERE,
+    }
     return Row(**facts | changes)
 
 
@@ -55,9 +62,7 @@ def test_a_slowdown_is_seen_through_slow_spells_that_hit_the_peer_too() -> None:
 
 
 def test_no_change_is_within_noise_for_almost_every_seed() -> None:
-    calls = [
-        verdict(row(seed=2 * i, n=12), row(seed=2 * i + 1, n=12)) for i in range(60)
-    ]  # fmt: skip
+    calls = [verdict(row(seed=2 * i, n=12), row(seed=2 * i + 1, n=12)) for i in range(60)]
     assert sum(v != "within noise" for v in calls) <= 6
 
 
@@ -153,10 +158,15 @@ def test_noise_is_told() -> None:
 
 def test_parts_of_a_step_sum_to_its_time() -> None:
     named = {
-        "aten::mm": 4.0, "glm_core::attention_backward": 2.0, "aten::copy_": 1.0,
-        "MmBackward0": 9.0, "c10d::allreduce_": 0.5, "c10d::recv_": 0.25, breakdown.DATA: 0.25,
+        "aten::mm": 4.0,
+        "glm_core::attention_backward": 2.0,
+        "aten::copy_": 1.0,
+        "MmBackward0": 9.0,
+        "c10d::allreduce_": 0.5,
+        "c10d::recv_": 0.25,
+        breakdown.DATA: 0.25,
         "autograd::engine::evaluate_function: MmBackward0": 9.0,
-    }  # fmt: skip
+    }
     events = [Event(*item) for item in named.items()]
     expected = dict(zip(breakdown.PARTS, (4.0, 2.0, 1.0, 0.5, 0.25, 0.25, 2.0), strict=True))
     assert breakdown.shares(events, 10.0) == expected
@@ -180,12 +190,14 @@ def test_the_fastest_profiled_step_is_told_and_an_unlike_one_noted() -> None:
 
 
 def test_a_step_is_measured_with_its_flops_and_parts() -> None:
-    model = preset("glm4-34m", num_layers=1, hidden=32, ffn=48, num_heads=2, num_kv_heads=2,
-                   vocab=64)  # fmt: skip
+    model = preset(
+        "glm4-34m", num_layers=1, hidden=32, ffn=48, num_heads=2, num_kv_heads=2, vocab=64
+    )
     config = RunConfig(
-        model=model, data=DataConfig(length=16, vocab=64),
+        model=model,
+        data=DataConfig(length=16, vocab=64),
         train=TrainConfig(backend="reference", global_batch=4, micro_batch=2),
-    )  # fmt: skip
+    )
     found = utilisation.measure(config, rounds=2)
     figures = found.figures
     assert figures["model_flops"] == 4 * model_flops(Work(model=model, seq=16))
@@ -220,9 +232,23 @@ def test_ceilings_have_units_and_a_peer(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_links_become_rows() -> None:
-    told = {"rows": [{"op": "all_reduce", "size_bytes": 1024, "type": "float", "seconds": [1e-3],
-                      "algbw_gb_s": 1.0, "busbw_gb_s": 1.5, "wrong": 0}],
-            "ranks": 2, "library": "gloo", "backend": "reference", "machine": HERE}  # fmt: skip
+    told = {
+        "rows": [
+            {
+                "op": "all_reduce",
+                "size_bytes": 1024,
+                "type": "float",
+                "seconds": [1e-3],
+                "algbw_gb_s": 1.0,
+                "busbw_gb_s": 1.5,
+                "wrong": 0,
+            }
+        ],
+        "ranks": 2,
+        "library": "gloo",
+        "backend": "reference",
+        "machine": HERE,
+    }
     (found,) = links.rows(told)
     assert (found.key, found.seconds) == ("comm gloo 2 ranks all_reduce 1024 B", (1e-3,))
     assert found.figures["busbw_gb_s"] == 1.5
@@ -234,19 +260,37 @@ def written(tmp_path: Path) -> Path:
     made = [
         row("below", flops=1e7, bytes=1e6, peak=PEAK, figures={"direction": "forward"}),
         row("above", flops=9e8, bytes=1e6, peak=PEAK, figures={"direction": "backward"}),
-        row("step", bench="step", figures={
-            "parts_s": dict.fromkeys(breakdown.PARTS, 0.5), "tokens_s": 9.0, "mfu": 0.5, "hfu": 0.6,
-            "memory_peak_bytes": 2**30, "memory_peak_of": "x", "formula": [utilisation.MFU]}),
-    ]  # fmt: skip
-    found: Comparison = compare(made, [dataclasses.replace(r, seconds=tuple(
-        2 * s for s in r.seconds)) for r in made])  # fmt: skip
+        row(
+            "step",
+            bench="step",
+            figures={
+                "parts_s": dict.fromkeys(breakdown.PARTS, 0.5),
+                "tokens_s": 9.0,
+                "mfu": 0.5,
+                "hfu": 0.6,
+                "memory_peak_bytes": 2**30,
+                "memory_peak_of": "x",
+                "formula": [utilisation.MFU],
+            },
+        ),
+    ]
+    found: Comparison = compare(
+        made, [dataclasses.replace(r, seconds=tuple(2 * s for s in r.seconds)) for r in made]
+    )
     return page.write(made, tmp_path / "page.html", found)
 
 
 def test_page_tells_all_and_needs_no_network(written: Path) -> None:
     text = written.read_text(encoding="utf-8")
-    for word in ("Roofline, float32: 100 GFLOP/s", "measured &lt;here&gt;", "in a cache: above",
-                 "bubble", "MFU = ", '<span class="bad">regression</span>', "AVX512"):  # fmt: skip
+    for word in (
+        "Roofline, float32: 100 GFLOP/s",
+        "measured &lt;here&gt;",
+        "in a cache: above",
+        "bubble",
+        "MFU = ",
+        '<span class="bad">regression</span>',
+        "AVX512",
+    ):
         assert word in text
     assert not re.search(r"(?:src|href)=|url\(|@import|<script|https?://", text)
 
@@ -275,8 +319,18 @@ def test_command_line_verdict_and_exit_codes(
         ["compare", a, str(tmp_path / "none")],
         ["dispatch", "--rounds", "0"],
         ["ops", "--op", "nonsense"],
-        ["ceilings", "--backend", "null", "--dtype", "float16", "--no-links", "--least", "2",
-         "--baseline", a + "x"],
-    ):  # fmt: skip
+        [
+            "ceilings",
+            "--backend",
+            "null",
+            "--dtype",
+            "float16",
+            "--no-links",
+            "--least",
+            "2",
+            "--baseline",
+            a + "x",
+        ],
+    ):
         assert main(["bench", *wrong]) == 2
         assert capsys.readouterr().err.count("\n") == 1

@@ -15,8 +15,10 @@ import torch
 import toy
 from safetensors.torch import save_file
 
-from glm_core import checkpoint, config, train
+from glm_core import config
 from glm_core.errors import CheckpointError, DataError
+from glm_core.training import checkpoint
+from glm_core.training import trainer as train
 
 FACTS: dict[str, Any] = {"config": {"train": {"lr": 1e-3}}, "step": 3, "text": "π"}
 STEP = "step-00000003.safetensors"
@@ -136,7 +138,7 @@ FULL_DISK = """
 import sys; sys.path[:0] = sys.argv[2:]
 from pathlib import Path
 import toy
-from glm_core import checkpoint, train
+from glm_core.training import checkpoint, trainer as train
 from glm_core.errors import CheckpointError
 try:
     train.run(toy.config(), sys.argv[1] + "/run", sampler=toy.Sampler())
@@ -166,8 +168,10 @@ def test_really_full_disk(tmp_path: Path) -> None:
     ]
     told = subprocess.run(
         ["unshare", "-rm", "sh", "-c", command, "sh", *arguments],
-        capture_output=True, text=True, check=True,
-    ).stdout.splitlines()  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
     assert len(told) == 2
     assert "step-00000006.safetensors: not saved" in told[0]
     assert "No space left on device" in told[0]
@@ -184,9 +188,12 @@ def test_other_config_is_refused_with_all_differing_keys(saved: Path) -> None:
     with pytest.raises(CheckpointError) as error:
         train.Trainer(other, toy.Sampler()).restore(saved)
     differing = [
-        "model.head_dim=8 (now 4)", "model.num_heads=2 (now 4)", "model.num_kv_heads=2 (now 4)",
-        "train.dtype=float32 (now bfloat16)", "train.lr=0.001 (now 0.002)",
-    ]  # fmt: skip
+        "model.head_dim=8 (now 4)",
+        "model.num_heads=2 (now 4)",
+        "model.num_kv_heads=2 (now 4)",
+        "train.dtype=float32 (now bfloat16)",
+        "train.lr=0.001 (now 0.002)",
+    ]
     assert f"saved by another run: {', '.join(differing)}; resume with" in str(error.value)
 
 

@@ -20,9 +20,17 @@ from glm_core.data.infill import Infill, Sample
 FIRST = 10
 """ids below are special"""
 TOKENIZER: Any = SimpleNamespace(
-    unk=0, mask=1, gmask=2, smask=3, eod=4, sop=5, eop=6, eos=7, pad=8,
+    unk=0,
+    mask=1,
+    gmask=2,
+    smask=3,
+    eod=4,
+    sop=5,
+    eop=6,
+    eos=7,
+    pad=8,
     ends_sentence=np.arange(5000) % 7 == 0,
-)  # fmt: skip
+)
 KINDS = ("gmask", "sentence", "token")
 ratios = st.floats(0, 1)
 
@@ -60,9 +68,14 @@ def rebuilt(sample: Sample) -> list[int]:
 
 
 @given(
-    st.sampled_from(KINDS), st.integers(1, 300), st.booleans(), st.integers(), ratios, ratios,
+    st.sampled_from(KINDS),
+    st.integers(1, 300),
+    st.booleans(),
+    st.integers(),
+    ratios,
+    ratios,
     st.floats(0.1, 50),
-)  # fmt: skip
+)
 @settings(max_examples=300, deadline=None)
 def test_a_sample_is_its_text_taken_apart(
     kind: Any, n: int, complete: bool, seed: int, ratio: float, least: float, mean: float

@@ -20,9 +20,18 @@ from glm_core.errors import DataError
 FIRST = 10
 """ids below are special; all tokens of the corpus differ, so a leak is a repetition"""
 TOKENIZER: Any = SimpleNamespace(
-    unk=0, mask=1, gmask=2, smask=3, eod=4, sop=5, eop=6, eos=7, pad=8, sha256="t",
+    unk=0,
+    mask=1,
+    gmask=2,
+    smask=3,
+    eod=4,
+    sop=5,
+    eop=6,
+    eos=7,
+    pad=8,
+    sha256="t",
     ends_sentence=np.arange(100_000) % 7 == 0,
-)  # fmt: skip
+)
 BLANKS = (TOKENIZER.gmask, TOKENIZER.smask, TOKENIZER.mask)
 LENGTHS = [3, 400, 1, 60, 17, 90, 5, 5, 5, 200]
 

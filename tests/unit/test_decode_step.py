@@ -35,9 +35,16 @@ def built(name: str, dtype: torch.dtype = torch.float32, how: Quantization | Non
     them, an ffn width that is no multiple of a vector."""
     kv = 2 if preset(name).num_kv_heads != preset(name).num_heads else 4
     small = preset(
-        name, num_layers=2, hidden=128, num_heads=4, num_kv_heads=kv, head_dim=32, ffn=384,
-        vocab=V, max_length=LENGTH,
-    )  # fmt: skip
+        name,
+        num_layers=2,
+        hidden=128,
+        num_heads=4,
+        num_kv_heads=kv,
+        head_dim=32,
+        ffn=384,
+        vocab=V,
+        max_length=LENGTH,
+    )
     model = GLM(small).init_weights(3).to(dtype).requires_grad_(False)
     for p in model.parameters():
         if p.ndim == 1:  # biases of zero and norms of one would hide one left out

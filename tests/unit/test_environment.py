@@ -38,8 +38,10 @@ def test_builds_are_those_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nobody_reads_a_variable_elsewhere() -> None:
-    sources = [ROOT / "setup.py", *(p for d in ("glm_core", "backends", "bench")
-                                    for p in (ROOT / d).rglob("*.py"))]  # fmt: skip
+    sources = [
+        ROOT / "setup.py",
+        *(p for d in ("glm_core", "backends", "bench") for p in (ROOT / d).rglob("*.py")),
+    ]
     reading = re.compile(r"environ[^\n]*GLM_CORE_")
     found = [p for p in sources if reading.search(p.read_text(encoding="utf-8"))]
     assert found == [] or {p.name for p in found} == {"environment.py"}
@@ -49,8 +51,12 @@ def test_a_build_that_cannot_be_is_an_error() -> None:
     env = {**os.environ, "GLM_CORE_BUILD": "cuda", "PATH": str(Path(sys.executable).parent)}
     env.pop("CUDA_HOME", None)
     done = subprocess.run(
-        [sys.executable, "setup.py", "--name"], cwd=ROOT, env=env, capture_output=True, text=True,
+        [sys.executable, "setup.py", "--name"],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
         check=False,
-    )  # fmt: skip
+    )
     assert done.returncode == 1
     assert "GLM_CORE_BUILD=cuda: no nvcc; install the toolkit or set CUDA_HOME" in done.stderr

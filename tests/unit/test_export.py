@@ -57,12 +57,14 @@ class File:
             lead = pads if first == 0 else 0
             places = range(first, first + len(tokens))
             ends = [min(prompt.key_end(p), first + len(tokens)) for p in places]
-            built.append((
-                [0] * lead + tokens,
-                np.array([[0, 0]] * lead + [list(prompt.position(p)) for p in places]).T,
-                [pads] * (lead + len(tokens)),
-                [pads] * lead + [pads + e for e in ends],
-            ))  # fmt: skip
+            built.append(
+                (
+                    [0] * lead + tokens,
+                    np.array([[0, 0]] * lead + [list(prompt.position(p)) for p in places]).T,
+                    [pads] * (lead + len(tokens)),
+                    [pads] * lead + [pads + e for e in ends],
+                )
+            )
         names = ("input_ids", "positions", "key_start", "key_end")
         given = {n: np.array(v) for n, v in zip(names, zip(*built, strict=True), strict=True)}
         kinds = [f"{i}.{w}" for i in range(c["num_layers"]) for w in ("key", "value")]
@@ -132,10 +134,14 @@ def test_a_padded_batch_and_a_prompt_in_pieces(kind: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     "how",
-    [Quantization(bits=4, group=32), Quantization(bits=4), Quantization(bits=8),
-     Quantization(bits=8, group=96)],
+    [
+        Quantization(bits=4, group=32),
+        Quantization(bits=4),
+        Quantization(bits=8),
+        Quantization(bits=8, group=96),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_the_quantized_file_has_the_quantized_models_weights(
     how: Quantization, tmp_path: Path
 ) -> None:
@@ -185,9 +191,10 @@ def test_adapters_go_into_the_file(tmp_path: Path) -> None:
     prompt = prompts("glm-4")[2]
     (ours,) = generate(built, [prompt], GREEDY)
     assert ours.tokens != generate(model("glm-4"), [prompt], GREEDY)[0].tokens
-    assert documented()(export(built, tmp_path / "out")).generate(
-        list(prompt.tokens), 12
-    ) == ours.tokens  # fmt: skip
+    assert (
+        documented()(export(built, tmp_path / "out")).generate(list(prompt.tokens), 12)
+        == ours.tokens
+    )
 
 
 # --- bad input -----------------------------------------------------------------------------------

@@ -10,10 +10,12 @@ import pytest
 import torch
 import toy
 
-from glm_core import failure, ops, train
+from glm_core import ops
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
+from glm_core.diagnose import device_errors
 from glm_core.errors import ConfigError, DeviceError, TrainingError, UnsupportedOpError
+from glm_core.training import trainer
 
 
 def failing(error: Exception, at: int) -> Backend:
@@ -53,7 +55,7 @@ def test_training_names_step_op_and_last_checkpoint(
 ) -> None:
     monkeypatch.setattr(registry, "usable", lambda name: failing(error, 5))
     with pytest.raises(DeviceError) as caught:
-        train.run(toy.config(), tmp_path, sampler=toy.Sampler())
+        trainer.run(toy.config(), tmp_path, sampler=toy.Sampler())
     assert told in str(caught.value)
     assert str(caught.value).endswith(f"{tmp_path}/checkpoints/step-00000003.safetensors")
     assert caught.value.__cause__ is error
@@ -63,14 +65,14 @@ def test_training_names_step_op_and_last_checkpoint(
 def test_no_checkpoint_is_said_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "usable", lambda name: failing(torch.OutOfMemoryError("x"), 1))
     with pytest.raises(DeviceError, match="last checkpoint: none"):
-        train.run(toy.config(), tmp_path, sampler=toy.Sampler())
+        trainer.run(toy.config(), tmp_path, sampler=toy.Sampler())
 
 
 @pytest.mark.parametrize(
     "error", [UnsupportedOpError("strict"), ConfigError("bad"), ValueError("ours")]
 )
 def test_other_errors_stay_what_they_are(error: Exception) -> None:
-    with pytest.raises(type(error)) as caught, failure.explained("weak", "step 1"):
+    with pytest.raises(type(error)) as caught, device_errors.explained("weak", "step 1"):
         raise error
     assert caught.value is error
 
@@ -80,7 +82,7 @@ def test_strict_is_the_same_error_out_of_compile() -> None:
     compiled = torch.compile(ops.geglu.__call__, fullgraph=True, backend="eager")
     with (
         pytest.raises(UnsupportedOpError) as caught,
-        failure.explained("bare", "step 1"),
+        device_errors.explained("bare", "step 1"),
         registry.use(bare, strict=True),
     ):
         compiled(torch.ones(2, 4))
@@ -89,7 +91,8 @@ def test_strict_is_the_same_error_out_of_compile() -> None:
 
 HANG = """
 import ctypes, threading
-from glm_core import ops, watchdog
+from glm_core import ops
+from glm_core.diagnose import watchdog
 from glm_core.backends.base import Backend
 from glm_core.backends.registry import use
 backend = Backend(name="slow", device_type="cpu", verified="in this test", references_only=True)
@@ -107,8 +110,11 @@ with watchdog.guard({seconds}, "backend slow", "reset it"):
 def ended(wait: str, seconds: float) -> str:
     done = subprocess.run(
         [sys.executable, "-c", HANG.format(wait=wait, seconds=seconds)],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert done.returncode == 1, done.stderr
     return done.stderr
 
@@ -127,7 +133,7 @@ def test_a_hang_that_holds_the_interpreter_ends_too() -> None:
 
 
 def test_without_a_limit_nothing_is_guarded() -> None:
-    from glm_core import watchdog
+    from glm_core.diagnose import watchdog
 
     with watchdog.guard(0, "backend slow", "reset it"):
         watchdog.beat("step 1")

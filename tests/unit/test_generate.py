@@ -27,10 +27,16 @@ KINDS: dict[str, dict[str, Any]] = {
     "glm-130b": {"qk_layer_scaling": True},
     "chatglm-6b": {"activation": "gelu", "positions": "rope_2d", "qk_layer_scaling": True},
     "glm-4": {
-        "placement": "pre", "norm": "rms", "activation": "swiglu", "rope_fraction": 0.5,
-        "rope_interleaved": True, "num_kv_heads": 2, "linear_bias": False, "tied_head": False,
+        "placement": "pre",
+        "norm": "rms",
+        "activation": "swiglu",
+        "rope_fraction": 0.5,
+        "rope_interleaved": True,
+        "num_kv_heads": 2,
+        "linear_bias": False,
+        "tied_head": False,
     },
-}  # fmt: skip
+}
 
 
 class Letters:
@@ -195,9 +201,12 @@ def test_stop_tokens_and_the_context_end_a_sequence() -> None:
 
 
 def test_padding_of_the_vocabulary_is_never_generated() -> None:
-    done = generate(model("glm-4"), [causal([1])] * 9, [
-        Sampling(seed=i, temperature=5.0) for i in range(9)
-    ], num_ids=7)  # fmt: skip
+    done = generate(
+        model("glm-4"),
+        [causal([1])] * 9,
+        [Sampling(seed=i, temperature=5.0) for i in range(9)],
+        num_ids=7,
+    )
     assert all(t < 7 for g in done for t in g.tokens)
 
 
@@ -208,9 +217,10 @@ def frequencies(logits: list[float], **settings: Any) -> list[float]:
     """How often each token is drawn over evenly spaced draws."""
     n = 1000
     drawn = choose(
-        torch.tensor([logits]).expand(n, -1), [Sampling(**settings)] * n,
+        torch.tensor([logits]).expand(n, -1),
+        [Sampling(**settings)] * n,
         [(i + 0.5) / n for i in range(n)],
-    )  # fmt: skip
+    )
     return [drawn.count(i) / n for i in range(len(logits))]
 
 
@@ -252,10 +262,18 @@ def test_seeds_matter_and_repeat() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"max_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1},
-     {"seed": -1}, {"min_tokens": 300}, {"temperature": float("nan")}],
+    [
+        {"max_tokens": 0},
+        {"temperature": -1.0},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"top_k": -1},
+        {"seed": -1},
+        {"min_tokens": 300},
+        {"temperature": float("nan")},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_settings_are_checked(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         Sampling(**wrong)
@@ -400,8 +418,10 @@ def test_others_go_on_while_a_long_prompt_is_read() -> None:
         assert (late.read, len(first.tokens)) == (min(4 * step, 30), 1 + step)
     read = Runner(built, 1, chunk=4)
     read.prefill(0, [long])
-    held, expected = (r.cache.window(0, torch.zeros(1, 1).long())._memory[..., :30, :]
-                      for r in (decoder.runner, read))  # fmt: skip
+    held, expected = (
+        r.cache.window(0, torch.zeros(1, 1).long())._memory[..., :30, :]
+        for r in (decoder.runner, read)
+    )
     torch.testing.assert_close(held, expected)
     while any(decoder.live):
         decoder.step()

@@ -10,14 +10,22 @@ from pathlib import Path
 import pytest
 import toy
 
-from glm_core import cli, live, train
+from glm_core import cli
 from glm_core.backends import registry
 from glm_core.errors import ConfigError
+from glm_core.training import live, trainer
 
 STEP = {
-    "step": 3, "loss": 2.5, "grad_norm": 0.5, "lr": 1e-3, "tokens": 400, "global_batch": 4,
-    "loss_scale": 1.0, "skipped": True, "step_ms": 500.0,
-}  # fmt: skip
+    "step": 3,
+    "loss": 2.5,
+    "grad_norm": 0.5,
+    "lr": 1e-3,
+    "tokens": 400,
+    "global_batch": 4,
+    "loss_scale": 1.0,
+    "skipped": True,
+    "step_ms": 500.0,
+}
 
 
 @pytest.fixture
@@ -71,7 +79,9 @@ def test_tensorboard_shows_them_and_the_metrics_file_stays_as_it_was(tmp_path: P
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     figures = live.Live(registry.get("reference"), 1e6, 1.0)
-    train.run(toy.config(steps=2), tmp_path, sampler=toy.Sampler(), tensorboard=True, live=figures)
+    trainer.run(
+        toy.config(steps=2), tmp_path, sampler=toy.Sampler(), tensorboard=True, live=figures
+    )
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     wanted = {"loss", "grad_norm", "loss_scale", "mfu_ratio", "tokens_per_second"}

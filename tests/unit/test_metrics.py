@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glm_core.errors import ConfigError
-from glm_core.metrics import Metrics, Progress, kept_bytes
+from glm_core.training.metrics import Metrics, Progress, kept_bytes
 
 LINES = [json.dumps({"step": n, "loss": 5 - n / 7}).encode() + b"\n" for n in range(1, 10)]
 

@@ -22,14 +22,26 @@ KINDS: dict[str, dict[str, Any]] = {
     "glm-130b": {"qk_layer_scaling": True, "embedding_gradient_shrink": 0.1},
     "chatglm-6b": {"activation": "gelu", "positions": "rope_2d", "qk_layer_scaling": True},
     "glm-4": {
-        "placement": "pre", "norm": "rms", "activation": "swiglu", "rope_fraction": 0.5,
-        "rope_interleaved": True, "num_kv_heads": 2, "linear_bias": False, "tied_head": False,
+        "placement": "pre",
+        "norm": "rms",
+        "activation": "swiglu",
+        "rope_fraction": 0.5,
+        "rope_interleaved": True,
+        "num_kv_heads": 2,
+        "linear_bias": False,
+        "tied_head": False,
     },
     "glm-4-0414": {
-        "placement": "sandwich", "norm": "rms", "activation": "swiglu", "rope_fraction": 0.5,
-        "rope_interleaved": True, "num_kv_heads": 2, "linear_bias": False, "tied_head": False,
+        "placement": "sandwich",
+        "norm": "rms",
+        "activation": "swiglu",
+        "rope_fraction": 0.5,
+        "rope_interleaved": True,
+        "num_kv_heads": 2,
+        "linear_bias": False,
+        "tied_head": False,
     },
-}  # fmt: skip
+}
 
 
 def small(kind: str, **changes: Any) -> ModelConfig:
@@ -259,8 +271,9 @@ def test_the_papers_formulas(kind: str, wrong: str) -> None:
     truth = written_out(m, *inputs)
     expected = distance(written_out(model(small(kind)).float(), *inputs), truth) * EPS_64 / EPS_32
     values: dict[str, Any] = {
-        "activation": "geglu" if kind == "glm" else "swiglu", "norm_eps": 2e-5,
-    }  # fmt: skip
+        "activation": "geglu" if kind == "glm" else "swiglu",
+        "norm_eps": 2e-5,
+    }
     if wrong == "alpha":
         for block in m.blocks:  # alpha of the layers at hand instead of all, as in a pipeline stage
             block.alpha = math.sqrt(2 * 1)

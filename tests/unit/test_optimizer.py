@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from glm_core.config import TrainConfig
-from glm_core.optimizer import LossScale, Optimizer, learning_rate
+from glm_core.training.optimizer import LossScale, Optimizer, learning_rate
 
 
 def train_config(**changes: Any) -> TrainConfig:

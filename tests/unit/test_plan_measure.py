@@ -11,25 +11,29 @@ from typing import Any
 import pytest
 
 from glm_core.backends import registry
-from glm_core.bench import steps
-from glm_core.bench.planner import cluster, here
-from glm_core.bench.planner.here import MESSAGES, SIZES, Machine, Wanted
+from glm_core.bench import plan_steps
 from glm_core.cli import main
 from glm_core.distributed.plan import parse
 from glm_core.errors import ConfigError
 from glm_core.model import preset
+from glm_core.planner import cluster, here
+from glm_core.planner.here import MESSAGES, SIZES, Machine, Wanted
 
 MODEL = preset("glm4-34m")
 PLANTED = Machine(
-    peak=2e11, bandwidth=1e10, factors=(1.3, 1.7, 1.0, 0.9, 2e-4),
+    peak=2e11,
+    bandwidth=1e10,
+    factors=(1.3, 1.7, 1.0, 0.9, 2e-4),
     messages={name: [1e-4 + size / 1e9 for size in SIZES] for name in MESSAGES},
-)  # fmt: skip
+)
 
 
 def timed(at: Machine, wanted: Wanted, slower: float = 1.0) -> dict[str, list[float]]:
     """What the processes would tell on a machine that is exactly so."""
-    bare = {"gemm bfloat16": [2.0 * here.SIDE**3 / at.peak], "memory read": [
-        here.READ / at.bandwidth]}  # fmt: skip
+    bare = {
+        "gemm bfloat16": [2.0 * here.SIDE**3 / at.peak],
+        "memory read": [here.READ / at.bandwidth],
+    }
     for name, times in at.messages.items() if wanted.messages else ():
         bare |= {f"{name} {size}": [t] for size, t in zip(SIZES, times, strict=True)}
     for a in wanted.alone:
@@ -70,9 +74,7 @@ def test_a_plan_costs_what_its_ranks_do() -> None:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes on a machine that is as planted, a fifth slower the second time."""
-    monkeypatch.setattr(
-        steps, "measure", lambda w: timed(PLANTED, w, 1.2 if w.plans else 1.0)
-    )  # fmt: skip
+    monkeypatch.setattr(plan_steps, "measure", lambda w: timed(PLANTED, w, 1.2 if w.plans else 1.0))
 
 
 @pytest.mark.usefixtures("machine")
@@ -118,9 +120,16 @@ def test_bad_input_is_one_line_and_exit_2(
 
 @pytest.mark.skipif(not registry.probe("cpu").ok, reason="backend cpu is not built")
 def test_two_processes_do_a_step() -> None:
-    asked = Wanted(preset="tiny", processes=2, length=16, global_batch=2, rounds=1,
-                   plans=("dp=2",), alone=here.alone(preset("tiny"))[2:3])  # fmt: skip
-    found = steps.measure(asked)
+    asked = Wanted(
+        preset="tiny",
+        processes=2,
+        length=16,
+        global_batch=2,
+        rounds=1,
+        plans=("dp=2",),
+        alone=here.alone(preset("tiny"))[2:3],
+    )
+    found = plan_steps.measure(asked)
     assert set(found) == {"gemm bfloat16", "memory read", asked.alone[0].name, "dp=2"}
     with pytest.raises(ConfigError, match="does not divide global_batch=1"):
         here.checked_plans(["dp=2"], MODEL, dataclasses.replace(asked, global_batch=1))

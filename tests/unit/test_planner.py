@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from glm_core.bench.planner import cluster, cost, efficiency, published, search, slides, validate
-from glm_core.bench.planner.sizing import Sizing, broken_rules
 from glm_core.errors import ConfigError
 from glm_core.model import GLM, preset
+from glm_core.planner import cluster, cost, efficiency, published, search, slides, validate
+from glm_core.planner.sizing import Sizing, broken_rules
 
 GLM_130B = cost.Work(model=preset("glm-130b"), seq=2048)
 AS_RUN = Sizing(tp=4, pp=8, dp=24, zero=1, micro_batch=1, global_batch=4224, recompute="full")
@@ -33,10 +33,15 @@ def written(folder: Path, **told: Any) -> Path:
 
 
 WHOLE = {
-    "chips": 16, "chips_per_node": 8, "peak": "0.3 PFLOPS", "memory": "40 GiB",
-    "memory_bandwidth": "1.5 TB/s", "link_within_node": "300 GB/s",
-    "link_between_nodes": "200 Gbit/s", "power": "0.4 kW",
-}  # fmt: skip
+    "chips": 16,
+    "chips_per_node": 8,
+    "peak": "0.3 PFLOPS",
+    "memory": "40 GiB",
+    "memory_bandwidth": "1.5 TB/s",
+    "link_within_node": "300 GB/s",
+    "link_between_nodes": "200 Gbit/s",
+    "power": "0.4 kW",
+}
 
 
 def test_a_cluster_file_is_read_with_its_units(tmp_path: Path) -> None:
@@ -185,9 +190,12 @@ def test_broken_rules_name_values() -> None:
     wrong = Sizing(tp=5, pp=71, dp=3, virtual=2, zero=2, micro_batch=7, global_batch=100)
     told = "; ".join(broken_rules(wrong, preset("glm-130b")))
     for fact in (
-        "tp=5 does not divide num_heads=96", "pp=71 exceeds num_layers=70", "virtual=2 needs",
-        "zero=2 with pp=71", "dp * micro_batch = 21 does not divide global_batch=100",
-    ):  # fmt: skip
+        "tp=5 does not divide num_heads=96",
+        "pp=71 exceeds num_layers=70",
+        "virtual=2 needs",
+        "zero=2 with pp=71",
+        "dp * micro_batch = 21 does not divide global_batch=100",
+    ):
         assert fact in told
     assert broken_rules(AS_RUN, preset("glm-130b")) == []
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 import toy
 
-from glm_core import train
 from glm_core.config import PolicyConfig, RunConfig, from_dict, to_dict
 from glm_core.errors import ConfigError, TrainingError
-from glm_core.policy import Policy, RollBack
+from glm_core.training import trainer as train
+from glm_core.training.policy import Policy, RollBack
 
 
 def with_policy(steps: int = 12, **changes: Any) -> RunConfig:
@@ -111,8 +111,11 @@ def test_nan_is_skipped_and_training_goes_on(
     assert len(skipped) == 1
     err = capsys.readouterr().err
     assert f"policy.nonfinite=skip: step {skipped[0]}: the loss is nan; first not finite: " in err
-    assert all(torch.isfinite(t).all() for t in train.checkpoint.load(tmp_path)[0].values()
-               if t.is_floating_point())  # fmt: skip
+    assert all(
+        torch.isfinite(t).all()
+        for t in train.checkpoint.load(tmp_path)[0].values()
+        if t.is_floating_point()
+    )
 
 
 def test_roll_back_passes_over_the_data_and_equals_a_run_that_never_saw_it(tmp_path: Path) -> None:
@@ -140,9 +143,10 @@ def test_a_spike_is_skipped_and_nothing_to_go_back_to_is_said(
     config = with_policy(spike="skip", spike_window=4)
     plain = train.Trainer.backward
     monkeypatch.setattr(
-        train.Trainer, "backward",
+        train.Trainer,
+        "backward",
         lambda self, batches: plain(self, batches) * (50 if self.steps_done == 6 else 1),
-    )  # fmt: skip
+    )
     result = train.run(config, tmp_path / "a", sampler=toy.Sampler())
     assert result.steps == 12
     assert [m["step"] for m in lines(tmp_path / "a") if m["skipped"]] == [7]

@@ -12,16 +12,17 @@ from test_adapters import OneWord, base
 from torch import Tensor
 from toy import V, config
 
-from glm_core import ops, train
+from glm_core import ops
 from glm_core.errors import CheckpointError, ConfigError, ShapeError
 from glm_core.model import GLM
-from glm_core.model.adapter_files import load_adapter, save_adapter
 from glm_core.model.adapters import (
     AdapterConfig,
     attach,
     merge,
-)  # fmt: skip
+)
 from glm_core.model.cache import Cache
+from glm_core.pretrained.adapter_files import load_adapter, save_adapter
+from glm_core.training import trainer
 
 P, B, L = 3, 4, 12
 TUNING = AdapterConfig(kind="ptuning", prefix_length=P)
@@ -48,9 +49,11 @@ def batch() -> dict[str, Tensor]:
     tokens = torch.randint(V, (B, L), generator=torch.Generator().manual_seed(4))
     positions = torch.stack((i - start, (i - start) // 2), 1)
     return {
-        "tokens": tokens, "positions": positions.clamp(min=0), "key_start": start.int(),
+        "tokens": tokens,
+        "positions": positions.clamp(min=0),
+        "key_start": start.int(),
         "key_end": end.int(),
-    }  # fmt: skip
+    }
 
 
 def written_out(glm: GLM, given: dict[str, Tensor], table: Tensor | None = None) -> Tensor:
@@ -116,7 +119,7 @@ def test_only_the_prefix_is_trained(tmp_path: Path) -> None:
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     attach(model, TUNING)
     run = config(lr=0.5, min_lr=0.1, steps=30, save_every=0, weight_decay=0.0)
-    train.run(run, tmp_path / "run", sampler=OneWord(), model=model)
+    trainer.run(run, tmp_path / "run", sampler=OneWord(), model=model)
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     losses = [float(line.split('"loss": ')[1].split(",")[0]) for line in lines]
     assert min(losses[-3:]) < losses[0] - 0.5

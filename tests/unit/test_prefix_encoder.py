@@ -15,14 +15,14 @@ from test_prefix import B, L, P, batch, written_out
 from torch import nn
 from toy import config
 
-from glm_core import train
 from glm_core.errors import CheckpointError, ConfigError
 from glm_core.model import GLM
-from glm_core.model.adapter_files import load_adapter, read, save_adapter, write
 from glm_core.model.adapters import AdapterConfig, LoRA, adapter_state, attach
 from glm_core.model.glm import Linear
 from glm_core.model.prefix import PrefixWindow
 from glm_core.model.quantize import Quantization, convert
+from glm_core.pretrained.adapter_files import load_adapter, read, save_adapter, write
+from glm_core.training import trainer
 
 FRONT = "transformer.prefix_encoder."
 PROJECTED = AdapterConfig(kind="ptuning", prefix_length=P, prefix_projection=True, dropout=0.2)
@@ -134,14 +134,14 @@ def test_trained_on_a_quantized_base(tmp_path: Path) -> None:
     run = config(lr=0.05, min_lr=0.05, steps=16, save_every=8, weight_decay=0.0, keep=3)
     model = built()
     codes = model.blocks[0].attention.qkv.weight.clone()
-    train.run(run, tmp_path / "run", sampler=OneWord(), model=model)
+    trainer.run(run, tmp_path / "run", sampler=OneWord(), model=model)
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     losses = [float(line.split('"loss": ')[1].split(",")[0]) for line in lines]
     assert min(losses[-3:]) < losses[0] - 1
     assert torch.equal(model.blocks[0].attention.qkv.weight, codes)
     [half] = (tmp_path / "run/checkpoints").glob("*8.safetensors")
     again = built()
-    train.run(run, tmp_path / "again", sampler=OneWord(), model=again, resume=half)
+    trainer.run(run, tmp_path / "again", sampler=OneWord(), model=again, resume=half)
     state = adapter_state(model)
     assert len(state) == 5
     assert all(torch.equal(value, state[name]) for name, value in adapter_state(again).items())

@@ -13,10 +13,13 @@ from glm_core.ops.quant import dequantize, pack, quantize, round_activations, un
 
 
 @given(
-    rows=st.integers(1, 5), groups=st.integers(1, 3), bits=st.sampled_from([4, 8]),
-    group=st.sampled_from([0, 32, 64]), size=st.sampled_from([1e-9, 1e-3, 1.0, 1e3]),
+    rows=st.integers(1, 5),
+    groups=st.integers(1, 3),
+    bits=st.sampled_from([4, 8]),
+    group=st.sampled_from([0, 32, 64]),
+    size=st.sampled_from([1e-9, 1e-3, 1.0, 1e3]),
     seed=st.integers(0, 99),
-)  # fmt: skip
+)
 def test_a_weight_moves_by_half_a_step_at_most(
     rows: int, groups: int, bits: int, group: int, size: float, seed: int
 ) -> None:

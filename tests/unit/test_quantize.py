@@ -70,8 +70,12 @@ def test_a_quantised_head_makes_logits_and_nothing_else(tied: bool) -> None:
         assert torch.equal(model.loss(*told), loss)
         runner = Runner(model, 1)
         read = runner.prefill(0, [causal([3, 5, 7])])
-        row = model.logits(tokens[:1, :3] * 0 + torch.tensor([3, 5, 7]), positions[:1, :, :3],
-                           start[:1, :3], end[:1, :3])  # fmt: skip
+        row = model.logits(
+            tokens[:1, :3] * 0 + torch.tensor([3, 5, 7]),
+            positions[:1, :, :3],
+            start[:1, :3],
+            end[:1, :3],
+        )
     torch.testing.assert_close(read, row[:, -1])  # decoding reads the codes too
     assert change.bytes_after < change.bytes_before * 0.3
     moved = (after - before).norm() / before.norm()

@@ -18,7 +18,7 @@ import torch
 import toy
 from torch import Tensor
 
-from glm_core import checkpoint, config, ops, train
+from glm_core import config, ops
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
 from glm_core.config import TrainConfig
@@ -29,9 +29,11 @@ from glm_core.errors import (
     TrainingError,
     UnsupportedOpError,
 )
-from glm_core.metrics import Metrics
 from glm_core.session import Fallback
 from glm_core.spec import unsupported
+from glm_core.training import checkpoint
+from glm_core.training import trainer as train
+from glm_core.training.metrics import Metrics
 
 # --- batches -------------------------------------------------------------------------------------
 
@@ -372,9 +374,17 @@ def test_fallbacks_reach_the_result_with_their_reasons(
     assert fallbacks[Fallback("partial", "geglu", "odd widths only")] == (2 if compiled else 4)
     assert fallbacks[Fallback("partial", "adamw", "no kernel for this op")] == 4
     assert {f.op for f in fallbacks} == {
-        "adamw", "add_layer_norm", "attention", "embedding", "geglu", "global_norm", "layer_norm",
-        "linear", "linear_cross_entropy", "rope",
-    }  # fmt: skip
+        "adamw",
+        "add_layer_norm",
+        "attention",
+        "embedding",
+        "geglu",
+        "global_norm",
+        "layer_norm",
+        "linear",
+        "linear_cross_entropy",
+        "rope",
+    }
 
 
 def test_strict_refuses(tmp_path: Path, partial: Backend) -> None:

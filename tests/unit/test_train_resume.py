@@ -16,7 +16,7 @@ import pytest
 import torch
 import toy
 
-from glm_core import checkpoint, train
+from glm_core.training import checkpoint, trainer
 
 ROOT = Path(__file__).parents[2]
 Child = Callable[..., dict[str, int]]
@@ -32,9 +32,13 @@ DTYPES: dict[str, dict[str, Any]] = {
 def child() -> Iterator[Child]:
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
-        [sys.executable, toy.__file__], text=True, env={**os.environ, "PYTHONPATH": path},
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        [sys.executable, toy.__file__],
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
     assert process.stdin is not None
     assert process.stdout is not None
     stdin, stdout = process.stdin, process.stdout
@@ -142,7 +146,7 @@ def test_forgetting_part_of_the_state_is_noticed(
     dtype = "float16" if forgotten == "loss_scale" else "float32"
     reference, _ = unbroken(dtype, False)
     config = toy.config(**DTYPES[dtype])
-    fresh = train.Trainer(config, toy.Sampler()).state()[1]
+    fresh = trainer.Trainer(config, toy.Sampler()).state()[1]
     load = checkpoint.load
 
     def forgetful(path: Path) -> Any:
@@ -150,7 +154,7 @@ def test_forgetting_part_of_the_state_is_noticed(
         return tensors, {**facts, forgotten: fresh[forgotten]}
 
     monkeypatch.setattr(checkpoint, "load", forgetful)
-    train.run(
+    trainer.run(
         config,
         tmp_path,
         sampler=toy.Sampler(),

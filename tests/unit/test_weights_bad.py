@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from glm_core.errors import CheckpointError
-from glm_core.model.weights import open_checkpoint
-from glm_core.model.weights.configs import read_config
-from glm_core.model.weights.layouts import layout
+from glm_core.pretrained.weights import open_checkpoint
+from glm_core.pretrained.weights.configs import read_config
+from glm_core.pretrained.weights.layouts import layout
 
 SHARD = "49300/mp_rank_01_model_states.pt"
 
@@ -44,9 +44,14 @@ def edit(path: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("kept", [0, 1, 7, 200, 0.5, 0.99])
-@pytest.mark.parametrize(("name", "file"), [("glm", "model-00002-of-00002.safetensors"),
-                                            ("chatglm2", "pytorch_model-00001-of-00002.bin"),
-                                            ("glm-130b", SHARD)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("glm", "model-00002-of-00002.safetensors"),
+        ("chatglm2", "pytorch_model-00001-of-00002.bin"),
+        ("glm-130b", SHARD),
+    ],
+)
 def test_truncated(tmp_path: Path, name: str, file: str, kept: float) -> None:
     folder = write(tmp_path / "c", name, 2 if name == "glm-130b" else 1)
     size = (folder / file).stat().st_size
@@ -64,9 +69,13 @@ def test_everything_that_does_not_fit_is_told_at_once(tmp_path: Path) -> None:
         save_file(state, file)
     (folder / "model.safetensors.index.json").unlink()
     refused(
-        folder, "1 missing (model.norm.weight)", "1 unexpected (strange in model-0000",
-        "lm_head.weight in model-0000", "is [96, 16], expected [96, 32]", "layout glm ",
-    )  # fmt: skip
+        folder,
+        "1 missing (model.norm.weight)",
+        "1 unexpected (strange in model-0000",
+        "lm_head.weight in model-0000",
+        "is [96, 16], expected [96, 32]",
+        "layout glm ",
+    )
 
 
 def test_a_shard_of_another_generation(tmp_path: Path) -> None:
@@ -144,9 +153,10 @@ def test_training_state_beside_the_weights_is_read_over(tmp_path: Path) -> None:
     folder = write(tmp_path / "c", "glm-130b", 2)
     shard = torch.load(folder / SHARD, weights_only=True)
     shard |= {
-        "args": argparse.Namespace(lr=0.1), "np_rng_state": np.random.get_state(),
+        "args": argparse.Namespace(lr=0.1),
+        "np_rng_state": np.random.get_state(),
         "random_rng_state": random.getstate(),
-    }  # fmt: skip
+    }
     torch.save(shard, folder / SHARD)
     assert open_checkpoint(folder).num_ranks == 2
 
@@ -194,7 +204,7 @@ def test_no_glm(tmp_path: Path) -> None:
         ("chatglm-6b", {"position_encoding_2d": False}, "position_encoding_2d is False"),
         ("chatglm-6b", {"num_attention_heads": 3}, "does not divide hidden=64"),
     ],
-)  # fmt: skip
+)
 def test_configs(tmp_path: Path, name: str, change: dict[str, Any], told: str) -> None:
     folder = write(tmp_path / "c", name)
     edit(folder / "config.json", **change)
@@ -207,9 +217,14 @@ def test_any_config_is_a_model_or_an_error(data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(DESCRIPTIONS)))
     values = dict(DESCRIPTIONS[name])
     odd = st.one_of(
-        st.none(), st.booleans(), st.integers(-4, 2**70), st.floats(), st.text(max_size=3),
-        st.lists(st.integers(), max_size=1), st.dictionaries(st.just("rope_theta"), st.integers()),
-    )  # fmt: skip
+        st.none(),
+        st.booleans(),
+        st.integers(-4, 2**70),
+        st.floats(),
+        st.text(max_size=3),
+        st.lists(st.integers(), max_size=1),
+        st.dictionaries(st.just("rope_theta"), st.integers()),
+    )
     values |= data.draw(st.dictionaries(st.sampled_from(sorted(values)), odd, max_size=3))
     told = ""
     try:
@@ -255,7 +270,8 @@ def test_a_header_that_claims_too_much(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
     refused(file, "truncated or not safetensors")
-    text = json.dumps({"embedding": {"dtype": "F16", "shape": [1 << 40, 1 << 40],
-                                     "data_offsets": [0, 16]}}).encode()  # fmt: skip
+    text = json.dumps(
+        {"embedding": {"dtype": "F16", "shape": [1 << 40, 1 << 40], "data_offsets": [0, 16]}}
+    ).encode()
     file.write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
     refused(file, "truncated or not safetensors")

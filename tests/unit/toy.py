@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from glm_core import checkpoint, train
 from glm_core.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from glm_core.data import Batch
+from glm_core.training import checkpoint, trainer
 
 V, L = 64, 16
 
@@ -57,9 +57,16 @@ def config(model: dict[str, Any] | None = None, **changes: Any) -> RunConfig:
     """Two DeepNorm layers of width 16 on the reference backend, with a batch that grows."""
     sizes: dict[str, Any] = {"num_layers": 2, "hidden": 16, "num_heads": 2, "ffn": 24}
     training: dict[str, Any] = {
-        "backend": "reference", "steps": 12, "save_every": 3, "warmup_steps": 3, "micro_batch": 2,
-        "global_batch": 6, "ramp_from": 2, "ramp_increment": 2, "ramp_samples": 16,
-    }  # fmt: skip
+        "backend": "reference",
+        "steps": 12,
+        "save_every": 3,
+        "warmup_steps": 3,
+        "micro_batch": 2,
+        "global_batch": 6,
+        "ramp_from": 2,
+        "ramp_increment": 2,
+        "ramp_samples": 16,
+    }
     return RunConfig(
         model=ModelConfig(**{**sizes, "vocab": V, "max_length": L, **(model or {})}),
         data=DataConfig(vocab=V, length=L),
@@ -92,7 +99,7 @@ def child(folder: str, changes: dict[str, Any], event: int, in_save: bool, max_b
     resume = (Path(folder) / "config.toml").exists()
     count = dying_at(event, in_save)
     sys.setprofile(count)
-    train.run(config(**changes), folder, sampler=Sampler(), resume=resume)
+    trainer.run(config(**changes), folder, sampler=Sampler(), resume=resume)
     sys.setprofile(None)
     return int(count.seen[0])  # type: ignore[attr-defined]
 

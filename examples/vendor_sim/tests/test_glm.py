@@ -16,7 +16,7 @@ from glm_core.config import DataConfig, RunConfig, TrainConfig
 from glm_core.conformance.run import run
 from glm_core.model import preset
 from glm_core.session import Session
-from glm_core.train import Trainer
+from glm_core.training.trainer import Trainer
 
 STEPS, L, V = 4, 24, 256
 KERNELS = {"add_layer_norm", "adamw", "geglu", "linear"}

@@ -46,7 +46,9 @@ VERDICTS = [
     ("missing_dtype:dtype=float32", TRAIN, 2, "backend sim computes in bfloat16, float16"),
     ("out_of_memory:value=100000", TRAIN, 1, "OutOfMemoryError: sim: out of memory"),
     (
-        "device_lost:op=sim::geglu,call=2", TRAIN, 1,
+        "device_lost:op=sim::geglu,call=2",
+        TRAIN,
+        1,
         "device lost while it ran sim::geglu; reset it; reset the device, then resume; glm-core "
         "align bisect waits for every call and names the op; last checkpoint: trained/checkpoints/"
         "step-00000001",
@@ -54,16 +56,21 @@ VERDICTS = [
     ("hang:op=sim::geglu,call=2", RUN, 1, "sim::geglu did not finish within 0.5 s"),
     ("hang:op=sim::geglu,call=2", BISECT, 1, "guilty: geglu forward, float32 [2x32x96], layer 0"),
     ("cpu_fallback:op=aten::_softmax", TRACE, 0, "the runtime sent aten::_softmax there"),
-]  # fmt: skip
+]
 
 
 def command(line: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     (folder / "small.toml").write_text(CONFIG)
     (folder / "text.txt").write_text(" ".join(list(pydoc_data.topics.topics.values())[:12]))
     return subprocess.run(
-        [sys.executable, "-m", "glm_core.cli", *line.split()], cwd=folder, timeout=120,
-        env={**os.environ, **environment}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "glm_core.cli", *line.split()],
+        cwd=folder,
+        timeout=120,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 @pytest.mark.parametrize(
@@ -80,9 +87,11 @@ def test_verdict(fault: str, line: str, code: int, told: str, tmp_path: Path) ->
 
 def test_a_driver_without_timeout_is_ended_by_ours(tmp_path: Path) -> None:
     done = command(
-        f"{TRAIN} --timeout 3", tmp_path,
-        VENDOR_SIM_FAULT="hang:op=sim::geglu,call=2", VENDOR_SIM_TIMEOUT_S="1e6",
-    )  # fmt: skip
+        f"{TRAIN} --timeout 3",
+        tmp_path,
+        VENDOR_SIM_FAULT="hang:op=sim::geglu,call=2",
+        VENDOR_SIM_TIMEOUT_S="1e6",
+    )
     assert done.returncode == 1, done.stderr
     assert "backend sim: step 2: no progress for 3 s" in done.stderr
     assert "then resume from trained/checkpoints" in done.stderr

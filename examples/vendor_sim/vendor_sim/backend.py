@@ -99,11 +99,19 @@ torch.library.register_autograd("sim::add_layer_norm", _norm_backward, setup_con
 
 
 def _adamw_takes(
-    params: Sequence[Tensor], grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
-    grad_scale: Tensor, step: int, lr: float, beta1: float = 0.9, beta2: float = 0.999,
-    eps: float = 1e-8, weight_decay: float = 0.0, copies: Sequence[Tensor] | None = None,
-) -> Support:  # fmt: skip
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    grad_scale: Tensor,
+    step: int,
+    lr: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    copies: Sequence[Tensor] | None = None,
+) -> Support:
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         if param.dtype != torch.float32 or grad.dtype not in _DTYPES:
             return unsupported(f"params[{i}] is {param.dtype}, its gradient {grad.dtype}")
@@ -117,10 +125,18 @@ def _adamw_takes(
 
 @backend.implements(ops.adamw, supports=_adamw_takes)
 def adamw(
-    params: Sequence[Tensor], grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
-    grad_scale: Tensor, step: int, lr: float, beta1: float = 0.9, beta2: float = 0.999,
-    eps: float = 1e-8, weight_decay: float = 0.0, copies: Sequence[Tensor] | None = None,
-) -> None:  # fmt: skip
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    grad_scale: Tensor,
+    step: int,
+    lr: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    copies: Sequence[Tensor] | None = None,
+) -> None:
     lists = [list(params), list(grads), list(exp_avgs), list(exp_avg_sqs)]
     _sim.adamw(*lists, grad_scale, list(copies or ()), step, lr, beta1, beta2, eps, weight_decay)

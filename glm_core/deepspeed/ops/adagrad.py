@@ -14,9 +14,14 @@ class DeepSpeedCPUAdagrad(torch.optim.Adagrad):
     """torch's Adagrad wherever the weights are; nothing is offloaded here."""
 
     def __init__(
-        self, model_params: Iterable[Any], lr: float = 1e-2, eps: float = 1e-10,
-        weight_decay: float = 0.0, amsgrad: bool = False, fp32_optimizer_states: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        model_params: Iterable[Any],
+        lr: float = 1e-2,
+        eps: float = 1e-10,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        fp32_optimizer_states: bool = True,
+    ) -> None:
         """States are float32. Raises ConfigError for amsgrad, which Adagrad has not."""
         if amsgrad:
             raise ConfigError("DeepSpeedCPUAdagrad: there is no amsgrad of it; remove it")

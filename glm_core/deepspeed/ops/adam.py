@@ -15,10 +15,17 @@ class FusedAdam(torch.optim.Adam):
     """Adam, or with adam_w_mode (the default) AdamW: torch's implementation of the formulas."""
 
     def __init__(
-        self, params: Iterable[Any], lr: float = 1e-3, bias_correction: bool = True,
-        betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, adam_w_mode: bool = True,
-        weight_decay: float = 0.0, amsgrad: bool = False, set_grad_none: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        adam_w_mode: bool = True,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        set_grad_none: bool = True,
+    ) -> None:
         """set_grad_none: gradients are always set to None. Raises ConfigError without
         bias_correction, which torch's has always."""
         if not bias_correction:
@@ -27,19 +34,31 @@ class FusedAdam(torch.optim.Adam):
             )
         say_once(f"{type(self).__name__} is torch.optim.Adam's update; results are the same")
         super().__init__(
-            params, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay,
-            amsgrad=amsgrad, decoupled_weight_decay=adam_w_mode,
-        )  # fmt: skip
+            params,
+            lr=lr,
+            betas=(betas[0], betas[1]),
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
+            decoupled_weight_decay=adam_w_mode,
+        )
 
 
 class DeepSpeedCPUAdam(FusedAdam):
     """FusedAdam wherever the weights are; nothing is offloaded here."""
 
     def __init__(
-        self, model_params: Iterable[Any], lr: float = 1e-3, bias_correction: bool = True,
-        betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
-        amsgrad: bool = False, adamw_mode: bool = True, fp32_optimizer_states: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        model_params: Iterable[Any],
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        adamw_mode: bool = True,
+        fp32_optimizer_states: bool = True,
+    ) -> None:
         """As FusedAdam, with DeepSpeed's other names. Raises ConfigError for 16-bit states."""
         if not fp32_optimizer_states:
             raise ConfigError("fp32_optimizer_states=False would change the loss; remove it")

@@ -19,11 +19,19 @@ class FusedLamb(OneByOne):
     parameters, so the optimizer's parameters must be whole, or DTensors."""
 
     def __init__(
-        self, params: Iterable[Any], lr: float = 1e-3, bias_correction: bool = True,
-        betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-        eps_inside_sqrt: bool = False, weight_decay: float = 0.0, max_grad_norm: float = 0.0,
-        max_coeff: float = 10.0, min_coeff: float = 0.01, amsgrad: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        eps_inside_sqrt: bool = False,
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 0.0,
+        max_coeff: float = 10.0,
+        min_coeff: float = 0.01,
+        amsgrad: bool = False,
+    ) -> None:
         """Raises ConfigError for amsgrad and for max_grad_norm, the engine's gradient_clipping."""
         if amsgrad or max_grad_norm:
             raise ConfigError(
@@ -31,9 +39,14 @@ class FusedLamb(OneByOne):
                 "amsgrad and max_grad_norm"
             )
         defaults = {
-            "lr": lr, "bias_correction": bias_correction, "betas": betas, "eps": eps,
-            "weight_decay": weight_decay, "max_coeff": max_coeff, "min_coeff": min_coeff,
-        }  # fmt: skip
+            "lr": lr,
+            "bias_correction": bias_correction,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "max_coeff": max_coeff,
+            "min_coeff": min_coeff,
+        }
         super().__init__(params, defaults)
         self.eps_inside_sqrt = eps_inside_sqrt
         self.lamb_coeffs: list[torch.Tensor] = []

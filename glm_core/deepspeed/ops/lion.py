@@ -15,9 +15,13 @@ class FusedLion(OneByOne):
     0 the weight does not move, as in the paper; DeepSpeed's kernels move it by lr."""
 
     def __init__(
-        self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
-        weight_decay: float = 0.0, set_grad_none: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        set_grad_none: bool = True,
+    ) -> None:
         """set_grad_none: gradients are always set to None."""
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
@@ -37,9 +41,12 @@ class DeepSpeedCPULion(FusedLion):
     """FusedLion wherever the weights are; nothing is offloaded here."""
 
     def __init__(
-        self, model_params: Iterable[Any], lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.0,
+        self,
+        model_params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
         fp32_optimizer_states: bool = True,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """As FusedLion, with DeepSpeed's other names; states are float32."""
         super().__init__(model_params, lr, betas, weight_decay)

@@ -13,8 +13,11 @@ from glm_core.deepspeed.ops.lion import FusedLion
 from glm_core.errors import ConfigError
 
 WHOLE: dict[str, tuple[int, ...]] = {
-    "FusedLamb": (0, 3), "Muon": (0,), "Adafactor": (0,), "LBFGS": (),
-}  # fmt: skip
+    "FusedLamb": (0, 3),
+    "Muon": (0,),
+    "Adafactor": (0,),
+    "LBFGS": (),
+}
 """optimizers that look at whole parameters, and the ZeRO stages that show them these"""
 ABSENT = ("muon", "onebitadam", "onebitlamb", "zerooneadam", "muadam", "muadamw", "musgd")
 

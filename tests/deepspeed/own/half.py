@@ -62,10 +62,12 @@ for stage in range(4):
         "gradient_clipping": CLIP,
         "zero_optimization": {"stage": stage},
         "fp16": {
-            "enabled": True, "initial_scale_power": POWER, "loss_scale_window": WINDOW,
+            "enabled": True,
+            "initial_scale_power": POWER,
+            "loss_scale_window": WINDOW,
             "hysteresis": 1,
         },
-    }  # fmt: skip
+    }
     model = Classifier()
     trained, *_ = deepspeed.initialize(
         model=model, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), config=config

@@ -39,10 +39,12 @@ with contextlib.redirect_stdout(told):
         steps_per_print=2,
         csv_monitor={"enabled": True, "output_path": str(place / "csv"), "job_name": "run"},
         flops_profiler={
-            "enabled": True, "profile_step": 2, "output_file": str(place / "flops.txt"),
+            "enabled": True,
+            "profile_step": 2,
+            "output_file": str(place / "flops.txt"),
         },
         fp16={"enabled": True, "initial_scale_power": 4},
-    )  # fmt: skip
+    )
     for batch in batches(4):
         trained.backward(trained(batch["x"].half(), batch["labels"])["loss"])
         trained.step()

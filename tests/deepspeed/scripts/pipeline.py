@@ -33,9 +33,12 @@ layers = [
     LayerSpec(nn.Linear, 32, 5, bias=False),
 ]
 model = PipelineModule(
-    layers=layers, loss_fn=nn.CrossEntropyLoss(), num_stages=2, partition_method="parameters",
+    layers=layers,
+    loss_fn=nn.CrossEntropyLoss(),
+    num_stages=2,
+    partition_method="parameters",
     activation_checkpoint_interval=0,
-)  # fmt: skip
+)
 assert model.partitions() == [0, 4, 6]
 engine, _, _, _ = deepspeed.initialize(
     model=model,

@@ -28,9 +28,13 @@ layers = [
     LayerSpec(nn.Linear, 32, 5),
 ]
 model = PipelineModule(
-    layers, num_stages=4, loss_fn=nn.CrossEntropyLoss(), partition_method="uniform",
-    seed_layers=True, base_seed=77,
-)  # fmt: skip
+    layers,
+    num_stages=4,
+    loss_fn=nn.CrossEntropyLoss(),
+    partition_method="uniform",
+    seed_layers=True,
+    base_seed=77,
+)
 assert model.parts == [0, 2, 4, 6, 7]
 engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
 losses, norms, rates = [], [], []

@@ -119,11 +119,15 @@ def _slices() -> tuple[int, int, dist.ProcessGroup | None]:
 
 
 def configure(
-    mpu_: Any, deepspeed_config: str | Path | Mapping[str, Any] | None = None,
-    partition_activations: bool | None = None, contiguous_checkpointing: bool | None = None,
-    num_checkpoints: int | None = None, checkpoint_in_cpu: bool | None = None,
-    synchronize: bool | None = None, profile: bool | None = None,
-) -> None:  # fmt: skip
+    mpu_: Any,
+    deepspeed_config: str | Path | Mapping[str, Any] | None = None,
+    partition_activations: bool | None = None,
+    contiguous_checkpointing: bool | None = None,
+    num_checkpoints: int | None = None,
+    checkpoint_in_cpu: bool | None = None,
+    synchronize: bool | None = None,
+    profile: bool | None = None,
+) -> None:
     """partition_activations: a checkpoint's inputs are kept in equal parts by the tensor-parallel
     ranks, which must all have the same. checkpoint_in_cpu: they are kept in host memory. Both are
     the config's activation_checkpointing section's where not given. The others have no effect.
@@ -136,9 +140,11 @@ def configure(
         if bad:
             raise ConfigError("; ".join(bad))
     idle = {
-        "contiguous_checkpointing": contiguous_checkpointing, "synchronize": synchronize,
-        "num_checkpoints": num_checkpoints, "profile": profile,
-    }  # fmt: skip
+        "contiguous_checkpointing": contiguous_checkpointing,
+        "synchronize": synchronize,
+        "num_checkpoints": num_checkpoints,
+        "profile": profile,
+    }
     for name in (n for n, value in idle.items() if value):
         say_once(f"checkpointing.configure: {name} has no effect; results are the same")
     given = (partition_activations, section.get("partition_activations"))
@@ -172,9 +178,13 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     gives them none then)."""
     with _kept() if _state.partition or _state.in_cpu else contextlib.nullcontext():
         return torch_checkpoint.checkpoint(
-            function, *args, use_reentrant=False, preserve_rng_state=True, context_fn=_contexts,
+            function,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=True,
+            context_fn=_contexts,
             **kwargs,
-        )  # fmt: skip
+        )
 
 
 non_reentrant_checkpoint = checkpoint

@@ -214,10 +214,14 @@ class PipelineEngine(Feed, DeepSpeedEngine):
 
     @torch.no_grad()
     def eval_batch(
-        self, data_iter: Iterator[Any], return_logits: bool = False, compute_loss: bool = True,
-        reduce_output: str | None = "avg", bcast_loss: bool = True,
+        self,
+        data_iter: Iterator[Any],
+        return_logits: bool = False,
+        compute_loss: bool = True,
+        reduce_output: str | None = "avg",
+        bcast_loss: bool = True,
         num_micro_batches: int | None = None,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         """The mean loss (compute_loss=False: the mean of the outputs) over micro-batches and
         replicas, or with reduce_output None the list of them; on the last stage, with bcast_loss a
         loss on all. return_logits: and the last micro-batch's outputs, None on the other stages.
@@ -262,8 +266,10 @@ class PipelineEngine(Feed, DeepSpeedEngine):
         return self._at_boundary
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise PipelineError("Only train_batch() is accessible in pipeline mode: a pipeline runs "
-                            "forward, backward and step itself")  # fmt: skip
+        raise PipelineError(
+            "Only train_batch() is accessible in pipeline mode: a pipeline runs "
+            "forward, backward and step itself"
+        )
 
     forward = backward = step = _refuse
 
@@ -278,9 +284,11 @@ class PipelineEngine(Feed, DeepSpeedEngine):
         """Taken; masks travel as they are."""
 
     def load_module_state_dict(
-        self, state_dict: dict[str, Any], strict: bool = True,
+        self,
+        state_dict: dict[str, Any],
+        strict: bool = True,
         custom_load_fn: Callable[..., Any] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """This stage's of the whole model's weights, and from them the masters."""
         own = self.module.state_dict()
         mine = {name: value for name, value in state_dict.items() if name in own}

@@ -55,9 +55,12 @@ class Feed:
             data, self.grid.data_parallel_size, rank, shuffle=False
         )
         loader = DataLoader(
-            data, self.settings.micro_batch, sampler=sampler, collate_fn=collate,
+            data,
+            self.settings.micro_batch,
+            sampler=sampler,
+            collate_fn=collate,
             drop_last=self.settings.drop_last,
-        )  # fmt: skip
+        )
         self.set_dataloader(RepeatingLoader(loader))
 
     def _micro_batch(self) -> tuple[Any, Any]:

@@ -53,11 +53,14 @@ class TiedLayerSpec(LayerSpec):
     same weights on all stages. forward_fn(layer, inputs) is called in place of the layer."""
 
     def __init__(
-        self, key: str, typename: type[nn.Module], *module_args: Any,
+        self,
+        key: str,
+        typename: type[nn.Module],
+        *module_args: Any,
         forward_fn: Callable[[Any, Any], Any] | None = None,
         tied_weight_attr: str | list[str] = ["weight"],  # noqa: B006  # never changed
         **module_kwargs: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(typename, *module_args, **module_kwargs)
         self.key, self.forward_fn = key, forward_fn
         self.tied_weight_attr = (
@@ -80,14 +83,20 @@ class PipelineModule(nn.Module):
     the whole, tied ones by their key."""
 
     def __init__(
-        self, layers: Iterable[Any], num_stages: int | None = None,
-        topology: ProcessTopology | None = None, loss_fn: Callable[..., Any] | None = None,
-        seed_layers: bool = False, seed_fn: Callable[[int], Any] | None = None,
-        base_seed: int = 1234, partition_method: str = "parameters",
+        self,
+        layers: Iterable[Any],
+        num_stages: int | None = None,
+        topology: ProcessTopology | None = None,
+        loss_fn: Callable[..., Any] | None = None,
+        seed_layers: bool = False,
+        seed_fn: Callable[[int], Any] | None = None,
+        base_seed: int = 1234,
+        partition_method: str = "parameters",
         activation_checkpoint_interval: int = 0,
         activation_checkpoint_func: Callable[..., Any] = checkpointing.checkpoint,
-        checkpointable_layers: list[str] | None = None, dynamic_shape: bool = False,
-    ) -> None:  # fmt: skip
+        checkpointable_layers: list[str] | None = None,
+        dynamic_shape: bool = False,
+    ) -> None:
         """partition_method: `parameters` (trainable ones balanced), `uniform`, `type:REGEX` (layers
         whose class is named so balanced). activation_checkpoint_interval: layers per recomputed
         run, 0 none. dynamic_shape: micro-batches of a batch differ in shape. Raises

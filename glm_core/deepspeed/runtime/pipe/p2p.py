@@ -13,9 +13,19 @@ from glm_core.deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from glm_core.errors import TrainingError
 
 DTYPES = (
-    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128,
-    torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool,
-)  # fmt: skip
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.complex64,
+    torch.complex128,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.bool,
+)
 """by their number in a header"""
 HEADER = 256
 """numbers in a header"""

@@ -51,9 +51,12 @@ class ProcessTopology:
         return self.dims[self.axes.index(axis)] if axis in self.axes else 0
 
     def get_rank_repr(
-        self, rank: int, omit_axes: Sequence[str] = ("data", "pipe"), inner_sep: str = "_",
+        self,
+        rank: int,
+        omit_axes: Sequence[str] = ("data", "pipe"),
+        inner_sep: str = "_",
         outer_sep: str = "-",
-    ) -> str:  # fmt: skip
+    ) -> str:
         """`model_01`: the place in a file's name."""
         place = self.get_coord(rank)._asdict()
         return outer_sep.join(

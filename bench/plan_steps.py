@@ -1,0 +1,149 @@
+"""Training steps of plans by this machine's own processes, and what such steps are made of: a
+matrix product, a memory read, messages, and smaller steps of every rank alone; all in turn, every
+rank at once. `measure` starts the processes; the module is what each of them runs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from glm_core.backends import registry
+from glm_core.backends.base import Backend
+from glm_core.bench import links
+from glm_core.bench.comm import elements
+from glm_core.bench.utilisation import RandomText
+from glm_core.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from glm_core.distributed import comm, launch, mesh
+from glm_core.distributed.engine import Engine
+from glm_core.distributed.plan import parse
+from glm_core.errors import ConfigError, GlmCoreError
+from glm_core.measure import ceilings
+from glm_core.measure.timing import interleave
+from glm_core.model import GLM, preset
+from glm_core.planner.here import MESSAGES, SIZES, Alone, Wanted
+from glm_core.training.optimizer import Optimizer
+from glm_core.training.trainer import Batch
+
+LIMIT_S = 900
+Call = Callable[[], Any]
+
+
+def measure(wanted: Wanted) -> dict[str, list[float]]:
+    """Seconds of each round by what was timed: of the slowest rank. Raises GlmCoreError with what
+    the processes said."""
+    words = [
+        sys.executable,
+        "-m",
+        "glm_core.bench.plan_steps",
+        json.dumps(dataclasses.asdict(wanted)),
+    ]
+    return links.answer(words, LIMIT_S, "plan measure:", "ask for less")
+
+
+def contestants(wanted: Wanted, backend: Backend, me: comm.Member) -> dict[str, Call]:
+    """By name what is timed; every rank calls them in the same order."""
+    calls = {k: c for k, (c, _, _) in ceilings.contestants(backend, (torch.bfloat16,)).items()}
+    found = {k: c for k, c in calls.items() if k in ("gemm bfloat16", "memory read")}
+    model = preset(wanted.preset)
+    for alone in wanted.alone:
+        part = dataclasses.replace(model, num_layers=alone.num_layers, vocab=alone.vocab)
+        found[alone.name] = alone_step(part, text(part, wanted.length, alone.batch))
+    if wanted.messages:
+        for name, dtype in MESSAGES.items():
+            kind: torch.dtype = getattr(torch, dtype)
+            for size in SIZES:
+                count = elements(size, kind.itemsize, me.world)
+                operation = "all_reduce" if name == "sum" else name
+                found[f"{name} {size}"] = comm.operation(operation, count, kind, me).run
+    for plan in wanted.plans:
+        found[plan] = plan_step(plan, wanted, backend)
+    return found
+
+
+def text(model: ModelConfig, length: int, batch: int) -> Batch:
+    """Random tokens, the same in every process."""
+    return RandomText(model.vocab, length).next(batch)
+
+
+def alone_step(model: ModelConfig, batch: Batch) -> Call:
+    """Forward, backward and update by this process."""
+    glm = GLM(model).init_weights(0).to(torch.bfloat16)
+    optimizer = Optimizer(glm, TrainConfig(dtype="bfloat16"))
+    weight = batch.loss_weight / batch.loss_weight.sum()
+
+    def step() -> None:
+        glm.zero_grad(set_to_none=True)
+        loss = glm.loss(
+            batch.tokens, batch.positions, batch.key_start, batch.key_end, batch.labels, weight
+        )
+        loss.backward()
+        optimizer.step(1e-4)
+
+    return step
+
+
+def plan_step(plan: str, wanted: Wanted, backend: Backend) -> Call:
+    """The real engine's step under the plan."""
+    model, cut = preset(wanted.preset), parse(plan)
+    vocab = min(DataConfig().vocab, model.vocab)
+    config = RunConfig(
+        model=model,
+        data=DataConfig(length=wanted.length, vocab=vocab),
+        train=TrainConfig(
+            global_batch=wanted.global_batch,
+            micro_batch=1,
+            dtype="bfloat16",
+            lr=1e-4,
+            backend=backend.name,
+        ),
+    )
+    engine = Engine(config, cut, mesh.make(cut, backend.device_type), backend.device())
+    batch = text(model, wanted.length, wanted.global_batch)
+    return lambda: engine.train_step(batch)
+
+
+def together(calls: dict[str, Call]) -> Iterator[tuple[str, Call]]:
+    """Before each a barrier, which is not timed with it."""
+    for name, call in calls.items():
+        yield f"all arrived {name}", comm.together
+        yield name, call
+
+
+def member(wanted: Wanted) -> dict[str, list[float]]:
+    """One process's part; the same result on all."""
+    backend = registry.usable("cpu")
+    with comm.joined(backend, 600.0) as me, registry.use(backend):
+        calls = contestants(wanted, backend, me)
+        with contextlib.redirect_stderr(io.StringIO() if me.rank else sys.stderr):
+            timing = interleave(dict(together(calls)), wanted.rounds)
+        return {name: comm.slowest(list(timing[name].seconds), me) for name in calls}
+
+
+def main() -> int:
+    """Exit 1 where a process failed, 2 for what cannot be asked."""
+    told = json.loads(sys.argv[1])
+    try:
+        if "RANK" not in os.environ:
+            words = ["-m", "glm_core.bench.plan_steps", sys.argv[1]]
+            launch.local(told["processes"], words)
+            return 0
+        alone = tuple(Alone(**a) for a in told["alone"])
+        found = member(Wanted(**told | {"alone": alone, "plans": tuple(told["plans"])}))
+        if os.environ["RANK"] == "0":
+            print(json.dumps(found), flush=True)
+        return 0
+    except GlmCoreError as error:
+        print(f"glm_core.bench.plan_steps: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,94 @@
+"""Nothing waits for ever: where a block stops reporting, its process ends and says where it was."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+from glm_core import dispatch
+
+
+class _State:
+    seconds = 0.0
+    what = ""
+    since = 0.0
+    stuck_s = 0.0
+    stuck_file: TextIO | int = 2
+
+
+_state = _State()
+
+
+def beat(what: str) -> None:
+    """Progress: what is begun now. Costs nothing where nobody guards."""
+    _state.what = what
+    if _state.seconds:
+        _state.since = time.monotonic()
+        # a call that hangs without giving the interpreter back stops every Python thread
+        faulthandler.dump_traceback_later(_state.stuck_s, exit=True, file=_state.stuck_file)
+
+
+def begun() -> str:
+    """What the last `beat` began."""
+    return _state.what
+
+
+@contextmanager
+def guard(
+    seconds: float,
+    subject: str,
+    way_out: str,
+    *,
+    on_hang: Callable[[], str] = lambda: "",
+    stuck_after_s: float | None = None,
+    stuck_file: TextIO | int = 2,
+) -> Iterator[None]:
+    """Ends the process with exit code 1 where `seconds` pass in the block without a `beat`: a call
+    that hangs in a driver cannot be interrupted. 0 guards nothing; guards do not nest.
+
+    on_hang: called first, its lines are said too. Where not even that can run, because a call keeps
+    the interpreter, all stacks go to `stuck_file` after `stuck_after_s` (2 seconds + 1)."""
+    if not seconds:
+        yield
+        return
+    done, thread = threading.Event(), threading.get_ident()
+    _state.seconds, _state.stuck_file = seconds, stuck_file
+    _state.stuck_s = 2 * seconds + 1 if stuck_after_s is None else stuck_after_s
+    beat("start")
+
+    def watch() -> None:
+        while not done.wait(max(0.01, _state.since + seconds - time.monotonic())):
+            if time.monotonic() >= _state.since + seconds:
+                place = _place(thread)  # before anything else moves
+                faulthandler.cancel_dump_traceback_later()
+                said = f"{_state.what}: no progress for {seconds:g} s, {place}; {way_out}"
+                _end(f"{on_hang()}{subject}: {said}")
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        _state.seconds = 0.0
+        done.set()
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _end(text: str) -> None:
+    os.write(2, f"\nglm-core: {text}\n".encode())
+    os._exit(1)
+
+
+def _place(thread: int) -> str:
+    """The op in whose call the thread is, else the innermost function."""
+    frame = innermost = sys._current_frames().get(thread)
+    while frame is not None:
+        if frame.f_code is dispatch.run.__code__:
+            return f"inside op {frame.f_locals['op'].name}"
+        frame = frame.f_back
+    return f"inside {innermost.f_code.co_qualname}" if innermost else "its thread has ended"

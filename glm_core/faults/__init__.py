@@ -1,0 +1,2 @@
+"""The catalogue of kernels that differ from a reference, wrong and benign ones, by op
+family."""

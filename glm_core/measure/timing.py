@@ -1,0 +1,114 @@
+"""How everything is timed: contestants in turn, medians with spread, every row with the machine it
+was taken on."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from glm_core import environment
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Timing:
+    """Seconds of each round of one contestant."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median_s(self) -> float:
+        """The figure to quote."""
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range over the median: how noisy the machine was."""
+        if len(self.seconds) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        return (high - low) / self.median_s
+
+
+def interleave(
+    contestants: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2, rest_s: float = 0.0
+) -> dict[str, Timing]:
+    """Times every contestant once per round, in turn, so that a slow spell of a shared machine
+    hits all alike. `rest_s` before each: other engines' threads go on spinning for a while."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for i in range(warmup + rounds):
+        for name, run in contestants.items():
+            time.sleep(rest_s)
+            start = time.perf_counter()
+            run()
+            if i >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+        print(f"\rround {i + 1}/{warmup + rounds}", end="", file=sys.stderr, flush=True)
+    print("\r", end="", file=sys.stderr)
+    return {name: Timing(seconds=tuple(s)) for name, s in seconds.items()}
+
+
+def ratio(slow: Timing, fast: Timing) -> dict[str, float]:
+    """How many times faster `fast` is: the median of the round-by-round ratios, with their
+    quartiles."""
+    each = [a / b for a, b in zip(slow.seconds, fast.seconds, strict=True)]
+    low, middle, high = statistics.quantiles(each, n=4) if len(each) > 1 else each * 3
+    return {"ratio": middle, "low": low, "high": high}
+
+
+def machine() -> dict[str, Any]:
+    """Where a row was measured: CPU, its instruction set in use, threads, versions, commit."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    return {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": environment.isa() or torch.backends.cpu.get_cpu_capability(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": commit or "unknown",
+    }
+
+
+def cpu_name() -> str:
+    """The model name of /proc/cpuinfo, else what platform knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
+
+
+def gemm(dtype: torch.dtype, size: int = 1024) -> Callable[[], Any]:
+    """The machine's matrix-product ceiling as a contestant: one size x size x size product, by the
+    faster of the libraries torch may use for it."""
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    onednn = torch.ops.mkldnn._linear_pointwise
+    ways: dict[str, Callable[[], Any]] = {
+        "mm": lambda: torch.mm(a, b),
+        "onednn": lambda: onednn(a, b, None, "none", [], ""),
+    }
+    timing = interleave(ways, 5)
+    return ways[min(ways, key=lambda name: timing[name].median_s)]
+
+
+def gemm_flops(size: int = 1024) -> int:
+    """Floating-point operations of one `gemm` call."""
+    return 2 * size**3

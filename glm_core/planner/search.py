@@ -1,0 +1,174 @@
+"""Which plans a cluster can run, which it cannot and why, and the fastest of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from glm_core.planner.cluster import Cluster
+from glm_core.planner.cost import Work, fullest_stage
+from glm_core.planner.efficiency import Step, predict
+from glm_core.planner.sizing import RECOMPUTES, Sizing, broken_rules
+
+MICRO_BATCHES = (1, 2, 4, 8, 16)
+CHUNKS = (1, 2, 3, 5)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Budget:
+    """What may be spent; None is no limit."""
+
+    tokens: float
+    days: float | None = None
+    energy_mwh: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """A plan with what it would take."""
+
+    plan: Sizing
+    memory: dict[str, float]
+    """bytes by part on a chip of the fullest stage"""
+    step: Step
+    days: float
+    energy_mwh: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **dataclasses.asdict(self.plan),
+            "label": self.plan.label(),
+            "memory_bytes": self.memory,
+            "peak_bytes": sum(self.memory.values()),
+            "step_s": self.step.seconds,
+            "step_parts_s": self.step.parts,
+            "bubble": self.plan.bubble,
+            "mfu": self.step.mfu,
+            "hfu": self.step.hfu,
+            "days": self.days,
+            "energy_mwh": self.energy_mwh,
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """Feasible plans, fastest first, and how many were rejected for which kind of reason."""
+
+    feasible: list[Candidate]
+    rejected: Counter[str]
+    nearest: tuple[Candidate, list[str]] | None
+    """of the rejected plans that obey the rules the one that misses by least, and its reasons"""
+
+
+def candidate(plan: Sizing, work: Work, cluster: Cluster, tokens: float, stack: str) -> Candidate:
+    """The plan, priced."""
+    step = predict(plan, work, cluster, stack)
+    seconds = tokens / (plan.global_batch * work.seq) * step.seconds
+    energy = cluster.chips * cluster.power * seconds / 3.6e9
+    return Candidate(
+        plan=plan,
+        memory=fullest_stage(plan, work),
+        step=step,
+        days=seconds / 86400,
+        energy_mwh=energy,
+    )
+
+
+def obstacles(found: Candidate, cluster: Cluster, budget: Budget) -> dict[str, tuple[float, str]]:
+    """What is too much, by kind: the ratio to what there is, and the fact in words."""
+    needed = sum(found.memory.values())
+    limits = {
+        "memory": (needed, cluster.memory, 1e9, "GB a chip"),
+        "days": (found.days, budget.days, 1.0, "days"),
+        "energy": (found.energy_mwh, budget.energy_mwh, 1.0, "MWh"),
+    }
+    return {
+        kind: (
+            value / limit,
+            f"{kind}: needs {value / unit:.1f} {name}, "
+            f"{(value - limit) / unit:.1f} more than {limit / unit:.1f}",
+        )
+        for kind, (value, limit, unit, name) in limits.items()
+        if limit is not None and value > limit
+    }
+
+
+def search(
+    work: Work,
+    cluster: Cluster,
+    global_batch: int,
+    budget: Budget,
+    fixed: Mapping[str, Any] | None = None,
+    stack: str = "",
+) -> Outcome:
+    """Every plan of the usual sizes, or of those that agree with `fixed` (plan fields)."""
+    feasible, rejected = [], Counter[str]()
+    nearest: tuple[float, Candidate, list[str]] | None = None
+    for plan in plans(work, cluster, global_batch, fixed or {}):
+        if broken := broken_rules(plan, work.model):
+            rejected[_kind(broken[0])] += 1
+            continue
+        found = candidate(plan, work, cluster, budget.tokens, stack)
+        wrong = obstacles(found, cluster, budget)
+        if not wrong:
+            feasible.append(found)
+            continue
+        rejected.update(list(wrong))
+        worst = max(ratio for ratio, _ in wrong.values())
+        if nearest is None or worst < nearest[0]:
+            nearest = (worst, found, [fact for _, fact in wrong.values()])
+    feasible.sort(key=lambda c: c.step.seconds)
+    return Outcome(feasible=feasible, rejected=rejected, nearest=nearest[1:] if nearest else None)
+
+
+def _kind(rule: str) -> str:
+    """`tp=3 does not divide num_heads=32` is of the kind `tp`."""
+    return "rule: " + rule.split("=")[0].split(" ")[0]
+
+
+def plans(
+    work: Work, cluster: Cluster, global_batch: int, fixed: Mapping[str, Any]
+) -> Iterator[Sizing]:
+    """Sizes that multiply to the cluster's chips."""
+
+    def choices(name: str, usual: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (fixed[name],) if name in fixed else usual
+
+    divisors = tuple(n for n in range(1, cluster.chips + 1) if cluster.chips % n == 0)
+    within = tuple(n for n in divisors if n <= cluster.chips_per_node)
+    deep = tuple(n for n in divisors if n <= work.model.num_layers)
+    for tp, pp in itertools.product(choices("tp", within), choices("pp", deep)):
+        dp = fixed.get("dp", cluster.chips // (tp * pp))
+        if tp * pp * dp != cluster.chips:
+            continue
+        for zero, sp, mb, recompute, virtual in itertools.product(
+            choices("zero", (0, 1) if pp > 1 else (0, 1, 2, 3)),
+            choices("sp", (False, True) if tp > 1 else (False,)),
+            choices("micro_batch", MICRO_BATCHES),
+            choices("recompute", RECOMPUTES),
+            choices("virtual", CHUNKS if pp > 1 else (1,)),
+        ):
+            yield Sizing(
+                tp=tp,
+                pp=pp,
+                dp=dp,
+                zero=zero,
+                sp=sp,
+                micro_batch=mb,
+                recompute=recompute,
+                virtual=virtual,
+                global_batch=global_batch,
+            )
+
+
+def nearest_feasible(wanted: Mapping[str, Any], feasible: list[Candidate]) -> Candidate | None:
+    """The feasible plan that differs from what was asked for in the fewest fields, the fastest of
+    those."""
+
+    def changes(found: Candidate) -> int:
+        return sum(getattr(found.plan, k) != v for k, v in wanted.items())
+
+    return min(feasible, key=lambda c: (changes(c), c.step.seconds), default=None)

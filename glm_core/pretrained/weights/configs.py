@@ -1,0 +1,111 @@
+"""Their config.json to our ModelConfig and back, by the fields of the layout."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from glm_core.config import ModelConfig, from_dict
+from glm_core.errors import CheckpointError, ConfigError
+from glm_core.pretrained.weights.layouts import Layout
+
+_ABSENT = object()
+CARRIED = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "mask_token_id",
+    "gmask_token_id",
+    "tokenizer_type",
+)
+"""keys about tokens, which go into the written config as they were read"""
+
+
+def read_config(layout: Layout, theirs: dict[str, Any], file: Path) -> ModelConfig:
+    """The model that a config.json or model_config.json describes. Raises CheckpointError listing
+    every key that is missing, of another architecture, or of a wrong type."""
+    values, bad = dict(layout.fixed), _foreign(layout, theirs)
+    for field in layout.fields:
+        found = (_get(theirs, path) for path in field.theirs)
+        value = next((v for v in found if v is not _ABSENT and v is not None), field.default)
+        if value is None:
+            bad.append(f"{field.theirs[0]} is missing")
+        elif field.unit is not None and isinstance(value, int | float):
+            value = value * field.unit
+        values[field.ours] = value
+    if not bad:
+        if values["ffn"] == 0 and isinstance(values["hidden"], int):
+            values["ffn"] = 4 * values["hidden"]
+        try:
+            return from_dict(ModelConfig, values)
+        except (ConfigError, TypeError) as error:
+            bad.append(str(error))
+    raise CheckpointError(
+        f"{file}: does not describe a model of layout {layout.name}: {'; '.join(bad)}; "
+        "check that it belongs to these weights"
+    )
+
+
+def _foreign(layout: Layout, theirs: dict[str, Any]) -> list[str]:
+    """What says that this is another architecture."""
+    expected = {k: v for k, v in layout.header.items() if k != "architectures"}
+    found = {key: (_get(theirs, key), v) for key, v in {**expected, **layout.required}.items()}
+    return [
+        f"{key} is {value!r}, only {allowed!r} is known"
+        for key, (value, allowed) in found.items()
+        if value is not _ABSENT and value != allowed and not (value is None and allowed is False)
+    ]
+
+
+def write_config(
+    layout: Layout, config: ModelConfig, source: dict[str, Any], dtype: str
+) -> dict[str, Any]:
+    """A config.json of this layout; token ids are carried over from the source's. Raises
+    CheckpointError where the layout cannot express the model."""
+    _require_expressible(layout, config)
+    result: dict[str, Any] = {**layout.header, "torch_dtype": dtype}
+    result |= {key: source[key] for key in CARRIED if key in source}
+    for path, value in layout.required.items():
+        if value is not None:
+            _put(result, path, value)
+    for field in layout.fields:
+        value = getattr(config, field.ours)
+        _put(result, field.theirs[0], value / field.unit if field.unit else value)
+    return result
+
+
+def _require_expressible(layout: Layout, config: ModelConfig) -> None:
+    named = {f.ours for f in layout.fields}
+    implied = {
+        "head_dim": config.hidden // config.num_heads,
+        "num_kv_heads": config.num_heads,
+        "max_length": config.max_length,
+    }
+    free = {"embedding_gradient_shrink", "init_std"}
+    bad = [
+        f"{f.name}={getattr(config, f.name)}"
+        for f in dataclasses.fields(config)
+        if f.name not in named | free
+        and getattr(config, f.name) != layout.fixed.get(f.name, implied.get(f.name, f.default))
+    ]
+    if bad:
+        raise CheckpointError(
+            f"layout {layout.name} cannot express {', '.join(bad)}; choose another layout, or "
+            "glm-core, which holds every model"
+        )
+
+
+def _get(table: Any, path: str) -> Any:
+    for part in path.split("."):
+        if not isinstance(table, dict) or part not in table:
+            return _ABSENT
+        table = table[part]
+    return table
+
+
+def _put(table: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    for part in parents:
+        table = table.setdefault(part, {})
+    table[last] = value

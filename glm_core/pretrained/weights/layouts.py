@@ -1,0 +1,354 @@
+"""Every checkpoint layout of the family as data: names, order of the QKV rows, config keys.
+
+How tensor-parallel ranks cut a parameter is the same in all of them and stands once, in SPLITS. Key
+names: THUDM/GLM change_mp.py and generation code, GLM-130B tools/convert_tp.py,
+modeling_chatglm.py of ChatGLM-6B and ChatGLM3, transformers 5.23 glm and glm4."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any, Literal
+
+from glm_core.config import ModelConfig
+from glm_core.errors import CheckpointError, unknown
+from glm_core.model.glm import LINEARS
+
+Sections = Literal["whole", "halves", "qkv"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Split:
+    """A parameter is cut along `dim` (None: every rank has all of it), each of its sections on its
+    own: `halves` of a gated projection, `qkv` blocks by whole heads."""
+
+    dim: int | None
+    sections: Sections = "whole"
+
+
+WHOLE, ROWS, COLUMNS = Split(None), Split(0), Split(1)
+SPLITS = {
+    "embedding": ROWS,
+    "head": ROWS,
+    "attention.qkv.weight": Split(0, "qkv"),
+    "attention.qkv.bias": Split(0, "qkv"),
+    "mlp.up.weight": Split(0, "halves"),
+    "mlp.up.bias": Split(0, "halves"),
+    "attention.out.weight": COLUMNS,
+    "mlp.down.weight": COLUMNS,
+}
+"""by our name below `blocks.N.`; all others are replicated"""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Field:
+    """One of our config fields and where theirs stands: dotted paths, the first found is read, the
+    first is written. ours = theirs * unit. Without default the key must be there; an ffn of 0 means
+    4 * hidden."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    default: Any = None
+    unit: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """One way to store the model."""
+
+    name: str
+    about: str
+    names: dict[str, str]
+    """our parameter or module -> their key or module; {i} is the layer, {p} one of q, k, v"""
+    qkv: Literal["blocks", "heads", "separate"]
+    """rows q|k|v; or [q_h, k_h, v_h] head by head; or three tensors"""
+    sharded: bool = False
+    """written as mp_rank_XX_model_states.pt, one per tensor-parallel rank; else as safetensors"""
+    quantized: bool = False
+    """has a quantized form: `weight` int8 or packed int4, `weight_scale` by row"""
+    prefixes: tuple[str, ...] = ("",)
+    """before every key; the first is written"""
+    ignored: str = r"(.*\.)?inv_freq"
+    """keys that hold nothing learned"""
+    fields: tuple[Field, ...] = ()
+    fixed: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """our fields that this family never varies"""
+    required: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """their keys that, where present, must have this value; written too"""
+    header: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """their keys that name the architecture"""
+
+    def keys(self, ours: str) -> tuple[str, ...]:
+        """Their keys, without prefix, of our parameter."""
+        found = re.match(r"blocks\.(\d+)\.(.*)", ours)
+        layer, name = (found[1], "blocks.{i}." + found[2]) if found else ("", ours)
+        leaf = ""
+        if name not in self.names:
+            name, _, leaf = name.rpartition(".")
+        theirs = self.names[name] + (f".{leaf}" if leaf else "")
+        parts = "qkv" if "{p}" in theirs else "-"
+        return tuple(theirs.format(i=layer, p=p) for p in parts)
+
+    def recognises(self, key: str) -> bool:
+        """Whether a key, without prefix, can be one of this layout's."""
+        return self._pattern.fullmatch(key) is not None
+
+    @property
+    def _pattern(self) -> re.Pattern[str]:
+        names = (
+            re.escape(t).replace(r"\{i\}", r"\d+").replace(r"\{p\}", "[qkv]")
+            for t in self.names.values()
+        )
+        return re.compile(f"(?:{'|'.join(names)})(?:\\.weight|\\.bias|\\.weight_scale)?")
+
+
+def split_of(ours: str) -> Split:
+    """How ranks cut our parameter."""
+    return SPLITS.get(re.sub(r"^blocks\.\d+\.", "", ours), WHOLE)
+
+
+def sections(ours: str, config: ModelConfig) -> tuple[int, ...] | None:
+    """Lengths of the sections that are cut one by one, of the whole parameter; None for one."""
+    kind = split_of(ours).sections
+    if kind == "qkv":
+        return tuple(h * config.head_dim for h in _heads(config))
+    return (config.ffn,) * 2 if kind == "halves" and config.activation != "gelu" else None
+
+
+def _heads(config: ModelConfig) -> tuple[int, int, int]:
+    return config.num_heads, config.num_kv_heads, config.num_kv_heads
+
+
+def _blocks(prefix: str, attention: str, extra: dict[str, str] | None = None) -> dict[str, str]:
+    """Megatron's names of a layer, which all but transformers use."""
+    names = {
+        "input_norm": "input_layernorm",
+        "mlp_norm": "post_attention_layernorm",
+        "attention.qkv": f"{attention}.query_key_value",
+        "attention.out": f"{attention}.dense",
+        "mlp.up": "mlp.dense_h_to_4h",
+        "mlp.down": "mlp.dense_4h_to_h",
+        **(extra or {}),
+    }
+    return {f"blocks.{{i}}.{ours}": f"{prefix}.{{i}}.{t}" for ours, t in names.items()}
+
+
+def _same(*names: str) -> tuple[Field, ...]:
+    """Fields from 'ours=theirs' texts."""
+    return tuple(Field(ours, (theirs,)) for ours, theirs in (n.split("=") for n in names))
+
+
+_SAT_FIELDS = (
+    *_same("num_layers=num_layers", "hidden=hidden_size", "num_heads=num_attention_heads"),
+    *_same("vocab=vocab_size", "max_length=max_sequence_length"),
+    Field("ffn", ("inner_hidden_size",), 0),
+    Field("norm_eps", ("layernorm_epsilon",), 1e-5),
+)
+_SAT = {
+    "embedding": "transformer.word_embeddings.weight",
+    "final_norm": "transformer.final_layernorm",
+    **_blocks("transformer.layers", "attention"),
+}
+_DEEPNORM = {"norm": "layer", "placement": "deepnorm", "qk_layer_scaling": True}
+_CHATGLM = {**_DEEPNORM, "activation": "gelu", "positions": "rope_2d", "tied_head": False}
+_HF = {
+    "embedding": "model.embed_tokens.weight",
+    "head": "lm_head.weight",
+    "final_norm": "model.norm",
+    **{
+        f"blocks.{{i}}.{ours}": f"model.layers.{{i}}.{theirs}"
+        for ours, theirs in {
+            "input_norm": "input_layernorm",
+            "mlp_norm": "post_attention_layernorm",
+            "attention.qkv": "self_attn.{p}_proj",
+            "attention.out": "self_attn.o_proj",
+            "mlp.up": "mlp.gate_up_proj",
+            "mlp.down": "mlp.down_proj",
+        }.items()
+    },
+}
+_HF_FIELDS = (
+    *_same("num_layers=num_hidden_layers", "hidden=hidden_size", "num_heads=num_attention_heads"),
+    *_same("num_kv_heads=num_key_value_heads", "ffn=intermediate_size", "vocab=vocab_size"),
+    *_same("max_length=max_position_embeddings", "norm_eps=rms_norm_eps"),
+    Field("head_dim", ("head_dim",), 0),
+    Field("qkv_bias", ("attention_bias",), False),
+    Field("tied_head", ("tie_word_embeddings",), False),
+    Field("rope_base", ("rope_parameters.rope_theta", "rope_theta"), 10000.0),
+    Field("rope_fraction", ("rope_parameters.partial_rotary_factor", "partial_rotary_factor"), 0.5),
+)
+_HF_REQUIRED = {
+    "hidden_act": "silu",
+    "rope_parameters.rope_type": "default",
+    "rope_scaling": None,
+}
+_SWIGLU = {
+    "norm": "rms",
+    "activation": "swiglu",
+    "positions": "rope",
+    "rope_interleaved": True,
+    "linear_bias": False,
+}
+
+_NORMS = ("input", "mlp", "post_attention", "post_mlp")
+
+LAYOUTS = (
+    Layout(
+        name="glm",
+        about="transformers' Glm: GLM-4-9B and its relatives",
+        names=_HF,
+        qkv="separate",
+        fields=_HF_FIELDS,
+        fixed={**_SWIGLU, "placement": "pre"},
+        required=_HF_REQUIRED,
+        header={"architectures": ["GlmForCausalLM"], "model_type": "glm"},
+    ),
+    Layout(
+        name="glm4",
+        about="transformers' Glm4: GLM-4-0414",
+        names={
+            **_HF,
+            "blocks.{i}.post_attention_norm": "model.layers.{i}.post_self_attn_layernorm",
+            "blocks.{i}.post_mlp_norm": "model.layers.{i}.post_mlp_layernorm",
+        },
+        qkv="separate",
+        fields=_HF_FIELDS,
+        fixed={**_SWIGLU, "placement": "sandwich"},
+        required=_HF_REQUIRED,
+        header={"architectures": ["Glm4ForCausalLM"], "model_type": "glm4"},
+    ),
+    Layout(
+        name="chatglm2",
+        about="ChatGLM2, ChatGLM3 and GLM-4 in their authors' code",
+        names={
+            "embedding": "transformer.embedding.word_embeddings.weight",
+            "head": "transformer.output_layer.weight",
+            "final_norm": "transformer.encoder.final_layernorm",
+            **_blocks("transformer.encoder.layers", "self_attention"),
+        },
+        qkv="blocks",
+        quantized=True,
+        fields=(
+            *_same("num_layers=num_layers", "hidden=hidden_size", "num_heads=num_attention_heads"),
+            *_same("head_dim=kv_channels", "ffn=ffn_hidden_size", "vocab=padded_vocab_size"),
+            *_same("max_length=seq_length", "norm_eps=layernorm_epsilon"),
+            Field("num_kv_heads", ("multi_query_group_num",), 0),
+            Field("qkv_bias", ("add_qkv_bias",), False),
+            Field("rope_base", ("rope_ratio",), 1.0, unit=10000.0),
+        ),
+        fixed={**_SWIGLU, "placement": "pre", "rope_fraction": 0.5, "tied_head": False},
+        required={
+            "rmsnorm": True,
+            "apply_residual_connection_post_layernorm": False,
+            "post_layer_norm": True,
+            "add_bias_linear": False,
+            "multi_query_attention": True,
+            "tie_word_embeddings": False,
+        },
+        header={"architectures": ["ChatGLMModel"], "model_type": "chatglm"},
+    ),
+    Layout(
+        name="glm-130b",
+        about="GLM-130B, SwissArmyTransformer shards",
+        names=_SAT,
+        qkv="heads",
+        sharded=True,
+        quantized=True,
+        fields=_SAT_FIELDS,
+        fixed={**_DEEPNORM, "activation": "geglu", "positions": "rope"},
+        required={"layernorm_order": "post"},
+        header={"model_class": "GLM130B"},
+    ),
+    Layout(
+        name="chatglm-6b",
+        about="ChatGLM-6B in its authors' code",
+        names={**_SAT, "head": "lm_head.weight"},
+        qkv="heads",
+        quantized=True,
+        fields=_SAT_FIELDS,
+        fixed=_CHATGLM,
+        required={"position_encoding_2d": True},
+        header={"architectures": ["ChatGLMModel"], "model_type": "chatglm"},
+    ),
+    Layout(
+        name="sat-chatglm-6b",
+        about="ChatGLM-6B, SwissArmyTransformer shards",
+        names={**_SAT, "head": "mixins.chatglm-final.lm_head.weight"},
+        qkv="blocks",
+        sharded=True,
+        fields=_SAT_FIELDS,
+        fixed=_CHATGLM,
+        header={"model_class": "ChatGLMModel"},
+    ),
+    Layout(
+        name="glm-block",
+        about="the original GLM (base, large, 10B), DeepSpeed or transformers",
+        names={
+            "embedding": "word_embeddings.weight",
+            "final_norm": "transformer.final_layernorm",
+            "position_embedding": "transformer.position_embeddings.weight",
+            "block_embedding": "transformer.block_position_embeddings.weight",
+            **_blocks("transformer.layers", "attention"),
+        },
+        qkv="blocks",
+        sharded=True,
+        prefixes=("", "glm.", "model.", "module."),
+        fields=(
+            *_same("num_layers=num_layers", "hidden=hidden_size", "num_heads=num_attention_heads"),
+            *_same("vocab=vocab_size", "max_length=max_sequence_length"),
+            Field("ffn", ("inner_hidden_size",), 0),
+        ),
+        fixed={
+            "norm": "layer",
+            "placement": "pre",
+            "activation": "gelu",
+            "positions": "learned_2d",
+        },
+        required={
+            "block_position_encoding": True,
+            "relative_encoding": False,
+            "attention_scale": 1.0,
+        },
+        header={"architectures": ["GLMModel"], "model_type": "glm"},
+    ),
+    Layout(
+        name="glm-core",
+        about="our own names; also the float32 masters in a checkpoint of a run",
+        names={
+            **{n: n for n in ("embedding", "head", "position_embedding", "block_embedding")},
+            "final_norm": "final_norm",
+            **{
+                f"blocks.{{i}}.{n}": f"blocks.{{i}}.{n}"
+                for n in (*LINEARS, *(f"{n}_norm" for n in _NORMS))
+            },
+        },
+        qkv="blocks",
+        quantized=True,
+        prefixes=("", "master."),
+        ignored=r"(exp_avg|exp_avg_sq|rng)\..*",
+        fields=tuple(Field(f.name, (f.name,), f.default) for f in dataclasses.fields(ModelConfig)),
+        header={"model_type": "glm-core"},
+    ),
+)
+"""earlier ones win where two recognise the same keys"""
+
+
+def layout(name: str) -> Layout:
+    """By name. Raises CheckpointError."""
+    known = {item.name: item for item in LAYOUTS}
+    if name not in known:
+        raise CheckpointError(unknown("layout", name, known))
+    return known[name]
+
+
+def detect(keys: set[str]) -> tuple[Layout, str] | None:
+    """The layout and prefix that recognise most of the keys, None where none recognises any."""
+    candidates = [(item, prefix) for item in LAYOUTS for prefix in item.prefixes]
+    counts = [len(recognised(*c, keys)) for c in candidates]
+    best = max(counts)
+    return candidates[counts.index(best)] if best else None
+
+
+def recognised(item: Layout, prefix: str, keys: set[str]) -> set[str]:
+    """The keys that can be this layout's."""
+    return {k for k in keys if k.startswith(prefix) and item.recognises(k[len(prefix) :])}

@@ -1,0 +1,321 @@
+"""What lies on the disk: a checkpoint's tensors by rank, each read only when asked for.
+
+Files are mapped, and unmapped again after MAPPED_BYTES of them were read, so memory holds little
+more than one tensor; nothing but tensors is unpickled."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import pickle
+import re
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from glm_core.errors import CheckpointError
+
+RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLES = ("model.safetensors", "pytorch_model.bin")
+CONFIGS = ("config.json", "model_config.json")
+LATEST = ("latest", "latest_checkpointed_iteration.txt")
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""safetensors' names"""
+_RECONSTRUCT = np.zeros(0).__reduce__()[0]
+MAPPED_BYTES = 1 << 28
+"""how much of torch files is read before their maps, whose pages count as ours, are given back"""
+HARMLESS: list[Any] = [
+    argparse.Namespace,
+    np.ndarray,
+    np.dtype,
+    type(np.dtype(np.uint32)),
+    _RECONSTRUCT,
+    (_RECONSTRUCT, "numpy.core.multiarray._reconstruct"),
+]
+"""what DeepSpeed and SAT keep beside the weights: arguments and random states"""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stored:
+    """One tensor in one file."""
+
+    key: str
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> Tensor:
+        """The values, mapped where the format allows. Raises CheckpointError where the file has
+        changed or is damaged."""
+        if self.file.suffix == ".safetensors":
+            with _safetensors(self.file) as file:
+                tensor: Tensor = file.get_tensor(self.key)
+        else:
+            tensor = _maps.state(self.file, self.num_bytes)[self.key]
+        if tensor.shape != self.shape or tensor.dtype != self.dtype:
+            raise CheckpointError(f"{self.file}: {self.key} changed while it was read; read again")
+        return tensor
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Files:
+    """A checkpoint's folder, taken apart: one table of tensors per tensor-parallel rank."""
+
+    path: Path
+    ranks: tuple[dict[str, Stored], ...]
+    config: dict[str, Any]
+    """config.json or model_config.json; empty where there is none"""
+    config_file: Path | None
+
+
+def scan(path: str | Path) -> Files:
+    """Finds and lists a checkpoint: a file, a Hugging Face folder, or a folder of SAT / DeepSpeed
+    shards `mp_rank_XX_model_states.pt`. Raises CheckpointError."""
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder; give a checkpoint")
+    ranks: tuple[dict[str, Stored], ...]
+    folders = [path if path.is_dir() else path.parent]
+    inner = _iteration(path)
+    if inner.is_file():
+        ranks = (_table([inner]),)
+    else:
+        folders.insert(0, inner)
+        ranks = tuple(_table(files) for files in _rank_files(inner) or [_plain_files(inner)])
+    config_file = next((f / c for f in folders for c in CONFIGS if (f / c).is_file()), None)
+    config = read_json(config_file) if config_file else {}
+    return Files(path, ranks, config, config_file)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error}); fetch it again") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _iteration(path: Path) -> Path:
+    """What `latest` names: an iteration's folder (SAT, DeepSpeed) or a file of a run of ours."""
+    for name in LATEST if path.is_dir() else ():
+        if (path / name).is_file():
+            tag = (path / name).read_text(errors="replace").strip()
+            if Path(tag).name != tag or not (path / tag).exists():
+                raise CheckpointError(
+                    f"{path / name}: names {tag[:80]!r}, which is not beside it; correct it, "
+                    "or give the folder that holds the shards"
+                )
+            return path / tag
+    return path
+
+
+def _rank_files(folder: Path) -> list[list[Path]]:
+    found = {int(m[1]): f for f in folder.iterdir() if (m := RANK_FILE.fullmatch(f.name))}
+    if lost := sorted(set(range(max(found, default=-1) + 1)) - found.keys()):
+        raise CheckpointError(
+            f"{folder}: of {len(found) + len(lost)} shards mp_rank_XX_model_states.pt these are "
+            f"missing: {', '.join(f'{r:02d}' for r in lost)}; fetch them"
+        )
+    return [[found[r]] for r in sorted(found)]
+
+
+def _plain_files(folder: Path) -> list[Path]:
+    for name in INDEXES:
+        if (folder / name).is_file():
+            return _indexed(folder / name)
+    for name in SINGLES:
+        if (folder / name).is_file():
+            return [folder / name]
+    for pattern in ("*.safetensors", "*.bin", "*.pt"):
+        if files := sorted(folder.glob(pattern)):
+            return files
+    raise CheckpointError(
+        f"{folder}: holds no checkpoint; expected one of {', '.join((*INDEXES, *SINGLES))}, "
+        "mp_rank_XX_model_states.pt, or a file `latest` that names a folder with these"
+    )
+
+
+def _indexed(index: Path) -> list[Path]:
+    """The files of an index, each of which must exist and hold what the index says."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
+        raise CheckpointError(f"{index}: has no weight_map of file names; fetch it again")
+    names = sorted(set(places.values()))
+    if odd := [n for n in names if Path(n).name != n or not (index.parent / n).is_file()]:
+        raise CheckpointError(f"{index}: names files that are not here: {some(odd)}; fetch them")
+    files = [index.parent / n for n in names]
+    held = {f.name: _listing(f) for f in files}
+    if lost := [f"{key} in {name}" for key, name in places.items() if key not in held[name]]:
+        raise CheckpointError(
+            f"{index}: names tensors that its files do not hold: {some(lost)}; index and files are "
+            "of different generations: fetch both again"
+        )
+    return files
+
+
+def _table(files: list[Path]) -> dict[str, Stored]:
+    """The tensors of several files that make one model or one rank of it."""
+    table: dict[str, Stored] = {}
+    for file in files:
+        for key, stored in _listing(file).items():
+            if key in table:
+                raise CheckpointError(
+                    f"{file}: holds {key}, and so does {table[key].file}; the folder mixes two "
+                    "checkpoints: remove one"
+                )
+            table[key] = stored
+    return table
+
+
+def _listing(file: Path) -> dict[str, Stored]:
+    """Names, shapes and dtypes of one file, values untouched."""
+    if file.suffix != ".safetensors":
+        return {
+            k: Stored(k, file, tuple(t.shape), t.dtype) for k, t in _maps.state(file, 0).items()
+        }
+    found = {}
+    with _safetensors(file) as handle:
+        for key in handle.keys():  # noqa: SIM118  # not a dict
+            view = handle.get_slice(key)
+            if view.get_dtype() not in DTYPES:
+                raise CheckpointError(
+                    f"{file}: {key} is of dtype {view.get_dtype()}; known: {', '.join(DTYPES)}"
+                )
+            found[key] = Stored(key, file, tuple(view.get_shape()), DTYPES[view.get_dtype()])
+    return found
+
+
+def _safetensors(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(file, error) from None
+
+
+class _Maps:
+    """State dicts of mapped .bin and .pt files: unpickling one takes a tenth of a second, and a
+    checkpoint has hundreds of tensors to ask for."""
+
+    def __init__(self) -> None:
+        self.states: dict[tuple[Path, int], dict[str, Tensor]] = {}
+        self.touched_bytes = 0
+
+    def state(self, file: Path, reading_bytes: int) -> dict[str, Tensor]:
+        """The file's tensors by name, of which `reading_bytes` are going to be read."""
+        try:
+            key = (file, file.stat().st_mtime_ns)
+        except OSError as error:
+            raise _unreadable(file, error) from None
+        self.touched_bytes += reading_bytes
+        if self.touched_bytes > MAPPED_BYTES:
+            self.states.clear()
+            self.touched_bytes = reading_bytes
+        if key not in self.states:
+            self.states[key] = _unpickled(file, key[1])
+        return self.states[key]
+
+
+_maps = _Maps()
+
+
+def _unpickled(file: Path, changed_ns: int) -> dict[str, Tensor]:
+    """The state dict of a .bin or .pt file, mapped; its tensors may lie under `module`."""
+    try:
+        with torch.serialization.safe_globals(HARMLESS):
+            if _is_zip(file):
+                state = torch.load(file, "cpu", weights_only=True, mmap=True)
+            else:
+                state = _legacy(file, changed_ns)
+    except pickle.UnpicklingError as error:
+        raise _with_code(file, error) from None
+    except Exception as error:  # a damaged pickle can raise anything
+        raise _unreadable(file, error) from None
+    if isinstance(state, dict) and isinstance(state.get("module"), dict):
+        state = state["module"]
+    if not isinstance(state, dict) or not state or not all(map(_plain, state.items())):
+        raise CheckpointError(
+            f"{file}: not a table of tensors by name; save model.state_dict() where it was written"
+        )
+    return state
+
+
+def _is_zip(file: Path) -> bool:
+    with file.open("rb") as handle:
+        return handle.read(4) == b"PK\x03\x04"
+
+
+@functools.lru_cache(maxsize=1)
+def _legacy(file: Path, changed_ns: int) -> Any:
+    """A file of before torch 1.6, which cannot be mapped: the last one is kept in memory."""
+    return torch.load(file, "cpu", weights_only=True)
+
+
+def _plain(item: tuple[Any, Any]) -> bool:
+    key, value = item
+    return isinstance(key, str) and isinstance(value, Tensor) and value.layout == torch.strided
+
+
+def _with_code(file: Path, error: Exception) -> CheckpointError:
+    named = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:global|class) ([\w.]+)", str(error))
+    if not named:
+        return _unreadable(file, error)
+    return CheckpointError(
+        f"{file}: loading it would run code ({named[1] or named[2]}), which is refused; save "
+        "model.state_dict() alone, best as safetensors, where you trust the file"
+    )
+
+
+def _unreadable(file: Path, error: Exception) -> CheckpointError:
+    kind = "safetensors" if file.suffix == ".safetensors" else "a torch checkpoint"
+    fact = " ".join(str(error).split())[:200] or type(error).__name__
+    return CheckpointError(f"{file}: truncated or not {kind} ({fact}); fetch it again")
+
+
+def some(items: Iterable[str], most: int = 4) -> str:
+    """The first few, and how many more."""
+    known = list(items)
+    more = f" and {len(known) - most} more" if len(known) > most else ""
+    return ", ".join(known[:most]) + more
+
+
+def safetensors_header(
+    entries: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], metadata: dict[str, str]
+) -> bytes:
+    """The head of a safetensors file whose tensors follow in this order without gaps."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    table: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for key, dtype, shape in entries:
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        table[key] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text

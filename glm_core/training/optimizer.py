@@ -1,0 +1,178 @@
+"""The optimizer of every run: clipped AdamW with float32 master weights, and the loss scale of
+float16."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glm_core import ops
+from glm_core.config import TrainConfig
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warmup to `lr`, then cosine to `min_lr` at the last step;  step counted from 1."""
+    if step <= config.warmup_steps:
+        return config.lr * step / config.warmup_steps
+    progress = min(1.0, (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps))
+    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@dataclasses.dataclass(slots=True)
+class LossScale:
+    """Dynamic loss scale: halved after `hysteresis` overflows, doubled after `window` good steps
+    (Micikevicius et al. 2018, section 3.2; hysteresis as in Megatron-LM)."""
+
+    scale: float
+    window: int
+    hysteresis: int
+    minimum: float = 1.0
+    good_steps: int = 0
+    overflows: int = 0
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> LossScale:
+        """Of a run that starts: 1 unless it computes in float16."""
+        scale = config.loss_scale if config.dtype == "float16" else 1.0
+        return cls(scale, config.loss_scale_window, config.loss_scale_hysteresis)
+
+    def explains(self, skipped: bool, dtype: str) -> bool:
+        """After a step: updates a float16 run's scale. False where the step was skipped and no
+        lower scale can be the remedy."""
+        if dtype != "float16" or (skipped and self.scale <= self.minimum):
+            return not skipped
+        self.update(skipped)
+        return True
+
+    def update(self, overflow: bool) -> None:
+        """After a step: `overflow` says that a gradient was not finite and the step was skipped."""
+        if overflow:
+            self.good_steps = 0
+            self.overflows += 1
+            if self.overflows >= self.hysteresis:
+                self.scale = max(self.scale / 2, self.minimum)
+            return
+        self.good_steps += 1
+        if self.good_steps % self.window == 0:
+            self.scale *= 2
+            self.overflows = 0
+
+
+def own_part(x: Tensor) -> Tensor:
+    """x itself; of a tensor that processes share out (DTensor), this process's part."""
+    to_local: Callable[[], Tensor] | None = getattr(x, "to_local", None)
+    return x if to_local is None else to_local()
+
+
+def sum_in_float32(model: nn.Module) -> None:
+    """From now on the trained parameters' `.grad` is float32: a sum over micro-batches in a lower
+    precision forgets small summands."""
+    for p in model.parameters():
+        if p.requires_grad and p.dtype != torch.float32:
+            p.grad_dtype = torch.float32
+
+
+class Optimizer:
+    """AdamW (op `adamw`) with clipping by the global norm (op `global_norm`). Matrices decay,
+    vectors do not, frozen parameters have no part in it. Below float32 the model's parameters are
+    rounded copies of float32 masters held here. Of parameters that processes share out, each
+    process has its own part here, and the norm must be given."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        norm: Callable[[dict[str, Tensor]], Tensor] | None = None,
+    ) -> None:
+        """norm: of the whole gradient, from this process's part of it by parameter; default: the
+        op's."""
+        self.config = config
+        self.norm = norm or (lambda grads: ops.global_norm(list(grads.values())))
+        self.step_count = 0
+        self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.named = {n: own_part(p) for n, p in self.trained.items()}
+        self.low_precision = any(p.dtype != torch.float32 for p in self.named.values())
+        self.master: dict[str, Tensor] = {}
+        for name, p in self.named.items():
+            self.master[name] = p.detach().float().clone() if self.low_precision else p.detach()
+        self.exp_avg = {n: torch.zeros_like(p) for n, p in self.master.items()}
+        self.exp_avg_sq = {n: torch.zeros_like(p) for n, p in self.master.items()}
+        self.groups = (
+            [n for n, p in self.master.items() if p.ndim > 1],
+            [n for n, p in self.master.items() if p.ndim <= 1],
+        )
+
+    def load_masters(self, values: dict[str, Tensor]) -> None:
+        """Starts from these float32 weights; the model's own copies are rounded from them."""
+        with torch.no_grad():
+            for name, value in values.items():
+                self.master[name].copy_(value)
+                self.named[name].copy_(value)
+
+    def step(self, lr: float, loss_scale: float = 1.0) -> Tensor:
+        """One update from the parameters' `.grad`; returns the gradient norm before clipping, loss
+        scale removed (float32 scalar on the device). A norm that is not finite leaves every weight
+        untouched."""
+        c = self.config
+        grads = {n: own_part(p.grad) for n, p in self.trained.items() if p.grad is not None}
+        norm = self.norm(grads) / loss_scale
+        if not torch.isfinite(norm):
+            return norm
+        clip = torch.clamp(c.clip / (norm + 1e-6), max=1.0) if c.clip else torch.ones_like(norm)
+        self.step_count += 1
+        for names, decay in zip(self.groups, (c.weight_decay, 0.0), strict=True):
+            names = [n for n in names if n in grads]
+            if names:
+                self._update(names, grads, clip / loss_scale, lr, decay)
+        return norm
+
+    @torch.no_grad()
+    def _update(
+        self, names: list[str], grads: dict[str, Tensor], scale: Tensor, lr: float, decay: float
+    ) -> None:
+        c = self.config
+
+        def pick(table: dict[str, Tensor]) -> list[Tensor]:
+            return [table[n] for n in names]
+
+        low = [self.named[n].detach() for n in names] if self.low_precision else []
+        # kernels round to the copies where these have the gradients' dtype
+        fused = bool(low) and grads[names[0]].dtype == low[0].dtype
+        ops.adamw(
+            pick(self.master),
+            pick(grads),
+            pick(self.exp_avg),
+            pick(self.exp_avg_sq),
+            scale,
+            self.step_count,
+            lr,
+            c.beta1,
+            c.beta2,
+            c.eps,
+            decay,
+            low if fused else None,
+        )
+        if low and not fused:
+            torch._foreach_copy_(low, pick(self.master))
+
+    def state(self) -> dict[str, Any]:
+        """Everything a resumed run needs: tensors by `master.NAME`, `exp_avg.NAME`, ..., and the
+        step count."""
+        tables = {"master": self.master, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        tensors = {f"{t}.{n}": v for t, table in tables.items() for n, v in table.items()}
+        return {"tensors": tensors, "step_count": self.step_count}
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Any]) -> None:
+        """Loads what `state` returned, into the tensors in place; the model's copies follow the
+        masters."""
+        for key, mine in self.state()["tensors"].items():
+            mine.copy_(state["tensors"][key])
+        for name, p in self.named.items():
+            p.copy_(self.master[name])
+        self.step_count = state["step_count"]

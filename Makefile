@@ -37,7 +37,7 @@ deepspeed: setup ## real DeepSpeed, in an environment of its own
 	test -d .venv-deepspeed || sh tests/deepspeed/setup_deepspeed.sh || echo "no DeepSpeed to be had here: its tests are skipped"
 
 openvino: setup ## ONNX Runtime's OpenVINO provider, in an environment of its own
-	test -d .venv-openvino || sh tests/contract/setup_openvino.sh
+	test -d .venv-openvino || sh tests/backends/setup_openvino.sh
 
 npu: setup ## the real torch_npu over stub CANN libraries, in an environment of its own
 	test -d .venv-npu || sh tests/peers/setup_npu.sh || echo "no torch_npu to be had here: its tests are skipped"

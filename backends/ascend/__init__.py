@@ -1,7 +1,7 @@
 """The Ascend backend: torch_npu's fused operators (CANN), the rest by torch on the device.
 
 Never run on hardware. Verified: by value, every call goes through the conformance cases over a
-model of torch_npu's operators (tests/contract/npu_model.py); dry-run, every call is checked against
+model of torch_npu's operators (tests/shared/npu_model.py); dry-run, every call is checked against
 the schemas and meta kernels of the real torch_npu 2.13.0 wheel, whole training steps included
 (tests/peers/npu_dry_run.py).
 

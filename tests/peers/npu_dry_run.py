@@ -30,7 +30,7 @@ from glm_core.conformance.oracle import forward, leaf, named
 from glm_core.model import GLM, preset
 from glm_core.training.optimizer import Optimizer
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "shared"))
 import npu_model
 
 NPU = torch.device("npu:0")

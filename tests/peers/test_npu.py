@@ -1,6 +1,6 @@
 """The ascend backend dry-run with the real torch_npu over stub CANN libraries (`npu_dry_run.py` in
 `.venv-npu`): its calls against torch_npu's schemas and meta kernels, whole training steps forward
-and backward, host tensors refused. What it cannot show: numbers (tests/contract/test_ascend.py has
+and backward, host tensors refused. What it cannot show: numbers (tests/backends/test_ascend.py has
 a model of them), layouts that only a kernel checks, speed."""
 
 from __future__ import annotations

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import sys
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,9 +15,6 @@ from glm_core.config import ModelConfig
 from glm_core.data import tokenizer
 from glm_core.model import GLM
 from glm_core.pretrained.source import Source
-
-# importlib mode leaves sys.path alone; `folders` is shared by these tests
-sys.path.insert(0, str(Path(__file__).parent))
 
 TEXT = "The quick brown fox jumps over the lazy dog. 你好，世界 éà 🙂 again and again it runs. "
 

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from prefixes import B, L, P, batch, written_out
 from safetensors.torch import save_file
-from test_adapters import OneWord
-from test_prefix import B, L, P, batch, written_out
 from torch import nn
-from toy import config
+from toy import OneWord, config
 
 from glm_core.errors import CheckpointError, ConfigError
 from glm_core.model import GLM

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from folders import sentences, stored
-from test_tokenizers import CHATGLM3_TEMPLATE
+from folders import CHATGLM3_TEMPLATE, sentences, stored
 
 from glm_core import cli
 from glm_core.errors import DataError

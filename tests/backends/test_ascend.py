@@ -4,12 +4,12 @@ ordinary conformance cases, and mistakes in calling the operators that they must
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import npu_attention_model
+import npu_model
 import pytest
 import torch
 from torch import Tensor
@@ -22,10 +22,6 @@ from glm_core.config import ModelConfig, TrainConfig
 from glm_core.conformance import Case, run_case, select
 from glm_core.model import GLM, preset
 from glm_core.training.optimizer import Optimizer
-
-sys.path.insert(0, str(Path(__file__).parent))
-import npu_attention_model
-import npu_model
 
 npu_attention_model.register()
 BACKEND = dataclasses.replace(ascend.backend, device_type="cpu", probe=always)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_generate import GREEDY, KINDS, LENGTH, model, prompts, whole
+from kinds import GREEDY, KINDS, LENGTH, model, prompts, whole
 
 from glm_core import ops
 from glm_core.backends import registry

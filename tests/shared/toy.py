@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import resource
@@ -16,6 +17,7 @@ import torch
 
 from glm_core.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from glm_core.data import Batch
+from glm_core.model import GLM
 from glm_core.training import checkpoint, trainer
 
 V, L = 64, 16
@@ -72,6 +74,18 @@ def config(model: dict[str, Any] | None = None, **changes: Any) -> RunConfig:
         data=DataConfig(vocab=V, length=L),
         train=TrainConfig(**{**training, **changes}),
     )
+
+
+class OneWord(Sampler):
+    """The toy's batches, in which 7 is always the answer: what a frozen head can be taught."""
+
+    def next(self, micro_batch: int) -> Batch:
+        batch = super().next(micro_batch)
+        return dataclasses.replace(batch, labels=torch.full_like(batch.labels, 7))
+
+
+def base(seed: int = 1) -> GLM:
+    return GLM(config({"init_std": 0.2}).model).init_weights(seed)
 
 
 def dying_at(event: int, only_in_save: bool) -> Callable[[FrameType, str, Any], None]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_adapters import OneWord, base
-from torch import Tensor
-from toy import V, config
+from prefixes import B, L, P, batch, written_out
+from toy import OneWord, base, config
 
 from glm_core import ops
 from glm_core.errors import CheckpointError, ConfigError, ShapeError
@@ -24,7 +22,6 @@ from glm_core.model.cache import Cache
 from glm_core.pretrained.adapter_files import load_adapter, save_adapter
 from glm_core.training import trainer
 
-P, B, L = 3, 4, 12
 TUNING = AdapterConfig(kind="ptuning", prefix_length=P)
 
 
@@ -34,60 +31,6 @@ def tuned(tuning: AdapterConfig = TUNING, **model: Any) -> GLM:
     attach(glm.init_weights(1).double(), tuning)
     glm.get_parameter("prefix.table").data.mul_(3)
     return glm
-
-
-def batch() -> dict[str, Tensor]:
-    """Prefix-LM; three packed samples; left pads; two samples and right pads that see only
-    themselves, as the sampler makes them."""
-    i = torch.arange(L)
-    start, end = torch.zeros(B, L, dtype=torch.long), (i + 1).repeat(B, 1)
-    end[0] = end[0].clamp(min=5)
-    start[1, 4:], start[1, 9:] = 4, 9
-    end[1, 4:] = end[1, 4:].clamp(min=7)
-    start[2] = 2
-    start[3, 5:9], start[3, 9:] = 5, i[9:]
-    tokens = torch.randint(V, (B, L), generator=torch.Generator().manual_seed(4))
-    positions = torch.stack((i - start, (i - start) // 2), 1)
-    return {
-        "tokens": tokens,
-        "positions": positions.clamp(min=0),
-        "key_start": start.int(),
-        "key_end": end.int(),
-    }
-
-
-def written_out(glm: GLM, given: dict[str, Tensor], table: Tensor | None = None) -> Tensor:
-    """The same model, its attention a softmax over [prefix, keys] with a boolean mask."""
-    table = glm.get_parameter("prefix.table").detach() if table is None else table
-    plain = GLM(glm.config).double()
-    plain.load_state_dict({k: v for k, v in glm.state_dict().items() if "prefix" not in k})
-    keys = torch.arange(L)
-    seen = (keys >= given["key_start"][..., None]) & (keys < given["key_end"][..., None])
-    seen = torch.cat((torch.ones(B, L, P, dtype=torch.bool), seen), -1)[:, None]
-    c = glm.config
-
-    def forward(i: int) -> Any:
-        attention = plain.blocks[i].attention
-        front = table.view(P, 2 * c.num_layers, c.num_kv_heads, c.head_dim)
-
-        def run(x: Tensor, rotary: tuple[Tensor, Tensor], *_: Any) -> Tensor:
-            qkv = attention.qkv(x).unflatten(-1, (-1, c.head_dim))
-            q, k, v = qkv.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), 2)
-            q, k = (ops.rope(t, *rotary, c.rope_interleaved) for t in (q, k))
-            k, v = (
-                torch.cat((front[:, 2 * i + j].expand(B, -1, -1, -1), t), 1)
-                for j, t in enumerate((k, v))
-            )
-            k, v = (t.repeat_interleave(c.num_heads // c.num_kv_heads, 2) for t in (k, v))
-            scores = torch.einsum("blhe,bshe->bhls", q, k) / math.sqrt(c.head_dim)
-            share = scores.masked_fill(~seen, -math.inf).softmax(-1)
-            return attention.out(torch.einsum("bhls,bshe->blhe", share, v).flatten(2))
-
-        return run
-
-    for i in range(c.num_layers):
-        plain.blocks[i].attention.forward = forward(i)  # type: ignore[method-assign]
-    return plain.logits(**given)
 
 
 def test_equals_attention_written_out() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import sentencepiece
-from folders import TALK, TEXT, sentences, stored
+from folders import CHATGLM3_TEMPLATE, TALK, TEXT, sentences, stored
 
 from glm_core.errors import DataError
 from glm_core.model.generate import generate
@@ -22,12 +22,6 @@ from glm_core.pretrained.source import Message
 from glm_core.pretrained.tokenizers import GLM4, GLM4_PATTERN, ChatGLM6B
 
 GREEDY = Sampling(max_tokens=12, temperature=0)
-CHATGLM3_TEMPLATE = (
-    "{% for message in messages %}{% if loop.first %}[gMASK]sop<|{{ message['role'] }}|>\n "
-    "{{ message['content'] }}{% else %}<|{{ message['role'] }}|>\n {{ message['content'] }}"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-"""chatglm3-6b, tokenizer_config.json"""
 GLM4_TEMPLATE = (
     "[gMASK]<sop>{% for item in messages %}{% if item['tools'] is defined %}<|system|>\n..."
     "{% endif %}{% if item['content'] %}<|{{ item['role'] }}|>{{ item['metadata'] }}\n"

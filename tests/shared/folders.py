@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import io
 import json
 from pathlib import Path
 from typing import Any
 
+import foreign
 import sentencepiece
 import torch
 from safetensors.torch import save_file
 
 from glm_core.model import GLM
 from glm_core.pretrained.source import Message
-
-spec = importlib.util.spec_from_file_location(
-    "foreign", Path(__file__).parents[1] / "unit/foreign.py"
-)
-assert spec is not None
-assert spec.loader is not None
-foreign = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(foreign)
 
 TEXT = "The quick brown fox jumps over the lazy dog. 你好，世界 again and again it runs.\n"
 TALK = [
@@ -31,6 +23,14 @@ TALK = [
     Message("assistant", "the fox"),
     Message("user", "<|user|> again, 你好?"),
 ]
+
+
+CHATGLM3_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first %}[gMASK]sop<|{{ message['role'] }}|>\n "
+    "{{ message['content'] }}{% else %}<|{{ message['role'] }}|>\n {{ message['content'] }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+"""chatglm3-6b, tokenizer_config.json"""
 
 
 def loud(parameters: Any) -> None:

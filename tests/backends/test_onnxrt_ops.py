@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +20,6 @@ from glm_core.spec import Cost
 
 pytest.importorskip("onnxruntime", reason="pip install 'glm-core[onnx]'")
 pytest.importorskip("onnx", reason="pip install 'glm-core[onnx]'")
-sys.path.insert(0, str(Path(__file__).parent))
 from onnxrt_judge import cases, complaint
 
 BACKEND = registry.get("onnxrt")

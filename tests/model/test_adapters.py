@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
-from toy import Sampler, config
+from toy import OneWord, Sampler, base, config
 
 from glm_core import ops
-from glm_core.data import Batch
 from glm_core.errors import CheckpointError, ConfigError
 from glm_core.model import GLM
 from glm_core.model.adapters import (
@@ -27,18 +25,6 @@ from glm_core.pretrained.adapter_files import load_adapter, save_adapter
 from glm_core.training import trainer
 
 ALL = AdapterConfig(rank=3, targets="attention.qkv attention.out mlp.up mlp.down")
-
-
-class OneWord(Sampler):
-    """The toy's batches, in which 7 is always the answer: what a frozen head can be taught."""
-
-    def next(self, micro_batch: int) -> Batch:
-        batch = super().next(micro_batch)
-        return dataclasses.replace(batch, labels=torch.full_like(batch.labels, 7))
-
-
-def base(seed: int = 1) -> GLM:
-    return GLM(config({"init_std": 0.2}).model).init_weights(seed)
 
 
 def inputs() -> tuple[Tensor, ...]:

@@ -5,14 +5,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
+import npu_model
 import torch
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent))
-import npu_model
 
 _npu = torch.ops.npu
 

@@ -1,5 +1,0 @@
-import sys
-from pathlib import Path
-
-# importlib mode leaves sys.path alone; the modules without test_ are shared by these tests
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]

@@ -26,10 +26,11 @@ from glm_core.config import ModelConfig
 from glm_core.measure.noise import Watch, irregularities
 from glm_core.measure.rows import Row
 from glm_core.measure.timing import Timing, interleave, machine, ratio
-from glm_core.model import GLM, preset
+from glm_core.model.glm import GLM
+from glm_core.model.presets import preset
 from glm_core.model.prompt import causal
 from glm_core.model.quantize import Quantization, convert, quantize_head
-from glm_core.model.runner import Next, Runner
+from glm_core.model.runner import DecodeRow, Runner
 
 PROMPT = 64
 TURN = 8
@@ -107,7 +108,7 @@ def ours(config: ModelConfig, dtype: str, prompt: int, prefill: bool) -> Engine:
 
     def decode() -> None:
         with use("cpu", strict=True):
-            runner.decode([Next(7, text, next(place))])
+            runner.decode([DecodeRow(7, text, next(place))])
 
     fill()
     return Engine("ours", dtype, fill if prefill else decode, read_weights(model))

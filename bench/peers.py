@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from glm_core.config import ModelConfig
-from glm_core.model import GLM
+from glm_core.model.glm import GLM
 from glm_core.model.prompt import causal
 
 

@@ -27,7 +27,8 @@ from glm_core.distributed.plan import parse
 from glm_core.errors import ConfigError, GlmCoreError
 from glm_core.measure import ceilings
 from glm_core.measure.timing import interleave
-from glm_core.model import GLM, preset
+from glm_core.model.glm import GLM
+from glm_core.model.presets import preset
 from glm_core.planner.here import MESSAGES, SIZES, Alone, Wanted
 from glm_core.training.optimizer import Optimizer
 from glm_core.training.trainer import Batch

@@ -41,7 +41,8 @@ def serve(listening: socket.socket, slots: int, queue: int, told: Connection) ->
 
     from glm_core.backends import registry
     from glm_core.data import tokenizer
-    from glm_core.model import GLM, preset
+    from glm_core.model.glm import GLM
+    from glm_core.model.presets import preset
     from glm_core.pretrained.source import Source
     from glm_core.serve import api
     from glm_core.serve.engine import Engine

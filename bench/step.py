@@ -22,7 +22,8 @@ from glm_core.dispatch import Op, intercept, run
 from glm_core.measure.noise import Watch, irregularities
 from glm_core.measure.rows import Row
 from glm_core.measure.timing import Timing, gemm, gemm_flops, interleave, machine, ratio
-from glm_core.model import GLM, preset
+from glm_core.model.glm import GLM
+from glm_core.model.presets import preset
 from glm_core.training.optimizer import Optimizer
 
 BATCH, LENGTH = 4, 256

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from glm_core import data
 from glm_core.backends import registry
 from glm_core.backends.base import Backend, Peak
 from glm_core.bench import breakdown
 from glm_core.config import RunConfig, TrainConfig
+from glm_core.data.open import open_sampler
+from glm_core.data.sampler import Batch as SampledBatch
 from glm_core.dispatch import Op, intercept, run
 from glm_core.measure import ceilings
 from glm_core.measure.noise import Watch, irregularities
@@ -38,14 +39,14 @@ class RandomText:
         self.vocab, self.length = vocab, length
         self.generator = torch.Generator().manual_seed(0)
 
-    def next(self, micro_batch: int) -> data.Batch:
+    def next(self, micro_batch: int) -> SampledBatch:
         with breakdown.loading():
             ids = torch.randint(
                 self.vocab, (micro_batch, self.length + 1), generator=self.generator
             )
             place = torch.arange(self.length).expand(micro_batch, -1)
             zeros = torch.zeros_like(place, dtype=torch.int32)
-            return data.Batch(
+            return SampledBatch(
                 tokens=ids[:, :-1].contiguous(),
                 labels=ids[:, 1:].contiguous(),
                 loss_weight=torch.ones(micro_batch, self.length),
@@ -130,7 +131,7 @@ def _sampler(config: RunConfig, on_text: bool) -> Any:
     if not on_text:
         return RandomText(config.model.vocab, config.data.length)
     positions = config.model.positions
-    return Marked(data.open(config.data, config.train.seed, ".cache", positions=positions))
+    return Marked(open_sampler(config.data, config.train.seed, ".cache", positions=positions))
 
 
 def _product(backend: Backend, dtype: torch.dtype) -> Any:

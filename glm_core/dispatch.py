@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from glm_core.decode_step import DecodeStep, Stack
-from glm_core.session import Kernel, Kernels, Session
+from glm_core.session import Kernel, KernelProvider, Session
 from glm_core.spec import Cost, OpSpec, Sample, declare
 
 Interceptor = Callable[["Op", tuple[Any, ...], dict[str, Any]], Any]
@@ -93,7 +93,7 @@ def run(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def activate(backend: Kernels, strict: bool = False) -> Iterator[Session]:
+def activate(backend: KernelProvider, strict: bool = False) -> Iterator[Session]:
     """Makes `backend` active in this thread for the block; nested uses restore the outer one."""
     with resume(Session(backend, strict)) as session:
         yield session

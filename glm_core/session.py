@@ -21,7 +21,7 @@ class Kernel(NamedTuple):
     supports: Callable[..., Support] | None
 
 
-class Kernels(Protocol):
+class KernelProvider(Protocol):
     """What dispatch needs to know of a backend."""
 
     @property
@@ -45,7 +45,7 @@ class Session:
     """One `use` of a backend. `fallbacks` counts calls; `compiled` counts torch.compile's traces,
     since compiled code never comes back here."""
 
-    def __init__(self, backend: Kernels, strict: bool) -> None:
+    def __init__(self, backend: KernelProvider, strict: bool) -> None:
         self.backend, self.strict = backend, strict
         self.fallbacks: Counter[Fallback] = Counter()
         self.compiled: Counter[Fallback] = Counter()

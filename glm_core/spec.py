@@ -101,7 +101,7 @@ def integers(low: int, high: int, *shape: int) -> Maker:
     return lambda draw: torch.randint(low, high, shape, generator=draw.generator).to(draw.device)
 
 
-def given(values: Any, dtype: torch.dtype, *shape: int) -> Maker:
+def exact(values: Any, dtype: torch.dtype, *shape: int) -> Maker:
     """Exactly these values in exactly this dtype, reshaped if a shape is given."""
 
     def make(draw: Draw) -> Tensor:

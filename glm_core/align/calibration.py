@@ -25,7 +25,7 @@ from glm_core.align.trace import Trace
 from glm_core.align.training import Mode, Moment, Run, free_run, moved, weights_hash
 from glm_core.backends import registry
 from glm_core.config import RunConfig, to_dict
-from glm_core.model import GLM
+from glm_core.model.glm import GLM
 from glm_core.training.trainer import Sampler, initial_weights
 
 Array = NDArray[np.float64]
@@ -127,9 +127,12 @@ def captured_steps(config: RunConfig, given: Sequence[int] | None = None) -> tup
 
 def open_data(config: RunConfig, cache_dir: str) -> MakeSampler:
     """Fresh samplers over the config's own data."""
-    from glm_core import data  # here, so that a given sampler needs no sentencepiece
+    # here, so that a sampler of the caller's own needs no sentencepiece
+    from glm_core.data.open import open_sampler
 
-    first = data.open(config.data, config.train.seed, cache_dir, positions=config.model.positions)
+    first = open_sampler(
+        config.data, config.train.seed, cache_dir, positions=config.model.positions
+    )
     return lambda: copy.copy(first)  # the text's packing, a second or more, is planned once
 
 

@@ -23,7 +23,7 @@ from glm_core.backends import registry
 from glm_core.backends.base import Backend
 from glm_core.dispatch import Op
 from glm_core.errors import TraceError
-from glm_core.model import GLM
+from glm_core.model.glm import GLM
 from glm_core.spec import Cost
 from glm_core.training.trainer import Sampler
 

@@ -17,7 +17,7 @@ from glm_core.backends.base import Backend
 from glm_core.config import RunConfig, to_dict
 from glm_core.conformance.case import select
 from glm_core.conformance.run import run_case
-from glm_core.model import preset
+from glm_core.model.presets import preset
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

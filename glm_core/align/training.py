@@ -18,6 +18,7 @@ from glm_core.align.capture import Call, capture
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
 from glm_core.config import RunConfig
+from glm_core.data.sampler import Batch as SampledBatch
 from glm_core.diagnose import device_errors, watchdog
 from glm_core.errors import DeviceError, TrainingError
 from glm_core.training.trainer import Batch, Sampler, Trainer
@@ -92,11 +93,9 @@ def split(batches: list[Batch], micro_batch: int) -> list[Batch]:
     """The same sequences in micro-batches of another size."""
     if all(len(b.tokens) == micro_batch for b in batches):
         return batches
-    from glm_core import data  # here, so that a given sampler needs no sentencepiece
-
     whole = {f: torch.cat([getattr(b, f) for b in batches]) for f in FIELDS}
     parts = {f: x.split(micro_batch) for f, x in whole.items()}
-    return [data.Batch(**{f: parts[f][i] for f in FIELDS}) for i in range(len(parts["tokens"]))]
+    return [SampledBatch(**{f: parts[f][i] for f in FIELDS}) for i in range(len(parts["tokens"]))]
 
 
 @dataclasses.dataclass(slots=True)

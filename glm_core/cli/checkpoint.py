@@ -62,7 +62,7 @@ def define(parser: argparse.ArgumentParser) -> None:
 
 def opened(args: argparse.Namespace) -> Checkpoint:
     """The checkpoint of the options. Raises CheckpointError."""
-    from glm_core.model import preset
+    from glm_core.model.presets import preset
     from glm_core.pretrained.weights import open_checkpoint
 
     return open_checkpoint(args.checkpoint, preset(args.preset) if args.preset else None)

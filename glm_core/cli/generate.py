@@ -145,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
         if source.fills and prompt.BLANK.search(args.prompt) and not args.beams:
             from glm_core.model.generate import fill
 
-            a = prompt.opened(prompt.encode(args.prompt, pieces), pieces)
+            a = prompt.part_a(prompt.encode(args.prompt, pieces), pieces)
             answer = fill(runner or source.model, a, settings, pieces, pieces.vocab)
             text = pieces.decode(answer)
             emit(args, {"text": text}, text)

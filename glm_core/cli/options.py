@@ -85,7 +85,7 @@ def words(args: argparse.Namespace) -> list[str]:
 def run_config(args: argparse.Namespace, **train: Any) -> RunConfig:
     """The RunConfig of the options; flags win over --set, which wins over the file."""
     from glm_core import config as c
-    from glm_core.model import preset
+    from glm_core.model.presets import preset
 
     base = c.load(args.config) if args.config else c.RunConfig(model=preset("tiny"))
     values = c.to_dict(base)

@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
 def run_search(args: argparse.Namespace) -> int:
     """The fastest plans; exit 1 where none fits, with the one that misses by least."""
     from glm_core.errors import ConfigError
-    from glm_core.model import preset
+    from glm_core.model.presets import preset
     from glm_core.planner import cluster, search
     from glm_core.planner.cost import Work, stages
 
@@ -244,7 +244,7 @@ def run_slides(args: argparse.Namespace) -> int:
 
 def run_inference(args: argparse.Namespace) -> int:
     """Weights and cache of one sequence on each card, row-wise int8 and int4; exit 0."""
-    from glm_core.model import preset
+    from glm_core.model.presets import preset
     from glm_core.model.quantize import Quantization, device_memory
 
     model, told = preset(args.preset), list[dict[str, Any]]()
@@ -286,7 +286,7 @@ def run_dry(args: argparse.Namespace) -> int:
     from glm_core.distributed import dry_run
     from glm_core.distributed.plan import parse
     from glm_core.errors import ConfigError
-    from glm_core.model import preset
+    from glm_core.model.presets import preset
     from glm_core.planner import cluster, own
 
     if not args.plan:
@@ -350,7 +350,7 @@ def run_measure(args: argparse.Namespace) -> int:
     from glm_core.bench import plan_steps
     from glm_core.errors import ConfigError
     from glm_core.measure.timing import machine
-    from glm_core.model import preset
+    from glm_core.model.presets import preset
     from glm_core.planner import here
 
     if args.rounds < 1:

@@ -11,7 +11,7 @@ from glm_core.cli.options import add_json, add_quantization, columns, emit
 
 if TYPE_CHECKING:
     from glm_core.config import RunConfig
-    from glm_core.model import GLM
+    from glm_core.model.glm import GLM
     from glm_core.model.quantize import Quantization
 
 
@@ -36,8 +36,8 @@ def define(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit 0; 2 where the options or the run do not fit."""
-    from glm_core import data
     from glm_core.backends import registry
+    from glm_core.data.open import open_sampler
     from glm_core.errors import CheckpointError
     from glm_core.model.quantize import Quantization, convert, model_bytes
     from glm_core.training.quality import score
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         raise CheckpointError(f"{args.out}: exists; choose a new folder")
     model, config = _trained(args.run_folder)
     seed = config.train.seed + 1  # other blanks, another order than the run saw
-    sampler = data.open(config.data, seed, ".cache", positions=config.model.positions)
+    sampler = open_sampler(config.data, seed, ".cache", positions=config.model.positions)
     batches = [sampler.next(8) for _ in range(max(args.sequences // 8, 1))]
     with registry.use(args.backend):
         before, size = score(model, batches), model_bytes(model)

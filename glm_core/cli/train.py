@@ -16,8 +16,8 @@ from glm_core.cli.options import add_json, add_run, add_timeout, emit, run_confi
 
 if TYPE_CHECKING:
     from glm_core.config import RunConfig
-    from glm_core.model import GLM
     from glm_core.model.adapters import AdapterConfig
+    from glm_core.model.glm import GLM
     from glm_core.training.live import Live
     from glm_core.training.loop import Result
     from glm_core.training.trainer import Sampler
@@ -230,8 +230,8 @@ def of_pairs(args: argparse.Namespace, config: RunConfig) -> tuple[RunConfig, GL
 def of_text(args: argparse.Namespace, config: RunConfig) -> tuple[RunConfig, GLM, Sampler | None]:
     """The base, and the config's text in the base's own tokens. Raises ConfigError where those are
     not of our tokenizer, whose blanks the text is given."""
-    from glm_core import data
     from glm_core.config import load
+    from glm_core.data.open import open_sampler
     from glm_core.data.tokenizer import Tokenizer
     from glm_core.errors import ConfigError
     from glm_core.pretrained.tokenizers import FILES, beside
@@ -262,8 +262,8 @@ def of_text(args: argparse.Namespace, config: RunConfig) -> tuple[RunConfig, GLM
         return dataclasses.replace(config, model=model.config), model, None
     shaped = dataclasses.replace(config.data, vocab=pieces.vocab)
     config = dataclasses.replace(config, model=model.config, data=shaped)
-    sampler = data.open(
-        shaped, config.train.seed, ".cache", positions=model.config.positions, pieces=pieces
+    sampler = open_sampler(
+        shaped, config.train.seed, ".cache", positions=model.config.positions, tokenizer=pieces
     )
     return config, model, sampler
 

@@ -13,13 +13,15 @@ import dataclasses
 import itertools
 import math
 from random import Random
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from glm_core.config import DataConfig
-from glm_core.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from glm_core.data.tokenizer import Tokenizer  # at run time this needs no sentencepiece
 
 Kind = Literal["gmask", "sentence", "token"]
 Ids: TypeAlias = NDArray[np.int64]

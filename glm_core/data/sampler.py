@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,8 +16,10 @@ from torch import Tensor
 from glm_core.config import DataConfig
 from glm_core.data.infill import Infill
 from glm_core.data.packing import Packer, Plan
-from glm_core.data.tokenizer import Tokenizer
 from glm_core.errors import DataError
+
+if TYPE_CHECKING:
+    from glm_core.data.tokenizer import Tokenizer  # a batch needs no sentencepiece
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

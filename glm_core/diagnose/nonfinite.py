@@ -103,7 +103,7 @@ def watch(model: nn.Module) -> Iterator[Watch]:
         yield seen
 
 
-def told(subject: str, op: str, parameter: str) -> str:
+def message(subject: str, op: str, parameter: str) -> str:
     """The whole reason: `subject` (`the loss is nan`), what a watch has seen, the way out."""
     fallback = "summing gradients" if parameter else "op global_norm"
     return (

@@ -77,7 +77,7 @@ class Engine(Updates):
         # an op that was given what is not finite says so
         rank = min(range(len(every)), key=lambda r: (not every[r][0], "either)" in every[r][0], r))
         op, parameter = every[rank]
-        return nonfinite.told(subject, f"{op} on rank {rank}" if op else "", parameter)
+        return nonfinite.message(subject, f"{op} on rank {rank}" if op else "", parameter)
 
     def backward(self, batch: Batch) -> Tensor:
         """Leaves every parameter's gradient of the global batch, times the loss scale, in `.grad`

@@ -102,10 +102,10 @@ def _starting_point(out: Path, resume: bool) -> Path | None:
 
 def _open_data(config: RunConfig, cache_dir: str) -> Sampler:
     """The whole job's sequences, on every process; rank 0 fills the cache first."""
-    from glm_core import data
+    from glm_core.data.open import open_sampler
 
     def opened() -> Sampler:
-        return data.open(
+        return open_sampler(
             config.data, config.train.seed, cache_dir, positions=config.model.positions
         )
 

@@ -24,7 +24,7 @@ from glm_core.bench import step as bench_step
 from glm_core.config import Dtype, RunConfig
 from glm_core.conformance import render
 from glm_core.measure.timing import interleave, machine
-from glm_core.model import preset
+from glm_core.model.presets import preset
 
 Progress = Callable[[str], None]
 

@@ -1,7 +1,3 @@
 """The model as one ONNX file with a KV cache, for ONNX Runtime and whatever else reads ONNX.
 
 The model's own forward runs on symbolic values; each op it calls becomes a few ONNX nodes."""
-
-from glm_core.export.write import export
-
-__all__ = ["export"]

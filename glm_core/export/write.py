@@ -115,7 +115,7 @@ def _write(model: GLM, path: Path, facts: dict[str, str]) -> None:
         _trace(model, graph)
     finally:
         graph.close()
-    how = next((m.how for m in model.modules() if isinstance(m, QuantizedLinear)), None)
+    how = next((m.quantization for m in model.modules() if isinstance(m, QuantizedLinear)), None)
     metadata = {
         "format": FORMAT,
         "config": json.dumps(to_dict(model.config)),

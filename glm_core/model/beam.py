@@ -12,7 +12,7 @@ from torch import Tensor
 from glm_core.config import check, positive
 from glm_core.model.glm import GLM
 from glm_core.model.prompt import Prompt
-from glm_core.model.runner import Next, Runner
+from glm_core.model.runner import DecodeRow, Runner
 
 BANNED = -65504.0
 """a banned token's logit, as in GLM-130B: one that is all there is can still come"""
@@ -80,7 +80,9 @@ def search(
         if step:
             parents = [b.parent for b in running]
             runner.cache.copy(parents, list(range(len(running))), size + step - 1)
-            logits = runner.decode([Next(b.tokens[-1], prompt, size + step - 1) for b in running])
+            logits = runner.decode(
+                [DecodeRow(b.tokens[-1], prompt, size + step - 1) for b in running]
+            )
         logits = logits[:, : num_ids or model.config.vocab]
         if not torch.isfinite(logits).all():
             raise runner.explain(runner.last, step + 1)

@@ -11,8 +11,8 @@ import torch
 
 from glm_core.errors import GenerationError, PromptError
 from glm_core.model.glm import GLM
-from glm_core.model.prompt import Pieces, Prompt, blank, filled
-from glm_core.model.runner import CHUNK, Next, Runner, idle
+from glm_core.model.prompt import Prompt, PromptTokenizer, blank, fill_blank
+from glm_core.model.runner import CHUNK, DecodeRow, Runner, idle
 from glm_core.model.sample import Sampling, choose
 
 
@@ -50,12 +50,12 @@ class Generation:
         if len(self.tokens) >= min(self.sampling.max_tokens, room):
             self.finish = "length"
 
-    def next(self) -> Next:
+    def next(self) -> DecodeRow:
         """What to feed for the token after; nothing while the prompt is read."""
         if self.reading:
             return idle(self.read)
         place = len(self.prompt.tokens) + len(self.tokens) - 1
-        return Next(self.tokens[-1], self.prompt, place, self.offset)
+        return DecodeRow(self.tokens[-1], self.prompt, place, self.offset)
 
 
 class Decoder:
@@ -233,7 +233,7 @@ def fill(
     model: GLM | Runner,
     a: Sequence[int],
     sampling: Sampling,
-    pieces: Pieces,
+    pieces: PromptTokenizer,
     num_ids: int | None = None,
 ) -> list[int]:
     """Part A with all its blanks filled, from left to right, each of them read by those after it
@@ -244,7 +244,7 @@ def fill(
     while True:
         (answer,) = generate(model, [prompt], sampling, num_ids=num_ids)
         # a blank that is generated would be filled for ever
-        tokens = filled(tokens, [t for t in answer.tokens if t not in blanks], pieces)
+        tokens = fill_blank(tokens, [t for t in answer.tokens if t not in blanks], pieces)
         if not blanks & set(tokens):
             return tokens
         prompt = blank(tokens, pieces, model.config.positions)

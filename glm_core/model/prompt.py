@@ -16,7 +16,7 @@ from glm_core.errors import PromptError
 BLANK = re.compile(r"(\[[sg]?MASK\])")
 
 
-class Pieces(Protocol):
+class PromptTokenizer(Protocol):
     """What a prompt needs of a tokenizer with GLM's blanks."""
 
     mask: int
@@ -56,7 +56,7 @@ def causal(tokens: Sequence[int]) -> Prompt:
     return Prompt(tuple(tokens))
 
 
-def encode(text: str, pieces: Pieces) -> list[int]:
+def encode(text: str, pieces: PromptTokenizer) -> list[int]:
     """The text's ids, with blanks where it spells [MASK], [sMASK] or [gMASK]."""
     ids = {"[MASK]": pieces.mask, "[sMASK]": pieces.smask, "[gMASK]": pieces.gmask}
     return [
@@ -66,7 +66,7 @@ def encode(text: str, pieces: Pieces) -> list[int]:
     ]
 
 
-def opened(tokens: Sequence[int], pieces: Pieces) -> list[int]:
+def part_a(tokens: Sequence[int], pieces: PromptTokenizer) -> list[int]:
     """Part A of `tokens`: with [gMASK] at the end where there is no blank, with <eos> where the end
     is no blank."""
     blanks = {pieces.mask, pieces.smask, pieces.gmask}
@@ -76,7 +76,7 @@ def opened(tokens: Sequence[int], pieces: Pieces) -> list[int]:
     return a if a[-1] in blanks else [*a, pieces.eos]
 
 
-def blank(a: Sequence[int], pieces: Pieces, positions: str) -> Prompt:
+def blank(a: Sequence[int], pieces: PromptTokenizer, positions: str) -> Prompt:
     """The prompt that fills the first blank of part A. positions: the model's kind
     (ModelConfig.positions); only where there is one row do those of a [gMASK] run on. Raises
     PromptError where A has no blank."""
@@ -88,7 +88,7 @@ def blank(a: Sequence[int], pieces: Pieces, positions: str) -> Prompt:
     return Prompt((*a, pieces.sop), len(a), None if runs_on else place)
 
 
-def filled(a: Sequence[int], answer: Sequence[int], pieces: Pieces) -> list[int]:
+def fill_blank(a: Sequence[int], answer: Sequence[int], pieces: PromptTokenizer) -> list[int]:
     """Part A with `answer` in place of its first blank."""
     blanks = {pieces.mask, pieces.smask, pieces.gmask}
     place = next(i for i, token in enumerate(a) if token in blanks)

@@ -49,7 +49,7 @@ class QuantizedLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, how: Quantization) -> None:
         super().__init__()
-        self.how = how
+        self.quantization = how
         codes, scale = quantize(weight, how.bits, how.group)
         self.register_buffer("weight", codes)
         self.register_buffer("scale", scale)
@@ -62,13 +62,13 @@ class QuantizedLinear(nn.Module):
         """From codes and scales as a checkpoint stores them; nothing is rounded again."""
         made = cls.__new__(cls)
         nn.Module.__init__(made)
-        made.how = how
+        made.quantization = how
         for name, value in (("weight", codes), ("scale", scale), ("bias", bias)):
             made.register_buffer(name, value)
         return made
 
     def forward(self, x: Tensor) -> Tensor:
-        how = self.how
+        how = self.quantization
         return ops.quantized_linear(
             x, self.weight, self.scale, self.bias, how.bits, how.activation_bits
         )
@@ -82,7 +82,7 @@ class QuantizedLinear(nn.Module):
 
     def dequantized(self) -> Tensor:
         """w [F, D] in float32."""
-        return dequantize(self.weight, self.scale, self.how.bits, torch.float32)
+        return dequantize(self.weight, self.scale, self.quantization.bits, torch.float32)
 
 
 class Converted(NamedTuple):
@@ -127,14 +127,16 @@ def _converted(name: str, weight: Tensor, made: QuantizedLinear) -> Converted:
     change = size = 0.0
     for rows in row_parts(weight):
         part = weight[rows].detach().float()
-        back = dequantize(made.weight[rows], made.scale[rows], made.how.bits, torch.float32)
+        back = dequantize(
+            made.weight[rows], made.scale[rows], made.quantization.bits, torch.float32
+        )
         change += float(back.sub_(part).norm()) ** 2
         size += float(part.norm()) ** 2
     error = math.sqrt(change / size) if size else 0.0
     return Converted(name, error, weight.nbytes, made.weight.nbytes + made.scale.nbytes)
 
 
-def streamed(
+def build_quantized(
     config: ModelConfig,
     read: Callable[[str, torch.Size], Tensor],
     how: Quantization,

@@ -25,7 +25,7 @@ CHUNK = 512
 """tokens of a prompt that are read by one call"""
 
 
-class Next(NamedTuple):
+class DecodeRow(NamedTuple):
     """A token to feed: the last of a sequence that began `offset` places into its slot."""
 
     token: int
@@ -37,9 +37,9 @@ class Next(NamedTuple):
     """sees nothing, and what it leaves at its place is to be written over"""
 
 
-def idle(place: int) -> Next:
+def idle(place: int) -> DecodeRow:
     """For a slot that has no token to feed, whose places from `place` on hold nothing."""
-    return Next(0, Prompt((0,)), place, idle=True)
+    return DecodeRow(0, Prompt((0,)), place, idle=True)
 
 
 class Call(NamedTuple):
@@ -112,7 +112,7 @@ class Runner:
         call = _call(tokens, positions, begin, ends, places, first, self._device)
         return self._logits(call), end
 
-    def decode(self, rows: Sequence[Next]) -> Tensor:
+    def decode(self, rows: Sequence[DecodeRow]) -> Tensor:
         """Logits [B, V] (float32) after feeding row b's token to slot b: by the backend in one
         step if it takes those of such a model, else op by op."""
         asked, step = _rows(rows), self._whole_step()
@@ -180,7 +180,7 @@ def _padded(
     )
 
 
-def _rows(rows: Sequence[Next]) -> Rows:
+def _rows(rows: Sequence[DecodeRow]) -> Rows:
     return Rows(
         [r.token for r in rows],
         [p for r in rows for p in r.prompt.position(r.place)],

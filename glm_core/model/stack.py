@@ -85,7 +85,9 @@ def _product(m: nn.Module) -> Product:
     if type(m) is glm.Linear:
         return Product(m.weight, m.bias)
     if type(m) is QuantizedLinear:
-        return Product(m.weight, m.bias, m.scale, m.how.bits, m.how.activation_bits)
+        return Product(
+            m.weight, m.bias, m.scale, m.quantization.bits, m.quantization.activation_bits
+        )
     raise _Unknown
 
 

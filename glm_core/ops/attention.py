@@ -16,7 +16,7 @@ from torch import Tensor
 from glm_core.dispatch import op
 from glm_core.ops.layout import gapped
 from glm_core.ops.precision import num_bytes, wide
-from glm_core.spec import Cost, Draw, Maker, Sample, given, normal, realize
+from glm_core.spec import Cost, Draw, Maker, Sample, exact, normal, realize
 
 
 def intervals(b: int, length: int, kind: str, keys: int) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def intervals(b: int, length: int, kind: str, keys: int) -> dict[str, Any]:
         ends = [keys * (row + 1) // b for row in range(b) for _ in range(length)]
         starts = [row % 3 * (end // 5) for row, end in enumerate(ends)]
     named = (("key_start", starts), ("key_end", ends))
-    return {k: given(v, torch.int32, b, length) for k, v in named}
+    return {k: exact(v, torch.int32, b, length) for k, v in named}
 
 
 def preallocated(maker: Maker) -> Maker:

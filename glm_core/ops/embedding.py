@@ -9,7 +9,7 @@ from torch import Tensor
 
 from glm_core.dispatch import op
 from glm_core.ops.layout import gapped
-from glm_core.spec import Cost, Maker, Sample, given, integers, normal
+from glm_core.spec import Cost, Maker, Sample, exact, integers, normal
 
 
 def embedding_samples() -> Iterator[Sample]:
@@ -17,7 +17,7 @@ def embedding_samples() -> Iterator[Sample]:
     yield Sample(
         "2x5-50x96-shrink", {"ids": integers(0, 50, 2, 5), "weight": normal(50, 96), "shrink": 0.1}
     )
-    repeated = given([[3, 3, 3], [0, 6, 3]], torch.int64)
+    repeated = exact([[3, 3, 3], [0, 6, 3]], torch.int64)
     yield Sample("repeated-7x33", {"ids": repeated, "weight": normal(7, 33), "shrink": 0.5})
     every_other: Maker = lambda draw: integers(0, 9, 3, 8)(draw)[:, ::2]  # noqa: E731
     yield Sample("3x4-9x33-strided", {"ids": every_other, "weight": normal(9, 33, strided=True)})
@@ -25,8 +25,8 @@ def embedding_samples() -> Iterator[Sample]:
     yield Sample("40-3x16", {"ids": integers(0, 3, 40), "weight": normal(3, 16), "shrink": 0.1})
     yield Sample("2x5-50x7-tiny", {"ids": integers(0, 50, 2, 5), "weight": normal(50, 7, std=1e-6)})
     yield Sample("2x5-50x7-huge", {"ids": integers(0, 50, 2, 5), "weight": normal(50, 7, std=1e4)})
-    yield Sample("1-1x1", {"ids": given([0], torch.int64), "weight": normal(1, 1)})
-    yield Sample("0-9x8", {"ids": given([], torch.int64), "weight": normal(9, 8)})
+    yield Sample("1-1x1", {"ids": exact([0], torch.int64), "weight": normal(1, 1)})
+    yield Sample("0-9x8", {"ids": exact([], torch.int64), "weight": normal(9, 8)})
     yield Sample(
         "16-65024x128", {"ids": integers(0, 65024, 16), "weight": normal(65024, 128)}, real=True
     )

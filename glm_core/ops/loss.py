@@ -10,7 +10,7 @@ from torch import Tensor
 from glm_core.dispatch import op
 from glm_core.ops.layout import gapped
 from glm_core.ops.precision import num_bytes, wide
-from glm_core.spec import Cost, Maker, Sample, given, integers, normal
+from glm_core.spec import Cost, Maker, Sample, exact, integers, normal
 
 
 def linear_cross_entropy_samples() -> Iterator[Sample]:
@@ -28,8 +28,8 @@ def linear_cross_entropy_samples() -> Iterator[Sample]:
         args = {
             "x": normal(n, d, std=std, strided=strided),
             "weight": normal(v, d, std=d**-0.5, strided=strided),
-            "labels": integers(0, v, n) if labels is None else given(labels, torch.int64),
-            "token_weight": per_token if weights is None else given(weights, torch.float32),
+            "labels": integers(0, v, n) if labels is None else exact(labels, torch.int64),
+            "token_weight": per_token if weights is None else exact(weights, torch.float32),
         }
         return Sample(id, args, real="65024" in id)
 

@@ -15,7 +15,7 @@ import torch
 
 from glm_core.errors import CheckpointError, DataError, PromptError
 from glm_core.export.run import Exported
-from glm_core.model import GLM
+from glm_core.model.glm import GLM
 from glm_core.model.prompt import Prompt, causal
 from glm_core.pretrained.source import Message, Source, from_run
 from glm_core.pretrained.tokenizers import (

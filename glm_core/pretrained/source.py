@@ -14,8 +14,8 @@ from glm_core.data import corpus
 from glm_core.data import tokenizer as tokenizers
 from glm_core.data.tokenizer import Tokenizer
 from glm_core.errors import CheckpointError, PromptError
-from glm_core.model import GLM
-from glm_core.model.prompt import Pieces, Prompt, blank, encode, opened
+from glm_core.model.glm import GLM
+from glm_core.model.prompt import Prompt, PromptTokenizer, blank, encode, part_a
 from glm_core.training import checkpoint
 
 
@@ -27,7 +27,7 @@ class Message(NamedTuple):
     content: str
 
 
-class Vocabulary(Pieces, Protocol):
+class Vocabulary(PromptTokenizer, Protocol):
     """A tokenizer with GLM's blanks that knows its size and identity."""
 
     vocab: int
@@ -59,7 +59,7 @@ class Source:
         Raises PromptError for an empty text."""
         if not text:
             raise PromptError("prompt: is empty; write something to go on from")
-        a = opened(encode(text, self.tokenizer), self.tokenizer)
+        a = part_a(encode(text, self.tokenizer), self.tokenizer)
         return blank(a, self.tokenizer, self.model.config.positions)
 
     def chat(self, messages: Sequence[Message]) -> Prompt:
@@ -77,7 +77,7 @@ class Source:
             else:
                 text, rounds = text + f"答：{message.content}\n", rounds + 1
         question = f"[Round {rounds}]\n问：{last.content}\n答：" if past else last.content
-        a = opened(self.tokenizer.encode(system + text + question), self.tokenizer)
+        a = part_a(self.tokenizer.encode(system + text + question), self.tokenizer)
         return blank(a, self.tokenizer, self.model.config.positions)
 
     def answer(self, messages: Sequence[Message]) -> list[int]:

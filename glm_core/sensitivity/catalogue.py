@@ -8,9 +8,9 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from glm_core import data
 from glm_core.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from glm_core.data import Batch
+from glm_core.data.open import open_sampler
+from glm_core.data.sampler import Batch
 from glm_core.faults.benign import BENIGN, Benign
 from glm_core.faults.bugs import BUGS
 from glm_core.faults.variants import Bug
@@ -132,5 +132,5 @@ class Drawn:
 
 def draw(run: RunConfig, cache_dir: str | Path) -> Batch:
     """All sequences of a run."""
-    source = data.open(run.data, run.train.seed, cache_dir, positions=run.model.positions)
+    source = open_sampler(run.data, run.train.seed, cache_dir, positions=run.model.positions)
     return source.next(run.train.steps * run.train.global_batch)

@@ -22,7 +22,7 @@ from glm_core import align
 from glm_core.align.trace import Trace
 from glm_core.align.verdict import finite
 from glm_core.config import RunConfig
-from glm_core.data import Batch
+from glm_core.data.sampler import Batch
 from glm_core.errors import BackendUnavailableError, ConfigError, unknown
 from glm_core.faults.benign import Benign
 from glm_core.faults.variants import Bug

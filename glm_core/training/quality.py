@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from glm_core.data import Batch
+from glm_core.data.sampler import Batch
 from glm_core.model.glm import GLM
 
 

@@ -15,7 +15,7 @@ from glm_core.backends import registry
 from glm_core.config import RunConfig, TrainConfig
 from glm_core.diagnose import device_errors, nonfinite, watchdog
 from glm_core.errors import ConfigError
-from glm_core.model import GLM
+from glm_core.model.glm import GLM
 from glm_core.training import checkpoint
 from glm_core.training.interrupt import stop_requests
 from glm_core.training.live import Live
@@ -149,7 +149,7 @@ class Trainer(Updates):
         with nonfinite.watch(self.model) as seen:
             self.backward(batches)
         self.loss = compiled
-        return nonfinite.told(subject, seen.op, seen.parameter)
+        return nonfinite.message(subject, seen.op, seen.parameter)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and JSON-able facts from which `restore` goes on, bit for bit."""
@@ -211,9 +211,10 @@ def run(
     out, t = Path(out_dir), config.train
     start = checkpoint.starting_point(out, resume)
     if sampler is None:
-        from glm_core import data  # here, so that a run on its own sampler needs no sentencepiece
+        # here, so that a sampler of the caller's own needs no sentencepiece
+        from glm_core.data.open import open_sampler
 
-        sampler = data.open(config.data, t.seed, cache_dir, positions=config.model.positions)
+        sampler = open_sampler(config.data, t.seed, cache_dir, positions=config.model.positions)
     folder = out / checkpoint.FOLDER
 
     def latest() -> Path | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from glm_core import dispatch
 from glm_core.config import DataConfig, ModelConfig, RunConfig, TrainConfig, override
-from glm_core.data import Batch
+from glm_core.data.sampler import Batch
 from glm_core.dispatch import Op
 from glm_core.training import trainer as train
 

@@ -28,7 +28,7 @@ from glm_core import align, ops
 from glm_core.align.trace import Trace, load
 from glm_core.align.training import Run, free_run, weights_hash
 from glm_core.config import DataConfig, Dtype, ModelConfig, RunConfig, TrainConfig
-from glm_core.data import Batch
+from glm_core.data.sampler import Batch
 from glm_core.dispatch import Op
 from glm_core.training.trainer import initial_weights
 

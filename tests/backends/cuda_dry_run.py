@@ -18,7 +18,8 @@ from glm_core.backends import registry
 from glm_core.backends.cuda import attention
 from glm_core.backends.cuda.kernels import share
 from glm_core.config import TrainConfig
-from glm_core.model import GLM, preset
+from glm_core.model.glm import GLM
+from glm_core.model.presets import preset
 from glm_core.training.optimizer import Optimizer
 
 B, L = 2, 32

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from glm_core.backends import registry
 from glm_core.config import ModelConfig, TrainConfig
-from glm_core.model import GLM
+from glm_core.model.glm import GLM
 from glm_core.training.optimizer import Optimizer
 
 pytest.importorskip("onnxruntime", reason="pip install 'glm-core[onnx]'")

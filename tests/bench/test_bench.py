@@ -11,7 +11,7 @@ import torch
 from glm_core.bench import dispatch, step
 from glm_core.measure import dispatch as cost
 from glm_core.measure import timing
-from glm_core.model import preset
+from glm_core.model.presets import preset
 
 
 def test_interleave_runs_every_contestant_once_a_round_in_turn() -> None:

@@ -10,7 +10,7 @@ import torch
 from glm_core.backends.registry import probe
 from glm_core.bench import chatglm, decode, llama, matmul_nbits, peers
 from glm_core.config import ModelConfig
-from glm_core.model import preset
+from glm_core.model.presets import preset
 
 pytestmark = pytest.mark.skipif(not probe("cpu").ok, reason=probe("cpu").reason)
 

@@ -22,7 +22,7 @@ from glm_core.config import DataConfig, RunConfig, TrainConfig
 from glm_core.errors import GlmCoreError
 from glm_core.measure import ceilings, noise, rows
 from glm_core.measure.rows import Row
-from glm_core.model import preset
+from glm_core.model.presets import preset
 from glm_core.planner.cost import Work, model_flops
 
 HERE = {"cpu": "Zen", "cores": 2, "threads": 2, "isa": "AVX512", "device": "cpu"}

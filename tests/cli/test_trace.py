@@ -15,13 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from glm_core import data, ops
+from glm_core import ops
 from glm_core.align import fallbacks
 from glm_core.align.trace import Trace
 from glm_core.backends.base import Backend
 from glm_core.cli import main
 from glm_core.config import DataConfig, ModelConfig, RunConfig, TrainConfig, to_dict
-from glm_core.data.sampler import Sampler
+from glm_core.data.open import open_sampler
+from glm_core.data.sampler import Batch, Sampler
 from glm_core.spec import SUPPORTED, Support, unsupported
 
 SIZES = {"num_layers": 2, "hidden": 32, "num_heads": 2, "ffn": 64, "vocab": 300, "max_length": 32}
@@ -43,7 +44,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 def measured(config: RunConfig, backend: Backend) -> fallbacks.Fallbacks:
     cache = Path(config.data.path).parent
-    return fallbacks.measure(config, data.open(config.data, 0, cache), backend)
+    return fallbacks.measure(config, open_sampler(config.data, 0, cache), backend)
 
 
 class Counting(Backend):
@@ -133,11 +134,11 @@ def test_host_calls_outside_the_ops_are_listed_too(config: RunConfig) -> None:
     backend = Counting(name="between", device_type="cpu", verified="nowhere")
 
     class Feeding(Sampler):
-        def next(self, micro_batch: int) -> data.Batch:
+        def next(self, micro_batch: int) -> Batch:
             backend.sent += 3
             return super().next(micro_batch)
 
-    sampler = data.open(config.data, 0, Path(config.data.path).parent)
+    sampler = open_sampler(config.data, 0, Path(config.data.path).parent)
     sampler.__class__ = Feeding
     found = fallbacks.measure(config, sampler, backend)
     [row] = [r for r in found.rows if r.where == "host"]

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from glm_core import data
 from glm_core.config import DataConfig
-from glm_core.data import cache, corpus, documentation
+from glm_core.data import cache, corpus, documentation, tokenizer
+from glm_core.data.open import open_sampler
 from glm_core.errors import DataError
 
 WORDS = "one two three four five six seven eight nine ten.\n" * 40
@@ -124,7 +124,7 @@ def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_too_small_says_how_much_is_needed(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("1 2")
     with pytest.raises(DataError) as error:
-        data.open(DataConfig(path=str(tmp_path / "a")), 0, tmp_path)
+        open_sampler(DataConfig(path=str(tmp_path / "a")), 0, tmp_path)
     assert str(error.value) == (
         "corpus: 3 tokens, data.length=128 needs at least as many; "
         "give more text or a smaller data.length"
@@ -134,10 +134,10 @@ def test_too_small_says_how_much_is_needed(tmp_path: Path) -> None:
 def test_second_opening_reads_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a").write_text(WORDS)
     config = DataConfig(path=str(tmp_path / "a"), length=32, vocab=320)
-    first = data.open(config, 1, tmp_path / "cache").next(4)
-    monkeypatch.setattr(data.tokenizer, "train", lambda *_: pytest.fail("trained again"))
-    monkeypatch.setattr(data.Tokenizer, "encode", lambda *_: pytest.fail("encoded again"))
-    sampler = data.open(config, 1, tmp_path / "cache")
+    first = open_sampler(config, 1, tmp_path / "cache").next(4)
+    monkeypatch.setattr(tokenizer, "train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(tokenizer.Tokenizer, "encode", lambda *_: pytest.fail("encoded again"))
+    sampler = open_sampler(config, 1, tmp_path / "cache")
     assert sampler.next(4).tokens.tolist() == first.tokens.tolist()
     assert isinstance(sampler._tokens, np.memmap)
     assert sampler.corpus["parts"] == {"a": len(WORDS)}
@@ -148,7 +148,7 @@ def test_second_opening_reads_the_cache(tmp_path: Path, monkeypatch: pytest.Monk
 def test_positions_follow_the_model(tmp_path: Path) -> None:
     (tmp_path / "a").write_text(WORDS)
     config = DataConfig(path=str(tmp_path / "a"), length=32, vocab=320, gmask_prob=1)
-    one, two = (data.open(config, 1, tmp_path, positions=p).next(1) for p in ("rope", "rope_2d"))
+    one, two = (open_sampler(config, 1, tmp_path, positions=p).next(1) for p in ("rope", "rope_2d"))
     assert one.tokens.tolist() == two.tokens.tolist()
     targets = one.loss_weight[0].bool()
     assert (one.positions[0, 0, targets].diff() == 1).all()
@@ -159,11 +159,11 @@ def test_positions_follow_the_model(tmp_path: Path) -> None:
 def test_a_damaged_cache_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "a").write_text(WORDS)
     config = DataConfig(path=str(tmp_path / "a"), length=32, vocab=320)
-    data.open(config, 1, tmp_path)
+    open_sampler(config, 1, tmp_path)
     (path,) = tmp_path.glob("tokens-*.npy")
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(DataError, match=rf"^{path}: cannot be read \(.*\); delete it$"):
-        data.open(config, 1, tmp_path)
+        open_sampler(config, 1, tmp_path)
 
 
 def test_a_full_disk_leaves_nothing_half_written(
@@ -306,7 +306,7 @@ def test_real_text_from_python_topics(tmp_path: Path) -> None:
     for name, text in topics.items():
         (tmp_path / "topics" / name).write_text(text, encoding="utf-8")
     config = DataConfig(path=str(tmp_path / "topics"), vocab=1000)
-    sampler = data.open(config, 0, tmp_path / "cache")
+    sampler = open_sampler(config, 0, tmp_path / "cache")
     assert sampler.corpus["documents"] == len(topics)
     assert sampler.tokenizer.vocab == 1000
     whole = "\n".join(topics.values())

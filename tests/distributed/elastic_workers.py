@@ -24,7 +24,7 @@ from glm_core import ops
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
 from glm_core.config import DataConfig, ModelConfig, PolicyConfig, RunConfig, TrainConfig
-from glm_core.data import Batch
+from glm_core.data.sampler import Batch
 from glm_core.diagnose import watchdog
 from glm_core.distributed import checkpoint, dry_run, mesh, saving, straggler, watch
 from glm_core.distributed import run as planned
@@ -33,7 +33,7 @@ from glm_core.distributed.engine import Engine
 from glm_core.distributed.layout import split_of, take
 from glm_core.distributed.plan import parse, stage_layers, stages_of
 from glm_core.errors import CheckpointError
-from glm_core.model import GLM
+from glm_core.model.glm import GLM
 from glm_core.training.live import Live
 
 MODEL = ModelConfig(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from glm_core.config import DataConfig, Dtype, ModelConfig, RunConfig, TrainConfig
-from glm_core.data import Batch
+from glm_core.data.sampler import Batch
 
 VOCAB, LENGTH, ROWS, STEPS = 64, 16, 8, 4
 SIZES: dict[str, Any] = {"num_layers": 4, "hidden": 32, "num_heads": 4, "vocab": VOCAB}

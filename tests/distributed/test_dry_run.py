@@ -16,7 +16,7 @@ from glm_core.config import ModelConfig
 from glm_core.distributed import apply, mesh
 from glm_core.distributed.apply import Share
 from glm_core.distributed.plan import Plan
-from glm_core.model import preset
+from glm_core.model.presets import preset
 
 LENGTH = 8
 

@@ -18,7 +18,7 @@ from glm_core.distributed import dry_run
 from glm_core.distributed.dry_run import Meter
 from glm_core.distributed.plan import parse, stage_layers
 from glm_core.errors import ConfigError
-from glm_core.model import preset
+from glm_core.model.presets import preset
 from glm_core.planner import own
 
 MEMORY = 0.03

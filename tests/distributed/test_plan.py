@@ -10,7 +10,8 @@ from glm_core.config import ModelConfig
 from glm_core.distributed.layout import chunks, split_of, take
 from glm_core.distributed.plan import Plan, parse, require_fit, stage_layers, stages_of
 from glm_core.errors import ConfigError
-from glm_core.model import GLM, preset
+from glm_core.model.glm import GLM
+from glm_core.model.presets import preset
 
 
 @pytest.mark.parametrize(

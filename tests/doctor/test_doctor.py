@@ -13,7 +13,7 @@ from glm_core.backends import registry
 from glm_core.cli import main
 from glm_core.config import ModelConfig, RunConfig, from_dict
 from glm_core.doctor import examination
-from glm_core.model import GLM
+from glm_core.model.glm import GLM
 
 MODEL = {"num_layers": 1, "hidden": 32, "num_heads": 2, "ffn": 48, "vocab": 512, "max_length": 256}
 PARTS = {"conformance", "alignment", "utilisation"}

@@ -13,13 +13,13 @@ from toy import OneWord, Sampler, base, config
 
 from glm_core import ops
 from glm_core.errors import CheckpointError, ConfigError
-from glm_core.model import GLM
 from glm_core.model.adapters import (
     AdapterConfig,
     adapter_state,
     attach,
     merge,
 )
+from glm_core.model.glm import GLM
 from glm_core.ops.quant import quantize
 from glm_core.pretrained.adapter_files import load_adapter, save_adapter
 from glm_core.training import trainer

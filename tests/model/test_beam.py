@@ -11,9 +11,9 @@ import torch
 
 from glm_core.config import ModelConfig
 from glm_core.errors import ConfigError, GenerationError, PromptError
-from glm_core.model import GLM
 from glm_core.model.beam import BeamSearch, Hypothesis, search
 from glm_core.model.generate import generate
+from glm_core.model.glm import GLM
 from glm_core.model.prompt import Prompt, causal
 from glm_core.model.sample import Sampling
 

@@ -13,11 +13,12 @@ from glm_core import dispatch, ops
 from glm_core.backends import registry
 from glm_core.backends.cpu import isas, select_isa
 from glm_core.decode_step import Rows
-from glm_core.model import GLM, preset
 from glm_core.model.adapters import AdapterConfig, attach
+from glm_core.model.glm import GLM
+from glm_core.model.presets import preset
 from glm_core.model.prompt import Prompt, causal
 from glm_core.model.quantize import Quantization, convert, quantize_head
-from glm_core.model.runner import Next, Runner, idle
+from glm_core.model.runner import DecodeRow, Runner, idle
 from glm_core.model.stack import angles, stack
 
 V, LENGTH = 61, 48
@@ -72,7 +73,7 @@ def run(model: GLM, whole: bool, rows: int = 3) -> tuple[list[Tensor], Tensor]:
 
     found = []
     for step in range(4):
-        asked = [Next(20 + step + b, prompts[b], places[b] + step) for b in range(rows)]
+        asked = [DecodeRow(20 + step + b, prompts[b], places[b] + step) for b in range(rows)]
         if step == 2:
             asked[0] = idle(places[0] + step)
         with dispatch.intercept(None if whole else watch):
@@ -175,8 +176,8 @@ def test_more_rows_go_op_by_op() -> None:
     with registry.use("cpu", strict=True):
         for slot in range(9):
             runner.prefill(slot, [prompt])
-        logits = runner.decode([Next(7, prompt, 5)] * 9)
-        assert runner.decode([Next(7, prompt, 5)]).sub(logits[:1]).abs().max() < 1e-4
+        logits = runner.decode([DecodeRow(7, prompt, 5)] * 9)
+        assert runner.decode([DecodeRow(7, prompt, 5)]).sub(logits[:1]).abs().max() < 1e-4
 
 
 def test_a_model_that_changed_between_prompts_is_looked_at_again() -> None:
@@ -184,14 +185,14 @@ def test_a_model_that_changed_between_prompts_is_looked_at_again() -> None:
     runner = Runner(model, 1)
     with registry.use("cpu", strict=True):
         runner.prefill(0, [prompt])
-        before = runner.decode([Next(7, prompt, 6)])
+        before = runner.decode([DecodeRow(7, prompt, 6)])
         for _ in convert(model, Quantization(bits=4)):
             pass
         runner.prefill(0, [prompt])
-        after = runner.decode([Next(7, prompt, 6)])
+        after = runner.decode([DecodeRow(7, prompt, 6)])
         fresh = Runner(model, 1)
         fresh.prefill(0, [prompt])
-        assert torch.equal(fresh.decode([Next(7, prompt, 6)]), after)
+        assert torch.equal(fresh.decode([DecodeRow(7, prompt, 6)]), after)
     assert not torch.equal(before, after)
 
 
@@ -227,5 +228,5 @@ def test_numbers_that_are_not_finite_are_traced_to_their_op() -> None:
     with registry.use("cpu", strict=True):
         runner.prefill(0, [prompt])
         model.blocks[1].mlp.down.weight[3, 5] = float("nan")
-        assert not runner.decode([Next(7, prompt, 6)]).isfinite().all()
+        assert not runner.decode([DecodeRow(7, prompt, 6)]).isfinite().all()
         assert "op linear in blocks.1.mlp.down" in str(runner.explain(runner.last, 1))

@@ -14,8 +14,8 @@ from glm_core import dispatch, ops
 from glm_core.backends import registry
 from glm_core.errors import ConfigError, GenerationError, PromptError
 from glm_core.model.generate import Decoder, fill, generate, stream
-from glm_core.model.prompt import blank, causal, encode, opened
-from glm_core.model.runner import Next, Runner
+from glm_core.model.prompt import blank, causal, encode, part_a
+from glm_core.model.runner import DecodeRow, Runner
 from glm_core.model.sample import Sampling, choose
 
 
@@ -30,7 +30,7 @@ def test_cached_logits_are_those_without_a_cache(kind: str, backend: str) -> Non
             runner, tokens = Runner(built, 1), [9, 30, 17]
             seen = [runner.prefill(0, [prompt])[0]]
             for i, token in enumerate(tokens):
-                seen += [runner.decode([Next(token, prompt, len(prompt.tokens) + i)])[0]]
+                seen += [runner.decode([DecodeRow(token, prompt, len(prompt.tokens) + i)])[0]]
             for i, logits in enumerate(seen):
                 truth = whole(exact, prompt, tokens[:i])
                 rounding = float((whole(built, prompt, tokens[:i]) - truth).abs().max())
@@ -68,7 +68,7 @@ def test_only_linear_can_make_the_batch_matter(kind: str) -> None:
         return torch.cat(rows)
 
     built, asked = model(kind), prompts(kind)
-    fed = [Next(20 + i, p, len(p.tokens)) for i, p in enumerate(asked)]
+    fed = [DecodeRow(20 + i, p, len(p.tokens)) for i, p in enumerate(asked)]
     together = Runner(built, len(asked))
     with registry.use("cpu"), dispatch.intercept(by_row):
         for i, prompt in enumerate(asked):
@@ -215,7 +215,7 @@ def test_settings_are_checked(wrong: dict[str, Any]) -> None:
 def test_positions_of_a_blank() -> None:
     """The table of GLM (Du et al. 2022, figure 2): B stays at its blank, row 1 counts."""
     a = encode("ab[MASK]c", PIECES)
-    prompt = blank(opened(a, PIECES), PIECES, "rope_2d")
+    prompt = blank(part_a(a, PIECES), PIECES, "rope_2d")
     assert prompt.tokens == (10, 11, 1, 12, 4, 6)
     rows = [prompt.position(i) for i in range(8)]
     assert rows == [(0, 0), (1, 0), (2, 0), (3, 0), (4, 0), (2, 1), (2, 2), (2, 3)]
@@ -224,7 +224,7 @@ def test_positions_of_a_blank() -> None:
 
 @pytest.mark.parametrize(("positions", "last"), [("rope", (4, 2)), ("rope_2d", (2, 2))])
 def test_positions_after_gmask(positions: str, last: tuple[int, int]) -> None:
-    prompt = blank(opened(PIECES.encode("ab"), PIECES), PIECES, positions)
+    prompt = blank(part_a(PIECES.encode("ab"), PIECES), PIECES, positions)
     assert prompt.tokens == (10, 11, 2, 6)
     assert prompt.position(4) == last
 
@@ -234,8 +234,8 @@ def test_blanks_are_filled_from_left_to_right(kind: str) -> None:
     """Filling two blanks is filling the first, writing it into the text, and filling the other."""
     built = model(kind)
     settings = dataclasses.replace(GREEDY, max_tokens=4)
-    both = fill(built, opened(encode("ab[MASK]cd[sMASK]e", PIECES), PIECES), settings, PIECES)
-    a = opened(encode("ab[MASK]cd[sMASK]e", PIECES), PIECES)
+    both = fill(built, part_a(encode("ab[MASK]cd[sMASK]e", PIECES), PIECES), settings, PIECES)
+    a = part_a(encode("ab[MASK]cd[sMASK]e", PIECES), PIECES)
     specials = {1, 2, 3}
     (answer,) = generate(built, [blank(a, PIECES, built.config.positions)], settings)
     first = [t for t in answer.tokens if t not in specials]
@@ -251,7 +251,7 @@ def test_text_after_the_blank_matters() -> None:
     """Part A is read in both directions."""
     built = model("glm-130b")
     answers = [
-        generate(built, [blank(opened(encode(t, PIECES), PIECES), PIECES, "rope")], GREEDY)[
+        generate(built, [blank(part_a(encode(t, PIECES), PIECES), PIECES, "rope")], GREEDY)[
             0
         ].tokens
         for t in ("ab[MASK]cd", "ab[MASK]xy")

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from glm_core.config import ModelConfig
 from glm_core.errors import ConfigError, ShapeError
-from glm_core.model import GLM, PRESETS, preset
+from glm_core.model.glm import GLM
+from glm_core.model.presets import PRESETS, preset
 
 EPS_32, EPS_64 = (torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64))
 B, L, V = 2, 12, 37

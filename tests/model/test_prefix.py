@@ -12,13 +12,13 @@ from toy import OneWord, base, config
 
 from glm_core import ops
 from glm_core.errors import CheckpointError, ConfigError, ShapeError
-from glm_core.model import GLM
 from glm_core.model.adapters import (
     AdapterConfig,
     attach,
     merge,
 )
 from glm_core.model.cache import Cache
+from glm_core.model.glm import GLM
 from glm_core.pretrained.adapter_files import load_adapter, save_adapter
 from glm_core.training import trainer
 

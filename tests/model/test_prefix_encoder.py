@@ -15,9 +15,8 @@ from torch import nn
 from toy import OneWord, config
 
 from glm_core.errors import CheckpointError, ConfigError
-from glm_core.model import GLM
 from glm_core.model.adapters import AdapterConfig, LoRA, adapter_state, attach
-from glm_core.model.glm import Linear
+from glm_core.model.glm import GLM, Linear
 from glm_core.model.prefix import PrefixWindow
 from glm_core.model.quantize import Quantization, convert
 from glm_core.pretrained.adapter_files import load_adapter, read, save_adapter, write

@@ -11,16 +11,17 @@ import torch
 from glm_core.backends.registry import use
 from glm_core.config import ModelConfig
 from glm_core.errors import ConfigError
-from glm_core.model import GLM, preset
+from glm_core.model.glm import GLM
+from glm_core.model.presets import preset
 from glm_core.model.prompt import causal
 from glm_core.model.quantize import (
     Quantization,
     QuantizedLinear,
+    build_quantized,
     convert,
     device_memory,
     model_bytes,
     quantize_head,
-    streamed,
 )
 from glm_core.model.runner import Runner
 from glm_core.ops import quant
@@ -106,7 +107,7 @@ def test_streamed_is_the_same_as_converted() -> None:
         assert source[name].shape == shape
         return source[name].detach().clone()
 
-    made = streamed(CONFIG, read, how, torch.float32)
+    made = build_quantized(CONFIG, read, how, torch.float32)
     assert sorted(asked) == sorted(source)
     list(convert(whole, how))
     mine, theirs = made.state_dict(), whole.state_dict()
@@ -160,7 +161,7 @@ def test_conversion_holds_little_beside_what_is_finished(monkeypatch: pytest.Mon
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
-        made = streamed(config, read, Quantization(bits=4), torch.bfloat16)
+        made = build_quantized(config, read, Quantization(bits=4), torch.bfloat16)
     events = sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns())
     held = list(itertools.accumulate(e.nbytes() for e in events if e.name() == "[memory]"))
     layer = 2 * sum(p.numel() for p in GLM(config).blocks[0].parameters())

@@ -27,7 +27,8 @@ from glm_core.backends import registry
 from glm_core.config import TrainConfig
 from glm_core.conformance import Case, select
 from glm_core.conformance.oracle import forward, leaf, named
-from glm_core.model import GLM, preset
+from glm_core.model.glm import GLM
+from glm_core.model.presets import preset
 from glm_core.training.optimizer import Optimizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "shared"))

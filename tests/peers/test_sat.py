@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from glm_core import ops
 from glm_core.config import ModelConfig
-from glm_core.model import GLM
+from glm_core.model.glm import GLM
 from glm_core.pretrained.weights import convert, open_checkpoint, target
 
 ROOT = Path(__file__).parents[2]

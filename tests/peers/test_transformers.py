@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from glm_core.backends import registry
 from glm_core.config import ModelConfig
-from glm_core.model import GLM
 from glm_core.model.generate import generate
+from glm_core.model.glm import GLM
 from glm_core.model.prompt import causal
 from glm_core.model.sample import Sampling
 from glm_core.pretrained.weights import convert, open_checkpoint, target

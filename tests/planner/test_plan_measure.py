@@ -15,7 +15,7 @@ from glm_core.bench import plan_steps
 from glm_core.cli import main
 from glm_core.distributed.plan import parse
 from glm_core.errors import ConfigError
-from glm_core.model import preset
+from glm_core.model.presets import preset
 from glm_core.planner import cluster, here
 from glm_core.planner.here import MESSAGES, SIZES, Machine, Wanted
 

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from glm_core.errors import ConfigError
-from glm_core.model import GLM, preset
+from glm_core.model.glm import GLM
+from glm_core.model.presets import preset
 from glm_core.planner import cluster, cost, efficiency, published, search, slides, validate
 from glm_core.planner.sizing import Sizing, broken_rules
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from glm_core.config import ModelConfig
 from glm_core.errors import CheckpointError
-from glm_core.model import GLM
 from glm_core.model.adapters import AdapterConfig, attach
+from glm_core.model.glm import GLM
 from glm_core.model.quantize import Quantization, QuantizedLinear
 from glm_core.model.quantize import convert as in_place
 from glm_core.ops.quant import dequantize
@@ -205,7 +205,7 @@ def test_quantized_on_the_way(tmp_path: Path, name: str, to: str, how: Quantizat
     found, expected = again.load(quantized=True), source.load()
     list(in_place(expected, how))
     assert_same(found.state_dict(), expected.state_dict())
-    assert {m.how for m in found.modules() if isinstance(m, QuantizedLinear)} == {how}
+    assert {m.quantization for m in found.modules() if isinstance(m, QuantizedLinear)} == {how}
 
 
 def test_groups_are_written_and_found_again(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_groups_are_written_and_found_again(tmp_path: Path) -> None:
     found = open_checkpoint(tmp_path / "o").load(quantized=True)
     list(in_place(model, how))
     assert_same(found.state_dict(), model.state_dict())
-    assert {m.how for m in found.modules() if isinstance(m, QuantizedLinear)} == {how}
+    assert {m.quantization for m in found.modules() if isinstance(m, QuantizedLinear)} == {how}
 
 
 @pytest.mark.parametrize(

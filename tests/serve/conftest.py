@@ -13,7 +13,7 @@ import torch
 
 from glm_core.config import ModelConfig
 from glm_core.data import tokenizer
-from glm_core.model import GLM
+from glm_core.model.glm import GLM
 from glm_core.pretrained.source import Source
 
 TEXT = "The quick brown fox jumps over the lazy dog. 你好，世界 éà 🙂 again and again it runs. "

@@ -13,7 +13,7 @@ import sentencepiece
 import torch
 from safetensors.torch import save_file
 
-from glm_core.model import GLM
+from glm_core.model.glm import GLM
 from glm_core.pretrained.source import Message
 
 TEXT = "The quick brown fox jumps over the lazy dog. 你好，世界 again and again it runs.\n"

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from glm_core.config import ModelConfig
-from glm_core.model import GLM
+from glm_core.model.glm import GLM
 
 State = dict[str, Tensor]
 N, D, H, K, E, F, V, L = 2, 32, 8, 2, 8, 48, 96, 32

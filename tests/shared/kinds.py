@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from glm_core.config import ModelConfig
-from glm_core.model import GLM
-from glm_core.model.prompt import Prompt, blank, causal, encode, opened
+from glm_core.model.glm import GLM
+from glm_core.model.prompt import Prompt, blank, causal, encode, part_a
 from glm_core.model.sample import Sampling
 
 V, LENGTH = 61, 48
@@ -64,7 +64,7 @@ def prompts(kind: str) -> list[Prompt]:
     if kind == "glm-4":
         return [causal(PIECES.encode(t.replace("[", "").lower().replace("]", ""))) for t in texts]
     positions = KINDS[kind].get("positions", "rope")
-    return [blank(opened(encode(t, PIECES), PIECES), PIECES, positions) for t in texts]
+    return [blank(part_a(encode(t, PIECES), PIECES), PIECES, positions) for t in texts]
 
 
 def whole(built: GLM, prompt: Prompt, tokens: list[int]) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from glm_core import align, ops
 from glm_core.backends.base import Backend
 from glm_core.config import DataConfig, Dtype, ModelConfig, RunConfig, TrainConfig
-from glm_core.data import Batch
+from glm_core.data.sampler import Batch
 from glm_core.session import Kernel
 
 VOCAB, LENGTH = 64, 32

@@ -10,7 +10,7 @@ from torch import Tensor
 from toy import V
 
 from glm_core import ops
-from glm_core.model import GLM
+from glm_core.model.glm import GLM
 
 P, B, L = 3, 4, 12
 

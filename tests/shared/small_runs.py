@@ -12,7 +12,7 @@ from glm_core.align.replay import Results, replay
 from glm_core.align.training import Run, free_run
 from glm_core.backends.base import Backend
 from glm_core.config import RunConfig
-from glm_core.data import Batch
+from glm_core.data.sampler import Batch
 from glm_core.sensitivity import catalogue
 
 STEPS = 3

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from glm_core.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from glm_core.data import Batch
-from glm_core.model import GLM
+from glm_core.data.sampler import Batch
+from glm_core.model.glm import GLM
 from glm_core.training import checkpoint, trainer
 
 V, L = 64, 16

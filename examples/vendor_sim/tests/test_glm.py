@@ -14,7 +14,7 @@ from glm_core.align import fallbacks
 from glm_core.backends import registry
 from glm_core.config import DataConfig, RunConfig, TrainConfig
 from glm_core.conformance.run import run
-from glm_core.model import preset
+from glm_core.model.presets import preset
 from glm_core.session import Session
 from glm_core.training.trainer import Trainer
 

@@ -13,7 +13,8 @@ import torch
 from glm_core.backends import registry
 from glm_core.backends.base import Backend, Peak
 from glm_core.backends.registry import use
-from glm_core.conformance import Case, perf, select
+from glm_core.conformance import perf
+from glm_core.conformance.case import Case, select
 from glm_core.measure import ceilings
 from glm_core.measure.noise import Watch, irregularities
 from glm_core.measure.rows import Row

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from glm_core.align.bisection import Bisection, bisect
     from glm_core.align.calibration import Calibration, calibrate
-    from glm_core.align.campaign import Result, run
+    from glm_core.align.jobs import RunResult, run
     from glm_core.align.recording import record
-    from glm_core.align.rerun import Narrow
+    from glm_core.align.rerun_command import CallFilter
     from glm_core.align.verdict import Finding, Pair, compare
 
 __all__ = [
     "Bisection",
     "Calibration",
     "Finding",
-    "Narrow",
+    "CallFilter",
     "Pair",
-    "Result",
+    "RunResult",
     "bisect",
     "calibrate",
     "compare",
@@ -31,11 +31,11 @@ __all__ = [
 _HOME = {
     "Bisection": "bisection",
     "bisect": "bisection",
-    "Narrow": "rerun",
+    "CallFilter": "rerun_command",
     "Calibration": "calibration",
     "calibrate": "calibration",
-    "Result": "campaign",
-    "run": "campaign",
+    "RunResult": "jobs",
+    "run": "jobs",
     "record": "recording",
     "Finding": "verdict",
     "Pair": "verdict",

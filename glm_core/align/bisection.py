@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from glm_core.align import rerun, shadow, substitution, teacher
+from glm_core.align import rerun_command, substitution, teacher_forcing, watched_run
 from glm_core.align.calibration import MakeSampler, Progress, calibrate, captured_steps, open_data
 from glm_core.align.capture import Call
 from glm_core.align.recording import record, tests
-from glm_core.align.replay import answer
-from glm_core.align.rerun import Narrow
-from glm_core.align.teacher import Case, Key
+from glm_core.align.replay import replay_on
+from glm_core.align.rerun_command import CallFilter
+from glm_core.align.teacher_forcing import Case, Key
 from glm_core.align.training import Moment, Run, free_run
 from glm_core.align.verdict import Finding, compare, findings, finite
 from glm_core.backends import registry
@@ -103,15 +103,15 @@ class Evidence:
     cases: list[Case]
     limits: dict[Key, float]
 
-    def judged(self, backend: Backend, narrow: Narrow = rerun.ALL) -> list[Finding]:
+    def judged(self, backend: Backend, only: CallFilter = rerun_command.ANY_CALL) -> list[Finding]:
         """What the backend's answers to these calls show, the furthest outside first."""
-        cases = [c for c in self.cases if narrow.fits(c.call)]
+        cases = [c for c in self.cases if only.fits(c.call)]
         with registry.use(backend):
-            measured, _ = teacher.measure(
-                cases, functools.partial(answer, backend=backend), twice=True
+            measured, _ = teacher_forcing.measure(
+                cases, functools.partial(replay_on, backend=backend), twice=True
             )
         found = findings(*tests(measured, cases, self.limits), measured.count(), RATE)
-        return [f for f in found if narrow.direction in ("", direction_of(f))]
+        return [f for f in found if only.direction in ("", direction_of(f))]
 
 
 def direction_of(finding: Finding) -> str:
@@ -123,7 +123,7 @@ def bisect(
     config: RunConfig,
     backend: str | Backend,
     *,
-    narrow: Narrow = rerun.ALL,
+    only: CallFilter = rerun_command.ANY_CALL,
     evidence: Evidence | None = None,
     sampler: MakeSampler | None = None,
     capture_steps: Sequence[int] | None = None,
@@ -134,24 +134,24 @@ def bisect(
     """Names what makes `backend` deviate from the reference in `config`. First every op call of the
     captured steps is judged by itself; where all are right, ops are replaced by their references
     within a whole step, one by one; where that is right too, every op call of the backend's own run
-    is judged as it happens. `narrow` judges these captured calls alone. `options` are the words
+    is judged as it happens. `only` judges these captured calls alone. `options` are the words
     that describe the run in the rerun command (default: every field that differs from the default).
     Raises BackendUnavailableError and ConfigError."""
-    if narrow.op and narrow.op not in all_ops():
-        raise ConfigError(unknown("op", narrow.op, all_ops()))
+    if only.op and only.op not in all_ops():
+        raise ConfigError(unknown("op", only.op, all_ops()))
     begin, tell = time.perf_counter(), progress or (lambda what, done, of: None)
     chosen = registry.usable(backend) if isinstance(backend, str) else backend
     make = sampler or open_data(config, cache_dir)
-    known = evidence or gather(config, make, captured_steps(config, capture_steps), narrow, tell)
-    command = rerun.command(config, chosen.name, options)
+    known = evidence or gather(config, make, captured_steps(config, capture_steps), only, tell)
+    command = rerun_command.command(config, chosen.name, options)
     try:
         tell(f"{chosen.name}, op by op", 0, 1)
-        found = [f for f in known.judged(chosen, narrow) if f.ratio > 1]
+        found = [f for f in known.judged(chosen, only) if f.ratio > 1]
         tell(f"{chosen.name}, op by op", 1, 1)
         if found:
             result = named(found, known, chosen, command, config, make)
-        elif narrow != rerun.ALL:
-            result = Bisection(backend=chosen.name, finding=f"nothing guilty in {narrow}")
+        elif only != rerun_command.ANY_CALL:
+            result = Bisection(backend=chosen.name, finding=f"nothing guilty in {only}")
         else:
             result = _beyond(config, chosen, known, make, command, tell)
     except DeviceError as error:
@@ -160,17 +160,17 @@ def bisect(
 
 
 def gather(
-    config: RunConfig, make: MakeSampler, steps: tuple[int, ...], narrow: Narrow, tell: Progress
+    config: RunConfig, make: MakeSampler, steps: tuple[int, ...], only: CallFilter, tell: Progress
 ) -> Evidence:
     """Trains the reference to the last captured step. Raises ConfigError where nothing fits."""
-    last = narrow.step or max(steps)
+    last = only.step or max(steps)
     run = Run(config, make(), "reference")
     curve = free_run(run, steps, lambda s: tell("reference", s, last), last)
-    calls = [c for c in curve.calls if narrow.fits(c)]
+    calls = [c for c in curve.calls if only.fits(c)]
     if not calls:
-        raise ConfigError(f"align bisect: no captured call fits {narrow}; {_there(curve.calls)}")
-    cases = list(teacher.cases(calls))
-    return Evidence(curve.moments, cases, teacher.benign_limits(cases, run.dtype))
+        raise ConfigError(f"align bisect: no captured call fits {only}; {_there(curve.calls)}")
+    cases = list(teacher_forcing.cases(calls))
+    return Evidence(curve.moments, cases, teacher_forcing.benign_limits(cases, run.dtype))
 
 
 def _there(calls: list[Call]) -> str:
@@ -199,7 +199,7 @@ def named(
     op, direction = worst.op, direction_of(worst)
     places = dict.fromkeys(f"{f.op} {direction_of(f)}" for f in found)
     del places[f"{op} {direction}"]
-    again = rerun.find(backend, worst, direction, config.train.dtype, known.judged, command)
+    again = rerun_command.find(backend, worst, direction, config.train.dtype, known.judged, command)
     return Bisection(
         **_place(worst, known.cases),
         backend=backend.name,
@@ -243,14 +243,14 @@ def _broke(error: DeviceError, backend: Backend, command: list[str]) -> Bisectio
     """The call in which the device gave up, where it is known."""
     place = {"op": "outside ops: the device gave up", **error.place}
     place.pop("call", None)
-    narrow = Narrow(**{k: place[k] for k in _NARROW if k in place})
+    only = CallFilter(**{k: place[k] for k in _NARROW if k in place})
     return Bisection(
         **place,
         backend=backend.name,
         finding=str(error),
         how="by its error",
         kernel=_ran(backend, place["op"]),
-        rerun=rerun.join(command, narrow),
+        rerun=rerun_command.join(command, only),
     )
 
 
@@ -267,8 +267,8 @@ def _beyond(
 ) -> Bisection:
     """Every captured op call is right by itself: is one in the backend's own run wrong, the whole
     step, or the curve?"""
-    again = rerun.join(command, rerun.ALL)
-    found, losses = shadow.watch(config, backend, make, known.limits, tell)
+    again = rerun_command.join(command, rerun_command.ANY_CALL)
+    found, losses = watched_run.watch(config, backend, make, known.limits, tell)
     if found:
         return _once(first(found), known, backend, again)
     steps = [m.step for m in known.moments]

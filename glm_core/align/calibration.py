@@ -15,24 +15,27 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from glm_core import dispatch
-from glm_core.align import teacher
+from glm_core.align import teacher_forcing
 from glm_core.align.disguise import Regrouped, Rounded
-from glm_core.align.environment import environment
+from glm_core.align.gradients import (
+    NUM_SKETCH,
+    exact_gradients,
+    gradient_errors,
+    gradient_norms_and_sketches,
+)
+from glm_core.align.machine import machine_facts
 from glm_core.align.replay import LOW
-from glm_core.align.teacher import Case, Key
+from glm_core.align.teacher_forcing import Case, Key
 from glm_core.align.trace import Trace
 from glm_core.align.training import Mode, Moment, Run, free_run, moved, weights_hash
 from glm_core.backends import registry
 from glm_core.config import RunConfig, to_dict
-from glm_core.model.glm import GLM
 from glm_core.training.trainer import Sampler, initial_weights
 
 Array = NDArray[np.float64]
 MakeSampler = Callable[[], Sampler]
 Progress = Callable[[str, int, int], None]
 """what is being done, how far, of how much"""
-NUM_SKETCH = 8
 NUM_VARIED = 10
 
 
@@ -84,11 +87,11 @@ def calibrate(
         runs[f"{k}: {name}"] = free_run(run, (), lambda s, say=say: say(s, steps)).loss  # type: ignore[misc]
     oracle = [exact_gradients(config, moment) for moment in curve.moments]
     rows = [
-        teacher_errors(Run(config, make(), "reference", None, mode), curve.moments, oracle)
+        gradient_errors(Run(config, make(), "reference", None, mode), curve.moments, oracle)
         for mode in gradient_modes(config).values()
     ]
-    items = list(teacher.cases(curve.calls))
-    limits = teacher.benign_limits(items, getattr(torch, config.train.dtype))
+    items = list(teacher_forcing.cases(curve.calls))
+    limits = teacher_forcing.benign_limits(items, getattr(torch, config.train.dtype))
     names = sorted(weights)
     plain = Run(config, make(), "reference")
     trace = Trace(
@@ -101,7 +104,7 @@ def calibrate(
         control_loss=np.array(list(runs.values())).reshape(len(runs), steps),
         capture_steps=[m.step for m in curve.moments],
         parameters=names,
-        **gradient_facts(plain, curve.moments, names),
+        **gradient_norms_and_sketches(plain, curve.moments, names),
         loss_error=np.stack([rows[0][0], *(r[0] for r in rows)]),
         gradient_error=np.stack([rows[0][1], *(r[1] for r in rows)]),
         disguises=list(gradient_modes(config)),
@@ -111,7 +114,7 @@ def calibrate(
         test_values=np.zeros((0, 3)),
         num_tests=0,
         fallbacks=curve.fallbacks,
-        environment=environment(registry.usable("reference")),
+        environment=machine_facts(registry.usable("reference")),
         data_order=curve.data_order,
         initial_weights=weights_hash(weights),
         seconds=time.perf_counter() - begin,
@@ -163,69 +166,3 @@ def gradient_modes(config: RunConfig) -> dict[str, Mode]:
     modes: dict[str, Mode] = {"plain": nullcontext}
     draws = {f"varied {k}": functools.partial(varied, config, k) for k in range(NUM_VARIED)}
     return modes | draws
-
-
-def exact_gradients(config: RunConfig, moment: Moment) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients in float64 of the weights as the working dtype holds them."""
-    dtype: torch.dtype = getattr(torch, config.train.dtype)
-    model = GLM(config.model).double()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(moment.weights[name].to(dtype))
-    total = sum(float(b.loss_weight.sum()) for b in moment.batches)
-    loss = 0.0
-    with dispatch.intercept(None), registry.use("reference"):
-        for b in moment.batches:
-            weight = b.loss_weight.double() / total
-            part = model.loss(b.tokens, b.positions, b.key_start, b.key_end, b.labels, weight)
-            part.backward()
-            loss += float(part.detach())
-    return loss, {
-        n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()
-    }
-
-
-def loaded(run: Run, moment: Moment) -> Run:
-    """The run with the moment's weights."""
-    run.optimizer.load_masters({n: w.to(run.device) for n, w in moment.weights.items()})
-    return run
-
-
-def teacher_errors(
-    run: Run, moments: list[Moment], oracle: list[tuple[float, dict[str, Tensor]]]
-) -> tuple[Array, Array]:
-    """Relative errors against float64: of the loss [S], of each parameter's gradient [S, P]."""
-    losses, errors = [], []
-    for moment, (true_loss, true) in zip(moments, oracle, strict=True):
-        loss, found = loaded(run, moment).gradients(moment.batches)
-        losses.append(abs(loss - true_loss) / max(abs(true_loss), 1e-300))
-        errors.append([_relative(found[n] - true[n], true[n]) for n in sorted(true)])
-    return np.array(losses), np.array(errors).reshape(len(moments), -1)
-
-
-def _relative(difference: Tensor, of: Tensor) -> float:
-    return float(difference.norm() / of.norm().clamp(min=1e-300))
-
-
-def gradient_facts(run: Run, moments: list[Moment], names: list[str]) -> dict[str, Array]:
-    """Norm and sketch of every parameter's gradient at the captured steps."""
-    norms = np.zeros((len(moments), len(names)))
-    sketches = np.zeros((len(moments), len(names), NUM_SKETCH))
-    for s, moment in enumerate(moments):
-        _, found = loaded(run, moment).gradients(moment.batches)
-        for p, name in enumerate(names):
-            norms[s, p] = float(found[name].norm())
-            sketches[s, p] = sketch(found[name])
-    return {"gradient_norm": norms, "gradient_sketch": sketches}
-
-
-def sketch(x: Tensor) -> Array:
-    """NUM_SKETCH signed sums over interleaved elements, divided by sqrt(elements): differences of
-    two results show in it, the results cannot be read from it. Signs are the same everywhere."""
-    flat = x.detach().double().cpu().flatten().numpy()
-    width = 1024 * NUM_SKETCH
-    padded = np.zeros(-(-max(flat.size, 1) // width) * width)
-    padded[: flat.size] = flat
-    signs = np.random.default_rng(0).choice([-1.0, 1.0], width)
-    columns = padded.reshape(-1, width).sum(0) * signs
-    return columns.reshape(NUM_SKETCH, -1).sum(1) / max(flat.size, 1) ** 0.5

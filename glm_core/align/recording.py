@@ -10,20 +10,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_core.align import statistics, teacher
+from glm_core.align import statistics, teacher_forcing
 from glm_core.align.calibration import (
-    NUM_SKETCH,
     Calibration,
     MakeSampler,
     Progress,
     calibrate,
-    gradient_facts,
-    sketch,
-    teacher_errors,
 )
-from glm_core.align.environment import environment
-from glm_core.align.replay import Results, answer
-from glm_core.align.teacher import Case, Key, Measures
+from glm_core.align.gradients import (
+    NUM_SKETCH,
+    gradient_errors,
+    gradient_norms_and_sketches,
+    sketch,
+)
+from glm_core.align.machine import machine_facts
+from glm_core.align.replay import Results, replay_on
+from glm_core.align.teacher_forcing import Case, Key, Measures
 from glm_core.align.trace import Trace
 from glm_core.align.training import Curve, Run, free_run, weights_hash
 from glm_core.backends import registry
@@ -45,14 +47,15 @@ def record(
     controls: int = 0,
     capture_steps: Sequence[int] | None = None,
     free_run: bool = True,
-    teacher: bool = True,
+    teacher_forcing: bool = True,
     cache_dir: str = ".cache",
     progress: Progress | None = None,
 ) -> Trace:
-    """Trains `config` on `backend` (`free_run`) and gives it the inputs captured from the reference
-    (`teacher`). Without a calibration the reference runs first, on this machine's CPU; its trace is
-    the result for `backend="reference"` then. The config may differ from the calibration's in
-    micro_batch, backend and strict only."""
+    """Returns the trace of `config` on `backend`: a free training run (`free_run`), and the
+    backend's results for the inputs captured from the reference (`teacher_forcing`). Without a
+    calibration the reference runs first, on this machine's CPU; for `backend="reference"` its trace
+    is the result. The config may differ from the calibration's in micro_batch, backend and strict
+    only. Raises TraceError where it differs in more."""
     cal = calibration or calibrate(
         config,
         sampler=sampler,
@@ -68,7 +71,7 @@ def record(
     chosen = registry.usable(backend) if isinstance(backend, str) else backend
     with device_errors.explained(chosen.name, "record"):
         curve = _curve(cal, config, backend, progress) if free_run else None
-        facts = _taught(cal, config, backend) if teacher else _untaught(cal)
+        facts = _taught(cal, config, backend) if teacher_forcing else _untaught(cal)
     weights = initial_weights(config)
     return Trace(
         config=to_dict(config),
@@ -81,7 +84,7 @@ def record(
         parameters=cal.reference.parameters,
         disguises=cal.reference.disguises,
         fallbacks=_fallbacks(facts.pop("fallbacks"), curve),
-        environment=environment(chosen),
+        environment=machine_facts(chosen),
         data_order=curve.data_order if curve else cal.reference.data_order,
         initial_weights=weights_hash(weights),
         seconds=time.perf_counter() - begin,
@@ -133,18 +136,18 @@ def _untaught(cal: Calibration) -> dict[str, Any]:
 def _taught(cal: Calibration, config: RunConfig, backend: str | Backend) -> dict[str, Any]:
     """The trace's teacher forcing fields."""
     run = Run(config, cal.sampler(), backend)
-    loss_error, gradient_error = teacher_errors(run, cal.moments, cal.oracle)
+    loss_error, gradient_error = gradient_errors(run, cal.moments, cal.oracle)
     known = cal.reference
     with registry.use(run.backend) as session:
-        measured, results = teacher.measure(
-            cal.cases, functools.partial(answer, backend=run.backend), twice=True
+        measured, results = teacher_forcing.measure(
+            cal.cases, functools.partial(replay_on, backend=run.backend), twice=True
         )
     rows, values = tests(measured, cal.cases, cal.limits)
     calls, digest = digests(cal.cases, results)
     counts = session.fallbacks
     return {
         "capture_steps": known.capture_steps,
-        **gradient_facts(run, cal.moments, known.parameters),
+        **gradient_norms_and_sketches(run, cal.moments, known.parameters),
         "loss_error": np.concatenate((loss_error[None], known.loss_error[1:])),
         "gradient_error": np.concatenate((gradient_error[None], known.gradient_error[1:])),
         "calls": calls,
@@ -185,12 +188,12 @@ def tests(
 ) -> tuple[list[dict[str, Any]], Array]:
     """Of each family of tests the one furthest outside its benign range."""
     z = statistics.critical_z(1e-3, 1_000_000)
-    worst: dict[teacher.Key, tuple[float, dict[str, Any], list[float]]] = {}
+    worst: dict[teacher_forcing.Key, tuple[float, dict[str, Any], list[float]]] = {}
     by_result = {(c.call.op.name, name): c for c in cases for name in c.dtypes}
     for key, effect, error, case in measured.by_kind():
         like = case or by_result[key[:2]]
         dtype, terms = like.dtypes[key[1]], like.terms
-        limit = teacher.limit(limits, key, dtype, terms)
+        limit = teacher_forcing.limit(limits, key, dtype, terms)
         outside = statistics.excess(effect, error, limit, z)
         at = int(np.argmax(outside))
         if key in worst and worst[key][0] >= outside[at]:
@@ -207,7 +210,7 @@ def tests(
     return rows, np.array([v for _, _, v in worst.values()]).reshape(-1, 3)
 
 
-def _projection(key: teacher.Key, group: int) -> str:
+def _projection(key: teacher_forcing.Key, group: int) -> str:
     """`scale`, `offset in row 7`, `sign in bin of half 1 12, all calls`."""
     _, _, grouping, kind, pooled = key
     where = "" if grouping == "all" else f" in {grouping} {group}"

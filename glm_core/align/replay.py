@@ -54,7 +54,7 @@ def replay(
     return with_change(call, {n: flat(x).detach().cpu() for n, x in results.items()})
 
 
-def answer(call: Call, backend: Backend) -> Results:
+def replay_on(call: Call, backend: Backend) -> Results:
     """The backend's results; it must be active. It is waited for after each direction, so that
     DeviceError names the one in which it fails."""
     direction = "forward" if call.op.differentiable else "optimizer"

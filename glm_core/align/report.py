@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from glm_core.align.charts import Band, Series, chart
 
 if TYPE_CHECKING:
-    from glm_core.align.campaign import Result
+    from glm_core.align.jobs import RunResult
     from glm_core.align.trace import Trace
     from glm_core.align.verdict import Pair
 
@@ -32,7 +32,7 @@ svg{max-width:100%;height:auto}svg text{font:11px sans-serif}
 """
 
 
-def write(result: Result, path: str | Path) -> Path:
+def write(result: RunResult, path: str | Path) -> Path:
     """Writes the report of a whole `align.run`; returns the path."""
     sections = [_pair(p, *_traces(result, p)) for p in result.pairs]
     head = (
@@ -60,7 +60,7 @@ def save(path: str | Path, body: str, title: str = "Alignment") -> Path:
     return target
 
 
-def _traces(result: Result, pair: Pair) -> tuple[Trace, Trace]:
+def _traces(result: RunResult, pair: Pair) -> tuple[Trace, Trace]:
     return (
         result.traces[f"{pair.reference}-{pair.dtype}"],
         result.traces[f"{pair.candidate}-{pair.dtype}"],

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from glm_core import dispatch
-from glm_core.align.calibration import Calibration, MakeSampler, Progress, loaded, teacher_errors
+from glm_core.align.calibration import Calibration, MakeSampler, Progress
 from glm_core.align.capture import layers
+from glm_core.align.gradients import gradient_errors, load_snapshot
 from glm_core.align.trace import Trace
 from glm_core.align.training import Moment, Run
 from glm_core.align.verdict import gradient_check
@@ -83,11 +84,11 @@ def confirm(
     run, reference = Run(config, make(), backend), Run(config, make(), "reference")
     found = {"candidate": 0.0, "substituted": 0.0}
     for moment in moments:
-        _, right = loaded(reference, moment).gradients(moment.batches)
-        _, plain = loaded(run, moment).gradients(moment.batches)
+        _, right = load_snapshot(reference, moment).gradients(moment.batches)
+        _, plain = load_snapshot(run, moment).gradients(moment.batches)
         # a wrong formula spoils its backward too: both are replaced
         with substituted(run, op, "backward" if direction == "backward" else ""):
-            _, healed = loaded(run, moment).gradients(moment.batches)
+            _, healed = load_snapshot(run, moment).gradients(moment.batches)
         for name, gradients in (("candidate", plain), ("substituted", healed)):
             found[name] = max(found[name], _difference(gradients, right))
     return found
@@ -111,7 +112,7 @@ def search(cal: Calibration, trace: Trace, backend: Backend, tell: Progress) -> 
 
     def ratio(op: str = "", direction: str = "", layer: str | None = None) -> float:
         with substituted(run, op, direction, layer):
-            losses, gradients = teacher_errors(run, cal.moments, cal.oracle)
+            losses, gradients = gradient_errors(run, cal.moments, cal.oracle)
         made = dataclasses.replace(
             trace,
             loss_error=np.concatenate((losses[None], trace.loss_error[1:])),

@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from glm_core.align.campaign import Job
+from glm_core.align.jobs import Job
 from glm_core.errors import GlmCoreError
 
 

@@ -160,10 +160,10 @@ def run_bisect(args: argparse.Namespace) -> int:
 
     registry.usable(args.backend)
     config = chosen(args, backend=args.backend, dtype=args.dtype)
-    narrow = align.Narrow(args.op, args.direction, args.layer, args.step)
+    only = align.CallFilter(args.op, args.direction, args.layer, args.step)
     with watchdog.guard(args.timeout, f"align bisect: backend {args.backend}", RESET):
         found = align.bisect(
-            config, args.backend, narrow=narrow, options=words(args), progress=progress
+            config, args.backend, only=only, options=words(args), progress=progress
         )
     emit(args, found.to_json(), found.text())
     return EXIT_FAILED if found.guilty else 0

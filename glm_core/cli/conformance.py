@@ -29,25 +29,26 @@ def define(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit 0 all passed, 1 a case failed or a mutant survived, 2 usage, 3 not available."""
-    from glm_core import conformance
     from glm_core.conformance import mutants, render
+    from glm_core.conformance.run import progress_line
+    from glm_core.conformance.run import run as run_cases
     from glm_core.errors import GlmCoreError
 
     if args.action == "mutants":
-        found = mutants.mutants(args.op, progress=conformance.progress_line)
+        found = mutants.mutants(args.op, progress=progress_line)
         emit(args, found.to_json(), found.text())
         return EXIT_FAILED if found.survivors else 0
     if not args.backend:
         raise GlmCoreError(
             "conformance: no backend named; pass --backend NAME (see glm-core devices)"
         )
-    report = conformance.run(
+    report = run_cases(
         args.backend,
         mode=args.mode or ("test", "grad"),
         op=args.op,
         id=args.id,
         known_failures=args.known_failures,
-        progress=conformance.progress_line,
+        progress=progress_line,
         timeout_s=args.timeout,
     )
     for path, write in ((args.junit, render.junit), (args.html, render.page)):

@@ -18,7 +18,7 @@ from glm_core.conformance.oracle import Results, compute, named, oracle
 from glm_core.conformance.tolerance import MAX_ERROR_RATIO, deviation
 
 
-class Finding(Exception):
+class CaseFailure(Exception):
     """Why a case fails, in one line."""
 
 
@@ -30,7 +30,7 @@ class Judged(NamedTuple):
 
 
 def judge(case: Case, backend: Backend) -> Judged:
-    """Runs the case on the backend, strictly. Raises Finding where anything but the size of the
+    """Runs the case on the backend, strictly. Raises CaseFailure where anything but the size of the
     error is wrong, and whatever the kernel raises."""
     if case.raises:
         return _must_raise(case, backend)
@@ -74,7 +74,7 @@ def _inputs(case: Case, args: Mapping[str, Any]) -> Results:
 def _check_structure(case: Case, backend: Backend, results: Results) -> None:
     expected = oracle(case).near[0]
     if list(results) != list(expected):
-        raise Finding(f"results {list(results)}; expected {list(expected)}")
+        raise CaseFailure(f"results {list(results)}; expected {list(expected)}")
     for name, got in results.items():
         want = expected[name]
         facts = {
@@ -85,7 +85,7 @@ def _check_structure(case: Case, backend: Backend, results: Results) -> None:
         }
         for fact, (expect, received) in facts.items():
             if expect != received:
-                raise Finding(f"{name}: {fact} must be {expect}; received {received}")
+                raise CaseFailure(f"{name}: {fact} must be {expect}; received {received}")
 
 
 def _device(case: Case, backend: Backend, like: Tensor) -> torch.device:
@@ -126,7 +126,8 @@ def _check_inputs(case: Case, args: Mapping[str, Any], before: Results) -> None:
     now = _inputs(case, args)
     for name, bits in before.items():
         if not torch.equal(_bits(now[name]), bits):
-            raise Finding(f"argument {name} was changed; only {case.op.mutates or 'none'} may be")
+            may_change = ", ".join(case.op.mutates) or "none"
+            raise CaseFailure(f"argument {name} was changed; only {may_change} may be")
 
 
 def _check_memory(case: Case, args: Mapping[str, Any], results: Results) -> None:
@@ -139,7 +140,7 @@ def _check_memory(case: Case, args: Mapping[str, Any], results: Results) -> None
     for name, t in results.items():
         if t.numel() and t.untyped_storage().data_ptr() in owned:
             where = owned[t.untyped_storage().data_ptr()]
-            raise Finding(f"{name} shares memory with argument {where}")
+            raise CaseFailure(f"{name} shares memory with argument {where}")
 
 
 def _check_repeats(case: Case, backend: Backend, first: Results) -> None:
@@ -161,7 +162,7 @@ def _check_repeats(case: Case, backend: Backend, first: Results) -> None:
 def _check_same(fact: str, expected: Results, received: Results) -> None:
     for name, want in expected.items():
         if not torch.equal(_bits(want.flatten().clone()), _bits(received[name].flatten().clone())):
-            raise Finding(f"{name}: {fact}")
+            raise CaseFailure(f"{name}: {fact}")
 
 
 def _check_poison(case: Case, backend: Backend, poison: float) -> None:
@@ -179,7 +180,7 @@ def _check_poison(case: Case, backend: Backend, poison: float) -> None:
         for result, expected in want.items():
             if not torch.equal(expected.isfinite(), got[result].cpu().isfinite()):
                 fact = "non-finite results are not where the reference has them"
-                raise Finding(f"{result}: with {poison} in {name}, {fact}")
+                raise CaseFailure(f"{result}: with {poison} in {name}, {fact}")
 
 
 PLACES = 64
@@ -199,7 +200,7 @@ def _must_raise(case: Case, backend: Backend) -> Judged:
     if backend.device_type != "cpu":  # a device assertion would end this process's device context
         raises_alone(backend.name, case.id)
     elif not raises(case, backend):
-        raise Finding(_ACCEPTED)
+        raise CaseFailure(_ACCEPTED)
     return Judged(None)
 
 
@@ -216,7 +217,7 @@ def raises(case: Case, backend: Backend) -> bool:
 
 
 def raises_alone(backend: str, id: str) -> None:
-    """The same in a process of its own. Raises Finding where there was no error, or a crash."""
+    """The same in a process of its own. Raises CaseFailure where there was no error, or a crash."""
     code = (
         "import sys\n"
         "from glm_core.backends.registry import usable\n"
@@ -228,7 +229,7 @@ def raises_alone(backend: str, id: str) -> None:
     command = [sys.executable, "-c", code, backend, id]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     if done.returncode == 1:
-        raise Finding(_ACCEPTED)
+        raise CaseFailure(_ACCEPTED)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise Finding(f"an index out of range ends the process ({done.returncode}): {last}")
+        raise CaseFailure(f"an index out of range ends the process ({done.returncode}): {last}")

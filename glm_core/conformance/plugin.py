@@ -22,7 +22,7 @@ import torch
 from glm_core.backends.base import Backend
 from glm_core.backends.registry import get, probe
 from glm_core.conformance.case import Case, every_case, select
-from glm_core.conformance.known import Known, load, unmatched
+from glm_core.conformance.known_failures import KnownFailure, load, unmatched
 from glm_core.conformance.run import run_case
 
 
@@ -32,7 +32,7 @@ class Check:
 
     backend: Backend
     case: Case
-    known: Sequence[Known]
+    known: Sequence[KnownFailure]
 
     def check(self) -> None:
         """Passes, fails, skips or xfails the running test."""
@@ -49,7 +49,7 @@ class Check:
 class Stale:
     """A known failure that fits no case."""
 
-    entry: Known
+    entry: KnownFailure
 
     def check(self) -> None:
         """Fails the running test."""

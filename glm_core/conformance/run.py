@@ -12,8 +12,8 @@ import torch
 from glm_core.backends.base import Backend
 from glm_core.backends.registry import usable
 from glm_core.conformance.case import Case, every_case, select
-from glm_core.conformance.check import Finding, Judged, judge
-from glm_core.conformance.known import Known, known_for, load, unmatched
+from glm_core.conformance.check import CaseFailure, Judged, judge
+from glm_core.conformance.known_failures import KnownFailure, known_for, load, unmatched
 from glm_core.conformance.perf import measure
 from glm_core.conformance.report import Report, Result
 from glm_core.conformance.tolerance import MAX_ERROR_RATIO
@@ -58,7 +58,7 @@ def run(
     return Report(backend.name, [*results, *(_stale(e, backend) for e in stale)], machine())
 
 
-def run_case(case: Case, backend: Backend, entries: Iterable[Known] = ()) -> Result:
+def run_case(case: Case, backend: Backend, entries: Iterable[KnownFailure] = ()) -> Result:
     """One case's outcome, a known failure turned into xfail, or into fail where it is known no
     longer."""
     start = time.perf_counter()
@@ -91,7 +91,7 @@ def _outcome(case: Case, backend: Backend) -> Outcome:
         if case.mode == "perf":
             return "pass", None, "", measure(case, backend)
         judged = judge(case, backend)
-    except Finding as finding:
+    except CaseFailure as finding:
         return "fail", None, str(finding), {}
     except Exception as error:  # a vendor's kernel may raise anything; the report carries it
         return "fail", None, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", {}
@@ -103,7 +103,7 @@ def _verdict(judged: Judged) -> Outcome:
     return "fail" if wrong else "pass", judged.error_ratio, judged.reason, {}
 
 
-def _as_known(outcome: Outcome, entry: Known) -> Outcome:
+def _as_known(outcome: Outcome, entry: KnownFailure) -> Outcome:
     name, ratio, reason, measured = outcome
     if name == "fail":
         return "xfail", ratio, f"{entry.reason} ({reason})", measured
@@ -111,7 +111,7 @@ def _as_known(outcome: Outcome, entry: Known) -> Outcome:
     return "fail", ratio, stale, measured
 
 
-def _stale(entry: Known, backend: Backend) -> Result:
+def _stale(entry: KnownFailure, backend: Backend) -> Result:
     reason = f"known failure {entry.pattern!r} fits no case; remove it from {entry.place}"
     return Result(id=entry.place, backend=backend.name, outcome="fail", reason=reason)
 

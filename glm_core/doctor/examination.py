@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 
-from glm_core import __version__, align, conformance
+from glm_core import __version__, align
 from glm_core.align import report as align_report
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
 from glm_core.bench import step as bench_step
 from glm_core.config import Dtype, RunConfig
 from glm_core.conformance import render
+from glm_core.conformance.run import run
 from glm_core.measure.timing import interleave, machine
 from glm_core.model.presets import preset
 
@@ -111,7 +112,7 @@ def _device(backend: Backend) -> dict[str, Any]:
 
 
 def _conformance(asked: Examination, findings: Findings) -> dict[str, Any]:
-    report = conformance.run(asked.backend, op=asked.op, real=asked.op is None)
+    report = run(asked.backend, op=asked.op, real=asked.op is None)
     findings.add("conformance.json", json.dumps(report.to_json()))
     findings.add("conformance.html", render.page(report))
     counts = {o: report.count(o) for o in ("pass", "fail", "unsupported", "xfail")}
@@ -137,7 +138,7 @@ def _alignment(asked: Examination, backend: Backend, findings: Findings) -> dict
 
 def _utilisation(asked: Examination, backend: Backend, findings: Findings) -> dict[str, Any]:
     """Ops on published shapes, and whole training steps, with their share of the device's peak."""
-    rows = conformance.run(asked.backend, mode="perf", op=asked.op).results
+    rows = run(asked.backend, mode="perf", op=asked.op).results
     findings.add("ops.json", json.dumps([{"id": r.id, **r.measured} for r in rows], default=str))
     steps = {d: _step(asked, backend, d) for d in asked.dtypes(backend)}
     findings.add("steps.json", json.dumps(steps))

@@ -298,7 +298,7 @@ def judge(variant: Variant, run: RunConfig, calibration: align.Calibration) -> R
     taught = align.record(run, backend, calibration=calibration, free_run=False)
     pair = align.compare(calibration.reference, taught)
     seconds = time.perf_counter() - start
-    free = align.record(run, variant.backend(), calibration=calibration, teacher=False)
+    free = align.record(run, variant.backend(), calibration=calibration, teacher_forcing=False)
     curve = align.compare(calibration.reference, free)
     torch.set_num_threads(1)
     by = [

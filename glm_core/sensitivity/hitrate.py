@@ -14,7 +14,7 @@ import torch
 
 from glm_core.align.bisection import bisect, gather
 from glm_core.align.calibration import captured_steps
-from glm_core.align.rerun import ALL
+from glm_core.align.rerun_command import ANY_CALL
 from glm_core.errors import ConfigError, unknown
 from glm_core.faults.variants import Bug
 from glm_core.sensitivity import detection
@@ -135,7 +135,7 @@ def outcomes(job: Job) -> Iterator[Hit | float]:
     run = config(job.setup, job.dtype, job.steps)
     make = lambda: Drawn(job.rows)  # noqa: E731
     begin = time.perf_counter()
-    evidence = gather(run, make, captured_steps(run), ALL, lambda what, done, of: None)
+    evidence = gather(run, make, captured_steps(run), ANY_CALL, lambda what, done, of: None)
     shared = time.perf_counter() - begin
     yield shared
     known = {v.name: v for v in variants(job.dtype)}

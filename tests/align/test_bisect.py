@@ -119,24 +119,22 @@ def test_what_conformance_does_not_show_is_rerun_as_the_captured_call() -> None:
     assert words[:3] == ["glm-core", "align", "bisect"]
     given = dict(zip(words[3::2], words[4::2], strict=True))
     assert given["--backend"] == "candidate"
-    narrow = align.Narrow(
+    only = align.CallFilter(
         given["--op"], given["--direction"], given["--layer"], int(given["--step"])
     )
-    assert narrow == align.Narrow("geglu", "forward", found.layer, found.step)
-    again = bisect(
-        backend("geglu", only_here), narrow=narrow, evidence=None, capture_steps=(3, 8, 12)
-    )
+    assert only == align.CallFilter("geglu", "forward", found.layer, found.step)
+    again = bisect(backend("geglu", only_here), only=only, evidence=None, capture_steps=(3, 8, 12))
     assert (again.op, again.layer, again.step) == ("geglu", found.layer, found.step)
-    other = dataclasses.replace(narrow, direction="backward", op="attention")
-    innocent = bisect(backend("geglu", only_here), narrow=other)
+    other = dataclasses.replace(only, direction="backward", op="attention")
+    innocent = bisect(backend("geglu", only_here), only=other)
     assert not innocent.guilty
     assert "nothing guilty in --op attention --direction backward" in innocent.text()
 
 
 def test_a_call_that_is_not_there_is_refused() -> None:
-    narrow = align.Narrow("geglu", layer="7")
+    only = align.CallFilter("geglu", layer="7")
     with pytest.raises(ConfigError, match=r"no captured call fits --op geglu --layer 7.*adamw"):
-        bisect(markov.backend(), narrow=narrow, evidence=None, capture_steps=(1,))
+        bisect(markov.backend(), only=only, evidence=None, capture_steps=(1,))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -260,10 +258,10 @@ def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_rerun_command_spells_the_run_out() -> None:
-    from glm_core.align import rerun
+    from glm_core.align import rerun_command
 
     config: RunConfig = markov.config("bfloat16")
-    words = rerun.command(config, "candidate")
+    words = rerun_command.command(config, "candidate")
     assert words[-4:] == ["--backend", "candidate", "--dtype", "bfloat16"]
     assert {"model.hidden=32", "train.lr=0.003", "data.vocab=64"} <= set(words)
     assert not any("train.backend" in w for w in words)

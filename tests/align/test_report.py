@@ -10,8 +10,8 @@ import pytest
 from chromium import CHROMIUM, colors
 
 from glm_core.align import report
-from glm_core.align.campaign import Result
 from glm_core.align.charts import Axis, Band, Series, chart
+from glm_core.align.jobs import RunResult
 from glm_core.align.trace import Trace
 from glm_core.align.verdict import compare
 
@@ -81,7 +81,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     pairs = [compare(reference, honest), compare(reference, wrong)]
     traces = {f"{t.backend}-float32": t for t in (reference, honest, wrong)}
-    result = Result(pairs=pairs, traces=traces, out_dir=folder, seconds=1.0)
+    result = RunResult(pairs=pairs, traces=traces, out_dir=folder, seconds=1.0)
     return report.write(result, folder / "report.html")
 
 

@@ -18,7 +18,7 @@ WORK = ("reference", "control 4 of 4", "honest", "wrong:positions")
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory: pytest.TempPathFactory) -> align.Result:
+def result(tmp_path_factory: pytest.TempPathFactory) -> align.RunResult:
     honest, wrong = markov.backend(), markov.backend(rope=lambda x, cos, sin, interleaved: x)
     honest.name, wrong.name = "honest", "wrong:positions"
     told: list[str] = []
@@ -35,7 +35,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> align.Result:
     return found
 
 
-def test_each_candidate_has_its_verdict(result: align.Result) -> None:
+def test_each_candidate_has_its_verdict(result: align.RunResult) -> None:
     assert [(p.candidate, p.verdict) for p in result.pairs] == [
         ("honest", "aligned"),
         ("wrong:positions", "diverged"),
@@ -44,7 +44,7 @@ def test_each_candidate_has_its_verdict(result: align.Result) -> None:
     assert {f.op for f in result.pairs[1].findings} == {"rope"}
 
 
-def test_traces_are_kept(result: align.Result) -> None:
+def test_traces_are_kept(result: align.RunResult) -> None:
     files = sorted(p.name for p in result.out_dir.iterdir())
     assert files == [
         "honest-float32.trace",
@@ -55,7 +55,7 @@ def test_traces_are_kept(result: align.Result) -> None:
     assert again.to_json() == result.pairs[1].to_json()
 
 
-def test_the_json_has_the_names_others_rely_on(result: align.Result) -> None:
+def test_the_json_has_the_names_others_rely_on(result: align.RunResult) -> None:
     plain = json.loads(json.dumps(result.to_json(), allow_nan=False))
     assert plain["verdict"] == "diverged"
     names = {

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from glm_core.backends.base import Backend
 from glm_core.backends.cuda.kernels import share
 from glm_core.conformance.case import Case, dtype_name, select
-from glm_core.conformance.check import Finding, judge
+from glm_core.conformance.check import CaseFailure, judge
 
 OPERATORS = torch.ops.glm_core
 DEVICE_HALVES = (
@@ -65,7 +65,7 @@ def complaint(case: Case, backend: Backend) -> str:
     """Empty where the case passes."""
     try:
         return judge(case, backend).reason
-    except Finding as finding:
+    except CaseFailure as finding:
         return str(finding)
     except Exception as error:  # the scheduler's own findings among them
         return f"{type(error).__name__}: {error}"

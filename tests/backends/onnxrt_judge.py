@@ -12,7 +12,7 @@ import torch
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
 from glm_core.conformance.case import Case, select
-from glm_core.conformance.check import Finding, judge
+from glm_core.conformance.check import CaseFailure, judge
 
 
 def cases(backend: Backend, *dtypes: torch.dtype) -> list[Case]:
@@ -24,7 +24,7 @@ def complaint(case: Case, backend: Backend) -> str:
     """Empty where the case passes."""
     try:
         return judge(case, backend).reason
-    except Finding as finding:
+    except CaseFailure as finding:
         return str(finding)
     except Exception as error:  # a refusal is an answer too
         return f"{type(error).__name__}: {error}"

@@ -19,7 +19,8 @@ from glm_core.backends import ascend, registry
 from glm_core.backends.ascend import chip
 from glm_core.backends.base import Backend, always
 from glm_core.config import ModelConfig, TrainConfig
-from glm_core.conformance import Case, run_case, select
+from glm_core.conformance.case import Case, select
+from glm_core.conformance.run import run_case
 from glm_core.model.glm import GLM
 from glm_core.model.presets import preset
 from glm_core.training.optimizer import Optimizer

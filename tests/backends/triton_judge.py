@@ -24,7 +24,7 @@ from glm_core.backends import triton_ops
 from glm_core.backends.base import Backend
 from glm_core.backends.cuda.kernels import share
 from glm_core.conformance.case import Case, dtype_name, select
-from glm_core.conformance.check import Finding, judge
+from glm_core.conformance.check import CaseFailure, judge
 
 _converted = interpreter._convert_float
 
@@ -56,7 +56,7 @@ def complaint(case: Case, backend: Backend) -> str:
     """Empty where the case passes."""
     try:
         return judge(case, backend).reason
-    except Finding as finding:
+    except CaseFailure as finding:
         return str(finding)
     except Exception as error:  # the interpreter's own errors among them
         return f"{type(error).__name__}: {error}"

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from glm_core import conformance, ops
+from glm_core import ops
 from glm_core.backends.base import Backend
-from glm_core.conformance.check import Finding, raises_alone
+from glm_core.conformance.check import CaseFailure, raises_alone
+from glm_core.conformance.report import Report, Result
+from glm_core.conformance.run import run
 from glm_core.spec import SUPPORTED, Support, unsupported
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +26,7 @@ def toy(**facts: Any) -> Backend:
     return Backend(name="toy", device_type="cpu", verified="in this test", **chosen)
 
 
-def only(report: conformance.Report) -> conformance.Result:
+def only(report: Report) -> Result:
     [result] = report.results
     return result
 
@@ -36,12 +38,12 @@ def test_unsupported_carries_the_backends_own_reason() -> None:
         return SUPPORTED if x.is_contiguous() else unsupported("x has gaps")
 
     backend.implements(ops.gelu, supports)(ops.gelu.reference)
-    report = conformance.run(backend, mode=("test", "support"), op="gelu", real=False)
+    report = run(backend, mode=("test", "support"), op="gelu", real=False)
     outcomes = {r.id: (r.outcome, r.reason) for r in report.results}
     assert outcomes["gelu-float32-3x33-gapped-test"] == ("unsupported", "x has gaps")
     assert outcomes["gelu-float32-3x33-gapped-support"] == ("unsupported", "x has gaps")
     assert outcomes["gelu-float32-2x5x48-test"][0] == "pass"
-    without = conformance.run(backend, op="geglu", real=False)
+    without = run(backend, op="geglu", real=False)
     assert {(r.outcome, r.reason) for r in without.results} == {
         ("unsupported", "no kernel for this op")
     }
@@ -54,7 +56,7 @@ def test_a_kernel_that_raises_is_a_failure_not_a_crash() -> None:
     def gelu(x: Tensor) -> Tensor:
         raise RuntimeError("device lost\nand gone")
 
-    result = only(conformance.run(backend, id="gelu-float32-1x1-test"))
+    result = only(run(backend, id="gelu-float32-1x1-test"))
     assert (result.outcome, result.reason) == ("fail", "RuntimeError: device lost and gone")
     assert result.rerun == "glm-core conformance --backend toy --id gelu-float32-1x1-test"
 
@@ -79,7 +81,7 @@ def test_each_check_finds_its_fault(damage: Any, reason: str) -> None:
         y: Tensor = damage(ops.gelu.reference(x), x)
         return y
 
-    result = only(conformance.run(backend, id="gelu-float32-2x5x48-test"))
+    result = only(run(backend, id="gelu-float32-2x5x48-test"))
     assert result.outcome == "fail"
     assert re.match(reason, result.reason), result.reason
 
@@ -91,7 +93,7 @@ def test_determinism_is_held_only_where_it_is_claimed() -> None:
     def gelu(x: Tensor) -> Tensor:
         return ops.gelu.reference(x) * (1 + torch.randint(-1, 2, x.shape) * 2**-24)
 
-    assert only(conformance.run(backend, id="gelu-float32-2x5x48-test")).outcome == "pass"
+    assert only(run(backend, id="gelu-float32-2x5x48-test")).outcome == "pass"
 
 
 class Queue(Backend):
@@ -119,7 +121,7 @@ def test_results_are_read_after_synchronize_and_inputs_in_order(
         PENDING.append(lambda: y.copy_(ops.gelu.reference(source)))
         return y
 
-    result = only(conformance.run(backend, id="gelu-float32-3x7x33-test"))
+    result = only(run(backend, id="gelu-float32-3x7x33-test"))
     assert result.outcome == outcome, result.reason
     if not reads_early:
         assert "a third run, its inputs overwritten behind it, gives other bits" in result.reason
@@ -132,10 +134,10 @@ def test_indexes_out_of_range_must_raise_and_the_first_error_is_told() -> None:
     def embedding(ids: Tensor, weight: Tensor, shrink: float = 1.0) -> Tensor:
         return ops.embedding.reference(ids.clamp(0, len(weight) - 1), weight, shrink)
 
-    report = conformance.run(backend, id="embedding-float32-2x5-50x96-ids-*-test")
+    report = run(backend, id="embedding-float32-2x5-50x96-ids-*-test")
     assert [r.outcome for r in report.results] == ["fail", "fail"]
     assert all("an index out of range gave a result" in r.reason for r in report.results)
-    fine = conformance.run("reference", id="embedding-*-ids-*-test")
+    fine = run("reference", id="embedding-*-ids-*-test")
     assert [r.outcome for r in fine.results] == ["pass", "pass"]
 
 
@@ -161,5 +163,5 @@ def test_a_crash_in_its_own_process_is_told(
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
     id = "embedding-float32-2x5-50x96-ids-past-end-test"
     raises_alone("reference", id.replace("float32", "float64"))
-    with pytest.raises(Finding, match=r"ends the process \(-9\)"):
+    with pytest.raises(CaseFailure, match=r"ends the process \(-9\)"):
         raises_alone("crash", id)

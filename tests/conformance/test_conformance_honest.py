@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from glm_core import conformance, ops
+from glm_core import ops
 from glm_core.backends.base import Backend
+from glm_core.conformance.run import run
 from glm_core.dispatch import Op
 from glm_core.ops.precision import wide
 
@@ -160,6 +161,6 @@ def test_honest_kernels_pass(op: Op, kernel: Callable[..., Any]) -> None:
         dtypes=(torch.float32, torch.bfloat16),
     )
     backend.implements(op)(kernel)
-    report = conformance.run(backend, op=op.name, real=False)
+    report = run(backend, op=op.name, real=False)
     assert report.count("pass") > 20
     assert not [(r.id, r.reason) for r in report.failed]

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from glm_core import conformance, ops
+from glm_core import ops
 from glm_core.backends.registry import get
-from glm_core.conformance.case import Case, select
+from glm_core.conformance.case import MODES, Case, select
 from glm_core.conformance.mutants import mutants
 from glm_core.faults.mutants import every_mutant
 
@@ -46,7 +46,7 @@ def test_a_right_kernel_survives_and_is_listed(monkeypatch: pytest.MonkeyPatch) 
 
 def test_case_is_one_object_for_every_mode() -> None:
     fields = {f: [] for f in ("op", "sample", "dtype")}  # type: dict[str, list[Any]]
-    for mode in conformance.MODES:
+    for mode in MODES:
         [case] = select(get("reference"), id=f"gelu-float32-8x13696-{mode}")
         assert isinstance(case, Case)
         fields["op"].append(case.op)

@@ -13,9 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from glm_core import conformance, ops
+from glm_core import ops
 from glm_core.backends.base import Backend
 from glm_core.conformance import render
+from glm_core.conformance.report import Report, Result
+from glm_core.conformance.run import run
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,13 +28,13 @@ def toy(**facts: Any) -> Backend:
     return Backend(name="toy", device_type="cpu", verified="in this test", **chosen)
 
 
-def only(report: conformance.Report) -> conformance.Result:
+def only(report: Report) -> Result:
     [result] = report.results
     return result
 
 
 @pytest.fixture(scope="module")
-def report() -> conformance.Report:
+def report() -> Report:
     """One of each outcome."""
     backend = toy()
 
@@ -42,11 +44,11 @@ def report() -> conformance.Report:
             raise RuntimeError("a <b> & 'c', 100%\x00")
         return ops.gelu.reference(x)
 
-    parts = [conformance.run(backend, op=op, mode="test", real=False) for op in ("gelu", "swiglu")]
-    return conformance.Report("toy", [r for p in parts for r in p.results], parts[0].machine)
+    parts = [run(backend, op=op, mode="test", real=False) for op in ("gelu", "swiglu")]
+    return Report("toy", [r for p in parts for r in p.results], parts[0].machine)
 
 
-def test_json_has_the_promised_names(report: conformance.Report) -> None:
+def test_json_has_the_promised_names(report: Report) -> None:
     data = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert data["passed"] == report.count("pass") > 0
     assert data["failed"] == len(report.failed) == 2
@@ -59,7 +61,7 @@ def test_json_has_the_promised_names(report: conformance.Report) -> None:
     assert {"cpu", "torch", "commit"} <= set(data["machine"])
 
 
-def test_text_prints_the_command_that_reruns_each_failure(report: conformance.Report) -> None:
+def test_text_prints_the_command_that_reruns_each_failure(report: Report) -> None:
     text = render.text(report)
     for failed in report.failed:
         assert f"FAIL {failed.id}\n" in text
@@ -67,7 +69,7 @@ def test_text_prints_the_command_that_reruns_each_failure(report: conformance.Re
     assert "unsupported (8): no kernel for this op" in text
 
 
-def test_junit_is_xml_with_failures_and_skips(report: conformance.Report) -> None:
+def test_junit_is_xml_with_failures_and_skips(report: Report) -> None:
     suite = ElementTree.fromstring(render.junit(report))
     assert int(suite.get("tests", 0)) == len(report.results) == len(suite)
     assert int(suite.get("failures", 0)) == len(suite.findall("testcase/failure")) == 2
@@ -75,7 +77,7 @@ def test_junit_is_xml_with_failures_and_skips(report: conformance.Report) -> Non
     assert "a <b> & 'c', 100%" in suite.findall("testcase/failure")[0].get("message", "")
 
 
-def test_github_annotations_escape_what_github_reads(report: conformance.Report) -> None:
+def test_github_annotations_escape_what_github_reads(report: Report) -> None:
     lines = render.github(report).splitlines()
     assert len(lines) == 2
     assert lines[0].startswith("::error title=toy%3A gelu-float32-3x7x33-test::RuntimeError: a <b>")
@@ -83,7 +85,7 @@ def test_github_annotations_escape_what_github_reads(report: conformance.Report)
     assert "%0Aglm-core conformance --backend toy --id " in lines[0]
 
 
-def test_page_is_self_contained_and_escaped(report: conformance.Report) -> None:
+def test_page_is_self_contained_and_escaped(report: Report) -> None:
     page = render.page(report)
     assert "a &lt;b&gt; &amp; " in page
     assert "<b>" not in page
@@ -94,7 +96,7 @@ def test_page_is_self_contained_and_escaped(report: conformance.Report) -> None:
 
 
 def test_perf_measures_with_units() -> None:
-    result = only(conformance.run("reference", id="swiglu-float32-8x13696-perf"))
+    result = only(run("reference", id="swiglu-float32-8x13696-perf"))
     assert result.outcome == "pass"
     assert result.error_ratio is None
     assert result.measured["forward_ms"] > 0

@@ -12,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from glm_core import conformance, ops
+from glm_core import ops
 from glm_core.backends.base import Backend
 from glm_core.backends.registry import get
 from glm_core.conformance.case import every_case, select
-from glm_core.conformance.known import load
+from glm_core.conformance.known_failures import load
+from glm_core.conformance.report import Report
+from glm_core.conformance.run import run
 from glm_core.conformance.tolerance import MAX_ERROR_RATIO, deviation
 from glm_core.errors import ConfigError, GlmCoreError
 
@@ -112,7 +114,7 @@ def test_filters_narrow_and_bad_ones_say_what_is_known() -> None:
             select(backend, **wrong)  # type: ignore[arg-type]  # one keyword each
 
 
-def _run_known(tmp_path: Path, text: str, factor: float = 1.1) -> conformance.Report:
+def _run_known(tmp_path: Path, text: str, factor: float = 1.1) -> Report:
     backend = toy()
 
     @backend.implements(ops.gelu)
@@ -121,7 +123,7 @@ def _run_known(tmp_path: Path, text: str, factor: float = 1.1) -> conformance.Re
 
     known = tmp_path / "toy.txt"
     known.write_text(text)
-    return conformance.run(backend, mode="test", op="gelu", real=False, known_failures=known)
+    return run(backend, mode="test", op="gelu", real=False, known_failures=known)
 
 
 def test_a_known_failure_is_an_xfail_with_its_reason(tmp_path: Path) -> None:
@@ -153,7 +155,7 @@ def test_a_stale_known_failure_fails(tmp_path: Path, entry: str, message: str) -
 def test_an_entry_outside_the_filter_is_not_stale(tmp_path: Path) -> None:
     known = tmp_path / "reference.txt"
     known.write_text("swiglu-float32-1x1-grad elsewhere\n")
-    assert conformance.run("reference", id="gelu-float32-1x1-test", known_failures=known).ok
+    assert run("reference", id="gelu-float32-1x1-test", known_failures=known).ok
 
 
 def test_an_entry_needs_a_reason(tmp_path: Path) -> None:

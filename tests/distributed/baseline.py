@@ -11,13 +11,9 @@ import sample
 from numpy.typing import NDArray
 from torch import Tensor
 
-from glm_core.align.calibration import (
-    control_modes,
-    exact_gradients,
-    gradient_modes,
-    teacher_errors,
-)
+from glm_core.align.calibration import control_modes, gradient_modes
 from glm_core.align.envelope import envelope, error_bound
+from glm_core.align.gradients import exact_gradients, gradient_errors
 from glm_core.align.training import Run, free_run, moved
 from glm_core.align.verdict import EPS
 from glm_core.training.trainer import initial_weights
@@ -73,7 +69,7 @@ def make(model: str, dtype: Any) -> Baseline:
         apart.append([distance(control.optimizer.master[n], w) for n, w in sorted(last.items())])
     exact = exact_gradients(config, curve.moments[0])
     benign = [
-        teacher_errors(Run(config, sample.Text(), "reference", None, mode), curve.moments, [exact])
+        gradient_errors(Run(config, sample.Text(), "reference", None, mode), curve.moments, [exact])
         for mode in gradient_modes(config).values()
     ]
     eps = max(EPS[dtype], EPS["float32"] * (sample.ROWS * sample.LENGTH) ** 0.5)

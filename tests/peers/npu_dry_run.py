@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from glm_core import ops
 from glm_core.backends import registry
 from glm_core.config import TrainConfig
-from glm_core.conformance import Case, select
+from glm_core.conformance.case import Case, select
 from glm_core.conformance.oracle import forward, leaf, named
 from glm_core.model.glm import GLM
 from glm_core.model.presets import preset

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from glm_core import align, ops
-from glm_core.align import teacher
+from glm_core.align import teacher_forcing
 from glm_core.align.capture import Call, capture, copied
 from glm_core.align.disguise import Exact, Regrouped, Rounded
 from glm_core.align.replay import replay
@@ -308,14 +308,14 @@ def test_bugs_are_convicted_by_name(name: str, dtype: Dtype) -> None:
     assert direction in {f.direction for f in pair.findings}
 
 
-def shapes(case: teacher.Case) -> tuple[torch.Size, ...]:
+def shapes(case: teacher_forcing.Case) -> tuple[torch.Size, ...]:
     return tuple(t.shape for t in case.call.args.values() if isinstance(t, Tensor))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_benign_range_comes_from_each_shape(dtype: Dtype) -> None:
     cases = markov.calibration(dtype).cases
-    chosen = teacher.sample(cases)
+    chosen = teacher_forcing.sample(cases)
     assert {shapes(case) for case in chosen} == {shapes(case) for case in cases}
     assert len(chosen) < len(cases)
 

@@ -21,7 +21,7 @@ from glm_core.model.presets import preset
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Narrow:
+class CallFilter:
     """Which captured calls; empty fields fit any."""
 
     op: str = ""
@@ -43,7 +43,7 @@ class Narrow:
         return " ".join(self.words()) or "any call"
 
 
-ALL = Narrow()
+ANY_CALL = CallFilter()
 
 
 class Again(NamedTuple):
@@ -68,9 +68,9 @@ def command(config: RunConfig, backend: str, options: Sequence[str] | None = Non
     return ["glm-core", "align", "bisect", *options, *run]
 
 
-def join(words: list[str], narrow: Narrow) -> str:
+def join(words: list[str], only: CallFilter) -> str:
     """For a shell."""
-    return shlex.join([*words, *narrow.words()])
+    return shlex.join([*words, *only.words()])
 
 
 def find(
@@ -78,7 +78,7 @@ def find(
     finding: Finding,
     direction: str,
     dtype: str,
-    judge: Callable[[Backend, Narrow], list[Finding]],
+    judge: Callable[[Backend, CallFilter], list[Finding]],
     words: list[str],
 ) -> Again:
     """The first of these that fails when it is tried: a conformance case of the op in this dtype
@@ -89,11 +89,11 @@ def find(
         result = run_case(case, backend)
         if result.outcome == "fail":
             return Again(result.rerun)
-    places = [Narrow(finding.op, direction)]
+    places = [CallFilter(finding.op, direction)]
     if finding.call >= 0:
-        places.insert(0, Narrow(finding.op, direction, finding.layer, finding.step))
+        places.insert(0, CallFilter(finding.op, direction, finding.layer, finding.step))
     for place in places:
         if any(f.ratio > 1 for f in judge(backend, place)):
             return Again(join(words, place))
     note = "that op alone is right when it is repeated: the fault was a passing one, or it needs "
-    return Again(join(words, ALL), note + "the calls before it")
+    return Again(join(words, ANY_CALL), note + "the calls before it")

@@ -35,7 +35,7 @@ REFERENCE = "reference"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Result:
+class RunResult:
     """What `run` found."""
 
     pairs: list[Pair]
@@ -70,7 +70,7 @@ def run(
     false_alarm_rate: float = 1e-3,
     progress: Progress | None = None,
     timeout_s: float = 0.0,
-) -> Result:
+) -> RunResult:
     """Trains `config` on every backend from the same weights, data order and seed, in each of
     `dtypes` (default: the config's), and judges each against the reference, which always runs.
     Traces go to `out_dir`. Several dtypes run side by side, in processes of their own, where all
@@ -106,7 +106,7 @@ def run(
         for candidate in candidates
     ]
     traces = {name: trace for each in found for name, trace in each.items()}
-    return Result(pairs=pairs, traces=traces, out_dir=out, seconds=time.perf_counter() - begin)
+    return RunResult(pairs=pairs, traces=traces, out_dir=out, seconds=time.perf_counter() - begin)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

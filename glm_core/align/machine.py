@@ -1,10 +1,9 @@
-"""Where a trace was recorded."""
+"""Describes the machine and the software a trace was recorded with."""
 
 from __future__ import annotations
 
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 import numpy
@@ -12,10 +11,11 @@ import torch
 
 import glm_core
 from glm_core.backends.base import Backend
+from glm_core.measure.timing import cpu_name
 
 
-def environment(backend: Backend) -> dict[str, Any]:
-    """Machine, CPU, versions, threads, and how far the backend was ever verified."""
+def machine_facts(backend: Backend) -> dict[str, Any]:
+    """Returns CPU, system, versions, threads, and how the backend was verified."""
     return {
         "machine": platform.machine(),
         "system": f"{platform.system()} {platform.release()}",
@@ -30,13 +30,3 @@ def environment(backend: Backend) -> dict[str, Any]:
         "device_type": backend.device_type,
         "verified": backend.verified,
     }
-
-
-def cpu_name() -> str:
-    """The model's name where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    found = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(found, platform.machine())

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from glm_core.align import teacher
+from glm_core.align import teacher_forcing
 from glm_core.align.calibration import MakeSampler, Progress
 from glm_core.align.capture import Call, Capture, capture
 from glm_core.align.recording import tests
 from glm_core.align.replay import Results, flat, with_change
-from glm_core.align.teacher import Key
+from glm_core.align.teacher_forcing import Key
 from glm_core.align.training import Run
 from glm_core.align.verdict import Finding, findings
 from glm_core.backends import registry
@@ -111,8 +111,8 @@ def judged(
 ) -> list[Finding]:
     """The findings of single calls that are outside; the step is one of so many. The benign range
     comes from the captured steps; where it is left, it is measured in this step too."""
-    cases = list(teacher.cases(record.on_host()))
-    measured, _ = teacher.measure(cases, record.answer)
+    cases = list(teacher_forcing.cases(record.on_host()))
+    measured, _ = teacher_forcing.measure(cases, record.answer)
 
     def outside(limits: dict[Key, float]) -> list[Finding]:
         rows = tests(measured, cases, limits)
@@ -122,5 +122,5 @@ def judged(
     suspects = {f.op for f in outside(limits)}
     if not suspects:
         return []
-    own = teacher.benign_limits([c for c in cases if c.call.op.name in suspects], dtype)
+    own = teacher_forcing.benign_limits([c for c in cases if c.call.op.name in suspects], dtype)
     return outside(limits | {k: max(v, limits.get(k, 0.0)) for k, v in own.items()})

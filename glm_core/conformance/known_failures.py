@@ -1,4 +1,5 @@
-"""Known failures are data: one line each with its reason, and a line that no longer holds fails."""
+"""Reads known failures from a file: one case pattern and its reason a line. A line that no longer
+holds is itself a failure."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from glm_core.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Known:
+class KnownFailure:
     """A line of a known-failures file: which cases, and why they fail."""
 
     pattern: str
@@ -24,7 +25,7 @@ class Known:
         return fnmatchcase(id, self.pattern)
 
 
-def load(path: Path | str | None) -> list[Known]:
+def load(path: Path | str | None) -> list[KnownFailure]:
     """The entries of a file: `ID reason...` per line, # starts a comment; none where there is no
     file. Raises ConfigError for a line without a reason."""
     if path is None or not Path(path).exists():
@@ -35,16 +36,16 @@ def load(path: Path | str | None) -> list[Known]:
         if pattern and not reason.strip():
             raise ConfigError(f"{path}:{number}: no reason; write `{pattern} why it fails`")
         if pattern:
-            entries.append(Known(pattern, reason.strip(), f"{path}:{number}"))
+            entries.append(KnownFailure(pattern, reason.strip(), f"{path}:{number}"))
     return entries
 
 
-def known_for(id: str, entries: Iterable[Known]) -> Known | None:
+def known_for(id: str, entries: Iterable[KnownFailure]) -> KnownFailure | None:
     """The first entry that fits the case."""
     return next((e for e in entries if e.fits(id)), None)
 
 
-def unmatched(entries: Iterable[Known], ids: Iterable[str]) -> list[Known]:
+def unmatched(entries: Iterable[KnownFailure], ids: Iterable[str]) -> list[KnownFailure]:
     """Entries that fit no case at all: stale."""
     ids = list(ids)
     return [e for e in entries if not any(e.fits(id) for id in ids)]

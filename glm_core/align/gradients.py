@@ -1,0 +1,85 @@
+"""Compares a captured step's gradients with float64, and reduces them to norms and sketches."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from glm_core import dispatch
+from glm_core.align.training import Moment, Run
+from glm_core.backends import registry
+from glm_core.config import RunConfig
+from glm_core.model.glm import GLM
+
+Array = NDArray[np.float64]
+NUM_SKETCH = 8
+
+
+def exact_gradients(config: RunConfig, moment: Moment) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients in float64 of the weights as the working dtype holds them."""
+    dtype: torch.dtype = getattr(torch, config.train.dtype)
+    model = GLM(config.model).double()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(moment.weights[name].to(dtype))
+    total = sum(float(b.loss_weight.sum()) for b in moment.batches)
+    loss = 0.0
+    with dispatch.intercept(None), registry.use("reference"):
+        for b in moment.batches:
+            weight = b.loss_weight.double() / total
+            part = model.loss(b.tokens, b.positions, b.key_start, b.key_end, b.labels, weight)
+            part.backward()
+            loss += float(part.detach())
+    return loss, {
+        n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()
+    }
+
+
+def load_snapshot(run: Run, moment: Moment) -> Run:
+    """The run with the moment's weights."""
+    run.optimizer.load_masters({n: w.to(run.device) for n, w in moment.weights.items()})
+    return run
+
+
+def gradient_errors(
+    run: Run, moments: list[Moment], oracle: list[tuple[float, dict[str, Tensor]]]
+) -> tuple[Array, Array]:
+    """Relative errors against float64: of the loss [S], of each parameter's gradient [S, P]."""
+    losses, errors = [], []
+    for moment, (true_loss, true) in zip(moments, oracle, strict=True):
+        loss, found = load_snapshot(run, moment).gradients(moment.batches)
+        losses.append(abs(loss - true_loss) / max(abs(true_loss), 1e-300))
+        errors.append([_relative(found[n] - true[n], true[n]) for n in sorted(true)])
+    return np.array(losses), np.array(errors).reshape(len(moments), -1)
+
+
+def _relative(difference: Tensor, of: Tensor) -> float:
+    return float(difference.norm() / of.norm().clamp(min=1e-300))
+
+
+def gradient_norms_and_sketches(
+    run: Run, moments: list[Moment], names: list[str]
+) -> dict[str, Array]:
+    """Norm and sketch of every parameter's gradient at the captured steps."""
+    norms = np.zeros((len(moments), len(names)))
+    sketches = np.zeros((len(moments), len(names), NUM_SKETCH))
+    for s, moment in enumerate(moments):
+        _, found = load_snapshot(run, moment).gradients(moment.batches)
+        for p, name in enumerate(names):
+            norms[s, p] = float(found[name].norm())
+            sketches[s, p] = sketch(found[name])
+    return {"gradient_norm": norms, "gradient_sketch": sketches}
+
+
+def sketch(x: Tensor) -> Array:
+    """NUM_SKETCH signed sums over interleaved elements, divided by sqrt(elements): differences of
+    two results show in it, the results cannot be read from it. Signs are the same everywhere."""
+    flat = x.detach().double().cpu().flatten().numpy()
+    width = 1024 * NUM_SKETCH
+    padded = np.zeros(-(-max(flat.size, 1) // width) * width)
+    padded[: flat.size] = flat
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], width)
+    columns = padded.reshape(-1, width).sum(0) * signs
+    return columns.reshape(NUM_SKETCH, -1).sum(1) / max(flat.size, 1) ** 0.5

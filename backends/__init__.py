@@ -1,5 +1,5 @@
-"""One folder per backend; found by scanning this folder and the entry point group
-`glm_core.backends`."""
+"""One folder per backend. The registry finds the folders here and, for other packages, the entry
+points of the group `glm_core.backends`."""
 
 if __name__ == "backends":
     raise ImportError(

@@ -1,4 +1,7 @@
-"""What a backend must say: its name, its device, whether it is usable here, and its kernels."""
+"""Defines what a backend provides: a name, a device, whether it is usable here, and kernels.
+
+A vendor's package makes one `Backend` and registers kernels with `@backend.implements(ops.NAME)`;
+everything else has a default (docs/porting.md)."""
 
 from __future__ import annotations
 
@@ -12,61 +15,61 @@ import torch
 from glm_core.decode_step import DecodeStep, Stack
 from glm_core.dispatch import Op
 from glm_core.session import Kernel
-from glm_core.spec import Support
+from glm_core.spec import Support, unsupported
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Probe(NamedTuple):
-    """Usable on this machine? If not, why, and the way out."""
+    """Whether a backend is usable on this machine."""
 
     ok: bool
     reason: str = ""
+    """why not, and what to do about it"""
 
 
 class Peak(NamedTuple):
-    """The most a device can do, and where the figure comes from."""
+    """The most a device can do, by its maker's figures."""
 
     tflops: float
     gb_s: float
     source: str
+    """where the figures were published"""
 
 
 def always() -> Probe:
-    """For backends that need nothing but torch."""
+    """Returns usable: the probe of a backend that needs nothing but torch."""
     return Probe(True)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class Backend:
-    """One way to run the ops. Most device calls follow from `device_type` through torch's own
-    device module; override a method where the vendor's runtime differs."""
+    """One way to run the ops. Most device calls go through torch's own module of the
+    `device_type`; override a method where the vendor's runtime differs."""
 
     name: str
     device_type: str
-    """torch's name of the device: cpu, cuda, npu, a PrivateUse1 name"""
+    """the device's name in torch: cpu, cuda, npu, or a PrivateUse1 name"""
     verified: str
-    """how far this was ever verified, in the support table's words: run on hardware, executed on
-    the CPU, ..."""
+    """the most that was ever verified, for the support table: run on hardware, executed on the CPU,
+    ..."""
     probe: Callable[[], Probe] = always
     collective: str = "gloo"
     """torch.distributed backend: gloo, nccl, hccl"""
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
-    """working dtypes"""
+    """working dtypes whose results are right"""
     kernels: dict[str, Kernel] = dataclasses.field(default_factory=dict)
     references_only: bool = False
-    """by design this backend has no kernels: a reference that runs here is not a fallback"""
-    in_process: bool = True
-    """kernels run on torch tensors in this process and can be traced by torch.compile"""
+    """the backend has no kernels by design, so a reference that runs here is no fallback"""
     deterministic: bool = True
-    """the same call gives the same bits; conformance holds a backend that claims it to it"""
+    """equal calls give equal bits; conformance checks a backend that claims it"""
 
     def implements(
         self, op: Op, supports: Callable[..., Support] | None = None
     ) -> Callable[[F], F]:
-        """Registers a kernel. `supports` sees the call's arguments and answers SUPPORTED or
-        unsupported(reason). Raises TypeError where the kernel's or the predicate's parameters are
-        not the op's own."""
+        """Registers the decorated function as the op's kernel. `supports` takes the same arguments
+        and returns SUPPORTED or unsupported(reason); without it the kernel takes every call. Both
+        must have the op's parameters and defaults, or accept **kwargs; TypeError otherwise."""
 
         def register(kernel: F) -> F:
             for function in (kernel, supports):
@@ -79,32 +82,30 @@ class Backend:
     def _check_signature(self, op: Op, function: Callable[..., Any] | None) -> None:
         if function is None:
             return
-        own, kernel = (
-            inspect.signature(op.reference).parameters,
-            inspect.signature(function).parameters,
-        )
-        variadic = any(p.kind is p.VAR_KEYWORD for p in kernel.values())
-        facts = [{n: p.default for n, p in ps.items()} for ps in (own, kernel)]
-        if not variadic and (facts[0] != facts[1] or list(own) != list(kernel)):
+        expected, received = inspect.signature(op.reference), inspect.signature(function)
+        if any(p.kind is p.VAR_KEYWORD for p in received.parameters.values()):
+            return
+        sides = [[(n, p.default) for n, p in s.parameters.items()] for s in (expected, received)]
+        if sides[0] != sides[1]:
             raise TypeError(
-                f"backend {self.name}, op {op.name}: parameters must be "
-                f"{inspect.signature(op.reference)}; received {inspect.signature(function)}"
+                f"backend {self.name}, op {op.name}: parameters must be {expected}; "
+                f"received {received}"
             )
 
     def support(self, op: Op, arguments: Mapping[str, Any]) -> Support:
-        """Would a kernel run for these arguments?"""
+        """Returns whether `use` would run a kernel for these arguments, or why not."""
         kernel = self.kernels.get(op.name)
         if kernel is None:
             return Support(self.references_only, "no kernel for this op")
         return Support(True) if kernel.supports is None else kernel.supports(**arguments)
 
-    def decode_step(self, stack: Stack) -> DecodeStep | None:
-        """Takes a whole decode step of this model; None (the default): ops are called one by
-        one."""
-        return None
+    def decode_step(self, stack: Stack) -> DecodeStep | Support:
+        """Returns a callable that takes whole decode steps of this model, or unsupported(reason):
+        its ops are then called one by one, and the session records the reason."""
+        return unsupported("the backend takes no whole decode steps")
 
     def device(self, index: int = 0) -> torch.device:
-        """The device tensors of this backend live on."""
+        """Returns the device that holds this backend's tensors."""
         return (
             torch.device("cpu")
             if self.device_type == "cpu"
@@ -112,17 +113,17 @@ class Backend:
         )
 
     def synchronize(self) -> None:
-        """Returns when all queued work is done."""
+        """Waits until all queued work is done."""
         torch.get_device_module(self.device_type).synchronize()
 
     def memory_peak_bytes(self) -> int:
-        """Most device memory allocated since the start of the process; 0 where the device does not
-        count."""
+        """Returns the most device memory allocated since the process began; 0 if it is not
+        counted."""
         module = torch.get_device_module(self.device_type)
         return int(module.max_memory_allocated()) if hasattr(module, "max_memory_allocated") else 0
 
     def rng_state(self) -> torch.Tensor:
-        """State of the device's random generator."""
+        """Returns the state of the device's random generator."""
         if self.device_type == "cpu":
             return torch.get_rng_state()
         return torch.get_device_module(self.device_type).get_rng_state()
@@ -135,10 +136,10 @@ class Backend:
             torch.get_device_module(self.device_type).set_rng_state(state)
 
     def runtime_fallbacks(self) -> dict[str, int] | None:
-        """Calls so far, by operator, that the vendor's runtime has run on the host below our
-        dispatch; None where the runtime does not count them."""
+        """Returns how many calls, by operator, the vendor's runtime has run on the host so far,
+        unseen by our dispatch; None if it does not count them."""
         return None
 
     def peak(self, dtype: torch.dtype) -> Peak | None:
-        """Published peak of the device for this dtype, None where no figure is known."""
+        """Returns the device's published peak for this dtype; None if it is not known."""
         return None

@@ -1,4 +1,4 @@
-"""Which backends exist, which of them are usable here, and how one becomes active."""
+"""Finds backends by name, says which are usable here, and makes one active."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from glm_core.ops import all_ops
 from glm_core.session import Session
 
 GROUP = "glm_core.backends"
-"""entry point group: `name = "package.module"`; the module has `backend`, or `variant(option) ->
-Backend`"""
+"""group of entry points `name = "package.module"`; the module defines `backend`, a Backend, or
+`variant(option)`, which returns one"""
 
 
 def names() -> list[str]:
-    """Every backend's name, our own folders first scanned, then installed packages."""
+    """Returns the names of all backends: our own folders and those of installed packages."""
     return sorted({*_own(), *_plugins()})
 
 
@@ -38,14 +38,15 @@ def _plugins() -> dict[str, metadata.EntryPoint]:
 
 @functools.cache
 def _installed(path: tuple[str, ...]) -> dict[str, metadata.EntryPoint]:
-    """Read once a path: a search costs 3 ms, and `use` may stand around every token."""
+    """Returns the entry points, searched once per `sys.path`: a search costs 3 ms, and `use` may be
+    opened for every token."""
     return {e.name: e for e in metadata.entry_points(group=GROUP)}
 
 
 def get(name: str) -> Backend:
-    """The backend, usable or not; `onnxrt:OpenVINOExecutionProvider` passes an option to it.
-    Raises GlmCoreError for an unknown name, BackendUnavailableError where its module cannot be
-    imported."""
+    """Returns the backend, usable or not. What follows a colon is its option, as in
+    `onnxrt:OpenVINOExecutionProvider`. Raises GlmCoreError for an unknown name,
+    BackendUnavailableError if its module cannot be imported."""
     base, _, option = name.partition(":")
     if base not in names():
         raise GlmCoreError(unknown("backend", base, names()))
@@ -64,7 +65,7 @@ def get(name: str) -> Backend:
 
 
 def probe(name: str) -> Probe:
-    """Usable here? Never raises for a known name."""
+    """Returns whether the backend is usable here; never raises for a known name."""
     try:
         return get(name).probe()
     except BackendUnavailableError as error:
@@ -72,7 +73,8 @@ def probe(name: str) -> Probe:
 
 
 def usable(name: str) -> Backend:
-    """The backend, ready to run. Raises BackendUnavailableError with the backend's own reason."""
+    """Returns the backend if it can run here. Raises BackendUnavailableError with its own
+    reason."""
     backend = get(name)
     state = backend.probe()
     if not state.ok:
@@ -82,21 +84,21 @@ def usable(name: str) -> Backend:
 
 @contextmanager
 def use(name: str | Backend, strict: bool = False) -> Iterator[Session]:
-    """Runs every op of this thread on the backend. `strict` makes any fallback to a reference an
-    error; without it the session's `fallbacks` counts each with its reason.
+    """Runs every op of this thread on the backend. The session's `fallbacks` counts each op that
+    ran as its reference, with the reason; under `strict` that is an error.
 
-    A function that torch.compile made is compiled again in each session where an op of it falls
-    back, so that every session learns of it, up to torch's recompile_limit (8): keep one session
-    open around all its calls."""
+    torch.compile compiles a function again in each session in which one of its ops falls back, so
+    that every session records it, but at most 8 times (torch's recompile_limit). Keep one session
+    open around all calls of a compiled function."""
     backend = usable(name) if isinstance(name, str) else name
     with dispatch.activate(backend, strict) as session:
         yield session
 
 
 def table() -> dict[str, dict[str, str]]:
-    """ops x backends, read from the registry: "kernel", "reference" (it runs there, as a recorded
-    fallback), or "unsupported: ..." with the reason. Which arguments a kernel takes is asked by
-    conformance in its support mode."""
+    """Returns a cell for each op and backend: "kernel", "reference" (it runs as a recorded
+    fallback) or "unsupported: " with the reason. `glm-core conformance` shows which arguments each
+    kernel takes."""
     backends = {name: _cells(name) for name in names()}
     return {op: {name: cells[op] for name, cells in backends.items()} for op in all_ops()}
 

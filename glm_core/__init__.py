@@ -1,4 +1,3 @@
-"""A hardware-portable backend layer for GLM: one model, pluggable backends, one verdict on their
-loss curves."""
+"""Runs GLM on any hardware: one model, pluggable backends, and a verdict on their loss curves."""
 
 __version__ = "0.1.0"

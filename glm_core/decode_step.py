@@ -1,5 +1,10 @@
-"""A model as data, for a backend that takes a whole decode step by itself: one token for each of a
-few sequences, where calling ops one by one costs as much as what they do."""
+"""Describes a model as data, for a backend that takes a whole decode step in one call.
+
+A decode step feeds one token to each of a few sequences. Its ops are so small that calling them one
+by one costs as much as running them (ADR 9).
+
+Shapes: B rows, D width, K kv heads, E head dim, V vocabulary, S tokens a slot holds, N positions,
+G position rows that are rotated, P pairs of rotated dimensions per row."""
 
 from __future__ import annotations
 
@@ -10,25 +15,27 @@ from torch import Tensor
 
 
 class Product(NamedTuple):
-    """y = x weight^T + bias: a float weight, or the codes of the op `quantized_linear`."""
+    """A linear layer, y = x weight^T + bias, with a float weight or the codes of the op
+    `quantized_linear`."""
 
     weight: Tensor
     bias: Tensor | None
     scale: Tensor | None = None
+    """scales of the codes"""
     bits: int = 0
-    """0: a float weight"""
+    """width of the codes; 0: a float weight"""
     activation_bits: int = 16
 
 
 class Norm(NamedTuple):
-    """Layer norm, or RMS norm where there is no bias."""
+    """A layer norm, or an RMS norm where there is no bias."""
 
     weight: Tensor
     bias: Tensor | None
 
 
 class Layer(NamedTuple):
-    """What a block of the model holds."""
+    """The parameters of one block of the model; names as in `model.glm.Block`."""
 
     qkv: Product
     out: Product
@@ -41,15 +48,15 @@ class Layer(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """A whole model; sizes and factors as ModelConfig and Block have them. P positions, G rows of
-    them that turn heads."""
+    """A whole model: its parameters, and the sizes and factors of ModelConfig and Block."""
 
     embedding: Tensor
+    """[V, D]"""
     position_embeddings: tuple[Tensor | None, Tensor | None]
-    """[P, D], added for rows 0 and 1 of the positions"""
+    """[N, D] each, added for rows 0 and 1 of the positions"""
     rotary: Callable[[], tuple[Tensor, Tensor] | None]
-    """cos and sin [P, G, pairs] float32 of every position, made when asked for; None: no heads are
-    turned"""
+    """returns cos and sin [N, G, P] float32 of every position, computed at the call; None for a
+    model without rotary positions"""
     layers: tuple[Layer, ...]
     final_norm: Norm
     head: Product
@@ -58,42 +65,43 @@ class Stack(NamedTuple):
     head_dim: int
     norm_eps: float
     alpha: float
-    """of the residual"""
+    """factor of the residual"""
     deepnorm: bool
-    """the residual is the norm's output"""
+    """whether the residual is the norm's output"""
     rope_interleaved: bool
     activation: str
     """gelu, geglu or swiglu"""
 
     def products(self) -> list[Product]:
-        """All of them, in order."""
+        """Returns all linear layers in the order of use."""
         return [p for x in self.layers for p in (x.qkv, x.out, x.up, x.down)] + [self.head]
 
     def norms(self) -> list[Norm]:
-        """All there are, in order."""
-        found = [n for x in self.layers for n in x[4:] if n is not None]
-        return [*found, self.final_norm]
+        """Returns all norms: each layer's, then the final one."""
+        inside = [n for x in self.layers for n in x[4:] if n is not None]
+        return [*inside, self.final_norm]
 
 
 class Rows(NamedTuple):
-    """One token of each sequence: row b's goes to slot b of the cache."""
+    """The tokens of one step; row b's keys and values go to slot b of the cache."""
 
     tokens: list[int]
     positions: list[int]
-    """two a row: rows 0 and 1 of GLM.forward's"""
+    """[2B]: rows 0 and 1 of the positions (see GLM.forward), token after token"""
     key_start: list[int]
     key_end: list[int]
     places: list[int]
-    """of the new keys and values in the slots"""
+    """where in its slot each row's new key and value are written"""
 
 
 class DecodeStep(Protocol):
-    """Takes decode steps of one model. Results are those of the ops, in the same bits."""
+    """A callable that takes decode steps of one model, with the same bits as its ops one by one."""
 
     max_rows: int
-    """sequences it takes at once"""
+    """the most rows of one call"""
 
     def __call__(self, rows: Rows, cache: Tensor) -> Tensor:
-        """Logits [B, V] float32;  cache [layers, 2, slots, K, S, E], keys before values, is written
-        to. Raises IndexError for what lies outside of the model or the cache."""
+        """Returns logits [B, V] float32 and writes the new keys and values into the cache [layers,
+        2, slots, K, S, E] (keys, then values). Raises IndexError for a token, position or place
+        outside of the model or the cache."""
         ...

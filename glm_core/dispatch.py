@@ -1,4 +1,8 @@
-"""Who runs an op: the active backend's kernel, or, recorded with its reason, the reference."""
+"""Decides who runs an op: the active backend's kernel or, recorded with its reason, the
+reference.
+
+The model calls `ops.rms_norm(x, weight)`. The call goes to the thread's interceptor if there is one
+(`intercept`), else to `run`, which asks the active backend (`activate`) for a kernel."""
 
 from __future__ import annotations
 
@@ -9,26 +13,25 @@ from typing import Any
 
 from glm_core.decode_step import DecodeStep, Stack
 from glm_core.session import Kernel, KernelProvider, Session
-from glm_core.spec import Cost, OpSpec, Sample, declare
+from glm_core.spec import Cost, OpSpec, Sample, Support, declare, unsupported
 
 Interceptor = Callable[["Op", tuple[Any, ...], dict[str, Any]], Any]
 
 
 class _Reference:
-    """The backend outside any `use`: no kernels, every op is its reference, and that is no
-    fallback."""
+    """The backend outside of any `use`: every op runs as its reference, which is no fallback."""
 
     name = "reference"
     references_only = True
     kernels: Mapping[str, Kernel] = {}
 
-    def decode_step(self, stack: Stack) -> DecodeStep | None:
-        return None
+    def decode_step(self, stack: Stack) -> DecodeStep | Support:
+        return unsupported("no backend is active")
 
 
 class _Active(threading.local):
-    # not a ContextVar: torch.compile cannot trace ContextVar.get (torch 2.13); this it traces and
-    # guards
+    # not a ContextVar: torch.compile cannot trace ContextVar.get (torch 2.13); it traces and
+    # guards a threading.local
     session = Session(_Reference(), strict=False)
     kernels: Mapping[str, Kernel] = {}
     references_only = True
@@ -39,7 +42,7 @@ _active = _Active()
 
 
 class Op(OpSpec):
-    """A declared op; calling it runs the active backend's kernel or the reference."""
+    """A declared op. Calling it runs the active backend's kernel or the reference."""
 
     __slots__ = ()
 
@@ -49,6 +52,7 @@ class Op(OpSpec):
 
 
 REGISTRY: dict[str, Op] = {}
+"""every declared op by name"""
 
 
 def op(
@@ -58,8 +62,8 @@ def op(
     differentiable: tuple[str, ...] = (),
     mutates: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., Any]], Op]:
-    """Declares an op: the decorated body is its reference, plain differentiable torch, right in
-    float64 too."""
+    """Declares the decorated function as an op; its body is the reference: plain differentiable
+    torch, right on every device and in float64. Arguments: see OpSpec."""
 
     def decorate(reference: Callable[..., Any]) -> Op:
         facts = {
@@ -74,7 +78,7 @@ def op(
 
 
 def run(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Dispatches past any interceptor: kernel if there is one for these arguments, else the
+    """Runs an op past any interceptor: by the kernel if it takes these arguments, else by the
     reference."""
     kernel = _active.kernels.get(op.name)
     if kernel is None:
@@ -94,15 +98,16 @@ def run(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 @contextmanager
 def activate(backend: KernelProvider, strict: bool = False) -> Iterator[Session]:
-    """Makes `backend` active in this thread for the block; nested uses restore the outer one."""
+    """Makes `backend` active in this thread for the block; afterwards the outer one is active
+    again."""
     with resume(Session(backend, strict)) as session:
         yield session
 
 
 @contextmanager
 def resume(session: Session) -> Iterator[Session]:
-    """Makes a session active in this thread, perhaps another than it was opened in: on accelerators
-    autograd runs, and recomputes, in threads of its own."""
+    """Makes an open session active in this thread too. Autograd on accelerators runs backward
+    passes, and recomputes forward ones, in threads of its own."""
     before = (_active.session, _active.kernels, _active.references_only)
     _active.session, _active.kernels = session, session.backend.kernels
     _active.references_only = session.backend.references_only
@@ -114,8 +119,8 @@ def resume(session: Session) -> Iterator[Session]:
 
 @contextmanager
 def intercept(interceptor: Interceptor | None) -> Iterator[None]:
-    """Sends every op call of this thread through `interceptor(op, args, kwargs)`, which may call
-    `run`."""
+    """Sends every op call of this thread to `interceptor(op, args, kwargs)`, whose result replaces
+    the op's; it may call `run`. None: no interceptor in this block."""
     before, _active.interceptor = _active.interceptor, interceptor
     try:
         yield
@@ -124,10 +129,10 @@ def intercept(interceptor: Interceptor | None) -> Iterator[None]:
 
 
 def session() -> Session:
-    """The innermost active `use` of this thread."""
+    """Returns the session of this thread's innermost `use`."""
     return _active.session
 
 
 def intercepted() -> bool:
-    """Does somebody want to see every op call of this thread?"""
+    """Returns whether this thread's op calls go to an interceptor."""
     return _active.interceptor is not None

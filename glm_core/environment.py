@@ -1,4 +1,4 @@
-"""Every GLM_CORE_* variable: what it means, what it is now, and which ones are misspelt."""
+"""Reads every GLM_CORE_* variable, and refuses the ones that nobody reads."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ VARIABLES = {
     "GLM_CORE_ARCHES": "what GPU kernels are compiled for: 80,90 or gfx90a,gfx942",
     "GLM_CORE_ISA": "the CPU's instruction set: scalar, avx2 or avx512",
     "GLM_CORE_CACHE": "where exported models are kept, instead of .cache",
-    WATCH: "where the processes of glm-core launch say who they are; set by it",
-    API_KEY: "the key that glm-core serve asks for; empty: none",
+    WATCH: "the folder in which processes of glm-core launch report; launch itself sets it",
+    API_KEY: "the key that clients of glm-core serve must send; empty: none",
 }
 BUILDS = ("auto", "off", "cpu", "cuda", "rocm")
 
@@ -29,7 +29,7 @@ def check() -> None:
 
 
 def build() -> str:
-    """GLM_CORE_BUILD, auto unless set. Raises ConfigError for anything but BUILDS."""
+    """Returns GLM_CORE_BUILD, by default auto. Raises ConfigError for anything but BUILDS."""
     choice = os.environ.get("GLM_CORE_BUILD", "auto")
     if choice not in BUILDS:
         raise ConfigError(f"GLM_CORE_BUILD={choice!r}: allowed are {', '.join(BUILDS)}")
@@ -37,26 +37,26 @@ def build() -> str:
 
 
 def arches() -> list[str]:
-    """GLM_CORE_ARCHES, empty unless set."""
+    """Returns GLM_CORE_ARCHES as a list, by default empty."""
     return [a.strip() for a in os.environ.get("GLM_CORE_ARCHES", "").split(",") if a.strip()]
 
 
 def isa() -> str | None:
-    """GLM_CORE_ISA."""
+    """Returns GLM_CORE_ISA."""
     return os.environ.get("GLM_CORE_ISA")
 
 
 def cache() -> Path:
-    """GLM_CORE_CACHE, or .cache of the working directory."""
+    """Returns GLM_CORE_CACHE, by default .cache in the working directory."""
     return Path(os.environ.get("GLM_CORE_CACHE") or ".cache")
 
 
 def api_key() -> str:
-    """GLM_CORE_API_KEY, empty unless set."""
+    """Returns GLM_CORE_API_KEY, by default empty."""
     return os.environ.get(API_KEY, "")
 
 
 def watch() -> Path | None:
-    """GLM_CORE_WATCH, None outside glm-core launch."""
+    """Returns GLM_CORE_WATCH, or None outside of glm-core launch."""
     folder = os.environ.get(WATCH)
     return Path(folder) if folder else None

@@ -1,5 +1,4 @@
-"""What one use of a backend leaves behind: which ops fell back to the reference, how often, and
-why."""
+"""Records, for one use of a backend, which ops fell back to the reference, how often, and why."""
 
 from __future__ import annotations
 
@@ -18,23 +17,34 @@ class Kernel(NamedTuple):
     """A backend's function for an op, and the predicate that says which arguments it takes."""
 
     function: Callable[..., Any]
+    """same parameters and results as the op's reference"""
     supports: Callable[..., Support] | None
+    """same parameters as the op; None: the function takes all that the op allows"""
 
 
 class KernelProvider(Protocol):
-    """What dispatch needs to know of a backend."""
+    """The part of a backend that dispatch uses; `backends.base.Backend` has it and more."""
 
     @property
     def name(self) -> str: ...
     @property
-    def kernels(self) -> Mapping[str, Kernel]: ...
+    def kernels(self) -> Mapping[str, Kernel]:
+        """Kernels by the op's name."""
+        ...
+
     @property
-    def references_only(self) -> bool: ...
-    def decode_step(self, stack: Stack) -> DecodeStep | None: ...
+    def references_only(self) -> bool:
+        """Whether the backend has no kernels by design; its references are then no fallbacks."""
+        ...
+
+    def decode_step(self, stack: Stack) -> DecodeStep | Support:
+        """See `Backend.decode_step`."""
+        ...
 
 
 class Fallback(NamedTuple):
-    """One reason for which the reference ran instead of a kernel."""
+    """One reason why the reference ran instead of a kernel. With op = "decode_step": why the ops
+    of a decode step ran one by one instead of all in one call."""
 
     backend: str
     op: str
@@ -42,16 +52,20 @@ class Fallback(NamedTuple):
 
 
 class Session:
-    """One `use` of a backend. `fallbacks` counts calls; `compiled` counts torch.compile's traces,
-    since compiled code never comes back here."""
+    """One use of a backend (`registry.use`), with its fallbacks."""
 
     def __init__(self, backend: KernelProvider, strict: bool) -> None:
-        self.backend, self.strict = backend, strict
+        self.backend = backend
+        self.strict = strict
+        """whether a reference in a kernel's place is an error"""
         self.fallbacks: Counter[Fallback] = Counter()
+        """calls that fell back, outside of compiled code"""
         self.compiled: Counter[Fallback] = Counter()
+        """fallbacks in compiled code, counted once for each time torch.compile traces it: compiled
+        code never comes back here"""
 
     def fell_back(self, op: str, reason: str) -> None:
-        """Records that the reference runs in a kernel's place; UnsupportedOpError under
+        """Records that the reference runs in a kernel's place. Raises UnsupportedOpError under
         `strict`."""
         if torch.compiler.is_compiling():
             _fell_back_while_compiling(self, op, reason)
@@ -59,13 +73,19 @@ class Session:
             self.record(self.fallbacks, op, reason)
 
     def record(self, counter: Counter[Fallback], op: str, reason: str) -> None:
-        """Adds one to `counter`, or refuses under `strict`."""
+        """Adds one fallback to `counter`. Raises UnsupportedOpError under `strict`."""
         if self.strict:
             raise UnsupportedOpError(
                 f"op {op} on backend {self.backend.name}: {reason}; "
                 "drop strict to allow the reference"
             )
         counter[Fallback(self.backend.name, op, reason)] += 1
+
+    def decoded_op_by_op(self, reason: str) -> None:
+        """Records that a decode step called its ops one by one. `strict` allows it: each of those
+        ops still has to have a kernel."""
+        if not self.backend.references_only:
+            self.fallbacks[Fallback(self.backend.name, "decode_step", reason)] += 1
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # runs for real at trace time

@@ -1,5 +1,5 @@
-"""What an op is: its reference, samples and cost, declared in one place and independent of any
-backend."""
+"""Defines what an op is: a reference, samples and a cost, declared in one place for all
+backends."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from torch import Tensor
 
 
 class Support(NamedTuple):
-    """A backend's answer to "can your kernel take these arguments?"; `reason` reaches the user
-    unchanged."""
+    """Whether a kernel takes certain arguments. `reason` reaches the user unchanged."""
 
     ok: bool
     reason: str = ""
+    """which fact about the arguments is the obstacle; empty if `ok`"""
 
 
 SUPPORTED = Support(True)
 
 
 def unsupported(reason: str) -> Support:
-    """The kernel refuses these arguments; `reason` says which fact about them is the obstacle."""
+    """Returns a refusal, for example unsupported("width 33 is odd")."""
     return Support(False, reason)
 
 
 class Cost(NamedTuple):
-    """Arithmetic and memory traffic of one call, every tensor moved once (the roofline's
-    compulsory traffic)."""
+    """Arithmetic and memory traffic of one call, every tensor moved once (the compulsory traffic
+    of the roofline model)."""
 
     flops: int
     """forward floating-point operations; a multiply-add counts as 2"""
@@ -42,39 +42,41 @@ class Cost(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Draw:
-    """Where a sample's tensors are made: working dtype, device and a seeded generator (always on
-    the CPU)."""
+    """What a maker needs to create a sample's tensor."""
 
     dtype: torch.dtype
+    """the working dtype"""
     device: torch.device
     generator: torch.Generator
+    """seeded, always on the CPU, so that values are the same on every device"""
 
 
 Maker = Callable[[Draw], Any]
+"""creates one tensor argument of a sample"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sample:
-    """One argument set of an op: constants as they are, tensors as makers, so that no memory is
-    held."""
+    """One set of arguments of an op. Constants are held as they are, tensors as makers, so that a
+    list of samples takes no memory."""
 
     id: str
-    """readable, unique within the op, the filter on the command line: `2x5x96`, `2x5x96-tiny`"""
+    """readable and unique within the op; selects cases on the command line: `2x5x96-tiny`"""
     args: Mapping[str, Any]
     real: bool = False
-    """a shape of a published model: measured by the benches, too large for finite differences"""
+    """a shape of a published model: used by benches, too large for finite differences"""
 
     def make(
         self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
     ) -> dict[str, Any]:
-        """The arguments, the same values on every device; dtypes below float32 are rounded from
-        float32."""
+        """Returns the arguments, with the same values on every device. Values below float32 are
+        float32 draws, rounded."""
         draw = Draw(dtype, torch.device(device), torch.Generator().manual_seed(seed))
         return {k: realize(v, draw) for k, v in self.args.items()}
 
 
 def realize(value: Any, draw: Draw) -> Any:
-    """Turns makers, alone or in lists, into tensors."""
+    """Turns makers, alone or in lists, into tensors; returns other values as they are."""
     if isinstance(value, list):
         return [realize(v, draw) for v in value]
     return value(draw) if callable(value) else value
@@ -83,26 +85,26 @@ def realize(value: Any, draw: Draw) -> Any:
 def normal(
     *shape: int, mean: float = 0.0, std: float = 1.0, strided: bool = False, wide: bool = False
 ) -> Maker:
-    """Normal values in the working dtype (`wide`: float32 at least); `strided` gives a
+    """Makes normal values in the working dtype. `wide`: in float32 at least. `strided`: as a
     non-contiguous view."""
 
     def make(draw: Draw) -> Tensor:
         full = (*shape[:-1], shape[-1] * 2) if strided else shape
         x = torch.randn(full, generator=draw.generator, dtype=torch.float32) * std + mean
-        keep = torch.promote_types(draw.dtype, torch.float32) if wide else draw.dtype
-        x = x.to(keep).to(draw.device)
+        dtype = torch.promote_types(draw.dtype, torch.float32) if wide else draw.dtype
+        x = x.to(dtype).to(draw.device)
         return x[..., : shape[-1]] if strided else x
 
     return make
 
 
 def integers(low: int, high: int, *shape: int) -> Maker:
-    """Uniform int64 in [low, high)."""
+    """Makes uniform int64 values in [low, high)."""
     return lambda draw: torch.randint(low, high, shape, generator=draw.generator).to(draw.device)
 
 
 def exact(values: Any, dtype: torch.dtype, *shape: int) -> Maker:
-    """Exactly these values in exactly this dtype, reshaped if a shape is given."""
+    """Makes exactly these values in this dtype, reshaped to `shape` if there is one."""
 
     def make(draw: Draw) -> Tensor:
         x = torch.tensor(values, dtype=dtype, device=draw.device)
@@ -113,37 +115,32 @@ def exact(values: Any, dtype: torch.dtype, *shape: int) -> Maker:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class OpSpec:
-    """An op as declared: everything the project knows about it apart from kernels."""
+    """Everything the project knows about an op apart from its kernels."""
 
     name: str
     reference: Callable[..., Any]
+    """what the op means: plain differentiable torch, right on any device and in float64"""
     samples: Callable[[], Iterable[Sample]]
     cost: Callable[..., Cost]
+    """takes the op's own arguments"""
     differentiable: tuple[str, ...]
     """tensor parameters (or lists of tensors) that receive a gradient"""
     mutates: tuple[str, ...]
     """parameters written in place"""
     parameters: tuple[str, ...]
     doc: str
+    """formula, shapes, dtype rule, source: the reference's docstring"""
 
 
 def declare(reference: Callable[..., Any], **facts: Any) -> dict[str, Any]:
-    """The fields of an OpSpec, read from the reference's own name, signature and docstring."""
+    """Returns the fields of an OpSpec: `facts`, and what the reference's name, signature and
+    docstring say. Raises TypeError without a docstring, or where facts name unknown parameters."""
+    name = reference.__name__
     if not reference.__doc__:
-        raise TypeError(
-            f"op {reference.__name__}: no docstring; give formula, shapes, dtype rule and source"
-        )
+        raise TypeError(f"op {name}: no docstring; give formula, shapes, dtype rule and source")
     parameters = tuple(inspect.signature(reference).parameters)
     for role in ("differentiable", "mutates"):
         if strange := set(facts[role]) - set(parameters):
-            raise TypeError(
-                f"op {reference.__name__}: {role} names {strange}, not among {parameters}"
-            )
+            raise TypeError(f"op {name}: {role} names {strange}, not among {parameters}")
     doc = inspect.cleandoc(reference.__doc__)
-    return {
-        "name": reference.__name__,
-        "reference": reference,
-        "parameters": parameters,
-        "doc": doc,
-        **facts,
-    }
+    return {"name": name, "reference": reference, "parameters": parameters, "doc": doc, **facts}

@@ -13,6 +13,7 @@ from glm_core.backends.cpu import fakes, supports
 from glm_core.backends.cpu.decode_step import CpuDecodeStep, supported
 from glm_core.backends.cpu.extension import isa, isas, loaded, probe, select_isa
 from glm_core.decode_step import DecodeStep, Stack
+from glm_core.spec import Support
 
 __all__ = ["backend", "isa", "isas", "select_isa"]
 
@@ -21,9 +22,11 @@ class CpuBackend(Backend):
     def synchronize(self) -> None:
         """Kernels return when they are done."""
 
-    def decode_step(self, stack: Stack) -> DecodeStep | None:
-        """For models whose every op has a kernel."""
-        return CpuDecodeStep(stack, FEW_ROWS) if supported(stack).ok else None
+    def decode_step(self, stack: Stack) -> DecodeStep | Support:
+        """Returns a step for a model whose every op has a kernel for these tensors, else the
+        reason."""
+        support = supported(stack)
+        return CpuDecodeStep(stack, FEW_ROWS) if support.ok else support
 
 
 backend = CpuBackend(

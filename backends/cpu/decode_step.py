@@ -1,4 +1,4 @@
-"""Whole decode steps: csrc/bindings/decode_step.cpp."""
+"""Hands a whole decode step to C++ (csrc/bindings/decode_step.cpp)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from glm_core.spec import Support
 
 
 class CpuDecodeStep:
-    """The kernels of a step one after another, without Python or the dispatcher in between."""
+    """The kernels of one step, called in a row without Python or torch's dispatcher in between."""
 
     def __init__(self, stack: Stack, max_rows: int) -> None:
         self.max_rows = max_rows
@@ -52,20 +52,18 @@ class CpuDecodeStep:
 
 
 def supported(stack: Stack) -> Support:
-    """Would every op of the step have a kernel?"""
+    """Returns whether every op of the step would have a kernel, with the first obstacle."""
     weights = [stack.embedding, *stack.position_embeddings]
     weights += [t for n in stack.norms() for t in n] + [p.bias for p in stack.products()]
     weights += [p.weight for p in stack.products() if not p.bits]
-    found = supports.takes(*weights)
-    for p in stack.products() if found.ok else ():
+    support = supports.takes(*weights)
+    for p in stack.products() if support.ok else ():
         if p.scale is not None:
-            row = torch.empty(
-                1, p.weight.shape[1] * 8 // p.bits, dtype=stack.final_norm.weight.dtype
-            )
-            found = supports.both(
-                found, supports.quantized_linear(row, p.weight, p.scale, p.bias, p.bits)
-            )
-    return found
+            width = p.weight.shape[1] * 8 // p.bits
+            row = torch.empty(1, width, dtype=stack.final_norm.weight.dtype)
+            quantized = supports.quantized_linear(row, p.weight, p.scale, p.bias, p.bits)
+            support = supports.both(support, quantized)
+    return support
 
 
 def _tensors(p: Product) -> list[Any]:

@@ -1,7 +1,7 @@
-"""How a model and its cache take a step: prompts, long ones in pieces (prefill), and one token per
-slot (decode).
+"""Runs a model with its KV cache: prompts, long ones in chunks (prefill), then one token per slot
+and step (decode).
 
-Shapes: B rows, L tokens, V vocabulary."""
+Shapes: B rows, L tokens, D width, V vocabulary."""
 
 from __future__ import annotations
 
@@ -20,30 +20,36 @@ from glm_core.model.cache import Cache
 from glm_core.model.glm import GLM
 from glm_core.model.prompt import Prompt
 from glm_core.model.stack import angles, stack
+from glm_core.spec import Support, unsupported
 
 CHUNK = 512
-"""tokens of a prompt that are read by one call"""
+"""tokens of a prompt read by one call"""
 
 
 class DecodeRow(NamedTuple):
-    """A token to feed: the last of a sequence that began `offset` places into its slot."""
+    """The token that a decode step feeds to one slot: the last token of its sequence."""
 
     token: int
     prompt: Prompt
+    """the sequence's prompt, which knows positions and mask"""
     place: int
-    """in the sequence; its place in the slot is offset + place"""
+    """the token's index in the sequence; its key and value go to place offset + place of the
+    slot"""
     offset: int = 0
+    """where in the slot the sequence begins (behind left padding)"""
     idle: bool = False
-    """sees nothing, and what it leaves at its place is to be written over"""
+    """the slot has no token to feed: the row sees nothing and its result is ignored"""
 
 
 def idle(place: int) -> DecodeRow:
-    """For a slot that has no token to feed, whose places from `place` on hold nothing."""
+    """Returns a row for a slot with no token to feed. The slot must hold nothing from `place` on:
+    the row writes there."""
     return DecodeRow(0, Prompt((0,)), place, idle=True)
 
 
 class Call(NamedTuple):
-    """What the model is called with; shapes as GLM.forward, places [B, L] as Cache.window."""
+    """The inputs of one call of the model; shapes as in GLM.forward, places [B, L] as in
+    Cache.window."""
 
     tokens: Tensor
     positions: Tensor
@@ -51,27 +57,28 @@ class Call(NamedTuple):
     key_end: Tensor
     places: Tensor
     first: int
-    """slot of row 0"""
+    """the slot of row 0; row b uses slot first + b"""
 
 
 class Runner:
-    """A model with a cache for `slots` sequences of at most `length` tokens, `chunk` tokens of a
-    prompt at a time. The backend must be active around its calls."""
+    """A model with a cache for `slots` sequences of at most `length` tokens; reads prompts in
+    chunks of `chunk` tokens. Its caller keeps a backend active (`registry.use`)."""
 
     def __init__(
         self, model: GLM, slots: int, length: int | None = None, chunk: int = CHUNK
     ) -> None:
         weight = model.embedding
         self.model, self.config, self.slots, self.chunk = model, model.config, slots, chunk
-        model.eval()  # what adapters drop, they drop in training only
+        model.eval()  # adapters apply dropout in training only
         self.length = min(length or model.config.max_length, model.config.max_length)
         self.cache = Cache(model.config, slots, self.length, weight.dtype, weight.device)
         self._last: Callable[[], Call]
-        self._step_of: object = None
-        self._step: DecodeStep | None = None
+        self._step: DecodeStep | Support = unsupported("not asked for yet")
+        self._step_backend: object = None
+        """the backend that `_step` was asked from; None: ask again"""
 
     def require_room(self, prompt: Prompt, offset: int = 0) -> None:
-        """Raises PromptError for a prompt that is empty, too long, or of unknown ids."""
+        """Raises PromptError for a prompt that is empty, too long, or has unknown ids."""
         if not prompt.tokens:
             raise PromptError("prompt: is empty; give at least one token")
         if len(prompt.tokens) + offset >= self.length:
@@ -87,8 +94,9 @@ class Runner:
             )
 
     def prefill(self, first: int, prompts: Sequence[Prompt]) -> Tensor:
-        """Logits [B, V] (float32) after each prompt; row b goes to slot `first` + b. Several
-        prompts are padded on the left to one length; alone each gives the same up to rounding."""
+        """Reads whole prompts, row b into slot `first` + b, and returns the logits [B, V] (float32)
+        after each. Several prompts are padded on the left to one length, which changes the logits
+        by rounding only."""
         length = max(len(p.tokens) for p in prompts)
         for prompt in prompts:
             self.require_room(prompt, length - len(prompt.tokens))
@@ -99,13 +107,14 @@ class Runner:
                 return logits
 
     def read(self, first: int, prompts: Sequence[Prompt], start: int) -> tuple[Tensor, int]:
-        """The next piece of prompts that are read up to place `start` of their slots: logits
-        [B, V] after it, and where it ends. All of part A is one piece, however long: its tokens see
-        those after them."""
-        self._step_of = None  # the model may have been changed between two prompts
+        """Reads the next chunk of prompts that are in their slots up to place `start`. Returns the
+        logits [B, V] after the chunk, and the place where it ends. Part A is never cut, however
+        long: its tokens see the tokens after them."""
+        self._step_backend = None  # the model may have changed between two prompts
         length = max(len(p.tokens) for p in prompts)
-        seen = max(length - len(p.tokens) + p.sep for p in prompts)
-        end = min(max(start + self.chunk, seen if any(p.sep for p in prompts) else 0), length)
+        causal = not any(p.sep for p in prompts)
+        end_of_a = 0 if causal else max(length - len(p.tokens) + p.sep for p in prompts)
+        end = min(max(start + self.chunk, end_of_a), length)
         rows = [_padded(prompt, length, start, end) for prompt in prompts]
         tokens, positions, begin, ends = (list(column) for column in zip(*rows, strict=True))
         places = [list(range(start, end))] * len(rows)
@@ -113,21 +122,30 @@ class Runner:
         return self._logits(call), end
 
     def decode(self, rows: Sequence[DecodeRow]) -> Tensor:
-        """Logits [B, V] (float32) after feeding row b's token to slot b: by the backend in one
-        step if it takes those of such a model, else op by op."""
-        asked, step = _rows(rows), self._whole_step()
-        if step is None or len(rows) > step.max_rows or dispatch.intercepted():
-            return self._logits(_step_call(asked, self._device))
-        self._last = lambda: _step_call(asked, self._device)
-        return step(asked, self.cache.memory)
+        """Feeds row b's token to slot b and returns the logits [B, V] (float32) after it. The
+        backend does it in one call if it can; otherwise op by op, and the session records why."""
+        fed, step = _rows(rows), self._whole_step(len(rows))
+        if step is None:
+            return self._logits(_step_call(fed, self._device))
+        self._last = lambda: _step_call(fed, self._device)
+        return step(fed, self.cache.memory)
 
-    def _whole_step(self) -> DecodeStep | None:
-        backend = dispatch.session().backend
-        if self._step_of is not backend:
-            made = stack(self.model, lambda: self._angles)
-            self._step_of = backend
-            self._step = None if made is None else backend.decode_step(made)
-        return self._step
+    def _whole_step(self, num_rows: int) -> DecodeStep | None:
+        session = dispatch.session()
+        if self._step_backend is not session.backend:
+            parts = stack(self.model, lambda: self._angles)
+            self._step = parts if isinstance(parts, Support) else session.backend.decode_step(parts)
+            self._step_backend = session.backend
+        step = self._step
+        if dispatch.intercepted():
+            return None  # no fallback: somebody wants to see every op call
+        if isinstance(step, Support):
+            session.decoded_op_by_op(step.reason)
+            return None
+        if num_rows > step.max_rows:
+            session.decoded_op_by_op(f"{num_rows} rows; one call takes {step.max_rows} at most")
+            return None
+        return step
 
     @cached_property
     def _angles(self) -> tuple[Tensor, Tensor] | None:
@@ -135,15 +153,16 @@ class Runner:
 
     @property
     def last(self) -> Call:
-        """What the latest step was called with."""
+        """The inputs of the latest call."""
         return self._last()
 
     def explain(self, call: Call, step: int) -> GenerationError:
-        """What to say of logits that are not finite: makes the same call again, watched."""
-        with torch.no_grad(), nonfinite.watch(self.model) as seen:
+        """Returns the error for logits that are not finite: repeats the call and names the first op
+        whose results are not."""
+        with torch.no_grad(), nonfinite.watch(self.model) as watch:
             self._logits(call)
         return GenerationError(
-            f"token {step}: the logits are not finite; first: {seen.op or 'op linear in the head'}"
+            f"token {step}: the logits are not finite; first: {watch.op or 'op linear in the head'}"
             "; check the checkpoint, or use a wider dtype"
         )
 
@@ -158,16 +177,16 @@ class Runner:
             hidden = self.model(
                 call.tokens, call.positions, call.key_start, call.key_end, window
             )  # [B, L, D]
-            logits = self.model.project(hidden[:, -1].contiguous())
-        # a copy: outside of inference mode nobody may write into what it made
+            logits = self.model.project(hidden[:, -1].contiguous())  # [B, V]
+        # a copy: a tensor made in inference mode cannot be written to outside of it
         return logits.to(torch.float32, copy=True)
 
 
 def _padded(
     prompt: Prompt, length: int, start: int, end: int
 ) -> tuple[list[int], list[list[int]], list[int], list[int]]:
-    """Tokens, positions, key_start and key_end at places [start, end) of a prompt with pads before
-    it, `length` in all; a pad sees and shows nothing."""
+    """Returns tokens, positions, key_start and key_end for places [start, end) of a prompt padded
+    on the left to `length`. Pads see nothing, and no token sees them."""
     n = len(prompt.tokens)
     pads = length - n
     lead = max(min(pads, end) - start, 0)
@@ -181,6 +200,7 @@ def _padded(
 
 
 def _rows(rows: Sequence[DecodeRow]) -> Rows:
+    """Returns the rows in the form that a backend's decode step takes."""
     return Rows(
         [r.token for r in rows],
         [p for r in rows for p in r.prompt.position(r.place)],
@@ -191,7 +211,7 @@ def _rows(rows: Sequence[DecodeRow]) -> Rows:
 
 
 def _step_call(rows: Rows, device: torch.device) -> Call:
-    """The same for the model."""
+    """Returns the same rows as inputs of the model, one token each."""
     pairs = zip(rows.positions[::2], rows.positions[1::2], strict=True)
     return _call(
         [[t] for t in rows.tokens],

@@ -12,7 +12,7 @@ from torch import Tensor
 from glm_core import dispatch, ops
 from glm_core.backends import registry
 from glm_core.backends.cpu import isas, select_isa
-from glm_core.decode_step import Rows
+from glm_core.decode_step import DecodeStep, Rows
 from glm_core.model.adapters import AdapterConfig, attach
 from glm_core.model.glm import GLM
 from glm_core.model.presets import preset
@@ -20,6 +20,8 @@ from glm_core.model.prompt import Prompt, causal
 from glm_core.model.quantize import Quantization, convert, quantize_head
 from glm_core.model.runner import DecodeRow, Runner, idle
 from glm_core.model.stack import angles, stack
+from glm_core.session import Fallback
+from glm_core.spec import Support, unsupported
 
 V, LENGTH = 61, 48
 PRESETS = ("glm-base", "glm-130b", "chatglm-6b", "glm-4-9b", "glm-4-0414-9b")
@@ -79,7 +81,7 @@ def run(model: GLM, whole: bool, rows: int = 3) -> tuple[list[Tensor], Tensor]:
         with dispatch.intercept(None if whole else watch):
             found.append(runner.decode(asked))
     assert bool(seen) is not whole
-    assert runner._step is not None
+    assert not isinstance(runner._step, Support)
     return found, runner.cache.memory
 
 
@@ -124,10 +126,10 @@ def test_every_instruction_set_and_number_of_threads() -> None:
         torch.set_num_threads(threads)
 
 
-def step_of(model: GLM) -> object:
-    """What the cpu backend would take the model's steps with."""
-    made = stack(model, lambda: angles(model, LENGTH))
-    return None if made is None else registry.get("cpu").decode_step(made)
+def step_of(model: GLM) -> DecodeStep | Support:
+    """Returns the cpu backend's step for the model, or why there is none."""
+    parts = stack(model, lambda: angles(model, LENGTH))
+    return parts if isinstance(parts, Support) else registry.get("cpu").decode_step(parts)
 
 
 def adapted(model: GLM) -> None:
@@ -155,28 +157,63 @@ def grouped(model: GLM) -> None:
         pass
 
 
-@pytest.mark.parametrize("change", [adapted, prefixed, hooked, replaced, halved, grouped])
+REFUSED = {
+    adapted: "blocks.0.attention.qkv is a LoRA, not a Linear",
+    prefixed: "the model has a prefix (P-Tuning)",
+    hooked: "blocks.1.mlp has a hook",
+    replaced: "blocks.0.attention.core is not the op attention",
+    halved: "kernels take float32 and bfloat16, received torch.float16",
+    grouped: "kernels take groups of 32 or a multiple of 128, received 64",
+}
+
+
+@pytest.mark.parametrize("change", REFUSED)
 def test_not_for_what_only_the_ops_can_do(change: Callable[[GLM], None]) -> None:
     model = built("glm-4-9b")
-    assert step_of(model) is not None
+    assert not isinstance(step_of(model), Support)
     change(model)
-    assert step_of(model) is None
+    refusal = step_of(model)
+    assert isinstance(refusal, Support)
+    assert REFUSED[change] in refusal.reason
+
+
+@pytest.mark.parametrize("change", REFUSED)
+def test_a_refusal_reaches_the_session_with_its_reason(change: Callable[[GLM], None]) -> None:
+    model, prompt = built("glm-4-9b"), causal(range(6))
+    change(model)
+    runner = Runner(model, 1)
+    with registry.use("cpu") as session:
+        runner.prefill(0, [prompt])
+        assert "decode_step" not in {f.op for f in session.fallbacks}
+        for place in (6, 7):
+            runner.decode([DecodeRow(7, prompt, place)])
+    counts = {f.reason: n for f, n in session.fallbacks.items() if f.op == "decode_step"}
+    assert counts == {step_of(model).reason: 2}
 
 
 def test_other_backends_call_their_ops() -> None:
-    made = stack(model := built("glm-4-9b"), lambda: angles(model, LENGTH))
-    assert made is not None
-    assert registry.get("onnxrt").decode_step(made) is None
-    assert dispatch.session().backend.decode_step(made) is None  # outside of any `use`
+    model, prompt = built("glm-4-9b"), causal(range(6))
+    parts = stack(model, lambda: angles(model, LENGTH))
+    assert not isinstance(parts, Support)
+    refusal = registry.get("onnxrt").decode_step(parts)
+    assert refusal == unsupported("the backend takes no whole decode steps")
+    assert isinstance(dispatch.session().backend.decode_step(parts), Support)  # outside of any use
+    with registry.use("reference") as session:
+        runner = Runner(model, 1)
+        runner.prefill(0, [prompt])
+        runner.decode([DecodeRow(7, prompt, 6)])
+    assert not session.fallbacks  # it has references only
 
 
 def test_more_rows_go_op_by_op() -> None:
     model = built("glm-4-9b")
     runner, prompt = Runner(model, 9), causal(range(5))
-    with registry.use("cpu", strict=True):
+    with registry.use("cpu", strict=True) as session:
         for slot in range(9):
             runner.prefill(slot, [prompt])
         logits = runner.decode([DecodeRow(7, prompt, 5)] * 9)
+        reason = "9 rows; one call takes 8 at most"
+        assert session.fallbacks == {Fallback("cpu", "decode_step", reason): 1}
         assert runner.decode([DecodeRow(7, prompt, 5)]).sub(logits[:1]).abs().max() < 1e-4
 
 

@@ -30,7 +30,6 @@ backend = SimBackend(
     device_type="sim",
     verified="run on the simulated device",
     dtypes=tuple(d for d in _DTYPES if not faults.missing(d)),
-    in_process=False,  # torch.compile's code generator does not know the device
 )
 
 

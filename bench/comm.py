@@ -86,17 +86,17 @@ def measure(
     }
     contestants: dict[str, Callable[[], Any]] = {}
     for key, case in cases.items():
-        contestants[f"all arrived {key}"] = comm.together
+        contestants[f"all arrived {key}"] = comm.barrier
         contestants[str(key)] = _finished(case.run, backend)
     quiet = contextlib.redirect_stderr(io.StringIO() if me.rank else sys.stderr)
     with quiet:
         timings = interleave(contestants, rounds)
     rows = []
     for (name, count), case in cases.items():
-        seconds = comm.slowest(list(timings[str((name, count))].seconds), me)
+        seconds = comm.slowest_times(list(timings[str((name, count))].seconds), me)
         case.refill()
         case.run()
-        wrong = int(sum(comm.gathered(case.wrong(), me)))
+        wrong = int(sum(comm.gathered_values(case.wrong(), me)))
         rows.append(row(name, count, dtype, me.world, Timing(seconds=tuple(seconds)), wrong))
     return rows
 
@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if "RANK" not in os.environ:
             given = list(sys.argv[1:] if argv is None else argv)
-            launch.local(args.processes, ["-m", "glm_core.bench.comm", *given])
+            launch.run_locally(args.processes, ["-m", "glm_core.bench.comm", *given])
             return 0
         return _member(args)
     except GlmCoreError as error:
@@ -189,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _member(args: argparse.Namespace) -> int:
     wanted = sizes(args.min_bytes, args.max_bytes, args.factor)
     backend, dtype = registry.usable(args.backend), getattr(torch, args.dtype)
-    with comm.joined(backend) as me:
+    with comm.process_group(backend) as me:
         rows = measure(args.op, wanted, dtype, args.rounds, backend, me)
     result = {
         "rows": rows,

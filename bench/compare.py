@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glm_core.errors import GlmCoreError
-from glm_core.measure.rows import MACHINE, Row
+from glm_core.measure.rows import MACHINE_FACTS, Row
 
 MEASURES = ("auto", "time", "ratio")
 FALSE_ALARMS = 0.05
@@ -93,7 +93,7 @@ def differences(a: Sequence[Row], b: Sequence[Row]) -> list[str]:
     def values(rows: Sequence[Row], fact: str) -> str:
         return " and ".join(dict.fromkeys(str(r.machine.get(fact, "unknown")) for r in rows))
 
-    pairs = [(fact, values(a, fact), values(b, fact)) for fact in MACHINE]
+    pairs = [(fact, values(a, fact), values(b, fact)) for fact in MACHINE_FACTS]
     return [f"{fact} {x}, {y}" for fact, x, y in pairs if x != y or " and " in x]
 
 

@@ -23,7 +23,7 @@ from glm_core.backends.registry import use
 from glm_core.bench import chatglm, llama, matmul_nbits, peers
 from glm_core.bench.peers import Engine
 from glm_core.config import ModelConfig
-from glm_core.measure.noise import Watch, irregularities
+from glm_core.measure.noise import NoiseWatch, irregularities
 from glm_core.measure.rows import Row
 from glm_core.measure.timing import Timing, interleave, machine, ratio
 from glm_core.model.glm import GLM
@@ -186,7 +186,7 @@ def timed(
 
 def rows(rounds: int, prefill: int, dtypes: list[str], told: dict[str, Any]) -> list[Row]:
     """A row for each engine; the peer is the read of the same rounds. `told` is the machine."""
-    watch = Watch()
+    watch = NoiseWatch()
     found, timing = timed(shapes(), rounds, prefill, dtypes)
     read, notes, tokens = timing["read"], tuple(watch.notes()), prefill or 1
     source = f"measured here, best of {rounds}: read of {READ_BYTES >> 20} MiB"

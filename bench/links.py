@@ -29,10 +29,10 @@ def measure(backend: str, processes: int, rounds: int, largest: str) -> list[Row
         "--max-bytes",
         largest,
     ]
-    return rows(answer(command, LIMIT_S, "bench comm:", "a link hangs"))
+    return rows(run_json(command, LIMIT_S, "bench comm:", "a link hangs"))
 
 
-def answer(command: list[str], limit_s: int, who: str, late: str) -> dict[str, Any]:
+def run_json(command: list[str], limit_s: int, who: str, late: str) -> dict[str, Any]:
     """The JSON object in the last line that a command of ours prints. Raises GlmCoreError with what
     it said, `who` before it; `late`: what to think of one that does not end within limit_s."""
     try:

@@ -16,7 +16,7 @@ from glm_core.backends.registry import use
 from glm_core.conformance import perf
 from glm_core.conformance.case import Case, select
 from glm_core.measure import ceilings
-from glm_core.measure.noise import Watch, irregularities
+from glm_core.measure.noise import NoiseWatch, irregularities
 from glm_core.measure.rows import Row
 from glm_core.measure.timing import interleave
 
@@ -40,7 +40,7 @@ def measure(
     """Rows as they are measured."""
     peaks: dict[tuple[str, torch.dtype], Peak] = {}
     for backend in backends(names):
-        told = ceilings.place(backend)
+        told = ceilings.machine_with_device(backend)
         for case in select(backend, modes=["perf"], op=op, dtypes=dtypes):
             where = (backend.device_type, case.dtype)
             if where not in peaks:
@@ -57,7 +57,7 @@ def rows(
 ) -> Iterator[Row]:
     """One case, each direction against the reference in the same rounds."""
     for direction, flops, moved, calls in perf.calls(case, backend):
-        watch = Watch()
+        watch = NoiseWatch()
         with use(backend):
             repeats = _repeats(calls["kernel"])
             timing = interleave({k: _repeated(c, repeats) for k, c in calls.items()}, rounds)

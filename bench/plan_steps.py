@@ -29,7 +29,7 @@ from glm_core.measure import ceilings
 from glm_core.measure.timing import interleave
 from glm_core.model.glm import GLM
 from glm_core.model.presets import preset
-from glm_core.planner.here import MESSAGES, SIZES, Alone, Wanted
+from glm_core.planner.this_machine import MESSAGES, SIZES, StepAlone, Timings
 from glm_core.training.optimizer import Optimizer
 from glm_core.training.trainer import Batch
 
@@ -37,7 +37,7 @@ LIMIT_S = 900
 Call = Callable[[], Any]
 
 
-def measure(wanted: Wanted) -> dict[str, list[float]]:
+def measure(wanted: Timings) -> dict[str, list[float]]:
     """Seconds of each round by what was timed: of the slowest rank. Raises GlmCoreError with what
     the processes said."""
     words = [
@@ -46,10 +46,10 @@ def measure(wanted: Wanted) -> dict[str, list[float]]:
         "glm_core.bench.plan_steps",
         json.dumps(dataclasses.asdict(wanted)),
     ]
-    return links.answer(words, LIMIT_S, "plan measure:", "ask for less")
+    return links.run_json(words, LIMIT_S, "plan measure:", "ask for less")
 
 
-def contestants(wanted: Wanted, backend: Backend, me: comm.Member) -> dict[str, Call]:
+def contestants(wanted: Timings, backend: Backend, me: comm.Member) -> dict[str, Call]:
     """By name what is timed; every rank calls them in the same order."""
     calls = {k: c for k, (c, _, _) in ceilings.contestants(backend, (torch.bfloat16,)).items()}
     found = {k: c for k, c in calls.items() if k in ("gemm bfloat16", "memory read")}
@@ -91,7 +91,7 @@ def alone_step(model: ModelConfig, batch: Batch) -> Call:
     return step
 
 
-def plan_step(plan: str, wanted: Wanted, backend: Backend) -> Call:
+def plan_step(plan: str, wanted: Timings, backend: Backend) -> Call:
     """The real engine's step under the plan."""
     model, cut = preset(wanted.preset), parse(plan)
     vocab = min(DataConfig().vocab, model.vocab)
@@ -114,18 +114,18 @@ def plan_step(plan: str, wanted: Wanted, backend: Backend) -> Call:
 def together(calls: dict[str, Call]) -> Iterator[tuple[str, Call]]:
     """Before each a barrier, which is not timed with it."""
     for name, call in calls.items():
-        yield f"all arrived {name}", comm.together
+        yield f"all arrived {name}", comm.barrier
         yield name, call
 
 
-def member(wanted: Wanted) -> dict[str, list[float]]:
+def member(wanted: Timings) -> dict[str, list[float]]:
     """One process's part; the same result on all."""
     backend = registry.usable("cpu")
-    with comm.joined(backend, 600.0) as me, registry.use(backend):
+    with comm.process_group(backend, 600.0) as me, registry.use(backend):
         calls = contestants(wanted, backend, me)
         with contextlib.redirect_stderr(io.StringIO() if me.rank else sys.stderr):
             timing = interleave(dict(together(calls)), wanted.rounds)
-        return {name: comm.slowest(list(timing[name].seconds), me) for name in calls}
+        return {name: comm.slowest_times(list(timing[name].seconds), me) for name in calls}
 
 
 def main() -> int:
@@ -134,10 +134,10 @@ def main() -> int:
     try:
         if "RANK" not in os.environ:
             words = ["-m", "glm_core.bench.plan_steps", sys.argv[1]]
-            launch.local(told["processes"], words)
+            launch.run_locally(told["processes"], words)
             return 0
-        alone = tuple(Alone(**a) for a in told["alone"])
-        found = member(Wanted(**told | {"alone": alone, "plans": tuple(told["plans"])}))
+        alone = tuple(StepAlone(**a) for a in told["alone"])
+        found = member(Timings(**told | {"alone": alone, "plans": tuple(told["plans"])}))
         if os.environ["RANK"] == "0":
             print(json.dumps(found), flush=True)
         return 0

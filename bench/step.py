@@ -19,7 +19,7 @@ from glm_core.backends.registry import get, use
 from glm_core.bench import peers as other
 from glm_core.config import ModelConfig, TrainConfig
 from glm_core.dispatch import Op, intercept, run
-from glm_core.measure.noise import Watch, irregularities
+from glm_core.measure.noise import NoiseWatch, irregularities
 from glm_core.measure.rows import Row
 from glm_core.measure.timing import Timing, gemm, gemm_flops, interleave, machine, ratio
 from glm_core.model.glm import GLM
@@ -146,7 +146,7 @@ def rows(
 ) -> list[Row]:
     """A row for each peer, of the same rounds; `told` is the machine."""
     config = preset("glm4-34m")
-    watch = Watch()
+    watch = NoiseWatch()
     timing, losses = timed(config, dtype, rounds, peers, backend)
     own, notes = timing["ours"].seconds, tuple(watch.notes())
     return [

@@ -16,7 +16,7 @@ from glm_core.data.open import open_sampler
 from glm_core.data.sampler import Batch as SampledBatch
 from glm_core.dispatch import Op, intercept, run
 from glm_core.measure import ceilings
-from glm_core.measure.noise import Watch, irregularities
+from glm_core.measure.noise import NoiseWatch, irregularities
 from glm_core.measure.rows import Row
 from glm_core.measure.timing import gemm, gemm_flops, interleave
 from glm_core.planner.cost import Work, model_flops
@@ -88,7 +88,11 @@ def measure(config: RunConfig, rounds: int, on_text: bool = False) -> Row:
     sampler = _sampler(config, on_text)
     trainer = Trainer(config, sampler)
     backend, dtype = trainer.backend, trainer.dtype
-    peak, told, watch = ceilings.peak(backend, dtype), ceilings.place(backend), Watch()
+    peak, told, watch = (
+        ceilings.peak(backend, dtype),
+        ceilings.machine_with_device(backend),
+        NoiseWatch(),
+    )
     with registry.use(backend, strict=config.train.strict) as session:
         calls = {
             "step": ceilings.finished(backend, trainer.step),

@@ -176,7 +176,7 @@ def _step(args: argparse.Namespace) -> list[Row]:
         ]
     peers = ("eager",) if args.peer == "transformers" else ("eager", "compiled")
     name = args.backend or "cpu"
-    told = ceilings.place(registry.usable(name))
+    told = ceilings.machine_with_device(registry.usable(name))
     return [r for d in dtypes for r in step.rows(d, args.rounds, peers, name, told)]
 
 
@@ -188,7 +188,7 @@ def _decode(args: argparse.Namespace) -> list[Row]:
 
     if args.prefill < 0:
         raise GlmCoreError(f"--prefill={args.prefill} must be at least 0")
-    told = ceilings.place(registry.usable("cpu"))
+    told = ceilings.machine_with_device(registry.usable("cpu"))
     return decode.rows(args.rounds, args.prefill, args.dtype or list(decode.OURS), told)
 
 
@@ -202,7 +202,11 @@ def _dispatch(args: argparse.Namespace) -> list[Row]:
     from glm_core.backends import registry
     from glm_core.measure import ceilings
 
-    return [ceilings.dispatch_row(args.rounds, ceilings.place(registry.usable("reference")))]
+    return [
+        ceilings.dispatch_row(
+            args.rounds, ceilings.machine_with_device(registry.usable("reference"))
+        )
+    ]
 
 
 def run_compare(args: argparse.Namespace) -> int:

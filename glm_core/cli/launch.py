@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from glm_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from glm_core.distributed.launch import Job
+    from glm_core.distributed.launch import Launch
 
 
 def define(parser: argparse.ArgumentParser) -> None:
@@ -53,17 +53,17 @@ def run(args: argparse.Namespace) -> int:
             lines = launch.remote_commands(wanted, os.environ.items())
             print("\n".join(shlex.join(words) for words in lines))
             return 0
-        launch.everywhere(wanted)
+        launch.run_on_hosts(wanted)
         return 0
-    words = launch.arguments(wanted, 0)
+    words = launch.torchrun_arguments(wanted, 0)
     if args.dry_run:
         print(shlex.join(["torchrun", *words]))
         return 0
-    launch.start(words)
+    launch.run_torchrun(words)
     return 0
 
 
-def job(args: argparse.Namespace) -> Job:
+def job(args: argparse.Namespace) -> Launch:
     """What the options describe. Raises ConfigError for those that do not go together."""
     from glm_core.distributed import launch
 
@@ -80,10 +80,10 @@ def job(args: argparse.Namespace) -> Job:
         raise ConfigError("--nproc-per-node: the hostfile's slots= say it; give one of them")
     else:
         hosts = launch.read_hostfile(Path(args.hostfile))
-        hosts = launch.select(hosts, args.include, args.exclude)
+        hosts = launch.select_hosts(hosts, args.include, args.exclude)
     if hosts[0].slots < 1:
         raise ConfigError(f"--nproc-per-node={hosts[0].slots}: must be at least 1")
-    return launch.Job(
+    return launch.Launch(
         hosts=tuple(hosts),
         program=tuple(program),
         address=args.master_addr or hosts[0].name,

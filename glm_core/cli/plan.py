@@ -287,7 +287,8 @@ def run_dry(args: argparse.Namespace) -> int:
     from glm_core.distributed.plan import parse
     from glm_core.errors import ConfigError
     from glm_core.model.presets import preset
-    from glm_core.planner import cluster, own
+    from glm_core.planner import cluster
+    from glm_core.planner import rank as own
 
     if not args.plan:
         raise ConfigError("plan dry-run: no plan; pass --plan tp=4,pp=8,dp=24,micro_batches=176")
@@ -351,31 +352,35 @@ def run_measure(args: argparse.Namespace) -> int:
     from glm_core.errors import ConfigError
     from glm_core.measure.timing import machine
     from glm_core.model.presets import preset
-    from glm_core.planner import here
+    from glm_core.planner import this_machine
 
     if args.rounds < 1:
         raise ConfigError(f"--rounds={args.rounds} must be at least 1")
     model = preset(args.preset)
-    wanted = here.Wanted(
+    wanted = this_machine.Timings(
         preset=args.preset,
         processes=2,
         length=args.seq,
         global_batch=args.global_batch,
         rounds=args.rounds,
     )
-    chosen = here.checked_plans([args.plan] if args.plan else here.PLANS, model, wanted)
-    first = plan_steps.measure(replace(wanted, alone=here.alone(model), messages=True))
-    at = here.calibrated(first, model, args.seq)
+    chosen = this_machine.checked_plans(
+        [args.plan] if args.plan else this_machine.PLANS, model, wanted
+    )
+    first = plan_steps.measure(
+        replace(wanted, alone=this_machine.steps_alone(model), messages=True)
+    )
+    at = this_machine.calibrated(first, model, args.seq)
     if args.out:
-        here.write_cluster(args.out, at, machine(), wanted.processes)
+        this_machine.write_cluster(args.out, at, machine(), wanted.processes)
     forecast = {
-        text: here.predicted(at, model, plan, args.seq, args.global_batch)
+        text: this_machine.predicted(at, model, plan, args.seq, args.global_batch)
         for text, plan in chosen.items()
     }
     for text, parts in forecast.items():
         print(f"predicted: {text}: {sum(parts.values()):.3f} s", file=sys.stderr)
-    again = replace(wanted, alone=here.alone(model)[:2], plans=tuple(chosen))
-    report = here.report(at, forecast, first, plan_steps.measure(again))
+    again = replace(wanted, alone=this_machine.steps_alone(model)[:2], plans=tuple(chosen))
+    report = this_machine.report(at, forecast, first, plan_steps.measure(again))
     emit(args, report | {"machine": machine()}, measured_text(report))
     return 0
 

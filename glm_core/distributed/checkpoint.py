@@ -54,21 +54,21 @@ FACTS, SUMS, PART = "facts.json", ".sha256", ".part"
 PATTERN = "step-" + "[0-9]" * 8
 
 
-class Pieces:
+class Shards:
     """What this rank holds of a tensor: views, each with its place in the whole."""
 
-    def __init__(self, shape: torch.Size, parts: list[tuple[tuple[int, ...], Tensor]]) -> None:
+    def __init__(self, shape: torch.Size, shards: list[tuple[tuple[int, ...], Tensor]]) -> None:
         self.shape = shape
-        self.parts = {torch.Size(place): view for place, view in parts if view.numel()}
+        self.shards = {torch.Size(place): view for place, view in shards if view.numel()}
 
     def size(self) -> torch.Size:
         """Of the whole, for DCP's own check on loading."""
         return self.shape
 
-    def snapshot(self) -> Pieces:
+    def snapshot(self) -> Shards:
         """A copy in host memory."""
-        copies = [(p, v.detach().to("cpu", copy=True)) for p, v in self.parts.items()]
-        return Pieces(self.shape, [(tuple(place), view) for place, view in copies])
+        copies = [(p, v.detach().to("cpu", copy=True)) for p, v in self.shards.items()]
+        return Shards(self.shape, [(tuple(place), view) for place, view in copies])
 
     # DCP's protocol for what it does not know
     def __create_write_items__(self, name: str, _: Any) -> list[WriteItem]:
@@ -82,20 +82,20 @@ class Pieces:
                     size=self.shape,
                 ),
             )
-            for place, view in self.parts.items()
+            for place, view in self.shards.items()
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(offsets=p, sizes=v.shape) for p, v in self.parts.items()]
+        return [ChunkStorageMetadata(offsets=p, sizes=v.shape) for p, v in self.shards.items()]
 
 
-State = Mapping[str, Tensor | Pieces]
-"""DTensors and tensors that every rank holds whole are cut into Pieces here"""
+State = Mapping[str, Tensor | Shards]
+"""DTensors and tensors that every rank holds whole are cut into Shards here"""
 
 
-def pieces(
+def shards_of(
     tensor: Tensor, split: Split | None = None, tp: int = 1, own: Tensor | None = None
-) -> Pieces:
+) -> Shards:
     """`tensor`: this tensor-parallel rank's part, which `split` places in the whole; a DTensor
     where it is sharded further, by rows, over data-parallel ranks. own: another tensor that is laid
     out as it, say its moments, by this rank's share alone."""
@@ -107,16 +107,16 @@ def pieces(
             tensor.shape, tensor.device_mesh, tensor.placements
         )
     if split is None:
-        return Pieces(torch.Size(shape), [(place, local.detach())])
+        return Shards(torch.Size(shape), [(place, local.detach())])
     assert not any(place[1:]), "under tensor parallelism ZeRO shards rows"
     shape[split.dim] *= tp
     first_row = place[0] if place else 0
-    return Pieces(torch.Size(shape), chunks(local.detach(), split, first_row))
+    return Shards(torch.Size(shape), chunks(local.detach(), split, first_row))
 
 
 class _SavePlanner(DefaultSavePlanner):
     def lookup_object(self, index: MetadataIndex) -> Any:
-        return self.state_dict[index.fqn].parts[index.offset]
+        return self.state_dict[index.fqn].shards[index.offset]
 
 
 class _LoadPlanner(DefaultLoadPlanner):
@@ -131,7 +131,7 @@ class _LoadPlanner(DefaultLoadPlanner):
         self.metadata, self.is_coordinator = metadata, is_coordinator
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        view: Tensor = self.state_dict[index.fqn].parts[index.offset]
+        view: Tensor = self.state_dict[index.fqn].shards[index.offset]
         return view
 
 
@@ -172,7 +172,7 @@ class _Writer(FileSystemWriter):
         part.rename(self.target)
         flush(self.target.parent)
         replace(self.target.parent / LATEST, lambda p: p.write_text(self.target.name + "\n"))
-        for old in [p for p in whole(self.target.parent) if p != self.target][
+        for old in [p for p in complete_checkpoints(self.target.parent) if p != self.target][
             : 1 - self.keep or None
         ]:
             shutil.rmtree(old)
@@ -192,17 +192,17 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def whole(folder: Path) -> list[Path]:
+def complete_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a folder, oldest first."""
     return sorted(p for p in folder.glob(PATTERN) if (p / FACTS).is_file())
 
 
-def find(path: Path) -> Path:
+def find_checkpoint(path: Path) -> Path:
     """The checkpoint meant: itself, or the one that `latest` names in a folder of checkpoints.
     Raises CheckpointError where there is none."""
     if (path / FACTS).is_file():
         return path
-    found = whole(path)
+    found = complete_checkpoints(path)
     if not found:
         raise CheckpointError(f"{path}: holds no distributed checkpoint; start without resume")
     named = path / (path / LATEST).read_text().strip() if (path / LATEST).is_file() else found[-1]
@@ -231,7 +231,7 @@ class Checkpoints:
         the older checkpoints and a `latest` that names a whole one. Raises CheckpointError where
         the save before this one failed on any rank."""
         self.wait()
-        kept = {name: _pieces_of(value).snapshot() for name, value in state.items()}
+        kept = {name: _as_shards(value).snapshot() for name, value in state.items()}
         target = self.folder / f"step-{step:08d}"
         text = json.dumps({"format": FORMAT, "step": step, **facts})
         self._target = target
@@ -242,11 +242,11 @@ class Checkpoints:
         self._thread.start()
         return target
 
-    def _write(self, target: Path, state: dict[str, Pieces], facts: str) -> None:
+    def _write(self, target: Path, state: dict[str, Shards], facts: str) -> None:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             writer = _Writer(target, facts, self.keep)
-            with alone_without_warning(self.group is None):
+            with single_process_allowed(self.group is None):
                 dcp_save(
                     dict(state),
                     storage_writer=writer,
@@ -266,20 +266,20 @@ class Checkpoints:
         if self._error is not None:
             error, self._error = self._error, None
             raise CheckpointError(
-                f"{self._target}: not saved ({told(error)}); checkpoints before it are intact: "
-                "make room or choose another folder, then resume"
+                f"{self._target}: not saved ({failure_text(error)}); checkpoints before it are "
+                "intact: make room or choose another folder, then resume"
             ) from None
         return self._target
 
     def load(self, path: Path, state: State) -> dict[str, Any]:
         """Fills the state's tensors in place, under whatever plan it was saved, and returns the
         facts. Raises CheckpointError for what is damaged, missing or of another model."""
-        path = find(path)
+        path = find_checkpoint(path)
         facts = read_facts(path)
         self._verify(path)
-        wanted = {name: _pieces_of(value) for name, value in state.items()}
+        wanted = {name: _as_shards(value) for name, value in state.items()}
         try:
-            with alone_without_warning(self.group is None):
+            with single_process_allowed(self.group is None):
                 dcp_load(
                     wanted,
                     storage_reader=FileSystemReader(path),
@@ -289,8 +289,8 @@ class Checkpoints:
                 )
         except (CheckpointException, OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(
-                f"{path}: does not fit this model ({told(error)}); resume with the config it was "
-                "saved with"
+                f"{path}: does not fit this model ({failure_text(error)}); resume with the config "
+                "it was saved with"
             ) from None
         return facts
 
@@ -307,15 +307,15 @@ class Checkpoints:
             everyone = [[] for _ in range(world)]
             dist.all_gather_object(everyone, bad, group=self.group)
         if found := sorted(name for names in everyone for name in names):
-            others = [str(p) for p in whole(path.parent) if p != path]
+            others = [str(p) for p in complete_checkpoints(path.parent) if p != path]
             instead = f"use {' or '.join(others)}" if others else "start again without resume"
             raise CheckpointError(f"{path}: damaged or missing: {', '.join(found)}; {instead}")
 
 
 @contextmanager
-def alone_without_warning(alone: bool) -> Iterator[None]:
+def single_process_allowed(single: bool) -> Iterator[None]:
     """DCP warns a process that is alone; here that is a run like any other."""
-    if not alone:
+    if not single:
         yield
         return
     with warnings.catch_warnings():
@@ -323,8 +323,8 @@ def alone_without_warning(alone: bool) -> Iterator[None]:
         yield
 
 
-def _pieces_of(value: Tensor | Pieces) -> Pieces:
-    return value if isinstance(value, Pieces) else pieces(value)
+def _as_shards(value: Tensor | Shards) -> Shards:
+    return value if isinstance(value, Shards) else shards_of(value)
 
 
 def read_facts(path: Path) -> dict[str, Any]:
@@ -338,7 +338,7 @@ def read_facts(path: Path) -> dict[str, Any]:
     return facts
 
 
-def told(error: BaseException) -> str:
+def failure_text(error: BaseException) -> str:
     """`rank 1: [Errno 28] No space left on device` of what DCP collects from all ranks."""
     if isinstance(error, CheckpointException):
         each = [f"rank {rank}: {e}" for rank, (e, _) in sorted(error.failures.items())]

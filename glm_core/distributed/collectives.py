@@ -15,17 +15,17 @@ SEQUENCE = 1
 """dim that sequence parallelism splits"""
 
 
-def total(x: Tensor, group: ProcessGroup) -> Tensor:
+def all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
     """The sum over the group's ranks, on all of them; has no gradient."""
     return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", group))
 
 
-def joined(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
+def all_gather(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
     """The ranks' tensors one after the other along `dim`, on all of them; has no gradient."""
     return functional.wait_tensor(functional.all_gather_single(x.contiguous(), dim, group))
 
 
-def shared_out(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
+def reduce_scatter(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
     """This rank's part, along `dim`, of the sum over the group's ranks; has no gradient."""
     summed = functional.reduce_scatter_single(x.contiguous(), "sum", dim, group)
     return functional.wait_tensor(summed)
@@ -39,13 +39,13 @@ class _Copy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return total(grads[0], ctx.group), None
+        return all_reduce(grads[0], ctx.group), None
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        return total(x, group)
+        return all_reduce(x, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -56,22 +56,22 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
-        return joined(x, group, SEQUENCE)
+        return all_gather(x, group, SEQUENCE)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return shared_out(grads[0], ctx.group, SEQUENCE), None
+        return reduce_scatter(grads[0], ctx.group, SEQUENCE), None
 
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
-        return shared_out(x, group, SEQUENCE)
+        return reduce_scatter(x, group, SEQUENCE)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return joined(grads[0], ctx.group, SEQUENCE), None
+        return all_gather(grads[0], ctx.group, SEQUENCE), None
 
 
 def enter(x: Tensor, group: ProcessGroup, sp: bool) -> Tensor:

@@ -30,7 +30,7 @@ class Member:
 
 
 @contextmanager
-def joined(backend: Backend, timeout_s: float = 60.0) -> Iterator[Member]:
+def process_group(backend: Backend, timeout_s: float = 60.0) -> Iterator[Member]:
     """The default group over the backend's collective library, from torchrun's variables; left at
     the end of the block. Raises ConfigError where the process was not started by torchrun."""
     device = mesh.start(backend, timeout_s)
@@ -145,14 +145,14 @@ def _wait(work: dist.Work | None) -> None:
         work.wait()
 
 
-def slowest(seconds: list[float], me: Member) -> list[float]:
+def slowest_times(seconds: list[float], me: Member) -> list[float]:
     """Element by element the longest time over the ranks."""
     times = torch.tensor(seconds, dtype=torch.float32, device=me.device)
     _wait(dist.all_reduce(times, op=dist.ReduceOp.MAX))
     return times.tolist()
 
 
-def gathered(value: float, me: Member) -> list[float]:
+def gathered_values(value: float, me: Member) -> list[float]:
     """Every rank's value, by rank."""
     table = torch.zeros(me.world, dtype=torch.float32, device=me.device)
     table[me.rank] = value
@@ -160,6 +160,6 @@ def gathered(value: float, me: Member) -> list[float]:
     return table.tolist()
 
 
-def together() -> None:
+def barrier() -> None:
     """Returns when every rank has arrived."""
     dist.barrier()

@@ -16,7 +16,7 @@ from glm_core.config import RunConfig
 from glm_core.diagnose import nonfinite
 from glm_core.distributed import apply, schedule
 from glm_core.distributed import mesh as meshes
-from glm_core.distributed.collectives import total
+from glm_core.distributed.collectives import all_reduce
 from glm_core.distributed.plan import Plan, require_fit
 from glm_core.distributed.tensor_parallel import replicated
 from glm_core.errors import ConfigError
@@ -95,7 +95,7 @@ class Engine(Updates):
         self._sum_gradients()
         for axis, size in (("dp", self.plan.dp), ("pp", self.plan.pp)):
             if size > 1:
-                loss = total(loss, self.mesh.get_group(axis))
+                loss = all_reduce(loss, self.mesh.get_group(axis))
         return loss / scale
 
     def _rows(self, tokens: Tensor) -> slice:
@@ -131,7 +131,7 @@ class Engine(Updates):
             ("dp", self.plan.zero > 0),
         ):
             if sharded:
-                squares = total(squares, self.mesh.get_group(axis))
+                squares = all_reduce(squares, self.mesh.get_group(axis))
         return squares.sqrt()
 
     def _counts(self, name: str) -> bool:

@@ -67,7 +67,7 @@ def read_hostfile(path: Path) -> list[Host]:
         raise ConfigError(f"{path}: cannot be read as a hostfile ({error})") from None
 
 
-def select(hosts: list[Host], include: str, exclude: str) -> list[Host]:
+def select_hosts(hosts: list[Host], include: str, exclude: str) -> list[Host]:
     """DeepSpeed's `--include` and `--exclude`: names joined by `@`. Raises ConfigError for both at
     once, an unknown host, single slots, or nobody left."""
     if include and exclude:
@@ -88,7 +88,7 @@ def select(hosts: list[Host], include: str, exclude: str) -> list[Host]:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class Launch:
     """What to start, where."""
 
     hosts: tuple[Host, ...]
@@ -102,44 +102,51 @@ class Job:
     ssh_port: int = 22
 
 
-def arguments(job: Job, index: int) -> list[str]:
+def torchrun_arguments(launch: Launch, index: int) -> list[str]:
     """torchrun's arguments on host number `index`."""
-    words = [f"--nproc-per-node={job.hosts[index].slots}", f"--max-restarts={job.restarts}"]
-    if len(job.hosts) == 1:
+    words = [f"--nproc-per-node={launch.hosts[index].slots}", f"--max-restarts={launch.restarts}"]
+    if len(launch.hosts) == 1:
         # not --standalone: that takes the host's own name, which need not resolve
         words += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--local-addr=localhost"]
     else:
         words += [
-            f"--nnodes={len(job.hosts)}",
+            f"--nnodes={len(launch.hosts)}",
             f"--node-rank={index}",
-            f"--master-addr={job.address}",
-            f"--master-port={job.port}",
+            f"--master-addr={launch.address}",
+            f"--master-port={launch.port}",
         ]
-    return [*words, *job.program]
+    return [*words, *launch.program]
 
 
-def remote_commands(job: Job, environment: Iterable[tuple[str, str]]) -> list[list[str]]:
+def remote_commands(launch: Launch, environment: Iterable[tuple[str, str]]) -> list[list[str]]:
     """The ssh command line of each host, in ranks' order; its working folder and interpreter are
     this one's."""
     exports = [f"{k}={shlex.quote(v)}" for k, v in sorted(environment) if FORWARDED.fullmatch(k)]
     before = f"cd {shlex.quote(os.getcwd())} && exec {' '.join(['env', *exports])}"
     lines = []
-    for index, host in enumerate(job.hosts):
-        words = [sys.executable, "-m", "glm_core.distributed.launch", *arguments(job, index)]
+    for index, host in enumerate(launch.hosts):
+        words = [
+            sys.executable,
+            "-m",
+            "glm_core.distributed.launch",
+            *torchrun_arguments(launch, index),
+        ]
         inner = f"{before} {shlex.join(words)}"
         # -tt: the remote processes end with the connection
         lines.append(
-            ["ssh", "-tt", "-o", "BatchMode=yes", "-p", str(job.ssh_port), host.name, inner]
+            ["ssh", "-tt", "-o", "BatchMode=yes", "-p", str(launch.ssh_port), host.name, inner]
         )
     return lines
 
 
-def everywhere(job: Job, poll_s: float = 0.2) -> None:
+def run_on_hosts(launch: Launch, poll_s: float = 0.2) -> None:
     """Starts the job on every host by ssh and waits. The first host that fails ends the others;
     raises TrainingError that names it."""
     running = {
         host.name: subprocess.Popen(words, stdin=subprocess.DEVNULL)
-        for host, words in zip(job.hosts, remote_commands(job, os.environ.items()), strict=True)
+        for host, words in zip(
+            launch.hosts, remote_commands(launch, os.environ.items()), strict=True
+        )
     }
     try:
         while True:
@@ -169,13 +176,13 @@ def _end(processes: list[subprocess.Popen[bytes]], patience_s: float = 30.0) -> 
             process.wait()
 
 
-def local(processes: int, program: Sequence[str]) -> None:
+def run_locally(processes: int, program: Sequence[str]) -> None:
     """Runs `program` on this host alone. Raises TrainingError where a process failed."""
     if processes < 1:
         raise ConfigError(f"--processes {processes}: must be at least 1")
-    start(
-        arguments(
-            Job(
+    run_torchrun(
+        torchrun_arguments(
+            Launch(
                 hosts=(Host("localhost", processes),),
                 program=tuple(program),
                 address="localhost",
@@ -185,7 +192,7 @@ def local(processes: int, program: Sequence[str]) -> None:
     )
 
 
-def start(words: Sequence[str]) -> None:
+def run_torchrun(words: Sequence[str]) -> None:
     """torchrun in this process. Raises TrainingError for the first process that failed: its rank,
     how it ended, and where it was last (glm_core.distributed.watch)."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's own default, without its warning
@@ -205,7 +212,7 @@ def start(words: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     try:
-        start(sys.argv[1:])
+        run_torchrun(sys.argv[1:])
     except TrainingError as error:
         print(f"glm-core: {error}", file=sys.stderr)
         raise SystemExit(1) from None

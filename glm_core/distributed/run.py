@@ -17,7 +17,7 @@ from glm_core.backends.base import Backend
 from glm_core.config import RunConfig
 from glm_core.diagnose import device_errors
 from glm_core.distributed import mesh, saving, straggler
-from glm_core.distributed.checkpoint import Checkpoints, find, whole
+from glm_core.distributed.checkpoint import Checkpoints, complete_checkpoints, find_checkpoint
 from glm_core.distributed.engine import Engine
 from glm_core.distributed.plan import Plan
 from glm_core.distributed.watch import watched
@@ -82,7 +82,7 @@ def run(
 
 def newest(folder: Path) -> Path | None:
     """The newest whole checkpoint of a folder."""
-    return find(folder) if whole(folder) else None
+    return find_checkpoint(folder) if complete_checkpoints(folder) else None
 
 
 def _starting_point(out: Path, resume: bool) -> Path | None:
@@ -139,7 +139,7 @@ class Job:
         self.metrics: Metrics | None = None
         if start is not None:
             self.restore(start)
-        self.stragglers = straggler.Log(out / "stragglers.json", engine.steps_done)
+        self.stragglers = straggler.StragglerLog(out / "stragglers.json", engine.steps_done)
 
     @property
     def steps_done(self) -> int:

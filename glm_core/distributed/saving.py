@@ -6,13 +6,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from glm_core.distributed.checkpoint import Checkpoints, Pieces, find, pieces, read_facts
+from glm_core.distributed.checkpoint import (
+    Checkpoints,
+    Shards,
+    find_checkpoint,
+    read_facts,
+    shards_of,
+)
 from glm_core.distributed.engine import Engine
 from glm_core.distributed.layout import split_of
 from glm_core.training import checkpoint as single
 
 
-def state(engine: Engine) -> dict[str, Pieces]:
+def state(engine: Engine) -> dict[str, Shards]:
     """Masters and moments by `master.NAME`, `exp_avg.NAME`, ...: views of this process's part, each
     with its place in the whole."""
     tp, rank = engine.plan.tp, engine.mesh.get_local_rank("tp")
@@ -20,7 +26,7 @@ def state(engine: Engine) -> dict[str, Pieces]:
     for key, own in engine.optimizer.state()["tensors"].items():
         name = key.partition(".")[2]
         split = split_of(name, engine.config.model, tp, rank) if tp > 1 else None
-        found[key] = pieces(engine.optimizer.trained[name], split, tp, own)
+        found[key] = shards_of(engine.optimizer.trained[name], split, tp, own)
     return found
 
 
@@ -34,7 +40,7 @@ def save(engine: Engine, checkpoints: Checkpoints, sampler: dict[str, Any]) -> P
 def restore(engine: Engine, checkpoints: Checkpoints, path: Path) -> dict[str, Any]:
     """The engine goes on where the checkpoint was taken, whatever plan that was under; returns the
     sampler's state. Raises CheckpointError for another run's."""
-    path = find(path)
+    path = find_checkpoint(path)
     single.require_same(read_facts(path)["config"], engine.config, path)
     facts = checkpoints.load(path, state(engine))
     engine.restore_facts(facts, engine.optimizer.state()["tensors"])

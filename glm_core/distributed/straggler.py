@@ -32,7 +32,7 @@ FACTOR = 1.1
 """own time over the median from which a rank is named"""
 
 
-class Times(TorchDispatchMode):
+class OpTimes(TorchDispatchMode):
     """Seconds of one step by op; ours by their name, what is outside them by torch's."""
 
     def __init__(self, device_type: str) -> None:
@@ -84,7 +84,7 @@ def timed(folder: Path, step: int, device_type: str, every: int) -> Iterator[Non
     if not every or step % every:
         yield
         return
-    times, plain, own = Times(device_type), dist.Work.wait, threading.current_thread()
+    times, plain, own = OpTimes(device_type), dist.Work.wait, threading.current_thread()
 
     def wait(work: Any, *args: Any, **kwargs: Any) -> Any:
         thread = threading.current_thread()
@@ -131,7 +131,7 @@ class Report:
     """ranks whose times are not there yet"""
 
     @classmethod
-    def of(cls, values: dict[str, Any]) -> Report:
+    def from_json(cls, values: dict[str, Any]) -> Report:
         """Back from JSON, where a rank has become a string."""
         by_rank = {k: {int(r): s for r, s in values[k].items()} for k in ("own_s", "waiting_s")}
         return cls(**{**values, **by_rank})
@@ -198,7 +198,7 @@ def compare(step: int, found: dict[int, dict[str, Any]], world: int) -> Report:
     )
 
 
-class Log:
+class StragglerLog:
     """A run's reports, in a file that is there while the run goes on: after each report it is
     written anew, whole."""
 
@@ -208,7 +208,7 @@ class Log:
         self.reports: list[Report] = []
         if path.is_file():
             every = json.loads(path.read_text())["reports"]
-            self.reports = [Report.of(r) for r in every if r["step"] <= done]
+            self.reports = [Report.from_json(r) for r in every if r["step"] <= done]
 
     def add(self, report: Report) -> None:
         """One more."""

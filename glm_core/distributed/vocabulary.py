@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from glm_core import dispatch, ops
-from glm_core.distributed.collectives import joined
+from glm_core.distributed.collectives import all_gather
 from glm_core.ops.precision import wide
 
 CHUNK = 1 << 22
@@ -35,7 +35,7 @@ class _Loss(torch.autograd.Function):
             at, mine = _own(local[rows], weight)
             target = z.gather(1, at[:, None])[:, 0].where(mine, z.new_zeros(()))
             stats.append(torch.stack((z.logsumexp(1), target)))
-        every = joined(torch.cat(stats, 1)[None], group, 0)  # [t, 2, N]
+        every = all_gather(torch.cat(stats, 1)[None], group, 0)  # [t, 2, N]
         total = every[:, 0].logsumexp(0)
         ctx.save_for_backward(x, weight, local, token_weight, total)
         ctx.session = dispatch.session()

@@ -98,7 +98,7 @@ def read(path: Path) -> dict[str, Any] | None:
     return values
 
 
-class Watch:
+class RankWatch:
     """This rank among the others."""
 
     def __init__(self, folder: Path, rank: int, world: int, interval_s: float = 1.0) -> None:
@@ -119,7 +119,7 @@ class Watch:
             "state": state,
             "time": time.time(),
             "begun": watchdog.begun(),
-            "collectives": collectives(),
+            "collectives": collective_counts(),
             **dataclasses.asdict(place),
         }
         with self._lock:
@@ -151,10 +151,10 @@ class Watch:
         not waiting for others; else those behind the others in a group's collectives."""
         records = self.records()
         if silent := {r: x for r, x in records.items() if silent_s(x) > self.grace_s}:
-            return "; ".join(f"{gone(r, x)}{self._stuck(r)}" for r, x in silent.items())
+            return "; ".join(f"{lost_text(r, x)}{self._stuck(r)}" for r, x in silent.items())
         known = {r: x for r, x in records.items() if x is not None and x["state"] != "ended"}
         busy = {r: x for r, x in known.items() if not x["waiting"]}
-        held = busy or {r: x for r, x in known.items() if behind(x, list(known.values()))}
+        held = busy or {r: x for r, x in known.items() if is_behind(x, list(known.values()))}
         if not held:
             return f"all {self.world} ranks wait for each other: " + "; ".join(
                 f"rank {r} in {x['what']}" for r, x in known.items()
@@ -184,7 +184,9 @@ class Watch:
         time.sleep(self.grace_s)  # until a silent rank shows as one
         records = self.records()
         lost = [
-            gone(r, x) for r, x in records.items() if r != self.rank and is_gone(x, self.grace_s)
+            lost_text(r, x)
+            for r, x in records.items()
+            if r != self.rank and is_gone(x, self.grace_s)
         ]
         words = " ".join(str(error).split())[:200]
         cause = "; ".join(lost) or "every rank still answers"
@@ -199,7 +201,7 @@ class Watch:
         self.record.close()
 
 
-def collectives() -> dict[str, int]:
+def collective_counts() -> dict[str, int]:
     """How many collectives this rank has begun in every group it belongs to."""
     if not dist.is_initialized():
         return {}
@@ -212,7 +214,7 @@ def collectives() -> dict[str, int]:
     return counts
 
 
-def behind(record: dict[str, Any], records: list[dict[str, Any]]) -> bool:
+def is_behind(record: dict[str, Any], records: list[dict[str, Any]]) -> bool:
     """Has another rank begun more collectives in a group that both are in?"""
     return any(
         other["collectives"].get(group, 0) > count
@@ -241,7 +243,7 @@ def is_gone(record: dict[str, Any] | None, grace_s: float) -> bool:
     return status.rpartition(")")[2].split()[0] == "Z"
 
 
-def gone(rank: int, record: dict[str, Any] | None) -> str:
+def lost_text(rank: int, record: dict[str, Any] | None) -> str:
     """`rank 1 (pid 7 on a) is gone; last seen in step 3, inside op geglu` and its stack."""
     if record is None:
         return f"rank {rank} never began"
@@ -282,12 +284,12 @@ def _stuck_file(folder: Path, rank: int) -> TextIO:
 @contextmanager
 def watched(
     folder: Path, rank: int, world: int, timeout_s: float, interval_s: float = 1.0
-) -> Iterator[Watch]:
+) -> Iterator[RankWatch]:
     """The block is watched from outside and by the other ranks. Where it makes no progress (no
     `watchdog.beat`) for `timeout_s`, the process ends with exit code 1 within 3 more intervals, and
     says which rank holds up the job, in which op, with its stack. An error out of a collective
     becomes a TrainingError that names the rank that is gone. timeout_s 0: no limit on hangs."""
-    watch, done = Watch(folder, rank, world, interval_s), threading.Event()
+    watch, done = RankWatch(folder, rank, world, interval_s), threading.Event()
     way_out = "resume from the last checkpoint"
     sampler = threading.Thread(target=watch.sample, args=(done,), daemon=True)
     with ExitStack() as stack:

@@ -11,7 +11,7 @@ import torch
 
 from glm_core.backends.base import Backend, Peak
 from glm_core.measure import dispatch
-from glm_core.measure.noise import Watch, irregularities
+from glm_core.measure.noise import NoiseWatch, irregularities
 from glm_core.measure.rows import Row
 from glm_core.measure.timing import interleave, machine
 
@@ -60,9 +60,9 @@ def _repeat(call: Call) -> Call:
 def measure(backend: Backend, dtypes: Iterable[torch.dtype], rounds: int) -> list[Row]:
     """A row for each ceiling and for dispatch; the first matrix product is the others' peer, so
     that two machines can be compared by their balance."""
-    calls, watch = contestants(backend, dtypes), Watch()
+    calls, watch = contestants(backend, dtypes), NoiseWatch()
     timing = interleave({k: finished(backend, c) for k, (c, _, _) in calls.items()}, rounds)
-    told, notes = place(backend), watch.notes()
+    told, notes = machine_with_device(backend), watch.notes()
     peer = next(iter(calls))
     rows = [
         Row(
@@ -87,7 +87,7 @@ def measure(backend: Backend, dtypes: Iterable[torch.dtype], rounds: int) -> lis
 
 def dispatch_row(rounds: int, told: dict[str, Any]) -> Row:
     """Seconds that one op call spends in dispatch, against its bare kernel."""
-    watch = Watch()
+    watch = NoiseWatch()
     through, bare = dispatch.samples(rounds)
     return Row(
         bench="dispatch",
@@ -126,7 +126,7 @@ def finished(backend: Backend, call: Call) -> Call:
     return run if backend.device_type != "cpu" else call
 
 
-def place(backend: Backend) -> dict[str, Any]:
+def machine_with_device(backend: Backend) -> dict[str, Any]:
     """`machine` with the device's name."""
     named = None
     if backend.device_type != "cpu":

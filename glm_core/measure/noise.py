@@ -38,7 +38,7 @@ def counters(
     )
 
 
-class Watch:
+class NoiseWatch:
     """Counts from its creation on; `notes` says what else the machine did since."""
 
     def __init__(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from glm_core.errors import GlmCoreError
 from glm_core.measure.timing import Timing
 
-MACHINE = ("cpu", "cores", "threads", "isa", "device")
+MACHINE_FACTS = ("cpu", "cores", "threads", "isa", "device")
 """facts of `machine` that must agree before absolute times may be compared"""
 
 

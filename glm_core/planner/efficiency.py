@@ -62,18 +62,20 @@ def terms(x: Ideal) -> tuple[float, ...]:
 def fitted(family: str, stack: str) -> Factors:
     """Least squares of the relative error over the fit rows, no factor negative. A family without
     rows of the stack borrows A100's."""
-    rows = [r for r in published.rows() if r.role == "fit" and r.stack == stack]
+    rows = [r for r in published.runs() if r.role == "fit" and r.stack == stack]
     own = [r for r in rows if r.cluster.family == family]
     chosen = own or [r for r in rows if r.cluster.family == "A100"]
     table = np.array([np.array(terms(r.ideal)) / r.step_s for r in chosen])
-    matmul, elementwise, moved, launches = bounded(table, np.ones(len(chosen)), np.array(FLOORS))
+    matmul, elementwise, moved, launches = fit_bounded(
+        table, np.ones(len(chosen)), np.array(FLOORS)
+    )
     sources = ", ".join(dict.fromkeys(r.source for r in chosen))
     borrowed = "" if own else "A100 runs, borrowed: "
     origin = f"{borrowed}{len(chosen)} of {sources}"
     return Factors(matmul, elementwise, moved, launches, origin)
 
 
-def bounded(table: Array, target: Array, floors: Array) -> list[float]:
+def fit_bounded(table: Array, target: Array, floors: Array) -> list[float]:
     """argmin |table x - target|^2 with x >= floors: the best over all sets of columns that are
     above theirs."""
     columns = range(table.shape[1])

@@ -75,7 +75,7 @@ FORMULAS: tuple[tuple[str, str, str], ...] = (
         "gradients, 4 n where micro-batches are summed; of a layer 2 T (4 D + 3 (H + K) E/t + "
         "(gates + 1) F/t) + statistics, with full recomputation 4 T D; what a stage got and sent "
         "for every micro-batch in flight",
-        "glm_core/planner/own.py, held against `glm-core plan dry-run`",
+        "glm_core/planner/rank.py, held against `glm-core plan dry-run`",
     ),
     ("days, energy", "tokens / (global batch x s) steps; chips x power", "definition"),
 )

@@ -45,7 +45,7 @@ class Run:
 
 
 @functools.cache
-def rows() -> tuple[Run, ...]:
+def runs() -> tuple[Run, ...]:
     """Every run of the file, in its order."""
     with FILE.open(encoding="utf-8", newline="") as file:
         return tuple(_run(row) for row in csv.DictReader(file))

@@ -55,7 +55,7 @@ def verdicts() -> list[Verdict]:
     """Every run that can be predicted."""
     return [
         Verdict(run=r, predicted_step_s=predict(r.plan, r.work, r.cluster, r.stack).seconds)
-        for r in published.rows()
+        for r in published.runs()
         if r.role != "skip" and math.isfinite(r.step_s)
     ]
 
@@ -84,7 +84,7 @@ def report() -> dict[str, Any]:
         "factors": {k: dataclasses.asdict(f) for k, f in factors.items()},
         "skipped": [
             {"source": r.source, "model": r.model, "reason": r.note}
-            for r in published.rows()
+            for r in published.runs()
             if r.role == "skip"
         ],
     }

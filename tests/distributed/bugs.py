@@ -94,7 +94,7 @@ def halves_cut_together() -> AbstractContextManager[Any]:
 
 def own_logsumexp() -> AbstractContextManager[Any]:
     """Each rank normalises over its own rows of the vocabulary."""
-    right = vocabulary.joined
+    right = vocabulary.all_gather
 
     def wrong(x: Tensor, group: Any, dim: int) -> Tensor:
         every = right(x, group, dim)
@@ -103,7 +103,7 @@ def own_logsumexp() -> AbstractContextManager[Any]:
         )
         return every
 
-    return mock.patch.object(vocabulary, "joined", wrong)
+    return mock.patch.object(vocabulary, "all_gather", wrong)
 
 
 def ends_apart() -> AbstractContextManager[Any]:

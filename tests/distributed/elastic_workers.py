@@ -28,7 +28,7 @@ from glm_core.data.sampler import Batch
 from glm_core.diagnose import watchdog
 from glm_core.distributed import checkpoint, dry_run, mesh, saving, straggler, watch
 from glm_core.distributed import run as planned
-from glm_core.distributed.checkpoint import Checkpoints, Pieces, pieces
+from glm_core.distributed.checkpoint import Checkpoints, Shards, shards_of
 from glm_core.distributed.engine import Engine
 from glm_core.distributed.layout import split_of, take
 from glm_core.distributed.plan import parse, stage_layers, stages_of
@@ -67,7 +67,7 @@ def whole_state(seed: int) -> dict[str, Tensor]:
     return {k: torch.randn(s, generator=generator) for k, s in shapes(MODEL).items()}
 
 
-def held(plan_text: str, values: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Pieces]]:
+def held(plan_text: str, values: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Shards]]:
     """This rank's tensors of a plan, and where they lie in the whole."""
     plan = parse(plan_text)
     grid = mesh.make(plan, "cpu")
@@ -84,7 +84,7 @@ def held(plan_text: str, values: dict[str, Tensor]) -> tuple[dict[str, Tensor], 
         if plan.zero:
             part = distribute_tensor(part, grid["dp"], [Shard(0)])
         tensors[key] = part
-        placed[key] = pieces(part, split, plan.tp)
+        placed[key] = shards_of(part, split, plan.tp)
     return tensors, placed
 
 
@@ -128,7 +128,7 @@ def save_with_little_room(folder: str, max_bytes: int) -> None:
     join()
     checkpoints = Checkpoints(Path(folder), timeout_s=20)
     x = torch.full((1000, 8), float(os.environ["RANK"]))
-    state = {f"x{os.environ['RANK']}": pieces(x)}
+    state = {f"x{os.environ['RANK']}": shards_of(x)}
     checkpoints.save(1, state, {})
     checkpoints.wait()
     if dist.get_rank() == 1:
@@ -145,7 +145,7 @@ def die_in_save(folder: str, victim: int) -> None:
     """One rank is killed when its file of step 2 is complete but the checkpoint is not."""
     join()
     checkpoints: Any = Checkpoints(Path(folder), timeout_s=20)
-    state = {"x": pieces(torch.arange(8.0))}
+    state = {"x": shards_of(torch.arange(8.0))}
     checkpoints.save(1, state, {})
     checkpoints.wait()
     if dist.get_rank() == victim:

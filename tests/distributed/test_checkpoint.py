@@ -13,11 +13,11 @@ from ranks import Ranks
 
 from glm_core.distributed.checkpoint import (
     Checkpoints,
-    Pieces,
-    find,
-    pieces,
+    Shards,
+    complete_checkpoints,
+    find_checkpoint,
     read_facts,
-    whole,
+    shards_of,
 )
 from glm_core.distributed.layout import Split
 from glm_core.errors import CheckpointError
@@ -69,11 +69,14 @@ def test_a_run_goes_on_under_another_plan_and_back_bit_for_bit(
     second = go(spread, "a", "b", 2)
     third = go(grid, "b", "c", 1)
     for one, other in (("a", "b"), ("b", "c")):
-        read, written = find(tmp_path / one), tmp_path / other / find(tmp_path / one).name
+        read, written = (
+            find_checkpoint(tmp_path / one),
+            tmp_path / other / find_checkpoint(tmp_path / one).name,
+        )
         before, after = bits(read), bits(written)
         assert [k for k, v in before.items() if not torch.equal(v, after[k])] == []
         assert all(v.any() for k, v in before.items() if k.startswith("exp_avg."))
-    assert read_facts(find(tmp_path / "c"))["sampler"] == {"index": 40}
+    assert read_facts(find_checkpoint(tmp_path / "c"))["sampler"] == {"index": 40}
     assert first + second + third == pytest.approx(go(grid, "", "d", 5), rel=1e-5)
 
 
@@ -85,8 +88,8 @@ def test_full_disk_names_the_rank_and_leaves_the_step_before(ranks: Ranks, tmp_p
         assert "step-00000002: not saved (rank 1: " in output
         assert "File too large" in output
         assert "checkpoints before it are intact: make room" in output
-    assert [p.name for p in whole(folder)] == ["step-00000001"]
-    assert find(folder).name == "step-00000001"
+    assert [p.name for p in complete_checkpoints(folder)] == ["step-00000001"]
+    assert find_checkpoint(folder).name == "step-00000001"
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -96,13 +99,13 @@ def test_a_rank_killed_while_it_saves(ranks: Ranks, tmp_path: Path, victim: int)
     assert job.codes[victim] == -9, job.told
     assert job.codes[1 - victim] == 1
     assert "CheckpointError" in job.outputs[1 - victim]
-    assert find(folder).name == "step-00000001"
+    assert find_checkpoint(folder).name == "step-00000001"
     x = torch.zeros(8)
     one = Checkpoints(folder)
     assert one.load(folder, {"x": x})["step"] == 1
     assert torch.equal(x, torch.arange(8.0))
     one.save(2, {"x": x + 1}, {})  # clears what the kill left
-    assert one.wait() == find(folder) == folder / "step-00000002"
+    assert one.wait() == find_checkpoint(folder) == folder / "step-00000002"
     assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-00000001", "step-00000002"]
 
 
@@ -111,14 +114,14 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 3, 3):  # the last again, after a roll-back
         checkpoints.save(step, {"x": torch.full((2,), float(step))}, {"note": step})
     checkpoints.wait()
-    assert [p.name for p in whole(tmp_path)] == ["step-00000002", "step-00000003"]
+    assert [p.name for p in complete_checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
     assert (tmp_path / "latest").read_text() == "step-00000003\n"
 
 
 def test_what_is_damaged_foreign_or_of_another_model(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "c")
     with pytest.raises(CheckpointError, match="holds no distributed checkpoint; start without"):
-        find(tmp_path / "c")
+        find_checkpoint(tmp_path / "c")
     for step in (1, 2):
         checkpoints.save(step, {"x": torch.ones(4)}, {})
     checkpoints.wait()
@@ -135,15 +138,15 @@ def test_what_is_damaged_foreign_or_of_another_model(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="damaged or missing"):
         checkpoints.load(tmp_path / "c", {"x": torch.zeros(4)})
     (tmp_path / "c/latest").write_text("step-00000009\n")  # whole ones count, not the pointer
-    assert find(tmp_path / "c").name == "step-00000002"
+    assert find_checkpoint(tmp_path / "c").name == "step-00000002"
 
 
-def test_pieces_of_fused_rows_lie_apart() -> None:
+def test_shards_of_fused_rows_lie_apart() -> None:
     part = torch.arange(12.0).reshape(6, 2)
     split = Split(0, ((2, 2), (8, 4)))
-    placed: Pieces = pieces(part, split, tp=2)
+    placed: Shards = shards_of(part, split, tp=2)
     assert placed.size() == (12, 2)
-    assert {tuple(k): v.tolist() for k, v in placed.parts.items()} == {
+    assert {tuple(k): v.tolist() for k, v in placed.shards.items()} == {
         (2, 0): part[:2].tolist(),
         (8, 0): part[2:].tolist(),
     }

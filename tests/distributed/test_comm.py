@@ -22,7 +22,7 @@ LIAR = """
 import torch
 from glm_core.backends import registry
 from glm_core.distributed import comm
-with comm.joined(registry.get("reference")) as me:
+with comm.process_group(registry.get("reference")) as me:
     for name in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "p2p"):
         case = comm.operation(name, 16, torch.bfloat16, me)
         case.refill(); case.run()
@@ -112,7 +112,7 @@ def test_outside_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     with (
         pytest.raises(ConfigError, match=r"RANK.* not set; start the processes with torchrun"),
-        comm.joined(registry.get("reference")),
+        comm.process_group(registry.get("reference")),
     ):
         pass
     assert bench.main(["--processes", "0"]) == 2

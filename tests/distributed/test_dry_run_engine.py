@@ -19,7 +19,7 @@ from glm_core.distributed.dry_run import Meter
 from glm_core.distributed.plan import parse, stage_layers
 from glm_core.errors import ConfigError
 from glm_core.model.presets import preset
-from glm_core.planner import own
+from glm_core.planner import rank as own
 
 MEMORY = 0.03
 """relative error that a prediction may have"""

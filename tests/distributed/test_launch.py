@@ -12,7 +12,7 @@ import process
 import pytest
 
 from glm_core import cli
-from glm_core.distributed.launch import Host, Job, parse_hostfile, remote_commands, select
+from glm_core.distributed.launch import Host, Launch, parse_hostfile, remote_commands, select_hosts
 from glm_core.errors import ConfigError
 
 TWO = [Host("worker-1", 4), Host("worker-2", 2)]
@@ -40,9 +40,9 @@ def test_bad_hostfiles(text: str, told: str, tmp_path: Path) -> None:
 
 
 def test_include_and_exclude() -> None:
-    assert select(TWO, "worker-2", "") == [TWO[1]]
-    assert select(TWO, "", "worker-2") == [TWO[0]]
-    assert select(TWO, "", "") == TWO
+    assert select_hosts(TWO, "worker-2", "") == [TWO[1]]
+    assert select_hosts(TWO, "", "worker-2") == [TWO[0]]
+    assert select_hosts(TWO, "", "") == TWO
     for include, exclude, told in (
         ("worker-1", "worker-2", "one excludes the other"),
         ("worker-3", "", "unknown host 'worker-3'; known: worker-1, worker-2"),
@@ -50,11 +50,11 @@ def test_include_and_exclude() -> None:
         ("", "worker-1@worker-2", "leaves no host"),
     ):
         with pytest.raises(ConfigError, match=told):
-            select(TWO, include, exclude)
+            select_hosts(TWO, include, exclude)
 
 
 def test_every_host_gets_its_rank_slots_and_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    job = Job(hosts=tuple(TWO), program=("train.py", "--name", "a b"), address="worker-1")
+    job = Launch(hosts=tuple(TWO), program=("train.py", "--name", "a b"), address="worker-1")
     variables = {"NCCL_DEBUG": "INFO x", "HOME": "/root", "PYTHONPATH": "src"}
     lines = remote_commands(job, variables.items())
     assert [words[-2] for words in lines] == ["worker-1", "worker-2"]

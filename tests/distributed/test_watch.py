@@ -95,7 +95,7 @@ def test_report_over_ranks() -> None:
 
 
 def test_a_log_goes_on_where_the_run_does(tmp_path: Path) -> None:
-    log = straggler.Log(tmp_path / "stragglers.json", 0)
+    log = straggler.StragglerLog(tmp_path / "stragglers.json", 0)
     assert log.text() == ""
     slow = {0: times(1.0, linear=0.6), 1: times(1.5, linear=1.1)}
     even = {0: times(1.0, linear=0.6), 1: times(1.05, linear=0.6)}
@@ -103,7 +103,7 @@ def test_a_log_goes_on_where_the_run_does(tmp_path: Path) -> None:
         log.add(straggler.compare(step, found, 2))
     told = "stragglers: rank 1 in 2 of 3 timed steps, at worst in step 4: 1.50 times the others' "
     assert log.text().startswith(told + "median, most of it in linear; own times vary by 20.0%")
-    resumed = straggler.Log(tmp_path / "stragglers.json", 9)
+    resumed = straggler.StragglerLog(tmp_path / "stragglers.json", 9)
     assert resumed.reports == log.reports[:2]
     resumed.add(straggler.compare(12, even, 2))
     assert json.loads(resumed.path.read_text())["summary"] == resumed.text()
@@ -160,7 +160,7 @@ def test_verdict(
         one = watch.Record(tmp_path, r["rank"])
         one.write(r)
         one.close()
-    seen = watch.Watch(tmp_path / "mine", 0, 3)
+    seen = watch.RankWatch(tmp_path / "mine", 0, 3)
     seen.folder = tmp_path
     monkeypatch.setattr(watch.time, "time", lambda: 0.0)
     assert seen.verdict() == told

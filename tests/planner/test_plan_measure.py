@@ -16,8 +16,8 @@ from glm_core.cli import main
 from glm_core.distributed.plan import parse
 from glm_core.errors import ConfigError
 from glm_core.model.presets import preset
-from glm_core.planner import cluster, here
-from glm_core.planner.here import MESSAGES, SIZES, Machine, Wanted
+from glm_core.planner import cluster, this_machine
+from glm_core.planner.this_machine import MESSAGES, SIZES, Machine, Timings
 
 MODEL = preset("glm4-34m")
 PLANTED = Machine(
@@ -28,31 +28,31 @@ PLANTED = Machine(
 )
 
 
-def timed(at: Machine, wanted: Wanted, slower: float = 1.0) -> dict[str, list[float]]:
+def timed(at: Machine, wanted: Timings, slower: float = 1.0) -> dict[str, list[float]]:
     """What the processes would tell on a machine that is exactly so."""
     bare = {
-        "gemm bfloat16": [2.0 * here.SIDE**3 / at.peak],
-        "memory read": [here.READ / at.bandwidth],
+        "gemm bfloat16": [2.0 * this_machine.SIDE**3 / at.peak],
+        "memory read": [this_machine.READ / at.bandwidth],
     }
     for name, times in at.messages.items() if wanted.messages else ():
         bare |= {f"{name} {size}": [t] for size, t in zip(SIZES, times, strict=True)}
     for a in wanted.alone:
-        job = here._alone_job(MODEL, a, wanted.length)
-        each = zip(at.factors, here.nominal(job, at), strict=True)
+        job = this_machine._alone_job(MODEL, a, wanted.length)
+        each = zip(at.factors, this_machine.nominal(job, at), strict=True)
         bare[a.name] = [slower * sum(f * t for f, t in each)]
     for text in wanted.plans:
-        parts = here.predicted(at, MODEL, parse(text), wanted.length, wanted.global_batch)
+        parts = this_machine.predicted(at, MODEL, parse(text), wanted.length, wanted.global_batch)
         bare[text] = [slower * sum(parts.values())]
     return bare
 
 
-def wanted(**more: Any) -> Wanted:
-    return Wanted(preset="glm4-34m", processes=2, length=128, global_batch=8, rounds=1, **more)
+def wanted(**more: Any) -> Timings:
+    return Timings(preset="glm4-34m", processes=2, length=128, global_batch=8, rounds=1, **more)
 
 
 def test_planted_factors_are_found() -> None:
-    first = timed(PLANTED, wanted(alone=here.alone(MODEL), messages=True))
-    found = here.calibrated(first, MODEL, 128)
+    first = timed(PLANTED, wanted(alone=this_machine.steps_alone(MODEL), messages=True))
+    found = this_machine.calibrated(first, MODEL, 128)
     assert found.factors == pytest.approx(PLANTED.factors, rel=1e-3)
     assert found.message("sum", SIZES[-1] * 2) == pytest.approx(2 * PLANTED.messages["sum"][-1])
     assert found.message("recv", SIZES[3]) == PLANTED.messages["p2p"][3]
@@ -60,13 +60,13 @@ def test_planted_factors_are_found() -> None:
 
 
 def test_a_plan_costs_what_its_ranks_do() -> None:
-    one, two = (here.predicted(PLANTED, MODEL, parse(p), 128, 8) for p in ("dp=2", "tp=2"))
+    one, two = (this_machine.predicted(PLANTED, MODEL, parse(p), 128, 8) for p in ("dp=2", "tp=2"))
     assert one["matrix products"] == pytest.approx(two["matrix products"])
     assert two["loss"] == pytest.approx(one["loss"] * 4 / 3)  # its logits twice
     assert two["optimizer"] < one["optimizer"]
-    shared = here.predicted(PLANTED, MODEL, parse("dp=2,zero=1"), 128, 8)
+    shared = this_machine.predicted(PLANTED, MODEL, parse("dp=2,zero=1"), 128, 8)
     assert shared["optimizer"] < one["optimizer"]
-    cut = here.predicted(PLANTED, MODEL, parse("pp=2,micro_batches=4"), 128, 8)
+    cut = this_machine.predicted(PLANTED, MODEL, parse("pp=2,micro_batches=4"), 128, 8)
     assert cut["bubble"] > 0 == one["bubble"]
     assert cut["messages"] < two["messages"] < one["messages"]
 
@@ -85,8 +85,8 @@ def test_command_line_predicts_then_measures(
     assert main(["plan", "measure", "--json", "--out", str(path)]) == 0
     told, talk = capsys.readouterr()
     report = json.loads(told)
-    assert [r["plan"] for r in report["rows"]] == list(here.PLANS)
-    assert talk.count("predicted: ") == len(here.PLANS)
+    assert [r["plan"] for r in report["rows"]] == list(this_machine.PLANS)
+    assert talk.count("predicted: ") == len(this_machine.PLANS)
     assert report["drift"] == pytest.approx(1.2)
     for row in report["rows"]:
         assert row["error"] == pytest.approx(1 / 1.2 - 1, abs=1e-3)
@@ -106,7 +106,7 @@ def test_command_line_predicts_then_measures(
         (["--plan", "tq=2"], "did you mean tp?"),
         (["--global-batch", "3"], "does not divide global_batch=3"),
         (["--rounds", "0"], "--rounds=0 must be at least 1"),
-        (["--out", "/nowhere/here.json"], "No such file or directory"),
+        (["--out", "/nowhere/this_machine.json"], "No such file or directory"),
     ],
 )
 @pytest.mark.usefixtures("machine")
@@ -120,16 +120,16 @@ def test_bad_input_is_one_line_and_exit_2(
 
 @pytest.mark.skipif(not registry.probe("cpu").ok, reason="backend cpu is not built")
 def test_two_processes_do_a_step() -> None:
-    asked = Wanted(
+    asked = Timings(
         preset="tiny",
         processes=2,
         length=16,
         global_batch=2,
         rounds=1,
         plans=("dp=2",),
-        alone=here.alone(preset("tiny"))[2:3],
+        alone=this_machine.steps_alone(preset("tiny"))[2:3],
     )
     found = plan_steps.measure(asked)
     assert set(found) == {"gemm bfloat16", "memory read", asked.alone[0].name, "dp=2"}
     with pytest.raises(ConfigError, match="does not divide global_batch=1"):
-        here.checked_plans(["dp=2"], MODEL, dataclasses.replace(asked, global_batch=1))
+        this_machine.checked_plans(["dp=2"], MODEL, dataclasses.replace(asked, global_batch=1))

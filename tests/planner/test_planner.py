@@ -111,7 +111,7 @@ def test_parameters_are_the_models(name: str) -> None:
 )
 def test_flops_give_the_published_tflops(source: str, model: str, tflops: float) -> None:
     """From step times that were published beside them, by three groups' own counts."""
-    [run] = [r for r in published.rows() if (r.source, r.model) == (source, model)]
+    [run] = [r for r in published.runs() if (r.source, r.model) == (source, model)]
     flops = cost.hardware_flops(run.work, run.plan.recompute) * run.plan.global_batch
     assert flops / run.step_s / run.plan.chips / 1e12 == pytest.approx(tflops, rel=0.005)
 
@@ -248,11 +248,11 @@ def test_the_fit_finds_planted_factors_and_keeps_its_floors() -> None:
     rng = np.random.default_rng(0)
     table = rng.uniform(0.1, 1.0, (12, 4))
     planted = np.array([1.6, 0.9, 0.7, 0.3])
-    found = efficiency.bounded(table, table @ planted, np.array(efficiency.FLOORS))
+    found = efficiency.fit_bounded(table, table @ planted, np.array(efficiency.FLOORS))
     assert found == pytest.approx(planted)
-    low = efficiency.bounded(table, table @ (planted - 0.8), np.array(efficiency.FLOORS))
+    low = efficiency.fit_bounded(table, table @ (planted - 0.8), np.array(efficiency.FLOORS))
     assert all(x >= floor for x, floor in zip(low, efficiency.FLOORS, strict=True))
-    one = efficiency.bounded(table[:1], np.array([3.0]), np.array(efficiency.FLOORS))
+    one = efficiency.fit_bounded(table[:1], np.array([3.0]), np.array(efficiency.FLOORS))
     assert table[0] @ one == pytest.approx(3.0)
 
 
@@ -274,7 +274,7 @@ def test_published_runs_are_predicted() -> None:
 def test_another_choice_of_fit_rows_does_as_well() -> None:
     """Twenty random splits of the same sizes: the roles in the file are no lucky draw."""
     rng, medians = random.Random(0), []
-    runs = [r for r in published.rows() if r.role != "skip" and r.cluster.family != "TPU"]
+    runs = [r for r in published.runs() if r.role != "skip" and r.cluster.family != "TPU"]
     groups: dict[tuple[str, str], list[published.Run]] = {}
     for run in runs:
         groups.setdefault((run.cluster.family, run.stack), []).append(run)
@@ -283,7 +283,7 @@ def test_another_choice_of_fit_rows_does_as_well() -> None:
         for rows in groups.values():
             fit = rng.sample(rows, sum(r.role == "fit" for r in rows))
             table = np.array([np.array(efficiency.terms(r.ideal)) / r.step_s for r in fit])
-            factors = efficiency.bounded(table, np.ones(len(fit)), np.array(efficiency.FLOORS))
+            factors = efficiency.fit_bounded(table, np.ones(len(fit)), np.array(efficiency.FLOORS))
             errors += [
                 abs(float(np.dot(efficiency.terms(r.ideal), factors)) / r.step_s - 1)
                 for r in rows
@@ -301,7 +301,7 @@ def test_a_miss_without_a_reason_or_a_large_median_fails() -> None:
 
 
 def test_every_row_has_its_source_and_says_how_it_was_checked() -> None:
-    for run in published.rows():
+    for run in published.runs():
         assert run.source
         assert run.checked
         assert run.url

@@ -16,9 +16,10 @@ import numpy as np
 from glm_core.config import ModelConfig
 from glm_core.distributed.plan import Plan, parse, require_fit
 from glm_core.errors import ConfigError
-from glm_core.planner import cost, own
-from glm_core.planner.efficiency import bounded
-from glm_core.planner.own import Job
+from glm_core.planner import cost
+from glm_core.planner import rank as own
+from glm_core.planner.efficiency import fit_bounded
+from glm_core.planner.rank import Job
 
 PARTS = ("matrix products", "loss", "elementwise", "optimizer", "calls")
 PLANS = (
@@ -47,7 +48,7 @@ MESSAGES = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Alone:
+class StepAlone:
     """A step of one process without the others: so much of the model, so many sequences."""
 
     num_layers: int
@@ -60,7 +61,7 @@ class Alone:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Wanted:
+class Timings:
     """What the processes are to time, in bfloat16 on the backend `cpu`."""
 
     preset: str
@@ -69,16 +70,16 @@ class Wanted:
     global_batch: int
     rounds: int
     plans: tuple[str, ...] = ()
-    alone: tuple[Alone, ...] = ()
+    alone: tuple[StepAlone, ...] = ()
     messages: bool = False
 
 
-def alone(model: ModelConfig) -> tuple[Alone, ...]:
+def steps_alone(model: ModelConfig) -> tuple[StepAlone, ...]:
     """Single-process steps that tell the factors apart: whole and part of the layers, of the
     vocabulary and of the batch."""
     n, v = model.num_layers, model.vocab
     sizes = ((n, v, 4), (n, v, 2), (n, v, 1), (n // 2, v, 2), (n // 4, v, 4), (n // 2, v // 4, 4))
-    return tuple(Alone(num_layers=max(1, a), vocab=b, batch=c) for a, b, c in sizes)
+    return tuple(StepAlone(num_layers=max(1, a), vocab=b, batch=c) for a, b, c in sizes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,17 +151,17 @@ def calibrated(found: Mapping[str, Sequence[float]], model: ModelConfig, length:
         bandwidth=READ / best["memory read"],
         messages={k: [best[f"{k} {size}"] for size in SIZES] for k in MESSAGES},
     )
-    told = alone(model)
+    told = steps_alone(model)
     table = [nominal(_alone_job(model, a, length), at) for a in told]
     seconds = np.array([best[a.name] for a in told])
     rows = np.array(table) / seconds[:, None]
     fixed = PARTS.index("elementwise")
     rest = np.delete(rows, fixed, axis=1)
-    factors = bounded(rest, 1.0 - rows[:, fixed], np.zeros(len(PARTS) - 1))
+    factors = fit_bounded(rest, 1.0 - rows[:, fixed], np.zeros(len(PARTS) - 1))
     return dataclasses.replace(at, factors=(*factors[:fixed], 1.0, *factors[fixed:]))
 
 
-def _alone_job(model: ModelConfig, a: Alone, length: int) -> Job:
+def _alone_job(model: ModelConfig, a: StepAlone, length: int) -> Job:
     part = dataclasses.replace(model, num_layers=a.num_layers, vocab=a.vocab)
     return Job(model=part, plan=Plan(), pp_rank=0, length=length, micro_batch=a.batch)
 
@@ -206,7 +207,7 @@ def write_cluster(path: str, at: Machine, machine: Mapping[str, Any], processes:
         raise ConfigError(f"--out {path}: {error.strerror}; name another file") from error
 
 
-def checked_plans(texts: Sequence[str], model: ModelConfig, wanted: Wanted) -> dict[str, Plan]:
+def checked_plans(texts: Sequence[str], model: ModelConfig, wanted: Timings) -> dict[str, Plan]:
     """The plans by their text. Raises ConfigError where one cannot be run."""
     found = {text: parse(text) for text in texts}
     for plan in found.values():

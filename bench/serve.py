@@ -43,15 +43,18 @@ def serve(listening: socket.socket, slots: int, queue: int, told: Connection) ->
     from glm_core.data import tokenizer
     from glm_core.model.glm import GLM
     from glm_core.model.presets import preset
-    from glm_core.pretrained.source import Source
+    from glm_core.pretrained.chat_model import BlankFillingModel
     from glm_core.serve import api
     from glm_core.serve.engine import Engine
+    from glm_core.serve.limits import Limits
 
     pieces = tokenizer.Tokenizer(tokenizer.train(PIECES * 20, 320))
     model = GLM(preset("tiny", vocab=384)).init_weights(0).requires_grad_(False)
-    source = Source(model=model, tokenizer=pieces, name="small")
-    engine = Engine(source, registry.usable("cpu"), slots=slots, queue=queue)
-    config = uvicorn.Config(api.app(engine, api.Limits()), log_level="error", backlog=4096)
+    chat_model = BlankFillingModel(
+        model=model, tokenizer=pieces, name="small", stop=(pieces.eop, pieces.eos)
+    )
+    engine = Engine(chat_model, registry.usable("cpu"), slots=slots, queue=queue)
+    config = uvicorn.Config(api.app(engine, Limits()), log_level="error", backlog=4096)
     server = uvicorn.Server(config)
 
     def end() -> None:

@@ -1,4 +1,4 @@
-"""The command line: one module per command; torch is imported only by the command that runs."""
+"""The command line: one module per command. Only the command that runs imports torch."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ from glm_core import __version__, environment, errors
 from glm_core.cli.exits import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_UNAVAILABLE, EXIT_USAGE
 
 COMMANDS = {
-    "devices": "backends, usable here or not, and how far each was ever verified",
-    "ops": "ops x backends: kernel, reference or unsupported",
+    "devices": "list the backends: usable here or not, and how each was verified",
+    "ops": "table of ops x backends: kernel, reference or unsupported",
     "train": "train a GLM on one backend",
     "launch": "run a script on every slot of one host or of a hostfile",
-    "generate": "go on from a text, or fill its blanks, with a trained model",
-    "chat": "talk to a trained model in the terminal",
-    "serve": "a trained model behind OpenAI's API and a web page",
-    "align": "loss curves across backends: run, record, compare, bisect, sensitivity",
-    "checkpoint": "what other projects' checkpoints hold; rewrite them, merge or cut shards",
-    "quantize": "a trained model with int8 or int4 weights: size, error, perplexity",
-    "export": "a trained model as an ONNX file with a KV cache, int4 if wanted",
-    "conformance": "every op of a backend against the float64 reference, case by case",
-    "backend": "start a new backend's package",
-    "bench": "what this machine reaches: ceilings, ops, training step, decode, links; compare runs",
-    "plan": "what a model would take on a cluster: plans, memory, step time, days",
-    "doctor": "everything about one backend on this device, in one file to send back",
-    "trace": "what a trace holds, what did not run on the device",
+    "generate": "continue a text, or fill its blanks, with a trained model",
+    "chat": "chat with a trained model in the terminal",
+    "serve": "serve a trained model through OpenAI's API and a web page",
+    "align": "compare loss curves across backends: run, record, compare, bisect, sensitivity",
+    "checkpoint": "inspect checkpoints of other projects; convert them, merge or cut shards",
+    "quantize": "quantize a trained model to int8 or int4: size, error, perplexity",
+    "export": "write a trained model as an ONNX file with a KV cache, int8 or int4 on request",
+    "conformance": "check every op of a backend against the float64 reference, case by case",
+    "backend": "create the package of a new backend",
+    "bench": "measure this machine: ceilings, ops, training step, decode, links; compare runs",
+    "plan": "estimate a model on a cluster: plans, memory, step time, days",
+    "doctor": "report everything about one backend on this device in one file to send back",
+    "trace": "print what a trace holds, and what did not run on the device",
 }
 
 
 def parser() -> argparse.ArgumentParser:
-    """The whole command line, built without torch."""
+    """Returns the parser of the whole command line; needs no torch."""
     top = argparse.ArgumentParser(
         prog="glm-core",
         description="GLM on any hardware, with loss curves that align.",
-        epilog="exit codes: 0 good, 1 the check failed, 2 usage, 3 backend not available",
+        epilog="exit codes: 0 good, 1 the check failed, 2 wrong usage, 3 backend not available, "
+        "130 interrupted",
     )
     top.add_argument("--version", action="version", version=f"glm-core {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -47,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; deliberate errors become one line on stderr and an exit code."""
+    """Runs one command and returns its exit code; a GlmCoreError becomes one line on stderr."""
     args = parser().parse_args(argv)
     try:
         environment.check()
@@ -63,6 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def fail(error: Exception, code: int) -> int:
-    """One line on stderr."""
+    """Prints an error as one line on stderr and returns the exit code."""
     print(f"glm-core: {error}", file=sys.stderr)
     return code

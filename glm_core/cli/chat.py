@@ -1,26 +1,27 @@
-"""`glm-core chat`: a conversation in the terminal."""
+"""`glm-core chat`: chats with a model in the terminal."""
 
 from __future__ import annotations
 
 import argparse
 
-from glm_core.cli.generate import add_sampling, add_source, opened, sampling
+from glm_core.cli.generate import add_model_and_backend, add_sampling, load_chat_model, sampling
 
 
 def define(parser: argparse.ArgumentParser) -> None:
-    """Its options; the defaults are those of ChatGLM-6B's chat."""
-    add_source(parser)
+    """Adds the command's options; the sampling defaults are those of ChatGLM-6B's chat."""
+    add_model_and_backend(parser)
     add_sampling(parser, temperature=0.95, top_p=0.7)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit 0 at the end of the conversation, 1 the logits are not finite, 2 usage."""
+    """Chats; exits 0 at the end of the conversation, 1 if logits are not finite, 2 on wrong
+    usage."""
     import sys
 
     from glm_core.backends import registry
-    from glm_core.serve.terminal import talk
+    from glm_core.serve import terminal
 
     with registry.use(args.backend):
-        talk(opened(args), sampling(args), sys.stdin, sys.stdout)
+        terminal.chat(load_chat_model(args), sampling(args), sys.stdin, sys.stdout)
     return 0

@@ -1,4 +1,4 @@
-"""`glm-core checkpoint`: what other projects' checkpoints hold, and rewriting them."""
+"""`glm-core checkpoint`: inspects and converts the checkpoints of other projects."""
 
 from __future__ import annotations
 
@@ -12,65 +12,70 @@ from typing import TYPE_CHECKING, Any
 from glm_core.cli.options import add_json, add_quantization, emit
 
 if TYPE_CHECKING:
-    from glm_core.pretrained.weights import Checkpoint
+    from glm_core.pretrained.weights.reading import Checkpoint
 
 LAYOUTS = "chatglm2, chatglm-6b, glm, glm4, glm-130b, glm-block, glm-core, sat-chatglm-6b"
 
 
 def define(parser: argparse.ArgumentParser) -> None:
-    """Its subcommands."""
+    """Adds the command's subcommands."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    inspect = actions.add_parser("inspect", help="layout, sizes, dtypes; reads no weights")
+    inspect = actions.add_parser("inspect", help="print layout, sizes and dtypes; reads no weights")
     convert = actions.add_parser(
-        "convert", help="rewrite in another layout, dtype or tensor-parallel degree"
+        "convert", help="write in another layout, dtype or tensor-parallel degree"
     )
     for action in (inspect, convert):
         action.add_argument(
             "checkpoint", metavar="PATH", help="folder or file: safetensors, .bin, .pt, SAT shards"
         )
         action.add_argument(
-            "--preset", metavar="NAME", help="the model's sizes where no config.json is there"
+            "--preset", metavar="NAME", help="the model's sizes, if there is no config.json"
         )
         add_json(action)
     inspect.set_defaults(run=run_inspect)
     convert.add_argument("out", metavar="OUT", help="new folder")
-    convert.add_argument("--to", metavar="LAYOUT", help=f"default: as it is; one of {LAYOUTS}")
+    convert.add_argument("--to", metavar="LAYOUT", help=f"one of {LAYOUTS} (default: the same)")
     convert.add_argument(
         "--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks of a sharded layout"
     )
     convert.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
     convert.add_argument(
-        "--dequantize", action="store_true", help="int8 and int4 weights to floating point"
+        "--dequantize", action="store_true", help="convert int8 and int4 weights to floating point"
     )
     add_quantization(convert, "quantize the layers' linears to 8 or 4 bits")
     convert.add_argument(
-        "--shard-gb", type=float, default=5.0, metavar="GB", help="largest safetensors file"
+        "--shard-gb",
+        type=float,
+        default=5.0,
+        metavar="GB",
+        help="size of a safetensors file at most",
     )
     convert.set_defaults(run=run_convert)
     adapter = actions.add_parser(
-        "adapter", help="rewrite a trained prefix or LoRA: our file, or ChatGLM's prefix_encoder.*"
+        "adapter",
+        help="convert a trained prefix or LoRA between our format and ChatGLM's prefix_encoder.*",
     )
     adapter.add_argument(
         "adapter",
         metavar="PATH",
         help="adapter.safetensors, a run that has one, or ChatGLM's files",
     )
-    adapter.add_argument("out", metavar="OUT", help="X.safetensors: ours; X.bin: ChatGLM's")
+    adapter.add_argument("out", metavar="OUT", help="X.safetensors: our format; X.bin: ChatGLM's")
     add_json(adapter)
     adapter.set_defaults(run=run_adapter)
 
 
-def opened(args: argparse.Namespace) -> Checkpoint:
-    """The checkpoint of the options. Raises CheckpointError."""
+def open_source(args: argparse.Namespace) -> Checkpoint:
+    """Opens the checkpoint of the options. Raises CheckpointError."""
     from glm_core.model.presets import preset
-    from glm_core.pretrained.weights import open_checkpoint
+    from glm_core.pretrained.weights.reading import open_checkpoint
 
     return open_checkpoint(args.checkpoint, preset(args.preset) if args.preset else None)
 
 
 def run_inspect(args: argparse.Namespace) -> int:
-    """Exits 0 for a checkpoint that is complete and fits its config, else 2 with what does not."""
-    facts = summary(opened(args))
+    """Prints the facts of a checkpoint; exits 0 if it is complete and fits its config, else 2."""
+    facts = summary(open_source(args))
     lines = [f"{k.replace('_', ' '):20} {v}" for k, v in facts.items() if k != "config"]
     lines += [f"  {key:18} {value}" for key, value in facts["config"].items()]
     emit(args, facts, "\n".join(lines))
@@ -78,7 +83,7 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 
 def summary(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Its facts, from the files' headers alone."""
+    """Returns the facts of a checkpoint, from the headers of its files alone."""
     from glm_core.config import to_dict
 
     tables = [stored for rank in checkpoint.files.ranks for stored in rank.values()]
@@ -96,17 +101,17 @@ def summary(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def run_convert(args: argparse.Namespace) -> int:
-    """Exits 0 when OUT is complete; otherwise OUT does not exist."""
+    """Converts a checkpoint; exits 0 if OUT is complete, otherwise OUT does not exist."""
     import torch
 
     from glm_core.model.quantize import Quantization
-    from glm_core.pretrained.weights import convert, target
+    from glm_core.pretrained.weights.writing import convert, target
 
     how = args.bits and Quantization(
         bits=args.bits, group=args.group, activation_bits=args.activation_bits
     )
-    source = opened(args)
-    wanted = target(
+    source = open_source(args)
+    form = target(
         args.to or source.layout.name,
         num_ranks=args.tp,
         dequantize=args.dequantize,
@@ -115,14 +120,14 @@ def run_convert(args: argparse.Namespace) -> int:
         shard_bytes=int(args.shard_gb * 1e9),
     )
     begin = time.perf_counter()
-    files = [str(f) for f in convert(source, args.out, wanted, report=progress)]
+    files = [str(f) for f in convert(source, args.out, form, print_progress)]
     if sys.stderr.isatty():
         print(file=sys.stderr)
     facts = {
         "from": source.layout.name,
         "from_ranks": source.num_ranks,
-        "to": wanted.layout.name,
-        "ranks": wanted.num_ranks,
+        "to": form.layout.name,
+        "ranks": form.num_ranks,
         "bytes": sum(os.path.getsize(f) for f in files),
         "seconds": round(time.perf_counter() - begin, 1),
         "files": files,
@@ -133,12 +138,12 @@ def run_convert(args: argparse.Namespace) -> int:
 
 
 def run_adapter(args: argparse.Namespace) -> int:
-    """Exits 0 when OUT is written; nothing else is touched."""
+    """Converts an adapter; exits 0 when OUT is written."""
     from glm_core.config import to_dict
-    from glm_core.pretrained import adapter_files
+    from glm_core.pretrained import adapters
 
-    config, state = adapter_files.read(args.adapter)
-    adapter_files.write(args.out, config, state)
+    config, state = adapters.read(args.adapter)
+    adapters.write(args.out, config, state)
     shapes = {name: list(tensor.shape) for name, tensor in state.items()}
     lines = [f"{name:24} {shape}" for name, shape in shapes.items()]
     facts = {"out": args.out, "config": to_dict(config), "shapes": shapes}
@@ -146,8 +151,8 @@ def run_adapter(args: argparse.Namespace) -> int:
     return 0
 
 
-def progress(done: int, total: int, name: str) -> None:
-    """A line that rewrites itself on a terminal, every tenth part of the way elsewhere."""
+def print_progress(done: int, total: int, name: str) -> None:
+    """Prints to stderr: on a terminal one line that is overwritten, else ten lines in all."""
     if sys.stderr.isatty():
         print(f"\r{done}/{total} {name[:60]:60}", end="", file=sys.stderr, flush=True)
     elif done == total or done * 10 // total > (done - 1) * 10 // total:

@@ -1,16 +1,19 @@
-"""`glm-core export`: a model as an ONNX file with a KV cache."""
+"""`glm-core export`: writes a model as an ONNX file with a KV cache."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING
 
-from glm_core.cli.generate import adapt, add_model
+from glm_core.cli.generate import add_model, attach_adapter
 from glm_core.cli.options import add_json, add_quantization, emit
+
+if TYPE_CHECKING:
+    from glm_core.pretrained.chat_model import ChatModel
 
 
 def define(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
+    """Adds the command's options."""
     add_model(parser)
     parser.add_argument("out", metavar="OUT", help="new folder for model.onnx and its weights")
     parser.add_argument(
@@ -21,7 +24,7 @@ def define(parser: argparse.ArgumentParser) -> None:
     )
     add_quantization(
         parser,
-        "the four linears of a layer as int8 or int4 codes, by MatMulNBits",
+        "store the four linears of a layer as int8 or int4 codes, for MatMulNBits",
         rounding="8: ONNX Runtime may round activations to int8",
     )
     add_json(parser)
@@ -29,21 +32,21 @@ def define(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit 0 done, 2 usage."""
+    """Exports; exits 0, or 2 on wrong usage."""
     from pathlib import Path
 
     from glm_core.export.write import export, require_free, require_onnx
 
     require_onnx()
     require_free(Path(args.out))  # before the weights are read
-    source = _quantized(args)
+    chat_model = _load(args)
     path = export(
-        source.model,
+        chat_model.model,
         args.out,
-        name=source.name,
-        tokenizer=source.tokenizer.sha256,
-        stop=str(list(source.stop)),
-        beside=source.files,
+        name=chat_model.name,
+        tokenizer=chat_model.tokenizer.sha256,
+        stop=str(list(chat_model.stop)),
+        beside=chat_model.files,
     )
     size = sum(f.stat().st_size for f in path.parent.iterdir())
     facts = {"model": str(path), "bytes": size, "bits": args.bits, "group": args.group}
@@ -51,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _quantized(args: argparse.Namespace) -> Any:
+def _load(args: argparse.Namespace) -> ChatModel:
+    """Loads the model of the options, quantized and with its adapter."""
     import torch
 
     from glm_core.model.quantize import Quantization, convert
@@ -60,8 +64,9 @@ def _quantized(args: argparse.Namespace) -> Any:
     how = None
     if args.bits is not None:
         how = Quantization(bits=args.bits, group=args.group, activation_bits=args.activation_bits)
-    found = from_path(args.from_run, dtype=getattr(torch, args.dtype))
+    chat_model = from_path(args.model, dtype=getattr(torch, args.dtype))
     if how is not None:
-        for _ in convert(found.model, how):
+        for _ in convert(chat_model.model, how):
             pass
-    return adapt(args, found)
+    attach_adapter(args, chat_model.model)
+    return chat_model

@@ -1,4 +1,4 @@
-"""`glm-core generate`: go on from a text, or fill its blanks."""
+"""`glm-core generate`: continues a text, or fills its blanks."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from typing import TYPE_CHECKING
 from glm_core.cli.options import add_json, emit
 
 if TYPE_CHECKING:
+    from glm_core.model.glm import GLM
     from glm_core.model.runner import Runner
     from glm_core.model.sample import Sampling
-    from glm_core.pretrained.source import Source
+    from glm_core.pretrained.chat_model import BlankFillingModel, ChatModel
 
 
 def define(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
+    """Adds the command's options."""
     choice = parser.add_mutually_exclusive_group(required=True)
     choice.add_argument(
-        "--onnx", metavar="DIR", help="a folder of glm-core export, run by ONNX Runtime"
+        "--onnx", metavar="DIR", help="a folder of glm-core export, computed by ONNX Runtime"
     )
-    add_source(parser, choice)
+    add_model_and_backend(parser, choice)
     parser.add_argument(
         "--prompt",
         required=True,
         metavar="TEXT",
-        help="[MASK], [sMASK] and [gMASK] are blanks to fill; without one, what follows is written",
+        help="[MASK], [sMASK] and [gMASK] are blanks to fill; a text without blanks is continued",
     )
     add_sampling(parser, temperature=0.0, top_p=1.0)
     parser.add_argument("--beams", type=int, metavar="N", help="beam search with N beams")
@@ -35,27 +36,27 @@ def define(parser: argparse.ArgumentParser) -> None:
 def add_model(
     parser: argparse.ArgumentParser, choice: argparse._MutuallyExclusiveGroup | None = None
 ) -> None:
-    """Which model. choice: where it may be another's."""
+    """Adds --model and --adapter. choice: the group of options that exclude --model."""
     (choice or parser).add_argument(
         "--run",
         "--model",
         required=choice is None,
         metavar="DIR",
-        dest="from_run",
+        dest="model",
         help="a training run, one of its checkpoints, or a checkpoint's folder of any layout",
     )
     parser.add_argument(
         "--adapter",
         metavar="PATH",
-        help="LoRA or prefix to put on it: adapter.safetensors, a run that has one, or ChatGLM's "
+        help="LoRA or prefix to attach: adapter.safetensors, a run that has one, or ChatGLM's "
         "prefix_encoder.*",
     )
 
 
-def add_source(
+def add_model_and_backend(
     parser: argparse.ArgumentParser, choice: argparse._MutuallyExclusiveGroup | None = None
 ) -> None:
-    """Which model, and who runs it."""
+    """Adds the options of a model, its backend and its dtype."""
     add_model(parser, choice)
     parser.add_argument("--backend", default="cpu", metavar="NAME", help="default %(default)s")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
@@ -63,53 +64,56 @@ def add_source(
         "--head-bits",
         type=int,
         metavar="N",
-        help="8 or 4: logits by a copy of the head in so many bits; faster with large vocabularies",
+        help="8 or 4: compute logits with a copy of the head in 8 or 4 bits; faster with large "
+        "vocabularies",
     )
 
 
 def add_sampling(parser: argparse.ArgumentParser, temperature: float, top_p: float) -> None:
-    """How an answer is drawn."""
-    parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="new tokens")
+    """Adds the options of sampling."""
+    parser.add_argument(
+        "--max-tokens", type=int, default=256, metavar="N", help="limit of new tokens"
+    )
     parser.add_argument(
         "--temperature",
         type=float,
         default=temperature,
         metavar="T",
-        help="0 = the likeliest token each time (default %(default)s)",
+        help="0 = always the most likely token (default %(default)s)",
     )
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 = all")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 = all tokens")
     parser.add_argument(
         "--top-p", type=float, default=top_p, metavar="P", help="default %(default)s"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N")
 
 
-def adapt(args: argparse.Namespace, source: Source) -> Source:
-    """Puts the adapter of the options on the model."""
+def attach_adapter(args: argparse.Namespace, model: GLM) -> None:
+    """Attaches the adapter of --adapter, if there is one."""
     if args.adapter:
-        from glm_core.pretrained.adapter_files import load_adapter
+        from glm_core.pretrained.adapters import load_adapter
 
-        load_adapter(args.adapter, source.model)
-    return source
+        load_adapter(args.adapter, model)
 
 
-def opened(args: argparse.Namespace) -> Source:
-    """The model of the options, on its backend's device."""
+def load_chat_model(args: argparse.Namespace) -> ChatModel:
+    """Loads the model of the options, with its adapter, onto the backend's device."""
     import torch
 
     from glm_core.backends import registry
     from glm_core.model.quantize import quantize_head
     from glm_core.pretrained.load import from_path
 
-    found = adapt(args, from_path(args.from_run, dtype=getattr(torch, args.dtype)))
+    chat_model = from_path(args.model, dtype=getattr(torch, args.dtype))
+    attach_adapter(args, chat_model.model)
     if args.head_bits is not None:
-        quantize_head(found.model, args.head_bits)
-    found.model.to(registry.usable(args.backend).device())
-    return found
+        quantize_head(chat_model.model, args.head_bits)
+    chat_model.model.to(registry.usable(args.backend).device())
+    return chat_model
 
 
-def exported(args: argparse.Namespace) -> tuple[Source, Runner]:
-    """How an exported model is talked to, and what runs it."""
+def load_export(args: argparse.Namespace) -> tuple[ChatModel, Runner]:
+    """Loads the chat format of an exported model, and the runner that computes it."""
     from glm_core.errors import ConfigError
     from glm_core.pretrained.load import from_export
 
@@ -121,7 +125,7 @@ def exported(args: argparse.Namespace) -> tuple[Source, Runner]:
 
 
 def sampling(args: argparse.Namespace, stop: tuple[int, ...] = ()) -> Sampling:
-    """The Sampling of the options."""
+    """Returns the sampling settings of the options."""
     from glm_core.model.sample import Sampling
 
     return Sampling(
@@ -135,42 +139,59 @@ def sampling(args: argparse.Namespace, stop: tuple[int, ...] = ()) -> Sampling:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit 0 done, 1 the logits are not finite, 2 usage."""
+    """Generates; exits 0, 1 if logits are not finite, 2 on wrong usage."""
     from glm_core.backends import registry
     from glm_core.model import prompt
+    from glm_core.pretrained.chat_model import BlankFillingModel
 
-    source, runner = exported(args) if args.onnx else (opened(args), None)
-    settings, pieces = sampling(args, source.stop), source.tokenizer
+    chat_model, runner = load_export(args) if args.onnx else (load_chat_model(args), None)
     with registry.use(args.backend):
-        if source.fills and prompt.BLANK.search(args.prompt) and not args.beams:
-            from glm_core.model.generate import fill
-
-            a = prompt.part_a(prompt.encode(args.prompt, pieces), pieces)
-            answer = fill(runner or source.model, a, settings, pieces, pieces.vocab)
-            text = pieces.decode(answer)
-            emit(args, {"text": text}, text)
-        elif args.beams:
-            _beams(args, source)
+        if args.beams:
+            _beam_search(args, chat_model)
+        elif isinstance(chat_model, BlankFillingModel) and prompt.BLANK.search(args.prompt):
+            _fill_blanks(args, chat_model, runner)
         else:
-            from glm_core.serve.terminal import written
-
-            said = ""
-            for piece in written(source, source.complete(args.prompt), settings, runner):
-                said += piece
-                if not args.json:
-                    print(piece, end="", flush=True)
-            emit(args, {"text": said}, "")
+            _continue_text(args, chat_model, runner)
     return 0
 
 
-def _beams(args: argparse.Namespace, source: Source) -> None:
-    """Every answer with its score; of several blanks the first."""
+def _fill_blanks(
+    args: argparse.Namespace, chat_model: BlankFillingModel, runner: Runner | None
+) -> None:
+    """Prints the text with all its blanks filled."""
+    from glm_core.model.generate import fill
+    from glm_core.model.prompt import encode, part_a
+
+    tokenizer, settings = chat_model.tokenizer, sampling(args, chat_model.stop)
+    a = part_a(encode(args.prompt, tokenizer), tokenizer)
+    filled = fill(runner or chat_model.model, a, settings, tokenizer, tokenizer.vocab)
+    text = tokenizer.decode(filled)
+    emit(args, {"text": text}, text)
+
+
+def _continue_text(args: argparse.Namespace, chat_model: ChatModel, runner: Runner | None) -> None:
+    """Prints what follows the text, while it is generated."""
+    from glm_core.serve.terminal import stream_text
+
+    settings, text = sampling(args, chat_model.stop), ""
+    for part in stream_text(
+        chat_model, chat_model.completion_prompt(args.prompt), settings, runner
+    ):
+        text += part
+        if not args.json:
+            print(part, end="", flush=True)
+    emit(args, {"text": text}, "")
+
+
+def _beam_search(args: argparse.Namespace, chat_model: ChatModel) -> None:
+    """Prints the hypotheses with their scores; of several blanks only the first is filled."""
     from glm_core.model.beam import BeamSearch, search
 
     settings = BeamSearch(
-        num_beams=args.beams, max_tokens=args.max_tokens, seed=args.seed, stop=source.stop
+        num_beams=args.beams, max_tokens=args.max_tokens, seed=args.seed, stop=chat_model.stop
     )
-    found = search(source.model, source.complete(args.prompt), settings, source.tokenizer.vocab)
-    answers = [{"text": source.tokenizer.decode(h.tokens), "score": h.score} for h in found]
+    prompt, tokenizer = chat_model.completion_prompt(args.prompt), chat_model.tokenizer
+    hypotheses = search(chat_model.model, prompt, settings, tokenizer.vocab)
+    answers = [{"text": tokenizer.decode(h.tokens), "score": h.score} for h in hypotheses]
     lines = [f"{h['score']:.3f}  {h['text']}" for h in answers]
     emit(args, {"answers": answers}, "\n".join(lines))

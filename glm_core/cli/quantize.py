@@ -1,5 +1,5 @@
-"""`glm-core quantize`: a trained model with int8 or int4 weights: its size, what each matrix lost,
-and what that does to perplexity and exact matches."""
+"""`glm-core quantize`: quantizes a trained model to int8 or int4, and reports its size, the error
+of each matrix, perplexity and exact matches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def define(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
+    """Adds the command's options."""
     parser.add_argument("run_folder", metavar="RUN", help="folder of `glm-core train`")
     add_quantization(parser, "8 or 4 (default %(default)s)", default=4)
     parser.add_argument("--backend", default="cpu", metavar="NAME", help="default %(default)s")
@@ -25,7 +25,8 @@ def define(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=64,
         metavar="N",
-        help="drawn from the run's own text with another seed (default %(default)s)",
+        help="sequences to measure on, from the run's own text with another seed (default "
+        "%(default)s)",
     )
     parser.add_argument(
         "--out", metavar="DIR", help="write the quantized model there, with its tokenizer"
@@ -35,7 +36,7 @@ def define(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit 0; 2 where the options or the run do not fit."""
+    """Quantizes; exits 0, or 2 if the options or the run do not fit."""
     from glm_core.backends import registry
     from glm_core.data.open import open_sampler
     from glm_core.errors import CheckpointError
@@ -45,8 +46,8 @@ def run(args: argparse.Namespace) -> int:
     how = Quantization(bits=args.bits, group=args.group, activation_bits=args.activation_bits)
     if args.out and Path(args.out).exists():
         raise CheckpointError(f"{args.out}: exists; choose a new folder")
-    model, config = _trained(args.run_folder)
-    seed = config.train.seed + 1  # other blanks, another order than the run saw
+    model, config = _load(args.run_folder)
+    seed = config.train.seed + 1  # other blanks and another order than in training
     sampler = open_sampler(config.data, seed, ".cache", positions=config.model.positions)
     batches = [sampler.next(8) for _ in range(max(args.sequences // 8, 1))]
     with registry.use(args.backend):
@@ -69,31 +70,33 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _write(folder: str, out: str, config: RunConfig, how: Quantization) -> list[str]:
-    """The run's newest weights, quantized on the way, as a checkpoint of layout glm-core."""
+    """Writes the run's latest weights, quantized, as a checkpoint of layout glm-core; returns the
+    files."""
     import shutil
 
     import torch
 
-    from glm_core.pretrained.weights import convert, open_checkpoint, target
+    from glm_core.pretrained.weights.reading import open_checkpoint
+    from glm_core.pretrained.weights.writing import convert, target
     from glm_core.training import checkpoint
 
     file = checkpoint.find(Path(folder))
-    wanted = target("glm-core", quantize=how, dtype=getattr(torch, config.train.dtype))
-    files = convert(open_checkpoint(file, config.model), out, wanted)
-    pieces = file.parent.parent / checkpoint.TOKENIZER
-    if pieces.is_file():
-        files.append(Path(shutil.copy(pieces, out)))
+    form = target("glm-core", quantize=how, dtype=getattr(torch, config.train.dtype))
+    files = convert(open_checkpoint(file, config.model), out, form)
+    tokenizer = file.parent.parent / checkpoint.TOKENIZER
+    if tokenizer.is_file():
+        files.append(Path(shutil.copy(tokenizer, out)))
     return [str(f) for f in files]
 
 
-def _trained(folder: str) -> tuple[GLM, RunConfig]:
-    """The model of a run's newest checkpoint, in the run's dtype."""
+def _load(folder: str) -> tuple[GLM, RunConfig]:
+    """Returns the model of a run's latest checkpoint in the run's dtype, and the run's config."""
     import torch
 
-    from glm_core.pretrained.source import trained
+    from glm_core.pretrained.load import load_run_model
     from glm_core.training import checkpoint
 
-    model, config, _ = trained(checkpoint.find(Path(folder)))
+    model, config, _ = load_run_model(checkpoint.find(Path(folder)))
     return model.to(getattr(torch, config.train.dtype)), config
 
 

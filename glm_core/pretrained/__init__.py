@@ -1,2 +1,2 @@
-"""Published checkpoints: weights of every layout, tokenizers, chat templates, conversations and
-adapters to fine-tune with."""
+"""Published checkpoints: weights of every layout, tokenizers, chat templates, training
+conversations, adapters and fine-tuning."""

@@ -1,5 +1,6 @@
-"""Tokenizers as other projects' checkpoints store them: which file, which special tokens. Ids come
-from the files; nothing of a folder is run."""
+"""Tokenizers of published checkpoints: which file a folder uses, and the ids of special tokens.
+
+Ids come from the folder's files. Python code in a folder is never run."""
 
 from __future__ import annotations
 
@@ -15,14 +16,16 @@ import sentencepiece
 
 from glm_core.data.tokenizer import Tokenizer
 from glm_core.errors import DataError
+from glm_core.model.prompt import PromptTokenizer
 
 CONFIG = "tokenizer_config.json"
 FILES = ("ice_text.model", "tokenizer.json", "tokenizer.model")
-"""one of which a folder must hold to be talked to"""
+"""a folder with a tokenizer holds one of these"""
 CHATGLM2_SPECIAL = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
-"""what ChatGLM2's code puts after the pieces (tokenization_chatglm.py, SPTokenizer)"""
+"""special tokens that ChatGLM2's code puts behind the sentencepiece vocabulary
+(tokenization_chatglm.py, SPTokenizer)"""
 ROLE_SPECIAL = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
-"""what ChatGLM3's puts after those"""
+"""special tokens that ChatGLM3's code puts behind those of ChatGLM2"""
 GLM4_SPECIAL = (
     "<|endoftext|>",
     "[MASK]",
@@ -36,35 +39,46 @@ GLM4_SPECIAL = (
     "<|begin_of_video|>",
     "<|end_of_video|>",
 )
-"""GLM-4's (tokenization_chatglm.py, ChatGLM4Tokenizer)"""
+"""special tokens of GLM-4 (tokenization_chatglm.py, ChatGLM4Tokenizer)"""
 GLM4_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""how GLM-4 cuts text before it merges bytes; the tokenizer's file does not say it (there,
-pat_str)"""
-CODED = ("ChatGLMTokenizer", "ChatGLM4Tokenizer")
-"""tokenizers in their authors' code whose files are read here"""
-MOST_BLANKS = 80
-"""ChatGLM-6B has a piece for each run of 2 to this many blanks"""
+"""regular expression that splits text into words before byte pairs are merged (GLM-4's
+tokenization_chatglm.py, pat_str); tokenizer.model does not contain it"""
+KNOWN_CLASSES = ("ChatGLMTokenizer", "ChatGLM4Tokenizer")
+"""tokenizer classes in their authors' code whose files are read here"""
+MAX_BLANK_RUN = 80
+"""longest run of blanks that is one token of ChatGLM-6B; the shortest has 2"""
 
 
-class Vocabulary(Protocol):
-    """Text that people wrote to ids and back, special tokens by their names."""
+class TextTokenizer(Protocol):
+    """Converts text to token ids and back."""
 
-    sha256: str
     vocab: int
-    special: dict[str, int]
-    prefix: list[int]
-    """what stands before every text"""
+    """number of ids, special tokens included"""
+    sha256: str
+    """hash of the tokenizer's file"""
 
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
-class Fast:
-    """tokenizer.json, read by the `tokenizers` package. Text that spells a special token stays
-    text."""
+class BlankTokenizer(TextTokenizer, PromptTokenizer, Protocol):
+    """A tokenizer with GLM's blanks."""
+
+
+class ChatTokenizer(TextTokenizer, Protocol):
+    """A tokenizer with named special tokens, which a chat template may spell."""
+
+    special: dict[str, int]
+    """ids of the special tokens"""
+    prefix: list[int]
+    """ids that begin every prompt"""
+
+
+class FastTokenizer:
+    """tokenizer.json, read by the `tokenizers` package."""
 
     def __init__(self, file: Path) -> None:
         try:
@@ -75,54 +89,57 @@ class Fast:
             ) from None
         data = file.read_bytes()
         try:
-            self._pieces = tokenizers.Tokenizer.from_buffer(data)
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
         except Exception as error:  # the package raises nothing narrower
             raise DataError(f"{file}: not a tokenizer.json ({error}); fetch it again") from None
         self.sha256 = hashlib.sha256(data).hexdigest()
-        added = self._pieces.get_added_tokens_decoder()
+        added = self._tokenizer.get_added_tokens_decoder()
         self.special = {token.content: i for i, token in added.items() if token.special}
-        self.vocab = max(self._pieces.get_vocab(with_added_tokens=True).values()) + 1
-        self.prefix: list[int] = self._pieces.encode("").ids
-        self._pieces.encode_special_tokens = True
+        self.vocab = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.prefix: list[int] = self._tokenizer.encode("").ids
+        self._tokenizer.encode_special_tokens = True
 
     def encode(self, text: str) -> list[int]:
-        """Without prefix. Raises DataError if `text` is not valid Unicode."""
-        ids: list[int] = self._pieces.encode(_valid(text), add_special_tokens=False).ids
+        """Returns the ids of `text` without the prefix; special tokens that it spells stay text.
+        Raises DataError if `text` is not valid Unicode."""
+        ids: list[int] = self._tokenizer.encode(_valid(text), add_special_tokens=False).ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Special tokens and unknown ids give nothing."""
-        return str(self._pieces.decode([i for i in ids if 0 <= i < self.vocab]))
+        """Returns the text of `ids`; special tokens and unknown ids are left out."""
+        return str(self._tokenizer.decode([i for i in ids if 0 <= i < self.vocab]))
 
 
-class ChatGLM2:
-    """tokenizer.model of ChatGLM2 and ChatGLM3: sentencepiece, with special tokens behind the
-    pieces."""
+class ChatGLM2Tokenizer:
+    """tokenizer.model of ChatGLM2 and ChatGLM3: a sentencepiece model; the ids of special tokens
+    follow its vocabulary."""
 
-    def __init__(self, file: Path, facts: dict[str, Any], roles: bool) -> None:
-        """roles: ChatGLM3's tokens are there too."""
-        self._pieces = _sentencepiece(file)
+    def __init__(self, file: Path, config: dict[str, Any], *, roles: bool) -> None:
+        """config: tokenizer_config.json. roles: whether ChatGLM3's role tokens exist."""
+        self._processor = _sentencepiece(file)
         self.sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-        self._size = int(self._pieces.vocab_size())
+        self._size = int(self._processor.vocab_size())
         names = CHATGLM2_SPECIAL + (ROLE_SPECIAL if roles else ())
-        self.special = _special(file, facts, self._size, names, ("[gMASK]", "sop"))
+        self.special = _special_ids(file, config, self._size, names, ("[gMASK]", "sop"))
         self.vocab = max(self.special.values()) + 1
         self.prefix = [self.special["[gMASK]"], self.special["sop"]]
 
     def encode(self, text: str) -> list[int]:
-        """Without prefix. Raises DataError if `text` is not valid Unicode."""
-        return list(self._pieces.encode(_valid(text)))
+        """Returns the ids of `text` without the prefix; special tokens that it spells stay text.
+        Raises DataError if `text` is not valid Unicode."""
+        return list(self._processor.encode(_valid(text)))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Special tokens and unknown ids give nothing."""
-        return str(self._pieces.decode([int(i) for i in ids if 0 <= i < self._size]))
+        """Returns the text of `ids`; special tokens and unknown ids are left out."""
+        return str(self._processor.decode([int(i) for i in ids if 0 <= i < self._size]))
 
 
-class GLM4:
-    """tokenizer.model of GLM-4: a line `base64 rank` for each byte string, read by the `tiktoken`
-    package, with special tokens behind them."""
+class GLM4Tokenizer:
+    """tokenizer.model of GLM-4: a line `base64 rank` per byte string, read by the `tiktoken`
+    package; the ids of special tokens follow the ranks."""
 
-    def __init__(self, file: Path, facts: dict[str, Any]) -> None:
+    def __init__(self, file: Path, config: dict[str, Any]) -> None:
+        """config: tokenizer_config.json."""
         try:
             import tiktoken
         except ImportError:
@@ -131,33 +148,34 @@ class GLM4:
             ) from None
         data = file.read_bytes()
         self._size = len(ranks := _ranks(file, data))
-        self._pieces = tiktoken.Encoding(
+        self._encoding = tiktoken.Encoding(
             file.name, pat_str=GLM4_PATTERN, mergeable_ranks=ranks, special_tokens={}
         )
         self.sha256 = hashlib.sha256(data).hexdigest()
-        self.special = _special(file, facts, self._size, GLM4_SPECIAL, ("[gMASK]", "<sop>"))
+        self.special = _special_ids(file, config, self._size, GLM4_SPECIAL, ("[gMASK]", "<sop>"))
         self.vocab = max(self.special.values()) + 1
         self.prefix = [self.special["[gMASK]"], self.special["<sop>"]]
 
     def encode(self, text: str) -> list[int]:
-        """Without prefix. Raises DataError if `text` is not valid Unicode."""
-        return self._pieces.encode_ordinary(_valid(text))
+        """Returns the ids of `text` without the prefix; special tokens that it spells stay text.
+        Raises DataError if `text` is not valid Unicode."""
+        return self._encoding.encode_ordinary(_valid(text))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Special tokens and unknown ids give nothing."""
-        told = self._pieces.decode_bytes([int(i) for i in ids if 0 <= i < self._size])
-        return told.decode(errors="replace")
+        """Returns the text of `ids`; special tokens and unknown ids are left out."""
+        data = self._encoding.decode_bytes([int(i) for i in ids if 0 <= i < self._size])
+        return data.decode(errors="replace")
 
 
 def _ranks(file: Path, data: bytes) -> dict[bytes, int]:
-    """The byte strings of a tiktoken file; their ranks are the ids."""
+    """Returns the byte strings of a tiktoken file with their ranks, which are their ids."""
     try:
         rows = [line.split() for line in data.splitlines()]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in rows}
     except ValueError as error:
         raise DataError(f"{file}: not a tiktoken file ({error}); fetch it again") from None
-    whole = sorted(ranks.values()) == list(range(len(rows)))
-    if not whole or any(bytes([byte]) not in ranks for byte in range(256)):
+    consecutive = sorted(ranks.values()) == list(range(len(rows)))
+    if not consecutive or any(bytes([byte]) not in ranks for byte in range(256)):
         raise DataError(
             f"{file}: {len(rows)} lines are not ranks from 0 on that cover every byte; it is "
             "truncated: fetch it again"
@@ -165,115 +183,126 @@ def _ranks(file: Path, data: bytes) -> dict[bytes, int]:
     return ranks
 
 
-def _special(
-    file: Path, facts: dict[str, Any], size: int, names: tuple[str, ...], needed: tuple[str, ...]
+def _special_ids(
+    file: Path, config: dict[str, Any], size: int, names: tuple[str, ...], needed: tuple[str, ...]
 ) -> dict[str, int]:
-    """Special tokens behind `size` pieces: in the order of the authors' code (`names`), or where
-    tokenizer_config.json (`added_tokens_decoder`) puts them."""
-    special = {name: size + i for i, name in enumerate(names)}
+    """Returns the ids of special tokens: `added_tokens_decoder` of tokenizer_config.json where it
+    lists ids from `size` on, else `names` in the order of the authors' code."""
+    default = {name: size + i for i, name in enumerate(names)}
     try:
-        listed = (facts.get("added_tokens_decoder") or {}).items()
-        told = {str(t["content"]): int(i) for i, t in listed if int(i) >= size}
+        entries = (config.get("added_tokens_decoder") or {}).items()
+        listed = {str(t["content"]): int(i) for i, t in entries if int(i) >= size}
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise DataError(
             f"{file.with_name(CONFIG)}: added_tokens_decoder cannot be read ({error!r}); fetch it "
             "again"
         ) from None
-    # a list may be partial; one that says something else replaces all
-    agrees = all(special.get(name, i) == i for name, i in told.items())
-    special = {**special, **told} if agrees else told
-    if strange := set(needed) - special.keys():
-        raise DataError(f"{file}: no token {' or '.join(sorted(strange))} is listed beside it")
+    # a list that agrees with the default may be partial; any other list replaces the default
+    agrees = all(default.get(name, i) == i for name, i in listed.items())
+    special = {**default, **listed} if agrees else listed
+    if missing := set(needed) - special.keys():
+        raise DataError(
+            f"{file.with_name(CONFIG)}: added_tokens_decoder lists no token "
+            f"{' or '.join(sorted(missing))}; fetch it again"
+        )
     if len(set(special.values())) < len(special):
         raise DataError(
-            f"{file.with_name(CONFIG)}: two special tokens have one id beside {size} pieces; check "
-            "that it belongs to this tokenizer.model"
+            f"{file.with_name(CONFIG)}: two special tokens have one id, after a vocabulary of "
+            f"{size}; check that it belongs to this tokenizer.model"
         )
     return special
 
 
-class ChatGLM6B:
-    """ice_text.model of ChatGLM-6B: sentencepiece after `num_image_tokens` unused ids; newlines,
-    tabs and runs of blanks are pieces (tokenization_chatglm.py, SPTokenizer)."""
+class ChatGLM6BTokenizer:
+    """ice_text.model of ChatGLM-6B: a sentencepiece model whose ids follow `num_image_tokens`
+    unused ones; newlines, tabs and runs of blanks are tokens (tokenization_chatglm.py,
+    SPTokenizer)."""
 
-    def __init__(self, file: Path, facts: dict[str, Any]) -> None:
-        self._pieces = _sentencepiece(file)
+    def __init__(self, file: Path, config: dict[str, Any]) -> None:
+        """config: tokenizer_config.json."""
+        self._processor = _sentencepiece(file)
         self.sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-        self._offset = int(facts.get("num_image_tokens", 0))
-        self.vocab = int(self._pieces.vocab_size()) + self._offset
+        self._offset = int(config.get("num_image_tokens", 0))
+        self.vocab = int(self._processor.vocab_size()) + self._offset
         names = {"mask": "[MASK]", "gmask": "[gMASK]", "smask": "[sMASK]"}
         names |= {"sop": "<sop>", "eop": "<eop>", "eos": "</s>"}
-        known = {key: self._pieces.piece_to_id(name) for key, name in names.items()}
-        if strange := [names[k] for k, i in known.items() if i == self._pieces.unk_id()]:
-            raise DataError(f"{file}: has no piece {', '.join(strange)}; it is not ChatGLM-6B's")
-        ids = {key: i + self._offset for key, i in known.items()}
+        own_ids = {key: self._processor.piece_to_id(name) for key, name in names.items()}
+        if missing := [names[k] for k, i in own_ids.items() if i == self._processor.unk_id()]:
+            raise DataError(f"{file}: has no token {', '.join(missing)}; it is not ChatGLM-6B's")
+        ids = {key: i + self._offset for key, i in own_ids.items()}
         self.mask, self.gmask, self.smask = ids["mask"], ids["gmask"], ids["smask"]
         self.sop, self.eop, self.eos = ids["sop"], ids["eop"], ids["eos"]
-        self._special = {ids[key] - self._offset for key in ids}
-        # a special token that a text spells is cut after its first character
-        apart = (f"(?<={re.escape(n[0])})(?={re.escape(n[1:])})" for n in names.values())
-        self._cut = re.compile("|".join(apart))
+        self._special = set(own_ids.values())
+        # text that spells a special token is cut after its first character, so that it stays text
+        cuts = (f"(?<={re.escape(n[0])})(?={re.escape(n[1:])})" for n in names.values())
+        self._cut = re.compile("|".join(cuts))
 
     def encode(self, text: str) -> list[int]:
-        """Text that spells a special token stays text. Raises DataError if `text` is not valid
-        Unicode."""
+        """Returns the ids of `text`; special tokens that it spells stay text. Raises DataError if
+        `text` is not valid Unicode."""
         text = _valid(text).replace("\n", "<n>").replace("\t", "<|tab|>")
-        text = re.sub(f" {{2,{MOST_BLANKS}}}", lambda run: f"<|blank_{len(run[0])}|>", text)
+        text = re.sub(f" {{2,{MAX_BLANK_RUN}}}", lambda run: f"<|blank_{len(run[0])}|>", text)
         first, *rest = self._cut.split(text)
-        ids = list(self._pieces.encode(first))
-        for part in rest:  # without the blank that sentencepiece puts before a text: the same file
-            ids += self._pieces.encode("<n>" + part)[2:]
+        ids = list(self._processor.encode(first))
+        for part in rest:
+            # sentencepiece puts a blank before each text: it goes before a newline, and both go
+            ids += self._processor.encode("<n>" + part)[2:]
         return [int(i) + self._offset for i in ids]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Special tokens and unknown ids give nothing."""
+        """Returns the text of `ids`; special tokens and unknown ids are left out."""
         size = self.vocab - self._offset
         own = [int(i) - self._offset for i in ids]
-        text = self._pieces.decode([i for i in own if 0 <= i < size and i not in self._special])
+        text = self._processor.decode([i for i in own if 0 <= i < size and i not in self._special])
         text = str(text).replace("<n>", "\n").replace("<|tab|>", "\t")
         return re.sub(r"<\|blank_(\d+)\|>", lambda run: " " * int(run[1]), text)
 
 
-Tokenizers = Fast | ChatGLM2 | GLM4 | ChatGLM6B | Tokenizer
+AnyTokenizer = FastTokenizer | ChatGLM2Tokenizer | GLM4Tokenizer | ChatGLM6BTokenizer | Tokenizer
 
 
-def beside(folder: Path, layout: str) -> Tokenizers:
-    """The tokenizer in a checkpoint's folder, by what its files hold. Raises DataError."""
-    facts = read_json(folder / CONFIG)
+def load_tokenizer(folder: Path, layout: str) -> AnyTokenizer:
+    """Returns the tokenizer in a checkpoint's folder, chosen by what the files hold. layout: the
+    checkpoint's, for error messages. Raises DataError."""
+    config = read_json(folder / CONFIG)
     if (file := folder / "ice_text.model").is_file():
-        return ChatGLM6B(file, facts)
+        return ChatGLM6BTokenizer(file, config)
     if (file := folder / "tokenizer.json").is_file():
-        return Fast(file)
-    name = str(facts.get("tokenizer_class", ""))
-    if facts.get("auto_map") and name not in CODED:
+        return FastTokenizer(file)
+    name = str(config.get("tokenizer_class", ""))
+    if config.get("auto_map") and name not in KNOWN_CLASSES:
         raise DataError(
             f"{folder}: its tokenizer {name} is Python code in the folder, which is never run; "
-            f"known without tokenizer.json: {', '.join(CODED)}; where you trust it, save "
-            "tokenizer.json with transformers and put it there"
+            f"known without tokenizer.json: {', '.join(KNOWN_CLASSES)}; if you trust the code, "
+            "save tokenizer.json with transformers and put it there"
         )
     if (file := folder / "tokenizer.model").is_file():
-        return _by_content(file, facts)
+        return _load_tokenizer_model(file, config)
     raise DataError(
         f"{folder}: no tokenizer for layout {layout}; known: tokenizer.json, tokenizer.model of "
-        "ChatGLM2, ChatGLM3, GLM-4 or a run of ours, ice_text.model of ChatGLM-6B; put it there"
+        "ChatGLM2, ChatGLM3, GLM-4 or a glm-core run, ice_text.model of ChatGLM-6B; put one there"
     )
 
 
-def _by_content(file: Path, facts: dict[str, Any]) -> ChatGLM2 | GLM4 | Tokenizer:
+def _load_tokenizer_model(
+    file: Path, config: dict[str, Any]
+) -> ChatGLM2Tokenizer | GLM4Tokenizer | Tokenizer:
+    """Returns the tokenizer of a tokenizer.model, whose name says nothing of its format."""
     with file.open("rb") as handle:
         if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", handle.read(4096)):
-            return GLM4(file, facts)
-    pieces = _sentencepiece(file)
-    if pieces.piece_to_id("<eod>") != pieces.unk_id():
+            return GLM4Tokenizer(file, config)
+    processor = _sentencepiece(file)
+    if processor.piece_to_id("<eod>") != processor.unk_id():
         return Tokenizer(file.read_bytes())
-    # ChatGLM2's and ChatGLM3's models are the same file; only what lies beside them differs
+    # ChatGLM2's and ChatGLM3's models are the same file; only the files beside it differ
     code = file.with_name("tokenization_chatglm.py")
-    told = json.dumps(facts) + (code.read_text(errors="replace") if code.is_file() else "")
-    return ChatGLM2(file, facts, roles=any(name in told for name in ROLE_SPECIAL))
+    other_files = json.dumps(config) + (code.read_text(errors="replace") if code.is_file() else "")
+    roles = any(name in other_files for name in ROLE_SPECIAL)
+    return ChatGLM2Tokenizer(file, config, roles=roles)
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object, empty where there is no file. Raises DataError."""
+    """Returns a file's JSON object, empty if there is no file. Raises DataError."""
     if not file.is_file():
         return {}
     try:

@@ -1,1 +1,1 @@
-"""People use a model: in a terminal, in a browser, through OpenAI's API."""
+"""Serves a model: in a terminal, in a browser, through OpenAI's API."""

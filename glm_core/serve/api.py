@@ -1,9 +1,8 @@
-"""The HTTP interface: OpenAI's completions and chat, ChatGLM-6B's POST /, a page, health,
+"""The HTTP API: OpenAI's completions and chat, ChatGLM-6B's POST /, a web page, health and
 metrics."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import secrets
 import time
@@ -18,138 +17,133 @@ from starlette.exceptions import HTTPException
 
 from glm_core.errors import ConfigError, DataError, GlmCoreError, PromptError, unknown
 from glm_core.model.sample import Sampling
-from glm_core.pretrained.source import Message
-from glm_core.serve.answer import Answer, Piece
+from glm_core.pretrained.templates import Message
 from glm_core.serve.engine import BusyError, Engine
-from glm_core.serve.guard import Guard, problem
+from glm_core.serve.limits import Limits, LimitsMiddleware, error_body
 from glm_core.serve.page import PAGE
-from glm_core.serve.schema import Chat, Completion, Legacy, Shared
+from glm_core.serve.reply import Chunk, Reply
+from glm_core.serve.schema import ChatRequest, CompletionRequest, LegacyRequest, OpenAIRequest
 
-Frame = Callable[[Piece | None], dict[str, Any]]
-"""a piece as the endpoint's chunk; None: the chunk before the first piece"""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What one request may ask for."""
-
-    max_tokens: int = 1024
-    """new tokens"""
-    max_body: int = 1 << 20
-    """bytes"""
-    token: str = ""
-    """API key; empty: none is asked for"""
+Format = Callable[[Chunk | None], dict[str, Any]]
+"""turns a chunk into the endpoint's JSON object; None stands for the object before the first
+chunk"""
 
 
 def app(engine: Engine, limits: Limits) -> FastAPI:
-    """The application; `engine` is the caller's to close."""
+    """Returns the application. The caller closes `engine`."""
     api = FastAPI(title="glm-core", docs_url=None, redoc_url=None, openapi_url=None)
-    _errors(api)
-    _openai(api, engine, limits)
-    _rest(api, engine, limits)
-    api.add_middleware(Guard, max_body=limits.max_body, token=limits.token, measure=engine.measure)
+    _add_error_handlers(api)
+    _add_openai_routes(api, engine, limits)
+    _add_other_routes(api, engine, limits)
+    api.add_middleware(LimitsMiddleware, limits=limits, metrics=engine.metrics)
     return api
 
 
-def _errors(api: FastAPI) -> None:
-    """Every error is OpenAI's object."""
+def _add_error_handlers(api: FastAPI) -> None:
+    """Makes every error OpenAI's error object."""
 
     @api.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        told = "; ".join(
+        message = "; ".join(
             f"{'.'.join(map(str, e['loc'][1:])) or 'body'}: {e['msg']}" for e in error.errors()
         )
-        return JSONResponse(problem(told), 400)
+        return JSONResponse(error_body(message), 400)
 
     @api.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:
         return JSONResponse(
-            problem(f"{request.method} {request.url.path}: {error.detail}"), error.status_code
+            error_body(f"{request.method} {request.url.path}: {error.detail}"), error.status_code
         )
 
     @api.exception_handler(GlmCoreError)
     async def failed(request: Request, error: GlmCoreError) -> Response:
         if isinstance(error, BusyError):
-            return JSONResponse(problem(str(error), "rate_limit_error"), 429)
-        ours = not isinstance(error, PromptError | ConfigError | DataError)
-        kind = "server_error" if ours else "invalid_request_error"
-        return JSONResponse(problem(str(error), kind), 500 if ours else 400)
+            return JSONResponse(error_body(str(error), "rate_limit_error"), 429)
+        if isinstance(error, PromptError | ConfigError | DataError):
+            return JSONResponse(error_body(str(error)), 400)
+        return JSONResponse(error_body(str(error), "server_error"), 500)
 
 
-def _openai(api: FastAPI, engine: Engine, limits: Limits) -> None:
-    source, started = engine.source, int(time.time())
+def _add_openai_routes(api: FastAPI, engine: Engine, limits: Limits) -> None:
+    chat_model, started = engine.chat_model, int(time.time())
 
-    def opened(body: Shared) -> None:
-        if body.model != source.name:
-            raise HTTPException(404, unknown("model", body.model, [source.name]))
+    def require_model(body: OpenAIRequest) -> None:
+        if body.model != chat_model.name:
+            raise HTTPException(404, unknown("model", body.model, [chat_model.name]))
 
     @api.get("/v1/models")
     async def models() -> dict[str, Any]:
-        entry = {"id": source.name, "object": "model", "created": started, "owned_by": "glm-core"}
-        return {"object": "list", "data": [entry]}
+        entry = {"id": chat_model.name, "object": "model", "created": started}
+        return {"object": "list", "data": [entry | {"owned_by": "glm-core"}]}
 
     @api.post("/v1/completions")
-    async def completions(body: Completion, request: Request) -> Response:
-        opened(body)
-        sampling = body.sampling(body.max_tokens, limits.max_tokens, source.stop)
-        answer = Answer(engine, request, source.complete(body.prompt), sampling, body.stops)
-        head = _head("cmpl", "text_completion", source.name)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        require_model(body)
+        sampling = body.sampling(body.max_tokens, limits.max_tokens, chat_model.stop)
+        prompt = chat_model.completion_prompt(body.prompt)
+        reply = Reply(engine, request, prompt, sampling, body.stop_strings)
+        head = _head("cmpl", "text_completion", chat_model.name)
 
-        def frame(piece: Piece | None) -> dict[str, Any]:
-            text, finish = (piece.text, piece.finish or None) if piece else ("", None)
+        def as_json(chunk: Chunk | None) -> dict[str, Any]:
+            text, finish = (chunk.text, chunk.finish_reason or None) if chunk else ("", None)
             return head | {
                 "choices": [{"index": 0, "text": text, "logprobs": None, "finish_reason": finish}]
             }
 
         if body.stream:
-            return _stream(answer, frame, head, body, first=False)
-        piece = await answer.whole()
-        return JSONResponse(frame(piece) | {"usage": _usage(answer, piece)})
+            return _stream(reply, as_json, head, body, opening=False)
+        chunk = await reply.whole()
+        return JSONResponse(as_json(chunk) | {"usage": _usage(reply, chunk)})
 
     @api.post("/v1/chat/completions")
-    async def chat(body: Chat, request: Request) -> Response:
-        opened(body)
-        said = [
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        require_model(body)
+        messages = [
             Message("system" if m.role == "developer" else m.role, m.text) for m in body.messages
         ]
-        wanted = body.max_completion_tokens or body.max_tokens
-        sampling = body.sampling(wanted, limits.max_tokens, source.stop)
-        answer = Answer(engine, request, source.chat(said), sampling, body.stops, spoken=True)
+        max_tokens = body.max_completion_tokens or body.max_tokens
+        sampling = body.sampling(max_tokens, limits.max_tokens, chat_model.stop)
+        prompt = chat_model.chat_prompt(messages)
+        reply = Reply(engine, request, prompt, sampling, body.stop_strings, strip_start=True)
         if body.stream:
-            head = _head("chatcmpl", "chat.completion.chunk", source.name)
-            return _stream(answer, lambda piece: _delta(head, piece), head, body, first=True)
-        piece = await answer.whole()
-        message = {"role": "assistant", "content": piece.text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": piece.finish}
-        head = _head("chatcmpl", "chat.completion", source.name)
-        return JSONResponse(head | {"choices": [choice], "usage": _usage(answer, piece)})
+            head = _head("chatcmpl", "chat.completion.chunk", chat_model.name)
+            return _stream(reply, lambda chunk: _delta(head, chunk), head, body, opening=True)
+        chunk = await reply.whole()
+        message = {"role": "assistant", "content": chunk.text, "refusal": None}
+        choice = {"index": 0, "message": message, "logprobs": None}
+        choice |= {"finish_reason": chunk.finish_reason}
+        head = _head("chatcmpl", "chat.completion", chat_model.name)
+        return JSONResponse(head | {"choices": [choice], "usage": _usage(reply, chunk)})
 
 
-def _rest(api: FastAPI, engine: Engine, limits: Limits) -> None:
+def _add_other_routes(api: FastAPI, engine: Engine, limits: Limits) -> None:
     @api.get("/", response_class=HTMLResponse)
     async def page() -> str:
         return PAGE
 
     @api.post("/")
-    async def legacy(body: Legacy, request: Request) -> dict[str, Any]:
-        turns = [
-            Message(r, t)
-            for pair in body.history
-            for r, t in zip(("user", "assistant"), pair, strict=True)
+    async def legacy(body: LegacyRequest, request: Request) -> dict[str, Any]:
+        history = [
+            Message(role, text)
+            for turn in body.history
+            for role, text in zip(("user", "assistant"), turn, strict=True)
         ]
-        prompt = engine.source.chat([*turns, Message("user", body.prompt)])
-        room = max(1, min(limits.max_tokens, body.max_length - len(prompt.tokens)))
+        prompt = engine.chat_model.chat_prompt([*history, Message("user", body.prompt)])
+        max_tokens = max(1, min(limits.max_tokens, body.max_length - len(prompt.tokens)))
         sampling = Sampling(
-            max_tokens=room,
+            max_tokens=max_tokens,
             temperature=body.temperature,
             top_p=body.top_p,
             seed=secrets.randbits(63),
-            stop=engine.source.stop,
+            stop=engine.chat_model.stop,
         )
-        piece = await Answer(engine, request, prompt, sampling, spoken=True).whole()
-        now = time.strftime("%Y-%m-%d %H:%M:%S")
-        history = [*body.history, (body.prompt, piece.text)]
-        return {"response": piece.text, "history": history, "status": 200, "time": now}
+        chunk = await Reply(engine, request, prompt, sampling, strip_start=True).whole()
+        return {
+            "response": chunk.text,
+            "history": [*body.history, (body.prompt, chunk.text)],
+            "status": 200,
+            "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
 
     @api.get("/health")
     async def health() -> Response:
@@ -157,7 +151,7 @@ def _rest(api: FastAPI, engine: Engine, limits: Limits) -> None:
         alive = engine.alive
         facts = {
             "status": "ok" if alive else "engine stopped",
-            "model": engine.source.name,
+            "model": engine.chat_model.name,
             "slots": engine.slots,
             "running": running,
             "waiting": waiting,
@@ -166,10 +160,11 @@ def _rest(api: FastAPI, engine: Engine, limits: Limits) -> None:
 
     @api.get("/metrics")
     async def metrics() -> Response:
-        return Response(engine.measure.text(), media_type="text/plain; version=0.0.4")
+        return Response(engine.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
 def _head(prefix: str, kind: str, model: str) -> dict[str, Any]:
+    """Returns the fields that all JSON objects of one reply begin with."""
     created = int(time.time())
     return {
         "id": f"{prefix}-{uuid.uuid4().hex}",
@@ -179,38 +174,44 @@ def _head(prefix: str, kind: str, model: str) -> dict[str, Any]:
     }
 
 
-def _usage(answer: Answer, piece: Piece) -> dict[str, int]:
-    asked, given = answer.num_prompt_tokens, piece.num_tokens
-    return {"prompt_tokens": asked, "completion_tokens": given, "total_tokens": asked + given}
+def _usage(reply: Reply, chunk: Chunk) -> dict[str, int]:
+    prompt, completion = reply.num_prompt_tokens, chunk.num_tokens
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+    }
 
 
-def _delta(head: dict[str, Any], piece: Piece | None) -> dict[str, Any]:
-    delta = {"content": piece.text} if piece else {"role": "assistant", "content": ""}
-    finish = piece.finish or None if piece else None
+def _delta(head: dict[str, Any], chunk: Chunk | None) -> dict[str, Any]:
+    """Returns a streamed object of the chat endpoint."""
+    delta = {"content": chunk.text} if chunk else {"role": "assistant", "content": ""}
+    finish = chunk.finish_reason or None if chunk else None
     return head | {
         "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]
     }
 
 
 def _stream(
-    answer: Answer, frame: Frame, head: dict[str, Any], body: Shared, first: bool
+    reply: Reply, as_json: Format, head: dict[str, Any], body: OpenAIRequest, *, opening: bool
 ) -> Response:
-    """Server-sent events; an error on the way is the last event."""
+    """Returns the reply as server-sent events; an error is the last event. opening: whether an
+    object comes before the first chunk."""
     usage = body.stream_options is not None and body.stream_options.include_usage
 
     async def events() -> AsyncIterator[str]:
-        piece = None
+        chunk = None
         try:
-            if first:
-                yield _event(frame(None))
-            async for piece in answer.pieces():
-                yield _event(frame(piece))
-            if usage and piece is not None:
-                yield _event(head | {"choices": [], "usage": _usage(answer, piece)})
+            if opening:
+                yield _event(as_json(None))
+            async for chunk in reply.chunks():
+                yield _event(as_json(chunk))
+            if usage and chunk is not None:
+                yield _event(head | {"choices": [], "usage": _usage(reply, chunk)})
         except GlmCoreError as error:
-            yield _event(problem(str(error), "server_error"))
+            yield _event(error_body(str(error), "server_error"))
         finally:
-            answer.close()
+            reply.close()
         yield "data: [DONE]\n\n"
 
     return StreamingResponse(events(), media_type="text/event-stream")

@@ -1,7 +1,7 @@
-"""Concurrent requests over the slots of one cache: who waits, who runs, who is told what.
+"""Runs concurrent requests in the slots of one KV cache (continuous batching).
 
-One thread runs the model. Whoever asks gets a Ticket; tokens reach `deliver`, called from that
-thread."""
+One thread runs the model. `submit` returns a Ticket; the thread passes new tokens to the ticket's
+`deliver` callback."""
 
 from __future__ import annotations
 
@@ -19,54 +19,58 @@ from glm_core.errors import GlmCoreError
 from glm_core.model.generate import Decoder, Generation
 from glm_core.model.prompt import Prompt
 from glm_core.model.sample import Sampling
-from glm_core.pretrained.source import Source
-from glm_core.serve.measure import Measure
+from glm_core.pretrained.chat_model import ChatModel
+from glm_core.serve.metrics import Metrics
 
 
 class BusyError(GlmCoreError):
-    """All slots are taken and as many requests as may wait do wait."""
+    """All slots are taken and the queue is full."""
 
 
 class Event(NamedTuple):
-    """What happened to a request since the last event."""
+    """New tokens of a request since the last event."""
 
     tokens: list[int]
     finish: str
-    """empty while it goes on; see Generation.finish"""
+    """empty while the request runs; see Generation.finish"""
     error: GlmCoreError | None = None
 
 
 @dataclasses.dataclass(eq=False)
 class Ticket:
-    """A request on its way."""
+    """A request in the engine."""
 
     prompt: Prompt
     sampling: Sampling
     deliver: Callable[[Event], None]
     arrived: float
+    """time.perf_counter() at submission, seconds"""
     cancelled: bool = False
     generation: Generation | None = None
-    given: int = 0
-    """tokens delivered"""
+    """None while the request waits"""
+    num_delivered: int = 0
+    """tokens passed to `deliver`"""
 
 
 class Engine:
-    """`slots` requests run, at most `queue` wait. Memory is bounded by both: the cache is
-    allocated once."""
+    """Runs up to `slots` requests; at most `queue` more wait. The cache is allocated once, so
+    memory is bounded by both."""
 
     def __init__(
         self,
-        source: Source,
+        chat_model: ChatModel,
         backend: Backend,
         *,
         slots: int = 16,
         queue: int = 256,
         length: int | None = None,
     ) -> None:
-        self.source, self._backend, self.queue = source, backend, queue
-        self.measure = Measure()
+        """length: tokens of a slot, prompt and reply together; None: the model's context."""
+        self.chat_model, self._backend, self.queue = chat_model, backend, queue
+        self.metrics = Metrics()
         with registry.use(backend):
-            self._decoder = Decoder(source.model, slots, length, source.tokenizer.vocab)
+            vocab = chat_model.tokenizer.vocab
+            self._decoder = Decoder(chat_model.model, slots, length, vocab)
         self.slots, self.length = slots, self._decoder.runner.length
         self.cache_bytes = self._decoder.runner.cache.num_bytes
         self._waiting: deque[Ticket] = deque()
@@ -79,8 +83,8 @@ class Engine:
     def submit(
         self, prompt: Prompt, sampling: Sampling, deliver: Callable[[Event], None]
     ) -> Ticket:
-        """Queues a request. Raises PromptError for a prompt that cannot be continued, BusyError
-        where no more may wait."""
+        """Queues a request. `deliver` is called from the engine's thread. Raises PromptError for a
+        prompt that leaves no room for a reply, BusyError if the queue is full."""
         self._decoder.runner.require_room(prompt)
         ticket = Ticket(prompt, sampling, deliver, time.perf_counter())
         with self._changed:
@@ -91,31 +95,31 @@ class Engine:
                     "later"
                 )
             self._waiting.append(ticket)
-            self.measure.waiting.set(len(self._waiting))
+            self.metrics.waiting.set(len(self._waiting))
             self._changed.notify()
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
-        """The request's slot becomes free at the next step; nothing more is delivered."""
+        """Cancels a request: its slot is freed at the next step, and nothing more is delivered."""
         with self._changed:
             ticket.cancelled = True
             if ticket in self._waiting:
                 self._waiting.remove(ticket)
-                self.measure.waiting.set(len(self._waiting))
+                self.metrics.waiting.set(len(self._waiting))
             self._changed.notify()
 
     @property
     def load(self) -> tuple[int, int]:
-        """Requests that run and that wait."""
+        """Numbers of requests that run and that wait."""
         return len(self._running), len(self._waiting)
 
     @property
     def alive(self) -> bool:
-        """Does the thread that runs the model?"""
+        """Whether the thread that runs the model is alive."""
         return self._thread.is_alive()
 
     def close(self) -> None:
-        """Stops the thread; requests under way are told that they were cancelled."""
+        """Stops the thread and cancels all requests."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -125,40 +129,40 @@ class Engine:
         with registry.use(self._backend):
             while not self._stopping:
                 try:
-                    self._turn()
-                except Exception as error:  # a fault of ours must not leave everybody waiting
+                    self._step()
+                except Exception as error:  # a bug must not leave all clients waiting
                     traceback.print_exc()
                     self._fail(error)
         for ticket in [*self._running, *self._waiting]:
             ticket.deliver(Event([], "cancelled"))
 
-    def _turn(self) -> None:
+    def _step(self) -> None:
         self._admit()
         self._release_cancelled()
         begin = time.perf_counter()
         if self._decoder.step():
-            self.measure.step_seconds.observe(time.perf_counter() - begin)
-        self._tell()
+            self.metrics.step_seconds.observe(time.perf_counter() - begin)
+        self._deliver()
 
     def _fail(self, error: Exception) -> None:
-        """Ends everything that runs with an error."""
-        told = GlmCoreError(f"generation failed: {type(error).__name__}: {error}")
+        """Ends all running requests with an error."""
+        failure = GlmCoreError(f"generation failed: {type(error).__name__}: {error}")
         with self._changed:
             failed, self._running = self._running, []
-            self.measure.running.set(0)
+            self.metrics.running.set(0)
         self._decoder.clear()
         for ticket in failed:
-            ticket.deliver(Event([], "error", told))
+            ticket.deliver(Event([], "error", failure))
 
     def _admit(self) -> None:
-        """Waits for something to do; fills free slots."""
+        """Waits until there is a request, then fills free slots."""
         with self._changed:
             while not (self._waiting or self._running or self._stopping):
                 self._changed.wait()
             count = min(self._decoder.free, len(self._waiting))
             tickets = [self._waiting.popleft() for _ in range(count)]
             self._running += tickets
-            self.measure.waiting.set(len(self._waiting))
+            self.metrics.waiting.set(len(self._waiting))
         for ticket in tickets:
             ticket.generation = self._decoder.begin(ticket.prompt, ticket.sampling)
 
@@ -166,25 +170,25 @@ class Engine:
         for ticket in self._running:
             if ticket.cancelled and ticket.generation is not None:
                 self._decoder.cancel(ticket.generation)
-        self._forget()
+        self._drop_finished()
 
-    def _tell(self) -> None:
-        """Delivers what is new."""
+    def _deliver(self) -> None:
+        """Delivers new tokens."""
         for ticket in self._running:
-            g = ticket.generation
-            if g is None or ticket.cancelled:
+            generation = ticket.generation
+            if generation is None or ticket.cancelled:
                 continue
-            new = g.tokens[ticket.given :]
-            if new or g.finish:
-                if not ticket.given:
+            new = generation.tokens[ticket.num_delivered :]
+            if new or generation.finish:
+                if not ticket.num_delivered:
                     waited = time.perf_counter() - ticket.arrived
-                    self.measure.first_token_seconds.observe(waited)
-                ticket.given += len(new)
-                self.measure.tokens.inc(len(new))
-                ticket.deliver(Event(new, g.finish, g.error))
-        self._forget()
+                    self.metrics.first_token_seconds.observe(waited)
+                ticket.num_delivered += len(new)
+                self.metrics.tokens.inc(len(new))
+                ticket.deliver(Event(new, generation.finish, generation.error))
+        self._drop_finished()
 
-    def _forget(self) -> None:
+    def _drop_finished(self) -> None:
         with self._changed:
             self._running = [t for t in self._running if not (t.generation and t.generation.finish)]
-            self.measure.running.set(len(self._running))
+            self.metrics.running.set(len(self._running))

@@ -1,4 +1,4 @@
-"""The web page: one file, no other site, a conversation over the server's own API."""
+"""The web page of the server: one file that chats over the server's own API."""
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -54,22 +54,22 @@ const show = (kind, text) => {
 };
 
 async function connect() {
-  const answer = await fetch("/v1/models", { headers: headers() });
-  const body = await answer.json();
-  if (!answer.ok) throw new Error(body.error.message);
+  const response = await fetch("/v1/models", { headers: headers() });
+  const body = await response.json();
+  if (!response.ok) throw new Error(body.error.message);
   model = body.data[0].id;
   get("model").textContent = model;
 }
 
 async function ask(box) {
   abort = new AbortController();
-  const answer = await fetch("/v1/chat/completions", {
+  const response = await fetch("/v1/chat/completions", {
     method: "POST", headers: headers(), signal: abort.signal,
     body: JSON.stringify({ model, messages, stream: true,
       temperature: Number(get("temperature").value), top_p: Number(get("top_p").value) }),
   });
-  if (!answer.ok) throw new Error((await answer.json()).error.message);
-  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  if (!response.ok) throw new Error((await response.json()).error.message);
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let left = ""; ;) {
     const { done, value } = await reader.read();
     if (done) return;
@@ -116,8 +116,8 @@ get("question").addEventListener("keydown", event => {
   }
 });
 get("stop").addEventListener("click", () => abort && abort.abort());
-const asked = new URLSearchParams(location.search).get("q");
-if (asked) send(asked); else connect().catch(() => {});
+const question = new URLSearchParams(location.search).get("q");
+if (question) send(question); else connect().catch(() => {});
 </script>
 </html>
 """

@@ -1,6 +1,6 @@
-"""What requests may say: OpenAI's completions and chat, and ChatGLM-6B's own api.py.
+"""Schemas of requests: OpenAI's completions and chat, and ChatGLM-6B's own api.py.
 
-A field that would change the answer and is not listed here is refused, never ignored."""
+A field that is not listed here is refused, never ignored."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from glm_core.model.sample import Sampling
 
 
 class Strict(BaseModel):
-    """Unknown fields are errors."""
+    """A schema that refuses unknown fields."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -26,14 +26,14 @@ class StreamOptions(Strict):
     include_obfuscation: bool = False
 
 
-class Shared(Strict):
-    """Fields of both of OpenAI's endpoints."""
+class OpenAIRequest(Strict):
+    """Fields common to OpenAI's completions and chat."""
 
     model: str
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
-    """our own; 0 = all"""
+    """an addition of glm-core; 0 = all tokens"""
     seed: int | None = Field(default=None, ge=0, lt=1 << 63)
     stop: str | list[str] | None = None
     stream: bool = False
@@ -45,28 +45,29 @@ class Shared(Strict):
     metadata: dict[str, Any] | None = None
 
     @property
-    def stops(self) -> list[str]:
-        """Stop strings."""
+    def stop_strings(self) -> list[str]:
+        """The stop strings as a list."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
-    def sampling(self, wanted: int | None, most: int, end: tuple[int, ...]) -> Sampling:
-        """How the answer is drawn. Raises ConfigError where more than `most` tokens are wanted."""
-        if wanted is not None and wanted > most:
+    def sampling(self, max_tokens: int | None, limit: int, stop: tuple[int, ...]) -> Sampling:
+        """Returns the request's sampling settings; max_tokens None means `limit`. Raises
+        ConfigError if `max_tokens` is larger than `limit`."""
+        if max_tokens is not None and max_tokens > limit:
             raise ConfigError(
-                f"max_tokens={wanted}: this server gives {most} at most; ask for fewer"
+                f"max_tokens={max_tokens}: this server gives {limit} at most; ask for fewer"
             )
         seed = secrets.randbits(63) if self.seed is None else self.seed
         return Sampling(
-            max_tokens=wanted or most,
+            max_tokens=max_tokens or limit,
             temperature=self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
             seed=seed,
-            stop=end,
+            stop=stop,
         )
 
 
-class Completion(Shared):
+class CompletionRequest(OpenAIRequest):
     """POST /v1/completions."""
 
     prompt: str
@@ -78,14 +79,14 @@ class Completion(Shared):
 
 
 class TextPart(Strict):
-    """A part of a message's content; only text."""
+    """A text part of a message's content."""
 
     type: Literal["text"]
     text: str
 
 
 class ChatMessage(Strict):
-    """One turn."""
+    """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
@@ -93,13 +94,13 @@ class ChatMessage(Strict):
 
     @property
     def text(self) -> str:
-        """The content's text."""
+        """The content as one text."""
         if isinstance(self.content, str):
             return self.content
         return "".join(part.text for part in self.content)
 
 
-class Chat(Shared):
+class ChatRequest(OpenAIRequest):
     """POST /v1/chat/completions."""
 
     messages: list[ChatMessage] = Field(min_length=1)
@@ -108,12 +109,12 @@ class Chat(Shared):
     logprobs: Literal[False] | None = None
 
 
-class Legacy(Strict):
-    """POST / as ChatGLM-6B's api.py takes it; its defaults."""
+class LegacyRequest(Strict):
+    """POST /, with the fields and defaults of ChatGLM-6B's api.py."""
 
     prompt: str
     history: list[tuple[str, str]] = []
     max_length: int = Field(default=2048, ge=1)
-    """tokens of question and answer together"""
+    """tokens of prompt and reply together"""
     top_p: float = Field(default=0.7, gt=0, le=1)
     temperature: float = Field(default=0.95, ge=0, le=2)

@@ -1,4 +1,4 @@
-"""A conversation in the terminal, each word shown as soon as it is known."""
+"""Chats in the terminal and shows the reply while it is generated."""
 
 from __future__ import annotations
 
@@ -12,48 +12,51 @@ from glm_core.model.generate import stream
 from glm_core.model.prompt import Prompt
 from glm_core.model.runner import Runner
 from glm_core.model.sample import Sampling
-from glm_core.pretrained.source import Message, Source
-from glm_core.serve.text import TextStream
+from glm_core.pretrained.chat_model import ChatModel
+from glm_core.pretrained.templates import Message
+from glm_core.serve.detokenizer import Detokenizer
 
-HELP = "/clear forgets the conversation, /quit leaves, Ctrl-C stops an answer"
+HELP = "/clear forgets the conversation, /quit leaves, Ctrl-C stops a reply"
 
 
-def written(
-    source: Source,
+def stream_text(
+    chat_model: ChatModel,
     prompt: Prompt,
     sampling: Sampling,
     runner: Runner | None = None,
-    spoken: bool = False,
+    strip_start: bool = False,
 ) -> Iterator[str]:
-    """The answer's text as it comes. runner: in place of the source's model; spoken: as of
-    TextStream. Raises PromptError, GenerationError."""
-    text = TextStream(source.tokenizer.decode, spoken=spoken)
-    for token in stream(runner or source.model, prompt, sampling, num_ids=source.tokenizer.vocab):
-        if piece := text.feed([token]):
-            yield piece
-    yield text.feed([], last=True)
+    """Yields the generated text as it becomes known. runner: computes in place of the model;
+    strip_start: see Detokenizer. Raises PromptError, GenerationError."""
+    tokenizer = chat_model.tokenizer
+    detokenizer = Detokenizer(tokenizer.decode, strip_start=strip_start)
+    model = runner or chat_model.model
+    for token in stream(model, prompt, sampling, num_ids=tokenizer.vocab):
+        if text := detokenizer.feed([token]):
+            yield text
+    yield detokenizer.feed([], last=True)
 
 
-def talk(source: Source, sampling: Sampling, lines: TextIO, out: TextIO) -> None:
-    """Until the lines end or /quit. A conversation that outgrows the context loses its oldest
-    turns, and says so."""
-    turns: list[Message] = []
-    sampling = dataclasses.replace(sampling, stop=source.stop)
+def chat(chat_model: ChatModel, sampling: Sampling, lines: TextIO, out: TextIO) -> None:
+    """Chats until `lines` ends or a line says /quit. A conversation that outgrows the context loses
+    its oldest turns, and says so."""
+    messages: list[Message] = []
+    sampling = dataclasses.replace(sampling, stop=chat_model.stop)
     if lines.isatty():
-        print(f"{source.name}: {HELP}", file=sys.stderr)
-    while question := _asked(lines, out):
+        print(f"{chat_model.name}: {HELP}", file=sys.stderr)
+    while question := _read_question(lines, out):
         if question == "/quit":
             return
         if question == "/clear":
-            turns = []
+            messages = []
             continue
-        turns.append(Message("user", question))
-        answer = _answered(source, turns, sampling, out)
-        turns.append(Message("assistant", answer))
+        messages.append(Message("user", question))
+        reply = _print_reply(chat_model, messages, sampling, out)
+        messages.append(Message("assistant", reply))
 
 
-def _asked(lines: TextIO, out: TextIO) -> str:
-    """The next line with something on it; empty at the end."""
+def _read_question(lines: TextIO, out: TextIO) -> str:
+    """Returns the next line that is not blank, empty at the end."""
     while True:
         if lines.isatty():
             print("> ", end="", file=out, flush=True)
@@ -62,22 +65,25 @@ def _asked(lines: TextIO, out: TextIO) -> str:
             return line.strip()
 
 
-def _answered(source: Source, turns: list[Message], sampling: Sampling, out: TextIO) -> str:
-    """Prints the answer; an interrupt ends it there."""
-    said = ""
+def _print_reply(
+    chat_model: ChatModel, messages: list[Message], sampling: Sampling, out: TextIO
+) -> str:
+    """Prints the reply and returns it; an interrupt ends it early."""
+    reply = ""
     while True:
         try:
-            for piece in written(source, source.chat(turns), sampling, spoken=True):
-                said += piece
-                print(piece, end="", file=out, flush=True)
+            prompt = chat_model.chat_prompt(messages)
+            for text in stream_text(chat_model, prompt, sampling, strip_start=True):
+                reply += text
+                print(text, end="", file=out, flush=True)
         except PromptError as error:
-            if len(turns) == 1:
+            if len(messages) == 1:
                 print(f"glm-core: {error}", file=sys.stderr)
-                return said
+                return reply
             print("(the conversation is too long; its oldest turn is forgotten)", file=sys.stderr)
-            del turns[:2]
+            del messages[:2]
             continue
         except KeyboardInterrupt:
             pass
         print(file=out)
-        return said
+        return reply

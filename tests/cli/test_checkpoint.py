@@ -11,8 +11,9 @@ from foreign import write
 
 from glm_core.cli import checkpoint, main
 from glm_core.config import load
-from glm_core.pretrained import adapter_files
-from glm_core.pretrained.weights import LAYOUTS, open_checkpoint
+from glm_core.pretrained import adapters
+from glm_core.pretrained.weights.layouts import LAYOUTS
+from glm_core.pretrained.weights.reading import open_checkpoint
 
 
 def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,7 +82,7 @@ def test_lora_beside_a_run_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture
     checkpoint = open_checkpoint(f"{base}/checkpoints", model)
     assert checkpoint.layout.name == "glm-core"
     plain = checkpoint.load()
-    assert adapter_files.load_adapter(facts["adapter"], plain).rank == 2
+    assert adapters.load_adapter(facts["adapter"], plain).rank == 2
     prompt = ["generate", "--run", base, "--prompt", "The", "--max-tokens", "9", "--json"]
     prompt += ["--temperature", "9"]
     assert main([*prompt, "--adapter", tuned]) == 0

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from glm_core.cli import main
-from glm_core.pretrained.weights import open_checkpoint
+from glm_core.pretrained.weights.reading import open_checkpoint
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from glm_core.model.adapters import (
 )
 from glm_core.model.glm import GLM
 from glm_core.ops.quant import quantize
-from glm_core.pretrained.adapter_files import load_adapter, save_adapter
+from glm_core.pretrained.adapters import load_adapter, save_adapter
 from glm_core.training import trainer
 
 ALL = AdapterConfig(rank=3, targets="attention.qkv attention.out mlp.up mlp.down")

@@ -19,7 +19,7 @@ from glm_core.model.adapters import (
 )
 from glm_core.model.cache import Cache
 from glm_core.model.glm import GLM
-from glm_core.pretrained.adapter_files import load_adapter, save_adapter
+from glm_core.pretrained.adapters import load_adapter, save_adapter
 from glm_core.training import trainer
 
 TUNING = AdapterConfig(kind="ptuning", prefix_length=P)

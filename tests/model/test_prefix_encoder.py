@@ -19,7 +19,7 @@ from glm_core.model.adapters import AdapterConfig, LoRA, adapter_state, attach
 from glm_core.model.glm import GLM, Linear
 from glm_core.model.prefix import PrefixWindow
 from glm_core.model.quantize import Quantization, convert
-from glm_core.pretrained.adapter_files import load_adapter, read, save_adapter, write
+from glm_core.pretrained.adapters import load_adapter, read, save_adapter, write
 from glm_core.training import trainer
 
 FRONT = "transformer.prefix_encoder."

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from glm_core import ops
 from glm_core.config import ModelConfig
 from glm_core.model.glm import GLM
-from glm_core.pretrained.weights import convert, open_checkpoint, target
+from glm_core.pretrained.weights.reading import open_checkpoint
+from glm_core.pretrained.weights.writing import convert, target
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-sat/bin/python"

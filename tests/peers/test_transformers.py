@@ -22,7 +22,8 @@ from glm_core.model.generate import generate
 from glm_core.model.glm import GLM
 from glm_core.model.prompt import causal
 from glm_core.model.sample import Sampling
-from glm_core.pretrained.weights import convert, open_checkpoint, target
+from glm_core.pretrained.weights.reading import open_checkpoint
+from glm_core.pretrained.weights.writing import convert, target
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 

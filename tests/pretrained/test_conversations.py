@@ -15,9 +15,8 @@ from folders import CHATGLM3_TEMPLATE, sentences, stored
 from glm_core import cli
 from glm_core.errors import DataError
 from glm_core.model.prompt import Prompt, causal
-from glm_core.pretrained import conversations
+from glm_core.pretrained.conversations import Example, ExampleSampler, read_examples
 from glm_core.pretrained.load import from_path
-from glm_core.pretrained.pairs import Pair, Pairs
 
 
 def chatglm3(folder: Path) -> Path:
@@ -78,13 +77,13 @@ def test_an_answer_is_learnt(tmp_path: Path, capsys: Any, monkeypatch: Any) -> N
     ]
 
 
-PREFIX_LM = Pair(Prompt((5, 6, 7, 8), sep=3, mask=2), (9, 10, 2))
-CAUSAL = Pair(causal([4, 5]), (6, 2))
+PREFIX_LM = Example(Prompt((5, 6, 7, 8), sep=3, mask=2), (9, 10, 2))
+CAUSAL = Example(causal([4, 5]), (6, 2))
 
 
 def test_rows() -> None:
     """Inputs, labels, positions and mask, written out; padding sees itself and counts nothing."""
-    rows = Pairs([PREFIX_LM, CAUSAL], 8, seed=0)
+    rows = ExampleSampler([PREFIX_LM, CAUSAL], 8, seed=0)
     batch = rows.next(2)
     a, b = (0, 1) if batch.tokens[0, 0] == 5 else (1, 0)
     assert batch.tokens[a].tolist() == [5, 6, 7, 8, 9, 10, 0, 0]
@@ -102,26 +101,30 @@ def test_rows() -> None:
 def test_order_and_state() -> None:
     """Every pair once an epoch, in another order each; the same rows whatever the micro-batch; a
     restored sampler goes on."""
-    pairs = [Pair(causal([i]), (2,)) for i in range(3, 11)]
-    one, other = Pairs(pairs, 4, seed=1), Pairs(pairs, 4, seed=1)
+    pairs = [Example(causal([i]), (2,)) for i in range(3, 11)]
+    one, other = ExampleSampler(pairs, 4, seed=1), ExampleSampler(pairs, 4, seed=1)
     seen = torch.cat([one.next(2).tokens[:, 0] for _ in range(8)])
     assert sorted(seen[:8].tolist()) == sorted(seen[8:].tolist()) == list(range(3, 11))
     assert seen[:8].tolist() != seen[8:].tolist()
     assert torch.equal(torch.cat([other.next(4).tokens[:, 0] for _ in range(2)]), seen[:8])
-    again = Pairs(pairs, 4, seed=1)
+    again = ExampleSampler(pairs, 4, seed=1)
     again.restore(json.loads(json.dumps(other.state())))
     assert torch.equal(again.next(8).tokens[:, 0], seen[8:])
-    for strange in (Pairs(pairs, 4, seed=2), Pairs(pairs[1:], 4, seed=1), Pairs(pairs, 5, seed=1)):
-        with pytest.raises(DataError, match="saved with other pairs"):
+    for strange in (
+        ExampleSampler(pairs, 4, seed=2),
+        ExampleSampler(pairs[1:], 4, seed=1),
+        ExampleSampler(pairs, 5, seed=1),
+    ):
+        with pytest.raises(DataError, match="saved with other conversations"):
             strange.restore(other.state())
 
 
 def test_refusals(tmp_path: Path, capsys: Any) -> None:
     with pytest.raises(DataError, match=r"number 1 and 0 more are longer than a row of 5 tokens"):
-        Pairs([PREFIX_LM, CAUSAL], 5, seed=0)
+        ExampleSampler([PREFIX_LM, CAUSAL], 5, seed=0)
     with pytest.raises(DataError, match="there are none"):
-        Pairs([], 5, seed=0)
-    source = from_path(chatglm3(tmp_path / "their"))
+        ExampleSampler([], 5, seed=0)
+    chat_model = from_path(chatglm3(tmp_path / "their"))
     file = tmp_path / "pairs.jsonl"
     for line, told in [
         ("{", "pairs.jsonl:2: not JSON"),
@@ -132,10 +135,10 @@ def test_refusals(tmp_path: Path, capsys: Any) -> None:
     ]:
         file.write_text('{"prompt": "a", "response": "b"}\n' + line)
         with pytest.raises(DataError, match=told):
-            conversations.read(source, file)
+            read_examples(chat_model, file)
     file.write_bytes(b"\xff")
     with pytest.raises(DataError, match="cannot be read"):
-        conversations.read(source, file)
+        read_examples(chat_model, file)
     base = ["--base", str(tmp_path / "their"), "--out", str(tmp_path / "out")]
     assert cli.main(["train", "--adapter", "lora", *base]) == 2
     assert "this base has another; give conversations instead (--pairs" in capsys.readouterr().err

@@ -16,8 +16,9 @@ from glm_core import cli
 from glm_core.errors import CheckpointError, DataError, PromptError
 from glm_core.model.generate import generate
 from glm_core.model.sample import Sampling
-from glm_core.pretrained.load import Causal, from_path
-from glm_core.pretrained.source import Message
+from glm_core.pretrained.chat_model import CausalModel
+from glm_core.pretrained.load import from_path
+from glm_core.pretrained.templates import Message
 
 SPECIAL = [
     "<|endoftext|>",
@@ -100,23 +101,27 @@ def tokenizer_json() -> Any:
 def test_tokens_of_transformers(theirs: tuple[Path, Any, Any]) -> None:
     """Prompts, stop tokens and greedy answers; one of them ended by a stop token."""
     folder, model, fast = theirs
-    source = from_path(folder)
-    assert isinstance(source, Causal)
-    assert not source.fills
+    chat_model = from_path(folder)
+    assert isinstance(chat_model, CausalModel)
     asked = "The fox <b> 你好"
-    prompts = [source.complete(asked), source.chat([*TALK[:3], Message("user", "again, 你好?")])]
+    prompts = [
+        chat_model.completion_prompt(asked),
+        chat_model.chat_prompt([*TALK[:3], Message("user", "again, 你好?")]),
+    ]
     messages = [m._asdict() for m in [*TALK[:3], Message("user", "again, 你好?")]]
     told = fast.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     wanted = [fast(asked).input_ids, fast(told, add_special_tokens=False).input_ids]
     assert [list(p.tokens) for p in prompts] == wanted
-    stop = list(source.stop)
+    stop = list(chat_model.stop)
     assert stop == json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
     for prompt in prompts:
         free = greedy(model, prompt.tokens, stop)
-        ours = generate(source.model, [prompt], dataclasses.replace(GREEDY, stop=source.stop))[0]
+        ours = generate(
+            chat_model.model, [prompt], dataclasses.replace(GREEDY, stop=chat_model.stop)
+        )[0]
         assert ours.tokens == free
         assert len(set(free)) > 3
-        assert source.tokenizer.decode(free) == fast.decode(free, skip_special_tokens=True)
+        assert chat_model.tokenizer.decode(free) == fast.decode(free, skip_special_tokens=True)
     end = free[4]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [end]}))
     again = from_path(folder)
@@ -143,9 +148,9 @@ def greedy(model: Any, prompt: Any, stop: list[int]) -> list[int]:
 
 def test_what_people_write_is_text(theirs: tuple[Path, Any, Any]) -> None:
     """Special tokens that a message or a prompt spells are not those tokens."""
-    source = from_path(theirs[0])
-    roles = source.tokenizer.special
-    tokens = source.chat(TALK).tokens
+    chat_model = from_path(theirs[0])
+    roles = chat_model.tokenizer.special
+    tokens = chat_model.chat_prompt(TALK).tokens
     assert [t for t in tokens if t in roles.values()] == [
         roles[n]
         for n in (
@@ -158,8 +163,8 @@ def test_what_people_write_is_text(theirs: tuple[Path, Any, Any]) -> None:
             "<|assistant|>",
         )
     ]
-    assert "<|user|> again, 你好?" in source.tokenizer.decode(tokens)
-    assert roles["<|user|>"] not in source.complete("<|user|>").tokens[2:]
+    assert "<|user|> again, 你好?" in chat_model.tokenizer.decode(tokens)
+    assert roles["<|user|>"] not in chat_model.completion_prompt("<|user|>").tokens[2:]
 
 
 def test_commands_take_a_checkpoint(
@@ -178,12 +183,12 @@ def test_a_template_of_ones_own_file_wins(theirs: tuple[Path, Any, Any]) -> None
     (folder / "chat_template.jinja").write_text(
         "{% for m in messages %}{{ m.content }}!{% endfor %}"
     )
-    source = from_path(folder)
-    said = source.tokenizer.decode(source.chat([Message("user", "hello")]).tokens)
+    chat_model = from_path(folder)
+    said = chat_model.tokenizer.decode(chat_model.chat_prompt([Message("user", "hello")]).tokens)
     assert said == "hello!"
     (folder / "chat_template.jinja").write_text("{% for m in")
     with pytest.raises(PromptError, match="chat template: "):
-        from_path(folder).chat([Message("user", "hello")])
+        from_path(folder).chat_prompt([Message("user", "hello")])
 
 
 # --- bad input -----------------------------------------------------------------------------------

@@ -17,9 +17,10 @@ from folders import CHATGLM3_TEMPLATE, TALK, TEXT, sentences, stored
 from glm_core.errors import DataError
 from glm_core.model.generate import generate
 from glm_core.model.sample import Sampling
+from glm_core.pretrained.chat_model import BlankFillingModel
 from glm_core.pretrained.load import from_path
-from glm_core.pretrained.source import Message
-from glm_core.pretrained.tokenizers import GLM4, GLM4_PATTERN, ChatGLM6B
+from glm_core.pretrained.templates import Message
+from glm_core.pretrained.tokenizers import GLM4_PATTERN, ChatGLM6BTokenizer, GLM4Tokenizer
 
 GREEDY = Sampling(max_tokens=12, temperature=0)
 GLM4_TEMPLATE = (
@@ -51,16 +52,19 @@ def family(folder: Path, **facts: Any) -> sentencepiece.SentencePieceProcessor:
 def test_chatglm2(tmp_path: Path) -> None:
     """A conversation is one text, encoded as one."""
     plain = family(tmp_path / "their")
-    source = from_path(tmp_path / "their")
+    chat_model = from_path(tmp_path / "their")
     size = plain.vocab_size()
     text = "[Round 1]\n\n问：who runs?\n\n答：the fox\n\n"
     text += "[Round 2]\n\n问：<|user|> again, 你好?\n\n答："
     prefix = [size + CHATGLM2.index("[gMASK]"), size + CHATGLM2.index("sop")]
-    assert list(source.chat(TALK[1:]).tokens) == [*prefix, *plain.encode(text)]
-    assert list(source.complete("the fox").tokens) == [*prefix, *plain.encode("the fox")]
-    assert source.answer([*TALK, Message("assistant", "a\n")]) == plain.encode("a\n")
-    assert source.stop == (2,)
-    assert generate(source.model, [source.complete("the fox")], GREEDY)[0].tokens
+    assert list(chat_model.chat_prompt(TALK[1:]).tokens) == [*prefix, *plain.encode(text)]
+    assert list(chat_model.completion_prompt("the fox").tokens) == [
+        *prefix,
+        *plain.encode("the fox"),
+    ]
+    assert chat_model.reply_ids([*TALK, Message("assistant", "a\n")]) == plain.encode("a\n")
+    assert chat_model.stop == (2,)
+    assert generate(chat_model.model, [chat_model.completion_prompt("the fox")], GREEDY)[0].tokens
 
 
 def listed(size: int, names: list[str]) -> dict[str, Any]:
@@ -87,24 +91,24 @@ def test_chatglm3(beside: str, tmp_path: Path) -> None:
     plain = family(folder, **facts)
     if beside == "code":
         (folder / "tokenization_chatglm.py").write_text('raise SystemExit("<|user|>")')
-    source = from_path(folder)
+    chat_model = from_path(folder)
     ids = {name: size + i for i, name in enumerate(CHATGLM2 + ROLES)}
-    assert source.tokenizer.special == ids
+    assert chat_model.tokenizer.special == ids
     expected = [ids["[gMASK]"], ids["sop"]]
     talk = [*TALK, Message("assistant", "\n well"), Message("user", "  two blanks")]
     for m in talk:
         expected += [ids[f"<|{m.role}|>"], *plain.encode("\n"), *plain.encode(m.content)]
-    assert list(source.chat(talk).tokens) == [*expected, ids["<|assistant|>"]]
+    assert list(chat_model.chat_prompt(talk).tokens) == [*expected, ids["<|assistant|>"]]
     learnt = [*talk, Message("assistant", "the fox")]
-    assert source.answer(learnt) == [*plain.encode("\n"), *plain.encode("the fox")]
-    assert source.stop == (2, ids["<|user|>"], ids["<|observation|>"])
+    assert chat_model.reply_ids(learnt) == [*plain.encode("\n"), *plain.encode("the fox")]
+    assert chat_model.stop == (2, ids["<|user|>"], ids["<|observation|>"])
 
 
 # --- ChatGLM-6B ----------------------------------------------------------------------------------
 
 
 def test_chatglm_6b(tmp_path: Path) -> None:
-    """Newlines and runs of blanks are pieces; ids begin after those of images."""
+    """Newlines and runs of blanks are tokenizer; ids begin after those of images."""
     folder = tmp_path / "their"
     stored(folder, "chatglm-6b", vocab=420)
     blanks = [f"<|blank_{i}|>" for i in range(2, 7)]
@@ -112,29 +116,36 @@ def test_chatglm_6b(tmp_path: Path) -> None:
     data = sentences(symbols)
     (folder / "ice_text.model").write_bytes(data)
     (folder / "tokenizer_config.json").write_text(json.dumps({"num_image_tokens": 20}))
-    source = from_path(folder)
+    chat_model = from_path(folder)
     plain = sentencepiece.SentencePieceProcessor(model_proto=data)
-    pieces = source.tokenizer
-    assert isinstance(pieces, ChatGLM6B)
+    tokenizer = chat_model.tokenizer
+    assert isinstance(tokenizer, ChatGLM6BTokenizer)
     text = "the fox\n\tjumps    over"
-    ids = pieces.encode(text)
-    assert pieces.decode(ids) == text
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
     spelled = "the fox<n><|tab|>jumps<|blank_4|>over"
     assert ids == [i + 20 for i in plain.encode(spelled)]
     assert {plain.piece_to_id(x) + 20 for x in ("<n>", "<|tab|>", "<|blank_4|>")} <= set(ids)
     written = "a [gMASK] <eop><sop>b"  # what people write is text
-    said = source.chat([Message("user", written)]).tokens
-    assert pieces.decode(said) == written
-    special = {pieces.mask, pieces.gmask, pieces.smask, pieces.sop, pieces.eop, pieces.eos}
-    assert [t for t in said if t in special] == [pieces.gmask, pieces.sop]
-    prompt = source.chat([Message("user", "the fox")])
-    assert list(prompt.tokens) == [*pieces.encode("the fox"), pieces.gmask, pieces.sop]
+    said = chat_model.chat_prompt([Message("user", written)]).tokens
+    assert tokenizer.decode(said) == written
+    special = {
+        tokenizer.mask,
+        tokenizer.gmask,
+        tokenizer.smask,
+        tokenizer.sop,
+        tokenizer.eop,
+        tokenizer.eos,
+    }
+    assert [t for t in said if t in special] == [tokenizer.gmask, tokenizer.sop]
+    prompt = chat_model.chat_prompt([Message("user", "the fox")])
+    assert list(prompt.tokens) == [*tokenizer.encode("the fox"), tokenizer.gmask, tokenizer.sop]
     assert (prompt.sep, prompt.mask) == (len(prompt.tokens) - 1, len(prompt.tokens) - 2)
-    assert (source.fills, source.stop) == (True, (2,))
+    assert (type(chat_model), chat_model.stop) == (BlankFillingModel, (2,))
     text = "[Round 0]\n问：who runs?\n答：the fox\n[Round 1]\n问：<|user|> again, 你好?\n答："
-    tokens = source.chat(TALK[1:]).tokens
-    assert list(tokens) == [*pieces.encode(text), pieces.gmask, pieces.sop]
-    assert generate(source.model, [prompt], GREEDY)[0].tokens
+    tokens = chat_model.chat_prompt(TALK[1:]).tokens
+    assert list(tokens) == [*tokenizer.encode(text), tokenizer.gmask, tokenizer.sop]
+    assert generate(chat_model.model, [prompt], GREEDY)[0].tokens
 
 
 # --- GLM-4: tiktoken's file ----------------------------------------------------------------------
@@ -183,10 +194,10 @@ def test_glm4(beside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         facts["added_tokens_decoder"] = {str(i): {"content": n} for n, i in ids.items()}
         facts["chat_template"] = GLM4_TEMPLATE
     file = glm4(tmp_path / "their", facts)
-    source = from_path(tmp_path / "their")
-    pieces = source.tokenizer
-    assert isinstance(pieces, GLM4)
-    assert ids.items() <= pieces.special.items()
+    chat_model = from_path(tmp_path / "their")
+    tokenizer = chat_model.tokenizer
+    assert isinstance(tokenizer, GLM4Tokenizer)
+    assert ids.items() <= tokenizer.special.items()
     theirs = slow.TikTokenConverter(str(file)).converted()
     for text in (
         TEXT,
@@ -195,16 +206,16 @@ def test_glm4(beside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         "<|user|> [gMASK]",
         " ",
     ):
-        assert pieces.encode(text) == theirs.encode(text, add_special_tokens=False).ids
-        assert pieces.decode(pieces.encode(text)) == text
-    assert pieces.decode([ids["<|user|>"], *pieces.encode("a"), 10**6]) == "a"
+        assert tokenizer.encode(text) == theirs.encode(text, add_special_tokens=False).ids
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode([ids["<|user|>"], *tokenizer.encode("a"), 10**6]) == "a"
     expected = [ids["[gMASK]"], ids["<sop>"]]
     for m in TALK:
-        expected += [ids[f"<|{m.role}|>"], *pieces.encode("\n"), *pieces.encode(m.content)]
-    assert list(source.chat(TALK).tokens) == [*expected, ids["<|assistant|>"]]
+        expected += [ids[f"<|{m.role}|>"], *tokenizer.encode("\n"), *tokenizer.encode(m.content)]
+    assert list(chat_model.chat_prompt(TALK).tokens) == [*expected, ids["<|assistant|>"]]
     learnt = [*TALK, Message("assistant", "the fox")]
-    assert source.answer(learnt) == [*pieces.encode("\n"), *pieces.encode("the fox")]
-    assert generate(source.model, [source.chat(TALK)], GREEDY)[0].tokens
+    assert chat_model.reply_ids(learnt) == [*tokenizer.encode("\n"), *tokenizer.encode("the fox")]
+    assert generate(chat_model.model, [chat_model.chat_prompt(TALK)], GREEDY)[0].tokens
 
 
 # --- bad input -----------------------------------------------------------------------------------
@@ -225,7 +236,7 @@ def test_bad_tiktoken_files(tmp_path: Path) -> None:
             from_path(tmp_path / "their")
     file.write_bytes(whole)
     for listed, told in [
-        ({"311": {"content": "[gMASK]"}}, "no token <sop> is listed beside it"),
+        ({"311": {"content": "[gMASK]"}}, "added_tokens_decoder lists no token <sop>"),
         ({"x": {}}, "added_tokens_decoder cannot be read"),
         ({"311": {"content": "[gMASK]"}, "0311": {"content": "<sop>"}}, "two special tokens have"),
     ]:

@@ -20,7 +20,8 @@ from glm_core.model.glm import GLM
 from glm_core.model.quantize import Quantization, QuantizedLinear
 from glm_core.model.quantize import convert as in_place
 from glm_core.ops.quant import dequantize
-from glm_core.pretrained.weights import convert, open_checkpoint, target
+from glm_core.pretrained.weights.reading import open_checkpoint
+from glm_core.pretrained.weights.writing import convert, target
 
 SHARDED = ("glm-130b", "sat-chatglm-6b", "glm-block")
 CASES = [(name, 1) for name in STATES] + [(name, size) for name in SHARDED for size in (2, 8)]

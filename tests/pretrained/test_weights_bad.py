@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from glm_core.errors import CheckpointError
-from glm_core.pretrained.weights import open_checkpoint
 from glm_core.pretrained.weights.configs import read_config
 from glm_core.pretrained.weights.layouts import layout
+from glm_core.pretrained.weights.reading import open_checkpoint
 
 SHARD = "49300/mp_rank_01_model_states.pt"
 
@@ -121,7 +121,7 @@ def test_an_index_of_another_generation(tmp_path: Path) -> None:
     index = folder / "model.safetensors.index.json"
     places = json.loads(index.read_text())["weight_map"]
     edit(index, weight_map={**places, "model.more.weight": "model-00001-of-00002.safetensors"})
-    refused(folder, "model.more.weight in model-00001-of-00002", "different generations")
+    refused(folder, "model.more.weight in model-00001-of-00002", "different checkpoints")
     edit(index, weight_map={**places, "a": "gone.safetensors", "b": "../up.safetensors"})
     refused(folder, "not here: ../up.safetensors, gone.safetensors", "fetch them")
     index.write_text("[]")

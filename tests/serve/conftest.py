@@ -14,15 +14,15 @@ import torch
 from glm_core.config import ModelConfig
 from glm_core.data import tokenizer
 from glm_core.model.glm import GLM
-from glm_core.pretrained.source import Source
+from glm_core.pretrained.chat_model import BlankFillingModel
 
 TEXT = "The quick brown fox jumps over the lazy dog. 你好，世界 éà 🙂 again and again it runs. "
 
 
 @pytest.fixture(scope="session")
-def source() -> Source:
-    """Random weights: what it says is nonsense, the same each time."""
-    pieces = tokenizer.Tokenizer(tokenizer.train([TEXT * 20], 340))
+def chat_model() -> BlankFillingModel:
+    """A model of random weights: its replies are nonsense, the same each time."""
+    words = tokenizer.Tokenizer(tokenizer.train([TEXT * 20], 340))
     config = ModelConfig(
         num_layers=2, hidden=32, num_heads=2, ffn=48, vocab=384, max_length=512, tied_head=False
     )
@@ -31,7 +31,8 @@ def source() -> Source:
         for name, p in model.named_parameters():
             std = 0.05 if p.ndim == 1 else 1.5 * p.shape[1] ** -0.5
             p.copy_(torch.randn(p.shape, generator=g) * std + name.endswith("norm.weight"))
-    return Source(model=model, tokenizer=pieces, name="small")
+    stop = (words.eop, words.eos)
+    return BlankFillingModel(model=model, tokenizer=words, name="small", stop=stop)
 
 
 class Served(NamedTuple):
@@ -42,30 +43,34 @@ class Served(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def serving(source: Source) -> Callable[..., contextlib.AbstractContextManager[Served]]:
-    """serving(slots=..., queue=..., token=..., ...) for the length of a `with`."""
+def serving(
+    chat_model: BlankFillingModel,
+) -> Callable[..., contextlib.AbstractContextManager[Served]]:
+    """Returns a context manager that runs a server: serving(slots=..., queue=..., token=...,
+    ...)."""
     pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
     uvicorn = pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
     from glm_core.backends import registry
     from glm_core.serve import api
     from glm_core.serve.engine import Engine
+    from glm_core.serve.limits import Limits
 
     @contextlib.contextmanager
     def serve(
-        slots: int = 4, queue: int = 16, model: Source = source, **limits: Any
+        slots: int = 4, queue: int = 16, model: BlankFillingModel = chat_model, **limits: Any
     ) -> Iterator[Served]:
         engine = Engine(model, registry.usable("cpu"), slots=slots, queue=queue)
         listening = socket.socket()
         listening.bind(("127.0.0.1", 0))
         started = threading.Event()
 
-        class Server(uvicorn.Server):  # type: ignore[name-defined, misc]
+        class Server(uvicorn.Server):  # type: ignore[name-defined, misc]  # uvicorn is imported at run time
             async def startup(self, sockets: Any = None) -> None:
                 await super().startup(sockets)
                 started.set()
 
         config = uvicorn.Config(
-            api.app(engine, api.Limits(**limits)),
+            api.app(engine, Limits(**limits)),
             log_level="error",
             timeout_graceful_shutdown=1,
             lifespan="off",
@@ -87,6 +92,6 @@ def serving(source: Source) -> Callable[..., contextlib.AbstractContextManager[S
 
 @pytest.fixture(scope="session")
 def server(serving: Any) -> Iterator[Served]:
-    """One for all tests that need nothing special."""
+    """A server shared by all tests without special limits."""
     with serving(max_tokens=200, max_body=4000) as served:
         yield served

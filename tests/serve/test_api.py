@@ -179,7 +179,7 @@ def test_more_than_may_wait_are_refused(serving: Any) -> None:
         engine, step, go_on = served.engine, served.engine._decoder.step, threading.Event()
         engine._decoder.step = lambda: step() if go_on.wait() else []
         long = Sampling(max_tokens=400, seed=1)
-        engine.submit(engine.source.complete("the fox"), long, lambda event: None)
+        engine.submit(engine.chat_model.completion_prompt("the fox"), long, lambda event: None)
         until(lambda: engine.load == (1, 0))
 
         async def ask(client: Any, refused: list[int]) -> int:
@@ -232,10 +232,10 @@ def test_a_client_that_leaves_frees_its_slot(serving: Any, stream: bool) -> None
         assert answer.status_code == 200
 
 
-def test_nan_logits_are_an_error_and_the_server_stays(serving: Any, source: Any) -> None:
+def test_nan_logits_are_an_error_and_the_server_stays(serving: Any, chat_model: Any) -> None:
     import copy
 
-    broken = copy.deepcopy(source)
+    broken = copy.deepcopy(chat_model)
     with torch.no_grad():
         broken.model.blocks[0].mlp.down.bias[0] = torch.nan
     with serving(model=broken) as served:

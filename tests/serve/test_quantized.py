@@ -15,7 +15,7 @@ from glm_core.model.generate import generate
 from glm_core.model.quantize import Quantization, QuantizedLinear, convert
 from glm_core.model.sample import Sampling
 from glm_core.pretrained.load import from_path
-from glm_core.pretrained.source import Message
+from glm_core.pretrained.templates import Message
 from glm_core.training import trainer
 
 ASKED = "The fox number 7"
@@ -49,13 +49,15 @@ def quantized(request: Any, run_dir: Path, monkeypatch: Any, capsys: Any) -> tup
     argv = ["quantize", run_dir, *words, "--sequences", 8, "--out", folder]
     assert cli.main([str(word) for word in argv]) == 0
     capsys.readouterr()
-    source = from_path(run_dir)
-    assert len(list(convert(source.model, how))) == 8
-    sampling = Sampling(max_tokens=12, temperature=0, stop=source.stop)
+    chat_model = from_path(run_dir)
+    assert len(list(convert(chat_model.model, how))) == 8
+    sampling = Sampling(max_tokens=12, temperature=0, stop=chat_model.stop)
     with use("cpu"):
-        [done] = generate(source.model, [source.chat([Message("user", ASKED)])], sampling)
+        [done] = generate(
+            chat_model.model, [chat_model.chat_prompt([Message("user", ASKED)])], sampling
+        )
     assert len(done.tokens) > 3
-    return folder, source.tokenizer.decode(done.tokens)
+    return folder, chat_model.tokenizer.decode(done.tokens)
 
 
 def test_commands_and_server_say_the_same(
@@ -67,12 +69,12 @@ def test_commands_and_server_say_the_same(
     greedy = ["--temperature", "0", "--max-tokens", "12"]
     assert cli.main(["chat", "--model", str(folder), *greedy]) == 0
     assert capsys.readouterr().out.strip() == answer.strip()
-    source = from_path(folder)
-    assert sum(isinstance(m, QuantizedLinear) for m in source.model.modules()) == 8
-    with serving(model=source) as served:
+    chat_model = from_path(folder)
+    assert sum(isinstance(m, QuantizedLinear) for m in chat_model.model.modules()) == 8
+    with serving(model=chat_model) as served:
         client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none")
         told = client.chat.completions.create(
-            model=source.name,
+            model=chat_model.name,
             messages=[{"role": "user", "content": ASKED}],
             temperature=0,
             max_tokens=12,

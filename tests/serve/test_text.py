@@ -1,5 +1,5 @@
-"""Text as it may be shown: whatever the tokens, joined it is the text before the stop that is
-complete first."""
+"""The pieces of text of a detokenizer, joined, are the text before the stop string that is complete
+first, however many tokens come at once; and the prompts of a blank-filling model."""
 
 from __future__ import annotations
 
@@ -9,57 +9,58 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import example, given, settings
 
-from glm_core.pretrained.source import Message, Source
-from glm_core.serve.text import TextStream
+from glm_core.pretrained.chat_model import BlankFillingModel
+from glm_core.pretrained.templates import Message
+from glm_core.serve.detokenizer import Detokenizer
 
 
-@example(text=" aa", stops=["a", " aa"], size=1, spoken=False)
-@example(text=" aa", stops=["a", " aa"], size=3, spoken=False)
-@example(text="  a b", stops=[], size=1, spoken=True)
+@example(text=" aa", stops=["a", " aa"], size=1, strip_start=False)
+@example(text=" aa", stops=["a", " aa"], size=3, strip_start=False)
+@example(text="  a b", stops=[], size=1, strip_start=True)
 @settings(max_examples=60, deadline=None)
 @given(
     text=st.text("ab 你é🙂", max_size=40),
     stops=st.lists(st.text("ab 你", min_size=1, max_size=3), max_size=2),
     size=st.integers(1, 5),
-    spoken=st.booleans(),
+    strip_start=st.booleans(),
 )
 def test_pieces_join_to_the_text(
-    source: Any, text: str, stops: list[str], size: int, spoken: bool
+    chat_model: Any, text: str, stops: list[str], size: int, strip_start: bool
 ) -> None:
-    ids = source.tokenizer.encode(text)
-    stream, shown = TextStream(source.tokenizer.decode, stops, spoken), ""
+    ids = chat_model.tokenizer.encode(text)
+    stream, shown = Detokenizer(chat_model.tokenizer.decode, stops, strip_start), ""
     for i in range(0, len(ids), size):
         shown += stream.feed(ids[i : i + size])
         assert "\ufffd" not in shown
     shown += stream.feed([], last=True)
     ends = [(i + len(s), i) for s in stops if (i := text.find(s)) >= 0]
     whole = text[: min(ends, default=(0, len(text)))[1]]
-    assert shown == (whole.lstrip() if spoken else whole)
+    assert shown == (whole.lstrip() if strip_start else whole)
     assert stream.stopped == bool(ends)
 
 
-def test_bytes_that_are_no_text_come_out_at_the_end(source: Source) -> None:
-    broken = source.tokenizer.encode("🚀")[:2]
-    stream = TextStream(source.tokenizer.decode)
+def test_bytes_that_are_no_text_come_out_at_the_end(chat_model: BlankFillingModel) -> None:
+    broken = chat_model.tokenizer.encode("🚀")[:2]
+    stream = Detokenizer(chat_model.tokenizer.decode)
     assert stream.feed(broken) == ""
-    assert stream.feed([], last=True) == source.tokenizer.decode(broken)
+    assert stream.feed([], last=True) == chat_model.tokenizer.decode(broken)
 
 
-def test_rounds_of_a_conversation(source: Source) -> None:
-    """The text ChatGLM-6B's chat makes of it."""
-    said = [("system", "Be brief."), ("user", "a"), ("assistant", "b"), ("user", "c")]
-    prompt = source.chat([Message(*m) for m in said])
-    t = source.tokenizer
+def test_rounds_of_a_conversation(chat_model: BlankFillingModel) -> None:
+    """The prompt is that of ChatGLM-6B's chat."""
+    messages = [("system", "Be brief."), ("user", "a"), ("assistant", "b"), ("user", "c")]
+    prompt = chat_model.chat_prompt([Message(*m) for m in messages])
+    t = chat_model.tokenizer
     text = "Be brief.\n[Round 0]\n问：a\n答：b\n[Round 1]\n问：c\n答："
     assert list(prompt.tokens) == [*t.encode(text), t.gmask, t.sop]
     assert prompt.sep == len(prompt.tokens) - 1
-    single = source.chat([Message("user", "say [MASK]")])
+    single = chat_model.chat_prompt([Message("user", "say [MASK]")])
     assert list(single.tokens) == [*t.encode("say [MASK]"), t.gmask, t.sop]
 
 
 @pytest.mark.parametrize("text", ["a [MASK] b", "a", "a[sMASK]"])
-def test_completions_open_blanks(source: Source, text: str) -> None:
-    prompt = source.complete(text)
-    t = source.tokenizer
+def test_completions_open_blanks(chat_model: BlankFillingModel, text: str) -> None:
+    prompt = chat_model.completion_prompt(text)
+    t = chat_model.tokenizer
     assert prompt.tokens[-1] == t.sop
     assert len({t.mask, t.smask, t.gmask} & set(prompt.tokens)) == 1

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from glm_core.model.glm import GLM
-from glm_core.pretrained.source import Message
+from glm_core.pretrained.templates import Message
 
 TEXT = "The quick brown fox jumps over the lazy dog. 你好，世界 again and again it runs.\n"
 TALK = [

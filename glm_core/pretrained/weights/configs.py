@@ -1,4 +1,4 @@
-"""Their config.json to our ModelConfig and back, by the fields of the layout."""
+"""Translates the config.json of a layout to our ModelConfig, and back."""
 
 from __future__ import annotations
 
@@ -19,36 +19,37 @@ CARRIED = (
     "gmask_token_id",
     "tokenizer_type",
 )
-"""keys about tokens, which go into the written config as they were read"""
+"""keys about tokens, copied unchanged into a config that is written"""
 
 
 def read_config(layout: Layout, theirs: dict[str, Any], file: Path) -> ModelConfig:
-    """The model that a config.json or model_config.json describes. Raises CheckpointError listing
-    every key that is missing, of another architecture, or of a wrong type."""
-    values, bad = dict(layout.fixed), _foreign(layout, theirs)
+    """Returns the model that a config.json or model_config.json describes. Raises CheckpointError
+    with every key that is missing, of a wrong type, or of another architecture."""
+    values, problems = dict(layout.fixed), _foreign_keys(layout, theirs)
     for field in layout.fields:
-        found = (_get(theirs, path) for path in field.theirs)
-        value = next((v for v in found if v is not _ABSENT and v is not None), field.default)
+        candidates = (_get(theirs, path) for path in field.theirs)
+        present = (v for v in candidates if v is not _ABSENT and v is not None)
+        value = next(present, field.default)
         if value is None:
-            bad.append(f"{field.theirs[0]} is missing")
+            problems.append(f"{field.theirs[0]} is missing")
         elif field.unit is not None and isinstance(value, int | float):
             value = value * field.unit
         values[field.ours] = value
-    if not bad:
+    if not problems:
         if values["ffn"] == 0 and isinstance(values["hidden"], int):
             values["ffn"] = 4 * values["hidden"]
         try:
             return from_dict(ModelConfig, values)
         except (ConfigError, TypeError) as error:
-            bad.append(str(error))
+            problems.append(str(error))
     raise CheckpointError(
-        f"{file}: does not describe a model of layout {layout.name}: {'; '.join(bad)}; "
+        f"{file}: does not describe a model of layout {layout.name}: {'; '.join(problems)}; "
         "check that it belongs to these weights"
     )
 
 
-def _foreign(layout: Layout, theirs: dict[str, Any]) -> list[str]:
-    """What says that this is another architecture."""
+def _foreign_keys(layout: Layout, theirs: dict[str, Any]) -> list[str]:
+    """Returns a message for each key whose value belongs to another architecture."""
     expected = {k: v for k, v in layout.header.items() if k != "architectures"}
     found = {key: (_get(theirs, key), v) for key, v in {**expected, **layout.required}.items()}
     return [
@@ -61,8 +62,8 @@ def _foreign(layout: Layout, theirs: dict[str, Any]) -> list[str]:
 def write_config(
     layout: Layout, config: ModelConfig, source: dict[str, Any], dtype: str
 ) -> dict[str, Any]:
-    """A config.json of this layout; token ids are carried over from the source's. Raises
-    CheckpointError where the layout cannot express the model."""
+    """Returns a config.json of this layout, with the token ids of the source's config. Raises
+    CheckpointError if the layout cannot express the model."""
     _require_expressible(layout, config)
     result: dict[str, Any] = {**layout.header, "torch_dtype": dtype}
     result |= {key: source[key] for key in CARRIED if key in source}

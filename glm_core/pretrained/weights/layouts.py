@@ -1,8 +1,9 @@
-"""Every checkpoint layout of the family as data: names, order of the QKV rows, config keys.
+"""Describes every checkpoint layout of the family as data: names, order of QKV rows, config keys.
 
-How tensor-parallel ranks cut a parameter is the same in all of them and stands once, in SPLITS. Key
-names: THUDM/GLM change_mp.py and generation code, GLM-130B tools/convert_tp.py,
-modeling_chatglm.py of ChatGLM-6B and ChatGLM3, transformers 5.23 glm and glm4."""
+`ours` is a name in our GLM or ModelConfig, `theirs` the key of the layout. Tensor-parallel ranks
+cut a parameter in the same way in every layout, by SPLITS. Sources of the key names: THUDM/GLM
+change_mp.py and generation code, GLM-130B tools/convert_tp.py, modeling_chatglm.py of ChatGLM-6B
+and ChatGLM3, transformers 5.23 glm and glm4."""
 
 from __future__ import annotations
 
@@ -19,11 +20,12 @@ Sections = Literal["whole", "halves", "qkv"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Split:
-    """A parameter is cut along `dim` (None: every rank has all of it), each of its sections on its
-    own: `halves` of a gated projection, `qkv` blocks by whole heads."""
+    """How tensor-parallel ranks cut a parameter."""
 
     dim: int | None
+    """dimension that is cut; None: every rank holds the whole"""
     sections: Sections = "whole"
+    """parts that are cut separately: the `halves` of a gated projection, the heads of q, k and v"""
 
 
 WHOLE, ROWS, COLUMNS = Split(None), Split(0), Split(1)
@@ -37,19 +39,20 @@ SPLITS = {
     "attention.out.weight": COLUMNS,
     "mlp.down.weight": COLUMNS,
 }
-"""by our name below `blocks.N.`; all others are replicated"""
+"""by our name, without `blocks.N.`; every rank holds the whole of all other parameters"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Field:
-    """One of our config fields and where theirs stands: dotted paths, the first found is read, the
-    first is written. ours = theirs * unit. Without default the key must be there; an ffn of 0 means
-    4 * hidden."""
+    """A field of our ModelConfig and its keys in the layout's config."""
 
     ours: str
     theirs: tuple[str, ...]
+    """dotted paths; the first one present is read, the first one is written"""
     default: Any = None
+    """value if no key is present; None: a key is required. An ffn of 0 means 4 * hidden"""
     unit: float | None = None
+    """ours = theirs * unit"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,30 +61,35 @@ class Layout:
 
     name: str
     about: str
+    """models that are stored so"""
     names: dict[str, str]
-    """our parameter or module -> their key or module; {i} is the layer, {p} one of q, k, v"""
+    """our parameter or module -> theirs; {i} is the layer's number, {p} one of q, k, v"""
     qkv: Literal["blocks", "heads", "separate"]
-    """rows q|k|v; or [q_h, k_h, v_h] head by head; or three tensors"""
+    """blocks: all rows of q, then k, then v; heads: q, k, v of each head in turn; separate: three
+    tensors"""
     sharded: bool = False
-    """written as mp_rank_XX_model_states.pt, one per tensor-parallel rank; else as safetensors"""
+    """True: written as mp_rank_XX_model_states.pt, one per tensor-parallel rank; False: as
+    safetensors"""
     quantized: bool = False
-    """has a quantized form: `weight` int8 or packed int4, `weight_scale` by row"""
+    """whether linears may be stored as `weight`, int8 or packed int4, and `weight_scale`, a scale a
+    row"""
     prefixes: tuple[str, ...] = ("",)
-    """before every key; the first is written"""
+    """what may precede every key; the first is written"""
     ignored: str = r"(.*\.)?inv_freq"
-    """keys that hold nothing learned"""
+    """regular expression of keys that hold no learned value"""
     fields: tuple[Field, ...] = ()
     fixed: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """our fields that this family never varies"""
+    """our fields that are the same in all models of this layout"""
     required: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """their keys that, where present, must have this value; written too"""
+    """their keys that must have this value if they are present; written too, unless None"""
     header: dict[str, Any] = dataclasses.field(default_factory=dict)
     """their keys that name the architecture"""
 
     def keys(self, ours: str) -> tuple[str, ...]:
-        """Their keys, without prefix, of our parameter."""
-        found = re.match(r"blocks\.(\d+)\.(.*)", ours)
-        layer, name = (found[1], "blocks.{i}." + found[2]) if found else ("", ours)
+        """Returns the keys, without prefix, that hold our parameter: one, or one each for q, k and
+        v."""
+        match = re.match(r"blocks\.(\d+)\.(.*)", ours)
+        layer, name = (match[1], "blocks.{i}." + match[2]) if match else ("", ours)
         leaf = ""
         if name not in self.names:
             name, _, leaf = name.rpartition(".")
@@ -90,7 +98,7 @@ class Layout:
         return tuple(theirs.format(i=layer, p=p) for p in parts)
 
     def recognises(self, key: str) -> bool:
-        """Whether a key, without prefix, can be one of this layout's."""
+        """Whether a key, without prefix, can belong to this layout."""
         return self._pattern.fullmatch(key) is not None
 
     @property
@@ -103,12 +111,12 @@ class Layout:
 
 
 def split_of(ours: str) -> Split:
-    """How ranks cut our parameter."""
+    """Returns how ranks cut our parameter."""
     return SPLITS.get(re.sub(r"^blocks\.\d+\.", "", ours), WHOLE)
 
 
 def sections(ours: str, config: ModelConfig) -> tuple[int, ...] | None:
-    """Lengths of the sections that are cut one by one, of the whole parameter; None for one."""
+    """Returns the rows of each section of the whole parameter, None if it is cut as one."""
     kind = split_of(ours).sections
     if kind == "qkv":
         return tuple(h * config.head_dim for h in _heads(config))
@@ -120,7 +128,7 @@ def _heads(config: ModelConfig) -> tuple[int, int, int]:
 
 
 def _blocks(prefix: str, attention: str, extra: dict[str, str] | None = None) -> dict[str, str]:
-    """Megatron's names of a layer, which all but transformers use."""
+    """Returns Megatron's names of a layer's modules, used by all layouts but transformers'."""
     names = {
         "input_norm": "input_layernorm",
         "mlp_norm": "post_attention_layernorm",
@@ -134,7 +142,7 @@ def _blocks(prefix: str, attention: str, extra: dict[str, str] | None = None) ->
 
 
 def _same(*names: str) -> tuple[Field, ...]:
-    """Fields from 'ours=theirs' texts."""
+    """Returns fields written as 'ours=theirs'."""
     return tuple(Field(ours, (theirs,)) for ours, theirs in (n.split("=") for n in names))
 
 
@@ -313,7 +321,7 @@ LAYOUTS = (
     ),
     Layout(
         name="glm-core",
-        about="our own names; also the float32 masters in a checkpoint of a run",
+        about="our own names; also the float32 masters in the checkpoint of a run",
         names={
             **{n: n for n in ("embedding", "head", "position_embedding", "block_embedding")},
             "final_norm": "final_norm",
@@ -330,11 +338,11 @@ LAYOUTS = (
         header={"model_type": "glm-core"},
     ),
 )
-"""earlier ones win where two recognise the same keys"""
+"""where two layouts recognise the same keys, the earlier one is used"""
 
 
 def layout(name: str) -> Layout:
-    """By name. Raises CheckpointError."""
+    """Returns the layout of this name. Raises CheckpointError for an unknown one."""
     known = {item.name: item for item in LAYOUTS}
     if name not in known:
         raise CheckpointError(unknown("layout", name, known))
@@ -342,7 +350,8 @@ def layout(name: str) -> Layout:
 
 
 def detect(keys: set[str]) -> tuple[Layout, str] | None:
-    """The layout and prefix that recognise most of the keys, None where none recognises any."""
+    """Returns the layout and prefix that recognise most of the keys, None if no key is
+    recognised."""
     candidates = [(item, prefix) for item in LAYOUTS for prefix in item.prefixes]
     counts = [len(recognised(*c, keys)) for c in candidates]
     best = max(counts)
@@ -350,5 +359,5 @@ def detect(keys: set[str]) -> tuple[Layout, str] | None:
 
 
 def recognised(item: Layout, prefix: str, keys: set[str]) -> set[str]:
-    """The keys that can be this layout's."""
+    """Returns the keys, with this prefix, that can belong to a layout."""
     return {k for k in keys if k.startswith(prefix) and item.recognises(k[len(prefix) :])}

@@ -1,7 +1,7 @@
-"""A checkpoint of any layout and tensor-parallel degree, seen under our names.
+"""Reads checkpoints of any layout and tensor-parallel degree by the names of our parameters.
 
-A stored rank is brought to our row order first; ranks are then merged or cut by the same rule in
-every layout (layouts.SPLITS)."""
+The rows of a stored rank are put into our order first. Ranks are then merged or cut by the same
+rule in every layout (layouts.SPLITS)."""
 
 from __future__ import annotations
 
@@ -19,53 +19,65 @@ from glm_core.model.glm import GLM, LINEARS
 from glm_core.model.quantize import Quantization, QuantizedLinear
 from glm_core.ops.quant import dequantize
 from glm_core.pretrained.weights.configs import read_config
+from glm_core.pretrained.weights.files import CheckpointFiles, StoredTensor, scan, some
 from glm_core.pretrained.weights.layouts import LAYOUTS, Layout, detect, recognised
-from glm_core.pretrained.weights.slicing import cut, from_heads, merge, require_divides, shard_shape
-from glm_core.pretrained.weights.stored import Files, Stored, scan, some
+from glm_core.pretrained.weights.sharding import (
+    cut,
+    from_heads,
+    merge,
+    require_divides,
+    shard_shape,
+)
 
 SCALE = "_scale"
 BITS, ACTIVATION_BITS = "quantization_bit", "quantization_activation_bits"
-"""keys of config.json; the first is ChatGLM's"""
+"""keys of config.json; the first is ChatGLM's, the second our own"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """Files whose names, shapes and dtypes fit `config`; values are read on request."""
+    """A checkpoint whose names, shapes and dtypes fit `config`; values are read on request.
 
-    files: Files
+    `name` is a parameter of our GLM. `rank` and `size` select one part of a parameter as it is cut
+    for `size` tensor-parallel ranks, however many ranks are stored."""
+
+    files: CheckpointFiles
     layout: Layout
     prefix: str
+    """before every key of the layout"""
     config: ModelConfig
     shapes: dict[str, tuple[int, ...]]
-    """every parameter of ours, whole"""
+    """shapes of our parameters, uncut"""
     bits: int | None
-    """8 or 4 where the linears are quantized"""
+    """8 or 4 if the linears are quantized, else None"""
 
     @property
     def num_ranks(self) -> int:
+        """Number of stored tensor-parallel ranks."""
         return len(self.files.ranks)
 
-    def stored(self, name: str, rank: int = 0, scale: bool = False) -> list[Stored]:
-        """The tensors that hold our parameter, or its scale, on one rank."""
+    def stored(self, name: str, rank: int = 0, scale: bool = False) -> list[StoredTensor]:
+        """Returns the tensors of one stored rank that hold a parameter, or its scale."""
         suffix = SCALE if scale else ""
         keys = self.layout.keys(name)
         return [self.files.ranks[rank][self.prefix + k + suffix] for k in keys]
 
     def quantized(self, name: str) -> bool:
+        """Whether a parameter is stored as int8 or int4 codes."""
         return self.bits is not None and is_linear(name)
 
     def tensor(self, name: str, rank: int = 0, size: int = 1) -> Tensor:
-        """Our parameter, or its part on one of `size` ranks: as stored, or packed where it is
-        quantized. Reads only the stored ranks it needs."""
+        """Returns a part of a parameter in its stored dtype, packed codes if it is quantized. Reads
+        only the stored ranks that hold it."""
         return self._sliced(name, rank, size, scale=False)
 
     def scale(self, name: str, rank: int = 0, size: int = 1) -> Tensor:
-        """A quantized parameter's scales [F], or [F, G] where G stored ranks, which hold the
-        columns, each have their own."""
+        """Returns the scales of a part of a quantized parameter: [F], or [F, G] for G groups of
+        columns, such as those of G merged ranks."""
         return self._sliced(name, rank, size, scale=True)
 
     def dense(self, name: str, rank: int = 0, size: int = 1) -> Tensor:
-        """As `tensor`, dequantized where it is quantized."""
+        """Returns a part of a parameter in floating point."""
         tensor = self.tensor(name, rank, size)
         if not self.quantized(name):
             return tensor
@@ -73,22 +85,22 @@ class Checkpoint:
         return dequantize(tensor, scale, self.bits or 8, scale.dtype)
 
     def _sliced(self, name: str, rank: int, size: int, scale: bool) -> Tensor:
-        held, c = self.num_ranks, self.config
-        if held % size == 0:
-            each = held // size
+        stored_ranks, c = self.num_ranks, self.config
+        if stored_ranks % size == 0:
+            each = stored_ranks // size
             ranks = range(rank * each, (rank + 1) * each)
             parts = [self._part(name, r, scale) for r in ranks]
             return merge(name, parts, c, size, scale)
-        if size % held == 0:
-            each = size // held
+        if size % stored_ranks == 0:
+            each = size // stored_ranks
             part = self._part(name, rank // each, scale)
-            return cut(name, part, c, rank % each, each, held, scale)
-        parts = [self._part(name, r, scale) for r in range(held)]
+            return cut(name, part, c, rank % each, each, stored_ranks, scale)
+        parts = [self._part(name, r, scale) for r in range(stored_ranks)]
         whole = merge(name, parts, c, 1, scale)
         return cut(name, whole, c, rank, size, 1, scale)
 
     def _part(self, name: str, rank: int, scale: bool) -> Tensor:
-        """One stored rank in our row order."""
+        """Returns what one stored rank holds of a parameter, rows in our order."""
         read = [s.read() for s in self.stored(name, rank, scale)]
         tensor = read[0] if len(read) == 1 else torch.cat(read)
         if self.layout.qkv == "heads" and ".qkv." in name:
@@ -96,17 +108,17 @@ class Checkpoint:
         return tensor
 
     def require_equal_copies(self) -> None:
-        """Raises CheckpointError where a parameter that all ranks hold differs between them."""
+        """Raises CheckpointError if ranks differ in a parameter that each of them holds whole."""
         for name, shape in self.shapes.items():
             if shard_shape(name, shape, self.config, 2) != shape:
                 continue
             first = self._part(name, 0, False)
             for rank in range(1, self.num_ranks):
                 if not torch.equal(first, self._part(name, rank, False)):
-                    mine = self.stored(name, rank)[0]
+                    copy = self.stored(name, rank)[0]
                     raise CheckpointError(
-                        f"{mine.file}: {mine.key} differs from rank 0's, and every rank must hold "
-                        "the same; the shards are of different generations: fetch them again"
+                        f"{copy.file}: {copy.key} differs from rank 0's, and every rank must hold "
+                        "the same; the shards belong to different checkpoints: fetch them again"
                     )
 
     def load(
@@ -115,32 +127,32 @@ class Checkpoint:
         device: str | torch.device = "cpu",
         quantized: bool = False,
     ) -> GLM:
-        """The model with these weights; dtype: in place of the stored one. Quantized linears are
-        dequantized, or with `quantized` kept as their codes, computed with as they lie. A stored
-        head whose values are the embedding's takes no memory of its own. Fills
-        parameter by parameter: memory holds the model and one tensor."""
+        """Returns the model with these weights, in `dtype` or the stored dtype. Quantized linears
+        are dequantized, or with `quantized` stay quantized. A stored head that equals the embedding
+        is tied to it. Parameters are filled one by one: memory holds the model and one tensor."""
         self.require_equal_copies()
         config = dataclasses.replace(self.config, tied_head=self._tied())
         with torch.device("meta"):
             model = GLM(config)
         names = [n for n in self.shapes if n != "head" or not config.tied_head]
-        kept = {n.rpartition(".")[0] for n in names if quantized and self.quantized(n)}
+        codes_kept = {n.rpartition(".")[0] for n in names if quantized and self.quantized(n)}
         for name in names:
             owner, _, leaf = name.rpartition(".")
-            if owner not in kept:
+            if owner not in codes_kept:
                 value = self.dense(name)
                 value = value.to(device, dtype or value.dtype, copy=True).contiguous()
                 setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(value))
-        for owner in kept:
+        for owner in codes_kept:
             parent, _, leaf = owner.rpartition(".")
-            linear = self._as_stored(owner, dtype, device)
+            linear = self._quantized_linear(owner, dtype, device)
             setattr(model.get_submodule(parent), leaf, linear)
         return model
 
     def _tied(self) -> bool:
+        """Whether head and embedding are the same, in the config or by their values."""
         return self.config.tied_head or torch.equal(self.tensor("head"), self.tensor("embedding"))
 
-    def _as_stored(
+    def _quantized_linear(
         self, owner: str, dtype: torch.dtype | None, device: str | torch.device
     ) -> QuantizedLinear:
         weight, bias = f"{owner}.weight", None
@@ -153,33 +165,33 @@ class Checkpoint:
         group = 0 if scale.dim() == 1 else self.shapes[weight][1] // scale.shape[1]
         how = Quantization(
             bits=self.bits or 8,
-            group=0 if group % 32 else group,  # merged shards are no groups
+            group=0 if group % 32 else group,  # the columns of merged ranks need not be a group
             activation_bits=self.files.config.get(ACTIVATION_BITS, 16),
         )
         return QuantizedLinear.of(codes, scale, bias, how)
 
 
 def is_linear(name: str) -> bool:
-    """Whether it is a weight that quantized checkpoints quantize."""
+    """Whether our parameter is a weight that quantized checkpoints store as codes."""
     return name.startswith("blocks.") and name.endswith(tuple(f"{n}.weight" for n in LINEARS))
 
 
 def open_checkpoint(path: str | Path, config: ModelConfig | None = None) -> Checkpoint:
-    """Lists a checkpoint's files, finds its layout and config and checks that names, shapes and
-    dtypes fit; reads no values.
+    """Opens a checkpoint: finds its files, layout and config and checks that names, shapes and
+    dtypes fit. Reads no values.
 
-    config: in place of config.json (the original GLM and GLM-130B have none); its `tied_head` is
-    set by whether a head is stored. Raises CheckpointError with everything that does not fit."""
+    config: used instead of config.json (the original GLM and GLM-130B have none); its `tied_head`
+    becomes False if a head is stored. Raises CheckpointError with everything that does not fit."""
     files = scan(path)
     keys = set().union(*files.ranks)
-    found = detect(keys)
-    if found is None:
+    detected = detect(keys)
+    if detected is None:
         known = ", ".join(f"{item.name} ({item.about})" for item in LAYOUTS)
         raise CheckpointError(
             f"{path}: holds no GLM: none of its {len(keys)} tensors ({some(sorted(keys), 3)}) "
             f"belongs to a known layout; known: {known}"
         )
-    layout, prefix = found
+    layout, prefix = detected
     if config is None:
         if files.config_file is None:
             raise CheckpointError(
@@ -193,7 +205,7 @@ def open_checkpoint(path: str | Path, config: ModelConfig | None = None) -> Chec
     shapes = _shapes(config, len(keys), path)
     bits = _bits(layout, prefix, files, shapes)
     checkpoint = Checkpoint(files, layout, prefix, config, shapes, bits)
-    if problems := list(_problems(checkpoint)):
+    if problems := list(_mismatches(checkpoint)):
         raise CheckpointError(
             f"{path}: does not fit layout {layout.name} with {config.num_layers} layers of width "
             f"{config.hidden}: {'; '.join(problems)}; check that config and files belong together "
@@ -203,7 +215,8 @@ def open_checkpoint(path: str | Path, config: ModelConfig | None = None) -> Chec
 
 
 def _shapes(config: ModelConfig, num_keys: int, path: str | Path) -> dict[str, tuple[int, ...]]:
-    """Of every parameter; refuses sizes that no file of this many tensors can have."""
+    """Returns the shape of every parameter. Refuses sizes that no files of this many tensors
+    have."""
     if config.num_layers > num_keys:
         raise CheckpointError(
             f"{path}: config says {config.num_layers} layers, but the files hold only {num_keys} "
@@ -218,9 +231,9 @@ def _shapes(config: ModelConfig, num_keys: int, path: str | Path) -> dict[str, t
 
 
 def _bits(
-    layout: Layout, prefix: str, files: Files, shapes: dict[str, tuple[int, ...]]
+    layout: Layout, prefix: str, files: CheckpointFiles, shapes: dict[str, tuple[int, ...]]
 ) -> int | None:
-    """8 or 4 where scales are stored beside the linears' weights."""
+    """Returns 8 or 4 if the linears' weights are stored with scales, else None."""
     [key] = layout.keys("blocks.0.mlp.up.weight")
     table = files.ranks[0]
     if not layout.quantized or prefix + key + SCALE not in table or prefix + key not in table:
@@ -229,8 +242,8 @@ def _bits(
     return 4 if table[prefix + key].shape[-1:] == (columns // 2,) else 8
 
 
-def _problems(c: Checkpoint) -> Iterator[str]:
-    """What is missing, unexpected or of another shape or dtype, over all ranks."""
+def _mismatches(c: Checkpoint) -> Iterator[str]:
+    """Reports what is missing, unexpected or of another shape or dtype, over all ranks."""
     missing, wrong, unexpected = [], [], []
     for rank, table in enumerate(c.files.ranks):
         expected = {
@@ -241,7 +254,7 @@ def _problems(c: Checkpoint) -> Iterator[str]:
         for key, stored in table.items():
             shape, kind = expected.get(key, (None, ""))
             if shape is None:
-                if not _ignored(c, key):
+                if not is_ignored(c, key):
                     unexpected.append(f"{key} in {stored.file.name}")
             elif stored.shape != shape:
                 wrong.append(
@@ -251,15 +264,16 @@ def _problems(c: Checkpoint) -> Iterator[str]:
                 stored.dtype.is_floating_point or kind == "int8"
             ):
                 wrong.append(f"{key} in {stored.file.name} is {stored.dtype}, expected {kind}")
-    for what, found in (("missing", missing), ("of another kind", wrong)):
-        if found:
-            yield f"{len(found)} {what} ({some(found)})"
+    for problem, keys in (("missing", missing), ("of another kind", wrong)):
+        if keys:
+            yield f"{len(keys)} {problem} ({some(keys)})"
     if unexpected:
-        yield f"{len(unexpected)} unexpected ({some(unexpected)}{_elsewhere(c, unexpected)})"
+        yield f"{len(unexpected)} unexpected ({some(unexpected)}{_other_layouts(c, unexpected)})"
 
 
 def _expected(c: Checkpoint, name: str, rank: int) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Their keys of our parameter with shape and kind on each rank."""
+    """Returns the keys that a rank must hold for a parameter, with their shapes and dtypes in
+    words."""
     rows, *columns = shard_shape(name, c.shapes[name], c.config, c.num_ranks)
     keys = [c.prefix + key for key in c.layout.keys(name)]
     lengths = [rows]
@@ -270,20 +284,23 @@ def _expected(c: Checkpoint, name: str, rank: int) -> dict[str, tuple[tuple[int,
         pairs = zip(keys, lengths, strict=True)
         return {key: ((n, *columns), "floating point") for key, n in pairs}
     packed = (rows, columns[0] * (c.bits or 8) // 8)
-    # glm-core keeps the scales of merged column shards, one by shard
+    # glm-core stores the scales of merged ranks, one a rank for each row
     scales = c.files.ranks[rank].get(keys[0] + SCALE)
     grouped = c.layout.name == "glm-core" and scales is not None and len(scales.shape) == 2
     shape = scales.shape if grouped and scales and scales.shape[0] == rows else (rows,)
     return {keys[0]: (packed, "int8"), keys[0] + SCALE: (shape, "floating point")}
 
 
-def _ignored(c: Checkpoint, key: str) -> bool:
+def is_ignored(c: Checkpoint, key: str) -> bool:
+    """Whether a key holds no learned value."""
     return re.fullmatch(c.layout.ignored, key) is not None
 
 
-def _elsewhere(c: Checkpoint, unexpected: list[str]) -> str:
-    """Names the other layouts that such keys belong to."""
+def _other_layouts(c: Checkpoint, unexpected: list[str]) -> str:
+    """Names the other layouts that unexpected keys belong to."""
     keys = {text.split(" in ")[0].removeprefix(c.prefix) for text in unexpected}
     own = recognised(c.layout, "", keys)
     names = [item.name for item in LAYOUTS if recognised(item, "", keys - own)]
-    return f"; these belong to layout {' or '.join(names)}: generations are mixed" if names else ""
+    return (
+        f"; these belong to layout {' or '.join(names)}: two checkpoints are mixed" if names else ""
+    )

@@ -1,7 +1,8 @@
-"""What lies on the disk: a checkpoint's tensors by rank, each read only when asked for.
+"""The files of a checkpoint: finds them and lists their tensors by rank; values are read on
+request.
 
-Files are mapped, and unmapped again after MAPPED_BYTES of them were read, so memory holds little
-more than one tensor; nothing but tensors is unpickled."""
+Torch files are memory-mapped, and unmapped after MAPPED_BYTES were read, so memory holds little
+more than one tensor. Nothing but tensors is unpickled."""
 
 from __future__ import annotations
 
@@ -41,10 +42,11 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""safetensors' names"""
+"""dtypes by their names in safetensors"""
 _RECONSTRUCT = np.zeros(0).__reduce__()[0]
 MAPPED_BYTES = 1 << 28
-"""how much of torch files is read before their maps, whose pages count as ours, are given back"""
+"""bytes read from torch files before they are unmapped; mapped pages count as memory of the
+process"""
 HARMLESS: list[Any] = [
     argparse.Namespace,
     np.ndarray,
@@ -53,11 +55,12 @@ HARMLESS: list[Any] = [
     _RECONSTRUCT,
     (_RECONSTRUCT, "numpy.core.multiarray._reconstruct"),
 ]
-"""what DeepSpeed and SAT keep beside the weights: arguments and random states"""
+"""types that DeepSpeed and SAT save beside the weights (arguments, random states), safe to
+unpickle"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Stored:
+class StoredTensor:
     """One tensor in one file."""
 
     key: str
@@ -70,50 +73,51 @@ class Stored:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> Tensor:
-        """The values, mapped where the format allows. Raises CheckpointError where the file has
-        changed or is damaged."""
+        """Returns the values, memory-mapped where the format allows. Raises CheckpointError if the
+        file has changed or is damaged."""
         if self.file.suffix == ".safetensors":
             with _safetensors(self.file) as file:
                 tensor: Tensor = file.get_tensor(self.key)
         else:
-            tensor = _maps.state(self.file, self.num_bytes)[self.key]
+            tensor = _mapped.state(self.file, self.num_bytes)[self.key]
         if tensor.shape != self.shape or tensor.dtype != self.dtype:
             raise CheckpointError(f"{self.file}: {self.key} changed while it was read; read again")
         return tensor
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Files:
-    """A checkpoint's folder, taken apart: one table of tensors per tensor-parallel rank."""
+class CheckpointFiles:
+    """The files of a checkpoint, values unread."""
 
     path: Path
-    ranks: tuple[dict[str, Stored], ...]
+    ranks: tuple[dict[str, StoredTensor], ...]
+    """the tensors by key, for each tensor-parallel rank"""
     config: dict[str, Any]
-    """config.json or model_config.json; empty where there is none"""
+    """content of config.json or model_config.json, empty if there is none"""
     config_file: Path | None
 
 
-def scan(path: str | Path) -> Files:
-    """Finds and lists a checkpoint: a file, a Hugging Face folder, or a folder of SAT / DeepSpeed
-    shards `mp_rank_XX_model_states.pt`. Raises CheckpointError."""
+def scan(path: str | Path) -> CheckpointFiles:
+    """Finds and lists the files of a checkpoint: one file, a Hugging Face folder, or a folder of
+    shards `mp_rank_XX_model_states.pt` of SAT or DeepSpeed. Raises CheckpointError."""
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder; give a checkpoint")
-    ranks: tuple[dict[str, Stored], ...]
+    ranks: tuple[dict[str, StoredTensor], ...]
     folders = [path if path.is_dir() else path.parent]
     inner = _iteration(path)
     if inner.is_file():
         ranks = (_table([inner]),)
     else:
         folders.insert(0, inner)
-        ranks = tuple(_table(files) for files in _rank_files(inner) or [_plain_files(inner)])
+        ranks = tuple(_table(files) for files in _rank_files(inner) or [_unsharded_files(inner)])
     config_file = next((f / c for f in folders for c in CONFIGS if (f / c).is_file()), None)
     config = read_json(config_file) if config_file else {}
-    return Files(path, ranks, config, config_file)
+    return CheckpointFiles(path, ranks, config, config_file)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises CheckpointError."""
+    """Returns the object in a JSON file. Raises CheckpointError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -124,7 +128,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _iteration(path: Path) -> Path:
-    """What `latest` names: an iteration's folder (SAT, DeepSpeed) or a file of a run of ours."""
+    """Returns what the file `latest` names: the folder of an iteration (SAT, DeepSpeed), or a file
+    of a glm-core run. Without `latest` that is `path` itself."""
     for name in LATEST if path.is_dir() else ():
         if (path / name).is_file():
             tag = (path / name).read_text(errors="replace").strip()
@@ -138,6 +143,7 @@ def _iteration(path: Path) -> Path:
 
 
 def _rank_files(folder: Path) -> list[list[Path]]:
+    """Returns the files of each rank, [] if the folder has no such shards."""
     found = {int(m[1]): f for f in folder.iterdir() if (m := RANK_FILE.fullmatch(f.name))}
     if lost := sorted(set(range(max(found, default=-1) + 1)) - found.keys()):
         raise CheckpointError(
@@ -147,7 +153,8 @@ def _rank_files(folder: Path) -> list[list[Path]]:
     return [[found[r]] for r in sorted(found)]
 
 
-def _plain_files(folder: Path) -> list[Path]:
+def _unsharded_files(folder: Path) -> list[Path]:
+    """Returns the files that together hold the whole model."""
     for name in INDEXES:
         if (folder / name).is_file():
             return _indexed(folder / name)
@@ -164,7 +171,7 @@ def _plain_files(folder: Path) -> list[Path]:
 
 
 def _indexed(index: Path) -> list[Path]:
-    """The files of an index, each of which must exist and hold what the index says."""
+    """Returns the files of an index. Each must exist and hold the tensors that the index names."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
         raise CheckpointError(f"{index}: has no weight_map of file names; fetch it again")
@@ -175,15 +182,15 @@ def _indexed(index: Path) -> list[Path]:
     held = {f.name: _listing(f) for f in files}
     if lost := [f"{key} in {name}" for key, name in places.items() if key not in held[name]]:
         raise CheckpointError(
-            f"{index}: names tensors that its files do not hold: {some(lost)}; index and files are "
-            "of different generations: fetch both again"
+            f"{index}: names tensors that its files do not hold: {some(lost)}; index and files "
+            "belong to different checkpoints: fetch both again"
         )
     return files
 
 
-def _table(files: list[Path]) -> dict[str, Stored]:
-    """The tensors of several files that make one model or one rank of it."""
-    table: dict[str, Stored] = {}
+def _table(files: list[Path]) -> dict[str, StoredTensor]:
+    """Returns the tensors of several files, which together hold one model or one rank of it."""
+    table: dict[str, StoredTensor] = {}
     for file in files:
         for key, stored in _listing(file).items():
             if key in table:
@@ -195,11 +202,12 @@ def _table(files: list[Path]) -> dict[str, Stored]:
     return table
 
 
-def _listing(file: Path) -> dict[str, Stored]:
-    """Names, shapes and dtypes of one file, values untouched."""
+def _listing(file: Path) -> dict[str, StoredTensor]:
+    """Returns the tensors of one file, values unread."""
     if file.suffix != ".safetensors":
         return {
-            k: Stored(k, file, tuple(t.shape), t.dtype) for k, t in _maps.state(file, 0).items()
+            k: StoredTensor(k, file, tuple(t.shape), t.dtype)
+            for k, t in _mapped.state(file, 0).items()
         }
     found = {}
     with _safetensors(file) as handle:
@@ -209,7 +217,7 @@ def _listing(file: Path) -> dict[str, Stored]:
                 raise CheckpointError(
                     f"{file}: {key} is of dtype {view.get_dtype()}; known: {', '.join(DTYPES)}"
                 )
-            found[key] = Stored(key, file, tuple(view.get_shape()), DTYPES[view.get_dtype()])
+            found[key] = StoredTensor(key, file, tuple(view.get_shape()), DTYPES[view.get_dtype()])
     return found
 
 
@@ -220,16 +228,17 @@ def _safetensors(file: Path) -> Any:
         raise _unreadable(file, error) from None
 
 
-class _Maps:
-    """State dicts of mapped .bin and .pt files: unpickling one takes a tenth of a second, and a
-    checkpoint has hundreds of tensors to ask for."""
+class _MappedStates:
+    """A cache of the state dicts of mapped .bin and .pt files. Unpickling one takes a tenth of a
+    second, and hundreds of tensors are read from it."""
 
     def __init__(self) -> None:
         self.states: dict[tuple[Path, int], dict[str, Tensor]] = {}
         self.touched_bytes = 0
 
     def state(self, file: Path, reading_bytes: int) -> dict[str, Tensor]:
-        """The file's tensors by name, of which `reading_bytes` are going to be read."""
+        """Returns the file's tensors by key; the caller is about to read `reading_bytes` of
+        them."""
         try:
             key = (file, file.stat().st_mtime_ns)
         except OSError as error:
@@ -243,11 +252,11 @@ class _Maps:
         return self.states[key]
 
 
-_maps = _Maps()
+_mapped = _MappedStates()
 
 
 def _unpickled(file: Path, changed_ns: int) -> dict[str, Tensor]:
-    """The state dict of a .bin or .pt file, mapped; its tensors may lie under `module`."""
+    """Returns the mapped state dict of a .bin or .pt file, or the one it holds as `module`."""
     try:
         with torch.serialization.safe_globals(HARMLESS):
             if _is_zip(file):
@@ -255,12 +264,12 @@ def _unpickled(file: Path, changed_ns: int) -> dict[str, Tensor]:
             else:
                 state = _legacy(file, changed_ns)
     except pickle.UnpicklingError as error:
-        raise _with_code(file, error) from None
+        raise _refused_code(file, error) from None
     except Exception as error:  # a damaged pickle can raise anything
         raise _unreadable(file, error) from None
     if isinstance(state, dict) and isinstance(state.get("module"), dict):
         state = state["module"]
-    if not isinstance(state, dict) or not state or not all(map(_plain, state.items())):
+    if not isinstance(state, dict) or not state or not all(map(_is_tensor_entry, state.items())):
         raise CheckpointError(
             f"{file}: not a table of tensors by name; save model.state_dict() where it was written"
         )
@@ -274,16 +283,18 @@ def _is_zip(file: Path) -> bool:
 
 @functools.lru_cache(maxsize=1)
 def _legacy(file: Path, changed_ns: int) -> Any:
-    """A file of before torch 1.6, which cannot be mapped: the last one is kept in memory."""
+    """Returns the content of a file older than torch 1.6. It cannot be mapped: the last one read
+    stays in memory."""
     return torch.load(file, "cpu", weights_only=True)
 
 
-def _plain(item: tuple[Any, Any]) -> bool:
+def _is_tensor_entry(item: tuple[Any, Any]) -> bool:
     key, value = item
     return isinstance(key, str) and isinstance(value, Tensor) and value.layout == torch.strided
 
 
-def _with_code(file: Path, error: Exception) -> CheckpointError:
+def _refused_code(file: Path, error: Exception) -> CheckpointError:
+    """Returns the error for a pickle that torch refused, with the name of the code in it."""
     named = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:global|class) ([\w.]+)", str(error))
     if not named:
         return _unreadable(file, error)
@@ -300,16 +311,16 @@ def _unreadable(file: Path, error: Exception) -> CheckpointError:
 
 
 def some(items: Iterable[str], most: int = 4) -> str:
-    """The first few, and how many more."""
-    known = list(items)
-    more = f" and {len(known) - most} more" if len(known) > most else ""
-    return ", ".join(known[:most]) + more
+    """Returns the first items as text, and how many more there are."""
+    listed = list(items)
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more
 
 
 def safetensors_header(
     entries: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], metadata: dict[str, str]
 ) -> bytes:
-    """The head of a safetensors file whose tensors follow in this order without gaps."""
+    """Returns the header of a safetensors file whose tensors follow in this order without gaps."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     table: dict[str, Any] = {"__metadata__": metadata}
     end = 0
@@ -317,5 +328,5 @@ def safetensors_header(
         begin, end = end, end + math.prod(shape) * dtype.itemsize
         table[key] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
     return struct.pack("<Q", len(text)) + text

@@ -1,0 +1,118 @@
+"""A model with its tokenizer and chat format: what generation, fine-tuning and the server use."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from glm_core.errors import PromptError
+from glm_core.model.glm import GLM
+from glm_core.model.prompt import Prompt, blank, causal, encode, part_a
+from glm_core.pretrained.templates import Message, encode_rendered, placeholder, render
+from glm_core.pretrained.tokenizers import BlankTokenizer, ChatTokenizer, TextTokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatModel(abc.ABC):
+    """A model with its tokenizer and chat format."""
+
+    model: GLM
+    tokenizer: TextTokenizer
+    name: str
+    stop: tuple[int, ...]
+    """ids of the tokens that end a reply"""
+    files: tuple[Path, ...] = ()
+    """the tokenizer and chat template on disk, copied wherever the model is written"""
+
+    @abc.abstractmethod
+    def completion_prompt(self, text: str) -> Prompt:
+        """Returns the prompt that continues `text`. Raises PromptError for an empty text."""
+
+    @abc.abstractmethod
+    def chat_prompt(self, messages: Sequence[Message]) -> Prompt:
+        """Returns the prompt that asks for a reply to the last message. Content that spells a
+        special token stays text. Raises PromptError unless the last message is the user's."""
+
+    @abc.abstractmethod
+    def reply_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Returns the token ids of the last message as the model would generate them after
+        `chat_prompt(messages[:-1])`, without the token that stops it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlankFillingModel(ChatModel):
+    """A model that fills blanks (GLM, GLM-130B, ChatGLM-6B); it chats in ChatGLM-6B's rounds."""
+
+    tokenizer: BlankTokenizer
+
+    def completion_prompt(self, text: str) -> Prompt:
+        """Returns the prompt that fills the first blank of `text`, or continues a text without a
+        blank. Raises PromptError for an empty text."""
+        _require_text(text)
+        a = part_a(encode(text, self.tokenizer), self.tokenizer)
+        return blank(a, self.tokenizer, self.model.config.positions)
+
+    def chat_prompt(self, messages: Sequence[Message]) -> Prompt:
+        """Returns ChatGLM-6B's rounds (its modeling_chatglm.py, chat), after the text of all system
+        messages. Raises PromptError unless the last message is the user's."""
+        _require_question(messages)
+        system = "".join(m.content + "\n" for m in messages if m.role == "system")
+        *past, last = [m for m in messages if m.role != "system"]
+        history, rounds = "", 0
+        for message in past:
+            if message.role == "user":
+                history += f"[Round {rounds}]\n问：{message.content}\n"
+            else:
+                history, rounds = history + f"答：{message.content}\n", rounds + 1
+        question = f"[Round {rounds}]\n问：{last.content}\n答：" if past else last.content
+        a = part_a(self.tokenizer.encode(system + history + question), self.tokenizer)
+        return blank(a, self.tokenizer, self.model.config.positions)
+
+    def reply_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Returns the token ids of the last message."""
+        return self.tokenizer.encode(messages[-1].content)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CausalModel(ChatModel):
+    """A model that continues text (ChatGLM2 and later); it chats by a template."""
+
+    tokenizer: ChatTokenizer
+    template: str
+    """Jinja source of the chat template"""
+
+    def completion_prompt(self, text: str) -> Prompt:
+        """Returns the tokenizer's prefix and the text. Raises PromptError for an empty text."""
+        _require_text(text)
+        return causal([*self.tokenizer.prefix, *self.tokenizer.encode(text)])
+
+    def chat_prompt(self, messages: Sequence[Message]) -> Prompt:
+        """Returns the rendered template, behind the tokenizer's prefix where the template does not
+        spell it. Raises PromptError unless the last message is the user's."""
+        _require_question(messages)
+        rendered = render(self.template, messages, add_generation_prompt=True)
+        ids = encode_rendered(rendered, messages, self.tokenizer)
+        prefix = self.tokenizer.prefix
+        return causal(ids if ids[: len(prefix)] == prefix else [*prefix, *ids])
+
+    def reply_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Returns the token ids of the last message, and before them those of what the template
+        puts between the request and the reply, such as a newline."""
+        request = render(self.template, messages[:-1], add_generation_prompt=True)
+        whole = render(self.template, messages, add_generation_prompt=False)
+        content, before = placeholder(len(messages) - 1), ""
+        if whole.startswith(request):
+            before = whole.removeprefix(request).partition(content)[0]
+        return encode_rendered(before + content, messages, self.tokenizer)
+
+
+def _require_text(text: str) -> None:
+    if not text:
+        raise PromptError("prompt: is empty; write a text to continue")
+
+
+def _require_question(messages: Sequence[Message]) -> None:
+    if not messages or messages[-1].role != "user":
+        raise PromptError("messages: the last one must be the user's; add a question")

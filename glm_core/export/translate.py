@@ -69,8 +69,9 @@ def quantized_linear(
         return packed(unpack(weight, bits), bits, count, block)
 
     def scales() -> Tensor:
-        each = scale.float().reshape(len(scale), -1)
-        return each.repeat_interleave(count // groups if groups > 1 else count, 1)
+        by_group = scale.float().reshape(len(scale), -1)  # [F, G]
+        repeats = count // groups if groups > 1 else count
+        return by_group.repeat_interleave(repeats, 1)  # [F, count]
 
     inputs = [x.name, g.derived(weight, "blocks", blocks), g.derived(weight, "scales", scales)]
     facts = {"K": width, "N": len(weight), "bits": bits, "block_size": block}
@@ -89,7 +90,7 @@ def packed(codes: Tensor, bits: int, count: int, block: int) -> Tensor:
     shifted[:, :width] = (codes.short() + zero).to(torch.uint8)
     if bits == 4:
         shifted = shifted[:, ::2] | (shifted[:, 1::2] << 4)
-    return shifted.reshape(rows, count, -1)
+    return shifted.reshape(rows, count, -1)  # [F, count, block * bits / 8]
 
 
 def embedding(ids: Value, weight: Tensor, shrink: float) -> Value:
@@ -131,13 +132,12 @@ def rope(x: Value, cos: Value, sin: Value, interleaved: bool) -> Value:
     rotated, width = 2 * sections * pairs, x.shape[-1]
     shape = (pairs, 2) if interleaved else (2, pairs)
     axis = 5 if interleaved else 4
-    t = x.narrow(3, 0, rotated).unflatten(
-        -1, (sections, *shape)
-    )  # [B, L, H, G, 2, P] or [.., P, 2]
+    head = x.narrow(3, 0, rotated)  # [B, L, H, 2GP]
+    t = head.unflatten(-1, (sections, *shape))  # [B, L, H, G, 2, P] or [.., P, 2]
     a, b = (t.select(axis, i) for i in (0, 1))
     c, s = cos.unsqueeze(2), sin.unsqueeze(2)  # [B, L, 1, G, P]
-    parts = [y.unsqueeze(axis).name for y in (a * c - b * s, b * c + a * s)]
-    turned = x.made(x.graph.node("Concat", *parts, axis=axis), t.shape).flatten(3)
+    parts = [y.unsqueeze(axis).name for y in (a * c - b * s, b * c + a * s)]  # as t, with 1 for 2
+    turned = x.made(x.graph.node("Concat", *parts, axis=axis), t.shape).flatten(3)  # [B, L, H, 2GP]
     if rotated == width:
         return turned
     rest = x.narrow(3, rotated, width - rotated)
@@ -160,7 +160,7 @@ def attention(
     vt = v.permute(0, 2, 1, 3).unsqueeze(2)  # [B, K, 1, S, E]
     qt = q.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)  # [B, K, R, L, E]
     qt = qt * (scale / layer_scale)
-    scores = qt.made(g.node("MatMul", qt.name, kt.name), (*qt.shape[:-1], 0))
+    scores = qt.made(g.node("MatMul", qt.name, kt.name), (*qt.shape[:-1], 0))  # [B, K, R, L, S]
     seen = visible(k, key_start, key_end).name
     least = g.number(LEAST / max(layer_scale, pb_relax, 1.0))
     scores = scores.made(g.node("Where", seen, scores.name, least), scores.shape)
@@ -171,8 +171,9 @@ def attention(
     if layer_scale != 1.0:
         scores = scores * layer_scale
     share = g.node("Where", seen, g.node("Softmax", scores.name, axis=-1), g.number(0.0))
-    y = qt.made(g.node("MatMul", share, vt.name), qt.shape)
-    return y.permute(0, 3, 1, 2, 4).flatten(2).unflatten(2, q.shape[2:])  # [B, L, H, E]
+    y = qt.made(g.node("MatMul", share, vt.name), qt.shape)  # [B, K, R, L, E]
+    y = y.permute(0, 3, 1, 2, 4)  # [B, L, K, R, E]
+    return y.flatten(2).unflatten(2, q.shape[2:])  # [B, L, H, E]
 
 
 def visible(k: Value, key_start: Value, key_end: Value) -> Value:
@@ -183,8 +184,8 @@ def visible(k: Value, key_start: Value, key_end: Value) -> Value:
     j = g.node("Range", scalar[0], count, scalar[1])
     start, end = (x.unsqueeze(2).name for x in (key_start, key_end))  # [B, L, 1]
     after = g.node("GreaterOrEqual", j, start)
-    seen = k.made(g.node("And", after, g.node("Less", j, end)), (0, 0, 0), torch.bool)
-    return seen.unsqueeze(1).unsqueeze(1)
+    seen = k.made(g.node("And", after, g.node("Less", j, end)), (0, 0, 0), torch.bool)  # [B, L, S]
+    return seen.unsqueeze(1).unsqueeze(1)  # [B, 1, 1, L, S]
 
 
 def gelu(x: Value) -> Value:

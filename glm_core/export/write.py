@@ -42,11 +42,12 @@ class Past(Window):
         g, past, present = self._graph, f"past_key_values.{name}", f"present.{name}"
         shape = ("batch", self._heads, "past", self._width)
         g.port("input", past, torch.float32, shape)
-        rest = new.transpose(1, 2)
+        rest = new.transpose(1, 2)  # [B, K, L, E]
         grown = g.node("Concat", past, rest.name, axis=2)
         g.name_output(grown, present)
         g.port("output", present, torch.float32, (*shape[:2], "keys", shape[3]))
-        return rest.made(grown, (0, self._heads, 0, self._width)).transpose(1, 2)
+        keys = rest.made(grown, (0, self._heads, 0, self._width))  # [B, K, S + L, E]
+        return keys.transpose(1, 2)  # [B, S + L, K, E]
 
 
 def export(model: GLM, folder: str | Path, *, beside: Sequence[Path] = (), **facts: str) -> Path:

@@ -108,7 +108,7 @@ def _advance(
     """The beams that go on from logits [N, V]; those that end join `ended`."""
     vocab = scores.shape[-1]
     so_far = torch.tensor([b.score for b in running], device=scores.device)
-    total = (torch.log_softmax(scores, -1) + so_far[:, None]).flatten()
+    total = (torch.log_softmax(scores, -1) + so_far[:, None]).flatten()  # [N * V]
     going: list[_Beam] = []
     for place in _candidates(total, settings, generator):
         parent, token = divmod(place, vocab)

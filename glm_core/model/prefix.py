@@ -41,13 +41,14 @@ class Prefix(nn.Module):
         flat: Tensor = self.table
         if self.inner is not None and self.outer is not None:
             flat = self.outer(torch.tanh(self.inner(flat)))
-        return flat.unflatten(1, (-1, *self.heads))
+        return flat.unflatten(1, (-1, *self.heads))  # [P, 2N, K, E]
 
     @torch.no_grad()
     def fold(self) -> None:
         """Puts the values in the place of the projection that gives them: computed once, not at
         each call."""
-        self.table = nn.Parameter(self.values().flatten(1), requires_grad=False)
+        flat = self.values().flatten(1)  # [P, 2N * K * E]
+        self.table = nn.Parameter(flat, requires_grad=False)
         self.inner = self.outer = None
 
     def before(
@@ -97,9 +98,9 @@ class Places:
         rows, size = len(start), int(columns + length * (prior + own).max())
         # one column more, for the prefixes that samples of one token do not get
         index = torch.zeros(rows, size + 1, dtype=torch.long, device=start.device)
-        front = torch.where(own[..., None] > 0, front, size).long().flatten(1)
+        front = torch.where(own[..., None] > 0, front, size).long().flatten(1)  # [B, (S or 1) * P]
         index.scatter_(1, front, steps.repeat(front.shape[1] // length).expand_as(front))
-        index.scatter_(1, token.long(), (length + keys).expand(rows, -1))
+        index.scatter_(1, token.long(), (length + keys).expand(rows, -1))  # [B, S]
         self.index = index[:, :size]
 
 

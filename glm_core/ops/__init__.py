@@ -1,5 +1,7 @@
-"""The ops of the GLM family: about a dozen, as coarse as the fusions that pay; one file per
-family."""
+"""The ops of the GLM family: about a dozen, as coarse as the fusions that pay, one file per family.
+
+The package imports every family on purpose: an op exists once its file is loaded, and whoever asks
+for `all_ops` must see all of them."""
 
 from glm_core.dispatch import REGISTRY, Op
 from glm_core.ops.activation import geglu, gelu, swiglu
@@ -33,5 +35,5 @@ __all__ = [
 
 
 def all_ops() -> dict[str, Op]:
-    """Every declared op by name, those of third parties included."""
+    """Returns every declared op by name, including those of third parties."""
     return dict(sorted(REGISTRY.items()))

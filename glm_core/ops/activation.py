@@ -1,4 +1,6 @@
-"""Activations of the feed-forward, gated ones fused with their product. Shapes: F inner width."""
+"""Declares the activations of the feed-forward part; the gated ones include their product.
+
+Shapes: F inner width."""
 
 from __future__ import annotations
 
@@ -39,23 +41,29 @@ def gated_cost(x: Tensor) -> Cost:
 
 @op(samples=lambda: _samples(1), cost=gelu_cost, differentiable=("x",))
 def gelu(x: Tensor) -> Tensor:
-    """y = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)));  [..., F] -> [..., F], in float32,
-    rounded once. The tanh form of Hendrycks & Gimpel 2016, section 2, used by GLM and
-    ChatGLM-6B."""
+    """Computes y = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), the tanh form of GELU.
+
+    Shapes: x [..., F] -> [..., F]. Computed in float32 and rounded once to x's dtype. Source:
+    Hendrycks & Gimpel 2016, section 2; used by GLM and ChatGLM-6B."""
     return torch.nn.functional.gelu(wide(x), approximate="tanh").to(x.dtype)
 
 
 @op(samples=lambda: _samples(2), cost=gated_cost, differentiable=("x",))
 def geglu(x: Tensor) -> Tensor:
-    """[a, b] = x; y = a * gelu(b) with the exact (erf) GELU: the gate is the SECOND half;  [...,
-    2F] -> [..., F]. In float32, rounded once. Shazeer 2020, eq. 6; halves as in GLM-130B's code."""
+    """Computes [a, b] = x; y = a * gelu(b) with the exact (erf) GELU. The gate is the SECOND half
+    of x.
+
+    Shapes: x [..., 2F] -> [..., F]. Computed in float32 and rounded once to x's dtype. Source:
+    Shazeer 2020, eq. 6; the order of the halves is that of GLM-130B's code."""
     a, b = wide(x).chunk(2, -1)
     return (a * torch.nn.functional.gelu(b)).to(x.dtype)
 
 
 @op(samples=lambda: _samples(2), cost=gated_cost, differentiable=("x",))
 def swiglu(x: Tensor) -> Tensor:
-    """[g, u] = x; y = silu(g) * u: the gate is the FIRST half;  [..., 2F] -> [..., F].
-    In float32, rounded once. Shazeer 2020, eq. 6; halves as in ChatGLM2 and transformers' Glm."""
+    """Computes [g, u] = x; y = silu(g) * u. The gate is the FIRST half of x.
+
+    Shapes: x [..., 2F] -> [..., F]. Computed in float32 and rounded once to x's dtype. Source:
+    Shazeer 2020, eq. 6; the order of the halves is that of ChatGLM2 and of transformers' Glm."""
     g, u = wide(x).chunk(2, -1)
     return (torch.nn.functional.silu(g) * u).to(x.dtype)

@@ -1,9 +1,11 @@
-"""Attention whose mask is data: one interval of visible keys per query.
-Shapes: B batch, L queries, S keys, H heads, K kv heads, E head dim.
+"""Declares attention, whose mask is data: one interval of visible keys per query.
 
-Every mask of the family is an interval [key_start, key_end) per query: causal (0, i + 1), prefix-LM
-(0, max(i + 1, sep)), packed samples (start, max(i + 1, start + sep)), left padding (pads, i + 1),
-a KV cache (0, position + 1). So the mask costs 8 bytes a query and no [L, L] matrix exists."""
+Every mask of the family is an interval [key_start, key_end) per query i: causal is (0, i + 1),
+prefix-LM (0, max(i + 1, sep)), packed samples (start, max(i + 1, start + sep)), left padding (pads,
+i + 1), and a KV cache (0, position + 1). So a mask takes 8 bytes per query, and no [L, L] matrix
+exists.
+
+Shapes: B batch, L queries, S keys, H heads, K kv heads, E head dim."""
 
 from __future__ import annotations
 
@@ -20,8 +22,9 @@ from glm_core.spec import Cost, Draw, Maker, Sample, exact, normal, realize
 
 
 def intervals(b: int, length: int, kind: str, keys: int) -> dict[str, Any]:
-    """key_start and key_end of a named mask: causal, prefix, packed, padded, static (one
-    query each over a cache of several lengths) or empty (rows that see nothing)."""
+    """Returns key_start and key_end [b, length] of a named mask: causal, prefix, packed, padded,
+    static (one query per sequence over a cache whose sequences differ in length) or empty (some
+    rows see nothing)."""
     starts, ends = [], []
     for row in range(b):
         sep, half, pads = (row + 1) * keys // (b + 1), length // 2, row % 3
@@ -40,13 +43,13 @@ def intervals(b: int, length: int, kind: str, keys: int) -> dict[str, Any]:
 
 
 def preallocated(maker: Maker) -> Maker:
-    """The same [B, S, K, E] as a view of a cache's storage [B, K, S + 3, E]."""
+    """Makes the same [B, S, K, E] as a view of a cache's storage [B, K, S + 3, E]."""
 
     def make(draw: Draw) -> Tensor:
         x: Tensor = realize(maker, draw)
         storage = x.new_zeros(x.shape[0], x.shape[2], x.shape[1] + 3, x.shape[3])
-        storage[:, :, : x.shape[1]] = x.transpose(1, 2)
-        return storage.transpose(1, 2)[:, : x.shape[1]]
+        storage[:, :, : x.shape[1]] = x.transpose(1, 2)  # [B, K, S, E]
+        return storage.transpose(1, 2)[:, : x.shape[1]]  # [B, S, K, E]
 
     return make
 
@@ -114,8 +117,8 @@ def attention_cost(
     layer_scale: float = 1.0,
     pb_relax: float = 0.0,
 ) -> Cost:
-    """FLOPs of the visible pairs only; on meta tensors, where intervals have no values, of all
-    pairs."""
+    """Counts the FLOPs of visible pairs only; of all pairs for meta tensors, whose intervals have
+    no values."""
     b, n, h, e = q.shape
     if q.is_meta:
         pairs = b * n * k.shape[1] * h
@@ -136,17 +139,21 @@ def attention(
     layer_scale: float = 1.0,
     pb_relax: float = 0.0,
 ) -> Tensor:
-    """y = softmax(scale q k^T) v over the visible keys;  q [B, L, H, E], k, v [B, S, K, E] -> [B,
-    L, H, E]; k and v may be views of a larger cache, key_end its current length. Key j is visible
-    to query i iff key_start[b, i] <= j < key_end[b, i] (int32 [B, L]);
-    a query that sees nothing gives zeros. KV head h serves queries' heads h*H/K ... (h+1)*H/K - 1.
-    In float32, rounded once. layer_scale c (GLM-130B's query-key layer scaling): scores are formed
-    from q/c and multiplied by c in the softmax, neutral in real arithmetic. pb_relax a > 0:
-    softmax((s/a - max(s/a)) a) (Ding et al. 2021, CogView, eq. 5), neutral too; both keep
-    half-precision scores in range."""
+    """Computes y = softmax(scale q k^T) v, over the keys that each query sees. Query i of row b
+    sees key j if and only if key_start[b, i] <= j < key_end[b, i]; a query that sees nothing gives
+    zeros. KV head h serves the query heads h*H/K ... (h+1)*H/K - 1.
+
+    Shapes: q [B, L, H, E]; k, v [B, S, K, E], possibly views of a larger cache; key_start, key_end
+    [B, L] int32 -> [B, L, H, E]. Computed in float32 and rounded once to q's dtype.
+
+    layer_scale c: scores are formed from q/c and multiplied by c inside the softmax (GLM-130B's
+    query-key layer scaling). pb_relax a > 0: the softmax is taken as softmax((s/a - max(s/a)) a).
+    In real arithmetic neither changes the result; both keep half-precision scores in range.
+    Sources: Vaswani et al. 2017, eq. 1; Zeng et al. 2022 (GLM-130B); Ding et al. 2021 (CogView),
+    eq. 5."""
     groups = k.shape[2]
     qs = wide(q).unflatten(2, (groups, -1)) * (scale / layer_scale)  # [B, L, K, H/K, E]
-    scores = torch.einsum("blkre,bske->bkrls", qs, wide(k))
+    scores = torch.einsum("blkre,bske->bkrls", qs, wide(k))  # [B, K, H/K, L, S]
     j = torch.arange(k.shape[1], device=q.device, dtype=torch.int32)
     visible = (j >= key_start[..., None]) & (j < key_end[..., None])  # [B, L, S]
     hidden = ~visible[:, None, None]  # [B, 1, 1, L, S]
@@ -157,4 +164,5 @@ def attention(
         scores = scores / pb_relax
         scores = (scores - scores.amax(-1, keepdim=True).detach()) * pb_relax
     probabilities = torch.softmax(scores * layer_scale, -1).masked_fill(hidden, 0.0)
-    return torch.einsum("bkrls,bske->blkre", probabilities, wide(v)).flatten(2, 3).to(q.dtype)
+    y = torch.einsum("bkrls,bske->blkre", probabilities, wide(v))  # [B, L, K, H/K, E]
+    return y.flatten(2, 3).to(q.dtype)  # [B, L, H, E]

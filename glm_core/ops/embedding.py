@@ -1,4 +1,6 @@
-"""Table lookup with GLM-130B's gradient shrink. Shapes: V vocabulary, D width."""
+"""Declares the table lookup, with GLM-130B's gradient shrink.
+
+Shapes: V vocabulary, D width."""
 
 from __future__ import annotations
 
@@ -40,9 +42,11 @@ def embedding_cost(ids: Tensor, weight: Tensor, shrink: float = 1.0) -> Cost:
 
 @op(samples=embedding_samples, cost=embedding_cost, differentiable=("weight",))
 def embedding(ids: Tensor, weight: Tensor, shrink: float = 1.0) -> Tensor:
-    """y = weight[ids]; the gradient of weight is multiplied by `shrink`;  ids [...] int64, weight
-    [V, D] -> [..., D]. The value is exact in every dtype; rows that occur more than once sum their
-    gradients. Embedding gradient shrink: Zeng et al. 2022 (GLM-130B), section 2.2."""
+    """Computes y = weight[ids]; the gradient of weight is multiplied by `shrink`, and rows that
+    occur more than once sum their gradients.
+
+    Shapes: ids [...] int64, weight [V, D] -> [..., D]. The value is exact in every dtype. Source:
+    Zeng et al. 2022 (GLM-130B), section 2.2, embedding gradient shrink."""
     y = torch.nn.functional.embedding(ids, weight)
     if shrink == 1.0:
         return y

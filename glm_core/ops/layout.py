@@ -1,4 +1,4 @@
-"""Memory layouts that samples hold kernels to."""
+"""Lays out the arguments of samples in memory in ways that a kernel must cope with."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from glm_core.spec import Draw, Maker, realize
 
 
 def gapped(args: Mapping[str, Any]) -> dict[str, Any]:
-    """The same arguments, every tensor a view whose elements lie two apart: a kernel that takes a
-    pointer for granted reads the zeros between them."""
+    """Returns the same arguments, each tensor as a view whose elements lie two apart. A kernel that
+    ignores strides reads the zeros between them."""
     return {k: _gapped(v) for k, v in args.items()}
 
 

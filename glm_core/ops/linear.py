@@ -1,4 +1,6 @@
-"""The matrix product with a weight. Shapes: D in, F out."""
+"""Declares the product with a weight matrix.
+
+Shapes: D input width, F output width."""
 
 from __future__ import annotations
 
@@ -51,8 +53,10 @@ def linear_cost(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Cost:
 
 @op(samples=linear_samples, cost=linear_cost, differentiable=("x", "weight", "bias"))
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y = x weight^T + bias;  x [..., D], weight [F, D], bias [F] -> [..., F].
-    Accumulated in float32 at least, rounded to x's dtype. As torch.nn.functional.linear."""
+    """Computes y = x weight^T + bias.
+
+    Shapes: x [..., D], weight [F, D], bias [F] -> [..., F]. Accumulated in float32 at least and
+    rounded to x's dtype. Source: torch.nn.functional.linear."""
     from torch.nn.functional import linear as product
 
     return product(x, weight, bias)

@@ -1,4 +1,6 @@
-"""Cross-entropy fused with the output projection. Shapes: N tokens, D width, V vocabulary."""
+"""Declares the cross-entropy loss together with the output projection before it.
+
+Shapes: N tokens, D width, V vocabulary."""
 
 from __future__ import annotations
 
@@ -61,10 +63,13 @@ def linear_cross_entropy_cost(
     differentiable=("x", "weight"),
 )
 def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, token_weight: Tensor) -> Tensor:
-    """sum_n token_weight[n] * (logsumexp(z_n) - z_n[labels[n]]), z = x weight^T;  x [N, D], weight
-    [V, D], labels [N] int64 in [0, V), token_weight [N] float32 (0 skips a token) -> float32
-    scalar. Logits are rounded to x's dtype as a linear layer's output is, everything after them is
-    float32. As torch.nn.functional.cross_entropy of a linear layer, weighted by token."""
+    """Computes sum_n token_weight[n] * (logsumexp(z_n) - z_n[labels[n]]) with the logits z = x
+    weight^T.
+
+    Shapes: x [N, D], weight [V, D], labels [N] int64 in [0, V), token_weight [N] float32 (0 skips a
+    token) -> float32 scalar. Logits are rounded to x's dtype, as a linear layer's output is;
+    everything after them is float32. Source: torch.nn.functional.cross_entropy of a linear layer,
+    weighted by token."""
     z = wide(torch.nn.functional.linear(x, weight))  # [N, V]
     each = torch.nn.functional.cross_entropy(z, labels, reduction="none")
     return (each * token_weight.to(z.dtype)).sum()

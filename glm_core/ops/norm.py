@@ -1,4 +1,6 @@
-"""RMS and layer norm, alone and fused with the residual addition before them. Shapes: D width."""
+"""Declares RMS norm and layer norm, alone and together with the residual addition before them.
+
+Shapes: D width."""
 
 from __future__ import annotations
 
@@ -22,11 +24,12 @@ _SHAPES = {
 
 
 def _fading(falloff: float, make: Maker) -> Maker:
-    """Row i times falloff^(i - 1)."""
+    """Multiplies row i by falloff^(i - 1)."""
 
     def faded(draw: Draw) -> Tensor:
         x = make(draw)
-        factors = falloff ** (torch.arange(len(x), device=x.device).unsqueeze(-1) - 1.0)
+        rows = torch.arange(len(x), device=x.device).unsqueeze(-1)  # [rows, 1]
+        factors = falloff ** (rows - 1.0)
         return (x * factors).to(x.dtype)
 
     return make if falloff == 1.0 else faded
@@ -97,8 +100,10 @@ def add_layer_norm_cost(
 
 @op(samples=lambda: _samples(False, False), cost=rms_norm_cost, differentiable=("x", "weight"))
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
-    """y = x / sqrt(mean(x^2, -1) + eps) * weight;  x [..., D], weight [D] -> [..., D].
-    Statistics and product in float32, one rounding to x's dtype. Zhang & Sennrich 2019, eq. 4."""
+    """Computes y = x / sqrt(mean(x^2, -1) + eps) * weight.
+
+    Shapes: x [..., D], weight [D] -> [..., D]. Statistics and product in float32, rounded once to
+    x's dtype. Source: Zhang & Sennrich 2019, eq. 4."""
     t = wide(x)
     return (t * torch.rsqrt(t.square().mean(-1, keepdim=True) + eps) * wide(weight)).to(x.dtype)
 
@@ -109,9 +114,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     differentiable=("x", "weight", "bias"),
 )
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
-    """y = (x - mean) / sqrt(var + eps) * weight + bias, biased var;  x [..., D], weight, bias [D]
-    -> [..., D]. Statistics and product in float32, one rounding to x's dtype. Ba et al. 2016, eq.
-    4."""
+    """Computes y = (x - mean) / sqrt(var + eps) * weight + bias, with the biased variance.
+
+    Shapes: x [..., D], weight, bias [D] -> [..., D]. Statistics and product in float32, rounded
+    once to x's dtype. Source: Ba et al. 2016, eq. 4."""
     t = wide(x)
     t = t - t.mean(-1, keepdim=True)
     y = t * torch.rsqrt(t.square().mean(-1, keepdim=True) + eps)
@@ -126,9 +132,11 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5, alpha: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """s = x + alpha * residual; y = rms_norm(s);  x, residual [..., D] -> (y, s), both [..., D].
-    The sum is formed in float32 and rounded to x's dtype; the norm reads the rounded sum. Zhang &
-    Sennrich 2019, eq. 4, of the residual stream."""
+    """Computes s = x + alpha * residual; y = rms_norm(s). Returns (y, s).
+
+    Shapes: x, residual [..., D], weight [D] -> y, s [..., D]. The sum is formed in float32 and
+    rounded to x's dtype; the norm reads the rounded sum. Source: Zhang & Sennrich 2019, eq. 4,
+    applied to the residual stream."""
     total = (wide(x) + alpha * wide(residual)).to(x.dtype)
     return rms_norm.reference(total, weight, eps), total
 
@@ -141,8 +149,11 @@ def add_rms_norm(
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, alpha: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """s = x + alpha * residual; y = layer_norm(s);  x, residual [..., D] -> (y, s), both [..., D].
-    The sum is formed in float32 and rounded to x's dtype; the norm reads the rounded sum. alpha is
-    DeepNorm's (2N)^(1/2) with N the total number of layers (Wang et al. 2022, fig. 2), else 1."""
+    """Computes s = x + alpha * residual; y = layer_norm(s). Returns (y, s). alpha is DeepNorm's
+    (2N)^(1/2) with N the total number of layers, 1 without DeepNorm.
+
+    Shapes: x, residual [..., D], weight, bias [D] -> y, s [..., D]. The sum is formed in float32
+    and rounded to x's dtype; the norm reads the rounded sum. Source: Ba et al. 2016, eq. 4; Wang et
+    al. 2022 (DeepNet), fig. 2."""
     total = (wide(x) + alpha * wide(residual)).to(x.dtype)
     return layer_norm.reference(total, weight, bias, eps), total

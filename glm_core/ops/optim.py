@@ -1,4 +1,5 @@
-"""Optimizer arithmetic over lists of tensors: one call per parameter group, not one per tensor."""
+"""Declares the optimizer's arithmetic over lists of tensors: one call per parameter group, not per
+tensor."""
 
 from __future__ import annotations
 
@@ -38,8 +39,10 @@ def global_norm_cost(tensors: Sequence[Tensor]) -> Cost:
 
 @op(samples=global_norm_samples, cost=global_norm_cost)
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """sqrt(sum of all squares) over all tensors -> float32 scalar (float64 for float64); squares
-    and sums in float32 at least. An empty list gives 0. Pascanu et al. 2013, section 3.2."""
+    """Computes sqrt(sum of all squares) over all tensors; 0 for an empty list.
+
+    Shapes: list of tensors of any shape -> float32 scalar (float64 for float64). Squares and sums
+    in float32 at least. Source: Pascanu et al. 2013, section 3.2."""
     if not tensors:
         return torch.zeros(())
     return torch.stack([torch.linalg.vector_norm(wide(t)) for t in tensors]).norm()
@@ -127,11 +130,14 @@ def adamw(
     weight_decay: float = 0.0,
     copies: Sequence[Tensor] | None = None,
 ) -> None:
-    """g = grad_scale * grad; m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2;
-    p = p (1 - lr wd) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps), t = step counted from 1.
-    params, exp_avgs, exp_avg_sqs float32, changed in place; grads in the working dtype; grad_scale
-    a float32 scalar (clip coefficient over loss scale); copies, if given, receive the new params
-    in their own dtype. Loshchilov & Hutter 2019, algorithm 2."""
+    """Computes g = grad_scale * grad; m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2; p = p (1 - lr wd)
+    - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps), with t = step counted from 1.
+
+    Shapes: params, grads, exp_avgs, exp_avg_sqs: lists of equal length whose entries agree in
+    shape; grad_scale a float32 scalar (the clip coefficient divided by the loss scale). params,
+    exp_avgs and exp_avg_sqs are float32 and changed in place; grads have the working dtype; copies,
+    if present, receive the new params rounded to their own dtype. Source: Loshchilov & Hutter 2019,
+    algorithm 2."""
     correction1, correction2 = 1 - beta1**step, 1 - beta2**step
     for i, (p, grad, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
         g = grad.to(p.dtype) * grad_scale.to(p.dtype)

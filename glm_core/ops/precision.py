@@ -1,4 +1,4 @@
-"""The dtype rule of all references: arithmetic in float32 at least, one rounding to the working
+"""Holds the dtype rule of all references: compute in float32 at least, round once to the working
 dtype at the end."""
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def wide(x: Tensor) -> Tensor:
-    """float32, or float64 where the input is."""
+    """Returns x in float32, or as it is if it is float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def num_bytes(*tensors: Tensor | None) -> int:
-    """Bytes of the tensors, each counted once."""
+    """Returns the bytes of all tensors together."""
     return sum(prod(t.shape) * t.element_size() for t in tensors if t is not None)

@@ -1,5 +1,7 @@
-"""The product with a quantised weight, and how weights are quantised: row-wise as GLM-130B, or in
-groups. Shapes: D in, F out, G groups of D / G inputs that share a scale."""
+"""Declares the product with a quantised weight, and defines how weights are quantised: one scale
+per row as in GLM-130B, or one per group of inputs.
+
+Shapes: D input width, F output width, G groups of D / G inputs that share a scale."""
 
 from __future__ import annotations
 
@@ -16,18 +18,20 @@ from glm_core.spec import Cost, Draw, Maker, Sample, normal
 
 BITS = (8, 4)
 WORKING_SET = 1 << 22
-"""weights quantised at a time"""
+"""weights that are quantised at a time; bounds the float32 copies"""
 BLOCK = 32
-"""inputs that share a step where activations are rounded to int8"""
+"""inputs that share a scale when activations are rounded to int8"""
 
 
 def quantize(weight: Tensor, bits: int, group: int = 0) -> tuple[Tensor, Tensor]:
-    """(codes, scale) of a float weight [F, D]: codes int8 [F, D], or [F, D / 2] with two 4-bit
-    codes a byte; scale float16 [F], or [F, D / group]. q = round(w / scale), half to even, with
-    scale = max|w| / (2^(bits-1) - 1) over a row or group, symmetric: no zero point. A row that
-    float16 scales cannot tell from zero gets scale 0 and codes 0 (GLM-130B's division gives NaN
-    there). Zeng et al. 2022 (GLM-130B), section 5; quantization/functional.py.
-    Raises ShapeError where D does not divide, or a weight is not finite."""
+    """Returns (codes, scale) of a float weight [F, D]. Codes are int8 [F, D], or [F, D / 2] with
+    two 4-bit codes in a byte; scale is float16 [F], or [F, D / group].
+
+    q = round(w / scale), half to even, with scale = max|w| / (2^(bits-1) - 1) over a row or group;
+    symmetric, without a zero point. A row whose scale underflows float16 gets scale 0 and codes 0
+    (GLM-130B's division gives NaN there). Source: Zeng et al. 2022 (GLM-130B), section 5;
+    quantization/functional.py. Raises ShapeError if D is not divisible or a weight is not
+    finite."""
     rows, width = weight.shape
     _check(bits, width, group)
     groups = width // group if group else 1
@@ -39,22 +43,22 @@ def quantize(weight: Tensor, bits: int, group: int = 0) -> tuple[Tensor, Tensor]
 
 
 def row_parts(weight: Tensor) -> Iterator[slice]:
-    """The rows of a matrix in parts of about WORKING_SET elements."""
+    """Returns slices that cut the rows of a matrix into parts of about WORKING_SET elements."""
     rows, width = weight.shape
     step = max(WORKING_SET // max(width, 1), 1)
     return (slice(begin, begin + step) for begin in range(0, rows, step))
 
 
 def _rounded_rows(weight: Tensor, bits: int, groups: int) -> tuple[Tensor, Tensor]:
-    """Codes, and scales [F, G]."""
+    """Returns codes, and scales [F, G]."""
     top = 2 ** (bits - 1) - 1
     parts = weight.reshape(len(weight), groups, -1)  # [F, G, D / G]
     scale = (parts.abs().amax(-1) / top).half()
     if not scale.isfinite().all():
         raise ShapeError("quantize: weight has values that are not finite, or over 65504 * steps")
-    step = scale.to(parts)[..., None]
+    step = scale.to(parts)[..., None]  # [F, G, 1]
     codes = torch.where(step > 0, parts / step, 0.0).round_().clamp_(-top, top)
-    codes = codes.to(torch.int8).reshape(weight.shape)
+    codes = codes.to(torch.int8).reshape(weight.shape)  # [F, D]
     return pack(codes) if bits == 4 else codes, scale
 
 
@@ -71,31 +75,35 @@ def _check(bits: int, width: int, group: int) -> None:
 
 
 def pack(codes: Tensor) -> Tensor:
-    """4-bit codes [..., D] in -8..7 to bytes [..., D / 2]: the even element in the HIGH nibble
-    (GLM-130B kernels/quantization.cu, compress_int4_weight)."""
+    """Packs 4-bit codes [..., D] in -8..7 into bytes [..., D / 2], with the even element in the
+    HIGH nibble (GLM-130B kernels/quantization.cu, compress_int4_weight)."""
     return (codes[..., ::2] << 4) | (codes[..., 1::2] & 15)
 
 
 def unpack(weight: Tensor, bits: int) -> Tensor:
-    """Codes as int8 [F, D], both nibbles sign-extended."""
+    """Returns the codes as int8 [F, D]; both nibbles are sign-extended."""
     if bits == 8:
         return weight
-    return torch.stack((weight >> 4, (weight << 4) >> 4), -1).flatten(-2)
+    nibbles = torch.stack((weight >> 4, (weight << 4) >> 4), -1)  # [F, D / 2, 2]
+    return nibbles.flatten(-2)  # [F, D]
 
 
 def dequantize(weight: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """w = code * scale [F, D], formed in float32 at least and rounded once to `dtype`."""
+    """Returns w = code * scale [F, D], formed in float32 at least and rounded once to `dtype`."""
     codes = unpack(weight, bits)
-    steps = scale.to(torch.promote_types(dtype, torch.float32)).reshape(len(codes), -1, 1)
-    return (codes.reshape(len(codes), steps.shape[1], -1) * steps).flatten(1).to(dtype)
+    wide_scale = scale.to(torch.promote_types(dtype, torch.float32))
+    wide_scale = wide_scale.reshape(len(codes), -1, 1)  # [F, G, 1]
+    grouped = codes.reshape(len(codes), wide_scale.shape[1], -1)  # [F, G, D / G]
+    return (grouped * wide_scale).flatten(1).to(dtype)  # [F, D]
 
 
 def round_activations(x: Tensor) -> Tensor:
-    """x as int8 codes times a step for every 32 inputs of a row (max|x| / 127, the last block may
-    be shorter), in x's dtype; the gradient passes straight through."""
+    """Returns x rounded to int8 codes times a scale, max|x| / 127 over each block of 32 inputs of a
+    row (the last block may be shorter), in x's dtype. The gradient passes straight through."""
     full = x.shape[-1] // BLOCK * BLOCK
-    blocks = x[..., :full].unflatten(-1, (full // BLOCK, BLOCK))
-    rounded = torch.cat((_rounded(blocks).flatten(-2), _rounded(x[..., full:])), -1)
+    blocks = x[..., :full].unflatten(-1, (full // BLOCK, BLOCK))  # [..., D // 32, 32]
+    whole_blocks = _rounded(blocks).flatten(-2)  # [..., D // 32 * 32]
+    rounded = torch.cat((whole_blocks, _rounded(x[..., full:])), -1)  # [..., D]
     return x + (rounded - x).detach()
 
 
@@ -107,7 +115,8 @@ def _rounded(x: Tensor) -> Tensor:
 
 
 def bytes_of_codes(bits: int, *shape: int) -> Maker:
-    """Every code of the width, both nibbles for 4 bits; `shape` is the packed one."""
+    """Makes random codes over the whole range of their width; `shape` is the shape after
+    packing."""
 
     def make(draw: Draw) -> Tensor:
         codes = torch.randint(-128 if bits == 4 else -127, 128, shape, generator=draw.generator)
@@ -117,8 +126,8 @@ def bytes_of_codes(bits: int, *shape: int) -> Maker:
 
 
 def steps(size: float, *shape: int) -> Maker:
-    """Scales in float16, size/2 ... 3/2 size, the first of them zero where there are several
-    rows, as that of a row of zeros."""
+    """Makes float16 scales in size/2 ... 3/2 size. With several rows the first is zero, like that
+    of a row of zeros."""
 
     def make(draw: Draw) -> Tensor:
         scale = (torch.rand(shape, generator=draw.generator) + 0.5) * size
@@ -195,13 +204,15 @@ def quantized_linear(
     bits: int = 8,
     activation_bits: int = 16,
 ) -> Tensor:
-    """y = x w^T + bias, w = code * scale;  x [..., D], weight int8: codes [F, D], or with bits = 4
-    [F, D / 2], the even element in the high nibble; scale float16 or float32 [F] or [F, G], one
-    for D / G inputs; bias [F] -> [..., F]. With activation_bits = 8, x is first rounded to int8
-    codes in blocks of 32 inputs (`round_activations`). Weight, scale and bias are frozen: only x
-    has a gradient, that of the unrounded x.
-    Neither w nor the rounded x is rounded to the working dtype: float32 at least throughout, the
-    result rounded once. Zeng et al. 2022 (GLM-130B), section 5; blocks: Dettmers et al. 2022."""
+    """Computes y = x w^T + bias with w = code * scale. With activation_bits = 8, x is first rounded
+    to int8 codes in blocks of 32 inputs (`round_activations`). Weight, scale and bias are frozen:
+    only x has a gradient, that of the unrounded x.
+
+    Shapes: x [..., D]; weight int8 [F, D], or for bits = 4 [F, D / 2] with the even element in the
+    high nibble; scale float16 or float32 [F] or [F, G], one for D / G inputs; bias [F] -> [..., F].
+    Neither w nor the rounded x is rounded to the working dtype: computed in float32 at least and
+    rounded once to x's dtype. Source: Zeng et al. 2022 (GLM-130B), section 5; blocks: Dettmers et
+    al. 2022."""
     a = wide(x)
     a = round_activations(a) if activation_bits == 8 else a
     w = dequantize(weight, scale, bits, a.dtype)

@@ -1,5 +1,6 @@
-"""Rotary position embedding in every layout of the family. Shapes: B batch, L sequence, H heads, E
-head dim, G sections, P pairs per section."""
+"""Declares rotary position embedding, in every layout of the family.
+
+Shapes: B batch, L sequence, H heads, E head dim, G sections, P pairs per section."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ from glm_core.spec import Cost, Draw, Maker, Sample, normal
 
 
 def angles(b: int, length: int, sections: int, pairs: int, function: Any) -> Maker:
-    """cos or sin of random positions at RoPE's frequencies, float32 [b, length, sections,
-    pairs]."""
+    """Makes cos or sin [b, length, sections, pairs] (float32) of random positions at RoPE's
+    frequencies."""
 
     def make(draw: Draw) -> Tensor:
         g = torch.Generator().manual_seed(7)  # the same positions for cos and sin
@@ -88,11 +89,13 @@ def rope_cost(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) ->
 
 @op(samples=rope_samples, cost=rope_cost, differentiable=("x",))
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """Rotates pairs of dimensions: (a, b) -> (a cos - b sin, b cos + a sin);  x [B, L, H, E] ->
-    [B, L, H, E]. cos, sin [B or 1, L, G, P] float32: section g holds dimensions [2gP, 2(g+1)P),
-    its pairs are (i, i + P), or (2i, 2i + 1) if `interleaved`; dimensions from 2GP on pass
-    unchanged. G is 1, or 2 for ChatGLM-6B's 2D positions. In float32, rounded once to x's dtype.
-    Su et al. 2021, eq. 34."""
+    """Rotates pairs of dimensions (a, b) -> (a cos - b sin, b cos + a sin) for all pairs.
+    Section g holds dimensions [2gP, 2(g+1)P); its pairs are (i, i + P), or (2i, 2i + 1)
+    if `interleaved`. Dimensions from 2GP on pass unchanged. G is 1, or 2 for ChatGLM-6B's 2D
+    positions.
+
+    Shapes: x [B, L, H, E]; cos, sin [B or 1, L, G, P] float32 -> [B, L, H, E]. Computed in float32
+    and rounded once to x's dtype. Source: Su et al. 2021 (RoFormer), eq. 34."""
     sections, pairs = cos.shape[-2:]
     rotated = 2 * sections * pairs
     shape = (pairs, 2) if interleaved else (2, pairs)
@@ -100,4 +103,5 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tens
     a, b = t.unbind(-1 if interleaved else -2)
     c, s = cos.unsqueeze(2), sin.unsqueeze(2)  # [B, L, 1, G, P]
     turned = torch.stack((a * c - b * s, b * c + a * s), -1 if interleaved else -2)
-    return torch.cat((turned.flatten(-3).to(x.dtype), x[..., rotated:]), -1)
+    turned = turned.flatten(-3).to(x.dtype)  # [B, L, H, 2GP]
+    return torch.cat((turned, x[..., rotated:]), -1)  # [B, L, H, E]

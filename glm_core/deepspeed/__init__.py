@@ -1,5 +1,7 @@
-"""`import glm_core.deepspeed as deepspeed`: training scripts written for DeepSpeed run on torch's
-own parts and any glm_core backend. docs/deepspeed.md lists what is there."""
+"""Runs training scripts written for DeepSpeed on torch's own parts and any glm_core backend:
+`import glm_core.deepspeed as deepspeed`. docs/deepspeed.md lists what is supported. Modules lie at
+DeepSpeed's own paths; those it does not have are accounted for in keys.py (config keys),
+settings.py, names.py (absent modules) and notices.py."""
 
 from __future__ import annotations
 
@@ -12,19 +14,20 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from glm_core.deepspeed import comm, names, ops, pipe, runtime, schedules, zero
-from glm_core.deepspeed import fragments as utils
+from glm_core.deepspeed import comm, names, ops, pipe, runtime, utils
 from glm_core.deepspeed.accelerator import get_accelerator
 from glm_core.deepspeed.comm import init_distributed
-from glm_core.deepspeed.engine import DeepSpeedEngine
+from glm_core.deepspeed.runtime import zero
 from glm_core.deepspeed.runtime.activation_checkpointing import checkpointing
+from glm_core.deepspeed.runtime.engine import DeepSpeedEngine
 from glm_core.deepspeed.runtime.pipe.engine import PipelineEngine
 from glm_core.deepspeed.runtime.pipe.module import PipelineModule
 from glm_core.deepspeed.settings import Settings, read, resolve
+from glm_core.deepspeed.utils import zero_to_fp32 as zero_to_fp32  # utils.zero_to_fp32 for scripts
 from glm_core.errors import ConfigError
 
 __version__ = version = "0.19.8"
-"""of the DeepSpeed whose interface this is; scripts compare it"""
+"""the DeepSpeed whose interface this is; scripts compare it"""
 names.install()
 
 __all__ = [
@@ -40,7 +43,6 @@ __all__ = [
     "ops",
     "pipe",
     "runtime",
-    "schedules",
     "utils",
     "zero",
 ]
@@ -61,25 +63,29 @@ def initialize(
     mesh_param: Any = None,
     config_params: str | Path | Mapping[str, Any] | None = None,
 ) -> tuple[DeepSpeedEngine, Any, Any, Any]:
-    """engine, optimizer, dataloader (None without training_data), lr_scheduler. The config is the
-    first of config, config_params, args.deepspeed_config that is given. Raises ConfigError."""
+    """Returns the engine, the optimizer, the dataloader (None without training_data) and the
+    lr_scheduler. The config is the first of config, config_params, args.deepspeed_config that is
+    given. Raises ConfigError."""
     if model is None:
         raise ConfigError("initialize: no model; pass model=")
     if mesh_param is not None:
         raise ConfigError("initialize: mesh_param would split sequences over ranks; remove it")
     comm.init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
     if not dist.is_initialized():
-        raise ConfigError("initialize: dist_init_required=False, but no process group is there")
-    given = config if config is not None else config_params
-    given = given if given is not None else getattr(args, "deepspeed_config", None)
-    if given is None:
+        raise ConfigError(
+            "initialize: dist_init_required=False, but there is no process group; call "
+            "init_distributed"
+        )
+    config = config if config is not None else config_params
+    config = config if config is not None else getattr(args, "deepspeed_config", None)
+    if config is None:
         raise ConfigError("initialize: no config; pass config= or args.deepspeed_config")
     if isinstance(model, PipelineModule):
         if mpu is not None:
             raise ConfigError("initialize: a PipelineModule brings its own mpu; remove mpu=")
         mpu = model.mpu()
     ranks = dist.get_world_size(None if mpu is None else mpu.get_data_parallel_group())
-    settings = resolve(read(given), ranks)
+    settings = resolve(read(config), ranks)
     kind: Any = PipelineEngine if isinstance(model, PipelineModule) else DeepSpeedEngine
     engine: DeepSpeedEngine = kind(
         model,
@@ -99,7 +105,7 @@ def initialize(
 def _loader(
     engine: DeepSpeedEngine, data: Dataset[Any], collate: Any, settings: Settings
 ) -> DataLoader[Any]:
-    """Micro-batches, each rank its share, shuffled as torch's DistributedSampler does."""
+    """Returns a loader of this rank's micro-batches, shuffled by torch's DistributedSampler."""
     rank = dist.get_rank(engine.dp_group)
     sampler: DistributedSampler[Any] = DistributedSampler(data, engine.dp_world_size, rank)
     return DataLoader(
@@ -112,10 +118,12 @@ def _loader(
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """--deepspeed and --deepspeed_config."""
+    """Adds --deepspeed and --deepspeed_config to a parser and returns it."""
     group = parser.add_argument_group("DeepSpeed")
-    group.add_argument("--deepspeed", action="store_true", help="accepted; the engine is always on")
-    group.add_argument("--deepspeed_config", type=str, help="JSON file")
+    group.add_argument(
+        "--deepspeed", action="store_true", help="has no effect: the engine is always on"
+    )
+    group.add_argument("--deepspeed_config", type=str, help="the config, a JSON file")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""`deepspeed.comm`: torch.distributed by DeepSpeed's names, and how a job is joined."""
+"""`deepspeed.comm`: torch.distributed under DeepSpeed's name, and joining a job."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from glm_core.deepspeed.accelerator import backend
+from glm_core.deepspeed.accelerator.real_accelerator import backend
 
 
 def init_distributed(
@@ -24,8 +24,9 @@ def init_distributed(
     world_size: int = -1,
     **_unused: Any,
 ) -> None:
-    """Joins the job that the launcher's environment describes (one process without one), unless
-    that is done. dist_backend None: the glm_core backend's."""
+    """Joins the job that the launcher's environment variables describe; without a launcher it is a
+    job of one process. Does nothing where the process has joined already. dist_backend None: the
+    glm_core backend's collective library."""
     if dist.is_initialized() or dist_init_required is False:
         return
     alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(distributed_port)}
@@ -41,7 +42,7 @@ def init_distributed(
 
 
 def get_local_rank() -> int:
-    """As the launcher set it."""
+    """Returns LOCAL_RANK as the launcher set it, else 0."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 

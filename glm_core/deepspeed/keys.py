@@ -1,4 +1,4 @@
-"""Every key of a DeepSpeed config (0.19.8) and what becomes of it here. Data, no code."""
+"""Lists every key of a DeepSpeed config (0.19.8) and what becomes of it here."""
 
 from __future__ import annotations
 
@@ -6,30 +6,31 @@ from typing import Any, NamedTuple
 
 
 class Key(NamedTuple):
-    """What becomes of one key."""
+    """What becomes of one config key."""
 
     state: str
-    """supported, no effect (said once), error, or section"""
-    says: str = ""
-    """no effect: why none is needed; error: what the key would have changed, and the way out"""
+    """`supported`, `no effect` (mentioned once on stderr), `error`, or `section` (of further
+    keys)"""
+    reason: str = ""
+    """no effect: why none is needed; error: what the key would change, and what to do instead"""
     harmless: tuple[Any, ...] = (None, False)
-    """error: values that ask for nothing"""
+    """error: values that ask for nothing and so are accepted"""
 
 
 OK = Key("supported")
 SECTION = Key("section")
 
 
-def _idle(says: str) -> Key:
-    return Key("no effect", says)
+def _no_effect(reason: str) -> Key:
+    return Key("no effect", reason)
 
 
-def _error(says: str, *harmless: Any) -> Key:
-    return Key("error", says, (None, False, *harmless))
+def _error(reason: str, *harmless: Any) -> Key:
+    return Key("error", reason, (None, False, *harmless))
 
 
-_BUFFERS = "sizes of DeepSpeed's own buffers; results are the same"
-_LOGS = "what DeepSpeed logs; glm_core's own tools measure"
+_BUFFERS = "it sizes DeepSpeed's own buffers; results are the same"
+_LOGS = "it decides what DeepSpeed logs; glm_core has its own measurements"
 _MONITOR = "is not attached; use csv_monitor or tensorboard, or log from the script"
 _OFFLOAD = "would keep this on the host or on NVMe; use ZeRO 3 on more devices, or remove it"
 _QUANT = "would round what is communicated (ZeRO++), changing the loss; remove it"
@@ -61,16 +62,16 @@ TOP: dict[str, Key] = {
     "gradient_predivide_factor": OK,
     "gradient_allreduce_op": OK,
     "communication_data_type": OK,
-    "seq_parallel_communication_data_type": _idle("no sequence parallelism in this engine"),
-    "zero_allow_untested_optimizer": _idle("any element-wise torch optimizer is accepted"),
-    "zero_force_ds_cpu_optimizer": _idle("there is no offload, so no special optimizer"),
+    "seq_parallel_communication_data_type": _no_effect("this engine has no sequence parallelism"),
+    "zero_allow_untested_optimizer": _no_effect("any element-wise torch optimizer is accepted"),
+    "zero_force_ds_cpu_optimizer": _no_effect("there is no offload, so no special optimizer"),
     "steps_per_print": OK,
     "wall_clock_breakdown": OK,
-    "memory_breakdown": _idle(_LOGS),
-    "dump_state": _idle(_LOGS),
-    "log_level": _idle(_LOGS),
-    "disable_python_gc": _idle("Python's collector is left alone"),
-    "disable_allgather": _idle("a collective is chosen by the backend; results are the same"),
+    "memory_breakdown": _no_effect(_LOGS),
+    "dump_state": _no_effect(_LOGS),
+    "log_level": _no_effect(_LOGS),
+    "disable_python_gc": _no_effect("Python's collector is left alone"),
+    "disable_allgather": _no_effect("the backend chooses the collective; results are the same"),
     "dataloader_drop_last": OK,
     "torch_autocast": SECTION,
     "data_types": SECTION,
@@ -98,9 +99,9 @@ TOP: dict[str, Key] = {
     "compile": SECTION,
     "weight_quantization": _error(_WQ, {}),
     "datastates_ckpt": _error("would write checkpoints through DataStates; remove it", {}),
-    "vocabulary_size": _idle("DeepSpeed does not use it for training either"),
-    "check_overflow": _idle("DeepSpeed does not read it either"),
-    "global_rank": _idle("the rank is the process group's"),
+    "vocabulary_size": _no_effect("DeepSpeed does not use it for training either"),
+    "check_overflow": _no_effect("DeepSpeed does not read it either"),
+    "global_rank": _no_effect("the rank is the process group's"),
     **dict.fromkeys(
         (
             "nebula",
@@ -120,20 +121,20 @@ TOP: dict[str, Key] = {
 }
 
 
-def _switch(says: str, fields: str) -> dict[str, Key]:
-    """A section that asks for something only where `enabled`."""
-    return {"enabled": _error(says), **dict.fromkeys(fields.split(), _idle(says))}
+def _switch(reason: str, fields: str) -> dict[str, Key]:
+    """Returns a section that asks for something only where it is `enabled`."""
+    return {"enabled": _error(reason), **_all_without_effect(reason, fields)}
 
 
-def _quiet(says: str, fields: str) -> dict[str, Key]:
-    return dict.fromkeys(fields.split(), _idle(says))
+def _all_without_effect(reason: str, fields: str) -> dict[str, Key]:
+    return dict.fromkeys(fields.split(), _no_effect(reason))
 
 
 SECTIONS: dict[str, dict[str, Key]] = {
     "optimizer": {
         "type": OK,
         "params": OK,
-        "legacy_fusion": _idle("one optimizer implementation for all"),
+        "legacy_fusion": _no_effect("one optimizer implementation for all"),
     },
     "scheduler": {"type": OK, "params": OK},
     "fp16": {
@@ -157,7 +158,7 @@ SECTIONS: dict[str, dict[str, Key]] = {
     "bf16": {
         "enabled": OK,
         "check_grad_overflow": OK,
-        "immediate_grad_update": _idle("gradients are summed in float32 either way"),
+        "immediate_grad_update": _no_effect("gradients are summed in float32 either way"),
         "bf16_master_weights_and_grads": _error(
             "would keep masters in bfloat16, changing the loss; masters here are float32: remove it"
         ),
@@ -168,16 +169,16 @@ SECTIONS: dict[str, dict[str, Key]] = {
     "zero_optimization": {
         "stage": OK,
         "reduce_bucket_size": OK,
-        "reduce_scatter": _idle("gradients of stages 1 and 2 are always reduce-scattered"),
-        "overlap_comm": _idle("overlap is torch's decision; results are the same"),
-        "ignore_unused_parameters": _idle("a parameter without gradient counts as zero"),
-        "compute_grad_norm": _idle("the norm is always computed"),
+        "reduce_scatter": _no_effect("gradients of stages 1 and 2 are always reduce-scattered"),
+        "overlap_comm": _no_effect("torch decides what overlaps; results are the same"),
+        "ignore_unused_parameters": _no_effect("a parameter without gradient counts as zero"),
+        "compute_grad_norm": _no_effect("the norm is always computed"),
         "load_from_fp32_weights": OK,
-        "elastic_checkpoint": _idle("checkpoints resume on any number of ranks"),
+        "elastic_checkpoint": _no_effect("checkpoints resume on any number of ranks"),
         "gather_16bit_weights_on_model_save": OK,
         "stage3_gather_16bit_weights_on_model_save": OK,
         "stage3_gather_fp16_weights_on_model_save": OK,
-        **_quiet(
+        **_all_without_effect(
             _BUFFERS,
             "contiguous_gradients use_multi_rank_bucket_allreduce allgather_partitions "
             "allgather_bucket_size sub_group_size prefetch_bucket_size max_live_parameters "
@@ -211,8 +212,8 @@ SECTIONS: dict[str, dict[str, Key]] = {
     },
     "torch_autocast": {
         "enabled": _error("would autocast each op; use bf16.enabled, or torch.autocast yourself"),
-        "dtype": _idle("torch_autocast is not enabled"),
-        "lower_precision_safe_modules": _idle("torch_autocast is not enabled"),
+        "dtype": _no_effect("torch_autocast is not enabled"),
+        "lower_precision_safe_modules": _no_effect("torch_autocast is not enabled"),
     },
     "data_types": {
         "grad_accum_dtype": _error(
@@ -227,21 +228,21 @@ SECTIONS: dict[str, dict[str, Key]] = {
     "activation_checkpointing": {
         "partition_activations": OK,
         "cpu_checkpointing": OK,
-        "contiguous_memory_optimization": _idle(_BUFFERS),
-        "number_checkpoints": _idle(_BUFFERS),
-        "synchronize_checkpoint_boundary": _idle(_LOGS),
-        "profile": _idle(_LOGS),
+        "contiguous_memory_optimization": _no_effect(_BUFFERS),
+        "number_checkpoints": _no_effect(_BUFFERS),
+        "synchronize_checkpoint_boundary": _no_effect(_LOGS),
+        "profile": _no_effect(_LOGS),
     },
     "pipeline": {
-        "stages": _idle("PipelineModule's num_stages decides, in DeepSpeed too")._replace(
+        "stages": _no_effect("PipelineModule's num_stages decides, in DeepSpeed too")._replace(
             harmless=(None, False, "auto")
         ),
-        "partition": _idle("PipelineModule's partition_method decides, in DeepSpeed too"),
-        "seed_layers": _idle("PipelineModule's seed_layers decides, in DeepSpeed too"),
+        "partition": _no_effect("PipelineModule's partition_method decides, in DeepSpeed too"),
+        "seed_layers": _no_effect("PipelineModule's seed_layers decides, in DeepSpeed too"),
         "activation_checkpoint_interval": OK,
-        "pipe_partitioned": _idle("activations are sent whole; results are the same"),
-        "grad_partitioned": _idle("gradients are sent whole; results are the same"),
-        "use_reentrant": _idle("recomputation is torch's non-reentrant kind"),
+        "pipe_partitioned": _no_effect("activations are sent whole; results are the same"),
+        "grad_partitioned": _no_effect("gradients are sent whole; results are the same"),
+        "use_reentrant": _no_effect("torch's non-reentrant recomputation is used"),
     },
     "checkpoint": {
         "tag_validation": OK,
@@ -249,25 +250,25 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "use_node_local_storage": _error(
             "every rank reads all files; save to a folder that all nodes share"
         ),
-        "parallel_write": _idle("every rank writes its own file"),
-        "writer": _idle("torch.save writes"),
+        "parallel_write": _no_effect("every rank writes its own file"),
+        "writer": _no_effect("torch.save writes"),
     },
-    "comms_logger": _quiet(_LOGS, "enabled prof_all prof_ops verbose debug"),
+    "comms_logger": _all_without_effect(_LOGS, "enabled prof_all prof_ops verbose debug"),
     "flops_profiler": {
         **dict.fromkeys(("enabled", "profile_step", "module_depth", "detailed", "output_file"), OK),
-        "top_modules": _idle("all modules down to module_depth are listed"),
-        "recompute_fwd_factor": _idle("only the forward is counted"),
+        "top_modules": _no_effect("all modules down to module_depth are listed"),
+        "recompute_fwd_factor": _no_effect("only the forward is counted"),
     },
-    "timers": _quiet(_LOGS, "throughput"),
+    "timers": _all_without_effect(_LOGS, "throughput"),
     "tensorboard": dict.fromkeys(("enabled", "output_path", "job_name"), OK),
-    "wandb": _quiet(_MONITOR, "enabled group team project"),
+    "wandb": _all_without_effect(_MONITOR, "enabled group team project"),
     "csv_monitor": dict.fromkeys(("enabled", "output_path", "job_name"), OK),
-    "comet": _quiet(
+    "comet": _all_without_effect(
         _MONITOR,
         "enabled samples_log_interval project workspace api_key experiment_name "
         "experiment_key online mode",
     ),
-    "aio": _quiet(
+    "aio": _all_without_effect(
         "nothing is swapped to NVMe",
         "block_size queue_depth intra_op_parallelism thread_count "
         "single_submit overlap_events use_gds",
@@ -288,7 +289,7 @@ SECTIONS: dict[str, dict[str, Key]] = {
     "data_efficiency": _switch(_DATA, "seed data_sampling data_routing"),
     "compile": {
         "deepcompile": _error(_COMPILE),
-        **_quiet(
+        **_all_without_effect(
             _COMPILE,
             "autoep_non_moe free_activation free_activation_threshold "
             "offload_activation offload_activation_pin_memory offload_opt_states double_buffer "

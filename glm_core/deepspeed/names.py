@@ -1,4 +1,4 @@
-"""DeepSpeed's longer module paths, and what is said of names that are not here."""
+"""Decides how scripts find DeepSpeed's modules here, and what they read where a name is absent."""
 
 from __future__ import annotations
 
@@ -12,20 +12,12 @@ from typing import Any
 from glm_core.errors import ConfigError
 
 PACKAGE = "glm_core.deepspeed"
-MODULES = {
+ALIASES = {
     "checkpointing": "runtime.activation_checkpointing.checkpointing",
-    "utils": "fragments",
-    "utils.logging": "fragments",
-    "utils.groups": "groups",
-    "utils.zero_to_fp32": "consolidate",
-    "accelerator.real_accelerator": "accelerator",
-    "runtime.engine": "engine",
-    "runtime.lr_schedules": "schedules",
-    "runtime.utils": "groups",
-    "runtime.zero": "zero",
-    "runtime.zero.partition_parameters": "zero",
+    "zero": "runtime.zero",
 }
-"""path in DeepSpeed: module here"""
+"""names that DeepSpeed gives to modules whose files lie elsewhere; all other modules have
+DeepSpeed's own paths"""
 
 _SPARSE = "would attend sparsely by its own GPU kernels; use glm_core.ops.attention"
 _SERVE = "would serve with inference kernels; use glm_core.serve, or generate on the module"
@@ -69,29 +61,30 @@ ABSENT = {
     "launcher": "launches jobs; use glm-core launch or torchrun",
     "autotuning": "would search for batch sizes; set them",
 }
-"""name or module, with all below it: what it would do, and the way out"""
+"""an absent name or module (with all below it): what it would do, and what to do instead"""
 
 
 class MissingName(ConfigError, AttributeError):
-    """A name of DeepSpeed's that is not here; `hasattr` says False."""
+    """A name of DeepSpeed's that is absent here; `hasattr` is False for it."""
 
 
 def way_out(name: str) -> str | None:
-    """What is said of an absent name (without the package's)."""
+    """Returns the error message for a name (without the package's), None where nothing special is
+    known of it."""
     words = name.split(".")
     for length in range(len(words), 0, -1):
-        if (says := ABSENT.get(".".join(words[:length]))) is not None:
-            return f"deepspeed.{name}: is not here: it {says}"
+        if (reason := ABSENT.get(".".join(words[:length]))) is not None:
+            return f"deepspeed.{name}: is not here: it {reason}"
     return None
 
 
 def absent(name: str) -> MissingName:
-    """The error for an attribute of the package."""
+    """Returns the error for an absent attribute of the package."""
     return MissingName(way_out(name) or f"deepspeed.{name}: is not here; see docs/deepspeed.md")
 
 
-class _Ours(Loader):
-    """Gives the module that is imported already."""
+class _Imported(Loader):
+    """Loads a module that is imported already under its own name."""
 
     def __init__(self, module: ModuleType) -> None:
         self.module, self.spec = module, module.__spec__
@@ -104,32 +97,32 @@ class _Ours(Loader):
 
 
 class Finder(MetaPathFinder):
-    """Says the way out where a module is absent; `in_place`: finds `deepspeed` here."""
+    """Tells what to do instead where a module of DeepSpeed's is absent."""
 
     in_place = False
+    """find `deepspeed` itself here, not only `glm_core.deepspeed`"""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """See MetaPathFinder. Raises ModuleNotFoundError with the way out."""
+        """See MetaPathFinder. Raises ModuleNotFoundError for absent modules."""
         top, _, rest = name.removeprefix("glm_core.").partition(".")
         ours = name.startswith(f"{PACKAGE}.")
         if top != "deepspeed" or not (ours or self.in_place):
             return None
-        if rest and (says := way_out(rest)) is not None:
-            raise ModuleNotFoundError(says, name=name)
+        if rest and (message := way_out(rest)) is not None:
+            raise ModuleNotFoundError(message, name=name)
         if ours:
             return None
-        return ModuleSpec(name, _Ours(importlib.import_module(f"glm_core.{name}")))
+        return ModuleSpec(name, _Imported(importlib.import_module(f"glm_core.{name}")))
 
 
 FINDER = Finder()
 
 
 def install() -> None:
-    """Makes the longer paths importable."""
-    for path, ours in MODULES.items():
+    """Makes the aliases importable, and absent modules tell what to do instead."""
+    for path, ours in ALIASES.items():
         module = importlib.import_module(f"{PACKAGE}.{ours}")
         sys.modules[f"{PACKAGE}.{path}"] = module
-        parent, _, leaf = f"{PACKAGE}.{path}".rpartition(".")
-        setattr(importlib.import_module(parent), leaf, module)
+        setattr(sys.modules[PACKAGE], path, module)
     if FINDER not in sys.meta_path:
         sys.meta_path.insert(0, FINDER)

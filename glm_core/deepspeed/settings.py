@@ -1,4 +1,5 @@
-"""What a DeepSpeed config asks for, resolved: every key judged, all complaints in one report."""
+"""Turns a DeepSpeed config into settings. Every key is judged, and all problems are reported
+together."""
 
 from __future__ import annotations
 
@@ -6,7 +7,6 @@ import base64
 import binascii
 import dataclasses
 import json
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from glm_core.deepspeed.keys import SECTIONS, TOP, Key
+from glm_core.deepspeed.notices import say_once
 from glm_core.distributed.precision import (
     DynamicLossScale,
     LossScale,
@@ -23,48 +24,56 @@ from glm_core.distributed.precision import (
 from glm_core.errors import ConfigError, unknown
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_said: set[str] = set()
-
-
-def say_once(text: str) -> None:
-    """One line on stderr, once per process."""
-    if text not in _said:
-        _said.add(text)
-        print(f"glm_core.deepspeed: {text}", file=sys.stderr)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Settings:
-    """One engine's settings; defaults are DeepSpeed's."""
+    """One engine's settings, with DeepSpeed's defaults."""
 
     train_batch: int
+    """samples per update, over all data-parallel ranks"""
     micro_batch: int
+    """samples per rank and micro-batch"""
     accumulation: int
+    """micro-batches per update"""
     stage: int = 0
+    """of ZeRO, 0 to 3"""
     precision: Precision = dataclasses.field(default_factory=Precision)
     fp16: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """the config's section, for the loss scale"""
     skip_overflow: bool = False
-    """skip the step where a gradient is not finite (fp16, and bf16 unless told otherwise)"""
+    """skip an update whose gradients are not finite (fp16, and bf16 unless it says otherwise)"""
     clip: float = 1.0
+    """the largest gradient norm; 0 means any"""
     divide_by_ranks: bool = True
+    """gradients are means over ranks; False: sums"""
     predivide: float = 1.0
+    """the factor by which gradients are divided before they are summed over ranks"""
     bucket: int = 500_000_000
+    """elements reduced by one collective"""
     auto_cast: bool = False
+    """cast the inputs of `forward` to the working dtype"""
     optimizer: tuple[str, dict[str, Any]] | None = None
+    """type and parameters; None: the script brings its own"""
     scheduler: tuple[str, dict[str, Any]] | None = None
+    """type and parameters; None: the script brings its own, or none"""
     steps_per_print: int | None = None
+    """updates between two printed lines of progress; None or 0: none are printed"""
     drop_last: bool = False
+    """leave out an epoch's last micro-batch where it is not full"""
     tag_validation: str = "warn"
+    """what happens where checkpoint tags differ over ranks: ignore, warn or fail"""
     load_masters: bool = True
-    """load_checkpoint: masters from the checkpoint's float32 weights, not its 16-bit ones"""
+    """load_checkpoint takes masters from the checkpoint's float32 weights, not its 16-bit ones"""
     load_universal: bool = False
-    """load_checkpoint without a tag: what `latest_universal` names"""
+    """load_checkpoint without a tag takes the one that `latest_universal` names"""
     gather_on_save: bool = False
-    """stage 3: may save_16bit_model gather the weights?"""
+    """save_16bit_model may gather the weights in ZeRO 3"""
     raw: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """the config as the script gave it"""
 
     def loss_scale(self) -> LossScale:
-        """A fresh loss scale. Raises ConfigError."""
+        """Makes a fresh loss scale. Raises ConfigError."""
         if self.precision.compute != torch.float16:
             return StaticLossScale()
         f = self.fp16
@@ -85,8 +94,8 @@ class Settings:
 
 
 def read(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """The config as a dict: given as one, as a JSON file, or as base64 of JSON. Raises
-    ConfigError, also for a key that is there twice."""
+    """Returns the config as a dict. It may be given as a dict, as the path of a JSON file, or as
+    base64 of JSON. Raises ConfigError, also for a key that is there twice."""
     if isinstance(config, Mapping):
         return dict(config)
     text = str(config)
@@ -98,30 +107,30 @@ def read(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         except (binascii.Error, ValueError):
             raise ConfigError(f"config {text}: {error.strerror}; pass a JSON file") from None
     try:
-        made = json.loads(body, object_pairs_hook=_no_twins)
+        parsed = json.loads(body, object_pairs_hook=_no_duplicates)
     except json.JSONDecodeError as error:
         raise ConfigError(f"config {text}: not valid JSON ({error})") from None
-    if not isinstance(made, dict):
-        raise ConfigError(f"config {text}: expected an object, received {type(made).__name__}")
-    return made
+    if not isinstance(parsed, dict):
+        raise ConfigError(f"config {text}: expected an object, received {type(parsed).__name__}")
+    return parsed
 
 
-def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [k for k, _ in pairs]
-    if twins := sorted({n for n in names if names.count(n) > 1}):
-        raise ConfigError(f"config: given twice: {', '.join(twins)}; keep one")
+    if duplicates := sorted({n for n in names if names.count(n) > 1}):
+        raise ConfigError(f"config: given twice: {', '.join(duplicates)}; keep one")
     return dict(pairs)
 
 
 def resolve(config: Mapping[str, Any], ranks: int) -> Settings:
-    """Settings for `ranks` data-parallel ranks. Raises ConfigError that lists every unknown key,
-    every key that would change training and is not supported, and every bad value."""
+    """Returns the settings for `ranks` data-parallel ranks. Raises a ConfigError that lists every
+    unknown key, every key that would change training and is not supported, and every bad value."""
     bad: list[str] = []
     judge(config, TOP, "", bad)
     sound = {
         k: v
         for k, v in config.items()
-        if isinstance(v, Mapping) or k not in SECTIONS  # the others are complained of already
+        if isinstance(v, Mapping) or k not in SECTIONS  # `judge` has reported the others
     }
     values: dict[str, Any] = {}
 
@@ -148,18 +157,19 @@ def resolve(config: Mapping[str, Any], ranks: int) -> Settings:
     )
 
 
-def judge(given: Mapping[str, Any], table: Mapping[str, Key], at: str, bad: list[str]) -> None:
-    """Every key of this level: complaints go to `bad`, keys without effect are said once."""
-    for name, value in given.items():
-        key, path = table.get(name), f"{at}{name}"
+def judge(config: Mapping[str, Any], table: Mapping[str, Key], prefix: str, bad: list[str]) -> None:
+    """Judges every key of one level of the config. Problems are appended to `bad`; a key without
+    effect is mentioned on stderr."""
+    for name, value in config.items():
+        key, path = table.get(name), f"{prefix}{name}"
         if key is None:
-            bad.append(unknown("config key", path, (f"{at}{k}" for k in table)))
+            bad.append(unknown("config key", path, (f"{prefix}{k}" for k in table)))
         elif value == "auto" and "auto" not in key.harmless:
             bad.append(f'{path}: "auto" is filled in by the Hugging Face Trainer; give a value')
         elif key.state == "error" and not any(value is h or value == h for h in key.harmless):
-            bad.append(f"{path}={value!r}: {key.says}")
+            bad.append(f"{path}={value!r}: {key.reason}")
         elif key.state == "no effect":
-            say_once(f"config key {path} has no effect here: {key.says}")
+            say_once(f"config key {path} has no effect here: {key.reason}")
         elif key.state == "section":
             if isinstance(value, Mapping):
                 judge(value, SECTIONS[name], f"{path}.", bad)
@@ -168,8 +178,9 @@ def judge(given: Mapping[str, Any], table: Mapping[str, Key], at: str, bad: list
 
 
 def batches(config: Mapping[str, Any], ranks: int) -> dict[str, int]:
-    """The triangle train_batch_size = micro batch x accumulation x ranks, its missing corners
-    filled in as DeepSpeed does. Raises ConfigError where it does not close."""
+    """Returns the batch sizes, of which train_batch_size = micro-batch x accumulation x ranks.
+    Missing ones are computed as DeepSpeed does. Raises ConfigError where the equation does not
+    hold."""
     total = config.get("train_batch_size")
     micro = config.get("train_micro_batch_size_per_gpu")
     steps = config.get("gradient_accumulation_steps")
@@ -223,7 +234,7 @@ _GATHER_ON_SAVE = (
     "stage3_gather_16bit_weights_on_model_save",
     "stage3_gather_fp16_weights_on_model_save",
 )
-"""one setting by its names of all times"""
+"""the names that this one setting has had in DeepSpeed's versions"""
 
 
 def _zero(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -240,11 +251,11 @@ def _zero(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _recipes(config: Mapping[str, Any]) -> dict[str, Any]:
-    made: dict[str, Any] = {}
+    recipes: dict[str, Any] = {}
     for name in ("optimizer", "scheduler"):
         if (kind := config.get(name, {}).get("type")) is not None:
-            made[name] = (str(kind), dict(config[name].get("params") or {}))
-    return made
+            recipes[name] = (str(kind), dict(config[name].get("params") or {}))
+    return recipes
 
 
 def _gradients(config: Mapping[str, Any]) -> dict[str, Any]:

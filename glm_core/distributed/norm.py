@@ -1,4 +1,5 @@
-"""What the gradient norm over many ranks is: every element counted once, however it is placed."""
+"""Computes the gradient norm over many ranks, with every element counted once wherever it is
+placed."""
 
 from __future__ import annotations
 
@@ -13,26 +14,26 @@ from torch.distributed.tensor import DTensor
 from glm_core.errors import GlmCoreError
 
 
-class Piece(NamedTuple):
-    """A gradient, or this rank's part of one, and on how many ranks the same elements are."""
+class GradientPart(NamedTuple):
+    """A gradient, or the elements of one that this rank holds."""
 
     tensor: Tensor
     """plain, in any dtype and shape; scaled in place by `clip_`"""
     copies: int
-    """of the ranks that `global_norm` sums over, how many hold these elements; 1: only this one"""
+    """how many of the ranks that `global_norm` sums over hold these elements; 1: only this one"""
 
 
-def pieces(gradients: Iterable[Tensor], ranks: int) -> list[Piece]:
-    """Pieces of gradients that are equal on `ranks` ranks or, as DTensors, sharded over dimensions
-    of their meshes; what lies outside a DTensor's mesh counts as a copy of it. The meshes may
+def gradient_parts(gradients: Iterable[Tensor], ranks: int) -> list[GradientPart]:
+    """Returns the parts of gradients that are equal on `ranks` ranks or, as DTensors, sharded over
+    dimensions of their meshes; ranks outside a DTensor's mesh hold copies of it. The meshes may
     differ from gradient to gradient. `ranks`: the ranks of one pipeline stage; for a parameter tied
     over n stages, n times as many. Raises GlmCoreError for a DTensor whose sum is still pending."""
-    return [_piece(g, ranks) for g in gradients]
+    return [_gradient_part(g, ranks) for g in gradients]
 
 
-def _piece(gradient: Tensor, ranks: int) -> Piece:
+def _gradient_part(gradient: Tensor, ranks: int) -> GradientPart:
     if not isinstance(gradient, DTensor):
-        return Piece(gradient, ranks)
+        return GradientPart(gradient, ranks)
     shards = 1
     for size, placement in zip(gradient.device_mesh.shape, gradient.placements, strict=True):
         if placement.is_partial():
@@ -42,21 +43,23 @@ def _piece(gradient: Tensor, ranks: int) -> Piece:
             )
         if not placement.is_replicate():
             shards *= size
-    return Piece(gradient.to_local(), ranks // shards)
+    return GradientPart(gradient.to_local(), ranks // shards)
 
 
 @torch.no_grad()
 def global_norm(
-    parts: Iterable[Piece], group: dist.ProcessGroup | None = None, device: str = "cpu"
+    parts: Iterable[GradientPart], group: dist.ProcessGroup | None = None, device: str = "cpu"
 ) -> Tensor:
-    """sqrt(sum of all squares), float32 scalar, the same on every rank of `group` (None: all).
-    One all-reduce, in which each element is weighted by 1 / copies, so ranks may hold different
-    numbers of pieces, or none. `device`: where a rank without pieces makes its zero. Not finite if
-    any element is not. Outside a process group it is the norm of this process."""
+    """Returns sqrt(sum of all squares), a float32 scalar that is the same on every rank of `group`
+    (None: all). It takes one all-reduce, in which each element is weighted by 1 / copies, so ranks
+    may hold different numbers of parts, or none. `device`: where a rank without parts makes its
+    zero. The norm is not finite if any element is not. Outside a process group it is the norm of
+    this process."""
     sums: dict[int, list[Tensor]] = {}
     for tensor, copies in parts:
         if tensor.numel():
-            norm = torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, _LEAST))
+            at_least_float32 = torch.promote_types(tensor.dtype, torch.float32)
+            norm = torch.linalg.vector_norm(tensor, dtype=at_least_float32)
             sums.setdefault(copies, []).append(norm)
     # float64: squares of float32 norms overflow and cancel in float32
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -67,13 +70,10 @@ def global_norm(
     return total.sqrt().float()
 
 
-_LEAST = torch.float32
-
-
 @torch.no_grad()
-def clip_(parts: Iterable[Piece], norm: Tensor, max_norm: float) -> None:
-    """Scales every piece in place by min(1, max_norm / (norm + 1e-6)) (Pascanu et al. 2013, the
-    constant as in torch and DeepSpeed); max_norm 0 leaves them alone."""
+def clip_(parts: Iterable[GradientPart], norm: Tensor, max_norm: float) -> None:
+    """Scales every part in place by min(1, max_norm / (norm + 1e-6)) (Pascanu et al. 2013; torch
+    and DeepSpeed use the same constant). A max_norm of 0 leaves them as they are."""
     if max_norm > 0:
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for tensor, _ in parts:

@@ -1,5 +1,5 @@
-"""Where masters live besides flat shards: on every rank (stage 0, float32) or in FSDP2's DTensors
-(stage 3), both with the interface of `zero.Shards`."""
+"""The stores of an optimizer group's masters, one kind per place where masters may live: flat
+shards, whole on every rank (ZeRO 0 in float32), or FSDP2's DTensors (ZeRO 3)."""
 
 from __future__ import annotations
 
@@ -11,68 +11,99 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from glm_core.distributed.norm import Piece, pieces
+from glm_core.distributed.norm import GradientPart, gradient_parts
 from glm_core.distributed.zero import Shards
 from glm_core.training.optimizer import own_part
 
 
 class Span(NamedTuple):
-    """A run of a parameter's elements whose master, and optimizer state, this rank keeps."""
+    """Consecutive elements of a flattened parameter whose master this rank keeps."""
 
     param: nn.Parameter
     start: int
-    """of the run in the flattened parameter"""
+    """the first element's index in the flattened parameter"""
     master: nn.Parameter
-    """the key of the optimizer's state"""
+    """the parameter that the optimizer updates, and the key of its state"""
     of_master: slice
-    """in the master's local tensor, flattened"""
+    """these elements in the master's local tensor, flattened"""
+
+    def copy_from(self, whole: Tensor, local: Tensor) -> None:
+        """Copies these elements of `whole`, which has the parameter's shape, into `local`, which is
+        laid out like the master's local tensor, flattened."""
+        mine = local[self.of_master]
+        mine.copy_(whole.reshape(-1)[self.start : self.start + len(mine)])
 
 
 Select = Callable[[nn.Parameter], Tensor | None]
-"""of a master: itself, its gradient, or a moment"""
+"""chooses what of a master is meant: itself, its gradient, or a moment"""
 
 
-class Holder(Protocol):
-    """The parameters of one optimizer group: gradients in, masters out."""
+class MasterStore(Protocol):
+    """The parameters of one optimizer group and their float32 masters."""
 
-    enabled: bool
+    sync: bool
+    """False: backward only accumulates gradients on this rank (`no_sync`)"""
     params: list[nn.Parameter]
-
-    @property
-    def masters(self) -> list[nn.Parameter]: ...
-    def backward_done(self, last: bool) -> None: ...
-    def pieces(self, copies: Callable[[nn.Parameter], int]) -> list[Piece]: ...
-    def publish(self) -> None: ...
-    def adopt(self) -> None: ...
-    def zero_grad(self) -> None: ...
-    def spans(self, every_rank: bool = False) -> Iterator[Span]: ...
-    def full(self, param: nn.Parameter, select: Select) -> Tensor | None: ...
-
-
-class Flat(Shards):
-    """`Shards` as a Holder."""
 
     @property
     def masters(self) -> list[nn.Parameter]:
         """What the optimizer updates."""
+        ...
+
+    def backward_done(self, last: bool) -> None:
+        """Takes the gradients of one micro-batch. Call it on all ranks alike; `last`: it ends the
+        accumulation, so the masters have their gradients afterwards."""
+        ...
+
+    def gradient_parts(self, copies: Callable[[nn.Parameter], int]) -> list[GradientPart]:
+        """Returns the gradient for `norm.global_norm`. copies(p): how many ranks of the norm's
+        group hold the same elements of the parameter; for a plain one all of them."""
+        ...
+
+    def publish(self) -> None:
+        """Sets the parameters from the masters, after the optimizer's step."""
+        ...
+
+    def adopt(self) -> None:
+        """Sets the masters from the parameters, after new weights were loaded."""
+        ...
+
+    def zero_grad(self) -> None:
+        """Discards all gradients, half-accumulated ones too."""
+        ...
+
+    def spans(self, every_rank: bool = False) -> Iterator[Span]:
+        """Yields what this rank keeps. Where all ranks keep the same, rank 0 of the group yields it
+        for all, unless every_rank."""
+        ...
+
+    def full(self, param: nn.Parameter, select: Select) -> Tensor | None:
+        """Returns all elements of a parameter's master, gradient or moment, in its shape. A
+        collective unless every rank has them."""
+        ...
+
+
+class FlatStore(Shards):
+    """`Shards` as a MasterStore."""
+
+    @property
+    def masters(self) -> list[nn.Parameter]:
         return [self.master]
 
     def spans(self, every_rank: bool = False) -> Iterator[Span]:
-        """See Span; in stage 0 rank 0 of the group stands for all, unless every_rank."""
         if self.shards == 1 and self.rank and not every_rank:
             return
         for param, there, here in self.segments():
             yield Span(param, there.start, self.master, here)
 
     def full(self, param: nn.Parameter, select: Select) -> Tensor | None:
-        """All elements of a parameter's master, gradient or moment, in its shape; a collective."""
         flat = select(self.master)
         return None if flat is None else self.whole(flat)[param]
 
 
-class Replicas:
-    """Float32 parameters that are their own masters on every rank; gradients are all-reduced at the
-    end of the accumulation, in place."""
+class ReplicaStore:
+    """Float32 parameters that are their own masters on every rank. Gradients are all-reduced in
+    place at the end of the accumulation."""
 
     def __init__(
         self,
@@ -83,14 +114,16 @@ class Replicas:
         predivide: float = 1.0,
         bucket: int,
     ) -> None:
+        """divide: gradients are sum over ranks / divide; predivide: this factor of it is divided
+        out before the sum (float16 range); bucket: elements reduced by one collective."""
         self.masters = self.params = list(params)
         self.group = group
         self.divide, self.predivide, self.bucket = divide, predivide, bucket
-        self.enabled = True
+        self.sync = True
 
     def backward_done(self, last: bool) -> None:
-        """Sums over ranks, if it was the last micro-batch. A parameter without gradient counts as
-        zero, since it may have one elsewhere."""
+        """Sums over ranks after the last micro-batch. A parameter without gradient counts as zero,
+        since it may have one on another rank."""
         if not last:
             return
         batch: list[nn.Parameter] = []
@@ -122,77 +155,74 @@ class Replicas:
         for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
             grad.copy_(part.view(grad.shape))
 
-    def pieces(self, copies: Callable[[nn.Parameter], int]) -> list[Piece]:
-        """See Shards.pieces."""
-        return [Piece(p.grad, copies(p)) for p in self.masters if p.grad is not None]
+    def gradient_parts(self, copies: Callable[[nn.Parameter], int]) -> list[GradientPart]:
+        return [GradientPart(p.grad, copies(p)) for p in self.masters if p.grad is not None]
 
     def publish(self) -> None:
-        """Nothing to do: the masters are the parameters."""
+        """Does nothing: the masters are the parameters."""
 
     adopt = publish
 
     def zero_grad(self) -> None:
-        """Forgets all gradients."""
         for p in self.masters:
             p.grad = None
 
     def spans(self, every_rank: bool = False) -> Iterator[Span]:
-        """Rank 0 of the group stands for all, unless every_rank."""
         if every_rank or not dist.is_initialized() or dist.get_rank(self.group) == 0:
             for p in self.masters:
                 yield Span(p, 0, p, slice(0, p.numel()))
 
     def full(self, param: nn.Parameter, select: Select) -> Tensor | None:
-        """See Flat.full; no collective."""
         value = select(param)
         return None if value is None else value.detach().reshape(param.shape).clone()
 
 
-class Parted:
+class Zero3Store:
     """The DTensors that `zero.shard_parameters` made; FSDP2 reduces their gradients itself."""
 
     def __init__(self, params: Sequence[nn.Parameter], ranks: int) -> None:
         self.masters = self.params = list(params)
-        self.ranks, self.enabled = ranks, True
+        self.ranks, self.sync = ranks, True
 
     def backward_done(self, last: bool) -> None:
-        """FSDP2 has reduced them."""
+        """Does nothing: FSDP2 has reduced the gradients."""
 
     def publish(self) -> None:
-        """FSDP2 gathers before the next forward."""
+        """Does nothing: FSDP2 gathers the parameters before the next forward."""
 
     adopt = publish
 
-    def pieces(self, copies: Callable[[nn.Parameter], int]) -> list[Piece]:
+    def gradient_parts(self, copies: Callable[[nn.Parameter], int]) -> list[GradientPart]:
         """Raises GlmCoreError for gradients still to be summed."""
         return [
-            piece
+            part
             for p in self.masters
             if p.grad is not None
-            for piece in pieces([p.grad], copies(p))
+            for part in gradient_parts([p.grad], copies(p))
         ]
 
     def zero_grad(self) -> None:
-        """Forgets all gradients."""
         for p in self.masters:
             p.grad = None
 
     def spans(self, every_rank: bool = False) -> Iterator[Span]:
-        """Sharded over dimension 0, so each rank's part is one run of elements."""
+        """Yields one span per parameter: it is sharded over dimension 0, so a rank's rows are
+        consecutive elements."""
         for p in self.masters:
             assert isinstance(p, DTensor)
-            own, rank = p.to_local(), p.device_mesh.get_local_rank(p.device_mesh.ndim - 1)
-            rows = -(-p.shape[0] // p.device_mesh.size(p.device_mesh.ndim - 1)) if p.ndim else 1
-            if own.numel():
-                start = rank * rows * (p.numel() // p.shape[0])
-                yield Span(p, start, p, slice(0, own.numel()))
+            shard_dim = p.device_mesh.ndim - 1
+            ranks, rank = p.device_mesh.size(shard_dim), p.device_mesh.get_local_rank(shard_dim)
+            num_local = p.to_local().numel()
+            if num_local:
+                rows_per_rank = -(-p.shape[0] // ranks) if p.ndim else 1
+                row_elements = p.numel() // p.shape[0]
+                yield Span(p, rank * rows_per_rank * row_elements, p, slice(0, num_local))
 
     def full(self, param: nn.Parameter, select: Select) -> Tensor | None:
-        """See Flat.full."""
         value = select(param)
         return value.full_tensor().detach() if isinstance(value, DTensor) else value
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """This rank's elements as a vector that shares their memory."""
+    """Returns this rank's elements as a vector that shares their memory."""
     return own_part(tensor.detach()).view(-1)

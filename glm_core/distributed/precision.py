@@ -1,4 +1,5 @@
-"""In which dtypes a run computes, reduces and keeps its weights, and how float16 is scaled."""
+"""Decides the dtypes in which a run computes and sums gradients, and how a float16 loss is
+scaled."""
 
 from __future__ import annotations
 
@@ -6,7 +7,6 @@ import dataclasses
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from glm_core.errors import TrainingError
@@ -17,9 +17,9 @@ class Precision:
     """Dtypes of one run. Masters and the optimizer's state are always float32."""
 
     compute: torch.dtype = torch.float32
-    """of weights and activations in forward and backward"""
+    """dtype of weights and activations in forward and backward"""
     reduce: torch.dtype = torch.float32
-    """of gradients while they are summed over ranks; sums over micro-batches are float32"""
+    """dtype of gradients while they are summed over ranks; sums over micro-batches are float32"""
 
     @property
     def low(self) -> bool:
@@ -110,18 +110,9 @@ def cast_(module: nn.Module, dtype: torch.dtype) -> None:
     module.to(dtype)
 
 
-def any_rank(flag: bool, group: dist.ProcessGroup | None = None, device: str = "cpu") -> bool:
-    """Is it so on any rank of the group? The same answer everywhere, so all skip a step together.
-    (`global_norm` needs no such vote: it is not finite on all ranks or on none.)"""
-    if not dist.is_initialized():
-        return flag
-    vote = torch.tensor(float(flag), device=device)
-    dist.all_reduce(vote, dist.ReduceOp.MAX, group)
-    return bool(vote)
-
-
 def to_compute(value: Any, dtype: torch.dtype) -> Any:
-    """Floating-point tensors inside lists, tuples and dicts in `dtype`; the rest as it is."""
+    """Returns `value` with the floating-point tensors inside its lists, tuples and dicts in
+    `dtype`."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, dict):

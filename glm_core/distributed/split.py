@@ -1,5 +1,5 @@
-"""Parameters of which each rank keeps its rows from the moment their module is built, so that a
-model larger than a rank's memory can be made (zero.Init)."""
+"""Partitioned parameters: each rank keeps only its rows from the moment their module is built, so
+that a model larger than a rank's memory can be built (zero.Init)."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ _PASSED_ON = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
 class Split(Tensor):
-    """Whole in shape; `part` holds this rank's rows (dimension 0 in equal parts, the last ones
-    smaller or empty, as FSDP2 cuts it). An operation gathers the whole for as long as it runs, an
-    in-place one keeps this rank's rows of the result: so every operation is a collective, with the
-    same results and random numbers as on a whole tensor. Views of it (weight[0]) are an error
-    outside `gathered`."""
+    """A tensor with the whole parameter's shape that stores only this rank's rows. Dimension 0 is
+    cut into equal parts, the last ones smaller or empty, as FSDP2 cuts it.
+
+    An operation gathers the whole tensor while it runs, and an in-place one keeps this rank's rows
+    of the result. So every operation is a collective, with the same results and random numbers as
+    on a whole tensor. Views of it (weight[0]) are an error outside `gathered`."""
 
     part: Tensor
+    """this rank's rows"""
     group: dist.ProcessGroup
     whole: Tensor | None
-    """while gathered"""
+    """all rows, inside `gathered`"""
 
     @staticmethod
     def __new__(cls, part: Tensor, shape: torch.Size, group: dist.ProcessGroup) -> Split:
@@ -36,18 +38,18 @@ class Split(Tensor):
         made.part, made.group, made.whole = part, group, None
         return made
 
-    def __repr__(self) -> str:  # type: ignore[override]  # torch names its keyword anew
+    def __repr__(self) -> str:  # type: ignore[override]  # torch's has a keyword of its own
         return f"Split({tuple(self.shape)}, here {tuple(self.part.shape)})"
 
     def rows(self) -> slice:
-        """Of the whole, those here."""
+        """Returns which rows of the whole this rank keeps."""
         each = -(-self.shape[0] // dist.get_world_size(self.group))
         first = dist.get_rank(self.group) * each
         return slice(min(first, self.shape[0]), min(first + each, self.shape[0]))
 
     @torch.no_grad()
     def gather_rows(self) -> Tensor:
-        """All rows; a collective of the group."""
+        """Returns all rows. A collective of the group."""
         if self.whole is not None:
             return self.whole
         ranks = dist.get_world_size(self.group)
@@ -60,50 +62,51 @@ class Split(Tensor):
 
     @torch.no_grad()
     def keep(self, whole: Tensor) -> None:
-        """This rank's rows of `whole`."""
+        """Stores this rank's rows of `whole`."""
         self.part.copy_(whole[self.rows()])
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # torch declares it as disabled
+    def __torch_dispatch__(  # type: ignore[override]  # torch's stub declares the method disabled
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func in _PASSED_ON and args[0].whole is None:
             return Split(args[0].part, args[0].shape, args[0].group)
-        found: list[tuple[Split, Tensor]] = []
+        gathered_splits: list[tuple[Split, Tensor]] = []
 
         def whole(value: Any) -> Any:
             if isinstance(value, Split):
-                found.append((value, value.gather_rows()))
-                return found[-1][1]
+                gathered_splits.append((value, value.gather_rows()))
+                return gathered_splits[-1][1]
             return value
 
         plain = torch.utils._pytree.tree_map(whole, (args, kwargs))
         changed = list(_written(func, args, kwargs))
         view = not changed and any(r.alias_info is not None for r in func._schema.returns)
-        if view and any(split.whole is None for split, _ in found):
+        if view and any(split.whole is None for split, _ in gathered_splits):
+            shape = tuple(gathered_splits[0][0].shape)
             raise GlmCoreError(
-                f"{func}: a view of a partitioned parameter of shape {tuple(found[0][0].shape)}, "
-                "whose changes would be lost; use zero.GatheredParameters(it, modifier_rank=0)"
+                f"{func}: a view of a partitioned parameter of shape {shape}, whose changes would "
+                "be lost; use zero.GatheredParameters(parameter, modifier_rank=0)"
             )
-        made = func(*plain[0], **plain[1])
+        result = func(*plain[0], **plain[1])
         for split in changed:
             if split.whole is None:
-                split.keep(next(w for s, w in found if s is split))
-        return args[0] if isinstance(made, Tensor) and made is plain[0][0] else made
+                split.keep(next(w for s, w in gathered_splits if s is split))
+        return args[0] if isinstance(result, Tensor) and result is plain[0][0] else result
 
 
 def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> Iterator[Split]:
-    """The arguments that the operation changes in place, also those in lists and out=."""
+    """Yields the arguments that the operation changes in place, also those in lists and `out=`."""
     for index, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            given = args[index] if index < len(args) else kwargs.get(argument.name)
-            leaves = torch.utils._pytree.tree_leaves(given)
+            value = args[index] if index < len(args) else kwargs.get(argument.name)
+            leaves = torch.utils._pytree.tree_leaves(value)
             yield from (v for v in leaves if isinstance(v, Split))
 
 
 def split(param: nn.Parameter, group: dist.ProcessGroup) -> nn.Parameter:
-    """The first rank's values of `param`, of which only this rank's rows are kept. A collective."""
+    """Returns `param` partitioned, with the values of the group's first rank. A collective."""
     values = param.detach()
     dist.broadcast(values, dist.get_global_rank(group, 0), group)
     made = Split(values[:0], values.shape, group)
@@ -112,7 +115,8 @@ def split(param: nn.Parameter, group: dist.ProcessGroup) -> nn.Parameter:
 
 
 def split_module(module: nn.Module, group: dist.ProcessGroup) -> None:
-    """Every plain parameter inside in place, but for scalars, which cannot be cut."""
+    """Partitions every plain parameter inside, in place; scalars, which cannot be cut, stay
+    whole."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for owner in module.modules():
         for name, p in owner._parameters.items():
@@ -124,7 +128,8 @@ def split_module(module: nn.Module, group: dist.ProcessGroup) -> None:
 
 
 def join_module(module: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
-    """The opposite: whole parameters on every rank; the new ones by the old. A collective."""
+    """Makes every partitioned parameter inside whole on every rank, in place. Returns the new
+    parameters by the old ones. A collective."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for owner in module.modules():
         for name, p in owner._parameters.items():
@@ -137,8 +142,9 @@ def join_module(module: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
 
 @contextmanager
 def gathered(params: Iterable[Split], modifier: int | None) -> Iterator[None]:
-    """Inside, operations see whole tensors and may make views of them; afterwards each rank keeps
-    its rows of rank `modifier`'s (of the whole job) values, or with None of the values before."""
+    """Inside the block operations see whole tensors and may make views of them. Afterwards each
+    rank keeps its rows of the values of rank `modifier` (a rank of the whole job); with None
+    changes are discarded."""
     chosen = [p for p in params if p.whole is None]
     for p in chosen:
         p.whole = p.gather_rows().clone()
@@ -154,7 +160,8 @@ def gathered(params: Iterable[Split], modifier: int | None) -> Iterator[None]:
 
 
 def move_(module: nn.Module, device: torch.device) -> None:
-    """`module.to(device)`, for partitioned parameters of the parts."""
+    """Moves the module to the device as `module.to` does; of partitioned parameters only the
+    rows."""
     if not any(isinstance(p, Split) for p in module.parameters()):
         module.to(device)
         return
@@ -168,7 +175,8 @@ def move_(module: nn.Module, device: torch.device) -> None:
 
 @torch.no_grad()
 def round_(module: nn.Module, dtype: torch.dtype) -> None:
-    """Floating-point parameters to values that `dtype` has; theirs stays as it is."""
+    """Rounds floating-point parameters to values that `dtype` can hold; they keep their own
+    dtype."""
     for p in module.parameters():
         values = p.part if isinstance(p, Split) else p
         if values.is_floating_point():
@@ -176,8 +184,8 @@ def round_(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def to_meta(module: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
-    """Partitioned parameters inside become float32 ones without storage, of the whole shape, for
-    FSDP2 to cut; the new ones by the old."""
+    """Replaces partitioned parameters inside by float32 ones of the whole shape without storage,
+    which FSDP2 then cuts. Returns the new parameters by the old ones."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for owner in module.modules():
         for name, p in owner._parameters.items():

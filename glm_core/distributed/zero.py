@@ -1,5 +1,5 @@
-"""What each data-parallel rank keeps: ZeRO stages 0 to 2 over flat shards, stage 3 over FSDP2
-(Rajbhandari et al. 2020, section 5)."""
+"""Decides what each data-parallel rank keeps of the masters, gradients and optimizer state: ZeRO 0
+to 2 in flat shards, ZeRO 3 by FSDP2 (Rajbhandari et al. 2020, section 5)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from glm_core.distributed.norm import Piece
+from glm_core.distributed.norm import GradientPart
 from glm_core.distributed.precision import Precision
 from glm_core.distributed.split import Split, to_meta
 from glm_core.training.optimizer import own_part
@@ -22,7 +22,7 @@ BUCKET = 2**25
 
 
 class Segment(NamedTuple):
-    """A run of elements that both a parameter and this rank's shard have."""
+    """Consecutive elements of a parameter that belong to this rank's shard."""
 
     param: nn.Parameter
     of_param: slice
@@ -32,24 +32,30 @@ class Segment(NamedTuple):
 
 
 class _Bucket(NamedTuple):
+    """Parameters whose gradients one collective reduces. Flattened one after another and padded,
+    they are cut into parts of equal size, one per rank."""
+
     params: list[nn.Parameter]
     start: int
-    """of its part in this rank's shard"""
+    """where this rank's part begins in its shard"""
     part: int
-    """elements of each rank; the last ranks' may end in padding"""
+    """elements per rank, the padding of the last ranks included"""
 
 
 class Shards:
-    """Parameters of one optimizer group that every data-parallel rank holds whole, in `compute`,
-    and this rank's part of their float32 masters: `master`, flat, for any element-wise
-    torch optimizer. Stage 0: every rank keeps all masters and gradients are all-reduced. Stages 1
-    and 2: each keeps 1/n of them, of the gradient and so of the optimizer's state; 2 reduces bucket
-    by bucket during every backward, so that whole gradients never are there all at once.
+    """One optimizer group's parameters and this rank's part of their float32 masters. Every
+    data-parallel rank holds the parameters whole, in `precision.compute`. `master` is one flat
+    vector, for any element-wise torch optimizer.
 
-    Per micro-batch call `backward_done(last)`; before the optimizer's step `master.grad` then holds
-    sum over ranks and micro-batches / divide; after it call `publish`. Gradients of the parameters
-    are taken away (`.grad` None). Works on local tensors where parameters are DTensors (tensor
-    parallel): `group` is then the data-parallel dimension's."""
+    In stage 0 every rank keeps all masters and gradients are all-reduced. In stages 1 and 2 each of
+    n ranks keeps 1/n of the masters, of the gradient and so of the optimizer's state. Stage 2
+    reduces bucket by bucket during every backward, so that a rank never holds all gradients whole.
+
+    Call `backward_done(last)` after each micro-batch: it takes the parameters' gradients away
+    (`.grad` becomes None), and after the last one `master.grad` holds the sum over ranks and
+    micro-batches / divide. Then step the optimizer and call `publish`. Where parameters are
+    DTensors (tensor parallel) all of this works on their local tensors, and `group` is the
+    data-parallel dimension's."""
 
     def __init__(
         self,
@@ -62,8 +68,9 @@ class Shards:
         predivide: float = 1.0,
         bucket: int = BUCKET,
     ) -> None:
-        """divide: 1 for sums of gradients already weighted, the number of ranks for means;
-        predivide: this factor of it is divided out before the sum (float16 range)."""
+        """divide: 1 for sums of gradients that are weighted already, the number of ranks for means;
+        predivide: this factor of it is divided out before the sum (float16 range); bucket: elements
+        reduced by one collective."""
         self.params, self.group, self.stage = list(params), group, stage
         self.divide, self.predivide, self.precision = divide, predivide, precision
         self.ranks = dist.get_world_size(group) if dist.is_initialized() else 1
@@ -76,25 +83,25 @@ class Shards:
         self.master.grad = None
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._seen: set[nn.Parameter] = set()
-        self._next, self._bucket_of = (
-            0,
-            {p: i for i, b in enumerate(self.buckets) for p in b.params},
-        )
-        self.enabled = True
-        """False: backward only accumulates, whatever the stage (`no_sync`)"""
+        self._next = 0
+        """index of the bucket that is reduced next"""
+        self.sync = True
+        """False: backward only accumulates on this rank, whatever the stage (`no_sync`)"""
         self.adopt()
         if stage == 2:
             for p in self.params:
                 p.register_post_accumulate_grad_hook(self._arrived)
 
     def _fill(self, most: int) -> Iterator[_Bucket]:
-        """Buckets in the order in which backward, roughly, finishes them."""
+        """Yields buckets of at most `most` elements (or one parameter), roughly in the order in
+        which backward finishes them."""
         params: list[nn.Parameter] = []
         size = start = 0
         for p in reversed(self.params):
             if params and size + own_part(p).numel() > most:
-                yield _Bucket(params, start, -(-size // self.shards))
-                start += -(-size // self.shards)
+                bucket = _Bucket(params, start, -(-size // self.shards))
+                yield bucket
+                start += bucket.part
                 params, size = [], 0
             params.append(p)
             size += own_part(p).numel()
@@ -102,44 +109,49 @@ class Shards:
 
     @torch.no_grad()
     def adopt(self) -> None:
-        """Masters from the parameters as they are now (at the start, or after new weights came)."""
+        """Sets the masters from the parameters: at the start, and after new weights were loaded."""
         self.master.zero_()  # padding stays zero: it must not become NaN in the optimizer
         for param, there, here in self.segments():
             self.master[here] = own_part(param).reshape(-1)[there].float()
 
     def segments(self) -> Iterator[Segment]:
-        """Where each piece of `master` (and of its gradient and optimizer state) belongs."""
+        """Yields which elements of which parameter `master` consists of (its gradient and optimizer
+        state are laid out alike)."""
         index = self.rank if self.shards > 1 else 0
         for bucket in self.buckets:
-            begin, end, at = index * bucket.part, (index + 1) * bucket.part, 0
+            # begin, end, first, low and high count from the bucket's first element
+            begin, end, first = index * bucket.part, (index + 1) * bucket.part, 0
             for p in bucket.params:
-                low, high = max(begin, at), min(end, at + own_part(p).numel())
+                low, high = max(begin, first), min(end, first + own_part(p).numel())
                 if low < high:
-                    here = slice(bucket.start + low - begin, bucket.start + high - begin)
-                    yield Segment(p, slice(low - at, high - at), here)
-                at += own_part(p).numel()
+                    of_shard = slice(bucket.start + low - begin, bucket.start + high - begin)
+                    yield Segment(p, slice(low - first, high - first), of_shard)
+                first += own_part(p).numel()
 
-    def pieces(self, copies: Callable[[nn.Parameter], int]) -> list[Piece]:
-        """The gradient for `norm.global_norm`. copies(p): ranks of the norm's group that hold the
-        same elements of the parameter (for a plain one all; see `norm.pieces`)."""
+    def gradient_parts(self, copies: Callable[[nn.Parameter], int]) -> list[GradientPart]:
+        """Returns the gradient for `norm.global_norm`. copies(p): how many ranks of the norm's
+        group hold the same elements of the parameter; for a plain one all of them."""
         grad = self.master.grad
         if grad is None:
             return []
-        return [Piece(grad[s.of_shard], copies(s.param) // self.shards) for s in self.segments()]
+        return [
+            GradientPart(grad[s.of_shard], copies(s.param) // self.shards) for s in self.segments()
+        ]
 
     def backward_done(self, last: bool) -> None:
-        """After each micro-batch's backward, on all ranks alike; last: it ends the accumulation."""
-        if self.stage == 2 and self.enabled:
+        """Takes the gradients of one micro-batch. Call it on all ranks alike; `last`: it ends the
+        accumulation."""
+        if self.stage == 2 and self.sync:
             self._flush()
         elif not last and self.precision.low:
             self._widen()
-        if last and not (self.stage == 2 and self.enabled):
+        if last and not (self.stage == 2 and self.sync):
             self._widen()
             self._flush()
 
     def unreduced(self, param: nn.Parameter) -> Tensor:
-        """This rank's gradient of all micro-batches so far, to be changed in place before the last
-        `backward_done` (not in stage 2)."""
+        """Returns this rank's gradient of all micro-batches so far, which may be changed in place
+        before the last `backward_done` (not in stage 2)."""
         self._widen()
         if self.precision.low:
             zeros = torch.zeros_like(param, dtype=torch.float32)
@@ -149,7 +161,7 @@ class Shards:
         return param.grad
 
     def _widen(self) -> None:
-        """Sums over micro-batches are float32: a bfloat16 sum forgets small summands."""
+        """Adds 16-bit gradients to float32 sums: a bfloat16 sum would lose small summands."""
         if not self.precision.low:
             return
         for p in self.params:
@@ -159,10 +171,10 @@ class Shards:
                 p.grad = None
 
     def _arrived(self, param: nn.Parameter) -> None:
-        if not self.enabled:
+        if not self.sync:
             return
         self._seen.add(param)
-        # in fixed order, as DistributedDataParallel does: ranks may finish in different ones
+        # in a fixed order, as DistributedDataParallel: ranks may finish buckets in other orders
         while self._next < len(self.buckets) - 1 and self._seen.issuperset(
             self.buckets[self._next].params
         ):
@@ -170,7 +182,7 @@ class Shards:
             self._next += 1
 
     def _flush(self) -> None:
-        """Reduces what is left; a parameter without gradient counts as zero."""
+        """Reduces the buckets that are left; a parameter without gradient counts as zero."""
         for bucket in self.buckets[self._next :]:
             self._reduce(bucket)
         self._next = 0
@@ -181,15 +193,15 @@ class Shards:
         flat = torch.zeros(
             bucket.part * self.shards, dtype=self.precision.reduce, device=self.device
         )
-        at = 0
+        start = 0
         for p in bucket.params:
-            view = flat[at : at + own_part(p).numel()]
+            view = flat[start : start + own_part(p).numel()]
             if p in self._sums:
                 view.copy_(self._sums.pop(p).view(-1))
             if p.grad is not None:
                 view += own_part(p.grad).reshape(-1).to(view.dtype)
                 p.grad = None
-            at += own_part(p).numel()
+            start += own_part(p).numel()
         if self.predivide != 1:
             flat /= self.predivide
         own = self._sum_over_ranks(flat, bucket.part).float() / (self.divide / self.predivide)
@@ -208,7 +220,7 @@ class Shards:
         return own
 
     def zero_grad(self) -> None:
-        """Forgets all gradients, also half-accumulated ones."""
+        """Discards all gradients, half-accumulated ones too."""
         self.master.grad = None
         self._sums.clear()
         for p in self.params:
@@ -216,42 +228,36 @@ class Shards:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Every rank's parameters from all ranks' masters, rounded to their dtype."""
+        """Sets every rank's parameters from all ranks' masters, rounded to the parameters'
+        dtype."""
         for bucket in self.buckets:
-            for p, values in self._parts(
-                bucket, self.master.detach(), own_part(bucket.params[0]).dtype
-            ):
+            dtype = own_part(bucket.params[0]).dtype
+            for p, values in self._gathered(bucket, self.master.detach(), dtype):
                 own_part(p).copy_(values.view(own_part(p).shape))
 
     @torch.no_grad()
     def whole(self, flat: Tensor) -> dict[nn.Parameter, Tensor]:
-        """All elements of something laid out like `master` (itself, its gradient, a moment), by
-        parameter, in the parameter's local shape; a collective over the group."""
+        """Returns all elements of a vector laid out like `master` (itself, its gradient, a moment),
+        by parameter and in the parameter's local shape. A collective of the group."""
         return {
             p: values.reshape(own_part(p).shape).clone()
             for bucket in self.buckets
-            for p, values in self._parts(bucket, flat.detach(), flat.dtype)
+            for p, values in self._gathered(bucket, flat.detach(), flat.dtype)
         }
 
-    def _parts(
+    def _gathered(
         self, bucket: _Bucket, flat: Tensor, dtype: torch.dtype
     ) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Yields each of the bucket's parameters with its elements, gathered from all ranks."""
         own = flat[bucket.start : bucket.start + bucket.part].to(dtype)
         if self.shards > 1:
             whole = own.new_empty(bucket.part * self.shards)
             dist.all_gather_single(whole, own, group=self.group)
             own = whole
-        at = 0
+        start = 0
         for p in bucket.params:
-            yield p, own[at : at + own_part(p).numel()]
-            at += own_part(p).numel()
-
-    @torch.no_grad()
-    def scatter(self, flat: Tensor, values: dict[nn.Parameter, Tensor]) -> None:
-        """The opposite of `whole`: this rank's part of whole values, into `flat`. No collective."""
-        for param, there, here in self.segments():
-            if param in values:
-                flat[here] = values[param].reshape(-1)[there].to(flat)
+            yield p, own[start : start + own_part(p).numel()]
+            start += own_part(p).numel()
 
 
 def shard_parameters(
@@ -263,11 +269,11 @@ def shard_parameters(
     blocks: Sequence[nn.Module] | None = None,
     reshard_after_forward: bool = True,
 ) -> dict[nn.Parameter, nn.Parameter]:
-    """Stage 3: FSDP2 over the data-parallel mesh (1-D, or 2-D replicate x shard), in place. The
-    module's parameters become float32 DTensor shards, which are the masters; `blocks` (None: see
-    `default_blocks`) are gathered one at a time, in `precision.compute`. Gradients come out as
-    sums over ranks / divide, in float32. Returns the new parameters, which the optimizer must
-    take, by the old ones. Micro-batches accumulate in the shards; see also `defer`."""
+    """Applies ZeRO 3 in place: FSDP2 over the data-parallel mesh (1-D, or 2-D replicate x shard).
+    The module's parameters become float32 DTensor shards, which are the masters. `blocks` (None:
+    see `default_blocks`) are gathered one at a time, in `precision.compute`. Gradients are sums
+    over ranks / divide, in float32; micro-batches accumulate in the shards (see also `defer`).
+    Returns the new parameters, which the optimizer must take, by the old ones."""
     old = dict(module.named_parameters())
     split = to_meta(module)
     for p in old.values():
@@ -289,7 +295,7 @@ def shard_parameters(
 
 
 def _fill(module: nn.Module, old: dict[str, nn.Parameter]) -> None:
-    """The rows that each rank kept of partitioned parameters, into FSDP2's shards."""
+    """Copies the rows that each rank kept of partitioned parameters into FSDP2's shards."""
     with torch.no_grad():
         for name, p in old.items():
             if isinstance(p, Split):
@@ -297,7 +303,7 @@ def _fill(module: nn.Module, old: dict[str, nn.Parameter]) -> None:
 
 
 def sum_gradients(module: nn.Module, divide: float) -> None:
-    """Gradients of every FSDP2 module inside become sums over the ranks / divide."""
+    """Makes the gradients of every FSDP2 module inside sums over the ranks / divide."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             # gloo has no PREMUL_SUM; sum, then divide, is the same everywhere
@@ -306,12 +312,12 @@ def sum_gradients(module: nn.Module, divide: float) -> None:
 
 
 def default_blocks(module: nn.Module) -> list[nn.Module]:
-    """The layers of outermost nn.ModuleLists, where every parameter is the layer's own (FSDP2
-    cannot share one between blocks)."""
+    """Returns the layers of the outermost nn.ModuleLists that share no parameter with other layers
+    (FSDP2 cannot share one between blocks)."""
     users: dict[nn.Parameter, int] = {}
     for _, p in module.named_parameters(remove_duplicate=False):
         users[p] = users.get(p, 0) + 1
-    found: list[nn.Module] = []
+    blocks: list[nn.Module] = []
     lists = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.ModuleList)]
     for name, layers in lists:
         if any(name.startswith(outer + ".") for outer, m in lists if m is not layers):
@@ -319,12 +325,12 @@ def default_blocks(module: nn.Module) -> list[nn.Module]:
         for layer in layers:
             own = list(layer.parameters())
             if own and all(users[p] == 1 for p in own):
-                found.append(layer)
-    return found
+                blocks.append(layer)
+    return blocks
 
 
 def defer(module: nn.Module, deferred: bool) -> None:
-    """Stage 3: deferred, backward keeps whole gradients on each rank and reduces nothing
-    (`no_sync`) until it is called with False before the last backward."""
+    """Turns the reductions of ZeRO 3 off or on (`no_sync`). While they are deferred backward keeps
+    whole gradients on each rank; turn them on before the last backward."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(not deferred)

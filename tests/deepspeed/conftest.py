@@ -18,14 +18,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 from peer_runs import CONTROLS, HERE, OURS_2, OURS_4, REAL, SCRIPTS, SCRIPTS_4, differences, run
 from small import made_state
 
-from glm_core.deepspeed import settings, universal
-from glm_core.deepspeed.foreign import Saved
+from glm_core.deepspeed import notices
+from glm_core.deepspeed.checkpoint import universal_checkpoint
+from glm_core.deepspeed.checkpoint.content import Content
 
 
 @pytest.fixture(autouse=True)
 def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is said once per process is said once per test."""
-    monkeypatch.setattr(settings, "_said", set())
+    monkeypatch.setattr(notices, "_shown", set())
 
 
 def make_universal(place: Path) -> None:
@@ -37,7 +38,8 @@ def make_universal(place: Path) -> None:
     groups = [{k: v for k, v in group.items() if k != "params"}]
     module = {name: values["fp32"] for name, values in state.items()}
     counters = {"global_steps": 4, "global_samples": 32, "skipped_steps": 0}
-    universal.write(Saved(module, state, groups, None, {}, counters, {"seen": 5}), place)
+    content = Content(module, state, groups, None, {}, counters, {"seen": 5})
+    universal_checkpoint.write(content, place)
 
 
 @pytest.fixture(scope="session")

@@ -510,14 +510,14 @@ def case_partitioned() -> dict[str, Any]:
     }.items():
         chk.configure(Fake(), **options)
         kept: list[int] = []
-        right = chk._keep
+        right = chk._pack
 
         def keep(t: Tensor, kept: list[int] = kept, right: Any = right) -> Any:
             part = right(t)
             kept.append(part.own.numel())
             return part
 
-        with mock.patch.object(chk, "_keep", keep):
+        with mock.patch.object(chk, "_pack", keep):
             leaf = x.clone().requires_grad_()
             chk.checkpoint(lambda v: torch.tanh(layer(v)), leaf).square().sum().backward()
         found[name] = {"grad": leaf.grad, "kept": kept}

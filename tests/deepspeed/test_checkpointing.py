@@ -56,7 +56,9 @@ def test_a_forgotten_generator_would_be_seen() -> None:
     x = torch.randn(64)
     right = run(x, False)[1]
     with mock.patch.object(
-        checkpointing, "_again", lambda session, states: checkpointing.dispatch.resume(session)
+        checkpointing,
+        "_recomputing",
+        lambda session, states: checkpointing.dispatch.resume(session),
     ):
         assert not torch.equal(run(x, True)[1], right)
 
@@ -64,8 +66,8 @@ def test_a_forgotten_generator_would_be_seen() -> None:
 def test_only_the_inputs_are_kept() -> None:
     checkpointing.configure(None, checkpoint_in_cpu=True)
     kept: list[Any] = []
-    right = checkpointing._keep
-    with mock.patch.object(checkpointing, "_keep", lambda x: kept.append(x.shape) or right(x)):
+    right = checkpointing._pack
+    with mock.patch.object(checkpointing, "_pack", lambda x: kept.append(x.shape) or right(x)):
         x = torch.randn(7, requires_grad=True)
         checkpointing.checkpoint(lambda v, n: v.sin().exp() ** n, x, 3).sum().backward()
     assert kept == [(7,)]

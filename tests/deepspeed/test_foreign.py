@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from glm_core.deepspeed import consolidate
-from glm_core.deepspeed.foreign import load_file
+from glm_core.deepspeed.checkpoint.files import load_file
+from glm_core.deepspeed.utils import zero_to_fp32
 from glm_core.errors import CheckpointError
 
 
@@ -19,7 +19,7 @@ def test_whole_weights_are_those_of_zero_to_fp32(
     name: str, real: tuple[list[Any], Path], tmp_path: Path
 ) -> None:
     theirs = torch.load(real[1] / name / "consolidated.pt")
-    path = consolidate.convert_zero_checkpoint_to_fp32_state_dict(real[1] / name, tmp_path)
+    path = zero_to_fp32.convert_zero_checkpoint_to_fp32_state_dict(real[1] / name, tmp_path)
     mine = torch.load(path)
     assert mine.keys() == theirs.keys()
     for key, value in theirs.items():
@@ -29,7 +29,7 @@ def test_whole_weights_are_those_of_zero_to_fp32(
 
 @pytest.mark.parametrize("name", ["resume", "zero3", "bf16_zero3"])
 def test_our_own_are_consolidated_too(name: str, ours: tuple[list[Any], Path]) -> None:
-    found = consolidate.get_fp32_state_dict_from_zero_checkpoint(ours[1] / name)
+    found = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(ours[1] / name)
     if name == "zero3":
         for key, value in ours[0][0][name]["weights"].items():
             assert torch.equal(found[key], value)
@@ -41,7 +41,7 @@ def test_a_missing_rank_is_named(real: tuple[list[Any], Path], tmp_path: Path) -
         if "rank_0_mp_rank_00_optim" not in path.name:
             (tmp_path / path.name).symlink_to(path)
     with pytest.raises(CheckpointError, match=r"ranks \[1\] only"):
-        consolidate.get_fp32_state_dict_from_zero_checkpoint(tmp_path.parent, tmp_path.name)
+        zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(tmp_path.parent, tmp_path.name)
 
 
 class Evil:

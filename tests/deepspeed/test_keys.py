@@ -55,8 +55,8 @@ def test_an_error_says_the_way_out(path: tuple[str, ...]) -> None:
     key: Key = KEYS[path]
     with pytest.raises(ConfigError) as told:
         resolve({**BASE, **nested(path, 3)}, 2)
-    assert ".".join(path) + "=3: " + key.says in str(told.value)
-    assert ";" in key.says
+    assert ".".join(path) + "=3: " + key.reason in str(told.value)
+    assert ";" in key.reason
     for harmless in key.harmless:
         resolve({**BASE, **nested(path, harmless)}, 2)
 

@@ -184,7 +184,7 @@ REFUSED = {
     "ranks": "has 4 ranks, the job 2",
     "method": "use parameters, uniform or type",
     "regex": "there are: Attention, Embedding",
-    "layer": "no module, spec or function",
+    "layer": "not a module, spec or function",
     "nested": "list its layers",
     "mpu": "remove mpu",
 }

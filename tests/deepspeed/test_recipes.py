@@ -18,7 +18,7 @@ from glm_core.deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
 from glm_core.deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from glm_core.deepspeed.ops.lamb import FusedLamb
 from glm_core.deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
-from glm_core.deepspeed.schedules import make
+from glm_core.deepspeed.runtime.lr_schedules import make
 from glm_core.errors import ConfigError
 
 

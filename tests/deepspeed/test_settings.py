@@ -52,7 +52,7 @@ def test_overflow_at_the_smallest_scale_is_an_error() -> None:
 def test_states_are_known_and_errors_say_a_way_out() -> None:
     for name, key in [*TOP.items(), *((n, k) for s in SECTIONS.values() for n, k in s.items())]:
         assert key.state in ("supported", "no effect", "error", "section"), name
-        assert (key.state in ("supported", "section")) == (key.says == ""), name
+        assert (key.state in ("supported", "section")) == (key.reason == ""), name
     assert {n for n, k in TOP.items() if k.state == "section"} == SECTIONS.keys()
 
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's optimizers by their names."""
+"""`deepspeed.ops`: optimizers under DeepSpeed's names."""
 
 from glm_core.deepspeed.ops import adagrad, adam, lamb, lion
 

@@ -11,7 +11,7 @@ from glm_core.errors import ConfigError
 
 
 class DeepSpeedCPUAdagrad(torch.optim.Adagrad):
-    """torch's Adagrad wherever the weights are; nothing is offloaded here."""
+    """torch's Adagrad on whatever device the weights are; nothing is offloaded here."""
 
     def __init__(
         self,
@@ -22,7 +22,7 @@ class DeepSpeedCPUAdagrad(torch.optim.Adagrad):
         amsgrad: bool = False,
         fp32_optimizer_states: bool = True,
     ) -> None:
-        """States are float32. Raises ConfigError for amsgrad, which Adagrad has not."""
+        """States are float32. Raises ConfigError for amsgrad, which Adagrad does not have."""
         if amsgrad:
-            raise ConfigError("DeepSpeedCPUAdagrad: there is no amsgrad of it; remove it")
+            raise ConfigError("DeepSpeedCPUAdagrad: Adagrad has no amsgrad; remove it")
         super().__init__(model_params, lr=lr, weight_decay=weight_decay, eps=eps)

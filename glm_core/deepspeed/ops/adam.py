@@ -1,4 +1,4 @@
-"""DeepSpeed's Adam classes: torch's own update."""
+"""DeepSpeed's Adam classes, with torch's own update."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from glm_core.deepspeed.settings import say_once
+from glm_core.deepspeed.notices import say_once
 from glm_core.errors import ConfigError
 
 
 class FusedAdam(torch.optim.Adam):
-    """Adam, or with adam_w_mode (the default) AdamW: torch's implementation of the formulas."""
+    """torch's Adam, or with adam_w_mode (the default) its AdamW."""
 
     def __init__(
         self,
@@ -26,11 +26,12 @@ class FusedAdam(torch.optim.Adam):
         amsgrad: bool = False,
         set_grad_none: bool = True,
     ) -> None:
-        """set_grad_none: gradients are always set to None. Raises ConfigError without
-        bias_correction, which torch's has always."""
+        """set_grad_none has no effect: gradients are always set to None. Raises ConfigError without
+        bias_correction, which torch's Adam always does."""
         if not bias_correction:
             raise ConfigError(
-                "bias_correction=False would change the update; write that optimizer as a client"
+                "bias_correction=False would change the update; pass such an optimizer to "
+                "initialize yourself"
             )
         say_once(f"{type(self).__name__} is torch.optim.Adam's update; results are the same")
         super().__init__(
@@ -45,7 +46,7 @@ class FusedAdam(torch.optim.Adam):
 
 
 class DeepSpeedCPUAdam(FusedAdam):
-    """FusedAdam wherever the weights are; nothing is offloaded here."""
+    """FusedAdam on whatever device the weights are; nothing is offloaded here."""
 
     def __init__(
         self,
@@ -59,7 +60,8 @@ class DeepSpeedCPUAdam(FusedAdam):
         adamw_mode: bool = True,
         fp32_optimizer_states: bool = True,
     ) -> None:
-        """As FusedAdam, with DeepSpeed's other names. Raises ConfigError for 16-bit states."""
+        """See FusedAdam; some arguments have other names, as in DeepSpeed. Raises ConfigError for
+        16-bit states."""
         if not fp32_optimizer_states:
             raise ConfigError("fp32_optimizer_states=False would change the loss; remove it")
         super().__init__(

@@ -1,4 +1,4 @@
-"""What optimizers whose parameters are updated one by one have in common."""
+"""The base of optimizers that update their parameters one by one."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import torch
 
 
 class OneByOne(torch.optim.Optimizer):
-    """A subclass says in `_update` what happens to one parameter that has a gradient."""
+    """An optimizer whose subclass updates one parameter in `_update`."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update; the closure's loss."""
+        """Updates every parameter that has a gradient. Returns the closure's loss, if there is
+        one."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -26,7 +27,7 @@ class OneByOne(torch.optim.Optimizer):
         return loss
 
     def _begin(self) -> None:
-        """Before the first parameter."""
+        """Runs before the first parameter of a step."""
 
     def _update(self, p: torch.Tensor, group: dict[str, Any]) -> None:
         raise NotImplementedError

@@ -13,10 +13,10 @@ from glm_core.errors import ConfigError
 
 
 class FusedLamb(OneByOne):
-    """u = m / (sqrt(v) + eps) + decay w;  w -= lr' r u, r = |w| / |u| in [min_coeff, max_coeff],
-    with Adam's m and v and lr' = lr sqrt(1 - b2^t) / (1 - b1^t): the order of DeepSpeed's kernel
-    (csrc/lamb, 0.19.8), which corrects the bias outside the trust ratio. Norms are of whole
-    parameters, so the optimizer's parameters must be whole, or DTensors."""
+    """LAMB: u = m / (sqrt(v) + eps) + decay w;  w -= lr' r u, with the trust ratio r = |w| / |u|
+    clamped to [min_coeff, max_coeff], Adam's m and v, and lr' = lr sqrt(1 - b2^t) / (1 - b1^t). As
+    in DeepSpeed's kernel (csrc/lamb, 0.19.8) the bias is corrected outside the trust ratio. Norms
+    are of whole parameters, so the optimizer's parameters must be whole, or DTensors."""
 
     def __init__(
         self,
@@ -32,7 +32,8 @@ class FusedLamb(OneByOne):
         min_coeff: float = 0.01,
         amsgrad: bool = False,
     ) -> None:
-        """Raises ConfigError for amsgrad and for max_grad_norm, the engine's gradient_clipping."""
+        """Raises ConfigError for amsgrad, and for max_grad_norm, in whose place the engine has
+        gradient_clipping."""
         if amsgrad or max_grad_norm:
             raise ConfigError(
                 "FusedLamb: no amsgrad, and gradients are clipped by gradient_clipping; remove "
@@ -52,7 +53,7 @@ class FusedLamb(OneByOne):
         self.lamb_coeffs: list[torch.Tensor] = []
 
     def get_lamb_coeffs(self) -> list[float]:
-        """The last step's trust ratios, by parameter."""
+        """Returns the last step's trust ratios, by parameter."""
         return [float(c) for c in self.lamb_coeffs]
 
     def _begin(self) -> None:

@@ -11,8 +11,8 @@ from glm_core.deepspeed.ops.each import OneByOne
 
 
 class FusedLion(OneByOne):
-    """c = b1 m + (1 - b1) g;  w = (1 - lr decay) w - lr sign(c);  m = b2 m + (1 - b2) g. Where c is
-    0 the weight does not move, as in the paper; DeepSpeed's kernels move it by lr."""
+    """Lion: c = b1 m + (1 - b1) g;  w = (1 - lr decay) w - lr sign(c);  m = b2 m + (1 - b2) g.
+    Where c is 0 the weight does not move, as in the paper; DeepSpeed's kernels move it by lr."""
 
     def __init__(
         self,
@@ -22,7 +22,7 @@ class FusedLion(OneByOne):
         weight_decay: float = 0.0,
         set_grad_none: bool = True,
     ) -> None:
-        """set_grad_none: gradients are always set to None."""
+        """set_grad_none has no effect: gradients are always set to None."""
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     def _update(self, p: torch.Tensor, group: dict[str, Any]) -> None:
@@ -38,7 +38,7 @@ class FusedLion(OneByOne):
 
 
 class DeepSpeedCPULion(FusedLion):
-    """FusedLion wherever the weights are; nothing is offloaded here."""
+    """FusedLion on whatever device the weights are; nothing is offloaded here."""
 
     def __init__(
         self,
@@ -48,5 +48,5 @@ class DeepSpeedCPULion(FusedLion):
         weight_decay: float = 0.0,
         fp32_optimizer_states: bool = True,
     ) -> None:
-        """As FusedLion, with DeepSpeed's other names; states are float32."""
+        """See FusedLion; some arguments have other names, as in DeepSpeed. States are float32."""
         super().__init__(model_params, lr, betas, weight_decay)

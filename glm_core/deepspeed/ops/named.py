@@ -1,4 +1,5 @@
-"""The optimizers that a config can name, and where each is right."""
+"""Makes the optimizer that a config names, and decides in which ZeRO stages an optimizer is
+right."""
 
 from __future__ import annotations
 
@@ -18,31 +19,31 @@ WHOLE: dict[str, tuple[int, ...]] = {
     "Adafactor": (0,),
     "LBFGS": (),
 }
-"""optimizers that look at whole parameters, and the ZeRO stages that show them these"""
+"""optimizers that need whole parameters, and the ZeRO stages in which they see them whole"""
 ABSENT = ("muon", "onebitadam", "onebitlamb", "zerooneadam", "muadam", "muadamw", "musgd")
 
 
 def make(kind: str, params: dict[str, Any], groups: Iterable[Any]) -> torch.optim.Optimizer:
-    """The optimizer a config names. Raises ConfigError."""
+    """Makes the optimizer that a config names. Raises ConfigError."""
     params, name = dict(params), kind.lower()
     if "max_grad_norm" in params:
         raise ConfigError("optimizer.params.max_grad_norm: write gradient_clipping at the top")
     if name in ABSENT:
         raise ConfigError(
-            f"optimizer.type={kind!r}: has no equal here; pass your own as optimizer="
+            f"optimizer.type={kind!r}: is not available here; pass your own as optimizer="
         )
     try:
         if name in ("adam", "adamw"):
             return _adam(name, params, groups)
         own = {"adagrad": torch.optim.Adagrad, "lamb": FusedLamb, "lion": FusedLion}
-        found = own.get(name) or getattr(torch.optim, kind, None)
-        if found is None:
+        optimizer = own.get(name) or getattr(torch.optim, kind, None)
+        if optimizer is None:
             raise ConfigError(
                 f"optimizer.type={kind!r}: not one of DeepSpeed's or torch.optim's; use AdamW, "
                 "Adam, Adagrad, Lamb, Lion, SGD, or pass your own as optimizer="
             )
-        made: torch.optim.Optimizer = found(groups, **params)
-        return made
+        result: torch.optim.Optimizer = optimizer(groups, **params)
+        return result
     except TypeError as error:
         raise ConfigError(f"optimizer.params: {error}") from None
 
@@ -56,13 +57,14 @@ def _adam(name: str, params: dict[str, Any], groups: Iterable[Any]) -> torch.opt
 
 
 def check_stage(optimizer: torch.optim.Optimizer, stage: int, *, low: bool) -> None:
-    """Raises ConfigError where the optimizer would see slices of parameters."""
+    """Raises ConfigError where the optimizer needs whole parameters and would see only parts of
+    them. low: the weights are in 16 bit."""
     name = type(optimizer).__name__
-    right = WHOLE.get(name)
-    if right is None or (stage in right and not (low and stage == 0)):
+    stages = WHOLE.get(name)
+    if stages is None or (stage in stages and not (low and stage == 0)):
         return
-    where = " or ".join(f"{s}{' in float32' if s == 0 else ''}" for s in right) or "none"
+    where = " or ".join(f"{s}{' in float32' if s == 0 else ''}" for s in stages) or "none"
     raise ConfigError(
         f"{name} looks at whole parameters, which ZeRO {stage}{' in 16 bit' if low else ''} cuts; "
-        f"stages where it is right: {where}; or use an element-wise optimizer as AdamW"
+        f"stages where it is right: {where}; or use an element-wise optimizer such as AdamW"
     )

@@ -1,8 +1,1 @@
-"""Parts of the interface that scripts import by DeepSpeed's longer paths."""
-
-import sys
-
-from glm_core.deepspeed.runtime import seeding
-
-utils = seeding
-sys.modules[__name__ + ".utils"] = seeding
+"""The engine and what it is built from, at DeepSpeed's own paths."""

@@ -1,4 +1,5 @@
-"""Data for a pipeline, which asks for a number of micro-batches whatever an epoch has."""
+"""Endless data for a pipeline, which needs a fixed number of micro-batches however long an epoch
+is."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from typing import Any
 
 
 class RepeatingLoader:
-    """The loader's batches over and over again. Raises StopIteration where it has none."""
+    """Repeats a loader's batches for ever. Raises StopIteration where the loader has none."""
 
     def __init__(self, loader: Iterable[Any]) -> None:
         self.loader = loader

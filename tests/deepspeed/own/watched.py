@@ -14,8 +14,8 @@ import torch.distributed as dist
 from small import Classifier, batches
 
 import glm_core.deepspeed as deepspeed
-from glm_core.deepspeed import checkpoint, universal
-from glm_core.deepspeed.monitor import Monitor
+from glm_core.deepspeed.checkpoint import ds_to_universal, layouts
+from glm_core.deepspeed.monitor.monitor import Monitor
 from glm_core.errors import CheckpointError, ConfigError
 
 place = Path(os.environ["CHECKPOINTS"])
@@ -90,8 +90,8 @@ for batch in batches(2):
 trained.save_checkpoint(str(place / "two"), tag="end", client_state={"note": "kept"})
 if me == 0:
     words = ["--input_folder", str(place / "two/end"), "--output_folder", str(place / "uni/end")]
-    universal.main(words)
-    mine, other = (checkpoint.read(place / p / "end", 0, []) for p in ("two", "uni"))
+    ds_to_universal.main(words)
+    mine, other = (layouts.read(place / p / "end", 0, []) for p in ("two", "uni"))
     assert mine.state.keys() == other.state.keys()
     for name, values in mine.state.items():
         for key in ("fp32", "exp_avg", "exp_avg_sq"):

@@ -1,1 +1,1 @@
-"""Activations that are computed again in the backward pass."""
+"""Recomputing activations in the backward pass."""

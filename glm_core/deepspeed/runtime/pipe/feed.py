@@ -1,4 +1,4 @@
-"""Where a pipeline's micro-batches come from: the first stage takes inputs, the last labels."""
+"""Feeds a pipeline its micro-batches: the first stage takes inputs, the last one labels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from glm_core.errors import TrainingError
 
 
 class Feed:
-    """The engine's data."""
+    """The part of the engine that reads data."""
 
     settings: Settings
     grid: PipelineParallelGrid
@@ -26,30 +26,30 @@ class Feed:
     batch_fn: Callable[[Any], Any] | None = None
 
     def is_first_stage(self) -> bool:
-        """Does this process take inputs?"""
+        """Is this process on the stage that takes inputs?"""
         return self.grid.is_first_stage
 
     def is_last_stage(self) -> bool:
-        """Does this process take labels?"""
+        """Is this process on the stage that takes labels?"""
         return self.grid.is_last_stage
 
     def set_dataloader(self, loader: Any) -> None:
-        """Batches for `train_batch`, where this stage takes any."""
+        """Sets the batches of `train_batch`, on stages that take any."""
         if self.is_first_stage() or self.is_last_stage():
             self.training_dataloader, self.data_iterator = loader, iter(loader)
 
     def set_dataiterator(self, iterator: Iterator[Any] | None) -> None:
-        """The same, of an iterator."""
+        """Sets an iterator over the batches of `train_batch`, on stages that take any."""
         if self.is_first_stage() or self.is_last_stage():
             self.training_dataloader, self.data_iterator = None, iterator
 
     def set_batch_fn(self, fn: Callable[[Any], Any]) -> None:
-        """What every micro-batch passes through first."""
+        """Sets the function that every micro-batch passes through first."""
         self.batch_fn = fn
 
     def set_training_data(self, data: Dataset[Any], collate: Any) -> None:
-        """A data set as endless micro-batches, in order, each replica its share (DeepSpeed's engine
-        shuffles; its pipeline does not)."""
+        """Makes endless micro-batches of a data set, in order, each replica its share. (DeepSpeed's
+        engine shuffles; its pipeline does not.)"""
         rank = self.grid.get_data_parallel_rank()
         sampler: DistributedSampler[Any] = DistributedSampler(
             data, self.grid.data_parallel_size, rank, shuffle=False
@@ -64,7 +64,7 @@ class Feed:
         self.set_dataloader(RepeatingLoader(loader))
 
     def _micro_batch(self) -> tuple[Any, Any]:
-        """Inputs and labels, where this stage takes them."""
+        """Returns the next inputs and labels; (None, None) on stages that take neither."""
         if not (self.is_first_stage() or self.is_last_stage()):
             return None, None
         if self.data_iterator is None and self.batch_fn is None:
@@ -73,11 +73,11 @@ class Feed:
         if self.batch_fn is not None:
             batch = self.batch_fn(batch)
         inputs, labels = batch[0], batch[1] if len(batch) > 1 else None
-        return self._here(inputs), self._here(labels)
+        return self._to_device(inputs), self._to_device(labels)
 
-    def _here(self, value: Any) -> Any:
+    def _to_device(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.to(self.device)
         if isinstance(value, list | tuple):
-            return tuple(self._here(v) for v in value)
+            return tuple(self._to_device(v) for v in value)
         return value

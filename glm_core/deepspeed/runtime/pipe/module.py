@@ -1,5 +1,5 @@
-"""A model as a list of layers of which this process holds its stage's, and the weights that layers
-of several stages share."""
+"""A model as a list of layers cut into stages: this process builds its own stage, and ties the
+weights that layers of several stages share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from glm_core.deepspeed import accelerator, comm
+from glm_core.deepspeed import comm
+from glm_core.deepspeed.accelerator.real_accelerator import device
 from glm_core.deepspeed.runtime.activation_checkpointing import checkpointing
 from glm_core.deepspeed.runtime.pipe import partition
 from glm_core.deepspeed.runtime.pipe.topology import (
@@ -22,16 +23,16 @@ from glm_core.deepspeed.runtime.pipe.topology import (
     ProcessTopology,
     make_groups,
 )
-from glm_core.deepspeed.runtime.seeding import set_random_seed
+from glm_core.deepspeed.runtime.utils import set_random_seed
 from glm_core.errors import ConfigError, TrainingError
 
 
 class PipelineError(TrainingError):
-    """A call that a pipeline has not."""
+    """A call that a pipeline does not offer."""
 
 
 class LayerSpec:
-    """A layer not built yet: class and arguments."""
+    """A layer that is not built yet: its class and arguments."""
 
     def __init__(self, typename: type[nn.Module], *module_args: Any, **module_kwargs: Any) -> None:
         if not (isinstance(typename, type) and issubclass(typename, nn.Module)):
@@ -44,13 +45,14 @@ class LayerSpec:
         return f"{self.typename.__name__}({', '.join(given)})"
 
     def build(self, log: bool = False) -> nn.Module:
-        """A new layer."""
+        """Builds a new layer."""
         return self.typename(*self.module_args, **self.module_kwargs)
 
 
 class TiedLayerSpec(LayerSpec):
-    """A layer built once per stage for all specs of the same key; its `tied_weight_attr` are the
-    same weights on all stages. forward_fn(layer, inputs) is called in place of the layer."""
+    """A layer that a stage builds once for all specs of the same key. Its weights named by
+    `tied_weight_attr` are the same on all stages. If given, forward_fn(layer, inputs) is called in
+    place of the layer."""
 
     def __init__(
         self,
@@ -69,18 +71,18 @@ class TiedLayerSpec(LayerSpec):
 
 
 class Tie(NamedTuple):
-    """One weight that several stages hold."""
+    """A weight that several stages hold."""
 
     weight: nn.Parameter
     ranks: list[int]
-    """of this replica, one per stage"""
+    """the ranks of this replica that hold it, one per stage"""
     group: dist.ProcessGroup
 
 
 class PipelineModule(nn.Module):
-    """`layers` one after the other, each a LayerSpec, a module or a function of the layer before's
-    output; this process builds those of its stage. Parameters are named by the layer's number in
-    the whole, tied ones by their key."""
+    """Runs `layers` one after the other. Each is a LayerSpec, a module or a function of the
+    previous layer's output, and this process builds those of its stage. Parameters are named by the
+    layer's number in the whole model, tied ones by their key."""
 
     def __init__(
         self,
@@ -97,10 +99,10 @@ class PipelineModule(nn.Module):
         checkpointable_layers: list[str] | None = None,
         dynamic_shape: bool = False,
     ) -> None:
-        """partition_method: `parameters` (trainable ones balanced), `uniform`, `type:REGEX` (layers
-        whose class is named so balanced). activation_checkpoint_interval: layers per recomputed
-        run, 0 none. dynamic_shape: micro-batches of a batch differ in shape. Raises
-        ConfigError."""
+        """partition_method decides what is balanced over stages: `parameters` (trainable ones),
+        `uniform` (layers), `type:REGEX` (layers whose class name matches).
+        activation_checkpoint_interval: how many layers are recomputed together, 0 for none.
+        dynamic_shape: micro-batches of a batch may differ in shape. Raises ConfigError."""
         super().__init__()
         comm.init_distributed()
         self._topo = topology if topology is not None else _topology(num_stages)
@@ -122,7 +124,7 @@ class PipelineModule(nn.Module):
         self.forward_funcs: list[Callable[[Any], Any]] = []
         self.tied_modules = nn.ModuleDict()
         self._build()
-        self.to(accelerator.device())
+        self.to(device())
         self.ties = self._find_ties()
         self._synchronize_tied_weights()
 
@@ -143,8 +145,8 @@ class PipelineModule(nn.Module):
         )
 
     def _count_layer_params(self) -> list[int]:
-        """Trainable elements of each layer. Specs are built, which draws from the generators as it
-        does in DeepSpeed: the same seed then makes the same weights."""
+        """Returns the trainable elements of each layer. Specs are built for it, which draws from
+        the random generators as it does in DeepSpeed: the same seed then makes the same weights."""
         counts = []
         for layer in self._layer_specs:
             if isinstance(layer, LayerSpec):
@@ -155,14 +157,14 @@ class PipelineModule(nn.Module):
 
     def _find_layer_type(self, pattern: str) -> set[int]:
         wanted = re.compile(pattern, re.IGNORECASE)
-        found = {i for i, s in enumerate(self._layer_specs) if wanted.search(layer_name(s))}
-        if not found:
+        matching = {i for i, s in enumerate(self._layer_specs) if wanted.search(layer_name(s))}
+        if not matching:
             names = sorted({layer_name(s) for s in self._layer_specs})
             raise ConfigError(
                 f"partition_method: no layer's class matches {pattern!r}; there are: "
                 f"{', '.join(names)}"
             )
-        return found
+        return matching
 
     def _build(self) -> None:
         for index in range(self._local_start, self._local_stop):
@@ -182,15 +184,18 @@ class PipelineModule(nn.Module):
         if isinstance(layer, nn.Module):
             self.add_module(str(index), layer)
         elif not callable(layer):
-            raise ConfigError(f"layer {index}: {layer!r} is no module, spec or function")
+            raise ConfigError(
+                f"layer {index}: {layer!r} is not a module, spec or function; pass one"
+            )
         called: Callable[[Any], Any] = layer
         return called
 
     # --- weights of several stages ---
 
     def _find_ties(self) -> list[Tie]:
-        """This process's ties; groups are made on all ranks alike."""
-        found = []
+        """Returns this process's ties. All ranks call this: they make the process groups
+        together."""
+        ties = []
         specs = {s.key: s for s in reversed(self._layer_specs) if isinstance(s, TiedLayerSpec)}
         for key in sorted(specs):
             stages = self.stages_of(key)
@@ -201,11 +206,11 @@ class PipelineModule(nn.Module):
             if key in self.tied_modules:
                 weight = operator.attrgetter(*specs[key].tied_weight_attr)(self.tied_modules[key])
                 each = weight if isinstance(weight, tuple) else (weight,)
-                found += [Tie(w, ranks, group) for w in each]
-        return found
+                ties += [Tie(w, ranks, group) for w in each]
+        return ties
 
     def stages_of(self, key: str) -> list[int]:
-        """The stages with a layer of this key."""
+        """Returns the stages that have a layer of this key."""
         layers = [
             i
             for i, s in enumerate(self._layer_specs)
@@ -215,59 +220,57 @@ class PipelineModule(nn.Module):
 
     @torch.no_grad()
     def _synchronize_tied_weights(self) -> None:
-        """The first stage's for all of a tie."""
+        """Gives all stages of a tie the first stage's weight."""
         for tie in self.ties:
             dist.broadcast(tie.weight.detach(), tie.ranks[0], tie.group)
 
-    # --- what scripts ask ---
+    # --- accessors ---
 
     def stage_owner(self, layer_idx: int) -> int:
-        """The stage that holds a layer."""
+        """Returns the stage that holds a layer. Raises ConfigError."""
         for stage in range(self.num_stages):
             if self.parts[stage] <= layer_idx < self.parts[stage + 1]:
                 return stage
-        raise ConfigError(f"layer {layer_idx}: there are {len(self._layer_specs)}")
+        raise ConfigError(f"layer {layer_idx}: there are only {len(self._layer_specs)} layers")
 
     def prefix(self, layer_idx: int) -> str:
-        """Of the names of a layer's parameters."""
+        """Returns the prefix of the names of a layer's parameters."""
         spec = self._layer_specs[layer_idx]
         tied = isinstance(spec, TiedLayerSpec)
         return f"tied_modules.{spec.key}." if tied else f"{layer_idx}."
 
     def names_a_layer(self, name: str) -> bool:
-        """Is it the name of a weight of some layer, on whatever stage?"""
+        """Is this the name of a weight of some layer, on any stage?"""
         return any(name.startswith(self.prefix(i)) for i in range(len(self._layer_specs)))
 
     def partitions(self) -> list[int]:
-        """Boundaries of the stages."""
+        """Returns the stages' boundaries: stage i holds layers [parts[i], parts[i + 1])."""
         return self.parts
 
     def topology(self) -> ProcessTopology:
-        """The grid's."""
         return self._topo
 
     def mpu(self) -> PipelineParallelGrid:
-        """This process's place and groups."""
+        """Returns the grid: this process's place and process groups."""
         return self._grid
 
     def num_pipeline_stages(self) -> int:
-        """Stages."""
         return self.num_stages
 
     def set_checkpoint_interval(self, interval: int) -> None:
-        """Layers per recomputed run from now on; 0: none."""
+        """Sets how many layers are recomputed together; 0 for none."""
         if interval < 0:
-            raise ConfigError(f"activation_checkpoint_interval={interval}: 0 or more")
+            raise ConfigError(f"activation_checkpoint_interval={interval}: must be 0 or more")
         self.activation_checkpoint_interval = interval
 
     def get_additional_losses(self) -> dict[str, Any] | None:
-        """For a subclass that has some; the engine reports their means."""
+        """Returns further losses, whose means the engine reports; a subclass may override it."""
         return None
 
     # --- the stage's forward ---
 
     def forward(self, forward_input: Any) -> Any:
-        """This stage's layers over what the stage before sent."""
+        """Runs this stage's layers over what the previous stage sent."""
         self.micro_offset += 1
         count, x = len(self.forward_funcs), forward_input
         for start in range(0, count, self.activation_checkpoint_interval or max(count, 1)):
@@ -281,7 +284,8 @@ class PipelineModule(nn.Module):
         return x
 
     def _run(self, start: int, stop: int, offset: int) -> Callable[..., Any]:
-        """Layers [start, stop) of the stage. offset: of this micro-batch, for its seeds."""
+        """Returns a function that runs layers [start, stop) of the stage. offset: the
+        micro-batch's, for its seeds."""
 
         def run(*inputs: Any) -> Any:
             x = inputs[0] if len(inputs) == 1 else inputs
@@ -294,7 +298,8 @@ class PipelineModule(nn.Module):
         return run
 
     def _is_checkpointable(self, start: int, stop: int) -> bool:
-        """All of the named classes, or where none are named a layer with parameters among them."""
+        """Are all layers of `checkpointable_layers`' classes? Where it is None: has any layer
+        parameters?"""
         layers = self.forward_funcs[start:stop]
         if self.checkpointable_layers is not None:
             return all(type(f).__name__ in self.checkpointable_layers for f in layers)
@@ -302,9 +307,9 @@ class PipelineModule(nn.Module):
 
 
 def _topology(num_stages: int | None) -> ProcessTopology:
-    """All ranks over so many stages."""
+    """Returns the topology that spreads all ranks over so many stages."""
     if num_stages is None:
-        raise ConfigError("PipelineModule: neither num_stages nor topology; give one")
+        raise ConfigError("PipelineModule: neither num_stages nor topology is given; give one")
     ranks = dist.get_world_size()
     if num_stages < 1 or ranks % num_stages:
         raise ConfigError(f"num_stages={num_stages}: must divide the {ranks} ranks of the job")
@@ -312,7 +317,7 @@ def _topology(num_stages: int | None) -> ProcessTopology:
 
 
 def layer_name(spec: Any) -> str:
-    """The class of a layer or spec, the name of a function."""
+    """Returns the name of a layer's or spec's class, or of a function."""
     if isinstance(spec, LayerSpec):
         return spec.typename.__name__
     return type(spec).__name__ if isinstance(spec, nn.Module) else getattr(spec, "__name__", "")

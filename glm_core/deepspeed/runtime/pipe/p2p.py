@@ -1,5 +1,5 @@
-"""What travels between neighbouring stages: a tensor or a tuple of tensors of any dtypes, of which
-each may or may not have a gradient that travels back."""
+"""Sends tensors between neighbouring stages: one tensor or a tuple of any dtypes. Those that
+require a gradient get it sent back."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ DTYPES = (
     torch.int64,
     torch.bool,
 )
-"""by their number in a header"""
+"""a header names a dtype by its index here"""
 HEADER = 256
-"""numbers in a header"""
+"""length of a header, the message of int64 numbers that describes the tensors that follow it"""
 
 
 class Kind(NamedTuple):
-    """One travelling tensor without its values."""
+    """A tensor that is sent, without its values."""
 
     dtype: torch.dtype
     has_gradient: bool
@@ -40,14 +40,14 @@ class Kind(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What a stage passes on."""
+    """A stage's outputs, without their values."""
 
     is_tuple: bool
     kinds: tuple[Kind, ...]
 
 
 def layout(outputs: Any) -> Layout:
-    """Of a stage's outputs. Raises TrainingError for what cannot travel."""
+    """Returns the layout of a stage's outputs. Raises TrainingError for what cannot be sent."""
     tensors = outputs if isinstance(outputs, tuple) else (outputs,)
     for x in tensors:
         if not isinstance(x, Tensor) or x.dtype not in DTYPES:
@@ -60,21 +60,23 @@ def layout(outputs: Any) -> Layout:
     return Layout(isinstance(outputs, tuple), kinds)
 
 
-def encode(what: Layout) -> list[int]:
-    """A layout as numbers. Raises TrainingError where they are too many."""
-    numbers = [int(what.is_tuple), len(what.kinds)]
-    for kind in what.kinds:
+def encode(outputs: Layout) -> list[int]:
+    """Returns the header of a layout: whether it is a tuple, the number of tensors, and for each
+    its dtype, whether it has a gradient, its number of dimensions and their sizes. Raises
+    TrainingError where these are more than HEADER numbers."""
+    numbers = [int(outputs.is_tuple), len(outputs.kinds)]
+    for kind in outputs.kinds:
         numbers += [DTYPES.index(kind.dtype), int(kind.has_gradient), len(kind.shape), *kind.shape]
     if len(numbers) > HEADER:
         raise TrainingError(
-            f"pipeline: {len(what.kinds)} tensors are too many to describe in {HEADER} numbers; "
+            f"pipeline: {len(outputs.kinds)} tensors are too many to describe in {HEADER} numbers; "
             "pass fewer from stage to stage"
         )
     return numbers + [0] * (HEADER - len(numbers))
 
 
 def decode(numbers: list[int]) -> Layout:
-    """The layout that `encode` wrote."""
+    """Returns the layout that `encode` described."""
     kinds, at = [], 2
     for _ in range(numbers[1]):
         dtype, has_gradient, dims = numbers[at : at + 3]
@@ -85,63 +87,65 @@ def decode(numbers: list[int]) -> Layout:
 
 
 class Channel:
-    """This stage's ends of the lines to its neighbours. Both ends of a line must do the same in the
-    same order: every call returns when its tensors are on their way or there, and holds none."""
+    """This stage's connections to the previous and the next stage. Every call blocks until its
+    tensors are sent or received, and keeps none of them. So both ends must make matching calls in
+    the same order."""
 
     def __init__(self, grid: PipelineParallelGrid, device: torch.device, dynamic: bool) -> None:
-        """dynamic: the layout is told with every message, not once per batch."""
-        stage, line = grid.stage_id, grid.pp_group
-        self.previous = line[stage - 1] if stage else None
-        self.next = line[stage + 1] if stage + 1 < len(line) else None
+        """dynamic: a header goes before every micro-batch, not once per batch."""
+        stage, ranks = grid.stage_id, grid.pp_group
+        self.previous = ranks[stage - 1] if stage else None
+        self.next = ranks[stage + 1] if stage + 1 < len(ranks) else None
         self.group, self.device, self.dynamic = grid.pp_proc_group, device, dynamic
-        self._told: Layout | None = None
-        self._heard: Layout | None = None
+        self._sent_layout: Layout | None = None
+        self._received_layout: Layout | None = None
 
     def begin(self) -> None:
-        """A new batch: layouts are told anew."""
-        self._told = self._heard = None
+        """Starts a new batch: its first micro-batch sends its layout again."""
+        self._sent_layout = self._received_layout = None
 
     def send(self, outputs: Any) -> None:
-        """A stage's outputs to the next one. Raises TrainingError where a micro-batch differs from
-        the batch's first and the channel is not dynamic."""
+        """Sends a stage's outputs to the next one. Raises TrainingError where a micro-batch's
+        layout differs from the batch's first and the channel is not dynamic."""
         if self.next is None:
             return
         own = layout(outputs)
-        if self.dynamic or self._told is None:
+        if self.dynamic or self._sent_layout is None:
             self._send(torch.tensor(encode(own), device=self.device), self.next)
-        elif own != self._told:
+        elif own != self._sent_layout:
             raise TrainingError(
                 f"pipeline: a micro-batch passes {_words(own)}, the batch's first "
-                f"{_words(self._told)}; pass dynamic_shape=True to PipelineModule"
+                f"{_words(self._sent_layout)}; pass dynamic_shape=True to PipelineModule"
             )
-        self._told = own
+        self._sent_layout = own
         for x in outputs if isinstance(outputs, tuple) else (outputs,):
             self._send(x, self.next)
 
     def receive(self) -> Any:
-        """What the stage before sent; leaves, of which those require a gradient that had one."""
+        """Receives the previous stage's outputs. They are leaves, and require a gradient where they
+        did there."""
         assert self.previous is not None
-        if self.dynamic or self._heard is None:
+        if self.dynamic or self._received_layout is None:
             header = torch.empty(HEADER, dtype=torch.int64, device=self.device)
             dist.recv(header, self.previous, self.group)
-            self._heard = decode(header.tolist())
-        found = tuple(
+            self._received_layout = decode(header.tolist())
+        tensors = tuple(
             self._receive(k.dtype, k.shape, self.previous).requires_grad_(k.has_gradient)
-            for k in self._heard.kinds
+            for k in self._received_layout.kinds
         )
-        return found if self._heard.is_tuple else found[0]
+        return tensors if self._received_layout.is_tuple else tensors[0]
 
     def send_gradients(self, gradients: list[Tensor]) -> None:
-        """To the stage before, of what it sent that has one."""
+        """Sends the previous stage the gradients of the tensors it sent that require one."""
         for x in gradients:
             self._send(x, self.previous)
 
     def receive_gradients(self, outputs: list[Tensor]) -> list[Tensor]:
-        """From the next stage, of these tensors sent to it."""
+        """Receives the gradients of these tensors from the next stage."""
         return [self._receive(x.dtype, tuple(x.shape), self.next) for x in outputs]
 
     def _send(self, x: Tensor, to: int | None) -> None:
-        if x.numel():  # an empty message would wait for ever
+        if x.numel():  # an empty message would never arrive
             dist.send(x.detach().contiguous(), to, self.group)
 
     def _receive(self, dtype: torch.dtype, shape: tuple[int, ...], source: int | None) -> Tensor:
@@ -151,5 +155,5 @@ class Channel:
         return x
 
 
-def _words(what: Layout) -> str:
-    return ", ".join(f"{str(k.dtype).removeprefix('torch.')}{list(k.shape)}" for k in what.kinds)
+def _words(outputs: Layout) -> str:
+    return ", ".join(f"{str(k.dtype).removeprefix('torch.')}{list(k.shape)}" for k in outputs.kinds)

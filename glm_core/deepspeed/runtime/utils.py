@@ -1,26 +1,29 @@
-"""`deepspeed.runtime.utils` and `deepspeed.utils.groups`: what scripts use of them."""
+"""`deepspeed.runtime.utils`, as far as scripts use it."""
 
 from __future__ import annotations
 
 import random
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from glm_core.deepspeed.accelerator import backend
-from glm_core.deepspeed.fragments import logger
+from glm_core.deepspeed.accelerator.real_accelerator import backend
+from glm_core.deepspeed.utils.logging import logger
 
 
 def see_memory_usage(message: str, force: bool = False, ranks: list[int] | None = None) -> None:
-    """Logs the most memory used so far, on rank 0; only where `force`, as DeepSpeed."""
+    """Logs the peak of device memory so far, on rank 0 or `ranks`. Does nothing unless `force`, as
+    in DeepSpeed."""
     if force and (not dist.is_initialized() or dist.get_rank() in (ranks or [0])):
         logger.info("%s: at most %.2f GB so far", message, backend().memory_peak_bytes() / 2**30)
 
 
 def move_to_device(item: Any, device: torch.device | str, criterion_func: Any = None) -> Any:
-    """Tensors inside lists, tuples and dicts (those that criterion_func accepts) on the device."""
+    """Returns `item` with the tensors inside its lists, tuples and dicts on `device`. With
+    criterion_func, tensors it rejects stay where they are."""
     if isinstance(item, Tensor):
         return item.to(device) if criterion_func is None or criterion_func(item) else item
     if isinstance(item, dict):
@@ -31,29 +34,7 @@ def move_to_device(item: Any, device: torch.device | str, criterion_func: Any = 
 
 
 def set_random_seed(seed: int) -> None:
-    """Python's and torch's generators."""
+    """Seeds Python's, numpy's and torch's generators."""
     random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def _get_sequence_parallel_group() -> dist.ProcessGroup | None:
-    """None: sequences are not split over ranks."""
-    return None
-
-
-def _get_sequence_parallel_world_size() -> int:
-    """1: sequences are not split over ranks."""
-    return 1
-
-
-def _get_data_parallel_group() -> dist.ProcessGroup | None:
-    """All ranks."""
-    return dist.group.WORLD
-
-
-def _get_data_parallel_world_size() -> int:
-    return dist.get_world_size()
-
-
-def _get_data_parallel_rank() -> int:
-    return dist.get_rank()
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed % 2**63)

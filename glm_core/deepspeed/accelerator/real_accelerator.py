@@ -1,4 +1,5 @@
-"""`get_accelerator()`: DeepSpeed's name for the device, answered by the glm_core backend."""
+"""Decides which glm_core backend a script runs on, and shows it as DeepSpeed's accelerator
+object."""
 
 from __future__ import annotations
 
@@ -15,70 +16,71 @@ _chosen: list[Backend] = []
 
 
 def backend() -> Backend:
-    """The backend of this process: DS_ACCELERATOR's or GLM_CORE's name if it is one of ours, else
-    the first usable one of the device torch finds, else cpu."""
+    """Returns the backend of this process: the one that DS_ACCELERATOR names, else the first usable
+    one for the device torch finds, else cpu. Raises BackendUnavailableError where the named one is
+    not usable."""
     if not _chosen:
         _chosen.append(_choose())
     return _chosen[0]
 
 
 def _choose() -> Backend:
-    asked = os.environ.get("DS_ACCELERATOR")
-    if asked:
-        return registry.usable("ascend" if asked == "npu" else asked)
-    found = torch.accelerator.current_accelerator(check_available=True)
-    for name in registry.names() if found is not None else ():
+    name = os.environ.get("DS_ACCELERATOR")
+    if name:
+        return registry.usable("ascend" if name == "npu" else name)
+    current = torch.accelerator.current_accelerator(check_available=True)
+    for name in registry.names() if current is not None else ():
         try:
             candidate = registry.usable(name)
         except BackendUnavailableError:
             continue
-        if found is not None and candidate.device_type == found.type:
+        if current is not None and candidate.device_type == current.type:
             return candidate
     return registry.usable("cpu")
 
 
 def device() -> torch.device:
-    """This process's device: the one of its local rank."""
+    """Returns this process's device, that of its local rank."""
     return backend().device(int(os.environ.get("LOCAL_RANK", 0)))
 
 
 class Accelerator:
-    """What scripts ask of DeepSpeed's accelerator object; anything else it has, torch's own module
-    of the device answers."""
+    """The calls of DeepSpeed's accelerator object that scripts use. Any other attribute is that of
+    torch's module for the device (torch.cuda, ...)."""
 
     @property
     def _name(self) -> str:
         return backend().name
 
     def device_name(self, device_index: int | None = None) -> str:
-        """`cuda`, or `cuda:1`."""
+        """Returns the device's name, such as `cuda`, or `cuda:1` for an index."""
         kind = backend().device_type
         return kind if device_index is None or kind == "cpu" else f"{kind}:{device_index}"
 
     def current_device_name(self) -> str:
-        """As torch.device takes it."""
+        """Returns the name of this process's device, as torch.device takes it."""
         return str(device())
 
     def current_device(self) -> int | str:
-        """Its index; "cpu" on the CPU, as DeepSpeed says."""
+        """Returns the index of this process's device; on the CPU "cpu", as DeepSpeed does."""
         own = device()
         return own.type if own.index is None else own.index
 
     def communication_backend_name(self) -> str:
-        """gloo, nccl, hccl. (DeepSpeed says ccl on the CPU.)"""
+        """Returns gloo, nccl or hccl. (DeepSpeed says ccl on the CPU.)"""
         return backend().collective
 
     def is_available(self) -> bool:
-        """The backend is only chosen where it is."""
+        """Returns True: only a usable backend is chosen."""
         return True
 
     def device_count(self) -> int:
-        """1 on the CPU."""
+        """Returns the number of devices; 1 on the CPU."""
         kind = backend().device_type
         return 1 if kind == "cpu" else int(torch.get_device_module(kind).device_count())
 
     def set_device(self, device_index: int) -> None:
-        """Nothing on the CPU."""
+        """Makes a device torch's current one; does nothing on the CPU."""
         if backend().device_type != "cpu":
             torch.get_device_module(backend().device_type).set_device(device_index)
 
@@ -87,59 +89,59 @@ class Accelerator:
         backend().synchronize()
 
     def is_bf16_supported(self) -> bool:
-        """One of the backend's working dtypes?"""
+        """Is bfloat16 one of the backend's working dtypes?"""
         return torch.bfloat16 in backend().dtypes
 
     def is_fp16_supported(self) -> bool:
-        """One of the backend's working dtypes?"""
+        """Is float16 one of the backend's working dtypes?"""
         return torch.float16 in backend().dtypes
 
     def supported_dtypes(self) -> list[torch.dtype]:
-        """The backend's working dtypes."""
+        """Returns the backend's working dtypes."""
         return list(backend().dtypes)
 
     def max_memory_allocated(self, device_index: int | None = None) -> int:
-        """Bytes; 0 where the device does not count."""
+        """Returns the peak bytes in use; 0 where the device does not count them."""
         return backend().memory_peak_bytes()
 
     def manual_seed(self, seed: int) -> None:
-        """All of torch's generators."""
+        """Seeds all of torch's generators."""
         torch.manual_seed(seed)
 
     manual_seed_all = manual_seed
 
     def get_rng_state(self, device_index: int | None = None) -> torch.Tensor:
-        """The device generator's."""
+        """Returns the state of the device's random generator."""
         return backend().rng_state()
 
     def set_rng_state(self, new_state: torch.Tensor, device_index: int | None = None) -> None:
-        """The device generator's."""
+        """Sets the state of the device's random generator."""
         backend().set_rng_state(new_state)
 
     def empty_cache(self) -> None:
-        """Nothing on the CPU."""
+        """Frees torch's cached memory; does nothing on the CPU."""
         if backend().device_type != "cpu":
             torch.get_device_module(backend().device_type).empty_cache()
 
     def memory_allocated(self, device_index: int | None = None) -> int:
-        """Bytes now; 0 where the device does not count."""
+        """Returns the bytes in use; 0 where the device does not count them."""
         return self._count("memory_allocated")
 
     def memory_reserved(self, device_index: int | None = None) -> int:
-        """Bytes held by torch now; 0 where the device does not count."""
+        """Returns the bytes that torch holds; 0 where the device does not count them."""
         return self._count("memory_reserved")
 
     def max_memory_reserved(self, device_index: int | None = None) -> int:
-        """Bytes held by torch at most; 0 where the device does not count."""
+        """Returns the peak bytes that torch held; 0 where the device does not count them."""
         return self._count("max_memory_reserved")
 
     def reset_peak_memory_stats(self, device_index: int | None = None) -> None:
-        """Nothing where the device does not count."""
+        """Starts the peaks anew; does nothing where the device does not count bytes."""
         self._count("reset_peak_memory_stats")
 
     def _count(self, name: str) -> int:
-        ask = getattr(torch.get_device_module(backend().device_type), name, None)
-        return 0 if ask is None else ask() or 0
+        call = getattr(torch.get_device_module(backend().device_type), name, None)
+        return 0 if call is None else call() or 0
 
     def __getattr__(self, name: str) -> Any:
         if name.endswith("Tensor") and backend().device_type == "cpu":
@@ -151,5 +153,5 @@ _accelerator = Accelerator()
 
 
 def get_accelerator() -> Accelerator:
-    """One object per process."""
+    """Returns this process's one accelerator object."""
     return _accelerator

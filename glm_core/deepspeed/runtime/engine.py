@@ -12,22 +12,29 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from glm_core.deepspeed import accelerator, checkpoint, monitor, schedules
-from glm_core.deepspeed.answers import Answers
-from glm_core.deepspeed.foreign import Saved
+from glm_core.deepspeed.accelerator import real_accelerator
+from glm_core.deepspeed.checkpoint import layouts, own_layout
+from glm_core.deepspeed.checkpoint.content import COUNTERS, Content
+from glm_core.deepspeed.checkpoint.training_state import OptimizerShard, whole_weights
+from glm_core.deepspeed.monitor.monitor import Monitor, Progress
+from glm_core.deepspeed.notices import say_once
 from glm_core.deepspeed.ops import named
-from glm_core.deepspeed.settings import Settings, say_once
-from glm_core.distributed.norm import Piece, clip_, global_norm
-from glm_core.distributed.placement import Flat, Holder, Parted, Replicas
+from glm_core.deepspeed.profiling.flops_profiler import ForwardFlops
+from glm_core.deepspeed.runtime import lr_schedules
+from glm_core.deepspeed.runtime.accessors import Accessors
+from glm_core.deepspeed.settings import Settings
+from glm_core.deepspeed.utils.timer import PhaseTimer
+from glm_core.distributed.norm import GradientPart, clip_, global_norm
+from glm_core.distributed.placement import FlatStore, MasterStore, ReplicaStore, Zero3Store
 from glm_core.distributed.precision import cast_, to_compute
 from glm_core.distributed.split import Split, join_module, move_, round_
 from glm_core.distributed.zero import defer, shard_parameters
 from glm_core.errors import ConfigError, TrainingError
 
 
-class DeepSpeedEngine(Answers, nn.Module):
-    """One data-parallel replica's share of training `module`. `backward(loss)`, then `step()`, per
-    micro-batch; the update happens at the last of `gradient_accumulation_steps`."""
+class DeepSpeedEngine(Accessors, nn.Module):
+    """Trains one data-parallel replica of `module`. Each micro-batch is a `backward(loss)` and a
+    `step()`; the last of `gradient_accumulation_steps` of them updates the weights."""
 
     def __init__(
         self,
@@ -39,45 +46,45 @@ class DeepSpeedEngine(Answers, nn.Module):
         lr_scheduler: Any = None,
         mpu: Any = None,
     ) -> None:
-        """optimizer, lr_scheduler: made ones, or what makes one of parameters / of the optimizer;
-        None: those of the settings, if any. Raises ConfigError."""
+        """optimizer: a torch optimizer, or a function that makes one of parameters; lr_scheduler: a
+        schedule, or a function that makes one of the optimizer. Where they are None the settings'
+        own are made, if any. Raises ConfigError."""
         super().__init__()
         self.module, self.settings, self.mpu = module, settings, mpu
-        self.device = accelerator.device()
+        self.device = real_accelerator.device()
         self.dp_group: dist.ProcessGroup = (
             _world() if mpu is None else mpu.get_data_parallel_group()
         )
         self.dp_world_size = dist.get_world_size(self.dp_group)
-        self._moved = {} if settings.stage == 3 else join_module(module)
+        self._joined = {} if settings.stage == 3 else join_module(module)
         move_(module, self.device)
-        self._same_start()
+        self._broadcast_start()
         if settings.precision.low:
-            # stage 3 keeps float32 shards, which start, as all masters, from 16-bit weights
+            # ZeRO 3 keeps float32 shards, which start, as all masters do, from 16-bit weights
             (cast_ if settings.stage < 3 else round_)(module, settings.precision.compute)
         self.scaler = settings.loss_scale()
-        self.holders: list[Holder] = []
+        self.stores: list[MasterStore] = []
         self.optimizer = self._configure(optimizer, model_parameters)
         self.names = {p: n for n, p in module.named_parameters()}
         self.aliases = {
             n: self.names[p] for n, p in module.named_parameters(remove_duplicate=False)
         }
-        self.sizes = {p: p.numel() for p in self.names}
         self.lr_scheduler = self._schedule(lr_scheduler)
         self.global_steps = self.global_samples = self.micro_steps = self.skipped_steps = 0
         self.training_dataloader: Any = None
-        self.monitor = monitor.Monitor(settings.raw)
-        self.clock = monitor.Clock(enabled=bool(settings.raw.get("wall_clock_breakdown")))
-        self.flops_profiler = monitor.FlopsProfiler(settings.raw.get("flops_profiler", {}))
+        self.monitor = Monitor(settings.raw, settings.steps_per_print)
+        self.timer = PhaseTimer(enabled=bool(settings.raw.get("wall_clock_breakdown")))
+        self.flops_profiler = ForwardFlops(settings.raw.get("flops_profiler", {}))
         self._norm: float | None = None
         self._boundary: bool | None = None
-        self._reduced = self._quiet = False
+        self._reduced = self._syncs_deferred = False
         self._applied = False
         for name, p in module.named_parameters():
             p.glm_core_place = (self, name)  # type: ignore[attr-defined]  # for safe_get_full_*
 
     @torch.no_grad()
-    def _same_start(self) -> None:
-        """Weights and buffers of the group's first rank for all of it."""
+    def _broadcast_start(self) -> None:
+        """Gives every rank of the data-parallel group the first rank's weights and buffers."""
         if self.dp_world_size > 1:
             first = dist.get_global_rank(self.dp_group, 0)
             for t in (*self.module.parameters(), *self.module.buffers()):
@@ -85,18 +92,19 @@ class DeepSpeedEngine(Answers, nn.Module):
                     dist.broadcast(t.detach(), first, self.dp_group)
 
     def _configure(self, optimizer: Any, parameters: Any) -> torch.optim.Optimizer | None:
+        """Makes the optimizer, and the store of each of its parameter groups."""
         s = self.settings
-        moved = self._moved
+        renewed = self._joined
         if parameters is None:
             parameters = [p for p in self.module.parameters() if p.requires_grad]
-        parameters = [moved.get(p, p) if isinstance(p, nn.Parameter) else p for p in parameters]
+        parameters = [renewed.get(p, p) if isinstance(p, nn.Parameter) else p for p in parameters]
         if optimizer is None and s.optimizer is not None:
             optimizer = named.make(*s.optimizer, parameters)
         elif callable(optimizer) and not isinstance(optimizer, torch.optim.Optimizer):
             optimizer = optimizer(parameters)
         if s.stage == 3:
             mesh = DeviceMesh.from_group(self.dp_group, self.device.type)
-            moved = shard_parameters(
+            renewed = shard_parameters(
                 self.module, mesh, divide=self._divide(), precision=s.precision
             )
         if optimizer is None:
@@ -105,26 +113,26 @@ class DeepSpeedEngine(Answers, nn.Module):
         if optimizer.state:
             raise ConfigError("optimizer: has a state already; give it to initialize before a step")
         for group in optimizer.param_groups:
-            own = [moved.get(p, p) for p in group["params"] if p.requires_grad]
-            if own:
-                self.holders.append(self._holder(own))
-                group["params"] = self.holders[-1].masters
+            trainable = [renewed.get(p, p) for p in group["params"] if p.requires_grad]
+            if trainable:
+                self.stores.append(self._store(trainable))
+                group["params"] = self.stores[-1].masters
         optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
-        made: torch.optim.Optimizer = optimizer
-        return made
+        configured: torch.optim.Optimizer = optimizer
+        return configured
 
     def _divide(self) -> float:
         return float(self.dp_world_size) if self.settings.divide_by_ranks else 1.0
 
-    def _holder(self, params: list[nn.Parameter]) -> Holder:
+    def _store(self, params: list[nn.Parameter]) -> MasterStore:
         s, divide = self.settings, self._divide()
         if s.stage == 3:
-            return Parted(params, self.dp_world_size)
+            return Zero3Store(params, self.dp_world_size)
         if s.stage == 0 and not s.precision.low:
-            return Replicas(
+            return ReplicaStore(
                 params, self.dp_group, divide=divide, predivide=s.predivide, bucket=s.bucket
             )
-        return Flat(
+        return FlatStore(
             params,
             self.dp_group,
             stage=s.stage,
@@ -138,41 +146,42 @@ class DeepSpeedEngine(Answers, nn.Module):
         if scheduler is None and self.settings.scheduler is not None:
             if self.optimizer is None:
                 raise ConfigError("scheduler: there is no optimizer for it; add one")
-            return schedules.make(*self.settings.scheduler, self.optimizer)
-        made = hasattr(scheduler, "step") or not callable(scheduler)
-        return scheduler if made else scheduler(self.optimizer)
+            return lr_schedules.make(*self.settings.scheduler, self.optimizer)
+        is_schedule = hasattr(scheduler, "step") or not callable(scheduler)
+        return scheduler if is_schedule else scheduler(self.optimizer)
 
     # --- the loop ---
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        """The module's forward."""
+        """Runs the module's forward."""
         if self.settings.auto_cast:
             dtype = self.settings.precision.compute
             inputs, kwargs = to_compute(inputs, dtype), to_compute(kwargs, dtype)
         if self.settings.stage == 3 and torch.is_grad_enabled():
-            defer(self.module, self._quiet)
-        with self.clock("forward"), self.flops_profiler(self.global_steps):
+            defer(self.module, self._syncs_deferred)
+        with self.timer("forward"), self.flops_profiler(self.global_steps):
             return self.module(*inputs, **kwargs)
 
     def backward(
         self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True
     ) -> Tensor:
-        """Gradients of one micro-batch, the loss divided by the accumulation steps; that loss."""
+        """Computes the gradients of one micro-batch. Returns the loss divided by the accumulation
+        steps (undivided without scale_wrt_gas), of which they are the gradients."""
         self._needs_optimizer("backward")
         if loss.numel() != 1:
             raise TrainingError(f"backward: a loss of shape {tuple(loss.shape)}; reduce it first")
         scaled = loss / self.settings.accumulation if scale_wrt_gas else loss
-        with self.clock("backward"):
+        with self.timer("backward"):
             (scaled.float() * self.scaler.scale).backward(retain_graph=retain_graph)
             self._backward_done()
         return scaled
 
     def _backward_done(self) -> None:
-        if self._quiet:
+        if self._syncs_deferred:
             return
         last = self.is_gradient_accumulation_boundary()
-        for holder in self.holders:
-            holder.backward_done(last)
+        for store in self.stores:
+            store.backward_done(last)
         self._reduced = True
 
     def _needs_optimizer(self, call: str) -> None:
@@ -180,10 +189,10 @@ class DeepSpeedEngine(Answers, nn.Module):
             raise ConfigError(f"engine.{call}: no optimizer; give one to initialize")
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
-        """Ends a micro-batch; at the accumulation's end clips, updates and advances the schedule.
-        A step whose gradients are not finite is skipped in fp16 and bf16."""
+        """Ends a micro-batch. At the accumulation's end it clips, updates the weights and advances
+        the schedule; in fp16 and bf16 an update whose gradients are not finite is skipped."""
         self._needs_optimizer("step")
-        if self._quiet:
+        if self._syncs_deferred:
             raise TrainingError("engine.step inside no_sync; call it after the block")
         if not self._reduced:
             raise TrainingError(
@@ -192,15 +201,15 @@ class DeepSpeedEngine(Answers, nn.Module):
             )
         self._reduced = self._applied = False
         if self.is_gradient_accumulation_boundary():
-            with self.clock("step"):
+            with self.timer("step"):
                 self._update(lr_kwargs or {})
-            monitor.tell(self)
+            self._report_progress()
         self.micro_steps += 1
 
     @torch.no_grad()
     def _update(self, lr_kwargs: dict[str, Any]) -> None:
         assert self.optimizer is not None
-        parts = self._pieces()
+        parts = self._gradient_parts()
         norm = self._sum_norm(parts) / self.scaler.scale
         overflow = self.settings.skip_overflow and not bool(torch.isfinite(norm))
         self._norm = float(norm)
@@ -212,8 +221,8 @@ class DeepSpeedEngine(Answers, nn.Module):
                     tensor.div_(self.scaler.scale)
             clip_(parts, norm, self.settings.clip)
             self.optimizer.step()
-            for holder in self.holders:
-                holder.publish()
+            for store in self.stores:
+                store.publish()
             self._applied = True
         self.scaler.update(overflow)
         self.zero_grad()
@@ -222,34 +231,47 @@ class DeepSpeedEngine(Answers, nn.Module):
         self.global_steps += 1
         self.global_samples += self.settings.train_batch
 
-    def _pieces(self) -> list[Piece]:
-        return [piece for h in self.holders for piece in h.pieces(self._copies)]
+    def _gradient_parts(self) -> list[GradientPart]:
+        return [part for store in self.stores for part in store.gradient_parts(self._copies)]
 
     def _copies(self, param: nn.Parameter) -> int:
-        """Ranks of the whole job with the same elements."""
+        """Returns on how many ranks of the whole job the same elements are."""
         return self.dp_world_size if is_split(param) else dist.get_world_size()
 
-    def _sum_norm(self, parts: list[Piece]) -> Tensor:
+    def _sum_norm(self, parts: list[GradientPart]) -> Tensor:
         return global_norm(parts, device=str(self.device))
 
+    def _report_progress(self) -> None:
+        progress = Progress(
+            updates=self.global_steps,
+            skipped=self.skipped_steps,
+            samples=self.global_samples,
+            rates=self.get_lr(),
+            loss_scale=self.scaler.scale if self.fp16_enabled() else None,
+            phase_ms=self.timer.take(),
+        )
+        self.monitor.report(progress)
+        self.flops_profiler.report()
+
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets all gradients."""
-        for holder in self.holders:
-            holder.zero_grad()
+        """Discards all gradients."""
+        for store in self.stores:
+            store.zero_grad()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Backwards inside only accumulate on this rank; the next one outside reduces the sum."""
-        self._hold(True)
+        """Inside the block backwards only accumulate on this rank; the next one after it reduces
+        the sum."""
+        self._defer_syncs(True)
         try:
             yield
         finally:
-            self._hold(False)
+            self._defer_syncs(False)
 
-    def _hold(self, quiet: bool) -> None:
-        self._quiet = quiet
-        for holder in self.holders:
-            holder.enabled = not quiet
+    def _defer_syncs(self, deferred: bool) -> None:
+        self._syncs_deferred = deferred
+        for store in self.stores:
+            store.sync = not deferred
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Does this micro-batch end with an update?"""
@@ -258,11 +280,12 @@ class DeepSpeedEngine(Answers, nn.Module):
         return (self.micro_steps + 1) % self.settings.accumulation == 0
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
-        """The caller's word instead of the count, from now on."""
+        """From now on the caller decides whether micro-batches end with an update, not the
+        count."""
         self._boundary = is_boundary
 
     def __getattr__(self, name: str) -> Any:
-        """What the engine has not, the module may have, as in DeepSpeed."""
+        """Returns the module's attribute where the engine has none, as DeepSpeed does."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -272,23 +295,24 @@ class DeepSpeedEngine(Answers, nn.Module):
             return getattr(module, name)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """torch.compile of the module in place; DeepSpeed's compile_kwargs are torch's."""
+        """Compiles the module in place with torch.compile; DeepSpeed's compile_kwargs are
+        torch's."""
         self.module.compile(*args, **kwargs)
 
     def destroy(self) -> None:
-        """Nothing is held that the collector does not free."""
+        """Does nothing: Python frees all that the engine holds."""
 
-    # --- checkpoints: glm_core.deepspeed.checkpoint decides ---
+    # --- checkpoints ---
 
     num_stages = 1
-    """of a pipeline"""
+    """pipeline stages, for PipelineEngine"""
 
-    def read_checkpoint(self, place: Path) -> Saved:
-        """What `load_checkpoint` loads. Raises CheckpointError."""
-        return checkpoint.read(place, checkpoint.mp_rank(self), list(self.names.values()))
+    def read_checkpoint(self, place: Path) -> Content:
+        """Reads the content that `load_checkpoint` loads. Raises CheckpointError."""
+        return layouts.read(place, self.get_model_parallel_rank(), list(self.names.values()))
 
     def module_state_dict(self) -> dict[str, Any]:
-        """The module's weights as they are on this rank (stage 3: DTensors)."""
+        """Returns the module's weights as they are on this rank (ZeRO 3: DTensors)."""
         return self.module.state_dict()
 
     def load_module_state_dict(
@@ -297,13 +321,13 @@ class DeepSpeedEngine(Answers, nn.Module):
         strict: bool = True,
         custom_load_fn: Callable[..., Any] | None = None,
     ) -> None:
-        """Weights, and from them the masters."""
+        """Sets the weights, and from them the masters."""
         if custom_load_fn is not None:
             custom_load_fn(src=state_dict, dst=self.module)
         else:
             self.module.load_state_dict(state_dict, strict=strict)
-        for holder in self.holders:
-            holder.adopt()
+        for store in self.stores:
+            store.adopt()
 
     def save_checkpoint(
         self,
@@ -313,11 +337,35 @@ class DeepSpeedEngine(Answers, nn.Module):
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
     ) -> bool:
-        """Everything a resumed run needs, into save_dir/tag (tag None: global_stepN), on all ranks;
-        `latest` names it. Raises CheckpointError."""
+        """Saves everything a resumed run needs into save_dir/tag (tag None: global_stepN) and makes
+        `latest` name it. Call it on all ranks. Raises CheckpointError on every rank if any could
+        not write."""
         if exclude_frozen_parameters:
             say_once("exclude_frozen_parameters has no effect: frozen parameters are saved too")
-        checkpoint.save(self, save_dir, tag, client_state or {}, save_latest)
+        tag = tag or f"global_step{self.global_steps}"
+        own_layout.check_tag(tag, self.settings.tag_validation)
+        weights = self._whole_weights()
+        shard = self._optimizer_shard()
+        rank_file: own_layout.RankFile = {
+            "format": own_layout.FORMAT,
+            "mp_rank": self.get_model_parallel_rank(),
+            "pieces": shard.spans(),
+            "groups": shard.groups(),
+        }
+        schedule = self.lr_scheduler
+        model = own_layout.model_contents(
+            weights,
+            lr_scheduler=schedule.state_dict() if hasattr(schedule, "state_dict") else None,
+            loss_scale=self.scaler.state(),
+            slice_rank=_slice_rank(self.mpu),
+            stages=self.num_stages,
+            counters={name: getattr(self, name) for name in COUNTERS},
+            client=client_state or {},
+        )
+        writes_model = dist.get_rank(self.dp_group) == 0
+        own_layout.write(
+            Path(save_dir), tag, rank_file, model if writes_model else None, latest=save_latest
+        )
         return True
 
     def load_checkpoint(
@@ -330,18 +378,27 @@ class DeepSpeedEngine(Answers, nn.Module):
         load_module_only: bool = False,
         custom_load_fn: Callable[..., Any] | None = None,
     ) -> tuple[str | None, dict[str, Any]]:
-        """Ours, from any stage and number of ranks, or DeepSpeed's own; its path and client state.
-        (None, {}) where `latest` does not exist. Raises CheckpointError."""
-        return checkpoint.load(
-            self,
-            load_dir,
-            tag,
-            strict=load_module_strict,
-            optimizer=load_optimizer_states and not load_module_only,
-            scheduler=load_lr_scheduler_states and not load_module_only,
-            only_module=load_module_only,
-            custom=custom_load_fn,
-        )
+        """Loads a checkpoint of ours, from any ZeRO stage and number of ranks, or of DeepSpeed's.
+        Returns its path and client state; (None, {}) where `latest` does not exist. Raises
+        CheckpointError."""
+        place = layouts.find(Path(load_dir), tag, universal=self.settings.load_universal)
+        if place is None:
+            return None, {}
+        content = self.read_checkpoint(place)
+        self._set_weights(content.module, load_module_strict, custom_load_fn)
+        if not load_module_only:
+            self._optimizer_shard().restore(
+                content.state if self.settings.load_masters else {},
+                content.groups if load_optimizer_states else None,
+            )
+            if load_optimizer_states and content.loss_scale:
+                self.scaler.restore(content.loss_scale)
+            for name, value in content.counters.items():
+                setattr(self, name, value)
+            schedule = content.lr_scheduler if load_lr_scheduler_states else None
+            if schedule is not None and self.lr_scheduler is not None:
+                self.lr_scheduler.load_state_dict(schedule)
+        return str(place), content.client
 
     def save_16bit_model(
         self,
@@ -349,24 +406,52 @@ class DeepSpeedEngine(Answers, nn.Module):
         save_filename: str = "pytorch_model.bin",
         exclude_frozen_parameters: bool = False,
     ) -> bool:
-        """The whole module's weights in the working dtype as one file, written by rank 0. False,
-        and nothing is written, in stage 3 unless the config says to gather on saving."""
+        """Writes the whole module's weights in the working dtype as one file, on rank 0. In ZeRO 3
+        it writes nothing and returns False unless the config asks for gathering on saving."""
         if self.settings.stage == 3 and not self.settings.gather_on_save:
             say_once(
                 "save_16bit_model: nothing saved; set "
                 "zero_optimization.stage3_gather_16bit_weights_on_model_save"
             )
             return False
-        checkpoint.save_weights(self, save_dir, save_filename)
+        weights = self._whole_weights()
+        if dist.get_rank() == 0:
+            Path(save_dir).mkdir(parents=True, exist_ok=True)
+            torch.save(weights, Path(save_dir) / save_filename)
+        dist.barrier()
         return True
 
     save_fp16_model = save_16bit_model
 
+    def _whole_weights(self) -> dict[str, Any]:
+        # ZeRO 3's weights are the float32 masters; they are saved in the working dtype
+        s = self.settings
+        return whole_weights(self.module, s.precision.compute if s.stage == 3 else None)
+
+    def _set_weights(
+        self, weights: dict[str, Tensor], strict: bool, custom: Callable[..., Any] | None
+    ) -> None:
+        if self.settings.stage == 3 and custom is None:
+            self._optimizer_shard().set_zero3_weights(self.module, weights, strict=strict)
+        else:
+            self.load_module_state_dict(weights, strict, custom)
+
+    def _optimizer_shard(self) -> OptimizerShard:
+        return OptimizerShard(self.stores, self.optimizer, self.names)
+
 
 def is_split(param: nn.Parameter) -> bool:
-    """Is it a tensor-parallel rank's part? Megatron marks what it splits."""
+    """Is the parameter a tensor-parallel rank's part? Megatron marks those that it splits."""
     marks = ("model_parallel", "tensor_model_parallel")
     return any(getattr(param, mark, False) for mark in marks)
+
+
+def _slice_rank(mpu: Any) -> int:
+    """Returns the tensor-parallel rank; an mpu that names none has no pipeline, so its
+    model-parallel rank is the same."""
+    if mpu is None:
+        return 0
+    return int(getattr(mpu, "get_slice_parallel_rank", mpu.get_model_parallel_rank)())
 
 
 def _world() -> dist.ProcessGroup:

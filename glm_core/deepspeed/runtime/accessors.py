@@ -1,4 +1,5 @@
-"""What a script asks of its engine, and of its config."""
+"""The engine's accessors: what scripts read of a run's settings and state, and the batch sizes that
+they may change."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ from glm_core.distributed.precision import DynamicLossScale, LossScale
 from glm_core.errors import ConfigError
 
 
-class Answers:
-    """The engine's questions without consequences."""
+class Accessors:
+    """The part of the engine that only reads its state, under DeepSpeed's names."""
 
     settings: Settings
     optimizer: torch.optim.Optimizer | None
@@ -26,25 +27,24 @@ class Answers:
     _applied: bool
 
     def get_global_grad_norm(self) -> float | None:
-        """Of the last update, before clipping, loss scale removed; None before the first."""
+        """Returns the gradient norm of the last update, before clipping and without the loss scale;
+        None before the first."""
         return self._norm
 
     def get_lr(self) -> list[float]:
-        """One rate per parameter group."""
+        """Returns one learning rate per parameter group."""
         return [] if self.optimizer is None else [g["lr"] for g in self.optimizer.param_groups]
 
     def get_mom(self) -> list[Any]:
-        """Adam's betas or SGD's momentum, per group."""
+        """Returns Adam's betas or SGD's momentum, per parameter group."""
         groups = [] if self.optimizer is None else self.optimizer.param_groups
         return [g.get("betas", g.get("momentum")) for g in groups]
 
     @property
     def cur_scale(self) -> float:
-        """The loss scale."""
         return self.scaler.scale
 
     def loss_scale(self) -> float:
-        """The loss scale."""
         return self.scaler.scale
 
     def was_step_applied(self) -> bool:
@@ -52,109 +52,107 @@ class Answers:
         return self._applied
 
     def train_batch_size(self) -> int:
-        """Samples per update, over all ranks."""
+        """Returns the samples per update, over all ranks."""
         return self.settings.train_batch
 
     def train_micro_batch_size_per_gpu(self) -> int:
-        """Samples per rank and micro-batch."""
+        """Returns the samples per rank and micro-batch."""
         return self.settings.micro_batch
 
     def gradient_accumulation_steps(self) -> int:
-        """Micro-batches per update."""
+        """Returns the micro-batches per update."""
         return self.settings.accumulation
 
     def get_batch_info(self) -> tuple[int, int, int]:
-        """train_batch_size, train_micro_batch_size_per_gpu, gradient_accumulation_steps."""
+        """Returns train_batch_size, train_micro_batch_size_per_gpu, gradient_accumulation_steps."""
         s = self.settings
         return s.train_batch, s.micro_batch, s.accumulation
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
-        """Another number of micro-batches. Raises ConfigError where it is not whole."""
+        """Changes the number of micro-batches per update. Raises ConfigError where it would not be
+        whole."""
         per_step = self.settings.micro_batch * self.dp_world_size
         if train_batch_size % per_step:
             raise ConfigError(f"train_batch_size={train_batch_size}: not a multiple of {per_step}")
         self.settings.train_batch = train_batch_size
         self.settings.accumulation = train_batch_size // per_step
 
-    def gradient_clipping(self) -> float:
-        """The largest norm; 0: any."""
-        return self.settings.clip
-
-    def zero_optimization(self) -> bool:
-        """ZeRO at all?"""
-        return self.settings.stage > 0
-
-    def zero_optimization_stage(self) -> int:
-        """0 to 3."""
-        return self.settings.stage
-
-    def zero_optimization_partition_gradients(self) -> bool:
-        """Stage 2 or 3?"""
-        return self.settings.stage >= 2
-
-    def zero_optimization_partition_weights(self) -> bool:
-        """Stage 3?"""
-        return self.settings.stage == 3
-
-    def fp16_enabled(self) -> bool:
-        """Weights in float16?"""
-        return self.settings.precision.compute == torch.float16
-
-    def bfloat16_enabled(self) -> bool:
-        """Weights in bfloat16?"""
-        return self.settings.precision.compute == torch.bfloat16
-
-    def dynamic_loss_scale(self) -> bool:
-        """Does the loss scale move?"""
-        return isinstance(self.scaler, DynamicLossScale)
-
-    def wall_clock_breakdown(self) -> bool:
-        """Are phases timed?"""
-        return bool(self.settings.raw.get("wall_clock_breakdown", False))
-
-    def optimizer_name(self) -> str | None:
-        """The config's; None for a client's."""
-        return self.settings.optimizer[0] if self.settings.optimizer else None
-
     def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
-        """Another number of rows, the same number of micro-batches."""
+        """Changes the rows of a micro-batch and keeps the number of micro-batches per update."""
         s = self.settings
         s.micro_batch = micro_batch_size
         s.train_batch = micro_batch_size * s.accumulation * self.dp_world_size
 
+    def gradient_clipping(self) -> float:
+        """Returns the largest gradient norm allowed; 0 means any."""
+        return self.settings.clip
+
+    def zero_optimization(self) -> bool:
+        """Is the ZeRO stage 1 or more?"""
+        return self.settings.stage > 0
+
+    def zero_optimization_stage(self) -> int:
+        """Returns the ZeRO stage, 0 to 3."""
+        return self.settings.stage
+
+    def zero_optimization_partition_gradients(self) -> bool:
+        """Is the ZeRO stage 2 or 3?"""
+        return self.settings.stage >= 2
+
+    def zero_optimization_partition_weights(self) -> bool:
+        """Is the ZeRO stage 3?"""
+        return self.settings.stage == 3
+
+    def fp16_enabled(self) -> bool:
+        """Are the weights in float16?"""
+        return self.settings.precision.compute == torch.float16
+
+    def bfloat16_enabled(self) -> bool:
+        """Are the weights in bfloat16?"""
+        return self.settings.precision.compute == torch.bfloat16
+
+    def dynamic_loss_scale(self) -> bool:
+        """Does the loss scale change during the run?"""
+        return isinstance(self.scaler, DynamicLossScale)
+
+    def wall_clock_breakdown(self) -> bool:
+        """Are the phases of an update timed?"""
+        return bool(self.settings.raw.get("wall_clock_breakdown", False))
+
+    def optimizer_name(self) -> str | None:
+        """Returns the config's optimizer type; None where the script gave its own optimizer."""
+        return self.settings.optimizer[0] if self.settings.optimizer else None
+
     def get_data_parallel_rank(self) -> int:
-        """Among those that train on other data."""
+        """Returns this rank's number among those that train on other data."""
         return dist.get_rank(self.dp_group)
 
     def get_model_parallel_rank(self) -> int:
-        """Among those that share the layers; 0 without an mpu."""
+        """Returns this rank's number among those that share one replica; 0 without an mpu."""
         return 0 if self.mpu is None else int(self.mpu.get_model_parallel_rank())
 
     def get_sequence_parallel_group(self) -> dist.ProcessGroup | None:
-        """None: sequences are not split over ranks."""
+        """Returns None: sequences are not split over ranks."""
         return None
 
     @property
     def data_parallel_group(self) -> dist.ProcessGroup:
-        """The ranks that train on other data."""
         return self.dp_group
 
     @property
     def local_rank(self) -> int:
-        """As the launcher set it."""
         return get_local_rank()
 
     @property
     def config(self) -> dict[str, Any]:
-        """The config as given."""
+        """The config as the script gave it."""
         return self.settings.raw
 
     @property
     def global_rank(self) -> int:
-        """Of this process."""
         return dist.get_rank()
 
     @property
     def world_size(self) -> int:
-        """Of the job."""
+        """The number of ranks of the whole job."""
         return dist.get_world_size()

@@ -1,4 +1,5 @@
-"""`deepspeed.zero`: construction of partitioned parameters, and whole views of them."""
+"""`deepspeed.zero`: builds modules with partitioned parameters, and gathers such parameters for a
+while."""
 
 from __future__ import annotations
 
@@ -16,16 +17,17 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from glm_core.deepspeed.comm import init_distributed
-from glm_core.deepspeed.settings import read, say_once
+from glm_core.deepspeed.notices import say_once
+from glm_core.deepspeed.settings import read
 from glm_core.distributed.split import Split, gathered, split_module
 from glm_core.errors import ConfigError
 
 
 class Init:
-    """Inside the block a module's parameters are cut over the data-parallel ranks when the module
-    becomes a part of another one, so a rank holds its share of the model and one layer whole.
-    Values are the first rank's, the same as without the block. See distributed.split.Split for what
-    may be done with such a parameter before `initialize`."""
+    """Inside the block a module's parameters are partitioned over the data-parallel ranks as soon
+    as it becomes part of another module, so a rank holds its share of the model and one layer
+    whole. Values are the first rank's, the same as without the block. See distributed.split.Split
+    for what may be done with such a parameter before `initialize`."""
 
     _open: ClassVar[list[Init]] = []
 
@@ -43,12 +45,15 @@ class Init:
         mpu: Any = None,
         **_unused: Any,
     ) -> None:
-        """No effect where the config is not one of ZeRO 3. module: is partitioned at once. dtype:
-        no effect, masters are float32. Raises ConfigError for remote_device nvme."""
+        """Has no effect where the config asks for another stage than ZeRO 3. module: partitioned at
+        once; dtype: has no effect, masters are float32. Raises ConfigError for a remote_device
+        other than the CPU."""
         if remote_device not in (None, "none", "cpu"):
-            raise ConfigError(f"zero.Init: remote_device={remote_device!r}: nothing is offloaded")
-        given = config if config_dict_or_path is None else config_dict_or_path
-        stage = 3 if given is None else read(given).get("zero_optimization", {}).get("stage", 0)
+            raise ConfigError(
+                f"zero.Init: remote_device={remote_device!r}: nothing is offloaded here; remove it"
+            )
+        config = config if config_dict_or_path is None else config_dict_or_path
+        stage = 3 if config is None else read(config).get("zero_optimization", {}).get("stage", 0)
         self.enabled = enabled and stage == 3
         if not self.enabled:
             return
@@ -64,7 +69,7 @@ class Init:
             self._parents: weakref.WeakSet[nn.Module] = weakref.WeakSet()
             self._hook = register_module_module_registration_hook(self._registered)
             self._apply = nn.Module.apply
-            nn.Module.apply = _gathering(self._apply)  # type: ignore[method-assign]
+            nn.Module.apply = _gathering(self._apply)  # type: ignore[method-assign]  # until exit
         if self.enabled:
             Init._open.append(self)
         return self
@@ -75,7 +80,7 @@ class Init:
         Init._open.remove(self)
         if not Init._open:
             self._hook.remove()
-            nn.Module.apply = self._apply  # type: ignore[method-assign]
+            nn.Module.apply = self._apply  # type: ignore[method-assign]  # torch's own again
             for module in self._parents:
                 split_module(module, self.group)
 
@@ -90,7 +95,7 @@ def _own(module: nn.Module) -> Iterator[Tensor | None]:
 
 
 def _gathering(apply: Callable[..., Any]) -> Callable[..., Any]:
-    """nn.Module.apply, whose function sees each module's own parameters whole."""
+    """Wraps nn.Module.apply so that its function sees each module's own parameters whole."""
 
     def applied(self: nn.Module, function: Callable[[nn.Module], Any]) -> nn.Module:
         def whole(module: nn.Module) -> None:
@@ -98,8 +103,8 @@ def _gathering(apply: Callable[..., Any]) -> Callable[..., Any]:
             with gathered(own, 0):
                 function(module)
 
-        made: nn.Module = apply(self, whole)
-        return made
+        result: nn.Module = apply(self, whole)
+        return result
 
     return applied
 
@@ -111,9 +116,10 @@ def GatheredParameters(
     fwd_module: nn.Module | None = None,
     enabled: bool = True,
 ) -> Iterator[None]:
-    """Inside, the parameters are whole: after `initialize` as the module's attributes (a DTensor
-    that a script holds stays one). Changes last only with modifier_rank: that rank's values become
-    everybody's. Raises ConfigError where a DTensor itself was changed."""
+    """Makes the parameters whole inside the block. After `initialize` they are whole as the
+    module's attributes, while a DTensor that the script holds stays one. Changes last only with
+    modifier_rank, whose values all ranks get. Raises ConfigError where a DTensor itself was
+    changed."""
     chosen = [params] if isinstance(params, Tensor) else list(params)
     with gathered([p for p in chosen if enabled and isinstance(p, Split)], modifier_rank):
         parted = [p for p in chosen if enabled and isinstance(p, DTensor)]
@@ -137,16 +143,17 @@ def GatheredParameters(
 
 
 def _show(param: Tensor, value: Tensor) -> None:
-    """`value` as the module's attribute wherever `param` is one."""
-    engine, wanted = param.glm_core_place  # type: ignore[attr-defined]  # the engine set it
-    for name, found in engine.aliases.items():
-        if found == wanted:
+    """Puts `value` in the place of `param` wherever it is an attribute of the module."""
+    engine, param_name = param.glm_core_place  # type: ignore[attr-defined]  # the engine set it
+    for name, shared_name in engine.aliases.items():
+        if shared_name == param_name:
             owner, _, leaf = name.rpartition(".")
             engine.module.get_submodule(owner)._parameters[leaf] = value
 
 
 @torch.no_grad()
 def _adopt(param: Tensor, values: Tensor, rank: int) -> None:
+    """Sets a DTensor's shards from a rank's whole values."""
     assert isinstance(param, DTensor)
     dist.broadcast(values, rank)
     shard = distribute_tensor(values, param.device_mesh, param.placements, src_data_rank=None)
@@ -154,8 +161,8 @@ def _adopt(param: Tensor, values: Tensor, rank: int) -> None:
 
 
 def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> None:
-    """No effect: a parameter used outside its module must lie outside the ModuleLists, whose layers
-    are gathered one at a time."""
+    """Has no effect. A parameter that is used outside its module must not belong to a layer of a
+    ModuleList, since those are gathered one layer at a time."""
     say_once("zero.register_external_parameter has no effect: whole layers are gathered")
 
 
@@ -163,7 +170,8 @@ unregister_external_parameter = register_external_parameter
 
 
 class ZeroParamStatus(Enum):
-    """What `ds_status` may be; parameters here have none, so scripts find nothing to gather."""
+    """The values of DeepSpeed's `param.ds_status`. Parameters here have no such attribute, so
+    scripts find nothing to gather."""
 
     AVAILABLE = 1
     NOT_AVAILABLE = 2

@@ -1,0 +1,1 @@
+"""Reading and writing checkpoints: our layout, DeepSpeed's, and the universal one."""

@@ -1,0 +1,1 @@
+"""Files a run writes beside training: CSV and TensorBoard events."""

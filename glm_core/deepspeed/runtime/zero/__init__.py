@@ -1,0 +1,17 @@
+"""`deepspeed.zero`: parameters partitioned over the data-parallel ranks."""
+
+from glm_core.deepspeed.runtime.zero.partition_parameters import (
+    GatheredParameters,
+    Init,
+    ZeroParamStatus,
+    register_external_parameter,
+    unregister_external_parameter,
+)
+
+__all__ = [
+    "GatheredParameters",
+    "Init",
+    "ZeroParamStatus",
+    "register_external_parameter",
+    "unregister_external_parameter",
+]

@@ -1,0 +1,41 @@
+"""`deepspeed.utils`: the logger, and single parameters' masters, gradients and moments."""
+
+from glm_core.deepspeed.runtime.dataloader import RepeatingLoader
+from glm_core.deepspeed.utils import groups, logging
+from glm_core.deepspeed.utils.logging import log_dist, logger
+from glm_core.deepspeed.utils.tensor_fragment import (
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_grad,
+    safe_get_local_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_grad,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_grad,
+    safe_set_local_optimizer_state,
+)
+from glm_core.deepspeed.utils.z3_leaf_module import set_z3_leaf_modules
+
+__all__ = [
+    "RepeatingLoader",
+    "groups",
+    "log_dist",
+    "logger",
+    "logging",
+    "safe_get_full_fp32_param",
+    "safe_get_full_grad",
+    "safe_get_full_optimizer_state",
+    "safe_get_local_fp32_param",
+    "safe_get_local_grad",
+    "safe_get_local_optimizer_state",
+    "safe_set_full_fp32_param",
+    "safe_set_full_grad",
+    "safe_set_full_optimizer_state",
+    "safe_set_local_fp32_param",
+    "safe_set_local_grad",
+    "safe_set_local_optimizer_state",
+    "set_z3_leaf_modules",
+]

@@ -1,0 +1,62 @@
+"""`deepspeed.utils.zero_to_fp32`: a checkpoint's whole float32 weights as one file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from glm_core.deepspeed.checkpoint import layouts, own_layout
+from glm_core.deepspeed.checkpoint.content import Content
+from glm_core.deepspeed.checkpoint.files import load_file, model_file, zero3_model_file
+from glm_core.errors import CheckpointError
+from glm_core.training.checkpoint import LATEST, replace
+
+
+def get_fp32_state_dict_from_zero_checkpoint(
+    checkpoint_dir: str | Path, tag: str | None = None
+) -> dict[str, Tensor]:
+    """Returns the state dict with each parameter's float32 master in its place; buffers are as they
+    were saved. Reads our checkpoints, a pipeline's too, and DeepSpeed's of one model-parallel
+    rank. Raises CheckpointError."""
+    folder = Path(checkpoint_dir)
+    if tag is None:
+        try:
+            tag = (folder / LATEST).read_text().strip()
+        except FileNotFoundError:
+            raise CheckpointError(f"{folder}: no {LATEST} file; pass tag=") from None
+    content = _read(folder / tag)
+    state = content.state
+    return {
+        name: state[name]["fp32"].view(value.shape).clone() if name in state else value
+        for name, value in content.module.items()
+    }
+
+
+def _read(place: Path) -> Content:
+    ranks = range(len(list(place.glob(model_file(0).replace("00", "*")))))
+    if len(ranks) > 1:
+        # the last file read wins: for a weight that several stages hold, the first stage's
+        files = {rank: load_file(place / model_file(rank)) for rank in reversed(ranks)}
+        if files[0].get("stages") == len(ranks):
+            return own_layout.read(place, files)
+    if len(ranks) > 1 or (place / zero3_model_file(0, 1)).exists():
+        raise CheckpointError(
+            f"{place}: holds several model-parallel ranks; load it with an mpu instead, or load "
+            "DeepSpeed's pipeline into a PipelineModule and save that"
+        )
+    return layouts.read(place, 0, [])
+
+
+def convert_zero_checkpoint_to_fp32_state_dict(
+    checkpoint_dir: str | Path, output_dir: str | Path, tag: str | None = None
+) -> Path:
+    """Writes the weights and returns the file's path: output_dir itself where it ends in .bin or
+    .pt, else pytorch_model.bin inside it."""
+    path = Path(output_dir)
+    path = path if path.suffix in (".bin", ".pt") else path / "pytorch_model.bin"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    weights = get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir, tag)
+    replace(path, lambda part: torch.save(weights, part))
+    return path

@@ -1,5 +1,5 @@
-"""What a step costs under the DeepSpeed facade and under DeepSpeed itself: the same script, two
-processes each, in turn. `python -m glm_core.bench.deepspeed_step --real PYTHON`."""
+"""Measures what a step costs under the DeepSpeed facade and under DeepSpeed itself: the same script
+on two processes each, in turn. `python -m glm_core.bench.deepspeed_step --real PYTHON`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RANKS = 2
 
 
 class Layers(nn.Module):
-    """Residual layers with norms, [B, D] -> loss."""
+    """Residual layers with norms;  [B, D] -> loss."""
 
     def __init__(self, width: int, layers: int) -> None:
         super().__init__()
@@ -40,15 +40,15 @@ class Layers(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """The mean square of what comes out."""
+        """Returns the mean square of the last layer's output."""
         for block in self.blocks:
             x = x + block(x)
         return x.square().mean()
 
 
 def worker(peer: str, stage: int, size: str) -> None:
-    """One rank: for each number on stdin, so many steps; then its loss and the CPU seconds they
-    took on stdout."""
+    """Runs one rank. For each number on stdin it does so many steps, then writes its loss and the
+    CPU seconds they took to stdout."""
     if peer == "deepspeed":
         import deepspeed
 
@@ -82,7 +82,7 @@ def worker(peer: str, stage: int, size: str) -> None:
 
 
 class Pair:
-    """A peer's processes, waiting."""
+    """The waiting processes of one peer."""
 
     def __init__(self, python: str, peer: str, stage: int, size: str) -> None:
         with socket.socket() as s:
@@ -122,9 +122,9 @@ class Pair:
             assert out is not None
             for line in out:
                 if line.startswith("READY"):
-                    if told := line.split()[1:]:
-                        self.loss = told[0]
-                        seconds.append(float(told[1]))
+                    if result := line.split()[1:]:
+                        self.loss = result[0]
+                        seconds.append(float(result[1]))
                     break
             else:
                 raise RuntimeError(f"{p.args!r}: ended; run it by hand to see why")
@@ -132,7 +132,7 @@ class Pair:
             self.cpu_seconds.append(statistics.mean(seconds))
 
     def __call__(self, steps: int) -> None:
-        """So many steps on all ranks."""
+        """Does so many steps on all ranks."""
         for p in self.processes:
             assert p.stdin is not None
             p.stdin.write(f"{steps}\n")
@@ -140,15 +140,16 @@ class Pair:
         self._wait()
 
     def close(self) -> None:
-        """Ends them."""
+        """Ends the processes."""
         for p in self.processes:
             p.kill()
             p.communicate()
 
 
 def measure(real: str, stage: int, size: str, steps: int, rounds: int) -> dict[str, Any]:
-    """Milliseconds per step of both, of the clock and of a rank's CPU (which other processes of the
-    machine hardly move), and how many times more DeepSpeed's are."""
+    """Returns the milliseconds per step of both peers and how many times longer DeepSpeed's are.
+    They are measured by the clock, and in CPU time of a rank, which the machine's other processes
+    hardly change."""
     with ExitStack() as stack:
         pairs = {}
         for peer, python in (("ours", sys.executable), ("deepspeed", real)):
@@ -175,7 +176,7 @@ def measure(real: str, stage: int, size: str, steps: int, rounds: int) -> dict[s
 
 
 def main() -> None:
-    """One JSON line per size and stage."""
+    """Prints one JSON line per size and stage."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--real", help="Python with DeepSpeed (tests/deepspeed/setup_deepspeed.sh)")
     parser.add_argument("--sizes", nargs="*", default=list(SIZES), choices=list(SIZES))

@@ -1,4 +1,4 @@
-"""`deepspeed.comm`: torch.distributed under DeepSpeed's name, and joining a job."""
+"""Gives torch.distributed DeepSpeed's name `deepspeed.comm`, and joins a job."""
 
 from __future__ import annotations
 

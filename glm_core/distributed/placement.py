@@ -1,5 +1,5 @@
-"""The stores of an optimizer group's masters, one kind per place where masters may live: flat
-shards, whole on every rank (ZeRO 0 in float32), or FSDP2's DTensors (ZeRO 3)."""
+"""Decides where the masters of an optimizer's parameter group live: in flat shards (`FlatStore`),
+whole on every rank (`ReplicaStore`: ZeRO 0 in float32), or in FSDP2's DTensors (`Zero3Store`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Partitioned parameters: each rank keeps only its rows from the moment their module is built, so
+"""Partitions parameters: each rank keeps only its rows from the moment their module is built, so
 that a model larger than a rank's memory can be built (zero.Init)."""
 
 from __future__ import annotations
@@ -142,9 +142,9 @@ def join_module(module: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
 
 @contextmanager
 def gathered(params: Iterable[Split], modifier: int | None) -> Iterator[None]:
-    """Inside the block operations see whole tensors and may make views of them. Afterwards each
-    rank keeps its rows of the values of rank `modifier` (a rank of the whole job); with None
-    changes are discarded."""
+    """Gathers parameters for the block, in which operations see whole tensors and may make views of
+    them. Afterwards each rank keeps its rows of the values of rank `modifier` (a rank of the whole
+    job); with None changes are discarded."""
     chosen = [p for p in params if p.whole is None]
     for p in chosen:
         p.whole = p.gather_rows().clone()

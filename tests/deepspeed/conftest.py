@@ -1,4 +1,4 @@
-"""The scripts' runs, once per session, for all tests of this folder."""
+"""Runs the scripts once per session, for all tests of this folder."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from glm_core.deepspeed.checkpoint.content import Content
 
 
 @pytest.fixture(autouse=True)
-def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is said once per process is said once per test."""
+def no_notice_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes lines that are printed once per process appear once per test."""
     monkeypatch.setattr(notices, "_shown", set())
 
 
 def make_universal(place: Path) -> None:
-    """A universal checkpoint of drawn numbers, written by us."""
+    """Writes a universal checkpoint of random numbers."""
     state: dict[str, dict[str, Any]] = {
         name: {"step": torch.tensor(4.0), **values} for name, values in made_state().items()
     }
@@ -44,7 +44,7 @@ def make_universal(place: Path) -> None:
 
 @pytest.fixture(scope="session")
 def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], Path]:
-    """Real DeepSpeed's run, and the folder of its checkpoints."""
+    """Returns what real DeepSpeed's run of the scripts saw, and the folder of its checkpoints."""
     if not REAL.exists():
         pytest.skip("no .venv-deepspeed: make deepspeed (tests/deepspeed/setup_deepspeed.sh)")
     folder = tmp_path_factory.mktemp("real")
@@ -55,7 +55,8 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], Path]:
 
 @pytest.fixture(scope="session")
 def ours(real: tuple[list[Any], Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Our run of the same scripts, and of those that go on from DeepSpeed's checkpoints."""
+    """Returns what our run of the same scripts saw, and of those that resume from DeepSpeed's
+    checkpoints."""
     folder = tmp_path_factory.mktemp("ours")
     python = Path(sys.executable)
     make_universal(folder / "made" / "here")
@@ -65,8 +66,9 @@ def ours(real: tuple[list[Any], Path], tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="session")
 def spread(ours: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, float]:
-    """How far our own results move when only the order of sums does (and in bfloat16 where they are
-    rounded), the largest of the control scripts of a dtype."""
+    """Returns by dtype how far our own results move when only the order of sums changes, and in
+    bfloat16 the dtype in which gradients are summed: the largest difference over the dtype's
+    control scripts."""
     folder = tmp_path_factory.mktemp("otherwise")
     names = [name for group in CONTROLS.values() for name in group]
     other = run("otherwise", Path(sys.executable), folder / "seen", names, folder)
@@ -82,7 +84,7 @@ def spread(ours: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dt
 
 @pytest.fixture(scope="session")
 def reference() -> dict[str, Any]:
-    """What real_config.py tells."""
+    """Returns the report of real_config.py."""
     if not REAL.exists():
         pytest.skip("no .venv-deepspeed: make deepspeed (tests/deepspeed/setup_deepspeed.sh)")
     done = subprocess.run(
@@ -99,7 +101,7 @@ def reference() -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def four(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], list[Any]]:
-    """Real DeepSpeed's and our run of the scripts for four processes."""
+    """Returns what real DeepSpeed's and our run of the scripts for four processes saw."""
     if not REAL.exists():
         pytest.skip("no .venv-deepspeed: make deepspeed (tests/deepspeed/setup_deepspeed.sh)")
     folder = tmp_path_factory.mktemp("four")

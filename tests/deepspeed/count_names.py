@@ -1,9 +1,9 @@
-"""Which of DeepSpeed's names public scripts use, and how often:
+"""Counts how often public scripts use which of DeepSpeed's names:
 
     python count_names.py DEEPSPEED_PACKAGE REPOSITORY... > names.json
 
 Module names are counted where imports resolve to them; the engine's by name alone, on any object,
-in files that import deepspeed. Nothing is run."""
+in files that import deepspeed. No script is run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ USUAL = {
 
 
 def engine_names(package: Path) -> set[str]:
-    """What the engines define that is not as usual a name as `step`."""
+    """Returns what the engines define, without names as usual as `step`."""
     found = set()
     for path in ("runtime/engine.py", "runtime/pipe/engine.py"):
         for node in ast.parse((package / path).read_text()).body:
@@ -50,7 +50,7 @@ def engine_names(package: Path) -> set[str]:
 
 
 class Names(ast.NodeVisitor):
-    """Of one file."""
+    """Counts the names of one file."""
 
     def __init__(self, engine: set[str]) -> None:
         self.engine = engine
@@ -75,11 +75,15 @@ class Names(ast.NodeVisitor):
         words, inner = [node.attr], node.value
         while isinstance(inner, ast.Attribute):
             words, inner = [inner.attr, *words], inner.value
-        called = isinstance(inner, ast.Call) and isinstance(inner.func, ast.Name)
+        called = (
+            inner.func.id
+            if isinstance(inner, ast.Call) and isinstance(inner.func, ast.Name)
+            else ""
+        )
         if isinstance(inner, ast.Name) and inner.id in self.alias:
             self.found[".".join([self.alias[inner.id], *words])] += 1
             return
-        if called and self.alias.get(inner.func.id, "").endswith("get_accelerator"):  # type: ignore[union-attr]
+        if self.alias.get(called, "").endswith("get_accelerator"):
             self.found[f"get_accelerator().{words[0]}"] += 1
         elif self.alias and node.attr in self.engine:
             self.found[f"engine.{node.attr}"] += 1
@@ -87,7 +91,7 @@ class Names(ast.NodeVisitor):
 
 
 def count(repository: Path, engine: set[str]) -> Counter[str]:
-    """Uses in all of its Python files."""
+    """Counts the uses in all Python files of a repository."""
     total: Counter[str] = Counter()
     for path in sorted(repository.rglob("*.py")):
         text = path.read_text(errors="replace")

@@ -1,4 +1,4 @@
-"""One run of scripts on some processes, under real DeepSpeed or under us."""
+"""Runs scripts on several processes, under real DeepSpeed or under us."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def run(
     ranks: int = 2,
     program: str = "run_scripts.py",
 ) -> list[Any]:
-    """What each rank saw; the processes' own words where they failed."""
+    """Runs the scripts and returns what each rank saw. Where a process failed, its output is in the
+    assertion."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -83,7 +84,7 @@ def run(
 
 
 def distance(mine: Tensor, theirs: Tensor) -> float:
-    """Largest difference in units of the largest value."""
+    """Returns the largest difference in units of the largest value."""
     assert mine.shape == theirs.shape
     if not theirs.numel():
         return 0.0
@@ -91,7 +92,7 @@ def distance(mine: Tensor, theirs: Tensor) -> float:
 
 
 def differences(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
-    """`distance` of a script's losses, norms, rates and each weight."""
+    """Returns the `distance` of a script's losses, norms, rates and each weight."""
     seen = {k: distance(mine[k], theirs[k]) for k in ("losses", "norms", "rates")}
     weights = theirs["weights"].items()
     return {**seen, **{n: distance(mine["weights"][n], w) for n, w in weights}}

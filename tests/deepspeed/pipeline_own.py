@@ -1,4 +1,4 @@
-"""One rank of two: what is known of a pipeline without DeepSpeed, and mistakes planted in it."""
+"""One rank of two: pipelines that are checked without DeepSpeed, and mistakes planted in them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FIXED = {"fp16": {"enabled": True, "loss_scale": 1024}}
 
 
 class Dropped(Attention):
-    """With dropout."""
+    """Attention followed by dropout."""
 
     def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         x, mask = super().forward(inputs)
@@ -47,8 +47,9 @@ def layers(kind: type[nn.Module] = Attention) -> list[Any]:
 
 
 def make(stages: int | None, groups: bool = False, **given: Any) -> Any:
-    """The same weights however it is cut: every layer is seeded. groups: layer 1 in one of its own,
-    which the second of two stages then has not."""
+    """Makes an engine whose weights are the same however the layers are cut, since every layer is
+    seeded. groups: layer 1 has a parameter group of its own, which the second of two stages then
+    lacks."""
     config = {
         "train_micro_batch_size_per_gpu": 3,
         "gradient_accumulation_steps": MICRO,
@@ -78,7 +79,7 @@ def make(stages: int | None, groups: bool = False, **given: Any) -> Any:
 
 
 def train(engine: Any, steps: int = STEPS, data: Iterator[Any] | None = None) -> dict[str, Any]:
-    """Losses, norms and this stage's weights."""
+    """Trains and returns losses, norms and this stage's weights."""
     data = sentences(0) if data is None else data
     losses, norms = [], []
     for _ in range(steps):
@@ -92,13 +93,13 @@ def weights(engine: Any) -> dict[str, Tensor]:
 
 
 def masters(engine: Any) -> dict[str, Any]:
-    """Whole float32 masters and moments by name; a collective of the stage's replicas."""
-    found = {}
+    """Returns whole float32 masters and moments by name. A collective of the stage's replicas."""
+    results = {}
     for name, p in engine.module.named_parameters():
-        found[name] = deepspeed.utils.safe_get_full_fp32_param(p)
+        results[name] = deepspeed.utils.safe_get_full_fp32_param(p)
         for key in ("exp_avg", "exp_avg_sq"):
-            found[f"{name} {key}"] = deepspeed.utils.safe_get_full_optimizer_state(p, key)
-    return found
+            results[f"{name} {key}"] = deepspeed.utils.safe_get_full_optimizer_state(p, key)
+    return results
 
 
 # --- mistakes ---
@@ -127,14 +128,14 @@ def loss_not_averaged() -> AbstractContextManager[Any]:
     return mock.patch.object(engines.PipelineEngine, "_backward", wrong)
 
 
-class NewestFirst(list):  # type: ignore[type-arg]
-    """A stack under a queue's names."""
+class NewestFirst(list[Any]):
+    """A stack with a queue's methods."""
 
     popleft = list.pop
 
 
 def newest_first() -> AbstractContextManager[Any]:
-    """A stage pairs a gradient with the newest micro-batch it has under way."""
+    """A stage pairs a gradient with its newest micro-batch."""
     return mock.patch.object(engines, "deque", NewestFirst)
 
 
@@ -194,23 +195,23 @@ BUGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 
 def case_bugs() -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name, bug in {"right": nullcontext, **BUGS}.items():
         with bug():
             # another seed on each stage: only the tie makes the embeddings equal
             engine = make(2, seed_layers=True, base_seed=5)
-            found[name] = train(engine)
-    return found
+            results[name] = train(engine)
+    return results
 
 
 def case_one_stage() -> dict[str, Any]:
-    """Two replicas of one stage with the same data: what one process computes."""
+    """Two replicas of one stage train on the same data, which is what one process computes."""
     return train(make(1, base_seed=5))
 
 
 def case_otherwise() -> dict[str, Any]:
-    """One stage again with each micro-batch's rows in two other orders, which changes roundings
-    alone: by dtype, where they carry it."""
+    """By dtype, one stage trains again with each micro-batch's rows in two other orders, which
+    changes roundings alone."""
 
     def turned(by: int) -> Iterator[Any]:
         order = torch.tensor([2, 1, 0] if by else [1, 2, 0])
@@ -242,7 +243,7 @@ def case_dynamic() -> dict[str, Any]:
 
 
 def case_low() -> dict[str, Any]:
-    """bfloat16, ZeRO 0 and 1."""
+    """Trains in bfloat16 with ZeRO 0 and 1."""
     low = {**LOW, "bf16": {"enabled": True}}
     return {
         f"{stages} {zero}": train(
@@ -254,61 +255,61 @@ def case_low() -> dict[str, Any]:
 
 
 def case_half() -> dict[str, Any]:
-    """float16 at a fixed scale; and from a scale at which the first steps overflow."""
-    found: dict[str, Any] = {str(n): train(make(n, config={**LOW, **FIXED})) for n in (1, 2)}
+    """Trains in float16 at a fixed scale, and from a scale at which the first steps overflow."""
+    results: dict[str, Any] = {str(n): train(make(n, config={**LOW, **FIXED})) for n in (1, 2)}
     high = {"enabled": True, "initial_scale_power": 22, "hysteresis": 1}
     engine = make(2, config={**LOW, "fp16": high})
     seen = train(engine, 8)
-    found["high"] = {**seen, "skipped": engine.skipped_steps, "scale": engine.loss_scale()}
-    return found
+    results["high"] = {**seen, "skipped": engine.skipped_steps, "scale": engine.loss_scale()}
+    return results
 
 
 def case_recompute() -> dict[str, Any]:
-    """Dropout is drawn again as it was."""
-    found = {}
+    """Dropout must draw the same numbers when it is recomputed."""
+    results = {}
     for interval in (0, 1, 2):
         torch.manual_seed(9)
         engine = make(
             2, layers=layers(Dropped), seed_layers=False, activation_checkpoint_interval=interval
         )
         torch.manual_seed(9)
-        found[str(interval)] = train(engine)
-    return found
+        results[str(interval)] = train(engine)
+    return results
 
 
 def case_resume() -> dict[str, Any]:
-    """Two stages -> one -> two."""
+    """A run goes from two stages to one and back to two."""
     folder = os.environ["CHECKPOINTS"]
-    found = {}
+    results = {}
     engine = make(2, groups=True)
     train(engine)
     engine.save_checkpoint(folder, tag="two", client_state={"n": 1})
-    found["two"] = masters(engine)
-    found["whole"] = deepspeed.utils.zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(
+    results["two"] = masters(engine)
+    results["whole"] = deepspeed.utils.zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(
         folder, tag="two"
     )
     same = make(2, base_seed=79, groups=True)
     same.load_checkpoint(folder, tag="two")
-    found["same"] = masters(same)
+    results["same"] = masters(same)
     other = make(1, base_seed=77, groups=True)
     path, client = other.load_checkpoint(folder, tag="two")
     assert path is not None
     assert client == {"n": 1}
-    found["one"] = masters(other)
+    results["one"] = masters(other)
     other.save_checkpoint(folder, tag="one")
     again = make(2, base_seed=78, groups=True)
     again.load_checkpoint(folder, tag="one")
-    found["again"] = masters(again)
+    results["again"] = masters(again)
     data = [sentences(1), sentences(1)]
-    found["groups"] = [
+    results["groups"] = [
         [(g["lr"], g["weight_decay"]) for g in e.optimizer.param_groups] for e in (engine, other)
     ]
-    found["goes on"] = [train(e, 2, d) for e, d in zip((engine, again), data, strict=True)]
-    return found
+    results["goes on"] = [train(e, 2, d) for e, d in zip((engine, again), data, strict=True)]
+    return results
 
 
 def case_under_way() -> dict[str, Any]:
-    """How many micro-batches a stage holds at most, of six."""
+    """Counts how many of six micro-batches a stage holds at most."""
     engine, most = make(2, config={"gradient_accumulation_steps": 6}), [0]
     right = engines.PipelineEngine._backward
     alive: list[int] = []
@@ -346,7 +347,8 @@ def case_eval() -> dict[str, Any]:
 
 
 class Travels(nn.Module):
-    """A tuple of every kind: with and without gradient, whole numbers, empty, a scalar."""
+    """Returns a tuple of every kind of tensor: with and without gradient, integers, empty, a
+    scalar."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -382,7 +384,7 @@ class Arrives(nn.Module):
 
 
 def case_travels() -> dict[str, Any]:
-    found = {}
+    results = {}
     for stages in (1, 2):
         torch.manual_seed(3)
         model = PipelineModule(
@@ -401,8 +403,8 @@ def case_travels() -> dict[str, Any]:
         engine, *_ = deepspeed.initialize(model=model, config=config)
         rows = torch.randn(12, 2, 4, generator=torch.Generator().manual_seed(1))
         pairs = ((x, x.flip(0)) for x in rows)
-        found[str(stages)] = train(engine, data=pairs)
-    return found
+        results[str(stages)] = train(engine, data=pairs)
+    return results
 
 
 class Counted(PipelineModule):
@@ -418,8 +420,8 @@ class Counted(PipelineModule):
 
 
 def case_more() -> dict[str, Any]:
-    """A second loss; batches made by a function; tensor slices that hold the same."""
-    found = {}
+    """Trains with a second loss and batches made by a function."""
+    results = {}
     for stages in (1, 2):
         config = {
             "train_micro_batch_size_per_gpu": 3,
@@ -430,24 +432,25 @@ def case_more() -> dict[str, Any]:
         engine, *_ = deepspeed.initialize(model=model, config=config)
         engine.set_batch_fn(lambda batch: batch["pair"])
         data = ({"pair": pair} for pair in sentences(0))
-        found[str(stages)] = train(engine, data=data)
-        found[f"{stages} square"] = engine.get_additional_losses()["square"].item()
-    return found
+        results[str(stages)] = train(engine, data=data)
+        results[f"{stages} square"] = engine.get_additional_losses()["square"].item()
+    return results
 
 
 def case_slices() -> dict[str, Any]:
-    """Two tensor-parallel ranks, here with whole weights: counted once, saved and loaded apart."""
+    """Two tensor-parallel ranks, here with whole weights, count once in the norm and save and load
+    apart."""
     grid = PipeModelDataParallelTopology(num_pp=1, num_mp=2, num_dp=1)
     engine, other = (make(None, topology=grid, base_seed=seed) for seed in (5, 6))
-    found = train(engine)
+    results = train(engine)
     folder = os.path.join(os.environ["CHECKPOINTS"], "slices")
     engine.save_checkpoint(folder)
     other.load_checkpoint(folder)
-    return {**found, "loaded": weights(other)}
+    return {**results, "loaded": weights(other)}
 
 
 def case_refused() -> dict[str, str]:
-    """What is said, on every rank before anything is sent."""
+    """Collects the errors of what is refused, on every rank before anything is sent."""
     engine = make(2)
     universal = Path(os.environ["CHECKPOINTS"]) / "universal" / "zero"
     universal.mkdir(parents=True, exist_ok=True)
@@ -475,17 +478,17 @@ def case_refused() -> dict[str, str]:
             model=engine.module, mpu=engine.grid, config={"train_batch_size": 2}
         ),
     }
-    said = {}
+    messages = {}
     for name, call in calls.items():
         try:
             call()
         except GlmCoreError as error:
-            said[name] = str(error)
-    return said
+            messages[name] = str(error)
+    return messages
 
 
 class Fake:
-    """An mpu whose two tensor-parallel ranks are the job."""
+    """An mpu whose two tensor-parallel ranks are the whole job."""
 
     def get_tensor_model_parallel_rank(self) -> int:
         return dist.get_rank()
@@ -498,11 +501,11 @@ class Fake:
 
 
 def case_partitioned() -> dict[str, Any]:
-    """A checkpoint's inputs in halves: the gradient, and how much was kept."""
+    """Keeps a checkpoint's inputs in halves, and reports the gradient and how much was kept."""
     chk = deepspeed.checkpointing
     torch.manual_seed(2)
     layer, x = nn.Linear(5, 5), torch.randn(3, 5)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name, options in {
         "whole": {},
         "parts": {"partition_activations": True},
@@ -520,9 +523,9 @@ def case_partitioned() -> dict[str, Any]:
         with mock.patch.object(chk, "_pack", keep):
             leaf = x.clone().requires_grad_()
             chk.checkpoint(lambda v: torch.tanh(layer(v)), leaf).square().sum().backward()
-        found[name] = {"grad": leaf.grad, "kept": kept}
+        results[name] = {"grad": leaf.grad, "kept": kept}
     chk.configure(None)
-    return found
+    return results
 
 
 def main(out: str, names: list[str]) -> None:

@@ -1,5 +1,5 @@
-"""Run by real DeepSpeed's interpreter: its config's fields, its loss scale over a pattern, and its
-schedules over their course."""
+"""Runs in real DeepSpeed's interpreter and reports its config's fields, its loss scale over a
+pattern of overflows, its partitions, and its schedules step by step."""
 
 import importlib
 import json
@@ -59,7 +59,7 @@ TOP = (
 
 
 def fields(path):
-    """A pydantic model's fields and their aliases."""
+    """Returns a pydantic model's fields and their aliases."""
     module, _, name = path.rpartition(".")
     found = getattr(importlib.import_module(module), name).model_fields
     return sorted({*found, *(f.alias for f in found.values() if f.alias)})

@@ -1,5 +1,5 @@
-"""What both sides are asked, in the same words: overflows for the loss scale, layers to be cut into
-stages, schedules as (name, params) in all forms of their arguments, to be followed to their end."""
+"""The inputs that DeepSpeed and we both get: overflows for the loss scale, layers to cut into
+stages, and schedules as (name, params) with all forms of their arguments."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ SCHEDULES: list[tuple[str, dict[str, Any]]] = [
 
 
 def follow(make: Any, optimizer: Any, start: int) -> list[Any]:
-    """Rates and betas of each group: at the start, and after each step; `start` steps are done by a
-    schedule whose state the followed one goes on from."""
+    """Returns the rates and betas of each group at the start and after each step. With `start`, the
+    schedule continues from the state of another that has done so many steps."""
     schedule = make(optimizer)
     for _ in range(start):
         schedule.step()

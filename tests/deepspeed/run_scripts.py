@@ -1,4 +1,4 @@
-"""One rank: runs scripts one after the other under one package, saves what they saw."""
+"""One rank: runs scripts one after the other under one package and saves what they saw."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ HERE = Path(__file__).parent
 
 
 def whole_weights(deepspeed: Any, engine: Any) -> dict[str, torch.Tensor]:
-    """By name, whatever the stage."""
+    """Returns the whole weights by name, whatever the stage."""
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
         return {n: p.detach().float().clone() for n, p in engine.module.named_parameters()}
 
 
 def consolidate(folder: Path) -> None:
-    """DeepSpeed's own whole weights beside each of its checkpoints."""
+    """Writes DeepSpeed's own whole weights beside each of its checkpoints."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     for place in (p.parent for p in folder.glob("*/latest")):
@@ -35,7 +35,7 @@ def consolidate(folder: Path) -> None:
 
 
 def sum_in_bfloat16(deepspeed: Any) -> None:
-    """Gradients of bfloat16 scripts are summed over ranks in bfloat16, as DeepSpeed does."""
+    """Makes bfloat16 scripts sum gradients over ranks in bfloat16, as DeepSpeed does."""
     usual = deepspeed.initialize
 
     def initialize(*args: Any, **kwargs: Any) -> Any:
@@ -47,7 +47,7 @@ def sum_in_bfloat16(deepspeed: Any) -> None:
 
 
 def to_universal(place: Path, out: Path) -> None:
-    """DeepSpeed's own conversion."""
+    """Runs DeepSpeed's own conversion."""
     from argparse import Namespace
 
     from deepspeed.checkpoint.ds_to_universal import main as convert
@@ -80,11 +80,11 @@ def main(out: str, names: list[str]) -> None:
     seen: dict[str, Any] = {}
     torch.save(seen, f"{out}.{dist.get_rank()}.part")
     for name in names:
-        found = runpy.run_path(str(next(HERE.glob(f"*/{name}.py"))))
-        if "engine" not in found:
+        script = runpy.run_path(str(next(HERE.glob(f"*/{name}.py"))))
+        if "engine" not in script:
             continue  # it checked itself
-        weights = whole_weights(deepspeed, found["engine"])
-        lists = {k: [v for v in found[k] if v is not None] for k in ("losses", "norms", "rates")}
+        weights = whole_weights(deepspeed, script["engine"])
+        lists = {k: [v for v in script[k] if v is not None] for k in ("losses", "norms", "rates")}
         seen[name] = {**{k: torch.tensor(v) for k, v in lists.items()}, "weights": weights}
         torch.save(seen, f"{out}.{dist.get_rank()}.part")
     if os.environ["PEER"] == "deepspeed" and dist.get_rank() == 0:

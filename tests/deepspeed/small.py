@@ -1,4 +1,4 @@
-"""What the scripts train: a model of a few hundred weights, and other data on every rank."""
+"""The model of a few hundred weights that the scripts train, and data that differ on every rank."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ class Classifier(nn.Module):
 
 
 def batches(count: int, rows: int = 4, rank: int | None = None) -> list[dict[str, Tensor]]:
-    """Different on every rank (None: this one)."""
+    """Returns batches that are different on every rank (None: this one)."""
     generator = torch.Generator().manual_seed(100 + (dist.get_rank() if rank is None else rank))
     xs = [torch.randn(rows, 7, generator=generator) for _ in range(count)]
     return [{"x": x, "labels": (x.sum(1).abs() * 3).long() % 5} for x in xs]
 
 
-class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
+class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
     """The samples of every rank, for a distributed sampler."""
 
     def __init__(self) -> None:
@@ -63,8 +63,8 @@ class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
         return {"x": x, "labels": (x.sum().abs() * 3).long() % 5}
 
 
-class Pairs(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    """(input, label), as a pipeline's loss function takes them."""
+class Pairs(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
+    """Pairs of input and label, as a pipeline's loss function takes them."""
 
     def __init__(self) -> None:
         self.x = torch.randn(96, 7, generator=torch.Generator().manual_seed(51))
@@ -81,8 +81,8 @@ VOCABULARY, LENGTH = 19, 6
 
 
 def sentences(replica: int) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
-    """Endless ((tokens, mask), labels) of a data-parallel replica: every third token follows from
-    the one before."""
+    """Yields ((tokens, mask), labels) of a data-parallel replica without end. Every third token
+    follows from the one before."""
     generator = torch.Generator().manual_seed(300 + replica)
     while True:
         tokens = torch.randint(VOCABULARY, (3, LENGTH + 1), generator=generator)
@@ -92,7 +92,7 @@ def sentences(replica: int) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
 
 
 class Embedding(nn.Module):
-    """Tokens and their positions;  [B, L] -> [B, L, D]. The mask goes along."""
+    """Embeds tokens and their positions;  [B, L] -> [B, L, D]. The mask is passed on."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
@@ -122,17 +122,17 @@ class Attention(nn.Module):
 
 
 def logits(embedding: Embedding, inputs: tuple[Tensor, Tensor]) -> Tensor:
-    """The embedding's transpose as the head;  [B, L, D] -> [B, L, V]."""
+    """Uses the embedding's transpose as the head;  [B, L, D] -> [B, L, V]."""
     return inputs[0] @ embedding.word.weight.T
 
 
 def next_token_loss(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy."""
+    """Returns the mean cross-entropy."""
     return nn.functional.cross_entropy(outputs.flatten(0, 1).float(), labels.flatten())
 
 
 def made_state() -> dict[str, dict[str, Tensor]]:
-    """Masters and moments of a Classifier, drawn."""
+    """Returns random masters and moments of a Classifier."""
     generator = torch.Generator().manual_seed(71)
     state = {}
     for name, p in Classifier().named_parameters():

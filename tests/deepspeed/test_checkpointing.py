@@ -1,4 +1,5 @@
-"""deepspeed.checkpointing in one process: generators, what is kept, what is asked for in vain."""
+"""Checks deepspeed.checkpointing in one process: generators, what is kept, and what has no
+effect."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def _as_imported() -> Iterator[None]:
 
 
 def run(x: Tensor, again: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Two dropouts, one of the tracker's generator; output, gradient, what is drawn afterwards."""
+    """Runs two dropouts, one with the tracker's generator. Returns the output, the gradient, and
+    what the generators draw afterwards."""
     torch.manual_seed(1)
     checkpointing.model_parallel_cuda_manual_seed(3)
     weight = torch.ones(64, requires_grad=True)

@@ -1,4 +1,5 @@
-"""Checkpoints that DeepSpeed wrote, read by us; weights against its own zero_to_fp32."""
+"""Checkpoints that DeepSpeed wrote are read by us; the weights are compared with its own
+zero_to_fp32."""
 
 from __future__ import annotations
 
@@ -29,11 +30,11 @@ def test_whole_weights_are_those_of_zero_to_fp32(
 
 @pytest.mark.parametrize("name", ["resume", "zero3", "bf16_zero3"])
 def test_our_own_are_consolidated_too(name: str, ours: tuple[list[Any], Path]) -> None:
-    found = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(ours[1] / name)
+    weights = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(ours[1] / name)
     if name == "zero3":
         for key, value in ours[0][0][name]["weights"].items():
-            assert torch.equal(found[key], value)
-    assert all(v.dtype == torch.float32 for v in found.values())
+            assert torch.equal(weights[key], value)
+    assert all(v.dtype == torch.float32 for v in weights.values())
 
 
 def test_a_missing_rank_is_named(real: tuple[list[Any], Path], tmp_path: Path) -> None:
@@ -45,7 +46,7 @@ def test_a_missing_rank_is_named(real: tuple[list[Any], Path], tmp_path: Path) -
 
 
 class Evil:
-    """Would run when unpickled."""
+    """An object that would run code when it is unpickled."""
 
     def __reduce__(self) -> Any:
         return print, ("ran",)

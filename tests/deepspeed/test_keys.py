@@ -1,5 +1,5 @@
-"""Every key's state, tried: a supported one changes a setting, one without effect says so once, an
-error says what it would have changed and the way out."""
+"""Every config key is tried: a supported one changes a setting, one without effect is mentioned
+once, an error says what the key would have changed and what to do instead."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def keys(state: str) -> list[tuple[str, ...]]:
 
 
 def merged(*configs: dict[str, Any]) -> dict[str, Any]:
-    """Sections joined, one level deep."""
+    """Joins configs' sections, one level deep."""
     whole: dict[str, Any] = {}
     for config in configs:
         for name, value in config.items():
@@ -44,8 +44,8 @@ def test_without_effect_is_said_once(
     plain = resolve(BASE, 2)
     for _ in range(2):
         given = resolve({**BASE, **nested(path, 3)}, 2)
-    said = capsys.readouterr().err
-    assert said.count(f"config key {'.'.join(path)} has no effect here: ") == 1
+    printed = capsys.readouterr().err
+    assert printed.count(f"config key {'.'.join(path)} has no effect here: ") == 1
     given.raw = plain.raw
     assert given == plain
 
@@ -53,9 +53,9 @@ def test_without_effect_is_said_once(
 @pytest.mark.parametrize("path", keys("error"), ids=".".join)
 def test_an_error_says_the_way_out(path: tuple[str, ...]) -> None:
     key: Key = KEYS[path]
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as raised:
         resolve({**BASE, **nested(path, 3)}, 2)
-    assert ".".join(path) + "=3: " + key.reason in str(told.value)
+    assert ".".join(path) + "=3: " + key.reason in str(raised.value)
     assert ";" in key.reason
     for harmless in key.harmless:
         resolve({**BASE, **nested(path, harmless)}, 2)
@@ -113,8 +113,8 @@ def test_supported_changes_a_setting(
     name: str, value: Any, more: dict[str, Any], field: str
 ) -> None:
     def seen(config: dict[str, Any]) -> Any:
-        found = getattr(resolve(merged(BASE, config), 2), field)
-        return found() if field == "loss_scale" else found
+        setting = getattr(resolve(merged(BASE, config), 2), field)
+        return setting() if field == "loss_scale" else setting
 
     assert field in (*Settings.__dataclass_fields__, "loss_scale")
     assert seen(merged(more, nested(tuple(name.split(".")), value))) != seen(more)

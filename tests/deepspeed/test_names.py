@@ -1,5 +1,5 @@
-"""Names that public scripts use (names.json, made by count_names.py): what docs/deepspeed.md says
-of each is so."""
+"""docs/deepspeed.md tells the truth of every name that public scripts use (names.json, made by
+count_names.py)."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from glm_core.deepspeed.names import way_out
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 USED = {name: sum(u.values()) for name, u in json.loads((HERE / "names.json").read_text()).items()}
-STATES = ("Works", "Accepted without effect", "Error with the way out")
+STATES = ("Works", "Accepted without effect", "Error that says what to do instead")
 
 
 def listed() -> dict[str, dict[str, int]]:
-    """By state, the names of the document and their uses."""
+    """Returns by state the names in the document and their uses."""
     text = (ROOT / "docs/deepspeed.md").read_text()
     found = {}
     for state in STATES:
@@ -32,7 +32,7 @@ def listed() -> dict[str, dict[str, int]]:
 
 
 def resolves(name: str) -> bool:
-    """Can a script write it?"""
+    """Can a script use this name?"""
     first, _, rest = name.partition(".")
     if first == "engine":
         kinds = [getattr(deepspeed, k, None) for k in ("DeepSpeedEngine", "PipelineEngine")]

@@ -1,5 +1,5 @@
-"""What only we do, or DeepSpeed refuses on the CPU: scripts on two processes that check
-themselves (tests/deepspeed/own)."""
+"""Runs scripts that check themselves on two processes (tests/deepspeed/own): features that only we
+have, or that DeepSpeed refuses on the CPU."""
 
 from __future__ import annotations
 

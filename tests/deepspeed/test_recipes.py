@@ -1,5 +1,5 @@
-"""Schedules value by value against DeepSpeed's classes; optimizers against their papers' formulas
-in float64 (DeepSpeed's own are compiled, or for GPUs only)."""
+"""Compares schedules value by value with DeepSpeed's classes, and optimizers with their papers'
+formulas in float64 (DeepSpeed's own are compiled, or for GPUs only)."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_bad_schedule_is_an_error(name: str, params: dict[str, Any], says: str
 
 
 def run(make_one: Callable[..., torch.optim.Optimizer], dtype: torch.dtype) -> list[Tensor]:
-    """Weights after each of ten steps on fixed gradients, two shapes."""
+    """Returns the weights after each of ten steps on fixed gradients, for two shapes."""
     generator = torch.Generator().manual_seed(0)
     draws = [
         [torch.randn(s, generator=generator).double() for s in ((5, 7), (3,))] for _ in range(11)
@@ -76,7 +76,7 @@ def run(make_one: Callable[..., torch.optim.Optimizer], dtype: torch.dtype) -> l
 
 
 class ByHand(torch.optim.Optimizer):
-    """The formula, for one tensor at a time, on numbers of its own."""
+    """Applies an optimizer's formula to one tensor at a time, with state of its own."""
 
     def __init__(self, params: list[Tensor], formula: Callable[..., Tensor]) -> None:
         super().__init__(params, {})

@@ -1,10 +1,10 @@
-"""The same scripts under real DeepSpeed and under us, two processes with different data: losses,
-gradient norms, learning rates and final weights.
+"""Runs the same scripts under real DeepSpeed and under us, on two processes with different data,
+and compares losses, gradient norms, learning rates and final weights.
 
-What may differ is measured, not set: control scripts run once more with the rows of each
-micro-batch in the other order, which changes roundings alone, and in bfloat16 with gradients summed
-over ranks in bfloat16, as DeepSpeed does and we do not. The project's rule then holds: at most
-RATIO times the largest of these spreads in a dtype."""
+The difference that is allowed is measured, not set. Control scripts run once more with the rows of
+each micro-batch in the other order, which changes roundings alone, and in bfloat16 with gradients
+summed over ranks in bfloat16, as DeepSpeed does and we do not. The project's rule then holds: at
+most RATIO times the largest of these spreads in a dtype."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Spread = dict[torch.dtype, float]
 
 
 def allowed(script: str, spread: Spread) -> float:
-    """Largest relative difference."""
+    """Returns the largest relative difference that is allowed."""
     return RATIO * spread[torch.bfloat16 if "bf16" in script else torch.float32]
 
 
 def compare(script: str, ours: list[Any], real: list[Any], spread: Spread) -> None:
-    """Every rank's."""
+    """Compares what every rank saw."""
     for theirs, mine in zip(real, ours, strict=True):
         assert len(mine[script]["losses"]) >= 12
         seen = differences(mine[script], theirs[script])

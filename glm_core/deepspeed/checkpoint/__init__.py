@@ -1,1 +1,1 @@
-"""Reading and writing checkpoints: our layout, DeepSpeed's, and the universal one."""
+"""Reads and writes checkpoints: our layout, DeepSpeed's own, and the universal one."""

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, whichever layout, ZeRO stage and number of ranks wrote it."""
+"""Decides what a checkpoint holds, whichever layout, ZeRO stage and number of ranks wrote it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layouts that DeepSpeed (0.19.8) writes itself, one per ZeRO stage."""
+"""Reads the checkpoints that DeepSpeed (0.19.8) writes, whose layout depends on the ZeRO stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The names of checkpoint files, and how they are loaded without running anything in them."""
+"""Names the files of a checkpoint, and loads them without running any code in them."""
 
 from __future__ import annotations
 

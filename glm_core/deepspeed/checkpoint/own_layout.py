@@ -1,6 +1,6 @@
-"""The layout of our checkpoints: weights in one model file per model-parallel rank, and in every
-rank's own file its spans of masters and moments, so that any stage and number of ranks can read
-them."""
+"""Reads and writes our own layout: the weights are in one model file per model-parallel rank, and
+every rank's own file has its spans of masters and moments, so that any stage and number of ranks
+can read them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class SavedSpan(TypedDict):
 
 
 class RankFile(TypedDict):
-    """What every rank writes."""
+    """The content of the file that every rank writes."""
 
     format: str
     mp_rank: int

@@ -1,5 +1,5 @@
-"""What of a running engine goes into a checkpoint and comes back from it: whole weights, and this
-rank's spans of the masters and of the optimizer's state."""
+"""Moves a running engine's state into a checkpoint and back: whole weights, and this rank's spans
+of the masters and of the optimizer's state."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The universal layout, one folder per parameter (deepspeed/checkpoint/ds_to_universal.py,
-0.19.8)."""
+"""Reads and writes the universal layout, which has one folder per parameter
+(deepspeed/checkpoint/ds_to_universal.py, 0.19.8)."""
 
 from __future__ import annotations
 

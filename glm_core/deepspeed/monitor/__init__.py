@@ -1,1 +1,1 @@
-"""Files a run writes beside training: CSV and TensorBoard events."""
+"""Reports a run's progress as printed lines, CSV files and TensorBoard events."""

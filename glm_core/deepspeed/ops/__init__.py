@@ -1,4 +1,4 @@
-"""`deepspeed.ops`: optimizers under DeepSpeed's names."""
+"""Offers optimizers under DeepSpeed's names (`deepspeed.ops`)."""
 
 from glm_core.deepspeed.ops import adagrad, adam, lamb, lion
 

@@ -1,4 +1,4 @@
-"""`from deepspeed.pipe import PipelineModule, LayerSpec, TiedLayerSpec`."""
+"""Makes `from deepspeed.pipe import PipelineModule, LayerSpec, TiedLayerSpec` work."""
 
 from glm_core.deepspeed.runtime.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 

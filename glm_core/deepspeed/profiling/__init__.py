@@ -1,1 +1,1 @@
-"""Counts of what a step computes."""
+"""Counts what a step computes."""

@@ -1,1 +1,1 @@
-"""The engine and what it is built from, at DeepSpeed's own paths."""
+"""Holds the engine and its parts at DeepSpeed's own paths."""

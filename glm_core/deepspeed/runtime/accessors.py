@@ -1,5 +1,5 @@
-"""The engine's accessors: what scripts read of a run's settings and state, and the batch sizes that
-they may change."""
+"""Tells scripts a run's settings and state under DeepSpeed's names, and lets them change the batch
+sizes."""
 
 from __future__ import annotations
 

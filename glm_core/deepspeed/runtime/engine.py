@@ -1,4 +1,4 @@
-"""The engine that `initialize` returns: DeepSpeed's calls over one nn.Module."""
+"""Trains an nn.Module by DeepSpeed's calls: the engine that `initialize` returns."""
 
 from __future__ import annotations
 
@@ -260,8 +260,8 @@ class DeepSpeedEngine(Accessors, nn.Module):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Inside the block backwards only accumulate on this rank; the next one after it reduces
-        the sum."""
+        """Makes backwards inside the block only accumulate on this rank; the next one after it
+        reduces the sum."""
         self._defer_syncs(True)
         try:
             yield
@@ -280,8 +280,7 @@ class DeepSpeedEngine(Accessors, nn.Module):
         return (self.micro_steps + 1) % self.settings.accumulation == 0
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
-        """From now on the caller decides whether micro-batches end with an update, not the
-        count."""
+        """Decides from now on whether micro-batches end with an update, in place of their count."""
         self._boundary = is_boundary
 
     def __getattr__(self, name: str) -> Any:

@@ -1,5 +1,5 @@
-"""`deepspeed.runtime.lr_schedules`: the learning-rate schedules that a config can name, as
-functions of the step (deepspeed/runtime/lr_schedules.py, 0.19.8)."""
+"""Computes the learning-rate schedules that a config can name, as functions of the step
+(`deepspeed.runtime.lr_schedules`, 0.19.8)."""
 
 from __future__ import annotations
 
@@ -136,8 +136,8 @@ class WarmupDecayLR(WarmupLR):
 
 
 class WarmupCosineLR(WarmupLR):
-    """The optimizer's own rates times a ratio. The ratio rises from warmup_min_ratio to 1, falls as
-    a cosine to cos_min_ratio at total_num_steps, and stays there."""
+    """The optimizer's own rates times a ratio that rises from warmup_min_ratio to 1, falls as a
+    cosine to cos_min_ratio at total_num_steps, and stays there."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""`deepspeed.runtime.utils`, as far as scripts use it."""
+"""Offers the functions of `deepspeed.runtime.utils` that scripts use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`deepspeed.utils`: the logger, and single parameters' masters, gradients and moments."""
+"""Offers the logger, and access to single parameters' masters, gradients and moments
+(`deepspeed.utils`)."""
 
 from glm_core.deepspeed.runtime.dataloader import RepeatingLoader
 from glm_core.deepspeed.utils import groups, logging

@@ -1,5 +1,5 @@
-"""`deepspeed.utils.groups`: the process groups that scripts ask for outside an engine. Sequences
-are never split over ranks here, and without an mpu every rank is a data-parallel one."""
+"""Names the process groups that scripts ask for outside an engine (`deepspeed.utils.groups`).
+Sequences are never split over ranks here, and without an mpu every rank is a data-parallel one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`deepspeed.utils.logging`: the logger that scripts share with the engine."""
+"""Holds the logger that scripts share with the engine (`deepspeed.utils.logging`)."""
 
 from __future__ import annotations
 

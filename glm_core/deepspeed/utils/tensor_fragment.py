@@ -1,5 +1,5 @@
-"""`deepspeed.utils.tensor_fragment`: reads and sets one parameter's master, gradient or moment, the
-whole tensor (`safe_*_full_*`) or this rank's part of it (`safe_*_local_*`)."""
+"""Reads and sets one parameter's master, gradient or moment (`deepspeed.utils.tensor_fragment`):
+the whole tensor (`safe_*_full_*`) or this rank's part of it (`safe_*_local_*`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`deepspeed.utils.z3_leaf_module`: accepted without effect."""
+"""Accepts the calls of `deepspeed.utils.z3_leaf_module`, which have no effect here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`deepspeed.utils.zero_to_fp32`: a checkpoint's whole float32 weights as one file."""
+"""Writes a checkpoint's whole float32 weights as one file (`deepspeed.utils.zero_to_fp32`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""zero.Init: the same values as without it, less memory, and no change that is lost silently."""
+"""Checks zero.Init: the values are those without it, a rank needs less memory, and no change is
+lost silently."""
 
 import ctypes
 import re
@@ -23,7 +24,8 @@ def peak_bytes():
 
 
 class Custom(nn.Module):
-    """Initial values from its parts' constructors, its own constructor, `apply` and afterwards."""
+    """A module whose initial values come from its parts' constructors, its own constructor,
+    `apply`, and assignments afterwards."""
 
     def __init__(self):
         super().__init__()
@@ -45,7 +47,7 @@ class Custom(nn.Module):
 
 
 class Layer(nn.Module):
-    """One of those that are built before their list."""
+    """A layer that is built before the list it belongs to."""
 
     def __init__(self):
         super().__init__()

@@ -1,5 +1,5 @@
-"""Own checkpoints at another stage, and DeepSpeed's of ZeRO 1, 2 and 3 at every stage: masters,
-moments and counters bit by bit."""
+"""Loads our checkpoints at every other ZeRO stage, and DeepSpeed's of ZeRO 1, 2 and 3 at every
+stage. Masters, moments and counters must be equal bit by bit."""
 
 import os
 

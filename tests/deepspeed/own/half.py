@@ -1,5 +1,5 @@
-"""float16, which DeepSpeed refuses on the CPU: loss scales, skipped steps and weights of two ranks
-in every stage against one loop written out here."""
+"""Checks float16, which DeepSpeed refuses on the CPU: loss scales, skipped steps and weights of two
+ranks in every stage against one loop written out here."""
 
 import pytest
 import torch
@@ -18,8 +18,8 @@ def rows(rank):
 
 
 def by_hand():
-    """One process with all ranks' data; on overflow no update and half the scale, twice the scale
-    after WINDOW good steps (hysteresis 1)."""
+    """Trains one process on all ranks' data. An overflow skips the update and halves the scale;
+    WINDOW good steps double it (hysteresis 1)."""
     torch.manual_seed(31)
     model = Classifier().half()
     masters = [p.detach().float().requires_grad_() for p in model.parameters()]

@@ -1,5 +1,5 @@
-"""ZeRO 3's local views, gathered views that are changed, unreduced micro-batches in stages where
-DeepSpeed has none, and optimizers that need whole parameters."""
+"""Checks ZeRO 3's local parts, changes inside GatheredParameters, no_sync in stages where DeepSpeed
+has none, and optimizers that need whole parameters."""
 
 import pytest
 import torch

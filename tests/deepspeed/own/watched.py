@@ -1,5 +1,5 @@
-"""What the config can have a run tell: rates as CSV, FLOPs, times, progress; and what is saved only
-on request."""
+"""Checks what a config makes a run report (rates as CSV, FLOPs, times, progress), and what is saved
+only on request."""
 
 import contextlib
 import importlib.util
@@ -32,8 +32,8 @@ def make(**more):
     return deepspeed.initialize(model=Classifier(), config=config)[0]
 
 
-told = io.StringIO()
-with contextlib.redirect_stdout(told):
+printed = io.StringIO()
+with contextlib.redirect_stdout(printed):
     trained = make(
         wall_clock_breakdown=True,
         steps_per_print=2,
@@ -48,7 +48,7 @@ with contextlib.redirect_stdout(told):
     for batch in batches(4):
         trained.backward(trained(batch["x"].half(), batch["labels"])["loss"])
         trained.step()
-lines = told.getvalue().splitlines()
+lines = printed.getvalue().splitlines()
 if me == 0:
     times = [
         t for t in lines if re.match(r"time \(ms\) \| forward: [\d.]+ \| backward: .*step:", t)
@@ -71,7 +71,7 @@ if importlib.util.find_spec("tensorboard") is None and me == 0:
     with pytest.raises(ConfigError, match="pip install tensorboard"):
         Monitor({"tensorboard": {"enabled": True, "output_path": str(place / "tb")}})
 
-# ZeRO 3 gathers for a whole file only where it is told to
+# ZeRO 3 gathers for a whole file only where the config asks for it
 trained = make(zero_optimization={"stage": 3})
 assert not trained.save_16bit_model(str(place / "not"))
 assert not (place / "not").exists()

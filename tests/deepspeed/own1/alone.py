@@ -1,5 +1,5 @@
-"""The checkpoints that own/elastic.py wrote on two processes, on one: masters and moments bit by
-bit."""
+"""Loads on one process the checkpoints that own/elastic.py wrote on two: masters and moments must
+be equal bit by bit."""
 
 import os
 
@@ -26,9 +26,9 @@ for old in range(4):
         assert client == {"old": old}
         assert trained.global_steps == 2
         for name, p in trained.module.named_parameters():
-            found = {
+            values = {
                 "fp32": utils.safe_get_full_fp32_param(p),
                 **{k: utils.safe_get_full_optimizer_state(p, k) for k in ("exp_avg", "exp_avg_sq")},
             }
-            for key, value in found.items():
+            for key, value in values.items():
                 assert torch.equal(value, want[name][key]), (old, new, name, key)

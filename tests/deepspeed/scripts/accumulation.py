@@ -1,4 +1,5 @@
-"""Gradients of four micro-batches, with the boundary asked for; cosine schedule; ZeRO 2."""
+"""Accumulates gradients of four micro-batches and asks the engine for the boundary; cosine
+schedule; ZeRO 2."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""bfloat16 with ZeRO 3; accumulation; the checkpoint is kept."""
+"""bfloat16 with ZeRO 3 and accumulation; saves a checkpoint."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""A client's optimizer with two groups and a client's schedule; ZeRO 1."""
+"""The script brings an optimizer with two groups and a schedule; ZeRO 1."""
 
 import os
 

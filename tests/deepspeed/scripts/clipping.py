@@ -1,4 +1,4 @@
-"""SGD with momentum, every step clipped; whole gradients and masters looked at; ZeRO 2."""
+"""SGD with momentum clips every step; the script reads whole gradients and masters; ZeRO 2."""
 
 import os
 

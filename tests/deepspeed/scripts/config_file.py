@@ -1,4 +1,4 @@
-"""Everything from a JSON file and the command line: stage 0, Adam, warmup and decay."""
+"""Everything comes from a JSON file and the command line: stage 0, Adam, warmup and decay."""
 
 import argparse
 import json

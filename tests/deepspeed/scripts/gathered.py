@@ -1,4 +1,4 @@
-"""Weights set while gathered, by one rank, as Hugging Face's `_init_weights` does; ZeRO 3."""
+"""One rank sets gathered weights, as Hugging Face's `_init_weights` does; ZeRO 3."""
 
 import os
 

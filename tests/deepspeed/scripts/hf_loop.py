@@ -1,4 +1,4 @@
-"""A Hugging Face style loop: dict batches, the model returns its loss; ZeRO 2, warmup."""
+"""A loop as Hugging Face's: dict batches, and a model that returns its loss; ZeRO 2, warmup."""
 
 import os
 

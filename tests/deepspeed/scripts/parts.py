@@ -1,5 +1,5 @@
-"""Masters, gradients and moments looked at and changed in the middle of training, the batch size
-changed, weights saved in the working dtype; ZeRO 1, 2 and 3."""
+"""Reads and changes masters, gradients and moments in the middle of training, changes the batch
+size, and saves weights in the working dtype; ZeRO 1, 2 and 3."""
 
 import os
 

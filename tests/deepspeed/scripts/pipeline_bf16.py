@@ -1,4 +1,4 @@
-"""A tied pipeline in bfloat16 with float32 sums; ZeRO 1; uniform stages."""
+"""A tied pipeline of uniform stages in bfloat16 with float32 sums; ZeRO 1."""
 
 import os
 

@@ -1,5 +1,5 @@
-"""Not a user's script: it shows that DeepSpeed's ZeRO 0 pipeline clips by the norm of the first
-stage alone. With that norm in the place of ours the runs are equal."""
+"""Shows that DeepSpeed's ZeRO 0 pipeline clips by the norm of the first stage alone: with that norm
+in place of ours the runs are equal. No user would write this script."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The other half of pipeline_tied.py, from the checkpoint that the other package wrote."""
+"""Continues pipeline_tied.py from the checkpoint that the other package wrote."""
 
 import os
 

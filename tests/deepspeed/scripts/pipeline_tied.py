@@ -1,5 +1,5 @@
-"""A pipeline as Megatron-LM and gpt-neox write it: the head is the embedding's transpose, a mask
-goes from layer to layer; ZeRO 1, clipped, recomputed; half of the run after a checkpoint."""
+"""A pipeline as Megatron-LM and gpt-neox write it: the head is the embedding's transpose and a mask
+goes from layer to layer. ZeRO 1, clipped, recomputed; half of the run follows a checkpoint."""
 
 import os
 

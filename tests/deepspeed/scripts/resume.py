@@ -1,4 +1,5 @@
-"""Half of the run, a checkpoint with client state, and the other half in a new engine; ZeRO 1."""
+"""Trains half of the run, saves a checkpoint with client state, and trains the other half in a new
+engine; ZeRO 1."""
 
 import os
 

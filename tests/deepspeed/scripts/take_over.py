@@ -1,4 +1,4 @@
-"""The other half of resume.py, from the checkpoint that the other package wrote."""
+"""Continues resume.py from the checkpoint that the other package wrote."""
 
 import os
 

@@ -1,4 +1,5 @@
-"""Megatron's way: an mpu says who shares a layer's columns and rows; ZeRO 1."""
+"""Splits a layer's columns and rows as Megatron does, with an mpu that names the ranks that share
+them; ZeRO 1."""
 
 import os
 
@@ -14,7 +15,7 @@ else:
 
 
 class Mpu:
-    """Both processes share every layer."""
+    """An mpu in which both processes share every layer."""
 
     def __init__(self):
         self.ranks = dist.get_world_size()

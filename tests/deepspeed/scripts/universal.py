@@ -1,4 +1,4 @@
-"""A universal checkpoint that glm_core wrote, loaded in ZeRO 1, 2 and 3 and gone on from."""
+"""Loads a universal checkpoint that glm_core wrote in ZeRO 1, 2 and 3, and trains on."""
 
 import os
 from pathlib import Path

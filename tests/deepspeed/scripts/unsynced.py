@@ -1,4 +1,4 @@
-"""Micro-batches whose gradients are summed over ranks only at the end; ZeRO 0 and 1."""
+"""Sums gradients over ranks only after the last micro-batch (no_sync); ZeRO 0 and 1."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Partitioned parameters, looked at while gathered; ZeRO 3."""
+"""Trains partitioned parameters and reads them while they are gathered; ZeRO 3."""
 
 import os
 

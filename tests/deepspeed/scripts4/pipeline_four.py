@@ -1,4 +1,4 @@
-"""Four stages, more than micro-batches; every layer seeded; ZeRO 0."""
+"""A pipeline of four stages, more than it has micro-batches; every layer is seeded; ZeRO 0."""
 
 import os
 

@@ -1,5 +1,5 @@
-"""Two stages, two replicas with different data; tied, ZeRO 1, clipped, SGD with momentum; a
-checkpoint on the way."""
+"""A pipeline of two stages and two replicas with different data: tied, ZeRO 1, clipped, SGD with
+momentum, with a checkpoint on the way."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The other half of pipeline_replicas.py, from the checkpoint that the other package wrote; cut
+"""Continues pipeline_replicas.py from the checkpoint that the other package wrote, with layers cut
 elsewhere."""
 
 import os

@@ -1,1 +1,1 @@
-"""Recomputing activations in the backward pass."""
+"""Recomputes activations in the backward pass."""

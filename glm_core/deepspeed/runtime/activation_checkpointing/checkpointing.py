@@ -1,4 +1,4 @@
-"""`deepspeed.checkpointing`: recomputes activations by torch's non-reentrant checkpoint. Decides
+"""Recomputes activations by torch's non-reentrant checkpoint (`deepspeed.checkpointing`). Decides
 where its inputs are kept until the backward pass, and makes every random generator draw the same
 numbers again."""
 

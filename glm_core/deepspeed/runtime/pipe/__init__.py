@@ -1,4 +1,4 @@
-"""`deepspeed.runtime.pipe`: models as lists of layers, cut into pipeline stages."""
+"""Runs models that are lists of layers, cut into pipeline stages (`deepspeed.runtime.pipe`)."""
 
 from glm_core.deepspeed.runtime.pipe.module import LayerSpec, PipelineModule, TiedLayerSpec
 from glm_core.deepspeed.runtime.pipe.topology import ProcessTopology

@@ -1,5 +1,5 @@
-"""The engine of a PipelineModule: runs a batch's micro-batches through all stages, one forward and
-one backward in turn (1F1B, Narayanan et al. 2019)."""
+"""Trains a PipelineModule: runs a batch's micro-batches through all stages, one forward and one
+backward in turn (1F1B, Narayanan et al. 2019)."""
 
 from __future__ import annotations
 
@@ -268,7 +268,7 @@ class PipelineEngine(Feed, DeepSpeedEngine):
     # --- calls that a pipeline refuses or answers in its own way ---
 
     def is_gradient_accumulation_boundary(self) -> bool:
-        """Only while `train_batch` reduces and updates."""
+        """Is `train_batch` reducing and updating right now?"""
         return self._at_boundary
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:

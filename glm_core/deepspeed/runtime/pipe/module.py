@@ -1,5 +1,5 @@
-"""A model as a list of layers cut into stages: this process builds its own stage, and ties the
-weights that layers of several stages share."""
+"""Cuts a list of layers into stages and builds this process's own; ties the weights that layers of
+several stages share."""
 
 from __future__ import annotations
 
@@ -298,7 +298,7 @@ class PipelineModule(nn.Module):
         return run
 
     def _is_checkpointable(self, start: int, stop: int) -> bool:
-        """Are all layers of `checkpointable_layers`' classes? Where it is None: has any layer
+        """Are all layers of `checkpointable_layers`' classes? Without such a list: does any have
         parameters?"""
         layers = self.forward_funcs[start:stop]
         if self.checkpointable_layers is not None:

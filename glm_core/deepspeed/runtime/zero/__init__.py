@@ -1,4 +1,4 @@
-"""`deepspeed.zero`: parameters partitioned over the data-parallel ranks."""
+"""Partitions parameters over the data-parallel ranks (`deepspeed.zero`)."""
 
 from glm_core.deepspeed.runtime.zero.partition_parameters import (
     GatheredParameters,

@@ -1,5 +1,5 @@
-"""`deepspeed.zero`: builds modules with partitioned parameters, and gathers such parameters for a
-while."""
+"""Builds modules with partitioned parameters, and gathers such parameters for a while
+(`deepspeed.zero`)."""
 
 from __future__ import annotations
 

@@ -16,12 +16,10 @@ import torch
 from glm_core.deepspeed.keys import SECTIONS, TOP, Key
 from glm_core.deepspeed.notices import say_once
 from glm_core.distributed.precision import (
-    DynamicLossScale,
-    LossScale,
     Precision,
-    StaticLossScale,
 )
 from glm_core.errors import ConfigError, unknown
+from glm_core.training.loss_scale import LossScale
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -75,21 +73,23 @@ class Settings:
     def loss_scale(self) -> LossScale:
         """Makes a fresh loss scale. Raises ConfigError."""
         if self.precision.compute != torch.float16:
-            return StaticLossScale()
+            return LossScale()
         f = self.fp16
         if f.get("loss_scale", 0):
-            return StaticLossScale(float(f["loss_scale"]))
+            return LossScale(scale=float(f["loss_scale"]))
         window, least = int(f.get("loss_scale_window", 1000)), float(f.get("min_loss_scale", 1))
         if window <= 0 or least <= 0:
             raise ConfigError(
                 f"fp16: loss_scale_window={window}, min_loss_scale={least:g}; both must be positive"
             )
-        return DynamicLossScale(
+        return LossScale(
             scale=2.0 ** f.get("initial_scale_power", 16),
             window=window,
             hysteresis=int(f.get("hysteresis", 2)),
             consecutive_hysteresis=bool(f.get("consecutive_hysteresis", False)),
             minimum=least,
+            stop_at_minimum=True,
+            uncounted=1,
         )
 
 

@@ -87,13 +87,13 @@ def machine() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The model name of /proc/cpuinfo, else what platform knows."""
+    """Returns the CPU's model name from /proc/cpuinfo, else what platform knows."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor() or "unknown"
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine() or "unknown")
 
 
 def gemm(dtype: torch.dtype, size: int = 1024) -> Callable[[], Any]:

@@ -15,8 +15,9 @@ from glm_core.config import RunConfig, to_dict
 from glm_core.diagnose import device_errors, watchdog
 from glm_core.errors import DeviceError, TrainingError
 from glm_core.session import Fallback, Session
+from glm_core.training.loss_scale import initial_loss_scale
 from glm_core.training.metrics import Metrics, Progress
-from glm_core.training.optimizer import LossScale, Optimizer, learning_rate
+from glm_core.training.optimizer import Optimizer, learning_rate
 from glm_core.training.policy import Policy, RollBack
 
 
@@ -59,7 +60,7 @@ class Updates:
     def __init__(self, config: RunConfig, optimizer: Optimizer, tells: bool = True) -> None:
         """tells: says on stderr what the policy does."""
         self.config, self.optimizer = config, optimizer
-        self.loss_scale = LossScale.of(config.train)
+        self.loss_scale = initial_loss_scale(config.train)
         self.policy = Policy(config.policy, tells)
         self.samples_seen = 0
         self.steps_done = 0
@@ -79,7 +80,7 @@ class Updates:
         skipped = not math.isfinite(norm)
         if spike:
             self.policy.decide(step, "spike", spike)
-        elif not self.loss_scale.explains(skipped, t.dtype):
+        elif self._unexplained(skipped):
             what = f"gradient norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
             self.policy.decide(step, "nonfinite", explain(f"the {what}"))
         self.steps_done = step
@@ -88,6 +89,16 @@ class Updates:
         self.samples_seen += sequences
         return StepResult(step, loss, norm, lr, tokens, sequences, scale, skipped)
 
+    def _unexplained(self, skipped: bool) -> bool:
+        """Adapts the loss scale of a float16 run; whether the step was skipped for a reason that no
+        lower scale can remedy."""
+        if self.config.train.dtype != "float16":
+            return skipped
+        if skipped and self.loss_scale.scale <= self.loss_scale.minimum:
+            return True
+        self.loss_scale.update(skipped)
+        return False
+
     def facts(self) -> dict[str, Any]:
         """JSON-able: with the optimizer's tensors what `restore_facts` goes on from."""
         return {
@@ -95,14 +106,14 @@ class Updates:
             "step": self.steps_done,
             "samples_seen": self.samples_seen,
             "optimizer_steps": self.optimizer.step_count,
-            "loss_scale": dataclasses.asdict(self.loss_scale),
+            "loss_scale": self.loss_scale.state(),
             "policy": self.policy.state(),
         }
 
     def restore_facts(self, facts: dict[str, Any], tensors: dict[str, Any]) -> None:
         """Goes on where `facts` were taken; tensors: the optimizer's."""
         self.optimizer.restore({"tensors": tensors, "step_count": facts["optimizer_steps"]})
-        self.loss_scale = LossScale(**facts["loss_scale"])
+        self.loss_scale.restore(facts["loss_scale"])
         self.policy.restore(facts.get("policy", self.policy.state()))  # older ones have none
         self.steps_done = facts["step"]
         self.samples_seen = facts.get("samples_seen", 0)

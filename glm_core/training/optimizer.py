@@ -3,7 +3,6 @@ float16."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -21,46 +20,6 @@ def learning_rate(config: TrainConfig, step: int) -> float:
         return config.lr * step / config.warmup_steps
     progress = min(1.0, (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps))
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-@dataclasses.dataclass(slots=True)
-class LossScale:
-    """Dynamic loss scale: halved after `hysteresis` overflows, doubled after `window` good steps
-    (Micikevicius et al. 2018, section 3.2; hysteresis as in Megatron-LM)."""
-
-    scale: float
-    window: int
-    hysteresis: int
-    minimum: float = 1.0
-    good_steps: int = 0
-    overflows: int = 0
-
-    @classmethod
-    def of(cls, config: TrainConfig) -> LossScale:
-        """Of a run that starts: 1 unless it computes in float16."""
-        scale = config.loss_scale if config.dtype == "float16" else 1.0
-        return cls(scale, config.loss_scale_window, config.loss_scale_hysteresis)
-
-    def explains(self, skipped: bool, dtype: str) -> bool:
-        """After a step: updates a float16 run's scale. False where the step was skipped and no
-        lower scale can be the remedy."""
-        if dtype != "float16" or (skipped and self.scale <= self.minimum):
-            return not skipped
-        self.update(skipped)
-        return True
-
-    def update(self, overflow: bool) -> None:
-        """After a step: `overflow` says that a gradient was not finite and the step was skipped."""
-        if overflow:
-            self.good_steps = 0
-            self.overflows += 1
-            if self.overflows >= self.hysteresis:
-                self.scale = max(self.scale / 2, self.minimum)
-            return
-        self.good_steps += 1
-        if self.good_steps % self.window == 0:
-            self.scale *= 2
-            self.overflows = 0
 
 
 def own_part(x: Tensor) -> Tensor:

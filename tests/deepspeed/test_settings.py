@@ -11,8 +11,8 @@ from recipes import PATTERN, WEIGHTS
 from glm_core.deepspeed.keys import SECTIONS, TOP
 from glm_core.deepspeed.runtime.pipe import partition
 from glm_core.deepspeed.settings import batches, read, resolve
-from glm_core.distributed.precision import DynamicLossScale
 from glm_core.errors import ConfigError, TrainingError
+from glm_core.training.loss_scale import LossScale
 
 GOOD: dict[str, Any] = {"train_batch_size": 8}
 
@@ -27,8 +27,12 @@ def test_the_table_has_all_of_deepspeeds_keys(reference: dict[str, Any]) -> None
 def test_loss_scale_moves_like_deepspeeds(reference: dict[str, Any]) -> None:
     for options, theirs in reference["scales"].items():
         window, hysteresis, consecutive = map(int, options.split())
-        mine = DynamicLossScale(
-            window=window, hysteresis=hysteresis, consecutive_hysteresis=bool(consecutive)
+        mine = LossScale(
+            scale=2.0**16,
+            window=window,
+            hysteresis=hysteresis,
+            consecutive_hysteresis=bool(consecutive),
+            uncounted=1,
         )
         seen = []
         for overflow in PATTERN:
@@ -44,7 +48,7 @@ def test_pipelines_are_cut_like_deepspeeds(reference: dict[str, Any]) -> None:
 
 
 def test_overflow_at_the_smallest_scale_is_an_error() -> None:
-    scale = DynamicLossScale(scale=1.0, hysteresis=1)
+    scale = LossScale(window=1000, stop_at_minimum=True)
     with pytest.raises(TrainingError, match="minimum"):
         scale.update(True)
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from glm_core.config import TrainConfig
-from glm_core.training.optimizer import LossScale, Optimizer, learning_rate
+from glm_core.training.loss_scale import LossScale
+from glm_core.training.optimizer import Optimizer, learning_rate
 
 
 def train_config(**changes: Any) -> TrainConfig:
@@ -95,7 +96,7 @@ TABLE = [
 
 
 def test_loss_scale_follows_the_table() -> None:
-    state = LossScale(8.0, window=3, hysteresis=2)
+    state = LossScale(scale=8.0, window=3, hysteresis=2)
     for row, (overflow, *expected) in enumerate(TABLE):
         state.update(overflow)
         assert [state.scale, state.good_steps, state.overflows] == expected, f"row {row}"

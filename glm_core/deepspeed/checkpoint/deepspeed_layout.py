@@ -108,9 +108,8 @@ def _loss_scale(scaler: Any) -> dict[str, Any]:
         "window": old["scale_window"],
         "minimum": old["min_scale"],
         "hysteresis": old["delayed_shift"],
-        "left": old["cur_hysteresis"],
-        "steps": old["cur_iter"],
-        "last_overflow": old["last_overflow_iter"],
+        "good_steps": old["cur_iter"] - old["last_overflow_iter"] - 1,
+        "overflows": old["delayed_shift"] - old["cur_hysteresis"],
     }
 
 

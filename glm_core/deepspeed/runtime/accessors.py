@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from glm_core.deepspeed.comm import get_local_rank
 from glm_core.deepspeed.settings import Settings
-from glm_core.distributed.precision import DynamicLossScale, LossScale
 from glm_core.errors import ConfigError
+from glm_core.training.loss_scale import LossScale
 
 
 class Accessors:
@@ -113,7 +113,7 @@ class Accessors:
 
     def dynamic_loss_scale(self) -> bool:
         """Does the loss scale change during the run?"""
-        return isinstance(self.scaler, DynamicLossScale)
+        return self.scaler.dynamic
 
     def wall_clock_breakdown(self) -> bool:
         """Are the phases of an update timed?"""

@@ -92,7 +92,7 @@ def shard(
     policy = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    for module in (*stage.layers(), stage):
+    for module in (*stage.held(), stage):
         give_memory(module, device, torch.float32)
         fully_shard(module, mesh=mesh, reshard_after_forward=zero == 3, mp_policy=policy)
     sum_gradients(stage, 1.0)

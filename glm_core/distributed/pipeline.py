@@ -20,55 +20,60 @@ from glm_core.config import ModelConfig
 from glm_core.distributed import tensor_parallel as tensor
 from glm_core.distributed.plan import Recompute, stage_layers
 from glm_core.distributed.tensor_parallel import Ranks
-from glm_core.model.glm import GLM, Block, residual_scale, rotary_angles
+from glm_core.model.glm import GLM, Block, Stream
 
 
-class Stage(nn.Module):
+class Stage(GLM):
     """Layers [first, last) of a GLM, the embedding before the first, norm, head and loss after the
-    last. Parameters have the names of the whole model, and are uninitialised, on the meta
-    device."""
+    last; forward and loss are the model's own. Parameters have the names of the whole model, and
+    are uninitialised, on the meta device."""
 
     def __init__(
         self, config: ModelConfig, number: int, stages: int, ranks: Ranks | None = None
     ) -> None:
         """config: of the whole model. ranks: the tensor-parallel group, where there is one."""
-        super().__init__()
-        self.config, self.ranks = config, ranks
-        self.is_first, self.is_last = number == 0, number == stages - 1
         with torch.device("meta"):
             # DeepNorm's alpha and the layer scale of the scores count all layers: built from the
             # whole, then cut
-            whole = GLM(tensor.part_of(config, ranks.size) if ranks else config)
-        held = {str(i): whole.blocks[i] for i in stage_layers(config.num_layers, stages)[number]}
-        self.blocks = nn.ModuleDict(held)
-        if self.is_first:
-            self.position_embedding = whole.position_embedding
-            self.block_embedding = whole.block_embedding
+            super().__init__(tensor.part_of(config, ranks.size) if ranks else config)
+        self.config, self.ranks = config, ranks
+        self.is_first, self.is_last = number == 0, number == stages - 1
+        self.recomputed: Recompute = "none"
+        held = {str(i): self.blocks[i] for i in stage_layers(config.num_layers, stages)[number]}
+        self.register_module("blocks", nn.ModuleDict(held))
+        if not self.is_first:
+            self.position_embedding = self.block_embedding = None
+        embedding = self._parameters.pop("embedding")
         if self.is_first or (self.is_last and config.tied_head):
-            self.embedding = whole.embedding
-        if self.is_last:
-            self.final_norm = whole.final_norm
-            if whole.head is not None:
-                self.head = whole.head
+            # behind the position tables: the gradient norm is summed in this order
+            self.register_parameter("embedding", embedding)
+        else:
+            self.register_parameter("embedding", None)
+        if not self.is_last:
+            self.final_norm = self.head = None
         if ranks:
-            for block in self.layers():
+            for block in self.held():
                 tensor.share(block, ranks)
-        self.run: Callable[..., tuple[Tensor, Tensor]] = lambda block, *args: block(*args)
 
-    def layers(self) -> list[Block]:
+    def held(self) -> list[Block]:
         """The blocks in order."""
-        return [b for b in self.blocks.values() if isinstance(b, Block)]
+        return [b for b in self.blocks.children() if isinstance(b, Block)]
+
+    def layers(self) -> list[Callable[..., Stream]]:
+        """The blocks as `forward` calls them: computed again in the backward pass or not."""
+        if self.recomputed == "full":
+            return [functools.partial(again, block) for block in self.held()]
+        return list(self.held())
 
     def recompute(self, what: Recompute) -> None:
-        """What is computed again in the backward pass rather than kept: whole blocks ("full"), or
-        attention's core ("selective")."""
-        if what == "full":
-            self.run = functools.partial(again, _call)
-        elif what == "selective":
-            for block in self.layers():
+        """Sets what is computed again in the backward pass rather than kept: whole blocks ("full"),
+        or attention's core ("selective")."""
+        self.recomputed = what
+        if what == "selective":
+            for block in self.held():
                 block.attention.core = functools.partial(again, ops.attention)
 
-    def forward(
+    def forward(  # type: ignore[override]  # torch's schedules call a stage with what travels
         self,
         *carried: Tensor,
         positions: Tensor,
@@ -76,56 +81,39 @@ class Stage(nn.Module):
         key_end: Tensor,
         labels: Tensor,
         token_weight: Tensor,
-    ) -> tuple[Tensor, Tensor] | Tensor:
+    ) -> Stream | Tensor:
         """carried: the tokens on the first stage, delta and residual on the others -> delta and
         residual, on the last stage the micro-batch's sum(token_weight * cross-entropy) as [1].
         Every other tensor is the whole micro-batch's, on every stage; shapes as in GLM.loss."""
-        delta: Tensor | None = None
-        if self.is_first:
-            x = self.embed(carried[0], positions)
-        else:
-            delta, x = carried
-        learned = self.config.positions == "learned_2d"
-        rotary = None if learned else rotary_angles(self.config, positions)
-        for block in self.blocks.values():
-            delta, x = self.run(block, delta, x, rotary, key_start, key_end)
-        assert delta is not None  # no stage is empty
-        if not self.is_last:
-            return own_storage(delta), own_storage(x)
-        hidden = self.final_norm.add(delta, x, residual_scale(self.config))[0]
-        return self.loss(hidden, labels, token_weight)[None]
+        begin = carried[0] if self.is_first else (carried[0], carried[1])
+        out = super().forward(begin, positions, key_start, key_end)
+        if isinstance(out, Tensor):
+            return self.cross_entropy(out, labels, token_weight)[None]  # [1]
+        delta, residual = out
+        return own_storage(delta), own_storage(residual)
 
-    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """As GLM.embed."""
+    def embed(self, tokens: Tensor) -> Tensor:
+        """As GLM.embed, of a table whose rows the ranks share out."""
+        if self.ranks is None:
+            return super().embed(tokens)
         shrink = self.config.embedding_gradient_shrink
-        if self.ranks is None:
-            x: Tensor = ops.embedding(tokens, self.embedding, shrink)
-        else:
-            x = tensor.embed(tokens, self.embedding, shrink, self.ranks)
-        for row, table in enumerate((self.position_embedding, self.block_embedding)):
-            if table is not None:
-                own = tensor.own_tokens(positions[:, row], self.ranks)
-                x = x + ops.embedding(own, table)
-        return x
+        return tensor.embed(tokens, self.embedding, shrink, self.ranks)
 
-    def loss(self, hidden: Tensor, labels: Tensor, token_weight: Tensor) -> Tensor:
-        """As the end of GLM.loss."""
-        head = self.embedding if self.config.tied_head else self.head
+    def add_positions(self, x: Tensor, positions: Tensor) -> Tensor:
+        """As GLM.add_positions, to this rank's part of the sequence."""
+        return super().add_positions(x, tensor.own_tokens(positions, self.ranks))
+
+    def cross_entropy(self, hidden: Tensor, labels: Tensor, token_weight: Tensor) -> Tensor:
+        """As GLM.cross_entropy, of a head whose rows the ranks share out."""
         if self.ranks is None:
-            return ops.linear_cross_entropy(
-                hidden.flatten(0, 1), head, labels.flatten(), token_weight.flatten()
-            )
-        return tensor.loss(hidden, head, labels, token_weight, self.ranks)
+            return super().cross_entropy(hidden, labels, token_weight)
+        return tensor.loss(hidden, self.head_weight, labels, token_weight, self.ranks)
 
 
 def own_storage(x: Tensor) -> Tensor:
     """x, copied if it is a view: torch's zero-bubble schedules detach what a stage returns in
     place (torch 2.13, pipelining/_backward.py), which views refuse."""
     return x.clone() if x._is_view() else x
-
-
-def _call(block: Block, *args: Any) -> tuple[Tensor, Tensor]:
-    return block(*args)
 
 
 def again(function: Callable[..., Any], *args: Any) -> Any:

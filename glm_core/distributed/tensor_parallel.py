@@ -117,7 +117,8 @@ def replicated(name: str) -> bool:
 
 
 def own_tokens(x: Tensor, ranks: Ranks | None) -> Tensor:
-    """This rank's part of a sequence that every rank has whole;  [B, L, ...]."""
+    """Returns this rank's part of a sequence that every rank has whole;  [..., L] -> [..., L/t]
+    under sequence parallelism."""
     if ranks is None or not ranks.sp:
         return x
-    return x.chunk(ranks.size, collectives.SEQUENCE)[ranks.rank]
+    return x.chunk(ranks.size, -1)[ranks.rank]  # [..., L/t]

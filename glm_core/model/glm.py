@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -86,16 +86,18 @@ class Attention(nn.Module):
     ) -> Tensor:
         c = self.config
         qkv = self.qkv(x).unflatten(-1, (-1, c.head_dim))  # [B, L, H + 2K, E]
-        qk, v = qkv.split_with_sizes((c.num_heads + c.num_kv_heads, c.num_kv_heads), 2)
+        qk, v = qkv.split_with_sizes(
+            (c.num_heads + c.num_kv_heads, c.num_kv_heads), 2
+        )  # [B, L, H + K, E], [B, L, K, E]
         if rotary is not None:
             qk = ops.rope(qk, *rotary, c.rope_interleaved)
-        q, k = qk.split_with_sizes((c.num_heads, c.num_kv_heads), 2)
+        q, k = qk.split_with_sizes((c.num_heads, c.num_kv_heads), 2)  # [B, L, H | K, E]
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         y = self.core(
             q, k, v, key_start, key_end, c.head_dim**-0.5, self.layer_scale, c.pb_relax
         )  # [B, L, H, E]
-        return self.out(y.flatten(2))
+        return self.out(y.flatten(2))  # [B, L, H * E] -> [B, L, D]
 
 
 class MLP(nn.Module):
@@ -177,8 +179,8 @@ def rotary_angles(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tenso
 
 
 def initial_value(config: ModelConfig, seed: int, name: str, shape: torch.Size) -> Tensor:
-    """What a parameter starts from, whatever holds it: float64, a function of these arguments
-    alone. Described at GLM.init_weights."""
+    """Returns a parameter's starting values, float64, as described at GLM.init_weights. They are a
+    function of the arguments alone, whatever holds the parameter."""
     if len(shape) == 1:
         return torch.full(shape, 1.0 if name.endswith("norm.weight") else 0.0, dtype=torch.float64)
     gain = torch.ones(shape[0], 1)
@@ -192,9 +194,13 @@ def initial_value(config: ModelConfig, seed: int, name: str, shape: torch.Size) 
     return normal_draw(seed, name, shape) * config.init_std * gain.double()
 
 
+Stream = tuple[Tensor, Tensor]
+"""delta and residual [B, L, D], as they travel between blocks"""
+
+
 class GLM(nn.Module):
     """Tokens to hidden states, logits or loss. Parameters are uninitialised until `init_weights`
-    or a load."""
+    or a load. A subclass may hold a part of the layers: `forward` skips what is absent."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -209,42 +215,60 @@ class GLM(nn.Module):
             nn.Parameter(torch.empty(c.max_length + 1, c.hidden)) if learned else None
         )
         self.blocks = nn.ModuleList(Block(c, i) for i in range(c.num_layers))
-        self.final_norm = Norm(c)
+        self.final_norm: Norm | None = Norm(c)
         self.head = None if c.tied_head else nn.Parameter(torch.empty(c.vocab, c.hidden))
-        self.head_codes: nn.Module | None = None  # of quantize.quantize_head
+        self.head_codes: nn.Module | None = None  # set by quantize.quantize_head
 
     def forward(
         self,
-        tokens: Tensor,
+        tokens: Tensor | Stream,
         positions: Tensor,
         key_start: Tensor,
         key_end: Tensor,
         cache: Window | None = None,
-    ) -> Tensor:
+    ) -> Tensor | Stream:
         """Hidden states after the final norm;  tokens [B, L] int64, positions [B, 2, L] int64 (row
         1 is ignored by 1D rotary models), key_start, key_end [B, L] int32 (the mask, see
         ops.attention) -> [B, L, D]. With a cache the call's keys and values are kept in it, and the
-        mask counts keys by their places there."""
-        if tokens.shape[1] > self.config.max_length:
+        mask counts keys by their places there.
+
+        A part that does not begin with the embedding is given delta and residual in place of
+        tokens; one without the final norm returns them."""
+        if positions.shape[-1] > self.config.max_length:
             raise ShapeError(
-                f"sequence of {tokens.shape[1]} tokens: longer than "
+                f"sequence of {positions.shape[-1]} tokens: longer than "
                 f"max_length={self.config.max_length}; shorten it or raise max_length"
             )
-        x = self.embed(tokens, positions)
-        rotary = None if self.position_embedding is not None else self.rotary(positions)
-        delta: Tensor | None = None
-        for block in self.blocks:
-            delta, x = block(delta, x, rotary, key_start, key_end, cache)
+        delta: Tensor | None
+        if isinstance(tokens, Tensor):
+            delta, x = None, self.add_positions(self.embed(tokens), positions)
+        else:
+            delta, x = tokens
+        learned = self.config.positions == "learned_2d"
+        rotary = None if learned else self.rotary(positions)
+        for layer in self.layers():
+            delta, x = layer(delta, x, rotary, key_start, key_end, cache)
+        assert delta is not None  # no part is without layers
+        if self.final_norm is None:
+            return delta, x
         return self.final_norm.add(delta, x, residual_scale(self.config))[0]
 
-    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Token embeddings with gradient shrink, plus both learned position tables where the model
-        has them."""
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token embeddings with gradient shrink;  tokens [B, L] -> [B, L, D]."""
         x: Tensor = ops.embedding(tokens, self.embedding, self.config.embedding_gradient_shrink)
+        return x
+
+    def add_positions(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Adds the rows of both learned position tables, where the model has them;  x [B, L, D],
+        positions [B, 2, L] -> [B, L, D]."""
         for row, table in enumerate((self.position_embedding, self.block_embedding)):
             if table is not None:
-                x = x + ops.embedding(positions[:, row], table)
+                x = x + ops.embedding(positions[:, row], table)  # [B, L, D]
         return x
+
+    def layers(self) -> Iterable[Callable[..., Stream]]:
+        """The blocks that are held, in order, each called as Block.forward."""
+        return self.blocks
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of this model's rotation."""
@@ -278,9 +302,16 @@ class GLM(nn.Module):
         Labels are pre-aligned: labels[b, i] is what position i predicts. Divide the weights by
         their sum over the global batch to get GLM's loss (pretrain_glm.py: sum(CE * mask) /
         sum(mask))."""
-        hidden = self(tokens, positions, key_start, key_end).flatten(0, 1)
+        hidden = self(tokens, positions, key_start, key_end)
+        return self.cross_entropy(hidden, labels, token_weight)
+
+    def cross_entropy(self, hidden: Tensor, labels: Tensor, token_weight: Tensor) -> Tensor:
+        """The loss of hidden states [B, L, D] after the final norm; the rest as for `loss`."""
         return ops.linear_cross_entropy(
-            hidden, self.head_weight, labels.flatten(), token_weight.flatten()
+            hidden.flatten(0, 1),  # [B * L, D]
+            self.head_weight,
+            labels.flatten(),  # [B * L]
+            token_weight.flatten(),  # [B * L]
         )
 
     @property

@@ -96,12 +96,12 @@ def _product(module: nn.Module, name: str) -> Product:
     return Product(linear.weight, linear.bias)
 
 
-def _norm(module: nn.Module, name: str) -> Norm:
+def _norm(module: nn.Module | None, name: str) -> Norm:
     norm = _plain(module, glm.Norm, name)
     return Norm(norm.weight, norm.bias)
 
 
-def _plain(module: nn.Module, kind: type[M], name: str) -> M:
+def _plain(module: nn.Module | None, kind: type[M], name: str) -> M:
     """Returns the module if it is of exactly this class: a subclass may compute something else."""
     if isinstance(module, kind) and type(module) is kind:
         return module

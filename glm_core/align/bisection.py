@@ -18,7 +18,7 @@ from glm_core.align.recording import record, tests
 from glm_core.align.replay import replay_on
 from glm_core.align.rerun_command import CallFilter
 from glm_core.align.teacher_forcing import Case, Key
-from glm_core.align.training import Moment, Run, free_run
+from glm_core.align.training import Run, Snapshot, free_run
 from glm_core.align.verdict import Finding, compare, findings, finite
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
@@ -99,7 +99,7 @@ class Bisection:
 class Evidence:
     """The reference's captured steps, and what each op call should give."""
 
-    moments: list[Moment]
+    snapshots: list[Snapshot]
     cases: list[Case]
     limits: dict[Key, float]
 
@@ -170,7 +170,7 @@ def gather(
     if not calls:
         raise ConfigError(f"align bisect: no captured call fits {only}; {_there(curve.calls)}")
     cases = list(teacher_forcing.cases(calls))
-    return Evidence(curve.moments, cases, teacher_forcing.benign_limits(cases, run.dtype))
+    return Evidence(curve.snapshots, cases, teacher_forcing.benign_limits(cases, run.dtype))
 
 
 def _there(calls: list[Call]) -> str:
@@ -210,7 +210,7 @@ def named(
         note=again.note,
         substitution={}
         if direction == "optimizer"
-        else substitution.confirm(config, make, backend, known.moments, op, direction),
+        else substitution.confirm(config, make, backend, known.snapshots, op, direction),
     )
 
 
@@ -271,7 +271,7 @@ def _beyond(
     found, losses = watched_run.watch(config, backend, make, known.limits, tell)
     if found:
         return _once(first(found), known, backend, again)
-    steps = [m.step for m in known.moments]
+    steps = [m.step for m in known.snapshots]
     full = calibrate(config, sampler=make, capture_steps=steps, progress=tell)
     taught = record(config, backend, calibration=full, free_run=False)
     none = np.zeros((0, losses.size))

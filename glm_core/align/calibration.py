@@ -27,7 +27,7 @@ from glm_core.align.machine import machine_facts
 from glm_core.align.replay import LOW
 from glm_core.align.teacher_forcing import Case, Key
 from glm_core.align.trace import Trace
-from glm_core.align.training import Mode, Moment, Run, free_run, moved, weights_hash
+from glm_core.align.training import Mode, Run, Snapshot, free_run, moved, weights_hash
 from glm_core.backends import registry
 from glm_core.config import RunConfig, to_dict
 from glm_core.training.trainer import Sampler, initial_weights
@@ -46,7 +46,7 @@ class Calibration:
     config: RunConfig
     sampler: MakeSampler
     reference: Trace
-    moments: list[Moment]
+    snapshots: list[Snapshot]
     oracle: list[tuple[float, dict[str, Tensor]]]
     """per captured step: loss and gradients in float64"""
     cases: list[Case]
@@ -85,9 +85,9 @@ def calibrate(
         run = Run(config, make(), "reference", moved(weights, k), mode)
         say = functools.partial(tell, f"control {k + 1} of {controls}")
         runs[f"{k}: {name}"] = free_run(run, (), lambda s, say=say: say(s, steps)).loss  # type: ignore[misc]
-    oracle = [exact_gradients(config, moment) for moment in curve.moments]
+    oracle = [exact_gradients(config, snapshot) for snapshot in curve.snapshots]
     rows = [
-        gradient_errors(Run(config, make(), "reference", None, mode), curve.moments, oracle)
+        gradient_errors(Run(config, make(), "reference", None, mode), curve.snapshots, oracle)
         for mode in gradient_modes(config).values()
     ]
     items = list(teacher_forcing.cases(curve.calls))
@@ -102,9 +102,9 @@ def calibrate(
         grad_norm=curve.grad_norm,
         control_names=list(runs),
         control_loss=np.array(list(runs.values())).reshape(len(runs), steps),
-        capture_steps=[m.step for m in curve.moments],
+        capture_steps=[m.step for m in curve.snapshots],
         parameters=names,
-        **gradient_norms_and_sketches(plain, curve.moments, names),
+        **gradient_norms_and_sketches(plain, curve.snapshots, names),
         loss_error=np.stack([rows[0][0], *(r[0] for r in rows)]),
         gradient_error=np.stack([rows[0][1], *(r[1] for r in rows)]),
         disguises=list(gradient_modes(config)),
@@ -119,7 +119,7 @@ def calibrate(
         initial_weights=weights_hash(weights),
         seconds=time.perf_counter() - begin,
     )
-    return Calibration(config, make, trace, curve.moments, oracle, items, limits)
+    return Calibration(config, make, trace, curve.snapshots, oracle, items, limits)
 
 
 def captured_steps(config: RunConfig, given: Sequence[int] | None = None) -> tuple[int, ...]:

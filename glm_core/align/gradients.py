@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from glm_core import dispatch
-from glm_core.align.training import Moment, Run
+from glm_core.align.training import Run, Snapshot
 from glm_core.backends import registry
 from glm_core.config import RunConfig
 from glm_core.model.glm import GLM
@@ -17,17 +17,17 @@ Array = NDArray[np.float64]
 NUM_SKETCH = 8
 
 
-def exact_gradients(config: RunConfig, moment: Moment) -> tuple[float, dict[str, Tensor]]:
+def exact_gradients(config: RunConfig, snapshot: Snapshot) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients in float64 of the weights as the working dtype holds them."""
     dtype: torch.dtype = getattr(torch, config.train.dtype)
     model = GLM(config.model).double()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.copy_(moment.weights[name].to(dtype))
-    total = sum(float(b.loss_weight.sum()) for b in moment.batches)
+            p.copy_(snapshot.weights[name].to(dtype))
+    total = sum(float(b.loss_weight.sum()) for b in snapshot.batches)
     loss = 0.0
     with dispatch.intercept(None), registry.use("reference"):
-        for b in moment.batches:
+        for b in snapshot.batches:
             weight = b.loss_weight.double() / total
             part = model.loss(b.tokens, b.positions, b.key_start, b.key_end, b.labels, weight)
             part.backward()
@@ -37,22 +37,22 @@ def exact_gradients(config: RunConfig, moment: Moment) -> tuple[float, dict[str,
     }
 
 
-def load_snapshot(run: Run, moment: Moment) -> Run:
-    """The run with the moment's weights."""
-    run.optimizer.load_masters({n: w.to(run.device) for n, w in moment.weights.items()})
+def load_snapshot(run: Run, snapshot: Snapshot) -> Run:
+    """The run with the snapshot's weights."""
+    run.optimizer.load_masters({n: w.to(run.device) for n, w in snapshot.weights.items()})
     return run
 
 
 def gradient_errors(
-    run: Run, moments: list[Moment], oracle: list[tuple[float, dict[str, Tensor]]]
+    run: Run, snapshots: list[Snapshot], oracle: list[tuple[float, dict[str, Tensor]]]
 ) -> tuple[Array, Array]:
     """Relative errors against float64: of the loss [S], of each parameter's gradient [S, P]."""
     losses, errors = [], []
-    for moment, (true_loss, true) in zip(moments, oracle, strict=True):
-        loss, found = load_snapshot(run, moment).gradients(moment.batches)
+    for snapshot, (true_loss, true) in zip(snapshots, oracle, strict=True):
+        loss, found = load_snapshot(run, snapshot).gradients(snapshot.batches)
         losses.append(abs(loss - true_loss) / max(abs(true_loss), 1e-300))
         errors.append([_relative(found[n] - true[n], true[n]) for n in sorted(true)])
-    return np.array(losses), np.array(errors).reshape(len(moments), -1)
+    return np.array(losses), np.array(errors).reshape(len(snapshots), -1)
 
 
 def _relative(difference: Tensor, of: Tensor) -> float:
@@ -60,13 +60,13 @@ def _relative(difference: Tensor, of: Tensor) -> float:
 
 
 def gradient_norms_and_sketches(
-    run: Run, moments: list[Moment], names: list[str]
+    run: Run, snapshots: list[Snapshot], names: list[str]
 ) -> dict[str, Array]:
     """Norm and sketch of every parameter's gradient at the captured steps."""
-    norms = np.zeros((len(moments), len(names)))
-    sketches = np.zeros((len(moments), len(names), NUM_SKETCH))
-    for s, moment in enumerate(moments):
-        _, found = load_snapshot(run, moment).gradients(moment.batches)
+    norms = np.zeros((len(snapshots), len(names)))
+    sketches = np.zeros((len(snapshots), len(names), NUM_SKETCH))
+    for s, snapshot in enumerate(snapshots):
+        _, found = load_snapshot(run, snapshot).gradients(snapshot.batches)
         for p, name in enumerate(names):
             norms[s, p] = float(found[name].norm())
             sketches[s, p] = sketch(found[name])

@@ -136,7 +136,7 @@ def _untaught(cal: Calibration) -> dict[str, Any]:
 def _taught(cal: Calibration, config: RunConfig, backend: str | Backend) -> dict[str, Any]:
     """The trace's teacher forcing fields."""
     run = Run(config, cal.sampler(), backend)
-    loss_error, gradient_error = gradient_errors(run, cal.moments, cal.oracle)
+    loss_error, gradient_error = gradient_errors(run, cal.snapshots, cal.oracle)
     known = cal.reference
     with registry.use(run.backend) as session:
         measured, results = teacher_forcing.measure(
@@ -147,7 +147,7 @@ def _taught(cal: Calibration, config: RunConfig, backend: str | Backend) -> dict
     counts = session.fallbacks
     return {
         "capture_steps": known.capture_steps,
-        **gradient_norms_and_sketches(run, cal.moments, known.parameters),
+        **gradient_norms_and_sketches(run, cal.snapshots, known.parameters),
         "loss_error": np.concatenate((loss_error[None], known.loss_error[1:])),
         "gradient_error": np.concatenate((gradient_error[None], known.gradient_error[1:])),
         "calls": calls,

@@ -19,7 +19,7 @@ from glm_core.align.calibration import Calibration, MakeSampler, Progress
 from glm_core.align.capture import layers
 from glm_core.align.gradients import gradient_errors, load_snapshot
 from glm_core.align.trace import Trace
-from glm_core.align.training import Moment, Run
+from glm_core.align.training import Run, Snapshot
 from glm_core.align.verdict import gradient_check
 from glm_core.backends.base import Backend
 from glm_core.config import RunConfig
@@ -75,7 +75,7 @@ def confirm(
     config: RunConfig,
     make: MakeSampler,
     backend: Backend,
-    moments: list[Moment],
+    snapshots: list[Snapshot],
     op: str,
     direction: str,
 ) -> dict[str, float]:
@@ -83,12 +83,12 @@ def confirm(
     candidate as it is and with the op's reference in its place."""
     run, reference = Run(config, make(), backend), Run(config, make(), "reference")
     found = {"candidate": 0.0, "substituted": 0.0}
-    for moment in moments:
-        _, right = load_snapshot(reference, moment).gradients(moment.batches)
-        _, plain = load_snapshot(run, moment).gradients(moment.batches)
+    for snapshot in snapshots:
+        _, right = load_snapshot(reference, snapshot).gradients(snapshot.batches)
+        _, plain = load_snapshot(run, snapshot).gradients(snapshot.batches)
         # a wrong formula spoils its backward too: both are replaced
         with substituted(run, op, "backward" if direction == "backward" else ""):
-            _, healed = load_snapshot(run, moment).gradients(moment.batches)
+            _, healed = load_snapshot(run, snapshot).gradients(snapshot.batches)
         for name, gradients in (("candidate", plain), ("substituted", healed)):
             found[name] = max(found[name], _difference(gradients, right))
     return found
@@ -112,7 +112,7 @@ def search(cal: Calibration, trace: Trace, backend: Backend, tell: Progress) -> 
 
     def ratio(op: str = "", direction: str = "", layer: str | None = None) -> float:
         with substituted(run, op, direction, layer):
-            losses, gradients = gradient_errors(run, cal.moments, cal.oracle)
+            losses, gradients = gradient_errors(run, cal.snapshots, cal.oracle)
         made = dataclasses.replace(
             trace,
             loss_error=np.concatenate((losses[None], trace.loss_error[1:])),

@@ -28,8 +28,8 @@ FIELDS = ("tokens", "labels", "loss_weight", "positions", "key_start", "key_end"
 
 
 @dataclasses.dataclass(slots=True)
-class Moment:
-    """What both sides are given at a captured step."""
+class Snapshot:
+    """The inputs of a captured step, which are replayed on both sides."""
 
     step: int
     weights: dict[str, Tensor]
@@ -106,7 +106,7 @@ class Curve:
     grad_norm: Any
     fallbacks: list[dict[str, Any]]
     data_order: str
-    moments: list[Moment]
+    snapshots: list[Snapshot]
     calls: list[Call]
 
 
@@ -134,7 +134,7 @@ def free_run(
                 except TrainingError:
                     break
             if step in capture_steps:
-                curve.moments.append(Moment(step, weights, run.given))
+                curve.snapshots.append(Snapshot(step, weights, run.given))
                 curve.calls += captured.calls
             curve.loss[step - 1], curve.grad_norm[step - 1] = result.loss, result.grad_norm
             if progress is not None:

@@ -33,7 +33,7 @@ GEGLU = ops.geglu
 @functools.cache
 def evidence(dtype: str = "float32") -> Evidence:
     known = markov.calibration(dtype)  # type: ignore[arg-type]
-    return Evidence(known.moments, known.cases, known.limits)
+    return Evidence(known.snapshots, known.cases, known.limits)
 
 
 def bisect(backend: Backend, dtype: str = "float32", **rest: Any) -> align.Bisection:

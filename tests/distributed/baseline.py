@@ -67,9 +67,11 @@ def make(model: str, dtype: Any) -> Baseline:
         loss.append(told.loss)
         norm.append(told.grad_norm)
         apart.append([distance(control.optimizer.master[n], w) for n, w in sorted(last.items())])
-    exact = exact_gradients(config, curve.moments[0])
+    exact = exact_gradients(config, curve.snapshots[0])
     benign = [
-        gradient_errors(Run(config, sample.Text(), "reference", None, mode), curve.moments, [exact])
+        gradient_errors(
+            Run(config, sample.Text(), "reference", None, mode), curve.snapshots, [exact]
+        )
         for mode in gradient_modes(config).values()
     ]
     eps = max(EPS[dtype], EPS["float32"] * (sample.ROWS * sample.LENGTH) ** 0.5)

@@ -24,7 +24,7 @@ from glm_core.align.verdict import gradient_check
 from glm_core.backends.base import Backend
 from glm_core.config import RunConfig
 from glm_core.dispatch import Op
-from glm_core.faults.variants import splice, vjp
+from glm_core.faults.kernels import splice, vjp
 
 RATE = 1e-3 / 3
 

@@ -1,2 +1,1 @@
-"""The catalogue of kernels that differ from a reference, wrong and benign ones, by op
-family."""
+"""One catalogue of kernels that differ from a reference, wrong and benign, by op family."""

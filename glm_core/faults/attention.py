@@ -1,153 +1,609 @@
-"""Wrong attention. Shapes: B batch, L queries, S keys, H heads, K kv heads, E head dim."""
+"""Wrong and benign kernels of attention.
+Shapes: B batch, L queries, S keys, H heads, K kv heads, R = H/K heads per kv head, E head dim."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from glm_core.faults.mutant import mutant, pulled
+from glm_core.faults.fault import (
+    BFLOAT16,
+    FLOAT32,
+    ONLY_FLOAT32,
+    benign,
+    fault,
+    mutant,
+    planted,
+    stateful_fault,
+)
+from glm_core.faults.kernels import (
+    Arguments,
+    Function,
+    Gradients,
+    Vjp,
+    backward_only,
+    changed,
+    forward_only,
+    pulled_argument,
+    vjp,
+    with_gradients,
+)
+from glm_core.faults.rounding import (
+    Edit,
+    Order,
+    Sum,
+    bf16,
+    precise,
+    reversed_order,
+    rough_exp,
+    row_sum,
+    shuffled,
+    through,
+)
 from glm_core.ops import attention
 from glm_core.ops.precision import wide
 
-
-def _edited(arguments: dict[str, Any], **changes: Any) -> Tensor:
-    y: Tensor = attention.reference(**{**arguments, **changes})
-    return y
-
-
-@mutant(attention, wrong="key_start is taken for 0")
-def start_ignored(**a: Any) -> Tensor:
-    return _edited(a, key_start=torch.zeros_like(a["key_start"]))
+F = torch.nn.functional
+reference = attention.reference
+Weights = Callable[[Tensor, Tensor], Tensor]
+"""(scores, hidden) -> probabilities, both [B, K, R, L, S]; hidden broadcasts over K and R"""
 
 
-@mutant(attention, wrong="one key too many is visible")
-def end_inclusive(**a: Any) -> Tensor:
-    return _edited(a, key_end=a["key_end"] + 1)
-
-
-@mutant(attention, wrong="always causal: query i sees keys up to i")
-def always_causal(**a: Any) -> Tensor:
-    n, keys = a["q"].shape[1], a["k"].shape[1]
-    ends = torch.arange(1, n + 1, dtype=torch.int32) + keys - n
-    return _edited(a, key_end=ends.expand_as(a["key_end"]))
-
-
-@mutant(attention, wrong="causal from key 0 though earlier keys are cached")
-def cache_ignored(**a: Any) -> Tensor:
-    n, keys = a["q"].shape[1], a["k"].shape[1]
-    return _edited(a, key_end=a["key_end"] - (keys - n))
-
-
-@mutant(attention, wrong="the first row's intervals serve the whole batch")
-def intervals_of_first_row(**a: Any) -> Tensor:
-    first = {k: a[k][:1].expand_as(a[k]) for k in ("key_start", "key_end")}
-    return _edited(a, **first)
-
-
-@mutant(attention, wrong="a query that sees nothing gets the mean of all values")
-def empty_row_mean(**a: Any) -> Tensor:
-    empty = a["key_end"] <= a["key_start"]
-    means = wide(a["v"]).mean(1, keepdim=True)  # [B, 1, K, E]
-    means = means.repeat_interleave(a["q"].shape[2] // means.shape[2], 2)
-    return torch.where(empty[..., None, None], means.to(a["q"].dtype), attention.reference(**a))
-
-
-@mutant(attention, wrong="a query that sees nothing gets NaN")
-def empty_row_nan(**a: Any) -> Tensor:
-    empty = a["key_end"] <= a["key_start"]
-    return torch.where(empty[..., None, None], torch.nan, attention.reference(**a))
-
-
-@mutant(attention, wrong="query head h reads kv head h mod K")
-def heads_interleaved(**a: Any) -> Tensor:
-    q, groups = a["q"], a["k"].shape[2]
-    order = torch.arange(q.shape[2]).view(-1, groups).t().flatten()  # heads of kv head 0 first
-    return _edited(a, q=q[:, :, order])[:, :, order.argsort()]
-
-
-@mutant(attention, wrong="the scale is E^-1/2 whatever was asked")
-def scale_fixed(**a: Any) -> Tensor:
-    return _edited(a, scale=a["q"].shape[-1] ** -0.5)
-
-
-@mutant(attention, wrong="scores are divided by the layer scale and not multiplied back")
-def layer_scale_half_applied(**a: Any) -> Tensor:
-    return _edited(a, scale=a["scale"] / a.get("layer_scale", 1.0), layer_scale=1.0)
-
-
-@mutant(attention, wrong="PB-relax divides by a and does not multiply back")
-def relax_half_applied(**a: Any) -> Tensor:
-    return _edited(a, scale=a["scale"] / (a.get("pb_relax") or 1.0), pb_relax=0.0)
-
-
-@mutant(attention, wrong="softmax without subtracting the maximum")
-def maximum_not_subtracted(**a: Any) -> Tensor:
-    return _softmax_by_hand(a, shift=False, narrow=False)
-
-
-@mutant(attention, wrong="scores are rounded to the working dtype before the softmax")
-def narrow_scores(**a: Any) -> Tensor:
-    return _softmax_by_hand(a, shift=True, narrow=True)
-
-
-def _softmax_by_hand(a: dict[str, Any], shift: bool, narrow: bool) -> Tensor:
-    q, k, v = (wide(a[n]) for n in "qkv")
-    qs = q.unflatten(2, (k.shape[2], -1)) * a["scale"]  # [B, L, K, H/K, E]
-    scores = torch.einsum("blkre,bske->bkrls", qs, k)
-    if narrow:
-        scores = scores.to(a["q"].dtype).to(q.dtype)
-    j = torch.arange(k.shape[1])
+def hidden_keys(a: Arguments) -> Tensor:
+    """Returns which keys a query must not see, [B, 1, 1, L, S]."""
+    j = torch.arange(a["k"].shape[1])
     visible = (j >= a["key_start"][..., None]) & (j < a["key_end"][..., None])  # [B, L, S]
-    scores = scores.masked_fill(~visible[:, None, None], torch.finfo(q.dtype).min)
-    if shift and scores.numel():
-        scores = scores - scores.amax(-1, keepdim=True).detach()
-    weights = scores.exp() * visible[:, None, None]
-    total = weights.sum(-1, keepdim=True)
-    weights = weights / torch.where(total == 0, 1, total)
-    return torch.einsum("bkrls,bske->blkre", weights, v).flatten(2, 3).to(a["q"].dtype)
+    return ~visible[:, None, None]
 
 
-@mutant(attention, wrong="keys past the last whole tile of 16 are dropped")
-def last_tile_dropped(**a: Any) -> Tensor:
+def scores(a: Arguments, late: bool = False) -> Tensor:
+    """Returns scale q k^T, hidden keys at the dtype's minimum, [B, K, R, L, S]; `late` multiplies
+    by the scale after the product."""
+    before, after = (1.0, a["scale"]) if late else (a["scale"], 1.0)
+    q = wide(a["q"]).unflatten(2, (a["k"].shape[2], -1)) * before  # [B, L, K, R, E]
+    s = torch.einsum("blkre,bske->bkrls", q, wide(a["k"])) * after
+    return s.masked_fill(hidden_keys(a), torch.finfo(s.dtype).min)
+
+
+def weighted(p: Tensor, a: Arguments) -> Tensor:
+    """Returns the values weighted by the probabilities p [B, K, R, L, S] in q's dtype,
+    [B, L, H, E]."""
+    return torch.einsum("bkrls,bske->blkre", p, wide(a["v"])).flatten(2, 3).to(a["q"].dtype)
+
+
+def attend(weights: Weights, late: bool = False) -> Function:
+    """Returns attention with these probabilities."""
+    return lambda **a: weighted(weights(scores(a, late), hidden_keys(a)), a)
+
+
+def normalised(e: Tensor, total: Sum = row_sum) -> Tensor:
+    """Returns e / total(e), zeros where a query sees nothing."""
+    return e / total(e).clamp(min=1e-30)
+
+
+# wrong values -------------------------------------------------------------------------
+
+
+def softmax(exp: Edit = torch.exp, total: Sum = row_sum, rounding: Edit = lambda x: x) -> Weights:
+    """Returns exp(s - max) / total(exp(s - max)), scores and result passed through `rounding`."""
+
+    def weights(s: Tensor, hidden: Tensor) -> Tensor:
+        s = rounding(s.clamp(min=-3e4))
+        e = exp(s - s.amax(-1, keepdim=True)).masked_fill(hidden, 0.0)
+        return rounding(normalised(e, total))
+
+    return weights
+
+
+def low_total(rounding: Edit, block: int) -> Sum:
+    """Returns a sum over blocks of keys that rounds the running sum after each block."""
+
+    def total(e: Tensor) -> Tensor:
+        running = torch.zeros_like(e[..., :1])
+        for part in e.split(block, -1):
+            running = rounding(running + row_sum(part))
+        return running
+
+    return total
+
+
+def unscaled_blocks(block: int) -> Weights:
+    """Returns an online softmax that does not rescale earlier sums when the running maximum
+    rises."""
+
+    def weights(s: Tensor, hidden: Tensor) -> Tensor:
+        running, parts = torch.full_like(s[..., :1], torch.finfo(s.dtype).min), []
+        for part in s.split(block, -1):
+            running = torch.maximum(running, part.amax(-1, keepdim=True).detach())
+            parts.append(torch.exp(part - running))
+        return normalised(torch.cat(parts, -1).masked_fill(hidden, 0.0))
+
+    return weights
+
+
+def previous_layer(a: Arguments) -> float:
+    """Returns the scale that results when the softmax multiplies by the previous layer's number
+    (1 in the first)."""
+    layer: float = a["layer_scale"]
+    return float(a["scale"]) * max(layer - 1, 1.0) / layer
+
+
+def one_more_key(a: Arguments) -> Tensor:
+    return (a["key_end"] + 1).clamp(max=a["k"].shape[1])
+
+
+def causal_prefix(a: Arguments) -> Tensor:
+    i = torch.arange(a["q"].shape[1], dtype=torch.int32)
+    return torch.minimum(a["key_end"], i + 1)
+
+
+def causal_end(a: Arguments) -> Tensor:
+    queries, keys = a["q"].shape[1], a["k"].shape[1]
+    ends = torch.arange(1, queries + 1, dtype=torch.int32) + keys - queries
+    return ends.expand_as(a["key_end"])
+
+
+def without_last_key(a: Arguments) -> Tensor:
     keys = a["k"].shape[1]
-    return _edited(
-        a, key_end=a["key_end"].clamp(max=keys // 16 * 16) if keys > 16 else a["key_end"]
+    return a["key_end"] if keys % 16 == 0 else a["key_end"].clamp(max=keys - 1)
+
+
+def whole_tiles(tile: int) -> Callable[[Arguments], Tensor]:
+    """Returns a key_end that drops keys past the last whole tile, where there is more than one
+    tile."""
+
+    def key_end(a: Arguments) -> Tensor:
+        keys, ends = a["k"].shape[1], a["key_end"]
+        return ends.clamp(max=keys // tile * tile) if keys > tile else ends
+
+    return key_end
+
+
+def leaking_head(**a: Any) -> Tensor:
+    leak = reference(**a | {"key_end": one_more_key(a)})
+    return torch.cat((leak[:, :, :1], reference(**a)[:, :, 1:]), 2)
+
+
+def leaking_key(**a: Any) -> Tensor:
+    hidden = hidden_keys(a)
+    hidden[..., 0] = False
+    open_scores = scores(a | {"key_start": torch.zeros_like(a["key_start"])})
+    s = torch.where(hidden, torch.finfo(open_scores.dtype).min, open_scores)
+    return weighted(torch.softmax(s, -1).masked_fill(hidden, 0.0), a)
+
+
+def interleaved_groups(**a: Any) -> Tensor:
+    order = torch.argsort(torch.arange(a["q"].shape[2]) % a["k"].shape[2], stable=True)
+    y: Tensor = reference(**a | {"q": a["q"][:, :, order]})
+    return y[:, :, torch.argsort(order)]
+
+
+def stale_result(every: int) -> Function:
+    """Returns a kernel that gives the previous call's result on every n-th call, if the shape is
+    the same."""
+    calls = 0
+    last: Tensor | None = None
+
+    def kernel(**a: Any) -> Tensor:
+        nonlocal calls, last
+        right: Tensor = reference(**a)
+        calls, before, last = calls + 1, last, right.detach()
+        if calls % every or before is None or before.shape != right.shape:
+            return right
+        return before
+
+    return kernel
+
+
+def is_empty(a: Arguments) -> Tensor:
+    """Returns which queries see nothing, [B, L, 1, 1]."""
+    return (a["key_end"] <= a["key_start"])[..., None, None]
+
+
+@mutant(attention, "a query that sees nothing gets the mean of all values")
+def empty_row_mean(**a: Any) -> Tensor:
+    means = wide(a["v"]).mean(1, keepdim=True)  # [B, 1, K, E]
+    means = means.repeat_interleave(a["q"].shape[2] // means.shape[2], 2)  # [B, 1, H, E]
+    return torch.where(is_empty(a), means.to(a["q"].dtype), reference(**a))
+
+
+@mutant(attention, "a query that sees nothing gets NaN")
+def empty_row_nan(**a: Any) -> Tensor:
+    return torch.where(is_empty(a), torch.nan, reference(**a))
+
+
+@mutant(attention, "scores are rounded to the working dtype before the softmax")
+def narrow_scores(**a: Any) -> Tensor:
+    narrow = through(a["q"].dtype)
+    return attend(lambda s, hidden: softmax()(narrow(s.clamp(min=-3e4)), hidden))(**a)
+
+
+for percent, factor in (("0.1%", 1.001), ("0.01%", 1.0001)):
+    fault(
+        attention,
+        f"scores are too large by {percent}",
+        changed(attention, scale=lambda a, factor=factor: a["scale"] * factor),
+        **planted(f"attention-scale-{percent}", "scale"),
     )
+fault(
+    attention,
+    "the scale is E^-1/2 whatever was asked",
+    changed(attention, scale=lambda a: a["q"].shape[-1] ** -0.5),
+    mutant="scale_fixed",
+)
+fault(
+    attention,
+    "scores are divided by the layer scale and not multiplied back",
+    changed(attention, scale=lambda a: a["scale"] / a["layer_scale"], layer_scale=1.0),
+    mutant="layer_scale_half_applied",
+)
+fault(
+    attention,
+    "scores are multiplied back by the previous layer's scale",
+    changed(attention, scale=previous_layer),
+    **planted("attention-wrong-layer-scale", "scale"),
+)
+fault(
+    attention,
+    "PB-relax divides by a and does not multiply back",
+    changed(attention, scale=lambda a: a["scale"] / (a["pb_relax"] or 1.0), pb_relax=0.0),
+    mutant="relax_half_applied",
+)
+fault(
+    attention,
+    "one key too many is visible",
+    changed(attention, key_end=one_more_key),
+    mutant="end_inclusive",
+    **planted("attention-one-key-too-many", "mask"),
+)
+fault(
+    attention,
+    "always causal: query i sees keys up to i",
+    changed(attention, key_end=causal_end),
+    mutant="always_causal",
+)
+fault(
+    attention,
+    "the prefix is causal",
+    changed(attention, key_end=causal_prefix),
+    **planted("attention-causal-prefix", "mask"),
+)
+fault(
+    attention,
+    "causal from key 0 though earlier keys are cached",
+    changed(attention, key_end=lambda a: a["key_end"] - (a["k"].shape[1] - a["q"].shape[1])),
+    mutant="cache_ignored",
+)
+fault(
+    attention,
+    "key_start is taken for 0: packed samples see each other",
+    changed(attention, key_start=lambda a: torch.zeros_like(a["key_start"])),
+    mutant="start_ignored",
+    **planted("attention-packed-leak", "mask"),
+)
+fault(
+    attention,
+    "the first row's intervals serve the whole batch",
+    changed(
+        attention,
+        key_start=lambda a: a["key_start"][:1].expand_as(a["key_start"]),
+        key_end=lambda a: a["key_end"][:1].expand_as(a["key_end"]),
+    ),
+    mutant="intervals_of_first_row",
+)
+fault(
+    attention,
+    "key 0 is visible to every query",
+    leaking_key,
+    **planted("attention-leaking-key", "mask"),
+)
+fault(
+    attention,
+    "head 0 sees one key too many",
+    leaking_head,
+    **planted("attention-leaking-head", "mask"),
+)
+fault(
+    attention,
+    "the last key is unseen where keys do not fill blocks of 16",
+    changed(attention, key_end=without_last_key),
+    **planted("attention-last-key-lost", "rare shape", setup="glm4"),
+)
+fault(
+    attention,
+    "keys past the last whole tile of 16 are dropped",
+    changed(attention, key_end=whole_tiles(16)),
+    mutant="last_tile_dropped",
+)
+fault(
+    attention,
+    "keys past the last whole tile of 128 are dropped",
+    changed(attention, key_end=whole_tiles(128)),
+    mutant="last_large_tile_dropped",
+)
+fault(
+    attention,
+    "query head h reads kv head h mod K",
+    interleaved_groups,
+    mutant="heads_interleaved",
+    **planted("attention-groups-interleaved", setup="glm4"),
+)
+fault(
+    attention,
+    "softmax without subtracting the maximum",
+    attend(lambda s, hidden: normalised(s.exp().masked_fill(hidden, 0.0))),
+    mutant="maximum_not_subtracted",
+)
+fault(
+    attention,
+    "online softmax keeps old sums when the maximum rises",
+    attend(unscaled_blocks(16)),
+    **planted("attention-blocks-not-rescaled"),
+)
+fault(
+    attention,
+    "scores and probabilities are bfloat16",
+    attend(softmax(rounding=bf16)),
+    **planted("attention-bfloat16-softmax", "dtype", **ONLY_FLOAT32),
+)
+fault(
+    attention,
+    "scores and probabilities are float16",
+    attend(softmax(rounding=through(torch.float16))),
+    **planted("attention-float16-scores", "dtype", **ONLY_FLOAT32),
+)
+fault(
+    attention,
+    "the softmax's sum is accumulated in bfloat16",
+    attend(softmax(total=low_total(bf16, 4))),
+    **planted("attention-bfloat16-denominator", "dtype"),
+)
+fault(
+    attention,
+    "exp with a relative error of 1e-4",
+    attend(softmax(exp=rough_exp)),
+    **planted("attention-rough-exp", **ONLY_FLOAT32),
+)
+stateful_fault(
+    attention,
+    "every seventh call returns the previous result",
+    lambda: forward_only(attention, stale_result(7)),
+    **planted("attention-stale-result", "stale", "forward"),
+)
 
 
-@mutant(attention, wrong="keys past the last whole tile of 128 are dropped")
-def last_large_tile_dropped(**a: Any) -> Tensor:
-    keys = a["k"].shape[1]
-    ends = a["key_end"]
-    return _edited(a, key_end=ends.clamp(max=keys // 128 * 128) if keys > 128 else ends)
+# wrong gradients ----------------------------------------------------------------------
 
 
-@mutant(attention, wrong="the gradient of k lacks the scale")
-def gradient_of_k_unscaled(**a: Any) -> Tensor:
-    return _edited(a, k=pulled(a["k"], lambda g: g / a["scale"]))
+def first_head_only(name: str) -> Function:
+    """Returns a kernel in which only the first head of each group sends a gradient to `name` (k or
+    v)."""
+
+    def kernel(**a: Any) -> Tensor:
+        heads = torch.arange(a["q"].shape[2])
+        first = heads % (a["q"].shape[2] // a["k"].shape[2]) == 0
+        fixed = reference(**a | {name: a[name].detach()})
+        return torch.where(first[:, None], reference(**a), fixed)
+
+    return backward_only(attention, kernel)
 
 
-@mutant(attention, wrong="the gradient of v comes from the first query head of each group only")
-def gradient_of_group_lost(**a: Any) -> Tensor:
-    full = _edited(a, v=a["v"].detach())
-    share = a["q"].shape[2] // a["k"].shape[2]
-    first = torch.arange(a["q"].shape[2]) % share == 0
-    other = attention.reference(**a) * first[:, None]
-    return full + (other - other.detach())
+def last_query_lost(**a: Any) -> Tensor:
+    """Detaches v for the last query."""
+    fixed = reference(**a | {"v": a["v"].detach()})
+    return torch.cat((reference(**a)[:, :-1], fixed[:, -1:]), 1)
 
 
-@mutant(attention, wrong="backward of softmax without its row sum: ds = p dp")
-def gradient_without_row_sum(**a: Any) -> Tensor:
-    q, k, v = (wide(a[n]) for n in "qkv")
-    qs = q.unflatten(2, (k.shape[2], -1)) * a["scale"]
-    scores = torch.einsum("blkre,bske->bkrls", qs, k)
-    j = torch.arange(k.shape[1])
-    visible = (j >= a["key_start"][..., None]) & (j < a["key_end"][..., None])
-    filled = scores.masked_fill(~visible[:, None, None], torch.finfo(q.dtype).min)
-    p = torch.softmax(filled.detach(), -1) * visible[:, None, None]
-    p = p + p.detach() * (scores - scores.detach())  # dp/ds = p on the diagonal only
-    y = torch.einsum("bkrls,bske->blkre", p, v).flatten(2, 3)
-    exact = _edited(a, q=a["q"].detach(), k=a["k"].detach(), v=a["v"].detach())
-    return exact + (y - y.detach()).to(exact.dtype)
+def scaled_gradient(name: str, factor: float) -> Vjp:
+    """Returns the right gradients, the one of `name` multiplied by `factor` before it is
+    rounded."""
+    right = vjp(attention, reference)
+
+    def gradients(a: Arguments, outputs: tuple[Tensor, ...]) -> Gradients:
+        grads = right(a | {n: wide(a[n]) for n in "qkv"}, (wide(outputs[0]),))
+        factors = {name: factor}
+        return {
+            n: (g * factors.get(n, 1.0)).to(a[n].dtype) for n, g in grads.items() if g is not None
+        }
+
+    return gradients
+
+
+def flash_backward(row_term: Callable[[Tensor, Tensor], Tensor]) -> Function:
+    """Returns a kernel with the backward in closed form, dS = P (dO v^T - row_term(dO, O)), where O
+    is the result as the forward stores it and row_term the sum over E of dO O (Dao et al. 2022,
+    algorithm 4, line 19)."""
+
+    def gradients(a: Arguments, outputs: tuple[Tensor, ...]) -> Gradients:
+        s, hidden, groups = scores(a), hidden_keys(a), a["k"].shape[2]
+        p = torch.softmax(s, -1).masked_fill(hidden, 0.0)
+        o = torch.einsum("bkrls,bske->blkre", p, wide(a["v"])).to(a["q"].dtype)
+        do = wide(outputs[0]).unflatten(2, (groups, -1))  # [B, L, K, R, E]
+        d = row_term(do, wide(o)).permute(0, 2, 3, 1, 4)  # [B, K, R, L, 1]
+        ds = p * (torch.einsum("blkre,bske->bkrls", do, wide(a["v"])) - d) * a["scale"]
+        q = wide(a["q"]).unflatten(2, (groups, -1))  # [B, L, K, R, E]
+        grads = {
+            "q": torch.einsum("bkrls,bske->blkre", ds, wide(a["k"])).flatten(2, 3),  # [B, L, H, E]
+            "k": torch.einsum("bkrls,blkre->bske", ds, q),
+            "v": torch.einsum("bkrls,blkre->bske", p, do),
+        }
+        return {n: g.to(a[n].dtype) for n, g in grads.items()}
+
+    return with_gradients(attention, gradients)
+
+
+fault(
+    attention,
+    "the gradient of k lacks the scale",
+    pulled_argument(attention, "k", lambda a, g: g / a["scale"]),
+    mutant="gradient_of_k_unscaled",
+)
+fault(
+    attention,
+    "the gradient of v comes from the first query head of each group only",
+    first_head_only("v"),
+    mutant="gradient_of_group_lost",
+)
+fault(
+    attention,
+    "the gradient of k comes from the first query head of each group only",
+    first_head_only("k"),
+    **planted("attention-dk-first-head", "gradient", "backward", setup="glm4"),
+)
+fault(
+    attention,
+    "the gradient of v misses the last query",
+    backward_only(attention, last_query_lost),
+    **planted("attention-dv-last-query-lost", "rows", "backward"),
+)
+fault(
+    attention,
+    "the gradient of q is too large by 0.1 %",
+    with_gradients(attention, scaled_gradient("q", 1.001)),
+    **planted("attention-dq-0.1%", "scale", "backward"),
+)
+fault(
+    attention,
+    "the backward of softmax lacks its row sum: ds = p dp",
+    flash_backward(lambda do, o: torch.zeros_like(do[..., :1])),
+    mutant="gradient_without_row_sum",
+    **planted("attention-no-row-term", "gradient", "backward"),
+)
+fault(
+    attention,
+    "the backward of softmax takes the row sum from a bfloat16 result",
+    flash_backward(lambda do, o: row_sum(do * o.bfloat16().float())),
+    **planted("attention-bfloat16-row-term", "dtype", "backward", **ONLY_FLOAT32),
+)
+
+
+# benign -------------------------------------------------------------------------------
+
+
+def ordered(order: Order) -> Function:
+    """Returns attention that sums over E in another order."""
+
+    def kernel(**a: Any) -> Tensor:
+        at = order(a["q"].shape[-1])
+        y: Tensor = reference(**a | {n: a[n][..., at] for n in "qkv"})
+        return y[..., torch.argsort(at)]
+
+    return kernel
+
+
+def flash(block: int, rounding: bool) -> Function:
+    """Returns an online softmax over blocks of keys, normalised at the end (Dao et al. 2022,
+    algorithm 1); with `rounding` the unnormalised probabilities are rounded to the working dtype
+    for the product with v."""
+
+    def kernel(**a: Any) -> Tensor:
+        q, k, v = a["q"], wide(a["k"]), wide(a["v"])
+        qs = wide(q).unflatten(2, (k.shape[2], -1)) * a["scale"]  # [B, L, K, R, E]
+        hidden = hidden_keys(a)
+        m = torch.full_like(qs[..., :1], -1e30).permute(0, 2, 3, 1, 4)  # [B, K, R, L, 1]
+        total = torch.zeros_like(m)
+        out = torch.zeros_like(qs).permute(0, 2, 3, 1, 4)  # [B, K, R, L, E]
+        for at in range(0, k.shape[1], block):
+            part, unseen = slice(at, at + block), hidden[..., at : at + block]
+            s = torch.einsum("blkre,bske->bkrls", qs, k[:, part]).masked_fill(unseen, -1e30)
+            new = torch.maximum(m, s.amax(-1, keepdim=True).detach())
+            p = torch.exp(s - new).masked_fill(unseen, 0.0)
+            rescale, m = torch.exp(m - new), new
+            total = total * rescale + row_sum(p)
+            p = p.to(q.dtype).float() if rounding else p
+            out = out * rescale + torch.einsum("bkrls,bske->bkrle", p, v[:, part])
+        y = normalised(out, lambda _: total).permute(0, 3, 1, 2, 4)  # [B, L, K, R, E]
+        return y.flatten(2, 3).to(q.dtype)  # [B, L, H, E]
+
+    return kernel
+
+
+def native(up: Edit) -> Function:
+    """Returns torch's scaled_dot_product_attention, its inputs passed through `up`."""
+
+    def kernel(**a: Any) -> Tensor:
+        repeats = a["q"].shape[2] // a["k"].shape[2]
+        q = up(a["q"]).transpose(1, 2)  # [B, H, L, E]
+        k, v = (up(a[n]).repeat_interleave(repeats, 2).transpose(1, 2) for n in "kv")
+        y = F.scaled_dot_product_attention(q, k, v, ~hidden_keys(a)[:, 0], scale=a["scale"])
+        return y.transpose(1, 2).to(a["q"].dtype)  # [B, L, H, E]
+
+    return kernel
+
+
+def binary_softmax(s: Tensor, hidden: Tensor) -> Tensor:
+    """Takes exp2 of scores times log2(e)."""
+    t = s * math.log2(math.e)
+    return normalised(torch.exp2(t - t.amax(-1, keepdim=True)).masked_fill(hidden, 0.0))
+
+
+def softmax_without_max(s: Tensor, hidden: Tensor) -> Tensor:
+    """Relies on the scores of these models, which stay far below exp's overflow at 88."""
+    return normalised(torch.exp(s.clamp(max=80.0)).masked_fill(hidden, 0.0))
+
+
+def padded_keys(number: int) -> Function:
+    """Returns attention over keys and values with rows in front that no query sees."""
+
+    def kernel(**a: Any) -> Tensor:
+        more = {n: F.pad(a[n], (0, 0, 0, 0, number, 0)) for n in "kv"}
+        moved = {n: a[n] + number for n in ("key_start", "key_end")}
+        return reference(**a | more | moved)
+
+    return kernel
+
+
+def query_blocks(size: int) -> Function:
+    """Returns attention computed block of queries by block, over which the gradients of k and v are
+    summed."""
+
+    def kernel(**a: Any) -> Tensor:
+        names, length = ("q", "key_start", "key_end"), a["q"].shape[1]
+        cuts = range(0, length, size)
+        return torch.cat(
+            [reference(**a | {n: a[n][:, at : at + size] for n in names}) for at in cuts], 1
+        )
+
+    return kernel
+
+
+def benign_attention(name: str, description: str, kernel: Function, **rest: Any) -> None:
+    """Declares a change of attention."""
+    benign(f"attention-{name}", attention, description, kernel, **rest)
+
+
+benign_attention("permuted", "sum over E in a random order", ordered(shuffled))
+benign_attention("reversed", "sum over E from the end", ordered(reversed_order))
+benign_attention("float64", "float64 inside", precise(attention))
+for n in (16, 32, 64):
+    benign_attention(f"flash-{n}", f"online softmax, blocks of {n} keys", flash(n, False))
+benign_attention(
+    "flash-32-rounded",
+    "online softmax, probabilities in the working dtype",
+    flash(32, True),
+    dtypes=BFLOAT16,
+)
+benign_attention("native", "torch's kernel in the working dtype", native(lambda t: t))
+benign_attention("native-float32", "torch's kernel in float32", native(wide))
+benign_attention("exp2", "base 2", attend(binary_softmax))
+benign_attention("no-maximum", "exp without the maximum", attend(softmax_without_max))
+benign_attention("late-scale", "scaled after the product", attend(binary_softmax, late=True))
+benign_attention(
+    "padded-keys", "five keys before the first that nobody sees", padded_keys(5), dtypes=FLOAT32
+)
+benign_attention("query-blocks-16", "queries in blocks of 16", query_blocks(16))
+benign_attention(
+    "flash-backward",
+    "closed-form backward, row term from the stored result",
+    flash_backward(lambda do, o: row_sum(do * o)),
+)
+benign_attention(
+    "flash-32-grouped", "online softmax with grouped heads", flash(32, False), setup="glm4"
+)
+benign_attention(
+    "native-pb-relax", "torch's kernel in place of PB-relax", native(wide), setup="glm"
+)

@@ -1,75 +1,160 @@
-"""Wrong table lookups. Shapes: V vocabulary, D width."""
+"""Wrong and benign kernels of the table lookup. Shapes: V vocabulary, D width."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from glm_core.faults.mutant import mutant, pulled
+from glm_core.faults.fault import benign, fault, mutant, planted
+from glm_core.faults.kernels import (
+    Arguments,
+    Gradients,
+    backward_only,
+    changed,
+    forward_only,
+    pulled,
+    pulled_argument,
+    with_gradients,
+)
 from glm_core.ops import embedding
+from glm_core.ops.precision import wide
+
+F = torch.nn.functional
 
 
-@mutant(embedding, wrong="the gradient is not shrunk")
-def shrink_ignored(ids: Tensor, weight: Tensor, shrink: float = 1.0) -> Tensor:
-    return embedding.reference(ids, weight)
+# wrong --------------------------------------------------------------------------------
 
 
-@mutant(embedding, wrong="the value is shrunk, not its gradient")
-def value_shrunk(ids: Tensor, weight: Tensor, shrink: float = 1.0) -> Tensor:
-    return embedding.reference(ids, weight) * shrink
+def overwritten(a: Arguments, outputs: tuple[Tensor, ...]) -> Gradients:
+    """Returns one of the gradients of a row that occurs more than once, not their sum."""
+    gradient = torch.zeros_like(a["weight"])
+    gradient[a["ids"].flatten()] = outputs[0].flatten(0, -2) * a["shrink"]
+    return {"weight": gradient}
 
 
-@mutant(embedding, wrong="value and gradient are shrunk")
-def both_shrunk(ids: Tensor, weight: Tensor, shrink: float = 1.0) -> Tensor:
+def without_last_token(ids: Tensor, weight: Tensor, shrink: float) -> Tensor:
+    """Looks up the last token in a table that receives no gradient."""
+    parts = (
+        embedding.reference(part, w, shrink)
+        for part, w in ((ids.flatten()[:-1], weight), (ids.flatten()[-1:], weight.detach()))
+    )
+    return torch.cat(list(parts)).unflatten(0, ids.shape)
+
+
+def summed_narrow(a: Arguments, g: Tensor) -> Tensor:
+    ids, total = a["ids"], torch.zeros(g.shape, dtype=torch.bfloat16)
+    for i in ids.flatten().tolist():
+        total[i] += g[i].bfloat16() / max(int((ids == i).sum()), 1)
+    return total.to(g.dtype)
+
+
+fault(
+    embedding,
+    "the gradient is not shrunk",
+    changed(embedding, shrink=1.0),
+    mutant="shrink_ignored",
+    **planted("embedding-no-shrink", "scale", "backward"),
+)
+fault(
+    embedding,
+    "the gradient is shrunk by 0.11 for 0.1",
+    changed(embedding, shrink=lambda a: 0.11 if a["shrink"] == 0.1 else a["shrink"]),
+    mutant="shrink_rounded",
+    **planted("embedding-shrink-0.11", "scale", "backward"),
+)
+fault(
+    embedding,
+    "the value is shrunk too",
+    forward_only(embedding, lambda ids, weight, shrink: embedding.reference(ids, weight) * shrink),
+    mutant="value_shrunk",
+    **planted("embedding-shrinks-value", "scale", "forward"),
+)
+fault(
+    embedding,
+    "a row that occurs more than once keeps one gradient",
+    with_gradients(embedding, overwritten),
+    mutant="last_gradient_wins",
+    **planted("embedding-duplicates-overwritten", "rows", "backward"),
+)
+fault(
+    embedding,
+    "the last token's gradient is dropped",
+    backward_only(embedding, without_last_token),
+    **planted("embedding-last-token-lost", "rows", "backward"),
+)
+fault(
+    embedding,
+    "gradients of a row are summed in bfloat16, one by one",
+    pulled_argument(embedding, "weight", summed_narrow),
+    mutant="narrow_gradient_sum",
+)
+fault(
+    embedding,
+    "ids out of range read the last row",
+    changed(embedding, ids=lambda a: a["ids"].clamp(0, len(a["weight"]) - 1)),
+    mutant="ids_clamped",
+)
+fault(
+    embedding,
+    "negative ids count from the end",
+    changed(embedding, ids=lambda a: a["ids"] + len(a["weight"]) * (a["ids"] < 0)),
+    mutant="ids_wrapped",
+)
+
+
+@mutant(embedding, "value and gradient are shrunk")
+def both_shrunk(ids: Tensor, weight: Tensor, shrink: float) -> Tensor:
     y = embedding.reference(ids, weight, shrink)
     return y if shrink == 1.0 else y - (1 - shrink) * y.detach()
 
 
-@mutant(embedding, wrong="the gradient is shrunk by 0.11 for 0.1")
-def shrink_rounded(ids: Tensor, weight: Tensor, shrink: float = 1.0) -> Tensor:
-    return embedding.reference(ids, weight, 0.11 if shrink == 0.1 else shrink)
-
-
-@mutant(embedding, wrong="of rows that occur more than once the last gradient wins")
-def last_gradient_wins(ids: Tensor, weight: Tensor, shrink: float = 1.0) -> Tensor:
-    rows = ids.flatten()
-    later = (rows[None] == rows[:, None]).triu(1).any(1)  # this row comes again
-    y = embedding.reference(ids, weight, shrink)
-    return pulled(y, lambda g: g * ~later.view(ids.shape).unsqueeze(-1))
-
-
-@mutant(embedding, wrong="row 0 gets no gradient, as if it were padding")
-def padding_row(ids: Tensor, weight: Tensor, shrink: float = 1.0) -> Tensor:
+@mutant(embedding, "row 0 gets no gradient, as if it were padding")
+def padding_row(ids: Tensor, weight: Tensor, shrink: float) -> Tensor:
     y = embedding.reference(ids, weight, shrink)
     return pulled(y, lambda g: g * (ids != 0).unsqueeze(-1))
 
 
-@mutant(embedding, wrong="gradients of a row are summed in bfloat16, one by one")
-def narrow_gradient_sum(ids: Tensor, weight: Tensor, shrink: float = 1.0) -> Tensor:
-    y = embedding.reference(ids, weight, shrink)
-
-    def pull(g: Tensor) -> Tensor:
-        total = torch.zeros(g.shape, dtype=torch.bfloat16)
-        for i in ids.flatten().tolist():
-            total[i] += g[i].bfloat16() / max(int((ids == i).sum()), 1)
-        return total.to(g.dtype)
-
-    return embedding.reference(ids, pulled(weight, pull), shrink) if weight.requires_grad else y
+@mutant(embedding, "rows are normalised to length 1 at most")
+def rows_clipped(ids: Tensor, weight: Tensor, shrink: float) -> Tensor:
+    y = F.embedding(ids, weight)
+    return (y / y.norm(dim=-1, keepdim=True).clamp(min=1)).to(y.dtype)
 
 
-@mutant(embedding, wrong="ids out of range read the last row")
-def ids_clamped(ids: Tensor, weight: Tensor, shrink: float = 1.0) -> Tensor:
-    return embedding.reference(ids.clamp(0, len(weight) - 1), weight, shrink)
+# benign -------------------------------------------------------------------------------
 
 
-@mutant(embedding, wrong="negative ids count from the end")
-def ids_wrapped(ids: Tensor, weight: Tensor, shrink: float = 1.0) -> Tensor:
-    return embedding.reference(torch.where(ids < 0, ids + len(weight), ids), weight, shrink)
+def summed_wide(a: Arguments, outputs: tuple[Tensor, ...]) -> Gradients:
+    """Returns the gradients of equal rows summed in float64 and rounded once."""
+    total = torch.zeros_like(a["weight"], dtype=torch.float64)
+    rows = outputs[0].flatten(0, -2).double() * a["shrink"]
+    return {"weight": total.index_add_(0, a["ids"].flatten(), rows).to(a["weight"].dtype)}
 
 
-@mutant(embedding, wrong="rows are normalised to length 1 at most")
-def rows_clipped(ids: Tensor, weight: Tensor, shrink: float = 1.0) -> Tensor:
-    y = functional.embedding(ids, weight)
-    longest = y.norm(dim=-1, keepdim=True).clamp(min=1)
-    return (y / longest).to(y.dtype)
+def summed_backwards(a: Arguments, outputs: tuple[Tensor, ...]) -> Gradients:
+    """Returns the gradients of equal rows summed from the last to the first in float32."""
+    total = torch.zeros_like(a["weight"], dtype=torch.float32)
+    rows = wide(outputs[0].flatten(0, -2)).flip(0) * a["shrink"]
+    return {"weight": total.index_add_(0, a["ids"].flatten().flip(0), rows).to(a["weight"].dtype)}
+
+
+def one_hot(ids: Tensor, weight: Tensor, shrink: float) -> Tensor:
+    """Multiplies one-hot rows by the table, so that the gradient is a matrix product."""
+    rows = F.one_hot(ids, weight.shape[0]).to(weight.dtype) @ weight
+    fixed = rows.detach()
+    return fixed + shrink * (rows - fixed)
+
+
+precise_embedding = with_gradients(embedding, summed_wide)
+benign(
+    "embedding-float64-sums",
+    embedding,
+    "gradients of equal rows summed in float64",
+    precise_embedding,
+)
+benign(
+    "embedding-reversed-sums",
+    embedding,
+    "gradients of equal rows summed from the end",
+    with_gradients(embedding, summed_backwards),
+)
+benign("embedding-one-hot", embedding, "product with one-hot rows", one_hot)

@@ -2,61 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from glm_core import ops
 from glm_core.dispatch import Op
-from glm_core.faults.mutant import Kernel, Mutant, pulled
+from glm_core.faults.fault import Fault, fault
+from glm_core.faults.kernels import Function, changed, pulled
+from glm_core.faults.rounding import Edit, rounds, truncated
 
-Edit = Callable[[Tensor], Tensor]
+CUT_OFF = (
+    ops.add_layer_norm,
+    ops.add_rms_norm,
+    ops.attention,
+    ops.geglu,
+    ops.gelu,
+    ops.layer_norm,
+    ops.quantized_linear,
+    ops.rms_norm,
+    ops.rope,
+    ops.swiglu,
+)
+for _op in CUT_OFF:
+    cut = rounds(_op, truncated)
+    fault(_op, "bfloat16 results are cut off, not rounded", cut, mutant="truncated")
 
 
-def general(op: Op) -> Iterator[Mutant]:
-    """The general mutants of one op, all made from its reference."""
+def general(op: Op) -> Iterator[Fault]:
+    """Yields the general mutants of one op, all made from its reference."""
+
+    def made(name: str, description: str, kernel: Function) -> Fault:
+        return Fault(op.name, description, lambda: {op.name: kernel}, mutant=name)
+
+    def argument(name: str, edit: Edit) -> Function:
+        return changed(op, **{name: lambda a: _each(a[name], edit)})
+
+    def result(edit: Edit) -> Function:
+        return lambda **a: _each(op.reference(**a), edit)
+
     for name in op.differentiable:
-        for fault, (text, edit) in GRADIENTS.items():
-            title = f"gradient_of_{name}_{fault}"
-            yield Mutant(title, op, f"the gradient of {name} {text}", _argument(op, name, edit))
+        for suffix, (text, edit) in GRADIENTS.items():
+            title = f"gradient_of_{name}_{suffix}"
+            yield made(title, f"the gradient of {name} {text}", argument(name, edit))
     for name in _tensors(op):
         text = f"reads {name} as if it were contiguous"
-        yield Mutant(f"strides_of_{name}_ignored", op, text, _argument(op, name, _dense))
-    for name in set(_tensors(op)) - set(op.mutates):
-        text = f"leaves scratch values in {name}"
-        yield Mutant(f"{name}_overwritten", op, text, _scribbling(op, name))
+        yield made(f"strides_of_{name}_ignored", text, argument(name, _dense))
+        if name not in op.mutates:
+            text = f"leaves scratch values in {name}"
+            yield made(f"{name}_overwritten", text, _scribbling(op, name))
     if not op.mutates:
-        for fault, (text, edit) in RESULTS.items():
-            yield Mutant(fault, op, text, _result(op, edit))
-        yield Mutant("stale_buffer", op, "every call returns the same memory", _reusing(op))
+        for title, (text, edit) in RESULTS.items():
+            yield made(title, text, result(edit))
+        text = "every call returns the same memory"
+        yield Fault(op.name, text, lambda: {op.name: _reusing(op)}, mutant="stale_buffer")
 
 
 def _tensors(op: Op) -> list[str]:
-    """Parameters that are tensors with dimensions, or lists of them, in the op's first sample."""
+    """Returns the parameters that are tensors with dimensions, or lists of them, in the op's first
+    sample."""
     made = next(iter(op.samples())).make(torch.float32, "meta")
     single = {k: v[0] if isinstance(v, list) and v else v for k, v in made.items()}
     return [k for k, v in single.items() if isinstance(v, Tensor) and v.dim()]
 
 
 def _each(value: Any, edit: Edit) -> Any:
-    """`edit` on a tensor, or on every tensor of a list or tuple."""
+    """Applies `edit` to a tensor, or to every tensor of a list or tuple."""
     if isinstance(value, (list, tuple)):
         return type(value)(_each(v, edit) for v in value)
     return edit(value) if isinstance(value, Tensor) else value
 
 
-def _argument(op: Op, name: str, edit: Edit) -> Kernel:
-    """The reference with one argument edited."""
-    return lambda **a: op.reference(**{**a, name: _each(a.get(name), edit)})
-
-
-def _result(op: Op, edit: Edit) -> Kernel:
-    """The reference with its outputs edited."""
-    return lambda **a: _each(op.reference(**a), edit)
-
-
-def _scribbling(op: Op, name: str) -> Kernel:
+def _scribbling(op: Op, name: str) -> Function:
     def kernel(**a: Any) -> Any:
         y = op.reference(**a)
         _each(a[name], lambda x: x.detach().zero_())
@@ -65,14 +84,15 @@ def _scribbling(op: Op, name: str) -> Kernel:
     return kernel
 
 
-def _reusing(op: Op) -> Kernel:
-    """The reference, copied into buffers kept from the first call of that shape."""
-    kept: dict[Any, Tensor] = {}
+def _reusing(op: Op) -> Function:
+    """Returns the reference, whose results are copied into the buffers of the first call of that
+    shape."""
+    buffers: dict[Any, Tensor] = {}
 
     def reuse(y: Tensor) -> Tensor:
-        buffer = kept.setdefault((y.shape, y.dtype), torch.empty_like(y))
+        buffer = buffers.setdefault((y.shape, y.dtype), torch.empty_like(y))
         buffer.copy_(y.detach())
-        shared: Tensor = _Borrowed.apply(y, buffer)  # type: ignore[no-untyped-call]  # torch's own
+        shared: Tensor = _Borrowed.apply(y, buffer)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
         return shared
 
     return lambda **a: _each(op.reference(**a), reuse)
@@ -89,9 +109,9 @@ class _Borrowed(torch.autograd.Function):
 
 
 def _last_dropped(g: Tensor) -> Tensor:
-    kept = torch.ones_like(g)
-    kept[..., -1:] = 0
-    return g * kept
+    factor = torch.ones_like(g)
+    factor[..., -1:] = 0
+    return g * factor
 
 
 def _first_row_twice(g: Tensor) -> Tensor:

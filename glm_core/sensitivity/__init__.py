@@ -1,2 +1,2 @@
-"""How sharp the verdict is: planted faults found, benign changes acquitted, ops named
-by bisection."""
+"""Measures how sharp the verdict is: how many planted faults it convicts and bisection names, and
+how many benign changes it acquits."""

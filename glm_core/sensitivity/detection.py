@@ -1,5 +1,5 @@
-"""What the verdict sees: planted bugs against benign changes, and the rule in common use on the
-same runs."""
+"""Measures how sharp the verdict is: judges every planted fault and benign change, and compares
+with the 2 % rule in common use on the same runs."""
 
 from __future__ import annotations
 
@@ -24,9 +24,8 @@ from glm_core.align.verdict import finite
 from glm_core.config import RunConfig
 from glm_core.data.sampler import Batch
 from glm_core.errors import BackendUnavailableError, ConfigError, unknown
-from glm_core.faults.benign import Benign
-from glm_core.faults.variants import Bug
-from glm_core.sensitivity.catalogue import (
+from glm_core.faults.fault import Benign, Fault
+from glm_core.sensitivity.setups import (
     DTYPES,
     SETUPS,
     Drawn,
@@ -39,86 +38,88 @@ from glm_core.sensitivity.catalogue import (
 )
 
 Progress = Callable[[int, int, "Row"], None]
-"""(variants done, all, the last one's row)"""
+"""called with (number of variants done, number of all, the last one's row)"""
 
 TWO_PERCENT = 0.02
+"""the rule in common use: a mean relative loss difference above it convicts"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One variant's outcome. A ratio above 1 is outside what honest rounding can do."""
+    """The outcome of one variant. A ratio above 1 is outside what honest rounding can do."""
 
     name: str
     planted: bool
-    """a bug, else a benign change"""
+    """whether it is a fault; else it is a benign change"""
     kind: str
     op: str
     setup: str
     held_out: bool
-    """not consulted when the rules of the verdict were adjusted"""
+    """whether it was left out when the rules of the verdict were adjusted"""
     convicted: bool
     by: list[str]
-    """the tests that convict it, in the order in which they run: gradient, op-by-op, envelope"""
+    """tests that convict it, in the order in which they run: gradient, op-by-op, envelope"""
     margin: float
-    """the largest ratio"""
+    """the largest of the three ratios"""
     gradient_ratio: float
     op_ratio: float
     envelope_ratio: float
     seconds: float
-    """until the first conviction, or for all tests; the reference's calibration not counted"""
+    """time until the first conviction, or for all tests, without the reference's calibration"""
     mean_loss_difference: float
-    """mean over the steps of |loss - reference| / reference"""
+    """mean over the steps of |loss - reference| / reference; infinite if a loss is not finite"""
     finding: str
-    """the worst op-by-op finding, where there is one"""
+    """the worst op-by-op finding; empty: there is none"""
     skipped: str = ""
-    """why it could not run here"""
+    """why it could not run here; empty: it ran"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Sensitivity:
-    """The catalogue's outcome in one dtype."""
+    """The outcomes of all variants in one dtype."""
 
     dtype: str
     rows: list[Row]
     neutral: list[str]
-    """benign changes that change no bit in models this small: they run and are not counted"""
+    """names of benign changes that change no bit in models this small; they run, but do not
+    count"""
     calibration_seconds: float
     seconds: float
 
     def of(self, planted: bool) -> list[Row]:
-        """The bugs' or the benign changes' rows that count."""
+        """Returns the rows that count, of the faults or of the benign changes."""
         counts = [r for r in self.rows if not r.skipped and r.name not in self.neutral]
         return [r for r in counts if r.planted == planted]
 
     @property
     def missed(self) -> list[str]:
-        """Bugs that went free."""
+        """The names of faults that were not convicted."""
         return [r.name for r in self.of(True) if not r.convicted]
 
     @property
     def false_alarms(self) -> list[str]:
-        """Benign changes that were convicted, those that change no bit included."""
+        """The names of benign changes that were convicted, including those that change no bit."""
         return [r.name for r in self.rows if not r.planted and r.convicted]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; the fields that others rely on first."""
-        bugs, benign = self.of(True), self.of(False)
-        found = [r for r in bugs if r.convicted]
-        held = [r for r in bugs if r.held_out]
+        """Returns the result as plain values, the fields that others rely on first."""
+        faults, benign = self.of(True), self.of(False)
+        detected = [r for r in faults if r.convicted]
+        held = [r for r in faults if r.held_out]
         plain = {
             "dtype": self.dtype,
-            "planted": len(bugs),
-            "detected": len(found),
+            "planted": len(faults),
+            "detected": len(detected),
             "missed": self.missed,
             "benign": len(benign),
             "false_alarms": len(self.false_alarms),
-            "median_margin": statistics.median(r.margin for r in found) if found else 0.0,
-            "two_percent_rule_detected": _far(bugs),
-            "two_percent_rule_false_alarms": _far(benign),
+            "median_margin": statistics.median(r.margin for r in detected) if detected else 0.0,
+            "two_percent_rule_detected": _above_two_percent(faults),
+            "two_percent_rule_false_alarms": _above_two_percent(benign),
             "convicted_benign": self.false_alarms,
             "held_out": {"planted": len(held), "detected": sum(r.convicted for r in held)},
             "largest_benign_margin": max((r.margin for r in benign), default=0.0),
-            "median_seconds": statistics.median(r.seconds for r in found) if found else 0.0,
+            "median_seconds": statistics.median(r.seconds for r in detected) if detected else 0.0,
             "neutral": self.neutral,
             "skipped": {r.name: r.skipped for r in self.rows if r.skipped},
             "calibration_seconds": self.calibration_seconds,
@@ -128,12 +129,12 @@ class Sensitivity:
         return {k: finite(v) for k, v in plain.items()}
 
     def text(self) -> str:
-        """For reading: a line per variant, weakest conviction first, then the sums."""
+        """Returns a table with a line per variant, the weakest conviction first, and the totals."""
         lines = [_HEAD, *(_line(r) for r in sorted(self.rows, key=_order))]
         return "\n".join([*lines, "", *_summary(self.to_json())])
 
 
-def _far(rows: list[Row]) -> int:
+def _above_two_percent(rows: list[Row]) -> int:
     return sum(r.mean_loss_difference > TWO_PERCENT for r in rows)
 
 
@@ -187,21 +188,21 @@ def sensitivity(
     processes: int = 2,
     progress: Progress | None = None,
 ) -> Sensitivity:
-    """Runs the catalogue (or the variants of these names) in one dtype, one process per setup.
-    Raises ConfigError for a dtype or name that does not exist."""
+    """Judges all variants (or those of these names) in one dtype, in one process per setup. Raises
+    ConfigError for an unknown dtype or name."""
     if dtype not in DTYPES:
         raise ConfigError(unknown("dtype", dtype, DTYPES))
     start, chosen = time.perf_counter(), variants(dtype)
     if names is not None:
         known = {v.name: v for v in chosen}
-        if strange := [n for n in names if n not in known]:
-            raise ConfigError(unknown(f"{dtype} variant", strange[0], known))
+        if missing := [n for n in names if n not in known]:
+            raise ConfigError(unknown(f"{dtype} variant", missing[0], known))
         chosen = [known[n] for n in names]
     jobs = []
     for setup in SETUPS:
-        if mine := tuple(v.name for v in chosen if setup_of(v) == setup):
+        if in_setup := tuple(v.name for v in chosen if setup_of(v) == setup):
             drawn = draw(config(setup, dtype, steps), cache_dir)
-            jobs.append(Job(setup, dtype, steps, controls, drawn, mine, outcomes))
+            jobs.append(Job(setup, dtype, steps, controls, drawn, in_setup, outcomes))
     order = {v.name: i for i, v in enumerate(chosen)}
     rows, calibration = run_jobs(jobs, processes, len(chosen), progress)
     return Sensitivity(
@@ -215,7 +216,7 @@ def sensitivity(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Job:
-    """What one process does: a calibration, then the variants."""
+    """The work of one process: a calibration, then variants of one setup."""
 
     setup: str
     dtype: str
@@ -225,16 +226,17 @@ class Job:
     """the sequences of the run"""
     names: tuple[str, ...]
     work: Callable[[Job], Iterator[Any]]
-    """yields the seconds of the calibration, then a row per variant"""
+    """yields the seconds of the calibration, then one row per variant"""
 
 
 def run_jobs(
     jobs: list[Job], processes: int, total: int, progress: Progress | None
 ) -> tuple[list[Any], float]:
-    """The rows of all jobs in the order in which they come, and the calibrations' seconds."""
+    """Returns the rows of all jobs in the order of completion, and the seconds of all
+    calibrations."""
     rows: list[Any] = []
     calibration = 0.0
-    tell = progress or (lambda done, total, row: None)
+    report = progress or (lambda done, total, row: None)
 
     def take(item: Any) -> None:
         nonlocal calibration
@@ -242,7 +244,7 @@ def run_jobs(
             calibration += item
         else:
             rows.append(item)
-            tell(len(rows), total, item)
+            report(len(rows), total, item)
 
     if processes == 1:
         for job in jobs:
@@ -280,8 +282,8 @@ def outcomes(job: Job) -> Iterator[Row | float]:
 
 
 def judge(variant: Variant, run: RunConfig, calibration: align.Calibration) -> Row:
-    """Teacher forcing first, then the free run; the time to conviction is that of the first that
-    convicts."""
+    """Judges one variant, first by teacher forcing, then by the free run. The seconds of the row
+    end at the first conviction."""
     try:
         backend = variant.backend()
         probe = backend.probe()
@@ -295,8 +297,8 @@ def judge(variant: Variant, run: RunConfig, calibration: align.Calibration) -> R
         train = dataclasses.replace(run.train, micro_batch=micro_batch)
         run = dataclasses.replace(run, train=train)
     start = time.perf_counter()
-    taught = align.record(run, backend, calibration=calibration, free_run=False)
-    pair = align.compare(calibration.reference, taught)
+    forced = align.record(run, backend, calibration=calibration, free_run=False)
+    pair = align.compare(calibration.reference, forced)
     seconds = time.perf_counter() - start
     free = align.record(run, variant.backend(), calibration=calibration, teacher_forcing=False)
     curve = align.compare(calibration.reference, free)
@@ -325,14 +327,14 @@ def judge(variant: Variant, run: RunConfig, calibration: align.Calibration) -> R
 
 
 def progress_line(done: int, total: int, row: Row) -> None:
-    """One line on stderr, written over until all are done."""
+    """Writes progress to stderr, on one line that is overwritten until all variants are done."""
     text = f"{done}/{total} {row.name} {'diverged' if row.convicted else 'aligned'}"
     print(f"\r{text:70}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
 def loss_difference(reference: Trace, candidate: Trace) -> float:
-    """Mean over the steps of |loss - reference| / reference; infinite where a loss is not
-    finite."""
+    """Returns the mean over the steps of |loss - reference| / reference; infinite where a loss is
+    not finite."""
     n = min(len(reference.loss), len(candidate.loss))
     relative = np.abs(candidate.loss[:n] - reference.loss[:n]) / np.abs(reference.loss[:n])
     return float(relative.mean()) if np.isfinite(relative).all() else float("inf")
@@ -352,9 +354,9 @@ def _row(variant: Variant, **outcome: Any) -> Row:
     }
     return Row(
         name=variant.name,
-        planted=isinstance(variant, Bug),
+        planted=isinstance(variant, Fault),
         op=variant.op,
-        kind=variant.kind if isinstance(variant, Bug) else "benign",
+        kind=variant.kind if isinstance(variant, Fault) else "benign",
         setup=setup_of(variant),
         held_out=held_out(variant.name),
         **blank | outcome,

@@ -1,5 +1,4 @@
-"""Does `bisect` name what was planted? Every bug of the catalogue, its op and direction compared
-with the ones named."""
+"""Measures how often `bisect` names the op and direction in which a fault was planted."""
 
 from __future__ import annotations
 
@@ -16,57 +15,58 @@ from glm_core.align.bisection import bisect, gather
 from glm_core.align.calibration import captured_steps
 from glm_core.align.rerun_command import ANY_CALL
 from glm_core.errors import ConfigError, unknown
-from glm_core.faults.variants import Bug
+from glm_core.faults.fault import Fault
 from glm_core.sensitivity import detection
-from glm_core.sensitivity.catalogue import SETUPS, Drawn, config, draw, setup_of, variants
 from glm_core.sensitivity.detection import Job
+from glm_core.sensitivity.setups import SETUPS, Drawn, config, draw, setup_of, variants
 
 DIRECTION = {"both": "forward", "update": "optimizer"}
-"""where a bug is planted -> what is to be named; a wrong formula is wrong in its forward first"""
+"""a fault's direction -> what bisect must name; a wrong formula is wrong in its forward first"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Hit:
-    """One planted bug and what was named."""
+    """One planted fault and what bisect named."""
 
     name: str
     planted: list[str]
-    """ops with the bug"""
+    """ops that have the fault"""
     planted_direction: str
     op: str
     direction: str
     layer: str
     how: str
     rerun: str
-    """`conformance` or `captured`: what reruns it; `none`: it does not show alone"""
+    """`conformance` or `captured`: what the rerun command runs; `none`: the op alone does not show
+    the fault"""
     seconds: float
-    """the reference's captured steps included, which the bugs of one model share"""
+    """includes the capture of the reference's steps, which the faults of one model share"""
 
     @property
     def convicted(self) -> bool:
-        """For the progress line: is the right op named?"""
+        """Whether the right op was named; the progress line shows it."""
         return self.op in self.planted
 
     @property
     def whole(self) -> bool:
-        """Op and direction."""
+        """Whether the right op and direction were named."""
         return self.convicted and self.direction == self.planted_direction
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Hits:
-    """The catalogue's bugs in one dtype."""
+    """The planted faults of one dtype and what bisect named."""
 
     dtype: str
     rows: list[Hit]
 
     @property
     def share(self) -> float:
-        """Of the bugs whose op is named."""
+        """The share of the faults whose op was named."""
         return sum(r.convicted for r in self.rows) / len(self.rows)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Returns the result as plain values."""
         seconds = [r.seconds for r in self.rows]
         return {
             "dtype": self.dtype,
@@ -84,7 +84,7 @@ class Hits:
         }
 
     def text(self) -> str:
-        """For reading: those not named as planted, then the sums."""
+        """Returns a line per fault that was not named as planted, then the totals."""
         j = self.to_json()
         lines = [
             f"{r.name}: planted {'/'.join(r.planted)} {r.planted_direction}; "
@@ -112,25 +112,25 @@ def hits(
     processes: int = 2,
     progress: Any = None,
 ) -> Hits:
-    """Bisects the catalogue's bugs (or those of these names) in one dtype. Raises ConfigError for a
-    name that does not exist."""
-    bugs = [v for v in variants(dtype) if isinstance(v, Bug)]
-    known = {b.name: b for b in bugs}
-    if strange := [n for n in names or () if n not in known]:
-        raise ConfigError(unknown(f"{dtype} bug", strange[0], known))
-    chosen = [known[n] for n in names] if names is not None else bugs
+    """Bisects all planted faults (or those of these names) in one dtype. Raises ConfigError for an
+    unknown name."""
+    faults = [v for v in variants(dtype) if isinstance(v, Fault)]
+    known = {f.name: f for f in faults}
+    if missing := [n for n in names or () if n not in known]:
+        raise ConfigError(unknown(f"{dtype} bug", missing[0], known))
+    chosen = [known[n] for n in names] if names is not None else faults
     jobs = []
     for setup in SETUPS:
-        if mine := tuple(b.name for b in chosen if setup_of(b) == setup):
+        if in_setup := tuple(f.name for f in chosen if setup_of(f) == setup):
             drawn = draw(config(setup, dtype, steps), cache_dir)
-            jobs.append(Job(setup, dtype, steps, 0, drawn, mine, outcomes))
-    order = {b.name: i for i, b in enumerate(chosen)}
+            jobs.append(Job(setup, dtype, steps, 0, drawn, in_setup, outcomes))
+    order = {f.name: i for i, f in enumerate(chosen)}
     rows, _ = detection.run_jobs(jobs, processes, len(chosen), progress)
     return Hits(dtype=dtype, rows=sorted(rows, key=lambda r: order[r.name]))
 
 
 def outcomes(job: Job) -> Iterator[Hit | float]:
-    """Captures the reference's steps (yields the seconds), then yields one row per bug."""
+    """Captures the reference's steps (yields the seconds), then yields one row per fault."""
     torch.set_num_threads(1)
     run = config(job.setup, job.dtype, job.steps)
     make = lambda: Drawn(job.rows)  # noqa: E731
@@ -140,18 +140,18 @@ def outcomes(job: Job) -> Iterator[Hit | float]:
     yield shared
     known = {v.name: v for v in variants(job.dtype)}
     for name in job.names:
-        bug = known[name]
-        assert isinstance(bug, Bug)
-        found = bisect(run, bug.backend(), evidence=evidence, sampler=make)
-        alone = "captured" if " --op " in found.rerun else "none"
+        fault = known[name]
+        assert isinstance(fault, Fault)
+        named = bisect(run, fault.backend(), evidence=evidence, sampler=make)
+        alone = "captured" if " --op " in named.rerun else "none"
         yield Hit(
             name=name,
-            planted=sorted(bug.kernels()),
-            planted_direction=DIRECTION.get(bug.direction, bug.direction),
-            op=found.op,
-            direction=found.direction,
-            layer=found.layer,
-            how=found.how,
-            rerun="conformance" if " conformance " in found.rerun else alone,
-            seconds=shared + found.seconds,
+            planted=sorted(fault.kernels()),
+            planted_direction=DIRECTION.get(fault.direction, fault.direction),
+            op=named.op,
+            direction=named.direction,
+            layer=named.layer,
+            how=named.how,
+            rerun="conformance" if " conformance " in named.rerun else alone,
+            seconds=shared + named.seconds,
         )

@@ -24,7 +24,7 @@ from glm_core.backends.base import Backend
 from glm_core.cli import main
 from glm_core.config import RunConfig
 from glm_core.errors import ConfigError
-from glm_core.faults.variants import backward_only, changed, edited, forward_only
+from glm_core.faults.kernels import backward_only, changed, edited, forward_only
 from glm_core.sensitivity import hitrate
 
 GEGLU = ops.geglu

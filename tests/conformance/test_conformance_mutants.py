@@ -10,15 +10,15 @@ from glm_core import ops
 from glm_core.backends.registry import get
 from glm_core.conformance.case import MODES, Case, select
 from glm_core.conformance.mutants import mutants
-from glm_core.faults.mutants import every_mutant
+from glm_core.faults.catalogue import every_mutant
 
 
 def test_every_op_has_its_own_mutants_and_backward_only_ones() -> None:
     for op in ops.all_ops().values():
-        own = [m for m in every_mutant() if m.op is op]
+        own = [m for m in every_mutant() if m.op == op.name]
         assert len(own) >= 3
         assert len({m.id for m in own}) == len(own)
-        assert not op.differentiable or any("gradient" in m.name for m in own)
+        assert not op.differentiable or any("gradient" in m.mutant for m in own)
 
 
 @pytest.mark.parametrize("op", ops.all_ops())
@@ -34,9 +34,9 @@ def test_the_samples_kill_every_mutant(op: str) -> None:
 
 def test_a_right_kernel_survives_and_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     from glm_core.conformance import mutants as module
-    from glm_core.faults.mutants import Mutant
+    from glm_core.faults.fault import Fault
 
-    right = Mutant("right", ops.swiglu, "nothing", ops.swiglu.reference)
+    right = Fault("swiglu", "nothing", lambda: {"swiglu": ops.swiglu.reference}, mutant="right")
     monkeypatch.setattr(module, "every_mutant", lambda: [right])
     found = module.mutants()
     assert not found.ok

@@ -1,4 +1,5 @@
-"""The benign changes: honest by the error against float64, and not idle."""
+"""Each benign change changes something, and is as right as the reference by the error against
+float64."""
 
 from __future__ import annotations
 
@@ -10,8 +11,9 @@ from small_runs import differs, outcomes, step_calls
 
 from glm_core.align.capture import Call
 from glm_core.align.replay import Results, exact, replay
-from glm_core.faults.benign import BENIGN, Benign
-from glm_core.sensitivity import catalogue
+from glm_core.faults.catalogue import BENIGN
+from glm_core.faults.fault import Benign
+from glm_core.sensitivity import setups
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +32,7 @@ IDS = [f"{b.name}-{dtype}" for b, dtype in CASES]
 
 @pytest.mark.parametrize(("change", "dtype"), CASES, ids=IDS)
 def test_a_benign_change_changes_a_bit(change: Benign, dtype: str) -> None:
-    assert differs(change.backend(), step_calls(catalogue.setup_of(change), dtype))
+    assert differs(change.backend(), step_calls(setups.setup_of(change), dtype))
 
 
 def errors(found: Results, truth: Results) -> dict[str, float]:
@@ -53,7 +55,7 @@ def test_a_benign_change_is_as_right_as_the_reference(change: Benign, dtype: str
     backend = change.backend()
     calls = [
         c
-        for c in step_calls(catalogue.setup_of(change), dtype)
+        for c in step_calls(setups.setup_of(change), dtype)
         if c.op.name in backend.kernels and c.step == 2
     ][:6]
     assert calls
@@ -67,7 +69,7 @@ def test_a_benign_change_is_as_right_as_the_reference(change: Benign, dtype: str
 
 def test_the_catalogue_is_large_and_names_are_unique() -> None:
     assert len({b.name for b in BENIGN}) == len(BENIGN)
-    for dtype in catalogue.DTYPES:
+    for dtype in setups.DTYPES:
         counted = [b for b in BENIGN if dtype in b.dtypes and not b.neutral and not b.registered]
         assert len(counted) >= 42
-        assert {b.setup or catalogue.setup_of(b) for b in counted} == set(catalogue.SETUPS)
+        assert {b.setup or setups.setup_of(b) for b in counted} == set(setups.SETUPS)

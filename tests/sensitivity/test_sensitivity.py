@@ -1,4 +1,5 @@
-"""The sensitivity figures: what is counted and told, and that the verdict stands behind them."""
+"""Tests which rows the sensitivity figures count and report, and that the verdict convicts the
+guilty only."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import pytest
 from small_runs import rows
 
 from glm_core.errors import ConfigError
-from glm_core.sensitivity import catalogue, detection
+from glm_core.sensitivity import detection, setups
 from glm_core.sensitivity.detection import Row, Sensitivity
 
 BLANK = Row(
@@ -86,7 +87,7 @@ def test_an_infinite_margin_is_still_json() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ({"dtype": "float16"}, "unknown dtype 'float16'; known: bfloat16, float32"),
         ({"names": ["geglu-tan"]}, "did you mean geglu-tanh?"),
@@ -94,10 +95,10 @@ def test_an_infinite_margin_is_still_json() -> None:
     ],
     ids=["dtype", "name", "other-dtype"],
 )
-def test_bad_arguments(arguments: dict[str, object], told: str) -> None:
+def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         detection.sensitivity(**arguments)  # type: ignore[arg-type]
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_progress_is_one_line_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,8 +110,8 @@ def test_progress_is_one_line_on_stderr(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_held_out_is_a_third_chosen_by_name() -> None:
-    names = [v.name for dtype in catalogue.DTYPES for v in catalogue.variants(dtype)]
-    share = sum(map(catalogue.held_out, names)) / len(names)
+    names = [v.name for dtype in setups.DTYPES for v in setups.variants(dtype)]
+    share = sum(map(setups.held_out, names)) / len(names)
     assert 0.2 < share < 0.45
 
 
@@ -127,7 +128,7 @@ def test_loss_difference() -> None:
 
 def test_bugs_are_convicted_and_benign_changes_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(detection, "draw", lambda run, cache_dir: rows(run))
-    told: list[tuple[int, int, str]] = []
+    reports: list[tuple[int, int, str]] = []
     names = ["adamw-beta2-0.999", "rms-norm-dx-without-projection", "swiglu-exp"]
     result = detection.sensitivity(
         "float32",
@@ -135,12 +136,12 @@ def test_bugs_are_convicted_and_benign_changes_are_not(monkeypatch: pytest.Monke
         controls=4,
         names=names,
         processes=2,
-        progress=lambda done, total, row: told.append((done, total, row.name)),
+        progress=lambda done, total, row: reports.append((done, total, row.name)),
     )
     assert [r.name for r in result.rows] == names
     assert result.missed == []
     assert result.false_alarms == []
-    assert told == [(i + 1, 3, name) for i, name in enumerate(names)]
+    assert reports == [(i + 1, 3, name) for i, name in enumerate(names)]
     optimizer, gradient, _ = result.rows
     assert optimizer.by[0] == "op-by-op"
     assert gradient.by[:2] == ["gradient", "op-by-op"]

@@ -1,4 +1,5 @@
-"""Three captured steps of each of the catalogue's small models, on made-up text with real masks."""
+"""Captures three steps of each small model of the sensitivity campaign, on made-up text with real
+masks."""
 
 from __future__ import annotations
 
@@ -13,13 +14,13 @@ from glm_core.align.training import Run, free_run
 from glm_core.backends.base import Backend
 from glm_core.config import RunConfig
 from glm_core.data.sampler import Batch
-from glm_core.sensitivity import catalogue
+from glm_core.sensitivity import setups
 
 STEPS = 3
 
 
 def rows(config: RunConfig) -> Batch:
-    """Random tokens: half of the sequences two packed samples, the last one padded."""
+    """Returns random tokens: half of the sequences hold two packed samples, the last is padded."""
     number, length = config.train.steps * config.train.global_batch, config.data.length
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, config.data.vocab, (number, length), generator=generator)
@@ -45,22 +46,20 @@ def rows(config: RunConfig) -> Batch:
 
 @functools.cache
 def step_calls(setup: str, dtype: str) -> list[Call]:
-    """Every op call of the first steps of a setup's reference run."""
-    from glm_core.sensitivity.detection import Drawn
-
-    config = catalogue.config(setup, dtype, STEPS)
-    run = Run(config, Drawn(rows(config)), "reference")
+    """Returns every op call of the first steps of a setup's reference run."""
+    config = setups.config(setup, dtype, STEPS)
+    run = Run(config, setups.Drawn(rows(config)), "reference")
     return free_run(run, tuple(range(1, STEPS + 1))).calls
 
 
 def outcomes(backend: Backend, calls: list[Call]) -> list[Results]:
-    """The backend's results of these calls of its own ops, forward and backward."""
+    """Returns the backend's results of the calls for whose ops it has kernels, both directions."""
     with dispatch.activate(backend):
         return [replay(c, c.op) for c in calls if c.op.name in backend.kernels]
 
 
 def differs(backend: Backend, calls: list[Call]) -> bool:
-    """Does any bit of any result differ from the reference's?"""
+    """Says whether any bit of any result differs from the reference's."""
     for call in calls:
         if call.op.name in backend.kernels:
             (found,), right = outcomes(backend, [call]), replay(call, call.op.reference)

@@ -1,5 +1,5 @@
-"""The catalogue: every planted bug and benign change, and the three small models they are run
-in."""
+"""Chooses the three small models in which faults are planted and benign changes run, and says
+which of them each one gets."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from typing import Any
 from glm_core.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from glm_core.data.open import open_sampler
 from glm_core.data.sampler import Batch
-from glm_core.faults.benign import BENIGN, Benign
-from glm_core.faults.bugs import BUGS
-from glm_core.faults.variants import Bug
+from glm_core.faults.catalogue import BENIGN, PLANTED
+from glm_core.faults.fault import Benign, Fault
 
-Variant = Bug | Benign
+Variant = Fault | Benign
 DTYPES = ("float32", "bfloat16")
 
 _SMALL: dict[str, Any] = {
@@ -61,7 +60,7 @@ SETUPS: dict[str, tuple[ModelConfig, int]] = {
         64,
     ),
 }
-"""three small models that have every op between them, with their sequence lengths L"""
+"""three small models that together call every op, with their sequence lengths L"""
 
 _SETUP_OF = {
     "rms_norm": "glm4",
@@ -76,18 +75,19 @@ _SETUP_OF = {
 
 
 def setup_of(variant: Variant) -> str:
-    """The small model a variant is planted in."""
+    """Returns the name of the small model in which a variant runs."""
     return variant.setup or _SETUP_OF.get(variant.op, "130b")
 
 
 def held_out(name: str) -> bool:
-    """A third of the catalogue, chosen by a hash of the name: these are not consulted when a rule
-    of the verdict is adjusted, so that their detection rate is no memory of the adjustment."""
+    """Says whether a variant belongs to the third, chosen by a hash of the name, that is left out
+    when a rule of the verdict is adjusted. Their detection rate shows that the rule was not fitted
+    to them."""
     return hashlib.sha256(name.encode()).digest()[0] % 3 == 0
 
 
 def config(setup: str, dtype: str, steps: int) -> RunConfig:
-    """The run of one setup: 8 sequences of real text a step."""
+    """Returns the run of one setup, with 8 sequences of real text a step."""
     model, length = SETUPS[setup]
     return RunConfig(
         model=model,
@@ -103,34 +103,35 @@ def config(setup: str, dtype: str, steps: int) -> RunConfig:
 
 
 def variants(dtype: str) -> list[Variant]:
-    """All bugs that are one in this dtype, then all changes that change something in it."""
-    both: list[Variant] = [*BUGS, *BENIGN]
+    """Returns the planted faults that count in this dtype, then the benign changes that change
+    something in it."""
+    both: list[Variant] = [*PLANTED, *BENIGN]
     return [v for v in both if dtype in v.dtypes]
 
 
 class Drawn:
-    """A sampler over sequences drawn beforehand: opening the data again for each of the hundreds of
-    runs would cost more than the runs."""
+    """A sampler over sequences drawn beforehand. Opening the data for each of the hundreds of runs
+    would cost more than the runs."""
 
     def __init__(self, rows: Batch) -> None:
         self.rows, self.index = rows, 0
 
     def next(self, micro_batch: int) -> Batch:
-        """The next sequences."""
+        """Returns the next sequences."""
         at = slice(self.index, self.index + micro_batch)
         self.index += micro_batch
         return Batch(**{f.name: getattr(self.rows, f.name)[at] for f in dataclasses.fields(Batch)})
 
     def state(self) -> dict[str, Any]:
-        """Where it stands."""
+        """Returns the position, for `restore`."""
         return {"index": self.index}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes there."""
+        """Goes back to a position that `state` returned."""
         self.index = state["index"]
 
 
 def draw(run: RunConfig, cache_dir: str | Path) -> Batch:
-    """All sequences of a run."""
+    """Returns all sequences of a run."""
     source = open_sampler(run.data, run.train.seed, cache_dir, positions=run.model.positions)
     return source.next(run.train.steps * run.train.global_batch)

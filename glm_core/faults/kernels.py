@@ -1,12 +1,11 @@
-"""How a deviating backend is made: the references, with some kernels replaced, forward and backward
-apart."""
+"""Builds kernels that deviate from a reference, in one direction or in both, and backends from
+them."""
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,19 +16,21 @@ from glm_core.dispatch import Op
 from glm_core.session import Kernel
 
 Function = Callable[..., Any]
+"""a kernel that receives every argument by name"""
+Kernels = Mapping[str, Function]
+"""kernels by op name"""
 Arguments = dict[str, Any]
 Gradients = dict[str, Tensor | None]
 Vjp = Callable[[Arguments, tuple[Tensor, ...]], Gradients]
 """(arguments by name, gradients of the outputs) -> gradients by argument name"""
 
 
-def backend(name: str, kernels: Mapping[str, Function]) -> Backend:
-    """A backend on the CPU whose ops are the references except for these; a kernel receives every
-    argument by name."""
+def backend(name: str, kernels: Kernels) -> Backend:
+    """Returns a CPU backend with these kernels, whose other ops are the references."""
     return Backend(
         name=name,
         device_type="cpu",
-        verified="made to deviate; only the sensitivity figures use it",
+        verified="deviates on purpose",
         references_only=True,
         kernels={op: Kernel(_by_name(ops.all_ops()[op], f), None) for op, f in kernels.items()},
     )
@@ -47,7 +48,8 @@ def _by_name(op: Op, function: Function) -> Function:
 
 
 def changed(op: Op, **changes: Any) -> Function:
-    """The reference with some arguments replaced; a callable change receives all arguments."""
+    """Returns the reference with some arguments replaced; a callable is called with all arguments
+    and returns the new value."""
 
     def kernel(**a: Any) -> Any:
         return op.reference(**a | {k: v(a) if callable(v) else v for k, v in changes.items()})
@@ -55,16 +57,33 @@ def changed(op: Op, **changes: Any) -> Function:
     return kernel
 
 
+def pulled(x: Tensor, pull: Callable[[Tensor], Tensor]) -> Tensor:
+    """Returns x itself, whose gradient passes through `pull`."""
+    y = x.view_as(x)
+    if y.requires_grad:
+        y.register_hook(pull)
+    return y
+
+
+def pulled_argument(op: Op, name: str, pull: Callable[[Arguments, Tensor], Tensor]) -> Function:
+    """Returns the reference, one argument's gradient replaced by `pull(arguments, gradient)`."""
+
+    def change(a: Arguments) -> Tensor | None:
+        return None if a[name] is None else pulled(a[name], lambda g: pull(a, g))
+
+    return changed(op, **{name: change})
+
+
 def vjp(op: Op, function: Function) -> Vjp:
-    """The gradients of `function` by autograd, recomputed from the arguments."""
+    """Returns the gradients of `function` by autograd, recomputed from the arguments."""
 
     def gradients(arguments: Arguments, outputs: tuple[Tensor, ...]) -> Gradients:
         names = [n for n in op.differentiable if isinstance(arguments[n], Tensor)]
         leaves = {n: arguments[n].detach().requires_grad_() for n in names}
         with torch.enable_grad():
             y = function(**arguments | leaves)
-        found = torch.autograd.grad(y, list(leaves.values()), outputs, allow_unused=True)
-        return dict(zip(names, found, strict=True))
+        grads = torch.autograd.grad(y, list(leaves.values()), outputs, allow_unused=True)
+        return dict(zip(names, grads, strict=True))
 
     return gradients
 
@@ -80,18 +99,18 @@ class _Splice(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Any:
         arguments = rest | dict(zip(names, tensors, strict=True))
-        ctx.made = backward, names, arguments
+        ctx.call = backward, names, arguments
         return forward(**arguments)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> Any:
-        backward, names, arguments = ctx.made
+        backward, names, arguments = ctx.call
         gradients = backward(arguments, outputs)
         return None, None, None, None, *(gradients.get(n) for n in names)
 
 
 def splice(op: Op, forward: Function, backward: Vjp) -> Function:
-    """A kernel whose value comes from `forward` and whose gradients come from `backward`."""
+    """Returns a kernel with the value of `forward` and the gradients of `backward`."""
 
     def kernel(**a: Any) -> Any:
         names = tuple(n for n in op.differentiable if isinstance(a[n], Tensor))
@@ -104,66 +123,27 @@ def splice(op: Op, forward: Function, backward: Vjp) -> Function:
 
 
 def forward_only(op: Op, function: Function) -> Function:
-    """`function`'s value with the reference's gradients."""
+    """Returns a kernel with `function`'s value and the reference's gradients."""
     return splice(op, function, vjp(op, op.reference))
 
 
 def backward_only(op: Op, function: Function) -> Function:
-    """The reference's value with `function`'s gradients."""
+    """Returns a kernel with the reference's value and `function`'s gradients."""
     return splice(op, op.reference, vjp(op, function))
 
 
-def edited(op: Op, edit: Callable[[Arguments, Gradients], Gradients]) -> Function:
-    """The reference's value, and its gradients after `edit(arguments, gradients)` replaced some."""
-    right = vjp(op, op.reference)
-
-    def gradients(arguments: Arguments, outputs: tuple[Tensor, ...]) -> Gradients:
-        found = right(arguments, outputs)
-        return found | edit(arguments, found)
-
+def with_gradients(op: Op, gradients: Vjp) -> Function:
+    """Returns a kernel with the reference's value and these gradients."""
     return splice(op, op.reference, gradients)
 
 
-Kind = Literal[
-    "formula",
-    "gradient",
-    "optimizer",
-    "mask",
-    "position",
-    "dtype",
-    "eps",
-    "scale",
-    "rounding",
-    "rows",
-    "stale",
-    "rare shape",
-]
-Direction = Literal["forward", "backward", "both", "update"]
-Kernels = Mapping[str, Function]
-BOTH = ("float32", "bfloat16")
-FLOAT32 = ("float32",)
-BFLOAT16 = ("bfloat16",)
+def edited(op: Op, edit: Callable[[Arguments, Gradients], Gradients]) -> Function:
+    """Returns a kernel with the reference's value and gradients, those that `edit(arguments,
+    gradients)` returns replaced."""
+    right = vjp(op, op.reference)
 
+    def gradients(arguments: Arguments, outputs: tuple[Tensor, ...]) -> Gradients:
+        grads = right(arguments, outputs)
+        return grads | edit(arguments, grads)
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Bug:
-    """One mistake, planted in a backend that is the reference otherwise."""
-
-    name: str
-    kind: Kind
-    op: str
-    direction: Direction
-    """where the mistake is; `both`: the gradients are those of the wrong formula"""
-    description: str
-    kernels: Callable[[], Kernels]
-    """fresh kernels by op: some bugs have a memory"""
-    setup: str = ""
-    """the small model it is planted in (`catalogue.SETUPS`); empty = the one for its op"""
-    dtypes: tuple[str, ...] = BOTH
-    """working dtypes in which it is a bug"""
-    reason: str = ""
-    """why it is none in the other dtype"""
-
-    def backend(self) -> Backend:
-        """The deviating backend, without memory of earlier calls."""
-        return backend(f"bug:{self.name}", self.kernels())
+    return with_gradients(op, gradients)

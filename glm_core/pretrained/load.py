@@ -159,8 +159,8 @@ def _stop_ids(folder: Path, config: dict[str, Any], special: dict[str, int]) -> 
     if value is None or own.get("_from_model_config"):
         value, roles = config.get("eos_token_id", value), NEXT_SPEAKERS
     ids = [] if value is None else value if isinstance(value, list) else [value]
-    if strange := [i for i in ids if type(i) is not int]:
-        raise DataError(f"{folder}: eos_token_id holds {strange[0]!r}; it must hold token ids")
+    if invalid := [i for i in ids if type(i) is not int]:
+        raise DataError(f"{folder}: eos_token_id holds {invalid[0]!r}; it must hold token ids")
     return tuple(dict.fromkeys([*ids, *(special[r] for r in roles if r in special and ids)]))
 
 

@@ -10,22 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from folders import CHATGLM3_TEMPLATE, sentences, stored
+from folders import chatglm3
 
 from glm_core import cli
 from glm_core.errors import DataError
 from glm_core.model.prompt import Prompt, causal
 from glm_core.pretrained.conversations import Example, ExampleSampler, read_examples
 from glm_core.pretrained.load import from_path
-
-
-def chatglm3(folder: Path) -> Path:
-    """A folder of random weights."""
-    stored(folder, "chatglm2")
-    (folder / "tokenizer.model").write_bytes(sentences([]))
-    facts = {"chat_template": CHATGLM3_TEMPLATE}
-    (folder / "tokenizer_config.json").write_text(json.dumps(facts))
-    return folder
 
 
 def test_an_answer_is_learnt(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:

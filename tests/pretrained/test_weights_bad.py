@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from glm_core.errors import CheckpointError
 from glm_core.pretrained.weights.configs import read_config
-from glm_core.pretrained.weights.layouts import layout
+from glm_core.pretrained.weights.layouts import find_layout
 from glm_core.pretrained.weights.reading import open_checkpoint
 
 SHARD = "49300/mp_rank_01_model_states.pt"
@@ -228,7 +228,7 @@ def test_any_config_is_a_model_or_an_error(data: st.DataObject) -> None:
     values |= data.draw(st.dictionaries(st.sampled_from(sorted(values)), odd, max_size=3))
     told = ""
     try:
-        read_config(layout(name), values, Path("config.json"))
+        read_config(find_layout(name), values, Path("config.json"))
     except CheckpointError as error:
         told = str(error)
     assert told.startswith("config.json: does not describe a model of layout" if told else "")

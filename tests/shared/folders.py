@@ -82,3 +82,12 @@ def stored(folder: Path, name: str, vocab: int = 400) -> GLM:
     }
     (folder / "config.json").write_text(json.dumps(theirs))
     return model
+
+
+def chatglm3(folder: Path) -> Path:
+    """A folder of ChatGLM3 with random weights, its tokenizer and its template."""
+    stored(folder, "chatglm2")
+    (folder / "tokenizer.model").write_bytes(sentences([]))
+    facts = {"chat_template": CHATGLM3_TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(facts))
+    return folder

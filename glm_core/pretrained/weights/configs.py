@@ -51,10 +51,10 @@ def read_config(layout: Layout, theirs: dict[str, Any], file: Path) -> ModelConf
 def _foreign_keys(layout: Layout, theirs: dict[str, Any]) -> list[str]:
     """Returns a message for each key whose value belongs to another architecture."""
     expected = {k: v for k, v in layout.header.items() if k != "architectures"}
-    found = {key: (_get(theirs, key), v) for key, v in {**expected, **layout.required}.items()}
+    values = {key: (_get(theirs, key), v) for key, v in {**expected, **layout.required}.items()}
     return [
         f"{key} is {value!r}, only {allowed!r} is known"
-        for key, (value, allowed) in found.items()
+        for key, (value, allowed) in values.items()
         if value is not _ABSENT and value != allowed and not (value is None and allowed is False)
     ]
 
@@ -77,23 +77,24 @@ def write_config(
 
 
 def _require_expressible(layout: Layout, config: ModelConfig) -> None:
+    """Raises CheckpointError for fields that the layout's config cannot state."""
     named = {f.ours for f in layout.fields}
     implied = {
         "head_dim": config.hidden // config.num_heads,
         "num_kv_heads": config.num_heads,
         "max_length": config.max_length,
     }
-    free = {"embedding_gradient_shrink", "init_std"}
-    bad = [
+    training_only = {"embedding_gradient_shrink", "init_std"}
+    inexpressible = [
         f"{f.name}={getattr(config, f.name)}"
         for f in dataclasses.fields(config)
-        if f.name not in named | free
+        if f.name not in named | training_only
         and getattr(config, f.name) != layout.fixed.get(f.name, implied.get(f.name, f.default))
     ]
-    if bad:
+    if inexpressible:
         raise CheckpointError(
-            f"layout {layout.name} cannot express {', '.join(bad)}; choose another layout, or "
-            "glm-core, which holds every model"
+            f"layout {layout.name} cannot express {', '.join(inexpressible)}; choose another "
+            "layout, or glm-core, which holds every model"
         )
 
 

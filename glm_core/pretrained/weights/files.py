@@ -144,13 +144,13 @@ def _iteration(path: Path) -> Path:
 
 def _rank_files(folder: Path) -> list[list[Path]]:
     """Returns the files of each rank, [] if the folder has no such shards."""
-    found = {int(m[1]): f for f in folder.iterdir() if (m := RANK_FILE.fullmatch(f.name))}
-    if lost := sorted(set(range(max(found, default=-1) + 1)) - found.keys()):
+    by_rank = {int(m[1]): f for f in folder.iterdir() if (m := RANK_FILE.fullmatch(f.name))}
+    if missing := sorted(set(range(max(by_rank, default=-1) + 1)) - by_rank.keys()):
         raise CheckpointError(
-            f"{folder}: of {len(found) + len(lost)} shards mp_rank_XX_model_states.pt these are "
-            f"missing: {', '.join(f'{r:02d}' for r in lost)}; fetch them"
+            f"{folder}: of {len(by_rank) + len(missing)} shards mp_rank_XX_model_states.pt these "
+            f"are missing: {', '.join(f'{r:02d}' for r in missing)}; fetch them"
         )
-    return [[found[r]] for r in sorted(found)]
+    return [[by_rank[r]] for r in sorted(by_rank)]
 
 
 def _unsharded_files(folder: Path) -> list[Path]:
@@ -176,13 +176,15 @@ def _indexed(index: Path) -> list[Path]:
     if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
         raise CheckpointError(f"{index}: has no weight_map of file names; fetch it again")
     names = sorted(set(places.values()))
-    if odd := [n for n in names if Path(n).name != n or not (index.parent / n).is_file()]:
-        raise CheckpointError(f"{index}: names files that are not here: {some(odd)}; fetch them")
-    files = [index.parent / n for n in names]
-    held = {f.name: _listing(f) for f in files}
-    if lost := [f"{key} in {name}" for key, name in places.items() if key not in held[name]]:
+    if missing := [n for n in names if Path(n).name != n or not (index.parent / n).is_file()]:
         raise CheckpointError(
-            f"{index}: names tensors that its files do not hold: {some(lost)}; index and files "
+            f"{index}: names files that are not here: {some(missing)}; fetch them"
+        )
+    files = [index.parent / n for n in names]
+    tensors = {f.name: _list_tensors(f) for f in files}
+    if missing := [f"{k} in {name}" for k, name in places.items() if k not in tensors[name]]:
+        raise CheckpointError(
+            f"{index}: names tensors that its files do not hold: {some(missing)}; index and files "
             "belong to different checkpoints: fetch both again"
         )
     return files
@@ -192,7 +194,7 @@ def _table(files: list[Path]) -> dict[str, StoredTensor]:
     """Returns the tensors of several files, which together hold one model or one rank of it."""
     table: dict[str, StoredTensor] = {}
     for file in files:
-        for key, stored in _listing(file).items():
+        for key, stored in _list_tensors(file).items():
             if key in table:
                 raise CheckpointError(
                     f"{file}: holds {key}, and so does {table[key].file}; the folder mixes two "
@@ -202,14 +204,14 @@ def _table(files: list[Path]) -> dict[str, StoredTensor]:
     return table
 
 
-def _listing(file: Path) -> dict[str, StoredTensor]:
+def _list_tensors(file: Path) -> dict[str, StoredTensor]:
     """Returns the tensors of one file, values unread."""
     if file.suffix != ".safetensors":
         return {
             k: StoredTensor(k, file, tuple(t.shape), t.dtype)
             for k, t in _mapped.state(file, 0).items()
         }
-    found = {}
+    tensors = {}
     with _safetensors(file) as handle:
         for key in handle.keys():  # noqa: SIM118  # not a dict
             view = handle.get_slice(key)
@@ -217,8 +219,10 @@ def _listing(file: Path) -> dict[str, StoredTensor]:
                 raise CheckpointError(
                     f"{file}: {key} is of dtype {view.get_dtype()}; known: {', '.join(DTYPES)}"
                 )
-            found[key] = StoredTensor(key, file, tuple(view.get_shape()), DTYPES[view.get_dtype()])
-    return found
+            tensors[key] = StoredTensor(
+                key, file, tuple(view.get_shape()), DTYPES[view.get_dtype()]
+            )
+    return tensors
 
 
 def _safetensors(file: Path) -> Any:

@@ -341,7 +341,7 @@ LAYOUTS = (
 """where two layouts recognise the same keys, the earlier one is used"""
 
 
-def layout(name: str) -> Layout:
+def find_layout(name: str) -> Layout:
     """Returns the layout of this name. Raises CheckpointError for an unknown one."""
     known = {item.name: item for item in LAYOUTS}
     if name not in known:

@@ -6,6 +6,7 @@ holds one shard. The folder gets its name only when it is complete."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from glm_core.model.quantize import Quantization
 from glm_core.ops.quant import quantize
 from glm_core.pretrained.weights.configs import write_config
 from glm_core.pretrained.weights.files import safetensors_header
-from glm_core.pretrained.weights.layouts import Layout, layout
+from glm_core.pretrained.weights.layouts import Layout, find_layout
 from glm_core.pretrained.weights.reading import (
     ACTIVATION_BITS,
     BITS,
@@ -153,9 +154,10 @@ def _require_quantizable(source: Checkpoint, target: Target) -> None:
         )
     widths = {"hidden": c.hidden, "num_heads * head_dim": c.num_heads * c.head_dim, "ffn": c.ffn}
     multiple = how.group or 8 // how.bits  # a byte holds 8 // bits codes
-    if bad := [f"{k}={v}" for k, v in widths.items() if v % multiple]:
+    if undivided := [f"{k}={v}" for k, v in widths.items() if v % multiple]:
         raise CheckpointError(
-            f"{how.bits} bits in groups of {how.group or 'a row'} do not divide {', '.join(bad)}; "
+            f"{how.bits} bits in groups of {how.group or 'a row'} do not divide "
+            f"{', '.join(undivided)}; "
             "use a smaller group, or 0 for one scale a row"
         )
 
@@ -208,62 +210,73 @@ def _plan(source: Checkpoint, target: Target, rank: int) -> Iterator[PlannedTens
 def _parameter(source: Checkpoint, target: Target, name: str, rank: int) -> Iterator[PlannedTensor]:
     """Yields the tensors that hold one of our parameters: one, or q, k and v, or weight and
     scale."""
-    size, stored = target.num_ranks, source.stored(name)[0]
-    shape = shard_shape(name, source.shapes[name], source.config, size)
     keys = [target.layout.prefixes[0] + key for key in target.layout.keys(name)]
-    order = _order(source, target, name)
     if source.quantized(name) and not target.dequantize:
-        packed = (shape[0], shape[1] * (source.bits or 8) // 8)
-        scale = source.stored(name, scale=True)[0]
-        grouped = source.scale(name, rank, size).shape
-        yield PlannedTensor(
-            keys[0], packed, torch.int8, lambda: order(source.tensor(name, rank, size))
-        )
-        yield PlannedTensor(
-            keys[0] + SCALE,
-            tuple(grouped),
-            scale.dtype,
-            lambda: order(source.scale(name, rank, size)),
-        )
-        return
-    if target.quantize is not None and is_linear(name):
-        yield from _quantized(
-            keys[0], shape, target.quantize, lambda: order(source.dense(name, rank, size))
-        )
-        return
-    dequantized = source.quantized(name)
-    unchanged = source.stored(name, scale=True)[0].dtype if dequantized else stored.dtype
-    dtype = target.dtype or unchanged
-    begin = 0
-    for key, rows in zip(keys, _lengths(source, keys, shape[0]), strict=True):
-        part = slice(begin, begin := begin + rows)
-        yield PlannedTensor(
-            key,
-            (rows, *shape[1:]),
-            dtype,
-            lambda part=part: order(source.dense(name, rank, size))[part].to(dtype),  # type: ignore[misc]  # mypy cannot infer a lambda's default
-        )
+        yield from _stored_codes(source, target, name, rank, keys[0])
+    elif target.quantize is not None and is_linear(name):
+        yield from _new_codes(source, target, name, rank, keys[0], target.quantize)
+    else:
+        yield from _floating_point(source, target, name, rank, keys)
 
 
-def _quantized(
-    key: str, shape: tuple[int, ...], how: Quantization, read: Callable[[], Tensor]
+def _stored_codes(
+    source: Checkpoint, target: Target, name: str, rank: int, key: str
 ) -> Iterator[PlannedTensor]:
-    """Yields codes and scale of a weight, which is read and quantized once, when `codes` is
-    made."""
+    """Yields the codes and the scale of a weight as they are stored."""
+    size, reorder = target.num_ranks, _reorder(source, target, name)
+    rows, columns = shard_shape(name, source.shapes[name], source.config, size)
+    scale_shape = tuple(source.scale(name, rank, size).shape)
+    scale_dtype = source.stored(name, scale=True)[0].dtype
+    yield PlannedTensor(
+        key,
+        (rows, columns * (source.bits or 8) // 8),
+        torch.int8,
+        lambda: reorder(source.tensor(name, rank, size)),
+    )
+    yield PlannedTensor(
+        key + SCALE, scale_shape, scale_dtype, lambda: reorder(source.scale(name, rank, size))
+    )
+
+
+def _new_codes(
+    source: Checkpoint, target: Target, name: str, rank: int, key: str, how: Quantization
+) -> Iterator[PlannedTensor]:
+    """Yields the codes and the scale of a weight. It is quantized once, when its codes are made."""
+    size, reorder = target.num_ranks, _reorder(source, target, name)
+    rows, columns = shard_shape(name, source.shapes[name], source.config, size)
     scales: list[Tensor] = []
 
-    def codes() -> Tensor:
-        weight, scale = quantize(read(), how.bits, how.group)
+    def make_codes() -> Tensor:
+        weight = reorder(source.dense(name, rank, size))
+        codes, scale = quantize(weight, how.bits, how.group)
         scales.append(scale)
-        return weight
+        return codes
 
-    rows, columns = shape
-    grouped = (rows, columns // how.group) if how.group else (rows,)
-    yield PlannedTensor(key, (rows, columns * how.bits // 8), torch.int8, codes)
-    yield PlannedTensor(key + SCALE, grouped, torch.float16, lambda: scales.pop())
+    scale_shape = (rows, columns // how.group) if how.group else (rows,)
+    yield PlannedTensor(key, (rows, columns * how.bits // 8), torch.int8, make_codes)
+    yield PlannedTensor(key + SCALE, scale_shape, torch.float16, scales.pop)
 
 
-def _order(source: Checkpoint, target: Target, name: str) -> Callable[[Tensor], Tensor]:
+def _floating_point(
+    source: Checkpoint, target: Target, name: str, rank: int, keys: list[str]
+) -> Iterator[PlannedTensor]:
+    """Yields a parameter in floating point, in one tensor or in three."""
+    size, reorder = target.num_ranks, _reorder(source, target, name)
+    rows, *columns = shard_shape(name, source.shapes[name], source.config, size)
+    stored_dtype = source.stored(name, scale=source.quantized(name))[0].dtype
+    dtype = target.dtype or stored_dtype
+
+    def make(begin: int, end: int) -> Tensor:
+        return reorder(source.dense(name, rank, size))[begin:end].to(dtype)
+
+    begin = 0
+    for key, length in zip(keys, _lengths(source, keys, rows), strict=True):
+        end = begin + length
+        yield PlannedTensor(key, (length, *columns), dtype, functools.partial(make, begin, end))
+        begin = end
+
+
+def _reorder(source: Checkpoint, target: Target, name: str) -> Callable[[Tensor], Tensor]:
     """Returns the function that puts rows in our order into the layout's order."""
     if target.layout.qkv == "heads" and ".qkv." in name:
         return lambda t: to_heads(t, source.config.num_heads // target.num_ranks)
@@ -330,4 +343,4 @@ def _config(source: Checkpoint, target: Target) -> tuple[str, str]:
 
 def target(name: str, **options: Any) -> Target:
     """Returns a target by the name of its layout. Raises CheckpointError for an unknown one."""
-    return Target(layout=layout(name), **options)
+    return Target(layout=find_layout(name), **options)

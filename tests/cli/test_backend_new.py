@@ -48,8 +48,8 @@ def test_device_and_folder_are_chosen(capsys: pytest.CaptureFixture[str]) -> Non
     space: dict[str, object] = {}
     exec(compile(source, "glm_core_a1", "exec"), space)
     backend = space["backend"]
-    assert (backend.name, backend.device_type) == ("a1", "npu")  # type: ignore[attr-defined]
-    state = backend.probe()  # type: ignore[attr-defined]
+    assert (backend.name, backend.device_type) == ("a1", "npu")  # type: ignore[attr-defined]  # the module is written by the test
+    state = backend.probe()  # type: ignore[attr-defined]  # the module is written by the test
     assert not state.ok
     assert "torch cannot use device 'npu'" in state.reason
     assert "lines; next: cd deep/down && pip install -e ." in capsys.readouterr().out
@@ -126,7 +126,7 @@ def test_disk_full_in_the_middle(
         if written:
             raise OSError(28, "No space left on device")
         written.append(path)
-        return before(path, *args, **rest)  # type: ignore[arg-type]
+        return before(path, *args, **rest)  # type: ignore[arg-type]  # keyword values of several types
 
     monkeypatch.setattr(Path, "write_text", write_text)
     assert main(["backend", "new", "acme"]) == 2

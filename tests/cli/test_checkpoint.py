@@ -1,4 +1,4 @@
-"""`glm-core checkpoint`: what it tells, what it writes, how it refuses."""
+"""`glm-core checkpoint` inspects, converts and refuses checkpoints, and converts adapters."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = str(write(tmp_path / "c", "glm-130b", 8, 4)), str(tmp_path / "out")
     command = ["checkpoint", "convert", source, out, "--tp", "2", "--dtype", "bfloat16"]
     assert main([*command, "--dequantize", "--json"]) == 0
-    said = capsys.readouterr()
-    assert json.loads(said.out)["ranks"] == 2
-    assert "54/54 transformer.final_layernorm.bias of rank 1" in said.err
+    output = capsys.readouterr()
+    assert json.loads(output.out)["ranks"] == 2
+    assert "54/54 transformer.final_layernorm.bias of rank 1" in output.err
     assert main(["checkpoint", "inspect", out, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["ranks"], facts["quantized_bits"], facts["dtypes"]) == (2, None, ["bfloat16"])
@@ -58,8 +58,8 @@ def test_help_names_every_layout() -> None:
     assert sorted(checkpoint.LAYOUTS.split(", ")) == sorted(item.name for item in LAYOUTS)
 
 
-def test_lora_beside_a_run_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A run's own checkpoint is the base; it stays as it is, and the adapter is saved apart."""
+def test_adapters_beside_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run's checkpoint as the base stays unchanged; the adapter is saved in a file of its own."""
     text = "\n\n".join(list(pydoc_data.topics.topics.values())[:20])
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     sizes = ("model.num_layers=1", "model.hidden=32", "data.length=32", "data.vocab=512")
@@ -95,15 +95,15 @@ def test_lora_beside_a_run_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["train", *small, *prefix, "--compile"]) == 2
     assert "which torch.compile cannot trace; leave compile out" in capsys.readouterr().err
     assert main(["train", *small, *prefix]) == 0
-    words = [(tmp_path / run / "tokenizer.model").read_bytes() for run in ("base", "tuned2")]
-    assert words[0] == words[1]  # another text, in the base's tokens
+    tokenizers = [(tmp_path / run / "tokenizer.model").read_bytes() for run in ("base", "tuned2")]
+    assert tokenizers[0] == tokenizers[1]  # another text, in the base's tokens
     assert main(["checkpoint", "adapter", tuned + "2", str(tmp_path / "pytorch_model.bin")]) == 0
     assert "prefix.outer.weight      [256, 32]" in capsys.readouterr().out
     assert main(prompt) == 0
-    answers = [json.loads(capsys.readouterr().out)["text"]]
+    texts = [json.loads(capsys.readouterr().out)["text"]]
     for adapter in (tuned + "2", str(tmp_path / "pytorch_model.bin")):
         assert main([*prompt, "--adapter", adapter]) == 0
-        answers.append(json.loads(capsys.readouterr().out)["text"])
-    assert answers[0] != answers[1] == answers[2]
+        texts.append(json.loads(capsys.readouterr().out)["text"])
+    assert texts[0] != texts[1] == texts[2]
     assert main(["quantize", tuned]) == 2
     assert "it holds adapters without their base" in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""The command line: quick help, house-form errors, exit codes, JSON names that others rely on."""
+"""The command line: help without torch, one-line errors, exit codes, JSON keys that others rely
+on."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ RUN = [
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """A text large enough for a tiny tokenizer."""
+    """Writes a text large enough for a tiny tokenizer."""
     import pydoc_data.topics as t
 
     path = tmp_path / "text.txt"

@@ -1,4 +1,4 @@
-"""generate, chat and serve, from a run's checkpoint."""
+"""generate, chat, serve and export work from a run's checkpoint."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from glm_core.training import trainer
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps on a little text."""
+    """Trains a run of two steps on a short text."""
     folder = tmp_path_factory.mktemp("generate")
     text = folder / "text.txt"
     text.write_text("\n".join(f"The fox number {i} jumps over the dog." for i in range(400)))
@@ -33,22 +33,22 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train=config.TrainConfig(steps=2, warmup_steps=0, micro_batch=2, global_batch=2),
     )
     trainer.run(settings, folder / "run", cache_dir=folder / "cache")
-    text.unlink()  # what a run needs to be used lies in its folder
+    text.unlink()  # a run's folder is all that is needed to use it
     return folder / "run"
 
 
 def call(capsys: Any, *args: Any) -> tuple[int, str, str]:
     code = cli.main([str(a) for a in args])
-    told = capsys.readouterr()
-    return code, told.out, told.err
+    output = capsys.readouterr()
+    return code, output.out, output.err
 
 
 def test_generate(run_dir: Path, capsys: Any) -> None:
-    asked = ["generate", "--run", run_dir, "--prompt", "The fox", "--max-tokens", 8]
-    code, text, _ = call(capsys, *asked)
+    command = ["generate", "--run", run_dir, "--prompt", "The fox", "--max-tokens", 8]
+    code, text, _ = call(capsys, *command)
     assert code == 0
-    code, told, _ = call(capsys, *asked, "--json")
-    assert json.loads(told)["text"] == text.removesuffix("\n")
+    code, out, _ = call(capsys, *command, "--json")
+    assert json.loads(out)["text"] == text.removesuffix("\n")
     code, filled, _ = call(
         capsys,
         "generate",
@@ -62,18 +62,18 @@ def test_generate(run_dir: Path, capsys: Any) -> None:
     assert code == 0
     assert filled.startswith("The ")
     assert filled.endswith(" dog.\n")
-    code, told, _ = call(capsys, *asked, "--beams", 2, "--json")
-    answers = json.loads(told)["answers"]
+    code, out, _ = call(capsys, *command, "--beams", 2, "--json")
+    hypotheses = json.loads(out)["answers"]
     assert code == 0
-    assert 1 <= len(answers) <= 2
-    assert answers == sorted(answers, key=lambda a: -a["score"])
-    code, told, _ = call(capsys, *asked, "--head-bits", 8)
+    assert 1 <= len(hypotheses) <= 2
+    assert hypotheses == sorted(hypotheses, key=lambda a: -a["score"])
+    code, out, _ = call(capsys, *command, "--head-bits", 8)
     assert code == 0
-    assert told
+    assert out
 
 
 @pytest.mark.parametrize(
-    ("change", "code", "told"),
+    ("change", "code", "message"),
     [
         (["--prompt", ""], 2, "prompt: is empty"),
         (["--prompt", "fox " * 800], 2, "no room to answer"),
@@ -85,14 +85,14 @@ def test_generate(run_dir: Path, capsys: Any) -> None:
     ],
     ids=str,
 )
-def test_bad_usage(run_dir: Path, capsys: Any, change: list[str], code: int, told: str) -> None:
+def test_bad_usage(run_dir: Path, capsys: Any, change: list[str], code: int, message: str) -> None:
     done, _, err = call(capsys, "generate", "--run", run_dir, "--prompt", "The fox", *change)
     assert done == code
-    assert told in err
+    assert message in err
     assert err.count("\n") == 1
 
 
-def test_a_tokenizer_of_another_run_is_found(run_dir: Path, capsys: Any, tmp_path: Path) -> None:
+def test_a_tokenizer_of_another_run_is_refused(run_dir: Path, capsys: Any, tmp_path: Path) -> None:
     from glm_core.data import tokenizer
 
     other = tmp_path / "run"
@@ -107,8 +107,8 @@ def test_adapters_alone_are_no_model(run_dir: Path, capsys: Any, tmp_path: Path)
     from glm_core.training import checkpoint
 
     tensors, facts = checkpoint.load(run_dir)
-    kept = {n: t for n, t in tensors.items() if "attention" not in n}
-    path = checkpoint.save(tmp_path / "checkpoints", 2, kept, facts, keep=1)
+    incomplete = {n: t for n, t in tensors.items() if "attention" not in n}
+    path = checkpoint.save(tmp_path / "checkpoints", 2, incomplete, facts, keep=1)
     (tmp_path / "tokenizer.model").write_bytes((run_dir / "tokenizer.model").read_bytes())
     code, _, err = call(capsys, "generate", "--run", path, "--prompt", "a")
     assert code == 2
@@ -116,15 +116,15 @@ def test_adapters_alone_are_no_model(run_dir: Path, capsys: Any, tmp_path: Path)
 
 
 def test_chat(run_dir: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = ["chat", "--run", run_dir, "--max-tokens", 5, "--seed", 1]
-    said = "The fox\n\n/clear\nThe fox\nand then?\n/quit\nnot read\n"
-    monkeypatch.setattr(sys, "stdin", io.StringIO(said))
-    code, out, err = call(capsys, *asked)
+    command = ["chat", "--run", run_dir, "--max-tokens", 5, "--seed", 1]
+    lines = "The fox\n\n/clear\nThe fox\nand then?\n/quit\nnot read\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    code, out, err = call(capsys, *command)
     assert (code, err) == (0, "")
     half = out[: out.index("\n", 1) + 1] if out else ""
     assert out.startswith(half * 2)  # after /clear the same question has the same answer
     monkeypatch.setattr(sys, "stdin", io.StringIO("fox " * 900 + "\n"))
-    code, _, err = call(capsys, *asked)
+    code, _, err = call(capsys, *command)
     assert code == 0
     assert "no room to answer" in err
 
@@ -143,7 +143,7 @@ def test_serve_answers_until_it_is_interrupted(run_dir: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    words = [
+    command = [
         sys.executable,
         "-m",
         "glm_core.cli",
@@ -158,15 +158,15 @@ def test_serve_answers_until_it_is_interrupted(run_dir: Path) -> None:
         "64",
     ]
     with subprocess.Popen(
-        words, stderr=subprocess.PIPE, text=True, env={**os.environ, "GLM_CORE_API_KEY": ""}
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "GLM_CORE_API_KEY": ""}
     ) as server:
         assert server.stderr
         assert "2 slots of 64 tokens" in server.stderr.readline()
         deadline = time.monotonic() + 60
         while True:
             try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health") as answer:
-                    assert json.load(answer)["status"] == "ok"
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health") as response:
+                    assert json.load(response)["status"] == "ok"
                 break
             except OSError:
                 assert time.monotonic() < deadline
@@ -175,11 +175,11 @@ def test_serve_answers_until_it_is_interrupted(run_dir: Path) -> None:
         assert server.returncode in (0, 130)
 
 
-def test_serve_refuses_what_it_cannot_do(run_dir: Path, capsys: Any) -> None:
+def test_serve_refuses_bad_options(run_dir: Path, capsys: Any) -> None:
     pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        for more, told in [
+        for more, message in [
             (["--port", port], f"127.0.0.1:{port} cannot be listened on"),
             (["--port", 99999], "127.0.0.1:99999 cannot be listened on"),
             (["--host", "no such host"], "cannot be listened on"),
@@ -188,15 +188,15 @@ def test_serve_refuses_what_it_cannot_do(run_dir: Path, capsys: Any) -> None:
         ]:
             code, _, err = call(capsys, "serve", "--run", run_dir, *more)
             assert (code, err.count("\n")) == (2, 1)
-            assert told in err
+            assert message in err
 
 
 def test_export(run_dir: Path, tmp_path: Path, capsys: Any) -> None:
     pytest.importorskip("onnx", reason="the extra `onnx` is not installed")
     runtime = pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
-    asked = ["export", "--run", run_dir, tmp_path / "out"]
-    code, told, _ = call(capsys, *asked, "--bits", 4, "--group", 32, "--json")
-    facts = json.loads(told)
+    command = ["export", "--run", run_dir, tmp_path / "out"]
+    code, out, _ = call(capsys, *command, "--bits", 4, "--group", 32, "--json")
+    facts = json.loads(out)
     assert code == 0
     assert facts["bytes"] == sum(f.stat().st_size for f in (tmp_path / "out").iterdir())
     meta = runtime.InferenceSession(facts["model"]).get_modelmeta().custom_metadata_map
@@ -206,27 +206,27 @@ def test_export(run_dir: Path, tmp_path: Path, capsys: Any) -> None:
     plain = ["export", "--run", run_dir, tmp_path / "plain"]
     assert call(capsys, *plain)[0] == 0
     for prompt in ("The fox", "The [MASK] jumps [sMASK] dog."):
-        ask = ["--prompt", prompt, "--max-tokens", 9, "--json", "--temperature", 3]
-        code, told, _ = call(capsys, "generate", "--onnx", tmp_path / "plain", *ask)
-        assert (code, told) == (0, call(capsys, "generate", "--run", run_dir, *ask)[1])
-    ask = ["generate", "--prompt", "a", "--onnx"]
-    for folder, more, said in [
+        options = ["--prompt", prompt, "--max-tokens", 9, "--json", "--temperature", 3]
+        code, out, _ = call(capsys, "generate", "--onnx", tmp_path / "plain", *options)
+        assert (code, out) == (0, call(capsys, "generate", "--run", run_dir, *options)[1])
+    generate = ["generate", "--prompt", "a", "--onnx"]
+    for folder, more, message in [
         (tmp_path, [], "no such file; give a folder of glm-core export"),
         (tmp_path / "plain", ["--beams", 2], "does not go with --adapter, --beams or --head-bits"),
     ]:
-        code, _, error = call(capsys, *ask, folder, *more)
+        code, _, error = call(capsys, *generate, folder, *more)
         assert (code, error.count("\n")) == (2, 1)
-        assert said in error
+        assert message in error
     shutil.copy(run_dir / "config.toml", tmp_path / "plain/model.onnx")
-    code, _, error = call(capsys, *ask, tmp_path / "plain")
+    code, _, error = call(capsys, *generate, tmp_path / "plain")
     assert code == 2
     assert "cannot be run" in error
-    for more, said in [
+    for more, message in [
         ([], "out: exists; choose a new folder"),
         (["--bits", 3], "bits=3 must be 8 or 4"),
         (["--dtype", "bfloat16"], "a model in bfloat16"),
     ]:
         to = tmp_path / ("other" if more else "out")
-        code, _, error = call(capsys, *asked[:3], to, *more)
+        code, _, error = call(capsys, *command[:3], to, *more)
         assert code == 2
-        assert said in error
+        assert message in error

@@ -101,7 +101,7 @@ def test_int4_is_what_small_cards_hold(capsys: pytest.CaptureFixture[str]) -> No
     assert main(["plan", "inference", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     fits = {(r["bits"], r["cards"], r["card_gib"]): r["fits"] for r in rows}
-    assert fits[4, 4, 24] and fits[4, 8, 11]  # noqa: PT018
-    assert not fits[8, 4, 24] and not fits[8, 8, 11]  # noqa: PT018
+    assert fits[4, 4, 24] and fits[4, 8, 11]  # noqa: PT018  # one claim
+    assert not fits[8, 4, 24] and not fits[8, 8, 11]  # noqa: PT018  # one claim
     assert main(["plan", "inference", "--seq", "100000"]) == 0
     assert capsys.readouterr().out.count(" no") > 2

@@ -36,7 +36,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("\n\n".join(list(t.topics.values())[:20]), encoding="utf-8")
     return RunConfig(
-        model=ModelConfig(**SIZES),  # type: ignore[arg-type]
+        model=ModelConfig(**SIZES),  # type: ignore[arg-type]  # keyword values of several types
         data=DataConfig(path=str(path), vocab=300, length=32),
         train=TrainConfig(backend="reference", steps=4, micro_batch=2, global_batch=4),
     )

@@ -1,4 +1,4 @@
-"""The exported file in ONNX Runtime, token for token against our generation."""
+"""The exported file in ONNX Runtime gives the tokens of our generation."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DOCS = Path(__file__).parents[2] / "docs/export.md"
 
 
 def documented() -> Any:
-    """The runner that docs/export.md shows."""
+    """Returns the runner that docs/export.md shows."""
     [code] = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
     names: dict[str, Any] = {}
     exec(compile(code, str(DOCS), "exec"), names)
@@ -42,7 +42,7 @@ def documented() -> Any:
 
 
 class File:
-    """A file in a session, fed like our Runner."""
+    """An exported file in a session, fed like our Runner."""
 
     def __init__(self, path: Path) -> None:
         self.session = onnxruntime.InferenceSession(path)
@@ -50,8 +50,8 @@ class File:
         self.cache: dict[str, Any] = {}
 
     def feed(self, rows: list[tuple[Prompt, int, int, list[int]]]) -> Any:
-        """rows: (prompt, pads before it, first place, tokens), all of one length with the pads of
-        a first call;  logits [B, V]."""
+        """Returns the logits [B, V] after rows of (prompt, pads before it, index of the first
+        token, tokens); with the pads of the first call all rows have one length."""
         c, built = self.config, []
         for prompt, pads, first, tokens in rows:
             lead = pads if first == 0 else 0
@@ -66,19 +66,19 @@ class File:
                 )
             )
         names = ("input_ids", "positions", "key_start", "key_end")
-        given = {n: np.array(v) for n, v in zip(names, zip(*built, strict=True), strict=True)}
+        feed = {n: np.array(v) for n, v in zip(names, zip(*built, strict=True), strict=True)}
         kinds = [f"{i}.{w}" for i in range(c["num_layers"]) for w in ("key", "value")]
         empty = np.zeros((len(rows), c["num_kv_heads"], 0, c["head_dim"]), np.float32)
         past = {f"past_key_values.{k}": self.cache.get(k, empty) for k in kinds}
         logits, *cache = self.session.run(
-            ["logits", *(f"present.{k}" for k in kinds)], {**given, **past}
+            ["logits", *(f"present.{k}" for k in kinds)], {**feed, **past}
         )
         self.cache = dict(zip(kinds, cache, strict=True))
         return torch.from_numpy(logits)
 
 
 def margin(logits: torch.Tensor) -> float:
-    """Between the likeliest token and the next, relative to the largest logit."""
+    """Returns the distance between the two largest logits, relative to the largest magnitude."""
     first, second = logits.topk(2).values.tolist()
     return float((first - second) / logits.abs().max())
 
@@ -87,8 +87,8 @@ def margin(logits: torch.Tensor) -> float:
 def test_tokens_and_logits_are_those_of_our_generation(
     kind: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:
-    """With the documented runner, greedily; each logit within twice our own rounding error of
-    float64, and no choice so close that rounding could turn it."""
+    """The documented runner gives our greedy tokens. Each logit is within twice our own rounding
+    error of float64, and no choice is so close that rounding could change it."""
     built, exact = model(kind, **changes), model(kind, **changes).double()
     path = export(built, tmp_path / "out", stop="[]")
     exported = documented()(path)
@@ -111,15 +111,15 @@ def test_tokens_and_logits_are_those_of_our_generation(
 
 @pytest.mark.parametrize("kind", ["chatglm-6b", "glm-4"])
 def test_a_padded_batch_and_a_prompt_in_pieces(kind: str, tmp_path: Path) -> None:
-    built, asked = model(kind), prompts(kind)
+    built, batch = model(kind), prompts(kind)
     path = export(built, tmp_path / "out")
-    longest = max(len(p.tokens) for p in asked)
-    pads = [longest - len(p.tokens) for p in asked]
+    longest = max(len(p.tokens) for p in batch)
+    pads = [longest - len(p.tokens) for p in batch]
     file = File(path)
-    first = file.feed([(p, n, 0, list(p.tokens)) for p, n in zip(asked, pads, strict=True)])
-    fed = [(p, n, len(p.tokens), [9]) for p, n in zip(asked, pads, strict=True)]
+    first = file.feed([(p, n, 0, list(p.tokens)) for p, n in zip(batch, pads, strict=True)])
+    fed = [(p, n, len(p.tokens), [9]) for p, n in zip(batch, pads, strict=True)]
     second = file.feed(fed)
-    for i, prompt in enumerate(asked):
+    for i, prompt in enumerate(batch):
         tokens, cut = list(prompt.tokens), max(prompt.sep, 2)
         alone = File(path)
         alone.feed([(prompt, 0, 0, tokens[:cut])])
@@ -133,7 +133,7 @@ def test_a_padded_batch_and_a_prompt_in_pieces(kind: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "how",
+    "quantization",
     [
         Quantization(bits=4, group=32),
         Quantization(bits=4),
@@ -143,11 +143,11 @@ def test_a_padded_batch_and_a_prompt_in_pieces(kind: str, tmp_path: Path) -> Non
     ids=str,
 )
 def test_the_quantized_file_has_the_quantized_models_weights(
-    how: Quantization, tmp_path: Path
+    quantization: Quantization, tmp_path: Path
 ) -> None:
-    """96 inputs: three blocks of 32 in one group, and a row that ends within a block of 128."""
+    """With 96 inputs a group has three blocks of 32, and a row ends within a block of 128."""
     built = model("glm-130b", hidden=96, ffn=192, num_heads=4)
-    [*_] = convert(built, how)
+    [*_] = convert(built, quantization)
     exported = documented()(export(built, tmp_path / "out"))
     nodes = [n.op_type for n in onnx_graph(tmp_path / "out/model.onnx").node]
     assert nodes.count("MatMulNBits") == 8
@@ -160,7 +160,7 @@ def test_the_quantized_file_has_the_quantized_models_weights(
         logits = file.feed([(prompt, 0, 0, tokens)])[0]
         assert float((logits - truth).abs().max()) <= 64 * EPS * float(truth.abs().max())
     facts = exported.facts
-    assert from_dict(Quantization, json.loads(facts["quantization"])) == how
+    assert from_dict(Quantization, json.loads(facts["quantization"])) == quantization
     assert from_dict(ModelConfig, json.loads(facts["config"])) == built.config
 
 
@@ -171,7 +171,7 @@ def onnx_graph(path: Path) -> Any:
 
 
 def test_weights_are_stored_once_and_apart(tmp_path: Path) -> None:
-    """A tied head adds nothing; the graph itself stays small."""
+    """A tied head adds no bytes, and the graph itself is small."""
     built = model("glm-130b", hidden=64, ffn=128)
     path = export(built, tmp_path / "out")
     weights = sum(p.nbytes for p in built.parameters() if p.nbytes > 1024)
@@ -227,7 +227,7 @@ def test_refusals(tmp_path: Path, monkeypatch: Any) -> None:
 def test_an_op_without_translation_is_named(tmp_path: Path) -> None:
     built = model("glm-4")
     built.blocks[0].mlp.activation = lambda x: ops.linear_cross_entropy(x, x, x, x)
-    told = "op linear_cross_entropy has no translation to ONNX; add it"
-    with pytest.raises(UnsupportedOpError, match=told):
+    message = "op linear_cross_entropy has no translation to ONNX; add it"
+    with pytest.raises(UnsupportedOpError, match=message):
         export(built, tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -1,5 +1,5 @@
-"""Fine-tuning on conversations: a quantized checkpoint of another project's layout learns an
-answer, the adapter is kept apart, and the model with it gives that answer."""
+"""Fine-tuning on conversations: beside a quantized checkpoint of another project's layout an
+adapter learns replies, and the model with the adapter gives them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from glm_core.pretrained.conversations import Example, ExampleSampler, read_exam
 from glm_core.pretrained.load import from_path
 
 
-def test_an_answer_is_learnt(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+def test_replies_are_learned(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     wide, base, out = chatglm3(tmp_path / "wide"), tmp_path / "base", tmp_path / "out"
     assert cli.main(["checkpoint", "convert", str(wide), str(base), "--bits", "8"]) == 0
     (tmp_path / "pairs.jsonl").write_text(
@@ -73,7 +73,8 @@ CAUSAL = Example(causal([4, 5]), (6, 2))
 
 
 def test_rows() -> None:
-    """Inputs, labels, positions and mask, written out; padding sees itself and counts nothing."""
+    """Rows hold the expected inputs, labels, positions and mask; padding sees itself alone and has
+    no loss."""
     rows = ExampleSampler([PREFIX_LM, CAUSAL], 8, seed=0)
     batch = rows.next(2)
     a, b = (0, 1) if batch.tokens[0, 0] == 5 else (1, 0)
@@ -90,8 +91,8 @@ def test_rows() -> None:
 
 
 def test_order_and_state() -> None:
-    """Every pair once an epoch, in another order each; the same rows whatever the micro-batch; a
-    restored sampler goes on."""
+    """Each epoch has every example once, in its own order; rows do not depend on the micro-batch; a
+    restored sampler continues."""
     pairs = [Example(causal([i]), (2,)) for i in range(3, 11)]
     one, other = ExampleSampler(pairs, 4, seed=1), ExampleSampler(pairs, 4, seed=1)
     seen = torch.cat([one.next(2).tokens[:, 0] for _ in range(8)])
@@ -101,13 +102,13 @@ def test_order_and_state() -> None:
     again = ExampleSampler(pairs, 4, seed=1)
     again.restore(json.loads(json.dumps(other.state())))
     assert torch.equal(again.next(8).tokens[:, 0], seen[8:])
-    for strange in (
+    for sampler in (
         ExampleSampler(pairs, 4, seed=2),
         ExampleSampler(pairs[1:], 4, seed=1),
         ExampleSampler(pairs, 5, seed=1),
     ):
         with pytest.raises(DataError, match="saved with other conversations"):
-            strange.restore(other.state())
+            sampler.restore(other.state())
 
 
 def test_refusals(tmp_path: Path, capsys: Any) -> None:
@@ -117,7 +118,7 @@ def test_refusals(tmp_path: Path, capsys: Any) -> None:
         ExampleSampler([], 5, seed=0)
     chat_model = from_path(chatglm3(tmp_path / "their"))
     file = tmp_path / "pairs.jsonl"
-    for line, told in [
+    for line, message in [
         ("{", "pairs.jsonl:2: not JSON"),
         ("[]", "pairs.jsonl:2: not a conversation; expected"),
         ('{"prompt": "a"}', "not a conversation"),
@@ -125,7 +126,7 @@ def test_refusals(tmp_path: Path, capsys: Any) -> None:
         ('{"messages": [{"role": "judge", "content": "a"}, 3]}', "not a conversation"),
     ]:
         file.write_text('{"prompt": "a", "response": "b"}\n' + line)
-        with pytest.raises(DataError, match=told):
+        with pytest.raises(DataError, match=message):
             read_examples(chat_model, file)
     file.write_bytes(b"\xff")
     with pytest.raises(DataError, match="cannot be read"):

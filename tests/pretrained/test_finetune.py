@@ -45,13 +45,13 @@ def test_python_and_the_command_train_the_same_adapter(tmp_path: Path) -> None:
     file.write_text("\n".join(map(json.dumps, lines)))
     fields = ["data.length=48", "train.warmup_steps=0"]
     fields += [f"train.{name}={value}" for name, value in BATCH.items()]
-    words = ["train", "--base", base, "--adapter", "lora", "--rank", 2, "--pairs", file]
-    words += ["--steps", 3, "--backend", "reference", "--out", out]
-    words += [word for field in fields for word in ("--set", field)]
-    assert cli.main([str(word) for word in words]) == 0
+    command = ["train", "--base", base, "--adapter", "lora", "--rank", 2, "--pairs", file]
+    command += ["--steps", 3, "--backend", "reference", "--out", out]
+    command += [word for field in fields for word in ("--set", field)]
+    assert cli.main([str(word) for word in command]) == 0
     config, expected = read(out)
-    found = read(path)[1]
+    tensors = read(path)[1]
     assert config == adapter
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert any(tensor.any() for name, tensor in found.items() if "lora_b" in name)  # it learned
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+    assert any(tensor.any() for name, tensor in tensors.items() if "lora_b" in name)  # it learned

@@ -1,4 +1,5 @@
-"""Checkpoints of transformers with their tokenizers, talked to as it does; bad folders."""
+"""Checkpoints of transformers with their tokenizers give the prompts and replies of transformers;
+bad folders are refused."""
 
 from __future__ import annotations
 
@@ -42,12 +43,12 @@ GREEDY = Sampling(max_tokens=12, temperature=0)
 
 
 @pytest.fixture(params=["glm", "glm4"])
-def theirs(request: Any, tmp_path: Path) -> tuple[Path, Any, Any]:
-    """(folder, model, tokenizer), saved by transformers itself."""
+def published(request: Any, tmp_path: Path) -> tuple[Path, Any, Any]:
+    """Returns (folder, model, tokenizer), saved by transformers itself."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    pieces = tokenizer_json()
+    tokenizer = tokenizer_json()
     fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=pieces,
+        tokenizer_object=tokenizer,
         additional_special_tokens=SPECIAL[1:],
         eos_token=SPECIAL[0],
         pad_token=SPECIAL[0],
@@ -79,62 +80,62 @@ def theirs(request: Any, tmp_path: Path) -> tuple[Path, Any, Any]:
 
 
 def tokenizer_json() -> Any:
-    """A byte-level BPE that puts [gMASK]<sop> before every text, as GLM-4's does."""
+    """Returns a byte-level BPE that puts [gMASK]<sop> before every text, as GLM-4's does."""
     tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
-    pieces = tokenizers.Tokenizer(tokenizers.models.BPE())
-    pieces.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    pieces.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=330,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    pieces.train_from_iterator([TEXT] * 9, trainer)
-    pieces.add_special_tokens(SPECIAL)
-    front = [(n, pieces.token_to_id(n)) for n in ("[gMASK]", "<sop>")]
-    pieces.post_processor = tokenizers.processors.TemplateProcessing(
+    tokenizer.train_from_iterator([TEXT] * 9, trainer)
+    tokenizer.add_special_tokens(SPECIAL)
+    front = [(n, tokenizer.token_to_id(n)) for n in ("[gMASK]", "<sop>")]
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single="[gMASK] <sop> $A", special_tokens=front
     )
-    return pieces
+    return tokenizer
 
 
-def test_tokens_of_transformers(theirs: tuple[Path, Any, Any]) -> None:
-    """Prompts, stop tokens and greedy answers; one of them ended by a stop token."""
-    folder, model, fast = theirs
+def test_tokens_of_transformers(published: tuple[Path, Any, Any]) -> None:
+    """Prompts, stop tokens and greedy replies are equal; a stop token ends a reply early."""
+    folder, model, fast = published
     chat_model = from_path(folder)
     assert isinstance(chat_model, CausalModel)
-    asked = "The fox <b> 你好"
+    text = "The fox <b> 你好"
     prompts = [
-        chat_model.completion_prompt(asked),
+        chat_model.completion_prompt(text),
         chat_model.chat_prompt([*TALK[:3], Message("user", "again, 你好?")]),
     ]
     messages = [m._asdict() for m in [*TALK[:3], Message("user", "again, 你好?")]]
-    told = fast.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    wanted = [fast(asked).input_ids, fast(told, add_special_tokens=False).input_ids]
+    rendered = fast.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    wanted = [fast(text).input_ids, fast(rendered, add_special_tokens=False).input_ids]
     assert [list(p.tokens) for p in prompts] == wanted
     stop = list(chat_model.stop)
     assert stop == json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
     for prompt in prompts:
-        free = greedy(model, prompt.tokens, stop)
+        reply = greedy(model, prompt.tokens, stop)
         ours = generate(
             chat_model.model, [prompt], dataclasses.replace(GREEDY, stop=chat_model.stop)
         )[0]
-        assert ours.tokens == free
-        assert len(set(free)) > 3
-        assert chat_model.tokenizer.decode(free) == fast.decode(free, skip_special_tokens=True)
-    end = free[4]
+        assert ours.tokens == reply
+        assert len(set(reply)) > 3
+        assert chat_model.tokenizer.decode(reply) == fast.decode(reply, skip_special_tokens=True)
+    end = reply[4]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [end]}))
     again = from_path(folder)
     assert again.stop == (end,)
     cut = generate(again.model, [prompts[1]], dataclasses.replace(GREEDY, stop=again.stop))[0]
-    assert cut.tokens == greedy(model, prompts[1].tokens, [end]) == free[: free.index(end)]
+    assert cut.tokens == greedy(model, prompts[1].tokens, [end]) == reply[: reply.index(end)]
     assert cut.finish == "stop"
 
 
 def greedy(model: Any, prompt: Any, stop: list[int]) -> list[int]:
-    """transformers' generate, without the stop token."""
+    """Returns the reply of transformers' generate, without the stop token."""
     ids = torch.tensor([list(prompt)])
-    found = model.generate(
+    generated = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=12,
@@ -142,13 +143,13 @@ def greedy(model: Any, prompt: Any, stop: list[int]) -> list[int]:
         eos_token_id=stop,
         pad_token_id=0,
     )[0, len(prompt) :].tolist()
-    ends = [i for i, token in enumerate(found) if token in stop]
-    return found[: ends[0]] if ends else found
+    ends = [i for i, token in enumerate(generated) if token in stop]
+    return generated[: ends[0]] if ends else generated
 
 
-def test_what_people_write_is_text(theirs: tuple[Path, Any, Any]) -> None:
-    """Special tokens that a message or a prompt spells are not those tokens."""
-    chat_model = from_path(theirs[0])
+def test_messages_stay_text(published: tuple[Path, Any, Any]) -> None:
+    """A special token that a message or a prompt spells is encoded as text."""
+    chat_model = from_path(published[0])
     roles = chat_model.tokenizer.special
     tokens = chat_model.chat_prompt(TALK).tokens
     assert [t for t in tokens if t in roles.values()] == [
@@ -168,9 +169,9 @@ def test_what_people_write_is_text(theirs: tuple[Path, Any, Any]) -> None:
 
 
 def test_commands_take_a_checkpoint(
-    theirs: tuple[Path, Any, Any], capsys: Any, monkeypatch: Any
+    published: tuple[Path, Any, Any], capsys: Any, monkeypatch: Any
 ) -> None:
-    folder, _, _ = theirs
+    folder, _, _ = published
     assert cli.main(["generate", "--model", str(folder), "--prompt", "[MASK] fox", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["text"]
     monkeypatch.setattr("sys.stdin", io.StringIO("who runs?\nagain\n/quit\n"))
@@ -178,14 +179,14 @@ def test_commands_take_a_checkpoint(
     assert capsys.readouterr().out.count("\n") >= 2
 
 
-def test_a_template_of_ones_own_file_wins(theirs: tuple[Path, Any, Any]) -> None:
-    folder, _, _ = theirs
+def test_chat_template_file_is_preferred(published: tuple[Path, Any, Any]) -> None:
+    folder, _, _ = published
     (folder / "chat_template.jinja").write_text(
         "{% for m in messages %}{{ m.content }}!{% endfor %}"
     )
     chat_model = from_path(folder)
-    said = chat_model.tokenizer.decode(chat_model.chat_prompt([Message("user", "hello")]).tokens)
-    assert said == "hello!"
+    prompt = chat_model.tokenizer.decode(chat_model.chat_prompt([Message("user", "hello")]).tokens)
+    assert prompt == "hello!"
     (folder / "chat_template.jinja").write_text("{% for m in")
     with pytest.raises(PromptError, match="chat template: "):
         from_path(folder).chat_prompt([Message("user", "hello")])

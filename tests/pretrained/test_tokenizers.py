@@ -1,5 +1,5 @@
-"""The tokenizers of ChatGLM-6B, ChatGLM2, ChatGLM3 and GLM-4 in their authors' files, and what is
-said with them, id by id."""
+"""Tokenizers and chat prompts of ChatGLM-6B, ChatGLM2, ChatGLM3 and GLM-4 agree id by id with their
+authors' code."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ ROLES = ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
 
 
 def family(folder: Path, **facts: Any) -> sentencepiece.SentencePieceProcessor:
-    """A folder of ChatGLM2 or 3; what its authors' code would encode text with."""
+    """Writes a folder of ChatGLM2 or 3; returns the processor that its authors' code encodes
+    with."""
     stored(folder, "chatglm2")
     data = sentences([])
     (folder / "tokenizer.model").write_bytes(data)
@@ -50,7 +51,7 @@ def family(folder: Path, **facts: Any) -> sentencepiece.SentencePieceProcessor:
 
 
 def test_chatglm2(tmp_path: Path) -> None:
-    """A conversation is one text, encoded as one."""
+    """A conversation is encoded as one text."""
     plain = family(tmp_path / "their")
     chat_model = from_path(tmp_path / "their")
     size = plain.vocab_size()
@@ -68,15 +69,15 @@ def test_chatglm2(tmp_path: Path) -> None:
 
 
 def listed(size: int, names: list[str]) -> dict[str, Any]:
-    """added_tokens_decoder of some of ChatGLM3's tokens, beside sentencepiece's own."""
+    """Returns an added_tokens_decoder with some of ChatGLM3's tokens and one of sentencepiece's."""
     ids = {name: size + i for i, name in enumerate(CHATGLM2 + ROLES)}
     return {"2": {"content": "</s>"}, **{str(ids[n]): {"content": n} for n in names}}
 
 
-@pytest.mark.parametrize("beside", ["list", "part of it and a template", "template", "code"])
-def test_chatglm3(beside: str, tmp_path: Path) -> None:
-    """However the files tell that there are roles: each message after its role, a newline before
-    it, encoded alone (tokenization_chatglm.py, build_single_message)."""
+@pytest.mark.parametrize("source", ["list", "part of it and a template", "template", "code"])
+def test_chatglm3(source: str, tmp_path: Path) -> None:
+    """Wherever the files name the roles: each message follows its role and a newline, and is
+    encoded alone (tokenization_chatglm.py, build_single_message)."""
     folder = tmp_path / "their"
     size = sentencepiece.SentencePieceProcessor(model_proto=sentences([])).vocab_size()
     facts: dict[str, Any] = {
@@ -87,20 +88,20 @@ def test_chatglm3(beside: str, tmp_path: Path) -> None:
         },
         "template": {"chat_template": CHATGLM3_TEMPLATE},
         "code": {},
-    }[beside]
+    }[source]
     plain = family(folder, **facts)
-    if beside == "code":
+    if source == "code":
         (folder / "tokenization_chatglm.py").write_text('raise SystemExit("<|user|>")')
     chat_model = from_path(folder)
     ids = {name: size + i for i, name in enumerate(CHATGLM2 + ROLES)}
     assert chat_model.tokenizer.special == ids
     expected = [ids["[gMASK]"], ids["sop"]]
-    talk = [*TALK, Message("assistant", "\n well"), Message("user", "  two blanks")]
-    for m in talk:
+    messages = [*TALK, Message("assistant", "\n well"), Message("user", "  two blanks")]
+    for m in messages:
         expected += [ids[f"<|{m.role}|>"], *plain.encode("\n"), *plain.encode(m.content)]
-    assert list(chat_model.chat_prompt(talk).tokens) == [*expected, ids["<|assistant|>"]]
-    learnt = [*talk, Message("assistant", "the fox")]
-    assert chat_model.reply_ids(learnt) == [*plain.encode("\n"), *plain.encode("the fox")]
+    assert list(chat_model.chat_prompt(messages).tokens) == [*expected, ids["<|assistant|>"]]
+    conversation = [*messages, Message("assistant", "the fox")]
+    assert chat_model.reply_ids(conversation) == [*plain.encode("\n"), *plain.encode("the fox")]
     assert chat_model.stop == (2, ids["<|user|>"], ids["<|observation|>"])
 
 
@@ -108,7 +109,7 @@ def test_chatglm3(beside: str, tmp_path: Path) -> None:
 
 
 def test_chatglm_6b(tmp_path: Path) -> None:
-    """Newlines and runs of blanks are tokenizer; ids begin after those of images."""
+    """Newlines and runs of blanks are tokens; ids begin after those of images."""
     folder = tmp_path / "their"
     stored(folder, "chatglm-6b", vocab=420)
     blanks = [f"<|blank_{i}|>" for i in range(2, 7)]
@@ -126,9 +127,9 @@ def test_chatglm_6b(tmp_path: Path) -> None:
     spelled = "the fox<n><|tab|>jumps<|blank_4|>over"
     assert ids == [i + 20 for i in plain.encode(spelled)]
     assert {plain.piece_to_id(x) + 20 for x in ("<n>", "<|tab|>", "<|blank_4|>")} <= set(ids)
-    written = "a [gMASK] <eop><sop>b"  # what people write is text
-    said = chat_model.chat_prompt([Message("user", written)]).tokens
-    assert tokenizer.decode(said) == written
+    written = "a [gMASK] <eop><sop>b"  # special tokens in a message stay text
+    tokens_of_text = chat_model.chat_prompt([Message("user", written)]).tokens
+    assert tokenizer.decode(tokens_of_text) == written
     special = {
         tokenizer.mask,
         tokenizer.gmask,
@@ -137,7 +138,7 @@ def test_chatglm_6b(tmp_path: Path) -> None:
         tokenizer.eop,
         tokenizer.eos,
     }
-    assert [t for t in said if t in special] == [tokenizer.gmask, tokenizer.sop]
+    assert [t for t in tokens_of_text if t in special] == [tokenizer.gmask, tokenizer.sop]
     prompt = chat_model.chat_prompt([Message("user", "the fox")])
     assert list(prompt.tokens) == [*tokenizer.encode("the fox"), tokenizer.gmask, tokenizer.sop]
     assert (prompt.sep, prompt.mask) == (len(prompt.tokens) - 1, len(prompt.tokens) - 2)
@@ -152,7 +153,8 @@ def test_chatglm_6b(tmp_path: Path) -> None:
 
 
 def ranks(size: int) -> dict[bytes, int]:
-    """Byte pairs of TEXT, the most frequent first, merged within the words that GLM-4 cuts."""
+    """Returns byte pairs of TEXT, the most frequent first, merged within the words of GLM-4's
+    pattern."""
     regex = pytest.importorskip("regex", reason="regex, which tiktoken brings, is not installed")
     words = [[bytes([b]) for b in w.encode()] for w in regex.findall(GLM4_PATTERN, TEXT * 3)]
     found = {bytes([b]): b for b in range(256)}
@@ -170,7 +172,7 @@ def ranks(size: int) -> dict[bytes, int]:
 
 
 def glm4(folder: Path, facts: dict[str, Any]) -> Path:
-    """A folder of GLM-4; its tokenizer's file."""
+    """Writes a folder of GLM-4; returns the tokenizer's file."""
     pytest.importorskip("tiktoken", reason="tiktoken is not installed")
     stored(folder, "chatglm2")
     lines = [f"{base64.b64encode(t).decode()} {i}" for t, i in ranks(NUM_RANKS).items()]
@@ -179,10 +181,10 @@ def glm4(folder: Path, facts: dict[str, Any]) -> Path:
     return folder / "tokenizer.model"
 
 
-@pytest.mark.parametrize("beside", ["list and template", "nothing"])
-def test_glm4(beside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ids of text as transformers' converter of tiktoken files gives them; of a conversation as the
-    authors' build_single_message."""
+@pytest.mark.parametrize("source", ["list and template", "nothing"])
+def test_glm4(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ids of text equal those of transformers' converter of tiktoken files, ids of a conversation
+    those of the authors' build_single_message."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
     slow = pytest.importorskip(
         "transformers.convert_slow_tokenizer", reason="transformers is not installed"
@@ -190,7 +192,7 @@ def test_glm4(beside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     names = ["<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", *ROLES]
     ids = {name: NUM_RANKS + i for i, name in enumerate(names)}
     facts: dict[str, Any] = {"tokenizer_class": "ChatGLM4Tokenizer", "auto_map": {"a": "b"}}
-    if beside != "nothing":
+    if source != "nothing":
         facts["added_tokens_decoder"] = {str(i): {"content": n} for n, i in ids.items()}
         facts["chat_template"] = GLM4_TEMPLATE
     file = glm4(tmp_path / "their", facts)
@@ -198,7 +200,7 @@ def test_glm4(beside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     tokenizer = chat_model.tokenizer
     assert isinstance(tokenizer, GLM4Tokenizer)
     assert ids.items() <= tokenizer.special.items()
-    theirs = slow.TikTokenConverter(str(file)).converted()
+    converted = slow.TikTokenConverter(str(file)).converted()
     for text in (
         TEXT,
         "it's 12345 foxes\r\n\n  and\ttabs ",
@@ -206,15 +208,18 @@ def test_glm4(beside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         "<|user|> [gMASK]",
         " ",
     ):
-        assert tokenizer.encode(text) == theirs.encode(text, add_special_tokens=False).ids
+        assert tokenizer.encode(text) == converted.encode(text, add_special_tokens=False).ids
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.decode([ids["<|user|>"], *tokenizer.encode("a"), 10**6]) == "a"
     expected = [ids["[gMASK]"], ids["<sop>"]]
     for m in TALK:
         expected += [ids[f"<|{m.role}|>"], *tokenizer.encode("\n"), *tokenizer.encode(m.content)]
     assert list(chat_model.chat_prompt(TALK).tokens) == [*expected, ids["<|assistant|>"]]
-    learnt = [*TALK, Message("assistant", "the fox")]
-    assert chat_model.reply_ids(learnt) == [*tokenizer.encode("\n"), *tokenizer.encode("the fox")]
+    conversation = [*TALK, Message("assistant", "the fox")]
+    assert chat_model.reply_ids(conversation) == [
+        *tokenizer.encode("\n"),
+        *tokenizer.encode("the fox"),
+    ]
     assert generate(chat_model.model, [chat_model.chat_prompt(TALK)], GREEDY)[0].tokens
 
 
@@ -225,24 +230,24 @@ def test_bad_tiktoken_files(tmp_path: Path) -> None:
     file = glm4(tmp_path / "their", {})
     whole = file.read_bytes()
     lines = whole.splitlines(keepends=True)
-    for data, told in [
+    for data, message in [
         (b"".join(lines[:-1]) + b"!!! 309\n", "not a tiktoken file"),
         (b"".join(lines[:100]), "100 lines are not ranks from 0 on that cover every byte"),
         (b"".join(lines[:290] + lines[300:]), "300 lines are not ranks"),
         (whole + b"IQ==\n", "not a tiktoken file"),
     ]:
         file.write_bytes(data)
-        with pytest.raises(DataError, match=told):
+        with pytest.raises(DataError, match=message):
             from_path(tmp_path / "their")
     file.write_bytes(whole)
-    for listed, told in [
+    for listed, message in [
         ({"311": {"content": "[gMASK]"}}, "added_tokens_decoder lists no token <sop>"),
         ({"x": {}}, "added_tokens_decoder cannot be read"),
         ({"311": {"content": "[gMASK]"}, "0311": {"content": "<sop>"}}, "two special tokens have"),
     ]:
         facts = {"added_tokens_decoder": listed}
         (tmp_path / "their/tokenizer_config.json").write_text(json.dumps(facts))
-        with pytest.raises(DataError, match=told):
+        with pytest.raises(DataError, match=message):
             from_path(tmp_path / "their")
 
 
@@ -250,6 +255,6 @@ def test_code_in_a_folder_is_never_run(tmp_path: Path) -> None:
     folder = tmp_path / "their"
     family(folder, tokenizer_class="OddTokenizer")
     (folder / "tokenization_chatglm.py").write_text('raise SystemExit("ran")')
-    told = r"its tokenizer OddTokenizer is Python code in the folder, which is never run; known"
-    with pytest.raises(DataError, match=told):
+    message = r"its tokenizer OddTokenizer is Python code in the folder, which is never run; known"
+    with pytest.raises(DataError, match=message):
         from_path(folder)

@@ -1,4 +1,5 @@
-"""Checkpoints of every layout: read, merged, cut, written back, and what is refused."""
+"""Checkpoints of every layout are read, merged, cut and written back; impossible targets are
+refused."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ CASES = [(name, 1) for name in STATES] + [(name, size) for name in SHARDED for s
 
 
 def stored(folder: Path) -> list[dict[str, Tensor]]:
-    """Everything in a written checkpoint, by rank, read without our reader."""
+    """Returns all tensors of a written checkpoint, by rank, read without our reader."""
     shards = sorted(folder.rglob("mp_rank_*.pt"))
     if shards:
         return [torch.load(f, weights_only=True)["module"] for f in shards]
@@ -39,11 +40,11 @@ def stored(folder: Path) -> list[dict[str, Tensor]]:
     return [state]
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
     for key, value in expected.items():
-        assert found[key].dtype == value.dtype, key
-        assert torch.equal(found[key], value), key
+        assert actual[key].dtype == value.dtype, key
+        assert torch.equal(actual[key], value), key
 
 
 @pytest.mark.parametrize(("name", "size"), CASES)
@@ -55,20 +56,22 @@ def test_reads_every_layout(tmp_path: Path, name: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
-@pytest.mark.parametrize("held", [1, 2, 8])
+@pytest.mark.parametrize("stored_ranks", [1, 2, 8])
 @pytest.mark.parametrize("name", SHARDED)
-def test_any_tp_degree_to_any_other(tmp_path: Path, name: str, held: int, size: int) -> None:
-    source = open_checkpoint(write(tmp_path / "from", name, held))
+def test_any_tp_degree_to_any_other(
+    tmp_path: Path, name: str, stored_ranks: int, size: int
+) -> None:
+    source = open_checkpoint(write(tmp_path / "from", name, stored_ranks))
     convert(source, tmp_path / "to", target(name, num_ranks=size))
-    for found, expected in zip(stored(tmp_path / "to"), ranks_of(name, size), strict=True):
-        assert_same(found, expected)
+    for actual, expected in zip(stored(tmp_path / "to"), ranks_of(name, size), strict=True):
+        assert_same(actual, expected)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("held", "size"), [(2, 2), (2, 8), (8, 8), (1, 4)])
-def test_quantized_shards_are_cut(tmp_path: Path, bits: int, held: int, size: int) -> None:
-    """To the same or a higher degree bit by bit: the scales of a row go with each of its parts."""
-    source = open_checkpoint(write(tmp_path / "from", "glm-130b", held, bits))
+@pytest.mark.parametrize(("stored_ranks", "size"), [(2, 2), (2, 8), (8, 8), (1, 4)])
+def test_quantized_shards_are_cut(tmp_path: Path, bits: int, stored_ranks: int, size: int) -> None:
+    """Cutting to the same or a higher degree is exact: each part of a row gets the row's scales."""
+    source = open_checkpoint(write(tmp_path / "from", "glm-130b", stored_ranks, bits))
     assert source.bits == bits
     convert(source, tmp_path / "to", target("glm-130b", num_ranks=size))
     again = open_checkpoint(tmp_path / "to")
@@ -78,7 +81,7 @@ def test_quantized_shards_are_cut(tmp_path: Path, bits: int, held: int, size: in
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantized_weights_are_near_the_originals(tmp_path: Path, bits: int) -> None:
-    """Within half a step of each row's scale; the packing's nibbles or groups taken in another
+    """Dequantized values lie within half a step of each row's scale; nibbles or groups in a wrong
     order would be off by far more."""
     checkpoint = open_checkpoint(write(tmp_path / "c", "glm-130b", 2, bits))
     original = weights("glm-130b")
@@ -106,7 +109,7 @@ def test_merged_column_shards_keep_a_scale_each(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", STATES)
 def test_written_back_bit_equal(tmp_path: Path, name: str) -> None:
-    """Through our own layout, and directly in several files."""
+    """A checkpoint is bit-equal after the way through our own layout, and in several files."""
     source = open_checkpoint(write(tmp_path / "from", name))
     convert(source, tmp_path / "ours", target("glm-core"))
     assert_same(stored(tmp_path / "ours")[0], weights(name))
@@ -148,26 +151,26 @@ def test_load_fills_the_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("held", [1, 2])
-def test_load_keeps_the_codes(tmp_path: Path, bits: int, held: int) -> None:
-    """Codes of merged shards, groups of scales included, give what their dequantized values give,
-    and take LoRA beside them."""
-    checkpoint = open_checkpoint(write(tmp_path / "c", "glm-130b", held, bits))
+@pytest.mark.parametrize("stored_ranks", [1, 2])
+def test_load_keeps_the_codes(tmp_path: Path, bits: int, stored_ranks: int) -> None:
+    """The codes of merged shards, groups of scales included, compute the same as their dequantized
+    values, and accept LoRA."""
+    checkpoint = open_checkpoint(write(tmp_path / "c", "glm-130b", stored_ranks, bits))
     model, unrounded = (checkpoint.load(torch.float64, quantized=q) for q in (True, False))
     assert len([b for b in model.buffers() if b.dtype == torch.int8]) == 8
     for name in filter(checkpoint.quantized, checkpoint.shapes):
         stored = checkpoint.tensor(name), checkpoint.scale(name)
         unrounded.get_parameter(name).data = dequantize(*stored, bits, torch.float64)
     i = torch.arange(9)[None]
-    given = i * 5, torch.stack((i, i), 1), torch.zeros_like(i).int(), (i + 1).int()
-    found = model.logits(*given)
-    torch.testing.assert_close(found, unrounded.logits(*given))
+    inputs = i * 5, torch.stack((i, i), 1), torch.zeros_like(i).int(), (i + 1).int()
+    actual = model.logits(*inputs)
+    torch.testing.assert_close(actual, unrounded.logits(*inputs))
     attach(model, AdapterConfig(rank=2))
-    assert torch.equal(model.logits(*given), found)
+    assert torch.equal(model.logits(*inputs), actual)
 
 
 def test_a_rank_reads_only_its_part(tmp_path: Path) -> None:
-    """Of 8 stored ranks, rank 1 of 4 needs files 2 and 3: the others may be gone by then."""
+    """Of 8 stored ranks, rank 1 of 4 reads files 2 and 3 only: the others may be missing."""
     folder = write(tmp_path / "c", "glm-130b", 8)
     checkpoint = open_checkpoint(folder)
     whole = {n: checkpoint.tensor(n, 1, 4) for n in checkpoint.shapes}
@@ -187,41 +190,49 @@ def test_dtype_and_dequantize(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "to", "how"),
+    ("name", "to", "quantization"),
     [
         ("glm", "glm-core", Quantization(bits=4, activation_bits=8)),
         ("chatglm-6b", "chatglm-6b", Quantization(bits=4)),
         ("chatglm2", "chatglm2", Quantization(bits=8)),
     ],
 )
-def test_quantized_on_the_way(tmp_path: Path, name: str, to: str, how: Quantization) -> None:
-    """The written file starts without the float weights, as the very model that quantizing the
-    loaded one gives."""
+def test_quantized_on_the_way(
+    tmp_path: Path, name: str, to: str, quantization: Quantization
+) -> None:
+    """The written file loads without the float weights, as the same model as quantizing in
+    memory."""
     source = open_checkpoint(write(tmp_path / "from", name))
     (tmp_path / "from/tokenizer.model").write_bytes(b"pieces")
-    convert(source, tmp_path / "to", target(to, quantize=how))
+    convert(source, tmp_path / "to", target(to, quantize=quantization))
     assert (tmp_path / "to/tokenizer.model").read_bytes() == b"pieces"
     again = open_checkpoint(tmp_path / "to")
-    assert again.bits == how.bits
-    found, expected = again.load(quantized=True), source.load()
-    list(in_place(expected, how))
-    assert_same(found.state_dict(), expected.state_dict())
-    assert {m.quantization for m in found.modules() if isinstance(m, QuantizedLinear)} == {how}
+    assert again.bits == quantization.bits
+    actual, expected = again.load(quantized=True), source.load()
+    list(in_place(expected, quantization))
+    assert_same(actual.state_dict(), expected.state_dict())
+    assert {m.quantization for m in actual.modules() if isinstance(m, QuantizedLinear)} == {
+        quantization
+    }
 
 
 def test_groups_are_written_and_found_again(tmp_path: Path) -> None:
     config = ModelConfig(num_layers=1, hidden=64, num_heads=2, ffn=96, vocab=64, max_length=16)
-    model, how = GLM(config).init_weights(0), Quantization(bits=4, group=32)
+    model, quantization = GLM(config).init_weights(0), Quantization(bits=4, group=32)
     save_file({k: p.detach() for k, p in model.named_parameters()}, tmp_path / "model.safetensors")
-    convert(open_checkpoint(tmp_path, config), tmp_path / "o", target("glm-core", quantize=how))
-    found = open_checkpoint(tmp_path / "o").load(quantized=True)
-    list(in_place(model, how))
-    assert_same(found.state_dict(), model.state_dict())
-    assert {m.quantization for m in found.modules() if isinstance(m, QuantizedLinear)} == {how}
+    convert(
+        open_checkpoint(tmp_path, config), tmp_path / "o", target("glm-core", quantize=quantization)
+    )
+    actual = open_checkpoint(tmp_path / "o").load(quantized=True)
+    list(in_place(model, quantization))
+    assert_same(actual.state_dict(), model.state_dict())
+    assert {m.quantization for m in actual.modules() if isinstance(m, QuantizedLinear)} == {
+        quantization
+    }
 
 
 @pytest.mark.parametrize(
-    ("name", "to", "how", "words"),
+    ("name", "to", "quantization", "words"),
     [
         ("glm", "glm", Quantization(bits=4), "layout glm has no quantized form; use glm-core"),
         ("chatglm2", "chatglm2", Quantization(group=32), "one scale a row .* use glm-core"),
@@ -229,11 +240,13 @@ def test_groups_are_written_and_found_again(tmp_path: Path) -> None:
     ],
 )
 def test_rules_that_a_layout_cannot_hold(
-    tmp_path: Path, name: str, to: str, how: Quantization, words: str
+    tmp_path: Path, name: str, to: str, quantization: Quantization, words: str
 ) -> None:
     with pytest.raises(CheckpointError, match=words):
         convert(
-            open_checkpoint(write(tmp_path / "c", name)), tmp_path / "o", target(to, quantize=how)
+            open_checkpoint(write(tmp_path / "c", name)),
+            tmp_path / "o",
+            target(to, quantize=quantization),
         )
     assert not (tmp_path / "o").exists()
 
@@ -248,7 +261,7 @@ def test_codes_are_not_quantized_twice(tmp_path: Path) -> None:
 
 
 def test_a_stored_head_is_never_tied(tmp_path: Path) -> None:
-    """Old files of tied models hold both; what they hold counts."""
+    """Old files of tied models hold both embedding and head; the stored head is used."""
     folder = write(tmp_path / "c", "glm")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
@@ -256,7 +269,7 @@ def test_a_stored_head_is_never_tied(tmp_path: Path) -> None:
 
 
 def test_a_head_equal_to_the_embedding_is_loaded_once(tmp_path: Path) -> None:
-    """ChatGLM-6B's files have a place for each, 1.07 GB."""
+    """ChatGLM-6B's files store both, 1.07 GB each."""
     folder = write(tmp_path / "c", "chatglm-6b", 1, 4)
     files = sorted(folder.glob("*.bin"))
     states = [torch.load(f, weights_only=True) for f in files]
@@ -281,21 +294,23 @@ def test_a_config_can_be_given(tmp_path: Path) -> None:
     (folder / "model_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"no config\.json .* name a preset"):
         open_checkpoint(folder)
-    given = dataclasses.replace(CONFIGS["glm-130b"], embedding_gradient_shrink=0.1)
-    assert open_checkpoint(folder, given).config == given
+    inputs = dataclasses.replace(CONFIGS["glm-130b"], embedding_gradient_shrink=0.1)
+    assert open_checkpoint(folder, inputs).config == inputs
 
 
 @pytest.mark.parametrize(
-    ("name", "to", "told"),
+    ("name", "to", "message"),
     [
         ("chatglm-6b", "glm", "cannot express .*positions=rope_2d"),
         ("chatglm2", "chatglm-6b", "no grouped queries, the model has num_kv_heads=2"),
         ("glm4", "glm", "cannot express placement=sandwich"),
     ],
 )
-def test_a_layout_that_cannot_hold_the_model(tmp_path: Path, name: str, to: str, told: str) -> None:
+def test_a_layout_that_cannot_hold_the_model(
+    tmp_path: Path, name: str, to: str, message: str
+) -> None:
     source = open_checkpoint(write(tmp_path / "from", name))
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=message):
         convert(source, tmp_path / "to", target(to))
     assert [f.name for f in tmp_path.iterdir()] == ["from"]
 

@@ -1,4 +1,5 @@
-"""Checkpoints that cannot be used: one CheckpointError that names file, key, shapes, way out."""
+"""A checkpoint that cannot be used raises one CheckpointError that names file, key and shapes, and
+what to do."""
 
 from __future__ import annotations
 
@@ -27,18 +28,18 @@ from glm_core.pretrained.weights.reading import open_checkpoint
 SHARD = "49300/mp_rank_01_model_states.pt"
 
 
-def refused(path: Path, *told: str) -> None:
-    """One line that contains all of these."""
+def refused(path: Path, *message: str) -> None:
+    """Asserts that the error is one line that contains all of these."""
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(path)
     message = str(caught.value)
     assert "\n" not in message
-    for text in told:
+    for text in message:
         assert text in message, message
 
 
 def edit(path: Path, **changes: Any) -> None:
-    """JSON with keys set, or removed where None is given."""
+    """Sets keys of a JSON file; None removes a key."""
     values = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
 
@@ -79,7 +80,7 @@ def test_everything_that_does_not_fit_is_told_at_once(tmp_path: Path) -> None:
 
 
 def test_a_shard_of_another_generation(tmp_path: Path) -> None:
-    """Right shapes, other training: what all ranks must share differs."""
+    """Shards of another training run have the right shapes, but replicated parameters differ."""
     folder = write(tmp_path / "c", "glm-130b", 2)
     shard = torch.load(folder / SHARD, weights_only=True)
     shard["module"]["transformer.final_layernorm.weight"] += 0.01
@@ -149,7 +150,7 @@ def test_pickled_code_is_not_run(
 
 
 def test_training_state_beside_the_weights_is_read_over(tmp_path: Path) -> None:
-    """What SAT and DeepSpeed save with a checkpoint: arguments and random states."""
+    """SAT and DeepSpeed save arguments and random states with a checkpoint."""
     folder = write(tmp_path / "c", "glm-130b", 2)
     shard = torch.load(folder / SHARD, weights_only=True)
     shard |= {
@@ -170,9 +171,9 @@ def test_a_file_of_before_torch_1_6(tmp_path: Path) -> None:
     assert torch.equal(checkpoint.tensor("embedding")[48:], shard["module"][key])
 
 
-@pytest.mark.parametrize("held", [[torch.ones(1)], {"module": {"a": 3}}, {"module": {}}, 4])
-def test_not_a_table_of_tensors(tmp_path: Path, held: Any) -> None:
-    torch.save(held, tmp_path / "x.pt")
+@pytest.mark.parametrize("content", [[torch.ones(1)], {"module": {"a": 3}}, {"module": {}}, 4])
+def test_not_a_table_of_tensors(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "x.pt")
     refused(tmp_path / "x.pt", "not a table of tensors by name")
 
 
@@ -187,7 +188,7 @@ def test_no_glm(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "told"),
+    ("name", "change", "message"),
     [
         ("glm", {"hidden_size": None, "vocab_size": None}, "hidden_size is missing; vocab_size"),
         ("glm", {"model_type": "llama"}, "model_type is 'llama', only 'glm' is known"),
@@ -205,10 +206,10 @@ def test_no_glm(tmp_path: Path) -> None:
         ("chatglm-6b", {"num_attention_heads": 3}, "does not divide hidden=64"),
     ],
 )
-def test_configs(tmp_path: Path, name: str, change: dict[str, Any], told: str) -> None:
+def test_configs(tmp_path: Path, name: str, change: dict[str, Any], message: str) -> None:
     folder = write(tmp_path / "c", name)
     edit(folder / "config.json", **change)
-    refused(folder, told)
+    refused(folder, message)
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
@@ -226,17 +227,17 @@ def test_any_config_is_a_model_or_an_error(data: st.DataObject) -> None:
         st.dictionaries(st.just("rope_theta"), st.integers()),
     )
     values |= data.draw(st.dictionaries(st.sampled_from(sorted(values)), odd, max_size=3))
-    told = ""
+    message = ""
     try:
         read_config(find_layout(name), values, Path("config.json"))
     except CheckpointError as error:
-        told = str(error)
-    assert told.startswith("config.json: does not describe a model of layout" if told else "")
+        message = str(error)
+    assert message.startswith("config.json: does not describe a model of layout" if message else "")
 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """One checkpoint of either format."""
+    """Writes one checkpoint of each format."""
     root = tmp_path_factory.mktemp("fuzz")
     return [write(root / "a", "glm"), write(root / "b", "glm-130b", 2)]
 
@@ -244,7 +245,8 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_damage_is_an_error_or_harmless(sound: list[Path], data: st.DataObject) -> None:
-    """Bytes of headers changed in either format: no other exception, no hang, no huge memory."""
+    """Changed bytes in headers of either format raise no other exception, and need no huge
+    memory."""
     folder = data.draw(st.sampled_from(sound))
     file = next(f for f in sorted(folder.rglob("*")) if f.suffix in (".safetensors", ".pt"))
     original = file.read_bytes()
@@ -253,17 +255,17 @@ def test_any_damage_is_an_error_or_harmless(sound: list[Path], data: st.DataObje
     places = st.integers(0, end - 1) | st.integers(-min(1500, len(damaged)), -1)
     for place, byte in data.draw(st.lists(st.tuples(places, st.integers(0, 255)), max_size=6)):
         damaged[place] = byte
-    told = ""
+    message = ""
     try:
         file.write_bytes(damaged)
         checkpoint = open_checkpoint(folder)
         for name in checkpoint.shapes:
             checkpoint.tensor(name)
     except CheckpointError as error:
-        told = str(error)
+        message = str(error)
     finally:
         file.write_bytes(original)
-    assert not told or file.name in told or str(folder) in told
+    assert not message or file.name in message or str(folder) in message
 
 
 def test_a_header_that_claims_too_much(tmp_path: Path) -> None:

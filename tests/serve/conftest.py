@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from glm_core.config import ModelConfig
-from glm_core.data import tokenizer
+from glm_core.data.tokenizer import Tokenizer, train
 from glm_core.model.glm import GLM
 from glm_core.pretrained.chat_model import BlankFillingModel
 
@@ -22,7 +22,7 @@ TEXT = "The quick brown fox jumps over the lazy dog. 你好，世界 éà 🙂 a
 @pytest.fixture(scope="session")
 def chat_model() -> BlankFillingModel:
     """A model of random weights: its replies are nonsense, the same each time."""
-    words = tokenizer.Tokenizer(tokenizer.train([TEXT * 20], 340))
+    tokenizer = Tokenizer(train([TEXT * 20], 340))
     config = ModelConfig(
         num_layers=2, hidden=32, num_heads=2, ffn=48, vocab=384, max_length=512, tied_head=False
     )
@@ -31,8 +31,8 @@ def chat_model() -> BlankFillingModel:
         for name, p in model.named_parameters():
             std = 0.05 if p.ndim == 1 else 1.5 * p.shape[1] ** -0.5
             p.copy_(torch.randn(p.shape, generator=g) * std + name.endswith("norm.weight"))
-    stop = (words.eop, words.eos)
-    return BlankFillingModel(model=model, tokenizer=words, name="small", stop=stop)
+    stop = (tokenizer.eop, tokenizer.eos)
+    return BlankFillingModel(model=model, tokenizer=tokenizer, name="small", stop=stop)
 
 
 class Served(NamedTuple):

@@ -1,4 +1,4 @@
-"""The server through the clients people have: openai's, httpx, a browser."""
+"""The server answers openai's client and plain HTTP requests."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ JSON = {"Content-Type": "application/json"}
 
 @pytest.fixture(scope="module")
 def client(server: Any) -> Any:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
-        yield made
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 def until(condition: Any) -> None:
-    """Waits for what another thread does next."""
+    """Waits until another thread has made the condition true."""
 
     async def wait() -> None:
         while not condition():
@@ -38,14 +38,14 @@ def until(condition: Any) -> None:
 
 
 def test_chat_streamed_and_whole_are_the_same(client: Any) -> None:
-    asked = {**ASK, "max_tokens": 30, "temperature": 0.9, "seed": 5}
-    whole = client.chat.completions.create(**asked)
+    body = {**ASK, "max_tokens": 30, "temperature": 0.9, "seed": 5}
+    whole = client.chat.completions.create(**body)
     choice = whole.choices[0]
     assert choice.finish_reason in ("stop", "length")
     assert whole.usage.completion_tokens <= 30
     assert whole.usage.prompt_tokens > 3
     parts = list(
-        client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+        client.chat.completions.create(**body, stream=True, stream_options={"include_usage": True})
     )
     assert parts[0].choices[0].delta.role == "assistant"
     text = "".join(p.choices[0].delta.content for p in parts if p.choices)
@@ -61,27 +61,27 @@ def test_completions_stop_strings_and_seeds(client: Any) -> None:
             **{"model": "small", "prompt": "the [MASK] dog", "max_tokens": 40, "seed": 1, **more}
         ).choices[0]
 
-    free = complete().text
-    assert complete().text == free
+    whole = complete().text
+    assert complete().text == whole
     assert len({complete(seed=s).text for s in range(4)}) > 1
-    stop = free[4:7]
+    stop = whole[4:7]
     cut = complete(stop=[stop, "never to be seen"])
-    assert (cut.text, cut.finish_reason) == (free[: free.index(stop)], "stop")
+    assert (cut.text, cut.finish_reason) == (whole[: whole.index(stop)], "stop")
     parts = client.completions.create(
         model="small", prompt="the [MASK] dog", max_tokens=40, seed=1, stop=stop, stream=True
     )
     assert "".join(p.choices[0].text for p in parts) == cut.text
 
 
-def test_answers_do_not_depend_on_who_else_asks(client: Any, server: Any) -> None:
-    asked = [{**ASK, "max_tokens": 25, "seed": s} for s in range(12)]
-    alone = [client.chat.completions.create(**a).choices[0].message.content for a in asked]
+def test_replies_do_not_depend_on_other_requests(client: Any, server: Any) -> None:
+    body = [{**ASK, "max_tokens": 25, "seed": s} for s in range(12)]
+    alone = [client.chat.completions.create(**a).choices[0].message.content for a in body]
 
     async def together() -> list[str]:
         async with openai.AsyncOpenAI(
             base_url=f"{server.url}/v1", api_key="none", max_retries=0
         ) as crowd:
-            done = await asyncio.gather(*(crowd.chat.completions.create(**a) for a in asked))
+            done = await asyncio.gather(*(crowd.chat.completions.create(**a) for a in body))
         return [d.choices[0].message.content for d in done]
 
     assert asyncio.run(together()) == alone
@@ -103,7 +103,7 @@ def test_models_health_metrics(client: Any, server: Any) -> None:
 
 
 def test_the_legacy_interface(server: Any) -> None:
-    """As ChatGLM-6B's api.py: the history comes back longer by one pair."""
+    """The history comes back with one more pair, as from ChatGLM-6B's api.py."""
     first = httpx.post(server.url, json={"prompt": "你好", "history": []}).json()
     assert first["status"] == 200
     assert first["history"] == [["你好", first["response"]]]
@@ -115,7 +115,7 @@ def test_the_legacy_interface(server: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "status", "told"),
+    ("change", "status", "message"),
     [
         ({"model": "smalll"}, 404, "did you mean small?"),
         ({"max_tokens": 201}, 400, "max_tokens=201: this server gives 200 at most"),
@@ -132,22 +132,22 @@ def test_the_legacy_interface(server: Any) -> None:
     ],
     ids=str,
 )
-def test_bad_requests(server: Any, change: dict[str, Any], status: int, told: str) -> None:
-    answer = httpx.post(
+def test_bad_requests(server: Any, change: dict[str, Any], status: int, message: str) -> None:
+    response = httpx.post(
         f"{server.url}/v1/chat/completions", content=json.dumps({**ASK, **change}), headers=JSON
     )
-    assert answer.status_code == status
-    error = answer.json()["error"]
+    assert response.status_code == status
+    error = response.json()["error"]
     assert error["type"] == "invalid_request_error"
-    assert told in error["message"]
+    assert message in error["message"]
 
 
 @pytest.mark.parametrize("body", [b"{", b"\xff\xfe", b"[]", b"null", b'{"model": 1', b""])
 def test_malformed_json(server: Any, body: bytes) -> None:
     for path in ("/v1/chat/completions", "/v1/completions", "/"):
-        answer = httpx.post(server.url + path, content=body, headers=JSON)
-        assert answer.status_code == 400
-        assert answer.json()["error"]["message"]
+        response = httpx.post(server.url + path, content=body, headers=JSON)
+        assert response.status_code == 400
+        assert response.json()["error"]["message"]
     assert httpx.get(f"{server.url}/health").status_code == 200
 
 
@@ -163,7 +163,7 @@ def test_bodies_are_bounded(server: Any) -> None:
     assert 'path="other",status="404"' in httpx.get(f"{server.url}/metrics").text
 
 
-def test_the_key_is_asked_for(serving: Any) -> None:
+def test_the_key_is_required(serving: Any) -> None:
     with serving(token="secret") as served:
         url = f"{served.url}/v1/models"
         assert httpx.get(url).status_code == 401
@@ -173,8 +173,9 @@ def test_the_key_is_asked_for(serving: Any) -> None:
         assert httpx.get(f"{served.url}/health").status_code == 200
 
 
-def test_more_than_may_wait_are_refused(serving: Any) -> None:
-    """Slots 1, queue 2: with the slot taken, of ten requests two wait and eight get 429."""
+def test_requests_beyond_the_queue_are_refused(serving: Any) -> None:
+    """With one slot, which is taken, and a queue of 2, two of ten requests wait and eight get
+    429."""
     with serving(slots=1, queue=2, max_tokens=480) as served:
         engine, step, go_on = served.engine, served.engine._decoder.step, threading.Event()
         engine._decoder.step = lambda: step() if go_on.wait() else []
@@ -183,8 +184,8 @@ def test_more_than_may_wait_are_refused(serving: Any) -> None:
         until(lambda: engine.load == (1, 0))
 
         async def ask(client: Any, refused: list[int]) -> int:
-            asked = {"model": "small", "prompt": "the fox", "max_tokens": 3}
-            code = (await client.post(f"{served.url}/v1/completions", json=asked)).status_code
+            body = {"model": "small", "prompt": "the fox", "max_tokens": 3}
+            code = (await client.post(f"{served.url}/v1/completions", json=body)).status_code
             refused += [code] if code == 429 else []
             if len(refused) == 8:
                 go_on.set()
@@ -205,7 +206,7 @@ def test_a_client_that_leaves_frees_its_slot(serving: Any, stream: bool) -> None
         step, steps = decoder.step, []
         gone = []
 
-        def slow() -> Any:  # the answer is not complete before the client has left
+        def slow() -> Any:  # so the reply is not complete before the client has left
             if len(steps) > 3 and not gone:
                 return []
             steps.append(1)
@@ -215,10 +216,10 @@ def test_a_client_that_leaves_frees_its_slot(serving: Any, stream: bool) -> None
 
         async def leave() -> None:
             async with httpx.AsyncClient() as client:
-                asked = {**ASK, "max_tokens": 480, "stream": stream, "seed": 1}
+                body = {**ASK, "max_tokens": 480, "stream": stream, "seed": 1}
                 url = f"{served.url}/v1/chat/completions"
                 async with asyncio.timeout(60):
-                    task = asyncio.create_task(client.post(url, json=asked))
+                    task = asyncio.create_task(client.post(url, json=body))
                     while len(steps) < 3:
                         await asyncio.sleep(0.005)
                     task.cancel()
@@ -228,8 +229,8 @@ def test_a_client_that_leaves_frees_its_slot(serving: Any, stream: bool) -> None
         gone.append(1)
         assert len(steps) < 10
         assert served.engine.load == (0, 0)
-        answer = httpx.post(f"{served.url}/v1/chat/completions", json={**ASK, "max_tokens": 5})
-        assert answer.status_code == 200
+        response = httpx.post(f"{served.url}/v1/chat/completions", json={**ASK, "max_tokens": 5})
+        assert response.status_code == 200
 
 
 def test_nan_logits_are_an_error_and_the_server_stays(serving: Any, chat_model: Any) -> None:
@@ -240,15 +241,15 @@ def test_nan_logits_are_an_error_and_the_server_stays(serving: Any, chat_model: 
         broken.model.blocks[0].mlp.down.bias[0] = torch.nan
     with serving(model=broken) as served:
         url = f"{served.url}/v1/chat/completions"
-        answer = httpx.post(url, json=ASK)
-        assert answer.status_code == 500
-        assert "op linear in blocks.0.mlp.down" in answer.json()["error"]["message"]
+        response = httpx.post(url, json=ASK)
+        assert response.status_code == 500
+        assert "op linear in blocks.0.mlp.down" in response.json()["error"]["message"]
         lines = httpx.post(url, json={**ASK, "stream": True}).text
         assert "not finite" in lines
         assert httpx.get(f"{served.url}/health").json()["running"] == 0
 
 
-def test_a_fault_of_ours_leaves_nobody_waiting(serving: Any, capsys: Any) -> None:
+def test_a_bug_leaves_no_request_waiting(serving: Any, capsys: Any) -> None:
     with serving() as served:
         step = served.engine._decoder.step
 
@@ -258,8 +259,8 @@ def test_a_fault_of_ours_leaves_nobody_waiting(serving: Any, capsys: Any) -> Non
 
         served.engine._decoder.step = fail
         url = f"{served.url}/v1/chat/completions"
-        answer = httpx.post(url, json={**ASK, "max_tokens": 9, "seed": 1})
-        assert answer.status_code == 500
-        assert "ZeroDivisionError: planted" in answer.json()["error"]["message"]
+        response = httpx.post(url, json={**ASK, "max_tokens": 9, "seed": 1})
+        assert response.status_code == 500
+        assert "ZeroDivisionError: planted" in response.json()["error"]["message"]
         assert httpx.post(url, json={**ASK, "max_tokens": 9}).status_code == 200
     assert "planted" in capsys.readouterr().err

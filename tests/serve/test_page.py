@@ -1,4 +1,4 @@
-"""The web page in a headless Chromium, driven over its debugging pipe."""
+"""The web page works in a headless Chromium, driven over its debugging pipe."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ pytestmark = pytest.mark.skipif(
 
 
 class Browser:
-    """One page; messages are JSON ended by NUL (Chrome DevTools Protocol)."""
+    """A browser with one page, driven by the Chrome DevTools Protocol: JSON messages that end with
+    NUL."""
 
     def __init__(self, profile: Path) -> None:
         (read, self._to), (self._from, write) = os.pipe(), os.pipe()
-        words = [str(CHROMIUM), *FLAGS.split(), *QUIET.split(), f"--user-data-dir={profile}"]
-        line = f"exec {shlex.join(words)} 3<&{read} 4>&{write}"
+        command = [str(CHROMIUM), *FLAGS.split(), *QUIET.split(), f"--user-data-dir={profile}"]
+        line = f"exec {shlex.join(command)} 3<&{read} 4>&{write}"
         self._process = subprocess.Popen(
             ["bash", "-c", line], pass_fds=(read, write), stderr=subprocess.DEVNULL
         )
@@ -45,25 +46,25 @@ class Browser:
         self.call("Page.enable")
 
     def call(self, method: str, **params: Any) -> Any:
-        """The method's result."""
+        """Calls a method and returns its result."""
         self._id += 1
         message = {"id": self._id, "method": method, "params": params}
         if self._session:
             message["sessionId"] = self._session
         os.write(self._to, json.dumps(message).encode() + b"\0")
-        while (answer := self._next()).get("id") != self._id:
+        while (reply := self._next()).get("id") != self._id:
             pass
-        assert "error" not in answer, answer
-        return answer["result"]
+        assert "error" not in reply, reply
+        return reply["result"]
 
     def open(self, url: str) -> None:
-        """Goes there and waits until it is loaded."""
+        """Opens a URL and waits until it is loaded."""
         self.call("Page.navigate", url=url)
         while self._next().get("method") != "Page.loadEventFired":
             pass
 
     def run(self, script: str) -> Any:
-        """The value of a JavaScript expression, awaited."""
+        """Returns the value of a JavaScript expression, awaited."""
         done = self.call(
             "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
         )
@@ -71,14 +72,14 @@ class Browser:
         return done["result"].get("value")
 
     def until(self, condition: str) -> None:
-        """Waits in the page."""
+        """Waits in the page until a JavaScript condition is true."""
         self.run(
             "new Promise(done => { const look = setInterval(() => { if (" + condition + ") "
             "{ clearInterval(look); done(); } }, 10); })"
         )
 
     def close(self) -> None:
-        """Ends the browser."""
+        """Closes the browser."""
         self._session = ""
         self.call("Browser.close")
         os.close(self._to)
@@ -97,9 +98,9 @@ class Browser:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    made = Browser(tmp_path_factory.mktemp("profile"))
-    yield made
-    made.close()
+    chromium = Browser(tmp_path_factory.mktemp("profile"))
+    yield chromium
+    chromium.close()
 
 
 def ask(browser: Browser, question: str) -> None:
@@ -108,10 +109,10 @@ def ask(browser: Browser, question: str) -> None:
 
 
 def texts(browser: Browser, kind: str) -> list[str]:
-    found: list[str] = browser.run(
+    contents: list[str] = browser.run(
         f"[...document.querySelectorAll('#talk .{kind}')].map(box => box.textContent)"
     )
-    return found
+    return contents
 
 
 def test_a_conversation(server: Any, browser: Browser) -> None:
@@ -123,11 +124,11 @@ def test_a_conversation(server: Any, browser: Browser) -> None:
     browser.until("document.body.dataset.state")
     assert texts(browser, "user") == ["the fox <b>&amp;</b>", "你好"]
     assert texts(browser, "error") == []
-    answers = texts(browser, "assistant")
-    assert len(answers) == 2
-    assert all(answers)
+    replies = texts(browser, "assistant")
+    assert len(replies) == 2
+    assert all(replies)
     assert browser.run("messages.map(m => m.role)") == ["user", "assistant"] * 2
-    assert browser.run("messages.map(m => m.content)")[1::2] == answers
+    assert browser.run("messages.map(m => m.content)")[1::2] == replies
 
 
 def test_a_question_in_the_address(server: Any, browser: Browser) -> None:

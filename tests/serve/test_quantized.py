@@ -1,5 +1,5 @@
-"""A folder of `glm-core quantize` in generate, chat and serve: the same words as the run's own
-model with the same weights quantised in memory."""
+"""A folder of `glm-core quantize` gives in chat and serve the replies of the run's own model,
+quantized in memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from glm_core.pretrained.load import from_path
 from glm_core.pretrained.templates import Message
 from glm_core.training import trainer
 
-ASKED = "The fox number 7"
+QUESTION = "The fox number 7"
 HOW = {
     "int4": Quantization(bits=4, group=32, activation_bits=8),
     "int8": Quantization(bits=8),
@@ -27,7 +27,7 @@ HOW = {
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that learned a little: its answers are not noise, and differ by rounding."""
+    """Trains a run a little, so that its replies are no noise and depend on rounding."""
     folder = tmp_path_factory.mktemp("quantized")
     text = folder / "text.txt"
     text.write_text("\n".join(f"The fox number {i} jumps over the dog." for i in range(400)))
@@ -42,11 +42,11 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=HOW)
 def quantized(request: Any, run_dir: Path, monkeypatch: Any, capsys: Any) -> tuple[Path, str]:
-    """(the folder that `quantize` wrote, what a chat with it must answer)."""
+    """Returns (the folder that `quantize` wrote, the reply that it must give)."""
     how, folder = HOW[request.param], run_dir.parent / request.param
     monkeypatch.chdir(run_dir.parent)
-    words = ["--bits", how.bits, "--group", how.group, "--activation-bits", how.activation_bits]
-    argv = ["quantize", run_dir, *words, "--sequences", 8, "--out", folder]
+    options = ["--bits", how.bits, "--group", how.group, "--activation-bits", how.activation_bits]
+    argv = ["quantize", run_dir, *options, "--sequences", 8, "--out", folder]
     assert cli.main([str(word) for word in argv]) == 0
     capsys.readouterr()
     chat_model = from_path(run_dir)
@@ -54,31 +54,31 @@ def quantized(request: Any, run_dir: Path, monkeypatch: Any, capsys: Any) -> tup
     sampling = Sampling(max_tokens=12, temperature=0, stop=chat_model.stop)
     with use("cpu"):
         [done] = generate(
-            chat_model.model, [chat_model.chat_prompt([Message("user", ASKED)])], sampling
+            chat_model.model, [chat_model.chat_prompt([Message("user", QUESTION)])], sampling
         )
     assert len(done.tokens) > 3
     return folder, chat_model.tokenizer.decode(done.tokens)
 
 
-def test_commands_and_server_say_the_same(
+def test_command_and_server_give_the_same_reply(
     quantized: tuple[Path, str], serving: Any, monkeypatch: Any, capsys: Any
 ) -> None:
     openai = pytest.importorskip("openai", reason="the extra `serve` is not installed")
-    folder, answer = quantized
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{ASKED}\n/quit\n"))
+    folder, reply = quantized
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{QUESTION}\n/quit\n"))
     greedy = ["--temperature", "0", "--max-tokens", "12"]
     assert cli.main(["chat", "--model", str(folder), *greedy]) == 0
-    assert capsys.readouterr().out.strip() == answer.strip()
+    assert capsys.readouterr().out.strip() == reply.strip()
     chat_model = from_path(folder)
     assert sum(isinstance(m, QuantizedLinear) for m in chat_model.model.modules()) == 8
     with serving(model=chat_model) as served:
         client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none")
-        told = client.chat.completions.create(
+        stream = client.chat.completions.create(
             model=chat_model.name,
-            messages=[{"role": "user", "content": ASKED}],
+            messages=[{"role": "user", "content": QUESTION}],
             temperature=0,
             max_tokens=12,
             stream=True,
         )
-        pieces = [chunk.choices[0].delta.content or "" for chunk in told if chunk.choices]
-    assert "".join(pieces) == answer
+        texts = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
+    assert "".join(texts) == reply

@@ -1,5 +1,5 @@
-"""The verdict on loss curves: `calibrate`, `record`, `compare`, `run`, `bisect`. Importing this
-loads neither torch nor a backend; `compare` needs neither."""
+"""Decides whether two loss curves are the same: `run` does it all; `calibrate`, `record`, `compare`
+and `bisect` are its parts. Names are imported on first use, because `compare` needs no torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
     "run",
 ]
 
-_HOME = {
+_MODULE = {
     "Bisection": "bisection",
     "bisect": "bisection",
     "CallFilter": "rerun_command",
@@ -44,6 +44,6 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULE[name]}"), name)

@@ -1,5 +1,5 @@
-"""Everything about a config and a dtype that no candidate changes, computed once: the reference's
-run, its controls, the captured steps, float64, the benign ranges."""
+"""Computes once what every comparison of a config and a dtype needs, whatever the candidate: the
+reference's run, its controls, the captured steps, the float64 oracle and the benign ranges."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ from glm_core.training.trainer import Sampler, initial_weights
 Array = NDArray[np.float64]
 MakeSampler = Callable[[], Sampler]
 Progress = Callable[[str, int, int], None]
-"""what is being done, how far, of how much"""
+"""called with what is being done, how many steps of it are done, and of how many"""
 NUM_VARIED = 10
+"""disguises that the bound on the gradients is computed from"""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -47,16 +48,17 @@ class Calibration:
     sampler: MakeSampler
     reference: Trace
     snapshots: list[Snapshot]
+    """the captured steps"""
     oracle: list[tuple[float, dict[str, Tensor]]]
     """per captured step: loss and gradients in float64"""
     cases: list[Case]
     """every op call of the captured steps with its correct results"""
     limits: dict[Key, float]
-    """benign range of each statistic"""
+    """the benign range of each family of tests, without margin"""
 
     @property
     def dtype(self) -> torch.dtype:
-        """The working dtype."""
+        """Returns the working dtype."""
         return getattr(torch, self.config.train.dtype)
 
 
@@ -69,22 +71,22 @@ def calibrate(
     cache_dir: str = ".cache",
     progress: Progress | None = None,
 ) -> Calibration:
-    """Runs the reference on this machine's CPU, `controls` honest variations of it, and teacher
-    forcing of the reference against float64 at `capture_steps` (default: an early, a middle and the
-    last step). `sampler` makes a fresh one for each run; the default opens the config's data."""
-    begin, tell = time.perf_counter(), progress or (lambda what, done, of: None)
+    """Runs the reference on this machine's CPU and `controls` honest variations of it, captures
+    `capture_steps` (default: an early, a middle and the last step) and compares them with float64.
+    `sampler` makes a fresh sampler for each run; the default opens the config's data."""
+    begin, report = time.perf_counter(), progress or (lambda what, done, of: None)
     make = sampler or open_data(config, cache_dir)
     steps = config.train.steps
     captured = captured_steps(config, capture_steps)
     weights = initial_weights(config)
     curve = free_run(
-        Run(config, make(), "reference", weights), captured, lambda s: tell("reference", s, steps)
+        Run(config, make(), "reference", weights), captured, lambda s: report("reference", s, steps)
     )
-    runs = {}
+    control_losses = {}
     for k, (name, mode) in enumerate(control_modes(config, controls)):
         run = Run(config, make(), "reference", moved(weights, k), mode)
-        say = functools.partial(tell, f"control {k + 1} of {controls}")
-        runs[f"{k}: {name}"] = free_run(run, (), lambda s, say=say: say(s, steps)).loss  # type: ignore[misc]
+        step_done = functools.partial(_report_step, report, f"control {k + 1} of {controls}", steps)
+        control_losses[f"{k}: {name}"] = free_run(run, (), step_done).loss
     oracle = [exact_gradients(config, snapshot) for snapshot in curve.snapshots]
     rows = [
         gradient_errors(Run(config, make(), "reference", None, mode), curve.snapshots, oracle)
@@ -100,9 +102,9 @@ def calibrate(
         dtype=config.train.dtype,
         loss=curve.loss,
         grad_norm=curve.grad_norm,
-        control_names=list(runs),
-        control_loss=np.array(list(runs.values())).reshape(len(runs), steps),
-        capture_steps=[m.step for m in curve.snapshots],
+        control_names=list(control_losses),
+        control_loss=np.array(list(control_losses.values())).reshape(len(control_losses), steps),
+        capture_steps=[s.step for s in curve.snapshots],
         parameters=names,
         **gradient_norms_and_sketches(plain, curve.snapshots, names),
         loss_error=np.stack([rows[0][0], *(r[0] for r in rows)]),
@@ -122,14 +124,18 @@ def calibrate(
     return Calibration(config, make, trace, curve.snapshots, oracle, items, limits)
 
 
-def captured_steps(config: RunConfig, given: Sequence[int] | None = None) -> tuple[int, ...]:
-    """The steps both sides are given the same inputs at: an early, a middle and the last one."""
+def _report_step(report: Progress, what: str, steps: int, step: int) -> None:
+    report(what, step, steps)
+
+
+def captured_steps(config: RunConfig, chosen: Sequence[int] | None = None) -> tuple[int, ...]:
+    """Returns the chosen steps in order; by default an early, a middle and the last one."""
     steps = config.train.steps
-    return tuple(sorted(set(given or (max(1, steps // 10), max(1, steps // 2), steps))))
+    return tuple(sorted(set(chosen or (max(1, steps // 10), max(1, steps // 2), steps))))
 
 
 def open_data(config: RunConfig, cache_dir: str) -> MakeSampler:
-    """Fresh samplers over the config's own data."""
+    """Returns a function that makes fresh samplers over the config's own data."""
     # here, so that a sampler of the caller's own needs no sentencepiece
     from glm_core.data.open import open_sampler
 
@@ -140,29 +146,30 @@ def open_data(config: RunConfig, cache_dir: str) -> MakeSampler:
 
 
 def threshold(config: RunConfig) -> int:
-    """Elements from which a float32 tensor of a whole step counts as an intermediate, not as a
-    row's statistic."""
+    """Returns the number of elements from which a float32 tensor of a whole step counts as an
+    intermediate and not as a row's statistic."""
     return config.train.micro_batch * config.data.length * config.model.hidden // 4
 
 
 def control_modes(config: RunConfig, count: int) -> list[tuple[str, Mode]]:
-    """The loudest honest variations, `count` draws of one kind, so that they tell the spread of a
-    further one: weights one ulp away, and at every step sums in another order or, below float32,
-    three of four intermediates rounded."""
+    """Returns the control runs' names and modes: `count` random draws of the honest variation that
+    moves the curve most, so that their spread predicts a further draw. Each control's weights
+    also start one ulp away."""
     low = getattr(torch, config.train.dtype) in LOW
     name = "one ulp, " + ("intermediates rounded" if low else "other summation order")
     return [(name, functools.partial(varied, config, k)) for k in range(count)]
 
 
 def varied(config: RunConfig, seed: int) -> AbstractContextManager[object]:
-    """An honest variation of the reference, drawn by `seed`."""
+    """Returns the mode of one honest variation of the reference: below float32 three of four
+    intermediates are rounded, drawn at random; in float32 sums are taken in another order."""
     dtype: torch.dtype = getattr(torch, config.train.dtype)
     return Rounded(dtype, threshold(config), seed=seed) if dtype in LOW else Regrouped(seed)
 
 
 def gradient_modes(config: RunConfig) -> dict[str, Mode]:
-    """The disguises in which the reference computes a captured step's gradients: as it is, then
-    varied."""
+    """Returns the disguises in which the reference computes a captured step's gradients: the plain
+    reference first, then honest variations of it."""
     modes: dict[str, Mode] = {"plain": nullcontext}
     draws = {f"varied {k}": functools.partial(varied, config, k) for k in range(NUM_VARIED)}
     return modes | draws

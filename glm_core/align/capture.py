@@ -1,4 +1,5 @@
-"""Every op call of a training step with its arguments and output gradients, to be replayed."""
+"""Captures every op call of a training step with its arguments and output gradients, so that it can
+be replayed."""
 
 from __future__ import annotations
 
@@ -31,11 +32,11 @@ class Call:
     """one per output, filled in by the backward pass; empty where nothing is differentiated"""
 
     def where(self, direction: str) -> str:
-        """`op geglu forward in layer 0`."""
+        """Returns the call in words: `op geglu forward in layer 0`."""
         return f"op {self.op.name} {direction}" + (f" in layer {self.layer}" if self.layer else "")
 
     def place(self, direction: str) -> dict[str, Any]:
-        """Which call, and the dtype and shape of its first tensor."""
+        """Returns which call it is, and the dtype and shape of its first floating-point tensor."""
         tensors = [x for x in tree_leaves(self.args) if isinstance(x, Tensor)]
         first = next((x for x in tensors if x.is_floating_point()), torch.empty(0))
         return {
@@ -50,7 +51,8 @@ class Call:
 
 
 def copied(x: Any) -> Any:
-    """Tensors copied with their strides: a view of a larger tensor stays a view of one."""
+    """Copies a tensor with its strides: a view of a larger tensor stays a view. Anything else is
+    returned unchanged."""
     if not isinstance(x, Tensor):
         return x
     x = x.detach()
@@ -68,11 +70,11 @@ class Capture:
         self.step, self.calls, self.layer = step, list[Call](), ""
 
     def enter(self, layer: str) -> None:
-        """The calls that follow belong to this block."""
+        """Assigns the calls that follow to this block."""
         self.layer = layer
 
     def __call__(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The interceptor: records, runs, and listens for the outputs' gradients."""
+        """The interceptor: records the call, runs it, and hooks the outputs' gradients."""
         named = {**dict(zip(op.parameters, args, strict=False)), **kwargs}
         call = Call(
             op=op,
@@ -88,24 +90,24 @@ class Capture:
         if not any(isinstance(y, Tensor) and y.requires_grad for y in outputs):
             return result
         call.output_gradients.extend([None] * len(outputs))
-        # aliases: an output from which the op computes another one has a gradient inside the op too
+        # aliases, because an output that the op itself uses further has a gradient from inside too
         aliases = tuple(y.view_as(y) for y in outputs)
         for i, y in enumerate(aliases):
             if y.requires_grad:
-                y.register_hook(_listener(call, i))
+                y.register_hook(_gradient_hook(call, i))
         return aliases if isinstance(result, tuple) else aliases[0]
 
 
-def _listener(call: Call, output: int) -> Any:
-    def listen(gradient: Tensor) -> None:
+def _gradient_hook(call: Call, output: int) -> Any:
+    def keep(gradient: Tensor) -> None:
         call.output_gradients[output] = copied(gradient)
 
-    return listen
+    return keep
 
 
 @contextmanager
 def layers(model: nn.Module, enter: Callable[[str], None]) -> Iterator[None]:
-    """Tells `enter` which of `model.blocks` runs, "" outside of them."""
+    """Calls `enter` with the number of the block of `model.blocks` that runs, and "" after it."""
     handles = []
     for i, block in enumerate(model.get_submodule("blocks").children()):
         handles.append(block.register_forward_pre_hook(lambda *_, i=i: enter(str(i))))
@@ -118,9 +120,9 @@ def layers(model: nn.Module, enter: Callable[[str], None]) -> Iterator[None]:
 
 
 @contextmanager
-def capture(model: nn.Module, step: int, record: Capture | None = None) -> Iterator[Capture]:
-    """Captures every op call of this thread in the block, in `record` or a new one; layers are
-    named after `model.blocks`."""
-    found = record or Capture(step)
-    with layers(model, found.enter), dispatch.intercept(found):
-        yield found
+def capture(model: nn.Module, step: int, into: Capture | None = None) -> Iterator[Capture]:
+    """Captures every op call that this thread makes inside the block, in `into` or a new Capture;
+    layers are the numbers of `model.blocks`."""
+    captured = into or Capture(step)
+    with layers(model, captured.enter), dispatch.intercept(captured):
+        yield captured

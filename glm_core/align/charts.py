@@ -1,4 +1,4 @@
-"""Line and dot charts as inline SVG: black on white, no script, no network."""
+"""Draws line and dot charts as inline SVG: black on white, without script or network."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Band:
 
 
 class Axis:
-    """Data to pixels, linear or logarithmic, with readable ticks."""
+    """Maps data to pixels, linearly or logarithmically, with readable ticks."""
 
     def __init__(
         self, values: Sequence[float], start: float, stop: float, log: bool = False
@@ -56,7 +56,7 @@ class Axis:
         self.low, self.high, self.start, self.stop, self.log = low, high, start, stop, log
 
     def pixel(self, value: float) -> float | None:
-        """None where the value cannot be drawn."""
+        """Returns the pixel, or None where the value cannot be drawn."""
         if not math.isfinite(value) or (self.log and value <= 0):
             return None
         v = math.log10(value) if self.log else value
@@ -84,7 +84,7 @@ def chart(
     log: bool = False,
     log_x: bool = False,
 ) -> str:
-    """The chart as one <figure> with a legend; an empty one says so."""
+    """Returns the chart as one <figure> with a legend."""
     xs = [v for s in series for v in s.x] + [v for b in bands for v in b.x]
     ys = [v for s in series for v in s.y] + [v for b in bands for v in (*b.low, *b.high)]
     x = Axis(xs, LEFT, WIDTH - RIGHT, log_x)
@@ -92,15 +92,14 @@ def chart(
     parts = [_grid(x, y, x_label, y_label)]
     parts += [_band(b, x, y) for b in bands]
     parts += [_dots(s, x, y) if s.dots else _line(s, x, y) for s in series]
-    legend = "".join(_key(s.name, s.color) for s in series) + "".join(
-        _key(b.name, b.color) for b in bands
-    )
+    names = [(s.name, s.color) for s in series] + [(b.name, b.color) for b in bands]
+    legend = "".join(_legend(name, color) for name, color in names)
     head = f"<figure><figcaption>{escape(title)}</figcaption>"
     svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
     return f'{head}{svg}{"".join(parts)}</svg><p class="legend">{legend}</p></figure>'
 
 
-def _key(name: str, color: str) -> str:
+def _legend(name: str, color: str) -> str:
     return f'<span><i style="background:{color}"></i>{escape(name)}</span> ' if name else ""
 
 

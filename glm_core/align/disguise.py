@@ -1,5 +1,6 @@
-"""Ways to run a reference differently and just as honestly: other summation order, float64 inside,
-intermediates rounded once more. They calibrate what a kernel is allowed to do."""
+"""Runs a reference differently and just as honestly: in another summation order, with float64
+inside, or with intermediates rounded once more. What these disguises show is what a kernel may
+do."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ _ARITHMETIC = {
 
 
 def widened(value: Any, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Any:
-    """Tensors of these dtypes as float64, everything else as it is; nests."""
+    """Converts tensors of these dtypes to float64, in nested containers too; returns everything
+    else unchanged."""
     change = lambda x: x.double() if isinstance(x, Tensor) and x.dtype in dtypes else x  # noqa: E731
     return tree_map(change, value)
 
@@ -41,12 +43,12 @@ class _Mode(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled under these modes; torch's guard doubles their cost
+        return False  # nothing is compiled under these modes, and torch's guard doubles their cost
 
 
 class Exact(_Mode):
-    """Every float32 intermediate becomes float64; roundings to a dtype below float32 stay, because
-    the op's contract asks for them. Float32 arguments must be `widened` by the caller."""
+    """Computes every float32 intermediate in float64. Roundings to a dtype below float32 stay,
+    because the op's contract asks for them. The caller must widen float32 arguments (`widened`)."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -64,18 +66,18 @@ class Exact(_Mode):
 
 
 class Regrouped(_Mode):
-    """Every sum and matrix product is cut in two at a random place, and the parts added."""
+    """Cuts every sum and matrix product in two at a random place and adds the parts."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
         self.random = random.Random(seed)
 
     def cut(self, n: int) -> int:
-        """A place strictly inside 0..n, for n > 1."""
+        """Returns a random place strictly between 0 and n, for n > 1."""
         return self.random.randrange(1, n)
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """a @ b, accumulated in float32 at least, in the inputs' dtype."""
+        """Returns a @ b in the inputs' dtype, accumulated in float32 at least."""
         dtype = a.dtype
         if dtype in (torch.bfloat16, torch.half):
             a, b = a.float(), b.float()
@@ -85,7 +87,8 @@ class Regrouped(_Mode):
         return (a[..., :k] @ b[..., :k, :] + a[..., k:] @ b[..., k:, :]).to(dtype)
 
     def total(self, func: Any, x: Tensor, dims: Any, *rest: Any, **kwargs: Any) -> Any:
-        """A sum or mean, in another order: its longest dimension cut in two, the parts swapped."""
+        """Returns a sum or mean in another order: its longest dimension is cut in two and the parts
+        swapped."""
         dim = max(dims or range(x.ndim), key=lambda d: x.shape[d])
         n = x.shape[dim]
         return func(x.roll(self.cut(n), dim) if n > 1 else x, dims, *rest, **kwargs)
@@ -106,10 +109,10 @@ class Regrouped(_Mode):
 
 
 class Rounded(_Mode):
-    """Intermediate number `which` (all of them for None) is rounded to `dtype` once more.
-    Intermediates are float32 tensors of at least `numel` elements (a row's statistics are float32
-    by contract, as the loss is behind its logits), and inside a matrix product or sum in `dtype`
-    its two halves, or the product before the bias. `seed` rounds three of four, drawn at random."""
+    """Rounds intermediate number `which` (None: all) to `dtype` once more; with `seed` three of
+    four, drawn at random. Intermediates are float32 tensors of at least `numel` elements, because a
+    row's statistics and the loss are float32 by contract; inside a matrix product or sum in `dtype`
+    they are its two halves, or the product before the bias."""
 
     def __init__(
         self, dtype: torch.dtype, numel: int, which: int | None = None, seed: int | None = None
@@ -117,18 +120,19 @@ class Rounded(_Mode):
         super().__init__()
         self.dtype, self.numel, self.which = dtype, numel, which
         self.seen = 0
-        """intermediates that rounding would have changed"""
+        """number of intermediates that rounding would have changed"""
         self.random = None if seed is None else random.Random(seed)
 
     def chosen(self) -> bool:
-        """Counts an intermediate; is it to be rounded?"""
+        """Counts one more intermediate. Is it to be rounded?"""
         self.seen += 1
         if self.random is not None:
             return self.random.random() < 0.75
         return self.which in (None, self.seen - 1)
 
     def in_parts(self, func: Any, args: Any) -> Callable[[], Tensor] | None:
-        """A product or sum in `dtype` with a rounding inside; None for anything else."""
+        """Returns a product or sum in `dtype` with a rounding inside; None for any other
+        function."""
         if func is aten.addmm.default:
             return lambda: torch.mm(args[1], args[2]) + args[0]
         if func in (aten.mm.default, aten.bmm.default) and args[0].shape[-1] > 1:

@@ -1,5 +1,5 @@
-"""How far honest rounding drives a curve or a gradient, and the bound a candidate must keep. Numpy
-only; derived in docs/alignment.md."""
+"""Computes how far honest rounding drives a curve or a gradient, and from it the bound that a
+candidate must keep. Needs numpy only; derived in docs/alignment.md."""
 
 from __future__ import annotations
 
@@ -16,34 +16,35 @@ Array = NDArray[np.float64]
 
 MIN_CONTROLS = 4
 WINDOW = 5
-"""steps on either side that share one scale"""
+"""a step shares its scale with so many steps on either side"""
 LEAST_SPREAD = 0.15
-"""smallest standard deviation of log T that is believed of a handful of controls"""
+"""the standard deviation of log T is taken as at least this: a few controls may agree by luck"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Envelope:
-    """The candidate's curve against the bound."""
+    """A candidate's deviation from the reference's curve, and its bound."""
 
     deviation: Array
     """[N]: candidate minus reference"""
     bound: Array
-    """[N]: what honest rounding keeps |deviation| under at all steps at once"""
+    """[N]: an honest candidate's |deviation| is below it at all steps at once"""
 
     @property
     def ratio(self) -> Array:
-        """[N]: above 1 is outside; infinite where the candidate is not finite."""
+        """Returns |deviation| / bound [N]: above 1 is outside; infinite where the candidate is not
+        finite."""
         return np.nan_to_num(np.abs(self.deviation) / self.bound, nan=np.inf, posinf=np.inf)
 
     @property
     def first_step(self) -> int | None:
-        """First step outside, counted from 1."""
+        """Returns the first step outside, from 1; None where there is none."""
         outside = np.flatnonzero(self.ratio > 1)
         return int(outside[0]) + 1 if outside.size else None
 
 
 def student_t(probability: float, freedom: int) -> float:
-    """The quantile of Student's t for probability > 1/2, by integrating its density in
+    """Returns the quantile of Student's t for probability > 1/2, by integrating its density in
     u = atan(t / sqrt(freedom)), where it is cos(u)^(freedom - 1)."""
     u = np.linspace(0, math.pi / 2, 20001)
     f = np.cos(u) ** (freedom - 1)
@@ -52,19 +53,20 @@ def student_t(probability: float, freedom: int) -> float:
 
 
 def prediction_bound(statistics: Array, rate: float) -> float:
-    """The value that one more draw exceeds with probability `rate`, K draws given, their logarithms
-    normal with unknown mean and spread: Student's t with K - 1 degrees of freedom. Draws are
-    multiples of a scale; those below 1 count as 1, so that runs too quiet to differ set no trap."""
+    """Returns the value that one more draw exceeds with probability `rate`, given K draws whose
+    logarithms are normal with unknown mean and spread: Student's t with K - 1 degrees of freedom.
+    Draws are multiples of a scale. Those below 1 count as 1, so that controls which happen to agree
+    do not make the bound too tight."""
     logs = np.log(np.maximum(statistics, 1.0))
     k = logs.size
     spread = max(float(logs.std(ddof=1)), LEAST_SPREAD)
     margin = student_t(1 - rate, k - 1) * spread * math.sqrt(1 + 1 / k)
-    return math.exp(min(float(logs.mean()) + margin, 700.0))  # beyond it there is no float
+    return math.exp(min(float(logs.mean()) + margin, 700.0))  # exp overflows beyond
 
 
 def scale(deviations: Array, reference: Array) -> Array:
-    """[N]: root mean square of the controls' deviations [K, N] within WINDOW steps, at least the
-    rounding of the loss itself (4 eps of float32)."""
+    """Returns the root mean square of the controls' deviations [K, N] within WINDOW steps, [N]; at
+    least the rounding of the loss itself (4 eps of float32)."""
     n = reference.size
     square = (deviations**2).mean(0)
     sums = np.concatenate(([0.0], np.cumsum(square)))
@@ -74,8 +76,8 @@ def scale(deviations: Array, reference: Array) -> Array:
 
 
 def peaks(deviations: Array, reference: Array) -> Array:
-    """[K]: each control's largest deviation over all steps, in units of the other controls'
-    scale."""
+    """Returns each control's largest deviation over all steps, in units of the other controls'
+    scale, [K]."""
     others = [np.delete(deviations, k, 0) for k in range(len(deviations))]
     return np.array(
         [
@@ -86,23 +88,24 @@ def peaks(deviations: Array, reference: Array) -> Array:
 
 
 def envelope(reference: Array, controls: Array, candidate: Array, rate: float) -> Envelope:
-    """Bound and deviation of a candidate's loss curve [N] from the reference's, given K control
-    curves [K, N]. Raises TraceError for too few controls or one that is not finite."""
+    """Returns the deviation of a candidate's loss curve [N] from the reference's and its bound,
+    given K control curves [K, N]. Raises TraceError for too few controls or a curve of the
+    reference that is not finite."""
     if len(controls) < MIN_CONTROLS:
         raise TraceError(
             f"reference trace: {len(controls)} control runs, the envelope needs at least "
             f"{MIN_CONTROLS}; record the reference with controls=8"
         )
     if not (np.isfinite(controls).all() and np.isfinite(reference).all()):
-        raise TraceError("reference trace: its loss is not finite; train with a smaller train.lr")
+        raise TraceError("reference trace: its loss is not finite; record with a smaller train.lr")
     deviations = controls - reference
     factor = prediction_bound(peaks(deviations, reference), rate)
     return Envelope(candidate - reference, factor * scale(deviations, reference))
 
 
 def error_bound(benign: Array, floor: float, rate: float) -> Array:
-    """The bound on errors [...] given those of J honest runs [J, ...]: the honest root mean square
-    (at least `floor`) times a factor that all of them keep at once."""
+    """Returns the bound on errors [...], given the errors of J honest runs [J, ...]: the root mean
+    square of the honest errors (at least `floor`) times a factor that all errors keep at once."""
 
     def spread(rows: Array) -> Array:
         return np.maximum(np.sqrt((rows**2).mean(0)), floor)

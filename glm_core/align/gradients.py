@@ -15,10 +15,12 @@ from glm_core.model.glm import GLM
 
 Array = NDArray[np.float64]
 NUM_SKETCH = 8
+"""numbers in a sketch"""
 
 
 def exact_gradients(config: RunConfig, snapshot: Snapshot) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients in float64 of the weights as the working dtype holds them."""
+    """Returns loss and gradients in float64, the oracle. The weights are first rounded to the
+    working dtype."""
     dtype: torch.dtype = getattr(torch, config.train.dtype)
     model = GLM(config.model).double()
     with torch.no_grad():
@@ -38,7 +40,7 @@ def exact_gradients(config: RunConfig, snapshot: Snapshot) -> tuple[float, dict[
 
 
 def load_snapshot(run: Run, snapshot: Snapshot) -> Run:
-    """The run with the snapshot's weights."""
+    """Puts the captured weights into the run; returns the run."""
     run.optimizer.load_masters({n: w.to(run.device) for n, w in snapshot.weights.items()})
     return run
 
@@ -46,13 +48,14 @@ def load_snapshot(run: Run, snapshot: Snapshot) -> Run:
 def gradient_errors(
     run: Run, snapshots: list[Snapshot], oracle: list[tuple[float, dict[str, Tensor]]]
 ) -> tuple[Array, Array]:
-    """Relative errors against float64: of the loss [S], of each parameter's gradient [S, P]."""
-    losses, errors = [], []
+    """Returns relative errors against float64: of the loss [S] and of each parameter's gradient
+    [S, P]. `oracle` holds the loss and the gradients of `exact_gradients` per captured step."""
+    loss_errors, errors = [], []
     for snapshot, (true_loss, true) in zip(snapshots, oracle, strict=True):
-        loss, found = load_snapshot(run, snapshot).gradients(snapshot.batches)
-        losses.append(abs(loss - true_loss) / max(abs(true_loss), 1e-300))
-        errors.append([_relative(found[n] - true[n], true[n]) for n in sorted(true)])
-    return np.array(losses), np.array(errors).reshape(len(snapshots), -1)
+        loss, gradients = load_snapshot(run, snapshot).gradients(snapshot.batches)
+        loss_errors.append(abs(loss - true_loss) / max(abs(true_loss), 1e-300))
+        errors.append([_relative(gradients[n] - true[n], true[n]) for n in sorted(true)])
+    return np.array(loss_errors), np.array(errors).reshape(len(snapshots), -1)
 
 
 def _relative(difference: Tensor, of: Tensor) -> float:
@@ -62,20 +65,21 @@ def _relative(difference: Tensor, of: Tensor) -> float:
 def gradient_norms_and_sketches(
     run: Run, snapshots: list[Snapshot], names: list[str]
 ) -> dict[str, Array]:
-    """Norm and sketch of every parameter's gradient at the captured steps."""
+    """Returns the trace's norm [S, P] and sketch [S, P, W] of every parameter's gradient."""
     norms = np.zeros((len(snapshots), len(names)))
     sketches = np.zeros((len(snapshots), len(names), NUM_SKETCH))
     for s, snapshot in enumerate(snapshots):
-        _, found = load_snapshot(run, snapshot).gradients(snapshot.batches)
+        _, gradients = load_snapshot(run, snapshot).gradients(snapshot.batches)
         for p, name in enumerate(names):
-            norms[s, p] = float(found[name].norm())
-            sketches[s, p] = sketch(found[name])
+            norms[s, p] = float(gradients[name].norm())
+            sketches[s, p] = sketch(gradients[name])
     return {"gradient_norm": norms, "gradient_sketch": sketches}
 
 
 def sketch(x: Tensor) -> Array:
-    """NUM_SKETCH signed sums over interleaved elements, divided by sqrt(elements): differences of
-    two results show in it, the results cannot be read from it. Signs are the same everywhere."""
+    """Returns NUM_SKETCH signed sums over interleaved elements, divided by sqrt(elements). Two
+    results that differ have different sketches, and a result cannot be rebuilt from its sketch. The
+    signs are the same in every trace."""
     flat = x.detach().double().cpu().flatten().numpy()
     width = 1024 * NUM_SKETCH
     padded = np.zeros(-(-max(flat.size, 1) // width) * width)

@@ -1,5 +1,5 @@
-"""The whole comparison: every backend and dtype of a config against the reference, traces and
-verdicts kept."""
+"""Compares every backend with the reference in every dtype (`align run`): one job per dtype, in
+processes of their own where possible. Traces and verdicts are kept."""
 
 from __future__ import annotations
 
@@ -31,12 +31,13 @@ from glm_core.config import Dtype, RunConfig, from_dict, to_dict
 from glm_core.diagnose import watchdog
 
 WAY_OUT = "reset the device; glm-core align bisect waits for every call and names the op"
+"""what a message about a step that takes too long advises"""
 REFERENCE = "reference"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RunResult:
-    """What `run` found."""
+    """All verdicts of a run."""
 
     pairs: list[Pair]
     traces: dict[str, Trace]
@@ -46,12 +47,12 @@ class RunResult:
 
     @property
     def verdict(self) -> Verdict:
-        """Diverged where any pair is."""
+        """Returns `diverged` where any pair diverged."""
         diverged = any(pair.verdict == "diverged" for pair in self.pairs)
         return "diverged" if diverged else "aligned"
 
     def to_json(self) -> dict[str, Any]:
-        """verdict, pairs[], seconds; the curves are in the traces."""
+        """Returns plain values; the curves are in the trace files."""
         pairs = [pair.to_json() for pair in self.pairs]
         files = {name: str(path(self.out_dir, name)) for name in self.traces}
         return {"verdict": self.verdict, "pairs": pairs, "seconds": self.seconds, "traces": files}
@@ -73,10 +74,10 @@ def run(
 ) -> RunResult:
     """Trains `config` on every backend from the same weights, data order and seed, in each of
     `dtypes` (default: the config's), and judges each against the reference, which always runs.
-    Traces go to `out_dir`. Several dtypes run side by side, in processes of their own, where all
-    backends are given by name and the data is the config's. `timeout_s`: a step or op call of a
-    backend that takes longer ends its process (0: never). Raises BackendUnavailableError before
-    anything is trained, DeviceError where a backend's device gives up."""
+    Traces go to `out_dir`. Several dtypes run in parallel processes if all backends are named by
+    strings and the data is the config's. A backend's step or op call that takes longer than
+    `timeout_s` ends its process (0: never). Raises BackendUnavailableError before anything is
+    trained, and DeviceError where a backend's device fails."""
     begin, out = time.perf_counter(), Path(out_dir)
     chosen = {name_of(b): b for b in backends if name_of(b) != REFERENCE}
     for backend in chosen.values():
@@ -94,24 +95,24 @@ def run(
         )
         for dtype in dtypes or (config.train.dtype,)
     ]
-    tell = progress or (lambda what, done, of: None)
+    report = progress or (lambda what, done, of: None)
     if len(jobs) > 1 and sampler is None and all(isinstance(b, str) for b in chosen.values()):
-        side_by_side(jobs, tell)
-        found = [{n: load(path(out, n)) for n in job.names} for job in jobs]
+        run_in_parallel(jobs, report)
+        recorded = [{n: load(path(out, n)) for n in job.names} for job in jobs]
     else:
-        found = [job.run(sampler, tell) for job in jobs]
+        recorded = [job.run(sampler, report) for job in jobs]
     pairs = [
         compare(reference, candidate, false_alarm_rate=false_alarm_rate)
-        for reference, *candidates in (list(traces.values()) for traces in found)
+        for reference, *candidates in (list(traces.values()) for traces in recorded)
         for candidate in candidates
     ]
-    traces = {name: trace for each in found for name, trace in each.items()}
+    traces = {name: trace for of_job in recorded for name, trace in of_job.items()}
     return RunResult(pairs=pairs, traces=traces, out_dir=out, seconds=time.perf_counter() - begin)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Job:
-    """One dtype of a campaign: its calibration and all candidates."""
+    """One dtype of a run: its calibration and all candidates."""
 
     config: RunConfig
     backends: list[str | Backend]
@@ -123,39 +124,41 @@ class Job:
 
     @property
     def names(self) -> list[str]:
-        """Of the traces it writes, the reference's first."""
+        """Returns the names of the traces it writes, the reference's first."""
         dtype = self.config.train.dtype
         return [f"{name}-{dtype}" for name in (REFERENCE, *map(name_of, self.backends))]
 
     def run(self, sampler: MakeSampler | None, progress: Progress) -> dict[str, Trace]:
-        """Records and saves every trace; by name."""
-        dtype = self.config.train.dtype
-        tell: Progress = lambda what, done, of: progress(f"{dtype}: {what}", done, of)  # noqa: E731
+        """Records and saves every trace; returns them by name."""
+
+        def report(what: str, done: int, of: int) -> None:
+            progress(f"{self.config.train.dtype}: {what}", done, of)
+
         cal = calibrate(
             self.config,
             sampler=sampler,
             controls=self.controls,
             cache_dir=self.cache_dir,
             capture_steps=self.capture_steps,
-            progress=tell,
+            progress=report,
         )
         traces = {self.names[0]: cal.reference}
         cal.reference.save(path(self.out_dir, self.names[0]))
         for name, backend in zip(self.names[1:], self.backends, strict=True):
             with watchdog.guard(self.timeout_s, f"align: backend {name_of(backend)}", WAY_OUT):
-                traces[name] = record(self.config, backend, calibration=cal, progress=tell)
+                traces[name] = record(self.config, backend, calibration=cal, progress=report)
             traces[name].save(path(self.out_dir, name))
         return traces
 
     def to_json(self) -> str:
-        """For another process; backends must be names."""
+        """Returns the job as text for another process. The backends must be names."""
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         plain |= {"config": to_dict(self.config), "out_dir": str(self.out_dir)}
         return json.dumps(plain)
 
     @classmethod
     def from_json(cls, text: str) -> Job:
-        """What `to_json` wrote."""
+        """Returns the job that `to_json` wrote."""
         plain = json.loads(text)
         plain |= {
             "config": from_dict(RunConfig, plain["config"]),
@@ -164,9 +167,9 @@ class Job:
         return cls(**plain)
 
 
-def side_by_side(jobs: Sequence[Job], progress: Progress) -> None:
-    """Runs each job in a process of its own with its share of the threads: models that small use
-    one core each. Raises the first worker's error."""
+def run_in_parallel(jobs: Sequence[Job], progress: Progress) -> None:
+    """Runs each job in a process of its own with its share of the threads, because a small model
+    keeps only one core busy. Raises the first worker's error."""
     threads = max(1, torch.get_num_threads() // len(jobs))
     root = str(Path(glm_core.__file__).parents[1])
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
@@ -180,7 +183,7 @@ def side_by_side(jobs: Sequence[Job], progress: Progress) -> None:
                     [*command, job.to_json()], stdout=subprocess.PIPE, text=True, env=env
                 )
             )
-            stack.callback(process.terminate)  # whatever ends this block ends them all
+            stack.callback(process.terminate)  # an error in one ends them all
             reader = threading.Thread(target=_forward, args=(process.stdout, lines), daemon=True)
             reader.start()
             running.append((process, reader))
@@ -193,8 +196,8 @@ def side_by_side(jobs: Sequence[Job], progress: Progress) -> None:
         for process, _ in running:
             if process.wait():
                 raise errors.TrainingError(
-                    f"align: a worker process ended with exit code {process.returncode}; its "
-                    "message is above"
+                    f"align: a worker process ended with exit code {process.returncode}; see its "
+                    "message above"
                 )
 
 
@@ -204,10 +207,11 @@ def _forward(stream: IO[str], lines: SimpleQueue[str]) -> None:
 
 
 def name_of(backend: str | Backend) -> str:
-    """The name it is reported under."""
+    """Returns the name a backend is reported under."""
     return backend if isinstance(backend, str) else backend.name
 
 
 def path(out_dir: Path, name: str) -> Path:
-    """Where the trace of this name is kept; characters that no file name may have become `-`."""
+    """Returns the file of the trace of this name. Characters that a file name cannot have become
+    `-`."""
     return out_dir / (re.sub(r"[^\w.-]", "-", name) + ".trace")

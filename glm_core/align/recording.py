@@ -1,4 +1,5 @@
-"""A candidate's run and its answers to the reference's inputs, as a trace."""
+"""Records a trace of a candidate: its own training run, and its results for the inputs captured
+from the reference."""
 
 from __future__ import annotations
 
@@ -27,6 +28,7 @@ from glm_core.align.machine import machine_facts
 from glm_core.align.replay import Results, replay_on
 from glm_core.align.teacher_forcing import Case, Key, Measures
 from glm_core.align.trace import Trace
+from glm_core.align.trace_format import FallbackCount, OpResult, OpTest, fallback_counts
 from glm_core.align.training import Curve, Run, free_run, weights_hash
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
@@ -71,7 +73,8 @@ def record(
     chosen = registry.usable(backend) if isinstance(backend, str) else backend
     with device_errors.explained(chosen.name, "record"):
         curve = _curve(cal, config, backend, progress) if free_run else None
-        facts = _taught(cal, config, backend) if teacher_forcing else _untaught(cal)
+        fields = _teacher_fields if teacher_forcing else _no_teacher_fields
+        taught, replay_fallbacks = fields(cal, config, backend)
     weights = initial_weights(config)
     return Trace(
         config=to_dict(config),
@@ -83,20 +86,20 @@ def record(
         control_loss=np.zeros((0, curve.loss.size if curve else 0)),
         parameters=cal.reference.parameters,
         disguises=cal.reference.disguises,
-        fallbacks=_fallbacks(facts.pop("fallbacks"), curve),
+        fallbacks=curve.fallbacks if curve else replay_fallbacks,
         environment=machine_facts(chosen),
         data_order=curve.data_order if curve else cal.reference.data_order,
         initial_weights=weights_hash(weights),
         seconds=time.perf_counter() - begin,
-        **facts,
+        **taught,
     )
 
 
-def _require_same(known: RunConfig, given: RunConfig) -> None:
-    mine, other = to_dict(known), to_dict(given)
+def _require_same(calibrated: RunConfig, candidate: RunConfig) -> None:
+    ours, theirs = to_dict(calibrated), to_dict(candidate)
     for free in ("micro_batch", "backend", "strict"):
-        del mine["train"][free], other["train"][free]
-    if mine != other:
+        del ours["train"][free], theirs["train"][free]
+    if ours != theirs:
         raise TraceError(
             "record: the config differs from the calibration's in more than micro_batch, backend "
             "and strict; calibrate with this config"
@@ -111,14 +114,13 @@ def _curve(
     return free_run(run, (), lambda s: progress(run.backend.name, s, steps) if progress else None)
 
 
-def _fallbacks(taught: list[dict[str, Any]], curve: Curve | None) -> list[dict[str, Any]]:
-    """Those of the free run, or where there was none, of the replays."""
-    return curve.fallbacks if curve else taught
+Fields = tuple[dict[str, Any], list[FallbackCount]]
+"""the trace's fields that teacher forcing fills, and what fell back during it"""
 
 
-def _untaught(cal: Calibration) -> dict[str, Any]:
+def _no_teacher_fields(cal: Calibration, config: RunConfig, backend: str | Backend) -> Fields:
     p, j = len(cal.reference.parameters), 1 + len(cal.reference.disguises)
-    return {
+    fields = {
         "capture_steps": [],
         "gradient_norm": np.zeros((0, p)),
         "gradient_sketch": np.zeros((0, p, NUM_SKETCH)),
@@ -129,89 +131,90 @@ def _untaught(cal: Calibration) -> dict[str, Any]:
         "tests": [],
         "test_values": np.zeros((0, 3)),
         "num_tests": 0,
-        "fallbacks": [],
     }
+    return fields, []
 
 
-def _taught(cal: Calibration, config: RunConfig, backend: str | Backend) -> dict[str, Any]:
-    """The trace's teacher forcing fields."""
+def _teacher_fields(cal: Calibration, config: RunConfig, backend: str | Backend) -> Fields:
     run = Run(config, cal.sampler(), backend)
     loss_error, gradient_error = gradient_errors(run, cal.snapshots, cal.oracle)
-    known = cal.reference
+    reference = cal.reference
     with registry.use(run.backend) as session:
         measured, results = teacher_forcing.measure(
             cal.cases, functools.partial(replay_on, backend=run.backend), twice=True
         )
-    rows, values = tests(measured, cal.cases, cal.limits)
+    tests, test_values = worst_tests(measured, cal.cases, cal.limits)
     calls, digest = digests(cal.cases, results)
-    counts = session.fallbacks
-    return {
-        "capture_steps": known.capture_steps,
-        **gradient_norms_and_sketches(run, cal.snapshots, known.parameters),
-        "loss_error": np.concatenate((loss_error[None], known.loss_error[1:])),
-        "gradient_error": np.concatenate((gradient_error[None], known.gradient_error[1:])),
+    fields = {
+        "capture_steps": reference.capture_steps,
+        **gradient_norms_and_sketches(run, cal.snapshots, reference.parameters),
+        "loss_error": np.concatenate((loss_error[None], reference.loss_error[1:])),
+        "gradient_error": np.concatenate((gradient_error[None], reference.gradient_error[1:])),
         "calls": calls,
         "digest": digest,
-        "tests": rows,
-        "test_values": values,
+        "tests": tests,
+        "test_values": test_values,
         "num_tests": measured.count(),
-        "fallbacks": [{"op": f.op, "reason": f.reason, "count": n} for f, n in counts.items()],
     }
+    return fields, fallback_counts(session.fallbacks)
 
 
-def digests(cases: list[Case], results: list[Results | None]) -> tuple[list[dict[str, Any]], Array]:
-    """A sketch of every result."""
-    calls, rows = [], []
-    for case, found in zip(cases, results, strict=True):
-        for name, y in (found or {}).items():
-            calls.append(place(case, name))
-            rows.append(sketch(y))
-    return calls, np.array(rows).reshape(-1, NUM_SKETCH)
+def digests(cases: list[Case], results: list[Results | None]) -> tuple[list[OpResult], Array]:
+    """Returns every op result's name and its sketch [C, NUM_SKETCH]."""
+    names, sketches = [], []
+    for case, of_case in zip(cases, results, strict=True):
+        for tensor, y in (of_case or {}).items():
+            names.append(op_result(case, tensor))
+            sketches.append(sketch(y))
+    return names, np.array(sketches).reshape(-1, NUM_SKETCH)
 
 
-def place(case: Case, name: str) -> dict[str, Any]:
-    """Which result of which call."""
+def op_result(case: Case, tensor: str) -> OpResult:
+    """Names one result of the case's call."""
     call = case.call
-    direction = "backward" if name.startswith("d_") else "forward"
+    direction = "backward" if tensor.startswith("d_") else "forward"
     return {
         "step": call.step,
         "call": call.index,
         "op": call.op.name,
         "layer": call.layer,
         "direction": direction,
-        "tensor": name,
+        "tensor": tensor,
     }
 
 
-def tests(
+def worst_tests(
     measured: Measures, cases: list[Case], limits: dict[Key, float]
-) -> tuple[list[dict[str, Any]], Array]:
-    """Of each family of tests the one furthest outside its benign range."""
+) -> tuple[list[OpTest], Array]:
+    """Returns the test of each family (`Key`) that is furthest outside its benign range, and its
+    effect, standard error and limit [T, 3]."""
     z = statistics.critical_z(1e-3, 1_000_000)
-    worst: dict[teacher_forcing.Key, tuple[float, dict[str, Any], list[float]]] = {}
-    by_result = {(c.call.op.name, name): c for c in cases for name in c.dtypes}
-    for key, effect, error, case in measured.by_kind():
-        like = case or by_result[key[:2]]
-        dtype, terms = like.dtypes[key[1]], like.terms
-        limit = teacher_forcing.limit(limits, key, dtype, terms)
+    worst: dict[Key, tuple[float, OpTest, list[float]]] = {}
+    by_result = {(c.call.op.name, tensor): c for c in cases for tensor in c.dtypes}
+    for key, effect, error, own_case in measured.by_statistic():
+        case = own_case or by_result[key.op, key.tensor]  # pooled: any case has the dtype and shape
+        dtype = case.dtypes[key.tensor]
+        limit = teacher_forcing.limit(limits, key, dtype, case.terms)
         outside = statistics.excess(effect, error, limit, z)
-        at = int(np.argmax(outside))
-        if key in worst and worst[key][0] >= outside[at]:
+        group = int(np.argmax(outside))
+        if key in worst and worst[key][0] >= outside[group]:
             continue
-        row = place(like, key[1]) if case else {**place(like, key[1]), "step": 0, "call": -1}
-        row |= {
-            "layer": row["layer"] if case else "",
+        test: OpTest = {
+            **op_result(case, key.tensor),
             "dtype": str(dtype).removeprefix("torch."),
-            "shape": list(like.shapes[key[1]]),
-            "projection": _projection(key, at),
+            "shape": list(case.shapes[key.tensor]),
+            "projection": _projection(key, group),
         }
-        worst[key] = (float(outside[at]), row, [float(effect[at]), float(error[at]), limit])
-    rows = [row for _, row, _ in worst.values()]
-    return rows, np.array([v for _, _, v in worst.values()]).reshape(-1, 3)
+        if key.pooled:
+            test |= {"step": 0, "call": -1, "layer": ""}
+        values = [float(effect[group]), float(error[group]), limit]
+        worst[key] = (float(outside[group]), test, values)
+    tests = [test for _, test, _ in worst.values()]
+    return tests, np.array([values for _, _, values in worst.values()]).reshape(-1, 3)
 
 
-def _projection(key: teacher_forcing.Key, group: int) -> str:
-    """`scale`, `offset in row 7`, `sign in bin of half 1 12, all calls`."""
-    _, _, grouping, kind, pooled = key
-    where = "" if grouping == "all" else f" in {grouping} {group}"
-    return kind + where + (", all calls" if pooled else "")
+def _projection(key: Key, group: int) -> str:
+    """Returns the statistic and its group: `scale`, `offset in row 7`, `sign in bin of half 1 12,
+    all calls`."""
+    where = "" if key.grouping == "all" else f" in {key.grouping} {group}"
+    return key.statistic + where + (", all calls" if key.pooled else "")

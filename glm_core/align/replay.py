@@ -1,4 +1,4 @@
-"""A captured call run again, forward and backward, by whatever computes it."""
+"""Replays a captured op call, forward and backward, on any backend or function."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from glm_core.diagnose.device_errors import device_error
 from glm_core.errors import GlmCoreError
 
 Results = dict[str, Tensor]
-"""forward results `y` (or `y0`, `y1`, ...), gradients `d_NAME`, tensors written in place by name"""
+"""by name: outputs `y` (or `y0`, `y1`, ...), gradients `d_ARGUMENT`, arguments written in place,
+and `change`"""
 
 LOW = (torch.bfloat16, torch.float16)
+"""the dtypes below float32"""
 
 
 def replay(
@@ -31,7 +33,9 @@ def replay(
     widen: bool = False,
 ) -> Results:
     """Runs `function` on copies of the call's arguments and differentiates it with the captured
-    output gradients. Results come back on the CPU, lists of tensors as one flat tensor."""
+    output gradients. `mode` is active meanwhile; `device` receives the arguments; `widen` turns
+    float32 into float64 first. Returns the results on the CPU, a list of tensors as one flat
+    tensor."""
 
     def fresh(x: Any) -> Any:
         return x.to(device) if device is not None and isinstance(x, Tensor) else x
@@ -55,11 +59,11 @@ def replay(
 
 
 def replay_on(call: Call, backend: Backend) -> Results:
-    """The backend's results; it must be active. It is waited for after each direction, so that
-    DeviceError names the one in which it fails."""
+    """Replays the call on the backend, which must be active. Synchronizes after each direction, so
+    that a DeviceError names the one that failed."""
     direction = "forward" if call.op.differentiable else "optimizer"
 
-    def waited(**args: Any) -> Any:
+    def synchronized(**args: Any) -> Any:
         nonlocal direction
         out = call.op(**args)
         backend.synchronize()
@@ -70,7 +74,7 @@ def replay_on(call: Call, backend: Backend) -> Results:
     where = call.where(direction)
     watchdog.beat(where)
     try:
-        return replay(call, waited, device=backend.device())
+        return replay(call, synchronized, device=backend.device())
     except GlmCoreError:
         raise
     except Exception as error:  # a vendor's kernel may raise anything
@@ -81,8 +85,8 @@ def replay_on(call: Call, backend: Backend) -> Results:
 
 
 def with_change(call: Call, results: Results) -> Results:
-    """Adds `change`: what an update did to the first tensors it writes, in float64. A weight hides
-    in its last bits what an optimizer did to it."""
+    """Adds `change` in float64: what an update did to the first argument it writes. The weights
+    themselves show an update only in their last bits."""
     if call.op.mutates:
         name = call.op.mutates[0]
         results["change"] = results[name].double() - flat(call.args[name]).double().cpu()
@@ -97,20 +101,20 @@ def _backward(
         for y, g in zip(outputs, gradients, strict=True)
         if g is not None and y.requires_grad
     ]
-    found = torch.autograd.grad(
+    gradients_in = torch.autograd.grad(
         [y for y, _ in used], list(inputs.values()), [g for _, g in used], allow_unused=True
     )
-    pairs = zip(inputs.items(), found, strict=True)
+    pairs = zip(inputs.items(), gradients_in, strict=True)
     return {f"d_{n}": torch.zeros_like(x) if g is None else g for (n, x), g in pairs}
 
 
 def flat(x: Any) -> Tensor:
-    """A tensor as it is, a list of tensors as one."""
+    """Returns a tensor unchanged, a list of tensors as one flat tensor."""
     return x if isinstance(x, Tensor) else torch.cat([t.flatten() for t in x])
 
 
 def exact(call: Call, like: Results) -> Results:
-    """The call in float64, rounded once to the dtypes of `like`: the best any kernel can return.
-    Roundings that the op's contract asks for are kept."""
-    found = replay(call, call.op.reference, Exact(), widen=True)
-    return with_change(call, {n: x.to(like[n].dtype) for n, x in found.items()})
+    """Computes the call in float64 and rounds once to the dtypes of `like`: the best any kernel can
+    return. Roundings that the op's contract asks for are kept."""
+    wide = replay(call, call.op.reference, Exact(), widen=True)
+    return with_change(call, {n: x.to(like[n].dtype) for n, x in wide.items()})

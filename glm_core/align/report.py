@@ -1,8 +1,9 @@
-"""The verdict as one self-contained HTML file: curves in their envelope, deviations, gradient
-ratios, fallbacks."""
+"""Writes the verdict as one self-contained HTML file: curves in their envelope, deviations,
+gradient errors, guilty ops and fallbacks."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -33,7 +34,7 @@ svg{max-width:100%;height:auto}svg text{font:11px sans-serif}
 
 
 def write(result: RunResult, path: str | Path) -> Path:
-    """Writes the report of a whole `align.run`; returns the path."""
+    """Writes the report of an `align.run`; returns the path."""
     sections = [_pair(p, *_traces(result, p)) for p in result.pairs]
     head = (
         f"<h1>Loss curves across backends: {_verdict(result.verdict)}</h1>{_summary(result.pairs)}"
@@ -86,7 +87,11 @@ def _summary(pairs: Sequence[Pair]) -> str:
         for p in pairs
     ]
     head = ("candidate", "dtype", "verdict", "envelope", "gradients", "ops", "first step", "why")
-    note = "<p>Ratios are shares of what is allowed: above 1 is outside.</p>"
+    note = (
+        "<p>Envelope, gradients and ops are the largest values measured, as shares of what honest "
+        "rounding explains. A candidate diverges where one of them is above 1. First step is the "
+        "first step at which the loss is outside its envelope.</p>"
+    )
     return table(head, rows, markup={2}) + note
 
 
@@ -101,7 +106,7 @@ def _curves(pair: Pair, reference: Trace, candidate: Trace) -> str:
     steps = range(1, len(reference.loss) + 1)
     lines = [Series(pair.reference, steps, reference.loss)]
     if pair.envelope is None:
-        return chart("Loss of the reference; the candidate did not train freely", lines)
+        return chart("Loss of the reference; the candidate made no training run of its own", lines)
     bound = pair.envelope.bound
     band = Band("envelope", steps, reference.loss - bound, reference.loss + bound, "#ddd")
     lines.append(Series(pair.candidate, steps, candidate.loss, BLUE))
@@ -134,7 +139,7 @@ def _gradients(pair: Pair, candidate: Trace) -> str:
     ]
     limit = Series("bound", [1, excess.shape[1]], [1.0, 1.0], RED, dash="5 3")
     figure = chart(
-        "Gradient error against float64 as a share of its bound, per parameter",
+        "Error of each parameter's gradient against float64, as a share of its bound",
         [*dots, limit],
         x_label="parameter",
         y_label="share",
@@ -142,12 +147,12 @@ def _gradients(pair: Pair, candidate: Trace) -> str:
     )
     worst = sorted(zip(excess.max(0), candidate.parameters, strict=True), reverse=True)[:5]
     rows = [(name, f"{share:.3f}") for share, name in worst]
-    return figure + table(("worst parameters", "share of the bound"), rows)
+    return figure + table(("largest errors", "share of the bound"), rows)
 
 
 def _findings(pair: Pair) -> str:
     if not pair.findings:
-        return "<p>No op stands out.</p>"
+        return "<p>No op is guilty.</p>"
     rows = [
         (
             f.op,
@@ -171,26 +176,33 @@ def _findings(pair: Pair) -> str:
         "step",
         "tensor",
         "shape",
-        "projection",
+        "statistic",
         "z",
         "effect",
-        "benign",
+        "benign up to",
         "ratio",
     )
-    return "<h3>Ops that stand out</h3>" + table(head, rows)
+    note = (
+        "<p>The errors of these op results have a direction or a size that honest rounding does "
+        "not explain. z is the effect in standard errors; ratio is the share of what is "
+        "allowed.</p>"
+    )
+    return "<h3>Guilty ops</h3>" + table(head, rows) + note
 
 
 def _fallbacks(candidate: Trace) -> str:
     if not candidate.fallbacks:
-        return "<p>Nothing fell back to a reference op.</p>"
+        return "<p>No op fell back to its reference.</p>"
     rows = [(f["op"], f["count"], f["reason"]) for f in candidate.fallbacks]
-    return "<h3>Ran on the reference instead of a kernel</h3>" + table(("op", "times", "why"), rows)
+    return "<h3>Ops that ran their reference instead of a kernel</h3>" + table(
+        ("op", "times", "why"), rows
+    )
 
 
 def _environments(reference: Trace, candidate: Trace) -> str:
     keys = sorted(set(reference.environment) | set(candidate.environment))
     rows = [
-        (k, _plain(reference.environment.get(k)), _plain(candidate.environment.get(k)))
+        (k, _one_line(reference.environment.get(k)), _one_line(candidate.environment.get(k)))
         for k in keys
     ]
     rows += [
@@ -201,7 +213,7 @@ def _environments(reference: Trace, candidate: Trace) -> str:
     return "<h3>Environment</h3>" + table(("", reference.backend, candidate.backend), rows)
 
 
-def _plain(value: Any) -> str:
+def _one_line(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{k} {v}" for k, v in value.items())
     return "" if value is None else str(value)
@@ -210,17 +222,16 @@ def _plain(value: Any) -> str:
 def table(
     head: Sequence[str], rows: Iterable[Sequence[Any]], markup: set[int] | None = None
 ) -> str:
-    """An HTML table; cells are escaped except in the columns of `markup`; numbers right-aligned."""
+    """Returns an HTML table. Cells are escaped, except in the columns `markup`; numbers are aligned
+    to the right."""
     cells = []
     for row in rows:
         line = []
         for i, value in enumerate(row):
             text = str(value)
-            number = (
-                text.replace(".", "").replace("-", "").replace("e", "").replace("+", "").isdigit()
-            )
-            shown = text if i in (markup or ()) else escape(text)
-            line.append(f'<td class="n">{shown}</td>' if number else f"<td>{shown}</td>")
+            is_number = re.sub(r"[-.e+]", "", text).isdigit()
+            cell = text if i in (markup or ()) else escape(text)
+            line.append(f'<td class="n">{cell}</td>' if is_number else f"<td>{cell}</td>")
         cells.append(f"<tr>{''.join(line)}</tr>")
     names = "".join(f"<th>{escape(h)}</th>" for h in head)
     return f"<table><tr>{names}</tr>{''.join(cells)}</table>"

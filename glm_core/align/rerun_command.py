@@ -1,4 +1,4 @@
-"""The command that shows one guilty case again: a conformance case where there is one, else the
+"""Builds the command that reruns one guilty case: a conformance case where one fails, else the
 captured call itself."""
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from glm_core.model.presets import preset
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CallFilter:
-    """Which captured calls; empty fields fit any."""
+    """Selects captured calls; an empty field matches any."""
 
     op: str = ""
     direction: str = ""
@@ -30,14 +30,14 @@ class CallFilter:
     step: int = 0
 
     def fits(self, call: Call) -> bool:
-        """Is it one of them? (A call has all its directions.)"""
+        """Is the call selected? The direction is not looked at: a call has all of them."""
         pairs = ((self.op, call.op.name), (self.layer, call.layer), (self.step, call.step))
         return all(not wanted or wanted == own for wanted, own in pairs)
 
     def words(self) -> list[str]:
-        """As options of `glm-core align bisect`."""
-        given = dataclasses.asdict(self).items()
-        return [word for name, value in given if value for word in (f"--{name}", str(value))]
+        """Returns the filter as options of `glm-core align bisect`."""
+        fields = dataclasses.asdict(self).items()
+        return [word for name, value in fields if value for word in (f"--{name}", str(value))]
 
     def __str__(self) -> str:
         return " ".join(self.words()) or "any call"
@@ -46,15 +46,16 @@ class CallFilter:
 ANY_CALL = CallFilter()
 
 
-class Again(NamedTuple):
-    """The command, and what it cannot show."""
+class Rerun(NamedTuple):
+    """The command that reruns a case, and what it cannot show."""
 
     command: str
     note: str = ""
 
 
 def command(config: RunConfig, backend: str, options: Sequence[str] | None = None) -> list[str]:
-    """`glm-core align bisect` for this run, in words."""
+    """Returns `glm-core align bisect` for this run as a list of words. `options` describe the run;
+    the default is every field that is not at its default."""
     if options is None:
         base = to_dict(RunConfig(model=preset("tiny")))
         options = [
@@ -69,7 +70,7 @@ def command(config: RunConfig, backend: str, options: Sequence[str] | None = Non
 
 
 def join(words: list[str], only: CallFilter) -> str:
-    """For a shell."""
+    """Returns the command for this filter as one line for a shell."""
     return shlex.join([*words, *only.words()])
 
 
@@ -80,20 +81,21 @@ def find(
     dtype: str,
     judge: Callable[[Backend, CallFilter], list[Finding]],
     words: list[str],
-) -> Again:
-    """The first of these that fails when it is tried: a conformance case of the op in this dtype
-    and direction, the captured call, all captured calls of the op, the whole bisection."""
+) -> Rerun:
+    """Returns the narrowest command that was seen to fail. In this order: a conformance case of the
+    op in this dtype and direction, the captured call, all captured calls of the op, the whole
+    bisection. `judge` replays captured calls; `words` are the command's."""
     mode = "grad" if direction == "backward" else "test"
     working = {getattr(torch, dtype)} & set(backend.dtypes)
     for case in select(backend, modes=(mode,), op=finding.op, dtypes=working, real=False):
         result = run_case(case, backend)
         if result.outcome == "fail":
-            return Again(result.rerun)
+            return Rerun(result.rerun)
     places = [CallFilter(finding.op, direction)]
     if finding.call >= 0:
         places.insert(0, CallFilter(finding.op, direction, finding.layer, finding.step))
     for place in places:
         if any(f.ratio > 1 for f in judge(backend, place)):
-            return Again(join(words, place))
-    note = "that op alone is right when it is repeated: the fault was a passing one, or it needs "
-    return Again(join(words, ANY_CALL), note + "the calls before it")
+            return Rerun(join(words, place))
+    note = "the op alone is right when it is repeated: the fault happened once, or it needs the "
+    return Rerun(join(words, ANY_CALL), note + "calls before it")

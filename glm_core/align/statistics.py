@@ -1,9 +1,9 @@
-"""Does an error have a direction? Sums over groups of elements, effect sizes and their bounds.
-Pure numpy; derived, and checked by experiment, in docs/alignment.md.
+"""Measures whether an error has a direction: sums over groups of elements, effect sizes and their
+bounds. Pure numpy; derived, and checked by experiment, in docs/alignment.md.
 
-The error of a result X is D = X - Y, Y the correctly rounded float64 result. Rounding gives D no
-direction: summed over any group of elements chosen without looking at D it stays within a few
-standard errors of zero, and its size within what honest kernels show."""
+The error of a result X is D = X - Y, where Y is the correctly rounded float64 result. Rounding
+gives D no direction: summed over any group of elements that was chosen without looking at D, it
+stays within a few standard errors of zero, and its size stays within what honest kernels show."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 Scores = dict[str, tuple[Array, Array]]
-"""per kind (see `scores`) the effect and its standard error, per group"""
+"""by statistic (see `scores`): the effects and their standard errors, one per group"""
 
 NUM_BINS = 32
 EPS = float(np.finfo(np.float32).eps)
 FLOOR = 8 * EPS
-"""systematic relative error any kernel may have: polynomials for exp and erf, float32 inside"""
+"""relative error with a direction that any kernel may have: polynomials for exp and erf, float32
+inside"""
 SPARSE = 0.05
-"""share of elements that differ, below which a kernel cannot have rounded an intermediate twice"""
+"""a kernel that rounds an intermediate changes more than this share of the elements"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Grouping:
-    """A partition of a result's elements, which lie in memory as [outer, parts, inner]. The part is
-    the group; or `bins` says for each part which group it belongs to."""
+    """A partition of a result's elements, which lie in memory as [outer, parts, inner]. Every part
+    is a group, or `bins` gives each part's group."""
 
     name: str
     groups: int
@@ -37,12 +38,12 @@ class Grouping:
     bins: NDArray[np.uint8] | None = None
 
     def of(self, index: NDArray[np.intp]) -> NDArray[np.intp]:
-        """The groups of elements with these flat indices."""
+        """Returns the groups of the elements with these flat indices."""
         part = index // self.inner if self.inner > 1 else index
         return part % self.groups if self.bins is None else self.bins[part].astype(np.intp)
 
     def totals(self, fields: Sequence[Array]) -> list[Array]:
-        """Each field [elements] summed over every group."""
+        """Sums each field [elements] over every group."""
         shape = (-1, self.groups if self.bins is None else self.bins.size, self.inner)
         parts: list[Array] = [f.reshape(shape).sum((0, 2)) for f in fields]
         if self.bins is None:
@@ -51,14 +52,15 @@ class Grouping:
         return [np.bincount(g, p, self.groups).astype(np.float64) for p in parts]
 
     def totals_at(self, index: NDArray[np.intp], fields: Sequence[Array]) -> list[Array]:
-        """The same where the fields are zero but at these flat indices."""
+        """Sums fields that are zero everywhere but at these flat indices."""
         g = self.of(index)
         return [np.bincount(g, f, self.groups).astype(np.float64) for f in fields]
 
 
 def quantile_bins(key: NDArray[np.floating], groups: int = NUM_BINS) -> NDArray[np.uint8]:
-    """The bin of each element of a flat key, all about equally full: quantiles of at most 16384
-    evenly spaced elements, rounded to a grid of 4096 cells so that no element is searched for."""
+    """Returns the bin of each element of a flat key; all bins are about equally full. The edges are
+    quantiles of at most 16384 evenly spaced elements, rounded to a grid of 4096 cells, so that an
+    element's bin is looked up and not searched for."""
     sample = key[:: max(1, key.size // 16384)].astype(np.float64)
     edges = np.quantile(sample, np.linspace(0, 1, groups + 1)[1:-1])
     low, cell = edges[0], max((edges[-1] - edges[0]) / 4094, 1e-300)
@@ -68,24 +70,24 @@ def quantile_bins(key: NDArray[np.floating], groups: int = NUM_BINS) -> NDArray[
 
 
 def structure(shape: Sequence[int]) -> list[Grouping]:
-    """all, channel (last dimension), row (all but the last), and for [B, L, ...] position, for
-    [B, L, H, E] head."""
+    """Returns the groupings that a shape alone gives: all; channel (last dimension); row (all other
+    dimensions); for [B, L, ...] position; for [B, L, H, E] head."""
     size = math.prod(shape)
-    found = [Grouping("all", 1, size or 1)]
+    groupings = [Grouping("all", 1, size or 1)]
     if len(shape) >= 1 and shape[-1] > 1:
-        found.append(Grouping("channel", shape[-1]))
+        groupings.append(Grouping("channel", shape[-1]))
     if len(shape) >= 2 and shape[-1] and size:
-        found.append(Grouping("row", size // shape[-1], shape[-1]))
+        groupings.append(Grouping("row", size // shape[-1], shape[-1]))
     if len(shape) >= 3 and size:
-        found.append(Grouping("position", shape[1], math.prod(shape[2:])))
+        groupings.append(Grouping("position", shape[1], math.prod(shape[2:])))
     if len(shape) == 4 and size:
-        found.append(Grouping("head", shape[2], shape[3]))
-    return found
+        groupings.append(Grouping("head", shape[2], shape[3]))
+    return groupings
 
 
 @dataclasses.dataclass(slots=True)
 class Sums:
-    """Per group, additive over calls: everything `scores` needs."""
+    """Everything `scores` needs, one number per group. Sums of several calls can be added."""
 
     count: Array
     yy: Array
@@ -95,30 +97,32 @@ class Sums:
     dy2: Array
     """sum (D Y)^2"""
     d: Array
+    """sum D"""
     d2: Array
+    """sum D^2"""
     sign: Array
-    """elements too large in magnitude minus elements too small"""
+    """number of elements too large in magnitude, minus number of those too small"""
     raw_sign: Array
-    """elements too high minus elements too low"""
+    """number of elements too high, minus number of those too low"""
     differ: Array
-    """elements with D != 0"""
+    """number of elements with D != 0"""
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(*(getattr(self, f) + getattr(other, f) for f in self.__slots__))
 
 
 class Base:
-    """The correct result, flat, and the groupings its errors are summed over. Groups whose root
-    mean square is smaller than `least` times the tensor's are measured against that."""
+    """The correct result, flat, and the groupings its errors are summed over. A group whose root
+    mean square is below `least` times the tensor's is measured against that instead."""
 
     def __init__(self, y: NDArray[np.floating], groupings: list[Grouping], least: float) -> None:
         self.y, self.groupings, self.least = y, groupings, least
         fields = [np.ones(y.size), y.astype(np.float64) ** 2]
-        self.known = [g.totals(fields) for g in groupings]
+        self.fixed_totals = [g.totals(fields) for g in groupings]
         self.peak = float(np.abs(y).max(initial=0.0))
 
     def errors(self, result: NDArray[np.floating]) -> Array:
-        """D; 1e30 where the result is not finite or has another shape."""
+        """Returns D; 1e30 where the result is not finite, everywhere if it has another size."""
         if result.size != self.y.size:
             return np.full(self.y.size, 1e30)
         return np.nan_to_num(
@@ -127,24 +131,27 @@ class Base:
 
 
 def sums(base: Base, errors: Array) -> list[Sums]:
-    """One Sums for every grouping of the base."""
+    """Sums the errors over every grouping of the base."""
     at = np.flatnonzero(errors)
     sparse = at.size < errors.size // 4
     d, y = (errors[at], base.y[at]) if sparse else (errors, base.y)
     up = np.sign(d)
     dy = d * y
     fields = [dy, dy * dy, d, d * d, up * np.sign(y), up, np.abs(up)]
-    pairs = zip(base.groupings, base.known, strict=True)
+    pairs = zip(base.groupings, base.fixed_totals, strict=True)
     if sparse:
-        return [Sums(*known, *g.totals_at(at, fields)) for g, known in pairs]
-    return [Sums(*known, *g.totals(fields)) for g, known in pairs]
+        return [Sums(*fixed, *g.totals_at(at, fields)) for g, fixed in pairs]
+    return [Sums(*fixed, *g.totals(fields)) for g, fixed in pairs]
 
 
 def scores(s: Sums, least: float) -> Scores:
-    """scale: sum(D Y) / sum(Y^2). offset: mean(D) / rms(Y). sign: (ups - downs) / (ups + downs) of
-    the errors that are not zero, in magnitude or in value, whichever is larger; 0 where the error
-    moves the result by less than FLOOR, and where more than SPARSE of the elements differ, since
-    rounding twice is honest, frequent and biased. size: rms(D) / rms(Y), no standard error."""
+    """Returns four statistics with their standard errors.
+
+    scale: sum(D Y) / sum(Y^2). offset: mean(D) / rms(Y). sign: (ups - downs) / (ups + downs) of the
+    errors that are not zero, counted in magnitude or in value, whichever is larger; 0 where the
+    error moves the result by less than FLOOR, and where more than SPARSE of the elements differ,
+    because rounding an intermediate is honest, frequent and biased. size: rms(D) / rms(Y), which
+    has no standard error (0)."""
     n = np.maximum(s.count, 1.0)
     mean_square = s.yy.sum() / max(s.count.sum(), 1.0)
     yy = np.maximum(s.yy, least**2 * mean_square * n) + 1e-300
@@ -162,23 +169,23 @@ def scores(s: Sums, least: float) -> Scores:
 
 
 def critical_z(false_alarm_rate: float, num_tests: int) -> float:
-    """z beyond which a self-normalised sum of independent errors with symmetric signs lies with
-    probability below rate / tests: P(|z| > x) <= 2 exp(-x^2 / 2) for every number of terms
-    (Hoeffding 1963 applied to the signs), Bonferroni over the tests."""
+    """Returns the z that any of `num_tests` honest tests exceeds with probability at most
+    `false_alarm_rate`. For a self-normalised sum of independent errors with symmetric signs,
+    P(|z| > x) <= 2 exp(-x^2 / 2) for every number of terms (Hoeffding 1963 applied to the signs);
+    the rate is divided by the number of tests (Bonferroni)."""
     return math.sqrt(2 * math.log(2 * max(num_tests, 1) / false_alarm_rate))
 
 
 def lower_bound(effect: Array, error: Array, deviations: float) -> Array:
-    """|effect| less so many standard errors."""
+    """Returns |effect| minus so many standard errors."""
     return np.abs(effect) - deviations * error
 
 
 def excess(effect: Array, error: Array, limit: float, z: float, caution: float = 4.0) -> Array:
-    """How far outside: above 1 where an effect is significant (|effect| / error > z) and its lower
-    bound exceeds the benign limit. The smaller of both ratios; infinite where one is NaN."""
-    with np.errstate(
-        over="ignore", invalid="ignore"
-    ):  # effects of 1e30: results that are no numbers
+    """Returns how far outside each effect is: above 1 where it is significant (|effect| / error >
+    z) and its lower bound exceeds the benign limit. It is the smaller of the two ratios; infinite
+    where one is NaN. `caution` is the number of standard errors of the lower bound."""
+    with np.errstate(over="ignore", invalid="ignore"):  # 1e30 stands for results that are NaN
         outside = lower_bound(effect, error, caution) / limit
         significant = np.abs(effect) / np.maximum(error, 1e-300) / z
         ratio = np.where(error > 0, np.minimum(outside, significant), outside)

@@ -1,5 +1,5 @@
-"""Ops of a candidate replaced by their references, by op, direction and layer, within a whole step:
-what is it that makes the gradients right?"""
+"""Replaces ops of a candidate by their references within a whole step, by op, direction and layer,
+to see which substitution makes the gradients right."""
 
 from __future__ import annotations
 
@@ -27,10 +27,12 @@ from glm_core.dispatch import Op
 from glm_core.faults.kernels import splice, vjp
 
 RATE = 1e-3 / 3
+"""the gradients' share of the verdict's false-alarm rate"""
 
 
 def on_host(op: Op, device: torch.device) -> Callable[..., Any]:
-    """The op's reference on this machine's CPU, its results on the device."""
+    """Returns the op's reference, which runs on this machine's CPU and puts its results on the
+    device."""
 
     def move(value: Any, to: torch.device | str) -> Any:
         return tree_map(lambda x: x.to(to) if isinstance(x, Tensor) else x, value)
@@ -42,32 +44,36 @@ def on_host(op: Op, device: torch.device) -> Callable[..., Any]:
 def substituted(
     run: Run, op: str = "", direction: str = "", layer: str | None = None
 ) -> Iterator[None]:
-    """In the block, calls that fit are computed by the reference on the host, in both directions or
-    in one; empty fits any."""
-    place = [""]
+    """Inside the block, the reference on the host computes the calls that match, in one direction
+    or (empty) in both. An empty op or a layer of None matches any."""
+    current_layer = ""
 
-    def own(called: Op) -> Callable[..., Any]:
-        def kernel(**a: Any) -> Any:  # a device's backward runs in a thread that knows no backend
+    def enter(name: str) -> None:
+        nonlocal current_layer
+        current_layer = name
+
+    def candidate_kernel(called: Op) -> Callable[..., Any]:
+        def kernel(**a: Any) -> Any:  # a device's backward runs in a thread without active backend
             with dispatch.activate(run.backend):
                 return dispatch.run(called, (), a)
 
         return kernel
 
     def replace(called: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        fits = op in ("", called.name) and layer in (None, place[0])
-        if not fits or not called.differentiable:
+        matches = op in ("", called.name) and layer in (None, current_layer)
+        if not matches or not called.differentiable:
             return dispatch.run(called, args, kwargs)
         bound = inspect.signature(called.reference).bind(*args, **kwargs)
         bound.apply_defaults()
-        right, candidate = on_host(called, run.device), own(called)
-        sides = {
-            "": right,
-            "forward": splice(called, right, vjp(called, candidate)),
-            "backward": splice(called, candidate, vjp(called, right)),
+        reference, candidate = on_host(called, run.device), candidate_kernel(called)
+        by_direction = {
+            "": reference,
+            "forward": splice(called, reference, vjp(called, candidate)),
+            "backward": splice(called, candidate, vjp(called, reference)),
         }
-        return sides[direction](**bound.arguments)
+        return by_direction[direction](**bound.arguments)
 
-    with layers(run.model, lambda name: place.__setitem__(0, name)), dispatch.intercept(replace):
+    with layers(run.model, enter), dispatch.intercept(replace):
         yield
 
 
@@ -79,23 +85,23 @@ def confirm(
     op: str,
     direction: str,
 ) -> dict[str, float]:
-    """The largest relative difference of a parameter's gradient from the reference's, of the
-    candidate as it is and with the op's reference in its place."""
+    """Returns the largest relative difference between a parameter's gradient and the reference's:
+    of the `candidate` as it is, and with the op `substituted` by its reference."""
     run, reference = Run(config, make(), backend), Run(config, make(), "reference")
-    found = {"candidate": 0.0, "substituted": 0.0}
+    largest = {"candidate": 0.0, "substituted": 0.0}
     for snapshot in snapshots:
         _, right = load_snapshot(reference, snapshot).gradients(snapshot.batches)
         _, plain = load_snapshot(run, snapshot).gradients(snapshot.batches)
         # a wrong formula spoils its backward too: both are replaced
         with substituted(run, op, "backward" if direction == "backward" else ""):
-            _, healed = load_snapshot(run, snapshot).gradients(snapshot.batches)
-        for name, gradients in (("candidate", plain), ("substituted", healed)):
-            found[name] = max(found[name], _difference(gradients, right))
-    return found
+            _, mended = load_snapshot(run, snapshot).gradients(snapshot.batches)
+        for name, gradients in (("candidate", plain), ("substituted", mended)):
+            largest[name] = max(largest[name], _difference(gradients, right))
+    return largest
 
 
 def _difference(gradients: dict[str, Tensor], right: dict[str, Tensor]) -> float:
-    """NaN counts as infinite."""
+    """Returns the largest relative difference; NaN counts as infinite."""
     each = [
         float((g - right[n]).norm() / right[n].norm().clamp(min=1e-300))
         for n, g in gradients.items()
@@ -103,8 +109,9 @@ def _difference(gradients: dict[str, Tensor], right: dict[str, Tensor]) -> float
     return float(np.nan_to_num(each, nan=np.inf).max())
 
 
-def search(cal: Calibration, trace: Trace, backend: Backend, tell: Progress) -> dict[str, Any]:
-    """Op, direction and layer whose substitution makes the gradients of the captured steps right;
+def search(cal: Calibration, trace: Trace, backend: Backend, report: Progress) -> dict[str, Any]:
+    """Returns the op, direction and layer whose substitution makes the gradients of the captured
+    steps right, and the shape of the op's result; only an op `outside ops: ...` where none does.
     `trace` is the candidate's."""
     run = Run(cal.config, cal.sampler(), backend)
     names = sorted({c.call.op.name for c in cal.cases if c.call.op.differentiable})
@@ -113,32 +120,31 @@ def search(cal: Calibration, trace: Trace, backend: Backend, tell: Progress) -> 
     def ratio(op: str = "", direction: str = "", layer: str | None = None) -> float:
         with substituted(run, op, direction, layer):
             losses, gradients = gradient_errors(run, cal.snapshots, cal.oracle)
-        made = dataclasses.replace(
+        mended = dataclasses.replace(
             trace,
             loss_error=np.concatenate((losses[None], trace.loss_error[1:])),
             gradient_error=np.concatenate((gradients[None], trace.gradient_error[1:])),
         )
-        _, excess, loss_excess = gradient_check(made, RATE)
+        _, excess, loss_excess = gradient_check(mended, RATE)
         return float(max(excess.max(initial=0.0), loss_excess.max(initial=0.0)))
 
     if ratio() > 1:
         return {"op": "outside ops: gradients are wrong with every op's reference in its place"}
-    found = []
+    ratios = []
     for i, name in enumerate(names):
-        tell("substitution", i, len(names))
-        found.append((ratio(name), name))
-    tell("substitution", len(names), len(names))
-    healed, op = min(found)
-    if healed > 1:
-        return {"op": f"outside ops: no op's reference alone makes it right, {op}'s comes nearest"}
+        report("substitution", i, len(names))
+        ratios.append((ratio(name), name))
+    report("substitution", len(names), len(names))
+    smallest, op = min(ratios)
+    if smallest > 1:
+        return {"op": f"outside ops: no single op's reference makes it right; {op}'s comes nearest"}
     direction = "backward" if ratio(op, "backward") <= 1 else "forward"
-    fix = direction if direction == "backward" else ""  # a wrong forward spoils its backward
-    single = [i for i in range(depth) if ratio(op, fix, str(i)) <= 1]
+    replaced = direction if direction == "backward" else ""  # a wrong forward spoils its backward
+    sufficient = [i for i in range(depth) if ratio(op, replaced, str(i)) <= 1]
     case = next(c for c in cal.cases if c.call.op.name == op)
-    layer = str(single[0]) if single else ""
     return {
         "op": op,
         "direction": direction,
-        "layer": layer,
+        "layer": str(sufficient[0]) if sufficient else "",
         "shape": list(next(iter(case.shapes.values()))),
     }

@@ -1,11 +1,13 @@
-"""Teacher forcing, op by op: the same captured inputs to a candidate, to the reference in disguise
-and to float64; which differences have a direction, and which are larger than honest ones."""
+"""Measures the errors of op calls under teacher forcing. A candidate, the disguised reference and
+float64 get the same captured inputs; the errors are scored, and the disguises' scores are the
+benign range."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,32 +20,60 @@ from glm_core.align.replay import LOW, Results, exact, replay
 from glm_core.align.statistics import Base, Grouping, Scores, Sums, quantile_bins
 
 MARGIN = {"scale": 3.0, "offset": 3.0, "sign": 2.0, "size": 3.0, "peak": 4.0}
-"""a kernel may combine several of the changes that the benign range was measured with one by one"""
+"""by statistic: a candidate may show so many times the benign range, because a kernel may combine
+changes that the range was measured with one by one"""
 ROW_MARGIN = 6.0
-"""for the size in a row: few elements, small by cancellation in some rows and not in others"""
+"""the margin for the size of a row's error: a row has few elements, and some rows are small because
+their terms cancel"""
 MAX_ROUNDED = 24
+"""at most so many intermediates of a call are rounded one by one"""
 CALLS_PER_SHAPE = 4
-"""calls per op and shape that the benign range is measured on"""
+"""the benign range is measured on so many calls per op and shape"""
 
-Key = tuple[str, str, str, str, bool]
-"""op, result, grouping, kind, pooled over calls"""
+
+class Key(NamedTuple):
+    """A family of tests: those that share a benign range."""
+
+    op: str
+    tensor: str
+    """the op's result, see `trace_format.OpResult`"""
+    grouping: str
+    statistic: str
+    """scale, offset, sign, size or peak"""
+    pooled: bool
+    """over all calls of the op"""
+
+
+class Scored(NamedTuple):
+    """The scores of one result in one grouping."""
+
+    op: str
+    tensor: str
+    grouping: str
+    scores: Scores
+    case: Case | None
+    """the case it was seen in; None where all calls were pooled"""
+
+
 Pool = dict[tuple[str, str, str], tuple[Sums, float]]
+"""by op, tensor and grouping: the sums over all calls so far, and `Base.least`"""
 Runner = Callable[[Call], Results | None]
-"""None where this way of running the call changes nothing"""
+"""computes a call's results; None where this way of computing them changes nothing"""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Case:
-    """A call and its correct results, each with its shape and dtype."""
+    """A captured call and its correct results, each with its shape and dtype."""
 
     call: Call
     bases: dict[str, Base]
+    """by result: the correct values and the groups their errors are summed over"""
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
 
     @property
     def terms(self) -> int:
-        """A bound on the number of terms in the op's longest sum."""
+        """Returns a bound on the number of terms in the op's longest sum."""
         return max((t.numel() // t.shape[-1] for t in _tensors(self.call) if t.ndim > 1), default=1)
 
 
@@ -53,7 +83,7 @@ def _tensors(call: Call) -> list[Tensor]:
 
 
 def cases(calls: Iterable[Call]) -> Iterator[Case]:
-    """Each call with its results in float64, rounded once."""
+    """Yields each call with its correct results: computed in float64 and rounded once."""
     for call in calls:
         correct = exact(call, replay(call, call.op.reference))
         yield Case(
@@ -84,8 +114,8 @@ def _array(y: Tensor) -> Any:
 
 
 def _keys(call: Call, name: str, y: Tensor) -> dict[str, Tensor]:
-    """What elements are binned by: the result; the argument at the same place, or both halves of a
-    gated one; the mean square of the argument's row."""
+    """Returns the values by which elements are sorted into bins: the result; the argument at the
+    same place, or both halves of a gated one; and the mean square of the argument's row."""
     keys = {"result": y}
     x = call.args.get(name[2:] if name.startswith("d_") else "x")
     if not isinstance(x, Tensor) or x.shape[:-1] != y.shape[:-1]:
@@ -103,44 +133,45 @@ def _keys(call: Call, name: str, y: Tensor) -> dict[str, Tensor]:
 
 @dataclasses.dataclass(slots=True)
 class Measures:
-    """Scores by key, each with the case it was seen in (None for pooled ones)."""
+    """The scores of many calls."""
 
-    found: list[tuple[Key, Scores, Case | None]]
+    scored: list[Scored]
 
-    def by_kind(self) -> Iterator[tuple[Key, Any, Any, Case | None]]:
-        """(key with its kind, effects, standard errors, case)"""
-        for (op, name, grouping, _, pooled), scores, case in self.found:
-            for kind, (effect, error) in scores.items():
+    def by_statistic(self) -> Iterator[tuple[Key, Any, Any, Case | None]]:
+        """Yields each family of tests with its effects and standard errors, one per group, and the
+        case (None where all calls were pooled)."""
+        for op, tensor, grouping, scores, case in self.scored:
+            for statistic, (effect, error) in scores.items():
                 # results near zero are small by cancellation, their errors are not
-                if effect.size and (kind, grouping) != ("size", "bin of result"):
-                    yield (op, name, grouping, kind, pooled), effect, error, case
+                if effect.size and (statistic, grouping) != ("size", "bin of result"):
+                    yield Key(op, tensor, grouping, statistic, case is None), effect, error, case
 
     def count(self) -> int:
-        """How many tests there are."""
-        return sum(effect.size for _, effect, _, _ in self.by_kind())
+        """Returns the number of tests."""
+        return sum(effect.size for _, effect, _, _ in self.by_statistic())
 
 
 def measure(
     items: Iterable[Case], runner: Runner, twice: bool = False
 ) -> tuple[Measures, list[Results | None]]:
-    """Runs all calls in their order, keeping every result until the last has run (a kernel that
-    reuses a buffer shows), then scores them. `twice` runs them again in the reverse order and
-    scores results that changed (a kernel with a memory shows)."""
+    """Runs all calls in order and scores their results. Every result is kept until the last call
+    has run, so that a kernel which reuses a buffer shows. `twice` runs the calls again in reverse
+    order and scores the results that changed, so that a kernel which keeps state shows. Returns the
+    scores and the results of the first pass."""
     items = list(items)
-    ran = [(case, runner(case.call)) for case in items]
-    again = [(case, runner(case.call)) for case in reversed(items)] if twice else []
+    first_pass = [(case, runner(case.call)) for case in items]
+    second_pass = [(case, runner(case.call)) for case in reversed(items)] if twice else []
     measured = Measures([])
     pool: Pool = {}
-    for case, results in ran:
+    for case, results in first_pass:
         _score(measured, case, results or {}, pool)
-    for (case, second), (_, first) in zip(reversed(again), ran, strict=False):
+    for (case, second), (_, first) in zip(reversed(second_pass), first_pass, strict=False):
         if first is not None and second is not None:
             changed = {n: y for n, y in second.items() if not torch.equal(y, first[n])}
             _score(measured, case, changed, {})
-    for (op, name, grouping), (total, least) in pool.items():
-        key = (op, name, grouping, "", True)
-        measured.found.append((key, statistics.scores(total, least), None))
-    return measured, [results for _, results in ran]
+    for place, (total, least) in pool.items():
+        measured.scored.append(Scored(*place, statistics.scores(total, least), None))
+    return measured, [results for _, results in first_pass]
 
 
 def _score(measured: Measures, case: Case, results: Results, pool: Pool) -> None:
@@ -148,33 +179,34 @@ def _score(measured: Measures, case: Case, results: Results, pool: Pool) -> None
         base = case.bases[name]
         errors = base.errors(_array(results[name]))
         for grouping, s in zip(base.groupings, statistics.sums(base, errors), strict=True):
-            key = (case.call.op.name, name, grouping.name)
-            found = statistics.scores(s, base.least)
+            place = (case.call.op.name, name, grouping.name)
+            scores = statistics.scores(s, base.least)
             if grouping.groups == 1:
                 peak = np.array([np.abs(errors).max(initial=0.0) / (base.peak + 1e-300)])
-                found["peak"] = (peak, np.zeros(1))
-            measured.found.append(((*key, "", False), found, case))
+                scores["peak"] = (peak, np.zeros(1))
+            measured.scored.append(Scored(*place, scores, case))
             if grouping.groups == 1 or grouping.bins is not None:
-                pool[key] = (pool[key][0] + s, base.least) if key in pool else (s, base.least)
+                pool[place] = (pool[place][0] + s if place in pool else s), base.least
 
 
 def disguises(dtype: torch.dtype) -> dict[str, Runner]:
-    """The reference as it is, in two other orders of summation, and below float32 with its
-    intermediates rounded, each in turn and all at once."""
+    """Returns the honest ways to compute a call, by name: the plain reference, two other orders of
+    summation, and below float32 the reference with its intermediates rounded, all at once and each
+    in turn."""
 
     def regrouped(seed: int) -> Runner:
         return lambda call: replay(call, call.op.reference, Regrouped(seed))
 
-    found: dict[str, Runner] = {
+    runners: dict[str, Runner] = {
         "plain": lambda call: replay(call, call.op.reference),
         "regrouped": regrouped(1),
         "regrouped again": regrouped(2),
     }
     if dtype in LOW:
-        found["rounded"] = lambda call: _rounded(call, dtype, None)
+        runners["rounded"] = lambda call: _rounded(call, dtype, None)
         for which in range(MAX_ROUNDED):
-            found[f"rounded {which}"] = lambda call, which=which: _rounded(call, dtype, which)  # type: ignore[misc]
-    return found
+            runners[f"rounded {which}"] = functools.partial(_rounded, dtype=dtype, which=which)
+    return runners
 
 
 def _rounded(call: Call, dtype: torch.dtype, which: int | None) -> Results | None:
@@ -187,20 +219,20 @@ def _rounded(call: Call, dtype: torch.dtype, which: int | None) -> Results | Non
 
 
 def benign_limits(items: list[Case], dtype: torch.dtype) -> dict[Key, float]:
-    """Per key the largest effect the disguised reference shows; signs, which are 1 for a single
-    error, less three standard errors."""
+    """Returns for each family of tests the largest effect that any disguise shows. Signs are
+    reduced by three standard errors, because a single error already has a sign of 1."""
     limits: dict[Key, float] = {}
     chosen = sample(items)
     for runner in disguises(dtype).values():
-        for key, effect, error, _ in measure(chosen, runner)[0].by_kind():
-            noise = 3.0 if key[3] == "sign" else 0.0
+        for key, effect, error, _ in measure(chosen, runner)[0].by_statistic():
+            noise = 3.0 if key.statistic == "sign" else 0.0
             bound = float(statistics.lower_bound(effect, error, noise).max())
             limits[key] = max(limits.get(key, 0.0), bound)
     return limits
 
 
 def sample(items: list[Case]) -> list[Case]:
-    """At most CALLS_PER_SHAPE cases per op and shape, spread over layers and steps."""
+    """Returns at most CALLS_PER_SHAPE cases per op and shape, spread over layers and steps."""
     alike: dict[tuple[Any, ...], list[Case]] = {}
     for case in items:
         shapes = tuple(t.shape for t in _tensors(case.call))
@@ -212,14 +244,16 @@ def _spread(n: int, most: int) -> list[int]:
     return sorted({round(i * (n - 1) / (most - 1)) for i in range(most)})
 
 
-def floor(kind: str, dtype: torch.dtype, terms: int) -> float:
-    """The smallest benign limit: what rounding and float32 arithmetic may do to any kernel."""
+def floor(statistic: str, dtype: torch.dtype, terms: int) -> float:
+    """Returns the smallest benign limit: what rounding and float32 arithmetic do to any kernel
+    whose longest sum has so many terms."""
     # 4: a row that is small because two sums cancel has the rounding of both
     eps = torch.finfo(dtype).eps if dtype in LOW else 4 * statistics.EPS * max(1.0, terms**0.5)
-    return {"sign": 0.5, "size": eps, "peak": 4 * eps}.get(kind, statistics.FLOOR)
+    return {"sign": 0.5, "size": eps, "peak": 4 * eps}.get(statistic, statistics.FLOOR)
 
 
 def limit(limits: dict[Key, float], key: Key, dtype: torch.dtype, terms: int) -> float:
-    """The limit for a candidate: the benign range with its margin, at least the floor."""
-    margin = ROW_MARGIN if key[2:4] == ("row", "size") else MARGIN[key[3]]
-    return max(margin * limits.get(key, 0.0), floor(key[3], dtype, terms))
+    """Returns a candidate's limit: the benign range times its margin, at least the floor."""
+    row_size = (key.grouping, key.statistic) == ("row", "size")
+    margin = ROW_MARGIN if row_size else MARGIN[key.statistic]
+    return max(margin * limits.get(key, 0.0), floor(key.statistic, dtype, terms))

@@ -1,4 +1,5 @@
-"""What one run leaves behind for the verdict: one portable file, bounded, read without torch."""
+"""Defines the trace: what one run leaves behind for the verdict. It is saved as one portable file
+of bounded size, and read without torch."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glm_core.align import trace_format
+from glm_core.align.trace_format import FallbackCount, OpResult, OpTest
 from glm_core.errors import TraceError
 
 Array = NDArray[np.float64]
@@ -19,9 +21,9 @@ Array = NDArray[np.float64]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Trace:
-    """One recorded run. N steps, K controls, S captured steps, P parameters, J benign disguises,
-    C op calls, T tests, W numbers in a sketch. Every array is float64; where teacher forcing was
-    not done, S, C and T are 0."""
+    """One recorded run. Sizes: N steps, K controls, S captured steps, P parameters, J disguises, C
+    op results, T tests, W numbers in a sketch. Every array is float64. S, C and T are 0 where
+    teacher forcing was left out."""
 
     config: dict[str, Any]
     """the resolved RunConfig as plain values"""
@@ -32,45 +34,47 @@ class Trace:
     grad_norm: Array
     """[N], before clipping"""
     control_names: list[str]
-    """how each control run differs from the reference; only the reference's trace has any"""
+    """how each control run differs from the reference; empty in a candidate's trace"""
     control_loss: Array
     """[K, N]"""
     capture_steps: list[int]
-    """steps at which both sides were given the same inputs, counted from 1"""
+    """steps, from 1, whose inputs were captured and given to both sides"""
     parameters: list[str]
     gradient_norm: Array
     """[S, P]"""
     gradient_sketch: Array
-    """[S, P, W]: random projections, the same directions in every trace"""
+    """[S, P, W]: random projections; every trace uses the same directions"""
     loss_error: Array
-    """[1 + J, S]: |loss - float64 loss| / |float64 loss|; row 0 this run, then the disguises"""
+    """[1 + J, S]: |loss - float64 loss| / |float64 loss|; row 0 is this run, then the disguises"""
     gradient_error: Array
     """[1 + J, S, P]: |gradient - float64 gradient| / |float64 gradient|; rows as in loss_error"""
     disguises: list[str]
-    """the J ways in which the reference itself was computed differently, the plain one first"""
-    calls: list[dict[str, Any]]
-    """C entries: step, call, op, layer, direction, tensor"""
+    """the J ways in which the reference was computed; the first is the plain reference"""
+    calls: list[OpResult]
+    """C op results of this run"""
     digest: Array
-    """[C, W]: sketches of the results of each call in `calls`"""
-    tests: list[dict[str, Any]]
-    """T entries: op, direction, tensor, layer, step, call, dtype, shape, projection; of each family
-    of tests (op, tensor, kind of group, statistic) the worst, pooled over calls and for one call"""
+    """[C, W]: the sketch of each result in `calls`"""
+    tests: list[OpTest]
+    """T tests: the worst one of each family (op, tensor, kind of group, statistic, pooled or
+    not)"""
     test_values: Array
     """[T, 3]: effect, standard error, limit of the benign range (margin included)"""
     num_tests: int
-    """tests made for `tests`"""
-    fallbacks: list[dict[str, Any]]
-    """op, reason, count: what ran on the reference instead of a kernel"""
+    """how many tests were made, of which `tests` holds the worst"""
+    fallbacks: list[FallbackCount]
+    """the calls that ran the op's reference because there was no kernel for them"""
     environment: dict[str, Any]
+    """the machine and its software, see align.machine"""
     data_order: str
     """sha256 over the inputs of all steps, in order"""
     initial_weights: str
     """sha256 over the float32 starting weights"""
     seconds: float
+    """how long recording took"""
 
     def save(self, path: str | Path) -> None:
-        """Writes the file whole or not at all. Raises TraceError where the disk refuses or the
-        trace is larger than `load` takes."""
+        """Writes the file, whole or not at all. Raises TraceError where the disk refuses it or the
+        trace is larger than `load` accepts."""
         path = Path(path)
         content = trace_format.encode(self)
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -81,7 +85,9 @@ class Trace:
         except OSError as error:
             with contextlib.suppress(OSError):
                 part.unlink()
-            raise TraceError(f"trace {path}: cannot be written ({error}); free the disk") from None
+            raise TraceError(
+                f"trace {path}: cannot be written ({error}); choose another path or free the disk"
+            ) from None
 
     def __post_init__(self) -> None:
         trace_format.check(self)
@@ -89,7 +95,7 @@ class Trace:
 
 def load(path: str | Path) -> Trace:
     """Reads and checks a trace. Raises TraceError for a file that is missing, too large, truncated,
-    foreign, of another version, or malformed."""
+    malformed, no trace at all, or of another version."""
     try:
         return Trace(**trace_format.read(Path(path)))
     except TraceError as error:

@@ -1,11 +1,12 @@
-"""What a trace file may hold, checked when a trace is made and when it is read; see
-docs/trace-format.md."""
+"""Defines what a trace file may hold, encodes it and checks it. A trace is checked when it is made
+and when it is read. The format is described in docs/trace-format.md."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +16,12 @@ from safetensors.numpy import save
 from glm_core.config import RunConfig, from_dict, to_dict
 from glm_core.errors import GlmCoreError, TraceError
 
+if TYPE_CHECKING:
+    from glm_core.session import Fallback
+
 KIND, VERSION = "glm_core trace", 1
 MAX_BYTES, MAX_FIELDS = 1 << 28, 1 << 24
-"""of the file; characters of the plain fields in it"""
+"""at most so many bytes in the file, and so many characters in its plain fields"""
 
 ARRAYS: dict[str, tuple[str, ...]] = {
     "loss": ("N",),
@@ -30,10 +34,59 @@ ARRAYS: dict[str, tuple[str, ...]] = {
     "digest": ("C", "W"),
     "test_values": ("T", "3"),
 }
-"""arrays and the names of their axes; equal names mean equal sizes"""
+"""each array and the names of its axes; equal names mean equal sizes"""
+
+
+class OpResult(TypedDict):
+    """Names one result of one op call."""
+
+    step: int
+    """captured step, from 1; 0 where the calls of all steps were pooled"""
+    call: int
+    """number of the call in its step, from 0, over all ops; -1 where all calls were pooled"""
+    op: str
+    layer: str
+    """number of the block; "" outside of blocks, and where all calls were pooled"""
+    direction: str
+    """forward or backward"""
+    tensor: str
+    """`y` (of several outputs `y0`, `y1`, ...), the gradient `d_ARGUMENT`, an argument that the op
+    writes, or `change`: what an update did to its first argument"""
+
+
+class OpTest(OpResult):
+    """Names one statistical test of an op result."""
+
+    dtype: str
+    """the result's"""
+    shape: list[int]
+    """the result's"""
+    projection: str
+    """what was measured and in which group of elements: `scale`, `offset in row 7`, `sign in bin of
+    result 12, all calls`"""
+
+
+class FallbackCount(TypedDict):
+    """Counts the calls that ran an op's reference in a kernel's place, for one reason."""
+
+    op: str
+    reason: str
+    """the backend's own words"""
+    count: int
+
+
+def fallback_counts(counts: Mapping[Fallback, int]) -> list[FallbackCount]:
+    """Returns a session's fallbacks as rows."""
+    return [{"op": f.op, "reason": f.reason, "count": n} for f, n in counts.items()]
+
+
+def _kinds(row: type) -> dict[str, Any]:
+    """Returns the kind (see `_is`) of every key of a row."""
+    hints = get_type_hints(row)
+    return {key: [*get_args(h)] if get_origin(h) is list else h for key, h in hints.items()}
+
 
 DTYPES = ("float32", "bfloat16", "float16")
-_CALL = {"step": int, "call": int, "op": str, "layer": str, "direction": str, "tensor": str}
 PLAIN: dict[str, Any] = {
     "config": dict,
     "backend": str,
@@ -42,20 +95,20 @@ PLAIN: dict[str, Any] = {
     "capture_steps": [int],
     "parameters": [str],
     "disguises": [str],
-    "calls": [_CALL],
-    "tests": [_CALL | {"dtype": str, "shape": [int], "projection": str}],
+    "calls": [_kinds(OpResult)],
+    "tests": [_kinds(OpTest)],
     "num_tests": int,
-    "fallbacks": [{"op": str, "reason": str, "count": int}],
+    "fallbacks": [_kinds(FallbackCount)],
     "environment": dict,
     "data_order": str,
     "initial_weights": str,
     "seconds": float,
 }
-"""the other fields, what they hold and, of the rows of tables, the keys"""
+"""every other field and its kind (see `_is`)"""
 
 
 def check(trace: Any) -> None:
-    """Raises TraceError for a field of another type and for arrays whose sizes disagree."""
+    """Raises TraceError where a field has the wrong type or the sizes of two arrays disagree."""
     if bad := [name for name, kind in PLAIN.items() if not _is(getattr(trace, name), kind)]:
         raise TraceError(f"malformed fields {', '.join(bad)}; record the run again")
     sizes: dict[str, int] = {
@@ -83,21 +136,23 @@ def check(trace: Any) -> None:
 
 
 def encode(trace: Any) -> bytes:
-    """The file's content. Raises TraceError for a trace that `read` would refuse as too large."""
+    """Returns the file's content. Raises TraceError for a trace that `read` would refuse as too
+    large."""
     arrays = {name: np.ascontiguousarray(getattr(trace, name)) for name in ARRAYS}
     fields = json.dumps({name: getattr(trace, name) for name in PLAIN})
     content = save(arrays, {"kind": KIND, "version": str(VERSION), "fields": fields})
     if len(fields) > MAX_FIELDS or len(content) > MAX_BYTES:
         raise TraceError(
-            f"trace: {len(fields)} characters of fields, {len(content)} bytes in all; at most "
-            f"{MAX_FIELDS} and {MAX_BYTES}: capture fewer steps"
+            f"trace: {len(fields)} characters of fields and {len(content)} bytes in all, at most "
+            f"{MAX_FIELDS} and {MAX_BYTES} are allowed; capture fewer steps"
         )
     return content
 
 
 def _is(value: Any, kind: Any) -> bool:
-    """A list's kind is [that of its elements], a row's {key: kind}, a choice's the values; a dict's
-    values are plain, alone or in tables of one level."""
+    """Does the value have this kind? A kind is a type; [kind] for a list of such elements; {key:
+    kind} for a row with exactly these keys; a tuple for a choice of strings; or `dict` for a table
+    of plain values, nested at most one level deep."""
     if isinstance(kind, list):
         return type(value) is list and all(_is(x, kind[0]) for x in value)
     if isinstance(kind, dict):
@@ -114,8 +169,8 @@ def _is(value: Any, kind: Any) -> bool:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """All fields of the trace in the file, the arrays not yet checked against each other. Raises
-    TraceError."""
+    """Returns all fields of the trace in the file. `check` has yet to compare the arrays with each
+    other. Raises TraceError."""
     metadata, arrays = _open(path)
     fields = _fields(metadata.get("fields", ""))
     try:
@@ -126,7 +181,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _open(path: Path) -> tuple[dict[str, str], dict[str, NDArray[np.float64]]]:
-    """Metadata of our kind and version, and our arrays; others are not even read."""
+    """Returns the metadata and our arrays; foreign arrays are not even read."""
     try:
         size = path.stat().st_size if path.is_file() else -1
         if not 0 <= size <= MAX_BYTES:
@@ -134,7 +189,9 @@ def _open(path: Path) -> tuple[dict[str, str], dict[str, NDArray[np.float64]]]:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             if (kind := metadata.get("kind")) != KIND:
-                raise TraceError(f"kind {kind!r}, expected {KIND!r}; pass a file written by record")
+                raise TraceError(
+                    f"kind {kind!r}, expected {KIND!r}; pass a file of glm-core align record"
+                )
             if (version := metadata.get("version")) != str(VERSION):
                 raise TraceError(
                     f"version {version!r}, this glm_core reads {VERSION}; record the run again"
@@ -150,12 +207,14 @@ def _open(path: Path) -> tuple[dict[str, str], dict[str, NDArray[np.float64]]]:
 
 
 def _fields(text: str) -> dict[str, Any]:
-    """The plain fields by name; others are ignored."""
+    """Returns the plain fields by name; unknown ones are ignored."""
     if len(text) > MAX_FIELDS:
-        raise TraceError(f"{len(text)} characters of fields, at most {MAX_FIELDS}; record less")
+        raise TraceError(
+            f"{len(text)} characters of fields, at most {MAX_FIELDS} are read; capture fewer steps"
+        )
     try:
         values = json.loads(text)
-        json.dumps(values, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+        json.dumps(values, ensure_ascii=False).encode()  # fails on half of a surrogate pair
         return {name: values[name] for name in PLAIN} | {"seconds": float(values["seconds"])}
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise TraceError(f"malformed fields ({error!r}); record the run again") from None

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from glm_core.align.capture import Call, capture
+from glm_core.align.trace_format import FallbackCount, fallback_counts
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
 from glm_core.config import RunConfig
@@ -104,7 +105,7 @@ class Curve:
 
     loss: Any
     grad_norm: Any
-    fallbacks: list[dict[str, Any]]
+    fallbacks: list[FallbackCount]
     data_order: str
     snapshots: list[Snapshot]
     calls: list[Call]
@@ -139,8 +140,7 @@ def free_run(
             curve.loss[step - 1], curve.grad_norm[step - 1] = result.loss, result.grad_norm
             if progress is not None:
                 progress(step)
-    counts = session.fallbacks + session.compiled
-    curve.fallbacks = [{"op": f.op, "reason": f.reason, "count": n} for f, n in counts.items()]
+    curve.fallbacks = fallback_counts(session.fallbacks + session.compiled)
     curve.data_order = run.hash.hexdigest()
     return curve
 

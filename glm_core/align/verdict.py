@@ -1,5 +1,5 @@
-"""Are two recorded loss curves the same? Decided from the traces alone: no torch, no model, no
-device."""
+"""Decides whether two recorded loss curves are the same, from the traces alone: it needs no torch,
+no model and no device."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from numpy.typing import NDArray
 from glm_core.align import statistics
 from glm_core.align.envelope import Envelope, envelope, error_bound
 from glm_core.align.trace import Trace
+from glm_core.align.trace_format import OpTest
 from glm_core.errors import TraceError
 
 Array = NDArray[np.float64]
 Verdict = Literal["aligned", "diverged"]
 EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+"""the relative rounding unit of each dtype, as in `torch.finfo(dtype).eps`"""
 MAX_FINDINGS = 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """One op result that honest rounding does not explain."""
+    """The outcome of one test of an op result; guilty where its ratio is above 1."""
 
     op: str
     direction: str
@@ -33,18 +35,21 @@ class Finding:
     step: int
     """captured step; 0 where all calls were pooled"""
     call: int
-    """number of the call in its step; -1 where pooled"""
+    """number of the call in its step; -1 where all calls were pooled"""
     tensor: str
+    """see `trace_format.OpResult`"""
     dtype: str
     shape: list[int]
     projection: str
+    """see `trace_format.OpTest`"""
     z: float
-    """standard errors from zero; 0 for sizes, which have none"""
+    """|effect| in standard errors; 0 for sizes and peaks, which have no standard error"""
     effect: float
+    """what was measured, relative to the result"""
     benign: float
-    """limit of the benign range, margin included"""
+    """largest effect that honest rounding explains, margin included"""
     ratio: float
-    """above 1 is outside"""
+    """share of what is allowed; above 1 is guilty"""
 
     def __str__(self) -> str:
         where = f" in layer {self.layer}" if self.layer else ""
@@ -65,26 +70,28 @@ class Pair:
     dtype: str
     verdict: Verdict
     reasons: list[str]
+    """why it diverged, one sentence each; empty where aligned"""
     first_step: int | None
-    """first step outside the envelope, counted from 1"""
+    """first step outside the envelope, from 1; None where there is none"""
     max_envelope_ratio: float
-    """largest |deviation| / bound; above 1 is outside. 0 where there was no free run"""
+    """largest |deviation| / bound of the curve; above 1 is outside; 0 without a free run"""
     max_gradient_ratio: float
     """largest error of a gradient or the loss / its bound; 0 without teacher forcing"""
     max_op_ratio: float
     """largest effect of an op / its limit; 0 without teacher forcing"""
     findings: list[Finding]
-    """guilty op results, worst first, at most MAX_FINDINGS"""
+    """the guilty op results, worst first, at most MAX_FINDINGS"""
     false_alarm_rate: float
     """chosen probability that an honest candidate is called diverged"""
     envelope: Envelope | None
+    """None without a free run"""
     gradient_ratio: Array
     """[S, P]: error of each parameter's gradient / that of the plain reference"""
     gradient_excess: Array
     """[S, P]: error of each parameter's gradient / its bound"""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; curves are left to the traces."""
+        """Returns plain values; the curves are in the traces."""
         skip = ("envelope", "gradient_ratio", "gradient_excess", "findings")
         fields = [f.name for f in dataclasses.fields(self) if f.name not in skip]
         plain = {name: finite(getattr(self, name)) for name in fields}
@@ -92,25 +99,24 @@ class Pair:
 
 
 def finite(value: Any) -> Any:
-    """JSON has no infinity."""
+    """Returns 1e30 for infinity and NaN, which JSON does not have; any other value unchanged."""
     return 1e30 if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @np.errstate(all="ignore")  # what overflows is infinite, and what is NaN counts as infinite
 def compare(reference: Trace, candidate: Trace, *, false_alarm_rate: float = 1e-3) -> Pair:
-    """The verdict. `reference` was recorded with controls, `candidate` with the same config, data
-    and weights, perhaps on another machine. Raises TraceError where the two cannot be compared.
-
-    The rate is split evenly between envelope, gradients and ops, and within each over all steps,
-    parameters and tests."""
+    """Returns the verdict on `candidate`. The reference's trace has the control runs; the candidate
+    was recorded with the same config, data and weights, perhaps on another machine. The false-alarm
+    rate is split evenly between envelope, gradients and ops, and inside each over all steps,
+    parameters and tests. Raises TraceError where the two cannot be compared."""
     require_comparable(reference, candidate)
     rate = false_alarm_rate / 3
     curve = None
     if candidate.loss.size:
         curve = envelope(reference.loss, reference.control_loss, candidate.loss, rate)
     ratio, excess, loss_excess = gradient_check(candidate, rate)
-    found = op_check(candidate, rate)
-    guilty = [f for f in found if f.ratio > 1]
+    tested = findings(candidate.tests, candidate.test_values, candidate.num_tests, rate)
+    guilty = [f for f in tested if f.ratio > 1]
     envelope_ratio = float(curve.ratio.max()) if curve else 0.0
     gradient_ratio = float(max(excess.max(initial=0.0), loss_excess.max(initial=0.0)))
     reasons = [
@@ -127,7 +133,7 @@ def compare(reference: Trace, candidate: Trace, *, false_alarm_rate: float = 1e-
         first_step=curve.first_step if curve else None,
         max_envelope_ratio=envelope_ratio,
         max_gradient_ratio=gradient_ratio,
-        max_op_ratio=max((f.ratio for f in found), default=0.0),
+        max_op_ratio=max((f.ratio for f in tested), default=0.0),
         findings=guilty[:MAX_FINDINGS],
         false_alarm_rate=false_alarm_rate,
         envelope=curve,
@@ -137,28 +143,30 @@ def compare(reference: Trace, candidate: Trace, *, false_alarm_rate: float = 1e-
 
 
 def require_comparable(reference: Trace, candidate: Trace) -> None:
-    """Raises TraceError that names the first fact in which the two traces differ."""
-    for what in ("dtype", "initial_weights", "data_order"):
-        mine, other = getattr(reference, what), getattr(candidate, what)
-        if mine != other:
+    """Raises a TraceError that names the first fact in which the two traces differ."""
+    for field in ("dtype", "initial_weights", "data_order"):
+        own, other = getattr(reference, field), getattr(candidate, field)
+        if own != other:
             raise TraceError(
-                f"traces cannot be compared: {what} is {mine!r:.70} in the reference, "
+                f"traces cannot be compared: {field} is {own!r:.70} in the reference, "
                 f"{other!r:.70} in the candidate; record both with the same config, seed and data"
             )
     if candidate.loss.size not in (0, reference.loss.size):
         raise TraceError(
-            f"traces cannot be compared: {reference.loss.size} steps in the reference, "
+            f"traces cannot be compared: {reference.loss.size} steps in the reference and "
             f"{candidate.loss.size} in the candidate; record both with the same train.steps"
         )
     if not candidate.loss.size and not candidate.tests:
         raise TraceError(
-            f"trace of {candidate.backend}: neither a free run nor teacher forcing; record one"
+            f"trace of {candidate.backend}: it holds neither a free run nor teacher forcing; "
+            "record one of them"
         )
 
 
 def gradient_check(trace: Trace, rate: float) -> tuple[Array, Array, Array]:
-    """Per parameter the error relative to the plain reference's [S, P] and relative to its bound
-    [S, P]; the loss's relative to its bound [S]. Half the rate each."""
+    """Returns each gradient's error divided by the plain reference's [S, P], each gradient's error
+    divided by its bound [S, P], and the loss's error divided by its bound [S]. Gradients and loss
+    take half the rate each."""
     if not trace.capture_steps:
         empty = np.zeros((0, len(trace.parameters)))
         return empty, empty, np.zeros(0)
@@ -167,8 +175,8 @@ def gradient_check(trace: Trace, rate: float) -> tuple[Array, Array, Array]:
     errors, losses = trace.gradient_error, trace.loss_error
     if len(errors) < 4 or not (np.isfinite(errors[1:]).all() and np.isfinite(losses[1:]).all()):
         raise TraceError(
-            f"trace of {trace.backend!r}: the reference's own gradients in it are too few or not "
-            "finite; train with a smaller train.lr and record again"
+            f"trace of {trace.backend!r}: the reference's gradients in it are too few or not "
+            "finite; record again with a smaller train.lr"
         )
     ratio = errors[0] / np.maximum(errors[1], 1e-30)
     excess = errors[0] / error_bound(errors[2:], floor, rate / 2)
@@ -178,32 +186,24 @@ def gradient_check(trace: Trace, rate: float) -> tuple[Array, Array, Array]:
     return ratio, excess, loss_excess
 
 
-def op_check(trace: Trace, rate: float) -> list[Finding]:
-    """Every recorded test, the furthest outside first."""
-    return findings(trace.tests, trace.test_values, trace.num_tests, rate)
-
-
-def findings(
-    tests: list[dict[str, Any]], values: Array, num_tests: int, rate: float
-) -> list[Finding]:
-    """The tests as a trace keeps them, the furthest outside first."""
+def findings(tests: list[OpTest], values: Array, num_tests: int, rate: float) -> list[Finding]:
+    """Returns the outcome of every test, the largest ratio first. `values` [T, 3] are the effects,
+    standard errors and limits of `tests`, which were chosen from `num_tests`; `rate` is the
+    probability that an honest candidate has any guilty one."""
     z = statistics.critical_z(rate, num_tests)
-    found = []
-    for row, (effect, error, limit) in zip(tests, values, strict=True):
+    outcomes = []
+    for test, (effect, error, limit) in zip(tests, values, strict=True):
         outside = statistics.excess(np.array([effect]), np.array([error]), float(limit), z)
-        found.append(
+        outcomes.append(
             Finding(
-                **{f: row[f] for f in _ROW},
+                **test,
                 z=float(abs(effect) / error) if error > 0 else 0.0,
                 effect=float(effect),
                 benign=float(limit),
                 ratio=float(outside[0]),
             )
         )
-    return sorted(found, key=lambda f: -f.ratio)
-
-
-_ROW = ("op", "direction", "layer", "step", "call", "tensor", "dtype", "shape", "projection")
+    return sorted(outcomes, key=lambda f: -f.ratio)
 
 
 def _envelope_reason(curve: Envelope | None) -> list[str]:

@@ -1,5 +1,5 @@
-"""A candidate's own run, every op call judged by what it gave there and then: what happens once in
-a run shows in no replay."""
+"""Trains a candidate and judges every op call as it happens. A fault that happens once in a run
+does not show when the calls are replayed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 from glm_core.align import teacher_forcing
 from glm_core.align.calibration import MakeSampler, Progress
 from glm_core.align.capture import Call, Capture, capture
-from glm_core.align.recording import tests
+from glm_core.align.recording import worst_tests
 from glm_core.align.replay import Results, flat, with_change
 from glm_core.align.teacher_forcing import Key
 from glm_core.align.training import Run
@@ -29,33 +29,34 @@ from glm_core.errors import DeviceError, TrainingError
 
 Array = NDArray[np.float64]
 RATE = 1e-3 / 3
+"""the op by op tests' share of the verdict's false-alarm rate"""
 
 
-class Shadow(Capture):
-    """Captures calls and their results, gradients included, as they happen."""
+class ResultCapture(Capture):
+    """Captures the calls of one step together with their results and gradients."""
 
     def __init__(self, step: int) -> None:
         super().__init__(step)
         self.results: list[Results] = []
 
     def __call__(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The interceptor."""
+        """The interceptor: runs the call and keeps its results."""
         results: Results = {}
         self.results.append(results)
-        given = dict(zip(op.parameters, args, strict=False)) | kwargs
+        named = dict(zip(op.parameters, args, strict=False)) | kwargs
         for name in op.differentiable:
-            if isinstance(given.get(name), Tensor) and given[name].requires_grad:
-                given[name] = given[name].view_as(given[name])  # its gradient is this call's alone
-                given[name].register_hook(_keep(results, f"d_{name}"))
-        out = super().__call__(op, (), given)
+            if isinstance(named.get(name), Tensor) and named[name].requires_grad:
+                named[name] = named[name].view_as(named[name])  # its gradient is this call's alone
+                named[name].register_hook(_keep(results, f"d_{name}"))
+        out = super().__call__(op, (), named)
         outputs = out if isinstance(out, tuple) else () if out is None else (out,)
         for i, y in enumerate(outputs):
-            results[f"y{i}" if len(outputs) > 1 else "y"] = host(y)
-        results.update({n: host(given[n]) for n in op.mutates if given.get(n) is not None})
+            results[f"y{i}" if len(outputs) > 1 else "y"] = cpu_copy(y)
+        results.update({n: cpu_copy(named[n]) for n in op.mutates if named.get(n) is not None})
         return out
 
-    def on_host(self) -> list[Call]:
-        """The calls with all their tensors on the CPU."""
+    def on_cpu(self) -> list[Call]:
+        """Returns the calls with all their tensors on the CPU."""
         move = lambda x: x.cpu() if isinstance(x, Tensor) else x  # noqa: E731
         return [
             dataclasses.replace(
@@ -64,60 +65,65 @@ class Shadow(Capture):
             for c in self.calls
         ]
 
-    def answer(self, call: Call) -> Results:
-        """What a call of `on_host` gave."""
+    def results_of(self, call: Call) -> Results:
+        """Returns what a call of `on_cpu` gave."""
         return with_change(call, self.results[call.index])
 
 
 def _keep(results: Results, name: str) -> Any:
     def keep(gradient: Tensor) -> None:
-        results[name] = host(gradient)
+        results[name] = cpu_copy(gradient)
 
     return keep
 
 
-def host(value: Any) -> Tensor:
-    """A copy on the CPU; a list of tensors as one flat tensor."""
+def cpu_copy(value: Any) -> Tensor:
+    """Returns a copy on the CPU; a list of tensors becomes one flat tensor."""
     return flat(value).detach().cpu().clone()
 
 
 def watch(
-    config: RunConfig, backend: Backend, make: MakeSampler, limits: dict[Key, float], tell: Progress
+    config: RunConfig,
+    backend: Backend,
+    make: MakeSampler,
+    limits: dict[Key, float],
+    report: Progress,
 ) -> tuple[list[Finding], Array]:
-    """Trains the candidate until a step has findings of single calls, the furthest outside first.
-    With them the losses so far [N], NaN from where the run ended."""
+    """Trains the candidate until single calls of a step are guilty. Returns these findings, the
+    furthest outside first, and the losses [N], which are NaN from where the run ended."""
     run, steps = Run(config, make(), backend), config.train.steps
     losses = np.full(steps, np.nan)
     with registry.use(run.backend):
         for step in range(1, steps + 1):
             watchdog.beat(f"step {step}, call by call")
-            record, broke = Shadow(step), False
-            with capture(run.model, step, record):
+            captured, broke_off = ResultCapture(step), False
+            with capture(run.model, step, captured):
                 try:
                     losses[step - 1] = run.step().loss
                 except DeviceError:
                     raise
                 except TrainingError:
-                    broke = True
-            found = judged(record, limits, run.dtype, steps)
-            tell(f"{backend.name}, call by call", step, steps)
-            if found or broke:
-                return found, losses
+                    broke_off = True
+            guilty = judge_step(captured, limits, run.dtype, steps)
+            report(f"{backend.name}, call by call", step, steps)
+            if guilty or broke_off:
+                return guilty, losses
     return [], losses
 
 
-def judged(
-    record: Shadow, limits: dict[Key, float], dtype: torch.dtype, steps: int
+def judge_step(
+    captured: ResultCapture, limits: dict[Key, float], dtype: torch.dtype, steps: int
 ) -> list[Finding]:
-    """The findings of single calls that are outside; the step is one of so many. The benign range
-    comes from the captured steps; where it is left, it is measured in this step too."""
-    cases = list(teacher_forcing.cases(record.on_host()))
-    measured, _ = teacher_forcing.measure(cases, record.answer)
+    """Returns the guilty findings of single calls in one step of `steps`. `limits` is the benign
+    range of the captured steps; for ops that leave it, it is widened by the range measured in this
+    very step."""
+    cases = list(teacher_forcing.cases(captured.on_cpu()))
+    measured, _ = teacher_forcing.measure(cases, captured.results_of)
 
     def outside(limits: dict[Key, float]) -> list[Finding]:
-        rows = tests(measured, cases, limits)
-        found = findings(*rows, measured.count() * steps, RATE)
-        return [f for f in found if f.ratio > 1 and f.call >= 0]
+        tests, values = worst_tests(measured, cases, limits)
+        tested = findings(tests, values, measured.count() * steps, RATE)
+        return [f for f in tested if f.ratio > 1 and f.call >= 0]
 
     suspects = {f.op for f in outside(limits)}
     if not suspects:

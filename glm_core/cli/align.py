@@ -1,4 +1,5 @@
-"""`glm-core align`: one verdict on loss curves across backends, machines and planted bugs."""
+"""Implements `glm-core align`: judges loss curves across backends and machines, names the guilty
+op, and measures how sharp the verdict is."""
 
 from __future__ import annotations
 
@@ -24,57 +25,76 @@ if TYPE_CHECKING:
     from glm_core.config import Dtype, RunConfig
 
 STEPS = 100
-"""of `run` and `record` where neither --steps nor --config says: the curve is past its knee"""
+"""steps of a run where neither --steps nor --config gives them: enough for the loss to flatten"""
 TARGET = 0.95
-"""share of the planted bugs whose op `bisect` must name"""
+"""`bisect` must name the op of at least this share of the planted bugs"""
 DIRECTIONS = ("forward", "backward", "optimizer")
 DTYPES = ("float32", "bfloat16", "float16")
+DTYPE = "working dtype (default %(default)s)"
+CONTROLS = "control runs of the reference (default %(default)s)"
 
 
 def define(parser: argparse.ArgumentParser) -> None:
-    """Its subcommands."""
+    """Adds the subcommands."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    run = actions.add_parser("run", help="train on every usable backend, compare, report")
+    run = actions.add_parser(
+        "run",
+        help="train on every usable backend, judge each against the reference, write a report",
+    )
     add_run(run)
-    run.add_argument("--backends", metavar="A,B", help="default: every usable one")
     run.add_argument(
-        "--dtypes", metavar="A,B", default="float32,bfloat16", help="default %(default)s"
+        "--backends", metavar="A,B", help="backends to judge (default: every usable one)"
     )
     run.add_argument(
-        "--controls", type=int, default=8, metavar="K", help="control runs (default 8)"
+        "--dtypes",
+        metavar="A,B",
+        default="float32,bfloat16",
+        help="working dtypes (default %(default)s)",
     )
-    run.add_argument("--out", default="runs/align", metavar="DIR", help="default %(default)s")
+    run.add_argument("--controls", type=int, default=8, metavar="K", help=CONTROLS)
+    run.add_argument(
+        "--out",
+        default="runs/align",
+        metavar="DIR",
+        help="folder for traces and report (default %(default)s)",
+    )
     run.set_defaults(run=run_all)
-    record = actions.add_parser("record", help="one backend's trace into one portable file")
+    record = actions.add_parser("record", help="write one backend's trace to one portable file")
     add_run(record)
-    record.add_argument("--backend", required=True, metavar="NAME")
-    record.add_argument("--dtype", choices=DTYPES, default="float32", help="default %(default)s")
-    record.add_argument(
-        "--controls", type=int, default=8, metavar="K", help="control runs (default 8)"
-    )
-    record.add_argument("--out", required=True, metavar="FILE", help="the trace")
+    record.add_argument("--backend", required=True, metavar="NAME", help="backend to record")
+    record.add_argument("--dtype", choices=DTYPES, default="float32", help=DTYPE)
+    record.add_argument("--controls", type=int, default=8, metavar="K", help=CONTROLS)
+    record.add_argument("--out", required=True, metavar="FILE", help="trace file to write")
     record.set_defaults(run=run_record)
-    compare = actions.add_parser("compare", help="two trace files; needs neither device nor model")
-    compare.add_argument("reference", metavar="REFERENCE")
-    compare.add_argument("candidate", metavar="CANDIDATE")
-    compare.add_argument("--report", metavar="FILE", help="HTML report")
-    compare.set_defaults(run=run_compare)
-    sensitivity = actions.add_parser("sensitivity", help="planted bugs and benign changes, judged")
-    sensitivity.add_argument(
-        "--dtype", choices=DTYPES[:2], default="float32", help="default %(default)s"
+    compare = actions.add_parser(
+        "compare", help="judge one trace file against another; needs neither device nor model"
     )
+    compare.add_argument("reference", metavar="REFERENCE", help="trace of the reference")
+    compare.add_argument("candidate", metavar="CANDIDATE", help="trace of the candidate")
+    compare.add_argument("--report", metavar="FILE", help="HTML report to write")
+    compare.set_defaults(run=run_compare)
+    sensitivity = actions.add_parser(
+        "sensitivity", help="measure the verdict: how many planted bugs it finds, and false alarms"
+    )
+    sensitivity.add_argument("--dtype", choices=DTYPES[:2], default="float32", help=DTYPE)
     sensitivity.add_argument(
-        "--bisect", action="store_true", help="does bisect name each bug's op?"
+        "--bisect", action="store_true", help="count the bugs whose op bisect names"
     )
     sensitivity.set_defaults(run=run_sensitivity)
-    bisect = actions.add_parser("bisect", help="which op, direction, dtype, shape and layer")
+    bisect = actions.add_parser(
+        "bisect", help="name the guilty op with its direction, dtype, shape and layer"
+    )
     add_run(bisect)
-    bisect.add_argument("--backend", required=True, metavar="NAME", help="the candidate")
-    bisect.add_argument("--dtype", choices=DTYPES, default="float32", help="default %(default)s")
-    bisect.add_argument("--op", default="", metavar="NAME", help="its captured calls alone")
-    bisect.add_argument("--direction", default="", choices=DIRECTIONS, help="this one alone")
-    bisect.add_argument("--layer", default="", metavar="N", help="calls of this block alone")
-    bisect.add_argument("--step", type=int, default=0, metavar="N", help="this captured step alone")
+    bisect.add_argument("--backend", required=True, metavar="NAME", help="backend to judge")
+    bisect.add_argument("--dtype", choices=DTYPES, default="float32", help=DTYPE)
+    bisect.add_argument("--op", default="", metavar="NAME", help="judge only calls of this op")
+    bisect.add_argument(
+        "--direction", default="", choices=DIRECTIONS, help="judge only this direction"
+    )
+    bisect.add_argument("--layer", default="", metavar="N", help="judge only calls of this block")
+    bisect.add_argument(
+        "--step", type=int, default=0, metavar="N", help="judge only calls of this captured step"
+    )
     bisect.set_defaults(run=run_bisect)
     for action in (run, record, bisect):
         add_timeout(action)
@@ -83,7 +103,8 @@ def define(parser: argparse.ArgumentParser) -> None:
 
 
 def run_all(args: argparse.Namespace) -> int:
-    """Exit 0 aligned, 1 diverged, 3 a backend that was asked for is not available."""
+    """Runs `align run`. Returns 0 for aligned, 1 for diverged; raises where a requested backend is
+    not available (exit 3)."""
     from glm_core import align
     from glm_core.align import report
     from glm_core.backends import registry
@@ -91,7 +112,7 @@ def run_all(args: argparse.Namespace) -> int:
     names = args.backends.split(",") if args.backends else usable()
     for name in names:
         registry.usable(name)
-    config = chosen(args)
+    config = config_of(args)
     result = align.run(
         config,
         names,
@@ -107,30 +128,30 @@ def run_all(args: argparse.Namespace) -> int:
     return 0 if result.verdict == "aligned" else EXIT_FAILED
 
 
-def chosen(args: argparse.Namespace, **train: str) -> RunConfig:
-    """The options' run, with this command's own number of steps where they name none."""
+def config_of(args: argparse.Namespace, **train: str) -> RunConfig:
+    """Returns the config that the options describe, with STEPS steps where they give none."""
     if args.steps is None and not args.config:
         args.steps = STEPS
     return run_config(args, **train)
 
 
 def dtypes_of(args: argparse.Namespace) -> list[Dtype]:
-    """The dtypes asked for. Raises ConfigError naming one that is none."""
+    """Returns the requested dtypes. Raises ConfigError that names the unknown ones."""
     from glm_core.errors import ConfigError, unknown
 
     names = args.dtypes.split(",")
-    if strange := [unknown("dtype", n, DTYPES) for n in names if n not in DTYPES]:
-        raise ConfigError("; ".join(strange))
+    if problems := [unknown("dtype", n, DTYPES) for n in names if n not in DTYPES]:
+        raise ConfigError("; ".join(problems))
     return names
 
 
 def progress(what: str, done: int, of: int) -> None:
-    """One line on stderr, overwritten."""
+    """Shows progress in one line on stderr, which is overwritten."""
     print(f"\r{what:<40.40} {done}/{of}   ", end="" if done < of else "\n", file=sys.stderr)
 
 
 def usable() -> list[str]:
-    """Every backend that computes values here, apart from the reference itself."""
+    """Returns every backend that computes values here, except the reference."""
     from glm_core.backends import registry
 
     candidates = [n for n in registry.names() if n not in ("null", "reference")]
@@ -138,11 +159,11 @@ def usable() -> list[str]:
 
 
 def run_record(args: argparse.Namespace) -> int:
-    """Exit 0 with the trace written."""
+    """Runs `align record`. Returns 0 when the trace is written."""
     from glm_core import align
     from glm_core.diagnose import watchdog
 
-    config = chosen(args, backend=args.backend, dtype=args.dtype)
+    config = config_of(args, backend=args.backend, dtype=args.dtype)
     with watchdog.guard(args.timeout, f"align record: backend {args.backend}", RESET):
         trace = align.record(config, args.backend, controls=args.controls, progress=progress)
     trace.save(args.out)
@@ -153,24 +174,25 @@ def run_record(args: argparse.Namespace) -> int:
 
 
 def run_bisect(args: argparse.Namespace) -> int:
-    """Exit 0 nothing is guilty, 1 something is named, 3 the backend is not available."""
+    """Runs `align bisect`. Returns 0 where nothing is guilty, 1 where something is named; raises
+    where the backend is not available (exit 3)."""
     from glm_core import align
     from glm_core.backends import registry
     from glm_core.diagnose import watchdog
 
     registry.usable(args.backend)
-    config = chosen(args, backend=args.backend, dtype=args.dtype)
+    config = config_of(args, backend=args.backend, dtype=args.dtype)
     only = align.CallFilter(args.op, args.direction, args.layer, args.step)
     with watchdog.guard(args.timeout, f"align bisect: backend {args.backend}", RESET):
-        found = align.bisect(
+        result = align.bisect(
             config, args.backend, only=only, options=words(args), progress=progress
         )
-    emit(args, found.to_json(), found.text())
-    return EXIT_FAILED if found.guilty else 0
+    emit(args, result.to_json(), result.text())
+    return EXIT_FAILED if result.guilty else 0
 
 
 def run_compare(args: argparse.Namespace) -> int:
-    """Exit 0 aligned, 1 diverged."""
+    """Runs `align compare`. Returns 0 for aligned, 1 for diverged."""
     from glm_core import align
     from glm_core.align import report
     from glm_core.align.trace import load
@@ -184,22 +206,22 @@ def run_compare(args: argparse.Namespace) -> int:
 
 
 def run_sensitivity(args: argparse.Namespace) -> int:
-    """Exit 0 where every planted bug was found and nothing benign was convicted; with --bisect,
-    where TARGET of them are named."""
+    """Runs `align sensitivity`. Returns 0 where every planted bug was found and nothing benign was
+    convicted; with --bisect, where the ops of at least TARGET of the bugs are named."""
     from glm_core.sensitivity.detection import progress_line, sensitivity
     from glm_core.sensitivity.hitrate import hits
 
     if args.bisect:
-        found = hits(args.dtype, progress=progress_line)
-        emit(args, found.to_json(), found.text())
-        return 0 if found.share >= TARGET else EXIT_FAILED
+        named = hits(args.dtype, progress=progress_line)
+        emit(args, named.to_json(), named.text())
+        return 0 if named.share >= TARGET else EXIT_FAILED
     result = sensitivity(args.dtype, progress=progress_line)
     emit(args, result.to_json(), result.text())
     return 0 if not result.missed and not result.false_alarms else EXIT_FAILED
 
 
 def verdict_table(pairs: list[Pair]) -> str:
-    """One row a comparison; ratios are shares of what is allowed."""
+    """Returns one row per comparison; ratios are shares of what is allowed."""
     rows = [["candidate", "dtype", "verdict", "envelope", "gradients", "ops", "first step", "why"]]
     for p in pairs:
         ratios = (p.max_envelope_ratio, p.max_gradient_ratio, p.max_op_ratio)

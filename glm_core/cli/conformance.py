@@ -1,4 +1,5 @@
-"""`glm-core conformance`: every op of a backend against the float64 reference, case by case."""
+"""Implements `glm-core conformance`: judges every op of a backend against the float64 reference,
+case by case."""
 
 from __future__ import annotations
 
@@ -12,35 +13,52 @@ MODES = ("test", "grad", "perf", "support")
 
 
 def define(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
-    parser.add_argument("action", nargs="?", choices=["mutants"], help="are the cases any good?")
-    parser.add_argument("--backend", metavar="NAME", help="who is judged")
-    parser.add_argument("--mode", action="append", choices=MODES, help="default: test and grad")
-    parser.add_argument("--op", metavar="NAME", help="one op")
-    parser.add_argument("--id", metavar="ID", help="one case, or a pattern with *")
-    parser.add_argument("--known-failures", metavar="FILE", help="ids and reasons, one a line")
-    parser.add_argument("--junit", metavar="FILE", help="JUnit XML")
-    parser.add_argument("--html", metavar="FILE", help="HTML page")
-    parser.add_argument("--github", action="store_true", help="GitHub annotations on stdout")
+    """Adds the options."""
+    parser.add_argument(
+        "action",
+        nargs="?",
+        choices=["mutants"],
+        help="run the cases on wrong kernels: do they reject them all?",
+    )
+    parser.add_argument("--backend", metavar="NAME", help="backend to judge")
+    parser.add_argument(
+        "--mode",
+        action="append",
+        choices=MODES,
+        help="which cases to run; may be repeated (default: test and grad)",
+    )
+    parser.add_argument("--op", metavar="NAME", help="run only the cases of this op")
+    parser.add_argument("--id", metavar="ID", help="run only this case; a pattern may contain *")
+    parser.add_argument(
+        "--known-failures",
+        metavar="FILE",
+        help="file of cases known to fail: a case id and the reason per line",
+    )
+    parser.add_argument("--junit", metavar="FILE", help="JUnit XML report to write")
+    parser.add_argument("--html", metavar="FILE", help="HTML report to write")
+    parser.add_argument(
+        "--github", action="store_true", help="print GitHub annotations for failed cases"
+    )
     add_timeout(parser)
     add_json(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit 0 all passed, 1 a case failed or a mutant survived, 2 usage, 3 not available."""
+    """Runs the command. Returns 0 where every case passed, 1 where a case failed or a mutant
+    survived; raises for wrong usage (exit 2) and a backend that is not available (exit 3)."""
     from glm_core.conformance import mutants, render
     from glm_core.conformance.run import progress_line
     from glm_core.conformance.run import run as run_cases
     from glm_core.errors import GlmCoreError
 
     if args.action == "mutants":
-        found = mutants.mutants(args.op, progress=progress_line)
-        emit(args, found.to_json(), found.text())
-        return EXIT_FAILED if found.survivors else 0
+        killed = mutants.mutants(args.op, progress=progress_line)
+        emit(args, killed.to_json(), killed.text())
+        return EXIT_FAILED if killed.survivors else 0
     if not args.backend:
         raise GlmCoreError(
-            "conformance: no backend named; pass --backend NAME (see glm-core devices)"
+            "conformance: no backend named; pass --backend NAME (glm-core devices lists them)"
         )
     report = run_cases(
         args.backend,

@@ -1,4 +1,5 @@
-"""`glm-core trace`: what a trace file holds, and what did not run on the device."""
+"""Implements `glm-core trace`: shows what a trace file holds, and what did not run on the
+device."""
 
 from __future__ import annotations
 
@@ -13,22 +14,25 @@ if TYPE_CHECKING:
 
 
 def define(parser: argparse.ArgumentParser) -> None:
-    """Its subcommands."""
+    """Adds the subcommands."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    show = actions.add_parser("show", help="what a trace file holds; needs no torch")
-    show.add_argument("trace", metavar="TRACE")
+    show = actions.add_parser("show", help="show what a trace file holds; needs no torch")
+    show.add_argument("trace", metavar="TRACE", help="trace file")
     show.set_defaults(run=run_show)
     fallbacks = actions.add_parser(
-        "fallbacks", help="what did not run on the device: how often, why, and what it costs"
+        "fallbacks",
+        help="list what did not run on the device's kernels: how often, why, and what it costs",
     )
-    fallbacks.add_argument("trace", nargs="?", metavar="TRACE", help="as recorded, without times")
+    fallbacks.add_argument(
+        "trace", nargs="?", metavar="TRACE", help="trace file; it holds counts, but no times"
+    )
     fallbacks.add_argument(
         "--backend",
         metavar="NAME",
-        help="or three steps on this backend, timed, host calls counted",
+        help="instead of TRACE: run three steps on this backend, timed, host calls counted",
     )
     fallbacks.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="of --backend's steps"
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="dtype of --backend's steps"
     )
     add_run(fallbacks)
     add_timeout(fallbacks)
@@ -38,16 +42,16 @@ def define(parser: argparse.ArgumentParser) -> None:
 
 
 def run_show(args: argparse.Namespace) -> int:
-    """Exits 0; 2 for a file that is no trace."""
+    """Runs `trace show`. Returns 0; raises TraceError for a file that is no trace (exit 2)."""
     from glm_core.align.trace import load
 
     facts = summary(load(args.trace))
-    emit(args, facts, "\n".join(f"{name:16} {plain(value)}" for name, value in facts.items()))
+    emit(args, facts, "\n".join(f"{name:16} {one_line(value)}" for name, value in facts.items()))
     return 0
 
 
 def summary(trace: Trace) -> dict[str, Any]:
-    """The trace's facts and how much it holds of each kind."""
+    """Returns the trace's facts, and how many calls, tests and parameters it holds."""
     loss = trace.loss.tolist()
     return {
         "backend": trace.backend,
@@ -69,19 +73,19 @@ def summary(trace: Trace) -> dict[str, Any]:
     }
 
 
-def plain(value: Any) -> str:
-    """One line, tables as key=value; what would drive the terminal is escaped."""
+def one_line(value: Any) -> str:
+    """Returns the value in one line, tables as key=value; control characters are escaped."""
     if isinstance(value, dict):
-        return " ".join(f"{plain(k)}={plain(v)}" for k, v in value.items())
+        return " ".join(f"{one_line(k)}={one_line(v)}" for k, v in value.items())
     if isinstance(value, list):
-        return "; ".join(map(plain, value)) or "none"
+        return "; ".join(map(one_line, value)) or "none"
     text = str(value)
     return text if text.isprintable() else ascii(text)
 
 
 def run_fallbacks(args: argparse.Namespace) -> int:
-    """Exits 0, whatever fell back; 2 unless given either a trace or a backend; 3 for a backend that
-    is not available."""
+    """Runs `trace fallbacks`. Returns 0, whatever fell back. Raises ConfigError (exit 2) unless
+    either a trace or a backend is given, and where the backend is not available (exit 3)."""
     from glm_core.errors import ConfigError
 
     if bool(args.trace) == bool(args.backend):
@@ -92,7 +96,7 @@ def run_fallbacks(args: argparse.Namespace) -> int:
     if args.trace:
         from glm_core.align.trace import load
 
-        found = fallbacks.recorded(load(args.trace))
+        result = fallbacks.recorded(load(args.trace))
     else:
         from glm_core.align.calibration import open_data
         from glm_core.backends import registry
@@ -101,28 +105,30 @@ def run_fallbacks(args: argparse.Namespace) -> int:
         config = run_config(args, backend=args.backend, dtype=args.dtype)
         data = open_data(config, ".cache")()
         with watchdog.guard(args.timeout, f"trace fallbacks: backend {args.backend}", RESET):
-            found = fallbacks.measure(config, data, args.backend)
-    emit(args, found.to_json(), table(found))
+            result = fallbacks.measure(config, data, args.backend)
+    emit(args, result.to_json(), table(result))
     return 0
 
 
-def table(found: Fallbacks) -> str:
-    """One row a fallback, and what is not known."""
+def table(result: Fallbacks) -> str:
+    """Returns one row per fallback, and notes on what is not known."""
     rows = [["op", "ran on", "calls/step", "FLOPs", "time", "why"]]
-    for r in found.rows:
+    for r in result.rows:
         shares = (share(r.flops_share), share(r.time_share))
         rows.append([r.op, r.where, f"{r.calls:g}", *shares, r.reason])
-    notes = [columns(rows) if found.rows else f"{found.backend}: no fallback"]
-    if not found.runtime_counted:
-        known = "Backend.runtime_fallbacks" if found.step_ms else "--backend"
-        notes.append(
-            f"{found.backend}: what its runtime sends to the host is not known; {known} tells"
+    lines = [columns(rows) if result.rows else f"{result.backend}: no fallback"]
+    if not result.runtime_counted:
+        way_out = "implement Backend.runtime_fallbacks" if result.step_ms else "use --backend"
+        lines.append(
+            f"{result.backend}: what its runtime sends to the host is not known; {way_out}"
         )
-    if found.step_ms and found.ops_ms:
-        notes.append(f"step {found.step_ms:.1f} ms; its op calls timed alone {found.ops_ms:.1f} ms")
-    return "\n".join(notes)
+    if result.step_ms and result.ops_ms:
+        lines.append(
+            f"step {result.step_ms:.1f} ms; its op calls, timed alone, {result.ops_ms:.1f} ms"
+        )
+    return "\n".join(lines)
 
 
 def share(value: float | None) -> str:
-    """Percent."""
+    """Returns a share as a percentage, `-` where it is not known."""
     return "-" if value is None else f"{value:.1%}"

@@ -1,4 +1,5 @@
-"""One case: an op, a sample, a dtype and a mode. Test, grad, perf and support all start from it."""
+"""Defines the case: an op, a sample, a dtype and a mode. Test, grad, perf and support all start
+from it."""
 
 from __future__ import annotations
 
@@ -18,48 +19,50 @@ from glm_core.spec import Draw, Maker, Sample, realize
 MODES = ("test", "grad", "perf", "support")
 
 INDEXES = {"embedding": ("ids", "weight"), "linear_cross_entropy": ("labels", "weight")}
-"""op: (argument that indexes, argument whose rows it indexes); an index out of range is an error"""
+"""by op: the argument that holds indexes, and the argument whose rows they index. An index out of
+range must raise an error"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Case:
-    """What to run and in which mode; the same object whichever the mode."""
+    """One call of one op: what to run and in which mode."""
 
     op: Op
     sample: Sample
     dtype: torch.dtype
     mode: str
     plain: bool = False
-    """the op's first sample, which is asked for NaN and Inf propagation too"""
+    """whether this is the op's first sample, which is also tested with NaN and infinity"""
     raises: bool = False
-    """an index is out of range: anything but an error is a failure"""
+    """whether an index is out of range, so that the call must raise an error"""
 
     @property
     def id(self) -> str:
-        """`rms_norm-bfloat16-2x5x96-grad`; the filter on the command line."""
+        """Returns the id, which is also the filter on the command line:
+        `rms_norm-bfloat16-2x5x96-grad`."""
         return f"{self.op.name}-{dtype_name(self.dtype)}-{self.sample.id}-{self.mode}"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`bfloat16`."""
+    """Returns the dtype's name without `torch.`."""
     return str(dtype).removeprefix("torch.")
 
 
 def every_case(backend: Backend) -> Iterator[Case]:
-    """All cases of all ops in every dtype the backend claims and every mode that has a meaning."""
+    """Yields the cases of all ops in every dtype the backend claims and every mode that applies."""
     for op in all_ops().values():
         samples = list(op.samples())
         for mode in MODES:
             for dtype in backend.dtypes:
                 for sample in samples:
-                    if _meaningful(op, sample, mode):
+                    if _applies(op, sample, mode):
                         yield Case(op, sample, dtype, mode, plain=sample is samples[0])
             if mode == "test" and backend.device_type != "meta":
                 for sample in _out_of_range(op, samples[0]):
                     yield Case(op, sample, backend.dtypes[0], mode, raises=True)
 
 
-def _meaningful(op: Op, sample: Sample, mode: str) -> bool:
+def _applies(op: Op, sample: Sample, mode: str) -> bool:
     if mode == "grad":
         return bool(op.differentiable)
     return sample.real if mode == "perf" else True
@@ -70,11 +73,11 @@ def _out_of_range(op: Op, sample: Sample) -> Iterator[Sample]:
         return
     index, table = INDEXES[op.name]
     for name, at_end in (("past-end", True), ("negative", False)):
-        spoiled = _spoiled(sample.args[index], sample.args[table], at_end)
-        yield Sample(f"{sample.id}-{index}-{name}", {**sample.args, index: spoiled})
+        wrong = _wrong_index(sample.args[index], sample.args[table], at_end)
+        yield Sample(f"{sample.id}-{index}-{name}", {**sample.args, index: wrong})
 
 
-def _spoiled(index: Maker, table: Maker, at_end: bool) -> Maker:
+def _wrong_index(index: Maker, table: Maker, at_end: bool) -> Maker:
     def make(draw: Draw) -> Tensor:
         ids: Tensor = realize(index, draw).clone()
         ids.view(-1)[-1] = len(realize(table, draw)) if at_end else -1
@@ -92,13 +95,13 @@ def select(
     dtypes: Iterable[torch.dtype] | None = None,
     real: bool = True,
 ) -> list[Case]:
-    """The cases that fit every filter. `id` is an id or a pattern with * and picks its own mode;
-    `real=False` leaves out the shapes of published models. Raises GlmCoreError where a filter
-    names nothing that exists."""
+    """Returns the cases that match every filter. `id` is a case id, or a pattern with *, and
+    overrides `modes`; `real=False` leaves out the shapes of published models. Raises GlmCoreError
+    for a mode, op or id that does not exist."""
     _check_names("mode", modes, MODES)
     _check_names("op", [op] if op else [], all_ops())
     wanted = None if dtypes is None else set(dtypes)
-    found = [
+    selected = [
         case
         for case in every_case(backend)
         if (fnmatchcase(case.id, id) if id else case.mode in modes)
@@ -106,9 +109,9 @@ def select(
         and (wanted is None or case.dtype in wanted)
         and (real or not case.sample.real)
     ]
-    if id and not found:
+    if id and not selected:
         raise GlmCoreError(_no_such_case(backend, id))
-    return found
+    return selected
 
 
 def _check_names(kind: str, names: Iterable[str], known: Iterable[str]) -> None:

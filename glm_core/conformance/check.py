@@ -1,4 +1,5 @@
-"""What a case must show to pass: values, structure, untouched inputs, the same bits every time."""
+"""Judges one case: the values, the structure of the results, that inputs are left alone, and that
+every run gives the same bits."""
 
 from __future__ import annotations
 
@@ -14,24 +15,27 @@ from torch import Tensor
 from glm_core.backends.base import Backend
 from glm_core.backends.registry import use
 from glm_core.conformance.case import Case
-from glm_core.conformance.oracle import Results, compute, named, oracle
+from glm_core.conformance.oracle import Results, compute, oracle, tensors_by_name
 from glm_core.conformance.tolerance import MAX_ERROR_RATIO, deviation
 
 
 class CaseFailure(Exception):
-    """Why a case fails, in one line."""
+    """The reason why a case fails, in one line."""
 
 
-class Judged(NamedTuple):
-    """A case that ran to its end: how wrong it was and, if too wrong, in which words."""
+class Judgement(NamedTuple):
+    """The outcome of a case that ran to its end."""
 
     error_ratio: float | None
+    """largest error, in units of the error that the reference may have; None for a meta backend and
+    for a case that must raise an error"""
     reason: str = ""
+    """where the error was too large, in words; empty where it was not"""
 
 
-def judge(case: Case, backend: Backend) -> Judged:
-    """Runs the case on the backend, strictly. Raises CaseFailure where anything but the size of the
-    error is wrong, and whatever the kernel raises."""
+def judge(case: Case, backend: Backend) -> Judgement:
+    """Runs the case on the backend, strictly: without fallback to the reference. Raises CaseFailure
+    where anything but the size of the error is wrong, and whatever the kernel itself raises."""
     if case.raises:
         return _must_raise(case, backend)
     args = _arguments(case, backend)
@@ -39,15 +43,15 @@ def judge(case: Case, backend: Backend) -> Judged:
     results = _run(case, backend, args)
     _check_structure(case, backend, results)
     if backend.device_type == "meta":
-        return Judged(None)
-    judged = _compare(case, results)
+        return Judgement(None)
+    judgement = _compare(case, results)
     _check_inputs(case, args, before)
     _check_memory(case, args, results)
     _check_repeats(case, backend, results)
     if case.plain and case.mode == "test":
         _check_poison(case, backend, math.nan)
         _check_poison(case, backend, math.inf)
-    return judged
+    return judgement
 
 
 def _arguments(case: Case, backend: Backend, seed: int = 0) -> dict[str, Any]:
@@ -55,8 +59,8 @@ def _arguments(case: Case, backend: Backend, seed: int = 0) -> dict[str, Any]:
 
 
 def _run(case: Case, backend: Backend, args: Mapping[str, Any], spoil: bool = False) -> Results:
-    """Results, read only after synchronize. `spoil` overwrites the inputs right behind the call,
-    in the device's own order: a kernel on another stream reads them too late."""
+    """Runs the case's op and synchronizes. `spoil` queues an overwrite of the inputs right behind
+    the call, which shows a kernel that reads them too late, from another stream."""
     with use(backend, strict=True):
         results = compute(case, case.op, args)
         if spoil:
@@ -68,7 +72,7 @@ def _run(case: Case, backend: Backend, args: Mapping[str, Any], spoil: bool = Fa
 
 
 def _inputs(case: Case, args: Mapping[str, Any]) -> Results:
-    return {k: t for name, v in args.items() for k, t in named(name, v).items()}
+    return {k: t for name, v in args.items() for k, t in tensors_by_name(name, v).items()}
 
 
 def _check_structure(case: Case, backend: Backend, results: Results) -> None:
@@ -89,28 +93,30 @@ def _check_structure(case: Case, backend: Backend, results: Results) -> None:
 
 
 def _device(case: Case, backend: Backend, like: Tensor) -> torch.device:
-    """The backend's, unless no tensor argument says so (the norm of an empty list)."""
+    """Returns the device a result belongs on: the backend's, or for a call without tensor arguments
+    (the norm of an empty list) the reference's."""
     args = case.sample.make(case.dtype)
     return backend.device() if _inputs(case, args) else like.device
 
 
-def _compare(case: Case, results: Results) -> Judged:
-    """The worst result against the oracle."""
+def _compare(case: Case, results: Results) -> Judgement:
+    """Compares every result with the oracle and returns the worst."""
     exact, near = oracle(case)
-    worst = Judged(0.0)
+    worst = Judgement(0.0)
     for name, got in results.items():
-        found = deviation(got.cpu(), exact[name], [n[name] for n in near])
-        if found.ratio > (worst.error_ratio or 0.0):
-            worst = Judged(found.ratio, f"{name}: {found.where}")
+        difference = deviation(got.cpu(), exact[name], [n[name] for n in near])
+        if difference.ratio > (worst.error_ratio or 0.0):
+            worst = Judgement(difference.ratio, f"{name}: {difference.where}")
     ratio = worst.error_ratio or 0.0
     if ratio <= MAX_ERROR_RATIO:
-        return Judged(ratio)
+        return Judgement(ratio)
     limit = f"{ratio:.3g} times what the reference in {case.dtype} is allowed, limit"
-    return Judged(ratio, f"{worst.reason}, {limit} {MAX_ERROR_RATIO:g}")
+    return Judgement(ratio, f"{worst.reason}, {limit} {MAX_ERROR_RATIO:g}")
 
 
 def _bits(t: Tensor) -> Tensor:
-    """The bytes of a tensor's whole storage: NaN equals itself, gaps of a view are included."""
+    """Returns the bytes of a tensor's whole storage, in which NaN equals itself and the gaps of a
+    view are included."""
     whole = torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.detach().untyped_storage())
     return whole.cpu().clone()
 
@@ -131,7 +137,8 @@ def _check_inputs(case: Case, args: Mapping[str, Any], before: Results) -> None:
 
 
 def _check_memory(case: Case, args: Mapping[str, Any], results: Results) -> None:
-    """Results are memory of their own, but for arguments declared to be written."""
+    """Fails where a result shares memory with an argument that the op does not declare as
+    written."""
     owned = {
         t.untyped_storage().data_ptr(): name
         for name, t in _inputs(case, args).items()
@@ -144,19 +151,19 @@ def _check_memory(case: Case, args: Mapping[str, Any], results: Results) -> None
 
 
 def _check_repeats(case: Case, backend: Backend, first: Results) -> None:
-    """Another call leaves the first results alone, and the same call gives the same bits, also
-    where its inputs are overwritten behind it."""
-    kept = {k: t.clone() for k, t in first.items()}
+    """Fails where another call changes the first results, or where the same call gives other bits;
+    its inputs are overwritten right behind it."""
+    copies = {k: t.clone() for k, t in first.items()}
     _run(case, backend, _arguments(case, backend, seed=1))
-    _check_same("a later call overwrote this one's result", kept, first)
+    _check_same("a later call overwrote this one's result", copies, first)
     if not backend.deterministic:
         return
-    again = _run(case, backend, _arguments(case, backend))
-    _check_same("a second run gives other bits, though deterministic is claimed", kept, again)
+    second = _run(case, backend, _arguments(case, backend))
+    _check_same("a second run gives other bits, though deterministic is claimed", copies, second)
     spoil = case.mode == "test"  # a backward needs its inputs as they were
-    late = _run(case, backend, _arguments(case, backend), spoil)
+    third = _run(case, backend, _arguments(case, backend), spoil)
     overwritten = ", its inputs overwritten behind it," if spoil else ""
-    _check_same(f"a third run{overwritten} gives other bits", kept, late)
+    _check_same(f"a third run{overwritten} gives other bits", copies, third)
 
 
 def _check_same(fact: str, expected: Results, received: Results) -> None:
@@ -166,8 +173,8 @@ def _check_same(fact: str, expected: Results, received: Results) -> None:
 
 
 def _check_poison(case: Case, backend: Backend, poison: float) -> None:
-    """One NaN, or one infinity, in each floating argument in turn shows in the same places as in
-    the reference."""
+    """Puts one NaN or infinity into each floating-point argument in turn. Fails where the results
+    are not finite in other places than the reference's."""
     inputs = _inputs(case, case.sample.make(case.dtype))
     for name in (k for k, t in inputs.items() if t.is_floating_point() and t.numel()):
         for place in range(PLACES):
@@ -175,7 +182,7 @@ def _check_poison(case: Case, backend: Backend, poison: float) -> None:
             if not all(t.isfinite().all() for t in want.values()):
                 break
         else:
-            continue  # the reference does not let it through
+            continue  # the reference's results stay finite
         got = _run(case, backend, _poisoned(case, backend.device(), name, place, poison))
         for result, expected in want.items():
             if not torch.equal(expected.isfinite(), got[result].cpu().isfinite()):
@@ -184,7 +191,7 @@ def _check_poison(case: Case, backend: Backend, poison: float) -> None:
 
 
 PLACES = 64
-"""positions tried for a poisoned element until the reference's results show it"""
+"""so many positions of the poisoned element are tried until the reference's results show it"""
 
 
 def _poisoned(
@@ -196,19 +203,19 @@ def _poisoned(
     return args
 
 
-def _must_raise(case: Case, backend: Backend) -> Judged:
+def _must_raise(case: Case, backend: Backend) -> Judgement:
     if backend.device_type != "cpu":  # a device assertion would end this process's device context
-        raises_alone(backend.name, case.id)
+        check_raises_alone(backend.name, case.id)
     elif not raises(case, backend):
         raise CaseFailure(_ACCEPTED)
-    return Judged(None)
+    return Judgement(None)
 
 
 _ACCEPTED = "an index out of range gave a result; the reference raises an error"
 
 
 def raises(case: Case, backend: Backend) -> bool:
-    """Whether the case's call ends in an error."""
+    """Does the case's call end in an error?"""
     try:
         _run(case, backend, _arguments(case, backend))
     except Exception:  # whichever error the backend's runtime has for it
@@ -216,8 +223,9 @@ def raises(case: Case, backend: Backend) -> bool:
     return False
 
 
-def raises_alone(backend: str, id: str) -> None:
-    """The same in a process of its own. Raises CaseFailure where there was no error, or a crash."""
+def check_raises_alone(backend: str, id: str) -> None:
+    """Runs the case's call in a process of its own. Raises CaseFailure where it does not end in an
+    error, or where the process crashes."""
     code = (
         "import sys\n"
         "from glm_core.backends.registry import usable\n"

@@ -1,5 +1,5 @@
-"""What a case's results should be: the reference in float64, and what it makes of them in the
-working dtype."""
+"""Computes what a case's results should be: the reference's in float64, and those of several
+reference runs in the working dtype, which show how much error is honest."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ Results = dict[str, Tensor]
 Function = Callable[..., Any]
 
 SMALL = 4096
-"""results up to which four jittered runs are made; larger tensors pool over themselves, two do"""
+"""results with at most so many elements get four jittered runs, larger ones two: their many
+elements are a sample of their own"""
 
 
 _aten = torch.ops.aten
-APART: dict[Any, Function] = get_decompositions(
+DECOMPOSED: dict[Any, Function] = get_decompositions(
     [
         _aten._softmax,
         _aten._softmax_backward_data,
@@ -35,32 +36,34 @@ APART: dict[Any, Function] = get_decompositions(
 
 
 class Oracle(NamedTuple):
-    """Results by name: exact in float64; near in the working dtype, the plain run first."""
+    """The results a case is compared with, by name."""
 
     exact: Results
+    """float64"""
     near: list[Results]
+    """reference runs in the working dtype: the plain one, then jittered ones"""
 
 
 class Jitter(TorchDispatchMode):
-    """Moves every float32 or float64 intermediate by -1, 0 or 1 ulp at random: as another order of
-    summation or another fused instruction might. Softmax and what else torch
-    does in one step that cancels inside is taken apart first: whole, it gives an exact zero where
-    any kernel of several steps leaves a rounding."""
+    """Moves every float32 or float64 intermediate by -1, 0 or 1 ulp at random, as another order of
+    summation or another fused instruction might. Functions of torch that cancel inside, such as
+    softmax, are first decomposed: undecomposed they give an exact zero where a kernel of several
+    steps leaves a rounding error."""
 
     def __init__(self, seed: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         self.generator = torch.Generator().manual_seed(seed)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func in APART:
+        if func in DECOMPOSED:
             with self:
-                return APART[func](*args, **(kwargs or {}))
+                return DECOMPOSED[func](*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         results = out if isinstance(out, (tuple, list)) else (out,)
-        for value, facts in zip(results, func._schema.returns, strict=False):
-            fresh = facts.alias_info is None or facts.alias_info.is_write
+        for value, schema in zip(results, func._schema.returns, strict=False):
+            fresh = schema.alias_info is None or schema.alias_info.is_write
             if (
                 fresh
                 and isinstance(value, Tensor)
@@ -76,28 +79,31 @@ class Jitter(TorchDispatchMode):
 
 
 def forward(op: Op, function: Function, args: Mapping[str, Any]) -> Results:
-    """Outputs and mutated arguments by name: `out`, `out[1]`, `params[0]`."""
-    results = named("out", function(**args))
+    """Runs the function. Returns its outputs and the arguments it writes by name: `out`, `out[1]`,
+    `params[0]`."""
+    results = tensors_by_name("out", function(**args))
     for name in op.mutates:
-        results |= named(name, args.get(name))
+        results |= tensors_by_name(name, args.get(name))
     return results
 
 
-def named(name: str, value: Any) -> Results:
-    """The tensors of a value by name; None has none."""
+def tensors_by_name(name: str, value: Any) -> Results:
+    """Returns the tensors inside a value: `name` for a tensor, `name[0]`, ... for a list; nothing
+    for any other value."""
     if isinstance(value, Tensor):
         return {name: value}
     pairs = enumerate(value) if isinstance(value, (list, tuple)) else ()
-    return {k: t for i, v in pairs for k, t in named(f"{name}[{i}]", v).items()}
+    return {k: t for i, v in pairs for k, t in tensors_by_name(f"{name}[{i}]", v).items()}
 
 
 def backward(op: Op, function: Function, args: Mapping[str, Any], strided: bool) -> Results:
-    """Vector-Jacobian products by name for drawn output gradients; with several outputs also for
-    each output alone: `d x`, `d x from out[1]`."""
+    """Differentiates the function for drawn output gradients. Returns the arguments' gradients by
+    name, `d x`; with several outputs also for each output alone, `d x from out[1]`. `strided` makes
+    the output gradients non-contiguous."""
     leaves: Results = {}
     args = {k: leaf(k, v, leaves) if k in op.differentiable else v for k, v in args.items()}
-    outputs = named("out", function(**args))
-    pulls = {k: cotangent(i, y, strided) for i, (k, y) in enumerate(outputs.items())}
+    outputs = tensors_by_name("out", function(**args))
+    drawn = {k: output_gradient(i, y, strided) for i, (k, y) in enumerate(outputs.items())}
     groups = {"": list(outputs)}
     if len(outputs) > 1:
         groups |= {f" from {k}": [k] for k in outputs}
@@ -106,7 +112,7 @@ def backward(op: Op, function: Function, args: Mapping[str, Any], strided: bool)
         gradients = torch.autograd.grad(
             [outputs[n] for n in names],
             list(leaves.values()),
-            [pulls[n] for n in names],
+            [drawn[n] for n in names],
             retain_graph=True,
             allow_unused=True,
             materialize_grads=True,
@@ -116,7 +122,8 @@ def backward(op: Op, function: Function, args: Mapping[str, Any], strided: bool)
 
 
 def leaf(name: str, value: Any, leaves: Results) -> Any:
-    """The value with its tensors requiring gradients, which are added to `leaves` by name."""
+    """Returns the value with tensors that require gradients, and adds these tensors to `leaves` by
+    name."""
     if isinstance(value, (list, tuple)):
         return [leaf(f"{name}[{i}]", v, leaves) for i, v in enumerate(value)]
     if not isinstance(value, Tensor):
@@ -125,8 +132,9 @@ def leaf(name: str, value: Any, leaves: Results) -> Any:
     return leaves[name]
 
 
-def cotangent(index: int, output: Tensor, strided: bool) -> Tensor:
-    """The gradient of an output: the same values in every dtype, a view with gaps if `strided`."""
+def output_gradient(index: int, output: Tensor, strided: bool) -> Tensor:
+    """Draws the gradient of an output: the same values in every dtype, a view with gaps if
+    `strided`."""
     shape = (*output.shape[:-1], output.shape[-1] * 2) if output.dim() else ()
     g = torch.randn(shape, generator=torch.Generator().manual_seed(1000 + index)).bfloat16()
     g = g.to(output.dtype).to(output.device)
@@ -135,12 +143,13 @@ def cotangent(index: int, output: Tensor, strided: bool) -> Tensor:
 
 
 def is_strided(args: Mapping[str, Any]) -> bool:
-    """Some argument is not contiguous."""
-    return any(not t.is_contiguous() for v in args.values() for t in named("", v).values())
+    """Is some argument not contiguous?"""
+    tensors = (t for v in args.values() for t in tensors_by_name("", v).values())
+    return any(not t.is_contiguous() for t in tensors)
 
 
 def compute(case: Case, function: Function, args: Mapping[str, Any]) -> Results:
-    """What the case is about: results in test mode, gradients in grad mode."""
+    """Runs the function on the case: returns results in test mode, gradients in grad mode."""
     if case.mode == "grad":
         return backward(case.op, function, args, is_strided(args))
     with torch.no_grad():
@@ -160,17 +169,17 @@ _cache: dict[tuple[Op, str, torch.dtype, str], Oracle] = {}
 
 
 def oracle(case: Case) -> Oracle:
-    """The case's oracle; kept for the next backend unless the shape is a published model's."""
+    """Returns the case's oracle, which is cached for the next backend unless the shape is a
+    published model's."""
     key = (case.op, case.sample.id, case.dtype, case.mode)
+    if case.sample.real:
+        return _compute_oracle(case)
     if key not in _cache:
-        made = _make(case)
-        if case.sample.real:
-            return made
-        _cache[key] = made
+        _cache[key] = _compute_oracle(case)
     return _cache[key]
 
 
-def _make(case: Case) -> Oracle:
+def _compute_oracle(case: Case) -> Oracle:
     reference = case.op.reference
     near = [compute(case, reference, case.sample.make(case.dtype))]
     size = max((t.numel() for t in near[0].values()), default=0)

@@ -1,4 +1,4 @@
-"""How fast a kernel is on a published model's shape, beside the reference on the same device."""
+"""Times a kernel on a published model's shape, and the reference on the same device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from glm_core.backends.base import Backend
 from glm_core.backends.registry import use
 from glm_core.conformance.case import Case
-from glm_core.conformance.oracle import Results, cotangent, leaf, named
+from glm_core.conformance.oracle import Results, leaf, output_gradient, tensors_by_name
 from glm_core.dispatch import Op
 from glm_core.measure.timing import interleave, ratio
 
@@ -18,14 +18,15 @@ ROUNDS = 7
 
 
 def measure(case: Case, backend: Backend) -> dict[str, object]:
-    """Milliseconds, rates from the op's cost, and how many times faster than the reference;
-    forward, and forward with backward where the op has one."""
-    found: dict[str, object] = {}
+    """Returns by name, for forward and (where the op has a backward) for forward with backward:
+    milliseconds, rates by the op's cost, and how many times faster the kernel is than the
+    reference."""
+    figures: dict[str, object] = {}
     for name, flops, moved, contestants in calls(case, backend):
         with use(backend):
             times = interleave(contestants, ROUNDS)
         seconds = times["kernel"].median_s
-        found |= {
+        figures |= {
             f"{name}_ms": seconds * 1e3,
             f"{name}_spread": times["kernel"].spread,
             f"{name}_tflops": flops / seconds / 1e12,
@@ -34,17 +35,17 @@ def measure(case: Case, backend: Backend) -> dict[str, object]:
                 "ratio"
             ],
         }
-    return found
+    return figures
 
 
 Prepare = Callable[[Op, Callable[..., Any], Mapping[str, Any]], Callable[[], Any]]
 Direction = tuple[str, int, int, dict[str, Callable[[], Any]]]
-"""(forward or forward_backward, FLOPs, bytes, the contestants kernel and reference)"""
+"""(forward or forward_backward, FLOPs, bytes, what to time: kernel and reference)"""
 
 
 def calls(case: Case, backend: Backend) -> Iterator[Direction]:
-    """What to time, on the backend's device; backward is timed with its forward, for a kernel may
-    move work from one to the other."""
+    """Yields what to time on the backend's device. Backward is timed together with its forward,
+    because a kernel may move work from one to the other."""
     args = case.sample.make(case.dtype, backend.device())
     cost = case.op.cost(**case.sample.make(case.dtype))
     yield "forward", cost.flops, cost.bytes, _pair(backend, _forward, case.op, args)
@@ -79,11 +80,11 @@ def _forward(op: Op, function: Callable[..., Any], args: Mapping[str, Any]) -> C
 def _both(op: Op, function: Callable[..., Any], args: Mapping[str, Any]) -> Callable[[], Any]:
     leaves: Results = {}
     args = {k: leaf(k, v, leaves) if k in op.differentiable else v for k, v in args.items()}
-    outputs = named("out", op.reference(**args))
-    pulls = [cotangent(i, y, strided=False) for i, y in enumerate(outputs.values())]
+    outputs = tensors_by_name("out", op.reference(**args))
+    drawn = [output_gradient(i, y, strided=False) for i, y in enumerate(outputs.values())]
 
     def call() -> None:
-        outputs = list(named("out", function(**args)).values())
-        torch.autograd.grad(outputs, list(leaves.values()), pulls)
+        outputs = list(tensors_by_name("out", function(**args)).values())
+        torch.autograd.grad(outputs, list(leaves.values()), drawn)
 
     return call

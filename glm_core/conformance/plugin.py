@@ -1,4 +1,4 @@
-"""The cases as parametrised pytest tests, for a vendor's own package:
+"""Offers the cases as parametrised pytest tests, for a vendor's own package:
 
     from glm_core.conformance.plugin import conformance
 
@@ -6,8 +6,8 @@
     def test_conformance(case):
         case.check()
 
-A failure is pytest's failure with the command that reruns it, unsupported is a skip with the
-backend's own reason, a known failure is an xfail, and a stale known failure fails."""
+A failed case is a failed test that prints the command which reruns it. An unsupported case is a
+skip with the backend's own reason, a known failure is an xfail, and a stale known failure fails."""
 
 from __future__ import annotations
 
@@ -65,12 +65,15 @@ def conformance(
     real: bool = False,
     known_failures: Path | str | None = None,
 ) -> pytest.MarkDecorator:
-    """Parametrises a test by `case`, ids `BACKEND-CASE`. `known_failures` is a file, or a folder of
-    `<backend>.txt`; `real` adds the large shapes of published models. A backend that is not usable
-    here is one skipped test with its reason."""
-    modes = (mode,) if isinstance(mode, str) else tuple(mode)
-    kept = None if dtypes is None else tuple(dtypes)
-    filters = {"modes": modes, "op": op, "dtypes": kept, "real": real}
+    """Parametrises a test by `case`, with ids `BACKEND-CASE`. `known_failures` is a file, or a
+    folder of `<backend>.txt`; `real` adds the large shapes of published models. A backend that is
+    not usable here becomes one skipped test with its reason."""
+    filters = {
+        "modes": (mode,) if isinstance(mode, str) else tuple(mode),
+        "op": op,
+        "dtypes": None if dtypes is None else tuple(dtypes),
+        "real": real,
+    }
     parameters = [p for name in backends for p in _parameters(name, known_failures, filters)]
     return pytest.mark.parametrize("case", parameters)
 

@@ -1,4 +1,4 @@
-"""A report as text, JUnit XML, GitHub annotations or one HTML page."""
+"""Renders a report as text, JUnit XML, GitHub annotations or one HTML page."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from glm_core.conformance.report import OUTCOMES, Report, Result
 
 
 def text(report: Report) -> str:
-    """Ops x outcomes, why cases are unsupported, and each failure with the command that reruns
-    it."""
+    """Renders text: outcomes per op, why cases are unsupported, and each failure with the command
+    that reruns it."""
     lines = [_row(["op", *OUTCOMES])]
     lines += [_row([op, *map(str, counts)]) for op, counts in _table(report)]
     for reason, count in _reasons(report):
@@ -47,7 +47,8 @@ def _measured(r: Result) -> str:
 
 
 def junit(report: Report) -> str:
-    """One test case per case; unsupported and known failures are skipped, with their reason."""
+    """Renders JUnit XML with one test case per case. Unsupported cases and known failures are
+    skipped tests with their reason."""
     suite = ElementTree.Element(
         "testsuite",
         name=f"conformance {report.backend}",
@@ -71,12 +72,12 @@ def junit(report: Report) -> str:
 
 
 def _printable(text: str) -> str:
-    """Without control characters, which XML cannot hold."""
+    """Replaces control characters, which XML cannot hold, by spaces."""
     return "".join(c if c.isprintable() else " " for c in text)
 
 
 def github(report: Report) -> str:
-    """One `::error` annotation per failure, the rerun command in it."""
+    """Renders one `::error` annotation per failure, with the command that reruns it."""
     lines = []
     for r in report.failed:
         title = _escaped(f"{report.backend}: {r.id}").replace(":", "%3A").replace(",", "%2C")
@@ -85,7 +86,7 @@ def github(report: Report) -> str:
 
 
 def _escaped(text: str) -> str:
-    """GitHub's escapes of workflow commands."""
+    """Escapes text as GitHub's workflow commands want it."""
     return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 
 
@@ -96,7 +97,8 @@ tr.fail td{font-weight:bold}"""
 
 
 def page(report: Report) -> str:
-    """A self-contained HTML page, black on white: counts per op, failures, then every case."""
+    """Renders a self-contained HTML page, black on white: counts per op, failures, then every
+    case."""
     counts = ", ".join(f"{report.count(o)} {o}" for o in OUTCOMES)
     body = [
         f"<h1>Conformance of backend {html.escape(report.backend)}</h1>",

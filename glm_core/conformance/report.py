@@ -1,4 +1,5 @@
-"""What a conformance run found: counts, cases and the command that reruns each failure."""
+"""Defines the result of a conformance run: counts, cases and the command that reruns each
+failure."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ class Result:
     outcome: str
     """pass, fail, unsupported (not run: the backend says why) or xfail (a known failure)"""
     error_ratio: float | None = None
-    """error over the reference's own; None where nothing was compared"""
+    """largest error divided by the reference's own; None where nothing was compared"""
     reason: str = ""
     seconds: float = 0.0
     measured: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -29,12 +30,13 @@ class Result:
 
     @property
     def rerun(self) -> str:
-        """The command that runs this case alone."""
+        """Returns the command that runs this case alone."""
         words = ["glm-core", "conformance", "--backend", self.backend, "--id", self.id]
         return shlex.join(words)
 
     def to_json(self) -> dict[str, Any]:
-        """`error_ratio` is null where nothing finite was measured."""
+        """Returns plain values. `error_ratio` is null where it was not measured or is not
+        finite."""
         finite = self.error_ratio is not None and math.isfinite(self.error_ratio)
         row = {
             "id": self.id,
@@ -47,7 +49,7 @@ class Result:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Report:
-    """A whole run on one backend."""
+    """The results of a run on one backend."""
 
     backend: str
     results: Sequence[Result]
@@ -63,11 +65,11 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Nothing failed; unsupported and known failures are no failures."""
+        """Did no case fail? Unsupported cases and known failures do not count as failed."""
         return not self.failed
 
     def to_json(self) -> dict[str, Any]:
-        """The machine-readable result."""
+        """Returns plain values."""
         names = {"passed": "pass", "failed": "fail", "unsupported": "unsupported"}
         counts = {name: self.count(outcome) for name, outcome in names.items()}
         return {

@@ -1,4 +1,5 @@
-"""Runs cases on a backend and reports; the one way in for CLI, pytest plugin and tests."""
+"""Runs cases on a backend and reports the outcomes. The CLI, the pytest plugin and the tests all
+come in here."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import torch
 from glm_core.backends.base import Backend
 from glm_core.backends.registry import usable
 from glm_core.conformance.case import Case, every_case, select
-from glm_core.conformance.check import CaseFailure, Judged, judge
+from glm_core.conformance.check import CaseFailure, Judgement, judge
 from glm_core.conformance.known_failures import KnownFailure, known_for, load, unmatched
 from glm_core.conformance.perf import measure
 from glm_core.conformance.report import Report, Result
@@ -21,9 +22,11 @@ from glm_core.diagnose import watchdog
 from glm_core.measure.timing import machine
 
 WAY_OUT = "reset the device; --id with another pattern leaves the case out"
+"""what a message about a case that takes too long advises"""
 
 Progress = Callable[[int, int, str], None]
-"""called before each case with its number, how many there are, and its id; at the end with ''"""
+"""called before each case with its number (from 0), the number of cases and its id; once more at
+the end with an empty id"""
 
 
 def run(
@@ -38,9 +41,10 @@ def run(
     progress: Progress | None = None,
     timeout_s: float = 0.0,
 ) -> Report:
-    """Every case that fits the filters, on one backend. Raises GlmCoreError for unknown names and
-    BackendUnavailableError; a case that goes wrong is a result, not an error, but for
-    one that takes longer than `timeout_s` (0: any time): it ends the process, which names it."""
+    """Runs every case that matches the filters on one backend. Raises GlmCoreError for unknown
+    names, and BackendUnavailableError. A case that fails is a result and raises nothing; but one
+    that takes longer than `timeout_s` (0: no limit) ends the process with a message that names
+    it."""
     backend = usable(backend) if isinstance(backend, str) else backend
     modes = (mode,) if isinstance(mode, str) else tuple(mode)
     cases = select(backend, modes=modes, op=op, id=id, dtypes=dtypes, real=real)
@@ -59,8 +63,8 @@ def run(
 
 
 def run_case(case: Case, backend: Backend, entries: Iterable[KnownFailure] = ()) -> Result:
-    """One case's outcome, a known failure turned into xfail, or into fail where it is known no
-    longer."""
+    """Runs one case and returns its result. A known failure becomes an xfail; a case that is known
+    to fail but does not becomes a failure."""
     start = time.perf_counter()
     outcome = _outcome(case, backend)
     entry = known_for(case.id, entries)
@@ -79,6 +83,7 @@ def run_case(case: Case, backend: Backend, entries: Iterable[KnownFailure] = ())
 
 
 Outcome = tuple[str, float | None, str, dict[str, object]]
+"""outcome, error ratio, reason and measured figures, as in Result"""
 
 
 def _outcome(case: Case, backend: Backend) -> Outcome:
@@ -90,17 +95,17 @@ def _outcome(case: Case, backend: Backend) -> Outcome:
             return "pass", None, "", {}
         if case.mode == "perf":
             return "pass", None, "", measure(case, backend)
-        judged = judge(case, backend)
-    except CaseFailure as finding:
-        return "fail", None, str(finding), {}
+        judgement = judge(case, backend)
+    except CaseFailure as failure:
+        return "fail", None, str(failure), {}
     except Exception as error:  # a vendor's kernel may raise anything; the report carries it
         return "fail", None, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", {}
-    return _verdict(judged)
+    return _outcome_of(judgement)
 
 
-def _verdict(judged: Judged) -> Outcome:
-    wrong = (judged.error_ratio or 0.0) > MAX_ERROR_RATIO
-    return "fail" if wrong else "pass", judged.error_ratio, judged.reason, {}
+def _outcome_of(judgement: Judgement) -> Outcome:
+    wrong = (judgement.error_ratio or 0.0) > MAX_ERROR_RATIO
+    return "fail" if wrong else "pass", judgement.error_ratio, judgement.reason, {}
 
 
 def _as_known(outcome: Outcome, entry: KnownFailure) -> Outcome:
@@ -117,6 +122,6 @@ def _stale(entry: KnownFailure, backend: Backend) -> Result:
 
 
 def progress_line(number: int, total: int, id: str) -> None:
-    """A Progress for terminals: one line on stderr, overwritten."""
+    """Shows progress in one line on stderr, which is overwritten."""
     line = f"\r{number + bool(id)}/{total} {id:<70.70}"
     print(line, end="" if id else "\n", file=sys.stderr, flush=True)

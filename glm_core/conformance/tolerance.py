@@ -1,28 +1,32 @@
-"""How wrong may a kernel be? As wrong as the reference in the same dtype, times a small factor.
+"""Decides how wrong a kernel may be: as wrong as the reference in the same dtype, times a small
+factor.
 
 Nothing here is tuned to an op. For every result y the float64 reference gives the exact value, and
-the reference run in the kernel's own dtype gives the errors that honest rounding makes. They are
-taken from several runs: as it is, and with every float32 intermediate moved by at most one unit in
-the last place (Monte Carlo arithmetic: Parker 1997), so that a result which happens to come out
-right once does not set a standard. The kernel's error at each element is divided by
+the reference run in the kernel's own dtype gives the errors that honest rounding makes. These
+errors are taken from several runs: the plain one, and runs with every float32 intermediate moved by
+at most one unit in the last place (Monte Carlo arithmetic: Parker 1997), so that a result which
+comes out right once by luck does not set the standard. The kernel's error at each element is
+divided by
 
     the reference's worst error there
     + one rounding of the result: eps / 2 * the largest |y| in its row (last dimension)
     + what a device may flush to zero: the smallest normal float32 number
 
-and the largest quotient is the case's `error_ratio`; MAX_ERROR_RATIO is the limit. The row's scale
-stands for that of the terms that cancel in an element.
+and the largest quotient is the case's `error_ratio`; MAX_ERROR_RATIO is the limit. The scale of the
+row stands for the scale of the terms that cancel in an element.
 
 "There" depends on the dtype. In float32 and wider it means: among the results of similar magnitude
-(its eighth of them and the eighths beside), so that small results beside huge ones are held to
-their own size. Below float32 a kernel may round intermediates to the working dtype, as flash
-attention rounds its probabilities; that puts errors of the tensor's scale into results that cancel,
-even to zero, and "there" means anywhere in the tensor.
+(results are sorted into eighths by magnitude; an element's own eighth and its two neighbours
+count), so that small results next to huge ones are held to their own size. Below float32 a kernel
+may round intermediates to the working dtype, as flash attention rounds its probabilities. That puts
+errors of the tensor's scale into results that cancel, even to zero, so "there" means anywhere in
+the tensor.
 
 Two means over the tensor are held to the same factor. The root mean square finds a loss of
-precision that is spread thin. The mean of the error along the result, in eighths of a rounding
-step or in the reference's own if that is more, finds results that are cut off: rounding to nearest
-has no direction, once or twice over, and cutting off loses 0.36 of a step (2.2 to 2.6)."""
+precision that is spread thin. The mean of the error along the result finds results that are
+truncated. Its unit is an eighth of a rounding step, or the reference's own mean if that is larger:
+rounding to nearest has no direction, not even twice, and truncation loses 0.36 of a step, a ratio
+of 2.2 to 2.6."""
 
 from __future__ import annotations
 
@@ -36,22 +40,23 @@ from torch import Tensor
 MAX_ERROR_RATIO = 2.0
 
 OCTILES = 8
-"""magnitudes are told apart to this many shares of the results, each pooled with its neighbours"""
+"""results are sorted by magnitude into this many shares"""
 
 POOL = 32
-"""results per share at least: fewer make no statistic"""
+"""a share needs at least so many results; fewer make no statistic"""
 
 
 class Deviation(NamedTuple):
-    """The worst of one tensor: its ratio and where it is, in words."""
+    """The largest error ratio in one tensor, and where it is, in words."""
 
     ratio: float
     where: str
 
 
 def deviation(actual: Tensor, exact: Tensor, near: Sequence[Tensor]) -> Deviation:
-    """How far `actual` (any float dtype) is from `exact` (float64) in units of what the reference
-    runs `near` (actual's dtype) allow. Elements that overflow in `near` are not judged."""
+    """Returns how far `actual` (any float dtype) is from `exact` (float64), in units of what the
+    reference runs `near` (actual's dtype) allow. Elements that overflow in `near` are not
+    judged."""
     if not actual.is_floating_point():
         same = torch.equal(actual, near[0])
         return Deviation(0.0 if same else math.inf, "integers differ from the reference's")
@@ -69,22 +74,24 @@ def deviation(actual: Tensor, exact: Tensor, near: Sequence[Tensor]) -> Deviatio
     ratios = error / (_nearby(honest, y, eps) + eps / 2 * scale + flushed)
     worst = int(ratios.argmax())
     place = f"{got[worst]:.6g} for {y[worst]:.6g} (error {error[worst]:.2e})"
-    found = [Deviation(float(ratios[worst]), place)]
+    deviations = [Deviation(float(ratios[worst]), place)]
     if len(y) >= POOL:
         # uniform rounding has a standard deviation of eps / sqrt(12)
         spread = _rms(error) / (max(_rms(honest), eps / 12**0.5 * _rms(scale)) + flushed)
-        found.append(Deviation(spread, f"root mean square error {_rms(error):.2e}; e.g. {place}"))
+        where = f"root mean square error {_rms(error):.2e}; e.g. {place}"
+        deviations.append(Deviation(spread, where))
     if len(y) >= OCTILES * POOL:
         mean = float(((got - y) * y.sign()).mean().abs())
-        # statistics of a row err alike in all its elements, in the reference's runs too
+        # an error in a row's statistic moves all its elements alike, in the reference's runs too
         own = float((errors * y.sign()).mean(-1).abs().max())
         drift = mean / (max(own, float((eps * y.abs() + honest).mean()) / 8) + flushed)
-        found.append(Deviation(drift, f"errors have a direction, {mean:.2e} on average"))
-    return max(found)
+        deviations.append(Deviation(drift, f"errors have a direction, {mean:.2e} on average"))
+    return max(deviations)
 
 
 def _nearby(errors: Tensor, y: Tensor, eps: float) -> Tensor:
-    """For each element the largest error among those of similar magnitude, or of all."""
+    """Returns for each element the largest error among elements of similar magnitude, below float32
+    among all."""
     if eps > torch.finfo(torch.float32).eps or len(y) < OCTILES * POOL:
         return errors.max().expand_as(errors)
     rank = y.abs().argsort().argsort()
@@ -95,7 +102,8 @@ def _nearby(errors: Tensor, y: Tensor, eps: float) -> Tensor:
 
 
 def _flushed_below(dtype: torch.dtype) -> float:
-    """float32's smallest normal number, or half a step of the dtype's subnormals."""
+    """Returns the size below which a device may flush to zero: float32's smallest normal number, or
+    half a step of the dtype's subnormals if that is larger."""
     info = torch.finfo(dtype)
     return max(torch.finfo(torch.float32).tiny, info.smallest_normal * info.eps / 2)
 

@@ -1,5 +1,5 @@
-"""align.bisect: the guilty op, direction, dtype, shape and layer, and a command that shows it
-again."""
+"""align.bisect names the guilty op, direction, dtype, shape and layer, and a command that reruns
+it."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ GEGLU = ops.geglu
 
 @functools.cache
 def evidence(dtype: str = "float32") -> Evidence:
-    known = markov.calibration(dtype)  # type: ignore[arg-type]
+    known = markov.calibration(dtype)  # type: ignore[arg-type]  # a parameter, any string
     return Evidence(known.snapshots, known.cases, known.limits)
 
 
 def bisect(backend: Backend, dtype: str = "float32", **rest: Any) -> align.Bisection:
     given = {"sampler": markov.Markov, "evidence": evidence(dtype)} | rest
-    return align.bisect(markov.config(dtype), backend, **given)  # type: ignore[arg-type]
+    return align.bisect(markov.config(dtype), backend, **given)  # type: ignore[arg-type]  # keywords of any type
 
 
 def scaled(factor: float) -> Callable[..., Any]:
@@ -46,7 +46,7 @@ def scaled(factor: float) -> Callable[..., Any]:
 
 
 def backend(op: str, kernel: Callable[..., Any]) -> Backend:
-    """References, this op excepted, whose kernel takes its arguments by name."""
+    """A backend of references, except for this op, whose kernel takes its arguments by name."""
     spec = ops.all_ops()[op]
 
     def positional(*args: Any, **kwargs: Any) -> Any:
@@ -156,7 +156,7 @@ def test_what_happens_once_is_named_in_its_own_run() -> None:
     found = bisect(backend("geglu", once))
     assert (found.op, found.direction, found.layer, found.step) == ("geglu", "forward", "1", 3)
     assert found.how == "in its own run"
-    assert "it happened once" in found.text()
+    assert "the fault happened once" in found.text()
     assert "--op" not in found.rerun
 
 
@@ -167,7 +167,7 @@ def test_what_is_wrong_outside_of_ops_is_no_ops_fault(monkeypatch: pytest.Monkey
         loss = right(self, batches)
         if self.backend.name == "candidate":
             for p in self.model.parameters():
-                p.grad *= 1.01  # type: ignore[operator]
+                p.grad *= 1.01  # type: ignore[operator]  # never None here
         return loss
 
     monkeypatch.setattr(Run, "backward", wrong)

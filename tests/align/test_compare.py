@@ -1,5 +1,5 @@
-"""The verdict from traces alone: what diverges, what cannot be compared, and that no torch is
-needed."""
+"""The verdict needs only traces: what diverges, what cannot be compared, and that torch is not
+loaded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from glm_core.errors import TraceError
 
 @pytest.fixture(scope="module")
 def honest() -> Trace:
-    """The reference's own arithmetic with a linear layer that sums in two parts."""
+    """A backend of references whose linear layer sums in two parts."""
 
     def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         half = x.shape[-1] // 2

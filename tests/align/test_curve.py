@@ -92,8 +92,8 @@ LOSSES = [
 
 
 class Pattern:
-    """Integer arithmetic only, so that every machine sees the same batches: sequence n counts in
-    steps of n % 7 + 1 with a quadratic wobble, behind a prefix of 4 to 12 tokens."""
+    """Makes batches by integer arithmetic, so that every machine sees the same ones: sequence n
+    counts in steps of n % 7 + 1 with a quadratic wobble, after a prefix of 4 to 12 tokens."""
 
     def __init__(self) -> None:
         self.index = 0
@@ -123,14 +123,14 @@ class Pattern:
 def curve(
     config: RunConfig = CONFIG, weights: dict[str, Tensor] | None = None
 ) -> tuple[Tensor, float]:
-    """Losses [STEPS] in float64, and the norm of the first gradient."""
+    """Returns the losses [STEPS] in float64 and the norm of the first gradient."""
     trainer = train.Trainer(config, Pattern(), weights=weights)
     results = [trainer.step() for _ in range(STEPS)]
     return torch.tensor([r.loss for r in results], dtype=torch.float64), results[0].grad_norm
 
 
 def nudged(seed: int) -> dict[str, Tensor]:
-    """The initial weights, each moved by one ulp up or down."""
+    """Returns the initial weights, each moved by one ulp up or down."""
     g = torch.Generator().manual_seed(seed)
     ends = torch.tensor([-torch.inf, torch.inf])
     return {
@@ -141,8 +141,8 @@ def nudged(seed: int) -> dict[str, Tensor]:
 
 @functools.cache
 def tolerance() -> tuple[Tensor, float]:
-    """RATIO times the largest deviation of the control runs so far, plus a rounding of the result
-    itself: for the losses [STEPS] and for the gradient norm."""
+    """Returns the tolerance of the losses [STEPS] and of the gradient norm: RATIO times the largest
+    deviation of the control runs up to that step, plus a rounding of the result itself."""
     losses, norm = curve()
     controls = [curve(weights=nudged(seed)) for seed in range(CONTROLS)]
     apart = torch.stack([(c - losses).abs() for c, _ in controls]).amax(0).cummax(0).values
@@ -151,7 +151,7 @@ def tolerance() -> tuple[Tensor, float]:
 
 
 def deviation(losses: Tensor) -> float:
-    """In units of the tolerance, at the worst step."""
+    """Returns the deviation at the worst step, in units of the tolerance."""
     return float(
         ((losses - torch.tensor(LOSSES, dtype=torch.float64)).abs() / tolerance()[0]).max()
     )

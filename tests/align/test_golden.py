@@ -39,7 +39,8 @@ V, L = 64, 16
 
 
 class Text:
-    """Sequences in which a token is a function of the two before it, a prefix seen as a whole."""
+    """Makes sequences in which a token is a function of the two before it, after a prefix that
+    every token sees."""
 
     def __init__(self) -> None:
         self.index = 0
@@ -58,7 +59,8 @@ class Text:
         )
 
     def _tokens(self, rows: int) -> tuple[Tensor, Tensor]:
-        """[B, L + 1] and the lengths of the prefixes [B, 1]; integers only, the same everywhere."""
+        """Returns tokens [B, L + 1] and prefix lengths [B, 1], by integer arithmetic, which is the
+        same on every machine."""
         number = torch.arange(self.index, self.index + rows)[:, None]
         columns = [number[:, 0] * 7 % V, number[:, 0] * 11 % V]
         for i in range(L - 1):
@@ -73,7 +75,7 @@ class Text:
 
 
 def config(dtype: Dtype) -> RunConfig:
-    """GLM-130B in small: DeepNorm, GeGLU, rotary positions, query-key layer scaling, shrink 0.1."""
+    """A small GLM-130B: DeepNorm, GeGLU, rotary positions, query-key layer scaling, shrink 0.1."""
     return RunConfig(
         model=ModelConfig(
             num_layers=2,
@@ -104,7 +106,7 @@ def golden(dtype: Dtype) -> Trace:
 
 
 def trained(dtype: Dtype) -> Trace:
-    """Today's curve; what is no part of a curve is the golden trace's own."""
+    """Returns the golden trace with today's curve in place of its own."""
     run = Run(config(dtype), Text(), "reference")
     curve = free_run(run)
     return dataclasses.replace(
@@ -118,7 +120,7 @@ def trained(dtype: Dtype) -> Trace:
 
 @contextmanager
 def changed(op: Op, reference: Callable[..., Any]) -> Iterator[None]:
-    """The op's reference replaced, as an edit of its source would."""
+    """Replaces the op's reference, as an edit of its source would."""
     before = op.reference
     object.__setattr__(op, "reference", reference)
     try:
@@ -152,8 +154,8 @@ SCALAR = {
 
 
 def test_another_instruction_set_is_aligned_and_not_the_same_bits() -> None:
-    """torch without its vector code, oneDNN and MKL at their oldest, another number of threads:
-    the same weights and data, another rounding."""
+    """The same weights and data with another rounding: torch without its vector code, oneDNN and
+    MKL at their oldest, another number of threads."""
     code = f"""
 import json, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 import test_golden

@@ -1,4 +1,5 @@
-"""The report: complete, self-contained, readable black on white, opened in headless Chromium."""
+"""The report is complete, self-contained and readable black on white; headless Chromium opens
+it."""
 
 from __future__ import annotations
 
@@ -58,7 +59,7 @@ def trace(backend: str, loss: np.ndarray, controls: np.ndarray, **changes: objec
         "initial_weights": "1" * 64,
         "seconds": 1.5,
     }
-    return Trace(**{**fields, **changes})  # type: ignore[arg-type]
+    return Trace(**{**fields, **changes})  # type: ignore[arg-type]  # fields of many types
 
 
 @pytest.fixture(scope="module")

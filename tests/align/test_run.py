@@ -1,4 +1,5 @@
-"""align.run: every backend against the reference, traces kept, the JSON others rely on."""
+"""align.run judges every backend against the reference, keeps the traces, and prints the JSON that
+others rely on."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ N = 60
 
 
 def curves(count: int, seed: int, amplitude: float = 1e-4) -> np.ndarray:
-    """Deviations that grow as a random walk does, one row per run."""
+    """Draws deviations that grow like a random walk, one row per run."""
     return amplitude * RNG(seed).standard_normal((count, N)).cumsum(1)
 
 

@@ -141,7 +141,7 @@ def flash(
     layer_scale: float,
     pb_relax: float,
 ) -> Tensor:
-    """Probabilities rounded before they are normalised, as flash attention has it."""
+    """Rounds the probabilities before they are normalised, as flash attention does."""
     j = torch.arange(k.shape[1])
     hidden = ~((j >= key_start[..., None]) & (j < key_end[..., None]))[:, None]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -183,7 +183,8 @@ def test_honest_kernels_are_not_convicted(name: str, dtype: Dtype) -> None:
 
 
 def changed(op: Any, **arguments: Any) -> Kernel:
-    """The reference called with other arguments; a function changes the one that was passed."""
+    """Calls the reference with other arguments; a change that is a function is applied to the
+    argument that was passed."""
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         named = {**dict(zip(op.parameters, args, strict=False)), **kwargs}
@@ -195,7 +196,7 @@ def changed(op: Any, **arguments: Any) -> Kernel:
 
 
 class Reused:
-    """Hands out one buffer for all results of a shape."""
+    """Returns one and the same buffer for all results of a shape."""
 
     def __init__(self) -> None:
         self.buffers: dict[torch.Size, Tensor] = {}
@@ -203,11 +204,11 @@ class Reused:
     def __call__(self, x: Tensor) -> Tensor:
         y = ops.geglu.reference(x)
         buffer = self.buffers.setdefault(y.shape, torch.empty_like(y.detach()))
-        return Swap.apply(y, buffer)  # type: ignore[no-untyped-call]
+        return Swap.apply(y, buffer)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
 
 
 class Swap(torch.autograd.Function):
-    """Forward y through the buffer's memory, backward as if it were y."""
+    """Returns y in the buffer's memory; its backward is that of y."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, buffer: Tensor) -> Tensor:
@@ -220,7 +221,7 @@ class Swap(torch.autograd.Function):
 
 
 class Forgetful:
-    """Every third call returns the result of the one before."""
+    """Makes every third call return the result of the call before."""
 
     def __init__(self) -> None:
         self.calls, self.last = 0, torch.zeros(())
@@ -235,7 +236,7 @@ class Forgetful:
 
 
 class DropsARow(torch.autograd.Function):
-    """Backward of a linear layer that leaves the first token out of the weight's gradient."""
+    """A linear layer whose backward leaves the first token out of the weight's gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -250,7 +251,7 @@ class DropsARow(torch.autograd.Function):
 
 
 def row_dropped(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return DropsARow.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return DropsARow.apply(x, weight, bias)  # type: ignore[no-untyped-call]  # as above
 
 
 BUGS: dict[str, tuple[str, str, Callable[[], dict[str, Kernel]]]] = {

@@ -74,7 +74,7 @@ def whole() -> Trace:
 
 @functools.cache
 def parts() -> tuple[bytes, dict[str, Any], dict[str, Any]]:
-    """The file of `whole()`; its plain fields; its arrays."""
+    """Returns the file of `whole()`, its plain fields and its arrays."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
@@ -87,14 +87,14 @@ def parts() -> tuple[bytes, dict[str, Any], dict[str, Any]]:
 
 
 def written(fields: Any, arrays: dict[str, Any] | None = None, **metadata: str) -> bytes:
-    """A file of these fields and arrays, otherwise as `save` writes it."""
+    """Returns a file of these fields and arrays, otherwise as `save` writes it."""
     text = fields if isinstance(fields, str) else json.dumps(fields)
     facts = {"kind": "glm_core trace", "version": "1", "fields": text} | metadata
     return bytes(save_arrays(parts()[2] if arrays is None else arrays, facts))
 
 
 def survives(content: bytes, path: Path) -> Trace | None:
-    """Reads it; every use of what was read ends, if not well, in a one-line error."""
+    """Reads the file and uses what was read; whatever goes wrong must be a one-line error."""
     path.write_bytes(content)
     found: list[Trace] = []
     tell(lambda: found.append(load(path)))
@@ -107,7 +107,7 @@ def survives(content: bytes, path: Path) -> Trace | None:
 
 
 def tell(use: Callable[[], Any]) -> None:
-    """Runs it; an error of ours must be one short line, any other is a crash."""
+    """Runs the function. An error of ours must be one short line; any other error is a crash."""
     message = ""
     try:
         use()
@@ -118,7 +118,7 @@ def tell(use: Callable[[], Any]) -> None:
 
 
 def test_the_seed_itself_loads(tmp_path: Path) -> None:
-    """Otherwise the fuzzer would test nothing."""
+    """The untouched file loads; otherwise the fuzzer would test nothing."""
     found = survives(parts()[0], tmp_path / "x")
     assert found is not None
     assert found.calls == [PLACE] * C
@@ -173,7 +173,7 @@ JSON = st.recursive(
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The paths of all nodes but the root."""
+    """Returns the paths of all nodes except the root."""
     items = value.items() if isinstance(value, dict) else enumerate(value)
     return [
         found
@@ -297,7 +297,7 @@ def test_a_terminal_is_not_driven(tmp_path: Path) -> None:
 
 
 def header(**arrays: Any) -> bytes:
-    """A safetensors file of this header and no data at all."""
+    """Returns a safetensors file with this header and no data."""
     text = json.dumps(arrays).encode()
     return struct.pack("<Q", len(text)) + text
 

@@ -91,7 +91,7 @@ def test_fallbacks_are_counted_explained_and_priced(config: RunConfig) -> None:
     assert ("geglu", "reference") not in rows
     host = rows["geglu", "host"]
     assert host.calls == 4
-    assert host.reason == "the runtime sent aten::bmm there, 2 times a call"
+    assert host.reason == "the runtime sent aten::bmm there, 2 times per call"
     assert found.runtime_counted
     shares = {r.reason: r.flops_share or 0.0 for r in refused}
     narrow, wide = shares["96 rows, at most 95"], shares["128 rows, at most 95"]

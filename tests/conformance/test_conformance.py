@@ -1,5 +1,5 @@
-"""Every usable backend against the float64 reference, on the samples that are no published model's
-shape. The ids are the filter: pytest -k cpu-rms_norm-bfloat16-2x5x96-grad."""
+"""Every usable backend is judged against the float64 reference, on all samples except the shapes of
+published models. The ids are the filter: pytest -k cpu-rms_norm-bfloat16-2x5x96-grad."""
 
 from __future__ import annotations
 

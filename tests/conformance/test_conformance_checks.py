@@ -12,7 +12,7 @@ from torch import Tensor
 
 from glm_core import ops
 from glm_core.backends.base import Backend
-from glm_core.conformance.check import CaseFailure, raises_alone
+from glm_core.conformance.check import CaseFailure, check_raises_alone
 from glm_core.conformance.report import Report, Result
 from glm_core.conformance.run import run
 from glm_core.spec import SUPPORTED, Support, unsupported
@@ -162,6 +162,6 @@ def test_a_crash_in_its_own_process_is_told(
     (tmp_path / "vendor_crash.py").write_text(CRASHING)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
     id = "embedding-float32-2x5-50x96-ids-past-end-test"
-    raises_alone("reference", id.replace("float32", "float64"))
+    check_raises_alone("reference", id.replace("float32", "float64"))
     with pytest.raises(CaseFailure, match=r"ends the process \(-9\)"):
-        raises_alone("crash", id)
+        check_raises_alone("crash", id)

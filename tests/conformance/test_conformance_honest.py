@@ -32,21 +32,21 @@ def honest(op: Op) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 @honest(ops.rms_norm)
 def rounded_before_weight(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
-    """As transformers' Llama and Glm: one rounding more."""
+    """Rounds once more, like transformers' Llama and Glm."""
     t = wide(x)
     return (t * torch.rsqrt(t.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
 @honest(ops.rms_norm)
 def float64_inside(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
-    """No rounding but the last."""
+    """Rounds only the result."""
     y: Tensor = ops.rms_norm.reference(x.double(), weight.double(), eps)
     return y.to(x.dtype)
 
 
 @honest(ops.layer_norm)
 def rounded_before_affine(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
-    """As layers that normalise and scale in two kernels."""
+    """Rounds between normalising and scaling, like layers made of two kernels."""
     y = functional.layer_norm(wide(x), x.shape[-1:], None, None, eps)
     return y.to(x.dtype) * weight + bias
 
@@ -70,21 +70,21 @@ def by_sigmoid(x: Tensor) -> Tensor:
 
 @honest(ops.geglu)
 def rounded_before_product(x: Tensor) -> Tensor:
-    """As eager torch: the gate is rounded, then the product."""
+    """Rounds the gate, then the product, like eager torch."""
     a, b = x.chunk(2, -1)
     return a * functional.gelu(b)
 
 
 @honest(ops.swiglu)
 def gate_rounded(x: Tensor) -> Tensor:
-    """As transformers' MLP."""
+    """Computes it like transformers' MLP."""
     g, u = x.chunk(2, -1)
     return functional.silu(g) * u
 
 
 @honest(ops.rope)
 def tables_rounded(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """cos and sin in the working dtype, as transformers gives them to its kernels."""
+    """Rounds cos and sin to the working dtype, like transformers."""
     tables = [t.to(x.dtype).to(t.dtype) for t in (cos, sin)]
     y: Tensor = ops.rope.reference(x, *tables, interleaved)
     return y

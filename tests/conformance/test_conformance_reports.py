@@ -1,4 +1,4 @@
-"""What is printed and written, and the cases in a vendor's own test suite."""
+"""The reports that are printed and written, and the cases in a vendor's own test suite."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def only(report: Report) -> Result:
 
 @pytest.fixture(scope="module")
 def report() -> Report:
-    """One of each outcome."""
+    """A report with one case of each outcome."""
     backend = toy()
 
     @backend.implements(ops.gelu)

@@ -26,7 +26,7 @@ from glm_core import ops
 from glm_core.backends import registry
 from glm_core.config import TrainConfig
 from glm_core.conformance.case import Case, select
-from glm_core.conformance.oracle import forward, leaf, named
+from glm_core.conformance.oracle import forward, leaf, tensors_by_name
 from glm_core.model.glm import GLM
 from glm_core.model.presets import preset
 from glm_core.training.optimizer import Optimizer
@@ -135,9 +135,9 @@ def results(case: Case, function: Callable[..., Any], args: dict[str, Any]) -> d
             return forward(case.op, function, args)
     leaves: dict[str, Tensor] = {}
     args = {k: leaf(k, v, leaves) if k in case.op.differentiable else v for k, v in args.items()}
-    outputs = list(named("out", function(**args)).values())
-    pulls = [torch.ones_like(y) for y in outputs]
-    gradients = torch.autograd.grad(outputs, list(leaves.values()), pulls)
+    outputs = list(tensors_by_name("out", function(**args)).values())
+    drawn = [torch.ones_like(y) for y in outputs]
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), drawn)
     return dict(zip(leaves, gradients, strict=True))
 
 

@@ -1,2 +1,2 @@
-"""What a training run would take on a cluster: feasible plans with memory and time by part, checked
-against published runs. Arithmetic only; imports no torch device."""
+"""Predicts what a training run takes on a cluster: which plans fit, with their memory and time by
+part, checked against published runs. Arithmetic only; no device is used."""

@@ -1,4 +1,5 @@
-"""What a plan runs on: chips and links, from a preset or a JSON file with units."""
+"""Describes the cluster that a plan runs on: its chips and links, from a preset or a JSON file with
+units."""
 
 from __future__ import annotations
 
@@ -18,32 +19,32 @@ UNITS: dict[str, dict[str, float]] = {
     "link_between_nodes": {"GB/s": 1e9, "Gbit/s": 1e9 / 8},
     "power": {"W": 1.0, "kW": 1e3},
 }
-"""field of a cluster file: its units, in FLOP/s, bytes, bytes/s and watts"""
+"""by field of a cluster file: the units it may have, in FLOP/s, bytes, bytes/s and watts"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Cluster:
-    """Equal chips in equal nodes; links are one direction, per chip."""
+    """Equal chips in equal nodes. A link's rate is that of one chip in one direction."""
 
     name: str
     chips: int
     chips_per_node: int
     peak: float
-    """FLOP/s in the working dtype, dense"""
+    """FLOP/s of dense products in the working dtype"""
     memory: float
-    """bytes a chip"""
+    """bytes of a chip"""
     memory_bandwidth: float
-    """bytes/s a chip"""
+    """bytes/s of a chip"""
     link_within_node: float
     """bytes/s"""
     link_between_nodes: float
     """bytes/s"""
     power: float
-    """watts a chip under load"""
+    """watts of a chip under load"""
     family: str
-    """whose fitted efficiencies apply: A100, H100, ..."""
+    """chip family whose fitted efficiencies apply: A100, H100, ..."""
     source: str
-    """where the figures come from, and which of them are assumed"""
+    """where the figures come from and which of them are assumed"""
 
 
 def _chip(
@@ -56,7 +57,8 @@ def _chip(
     family: str,
     source: str,
 ) -> dict[str, Any]:
-    """TFLOPS, GB, GB/s, GB/s, W."""
+    """Returns a preset from its figures in TFLOPS, GB, GB/s, GB/s (within and between nodes) and
+    W."""
     return {
         "peak": peak * 1e12,
         "memory": memory * 1e9,
@@ -149,39 +151,39 @@ CHIPS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str, chips: int) -> Cluster:
-    """So many chips of a known kind. Raises ConfigError."""
+    """Returns a cluster of `chips` chips of a preset. Raises ConfigError."""
     if name not in CHIPS:
         raise ConfigError(unknown("chip", name, CHIPS))
     return checked({**CHIPS[name], "name": name, "chips": chips})
 
 
 def load(path: str | Path) -> Cluster:
-    """A cluster file: JSON with `chips`, and `chip` (a preset whose figures may be overridden) or
-    every figure with its unit: {"chip": "A100-40G", "chips": 768, "link_between_nodes": "25 GB/s"}.
-    Raises ConfigError that lists everything wrong."""
+    """Reads a cluster file: JSON with `chips`, and either `chip` (a preset, whose figures may be
+    overridden) or every figure with its unit: {"chip": "A100-40G", "chips": 768,
+    "link_between_nodes": "25 GB/s"}. Raises ConfigError that lists everything wrong."""
     try:
-        told = json.loads(Path(path).read_text(encoding="utf-8"))
+        fields = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"cluster file {path}: {error}") from error
-    if not isinstance(told, dict):
+    if not isinstance(fields, dict):
         raise ConfigError(f"cluster file {path}: must hold one JSON object")
-    chip = told.pop("chip", None)
+    chip = fields.pop("chip", None)
     if chip is not None and chip not in CHIPS:
         raise ConfigError(f"cluster file {path}: " + unknown("chip", str(chip), CHIPS))
     base = dict(CHIPS.get(chip or "", {}))
     base |= {"name": chip or Path(path).stem}
     base.setdefault("family", "other")
     base.setdefault("source", f"cluster file {Path(path).name}")
-    wrong = [fact for key, value in told.items() if (fact := _read(base, key, value))]
+    wrong = [fact for key, value in fields.items() if (fact := _read(base, key, value))]
     names = [f.name for f in dataclasses.fields(Cluster)]
-    wrong += [f"{key} is missing" for key in names if key not in base and key not in told]
+    wrong += [f"{key} is missing" for key in names if key not in base and key not in fields]
     if wrong:
         raise ConfigError(f"cluster file {path}: " + "; ".join(wrong))
     return checked(base)
 
 
 def _read(into: dict[str, Any], key: str, value: Any) -> str:
-    """Puts one field where it belongs; returns what is wrong with it, or ''."""
+    """Converts one field and puts it into `into`. Returns what is wrong with it, or ''."""
     if key in ("chips", "chips_per_node"):
         whole = isinstance(value, int) and not isinstance(value, bool)
         into[key] = value
@@ -198,17 +200,18 @@ def _read(into: dict[str, Any], key: str, value: Any) -> str:
     try:
         into[key] = float(number[1]) * UNITS[key][number[2]]
     except ValueError:
-        return f"{key}={value!r} is no number"
+        return f"{key}={value!r} is not a number"
     return ""
 
 
 def _example(value: Any) -> str:
-    found = re.match(r"[0-9.]+", str(value))
-    return found[0] if found else "300"
+    number = re.match(r"[0-9.]+", str(value))
+    return number[0] if number else "300"
 
 
 def checked(facts: dict[str, Any]) -> Cluster:
-    """The cluster, if such a thing can exist. Raises ConfigError that lists why not."""
+    """Returns the cluster. Raises ConfigError that lists every figure which contradicts another or
+    is not positive."""
     wrong = [
         f"{key}={facts[key]:g} must be positive"
         for key in (*UNITS, "chips", "chips_per_node")
@@ -216,8 +219,8 @@ def checked(facts: dict[str, Any]) -> Cluster:
     ]
     if not wrong and facts["chips"] > facts["chips_per_node"]:
         if facts["chips"] % facts["chips_per_node"]:
-            per = facts["chips_per_node"]
-            wrong.append(f"chips={facts['chips']} does not fill nodes of chips_per_node={per}")
+            per_node = facts["chips_per_node"]
+            wrong.append(f"chips={facts['chips']} does not fill nodes of chips_per_node={per_node}")
         if facts["link_between_nodes"] > facts["link_within_node"]:
             wrong.append("link_between_nodes is faster than link_within_node; swap them")
     for key in ("link_within_node", "link_between_nodes"):

@@ -1,10 +1,10 @@
-"""Every formula the planner uses, in words, with its source: what `--explain` prints."""
+"""Lists every formula of the planner with its source, for `plan --explain`."""
 
 FORMULAS: tuple[tuple[str, str, str], ...] = (
     (
         "model FLOPs a sequence",
         "3 (l (2 s W + 4 s^2 H E) + 2 s h V), W the weights of a layer",
-        "Narayanan et al. 2021, appendix; Korthikanti et al. 2022, eq. 7; masked pairs are counted",
+        "Narayanan et al. 2021, appendix; Korthikanti et al. 2022, eq. 7; masked pairs count",
     ),
     (
         "hardware FLOPs a sequence",
@@ -45,7 +45,7 @@ FORMULAS: tuple[tuple[str, str, str], ...] = (
     ),
     (
         "elementwise",
-        "bytes kept of a layer, written and read once a pass, + 10 a s^2 b/t where "
+        "bytes kept of a layer, written and read once in each pass, + 10 a s^2 b/t where "
         "scores are written; / memory bandwidth x factor",
         "own count; factor fitted",
     ),
@@ -71,11 +71,11 @@ FORMULAS: tuple[tuple[str, str, str], ...] = (
     ),
     (
         "our own trainer",
-        "2 n weights, 12 n masters and moments, under ZeRO 12 n / d in all; 2 n "
-        "gradients, 4 n where micro-batches are summed; of a layer 2 T (4 D + 3 (H + K) E/t + "
-        "(gates + 1) F/t) + statistics, with full recomputation 4 T D; what a stage got and sent "
-        "for every micro-batch in flight",
-        "glm_core/planner/rank.py, held against `glm-core plan dry-run`",
+        "2 n weights, 12 n masters and moments, under ZeRO 12 n / d in all; 2 n gradients, 4 n "
+        "where micro-batches are summed; a layer keeps 2 T (4 D + 3 (H + K) E/t + (gates + 1) "
+        "F/t) + statistics, with full recomputation 4 T D; tensors that a stage received and sent "
+        "are kept for every micro-batch in flight",
+        "glm_core/planner/rank_memory.py, held against `glm-core plan dry-run`",
     ),
     ("days, energy", "tokens / (global batch x s) steps; chips x power", "definition"),
 )

@@ -1,5 +1,6 @@
-"""Published runs: what was trained how, on what, and how long a step took. The rows are data,
-`published.csv`, each with its source and how far it was checked against it."""
+"""Reads the published runs that the planner is fitted to and checked against: model, plan, chips
+and seconds of a step. They are data, in `published.csv`, each with its source and where it was
+seen."""
 
 from __future__ import annotations
 
@@ -24,19 +25,19 @@ class Run:
     source: str
     model: str
     role: str
-    """fit: the efficiencies come from it; held: only predicted; skip: cannot be predicted"""
+    """fit: factors are fitted to it; held: it is only predicted; skip: it cannot be predicted"""
     checked: str
-    """where the figures were seen; `memory` where they were not"""
+    """where the figures were seen; `memory` where they are quoted from memory"""
     stack: str
     cluster: clusters.Cluster
     work: Work
     plan: Sizing
     step_s: float
-    """reported, or from the reported TFLOPS and our count of FLOPs; NaN where neither is"""
+    """as reported, or our count of FLOPs over the reported TFLOPS; NaN where neither is reported"""
     memory_gb: float
-    """reported peak of a chip; NaN where none is"""
+    """reported peak of a chip, GB; NaN where none is reported"""
     note: str
-    """what is peculiar, or why a prediction misses"""
+    """what is special about the run, or why its prediction misses"""
     url: str
 
     @property
@@ -46,7 +47,7 @@ class Run:
 
 @functools.cache
 def runs() -> tuple[Run, ...]:
-    """Every run of the file, in its order."""
+    """Returns every run of the file, in its order."""
     with FILE.open(encoding="utf-8", newline="") as file:
         return tuple(_run(row) for row in csv.DictReader(file))
 

@@ -1,4 +1,4 @@
-"""Which plans a cluster can run, which it cannot and why, and the fastest of them."""
+"""Searches the plans that a cluster can run and counts why the others are rejected."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHUNKS = (1, 2, 3, 5)
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Budget:
-    """What may be spent; None is no limit."""
+    """The tokens to train on, and limits; None is no limit."""
 
     tokens: float
     days: float | None = None
@@ -28,11 +28,11 @@ class Budget:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
-    """A plan with what it would take."""
+    """A plan with the memory, time and energy it takes."""
 
     plan: Sizing
     memory: dict[str, float]
-    """bytes by part on a chip of the fullest stage"""
+    """by part: bytes on a chip of the fullest stage"""
     step: Step
     days: float
     energy_mwh: float
@@ -55,16 +55,19 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """Feasible plans, fastest first, and how many were rejected for which kind of reason."""
+    """The result of a search."""
 
     feasible: list[Candidate]
+    """fastest first"""
     rejected: Counter[str]
+    """by kind of reason: how many plans"""
     nearest: tuple[Candidate, list[str]] | None
-    """of the rejected plans that obey the rules the one that misses by least, and its reasons"""
+    """the plan that exceeds its limits by least, with its reasons; None where no plan was rejected
+    for a limit"""
 
 
 def candidate(plan: Sizing, work: Work, cluster: Cluster, tokens: float, stack: str) -> Candidate:
-    """The plan, priced."""
+    """Returns the plan with its memory, time and energy."""
     step = predict(plan, work, cluster, stack)
     seconds = tokens / (plan.global_batch * work.seq) * step.seconds
     energy = cluster.chips * cluster.power * seconds / 3.6e9
@@ -77,13 +80,15 @@ def candidate(plan: Sizing, work: Work, cluster: Cluster, tokens: float, stack: 
     )
 
 
-def obstacles(found: Candidate, cluster: Cluster, budget: Budget) -> dict[str, tuple[float, str]]:
-    """What is too much, by kind: the ratio to what there is, and the fact in words."""
-    needed = sum(found.memory.values())
+def exceeded_limits(
+    candidate: Candidate, cluster: Cluster, budget: Budget
+) -> dict[str, tuple[float, str]]:
+    """Returns the limits that a plan exceeds, by kind: needed over available, and a sentence."""
+    needed = sum(candidate.memory.values())
     limits = {
         "memory": (needed, cluster.memory, 1e9, "GB a chip"),
-        "days": (found.days, budget.days, 1.0, "days"),
-        "energy": (found.energy_mwh, budget.energy_mwh, 1.0, "MWh"),
+        "days": (candidate.days, budget.days, 1.0, "days"),
+        "energy": (candidate.energy_mwh, budget.energy_mwh, 1.0, "MWh"),
     }
     return {
         kind: (
@@ -104,43 +109,44 @@ def search(
     fixed: Mapping[str, Any] | None = None,
     stack: str = "",
 ) -> Outcome:
-    """Every plan of the usual sizes, or of those that agree with `fixed` (plan fields)."""
+    """Tries every plan of the usual sizes; where `fixed` names plan fields, only plans that have
+    these values."""
     feasible, rejected = [], Counter[str]()
     nearest: tuple[float, Candidate, list[str]] | None = None
     for plan in plans(work, cluster, global_batch, fixed or {}):
         if broken := broken_rules(plan, work.model):
             rejected[_kind(broken[0])] += 1
             continue
-        found = candidate(plan, work, cluster, budget.tokens, stack)
-        wrong = obstacles(found, cluster, budget)
-        if not wrong:
-            feasible.append(found)
+        priced = candidate(plan, work, cluster, budget.tokens, stack)
+        exceeded = exceeded_limits(priced, cluster, budget)
+        if not exceeded:
+            feasible.append(priced)
             continue
-        rejected.update(list(wrong))
-        worst = max(ratio for ratio, _ in wrong.values())
+        rejected.update(list(exceeded))
+        worst = max(ratio for ratio, _ in exceeded.values())
         if nearest is None or worst < nearest[0]:
-            nearest = (worst, found, [fact for _, fact in wrong.values()])
+            nearest = (worst, priced, [fact for _, fact in exceeded.values()])
     feasible.sort(key=lambda c: c.step.seconds)
     return Outcome(feasible=feasible, rejected=rejected, nearest=nearest[1:] if nearest else None)
 
 
 def _kind(rule: str) -> str:
-    """`tp=3 does not divide num_heads=32` is of the kind `tp`."""
+    """Returns the kind of a broken rule: `tp` for `tp=3 does not divide num_heads=32`."""
     return "rule: " + rule.split("=")[0].split(" ")[0]
 
 
 def plans(
     work: Work, cluster: Cluster, global_batch: int, fixed: Mapping[str, Any]
 ) -> Iterator[Sizing]:
-    """Sizes that multiply to the cluster's chips."""
+    """Yields the plans whose sizes multiply to the cluster's chips."""
 
     def choices(name: str, usual: tuple[Any, ...]) -> tuple[Any, ...]:
         return (fixed[name],) if name in fixed else usual
 
     divisors = tuple(n for n in range(1, cluster.chips + 1) if cluster.chips % n == 0)
-    within = tuple(n for n in divisors if n <= cluster.chips_per_node)
-    deep = tuple(n for n in divisors if n <= work.model.num_layers)
-    for tp, pp in itertools.product(choices("tp", within), choices("pp", deep)):
+    of_one_node = tuple(n for n in divisors if n <= cluster.chips_per_node)
+    up_to_layers = tuple(n for n in divisors if n <= work.model.num_layers)
+    for tp, pp in itertools.product(choices("tp", of_one_node), choices("pp", up_to_layers)):
         dp = fixed.get("dp", cluster.chips // (tp * pp))
         if tp * pp * dp != cluster.chips:
             continue
@@ -165,10 +171,10 @@ def plans(
 
 
 def nearest_feasible(wanted: Mapping[str, Any], feasible: list[Candidate]) -> Candidate | None:
-    """The feasible plan that differs from what was asked for in the fewest fields, the fastest of
-    those."""
+    """Returns the feasible plan that differs from the wanted fields in the fewest, the fastest
+    where several do; None where nothing is feasible."""
 
-    def changes(found: Candidate) -> int:
-        return sum(getattr(found.plan, k) != v for k, v in wanted.items())
+    def changes(candidate: Candidate) -> int:
+        return sum(getattr(candidate.plan, k) != v for k, v in wanted.items())
 
     return min(feasible, key=lambda c: (changes(c), c.step.seconds), default=None)

@@ -1,4 +1,4 @@
-"""A way to spread a training step over chips, and the rules it must keep."""
+"""Defines the sizes by which a training step is spread over chips, and the rules they obey."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ RECOMPUTES: tuple[Recompute, ...] = get_args(Recompute)
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Sizing:
-    """Sizes of the parallel groups and of the batch, for anybody's software: what is priced.
+    """The sizes of parallel groups and batch that the planner prices, for any software.
     `distributed.plan.Plan` is what our own trainer runs."""
 
     tp: int = 1
     pp: int = 1
     dp: int = 1
     virtual: int = 1
-    """pipeline chunks a chip; more than 1 is the interleaved schedule"""
+    """pipeline chunks of a chip; more than 1 is the interleaved schedule"""
     zero: int = 0
     """what data-parallel ranks share: 0 nothing, 1 optimizer, 2 gradients too, 3 weights too"""
     sp: bool = False
     """sequence parallelism: norms and dropouts split over the tensor-parallel group"""
     micro_batch: int = 1
     global_batch: int = 1
-    """sequences an optimizer step"""
+    """sequences of an optimizer step"""
     recompute: Recompute = "none"
-    """selective: attention's core again in the backward pass; full: whole layers"""
+    """what the backward pass recomputes: nothing, attention's core, or whole layers"""
 
     @property
     def chips(self) -> int:
@@ -37,17 +37,17 @@ class Sizing:
 
     @property
     def micro_batches(self) -> float:
-        """m, per pipeline and step."""
+        """m: micro-batches of a pipeline in a step."""
         return self.global_batch / (self.dp * self.micro_batch)
 
     @property
     def bubble(self) -> float:
-        """Share of the step in which a stage waits: (p - 1) / (v m + p - 1)."""
+        """The share of the step in which a stage waits: (p - 1) / (v m + p - 1)."""
         wait = (self.pp - 1) / self.virtual
         return wait / (self.micro_batches + wait)
 
     def label(self) -> str:
-        """`TP4 PP8 DP24 ZeRO1 SP mb1 full 1F1B`."""
+        """Returns a short name: `TP4 PP8 DP24 ZeRO1 SP mb1 full 1F1B`."""
         schedule = "" if self.pp == 1 else "1F1B" if self.virtual == 1 else f"1F1Bx{self.virtual}"
         zero = f"ZeRO{self.zero}" if self.zero else ""
         sp = "SP" if self.sp else ""
@@ -56,7 +56,7 @@ class Sizing:
 
 
 def broken_rules(plan: Sizing, model: ModelConfig) -> list[str]:
-    """Why this model cannot be split so; empty where it can."""
+    """Returns why this model cannot be split by the plan; empty where it can."""
     t, p = plan.tp, plan.pp
     rules = {
         f"tp={t} does not divide num_heads={model.num_heads}": model.num_heads % t == 0,
@@ -79,4 +79,4 @@ def broken_rules(plan: Sizing, model: ModelConfig) -> list[str]:
         f"dp * micro_batch = {plan.dp * plan.micro_batch} does not divide "
         f"global_batch={plan.global_batch}": plan.global_batch % (plan.dp * plan.micro_batch) == 0,
     }
-    return [fact for fact, kept in rules.items() if not kept]
+    return [fact for fact, holds in rules.items() if not holds]

@@ -1,6 +1,6 @@
-"""Steps of our own trainer on this machine, predicted from what every process reaches at once and
-then measured. Four factors come from steps of single processes, messages from their own times;
-nothing is fitted to a step of a plan."""
+"""Predicts steps of our own trainer on this machine, from what every process reaches while all
+work, and compares them with measured ones. Four factors are fitted to steps of single processes,
+messages are timed by themselves; nothing is fitted to a step of a plan."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from glm_core.config import ModelConfig
 from glm_core.distributed.plan import Plan, parse, require_fit
 from glm_core.errors import ConfigError
 from glm_core.planner import cost
-from glm_core.planner import rank as own
 from glm_core.planner.efficiency import fit_bounded
-from glm_core.planner.rank import Job
+from glm_core.planner.rank import Rank, count, planned_rank, rank_shapes
+from glm_core.planner.rank_memory import activations
+from glm_core.planner.rank_messages import messages
 
 PARTS = ("matrix products", "loss", "elementwise", "optimizer", "calls")
 PLANS = (
@@ -32,9 +33,9 @@ PLANS = (
     "pp=2,micro_batches=4",
 )
 SIDE = 1024
-"""of the square matrix product that is the peak"""
+"""rows and columns of the square matrix product that measures the peak"""
 READ = 256 << 20
-"""bytes of the read that is the memory's bandwidth"""
+"""bytes of the read that measures the memory's bandwidth"""
 SIZES = tuple(4**k << 10 for k in range(8))
 """bytes of the messages that are timed: 1 KiB to 16 MiB"""
 MESSAGES = {
@@ -44,42 +45,50 @@ MESSAGES = {
     "reduce_scatter": "float32",
     "p2p": "bfloat16",
 }
-"""what a bfloat16 step sends, and in which dtype; a sum is the all-reduce of gradients"""
+"""what a bfloat16 step sends: the dtype; `sum` is the all-reduce of gradients"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class StepAlone:
-    """A step of one process without the others: so much of the model, so many sequences."""
+    """A step of one process that talks to no other: on part of the model."""
 
     num_layers: int
     vocab: int
     batch: int
+    """sequences"""
 
     @property
     def name(self) -> str:
+        """The key of its times."""
         return f"alone {self.num_layers} layers, vocab {self.vocab}, batch {self.batch}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Timings:
-    """What the processes are to time, in bfloat16 on the backend `cpu`."""
+    """A request to the processes: what they time, in bfloat16 on the backend `cpu`."""
 
     preset: str
     processes: int
     length: int
+    """tokens of a sequence"""
     global_batch: int
+    """sequences of a plan's step"""
     rounds: int
     plans: tuple[str, ...] = ()
     alone: tuple[StepAlone, ...] = ()
     messages: bool = False
+    """also each of MESSAGES in each of SIZES"""
 
 
 def steps_alone(model: ModelConfig) -> tuple[StepAlone, ...]:
-    """Single-process steps that tell the factors apart: whole and part of the layers, of the
-    vocabulary and of the batch."""
+    """Returns the single-process steps that tell the factors apart: they differ in layers,
+    vocabulary and batch."""
     n, v = model.num_layers, model.vocab
     sizes = ((n, v, 4), (n, v, 2), (n, v, 1), (n // 2, v, 2), (n // 4, v, 4), (n // 2, v // 4, 4))
-    return tuple(StepAlone(num_layers=max(1, a), vocab=b, batch=c) for a, b, c in sizes)
+    return tuple(
+        StepAlone(num_layers=max(1, layers), vocab=vocab, batch=batch)
+        for layers, vocab, batch in sizes
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,26 +98,28 @@ class Machine:
     peak: float
     """FLOP/s of a bfloat16 matrix product"""
     bandwidth: float
-    """bytes/s read"""
+    """bytes/s read from memory"""
     messages: Mapping[str, Sequence[float]]
-    """seconds of a message of each of SIZES"""
+    """by MESSAGES: seconds of a message of each of SIZES"""
     factors: tuple[float, ...] = (1.0,) * len(PARTS)
-    """seconds for each nominal second, by PARTS; of the last, seconds a layer's pass"""
+    """by PARTS: real seconds for each nominal second; for calls, seconds for each pass of a
+    layer"""
 
-    def seconds(self, job: Job) -> dict[str, float]:
-        """Of one rank's step by part, messages included, waiting for others left out."""
-        m = job.plan.micro_batches
-        each = [f * t for f, t in zip(self.factors, nominal(job, self), strict=True)]
-        found = {k: s * (1 if k == "optimizer" else m) for k, s in zip(PARTS, each, strict=True)}
-        found["messages"] = sum(
-            n * self.message("sum" if name == "all_reduce" and job.plan.tp == 1 else name, size)
-            for (name, size), n in own.messages(job).items()
+    def seconds(self, rank: Rank) -> dict[str, float]:
+        """Returns the seconds of a rank's step by part, messages included. Time spent waiting for
+        other ranks is left out."""
+        m = rank.plan.micro_batches
+        real = [f * t for f, t in zip(self.factors, nominal(rank, self), strict=True)]
+        parts = {k: s * (1 if k == "optimizer" else m) for k, s in zip(PARTS, real, strict=True)}
+        parts["messages"] = sum(
+            n * self.message("sum" if name == "all_reduce" and rank.plan.tp == 1 else name, size)
+            for (name, size), n in messages(rank).items()
         )
-        return found
+        return parts
 
     def message(self, name: str, size: int) -> float:
-        """Seconds of one, between the sizes that were timed in proportion; what is sent to a
-        neighbour counts where it is received."""
+        """Returns the seconds of one message of `size` bytes, interpolated between the timed sizes.
+        A message to a neighbour counts where it is received; sending is 0."""
         if name == "send":
             return 0.0
         times = self.messages["p2p" if name == "recv" else name]
@@ -117,123 +128,128 @@ class Machine:
         return float(np.interp(size, SIZES, times))
 
 
-def nominal(job: Job, at: Machine) -> tuple[float, ...]:
-    """PARTS of one micro-batch (of the optimizer: of the step) with products at the peak and bytes
-    at the bandwidth. The shared vocabulary's loss computes its logits twice and writes them in
-    float32; gradients and weights are copied in and out of messages."""
-    p, work = job.plan, cost.Work(model=job.model, seq=job.length)
-    t, layers, passes = p.tp, sum(job.layers), 4 if p.recompute == "full" else 3
-    core = passes + (p.recompute == "selective")
-    layer = passes * cost.layer_flops(work) + core * cost.attention_flops(work)
-    head = (3 if t == 1 else 4) * cost.head_flops(work) * job.last
-    moved = 2.0 * passes * layers * own.activations(job)
-    moved += 48.0 * job.tokens * job.model.vocab / t * job.last * (t > 1)
-    shapes = own.layer_shapes(job.model, t) * layers + own.end_shapes(job)
-    n, held = own.count(shapes), own.count(shapes, p.dp if p.zero else 1)
-    copied = 8.0 * n if p.dp > 1 else 0.0
-    rows = job.micro_batch
+def nominal(rank: Rank, machine: Machine) -> tuple[float, ...]:
+    """Returns the seconds of PARTS at the peak and at the bandwidth, of one micro-batch; of the
+    optimizer for the whole step, and for calls the number of passes of a layer."""
+    p, work = rank.plan, cost.Work(model=rank.model, seq=rank.length)
+    t, layers, passes = p.tp, sum(rank.layers), 4 if p.recompute == "full" else 3
+    attention_passes = passes + (p.recompute == "selective")
+    layer = passes * cost.layer_flops(work) + attention_passes * cost.attention_flops(work)
+    head_passes = 3 if t == 1 else 4  # the tensor-parallel loss computes its logits twice
+    head = head_passes * cost.head_flops(work) * rank.has_last_stage
+    moved = 2.0 * passes * layers * activations(rank)
+    # and reads and writes them in float32, 48 bytes a logit
+    moved += 48.0 * rank.tokens * rank.model.vocab / t * rank.has_last_stage * (t > 1)
+    shapes = rank_shapes(rank)
+    updated = cost.OPTIMIZER_BYTES * count(shapes, p.dp if p.zero else 1)
+    copied = 8.0 * count(shapes) if p.dp > 1 else 0.0  # in and out of messages
     return (
-        rows * layers * layer / t / at.peak,
-        rows * head / t / at.peak,
-        moved / at.bandwidth,
-        (28.0 * held + copied) / at.bandwidth,
+        rank.micro_batch * layers * layer / t / machine.peak,
+        rank.micro_batch * head / t / machine.peak,
+        moved / machine.bandwidth,
+        (updated + copied) / machine.bandwidth,
         float(layers * passes),
     )
 
 
-def calibrated(found: Mapping[str, Sequence[float]], model: ModelConfig, length: int) -> Machine:
-    """The machine from the fastest round of what `bench.steps` timed (other processes only ever
-    add): least squares of the relative error over the single-process steps, no factor negative.
-    Elementwise work is taken at the bandwidth: in steps of one width it grows as products do."""
-    best = {k: min(v) for k, v in found.items()}
-    at = Machine(
+def calibrated(times: Mapping[str, Sequence[float]], model: ModelConfig, length: int) -> Machine:
+    """Returns the machine that explains the times of `bench.plan_steps`. The fastest round counts,
+    since other processes can only add. The factors are least squares of the relative error over the
+    single-process steps, none negative. Elementwise work is taken at the bandwidth: in steps of one
+    width it grows as products do, so its factor could not be told from theirs."""
+    best = {k: min(v) for k, v in times.items()}
+    machine = Machine(
         peak=2.0 * SIDE**3 / best["gemm bfloat16"],
         bandwidth=READ / best["memory read"],
         messages={k: [best[f"{k} {size}"] for size in SIZES] for k in MESSAGES},
     )
-    told = steps_alone(model)
-    table = [nominal(_alone_job(model, a, length), at) for a in told]
-    seconds = np.array([best[a.name] for a in told])
-    rows = np.array(table) / seconds[:, None]
+    alone = steps_alone(model)
+    table = [nominal(_rank_alone(model, a, length), machine) for a in alone]
+    seconds = np.array([best[a.name] for a in alone])
+    relative = np.array(table) / seconds[:, None]
     fixed = PARTS.index("elementwise")
-    rest = np.delete(rows, fixed, axis=1)
-    factors = fit_bounded(rest, 1.0 - rows[:, fixed], np.zeros(len(PARTS) - 1))
-    return dataclasses.replace(at, factors=(*factors[:fixed], 1.0, *factors[fixed:]))
+    free = np.delete(relative, fixed, axis=1)
+    factors = fit_bounded(free, 1.0 - relative[:, fixed], np.zeros(len(PARTS) - 1))
+    return dataclasses.replace(machine, factors=(*factors[:fixed], 1.0, *factors[fixed:]))
 
 
-def _alone_job(model: ModelConfig, a: StepAlone, length: int) -> Job:
-    part = dataclasses.replace(model, num_layers=a.num_layers, vocab=a.vocab)
-    return Job(model=part, plan=Plan(), pp_rank=0, length=length, micro_batch=a.batch)
+def _rank_alone(model: ModelConfig, step: StepAlone, length: int) -> Rank:
+    part = dataclasses.replace(model, num_layers=step.num_layers, vocab=step.vocab)
+    return Rank(model=part, plan=Plan(), pp_rank=0, length=length, micro_batch=step.batch)
 
 
 def predicted(
-    at: Machine, model: ModelConfig, plan: Plan, length: int, global_batch: int
+    machine: Machine, model: ModelConfig, plan: Plan, length: int, global_batch: int
 ) -> dict[str, float]:
-    """Seconds of a step by part. The slowest stage works all its micro-batches, the others fill
-    and drain with one."""
+    """Returns the seconds of a step by part. The slowest stage does all its micro-batches; the
+    bubble is one micro-batch of every other stage."""
     stages = [
-        own.predict(model, plan, stage * plan.tp * plan.dp, length, global_batch)
+        planned_rank(model, plan, stage * plan.tp * plan.dp, length, global_batch)
         for stage in range(plan.pp)
     ]
-    each = [at.seconds(job) for job in stages]
-    whole = [sum(s.values()) for s in each]
-    slowest = whole.index(max(whole))
+    parts = [machine.seconds(rank) for rank in stages]
+    totals = [sum(p.values()) for p in parts]
+    slowest = totals.index(max(totals))
     m = plan.micro_batches
-    fill = sum((w - s["optimizer"]) / m for w, s in zip(whole, each, strict=True))
-    fill -= (whole[slowest] - each[slowest]["optimizer"]) / m
-    return each[slowest] | {"bubble": fill}
+    bubble = sum((total - p["optimizer"]) / m for total, p in zip(totals, parts, strict=True))
+    bubble -= (totals[slowest] - parts[slowest]["optimizer"]) / m
+    return parts[slowest] | {"bubble": bubble}
 
 
-def write_cluster(path: str, at: Machine, machine: Mapping[str, Any], processes: int) -> None:
-    """The machine as `glm-core plan --cluster` reads it; memory and power are the preset's. Raises
-    ConfigError."""
-    read = at.bandwidth / 1e9
-    link = f"{min(SIZES[-1] / at.messages['all_reduce'][-1] / 1e9, read):.4g} GB/s"
-    told = {
+def write_cluster(path: str, machine: Machine, facts: Mapping[str, Any], processes: int) -> None:
+    """Writes the machine as a file for `glm-core plan --cluster`; memory and power are the
+    preset's. `facts` are those of `measure.timing.machine`. Raises ConfigError where it cannot be
+    written."""
+    read = machine.bandwidth / 1e9
+    reduced = SIZES[-1] / machine.messages["all_reduce"][-1] / 1e9
+    link = f"{min(reduced, read):.4g} GB/s"
+    fields = {
         "chip": "CPU",
         "name": "here",
         "chips": processes,
         "chips_per_node": processes,
-        "peak": f"{at.peak / 1e9:.4g} GFLOPS",
+        "peak": f"{machine.peak / 1e9:.4g} GFLOPS",
         "memory_bandwidth": f"{read:.4g} GB/s",
         "link_within_node": link,
         "link_between_nodes": link,
         "source": f"measured by glm-core plan measure on {processes} processes of "
-        f"{machine['cpu']}, one thread each, all at once; memory and power assumed",
+        f"{facts['cpu']}, one thread each, all at once; memory and power assumed",
     }
     try:
-        Path(path).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        Path(path).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--out {path}: {error.strerror}; name another file") from error
 
 
-def checked_plans(texts: Sequence[str], model: ModelConfig, wanted: Timings) -> dict[str, Plan]:
-    """The plans by their text. Raises ConfigError where one cannot be run."""
-    found = {text: parse(text) for text in texts}
-    for plan in found.values():
+def checked_plans(texts: Sequence[str], model: ModelConfig, timings: Timings) -> dict[str, Plan]:
+    """Returns the plans by their text. Raises ConfigError where one cannot be run."""
+    plans = {text: parse(text) for text in texts}
+    for plan in plans.values():
         require_fit(
             plan,
             model,
-            world=wanted.processes,
-            global_batch=wanted.global_batch,
-            length=wanted.length,
+            world=timings.processes,
+            global_batch=timings.global_batch,
+            length=timings.length,
         )
-    return found
+    return plans
 
 
 def report(
-    at: Machine,
+    machine: Machine,
     forecast: Mapping[str, Mapping[str, float]],
-    first: Mapping[str, Sequence[float]],
-    found: Mapping[str, Sequence[float]],
+    before: Mapping[str, Sequence[float]],
+    during: Mapping[str, Sequence[float]],
 ) -> dict[str, Any]:
-    """Predicted beside measured, the fastest round; drift is how many times as long single-process
-    steps took by the time of the measurement."""
-    middle = statistics.median
-    drift = middle(min(v) / min(first[k]) for k, v in found.items() if k.startswith("alone"))
+    """Compares predicted with measured steps, by the fastest round. `before` holds the times that
+    the machine was calibrated by, `during` those taken with the plans. The drift is how many times
+    as long single-process steps took during the measurement as before it."""
+    drift = statistics.median(
+        min(times) / min(before[name]) for name, times in during.items() if name.startswith("alone")
+    )
     rows: list[dict[str, Any]] = []
     for plan, parts in forecast.items():
-        seconds, measured = sum(parts.values()), min(found[plan])
+        seconds, measured = sum(parts.values()), min(during[plan])
         rows.append(
             {
                 "plan": plan,
@@ -242,17 +258,21 @@ def report(
                 "error": seconds / measured - 1,
                 "error_without_drift": seconds * drift / measured - 1,
                 "parts_s": dict(parts),
-                "rounds_s": list(found[plan]),
+                "rounds_s": list(during[plan]),
             }
         )
+
+    def median_error(field: str) -> float:
+        return statistics.median(abs(row[field]) for row in rows)
+
     return {
         "rows": rows,
         "drift": drift,
-        "peak_gflops": at.peak / 1e9,
-        "read_gb_s": at.bandwidth / 1e9,
-        "factors": dict(zip(PARTS, at.factors, strict=True)),
-        "median_abs_error": middle(abs(r["error"]) for r in rows),
-        "median_abs_error_without_drift": middle(abs(r["error_without_drift"]) for r in rows),
-        "alone_s": {a: min(v) for a, v in first.items() if a.startswith("alone")},
-        "messages_s": dict(at.messages),
+        "peak_gflops": machine.peak / 1e9,
+        "read_gb_s": machine.bandwidth / 1e9,
+        "factors": dict(zip(PARTS, machine.factors, strict=True)),
+        "median_abs_error": median_error("error"),
+        "median_abs_error_without_drift": median_error("error_without_drift"),
+        "alone_s": {name: min(v) for name, v in before.items() if name.startswith("alone")},
+        "messages_s": dict(machine.messages),
     }

@@ -19,7 +19,8 @@ from glm_core.distributed.dry_run import Meter
 from glm_core.distributed.plan import parse, stage_layers
 from glm_core.errors import ConfigError
 from glm_core.model.presets import preset
-from glm_core.planner import rank as own
+from glm_core.planner import rank as ranks
+from glm_core.planner import rank_memory, rank_messages
 
 MEMORY = 0.03
 """relative error that a prediction may have"""
@@ -59,9 +60,9 @@ def report(name: str, text: str, rank: int, batch: int, length: int) -> dry_run.
 def test_memory_within_three_percent_and_collectives_exact(case: Any) -> None:
     name, text, rank, batch, length = case
     found = report(*case)
-    job = own.predict(preset(name), parse(text), rank, length, batch)
-    assert own.collectives(job) == found.collectives
-    assert sum(own.memory(job).values()) == pytest.approx(found.peak_bytes, rel=MEMORY)
+    planned = ranks.planned_rank(preset(name), parse(text), rank, length, batch)
+    assert rank_messages.collectives(planned) == found.collectives
+    assert sum(rank_memory.memory(planned).values()) == pytest.approx(found.peak_bytes, rel=MEMORY)
     assert sum(found.memory.values()) == found.peak_bytes
 
 
@@ -181,9 +182,11 @@ def test_the_balance_is_the_one_whose_fullest_stage_holds_least(
     def fullest(light: tuple[int, ...]) -> int:
         sizes = [9 - (s in light) for s in range(8)]
         split = [range(sum(sizes[:s]), sum(sizes[: s + 1])) for s in range(8)]
-        monkeypatch.setattr(own, "stage_layers", lambda *_: split)
-        jobs = (own.predict(preset("glm-130b"), plan, s * 96, 2048, 4224) for s in range(8))
-        return max(sum(own.memory(job).values()) for job in jobs)
+        monkeypatch.setattr(ranks, "stage_layers", lambda *_: split)
+        stages = (
+            ranks.planned_rank(preset("glm-130b"), plan, s * 96, 2048, 4224) for s in range(8)
+        )
+        return max(sum(rank_memory.memory(stage).values()) for stage in stages)
 
     chosen = [len(stage) for stage in stage_layers(70, 8)]
     best = min(itertools.combinations(range(8), 2), key=fullest)

@@ -37,7 +37,7 @@ def timed(at: Machine, wanted: Timings, slower: float = 1.0) -> dict[str, list[f
     for name, times in at.messages.items() if wanted.messages else ():
         bare |= {f"{name} {size}": [t] for size, t in zip(SIZES, times, strict=True)}
     for a in wanted.alone:
-        job = this_machine._alone_job(MODEL, a, wanted.length)
+        job = this_machine._rank_alone(MODEL, a, wanted.length)
         each = zip(at.factors, this_machine.nominal(job, at), strict=True)
         bare[a.name] = [slower * sum(f * t for f, t in each)]
     for text in wanted.plans:

@@ -61,7 +61,7 @@ def test_a_preset_chip_may_be_overridden(tmp_path: Path) -> None:
     [
         ({"peak": 312}, 'peak=312 needs a number and its unit, GFLOPS or TFLOPS or PFLOPS: "312'),
         ({"memory": "40 Gbit/s"}, "memory='40 Gbit/s' needs a number and its unit, GB or GiB"),
-        ({"memory": "1e GB"}, "memory='1e GB' is no number"),
+        ({"memory": "1e GB"}, "memory='1e GB' is not a number"),
         ({"link_within_node": "0 GB/s"}, "link_within_node=0 must be positive"),
         ({"link_within_node": "9 TB/s"}, "link_within_node='9 TB/s' needs a number and its unit"),
         ({"link_within_node": "9000 GB/s"}, "faster than the chip's memory_bandwidth"),

@@ -1,2 +1,2 @@
-"""How one training step is spread over processes: a plan is data, and everything that follows from
-it is applied by torch.distributed's own parts."""
+"""Spreads one training step over processes: a plan is data, and torch.distributed's own parts apply
+it."""

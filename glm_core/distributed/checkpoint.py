@@ -1,10 +1,10 @@
-"""Checkpoints of a run on many ranks: written in the background, whole or not there at all, read
-back under any other plan.
+"""Saves and loads the checkpoints of a run on many ranks. They are written in the background, are
+complete or absent, and can be loaded under any other plan.
 
-`step-N/` holds torch.distributed.checkpoint's files (`*.distcp`, `.metadata`), their sha256 and
-`facts.json`; `latest` names the newest. Names and shapes are the model's on one process
-(glm_core.distributed.layout), so a rank of any plan finds its part. The folder must be one that all
-hosts see. `.metadata` is a pickle: read only checkpoints you trust."""
+`step-N/` holds the files of torch.distributed.checkpoint (DCP: `*.distcp`, `.metadata`), their
+sha256 and `facts.json`; `latest` names the newest. Names and shapes are those of the model on one
+process (glm_core.distributed.layout), so a rank of any plan finds its shards. All hosts must see
+the folder. `.metadata` is a pickle: load only checkpoints you trust."""
 
 from __future__ import annotations
 
@@ -55,22 +55,22 @@ PATTERN = "step-" + "[0-9]" * 8
 
 
 class Shards:
-    """What this rank holds of a tensor: views, each with its place in the whole."""
+    """This rank's shards of a tensor: views, each by its offsets in the whole tensor."""
 
     def __init__(self, shape: torch.Size, shards: list[tuple[tuple[int, ...], Tensor]]) -> None:
         self.shape = shape
         self.shards = {torch.Size(place): view for place, view in shards if view.numel()}
 
     def size(self) -> torch.Size:
-        """Of the whole, for DCP's own check on loading."""
+        """Returns the shape of the whole tensor, which DCP checks on loading."""
         return self.shape
 
     def snapshot(self) -> Shards:
-        """A copy in host memory."""
+        """Returns a copy in host memory."""
         copies = [(p, v.detach().to("cpu", copy=True)) for p, v in self.shards.items()]
         return Shards(self.shape, [(tuple(place), view) for place, view in copies])
 
-    # DCP's protocol for what it does not know
+    # DCP's protocol for foreign types
     def __create_write_items__(self, name: str, _: Any) -> list[WriteItem]:
         return [
             WriteItem(
@@ -90,15 +90,16 @@ class Shards:
 
 
 State = Mapping[str, Tensor | Shards]
-"""DTensors and tensors that every rank holds whole are cut into Shards here"""
+"""by name; DTensors, and tensors that every rank holds whole, are converted to Shards here"""
 
 
 def shards_of(
     tensor: Tensor, split: Split | None = None, tp: int = 1, own: Tensor | None = None
 ) -> Shards:
-    """`tensor`: this tensor-parallel rank's part, which `split` places in the whole; a DTensor
-    where it is sharded further, by rows, over data-parallel ranks. own: another tensor that is laid
-    out as it, say its moments, by this rank's share alone."""
+    """Returns this rank's shards of a tensor. `tensor` is this tensor-parallel rank's part, which
+    `split` places in the whole; it is a DTensor where data-parallel ranks share its rows. `own`,
+    where given, holds the values instead: this rank's part of a tensor with the same layout, for
+    example of its moments."""
     shape, place = list(tensor.shape), (0,) * tensor.ndim
     local = tensor if own is None else own
     if isinstance(tensor, DTensor):
@@ -126,7 +127,7 @@ class _LoadPlanner(DefaultLoadPlanner):
         metadata: Metadata | None = None,
         is_coordinator: bool = False,
     ) -> None:
-        # not DCP's own, which copies what is neither tensor nor container
+        # not DCP's own method: it copies what is neither tensor nor container
         self.state_dict = self.original_state_dict = state_dict
         self.metadata, self.is_coordinator = metadata, is_coordinator
 
@@ -136,15 +137,15 @@ class _LoadPlanner(DefaultLoadPlanner):
 
 
 class _Writer(FileSystemWriter):
-    """Files into `step-N.part`; the coordinator's last act, when every rank has written, renames
-    it."""
+    """Writes files into `step-N.part`. When every rank has written, the coordinator renames it, as
+    the last thing."""
 
     def __init__(self, target: Path, facts: str, keep: int) -> None:
         super().__init__(target.with_name(target.name + PART), sync_files=True)
         self.target, self.facts, self.keep = target, facts, keep
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        if is_coordinator:  # what a kill left of an earlier attempt
+        if is_coordinator:  # left by an earlier attempt that was killed
             for old in self.target.parent.glob(f"*{PART}"):
                 shutil.rmtree(old)
         super().set_up_storage_writer(is_coordinator, *args, **kwargs)
@@ -167,56 +168,59 @@ class _Writer(FileSystemWriter):
         (part / FACTS).write_text(self.facts)
         flush(part / FACTS)
         flush(part)
-        if self.target.exists():  # a roll-back came by this step again
+        if self.target.exists():  # after a roll-back this step is saved again
             self.target.rename(self.target.with_name(self.target.name + ".old" + PART))
         part.rename(self.target)
         flush(self.target.parent)
         replace(self.target.parent / LATEST, lambda p: p.write_text(self.target.name + "\n"))
-        for old in [p for p in complete_checkpoints(self.target.parent) if p != self.target][
-            : 1 - self.keep or None
-        ]:
+        others = [p for p in complete_checkpoints(self.target.parent) if p != self.target]
+        for old in others[: 1 - self.keep or None]:
             shutil.rmtree(old)
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """The system's own error, where torch.save has put `unexpected pos 704 vs 598` in its place."""
-    seen: BaseException | None = error
-    while seen is not None and not isinstance(seen, OSError):
-        seen = seen.__cause__ or seen.__context__
-    return seen or error
+    """Returns the system's error behind one of torch.save, such as `unexpected pos 704 vs 598`."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return cause or error
 
 
 def file_sha256(path: Path) -> str:
-    """Of the file's bytes."""
+    """Returns the checksum of the file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints of a folder, oldest first."""
+    """Returns the complete checkpoints of a folder, oldest first."""
     return sorted(p for p in folder.glob(PATTERN) if (p / FACTS).is_file())
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint meant: itself, or the one that `latest` names in a folder of checkpoints.
-    Raises CheckpointError where there is none."""
+    """Returns `path` where it is a checkpoint, else the one that `latest` names in this folder of
+    checkpoints, else the newest there. Raises CheckpointError where there is none."""
     if (path / FACTS).is_file():
         return path
-    found = complete_checkpoints(path)
-    if not found:
+    complete = complete_checkpoints(path)
+    if not complete:
         raise CheckpointError(f"{path}: holds no distributed checkpoint; start without resume")
-    named = path / (path / LATEST).read_text().strip() if (path / LATEST).is_file() else found[-1]
-    return named if named in found else found[-1]
+    named = (
+        path / (path / LATEST).read_text().strip() if (path / LATEST).is_file() else complete[-1]
+    )
+    return named if named in complete else complete[-1]
 
 
 class Checkpoints:
-    """One run's folder of checkpoints. Made, and called, by every rank alike."""
+    """One run's folder of checkpoints. Every rank constructs it and calls its methods, in the same
+    order."""
 
     def __init__(self, folder: Path, keep: int = 2, timeout_s: float = 600.0) -> None:
-        """timeout_s: how long the ranks wait for each other while they save."""
+        """`keep` is how many checkpoints stay; `timeout_s` how long ranks wait for each other while
+        they save."""
         self.folder, self.keep = folder, keep
         self.group = (
-            # of its own and on the host: saving goes on beside the training's collectives
+            # its own group on the host: saving runs at the same time as training's collectives
             dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
             if dist.is_initialized()
             else None
@@ -226,18 +230,18 @@ class Checkpoints:
         self._target: Path | None = None
 
     def save(self, step: int, state: State, facts: dict[str, Any]) -> Path:
-        """Copies the state to host memory, then writes `step-N` in the background; the return value
-        is where it will be. `facts`: JSON-able, rank 0's are kept. Killed at any moment, it leaves
-        the older checkpoints and a `latest` that names a whole one. Raises CheckpointError where
-        the save before this one failed on any rank."""
+        """Copies the state to host memory, writes `step-N` in the background and returns the path
+        where it will be. `facts` must be JSON-able; those of rank 0 are written. A kill at any
+        moment leaves the older checkpoints and a `latest` that names a complete one. Raises
+        CheckpointError where the previous save failed on any rank."""
         self.wait()
-        kept = {name: _as_shards(value).snapshot() for name, value in state.items()}
+        copies = {name: _as_shards(value).snapshot() for name, value in state.items()}
         target = self.folder / f"step-{step:08d}"
         text = json.dumps({"format": FORMAT, "step": step, **facts})
         self._target = target
-        # not a daemon: a process that ends in order finishes what it has begun to write
+        # no daemon: a process that ends normally finishes writing first
         self._thread = threading.Thread(
-            target=self._write, args=(target, kept, text), name=f"checkpoint of step {step}"
+            target=self._write, args=(target, copies, text), name=f"checkpoint of step {step}"
         )
         self._thread.start()
         return target
@@ -254,12 +258,12 @@ class Checkpoints:
                     planner=_SavePlanner(flatten_state_dict=False),
                     no_dist=self.group is None,
                 )
-        except BaseException as error:  # CheckpointException is one; `wait` raises it
+        except BaseException as error:  # as CheckpointException is; `wait` raises it
             self._error = error
 
     def wait(self) -> Path | None:
-        """Returns when nothing is being written; the newest checkpoint of this object. Raises
-        CheckpointError that names the rank where it failed."""
+        """Waits until nothing is being written and returns the newest checkpoint of this object.
+        Raises CheckpointError that names the rank where writing failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -272,8 +276,9 @@ class Checkpoints:
         return self._target
 
     def load(self, path: Path, state: State) -> dict[str, Any]:
-        """Fills the state's tensors in place, under whatever plan it was saved, and returns the
-        facts. Raises CheckpointError for what is damaged, missing or of another model."""
+        """Fills the state's tensors in place, whatever plan the checkpoint was saved under, and
+        returns the facts. Raises CheckpointError where files are damaged or missing, or where the
+        model is another one."""
         path = find_checkpoint(path)
         facts = read_facts(path)
         self._verify(path)
@@ -295,7 +300,8 @@ class Checkpoints:
         return facts
 
     def _verify(self, path: Path) -> None:
-        """Each rank reads its share of the files; all raise where any differs."""
+        """Checks the sha256 of all files, of which each rank reads a share. All ranks raise
+        CheckpointError where any file differs."""
         rank, world = (dist.get_rank(), dist.get_world_size()) if self.group else (0, 1)
         sums: dict[str, str] = {}
         for table in sorted(path.glob(f"*{SUMS}")):
@@ -306,15 +312,15 @@ class Checkpoints:
         if self.group is not None:
             everyone = [[] for _ in range(world)]
             dist.all_gather_object(everyone, bad, group=self.group)
-        if found := sorted(name for names in everyone for name in names):
+        if damaged := sorted(name for names in everyone for name in names):
             others = [str(p) for p in complete_checkpoints(path.parent) if p != path]
             instead = f"use {' or '.join(others)}" if others else "start again without resume"
-            raise CheckpointError(f"{path}: damaged or missing: {', '.join(found)}; {instead}")
+            raise CheckpointError(f"{path}: damaged or missing: {', '.join(damaged)}; {instead}")
 
 
 @contextmanager
 def single_process_allowed(single: bool) -> Iterator[None]:
-    """DCP warns a process that is alone; here that is a run like any other."""
+    """Silences DCP's warning to a single process, where `single`."""
     if not single:
         yield
         return
@@ -328,7 +334,8 @@ def _as_shards(value: Tensor | Shards) -> Shards:
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """What was saved beside the tensors. Raises CheckpointError for a foreign folder."""
+    """Reads the facts that were saved with the tensors. Raises CheckpointError where the folder is
+    not a checkpoint of ours."""
     try:
         facts: dict[str, Any] = json.loads((path / FACTS).read_text())
     except (OSError, ValueError) as error:
@@ -339,7 +346,8 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 
 def failure_text(error: BaseException) -> str:
-    """`rank 1: [Errno 28] No space left on device` of what DCP collects from all ranks."""
+    """Returns one line on an error. Where DCP collected it from ranks, the line names them:
+    `rank 1: [Errno 28] No space left on device`."""
     if isinstance(error, CheckpointException):
         each = [f"rank {rank}: {e}" for rank, (e, _) in sorted(error.failures.items())]
         return " ".join("; ".join(each).split())

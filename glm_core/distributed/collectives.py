@@ -1,6 +1,7 @@
-"""What travels between tensor-parallel ranks and what its gradient is: the four conjugate pairs of
-Megatron-LM (Shoeybi et al. 2019, section 3; Korthikanti et al. 2022, section 4.2), on torch's
-functional collectives. Shapes: B batch, L sequence, D width; L/t of a sequence-parallel rank."""
+"""Defines the collectives between tensor-parallel ranks with their gradients: the conjugate
+pairs of Megatron-LM (Shoeybi et al. 2019, section 3; Korthikanti et al. 2022, section 4.2), on
+torch's functional collectives. Shapes: B batch, L sequence, D width; L/t a sequence-parallel
+rank's part."""
 
 from __future__ import annotations
 
@@ -12,21 +13,22 @@ from torch.distributed import ProcessGroup
 from torch.distributed import _functional_collectives as functional
 
 SEQUENCE = 1
-"""dim that sequence parallelism splits"""
+"""the dim that sequence parallelism splits"""
 
 
 def all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
-    """The sum over the group's ranks, on all of them; has no gradient."""
+    """Returns the sum over the group's ranks, on every rank. It has no gradient."""
     return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", group))
 
 
 def all_gather(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
-    """The ranks' tensors one after the other along `dim`, on all of them; has no gradient."""
+    """Returns the ranks' tensors concatenated along `dim`, on every rank. It has no gradient."""
     return functional.wait_tensor(functional.all_gather_single(x.contiguous(), dim, group))
 
 
 def reduce_scatter(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
-    """This rank's part, along `dim`, of the sum over the group's ranks; has no gradient."""
+    """Returns this rank's part, along `dim`, of the sum over the group's ranks. It has no
+    gradient."""
     summed = functional.reduce_scatter_single(x.contiguous(), "sum", dim, group)
     return functional.wait_tensor(summed)
 
@@ -75,13 +77,14 @@ class _Scatter(torch.autograd.Function):
 
 
 def enter(x: Tensor, group: ProcessGroup, sp: bool) -> Tensor:
-    """Into the part of a layer that ranks share out: x itself, its gradient summed over the ranks;
-    [B, L/t, D] -> [B, L, D] where `sp`."""
-    y: Tensor = _Gather.apply(x, group) if sp else _Copy.apply(x, group)  # type: ignore[no-untyped-call]
+    """Enters the part of a layer that is split over ranks. Returns x, whose gradient is summed over
+    the ranks; where `sp`, gathers [B, L/t, D] -> [B, L, D]."""
+    y: Tensor = _Gather.apply(x, group) if sp else _Copy.apply(x, group)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
     return y
 
 
 def leave(x: Tensor, group: ProcessGroup, sp: bool) -> Tensor:
-    """Out of it: the sum of what the ranks computed; [B, L, D] -> [B, L/t, D] where `sp`."""
-    y: Tensor = _Scatter.apply(x, group) if sp else _Sum.apply(x, group)  # type: ignore[no-untyped-call]
+    """Leaves the part of a layer that is split over ranks. Returns the sum of the ranks' results;
+    where `sp`, this rank's part of it, [B, L, D] -> [B, L/t, D]."""
+    y: Tensor = _Scatter.apply(x, group) if sp else _Sum.apply(x, group)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
     return y

@@ -1,5 +1,5 @@
-"""Which ranks this process talks to through which library, and the five operations that a bench
-measures."""
+"""Joins this process to the other ranks through the backend's library, and defines the five
+operations between ranks that a bench measures."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ class Member:
 
 @contextmanager
 def process_group(backend: Backend, timeout_s: float = 60.0) -> Iterator[Member]:
-    """The default group over the backend's collective library, from torchrun's variables; left at
-    the end of the block. Raises ConfigError where the process was not started by torchrun."""
+    """Joins the default group over the backend's collective library, as torchrun's variables say,
+    and leaves it at the end of the block. Raises ConfigError where torchrun did not start the
+    process."""
     device = mesh.start(backend, timeout_s)
     try:
         yield Member(dist.get_rank(), dist.get_world_size(), device, backend.collective)
@@ -42,24 +43,24 @@ def process_group(backend: Backend, timeout_s: float = 60.0) -> Iterator[Member]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Operation:
-    """One operation on one size, ready to run again and again."""
+    """One operation on one size, ready to be run many times."""
 
     run: Callable[[], None]
     wrong: Callable[[], int]
-    """elements of this rank's last result that are not what they must be; sums are of small
-    integers, exact in every dtype"""
+    """returns how many elements of this rank's last result are wrong; sums are of small integers,
+    exact in every dtype"""
     refill: Callable[[], None]
     """restores the inputs of an operation that works in place"""
 
 
 def values(rank: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What `rank` contributes: its element i is (i + 3 rank) mod 5."""
+    """Returns what `rank` contributes: element i is (i + 3 rank) mod 5."""
     return ((torch.arange(count, device=device) + 3 * rank) % 5).to(dtype)
 
 
 def operation(name: str, count: int, dtype: torch.dtype, me: Member) -> Operation:
-    """`count`: elements of the whole array, a multiple of the world size; reduce-scatter and
-    all-gather hand each rank its share of it."""
+    """Returns the operation `name`. `count` is the number of elements of the whole array, a
+    multiple of the world size; reduce-scatter and all-gather give each rank its share of it."""
     build = {
         "all_reduce": _all_reduce,
         "all_gather": _all_gather,
@@ -116,7 +117,8 @@ def _all_to_all(count: int, dtype: torch.dtype, me: Member) -> Operation:
 
 
 def _ring(count: int, dtype: torch.dtype, me: Member) -> Operation:
-    """Every rank sends to the next and receives from the previous one, as nccl-tests' sendrecv."""
+    """Every rank sends to the next one and receives from the previous one, as nccl-tests' sendrecv
+    does."""
     before, after = (me.rank - 1) % me.world, (me.rank + 1) % me.world
     mine = values(me.rank, count, dtype, me.device)
     out = torch.empty_like(mine)
@@ -131,7 +133,7 @@ def _ring(count: int, dtype: torch.dtype, me: Member) -> Operation:
 
 
 def _total(count: int, dtype: torch.dtype, me: Member) -> Tensor:
-    """The sum over the ranks; at most 4 * world, exact in bfloat16 up to 64 ranks."""
+    """Returns the sum over the ranks: at most 4 * world, exact in bfloat16 up to 64 ranks."""
     parts = [values(r, count, torch.float32, me.device) for r in range(me.world)]
     return torch.stack(parts).sum(0).to(dtype)
 
@@ -146,14 +148,14 @@ def _wait(work: dist.Work | None) -> None:
 
 
 def slowest_times(seconds: list[float], me: Member) -> list[float]:
-    """Element by element the longest time over the ranks."""
+    """Returns, element by element, the longest time of any rank."""
     times = torch.tensor(seconds, dtype=torch.float32, device=me.device)
     _wait(dist.all_reduce(times, op=dist.ReduceOp.MAX))
     return times.tolist()
 
 
 def gathered_values(value: float, me: Member) -> list[float]:
-    """Every rank's value, by rank."""
+    """Returns every rank's value, by rank."""
     table = torch.zeros(me.world, dtype=torch.float32, device=me.device)
     table[me.rank] = value
     _wait(dist.all_reduce(table))
@@ -161,5 +163,5 @@ def gathered_values(value: float, me: Member) -> list[float]:
 
 
 def barrier() -> None:
-    """Returns when every rank has arrived."""
+    """Waits until every rank has arrived."""
     dist.barrier()

@@ -1,5 +1,5 @@
-"""A training step of one rank of a plan, without the other ranks and without memory: the real
-engine over fake tensors and a fake process group. What it allocates, keeps and sends is counted."""
+"""Does a training step of one rank of a plan without the other ranks and without memory. The real
+engine runs on fake tensors and a fake process group; its storages and messages are counted."""
 
 from __future__ import annotations
 
@@ -43,15 +43,16 @@ COLLECTIVES = {
     "allgather_": "all_gather",
     "barrier": "barrier",
 }
-"""torch's operator: the name it is counted under. Its bytes are those of its largest tensor: the
+"""by torch's operator: the name it is counted under. Its bytes are those of its largest tensor, the
 whole array, as nccl-tests counts"""
 Phase = str
-"""weights, optimizer, activations (made in a forward), gradients, or temporary"""
+"""what a storage holds: weights, optimizer, activations (of a forward pass), gradients,
+temporary"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """What one rank would do."""
+    """What one rank would hold and send."""
 
     rank: int
     place: dict[str, int]
@@ -60,17 +61,18 @@ class Report:
     parameters: dict[str, tuple[int, ...]]
     """shapes this rank holds, by the whole model's names"""
     placement: dict[str, str]
-    """which part of the whole tensor that is"""
+    """by the same names: which part of the whole tensor the rank holds"""
     peak_bytes: int
     memory: dict[str, int]
     """bytes at the peak, by what they hold"""
     collectives: dict[str, dict[str, int]]
-    """name: {count, bytes} of one step"""
+    """by name: {count, bytes} of one step"""
     seconds: float
+    """that the dry run took"""
 
 
 class Meter(TorchDispatchMode):
-    """Counts storages and collectives. A storage belongs to the phase it was made in."""
+    """Counts storages and collectives. A storage belongs to the phase in which it was allocated."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -87,7 +89,7 @@ class Meter(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default:
             return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 1)
         if func is torch.ops._c10d_functional.wait_tensor.default:
-            return args[0]  # its fake makes a new tensor, the real one does not
+            return args[0]  # its fake allocates a tensor, the real operator does not
         result = func(*args, **kwargs or {})
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
@@ -98,17 +100,18 @@ class Meter(TorchDispatchMode):
         return result
 
     def add(self, tensor: Tensor, phase: Phase | None = None) -> None:
-        """Counts the tensor's storage, unless it is known; `phase` says anew what it holds."""
+        """Counts the tensor's storage. A storage that is known already is counted again only where
+        its size or, by `phase`, its phase has changed."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        was = self.sizes.get(key)
-        if was is not None and (was[1] == size and phase in (None, was[0])):
+        known = self.sizes.get(key)
+        if known is not None and (known[1] == size and phase in (None, known[0])):
             return
-        if was is not None:
-            self.now[was[0]] -= was[1]
+        if known is not None:
+            self.now[known[0]] -= known[1]
         else:
             self.references[key] = weakref.ref(storage, lambda _: self._free(key))
-        self.sizes[key] = (phase or (was[0] if was else self.phase), size)
+        self.sizes[key] = (phase or (known[0] if known else self.phase), size)
         self.now[self.sizes[key][0]] += size
         if (total := self.now.total()) > self.peak:
             self.peak, self.at_peak = total, Counter(self.now)
@@ -125,8 +128,8 @@ class Meter(TorchDispatchMode):
 
 
 def run(config: RunConfig, plan: Plan, rank: int, backend: Backend) -> Report:
-    """Builds rank `rank` of the plan's job and does one step of it. Raises ConfigError with what a
-    rank of a real cluster would end with."""
+    """Builds rank `rank` of the plan's job and does one step. Raises ConfigError with the error
+    that the rank of a real cluster would end with."""
     if not 0 <= rank < plan.world:
         raise ConfigError(f"rank {rank}: the plan has ranks 0 to {plan.world - 1}")
     c = config
@@ -139,7 +142,7 @@ def run(config: RunConfig, plan: Plan, rank: int, backend: Backend) -> Report:
         return _report(config, plan, backend, begin)
     except GlmCoreError:
         raise
-    except Exception as error:  # whatever torch or a kernel says, a cluster would say
+    except Exception as error:  # a rank of a cluster would raise the same
         fact = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ConfigError(f"plan {plan.label()}: rank {rank} would end with {fact}") from error
     finally:
@@ -150,16 +153,16 @@ def _report(config: RunConfig, plan: Plan, backend: Backend, begin: float) -> Re
     device = backend.device()
     axes = mesh.make(plan, device.type)
     meter = Meter()
-    ends = mesh.ends_group(axes) if plan.pp > 1 else None  # reads ranks, which fakes have not
+    ends = mesh.ends_group(axes) if plan.pp > 1 else None  # reads ranks: not possible on fakes
     with FakeTensorMode(allow_non_fake_inputs=True), use(backend), _resizing(meter):
-        # values are never looked at; torch 2.13 cannot convert a fake parameter in place
+        # values are not needed; torch 2.13 cannot convert a fake parameter in place
         with (
             mock.patch.object(apply, "own_values", return_value={}),
             mock.patch.object(nn.Module, "_apply", _converted),
             mock.patch.object(mesh, "ends_group", return_value=ends),
         ):
             part = engine.Engine(config, plan, axes, device)
-        _sort(meter, part)
+        _classify(meter, part)
         meter.sent.clear()
         _step(meter, part, config)
     named = dict(part.share.named_parameters())
@@ -179,7 +182,7 @@ def _report(config: RunConfig, plan: Plan, backend: Backend, begin: float) -> Re
 def _converted(
     module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True
 ) -> Any:
-    """nn.Module._apply by new parameters."""
+    """Replaces nn.Module._apply: puts new parameters where it converts in place."""
     for child in module.children() if recurse else ():
         child._apply(function)
     for name, p in module._parameters.items():
@@ -188,9 +191,9 @@ def _converted(
     return module
 
 
-def _sort(meter: Meter, part: engine.Engine) -> None:
-    """Says of what exists before the first step whether it is weights or optimizer, and forgets
-    the peak of building it."""
+def _classify(meter: Meter, part: engine.Engine) -> None:
+    """Marks the storages that exist before the step as weights or optimizer, and resets the peak,
+    which building them has reached."""
     for p in part.share.parameters():
         meter.add(own_part(p), "weights")
     for table in (part.optimizer.master, part.optimizer.exp_avg, part.optimizer.exp_avg_sq):
@@ -201,7 +204,7 @@ def _sort(meter: Meter, part: engine.Engine) -> None:
 
 
 def _step(meter: Meter, part: engine.Engine, config: RunConfig) -> None:
-    """One step, phase by phase."""
+    """Does one step, phase by phase."""
     t, length = config.train, config.data.length
     ids = torch.zeros(t.global_batch, length, dtype=torch.int64)
     place = torch.zeros(t.global_batch, 2, length, dtype=torch.int64)
@@ -227,7 +230,7 @@ def _gradient(meter: Meter, p: Tensor) -> None:
 
 @contextmanager
 def _backwards(meter: Meter) -> Iterator[None]:
-    """What a backward pass makes is temporary, not kept."""
+    """Counts what a backward pass allocates as temporary."""
     real = torch.autograd.backward
 
     def backward(*args: Any, **kwargs: Any) -> Any:
@@ -243,7 +246,7 @@ def _backwards(meter: Meter) -> Iterator[None]:
 
 @contextmanager
 def _resizing(meter: Meter) -> Iterator[None]:
-    """FSDP frees what it gathered by resizing its storage, which no operator shows."""
+    """Sees the resizing of storages, by which FSDP frees gathered weights: no operator shows it."""
     real: Callable[..., Any] = torch.UntypedStorage.resize_
 
     def resize(storage: Any, size: int) -> Any:
@@ -259,7 +262,7 @@ def _resizing(meter: Meter) -> Iterator[None]:
 
 
 def _place(name: str, p: Tensor, config: RunConfig, axes: Any) -> str:
-    """`rows 0:3072, 12288:15360 of the whole, then its rows 0:100`."""
+    """Says which part a rank holds: `rows 0:3072, 12288:15360; of these rows 0:100 (ZeRO)`."""
     split = layout.split_of(name, config.model, axes["tp"].size(), axes.get_local_rank("tp"))
     words = "whole"
     if split is not None:

@@ -1,4 +1,4 @@
-"""How a job's processes are started: torchrun's own API on each host, ssh to reach the others."""
+"""Starts the processes of a job: by torchrun's API on each host, by ssh on the other hosts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from glm_core.environment import WATCH
 from glm_core.errors import ConfigError, TrainingError, unknown
 
 FORWARDED = re.compile(r"(NCCL|HCCL|RCCL|GLOO|GLM_CORE|OMP|TORCH)_\w+|PYTHONPATH|LD_LIBRARY_PATH")
-"""variables that the other hosts' processes see too"""
+"""environment variables that are passed on to the other hosts"""
 _LINE = re.compile(r"(?P<name>[^\s=]+)\s+slots=(?P<slots>\d+)")
 
 
@@ -35,8 +35,8 @@ class Host:
 
 
 def parse_hostfile(text: str, where: str = "hostfile") -> list[Host]:
-    """DeepSpeed's hostfile: `NAME slots=N` a line, `#` begins a comment. Raises ConfigError that
-    lists every bad line."""
+    """Parses DeepSpeed's hostfile: a line `NAME slots=N` for each host, comments after `#`. Raises
+    ConfigError that lists every bad line."""
     hosts: dict[str, Host] = {}
     bad: list[str] = []
     for number, raw in enumerate(text.splitlines(), 1):
@@ -60,7 +60,7 @@ def parse_hostfile(text: str, where: str = "hostfile") -> list[Host]:
 
 
 def read_hostfile(path: Path) -> list[Host]:
-    """Raises ConfigError where it cannot be read or is wrong."""
+    """Reads a hostfile. Raises ConfigError where it cannot be read or has bad lines."""
     try:
         return parse_hostfile(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
@@ -68,10 +68,10 @@ def read_hostfile(path: Path) -> list[Host]:
 
 
 def select_hosts(hosts: list[Host], include: str, exclude: str) -> list[Host]:
-    """DeepSpeed's `--include` and `--exclude`: names joined by `@`. Raises ConfigError for both at
-    once, an unknown host, single slots, or nobody left."""
+    """Applies DeepSpeed's `--include` or `--exclude`, names joined by `@`. Raises ConfigError for
+    both at once, an unknown host, single slots, or where no host is left."""
     if include and exclude:
-        raise ConfigError("--include and --exclude: one excludes the other; give one of them")
+        raise ConfigError("--include and --exclude: both are given; give one of them")
     named = [name for name in (include or exclude).split("@") if name]
     for name in named:
         if ":" in name:
@@ -81,29 +81,29 @@ def select_hosts(hosts: list[Host], include: str, exclude: str) -> list[Host]:
             )
         if name not in {host.name for host in hosts}:
             raise ConfigError(unknown("host", name, [host.name for host in hosts]))
-    kept = [h for h in hosts if not named or (h.name in named) == bool(include)]
-    if not kept:
+    selected = [h for h in hosts if not named or (h.name in named) == bool(include)]
+    if not selected:
         raise ConfigError(f"--exclude {exclude}: leaves no host of the hostfile")
-    return kept
+    return selected
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """What to start, where."""
+    """What to start, on which hosts."""
 
     hosts: tuple[Host, ...]
     program: tuple[str, ...]
     """a script and its arguments, or `-m`, a module and its arguments"""
     address: str
-    """of the first host, as the others reach it"""
+    """address of the first host, as the others reach it"""
     port: int = 29500
     restarts: int = 0
-    """times that torchrun starts all processes again after one has failed"""
+    """how often torchrun may restart all processes after one has failed"""
     ssh_port: int = 22
 
 
 def torchrun_arguments(launch: Launch, index: int) -> list[str]:
-    """torchrun's arguments on host number `index`."""
+    """Returns torchrun's arguments on host number `index`."""
     words = [f"--nproc-per-node={launch.hosts[index].slots}", f"--max-restarts={launch.restarts}"]
     if len(launch.hosts) == 1:
         # not --standalone: that takes the host's own name, which need not resolve
@@ -119,8 +119,8 @@ def torchrun_arguments(launch: Launch, index: int) -> list[str]:
 
 
 def remote_commands(launch: Launch, environment: Iterable[tuple[str, str]]) -> list[list[str]]:
-    """The ssh command line of each host, in ranks' order; its working folder and interpreter are
-    this one's."""
+    """Returns the ssh command of each host, in the order of ranks. Working folder and interpreter
+    are those of this process."""
     exports = [f"{k}={shlex.quote(v)}" for k, v in sorted(environment) if FORWARDED.fullmatch(k)]
     before = f"cd {shlex.quote(os.getcwd())} && exec {' '.join(['env', *exports])}"
     lines = []
@@ -132,7 +132,7 @@ def remote_commands(launch: Launch, environment: Iterable[tuple[str, str]]) -> l
             *torchrun_arguments(launch, index),
         ]
         inner = f"{before} {shlex.join(words)}"
-        # -tt: the remote processes end with the connection
+        # -tt: the remote processes end when the connection does
         lines.append(
             ["ssh", "-tt", "-o", "BatchMode=yes", "-p", str(launch.ssh_port), host.name, inner]
         )
@@ -140,8 +140,8 @@ def remote_commands(launch: Launch, environment: Iterable[tuple[str, str]]) -> l
 
 
 def run_on_hosts(launch: Launch, poll_s: float = 0.2) -> None:
-    """Starts the job on every host by ssh and waits. The first host that fails ends the others;
-    raises TrainingError that names it."""
+    """Starts the job on every host by ssh and waits. When a host fails, the others are ended.
+    Raises TrainingError that names the first host that failed."""
     running = {
         host.name: subprocess.Popen(words, stdin=subprocess.DEVNULL)
         for host, words in zip(
@@ -164,7 +164,8 @@ def run_on_hosts(launch: Launch, poll_s: float = 0.2) -> None:
 
 
 def _end(processes: list[subprocess.Popen[bytes]], patience_s: float = 30.0) -> None:
-    """SIGTERM, on which torchrun ends its processes; SIGKILL to what is left."""
+    """Sends SIGTERM, on which torchrun ends its processes; kills those that still run after
+    `patience_s`."""
     for process in processes:
         process.terminate()
     deadline = time.monotonic() + patience_s
@@ -193,7 +194,7 @@ def run_locally(processes: int, program: Sequence[str]) -> None:
 
 
 def run_torchrun(words: Sequence[str]) -> None:
-    """torchrun in this process. Raises TrainingError for the first process that failed: its rank,
+    """Runs torchrun in this process. Raises TrainingError that names the first process that failed,
     how it ended, and where it was last (glm_core.distributed.watch)."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's own default, without its warning
     with TemporaryDirectory(prefix="glm-core-") as folder:
@@ -203,10 +204,10 @@ def run_torchrun(words: Sequence[str]) -> None:
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             how = failure.signal_name() if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-            known = post_mortem(Path(folder), rank)
+            last_seen = post_mortem(Path(folder), rank)
             raise TrainingError(
                 f"rank {rank} (pid {failure.pid}): ended first, by {how}; "
-                + (known or "its own lines above say why")
+                + (last_seen or "its own lines above say why")
             ) from None
 
 

@@ -1,16 +1,16 @@
-"""Where a rank's part of a tensor lies in the whole one: the convention of every sharded state.
+"""Defines where a rank's part of a tensor lies in the whole one, for every sharded state.
 
-**Names and shapes are those of the model on one process.** A checkpoint, a gathered gradient and
-an initial value all speak of `blocks.3.attention.qkv.weight` [(H + 2K) E, D], whatever the plan:
+**Names and shapes are those of the model on one process.** Checkpoints, gathered gradients and
+initial values all use `blocks.3.attention.qkv.weight` [(H + 2K) E, D], whatever the plan:
 
-- tensor parallel: `split_of(name, config, tp, rank)` says which spans of which dim a rank holds,
-  one after the other. Fused rows are cut by meaning: [q | k | v] each by whole heads, the two
-  halves of a gated feed-forward each for itself. None: every rank holds the whole.
-- pipeline: a stage holds the names of its own layers, under the same names. A tied embedding is
-  held by the first and by the last stage, always equal.
-- ZeRO: a DTensor that is Shard(0) over dp, of the tensor-parallel rank's own tensor.
+- Tensor parallelism: `split_of(name, config, tp, rank)` returns the spans that a rank holds of one
+  dim; they are concatenated in its tensor. Fused rows are split by meaning: each of q, k and v by
+  whole heads, each half of a gated feed-forward layer by itself. None: every rank holds the whole.
+- Pipeline: a stage holds its own layers under the same names. The first and the last stage both
+  hold a tied embedding and keep it equal.
+- ZeRO: the tensor-parallel rank's tensor is a DTensor, Shard(0) over dp.
 
-`chunks` puts all three together: views of what a rank holds, each with its place in the whole."""
+`chunks` combines all three: views of what a rank holds, each with its offsets in the whole."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from glm_core.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Split:
-    """A tensor-parallel rank's part: these spans along `dim`, concatenated."""
+    """A tensor-parallel rank's part of a tensor: spans along one dim, concatenated."""
 
     dim: int
     spans: tuple[tuple[int, int], ...]
@@ -32,13 +32,13 @@ class Split:
 
     @property
     def length(self) -> int:
-        """Of the part, along `dim`."""
+        """The length of the part along `dim`."""
         return sum(length for _, length in self.spans)
 
 
 def split_of(name: str, config: ModelConfig, tp: int, rank: int) -> Split | None:
-    """The part of parameter `name` on tensor-parallel rank `rank` of `tp`; None: all of it. The
-    optimizer's tensors are split as their parameter is."""
+    """Returns the part of parameter `name` that tensor-parallel rank `rank` of `tp` holds; None
+    where it holds all of it. Optimizer tensors are split like their parameter."""
     c, e = config, config.head_dim
     if name in ("embedding", "head"):
         return _even(0, rank, (c.vocab // tp,), tp)
@@ -55,7 +55,8 @@ def split_of(name: str, config: ModelConfig, tp: int, rank: int) -> Split | None
 
 
 def _even(dim: int, rank: int, lengths: tuple[int, ...], tp: int) -> Split:
-    """One span of each section, whose spans have these lengths on every rank."""
+    """Returns one span of each section. `lengths` are a rank's lengths of the sections, the same on
+    every rank."""
     spans, begin = [], 0
     for length in lengths:
         spans.append((begin + rank * length, length))
@@ -64,7 +65,7 @@ def _even(dim: int, rank: int, lengths: tuple[int, ...], tp: int) -> Split:
 
 
 def take(whole: Tensor, split: Split | None) -> Tensor:
-    """A rank's part of the whole tensor."""
+    """Returns a rank's part of the whole tensor."""
     if split is None:
         return whole
     parts = [whole.narrow(split.dim, start, length) for start, length in split.spans]
@@ -74,18 +75,18 @@ def take(whole: Tensor, split: Split | None) -> Tensor:
 def chunks(
     local: Tensor, split: Split | None, first_row: int = 0
 ) -> list[tuple[tuple[int, ...], Tensor]]:
-    """(place in the whole, view) of every piece of a plain tensor that holds the rows from
-    `first_row` on of a tensor-parallel rank's part."""
+    """Returns (offsets in the whole, view) of every contiguous chunk of `local`, which holds the
+    rows of a tensor-parallel rank's part from `first_row` on."""
     rest = (0,) * (local.ndim - 1)
     if split is None:
         return [((first_row, *rest), local)]
     if split.dim == 1:
         return [((first_row, split.spans[0][0]), local)]
-    found, begin, end = [], 0, first_row + len(local)
+    views, begin, end = [], 0, first_row + len(local)
     for start, length in split.spans:
         low, high = max(begin, first_row), min(begin + length, end)
         if low < high:
             rows = local[low - first_row : high - first_row]
-            found.append(((start + low - begin, *rest), rows))
+            views.append(((start + low - begin, *rest), rows))
         begin += length
-    return found
+    return views

@@ -1,4 +1,4 @@
-"""Which processes form which group: the DeviceMesh of a plan, on the backend's own library."""
+"""Forms the process groups of a plan: a DeviceMesh on the backend's own library."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from glm_core.distributed.plan import Plan
 from glm_core.errors import ConfigError
 
 AXES = ("pp", "dp", "tp")
-"""outermost first: tensor-parallel neighbours have neighbouring ranks, on one node"""
+"""outermost first, so that tensor-parallel neighbours have neighbouring ranks, on one node"""
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def start(backend: Backend, timeout_s: float = 600.0) -> torch.device:
-    """Joins the job that torchrun, Slurm or Kubernetes described in the environment, on the
-    backend's collective library; returns this process's device. Raises ConfigError where the
-    environment describes none."""
+    """Joins the job that torchrun, Slurm or Kubernetes describes in the environment, over the
+    backend's collective library, and returns this process's device. Raises ConfigError where the
+    environment describes no job."""
     if missing := [v for v in VARIABLES if v not in os.environ]:
         raise ConfigError(
             f"distributed job: {', '.join(missing)} not set; start the processes with torchrun"
@@ -34,8 +34,8 @@ def start(backend: Backend, timeout_s: float = 600.0) -> torch.device:
 
 
 def make(plan: Plan, device_type: str, timeout_s: float | None = None) -> DeviceMesh:
-    """The mesh [pp, dp, tp] over all processes of the running job. Raises ConfigError unless there
-    are as many as the plan has."""
+    """Returns the mesh [pp, dp, tp] over all processes of the job. Raises ConfigError where their
+    number is not the plan's."""
     world = dist.get_world_size()
     if world != plan.world:
         raise ConfigError(
@@ -43,7 +43,7 @@ def make(plan: Plan, device_type: str, timeout_s: float | None = None) -> Device
             f"start {plan.world}"
         )
     mesh = init_device_mesh(device_type, (plan.pp, plan.dp, plan.tp), mesh_dim_names=AXES)
-    if timeout_s is not None:  # groups made by a mesh forget the job's own timeout
+    if timeout_s is not None:  # a mesh's groups do not inherit the job's timeout
         for axis in AXES:
             dist.distributed_c10d._set_pg_timeout(
                 timedelta(seconds=timeout_s), mesh.get_group(axis)
@@ -52,8 +52,9 @@ def make(plan: Plan, device_type: str, timeout_s: float | None = None) -> Device
 
 
 def ends_group(mesh: DeviceMesh) -> dist.ProcessGroup | None:
-    """The group of the first and the last pipeline process of this rank's column, which share a
-    tied embedding; None for a rank between them. Every process must call it."""
+    """Returns the group of the first and the last pipeline rank with this rank's dp and tp
+    coordinates, which share a tied embedding; None on a rank between them. Every process must call
+    it."""
     if mesh["pp"].size() == 2:
         return mesh.get_group("pp")
     mine = None

@@ -1,9 +1,9 @@
-"""Which rank is slow, and in what: every so many steps each rank times one of its own, and their
-times are laid side by side.
+"""Finds the rank that slows a job down, and the op in which it loses its time: now and then every
+rank times a step by op, and the times are compared.
 
-A synchronous step takes all ranks equally long, because the fast ones wait. So what counts is a
-rank's *own* time: the step less what it waited for others in collectives. On a device with a queue
-every op of the measured step is waited for, which makes that step slower than the others."""
+A synchronous step takes equally long on all ranks, because the fast ones wait. So a rank's *own*
+time counts: the step's time without waiting for others in collectives. On a device with a queue the
+timed step waits for every op, which makes it slower than other steps."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from glm_core.dispatch import Op
 from glm_core.training.checkpoint import replace
 
 COLLECTIVE = ("c10d", "_c10d_functional", "c10d_functional")
-"""namespaces of torch's operators that involve other ranks"""
+"""namespaces of torch's operators that communicate with other ranks"""
 FACTOR = 1.1
-"""own time over the median from which a rank is named"""
+"""own time over the others' median from which on a rank is called a straggler"""
 
 
 class OpTimes(TorchDispatchMode):
-    """Seconds of one step by op; ours by their name, what is outside them by torch's."""
+    """Times one step by op. Time outside our ops is counted under the name of torch's operator."""
 
     def __init__(self, device_type: str) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.ops: Counter[str] = Counter()
         self.waiting_s = 0.0
         self._op = ""
         self._device_type = device_type
 
     def call(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """For `dispatch.intercept`: what happens inside belongs to this op."""
+        """Runs and times an op, for `dispatch.intercept`. Operators inside it belong to the op."""
         outer, self._op = self._op, op.name
         waited, begin = self.waiting_s, time.perf_counter()
         try:
@@ -69,7 +69,7 @@ class OpTimes(TorchDispatchMode):
         elif not self._op:
             self._finish()
             name = f"{func.namespace}.{func.overloadpacket.__name__}"
-            self.ops[name] += time.perf_counter() - begin  # type: ignore[assignment]
+            self.ops[name] += time.perf_counter() - begin  # type: ignore[assignment]  # as above
         return out
 
     def _finish(self) -> None:
@@ -79,8 +79,8 @@ class OpTimes(TorchDispatchMode):
 
 @contextmanager
 def timed(folder: Path, step: int, device_type: str, every: int) -> Iterator[None]:
-    """Times the block where `every` divides `step`, and leaves this rank's times in `folder`, which
-    all hosts see; costs nothing otherwise."""
+    """Times the block where `every` divides `step`, and writes this rank's times into `folder`,
+    which all hosts must see. Does nothing on other steps."""
     if not every or step % every:
         yield
         return
@@ -89,7 +89,7 @@ def timed(folder: Path, step: int, device_type: str, every: int) -> Iterator[Non
     def wait(work: Any, *args: Any, **kwargs: Any) -> Any:
         thread = threading.current_thread()
         if thread is not own and not isinstance(thread, threading._DummyThread):
-            return plain(work, *args, **kwargs)  # a checkpoint's; autograd's are unknown to Python
+            return plain(work, *args, **kwargs)  # a checkpoint's; autograd's threads are dummies
         begin = time.perf_counter()
         try:
             return plain(work, *args, **kwargs)
@@ -97,7 +97,7 @@ def timed(folder: Path, step: int, device_type: str, every: int) -> Iterator[Non
             times.waiting_s += time.perf_counter() - begin
 
     begin = time.perf_counter()
-    setattr(dist.Work, "wait", wait)  # noqa: B010  # for this step: it is where a rank waits
+    setattr(dist.Work, "wait", wait)  # noqa: B010  # ranks wait in it
     try:
         with dispatch.intercept(times.call), times:
             yield
@@ -112,32 +112,33 @@ def timed(folder: Path, step: int, device_type: str, every: int) -> Iterator[Non
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Report:
-    """The ranks of one step side by side."""
+    """The times of all ranks in one step, compared."""
 
     step: int
     own_s: dict[int, float]
-    """by rank"""
+    """by rank, without waiting for others"""
     waiting_s: dict[int, float]
+    """by rank, waiting for others in collectives"""
     slowest: int
     ratio: float
     """its own time over the median of the others'"""
     variation: float
     """standard deviation of the own times over their mean"""
     op: str
-    """in which it loses most against the others' median; `outside ops`: data, Python"""
+    """the op in which it loses most against the others' median; `outside ops`: data, Python"""
     op_s: float
     op_median_s: float
     missing: list[int]
-    """ranks whose times are not there yet"""
+    """ranks whose times had not been written"""
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Report:
-        """Back from JSON, where a rank has become a string."""
+        """Restores a report from JSON, where ranks have become strings."""
         by_rank = {k: {int(r): s for r, s in values[k].items()} for k in ("own_s", "waiting_s")}
         return cls(**{**values, **by_rank})
 
     def figures(self) -> dict[str, float]:
-        """For TensorBoard and Prometheus."""
+        """Returns the figures for TensorBoard and Prometheus."""
         return {
             "slowest_rank": self.slowest,
             "slowest_rank_ratio": self.ratio,
@@ -145,7 +146,7 @@ class Report:
         }
 
     def text(self) -> str:
-        """One line."""
+        """Returns the report as one line."""
         lost = f"; no times of rank {', '.join(map(str, self.missing))}" if self.missing else ""
         spread = f"own times vary by {self.variation:.1%}{lost}"
         if self.ratio < FACTOR:
@@ -158,27 +159,28 @@ class Report:
 
 
 def report(folder: Path, step: int, world: int) -> Report | None:
-    """The ranks' times of `step`; None while fewer than two are there. Call it after the ranks have
-    met in the next step: then all of them are."""
-    found = {}
+    """Compares the ranks' times of `step`; None while fewer than two ranks have written theirs.
+    After the ranks have met in the next step, all have."""
+    times = {}
     for rank in range(world):
         try:
             values = json.loads((folder / f"times-{rank}" / "times.json").read_text())
         except (OSError, ValueError):
             continue
         if values["step"] == step:
-            found[rank] = values
-    return compare(step, found, world) if len(found) > 1 else None
+            times[rank] = values
+    return compare(step, times, world) if len(times) > 1 else None
 
 
-def compare(step: int, found: dict[int, dict[str, Any]], world: int) -> Report:
-    """The slowest rank and where it loses its time. `found`: by rank, what `timed` has written."""
-    own = {r: v["step_s"] - v["waiting_s"] for r, v in found.items()}
+def compare(step: int, times: dict[int, dict[str, Any]], world: int) -> Report:
+    """Finds the slowest rank and the op in which it loses its time. `times` holds by rank what
+    `timed` has written."""
+    own = {r: v["step_s"] - v["waiting_s"] for r, v in times.items()}
     slowest = max(own, key=lambda r: own[r])
     parts = {
-        r: {**v["ops"], "outside ops": own[r] - sum(v["ops"].values())} for r, v in found.items()
+        r: {**v["ops"], "outside ops": own[r] - sum(v["ops"].values())} for r, v in times.items()
     }
-    others = [r for r in found if r != slowest]
+    others = [r for r in times if r != slowest]
     medians = {
         op: statistics.median(parts[r].get(op, 0.0) for r in others) for op in parts[slowest]
     }
@@ -187,23 +189,23 @@ def compare(step: int, found: dict[int, dict[str, Any]], world: int) -> Report:
     return Report(
         step=step,
         own_s=own,
-        waiting_s={r: v["waiting_s"] for r, v in found.items()},
+        waiting_s={r: v["waiting_s"] for r, v in times.items()},
         slowest=slowest,
         ratio=own[slowest] / median,
         variation=statistics.pstdev(own.values()) / statistics.mean(own.values()),
         op=op,
         op_s=parts[slowest][op],
         op_median_s=medians[op],
-        missing=sorted(set(range(world)) - found.keys()),
+        missing=sorted(set(range(world)) - times.keys()),
     )
 
 
 class StragglerLog:
-    """A run's reports, in a file that is there while the run goes on: after each report it is
-    written anew, whole."""
+    """All reports of a run, in a file that is replaced after each report and so is always
+    complete."""
 
     def __init__(self, path: Path, done: int) -> None:
-        """What the file says of steps after `done` is forgotten: they are done again."""
+        """Reads the reports of an earlier start, up to step `done`; later steps are done again."""
         self.path = path
         self.reports: list[Report] = []
         if path.is_file():
@@ -211,13 +213,13 @@ class StragglerLog:
             self.reports = [Report.from_json(r) for r in every if r["step"] <= done]
 
     def add(self, report: Report) -> None:
-        """One more."""
+        """Adds a report and writes the file."""
         self.reports = [r for r in self.reports if r.step < report.step] + [report]
-        told = {"summary": self.text(), "reports": [dataclasses.asdict(r) for r in self.reports]}
-        replace(self.path, lambda part: part.write_text(json.dumps(told, indent=1) + "\n"))
+        content = {"summary": self.text(), "reports": [dataclasses.asdict(r) for r in self.reports]}
+        replace(self.path, lambda part: part.write_text(json.dumps(content, indent=1) + "\n"))
 
     def text(self) -> str:
-        """One line over all reports; "" where there are none."""
+        """Returns a summary of all reports in one line; "" where there are none."""
         if not self.reports:
             return ""
         steps = f"{len(self.reports)} timed steps"

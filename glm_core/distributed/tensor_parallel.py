@@ -1,8 +1,8 @@
-"""How the ranks of a tensor-parallel group share one layer's matrices: the model's own modules, of
-a rank's sizes, whose projections talk to each other. Which rows a rank holds is said in layout.
+"""Splits a layer's matrices over the ranks of a tensor-parallel group: the model's own modules at a
+rank's sizes, whose projections communicate. `layout` says which rows a rank holds.
 
-Norms, and the biases after a row-parallel product, are held by every rank and stay equal. Shapes:
-D width, F features of all ranks, t ranks."""
+Every rank holds norms and the biases after a row-parallel product, and they stay equal. Shapes: B
+batch, L sequence, D width, F features of all ranks, V vocabulary, t ranks."""
 
 from __future__ import annotations
 
@@ -21,49 +21,49 @@ from glm_core.model.glm import Block, Linear
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Ranks:
-    """One tensor-parallel group as a member sees it."""
+    """The tensor-parallel group of this process."""
 
     group: ProcessGroup
     sp: bool
-    """sequence parallel: between the layers each rank holds its part of the sequence"""
+    """sequence parallelism: between the matrices each rank holds its part of the sequence"""
 
     @property
     def size(self) -> int:
-        """t"""
+        """t, the number of ranks."""
         return self.group.size()
 
     @property
     def rank(self) -> int:
-        """This process's place in the group."""
+        """This process's rank in the group."""
         return self.group.rank()
 
     def enter(self, x: Tensor) -> Tensor:
-        """Into what ranks share out; see collectives."""
+        """Enters what is split over ranks, as `collectives.enter`."""
         return collectives.enter(x, self.group, self.sp)
 
     def leave(self, x: Tensor) -> Tensor:
-        """Out of it; see collectives."""
+        """Leaves what is split over ranks, as `collectives.leave`."""
         return collectives.leave(x, self.group, self.sp)
 
 
 class ColumnLinear(Linear):
-    """Every rank computes its own features;  [B, L, D] -> [B, L, F/t]."""
+    """A linear layer of which every rank computes its own features;  [B, L, D] -> [B, L, F/t]."""
 
-    def __init__(self, of: Linear, ranks: Ranks) -> None:
+    def __init__(self, linear: Linear, ranks: Ranks) -> None:
         torch.nn.Module.__init__(self)
-        self.weight, self.bias, self.ranks = of.weight, of.bias, ranks
+        self.weight, self.bias, self.ranks = linear.weight, linear.bias, ranks
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(self.ranks.enter(x), self.weight, self.bias)
 
 
 class RowLinear(Linear):
-    """Every rank multiplies its own features, the products are added, then the bias, once;  [B, L,
-    F/t] -> [B, L, D]."""
+    """A linear layer of which every rank multiplies its own features. The products are summed over
+    ranks, then the bias is added once;  [B, L, F/t] -> [B, L, D]."""
 
-    def __init__(self, of: Linear, ranks: Ranks) -> None:
+    def __init__(self, linear: Linear, ranks: Ranks) -> None:
         torch.nn.Module.__init__(self)
-        self.weight, self.bias, self.ranks = of.weight, of.bias, ranks
+        self.weight, self.bias, self.ranks = linear.weight, linear.bias, ranks
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.ranks.leave(ops.linear(x, self.weight))
@@ -71,7 +71,7 @@ class RowLinear(Linear):
 
 
 def part_of(config: ModelConfig, tp: int) -> ModelConfig:
-    """The sizes of one rank's modules: its heads, its features, its rows of the vocabulary."""
+    """Returns the config of one rank's modules: its heads, features and rows of the vocabulary."""
     return dataclasses.replace(
         config,
         num_heads=config.num_heads // tp,
@@ -82,7 +82,7 @@ def part_of(config: ModelConfig, tp: int) -> ModelConfig:
 
 
 def share(block: Block, ranks: Ranks) -> None:
-    """Makes a block of a rank's sizes one part of the whole block."""
+    """Makes the projections of a block of a rank's sizes communicate."""
     block.attention.qkv = ColumnLinear(block.attention.qkv, ranks)
     block.attention.out = RowLinear(block.attention.out, ranks)
     block.mlp.up = ColumnLinear(block.mlp.up, ranks)
@@ -90,8 +90,9 @@ def share(block: Block, ranks: Ranks) -> None:
 
 
 def embed(tokens: Tensor, table: Tensor, shrink: float, ranks: Ranks) -> Tensor:
-    """ops.embedding of a table whose rows the ranks share out: zeros for the others' tokens, then
-    the sum, exact in every dtype;  tokens [B, L], table [V/t, D] -> [B, L, D] or [B, L/t, D]."""
+    """Computes ops.embedding with a table whose rows are split over ranks: zeros for other ranks'
+    tokens, then the sum, which is exact in every dtype;  tokens [B, L], table [V/t, D] ->
+    [B, L, D] or [B, L/t, D]."""
     local = tokens - ranks.rank * table.shape[0]
     mine = (local >= 0) & (local < table.shape[0])
     x = ops.embedding(local.clamp(0, table.shape[0] - 1), table, shrink)
@@ -101,16 +102,16 @@ def embed(tokens: Tensor, table: Tensor, shrink: float, ranks: Ranks) -> Tensor:
 def loss(
     hidden: Tensor, head: Tensor, labels: Tensor, token_weight: Tensor, ranks: Ranks
 ) -> Tensor:
-    """ops.linear_cross_entropy of a head whose rows the ranks share out;  hidden [B, L, D] or [B,
-    L/t, D], head [V/t, D], labels and token_weight [B, L] -> float32 scalar, the same on every
-    rank."""
-    x = ranks.enter(hidden).flatten(0, 1)
+    """Computes ops.linear_cross_entropy with a head whose rows are split over ranks;  hidden
+    [B, L, D] or [B, L/t, D], head [V/t, D], labels and token_weight [B, L] -> float32 scalar, the
+    same on every rank."""
+    x = ranks.enter(hidden).flatten(0, 1)  # [B L, D]
     return parallel_cross_entropy(x, head, labels.flatten(), token_weight.flatten(), ranks.group)
 
 
 def replicated(name: str) -> bool:
-    """Is this parameter held whole by every rank? Under sequence parallelism each rank then has
-    only its tokens' share of the gradient, and the shares are added."""
+    """Returns whether every rank holds this parameter whole. Under sequence parallelism each rank
+    then has only its tokens' share of the gradient, and the shares must be summed."""
     table = name in ("embedding", "head")
     matrix = any(f".{part}." in name for part in ("qkv", "up"))
     return not (table or matrix or name.endswith(("out.weight", "down.weight")))

@@ -1,8 +1,8 @@
-"""Where every rank is: a record that each keeps on the disk, so that whoever is left can say which
-rank hangs or is gone, in what, with its stack.
+"""Records on the disk where every rank is, so that a surviving rank can name the rank that hangs or
+is gone, with its op and its stack.
 
-The records lie in one folder that all hosts see (the run's). A thread samples the stack of the
-training thread once an interval: nothing is paid on the way of a step."""
+The records lie in one folder of the run, which all hosts must see. A thread samples the stack of
+the training thread once in an interval, so a step costs nothing more."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ from glm_core.diagnose import watchdog
 from glm_core.errors import TrainingError
 
 RECORD_BYTES = 16384
-"""a record's size from its first moment on: a full disk does not silence it"""
+"""size of a record, allocated at the start: a full disk cannot stop it"""
 FRAMES = 24
-"""innermost ones kept of a stack"""
+"""innermost frames kept of a stack"""
 _WAITING = ("distributed_c10d.py", "_functional_collectives.py")
-"""torch's files whose functions return when other ranks have come"""
+"""files of torch whose functions wait for other ranks"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Place:
-    """Where a thread is."""
+    """The place where a thread is."""
 
     what: str
     """`op geglu`, `all_reduce`, or the innermost function"""
     waiting: bool
-    """for other ranks"""
+    """whether it waits for other ranks"""
     stack: list[str]
     """`file:line function`, outermost first"""
 
 
 def place_of(frame: FrameType | None) -> Place:
-    """Reads a thread's frames, from the innermost outwards."""
+    """Reads a thread's place from its frames, the innermost first."""
     if frame is None:
         return Place("nothing: its thread has ended", False, [])
     op, collective, stack = "", "", []
@@ -68,7 +68,7 @@ def place_of(frame: FrameType | None) -> Place:
 
 
 class Record:
-    """One rank's file; written by that rank alone."""
+    """One rank's file, which that rank alone writes."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ class Record:
         os.pwrite(self.file, b" " * RECORD_BYTES, 0)
 
     def write(self, values: dict[str, Any]) -> None:
-        """In place: the same bytes of the disk again."""
+        """Overwrites the record in place. A stack that is too long loses its outermost frames."""
         data = json.dumps(values).encode()
         while len(data) > RECORD_BYTES and values["stack"]:
             values = {**values, "stack": values["stack"][1:]}
@@ -85,12 +85,12 @@ class Record:
         os.pwrite(self.file, data.ljust(RECORD_BYTES), 0)
 
     def close(self) -> None:
-        """Keeps the file: the last that is known of the rank."""
+        """Closes the file and leaves it: it says where the rank was last."""
         os.close(self.file)
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """A record, None where there is none yet or it is just being written."""
+    """Reads a record; None where there is none or it is just being written."""
     try:
         values: dict[str, Any] = json.loads(path.read_text(errors="replace"))
     except (OSError, ValueError):
@@ -99,7 +99,7 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 class RankWatch:
-    """This rank among the others."""
+    """Records this rank and reads the records of the others."""
 
     def __init__(self, folder: Path, rank: int, world: int, interval_s: float = 1.0) -> None:
         self.folder, self.rank, self.world, self.interval_s = folder, rank, world, interval_s
@@ -110,7 +110,7 @@ class RankWatch:
             (launched / f"rank-{rank}").write_text(str(self.record.path.resolve()))
 
     def note(self, state: str = "running") -> dict[str, Any]:
-        """Writes where the training thread is now."""
+        """Writes where the training thread is now, and returns it."""
         place = place_of(sys._current_frames().get(self.thread))
         values = {
             "rank": self.rank,
@@ -127,61 +127,62 @@ class RankWatch:
         return values
 
     def sample(self, done: threading.Event) -> None:
-        """Until `done`: a note every interval."""
+        """Writes a note every interval until `done` is set."""
         while not done.wait(self.interval_s):
             self.note()
 
     @property
     def grace_s(self) -> float:
-        """How long a rank that ends waits for what the others have to say."""
+        """Seconds that a rank which ends waits for the notes of the others."""
         return 3 * self.interval_s
 
     def on_hang(self) -> str:
-        """For `watchdog.guard`: this rank's stack, and which rank holds up the job."""
+        """Returns this rank's stack and the rank that holds up the job, for `watchdog.guard`."""
         mine = self.note("hung")
         time.sleep(self.grace_s)
         return f"{stack_text(mine)}\nglm-core: {self.verdict()}\nglm-core: "
 
     def records(self) -> dict[int, dict[str, Any] | None]:
-        """The newest of every rank."""
+        """Reads the record of every rank."""
         return {r: read(self.folder / f"rank-{r}.json") for r in range(self.world)}
 
     def verdict(self) -> str:
-        """Who holds up the job, from the records: ranks that no longer answer; else those that are
-        not waiting for others; else those behind the others in a group's collectives."""
+        """Names the ranks that hold up the job: those that no longer answer; else those that do not
+        wait for others; else those that are behind the others in a group's collectives."""
         records = self.records()
         if silent := {r: x for r, x in records.items() if silent_s(x) > self.grace_s}:
             return "; ".join(f"{lost_text(r, x)}{self._stuck(r)}" for r, x in silent.items())
         known = {r: x for r, x in records.items() if x is not None and x["state"] != "ended"}
         busy = {r: x for r, x in known.items() if not x["waiting"]}
-        held = busy or {r: x for r, x in known.items() if is_behind(x, list(known.values()))}
-        if not held:
+        late = {r: x for r, x in known.items() if is_behind(x, list(known.values()))}
+        blocking = busy or late
+        if not blocking:
             return f"all {self.world} ranks wait for each other: " + "; ".join(
                 f"rank {r} in {x['what']}" for r, x in known.items()
             )
-        waiting = sorted(known.keys() - held.keys())
+        waiting = sorted(known.keys() - blocking.keys())
         others = f"; rank {', '.join(map(str, waiting))} waits" if waiting else ""
         return (
             "; ".join(
                 f"rank {r} of {self.world} holds up the job: {x['begun']}, inside {x['what']}"
                 + stack_text(x)
-                for r, x in held.items()
+                for r, x in blocking.items()
             )
             + others
         )
 
     def _stuck(self, rank: int) -> str:
-        """What faulthandler has written of a rank whose interpreter is held."""
+        """Returns the stack that faulthandler wrote for a rank whose interpreter is blocked."""
         path = stuck_path(self.folder, rank)
         text = path.read_text(errors="replace").strip() if path.is_file() else ""
         return "\n" + text if text else ""
 
     def explain(self, error: Exception) -> TrainingError:
-        """A collective has failed here, mostly because another rank is gone: which, and where it
-        was last."""
+        """Explains a collective that failed here, mostly because another rank is gone: the error
+        names that rank and where it was last."""
         place = place_of_error(error)
         begun = watchdog.begun()
-        time.sleep(self.grace_s)  # until a silent rank shows as one
+        time.sleep(self.grace_s)  # until a rank that died counts as silent
         records = self.records()
         lost = [
             lost_text(r, x)
@@ -196,13 +197,13 @@ class RankWatch:
         )
 
     def close(self, state: str) -> None:
-        """The last note; silence is what is expected from now on."""
+        """Writes the last note: `state` says why no more will come."""
         self.note(state)
         self.record.close()
 
 
 def collective_counts() -> dict[str, int]:
-    """How many collectives this rank has begun in every group it belongs to."""
+    """Returns how many collectives this rank has begun, by group."""
     if not dist.is_initialized():
         return {}
     counts: dict[str, int] = {}
@@ -215,7 +216,7 @@ def collective_counts() -> dict[str, int]:
 
 
 def is_behind(record: dict[str, Any], records: list[dict[str, Any]]) -> bool:
-    """Has another rank begun more collectives in a group that both are in?"""
+    """Returns whether another rank has begun more collectives in a group of both."""
     return any(
         other["collectives"].get(group, 0) > count
         for other in records
@@ -224,14 +225,15 @@ def is_behind(record: dict[str, Any], records: list[dict[str, Any]]) -> bool:
 
 
 def silent_s(record: dict[str, Any] | None) -> float:
-    """How long a rank has written nothing; it has ended in order: 0."""
+    """Returns the seconds since a rank's last note; 0 where it ended normally."""
     if record is None:
         return float("inf")
     return 0.0 if record["state"] == "ended" else time.time() - record["time"]
 
 
 def is_gone(record: dict[str, Any] | None, grace_s: float) -> bool:
-    """Silent, or failed by its own word, or its process is no more, where that can be seen."""
+    """Returns whether a rank is silent, has reported a failure, or its process on this host is
+    dead."""
     if record is None or silent_s(record) > grace_s or record["state"] == "failed":
         return True
     if record["host"] != socket.gethostname() or record["state"] == "ended":
@@ -244,7 +246,8 @@ def is_gone(record: dict[str, Any] | None, grace_s: float) -> bool:
 
 
 def lost_text(rank: int, record: dict[str, Any] | None) -> str:
-    """`rank 1 (pid 7 on a) is gone; last seen in step 3, inside op geglu` and its stack."""
+    """Describes a lost rank: `rank 1 (pid 7 on a) is gone; last seen in step 3, inside op geglu`,
+    then its stack."""
     if record is None:
         return f"rank {rank} never began"
     who = f"rank {rank} (pid {record['pid']} on {record['host']})"
@@ -255,12 +258,12 @@ def lost_text(rank: int, record: dict[str, Any] | None) -> str:
 
 
 def stack_text(record: dict[str, Any]) -> str:
-    """Lines for people, outermost first."""
+    """Returns the stack as lines, outermost first."""
     return "".join(f"\n  rank {record['rank']}: {line}" for line in record["stack"])
 
 
 def place_of_error(error: BaseException) -> str:
-    """The op and the collective that a traceback went through."""
+    """Returns the innermost op or collective that a traceback went through."""
     trace, what = error.__traceback__, ""
     while trace is not None:
         code = trace.tb_frame.f_code
@@ -273,7 +276,7 @@ def place_of_error(error: BaseException) -> str:
 
 
 def stuck_path(folder: Path, rank: int) -> Path:
-    """Where faulthandler writes if a rank's interpreter is held."""
+    """Returns the file that faulthandler writes where a rank's interpreter is blocked."""
     return folder / f"rank-{rank}.stuck"
 
 
@@ -285,10 +288,10 @@ def _stuck_file(folder: Path, rank: int) -> TextIO:
 def watched(
     folder: Path, rank: int, world: int, timeout_s: float, interval_s: float = 1.0
 ) -> Iterator[RankWatch]:
-    """The block is watched from outside and by the other ranks. Where it makes no progress (no
-    `watchdog.beat`) for `timeout_s`, the process ends with exit code 1 within 3 more intervals, and
-    says which rank holds up the job, in which op, with its stack. An error out of a collective
-    becomes a TrainingError that names the rank that is gone. timeout_s 0: no limit on hangs."""
+    """Watches the block. Where it makes no progress (no `watchdog.beat`) for `timeout_s`, the
+    process ends with exit code 1 within 3 more intervals and prints which rank holds up the job, in
+    which op, with its stack. An error from a collective becomes a TrainingError that names the rank
+    that is gone. timeout_s=0 sets no limit on hangs."""
     watch, done = RankWatch(folder, rank, world, interval_s), threading.Event()
     way_out = "resume from the last checkpoint"
     sampler = threading.Thread(target=watch.sample, args=(done,), daemon=True)
@@ -300,7 +303,7 @@ def watched(
                 f"rank {rank} of {world}",
                 way_out,
                 on_hang=watch.on_hang,
-                # before the others give their verdict, which quotes it
+                # earlier than the other ranks read it
                 stuck_after_s=timeout_s + interval_s,
                 stuck_file=stuck,
             )
@@ -328,7 +331,8 @@ def _from_collective(error: BaseException) -> bool:
 
 
 def post_mortem(launched: Path, rank: int) -> str:
-    """For a launcher: the last that is known of a rank of its host that died; "" if nothing."""
+    """Returns where a dead rank of this host was last, for a launcher; "" where nothing is
+    known."""
     try:
         record = read(Path((launched / f"rank-{rank}").read_text()))
     except OSError:

@@ -1,2 +1,2 @@
-"""How a figure is taken: interleaved rounds, the machine beside every row, what it reaches at most,
-how noisy it was."""
+"""Measures: interleaved rounds, rows that record the machine, its ceilings, and how noisy it
+was."""

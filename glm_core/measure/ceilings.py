@@ -1,5 +1,5 @@
-"""What this device reaches at most: matrix products by dtype, memory, launch and dispatch latency.
-A published peak is used where the backend knows one; else what was measured here is the peak."""
+"""Measures what this device reaches at most: matrix products by dtype, memory, launch and dispatch
+latency. The peak is the published one where the backend knows it, else the measured one."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from glm_core.measure.timing import interleave, machine
 
 Call = Callable[[], Any]
 LAUNCHES = 100
-"""queued in one round, so that a launch costs less than reading the clock"""
+"""launches of one round: many, since one takes less time than reading the clock"""
 
 
 def sizes(backend: Backend) -> tuple[int, int]:
-    """(side of the square matrix product, bytes of the memory buffers): past every cache and long
-    enough to fill the device."""
+    """Returns (side of the square matrix product, bytes of the memory buffers). They exceed every
+    cache and fill the device."""
     return (1024, 256 << 20) if backend.device_type == "cpu" else (8192, 2 << 30)
 
 
 def contestants(
     backend: Backend, dtypes: Iterable[torch.dtype]
 ) -> dict[str, tuple[Call, float, float]]:
-    """name: (call, FLOPs, bytes)."""
+    """Returns by name (call, FLOPs, bytes)."""
     device, (side, nbytes) = backend.device(), sizes(backend)
-    found: dict[str, tuple[Call, float, float]] = {}
+    calls: dict[str, tuple[Call, float, float]] = {}
     for dtype in dtypes:
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         name = str(dtype).removeprefix("torch.")
         moved = 3.0 * side * side * dtype.itemsize
-        found[f"gemm {name}"] = functools.partial(torch.mm, a, b), 2.0 * side**3, moved
-    # ones, not zeros: pages never written all read as one
+        calls[f"gemm {name}"] = functools.partial(torch.mm, a, b), 2.0 * side**3, moved
+    # ones, not zeros: pages that were never written are all read from one page
     source, target = (torch.ones(nbytes // 4, device=device) for _ in range(2))
     one = torch.ones(1, device=device)
-    found["memory read"] = source.sum, 0.0, float(nbytes)
-    found["memory write"] = (lambda: target.fill_(2.0)), 0.0, float(nbytes)
-    found["memory copy"] = (lambda: target.copy_(source)), 0.0, 2.0 * nbytes
+    calls["memory read"] = source.sum, 0.0, float(nbytes)
+    calls["memory write"] = (lambda: target.fill_(2.0)), 0.0, float(nbytes)
+    calls["memory copy"] = (lambda: target.copy_(source)), 0.0, 2.0 * nbytes
     launch = functools.partial(one.add_, 1.0)
-    found[f"{LAUNCHES} launches, each waited for"] = _repeat(finished(backend, launch)), 0.0, 0.0
-    found[f"{LAUNCHES} launches, queued"] = _repeat(launch), 0.0, 0.0
-    return found
+    calls[f"{LAUNCHES} launches, each waited for"] = _repeat(finished(backend, launch)), 0.0, 0.0
+    calls[f"{LAUNCHES} launches, queued"] = _repeat(launch), 0.0, 0.0
+    return calls
 
 
 def _repeat(call: Call) -> Call:
@@ -58,11 +58,11 @@ def _repeat(call: Call) -> Call:
 
 
 def measure(backend: Backend, dtypes: Iterable[torch.dtype], rounds: int) -> list[Row]:
-    """A row for each ceiling and for dispatch; the first matrix product is the others' peer, so
-    that two machines can be compared by their balance."""
+    """Returns a row for each ceiling and for dispatch. The first matrix product is the peer of the
+    others, so that two machines can be compared by their balance."""
     calls, watch = contestants(backend, dtypes), NoiseWatch()
     timing = interleave({k: finished(backend, c) for k, (c, _, _) in calls.items()}, rounds)
-    told, notes = machine_with_device(backend), watch.notes()
+    facts, notes = machine_with_device(backend), watch.notes()
     peer = next(iter(calls))
     rows = [
         Row(
@@ -76,17 +76,18 @@ def measure(backend: Backend, dtypes: Iterable[torch.dtype], rounds: int) -> lis
             peer_seconds=() if name == peer else timing[peer].seconds,
             flops=flops,
             bytes=moved,
-            machine=told,
+            machine=facts,
             figures=_launch(name, timing[name].median_s),
             notes=(*notes, *irregularities(timing[name].seconds)),
         )
         for name, (_, flops, moved) in calls.items()
     ]
-    return [*rows, dispatch_row(rounds, told)]
+    return [*rows, dispatch_row(rounds, facts)]
 
 
-def dispatch_row(rounds: int, told: dict[str, Any]) -> Row:
-    """Seconds that one op call spends in dispatch, against its bare kernel."""
+def dispatch_row(rounds: int, facts: dict[str, Any]) -> Row:
+    """Returns the row of an op call through dispatch against its bare kernel. `facts` describe the
+    machine."""
     watch = NoiseWatch()
     through, bare = dispatch.samples(rounds)
     return Row(
@@ -95,7 +96,7 @@ def dispatch_row(rounds: int, told: dict[str, Any]) -> Row:
         backend="cpu",
         dtype="float32",
         shape="1",
-        machine=told,
+        machine=facts,
         seconds=tuple(through),
         peer="bare kernel",
         peer_seconds=tuple(bare),
@@ -116,7 +117,7 @@ def _shape(name: str, backend: Backend) -> str:
 
 
 def finished(backend: Backend, call: Call) -> Call:
-    """The call with its device work waited for."""
+    """Returns the call with a wait for its device work."""
 
     def run() -> Any:
         result = call()
@@ -127,17 +128,17 @@ def finished(backend: Backend, call: Call) -> Call:
 
 
 def machine_with_device(backend: Backend) -> dict[str, Any]:
-    """`machine` with the device's name."""
-    named = None
+    """Returns the facts of `machine` and the device's name."""
+    device_name = None
     if backend.device_type != "cpu":
-        named = getattr(torch.get_device_module(backend.device_type), "get_device_name", None)
-    return machine() | {"device": named() if named else backend.device_type}
+        device_name = getattr(torch.get_device_module(backend.device_type), "get_device_name", None)
+    return machine() | {"device": device_name() if device_name else backend.device_type}
 
 
 def peak(backend: Backend, dtype: torch.dtype, rounds: int = 9) -> Peak:
-    """Published, else the best of a matrix product and of a memory read, measured now. A dtype
-    that the device multiplies slower than float32 (float16 on most CPUs) has float32's peak, for a
-    kernel may convert."""
+    """Returns the published peak, else the best of a matrix product and a memory read, measured
+    now. A dtype that the device multiplies more slowly than float32 (float16 on most CPUs) has
+    float32's peak, because a kernel may convert."""
     if known := backend.peak(dtype):
         return known
     calls = contestants(backend, dict.fromkeys((torch.float32, dtype)))

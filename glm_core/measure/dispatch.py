@@ -1,4 +1,4 @@
-"""What dispatch adds to the call of an op."""
+"""Measures what dispatch adds to the call of an op."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from glm_core.spec import SUPPORTED, Support
 
 CALLS = 20_000
 LIMIT_US = 5.0
+"""microseconds a call that dispatch may add"""
 
 
 def samples(rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds a call in each round, through the op and of the bare kernel, in turn: a kernel that
-    does nothing, with a predicate."""
+    """Times a kernel that does nothing, with a predicate: returns the seconds of a call in each
+    round, through the op and of the bare kernel, measured in turn."""
     backend = Backend(name="bench", device_type="cpu", verified="does nothing, by design")
 
     def supports(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Support:
@@ -40,7 +41,8 @@ def samples(rounds: int) -> tuple[list[float], list[float]]:
 
 
 def overhead(through: Sequence[float], bare: Sequence[float]) -> dict[str, float]:
-    """Microseconds that dispatch adds to one call: median and quartiles of the rounds."""
+    """Returns the microseconds that dispatch adds to one call: median and quartiles of the
+    rounds."""
     added = [(a - b) * 1e6 for a, b in zip(through, bare, strict=True)]
     low, middle, high = statistics.quantiles(added, n=4) if len(added) > 1 else added * 3
     return {"overhead_us": middle, "low_us": low, "high_us": high, "limit_us": LIMIT_US}

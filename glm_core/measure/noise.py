@@ -1,4 +1,5 @@
-"""What disturbed a measurement: other processes, other machines, throttling, outliers, drift."""
+"""Notes what disturbed a measurement: other processes, other machines, throttling, outliers,
+drift."""
 
 from __future__ import annotations
 
@@ -9,11 +10,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 STEAL, OTHERS, DRIFT = 0.01, 0.05, 0.1
-"""shares above which a note is written"""
+"""shares above which a note is written: of CPU time for others, of the time for drift"""
 
 
 class Counters(NamedTuple):
-    """CPU time in clock ticks since boot, of all cores; `throttled` counts events."""
+    """CPU time of all cores since boot, in clock ticks; `own` is this process's, `throttled` counts
+    events."""
 
     total: int
     idle: int
@@ -25,7 +27,7 @@ class Counters(NamedTuple):
 def counters(
     stat: Path = Path("/proc/stat"), cpus: Path = Path("/sys/devices/system/cpu")
 ) -> Counters | None:
-    """Now; None where the system does not tell."""
+    """Reads the counters; None where the system has none."""
     try:
         ticks = [int(n) for n in stat.read_text().split("\n", 1)[0].split()[1:9]]
     except (OSError, ValueError):
@@ -39,36 +41,37 @@ def counters(
 
 
 class NoiseWatch:
-    """Counts from its creation on; `notes` says what else the machine did since."""
+    """Watches what else the machine does from its creation on."""
 
     def __init__(self) -> None:
         self.begin = counters()
 
     def notes(self) -> list[str]:
-        """In words; empty where the machine was quiet."""
+        """Returns a sentence for each disturbance; empty where the machine was quiet."""
         end = counters()
         if self.begin is None or end is None:
-            return ["this system does not tell what other processes did"]
+            return ["this system has no record of what other processes did"]
         return disturbances(self.begin, end)
 
 
 def disturbances(begin: Counters, end: Counters) -> list[str]:
-    """Shares of the machine's CPU time that went elsewhere, and throttling."""
+    """Returns notes on CPU time that went to others and on throttling."""
     total = max(1, end.total - begin.total)
     busy = total - (end.idle - begin.idle)
     steal = (end.steal - begin.steal) / total
     others = (busy - (end.own - begin.own)) / total - steal
     throttled = end.throttled - begin.throttled
-    found = {
+    notes = {
         f"other processes took {others:.0%} of the CPU time": others > OTHERS,
         f"the host gave {steal:.0%} of the CPU time to other machines": steal > STEAL,
         f"the CPU throttled {throttled} times": throttled > 0,
     }
-    return [note for note, true in found.items() if true]
+    return [note for note, holds in notes.items() if holds]
 
 
 def irregularities(seconds: Sequence[float]) -> list[str]:
-    """Outliers (beyond three interquartile ranges) and drift (last third against the first)."""
+    """Returns notes on outliers (beyond three interquartile ranges) and on drift (last third of the
+    rounds against the first)."""
     if len(seconds) < 6:
         return []
     low, middle, high = statistics.quantiles(seconds, n=4)
@@ -76,10 +79,10 @@ def irregularities(seconds: Sequence[float]) -> list[str]:
     slow = sum(s > fence for s in seconds)
     third = len(seconds) // 3
     drift = statistics.median(seconds[-third:]) / statistics.median(seconds[:third]) - 1
-    found = {
+    notes = {
         f"{slow} of {len(seconds)} rounds above {fence / middle:.1f} times the median": slow > 0,
         f"{drift:+.0%} from the first to the last third of the rounds: throttling or a neighbour": (
             drift > max(DRIFT, (high - low) / middle)
         ),
     }
-    return [note for note, true in found.items() if true]
+    return [note for note, holds in notes.items() if holds]

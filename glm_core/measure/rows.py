@@ -1,4 +1,5 @@
-"""A measurement as one line of JSON: what was timed, round by round, where, and against what."""
+"""Stores a measurement as one line of JSON: what was timed, its rounds, the machine, and the
+peer."""
 
 from __future__ import annotations
 
@@ -13,29 +14,32 @@ from glm_core.errors import GlmCoreError
 from glm_core.measure.timing import Timing
 
 MACHINE_FACTS = ("cpu", "cores", "threads", "isa", "device")
-"""facts of `machine` that must agree before absolute times may be compared"""
+"""facts of the machine that must agree before absolute times may be compared"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One contestant of one bench. Figures carry their unit in their name."""
+    """A measurement of one contestant of one bench."""
 
     bench: str
     key: str
-    """unique within a run; the same in every run of the same thing"""
+    """unique within a run, the same in every run of the same measurement"""
     backend: str
     dtype: str
     shape: str
     seconds: tuple[float, ...]
-    """of each round"""
+    """time of each round"""
     peer: str = ""
     peer_seconds: tuple[float, ...] = ()
-    """of the same rounds: divides out what a machine's slow spells do to both"""
+    """the peer's times of the same rounds: a slow spell of the machine hits both and divides out"""
     flops: float = 0.0
+    """operations of one call; 0 where not counted"""
     bytes: float = 0.0
+    """memory traffic of one call; 0 where not counted"""
     peak: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """tflops, gb_s and source"""
     figures: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """further results; each name carries its unit"""
     notes: tuple[str, ...] = ()
     machine: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -53,7 +57,7 @@ class Row:
 
     @property
     def roof_tflops(self) -> float:
-        """min(peak, intensity x bandwidth): the most this row can reach; 0 where no peak or no
+        """The most that this row can reach: min(peak, intensity x bandwidth); 0 where no peak or no
         cost is known. Williams, Waterman, Patterson 2009."""
         if not (self.peak and self.flops and self.bytes):
             return 0.0
@@ -61,7 +65,7 @@ class Row:
         return min(float(self.peak["tflops"]), by_memory)
 
     def to_json(self) -> dict[str, Any]:
-        """Its fields with the figures derived from them."""
+        """Returns the fields with the figures derived from them."""
         derived: dict[str, Any] = {
             "median_ms": self.median_s * 1e3,
             "spread": Timing(seconds=self.seconds).spread,
@@ -81,7 +85,7 @@ REQUIRED = ("bench", "key", "backend", "dtype", "shape", "seconds", "machine")
 
 
 def append(rows: Iterable[Row], path: str | Path) -> None:
-    """Adds a line a row; a file may hold several runs."""
+    """Appends a line for each row; a file may hold several runs."""
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +96,7 @@ def append(rows: Iterable[Row], path: str | Path) -> None:
 
 
 def read(path: str | Path) -> list[Row]:
-    """The rows of a file. Raises GlmCoreError that names the line that is no row."""
+    """Reads the rows of a file. Raises GlmCoreError that names the line which is not a row."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -106,13 +110,13 @@ def read(path: str | Path) -> list[Row]:
 
 def _row(line: str, place: str) -> Row:
     try:
-        told = json.loads(line)
+        fields = json.loads(line)
     except ValueError as error:
-        raise GlmCoreError(f"{place}: no JSON ({error}); was the file cut off?") from error
-    if not isinstance(told, dict) or (missing := [k for k in REQUIRED if k not in told]):
-        lacks = ", ".join(missing) if isinstance(told, dict) else "everything"
+        raise GlmCoreError(f"{place}: not JSON ({error}); was the file cut off?") from error
+    if not isinstance(fields, dict) or (missing := [k for k in REQUIRED if k not in fields]):
+        lacks = ", ".join(missing) if isinstance(fields, dict) else "everything"
         raise GlmCoreError(f"{place}: lacks {lacks}; such lines come from glm-core bench --out")
-    known = {k: v for k, v in told.items() if k in FIELDS}
+    known = {k: v for k, v in fields.items() if k in FIELDS}
     for name in ("seconds", "peer_seconds"):
         known[name] = _seconds(known.get(name, ()), f"{place}: {name}")
     if not known["seconds"] or not isinstance(known["machine"], dict):

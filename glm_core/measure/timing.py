@@ -1,5 +1,4 @@
-"""How everything is timed: contestants in turn, medians with spread, every row with the machine it
-was taken on."""
+"""Times contestants in turn, with medians and spread, and describes the machine."""
 
 from __future__ import annotations
 
@@ -21,18 +20,19 @@ from glm_core import environment
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Timing:
-    """Seconds of each round of one contestant."""
+    """The times of one contestant."""
 
     seconds: tuple[float, ...]
+    """of each round"""
 
     @property
     def median_s(self) -> float:
-        """The figure to quote."""
+        """The median of the rounds, the figure to quote."""
         return statistics.median(self.seconds)
 
     @property
     def spread(self) -> float:
-        """Interquartile range over the median: how noisy the machine was."""
+        """The interquartile range over the median: how noisy the machine was."""
         if len(self.seconds) < 2:
             return 0.0
         low, _, high = statistics.quantiles(self.seconds, n=4)
@@ -42,8 +42,9 @@ class Timing:
 def interleave(
     contestants: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2, rest_s: float = 0.0
 ) -> dict[str, Timing]:
-    """Times every contestant once per round, in turn, so that a slow spell of a shared machine
-    hits all alike. `rest_s` before each: other engines' threads go on spinning for a while."""
+    """Times every contestant once in each round, in turn, so that a slow spell of a shared machine
+    hits all alike. Rests `rest_s` before each, because other engines' threads spin on for a
+    while."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for i in range(warmup + rounds):
         for name, run in contestants.items():
@@ -58,15 +59,15 @@ def interleave(
 
 
 def ratio(slow: Timing, fast: Timing) -> dict[str, float]:
-    """How many times faster `fast` is: the median of the round-by-round ratios, with their
-    quartiles."""
+    """Returns how many times faster `fast` is: the median and quartiles of the ratios of each
+    round."""
     each = [a / b for a, b in zip(slow.seconds, fast.seconds, strict=True)]
     low, middle, high = statistics.quantiles(each, n=4) if len(each) > 1 else each * 3
     return {"ratio": middle, "low": low, "high": high}
 
 
 def machine() -> dict[str, Any]:
-    """Where a row was measured: CPU, its instruction set in use, threads, versions, commit."""
+    """Describes this machine: CPU, the instruction set in use, threads, versions, commit."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
         cwd=Path(__file__).parent,
@@ -97,18 +98,18 @@ def cpu_name() -> str:
 
 
 def gemm(dtype: torch.dtype, size: int = 1024) -> Callable[[], Any]:
-    """The machine's matrix-product ceiling as a contestant: one size x size x size product, by the
-    faster of the libraries torch may use for it."""
+    """Returns a size x size x size matrix product, the machine's ceiling, as a contestant. It uses
+    the faster of the libraries that torch has for it."""
     a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
     onednn = torch.ops.mkldnn._linear_pointwise
-    ways: dict[str, Callable[[], Any]] = {
+    libraries: dict[str, Callable[[], Any]] = {
         "mm": lambda: torch.mm(a, b),
         "onednn": lambda: onednn(a, b, None, "none", [], ""),
     }
-    timing = interleave(ways, 5)
-    return ways[min(ways, key=lambda name: timing[name].median_s)]
+    timing = interleave(libraries, 5)
+    return libraries[min(libraries, key=lambda name: timing[name].median_s)]
 
 
 def gemm_flops(size: int = 1024) -> int:
-    """Floating-point operations of one `gemm` call."""
+    """Returns the floating-point operations of one `gemm` call."""
     return 2 * size**3

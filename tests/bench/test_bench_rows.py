@@ -126,7 +126,7 @@ def test_a_file_gives_back_its_rows_and_appends(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("", "holds no rows"),
-        ("{", "line 1: no JSON"),
+        ("{", "line 1: not JSON"),
         ("[]", "lacks everything"),
         ('{"bench": "ops"}', "lacks key, backend"),
         (json.dumps(row().to_json() | {"seconds": [1, -1]}), "seconds: must be a list of positive"),

@@ -1,4 +1,4 @@
-"""Measurements, each a ratio against a peer or a measured ceiling; run as `python -m
+"""Holds the benches: each measures against a peer or a measured ceiling. Run one as `python -m
 glm_core.bench.NAME`."""
 
 if __name__ == "bench":

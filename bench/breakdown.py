@@ -1,4 +1,4 @@
-"""Where a step's time goes, by the profiler: matmul, attention, other, communication, bubble, data,
+"""Splits a step's time by the profiler: matmul, attention, other, communication, bubble, data,
 host."""
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ MATMUL = (
 )
 LIBRARIES = ("c10d::", "_c10d_functional::", "nccl:", "gloo:", "hccl:", "record_param_comms")
 WAITING = ("recv", "irecv", "wait_tensor")
-"""point-to-point receives of a pipeline: a stage that waits for its neighbour"""
+"""operators in which a stage of a pipeline waits for its neighbour"""
 
 UNLIKE = 1.25
-"""times the measured median beyond which a profiled step is no picture of it"""
+"""largest ratio of a profiled step to the median step of which it is still typical"""
 
 
 class Event(NamedTuple):
-    """Self time of one operator, children left out."""
+    """The time of one operator without its children."""
 
     name: str
     seconds: float
@@ -49,7 +49,7 @@ def loading() -> AbstractContextManager[Any]:
 
 
 def part_of(name: str) -> str | None:
-    """The part an operator belongs to; None for what is no operator."""
+    """Returns the part that an operator belongs to; None for events that are not operators."""
     plain = name.rsplit("::", 1)[-1].lower()
     if name.startswith(LIBRARIES):
         return "bubble" if any(w in plain for w in WAITING) else "communication"
@@ -63,24 +63,25 @@ def part_of(name: str) -> str | None:
 
 
 def shares(events: Iterable[Event], wall_s: float) -> dict[str, float]:
-    """Seconds by part; host is the wall time in which no operator ran: Python, dispatch, autograd's
-    bookkeeping. Where work overlaps, the parts are scaled to the wall time."""
-    found = dict.fromkeys(PARTS, 0.0)
+    """Returns the seconds by part. `host` is the wall time in which no operator ran: Python,
+    dispatch, autograd's bookkeeping. Where operators overlap, the parts are scaled to the wall
+    time."""
+    parts = dict.fromkeys(PARTS, 0.0)
     for event in events:
         if part := part_of(event.name):
-            found[part] += event.seconds
-    known = sum(found.values())
-    if known > wall_s:
-        return {k: v * wall_s / known for k, v in found.items()}
-    return found | {"host": wall_s - known}
+            parts[part] += event.seconds
+    total = sum(parts.values())
+    if total > wall_s:
+        return {k: v * wall_s / total for k, v in parts.items()}
+    return parts | {"host": wall_s - total}
 
 
 def measure(step: Callable[[], Any], backend: Backend, rounds: int = 3) -> dict[str, float]:
-    """Seconds of one step by part, of the fastest of `rounds`: a neighbour's slow spell would be
-    told as the step's. The profiler itself slows the host part."""
+    """Returns the seconds of one step by part, of the fastest of `rounds`, since a slow spell of
+    the machine would count as the step's. The profiler itself slows the host part."""
     step()
-    found = [_profiled(step, backend) for _ in range(rounds)]
-    return min(found, key=lambda parts: sum(parts.values()))
+    profiles = [_profiled(step, backend) for _ in range(rounds)]
+    return min(profiles, key=lambda parts: sum(parts.values()))
 
 
 def _profiled(step: Callable[[], Any], backend: Backend) -> dict[str, float]:
@@ -100,7 +101,8 @@ def _profiled(step: Callable[[], Any], backend: Backend) -> dict[str, float]:
 
 
 def note(parts: dict[str, float], median_s: float) -> list[str]:
-    """Says so where the profiled step was not like the measured ones."""
+    """Returns a note where the profiled step took much longer or shorter than the measured ones."""
     ratio = sum(parts.values()) / median_s
-    said = f"the split is of a profiled step that took {ratio:.1f} times the median"
-    return [said] if not 1 / UNLIKE < ratio < UNLIKE else []
+    if 1 / UNLIKE < ratio < UNLIKE:
+        return []
+    return [f"the split is of a profiled step that took {ratio:.1f} times the median"]

@@ -1,4 +1,4 @@
-"""chatglm.cpp on a model of the same shapes, written by its own converter."""
+"""Runs chatglm.cpp on a model of the same shapes, written by its own converter."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from glm_core.bench.peers import Engine
 from glm_core.config import ModelConfig
 from glm_core.data import tokenizer
 
-WORDS = ["what nobody reads, since the engine is given tokens"]
+TEXT = ["never read, since the engine is given tokens"]
 
 
 def chatglm(config: ModelConfig, prompt: int, prefill: bool) -> Engine:
-    """chatglm.cpp's ChatGLM2 with random weights: Q4_0 (blocks of 32, a float16 scale each), head
-    included; on as many threads as it finds cores."""
+    """Returns chatglm.cpp's ChatGLM2 with random weights: Q4_0 (blocks of 32, a float16 scale
+    each), head included, on as many threads as there are cores."""
     from chatglm_cpp import Pipeline
     from chatglm_cpp._C import GenerationConfig
 
@@ -48,7 +48,7 @@ def chatglm(config: ModelConfig, prompt: int, prefill: bool) -> Engine:
 
 
 def _weights(c: ModelConfig) -> dict[str, Tensor]:
-    """By ChatGLM2's names."""
+    """Returns random weights by ChatGLM2's names."""
     draw = torch.Generator().manual_seed(0)
 
     def product(rows: int, columns: int) -> Tensor:
@@ -56,7 +56,7 @@ def _weights(c: ModelConfig) -> dict[str, Tensor]:
 
     inner = c.num_heads * c.head_dim
     qkv = inner + 2 * c.num_kv_heads * c.head_dim
-    found = {"transformer.embedding.word_embeddings.weight": product(c.vocab, c.hidden)}
+    weights = {"transformer.embedding.word_embeddings.weight": product(c.vocab, c.hidden)}
     for i in range(c.num_layers):
         layer = {
             "input_layernorm.weight": torch.ones(c.hidden),
@@ -67,16 +67,16 @@ def _weights(c: ModelConfig) -> dict[str, Tensor]:
             "mlp.dense_h_to_4h.weight": product(2 * c.ffn, c.hidden),
             "mlp.dense_4h_to_h.weight": product(c.hidden, c.ffn),
         }
-        found |= {f"transformer.encoder.layers.{i}.{name}": w for name, w in layer.items()}
-    found["transformer.encoder.final_layernorm.weight"] = torch.ones(c.hidden)
-    found["transformer.output_layer.weight"] = product(c.vocab, c.hidden)
-    return found
+        weights |= {f"transformer.encoder.layers.{i}.{name}": w for name, w in layer.items()}
+    weights["transformer.encoder.final_layernorm.weight"] = torch.ones(c.hidden)
+    weights["transformer.output_layer.weight"] = product(c.vocab, c.hidden)
+    return weights
 
 
 def _write(c: ModelConfig, weights: dict[str, Tensor], file: Path) -> None:
     from chatglm_cpp.convert import ChatGLM2Converter, GGMLType
 
-    told = SimpleNamespace(
+    settings = SimpleNamespace(
         add_bias_linear=False,
         add_qkv_bias=True,
         apply_residual_connection_post_layernorm=False,
@@ -97,10 +97,14 @@ def _write(c: ModelConfig, weights: dict[str, Tensor], file: Path) -> None:
         pad_token_id=None,
         quantization_bit=0,
     )
-    pieces = tokenizer.train(WORDS, 300)
-    words = SimpleNamespace(serialized_model_proto=lambda: pieces)
-    model = SimpleNamespace(config=told, state_dict=lambda: weights)
-    talk: Any = io.StringIO()  # it prints every tensor
-    with file.open("wb") as out, contextlib.redirect_stdout(talk), contextlib.redirect_stderr(talk):
-        named = SimpleNamespace(tokenizer=SimpleNamespace(sp_model=words))
-        ChatGLM2Converter.convert(out, model, named, GGMLType.Q4_0)
+    model_proto = tokenizer.train(TEXT, 300)
+    sentencepiece = SimpleNamespace(serialized_model_proto=lambda: model_proto)
+    model = SimpleNamespace(config=settings, state_dict=lambda: weights)
+    printed: Any = io.StringIO()  # the converter prints every tensor
+    with (
+        file.open("wb") as out,
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(printed),
+    ):
+        wrapped = SimpleNamespace(tokenizer=SimpleNamespace(sp_model=sentencepiece))
+        ChatGLM2Converter.convert(out, model, wrapped, GGMLType.Q4_0)

@@ -1,8 +1,8 @@
-"""What the links between ranks reach, in the columns of nccl-tests: `torchrun --nproc-per-node 8 -m
-glm_core.bench.comm`, or without torchrun on processes of its own.
+"""Measures the links between ranks and prints the columns of nccl-tests. Run `torchrun
+--nproc-per-node 8 -m glm_core.bench.comm`, or without torchrun on processes of its own.
 
-algbw = S / t and busbw = algbw x factor, S the bytes of the whole array: nccl-tests
-doc/PERFORMANCE.md, "Bandwidth"; the factor of point-to-point is 1 (src/sendrecv.cu). t is the
+algbw = S / t and busbw = algbw x factor, where S is the bytes of the whole array (nccl-tests
+doc/PERFORMANCE.md, "Bandwidth"); the factor of point-to-point is 1 (src/sendrecv.cu). t is the
 median over the rounds of the slowest rank's time."""
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from glm_core.measure.timing import Timing, interleave, machine
 
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "p2p")
 TYPES = {"float32": "float", "bfloat16": "bfloat16", "float16": "half"}
-"""torch's name: nccl-tests' name"""
+"""by torch's name: nccl-tests' name"""
 ALIGNMENT = 16
-"""bytes that a rank's share is a multiple of, as in nccl-tests' *GetCollByteCount"""
+"""a rank's share is a multiple of so many bytes, as in nccl-tests' *GetCollByteCount"""
 HEAD = (
     "#       size         count      type   redop    root     time   algbw   busbw  #wrong\n"
     "#        (B)    (elements)                               (us)  (GB/s)  (GB/s)        "
@@ -36,20 +36,20 @@ HEAD = (
 
 
 def bus_factor(name: str, world: int) -> float:
-    """busbw / algbw."""
+    """Returns busbw / algbw."""
     share = (world - 1) / world
     return {"all_reduce": 2 * share, "p2p": 1.0}.get(name, share)
 
 
 def elements(size_bytes: int, itemsize: int, world: int) -> int:
-    """Elements of the whole array: the largest that is not above `size_bytes` and gives each rank
-    whole, aligned shares; at least one alignment each."""
+    """Returns the elements of the whole array: the largest number that does not exceed `size_bytes`
+    and gives each rank an aligned share; at least one alignment each."""
     aligned = max(1, size_bytes // world // ALIGNMENT) * ALIGNMENT
     return aligned * world // itemsize
 
 
 def parse_bytes(text: str) -> int:
-    """`64`, `8K`, `32M`, `1G`; powers of 1024."""
+    """Parses `64`, `8K`, `32M` or `1G`; units are powers of 1024."""
     unit = "KMG".find(text[-1:].upper()) + 1
     digits = text[:-1] if unit else text
     if not digits.isdigit() or not int(digits):
@@ -58,16 +58,17 @@ def parse_bytes(text: str) -> int:
 
 
 def sizes(smallest: int, largest: int, factor: int) -> list[int]:
-    """smallest, smallest * factor, ... up to largest. Raises ConfigError for an empty range."""
+    """Returns smallest, smallest * factor, ... up to largest. Raises ConfigError for an empty
+    range."""
     if smallest > largest or factor < 2:
         raise ConfigError(
             f"--min-bytes {smallest} --max-bytes {largest} --factor {factor}: no such range; the "
             "smallest must not exceed the largest, and the factor must be at least 2"
         )
-    found = [smallest]
-    while found[-1] * factor <= largest:
-        found.append(found[-1] * factor)
-    return found
+    series = [smallest]
+    while series[-1] * factor <= largest:
+        series.append(series[-1] * factor)
+    return series
 
 
 def measure(
@@ -78,7 +79,7 @@ def measure(
     backend: Backend,
     me: comm.Member,
 ) -> list[dict[str, Any]]:
-    """A row for each operation and size, the same on every rank."""
+    """Returns a row for each operation and size, the same on every rank."""
     cases = {
         (name, count): comm.operation(name, count, dtype, me)
         for name in names
@@ -113,8 +114,8 @@ def _finished(run: Callable[[], None], backend: Backend) -> Callable[[], None]:
 def row(
     name: str, count: int, dtype: torch.dtype, world: int, timing: Timing, wrong: int
 ) -> dict[str, Any]:
-    """One line; `count` of all-gather, reduce-scatter and all-to-all is a rank's share of it, as in
-    nccl-tests."""
+    """Returns one row. For all-gather, reduce-scatter and all-to-all its count is a rank's share,
+    as in nccl-tests."""
     size, seconds = count * dtype.itemsize, timing.median_s
     algbw = size / seconds / 1e9
     return {
@@ -133,7 +134,7 @@ def row(
 
 
 def line(r: dict[str, Any]) -> str:
-    """A row in nccl-tests' columns."""
+    """Formats a row in nccl-tests' columns."""
     time_us = f"{r['time_us']:8.2f}" if r["time_us"] < 1e5 else f"{r['time_us']:8.0f}"
     return (
         f"{r['size_bytes']:12}  {r['count']:12}  {r['type']:>8}  {r['redop']:>6}  {-1:6} "
@@ -142,7 +143,7 @@ def line(r: dict[str, Any]) -> str:
 
 
 def text(result: dict[str, Any]) -> str:
-    """A table for each operation."""
+    """Formats a table for each operation."""
     lines = [f"# {result['ranks']} ranks over {result['library']}, backend {result['backend']}"]
     for name in dict.fromkeys(r["op"] for r in result["rows"]):
         rows = [r for r in result["rows"] if r["op"] == name]
@@ -152,14 +153,16 @@ def text(result: dict[str, Any]) -> str:
 
 
 def options() -> argparse.ArgumentParser:
-    """The command line."""
+    """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m glm_core.bench.comm",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--op", nargs="+", default=list(OPERATIONS), choices=OPERATIONS)
-    parser.add_argument("--backend", default="reference", help="whose device and library")
+    parser.add_argument(
+        "--backend", default="reference", help="backend whose device and library are used"
+    )
     parser.add_argument("--dtype", default="float32", choices=sorted(TYPES))
     parser.add_argument("--min-bytes", type=parse_bytes, default="1K", metavar="SIZE")
     parser.add_argument("--max-bytes", type=parse_bytes, default="16M", metavar="SIZE")
@@ -173,12 +176,12 @@ def options() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit 1 where a result was wrong."""
+    """Prints the tables. Exits 1 where a result was wrong."""
     args = options().parse_args(argv)
     try:
         if "RANK" not in os.environ:
-            given = list(sys.argv[1:] if argv is None else argv)
-            launch.run_locally(args.processes, ["-m", "glm_core.bench.comm", *given])
+            words = list(sys.argv[1:] if argv is None else argv)
+            launch.run_locally(args.processes, ["-m", "glm_core.bench.comm", *words])
             return 0
         return _member(args)
     except GlmCoreError as error:
@@ -187,10 +190,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _member(args: argparse.Namespace) -> int:
-    wanted = sizes(args.min_bytes, args.max_bytes, args.factor)
+    size_list = sizes(args.min_bytes, args.max_bytes, args.factor)
     backend, dtype = registry.usable(args.backend), getattr(torch, args.dtype)
     with comm.process_group(backend) as me:
-        rows = measure(args.op, wanted, dtype, args.rounds, backend, me)
+        rows = measure(args.op, size_list, dtype, args.rounds, backend, me)
     result = {
         "rows": rows,
         "ranks": me.world,

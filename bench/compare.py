@@ -1,9 +1,9 @@
-"""Has it become slower? Two files of bench rows, a verdict a row that knows the noise.
+"""Compares two files of bench rows and says, in view of the noise, which rows became slower.
 
-The statistic is the median over rounds, B / A, of a row's seconds, or of its seconds over its
+The statistic is the median over rounds of B / A: of a row's seconds, or of its seconds over its
 peer's in the same rounds. Its interval is a bootstrap over runs (where a file holds several) and
-over blocks of neighbouring rounds, for slow spells make them alike; its level is shared among the
-rows, so that a whole comparison without any change is wrong once in 20."""
+over blocks of neighbouring rounds, because slow spells make neighbours alike. The rows share the
+level, so that a comparison without any change gives a false alarm once in 20 times."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from glm_core.measure.rows import MACHINE_FACTS, Row
 
 MEASURES = ("auto", "time", "ratio")
 FALSE_ALARMS = 0.05
-"""of a whole comparison"""
+"""probability of a false alarm in a whole comparison"""
 LEAST = 0.05
-"""relative change below which nothing is said, however sure: the default of --least"""
+"""relative change below which nothing is reported, however certain: the default of --least"""
 RESAMPLES = 2000
 MIN_ROUNDS = 5
 Samples = list[NDArray[np.float64]]
-"""a measure's value in each round, run by run"""
+"""by run: the measure's value in each round"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
-    """One row in both files: `ratio` > 1 is slower in B."""
+    """The change of one row that both files have: `ratio` > 1 means slower in B."""
 
     key: str
     a: float
@@ -45,12 +45,13 @@ class Change:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """All rows that both files have."""
+    """The changes of all rows that both files have."""
 
     measure: str
     """time or ratio"""
     changes: list[Change]
     unmatched: list[str]
+    """keys of rows that one file lacks"""
     notes: list[str]
 
     @property
@@ -64,8 +65,9 @@ class Comparison:
 def compare(
     a: Sequence[Row], b: Sequence[Row], measure: str = "auto", least: float = LEAST
 ) -> Comparison:
-    """`auto` compares ratios where every shared row has a peer, else times. Raises GlmCoreError
-    where times of different machines were to be compared, or nothing is shared."""
+    """Compares the rows of two files. `auto` compares ratios where every shared row has a peer,
+    else times. Raises GlmCoreError where no row is shared, or where times of different machines
+    would be compared."""
     if not 0 <= least < 1:
         raise GlmCoreError(f"--least={least:g} must be at least 0 and below 1")
     keys = [k for k in dict.fromkeys(r.key for r in a) if any(r.key == k for r in b)]
@@ -81,14 +83,14 @@ def compare(
     every = dict.fromkeys(r.key for r in (*a, *b))
     notes = [f"different machines: {fact}" for fact in different]
     if all(sum(r.key == k for r in rows) == 1 for rows in (a, b) for k in keys):
-        notes.append("one run each: what differs between two runs of the same code is not seen")
+        notes.append("one run each: differences between two runs of the same code are not seen")
     return Comparison(
         measure=chosen, changes=changes, unmatched=[k for k in every if k not in keys], notes=notes
     )
 
 
 def differences(a: Sequence[Row], b: Sequence[Row]) -> list[str]:
-    """The facts in which the machines differ; empty where it is one machine."""
+    """Returns the facts in which the machines differ; empty where it is one machine."""
 
     def values(rows: Sequence[Row], fact: str) -> str:
         return " and ".join(dict.fromkeys(str(r.machine.get(fact, "unknown")) for r in rows))
@@ -97,23 +99,23 @@ def differences(a: Sequence[Row], b: Sequence[Row]) -> list[str]:
     return [f"{fact} {x}, {y}" for fact, x, y in pairs if x != y or " and " in x]
 
 
-def _measure(asked: str, rows: Sequence[Row], different: list[str]) -> str:
+def _measure(requested: str, rows: Sequence[Row], different: list[str]) -> str:
     lacking = [r.key for r in rows if not r.peer_seconds]
     peers = {r.key: {o.peer for o in rows if o.key == r.key} for r in rows}
     mixed = [f"{k} ({' and '.join(sorted(p))})" for k, p in peers.items() if len(p) > 1]
     can_ratio = not lacking and not mixed
-    if asked == "time" and different:
+    if requested == "time" and different:
         raise GlmCoreError(
             f"bench compare: absolute times of different machines ({'; '.join(different)}) say "
             "nothing; compare ratios: --by ratio"
         )
-    if (asked == "ratio" or different) and not can_ratio:
+    if (requested == "ratio" or different) and not can_ratio:
         fact = f"no peer in {lacking[0]}" if lacking else f"different peers in {mixed[0]}"
         raise GlmCoreError(
             f"bench compare: {fact}, so there are no ratios to compare; measure "
             "both files again with the same peer"
         )
-    return "ratio" if asked == "ratio" or (asked == "auto" and can_ratio) else "time"
+    return "ratio" if requested == "ratio" or (requested == "auto" and can_ratio) else "time"
 
 
 def _samples(rows: Sequence[Row], key: str, measure: str) -> Samples:
@@ -147,7 +149,7 @@ def _change(key: str, a: Samples, b: Samples, level: float, least: float) -> Cha
 
 
 def _medians(runs: Samples, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Resampled medians over runs of the medians over rounds: runs drawn with replacement, their
+    """Resamples the median over runs of the medians over rounds. Runs are drawn with replacement,
     rounds in circular blocks of half the square root of their number (Politis & Romano 1992)."""
     each = np.stack([np.median(_blocks(run, rng), axis=1) for run in runs])  # [runs, RESAMPLES]
     picked = rng.integers(len(runs), size=each.shape)
@@ -155,8 +157,9 @@ def _medians(runs: Samples, rng: np.random.Generator) -> NDArray[np.float64]:
 
 
 def _blocks(values: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
-    """[RESAMPLES, rounds]"""
+    """Draws the rounds of a run in blocks;  [rounds] -> [RESAMPLES, rounds]."""
     n = len(values)
     size = max(1, round(n**0.5 / 2))
     starts = rng.integers(n, size=(RESAMPLES, -(-n // size), 1))
-    return values[(starts + np.arange(size)).reshape(RESAMPLES, -1)[:, :n] % n]
+    rounds = (starts + np.arange(size)).reshape(RESAMPLES, -1)[:, :n]  # [RESAMPLES, rounds]
+    return values[rounds % n]

@@ -1,11 +1,12 @@
-"""One token after another against other engines, interleaved: `python -m glm_core.bench.decode`.
+"""Decodes one token after another against other engines, in turn: `python -m
+glm_core.bench.decode`.
 
-The same GLM-4-style shapes and random weights everywhere, one sequence, a short context. Engines
-that are not installed are left out and named (`pip install transformers torchao onnxruntime-genai
-llama-cpp-python gguf chatglm-cpp tabulate` brings all; chatglm-cpp is built under
+All engines have the same GLM-4-style shapes and random weights, one sequence and a short context.
+Engines that are not installed are left out and named (`pip install transformers torchao
+onnxruntime-genai llama-cpp-python gguf chatglm-cpp tabulate` brings all; chatglm-cpp is built under
 CMAKE_POLICY_VERSION_MINIMUM=3.5). `ceiling_gb_s` is what the faster of two readers of a large
-buffer reaches in the same rounds; a row's `gb_s` counts the weights of all products, head included,
-once a token."""
+buffer reaches in the same rounds. A row's `gb_s` counts the weights of all products, head included,
+once for each token."""
 
 from __future__ import annotations
 
@@ -34,10 +35,12 @@ from glm_core.model.runner import DecodeRow, Runner
 
 PROMPT = 64
 TURN = 8
-"""tokens an engine decodes in its turn: the first meets the caches as another engine left them"""
+"""tokens that an engine decodes in its turn; the first finds the caches as another engine left
+them"""
 READ_BYTES = 512 << 20
+"""size of the buffer whose reading is the ceiling"""
 REST_S = 0.1
-"""before every turn: ONNX Runtime's threads spin on after theirs, at the cost of whoever is next"""
+"""rest before every turn: ONNX Runtime's threads spin on after theirs and slow the next engine"""
 PEERS = (
     "transformers",
     "torchao",
@@ -51,12 +54,12 @@ PEERS = (
 
 
 class Ours(NamedTuple):
-    """How our model computes."""
+    """A precision of our model."""
 
     dtype: str
     how: Quantization | None = None
     head_bits: int = 0
-    """0: the head is left as it is"""
+    """bits of the head's weights; 0: it is not quantised"""
 
 
 INT4 = Quantization(bits=4, group=128, activation_bits=8)
@@ -66,13 +69,14 @@ OURS = {
     "int8": Ours("bfloat16", Quantization(bits=8, activation_bits=8)),
     "int4": Ours("bfloat16", INT4),
     "int4 float activations": Ours("bfloat16", Quantization(bits=4, group=128)),
-    # as llama.cpp and ONNX Runtime GenAI have it
+    # as in llama.cpp and ONNX Runtime GenAI
     "int4, head too": Ours("bfloat16", INT4, head_bits=4),
 }
 
 
 def shapes() -> ModelConfig:
-    """0.31B parameters: large enough not to fit any cache, small enough to hold seven times."""
+    """Returns the shapes of 0.31B parameters: too large for any cache, small enough to hold seven
+    times."""
     return preset(
         "glm-4-9b",
         num_layers=12,
@@ -86,7 +90,7 @@ def shapes() -> ModelConfig:
 
 
 def read_weights(model: GLM) -> int:
-    """Bytes of all products' weights."""
+    """Returns the bytes of all products' weights."""
     inside = sum(t.nbytes for t in (*model.blocks.parameters(), *model.blocks.buffers()))
     codes = model.head_codes
     head = [model.head_weight] if codes is None else codes.buffers()
@@ -94,7 +98,7 @@ def read_weights(model: GLM) -> int:
 
 
 def ours(config: ModelConfig, dtype: str, prompt: int, prefill: bool) -> Engine:
-    """Our model through its cache and the `cpu` backend."""
+    """Returns our model on the `cpu` backend, with its cache."""
     chosen = OURS[dtype]
     model = built(config, chosen.dtype, chosen.how)
     if chosen.head_bits:
@@ -115,7 +119,7 @@ def ours(config: ModelConfig, dtype: str, prompt: int, prefill: bool) -> Engine:
 
 
 def built(config: ModelConfig, dtype: str, how: Quantization | None) -> GLM:
-    """Random weights, quantised if asked."""
+    """Returns a model with random weights, quantised where `how` says so."""
     model = randomly(GLM(config)).to(getattr(torch, dtype)).requires_grad_(False)
     for _ in convert(model, how) if how else ():
         pass
@@ -123,40 +127,40 @@ def built(config: ModelConfig, dtype: str, how: Quantization | None) -> GLM:
 
 
 def randomly(model: GLM) -> GLM:
-    """Values of the right size; which ones does not matter to the time."""
+    """Fills the weights with values of a usual size; the time does not depend on them."""
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.02) if p.ndim > 1 else torch.nn.init.ones_(p)
     return model
 
 
 def engines(config: ModelConfig, prompt: int, prefill: bool, dtypes: list[str]) -> Iterator[Engine]:
-    """Everything that runs here."""
+    """Yields every engine that is installed."""
     for dtype in dtypes:
         yield ours(config, dtype, prompt, prefill)
-    here = {name for name in PEERS if importlib.util.find_spec(name)}
-    if "transformers" in here:
+    installed = {name for name in PEERS if importlib.util.find_spec(name)}
+    if "transformers" in installed:
         for dtype in ("float32", "bfloat16"):
             yield peers.transformers_glm(config, dtype, prompt, prefill)
-    if {"transformers", "torchao"} <= here:
+    if {"transformers", "torchao"} <= installed:
         for bits in (8, 4):
             yield peers.torchao_glm(config, bits, prompt, prefill)
-    if {"onnxruntime", "onnx"} <= here:
+    if {"onnxruntime", "onnx"} <= installed:
         step, size = matmul_nbits.chain(config, prompt if prefill else 1)
         yield Engine("onnxruntime MatMulNBits, products alone", "int4", step, size)
         model = built(config, "float32", INT4)
         yield peers.onnxruntime_glm(model, prompt, prefill, read_weights(model))
-    if {"onnxruntime_genai", "transformers"} <= here:
+    if {"onnxruntime_genai", "transformers"} <= installed:
         yield peers.genai(config, prompt, prefill)
-    if {"llama_cpp", "gguf"} <= here:
+    if {"llama_cpp", "gguf"} <= installed:
         yield llama.llama(config, prompt, prefill)
-    if {"chatglm_cpp", "transformers"} <= here:
+    if {"chatglm_cpp", "transformers"} <= installed:
         yield chatglm.chatglm(config, prompt, prefill)
 
 
 def readers() -> dict[str, Callable[[], Any]]:
-    """Two ways to read READ_BYTES from memory: torch's sum, and our product with one row, which
-    asks for what it needs next and is the faster of the two on some machines."""
-    # ones, not zeros: pages never written read as one zero page
+    """Returns two ways to read READ_BYTES from memory: torch's sum, and our product with one row,
+    which prefetches and is the faster one on some machines."""
+    # ones, not zeros: pages that were never written are all read from one page
     buffer, width = torch.ones(READ_BYTES // 4), 4096
     weight = torch.ones(READ_BYTES // 2 // width, width, dtype=torch.bfloat16)
     row = torch.ones(1, width, dtype=torch.bfloat16)
@@ -171,23 +175,24 @@ def readers() -> dict[str, Callable[[], Any]]:
 def timed(
     config: ModelConfig, rounds: int, prefill: int, dtypes: list[str]
 ) -> tuple[list[Engine], dict[str, Timing]]:
-    """Every engine in turn, seconds of a token or of the prompt; `read`: the faster reader."""
-    found = list(engines(config, prefill or PROMPT, bool(prefill), dtypes))
+    """Times every engine in turn. Returns the engines, and the seconds of a token or of the prompt
+    by engine; `read` holds those of the faster reader."""
+    contenders = list(engines(config, prefill or PROMPT, bool(prefill), dtypes))
     times, reading = 1 if prefill else TURN, readers()
 
     def turn(step: Callable[[], Any]) -> Callable[[], Any]:
         return lambda: [step() for _ in range(times)]
 
-    contestants = {f"{e.name}, {e.dtype}": turn(e.step) for e in found}
+    contestants = {f"{e.name}, {e.dtype}": turn(e.step) for e in contenders}
     taken = interleave({**contestants, **reading}, rounds, rest_s=REST_S)
     each = {n: Timing(seconds=tuple(s / times for s in taken[n].seconds)) for n in contestants}
-    return found, {**each, "read": min((taken[n] for n in reading), key=lambda t: t.median_s)}
+    return contenders, {**each, "read": min((taken[n] for n in reading), key=lambda t: t.median_s)}
 
 
-def rows(rounds: int, prefill: int, dtypes: list[str], told: dict[str, Any]) -> list[Row]:
-    """A row for each engine; the peer is the read of the same rounds. `told` is the machine."""
+def rows(rounds: int, prefill: int, dtypes: list[str], machine_facts: dict[str, Any]) -> list[Row]:
+    """Returns a row for each engine; its peer is the read of the same rounds."""
     watch = NoiseWatch()
-    found, timing = timed(shapes(), rounds, prefill, dtypes)
+    contenders, timing = timed(shapes(), rounds, prefill, dtypes)
     read, notes, tokens = timing["read"], tuple(watch.notes()), prefill or 1
     source = f"measured here, best of {rounds}: read of {READ_BYTES >> 20} MiB"
     peak = {"tflops": 0.0, "gb_s": READ_BYTES / min(read.seconds) / 1e9, "source": source}
@@ -204,22 +209,24 @@ def rows(rounds: int, prefill: int, dtypes: list[str], told: dict[str, Any]) -> 
             peer_seconds=read.seconds,
             bytes=e.num_bytes,
             peak=peak,
-            machine=told,
+            machine=machine_facts,
             figures={"tokens_s": tokens / timing[f"{e.name}, {e.dtype}"].median_s},
             notes=(*notes, *irregularities(timing[f"{e.name}, {e.dtype}"].seconds)),
         )
-        for e in found
+        for e in contenders
     ]
 
 
 def measure(rounds: int, prefill: int, dtypes: list[str]) -> dict[str, Any]:
-    """Rows with their ratios to ours in int4 (above 1: ours is faster), the read ceiling, the
-    machine."""
+    """Returns rows with their ratios to ours in int4 (above 1: ours is faster), the read ceiling
+    and the machine."""
     prompt = prefill or PROMPT
-    found, timing = timed(shapes(), rounds, prefill, dtypes)
+    contenders, timing = timed(shapes(), rounds, prefill, dtypes)
     ceiling = READ_BYTES / timing["read"].median_s / 1e9
     base = timing.get("ours, int4")
-    rows = [_row(e, timing[f"{e.name}, {e.dtype}"], base, prefill or 1, ceiling) for e in found]
+    rows = [
+        _row(e, timing[f"{e.name}, {e.dtype}"], base, prefill or 1, ceiling) for e in contenders
+    ]
     missing = [p for p in PEERS if not importlib.util.find_spec(p)]
     return {
         "rows": rows,
@@ -245,7 +252,7 @@ def _row(e: Engine, t: Timing, base: Timing | None, tokens: int, ceiling: float)
 
 
 def main() -> int:
-    """Prints a row per engine."""
+    """Prints a row for each engine."""
     parser = argparse.ArgumentParser(prog="python -m glm_core.bench.decode", description=__doc__)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--prefill", type=int, default=0, metavar="N", help="read N tokens instead")

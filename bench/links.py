@@ -1,4 +1,4 @@
-"""What the links between processes reach, as rows: bench.comm on processes of its own."""
+"""Measures the links between processes as rows, by running bench.comm on processes of its own."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from glm_core.errors import GlmCoreError
 from glm_core.measure.rows import Row
 
 LIMIT_S = 600
+"""seconds that the processes may take"""
 
 
 def measure(backend: str, processes: int, rounds: int, largest: str) -> list[Row]:
-    """A row for each operation and size. Raises GlmCoreError with what the processes said."""
+    """Returns a row for each operation and size. Raises GlmCoreError with the processes' last line
+    of stderr."""
     command = [
         sys.executable,
         "-m",
@@ -32,23 +34,24 @@ def measure(backend: str, processes: int, rounds: int, largest: str) -> list[Row
     return rows(run_json(command, LIMIT_S, "bench comm:", "a link hangs"))
 
 
-def run_json(command: list[str], limit_s: int, who: str, late: str) -> dict[str, Any]:
-    """The JSON object in the last line that a command of ours prints. Raises GlmCoreError with what
-    it said, `who` before it; `late`: what to think of one that does not end within limit_s."""
+def run_json(command: list[str], limit_s: int, name: str, advice: str) -> dict[str, Any]:
+    """Runs a command of ours and returns the JSON object that it prints last. Raises GlmCoreError:
+    `name` with the command's last line of stderr, or, where it does not end within `limit_s`, with
+    `advice`."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
     except subprocess.TimeoutExpired as error:
-        raise GlmCoreError(f"{who} no end after {limit_s} s; {late}") from error
+        raise GlmCoreError(f"{name} no end after {limit_s} s; {advice}") from error
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
-        said = (done.stderr.strip() or "nothing").splitlines()[-1]
-        raise GlmCoreError(f"{who} ended with {done.returncode}: {said}")
-    found: dict[str, Any] = json.loads(lines[-1])
-    return found
+        last_line = (done.stderr.strip() or "nothing").splitlines()[-1]
+        raise GlmCoreError(f"{name} ended with {done.returncode}: {last_line}")
+    result: dict[str, Any] = json.loads(lines[-1])
+    return result
 
 
 def rows(result: dict[str, Any]) -> list[Row]:
-    """What comm printed; bus bandwidth as nccl-tests counts it is among the figures."""
+    """Converts comm's result. The figures include the bus bandwidth as nccl-tests counts it."""
     return [
         Row(
             bench="comm",

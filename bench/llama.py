@@ -1,4 +1,4 @@
-"""llama.cpp on a model of the same shapes, written as GGUF."""
+"""Runs llama.cpp on a model of the same shapes, written as GGUF."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from glm_core.config import ModelConfig
 
 
 def llama(config: ModelConfig, prompt: int, prefill: bool) -> Engine:
-    """llama.cpp on a GGUF file of its architecture `chatglm` with random weights: Q4_0 (blocks of
-    32, a float16 scale each), head included."""
+    """Returns llama.cpp on a GGUF file of its architecture `chatglm` with random weights: Q4_0
+    (blocks of 32, a float16 scale each), head included."""
     from llama_cpp import Llama
 
     with tempfile.TemporaryDirectory() as folder:
@@ -40,7 +40,7 @@ def llama(config: ModelConfig, prompt: int, prefill: bool) -> Engine:
 
 
 def _gguf(config: ModelConfig, file: Path) -> int:
-    """Writes the model; returns the bytes of its products."""
+    """Writes the model and returns the bytes of its products' weights."""
     import gguf
     import numpy as np
 

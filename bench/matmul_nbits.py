@@ -1,5 +1,5 @@
-"""The products of a model as a chain of ONNX Runtime's MatMulNBits: int4, blocks of 128, int8
-activations (accuracy_level 4). No norms, no attention: less work than a model's step."""
+"""Runs the products of a model as a chain of ONNX Runtime's MatMulNBits: int4, blocks of 128, int8
+activations (accuracy_level 4). Without norms and attention it is less work than a model's step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BLOCK = 128
 
 
 def chain(config: ModelConfig, rows: int) -> tuple[Callable[[], Any], int]:
-    """(one pass over all layers and the head, bytes of their weights)."""
+    """Returns (a call that passes through all layers and the head, bytes of their weights)."""
     import numpy as np
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper

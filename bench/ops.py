@@ -1,5 +1,5 @@
-"""Where every op lies under the roofline: the published shapes of its samples on every backend that
-can be used here, forward, and forward with backward, beside the reference on the same device."""
+"""Measures where every op lies under the roofline: the published shapes of its samples on every
+usable backend, forward, and forward with backward, against the reference on the same device."""
 
 from __future__ import annotations
 
@@ -21,41 +21,41 @@ from glm_core.measure.rows import Row
 from glm_core.measure.timing import interleave
 
 LEAST_S = 1e-3
-"""of a round: shorter ones measure the clock and cold caches"""
+"""seconds that a round lasts at least; shorter ones measure the clock and cold caches"""
 Skip = Callable[[str], None]
-"""told what was left out, and why"""
+"""called with what is left out and why"""
 
 
 def backends(names: Sequence[str]) -> list[Backend]:
-    """Those named, or every one that is usable here and has a clock."""
+    """Returns the named backends, or else every usable one that really computes."""
     if names:
         return [registry.usable(name) for name in names]
-    found = [registry.get(n) for n in registry.names() if registry.probe(n).ok]
-    return [b for b in found if b.device_type != "meta"]
+    usable = [registry.get(n) for n in registry.names() if registry.probe(n).ok]
+    return [b for b in usable if b.device_type != "meta"]
 
 
 def measure(
     names: Sequence[str], op: str | None, dtypes: Sequence[torch.dtype], rounds: int, skip: Skip
 ) -> Iterator[Row]:
-    """Rows as they are measured."""
+    """Yields rows as they are measured."""
     peaks: dict[tuple[str, torch.dtype], Peak] = {}
     for backend in backends(names):
-        told = ceilings.machine_with_device(backend)
+        machine = ceilings.machine_with_device(backend)
         for case in select(backend, modes=["perf"], op=op, dtypes=dtypes):
             where = (backend.device_type, case.dtype)
             if where not in peaks:
                 peaks[where] = ceilings.peak(backend, case.dtype)
             support = backend.support(case.op, case.sample.make(case.dtype, backend.device()))
             if support.ok:
-                yield from rows(case, backend, rounds, peaks[where], told)
+                yield from rows(case, backend, rounds, peaks[where], machine)
             else:
                 skip(f"{backend.name} {case.id}: {support.reason}")
 
 
 def rows(
-    case: Case, backend: Backend, rounds: int, peak: Peak, told: dict[str, Any]
+    case: Case, backend: Backend, rounds: int, peak: Peak, machine: dict[str, Any]
 ) -> Iterator[Row]:
-    """One case, each direction against the reference in the same rounds."""
+    """Measures one case, each direction against the reference in the same rounds."""
     for direction, flops, moved, calls in perf.calls(case, backend):
         watch = NoiseWatch()
         with use(backend):
@@ -79,12 +79,12 @@ def rows(
             figures={"op": case.op.name, "direction": direction, "repeats": repeats},
             peak=peak._asdict(),
             notes=(*watch.notes(), *irregularities(seconds)),
-            machine=told,
+            machine=machine,
         )
 
 
 def _repeats(call: Callable[[], Any]) -> int:
-    """Calls a round, so that it lasts LEAST_S: the second call's time decides."""
+    """Returns the number of calls for which a round lasts LEAST_S, by the time of a second call."""
     call()
     begin = time.perf_counter()
     call()

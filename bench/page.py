@@ -1,4 +1,5 @@
-"""Bench rows as one self-contained HTML file: a roofline per dtype and peak, tables, machines."""
+"""Writes bench rows as one self-contained HTML file: a roofline for each dtype and peak, tables,
+machines."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ COLORS = ("#0b5cad", "#b00020", "#1b7837", "#7a5195", "#b8860b", "#555")
 
 
 def write(rows: Sequence[Row], path: str | Path, comparison: Comparison | None = None) -> Path:
-    """Writes the page; returns the path."""
+    """Writes the page and returns its path."""
     body = ["<h1>Bench</h1>"]
     body += [_verdicts(comparison)] if comparison else []
     body += [_roofline(name, group) for name, group in rooflines(rows).items()]
@@ -28,20 +29,20 @@ def write(rows: Sequence[Row], path: str | Path, comparison: Comparison | None =
 
 
 def rooflines(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Rows that have a roof, by what the roof is: dtype, peak and its source."""
-    found: dict[str, list[Row]] = {}
+    """Groups the rows that have a roof by it: dtype, peak and its source."""
+    groups: dict[str, list[Row]] = {}
     for row in rows:
         if row.roof_tflops:
-            found.setdefault(
+            groups.setdefault(
                 f"{row.dtype}: {row.peak['tflops'] * 1e3:.0f} GFLOP/s, {row.peak['gb_s']:.1f} GB/s,"
                 f" {row.peak['source']}",
                 [],
             ).append(row)
-    return found
+    return groups
 
 
 def _roofline(name: str, rows: Sequence[Row]) -> str:
-    """GFLOP/s over FLOP a byte, both logarithmic: the roof and a dot a row."""
+    """Draws GFLOP/s over FLOP for each byte, both logarithmic: the roof, and a dot for each row."""
     peak = rows[0].peak
     places = [r.flops / r.bytes for r in rows]
     knee = peak["tflops"] * 1e3 / peak["gb_s"]
@@ -70,7 +71,11 @@ def _roofline(name: str, rows: Sequence[Row]) -> str:
         log_x=True,
     )
     above = [r.key for r in rows if r.tflops > r.roof_tflops]
-    note = f"Above the roof, for their data stayed in a cache: {', '.join(above)}." if above else ""
+    note = (
+        f"Above the roof, because their data stayed in a cache: {', '.join(above)}."
+        if above
+        else ""
+    )
     return f"{figure}<p>{escape(note)}</p>"
 
 
@@ -103,7 +108,7 @@ def _table(rows: Sequence[Row]) -> str:
 
 
 def cells(row: Row) -> list[str]:
-    """A row in words: what, ms, spread, GFLOP/s, GB/s, share of the roof, peer, ratio, notes."""
+    """Formats a row: key, ms, spread, GFLOP/s, GB/s, share of the roof, peer, ratio, notes."""
     d: dict[str, Any] = row.to_json()["derived"]
     return [
         row.key,
@@ -118,7 +123,7 @@ def cells(row: Row) -> list[str]:
     ]
 
 
-def _verdicts(found: Comparison) -> str:
+def _verdicts(comparison: Comparison) -> str:
     rows = [
         (
             c.key,
@@ -126,10 +131,10 @@ def _verdicts(found: Comparison) -> str:
             f"{c.low:.3f} to {c.high:.3f}",
             f'<span class="bad">{c.verdict}</span>' if c.verdict == "regression" else c.verdict,
         )
-        for c in found.changes
+        for c in comparison.changes
     ]
-    notes = "".join(f"<p>{escape(n)}</p>" for n in found.notes)
-    head = ("what", f"{found.measure}, B / A", "interval", "verdict")
+    notes = "".join(f"<p>{escape(n)}</p>" for n in comparison.notes)
+    head = ("what", f"{comparison.measure}, B / A", "interval", "verdict")
     return f"<h2>B against A</h2>{table(head, rows, markup={3})}{notes}"
 
 

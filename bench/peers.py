@@ -1,5 +1,5 @@
-"""Other engines that decode the same shapes: transformers, torchao on it, ONNX Runtime on the file
-that we export, ONNX Runtime GenAI on its own builder's."""
+"""Runs other engines on the same shapes: transformers, torchao on it, ONNX Runtime on the file that
+we export, ONNX Runtime GenAI on a file of its own builder."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ from glm_core.model.prompt import causal
 
 
 class Engine(NamedTuple):
-    """A contestant: one call decodes one token (or, in prefill, reads the prompt)."""
+    """A contestant, whose step decodes one token or, in prefill, reads the prompt."""
 
     name: str
     dtype: str
     step: Callable[[], Any]
     num_bytes: int
-    """weights read by one step"""
+    """bytes of the weights that one step reads"""
 
 
 def transformers_glm(config: ModelConfig, dtype: str, prompt: int, prefill: bool) -> Engine:
-    """transformers' GlmForCausalLM with its own cache."""
+    """Returns transformers' GlmForCausalLM with its own cache."""
     model = _inference(config, dtype)
     return _engine("transformers", dtype, model, prompt, prefill, _linear_bytes(model))
 
 
 def torchao_glm(config: ModelConfig, bits: int, prompt: int, prefill: bool) -> Engine:
-    """transformers' in bfloat16 with torchao's weight-only int8, or int4 in groups of 128 (its
-    prototype for CPUs); the bytes are those of codes and bfloat16 scales, head included."""
+    """Returns transformers' model in bfloat16 with torchao's weight-only int8, or int4 in groups
+    of 128 (its prototype for CPUs). The bytes are those of codes and bfloat16 scales, head
+    included."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     model = _inference(config, "bfloat16")
@@ -56,8 +57,8 @@ def _inference(config: ModelConfig, dtype: str) -> Any:
 
 
 def glm(config: ModelConfig, **more: Any) -> Any:
-    """transformers' GlmForCausalLM in these sizes, float32, from a fixed seed; `more` goes into
-    its config."""
+    """Returns transformers' GlmForCausalLM in these sizes, float32, from a fixed seed. `more` goes
+    into its config."""
     from transformers import GlmConfig, GlmForCausalLM
 
     settings = GlmConfig(
@@ -102,8 +103,8 @@ def _engine(name: str, dtype: str, model: Any, prompt: int, prefill: bool, size:
 
 
 def onnxruntime_glm(model: GLM, prompt: int, prefill: bool, size: int) -> Engine:
-    """Our quantised float32 model exported with its cache (MatMulNBits, its own int8 activations),
-    a whole step each call, always after the same prompt."""
+    """Returns ONNX Runtime on our quantised float32 model, exported with its cache (MatMulNBits,
+    its own int8 activations). Every call is a whole step after the same prompt."""
     import numpy as np
     import onnxruntime
 
@@ -121,14 +122,14 @@ def onnxruntime_glm(model: GLM, prompt: int, prefill: bool, size: int) -> Engine
     def feed(tokens: list[int], first: int) -> Any:
         places = range(first, first + len(tokens))
         empty = np.zeros((1, c.num_kv_heads, 0, c.head_dim), np.float32)
-        given = {
+        inputs = {
             "input_ids": np.array([tokens]),
             "positions": np.array([text.position(p) for p in places]).T[None],
             "key_start": np.zeros((1, len(tokens)), np.int64),
             "key_end": np.array([[min(text.key_end(p), places.stop) for p in places]]),
             **{f"past_key_values.{k}": cache.get(k, empty) for k in kinds},
         }
-        return session.run(["logits", *(f"present.{k}" for k in kinds)], given)[1:]
+        return session.run(["logits", *(f"present.{k}" for k in kinds)], inputs)[1:]
 
     if not prefill:
         cache.update(zip(kinds, feed(list(text.tokens), 0), strict=True))
@@ -137,17 +138,17 @@ def onnxruntime_glm(model: GLM, prompt: int, prefill: bool, size: int) -> Engine
 
 
 def genai(config: ModelConfig, prompt: int, prefill: bool) -> Engine:
-    """ONNX Runtime GenAI on what its own builder makes of a transformers Qwen2 of these sizes: the
-    builder knows no Glm, and theirs differs in what is rotated alone. int4 in blocks of 128, head
-    included, float32 scales."""
+    """Returns ONNX Runtime GenAI on a Qwen2 of transformers of these sizes, converted by its own
+    builder, which does not support Glm; Qwen2 differs only in what is rotated. int4 in blocks of
+    128, head included, float32 scales."""
     import onnxruntime_genai as og
 
     with tempfile.TemporaryDirectory() as folder:
         size = _qwen2(config, Path(folder, "hf"))
-        made = _built(Path(folder, "hf"), Path(folder, "onnx"))
-        model = og.Model(str(made))
+        converted = _converted(Path(folder, "hf"), Path(folder, "onnx"))
+        model = og.Model(str(converted))
     settings = og.GeneratorParams(model)
-    # a shortest answer as long as the longest: random weights may say the end at any time
+    # the least length is the greatest: random weights may end the text at any time
     settings.set_search_options(
         do_sample=False, max_length=config.max_length, min_length=config.max_length
     )
@@ -163,7 +164,8 @@ def genai(config: ModelConfig, prompt: int, prefill: bool) -> Engine:
 
 
 def _qwen2(config: ModelConfig, folder: Path) -> int:
-    """Saves a random Qwen2 with a tokenizer of one word; returns the elements of its products."""
+    """Saves a random Qwen2 with a tokenizer of two words and returns the elements of its
+    products."""
     import tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -191,8 +193,9 @@ def _qwen2(config: ModelConfig, folder: Path) -> int:
     return _linear_bytes(model) // 4
 
 
-def _built(source: Path, target: Path) -> Path:
-    """GenAI's builder, in a process of its own, and as many threads as ours."""
+def _converted(source: Path, target: Path) -> Path:
+    """Converts the model by GenAI's builder in a process of its own, for as many threads as
+    ours."""
     words = ["-i", source, "-o", target, "-c", target / "cache", "-p", "int4", "-e", "cpu"]
     subprocess.run(
         [

@@ -1,5 +1,5 @@
-"""A crowd of concurrent requests on a server of a small model: errors, time to the first token and
-per token, memory. The server is a process of its own."""
+"""Sends many concurrent requests to a server of a small model and measures errors, the time to the
+first token and for each token, and memory. The server is a process of its own."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ import numpy as np
 
 from glm_core.measure.timing import machine
 
-PIECES = ["The quick brown fox jumps over the lazy dog. It runs again and again, then it sleeps."]
+TEXT = ["The quick brown fox jumps over the lazy dog. It runs again and again, then it sleeps."]
 
 
 class Request(NamedTuple):
-    """What a client saw of one request."""
+    """The result of one request, as the client saw it."""
 
     status: int
     first_s: float
-    """from sending to the first piece of text"""
+    """seconds from sending to the first text"""
     token_s: float
-    """mean time between pieces after it; a piece is a token or a few"""
+    """mean seconds of a token after the first text"""
     tokens: int
 
 
-def serve(listening: socket.socket, slots: int, queue: int, told: Connection) -> None:
-    """The server's process: a GLM-130B-style model of 0.9M parameters, random weights; tells its
-    peak resident memory when it is asked to end."""
+def serve(listening: socket.socket, slots: int, queue: int, parent: Connection) -> None:
+    """Runs the server: a GLM-130B-style model of 0.9M parameters with random weights. Sends its
+    peak resident memory to `parent` at the start and when it is requested to end."""
     import resource
     import threading
 
@@ -48,19 +48,19 @@ def serve(listening: socket.socket, slots: int, queue: int, told: Connection) ->
     from glm_core.serve.engine import Engine
     from glm_core.serve.limits import Limits
 
-    pieces = tokenizer.Tokenizer(tokenizer.train(PIECES * 20, 320))
+    trained = tokenizer.Tokenizer(tokenizer.train(TEXT * 20, 320))
     model = GLM(preset("tiny", vocab=384)).init_weights(0).requires_grad_(False)
     chat_model = BlankFillingModel(
-        model=model, tokenizer=pieces, name="small", stop=(pieces.eop, pieces.eos)
+        model=model, tokenizer=trained, name="small", stop=(trained.eop, trained.eos)
     )
     engine = Engine(chat_model, registry.usable("cpu"), slots=slots, queue=queue)
     config = uvicorn.Config(api.app(engine, Limits()), log_level="error", backlog=4096)
     server = uvicorn.Server(config)
 
     def end() -> None:
-        told.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-        told.recv()
-        told.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        parent.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        parent.recv()
+        parent.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         server.should_exit = True
 
     threading.Thread(target=end).start()
@@ -68,8 +68,9 @@ def serve(listening: socket.socket, slots: int, queue: int, told: Connection) ->
     engine.close()
 
 
-async def ask(port: int, number: int, max_tokens: int) -> Request:
-    """One streamed chat request over a connection of its own, without a client library's cost."""
+async def send(port: int, number: int, max_tokens: int) -> Request:
+    """Sends one streamed chat request over a connection of its own, without a client library's
+    cost."""
     body = json.dumps(
         {
             "model": "small",
@@ -103,13 +104,13 @@ async def ask(port: int, number: int, max_tokens: int) -> Request:
     return Request(status, first, rest, tokens)
 
 
-async def crowd(port: int, requests: int, max_tokens: int) -> list[Request]:
-    """All at once."""
-    return await asyncio.gather(*(ask(port, i, max_tokens) for i in range(requests)))
+async def send_all(port: int, requests: int, max_tokens: int) -> list[Request]:
+    """Sends all requests at once."""
+    return await asyncio.gather(*(send(port, i, max_tokens) for i in range(requests)))
 
 
 def figures(done: list[Request], seconds: float) -> dict[str, Any]:
-    """Counts, and percentiles in milliseconds over the requests that were answered."""
+    """Returns counts, and percentiles in milliseconds over the requests that succeeded."""
     good = [r for r in done if r.status == 200]
     tokens = sum(r.tokens for r in good)
     row: dict[str, Any] = {
@@ -129,7 +130,7 @@ def figures(done: list[Request], seconds: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the server and the requests, and prints the figures. Exits 1 where a request failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--max-tokens", type=int, default=32)
@@ -137,21 +138,23 @@ def main() -> None:
     parser.add_argument("--queue", type=int, default=1000)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    ours, theirs = multiprocessing.Pipe()
+    connection, child_connection = multiprocessing.Pipe()
     with socket.create_server(("127.0.0.1", 0), backlog=4096) as listening:
         context = multiprocessing.get_context("spawn")
-        server = context.Process(target=serve, args=(listening, args.slots, args.queue, theirs))
+        server = context.Process(
+            target=serve, args=(listening, args.slots, args.queue, child_connection)
+        )
         server.start()
-        before = ours.recv()
+        before = connection.recv()
         port = listening.getsockname()[1]
-        asyncio.run(crowd(port, 8, args.max_tokens))  # warm
+        asyncio.run(send_all(port, 8, args.max_tokens))  # warm-up
         begin = time.perf_counter()
-        done = asyncio.run(crowd(port, args.requests, args.max_tokens))
+        done = asyncio.run(send_all(port, args.requests, args.max_tokens))
         row = figures(done, time.perf_counter() - begin)
-        ours.send("end")
+        connection.send("end")
         row |= {
             "rss_before_bytes": before,
-            "rss_peak_bytes": ours.recv(),
+            "rss_peak_bytes": connection.recv(),
             "slots": args.slots,
             "queue": args.queue,
             **machine(),

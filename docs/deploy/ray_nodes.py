@@ -1,4 +1,4 @@
-"""One torchrun on each of two Ray nodes. Compiled by the suite, never run on a Ray cluster."""
+"""Starts one torchrun on each of two Ray nodes. Tests compile it; it never ran on a Ray cluster."""
 
 import subprocess
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# On every host, with its own NODE_RANK: NODE_RANK=1 MASTER_ADDR=node-0 sh torchrun.sh
+# Run it on every host with its own NODE_RANK: NODE_RANK=1 MASTER_ADDR=node-0 sh torchrun.sh
 set -eu
 exec torchrun \
   --nnodes=2 --nproc-per-node=8 --node-rank="${NODE_RANK:?0 on the first host, 1 on the second}" \

@@ -1,4 +1,4 @@
-"""`glm-core bench`: what this machine reaches, against its ceilings, peers and a baseline."""
+"""`glm-core bench`: measures this machine against its ceilings, peers and a baseline."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ MEASURES = ("auto", "time", "ratio")
 
 
 def define(parser: argparse.ArgumentParser) -> None:
-    """Its subcommands."""
+    """Adds the subcommands."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    ceilings = _measuring(actions, "ceilings", "matrix products, memory, launches, links", 15)
+    ceilings = _add_bench(actions, "ceilings", "matrix products, memory, launches, links", 15)
     ceilings.add_argument("--backend", default="cpu", metavar="NAME", help="default %(default)s")
     ceilings.add_argument("--no-links", action="store_true", help="start no processes")
-    ops = _measuring(actions, "ops", "every op under the roofline, forward and backward", 15)
+    ops = _add_bench(actions, "ops", "every op under the roofline, forward and backward", 15)
     ops.add_argument("--backend", action="append", default=[], help="default: every usable one")
     ops.add_argument("--op", metavar="NAME", help="one op")
-    step = _measuring(actions, "step", "training: tokens/s, MFU, HFU, where the time goes", 12)
+    step = _add_bench(actions, "step", "training: tokens/s, MFU, HFU, where the time goes", 12)
     add_run(step)
     step.add_argument("--backend", metavar="NAME", help="default: the run file's")
     step.add_argument(
@@ -37,57 +37,65 @@ def define(parser: argparse.ArgumentParser) -> None:
         default="none",
         help="glm4-34m against transformers, eager or also compiled",
     )
-    decode = _measuring(actions, "decode", "a token after another, against other engines", 30)
+    decode = _add_bench(actions, "decode", "decode token by token, against other engines", 30)
     decode.add_argument("--prefill", type=int, default=0, metavar="N", help="read N tokens instead")
-    comm = _measuring(actions, "comm", "what the links between processes reach", 20)
+    comm = _add_bench(actions, "comm", "bandwidth of the links between processes", 20)
     comm.add_argument("--backend", default="reference", metavar="NAME")
     comm.add_argument("--processes", type=int, default=2, metavar="N", help="default %(default)s")
     comm.add_argument("--max-bytes", default="16M", metavar="SIZE", help="default %(default)s")
-    _measuring(actions, "dispatch", "what dispatch adds to an op call", 15)
-    compare = actions.add_parser("compare", help="is B slower than A? exit 1 where it is")
+    _add_bench(actions, "dispatch", "what dispatch adds to an op call", 15)
+    compare = actions.add_parser(
+        "compare", help="compare two files of rows; exit 1 where B is slower than A"
+    )
     compare.add_argument("a", metavar="A")
     compare.add_argument("b", metavar="B")
-    _judging(compare)
+    _add_comparison(compare)
     compare.add_argument("--html", metavar="FILE", help="page with verdicts and B's rooflines")
     add_json(compare)
     compare.set_defaults(run=run_compare)
-    page = actions.add_parser("page", help="files of rows as one HTML page")
+    page = actions.add_parser("page", help="write files of rows as one HTML page")
     page.add_argument("files", nargs="+", metavar="FILE")
     page.add_argument("--html", required=True, metavar="FILE")
     page.set_defaults(run=run_page)
 
 
-def _measuring(
+def _add_bench(
     actions: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, rounds: int
 ) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = actions.add_parser(name, help=text, description=text)
     parser.add_argument(
-        "--rounds", type=int, default=rounds, metavar="N", help="measured (default %(default)s)"
+        "--rounds",
+        type=int,
+        default=rounds,
+        metavar="N",
+        help="rounds measured (default %(default)s)",
     )
-    parser.add_argument("--dtype", action="append", choices=DTYPES, help="default: all it has")
-    parser.add_argument("--out", metavar="FILE", help="append the rows, a JSON line each")
+    parser.add_argument(
+        "--dtype", action="append", choices=DTYPES, help="default: all of the backend"
+    )
+    parser.add_argument("--out", metavar="FILE", help="append the rows, one JSON line each")
     parser.add_argument("--html", metavar="FILE", help="page with rooflines")
-    parser.add_argument("--baseline", metavar="FILE", help="judge against these rows")
-    _judging(parser)
+    parser.add_argument("--baseline", metavar="FILE", help="compare with these rows")
+    _add_comparison(parser)
     add_json(parser)
     parser.set_defaults(run=run_measure)
     return parser
 
 
-def _judging(parser: argparse.ArgumentParser) -> None:
+def _add_comparison(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--by", choices=MEASURES, default="auto", help="time, or ratio to the peer")
     parser.add_argument(
         "--least",
         type=float,
         default=0.05,
         metavar="SHARE",
-        help="change that matters (default %(default)s)",
+        help="smallest relative change that matters (default %(default)s)",
     )
 
 
 def run_measure(args: argparse.Namespace) -> int:
-    """Exit 0, 1 a row is slower than the baseline's or a limit is broken, 2 usage, 3 no such
-    backend."""
+    """Measures and prints rows. Exits 1 where a row is slower than the baseline's or exceeds a
+    limit, 2 on usage errors, 3 where the backend is not available."""
     from glm_core.bench import page
     from glm_core.bench.compare import compare
     from glm_core.errors import GlmCoreError
@@ -96,7 +104,7 @@ def run_measure(args: argparse.Namespace) -> int:
     if args.rounds < 1:
         raise GlmCoreError(f"--rounds={args.rounds} must be at least 1")
     base = rows.read(args.baseline) if args.baseline else []
-    found = {
+    measured = {
         "ceilings": _ceilings,
         "ops": _ops,
         "step": _step,
@@ -105,34 +113,37 @@ def run_measure(args: argparse.Namespace) -> int:
         "dispatch": _dispatch,
     }[args.action](args)
     if args.out:
-        rows.append(found, args.out)
-    judged = compare(base, found, args.by, args.least) if base else None
+        rows.append(measured, args.out)
+    comparison = compare(base, measured, args.by, args.least) if base else None
     if args.html:
-        page.write(found, args.html, judged)
-    told: dict[str, Any] = {"rows": [r.to_json() for r in found]}
-    lines = [text_of(found)]
-    if judged:
-        told["comparison"] = judged.to_json()
-        lines.append(verdicts(judged))
-    emit(args, told, "\n".join(lines))
-    broken = [r for r in found if r.figures.get("limit_us", 1e9) < r.figures.get("overhead_us", 0)]
-    return EXIT_FAILED if broken or (judged and judged.regressions) else 0
+        page.write(measured, args.html, comparison)
+    result: dict[str, Any] = {"rows": [r.to_json() for r in measured]}
+    lines = [rows_text(measured)]
+    if comparison:
+        result["comparison"] = comparison.to_json()
+        lines.append(comparison_text(comparison))
+    emit(args, result, "\n".join(lines))
+    exceeds_limit = any(
+        r.figures.get("limit_us", 1e9) < r.figures.get("overhead_us", 0) for r in measured
+    )
+    return EXIT_FAILED if exceeds_limit or (comparison and comparison.regressions) else 0
 
 
 def _dtypes(args: argparse.Namespace, known: tuple[torch.dtype, ...]) -> tuple[torch.dtype, ...]:
-    """Those asked for, else all the backend has. Raises GlmCoreError where it lacks one."""
+    """Returns the requested dtypes, else all that the backend has. Raises GlmCoreError where it
+    lacks one."""
     import torch
 
     from glm_core.errors import GlmCoreError
 
     if not args.dtype:
         return known
-    asked = tuple(getattr(torch, d) for d in dict.fromkeys(args.dtype))
-    if lacking := [d for d in asked if d not in known]:
+    requested = tuple(getattr(torch, d) for d in dict.fromkeys(args.dtype))
+    if lacking := [d for d in requested if d not in known]:
         names = ", ".join(str(d).removeprefix("torch.") for d in known)
         wrong = str(lacking[0]).removeprefix("torch.")
         raise GlmCoreError(f"--dtype {wrong}: backend {args.backend} computes in {names}")
-    return asked
+    return requested
 
 
 def _ceilings(args: argparse.Namespace) -> list[Row]:
@@ -141,10 +152,10 @@ def _ceilings(args: argparse.Namespace) -> list[Row]:
     from glm_core.measure import ceilings
 
     backend = registry.usable(args.backend)
-    found = ceilings.measure(backend, _dtypes(args, backend.dtypes), args.rounds)
+    measured = ceilings.measure(backend, _dtypes(args, backend.dtypes), args.rounds)
     if args.no_links:
-        return found
-    return [*found, *links.measure(args.backend, 2, args.rounds, "1M")]
+        return measured
+    return [*measured, *links.measure(args.backend, 2, args.rounds, "1M")]
 
 
 def _ops(args: argparse.Namespace) -> list[Row]:
@@ -152,12 +163,12 @@ def _ops(args: argparse.Namespace) -> list[Row]:
 
     from glm_core.bench import ops
 
-    asked = tuple(getattr(torch, d) for d in args.dtype or DTYPES)
+    dtypes = tuple(getattr(torch, d) for d in args.dtype or DTYPES)
     skipped: list[str] = []
-    found = list(ops.measure(args.backend, args.op, asked, args.rounds, skipped.append))
+    measured = list(ops.measure(args.backend, args.op, dtypes, args.rounds, skipped.append))
     for reason in skipped:
         print(f"left out: {reason}", file=sys.stderr)
-    return found
+    return measured
 
 
 def _step(args: argparse.Namespace) -> list[Row]:
@@ -176,8 +187,8 @@ def _step(args: argparse.Namespace) -> list[Row]:
         ]
     peers = ("eager",) if args.peer == "transformers" else ("eager", "compiled")
     name = args.backend or "cpu"
-    told = ceilings.machine_with_device(registry.usable(name))
-    return [r for d in dtypes for r in step.rows(d, args.rounds, peers, name, told)]
+    machine = ceilings.machine_with_device(registry.usable(name))
+    return [r for d in dtypes for r in step.rows(d, args.rounds, peers, name, machine)]
 
 
 def _decode(args: argparse.Namespace) -> list[Row]:
@@ -188,8 +199,8 @@ def _decode(args: argparse.Namespace) -> list[Row]:
 
     if args.prefill < 0:
         raise GlmCoreError(f"--prefill={args.prefill} must be at least 0")
-    told = ceilings.machine_with_device(registry.usable("cpu"))
-    return decode.rows(args.rounds, args.prefill, args.dtype or list(decode.OURS), told)
+    machine = ceilings.machine_with_device(registry.usable("cpu"))
+    return decode.rows(args.rounds, args.prefill, args.dtype or list(decode.OURS), machine)
 
 
 def _comm(args: argparse.Namespace) -> list[Row]:
@@ -210,21 +221,21 @@ def _dispatch(args: argparse.Namespace) -> list[Row]:
 
 
 def run_compare(args: argparse.Namespace) -> int:
-    """Exit 1 where a row of B is slower."""
+    """Compares two files of rows. Exits 1 where a row of B is slower."""
     from glm_core.bench import page
     from glm_core.bench.compare import compare
     from glm_core.measure import rows
 
     a, b = rows.read(args.a), rows.read(args.b)
-    found = compare(a, b, args.by, args.least)
+    comparison = compare(a, b, args.by, args.least)
     if args.html:
-        page.write(b, args.html, found)
-    emit(args, found.to_json(), verdicts(found))
-    return EXIT_FAILED if found.regressions else 0
+        page.write(b, args.html, comparison)
+    emit(args, comparison.to_json(), comparison_text(comparison))
+    return EXIT_FAILED if comparison.regressions else 0
 
 
 def run_page(args: argparse.Namespace) -> int:
-    """Always 0."""
+    """Writes the page and prints its path. Exits 0."""
     from glm_core.bench import page
     from glm_core.measure import rows
 
@@ -232,8 +243,8 @@ def run_page(args: argparse.Namespace) -> int:
     return 0
 
 
-def text_of(rows: list[Row]) -> str:
-    """A table, then what each row tells besides, then where it was measured."""
+def rows_text(rows: list[Row]) -> str:
+    """Returns a table, the details of rows, the peaks and the machines."""
     from glm_core.bench.page import cells
 
     head = [
@@ -274,13 +285,14 @@ def _details(row: Row) -> list[str]:
     ]
 
 
-def verdicts(found: Comparison) -> str:
-    """A line a row."""
-    head = ["what", f"{found.measure} B / A", "interval", "verdict"]
+def comparison_text(comparison: Comparison) -> str:
+    """Returns a table with a line for each row, then the notes."""
+    head = ["what", f"{comparison.measure} B / A", "interval", "verdict"]
     rows = [
-        [c.key, f"{c.ratio:.3f}", f"{c.low:.3f} to {c.high:.3f}", c.verdict] for c in found.changes
+        [c.key, f"{c.ratio:.3f}", f"{c.low:.3f} to {c.high:.3f}", c.verdict]
+        for c in comparison.changes
     ]
     lines = [columns([head, *rows])]
-    if found.unmatched:
-        lines.append(f"in one file only: {', '.join(found.unmatched)}")
-    return "\n".join([*lines, *found.notes])
+    if comparison.unmatched:
+        lines.append(f"in one file only: {', '.join(comparison.unmatched)}")
+    return "\n".join([*lines, *comparison.notes])

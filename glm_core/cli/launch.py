@@ -1,4 +1,5 @@
-"""`glm-core launch`: a script on every slot of one host or of a hostfile, by torchrun's own API."""
+"""`glm-core launch`: starts a script on every slot of one host or of a hostfile, by torchrun's
+API."""
 
 from __future__ import annotations
 
@@ -15,10 +16,12 @@ if TYPE_CHECKING:
 
 
 def define(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
-    parser.add_argument("--hostfile", metavar="FILE", help="lines 'NAME slots=N', as DeepSpeed's")
-    parser.add_argument("--include", default="", metavar="A@B", help="only these of its hosts")
-    parser.add_argument("--exclude", default="", metavar="A@B", help="all of its hosts but these")
+    """Adds the options."""
+    parser.add_argument(
+        "--hostfile", metavar="FILE", help="hosts as lines 'NAME slots=N', DeepSpeed's format"
+    )
+    parser.add_argument("--include", default="", metavar="A@B", help="use only these hosts")
+    parser.add_argument("--exclude", default="", metavar="A@B", help="use all hosts but these")
     parser.add_argument(
         "--nproc-per-node", type=int, metavar="N", help="processes on this host (default 1)"
     )
@@ -32,7 +35,7 @@ def define(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="start all processes again, at most so often, after one has failed",
+        help="restarts of all processes after one has failed (default %(default)s)",
     )
     parser.add_argument("-m", "--module", action="store_true", help="SCRIPT is a module")
     parser.add_argument(
@@ -44,18 +47,18 @@ def define(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit 0 where every process ended well, 1 where one failed."""
+    """Exits 0 where every process succeeded, 1 where one failed."""
     from glm_core.distributed import launch
 
-    wanted = job(args)
+    launched = parse_launch(args)
     if args.hostfile:
         if args.dry_run:
-            lines = launch.remote_commands(wanted, os.environ.items())
+            lines = launch.remote_commands(launched, os.environ.items())
             print("\n".join(shlex.join(words) for words in lines))
             return 0
-        launch.run_on_hosts(wanted)
+        launch.run_on_hosts(launched)
         return 0
-    words = launch.torchrun_arguments(wanted, 0)
+    words = launch.torchrun_arguments(launched, 0)
     if args.dry_run:
         print(shlex.join(["torchrun", *words]))
         return 0
@@ -63,8 +66,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def job(args: argparse.Namespace) -> Launch:
-    """What the options describe. Raises ConfigError for those that do not go together."""
+def parse_launch(args: argparse.Namespace) -> Launch:
+    """Returns what the options describe. Raises ConfigError for options that exclude each other."""
     from glm_core.distributed import launch
 
     program = [*(["-m"] if args.module else []), args.script, *args.arguments]
@@ -72,12 +75,12 @@ def job(args: argparse.Namespace) -> Launch:
         raise ConfigError(f"{args.script}: no such script; for a module write -m")
     if not args.hostfile:
         if args.include or args.exclude:
-            raise ConfigError("--include, --exclude: choose from a --hostfile, which is not given")
+            raise ConfigError("--include, --exclude: choose from a --hostfile; give one")
         hosts = [
             launch.Host("localhost", 1 if args.nproc_per_node is None else args.nproc_per_node)
         ]
     elif args.nproc_per_node is not None:
-        raise ConfigError("--nproc-per-node: the hostfile's slots= say it; give one of them")
+        raise ConfigError("--nproc-per-node: the hostfile's slots= set it; give one of them")
     else:
         hosts = launch.read_hostfile(Path(args.hostfile))
         hosts = launch.select_hosts(hosts, args.include, args.exclude)

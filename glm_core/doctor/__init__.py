@@ -1,2 +1,2 @@
-"""The examination of one backend on its own hardware: conformance, alignment and utilisation in one
-file to send back."""
+"""Examines one backend on its own hardware: conformance, alignment and utilisation, in one file to
+send back."""

@@ -44,7 +44,7 @@ def test_include_and_exclude() -> None:
     assert select_hosts(TWO, "", "worker-2") == [TWO[0]]
     assert select_hosts(TWO, "", "") == TWO
     for include, exclude, told in (
-        ("worker-1", "worker-2", "one excludes the other"),
+        ("worker-1", "worker-2", "both are given"),
         ("worker-3", "", "unknown host 'worker-3'; known: worker-1, worker-2"),
         ("worker-1:0,2", "", "single slots cannot be chosen"),
         ("", "worker-1@worker-2", "leaves no host"),
@@ -73,7 +73,7 @@ def test_every_host_gets_its_rank_slots_and_variables(monkeypatch: pytest.Monkey
         (["--include", "a", __file__], "--include, --exclude: choose from a --hostfile"),
         (["--nproc-per-node", "0", __file__], "--nproc-per-node=0: must be at least 1"),
         (["--hostfile", "/gone", __file__], "/gone: cannot be read as a hostfile"),
-        (["--hostfile", "x", "--nproc-per-node", "2", __file__], "the hostfile's slots= say it"),
+        (["--hostfile", "x", "--nproc-per-node", "2", __file__], "the hostfile's slots= set it"),
     ],
     ids=["script", "include", "slots", "hostfile", "both"],
 )

@@ -75,7 +75,7 @@ class Meter(TorchDispatchMode):
     """Counts storages and collectives. A storage belongs to the phase in which it was allocated."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.phase: Phase = "weights"
         self.sizes: dict[int, tuple[Phase, int]] = {}
         self.references: dict[int, Any] = {}

@@ -1,9 +1,9 @@
-"""A whole training step against transformers, interleaved: `python -m glm_core.bench.step --peer
+"""Times a whole training step against transformers, in turn: `python -m glm_core.bench.step --peer
 transformers`.
 
-The same GLM-4-style model (preset glm4-34m), batch and optimizer on both sides. In bfloat16 ours
-keeps bfloat16 weights and float32 masters; the peer runs autocast over float32 weights, the way
-its users train."""
+Both sides have the same GLM-4-style model (preset glm4-34m), batch and optimizer. In bfloat16 ours
+keeps bfloat16 weights and float32 masters; the peer runs autocast over float32 weights, as its
+users do."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 def inputs(vocab: int) -> tuple[Tensor, Tensor]:
-    """tokens [B, L + 1] and the causal mask's positions, from a fixed seed."""
+    """Returns tokens [B, L + 1] from a fixed seed and positions [L]."""
     tokens = torch.randint(
         0, vocab, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0)
     )
@@ -39,11 +39,11 @@ def inputs(vocab: int) -> tuple[Tensor, Tensor]:
 
 
 def ours(config: ModelConfig, dtype: str, backend: str = "cpu") -> Callable[[], float]:
-    """One step of ours: forward, backward, clip, AdamW."""
+    """Returns one step of ours: forward, backward, clip, AdamW."""
     device = get(backend).device()
     tokens, position = (x.to(device) for x in inputs(config.vocab))
     model = GLM(config).init_weights(0).to(device, getattr(torch, dtype))
-    optimizer = Optimizer(model, TrainConfig(dtype=dtype))  # type: ignore[arg-type]
+    optimizer = Optimizer(model, TrainConfig(dtype=dtype))  # type: ignore[arg-type]  # checked by TrainConfig
     rows = position.expand(BATCH, LENGTH)
     where = (
         torch.stack((rows, torch.zeros_like(rows)), 1),
@@ -63,7 +63,7 @@ def ours(config: ModelConfig, dtype: str, backend: str = "cpu") -> Callable[[], 
 
 
 def transformers_glm(config: ModelConfig, dtype: str, compiled: bool) -> Callable[[], float]:
-    """One step of transformers' GlmForCausalLM with fused torch AdamW."""
+    """Returns one step of transformers' GlmForCausalLM with fused torch AdamW."""
     tokens, _ = inputs(config.vocab)
     ids, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     model = other.glm(config, use_cache=False)
@@ -73,7 +73,7 @@ def transformers_glm(config: ModelConfig, dtype: str, compiled: bool) -> Callabl
 
     def forward(ids: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            # shift_labels: one label a position, as ours
+            # shift_labels: one label for each position, as ours
             loss: Tensor = model(input_ids=ids, labels=labels, shift_labels=labels).loss
             return loss
 
@@ -91,7 +91,7 @@ def transformers_glm(config: ModelConfig, dtype: str, compiled: bool) -> Callabl
 
 
 def matmul_flops(config: ModelConfig) -> int:
-    """Forward and backward FLOPs of the step's matrix products, from the ops' own cost
+    """Returns the forward and backward FLOPs of the step's matrix products, from the ops' cost
     functions."""
     total = 0
 
@@ -112,7 +112,7 @@ def matmul_flops(config: ModelConfig) -> int:
 def measure(
     dtype: str, rounds: int, peers: tuple[str, ...], backend: str = "cpu"
 ) -> dict[str, Any]:
-    """One dtype: medians in ms, ratios with quartiles, share of the GEMM ceiling measured in the
+    """Measures one dtype: medians in ms, ratios with quartiles, share of the GEMM ceiling of the
     same rounds."""
     config = preset("glm4-34m")
     timing, losses = timed(config, dtype, rounds, peers, backend)
@@ -132,7 +132,8 @@ def measure(
 def timed(
     config: ModelConfig, dtype: str, rounds: int, peers: tuple[str, ...], backend: str
 ) -> tuple[dict[str, Timing], dict[str, float]]:
-    """Ours, the peers and a matrix product in turn, and everyone's first loss."""
+    """Times ours, the peers and a matrix product in turn. Returns the times and the first loss of
+    each."""
     contestants: dict[str, Callable[[], Any]] = {"ours": ours(config, dtype, backend)}
     for peer in peers:
         contestants[peer] = transformers_glm(config, dtype, peer == "compiled")
@@ -142,9 +143,9 @@ def timed(
 
 
 def rows(
-    dtype: str, rounds: int, peers: tuple[str, ...], backend: str, told: dict[str, Any]
+    dtype: str, rounds: int, peers: tuple[str, ...], backend: str, machine_facts: dict[str, Any]
 ) -> list[Row]:
-    """A row for each peer, of the same rounds; `told` is the machine."""
+    """Returns a row for each peer, all of the same rounds."""
     config = preset("glm4-34m")
     watch = NoiseWatch()
     timing, losses = timed(config, dtype, rounds, peers, backend)
@@ -159,7 +160,7 @@ def rows(
             seconds=own,
             peer=f"transformers {peer}",
             peer_seconds=timing[peer].seconds,
-            machine=told,
+            machine=machine_facts,
             flops=matmul_flops(config),
             notes=(*notes, *irregularities(own)),
             figures={
@@ -173,7 +174,7 @@ def rows(
 
 
 def compared(peer: str, timing: dict[str, Timing]) -> dict[str, float]:
-    """ratio_PEER > 1: ours is faster."""
+    """Returns ratio_PEER with its quartiles; above 1, ours is faster."""
     r = ratio(timing[peer], timing["ours"])
     return {
         f"ratio_{peer}": r["ratio"],
@@ -183,7 +184,7 @@ def compared(peer: str, timing: dict[str, Timing]) -> dict[str, float]:
 
 
 def main() -> int:
-    """Prints one row per dtype."""
+    """Prints a row for each dtype."""
     parser = argparse.ArgumentParser(prog="python -m glm_core.bench.step", description=__doc__)
     parser.add_argument("--peer", choices=["transformers", "none"], default="transformers")
     parser.add_argument("--eager-only", action="store_true", help="leave out the compiled peer")

@@ -19,14 +19,21 @@ from glm_core.align.replay import replay_on
 from glm_core.align.rerun_command import CallFilter
 from glm_core.align.teacher_forcing import Case, Key
 from glm_core.align.training import Run, Snapshot, free_run
-from glm_core.align.verdict import Finding, compare, findings, finite
+from glm_core.align.verdict import (
+    FALSE_ALARM_RATE,
+    NUM_TESTS,
+    Finding,
+    compare,
+    findings,
+    finite,
+)
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
 from glm_core.config import RunConfig
 from glm_core.errors import ConfigError, DeviceError, unknown
 from glm_core.ops import all_ops
 
-RATE = 1e-3 / 3
+RATE = FALSE_ALARM_RATE / NUM_TESTS
 """the op by op tests' share of the verdict's false-alarm rate"""
 NOTHING = "nothing guilty: every op call and the whole run are within what honest rounding explains"
 
@@ -186,7 +193,7 @@ def _choices(calls: list[Call]) -> str:
     return f"captured steps are {steps}, ops {', '.join(ops)}"
 
 
-def most_telling(guilty: list[Finding]) -> Finding:
+def finding_to_name(guilty: list[Finding]) -> Finding:
     """Returns the finding to name, for the op furthest outside. A forward finding comes before a
     backward one, since a wrong forward spoils the backward too; a finding in a single call comes
     before one that all calls show together."""
@@ -204,7 +211,7 @@ def _op_by_op(
     make: MakeSampler,
 ) -> Bisection:
     """Names the op that the captured calls convict, and confirms it by substitution."""
-    worst = most_telling(guilty)
+    worst = finding_to_name(guilty)
     op, direction = worst.op, direction_of(worst)
     others = dict.fromkeys(f"{f.op} {direction_of(f)}" for f in guilty)
     del others[f"{op} {direction}"]
@@ -279,7 +286,7 @@ def _whole_run(
     again = rerun_command.join(command, rerun_command.ANY_CALL)
     guilty, losses = watched_run.watch(config, backend, make, evidence.limits, report)
     if guilty:
-        return _once(most_telling(guilty), evidence, backend, again)
+        return _once(finding_to_name(guilty), evidence, backend, again)
     steps = [s.step for s in evidence.snapshots]
     full = calibrate(config, sampler=make, capture_steps=steps, progress=report)
     taught = record(config, backend, calibration=full, free_run=False)
@@ -289,7 +296,7 @@ def _whole_run(
     if pair.verdict == "aligned":
         return Bisection(backend=backend.name)
     if pair.findings:
-        return _once(most_telling(pair.findings), evidence, backend, again)
+        return _once(finding_to_name(pair.findings), evidence, backend, again)
     common: dict[str, Any] = {
         "backend": backend.name,
         "dtype": config.train.dtype,

@@ -54,7 +54,7 @@ class Calibration:
     cases: list[Case]
     """every op call of the captured steps with its correct results"""
     limits: dict[Key, float]
-    """the benign range of each family of tests, without margin"""
+    """the benign range of each family of tests, without safety factor"""
 
     @property
     def dtype(self) -> torch.dtype:

@@ -60,8 +60,8 @@ def prediction_bound(statistics: Array, rate: float) -> float:
     logs = np.log(np.maximum(statistics, 1.0))
     k = logs.size
     spread = max(float(logs.std(ddof=1)), LEAST_SPREAD)
-    margin = student_t(1 - rate, k - 1) * spread * math.sqrt(1 + 1 / k)
-    return math.exp(min(float(logs.mean()) + margin, 700.0))  # exp overflows beyond
+    above_mean = student_t(1 - rate, k - 1) * spread * math.sqrt(1 + 1 / k)
+    return math.exp(min(float(logs.mean()) + above_mean, 700.0))  # exp overflows beyond
 
 
 def scale(deviations: Array, reference: Array) -> Array:

@@ -24,7 +24,7 @@ from glm_core import errors
 from glm_core.align.calibration import MakeSampler, Progress, calibrate
 from glm_core.align.recording import record
 from glm_core.align.trace import Trace, load
-from glm_core.align.verdict import Pair, Verdict, compare
+from glm_core.align.verdict import FALSE_ALARM_RATE, Pair, Verdict, compare
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
 from glm_core.config import Dtype, RunConfig, from_dict, to_dict
@@ -68,7 +68,7 @@ def run(
     capture_steps: Sequence[int] | None = None,
     sampler: MakeSampler | None = None,
     cache_dir: str = ".cache",
-    false_alarm_rate: float = 1e-3,
+    false_alarm_rate: float = FALSE_ALARM_RATE,
     progress: Progress | None = None,
     timeout_s: float = 0.0,
 ) -> RunResult:

@@ -20,13 +20,13 @@ from glm_core.align.capture import layers
 from glm_core.align.gradients import gradient_errors, load_snapshot
 from glm_core.align.trace import Trace
 from glm_core.align.training import Run, Snapshot
-from glm_core.align.verdict import gradient_check
+from glm_core.align.verdict import FALSE_ALARM_RATE, NUM_TESTS, gradient_check
 from glm_core.backends.base import Backend
 from glm_core.config import RunConfig
 from glm_core.dispatch import Op
 from glm_core.faults.kernels import splice, vjp
 
-RATE = 1e-3 / 3
+RATE = FALSE_ALARM_RATE / NUM_TESTS
 """the gradients' share of the verdict's false-alarm rate"""
 
 

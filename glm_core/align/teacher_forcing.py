@@ -19,12 +19,12 @@ from glm_core.align.disguise import Regrouped, Rounded
 from glm_core.align.replay import LOW, Results, exact, replay
 from glm_core.align.statistics import Base, Grouping, Scores, Sums, quantile_bins
 
-MARGIN = {"scale": 3.0, "offset": 3.0, "sign": 2.0, "size": 3.0, "peak": 4.0}
+SAFETY_FACTOR = {"scale": 3.0, "offset": 3.0, "sign": 2.0, "size": 3.0, "peak": 4.0}
 """by statistic: a candidate may show so many times the benign range, because a kernel may combine
 changes that the range was measured with one by one"""
-ROW_MARGIN = 6.0
-"""the margin for the size of a row's error: a row has few elements, and some rows are small because
-their terms cancel"""
+ROW_SAFETY_FACTOR = 6.0
+"""the safety factor for the size of a row's error: a row has few elements, and some rows are small
+because their terms cancel"""
 MAX_ROUNDED = 24
 """at most so many intermediates of a call are rounded one by one"""
 CALLS_PER_SHAPE = 4
@@ -253,7 +253,7 @@ def floor(statistic: str, dtype: torch.dtype, terms: int) -> float:
 
 
 def limit(limits: dict[Key, float], key: Key, dtype: torch.dtype, terms: int) -> float:
-    """Returns a candidate's limit: the benign range times its margin, at least the floor."""
+    """Returns a candidate's limit: the benign range times its safety factor, at least the floor."""
     row_size = (key.grouping, key.statistic) == ("row", "size")
-    margin = ROW_MARGIN if row_size else MARGIN[key.statistic]
-    return max(margin * limits.get(key, 0.0), floor(key.statistic, dtype, terms))
+    factor = ROW_SAFETY_FACTOR if row_size else SAFETY_FACTOR[key.statistic]
+    return max(factor * limits.get(key, 0.0), floor(key.statistic, dtype, terms))

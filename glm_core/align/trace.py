@@ -58,7 +58,7 @@ class Trace:
     """T tests: the worst one of each family (op, tensor, kind of group, statistic, pooled or
     not)"""
     test_values: Array
-    """[T, 3]: effect, standard error, limit of the benign range (margin included)"""
+    """[T, 3]: effect, standard error, limit of the benign range (safety factor included)"""
     num_tests: int
     """how many tests were made, of which `tests` holds the worst"""
     fallbacks: list[FallbackCount]

@@ -21,6 +21,10 @@ Verdict = Literal["aligned", "diverged"]
 EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 """the relative rounding unit of each dtype, as in `torch.finfo(dtype).eps`"""
 MAX_FINDINGS = 20
+FALSE_ALARM_RATE = 1e-3
+"""the default probability that an honest candidate is called diverged"""
+NUM_TESTS = 3
+"""envelope, gradients and op by op; each gets an equal share of the rate"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +51,7 @@ class Finding:
     effect: float
     """what was measured, relative to the result"""
     benign: float
-    """largest effect that honest rounding explains, margin included"""
+    """largest effect that honest rounding explains, safety factor included"""
     ratio: float
     """share of what is allowed; above 1 is guilty"""
 
@@ -104,13 +108,15 @@ def finite(value: Any) -> Any:
 
 
 @np.errstate(all="ignore")  # what overflows is infinite, and what is NaN counts as infinite
-def compare(reference: Trace, candidate: Trace, *, false_alarm_rate: float = 1e-3) -> Pair:
+def compare(
+    reference: Trace, candidate: Trace, *, false_alarm_rate: float = FALSE_ALARM_RATE
+) -> Pair:
     """Returns the verdict on `candidate`. The reference's trace has the control runs; the candidate
     was recorded with the same config, data and weights, perhaps on another machine. The false-alarm
     rate is split evenly between envelope, gradients and ops, and inside each over all steps,
     parameters and tests. Raises TraceError where the two cannot be compared."""
     require_comparable(reference, candidate)
-    rate = false_alarm_rate / 3
+    rate = false_alarm_rate / NUM_TESTS
     curve = None
     if candidate.loss.size:
         curve = envelope(reference.loss, reference.control_loss, candidate.loss, rate)

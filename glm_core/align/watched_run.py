@@ -19,7 +19,7 @@ from glm_core.align.recording import worst_tests
 from glm_core.align.replay import Results, flat, with_change
 from glm_core.align.teacher_forcing import Key
 from glm_core.align.training import Run
-from glm_core.align.verdict import Finding, findings
+from glm_core.align.verdict import FALSE_ALARM_RATE, NUM_TESTS, Finding, findings
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
 from glm_core.config import RunConfig
@@ -28,7 +28,7 @@ from glm_core.dispatch import Op
 from glm_core.errors import DeviceError, TrainingError
 
 Array = NDArray[np.float64]
-RATE = 1e-3 / 3
+RATE = FALSE_ALARM_RATE / NUM_TESTS
 """the op by op tests' share of the verdict's false-alarm rate"""
 
 

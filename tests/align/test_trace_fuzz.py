@@ -27,7 +27,7 @@ from safetensors.numpy import save as save_arrays
 from glm_core import align
 from glm_core.align import fallbacks
 from glm_core.align.trace import Trace, load
-from glm_core.cli.trace import plain, summary
+from glm_core.cli.trace import one_line, summary
 from glm_core.config import ModelConfig, RunConfig, to_dict
 from glm_core.errors import GlmCoreError, TraceError
 
@@ -102,7 +102,7 @@ def survives(content: bytes, path: Path) -> Trace | None:
         tell(functools.partial(align.compare, whole(), it))
         tell(functools.partial(align.compare, it, whole()))
         tell(functools.partial(fallbacks.recorded, it))
-        assert plain(summary(it)).isprintable()
+        assert one_line(summary(it)).isprintable()
     return found[0] if found else None
 
 
@@ -293,7 +293,7 @@ def test_a_terminal_is_not_driven(tmp_path: Path) -> None:
     fields["backend"] = fields["environment"]["\x1b]0;x\x07"] = "\x1b[2J\n"
     found = survives(written(fields), tmp_path / "x")
     assert found is not None
-    assert "\\x1b[2J\\n" in plain(summary(found))
+    assert "\\x1b[2J\\n" in one_line(summary(found))
 
 
 def header(**arrays: Any) -> bytes:

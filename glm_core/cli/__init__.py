@@ -13,7 +13,7 @@ from glm_core.cli.exits import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_UNAVAILABLE, 
 COMMANDS = {
     "devices": "list the backends: usable here or not, and how each was verified",
     "ops": "table of ops x backends: kernel, reference or unsupported",
-    "train": "train a GLM on one backend",
+    "train": "train a GLM, or an adapter beside a frozen base",
     "launch": "run a script on every slot of one host or of a hostfile",
     "generate": "continue a text, or fill its blanks, with a trained model",
     "chat": "chat with a trained model in the terminal",

@@ -17,7 +17,7 @@ from glm_core.cli.options import (
     columns,
     emit,
     run_config,
-    words,
+    run_words,
 )
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def run_bisect(args: argparse.Namespace) -> int:
     only = align.CallFilter(args.op, args.direction, args.layer, args.step)
     with watchdog.guard(args.timeout, f"align bisect: backend {args.backend}", RESET):
         result = align.bisect(
-            config, args.backend, only=only, options=words(args), progress=progress
+            config, args.backend, only=only, options=run_words(args), progress=progress
         )
     emit(args, result.to_json(), result.text())
     return EXIT_FAILED if result.guilty else 0

@@ -9,12 +9,13 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from glm_core.cli.options import add_json, add_quantization, emit
+from glm_core.cli.options import add_json, add_quantization, emit, quantization
 
 if TYPE_CHECKING:
     from glm_core.pretrained.weights.reading import Checkpoint
 
 LAYOUTS = "chatglm2, chatglm-6b, glm, glm4, glm-130b, glm-block, glm-core, sat-chatglm-6b"
+"""names of the layouts, written out because --help imports no torch; a test compares them"""
 
 
 def define(parser: argparse.ArgumentParser) -> None:
@@ -36,9 +37,17 @@ def define(parser: argparse.ArgumentParser) -> None:
     convert.add_argument("out", metavar="OUT", help="new folder")
     convert.add_argument("--to", metavar="LAYOUT", help=f"one of {LAYOUTS} (default: the same)")
     convert.add_argument(
-        "--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks of a sharded layout"
+        "--tp",
+        type=int,
+        default=1,
+        metavar="N",
+        help="tensor-parallel ranks of a sharded layout (default %(default)s)",
     )
-    convert.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
+    convert.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="dtype of all weights that are not quantized (default: as stored)",
+    )
     convert.add_argument(
         "--dequantize", action="store_true", help="convert int8 and int4 weights to floating point"
     )
@@ -48,7 +57,7 @@ def define(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=5.0,
         metavar="GB",
-        help="size of a safetensors file at most",
+        help="limit of the size of a safetensors file (default %(default)s)",
     )
     convert.set_defaults(run=run_convert)
     adapter = actions.add_parser(
@@ -104,19 +113,15 @@ def run_convert(args: argparse.Namespace) -> int:
     """Converts a checkpoint; exits 0 if OUT is complete, otherwise OUT does not exist."""
     import torch
 
-    from glm_core.model.quantize import Quantization
     from glm_core.pretrained.weights.writing import convert, target
 
-    how = args.bits and Quantization(
-        bits=args.bits, group=args.group, activation_bits=args.activation_bits
-    )
     source = open_source(args)
     form = target(
         args.to or source.layout.name,
         num_ranks=args.tp,
         dequantize=args.dequantize,
         dtype=getattr(torch, args.dtype) if args.dtype else None,
-        quantize=how,
+        quantize=quantization(args),
         shard_bytes=int(args.shard_gb * 1e9),
     )
     begin = time.perf_counter()

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from glm_core.cli.generate import add_model, attach_adapter
-from glm_core.cli.options import add_json, add_quantization, emit
+from glm_core.cli.options import add_json, add_quantization, emit, quantization
 
 if TYPE_CHECKING:
     from glm_core.pretrained.chat_model import ChatModel
@@ -58,12 +58,10 @@ def _load(args: argparse.Namespace) -> ChatModel:
     """Loads the model of the options, quantized and with its adapter."""
     import torch
 
-    from glm_core.model.quantize import Quantization, convert
+    from glm_core.model.quantize import convert
     from glm_core.pretrained.load import from_path
 
-    how = None
-    if args.bits is not None:
-        how = Quantization(bits=args.bits, group=args.group, activation_bits=args.activation_bits)
+    how = quantization(args)  # before the weights are read
     chat_model = from_path(args.model, dtype=getattr(torch, args.dtype))
     if how is not None:
         for _ in convert(chat_model.model, how):

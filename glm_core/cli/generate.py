@@ -58,8 +58,18 @@ def add_model_and_backend(
 ) -> None:
     """Adds the options of a model, its backend and its dtype."""
     add_model(parser, choice)
-    parser.add_argument("--backend", default="cpu", metavar="NAME", help="default %(default)s")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument(
+        "--backend",
+        default="cpu",
+        metavar="NAME",
+        help="backend that runs the ops (default %(default)s)",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16", "float16"],
+        help="dtype of weights and arithmetic (default %(default)s)",
+    )
     parser.add_argument(
         "--head-bits",
         type=int,
@@ -72,7 +82,11 @@ def add_model_and_backend(
 def add_sampling(parser: argparse.ArgumentParser, temperature: float, top_p: float) -> None:
     """Adds the options of sampling."""
     parser.add_argument(
-        "--max-tokens", type=int, default=256, metavar="N", help="limit of new tokens"
+        "--max-tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="limit of new tokens (default %(default)s)",
     )
     parser.add_argument(
         "--temperature",
@@ -81,11 +95,28 @@ def add_sampling(parser: argparse.ArgumentParser, temperature: float, top_p: flo
         metavar="T",
         help="0 = always the most likely token (default %(default)s)",
     )
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 = all tokens")
     parser.add_argument(
-        "--top-p", type=float, default=top_p, metavar="P", help="default %(default)s"
+        "--top-k",
+        type=int,
+        default=0,
+        metavar="K",
+        help="draw from the K most likely tokens; 0 = from all (default)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=top_p,
+        metavar="P",
+        help="draw from the most likely tokens that together have probability P (default "
+        "%(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed of the sampling (default %(default)s)",
+    )
 
 
 def attach_adapter(args: argparse.Namespace, model: GLM) -> None:
@@ -119,7 +150,8 @@ def load_export(args: argparse.Namespace) -> tuple[ChatModel, Runner]:
 
     if args.adapter or args.beams or args.head_bits:
         raise ConfigError(
-            "generate --onnx: does not go with --adapter, --beams or --head-bits; leave it out"
+            "generate --onnx: cannot be combined with --adapter, --beams or --head-bits; leave "
+            "these out"
         )
     return from_export(args.onnx)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from glm_core.config import RunConfig
+    from glm_core.model.quantize import Quantization
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +64,17 @@ def add_quantization(
     )
 
 
+def quantization(args: argparse.Namespace) -> Quantization | None:
+    """Returns the Quantization of the options, None without --bits."""
+    from glm_core.model.quantize import Quantization
+
+    if args.bits is None:
+        return None
+    return Quantization(bits=args.bits, group=args.group, activation_bits=args.activation_bits)
+
+
 RESET = "reset the device; glm-core align bisect waits for every call and names the op"
+"""advice of the watchdog where a step or an op call takes too long"""
 
 
 def add_timeout(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +88,7 @@ def add_timeout(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def words(args: argparse.Namespace) -> list[str]:
+def run_words(args: argparse.Namespace) -> list[str]:
     """Returns the options of `add_run` as words of a command line that repeats them."""
     values = {k: getattr(args, k) for k in ("config", "preset", "data", "steps", "seed")}
     options = [w for k, v in values.items() if v is not None for w in (f"--{k}", str(v))]
@@ -109,5 +120,5 @@ def emit(args: argparse.Namespace, value: Any, text: str) -> None:
 def columns(rows: list[list[str]]) -> str:
     """Returns rows as left-aligned columns."""
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]) - 1)]
-    line = lambda r: "  ".join([c.ljust(w) for c, w in zip(r, widths, strict=False)] + r[-1:])  # noqa: E731
-    return "\n".join(map(line, rows))
+    padded = ([c.ljust(w) for c, w in zip(r, widths, strict=False)] + r[-1:] for r in rows)
+    return "\n".join(map("  ".join, padded))

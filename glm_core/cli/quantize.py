@@ -17,9 +17,14 @@ if TYPE_CHECKING:
 
 def define(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
-    parser.add_argument("run_folder", metavar="RUN", help="folder of `glm-core train`")
-    add_quantization(parser, "8 or 4 (default %(default)s)", default=4)
-    parser.add_argument("--backend", default="cpu", metavar="NAME", help="default %(default)s")
+    parser.add_argument("run_folder", metavar="RUN", help="the folder that `glm-core train` wrote")
+    add_quantization(parser, "bits of a weight, 8 or 4 (default %(default)s)", default=4)
+    parser.add_argument(
+        "--backend",
+        default="cpu",
+        metavar="NAME",
+        help="backend that runs the ops (default %(default)s)",
+    )
     parser.add_argument(
         "--sequences",
         type=int,
@@ -101,6 +106,7 @@ def _load(folder: str) -> tuple[GLM, RunConfig]:
 
 
 def _text(facts: dict[str, Any]) -> str:
+    """Returns the report for people."""
     rows = [["matrix", "error", "bytes"]]
     rows += [[x["name"], f"{x['error']:.4f}", str(x["bytes_after"])] for x in facts["layers"]]
     old, new = facts["before"], facts["after"]

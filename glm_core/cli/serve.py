@@ -14,8 +14,12 @@ from glm_core.errors import GlmCoreError
 def define(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
     add_model_and_backend(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="default %(default)s")
-    parser.add_argument("--port", type=int, default=8000, help="default %(default)s")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default %(default)s)"
+    )
+    parser.add_argument(
+        "--port", type=int, default=8000, help="port to listen on (default %(default)s)"
+    )
     parser.add_argument(
         "--slots",
         type=int,

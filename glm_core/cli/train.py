@@ -117,7 +117,9 @@ def run_plan(args: argparse.Namespace, config: RunConfig) -> int:
 
     plan = parse(args.plan)
     if misplaced := [f"--{k}" for k in ("adapter", "base", "pairs") if getattr(args, k)]:
-        raise ConfigError(f"train --plan: does not go with {', '.join(misplaced)}; leave it out")
+        raise ConfigError(
+            f"train --plan: cannot be combined with {', '.join(misplaced)}; leave these out"
+        )
     from glm_core.distributed import run as distributed
 
     is_reporter = os.environ.get("RANK") == "0"

@@ -212,7 +212,11 @@ def test_export(run_dir: Path, tmp_path: Path, capsys: Any) -> None:
     generate = ["generate", "--prompt", "a", "--onnx"]
     for folder, more, message in [
         (tmp_path, [], "no such file; give a folder of glm-core export"),
-        (tmp_path / "plain", ["--beams", 2], "does not go with --adapter, --beams or --head-bits"),
+        (
+            tmp_path / "plain",
+            ["--beams", 2],
+            "cannot be combined with --adapter, --beams or --head-bits",
+        ),
     ]:
         code, _, error = call(capsys, *generate, folder, *more)
         assert (code, error.count("\n")) == (2, 1)

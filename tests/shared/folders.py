@@ -1,4 +1,4 @@
-"""Folders of checkpoints with tokenizers, small and random, in their authors' exact layouts."""
+"""Writes small random checkpoints with tokenizers, in their authors' exact layouts."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ CHATGLM3_TEMPLATE = (
     "{{ message['content'] }}{% else %}<|{{ message['role'] }}|>\n {{ message['content'] }}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-"""chatglm3-6b, tokenizer_config.json"""
+"""the template in tokenizer_config.json of chatglm3-6b"""
 
 
 def loud(parameters: Any) -> None:
-    """Random values whose logits differ enough for every choice to be clear."""
+    """Sets random values whose logits differ enough for every choice to be clear."""
     g = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, p in parameters:
@@ -43,7 +43,7 @@ def loud(parameters: Any) -> None:
 
 
 def sentences(symbols: list[str], **more: Any) -> bytes:
-    """A sentencepiece model."""
+    """Returns a sentencepiece model."""
     made = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([TEXT] * 20),
@@ -64,7 +64,7 @@ def sentences(symbols: list[str], **more: Any) -> bytes:
 
 
 def stored(folder: Path, name: str, vocab: int = 400) -> GLM:
-    """A random model in their layout, its tokenizer missing."""
+    """Writes a random model in a layout, without a tokenizer, and returns it."""
     folder.mkdir()
     sizes = {"vocab": vocab, "max_length": 200}
     model = GLM(dataclasses.replace(foreign.CONFIGS[name], **sizes))
@@ -85,7 +85,7 @@ def stored(folder: Path, name: str, vocab: int = 400) -> GLM:
 
 
 def chatglm3(folder: Path) -> Path:
-    """A folder of ChatGLM3 with random weights, its tokenizer and its template."""
+    """Writes a folder of ChatGLM3 with random weights, tokenizer and template, and returns it."""
     stored(folder, "chatglm2")
     (folder / "tokenizer.model").write_bytes(sentences([]))
     facts = {"chat_template": CHATGLM3_TEMPLATE}

@@ -240,10 +240,10 @@ class GLM(nn.Module):
                 f"max_length={self.config.max_length}; shorten it or raise max_length"
             )
         delta: Tensor | None
-        if isinstance(tokens, Tensor):
-            delta, x = None, self.add_positions(self.embed(tokens), positions)
-        else:
+        if isinstance(tokens, tuple):
             delta, x = tokens
+        else:  # a tensor, or the symbolic value of an export
+            delta, x = None, self.add_positions(self.embed(tokens), positions)
         learned = self.config.positions == "learned_2d"
         rotary = None if learned else self.rotary(positions)
         for layer in self.layers():

@@ -11,5 +11,7 @@ from glm_core.deepspeed.names import FINDER
 from glm_core.errors import ConfigError
 
 if sys.modules.get("deepspeed", ours) is not ours:
-    raise ConfigError("in_place: deepspeed is imported already; import glm_core's before it")
+    raise ConfigError(
+        "in_place: deepspeed is imported already; import glm_core.deepspeed.in_place first"
+    )
 FINDER.in_place = True

@@ -19,8 +19,9 @@ ALIASES = {
 """names that DeepSpeed gives to modules whose files lie elsewhere; all other modules have
 DeepSpeed's own paths"""
 
-_SPARSE = "would attend sparsely by its own GPU kernels; use glm_core.ops.attention"
+_SPARSE = "would run sparse attention by its own GPU kernels; use glm_core.ops.attention"
 _SERVE = "would serve with inference kernels; use glm_core.serve, or generate on the module"
+_SEQUENCE = "would split sequences over ranks (Ulysses); use glm_core.distributed's plan"
 _DATA = "would reorder or shorten samples; do so in your data loader"
 ABSENT = {
     "init_inference": _SERVE,
@@ -30,22 +31,22 @@ ABSENT = {
     "replace_transformer_layer": _SERVE,
     "tp_model_init": "would split layers by name; use glm_core.distributed's plan (tp=)",
     "DeepSpeedTransformerLayer": "is a GPU kernel; use the model's own layer",
-    "DeepSpeedTransformerConfig": "is a GPU kernel's; use the model's own layer",
+    "DeepSpeedTransformerConfig": "configures a GPU kernel; use the model's own layer",
     "DeepSpeedConfig": "parses a config; pass the config itself to initialize",
     "OnDevice": "would build on a device; use torch.device(...) as a context, or zero.Init",
     "DeepSpeedHybridEngine": _SERVE,
     "compression": "would prune and quantise; use glm_core.ops.quant",
     "compile": "would compile the step with DeepCompile; call torch.compile(model)",
     "moe": "would place experts on ranks; there is no expert parallelism here",
-    "sequence": "would split sequences over ranks (Ulysses); use glm_core.distributed's plan",
-    "runtime.sequence_parallel": "would split sequences over ranks; use the plan",
+    "sequence": _SEQUENCE,
+    "runtime.sequence_parallel": _SEQUENCE,
     "runtime.domino": "would split layers over ranks; use glm_core.distributed's plan (tp=)",
     "runtime.data_pipeline": _DATA,
-    "runtime.fp16": "are optimizer wrappers of the engine's; the engine has no such objects",
+    "runtime.fp16": "wraps optimizers inside the engine; there are no such wrappers here",
     "runtime.config": "parses configs; pass the config itself to initialize",
     "ops.sparse_attention": _SPARSE,
     "ops.op_builder": "would compile DeepSpeed's extensions; nothing is compiled here",
-    "ops.transformer": "are GPU kernels; use the model's own layer",
+    "ops.transformer": "holds GPU kernels; use the model's own layer",
     "runtime.zero.partition_parameters.zero_wrapper_for_fp_tensor_constructor": (
         "wraps tensor constructors; they are left alone here: remove it"
     ),
@@ -58,7 +59,7 @@ ABSENT = {
     "env_report": "reports on DeepSpeed's extensions; run glm-core doctor",
     "nvme": "would swap to NVMe; use ZeRO 3 on more devices",
     "io": "would write through DeepNVMe; torch.save writes here",
-    "launcher": "launches jobs; use glm-core launch or torchrun",
+    "launcher": "launches jobs; use glm-core launch, or torchrun",
     "autotuning": "would search for batch sizes; set them",
 }
 """an absent name or module (with all below it): what it would do, and what to do instead"""
@@ -74,13 +75,15 @@ def way_out(name: str) -> str | None:
     words = name.split(".")
     for length in range(len(words), 0, -1):
         if (reason := ABSENT.get(".".join(words[:length]))) is not None:
-            return f"deepspeed.{name}: is not here: it {reason}"
+            return f"deepspeed.{name}: is not available here: it {reason}"
     return None
 
 
 def absent(name: str) -> MissingName:
     """Returns the error for an absent attribute of the package."""
-    return MissingName(way_out(name) or f"deepspeed.{name}: is not here; see docs/deepspeed.md")
+    return MissingName(
+        way_out(name) or f"deepspeed.{name}: is not available here; see docs/deepspeed.md"
+    )
 
 
 class _Imported(Loader):

@@ -263,7 +263,9 @@ def _gradients(config: Mapping[str, Any]) -> dict[str, Any]:
     if op not in ("mean", "sum"):
         raise ConfigError(f"gradient_allreduce_op={op!r}: use mean or sum")
     if op == "sum" and config.get("zero_optimization", {}).get("stage") == 3:
-        raise ConfigError("gradient_allreduce_op=sum: DeepSpeed has no such ZeRO 3; use mean")
+        raise ConfigError(
+            "gradient_allreduce_op=sum: is not available in ZeRO 3, as in DeepSpeed; use mean"
+        )
     return {
         "clip": float(config.get("gradient_clipping", 1.0) or 0.0),
         "divide_by_ranks": op == "mean",

@@ -180,9 +180,9 @@ class ReplicaStore:
 class Zero3Store:
     """The DTensors that `zero.shard_parameters` made; FSDP2 reduces their gradients itself."""
 
-    def __init__(self, params: Sequence[nn.Parameter], ranks: int) -> None:
+    def __init__(self, params: Sequence[nn.Parameter]) -> None:
         self.masters = self.params = list(params)
-        self.ranks, self.sync = ranks, True
+        self.sync = True
 
     def backward_done(self, last: bool) -> None:
         """Does nothing: FSDP2 has reduced the gradients."""

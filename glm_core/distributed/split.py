@@ -32,11 +32,11 @@ class Split(Tensor):
 
     @staticmethod
     def __new__(cls, part: Tensor, shape: torch.Size, group: dist.ProcessGroup) -> Split:
-        made: Split = Tensor._make_wrapper_subclass(
+        tensor: Split = Tensor._make_wrapper_subclass(
             cls, shape, dtype=part.dtype, device=part.device
         )
-        made.part, made.group, made.whole = part, group, None
-        return made
+        tensor.part, tensor.group, tensor.whole = part, group, None
+        return tensor
 
     def __repr__(self) -> str:  # type: ignore[override]  # torch's has a keyword of its own
         return f"Split({tuple(self.shape)}, here {tuple(self.part.shape)})"
@@ -109,35 +109,35 @@ def split(param: nn.Parameter, group: dist.ProcessGroup) -> nn.Parameter:
     """Returns `param` partitioned, with the values of the group's first rank. A collective."""
     values = param.detach()
     dist.broadcast(values, dist.get_global_rank(group, 0), group)
-    made = Split(values[:0], values.shape, group)
-    made.part = values[made.rows()].clone()
-    return nn.Parameter(made, param.requires_grad)
+    partitioned = Split(values[:0], values.shape, group)
+    partitioned.part = values[partitioned.rows()].clone()
+    return nn.Parameter(partitioned, param.requires_grad)
 
 
 def split_module(module: nn.Module, group: dist.ProcessGroup) -> None:
     """Partitions every plain parameter inside, in place; scalars, which cannot be cut, stay
     whole."""
-    made: dict[nn.Parameter, nn.Parameter] = {}
+    new: dict[nn.Parameter, nn.Parameter] = {}
     for owner in module.modules():
         for name, p in owner._parameters.items():
             if p is not None and not isinstance(p, Split) and p.ndim:
-                if p not in made:
-                    made[p] = split(p, group)
-                    made[p].__dict__.update(p.__dict__)
-                owner._parameters[name] = made[p]
+                if p not in new:
+                    new[p] = split(p, group)
+                    new[p].__dict__.update(p.__dict__)
+                owner._parameters[name] = new[p]
 
 
 def join_module(module: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
     """Makes every partitioned parameter inside whole on every rank, in place. Returns the new
     parameters by the old ones. A collective."""
-    made: dict[nn.Parameter, nn.Parameter] = {}
+    new: dict[nn.Parameter, nn.Parameter] = {}
     for owner in module.modules():
         for name, p in owner._parameters.items():
             if isinstance(p, Split):
-                if p not in made:
-                    made[p] = nn.Parameter(p.gather_rows().clone(), p.requires_grad)
-                owner._parameters[name] = made[p]
-    return made
+                if p not in new:
+                    new[p] = nn.Parameter(p.gather_rows().clone(), p.requires_grad)
+                owner._parameters[name] = new[p]
+    return new
 
 
 @contextmanager
@@ -186,16 +186,16 @@ def round_(module: nn.Module, dtype: torch.dtype) -> None:
 def to_meta(module: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
     """Replaces partitioned parameters inside by float32 ones of the whole shape without storage,
     which FSDP2 then cuts. Returns the new parameters by the old ones."""
-    made: dict[nn.Parameter, nn.Parameter] = {}
+    new: dict[nn.Parameter, nn.Parameter] = {}
     for owner in module.modules():
         for name, p in owner._parameters.items():
             if isinstance(p, Split):
-                if p not in made:
+                if p not in new:
                     dtype = torch.float32 if p.is_floating_point() else p.dtype
                     empty = torch.empty(p.shape, dtype=dtype, device="meta")
-                    made[p] = nn.Parameter(empty, p.requires_grad)
-                    made[p].__dict__.update(
+                    new[p] = nn.Parameter(empty, p.requires_grad)
+                    new[p].__dict__.update(
                         {k: v for k, v in p.__dict__.items() if k not in ("part", "group", "whole")}
                     )
-                owner._parameters[name] = made[p]
-    return made
+                owner._parameters[name] = new[p]
+    return new

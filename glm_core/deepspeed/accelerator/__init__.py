@@ -1,4 +1,4 @@
-"""`deepspeed.accelerator`: the device under DeepSpeed's name."""
+"""Offers the device as DeepSpeed's accelerator object (`deepspeed.accelerator`)."""
 
 from glm_core.deepspeed.accelerator.real_accelerator import get_accelerator
 

@@ -44,7 +44,9 @@ def read(place: Path, model: dict[str, Any], mp_rank: int, names: list[str]) -> 
     parameters in the model's order, by which ZeRO 0 numbers its optimizer state. Raises
     CheckpointError."""
     if MODEL not in model or "ds_version" not in model:
-        raise CheckpointError(f"{place}: not written by DeepSpeed or glm_core.deepspeed")
+        raise CheckpointError(
+            f"{place}: not written by DeepSpeed or glm_core.deepspeed; use another"
+        )
     files = _optimizer_files(place, mp_rank)
     if not files:
         state, groups = _stage_0(model, names)
@@ -83,7 +85,9 @@ def _optimizer_files(place: Path, mp_rank: int) -> list[Path]:
     for path in place.glob(f"*zero_pp_rank_*_mp_rank_{mp_rank:02d}_optim_states.pt"):
         by_rank[int(path.name.partition("rank_")[2].partition("_")[0])] = path
     if sorted(by_rank) != list(range(len(by_rank))):
-        raise CheckpointError(f"{place}: optimizer files of ranks {sorted(by_rank)} only; copy all")
+        raise CheckpointError(
+            f"{place}: has optimizer files of ranks {sorted(by_rank)} only; copy all"
+        )
     return [by_rank[r] for r in range(len(by_rank))]
 
 
@@ -180,7 +184,7 @@ def _stage_0(model: dict[str, Any], names: list[str]) -> tuple[State, list[dict[
         return state, []
     if "param_groups" not in optimizer:
         raise CheckpointError(
-            "optimizer state: of DeepSpeed's stage 0 in 16 bit, which is not read; pass "
+            "optimizer state: DeepSpeed's ZeRO 0 in 16 bit is not read; pass "
             "load_module_only=True, or save it with ZeRO 1"
         )
     for index, values in optimizer["state"].items():

@@ -38,7 +38,9 @@ def load_file(path: Path) -> dict[str, Any]:
     """Returns the dict that a file holds, loaded by `load_object`."""
     loaded = load_object(path)
     if not isinstance(loaded, dict):
-        raise CheckpointError(f"{path}: not a checkpoint: a {type(loaded).__name__}")
+        raise CheckpointError(
+            f"{path}: holds a {type(loaded).__name__}, no checkpoint; use another"
+        )
     return loaded
 
 
@@ -64,6 +66,8 @@ def load_object(path: Path) -> Any:
             f"{path}: missing; copy all ranks' files, or use another tag"
         ) from None
     except (OSError, RuntimeError, ValueError, EOFError) as error:
-        raise CheckpointError(f"{path}: truncated or not a checkpoint ({error})") from None
+        raise CheckpointError(
+            f"{path}: truncated or not a checkpoint ({error}); use another"
+        ) from None
     except Exception as error:  # torch raises pickle.UnpicklingError, zipfile.BadZipFile, ...
-        raise CheckpointError(f"{path}: cannot be read safely ({error})") from None
+        raise CheckpointError(f"{path}: cannot be read safely ({error}); use another") from None

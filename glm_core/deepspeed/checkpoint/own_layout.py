@@ -37,6 +37,7 @@ class RankFile(TypedDict):
     format: str
     mp_rank: int
     pieces: list[SavedSpan]
+    """this rank's spans; the key's name is part of the format"""
     groups: list[dict[str, Any]]
     """the optimizer's groups with parameter names for `params`"""
 
@@ -65,7 +66,7 @@ def model_contents(
         **counters,
     }
     if shadowed := sorted(own.keys() & client.keys()):
-        raise CheckpointError(f"client_state: {', '.join(shadowed)}: reserved; rename them")
+        raise CheckpointError(f"client_state: keys {', '.join(shadowed)} are reserved; rename them")
     return {**own, "client_state": client}
 
 

@@ -97,7 +97,9 @@ class OptimizerShard:
         ones. Raises CheckpointError where `strict` and the names differ."""
         own = module.state_dict()
         if strict and (odd := sorted(own.keys() ^ weights.keys())):
-            raise CheckpointError(f"checkpoint: does not fit this model: {', '.join(odd[:5])}")
+            raise CheckpointError(
+                f"checkpoint: does not fit this model; only one of them has {', '.join(odd[:5])}"
+            )
         for name, target in own.items():
             if name in weights and not isinstance(target, DTensor):
                 target.copy_(weights[name])

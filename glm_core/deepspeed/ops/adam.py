@@ -30,10 +30,10 @@ class FusedAdam(torch.optim.Adam):
         bias_correction, which torch's Adam always does."""
         if not bias_correction:
             raise ConfigError(
-                "bias_correction=False would change the update; pass such an optimizer to "
-                "initialize yourself"
+                f"{type(self).__name__}: bias_correction=False is not supported; pass an optimizer "
+                "of your own to initialize"
             )
-        say_once(f"{type(self).__name__} is torch.optim.Adam's update; results are the same")
+        say_once(f"{type(self).__name__} uses torch.optim.Adam's update; results are the same")
         super().__init__(
             params,
             lr=lr,
@@ -63,7 +63,9 @@ class DeepSpeedCPUAdam(FusedAdam):
         """See FusedAdam; some arguments have other names, as in DeepSpeed. Raises ConfigError for
         16-bit states."""
         if not fp32_optimizer_states:
-            raise ConfigError("fp32_optimizer_states=False would change the loss; remove it")
+            raise ConfigError(
+                "DeepSpeedCPUAdam: states are float32; remove fp32_optimizer_states=False"
+            )
         super().__init__(
             model_params, lr, bias_correction, betas, eps, adamw_mode, weight_decay, amsgrad
         )

@@ -36,8 +36,8 @@ class FusedLamb(OneByOne):
         gradient_clipping."""
         if amsgrad or max_grad_norm:
             raise ConfigError(
-                "FusedLamb: no amsgrad, and gradients are clipped by gradient_clipping; remove "
-                "amsgrad and max_grad_norm"
+                "FusedLamb: amsgrad and max_grad_norm are not supported; remove them, and set "
+                "gradient_clipping in the config"
             )
         defaults = {
             "lr": lr,

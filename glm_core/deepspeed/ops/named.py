@@ -27,7 +27,7 @@ def make(kind: str, params: dict[str, Any], groups: Iterable[Any]) -> torch.opti
     """Makes the optimizer that a config names. Raises ConfigError."""
     params, name = dict(params), kind.lower()
     if "max_grad_norm" in params:
-        raise ConfigError("optimizer.params.max_grad_norm: write gradient_clipping at the top")
+        raise ConfigError("optimizer.params.max_grad_norm: is not read; set gradient_clipping")
     if name in ABSENT:
         raise ConfigError(
             f"optimizer.type={kind!r}: is not available here; pass your own as optimizer="
@@ -65,6 +65,6 @@ def check_stage(optimizer: torch.optim.Optimizer, stage: int, *, low: bool) -> N
         return
     where = " or ".join(f"{s}{' in float32' if s == 0 else ''}" for s in stages) or "none"
     raise ConfigError(
-        f"{name} looks at whole parameters, which ZeRO {stage}{' in 16 bit' if low else ''} cuts; "
-        f"stages where it is right: {where}; or use an element-wise optimizer such as AdamW"
+        f"{name}: needs whole parameters, which ZeRO {stage}{' in 16 bit' if low else ''} cuts; "
+        f"use a ZeRO stage that leaves them whole ({where}), or an optimizer such as AdamW"
     )

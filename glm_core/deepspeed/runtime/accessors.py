@@ -73,7 +73,10 @@ class Accessors:
         whole."""
         per_step = self.settings.micro_batch * self.dp_world_size
         if train_batch_size % per_step:
-            raise ConfigError(f"train_batch_size={train_batch_size}: not a multiple of {per_step}")
+            raise ConfigError(
+                f"train_batch_size={train_batch_size}: must be a multiple of {per_step}, the "
+                "samples of one micro-batch on all ranks"
+            )
         self.settings.train_batch = train_batch_size
         self.settings.accumulation = train_batch_size // per_step
 

@@ -60,7 +60,7 @@ class DeepSpeedEngine(Accessors, nn.Module):
         move_(module, self.device)
         self._broadcast_start()
         if settings.precision.low:
-            # ZeRO 3 keeps float32 shards, which start, as all masters do, from 16-bit weights
+            # ZeRO 3 keeps float32 shards; like all masters they start from 16-bit weights
             (cast_ if settings.stage < 3 else round_)(module, settings.precision.compute)
         self.scaler = settings.loss_scale()
         self.stores: list[MasterStore] = []
@@ -111,7 +111,7 @@ class DeepSpeedEngine(Accessors, nn.Module):
             return None
         named.check_stage(optimizer, s.stage, low=s.precision.low)
         if optimizer.state:
-            raise ConfigError("optimizer: has a state already; give it to initialize before a step")
+            raise ConfigError("optimizer: has stepped already; initialize must get it before")
         for group in optimizer.param_groups:
             trainable = [renewed.get(p, p) for p in group["params"] if p.requires_grad]
             if trainable:
@@ -127,7 +127,7 @@ class DeepSpeedEngine(Accessors, nn.Module):
     def _store(self, params: list[nn.Parameter]) -> MasterStore:
         s, divide = self.settings, self._divide()
         if s.stage == 3:
-            return Zero3Store(params, self.dp_world_size)
+            return Zero3Store(params)
         if s.stage == 0 and not s.precision.low:
             return ReplicaStore(
                 params, self.dp_group, divide=divide, predivide=s.predivide, bucket=s.bucket
@@ -145,7 +145,7 @@ class DeepSpeedEngine(Accessors, nn.Module):
     def _schedule(self, scheduler: Any) -> Any:
         if scheduler is None and self.settings.scheduler is not None:
             if self.optimizer is None:
-                raise ConfigError("scheduler: there is no optimizer for it; add one")
+                raise ConfigError("scheduler: there is no optimizer for it; add an optimizer")
             return lr_schedules.make(*self.settings.scheduler, self.optimizer)
         is_schedule = hasattr(scheduler, "step") or not callable(scheduler)
         return scheduler if is_schedule else scheduler(self.optimizer)
@@ -169,7 +169,9 @@ class DeepSpeedEngine(Accessors, nn.Module):
         steps (undivided without scale_wrt_gas), of which they are the gradients."""
         self._needs_optimizer("backward")
         if loss.numel() != 1:
-            raise TrainingError(f"backward: a loss of shape {tuple(loss.shape)}; reduce it first")
+            raise TrainingError(
+                f"backward: the loss has shape {tuple(loss.shape)}; reduce it to a number"
+            )
         scaled = loss / self.settings.accumulation if scale_wrt_gas else loss
         with self.timer("backward"):
             (scaled.float() * self.scaler.scale).backward(retain_graph=retain_graph)
@@ -186,7 +188,7 @@ class DeepSpeedEngine(Accessors, nn.Module):
 
     def _needs_optimizer(self, call: str) -> None:
         if self.optimizer is None:
-            raise ConfigError(f"engine.{call}: no optimizer; give one to initialize")
+            raise ConfigError(f"engine.{call}: there is no optimizer; give initialize one")
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         """Ends a micro-batch. At the accumulation's end it clips, updates the weights and advances

@@ -31,7 +31,9 @@ class Schedule:
         groups = len(self.optimizer.param_groups)
         values = list(value) if isinstance(value, list | tuple) else [value] * groups
         if len(values) != groups:
-            raise ConfigError(f"scheduler: {len(values)} {name} for {groups} parameter groups")
+            raise ConfigError(
+                f"scheduler: {len(values)} {name} for {groups} parameter groups; give one for each"
+            )
         return values
 
     def _set(self, rates: list[float]) -> None:

@@ -17,7 +17,7 @@ def _engine_and_store(param: nn.Parameter, call: str) -> tuple[Any, MasterStore 
     """Returns the parameter's engine and master store; a frozen parameter has no store."""
     place = getattr(param, "glm_core_place", None)
     if place is None:
-        raise ConfigError(f"{call}: not a parameter of an engine; call initialize first")
+        raise ConfigError(f"{call}: the parameter belongs to no engine; call initialize first")
     engine = place[0]
     return engine, next((s for s in engine.stores if any(p is param for p in s.params)), None)
 
@@ -70,9 +70,7 @@ def _set_full(
         if span.param is param:
             target = select(engine)(span.master)
             if target is None:
-                raise ConfigError(
-                    f"{call}: it does not exist yet; call this after backward or step"
-                )
+                raise ConfigError(f"{call}: there is none yet; call it after backward or step")
             span.copy_from(value, flat(target))
     return store
 
@@ -110,7 +108,9 @@ def _set_local(
     part = _local(param, call, select)
     if part is None or part.numel() != value.numel():
         have = "none" if part is None else f"{part.numel()} elements"
-        raise ConfigError(f"{call}: this rank's part has {have}, received {value.numel()}")
+        raise ConfigError(
+            f"{call}: this rank's part has {have}, received {value.numel()}; give as many"
+        )
     part.copy_(value.reshape(-1))
 
 

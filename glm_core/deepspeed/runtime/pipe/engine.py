@@ -175,7 +175,9 @@ class PipelineEngine(Feed, DeepSpeedEngine):
     def _checked(self, loss: Any) -> Tensor:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             what = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise TrainingError(f"pipeline: the loss is {what}; return one number from loss_fn")
+            raise TrainingError(
+                f"pipeline: the loss is {what}, not a number; return one from loss_fn"
+            )
         more = (self.module.get_additional_losses() or {}).values()
         return torch.stack([x.detach().float().reshape(()) for x in (loss, *more)])
 
@@ -302,7 +304,8 @@ class PipelineEngine(Feed, DeepSpeedEngine):
         strange = sorted(n for n in state_dict.keys() - own.keys() if not known(n))
         if strict and strange:
             raise CheckpointError(
-                f"checkpoint: names no layer of this model has: {', '.join(strange[:5])}"
+                f"checkpoint: holds weights of no layer of this model: {', '.join(strange[:5])}; "
+                "load one of this model, or pass load_module_strict=False"
             )
         super().load_module_state_dict(mine, strict, custom_load_fn)
 

@@ -40,9 +40,9 @@ class LayerSpec:
         self.typename, self.module_args, self.module_kwargs = typename, module_args, module_kwargs
 
     def __repr__(self) -> str:
-        given = [repr(a) for a in self.module_args]
-        given += [f"{k}={v!r}" for k, v in self.module_kwargs.items()]
-        return f"{self.typename.__name__}({', '.join(given)})"
+        arguments = [repr(a) for a in self.module_args]
+        arguments += [f"{k}={v!r}" for k, v in self.module_kwargs.items()]
+        return f"{self.typename.__name__}({', '.join(arguments)})"
 
     def build(self, log: bool = False) -> nn.Module:
         """Builds a new layer."""
@@ -108,7 +108,7 @@ class PipelineModule(nn.Module):
         self._topo = topology if topology is not None else _topology(num_stages)
         self.num_stages = self._topo.get_dim("pipe")
         if self.num_stages < 1:
-            raise ConfigError(f"topology: axes {self._topo.axes}; one must be named pipe")
+            raise ConfigError(f"topology: no axis of {self._topo.axes} is named pipe; name one so")
         self._grid = PipelineParallelGrid(self._topo)
         self.global_rank, self.stage_id = dist.get_rank(), self._grid.get_stage_id()
         self.loss_fn, self.dynamic_shape = loss_fn, dynamic_shape
@@ -174,7 +174,7 @@ class PipelineModule(nn.Module):
 
     def _layer(self, index: int, spec: Any) -> Callable[[Any], Any]:
         if isinstance(spec, PipelineModule):
-            raise ConfigError(f"layer {index}: a PipelineModule inside another; list its layers")
+            raise ConfigError(f"layer {index}: is a PipelineModule itself; list its layers")
         if isinstance(spec, TiedLayerSpec):
             if spec.key not in self.tied_modules:
                 self.tied_modules[spec.key] = spec.build()

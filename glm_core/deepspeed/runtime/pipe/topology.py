@@ -20,7 +20,9 @@ class ProcessTopology:
         """For example ProcessTopology(["pipe", "data"], [2, 4]), which has 8 ranks. Raises
         ConfigError."""
         if len(axes) != len(dims) or min(dims, default=1) < 1:
-            raise ConfigError(f"topology: axes {axes} with sizes {dims}; one positive size each")
+            raise ConfigError(
+                f"topology: axes {axes} with sizes {dims}; give one positive size each"
+            )
         self.axes, self.dims = list(axes), list(dims)
         make: Any = collections.namedtuple  # the axes are data
         self.ProcessCoord = make("ProcessCoord", self.axes)

@@ -15,9 +15,7 @@ import torch
 
 from glm_core.deepspeed.keys import SECTIONS, TOP, Key
 from glm_core.deepspeed.notices import say_once
-from glm_core.distributed.precision import (
-    Precision,
-)
+from glm_core.distributed.precision import Precision
 from glm_core.errors import ConfigError, unknown
 from glm_core.training.loss_scale import LossScale
 

@@ -13,7 +13,7 @@ import torch
 from recipes import SCHEDULES, STEPS, follow
 from torch import Tensor
 
-from glm_core.deepspeed.ops import named
+from glm_core.deepspeed.ops import from_config
 from glm_core.deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
 from glm_core.deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from glm_core.deepspeed.ops.lamb import FusedLamb
@@ -171,7 +171,7 @@ def test_lamb_tells_its_ratios() -> None:
 )
 def test_a_bad_optimizer_is_an_error(kind: str, params: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        named.make(kind, params, [torch.nn.Parameter(torch.zeros(1))])
+        from_config.make(kind, params, [torch.nn.Parameter(torch.zeros(1))])
 
 
 def test_optimizers_of_whole_parameters_are_refused_where_these_are_cut() -> None:
@@ -186,10 +186,10 @@ def test_optimizers_of_whole_parameters_are_refused_where_these_are_cut() -> Non
         (FusedLion([weight]), 2, True, True),
     ):
         if good:
-            named.check_stage(optimizer, stage, low=low)
+            from_config.check_stage(optimizer, stage, low=low)
         else:
             with pytest.raises(ConfigError, match="whole parameters"):
-                named.check_stage(optimizer, stage, low=low)
+                from_config.check_stage(optimizer, stage, low=low)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from glm_core.deepspeed.ops.each import OneByOne
+from glm_core.deepspeed.ops.one_by_one import OneByOne
 
 
 class FusedLion(OneByOne):

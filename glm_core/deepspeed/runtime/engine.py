@@ -18,7 +18,7 @@ from glm_core.deepspeed.checkpoint.content import COUNTERS, Content
 from glm_core.deepspeed.checkpoint.training_state import OptimizerShard, whole_weights
 from glm_core.deepspeed.monitor.monitor import Monitor, Progress
 from glm_core.deepspeed.notices import say_once
-from glm_core.deepspeed.ops import named
+from glm_core.deepspeed.ops import from_config
 from glm_core.deepspeed.profiling.flops_profiler import ForwardFlops
 from glm_core.deepspeed.runtime import lr_schedules
 from glm_core.deepspeed.runtime.accessors import Accessors
@@ -99,7 +99,7 @@ class DeepSpeedEngine(Accessors, nn.Module):
             parameters = [p for p in self.module.parameters() if p.requires_grad]
         parameters = [renewed.get(p, p) if isinstance(p, nn.Parameter) else p for p in parameters]
         if optimizer is None and s.optimizer is not None:
-            optimizer = named.make(*s.optimizer, parameters)
+            optimizer = from_config.make(*s.optimizer, parameters)
         elif callable(optimizer) and not isinstance(optimizer, torch.optim.Optimizer):
             optimizer = optimizer(parameters)
         if s.stage == 3:
@@ -109,7 +109,7 @@ class DeepSpeedEngine(Accessors, nn.Module):
             )
         if optimizer is None:
             return None
-        named.check_stage(optimizer, s.stage, low=s.precision.low)
+        from_config.check_stage(optimizer, s.stage, low=s.precision.low)
         if optimizer.state:
             raise ConfigError("optimizer: has stepped already; initialize must get it before")
         for group in optimizer.param_groups:

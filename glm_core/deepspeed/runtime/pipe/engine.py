@@ -275,8 +275,8 @@ class PipelineEngine(Feed, DeepSpeedEngine):
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise PipelineError(
-            "Only train_batch() is accessible in pipeline mode: a pipeline runs "
-            "forward, backward and step itself"
+            "engine.forward, backward and step: a pipeline runs them itself. "
+            "Only train_batch() is accessible in pipeline mode; call it or eval_batch()"
         )
 
     forward = backward = step = _refuse

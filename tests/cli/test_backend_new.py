@@ -1,5 +1,5 @@
-"""`glm-core backend new`: names, folders, and what is in them. That the package passes conformance
-and trains to an aligned curve is tested by running docs/porting.md."""
+"""`glm-core backend new` writes the package of a backend. A test that runs docs/porting.md shows
+that the package passes conformance and trains to an aligned curve."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_skeleton_is_short_typed_and_in_style(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["backend", "new", "acme", "--json"]) == 0
-    answer = json.loads(capsys.readouterr().out)
-    assert answer["folder"] == "glm-core-acme"
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["folder"] == "glm-core-acme"
     files = {str(p.relative_to("glm-core-acme")): p for p in Path("glm-core-acme").rglob("*.*")}
-    assert set(answer["lines"]) == set(files)
+    assert set(facts["lines"]) == set(files)
     for name, path in files.items():
-        assert answer["lines"][name] == len(path.read_text().splitlines())
-    total = sum(answer["lines"].values())
+        assert facts["lines"][name] == len(path.read_text().splitlines())
+    total = sum(facts["lines"].values())
     assert total <= MAX_LINES
     guide = Path(__file__).parents[2] / "docs" / "porting.md"
     assert f"The folder holds {total} lines" in guide.read_text(encoding="utf-8")
@@ -136,6 +136,6 @@ def test_disk_full_in_the_middle(
 
 
 def test_a_name_that_is_free_stays_free() -> None:
-    """`new` writes files; only an installation makes a backend."""
+    """`new` writes files only; the backend exists after the package is installed."""
     assert main(["backend", "new", "acme"]) == 0
     assert "acme" not in registry.names()

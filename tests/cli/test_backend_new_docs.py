@@ -1,4 +1,4 @@
-"""The documentation is run: every shell block of a page, in order, in one shell, with the package
+"""Runs the documentation: all shell blocks of a page, in order, in one shell, with the package
 under test and a Python of its own into which `pip install` may install."""
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ FAILING = re.compile(r"^! (.*)$", re.MULTILINE)
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """Variables of a shell whose python is new, sees this one's packages, and installs offline."""
+    """Returns the environment of a shell whose Python is new, sees this one's packages and installs
+    offline."""
     home = tmp_path / "python"
     venv.create(home, symlinks=True)
     [packages] = (home / "lib").glob("python*/site-packages")
@@ -45,7 +46,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 def script(page: str) -> str:
-    """The page's shell blocks; a command after `! ` must fail."""
+    """Returns the page's shell blocks as a script; a command after `! ` must fail."""
     blocks = BLOCK.findall((DOCS / page).read_text(encoding="utf-8"))
     assert blocks, page
     expected = FAILING.sub(
@@ -98,7 +99,7 @@ def test_ci(tmp_path: Path, environment: dict[str, str]) -> None:
 def test_the_blocks_are_found_and_failures_are_demanded(
     tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A page whose failing command succeeds, or whose command fails, fails."""
+    """A page fails if a command fails, or if one that must fail succeeds."""
     monkeypatch.setattr(sys.modules[__name__], "DOCS", tmp_path)
     for name, block, code in (("a", "! true", 99), ("b", "false\ntrue", 1), ("c", "! false", 0)):
         (tmp_path / f"{name}.md").write_text(f"text\n```sh\n{block}\n```\n")

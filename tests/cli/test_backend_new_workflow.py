@@ -1,5 +1,5 @@
-"""The reusable workflow, which only GitHub can run: its structure, its shell, and that its commands
-are the ones of the shell recipe, which is run."""
+"""The reusable workflow, which only GitHub can run, has the right structure and shell, and the
+commands of the shell recipe, which a test runs."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ EXPRESSION = re.compile(r"\$\{\{\s*(.*?)\s*\}\}")
 
 
 def workflow() -> dict[Any, Any]:
-    found: dict[Any, Any] = yaml.safe_load(FILE.read_text(encoding="utf-8"))
-    return found
+    content: dict[Any, Any] = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    return content
 
 
 def steps() -> list[dict[str, Any]]:
@@ -30,7 +30,7 @@ def steps() -> list[dict[str, Any]]:
 
 
 def commands() -> list[list[str]]:
-    """Every glm-core command of the workflow, with its variables as they are."""
+    """Returns every glm-core command of the workflow, variables unexpanded."""
     lines = [step["run"] for step in steps() if "run" in step]
     return [shlex.split(x)[1:] for x in lines if x.startswith("glm-core")]
 
@@ -72,12 +72,14 @@ def test_artefacts_travel_between_jobs() -> None:
     prefix = "${{ inputs.name }}"
     assert up == {f"{prefix}-{x}" for x in ("reference", "candidate", "verdict")}
     assert down == up - {f"{prefix}-verdict"}
-    kept = workflow()["jobs"]["compare"]["steps"][-1]
-    assert kept["if"] == "${{ !cancelled() }}"  # the verdict is kept when it is `diverged`, exit 1
+    upload = workflow()["jobs"]["compare"]["steps"][-1]
+    assert (
+        upload["if"] == "${{ !cancelled() }}"
+    )  # the verdict is uploaded even if it is `diverged`, exit 1
 
 
 def test_no_input_is_pasted_into_a_shell() -> None:
-    """Values reach the shell through the environment, where they cannot become commands."""
+    """Values reach the shell through environment variables, so they cannot become commands."""
     for step in steps():
         assert not EXPRESSION.search(step.get("run", "")), step
 
@@ -101,6 +103,6 @@ def test_commands_exist_and_are_those_of_the_recipe() -> None:
 
 
 def kind(words: list[str]) -> list[str]:
-    """The command and its files and options, without those of which the recipe takes defaults."""
+    """Returns the command with its files and options, without those that the recipe leaves out."""
     text = " ".join(words).replace("--dtype $DTYPE ", "").replace("$CONTROLS", "8")
     return text.split()

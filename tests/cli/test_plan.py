@@ -1,4 +1,4 @@
-"""`glm-core plan`: exit codes, JSON names, and what a person reads."""
+"""`glm-core plan` has the right exit codes, JSON keys and text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from glm_core.cli import main
 from glm_core.planner.formulas import FORMULAS
 
 
-def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
     assert main(["plan", *arguments, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
@@ -22,17 +22,17 @@ def test_search_gives_plans_with_memory_and_time_by_part(
 ) -> None:
     where = ["--preset", "glm-10b", "--chip", "A100-80G", "--chips", "16", "--top", "2"]
     what = ["--tokens", "1e9", "--global-batch", "256", "--seq", "1024"]
-    found = answer(capsys, *where, *what)
-    first, second = found["plans"]
+    facts = run_json(capsys, *where, *what)
+    first, second = facts["plans"]
     assert first["step_s"] <= second["step_s"]
     assert sum(first["memory_bytes"].values()) == pytest.approx(first["peak_bytes"])
     assert sum(first["step_parts_s"].values()) == pytest.approx(first["step_s"])
     assert first["tp"] * first["pp"] * first["dp"] == 16
-    assert len(found["stages"]) == first["pp"]
+    assert len(facts["stages"]) == first["pp"]
     seconds = 1e9 / (256 * 1024) * first["step_s"]
     assert first["days"] == pytest.approx(seconds / 86400)
     assert first["energy_mwh"] == pytest.approx(16 * 400 * seconds / 3.6e9)
-    assert found["rejected"]
+    assert facts["rejected"]
 
 
 def test_what_cannot_fit_exits_1_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,10 +52,10 @@ def test_explain_gives_every_formula_with_its_source(capsys: pytest.CaptureFixtu
 
 
 def test_validate_has_the_names_of_the_contract(capsys: pytest.CaptureFixture[str]) -> None:
-    found = answer(capsys, "validate")
+    facts = run_json(capsys, "validate")
     names = {"source", "model", "chips", "predicted_step_s", "reported_step_s", "error", "held_out"}
-    assert all(names <= set(row) for row in found["rows"])
-    assert found["median_abs_error_held_out"] <= 0.1
+    assert all(names <= set(row) for row in facts["rows"])
+    assert facts["median_abs_error_held_out"] <= 0.1
     assert main(["plan", "validate"]) == 0
     text = capsys.readouterr().out
     assert "A100: median |error|" in text
@@ -83,9 +83,9 @@ def test_bad_input_is_one_line_and_exit_2(
     arguments: list[str], fact: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["plan", *arguments]) == 2
-    told = capsys.readouterr().err
-    assert fact in told
-    assert told.count("\n") == 1
+    error = capsys.readouterr().err
+    assert fact in error
+    assert error.count("\n") == 1
 
 
 def test_a_cluster_file_without_units_exits_2(

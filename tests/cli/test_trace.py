@@ -1,4 +1,5 @@
-"""`glm-core trace`: what a file holds, without torch; what fell back and its price."""
+"""`glm-core trace` shows what a file holds, without torch, and which ops fell back at which
+cost."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ SIZES = {"num_layers": 2, "hidden": 32, "num_heads": 2, "ffn": 64, "vocab": 300,
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """Two DeepNorm layers on a text of a few pages."""
+    """Returns the config of two DeepNorm layers on a text of a few pages."""
     import pydoc_data.topics as t
 
     path = tmp_path_factory.mktemp("text") / "text.txt"
@@ -48,7 +49,7 @@ def measured(config: RunConfig, backend: Backend) -> fallbacks.Fallbacks:
 
 
 class Counting(Backend):
-    """A runtime that counts what it sends to the host."""
+    """A runtime that counts the calls that it sends to the host."""
 
     sent = 0
 
@@ -77,10 +78,10 @@ def port() -> Counting:
 
 
 def test_fallbacks_are_counted_explained_and_priced(config: RunConfig) -> None:
-    found = measured(config, port())
-    rows = {(r.op, r.where): r for r in found.rows}
+    report = measured(config, port())
+    rows = {(r.op, r.where): r for r in report.rows}
     # 2 micro-batches x 2 layers; qkv (96 rows) and up (128 rows) are refused, out and down are not
-    refused = [r for r in found.rows if r.op == "linear"]
+    refused = [r for r in report.rows if r.op == "linear"]
     assert {r.reason: r.calls for r in refused} == {
         "96 rows, at most 95": 4,
         "128 rows, at most 95": 4,
@@ -92,7 +93,7 @@ def test_fallbacks_are_counted_explained_and_priced(config: RunConfig) -> None:
     host = rows["geglu", "host"]
     assert host.calls == 4
     assert host.reason == "the runtime sent aten::bmm there, 2 times per call"
-    assert found.runtime_counted
+    assert report.runtime_counted
     shares = {r.reason: r.flops_share or 0.0 for r in refused}
     narrow, wide = shares["96 rows, at most 95"], shares["128 rows, at most 95"]
     assert narrow / wide == pytest.approx(96 / 128, rel=0.02)  # both have 32 columns
@@ -101,11 +102,11 @@ def test_fallbacks_are_counted_explained_and_priced(config: RunConfig) -> None:
 
 
 def test_shares_add_up_where_nothing_has_a_kernel(config: RunConfig) -> None:
-    found = measured(config, Backend(name="bare", device_type="cpu", verified="nowhere"))
-    assert math.fsum(r.flops_share or 0.0 for r in found.rows) == pytest.approx(1)
-    assert math.fsum(r.time_share or 0.0 for r in found.rows) == pytest.approx(1)
-    assert [r.flops_share for r in found.rows] == sorted(
-        (r.flops_share for r in found.rows), key=lambda x: -(x or 0.0)
+    report = measured(config, Backend(name="bare", device_type="cpu", verified="nowhere"))
+    assert math.fsum(r.flops_share or 0.0 for r in report.rows) == pytest.approx(1)
+    assert math.fsum(r.time_share or 0.0 for r in report.rows) == pytest.approx(1)
+    assert [r.flops_share for r in report.rows] == sorted(
+        (r.flops_share for r in report.rows), key=lambda x: -(x or 0.0)
     )
 
 
@@ -140,8 +141,8 @@ def test_host_calls_outside_the_ops_are_listed_too(config: RunConfig) -> None:
 
     sampler = open_sampler(config.data, 0, Path(config.data.path).parent)
     sampler.__class__ = Feeding
-    found = fallbacks.measure(config, sampler, backend)
-    [row] = [r for r in found.rows if r.where == "host"]
+    report = fallbacks.measure(config, sampler, backend)
+    [row] = [r for r in report.rows if r.where == "host"]
     assert (row.op, row.reason) == (fallbacks.OUTSIDE, "the runtime sent aten::bmm there")
     assert row.calls == 6  # two micro-batches
     assert row.flops_share is row.time_share is None
@@ -151,16 +152,16 @@ def test_what_is_not_counted_is_said(
     config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     unknown = "what its runtime sends to the host is not known"
-    for kind, said in (("npu", True), ("cpu", False)):
+    for kind, expected in (("npu", True), ("cpu", False)):
         t = dataclasses.replace(trace(config, []), environment={"device_type": kind})
         t.save(tmp_path / kind)
         assert main(["trace", "fallbacks", str(tmp_path / kind)]) == 0
         out = capsys.readouterr().out
-        assert ("no fallback" in out, unknown in out) == (True, said)
+        assert ("no fallback" in out, unknown in out) == (True, expected)
 
 
 def trace(config: RunConfig, rows: list[dict[str, object]]) -> Trace:
-    """A trace of a run without controls and teacher forcing."""
+    """Returns the trace of a run without controls and teacher forcing."""
     n = config.train.steps
     return Trace(
         config=to_dict(config),
@@ -196,13 +197,13 @@ def test_a_trace_tells_the_same_counts_and_flops(config: RunConfig, tmp_path: Pa
         {"op": r.op, "reason": r.reason, "count": int(r.calls) * config.train.steps}
         for r in live.rows
     ]
-    told = {r.op: r for r in fallbacks.recorded(trace(config, rows)).rows}
-    assert {op: r.calls for op, r in told.items()} == {r.op: r.calls for r in live.rows}
+    recorded = {r.op: r for r in fallbacks.recorded(trace(config, rows)).rows}
+    assert {op: r.calls for op, r in recorded.items()} == {r.op: r.calls for r in live.rows}
     mine = {r.op: r.flops_share or 0.0 for r in live.rows}
     for op in mine.keys() - {"attention"}:  # of which a trace assumes all pairs
-        ratio = (told[op].flops_share or 0.0) / (told["linear"].flops_share or 0.0)
+        ratio = (recorded[op].flops_share or 0.0) / (recorded["linear"].flops_share or 0.0)
         assert ratio == pytest.approx(mine[op] / mine["linear"], rel=1e-9), op
-    assert mine["attention"] < (told["attention"].flops_share or 0.0) < 3 * mine["attention"]
+    assert mine["attention"] < (recorded["attention"].flops_share or 0.0) < 3 * mine["attention"]
 
 
 def test_fallbacks_of_a_file_and_of_a_backend(
@@ -216,9 +217,9 @@ def test_fallbacks_of_a_file_and_of_a_backend(
     sizes = [f"--set=model.{k}={v}" for k, v in {**SIZES, **heads}.items()]
     options = [*sizes, "--set=data.vocab=300", "--set=data.length=32", "--data", config.data.path]
     assert main(["trace", "fallbacks", "--backend", "reference", *options, "--json"]) == 0
-    answer = json.loads(capsys.readouterr().out)
-    assert answer["rows"] == []
-    assert answer["step_ms"] > 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["rows"] == []
+    assert facts["step_ms"] > 0
 
 
 @pytest.mark.parametrize(

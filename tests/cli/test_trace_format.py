@@ -1,4 +1,4 @@
-"""docs/trace-format.md says what glm_core.align.trace_format does."""
+"""docs/trace-format.md agrees with glm_core.align.trace_format."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "trace-format.md").read_text(encodi
 
 
 def rows(heading: str) -> dict[str, list[str]]:
-    """A section's table, by the first cell."""
+    """Returns a section's table, by the first cell."""
     section = PAGE.split(f"## {heading}\n")[1].split("\n## ")[0]
     cells = [
         [c.strip(" `") for c in line.strip("|").split("|")]

@@ -1,4 +1,5 @@
-"""What a run is: frozen dataclasses, validated on construction, read from and written to TOML."""
+"""Defines what a run is: frozen dataclasses, validated on construction, read from and written to
+TOML."""
 
 from __future__ import annotations
 
@@ -17,18 +18,18 @@ T = TypeVar("T")
 
 
 def positive(names: str) -> dict[str, Any]:
-    """Marks fields for `check`: each must be greater than zero."""
+    """Returns rules for `check`: each of these fields must be greater than zero."""
     return dict.fromkeys(names.split())
 
 
 def divisors(n: int) -> str:
-    """'1, 2, 4' for 4; of a large n those up to 4096."""
+    """Returns the divisors of n as text, '1, 2, 4' for 4; for a large n only those up to 4096."""
     return ", ".join(str(d) for d in range(1, min(n, 4096) + 1) if n % d == 0)
 
 
 def check(config: Any, *rules: dict[str, Any]) -> None:
-    """Raises one ConfigError that lists every broken rule (a rule is True, or the text that says
-    why not, or None for a positive number); of a field's rules the first that is broken."""
+    """Raises one ConfigError that lists every broken rule, at most one per field. A rule is True if
+    it holds, the text that says why not, or None for "must be positive"."""
     bad: dict[str, str] = {}
     for key, rule in (item for table in rules for item in table.items()):
         value = getattr(config, key)
@@ -36,8 +37,8 @@ def check(config: Any, *rules: dict[str, Any]) -> None:
             finite = " and finite" if isinstance(value, float) else ""
             rule = 0 < value < math.inf or "must be positive" + finite
         if rule is not True:
-            told = f".{rule}" if dataclasses.is_dataclass(value) else f"={value} {rule}"
-            bad.setdefault(key, key + told)
+            fact = f".{rule}" if dataclasses.is_dataclass(value) else f"={value} {rule}"
+            bad.setdefault(key, key + fact)
     for name, hint in typing.get_type_hints(type(config)).items():
         allowed = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
         if allowed and getattr(config, name) not in allowed:
@@ -49,7 +50,8 @@ def check(config: Any, *rules: dict[str, Any]) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """The architecture of one GLM; field names follow the papers, sizes the checkpoints."""
+    """The architecture of one GLM. Field names follow the papers, sizes the published
+    checkpoints."""
 
     num_layers: int = 4
     hidden: int = 128
@@ -61,29 +63,30 @@ class ModelConfig:
     head_dim: int = 0
     """E; 0 = hidden / num_heads"""
     ffn: int = 512
-    """inner width F of the feed-forward (of one half, for the gated kinds)"""
+    """inner width F of the feed-forward part (of one half, for the gated kinds)"""
     vocab: int = 4096
-    """V, padded"""
+    """V, including padding"""
     max_length: int = 512
-    """longest sequence; sizes the learned position tables, otherwise only checked"""
+    """longest sequence in tokens; the size of learned position tables, otherwise only a limit"""
     norm: Literal["layer", "rms"] = "layer"
     norm_eps: float = 1e-5
     placement: Literal["pre", "deepnorm", "sandwich"] = "deepnorm"
     activation: Literal["gelu", "geglu", "swiglu"] = "geglu"
-    """gelu is the tanh form, not gated (GLM, ChatGLM-6B); geglu gates with its second half (erf),
-    swiglu with its first"""
+    """gelu: the tanh form, not gated (GLM, ChatGLM-6B); geglu: gated by the second half (erf form);
+    swiglu: gated by the first half"""
     positions: Literal["learned_2d", "rope", "rope_2d"] = "rope"
     rope_base: float = 10000.0
     rope_fraction: float = 1.0
     """share of the head dimension that is rotated (0.5 in ChatGLM2 and later)"""
     rope_interleaved: bool = False
-    """pairs (2i, 2i+1) instead of (i, i + d/2)"""
+    """rotate pairs (2i, 2i+1) instead of (i, i + d/2)"""
     linear_bias: bool = True
     """biases on attention output and feed-forward"""
     qkv_bias: bool = True
     tied_head: bool = True
     qk_layer_scaling: bool = False
-    """scores divided by layer number before, multiplied after the mask (GLM-130B, ChatGLM-6B)"""
+    """divide scores by the layer's number, and multiply them by it after the mask (GLM-130B,
+    ChatGLM-6B)"""
     pb_relax: float = 0.0
     """alpha of CogView's PB-relax; 0 = off"""
     embedding_gradient_shrink: float = 1.0
@@ -127,18 +130,18 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """Which text, which objective, how it is packed."""
+    """Which text is used, for which objective, and how it is packed."""
 
     path: str = ""
     """text file, JSONL file or folder; empty = the machine's own documentation"""
     text_key: str = "text"
-    """field of a JSONL line that holds the text"""
+    """the field of a JSONL line that holds the text"""
     vocab: int = 4096
-    """sentencepiece vocabulary including special tokens"""
+    """sentencepiece vocabulary, including special tokens"""
     length: int = 128
     """tokens per sequence, L"""
     gmask_prob: float = 0.7
-    """share of sequences whose samples are a prefix and one [gMASK] (GLM-130B: 0.7)"""
+    """share of sequences whose samples are a prefix followed by one [gMASK] (GLM-130B: 0.7)"""
     sentence_prob: float = 0.0
     """share of sequences with [sMASK] sentence spans; the rest have [MASK] token spans"""
     mask_ratio: float = 0.15
@@ -148,7 +151,8 @@ class DataConfig:
     min_gmask_ratio: float = 0.2
     """smallest share of a [gMASK] sample that is generated"""
     samples_per_sequence: int = 4
-    """[MASK] or [sMASK] samples packed into one sequence, more if they are short (GLM-130B: 4)"""
+    """[MASK] or [sMASK] samples packed into one sequence, or more if they are short (GLM-130B:
+    4)"""
 
     def __post_init__(self) -> None:
         ratios = ["gmask_prob", "sentence_prob", "mask_ratio", "min_gmask_ratio"]
@@ -171,13 +175,13 @@ class TrainConfig:
 
     backend: str = "cpu"
     strict: bool = False
-    """no fallback to reference ops: an op without a kernel is an error"""
+    """an op without a kernel is an error instead of falling back to its reference"""
     dtype: Dtype = "float32"
     """working dtype; below float32 the optimizer keeps float32 master weights"""
     seed: int = 0
     steps: int = 200
     micro_batch: int = 8
-    """sequences per forward"""
+    """sequences per forward pass"""
     global_batch: int = 8
     """sequences per optimizer step, at the end of the ramp"""
     ramp_from: int = 0
@@ -193,7 +197,7 @@ class TrainConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip: float = 1.0
-    """global gradient norm; 0 = no clipping"""
+    """limit of the global gradient norm; 0 = no clipping"""
     loss_scale: float = 65536.0
     """initial dynamic loss scale, float16 only"""
     loss_scale_window: int = 2000
@@ -201,9 +205,9 @@ class TrainConfig:
     save_every: int = 0
     """steps between checkpoints; 0 = only at the end"""
     keep: int = 2
-    """checkpoints kept"""
+    """number of checkpoints kept"""
     compile: bool = False
-    """torch.compile(model, fullgraph=True)"""
+    """run the model through torch.compile(model, fullgraph=True)"""
 
     def __post_init__(self) -> None:
         m = max(self.micro_batch, 1)
@@ -241,18 +245,21 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class PolicyConfig:
-    """What a run does about bad steps (see policy.py); free to change when it is resumed."""
+    """What a run does about bad steps (training/policy.py); may change when the run is resumed."""
 
     nonfinite: Literal["stop", "skip", "rollback"] = "stop"
-    """a loss or gradient norm that is not finite; a float16 overflow is the loss scale's matter"""
+    """what to do about a loss or gradient norm that is not finite; float16 overflows are handled by
+    the loss scale"""
     spike: Literal["off", "stop", "skip", "rollback"] = "off"
-    """a loss far above the recent ones"""
+    """what to do about a loss far above the recent ones"""
     spike_sigma: float = 6.0
-    """standard deviations above the mean of the window (OLMo-core, SkipStepOptimizer: 6)"""
+    """how far: standard deviations above the mean of the window (OLMo-core, SkipStepOptimizer:
+    6)"""
     spike_window: int = 128
-    """steps; nothing is called a spike before half of them are seen (OLMo-core: 128)"""
+    """size of the window in steps; nothing counts as a spike before half of it is filled
+    (OLMo-core: 128)"""
     limit: int = 5
-    """bad steps without a good one beyond them, after which the run stops all the same"""
+    """bad steps, with no good step past the furthest of them, after which the run stops anyway"""
 
     def __post_init__(self) -> None:
         rule = self.spike_window > 3 or "must be at least 4"
@@ -281,8 +288,8 @@ class RunConfig:
 
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
-    """Builds a config from nested plain values; unknown keys and wrong types are all reported at
-    once."""
+    """Builds a config from nested plain values. Raises one ConfigError for all unknown keys and
+    wrong types."""
     hints = typing.get_type_hints(cls)
     strange: list[str] = []
     bad: list[str] = []
@@ -316,12 +323,13 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain nested values, every default resolved."""
+    """Returns plain nested values with every default resolved."""
     return dataclasses.asdict(config)
 
 
 def load(path: str | Path) -> RunConfig:
-    """Reads a TOML run file. Raises ConfigError naming the file and the line or the bad keys."""
+    """Reads a TOML run file. Raises ConfigError that names the file, and the line or the bad
+    keys."""
     try:
         return from_dict(RunConfig, tomllib.loads(Path(path).read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -333,7 +341,7 @@ def load(path: str | Path) -> RunConfig:
 
 
 def dumps(config: RunConfig) -> str:
-    """The resolved config as TOML; `load` reads it back equal."""
+    """Returns the resolved config as TOML, which `load` reads back equal."""
 
     def text(value: Any) -> str:
         if isinstance(value, bool):
@@ -350,7 +358,7 @@ def dumps(config: RunConfig) -> str:
 
 
 def override(config: RunConfig, assignments: list[str]) -> RunConfig:
-    """Applies `train.steps=50`-style overrides, typed by the field they name."""
+    """Applies overrides such as `train.steps=50`, typed by the field they name."""
     values = to_dict(config)
     for item in assignments:
         path, eq, raw = item.partition("=")

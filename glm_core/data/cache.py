@@ -1,4 +1,4 @@
-"""How derived files reach the disk: whole or not at all, under names that say their content."""
+"""Writes derived files: whole or not at all, under names made from their content."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from glm_core.errors import DataError
 
 
 def digest(parts: Iterable[str | bytes]) -> str:
-    """sha256 (hex) of the parts, each with its length, so that ("ab", "c") and ("a", "bc")
-    differ."""
+    """Returns the sha256 (hex) of the parts, each hashed with its length, so that ("ab", "c") and
+    ("a", "bc") differ."""
     total = hashlib.sha256()
     for part in parts:
         raw = part.encode() if isinstance(part, str) else part
@@ -23,7 +23,7 @@ def digest(parts: Iterable[str | bytes]) -> str:
 
 
 def once(path: Path, make: Callable[[], bytes]) -> None:
-    """Writes what `make` returns unless `path` exists; of several processes one makes it, the
+    """Writes what `make` returns unless `path` exists. Of several processes one makes it, and the
     others wait."""
     if path.exists():
         return
@@ -34,7 +34,8 @@ def once(path: Path, make: Callable[[], bytes]) -> None:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Writes atomically: a killed process or a full disk leaves no partial file under that name."""
+    """Writes atomically: after a kill or on a full disk there is no partial file under that
+    name."""
     draft = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with draft.open("wb") as file:
@@ -48,8 +49,8 @@ def write(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def guarded(path: Path) -> Iterator[None]:
-    """Makes the folder of `path`; a failure of the file system becomes a DataError with its
-    reason."""
+    """Creates the folder of `path`, and turns failures of the file system in the block into a
+    DataError with the reason."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield

@@ -1,4 +1,4 @@
-"""Which text is learned from: any file or folder of text, or this machine's own documentation."""
+"""Reads the text to train on: any file or folder of text, or this machine's own documentation."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from glm_core.errors import DataError
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Corpus:
-    """Documents in a fixed order, and where they come from."""
+    """Documents in a fixed order, and their sources."""
 
     documents: list[str]
-    """none of them blank"""
+    """never blank"""
     parts: dict[str, int]
-    """source -> characters taken from it"""
+    """characters taken from each source"""
     missing: dict[str, str]
-    """source of the default corpus that could not be had -> why"""
+    """why a source of the default corpus is missing, by source"""
     sha256: str
-    """of all documents in order"""
+    """digest of all documents in order"""
 
 
 def load(config: DataConfig, cache_dir: Path) -> Corpus:
-    """Reads `config.path`, or this machine's documentation if it is empty. Raises DataError:
-    missing, unreadable, empty, binary (NUL byte), not UTF-8 (byte offset), bad JSONL (line)."""
+    """Reads `config.path`, or this machine's documentation if it is empty. Raises DataError for a
+    file that is missing, unreadable, empty, binary (NUL byte), not UTF-8 (with the byte offset) or
+    bad JSONL (with the line)."""
     missing: dict[str, str] = {}
     if config.path:
         root = Path(config.path).expanduser()
@@ -48,8 +49,7 @@ def load(config: DataConfig, cache_dir: Path) -> Corpus:
 
 
 def files(root: Path) -> list[Path]:
-    """The file itself, or every file below a folder, hidden ones left out, in the order of their
-    names."""
+    """Returns the file itself, or every file below a folder except hidden ones, sorted by name."""
     if not root.exists():
         raise DataError(f"{root}: no such file or folder; pass text, JSONL or a folder of them")
     if not root.is_dir():
@@ -59,7 +59,7 @@ def files(root: Path) -> list[Path]:
 
 
 def read(path: Path, text_key: str) -> list[str]:
-    """The documents of one file: the lines of a .jsonl, otherwise the whole file as one
+    """Returns the documents of one file: the lines of a .jsonl, otherwise the whole file as one
     document."""
     try:
         raw = path.read_bytes()
@@ -76,7 +76,7 @@ def read(path: Path, text_key: str) -> list[str]:
 
 
 def jsonl(path: Path, text: str, text_key: str) -> list[str]:
-    """The field `text_key` of every line; blank lines are skipped. Raises DataError as
+    """Returns the field `text_key` of every line, skipping blank lines. Raises DataError that names
     file:line."""
     documents = []
     for number, line in enumerate(text.split("\n"), 1):
@@ -86,7 +86,7 @@ def jsonl(path: Path, text: str, text_key: str) -> list[str]:
 
 
 def field(where: str, line: str, text_key: str) -> str:
-    """One JSON object's text."""
+    """Returns the text of one JSON object. Raises DataError that begins with `where`."""
     try:
         value = json.loads(line)
     except ValueError as error:

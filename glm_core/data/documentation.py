@@ -1,5 +1,5 @@
-"""What this machine itself can be read from: Python's documentation, and Chinese Debian
-documentation."""
+"""Collects text that any machine can get: Python's documentation, and Chinese documentation from
+Debian packages."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ from glm_core.data import cache
 from glm_core.errors import DataError
 
 RECIPE = 1
-"""raise it when the text drawn from the same sources changes, so that old caches are not read"""
+"""version of the extraction; raise it when the same sources give other text, so that old caches are
+not read"""
 APT_TIMEOUT_S = 30
 SKIPPED = {"test", "tests", "idle_test", "lib2to3", "pydoc_data", "site-packages", "__pycache__"}
 
 Texts = dict[str, list[str]]
-"""part -> its documents"""
+"""documents by source"""
 
 
 def read(cache_dir: Path) -> tuple[Texts, dict[str, str]]:
-    """(texts, missing): documents by part, and for each part that could not be had the reason.
-    Built once and kept in `cache_dir`. What is missing is said on stderr; deleting the named file
-    tries again."""
+    """Returns (texts, missing): the documents by source, and the reason for each source that is
+    missing. Builds them once and keeps them in `cache_dir`. Prints on stderr what is missing and
+    which file to delete to try again."""
     key = cache.digest([str(RECIPE), platform.python_version()])[:16]
     path = cache_dir / f"documentation-{key}.json"
     cache.once(path, lambda: json.dumps(collect(cache_dir), ensure_ascii=False).encode())
@@ -46,7 +47,7 @@ def read(cache_dir: Path) -> tuple[Texts, dict[str, str]]:
 
 
 def collect(cache_dir: Path) -> tuple[Texts, dict[str, str]]:
-    """Reads every part anew."""
+    """Reads every source anew."""
     texts: Texts = {"python topics": topics(), "python docstrings": list(docstrings())}
     missing: dict[str, str] = {}
     for package, read_package in PACKAGES.items():
@@ -60,15 +61,15 @@ def collect(cache_dir: Path) -> tuple[Texts, dict[str, str]]:
 
 
 def topics() -> list[str]:
-    """The language reference behind `help('if')`."""
+    """Returns the language reference behind `help('if')`."""
     from pydoc_data.topics import topics as by_name
 
     return [by_name[name] for name in sorted(by_name)]
 
 
 def docstrings() -> Iterator[str]:
-    """One document per standard library module that has docstrings: each under its qualified
-    name."""
+    """Yields one document per module of the standard library: its docstrings, each under its
+    qualified name."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         inner = path.relative_to(root)
@@ -84,8 +85,8 @@ def docstrings() -> Iterator[str]:
 
 
 def documented(node: ast.AST, name: str) -> Iterator[str]:
-    """`name` or `name(arguments)`, a newline and the docstring, for the node and everything inside
-    it."""
+    """Yields `name` or `name(arguments)`, a newline and the docstring, for the node and everything
+    inside it."""
     if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
         if text := ast.get_docstring(node):
             arguments = getattr(node, "args", None)
@@ -95,16 +96,16 @@ def documented(node: ast.AST, name: str) -> Iterator[str]:
 
 
 def unpack(package: str, folder: Path) -> None:
-    """Downloads a Debian package and unpacks it in `folder`; needs no root. Raises DataError: why
-    not."""
+    """Downloads a Debian package and unpacks it into `folder`, without root. Raises DataError with
+    the reason."""
     command(["apt-get", "-o", "Acquire::Retries=0", "download", package], folder)
     for archive in folder.glob("*.deb"):
         command(["dpkg", "-x", archive.name, "."], folder)
 
 
 def command(words: list[str], folder: Path) -> None:
-    """Runs a program in `folder`, bounded in time. Raises DataError with its last line of
-    complaint."""
+    """Runs a program in `folder` with a time limit. Raises DataError with the last line of its
+    stderr."""
     try:
         done = subprocess.run(
             words, cwd=folder, capture_output=True, text=True, timeout=APT_TIMEOUT_S, check=False
@@ -119,7 +120,7 @@ def command(words: list[str], folder: Path) -> None:
 
 
 def manpages(folder: Path) -> list[str]:
-    """Simplified Chinese manual pages; zh_TW holds the same text, converted."""
+    """Returns the simplified Chinese manual pages; zh_TW holds the same text, converted."""
     pages = sorted((folder / "usr/share/man/zh_CN").rglob("*.gz"))
     return [plain(gzip.decompress(page.read_bytes()).decode()) for page in pages]
 
@@ -146,7 +147,7 @@ MACRO = re.compile(r"^\.de.*?^\.\.$", re.DOTALL | re.MULTILINE)
 
 
 def plain(page: str) -> str:
-    """The words of a roff page: layout requests go, section titles and emphasised words stay."""
+    """Removes the formatting of a manual page."""
     lines = []
     for line in MACRO.sub("", page).splitlines():
         if line[:1] in (".", "'"):
@@ -162,14 +163,14 @@ def plain(page: str) -> str:
 
 
 def fortunes(folder: Path) -> list[str]:
-    """Poems and sayings, one document each, without their terminal colours."""
+    """Returns poems and sayings, one document each, without their terminal colours."""
     files = sorted(f for f in (folder / "usr/share/games/fortunes").iterdir() if not f.suffix)
     whole = "\n%\n".join(f.read_text(encoding="utf-8") for f in files)
     return re.sub(r"\x1b\[\d*m", "", whole).split("\n%\n")
 
 
 def reference(folder: Path) -> list[str]:
-    """The Debian reference, one document per numbered chapter or section."""
+    """Returns the Debian reference, one document per numbered chapter or section."""
     book = folder / "usr/share/debian-reference/debian-reference.zh-cn.txt.gz"
     text = gzip.decompress(book.read_bytes()).decode()
     return re.split(r"\n(?=\d+\.\d+\. )", text)

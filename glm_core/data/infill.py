@@ -1,11 +1,11 @@
-"""The objective: autoregressive blank infilling (GLM, arXiv 2103.10360; GLM-130B, arXiv
+"""Builds training samples by autoregressive blank infilling (GLM, arXiv 2103.10360; GLM-130B, arXiv
 2210.02414).
 
-A sample is A, the text with blanks, followed by B, what was taken out: all of A is visible from
-everywhere, B only to what comes after it. Inputs and labels are aligned (no shift): B's inputs are
-<sop> + span, its labels span + <eop>. Positions are [2, n]: row 0 is the place in A (all of a span
-stands at its blank), row 1 counts 1, 2, ... inside each span of B and is 0 on A. Everything is
-drawn from the `random.Random` that is passed in."""
+A sample is part A, the text with blanks, followed by part B, the spans that were taken out. Every
+token sees all of A; a token of B sees only the tokens of B before it. Inputs and labels are aligned
+(no shift): B's inputs are <sop> + span, its labels span + <eop>. Positions are [2, n]: row 0 is the
+place in A (all of a span stands at its blank); row 1 counts 1, 2, ... inside each span of B and is
+0 on A. All randomness comes from the `random.Random` argument."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ Ids: TypeAlias = NDArray[np.int64]
 Span = tuple[int, int]
 """[start, end) in the text"""
 MAX_SPAN = 39
-"""longest token span; GLM's range is 1..39"""
+"""longest token span; GLM draws lengths from 1 to 39"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sample:
-    """One corrupted text, n tokens of A and B."""
+    """One corrupted text: n tokens, A then B."""
 
     tokens: Ids
-    """inputs [n]"""
+    """the inputs [n]"""
     labels: Ids
-    """what each of B's inputs predicts [n]; pad on A"""
+    """[n]: what each input of B predicts; pad on A"""
     positions: Ids
     """[2, n]"""
     sep: int
@@ -46,11 +46,11 @@ class Sample:
 
 
 class Infill:
-    """Builds samples of the three kinds, and says how many tokens they may take."""
+    """Builds samples of the three kinds, and bounds their lengths."""
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, gmask_continues: bool) -> None:
-        """gmask_continues: row 0 runs on through what [gMASK] generates, as GLM-130B's only row
-        does; otherwise it stays at the blank, as in GLM and ChatGLM-6B, whose second row counts."""
+        """gmask_continues: row 0 runs on through what [gMASK] generates, as in GLM-130B, which has
+        one row. Otherwise it stays at the blank, as in GLM and ChatGLM-6B, where row 1 counts."""
         self.config = config
         self.tokenizer = tokenizer
         self.gmask_continues = gmask_continues
@@ -58,30 +58,31 @@ class Infill:
         log = lengths * math.log(config.span_mean) - [math.lgamma(k + 1) for k in lengths]
         weights = np.exp(log - log.max())
         self.span_weights: list[float] = (weights / weights.sum()).tolist()
-        """P(1..MAX_SPAN), Poisson with mean `config.span_mean` cut to this range"""
+        """P(1..MAX_SPAN): the Poisson distribution with mean `config.span_mean`, cut to this
+        range"""
         self.span_mean = float(lengths @ self.span_weights)
         self.span_deviation = math.sqrt(float((lengths - self.span_mean) ** 2 @ self.span_weights))
 
     def budget(self, n: int) -> int:
-        """How many of n tokens [MASK] and [sMASK] take at least; one at the minimum, so that there
-        is a loss."""
+        """Returns the least number of n tokens that [MASK] and [sMASK] spans take together; at
+        least one, so that there is a loss."""
         return max(1, int(self.config.mask_ratio * n))
 
     def max_spans(self, n: int) -> int:
-        """How many spans n tokens may be given: three standard deviations above the mean number
-        that fills the budget, at most one for every token of the budget."""
+        """Returns the most spans that n tokens may have: three standard deviations above the mean
+        number that fills the budget, but no more than the budget has tokens."""
         mean = self.budget(n) / self.span_mean
         spread = self.span_deviation / self.span_mean * math.sqrt(mean)
         return min(self.budget(n), math.ceil(mean + 3 * spread) + 1)
 
-    def need(self, kind: Kind, n: int) -> int:
-        """The most tokens a sample of n tokens of text can have: two more per span (blank, <sop>),
-        and <eos>."""
+    def max_tokens(self, kind: Kind, n: int) -> int:
+        """Returns the most tokens that a sample of n tokens of text can have: two more per span
+        (blank, <sop>), and <eos>."""
         return n + 2 if kind == "gmask" else n + 2 * self.max_spans(n) + 1
 
     def sample(self, kind: Kind, text: Ids, complete: bool, rng: Random) -> Sample:
-        """A sample of at most `need(kind, len(text))` tokens; `complete`: the document ends where
-        the text does."""
+        """Returns a sample of at most `max_tokens(kind, len(text))` tokens. complete: the text ends
+        where its document does."""
         if kind == "gmask":
             least = max(1, int(self.config.min_gmask_ratio * len(text)))
             length = rng.randint(least, max(least, len(text) - 1))
@@ -91,8 +92,9 @@ class Infill:
         return self.blank(text, self.token_spans(len(text), rng), self.tokenizer.mask, rng)
 
     def token_spans(self, n: int, rng: Random) -> list[Span]:
-        """Spans of Poisson length over at least `budget` of n tokens, at least one token apart, in
-        text order. A length that no longer fits is cut (in texts of a few tokens only)."""
+        """Returns spans of Poisson length that cover at least `budget` of n tokens, at least one
+        token apart, in text order. A length that no longer fits is cut (only in texts of a few
+        tokens)."""
         lengths: list[int] = []
         while sum(lengths) < self.budget(n) and len(lengths) < self.max_spans(n):
             if (left := n - sum(lengths) - len(lengths)) < 1:
@@ -110,7 +112,8 @@ class Infill:
         return spans
 
     def sentence_spans(self, text: Ids, rng: Random) -> list[Span]:
-        """Random whole sentences over at least `budget` of the text, in text order."""
+        """Returns random whole sentences that cover at least `budget` of the text, in text
+        order."""
         ends = (np.flatnonzero(self.tokenizer.ends_sentence[text]) + 1).tolist()
         edges = sorted({0, *ends, len(text)})
         sentences = list(itertools.pairwise(edges))
@@ -123,8 +126,8 @@ class Infill:
         return sorted(sentences[:count])
 
     def blank(self, text: Ids, spans: list[Span], mask: int, rng: Random) -> Sample:
-        """A: the text with `mask` in place of each span (in text order), and <eos>. B: the spans in
-        random order."""
+        """Returns a sample whose A is the text with `mask` in place of each span, then <eos>, and
+        whose B is the spans in random order."""
         token = self.tokenizer
         place = np.ones(len(text) + 1, np.int64)
         for start, end in spans:
@@ -146,8 +149,8 @@ class Infill:
         )
 
     def generate(self, text: Ids, prefix: int, complete: bool) -> Sample:
-        """A: the first `prefix` tokens and [gMASK]. B: the rest, closed by <eop> only where the
-        document ends."""
+        """Returns a sample whose A is the first `prefix` tokens and [gMASK], and whose B is the
+        rest, with <eop> only if the document ends there."""
         token = self.tokenizer
         target = np.append(text[prefix:], token.eop) if complete else text[prefix:]
         count = np.arange(1, len(target) + 1)
@@ -157,7 +160,7 @@ class Infill:
         return self.join(a, inputs, target, np.arange(prefix + 1), np.stack([row, count]))
 
     def join(self, a: Ids, inputs: Ids, labels: Ids, a_place: Ids, b_positions: Ids) -> Sample:
-        """A and B in one row."""
+        """Returns A and B as one sample."""
         a_positions = np.stack([a_place, np.zeros_like(a_place)])
         return Sample(
             np.append(a, inputs),

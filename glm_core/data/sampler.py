@@ -1,5 +1,5 @@
-"""Which batch comes next: a pure function of seed and sequence number, sliced for data parallelism,
-resumable."""
+"""Yields the batches of a run: a pure function of seed and sequence number, sliced for data
+parallelism, and resumable."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from glm_core.config import DataConfig
 from glm_core.data.infill import Infill
-from glm_core.data.packing import Packer, Plan
+from glm_core.data.packing import Epoch, Packer
 from glm_core.errors import DataError
 
 if TYPE_CHECKING:
@@ -24,34 +24,36 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Batch:
-    """B sequences of L tokens. Key j is visible to query i iff key_start[b, i] <= j < key_end[b,
-    i]."""
+    """B sequences of L tokens. Key j is visible to query i if and only if key_start[b, i] <= j <
+    key_end[b, i]."""
 
     tokens: Tensor
-    """int64 [B, L], inputs; <pad> after the last sample"""
+    """int64 [B, L], the inputs; <pad> after the last sample"""
     labels: Tensor
     """int64 [B, L], what each input predicts (no shift); <pad> where there is no loss"""
     loss_weight: Tensor
     """float32 [B, L]: 1 on the targets, 0 on the visible text and padding"""
     positions: Tensor
-    """int64 [B, 2, L]: row 0 place in the text, row 1 place in the span; from 0 in every sample"""
+    """int64 [B, 2, L]: row 0 is the place in the text, row 1 the place in the span; they begin at 0
+    in every sample"""
     key_start: Tensor
-    """int32 [B, L]: first token of the query's sample"""
+    """int32 [B, L]: the first token of the query's sample"""
     key_end: Tensor
-    """int32 [B, L]: the query's successor, or the end of the sample's visible text if later;
+    """int32 [B, L]: one after the query, or the end of the sample's part A if that is later;
     padding sees itself"""
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch on another device."""
+        """Returns the batch on another device."""
         return Batch(*(getattr(self, field.name).to(device) for field in dataclasses.fields(self)))
 
 
 class Sampler:
-    """An endless run through the corpus, epoch by epoch, each with its own shuffle and its own
+    """Runs through the corpus endlessly, epoch by epoch, each with its own shuffle and its own
     blanks.
 
-    Sequences have global numbers 0, 1, ...; number n is the same whatever the micro-batch and the
-    world size. One call of `next(b)` on every rank takes world * b of them, rank r the r-th b."""
+    Sequences have global numbers 0, 1, ...; sequence n is the same for every micro-batch and world
+    size. One call of `next(b)` on every rank takes world * b of them, and rank r gets the r-th
+    b."""
 
     def __init__(
         self,
@@ -64,30 +66,30 @@ class Sampler:
         world: int = 1,
         gmask_continues: bool = True,
     ) -> None:
-        """tokens: the documents' ids, <eod> after each. corpus: what is known about it, for traces;
-        `sha256` identifies it."""
+        """tokens: the ids of all documents, <eod> after each. corpus: facts about the text for
+        traces; its `sha256` identifies it."""
         assert 0 <= rank < world
         self.config, self.tokenizer, self.corpus, self.seed = config, tokenizer, corpus, seed
         self.rank, self.world = rank, world
         self.index = 0
         """global number of the next sequence"""
         self.order_hash = hashlib.sha256().hexdigest()
-        """sha256 over the inputs of all sequences this rank has yielded, in order: hash(previous +
-        sequence)"""
+        """sha256 over the inputs of all sequences that this rank has yielded, in order:
+        hash(previous hash + sequence)"""
         self._tokens = tokens
         self._ends = np.flatnonzero(tokens == tokenizer.eod)
         self._starts = np.append(0, self._ends[:-1] + 1)
         self._infill = Infill(config, tokenizer, gmask_continues)
         self._packer = Packer((self._ends - self._starts).tolist(), config, self._infill, seed)
-        self._plan: Plan = self._packer.epoch(0)
-        self._planned = [len(self._plan)]
+        self._current: Epoch = self._packer.epoch(0)
+        self._planned = [len(self._current)]
         """global number after the last sequence of every epoch planned so far"""
         self._epoch = 0
 
     def next(self, micro_batch: int) -> Batch:
-        """This rank's next `micro_batch` sequences, on the CPU."""
+        """Returns this rank's next `micro_batch` sequences, on the CPU."""
         first = self.index + self.rank * micro_batch
-        batch = Arrays(micro_batch, self.config.length, self.tokenizer.pad)
+        batch = BatchArrays(micro_batch, self.config.length, self.tokenizer.pad)
         for row in range(micro_batch):
             self.fill(batch, row, first + row)
             link = bytes.fromhex(self.order_hash) + batch.tokens[row].tobytes()
@@ -96,18 +98,18 @@ class Sampler:
         return batch.freeze()
 
     def skip(self, sequences: int) -> None:
-        """Passes over so many global sequences; `order_hash` records that it happened."""
+        """Skips so many global sequences; `order_hash` records it."""
         self.index += sequences
         link = bytes.fromhex(self.order_hash) + f"skip {sequences}".encode()
         self.order_hash = hashlib.sha256(link).hexdigest()
 
-    def fill(self, batch: Arrays, row: int, index: int) -> None:
+    def fill(self, batch: BatchArrays, row: int, index: int) -> None:
         """Builds global sequence `index` in a row of the batch."""
         epoch, number = self.locate(index)
         rng = Random(f"{self.seed} {epoch} {number}")
-        kind, pieces = self._plan.sequence(number)
+        kind, segments = self._current.sequence(number)
         at = 0
-        for document, start, end in pieces.tolist():
+        for document, start, end in segments.tolist():
             begin, stop = self._starts[document] + (start, end)
             text = self._tokens[begin:stop].astype(np.int64)
             sample = self._infill.sample(kind, text, bool(stop == self._ends[document]), rng)
@@ -122,23 +124,24 @@ class Sampler:
             at += n
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Epoch and number in it of a global sequence; plans the epochs on the way."""
+        """Returns the epoch of a global sequence and its number there; plans epochs on the way."""
         while index >= self._planned[-1]:
             self._epoch = len(self._planned)
-            self._plan = self._packer.epoch(self._epoch)
-            self._planned.append(self._planned[-1] + len(self._plan))
+            self._current = self._packer.epoch(self._epoch)
+            self._planned.append(self._planned[-1] + len(self._current))
         epoch = int(np.searchsorted(self._planned, index, side="right"))
         if epoch != self._epoch:
-            self._epoch, self._plan = epoch, self._packer.epoch(epoch)
+            self._epoch, self._current = epoch, self._packer.epoch(epoch)
         return epoch, index - (self._planned[epoch - 1] if epoch else 0)
 
     def state(self) -> dict[str, Any]:
-        """JSON-able; `restore` makes a sampler over the same data go on exactly here."""
+        """Returns a JSON-able state, with which `restore` makes a sampler over the same data
+        continue exactly here."""
         return {"index": self.index, "order_hash": self.order_hash, "of": self.identity()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Raises DataError if the state is malformed, or belongs to other data, settings or
-        seed."""
+        """Continues from a saved state. Raises DataError if it is malformed, or belongs to other
+        data, settings or another seed."""
         match state:
             case {"index": int(index), "order_hash": str(order_hash), "of": dict(saved)} if (
                 index >= 0
@@ -147,12 +150,17 @@ class Sampler:
             case _:
                 raise DataError("sampler state: not one that was saved; restore a whole checkpoint")
         if other := [key for key in mine if mine[key] != saved.get(key)]:
-            told = ", ".join(f"{key}={saved.get(key)!r} (here {mine[key]!r})" for key in other)
-            raise DataError(f"sampler state: saved with {told}; resume with the same data and seed")
+            differences = ", ".join(
+                f"{key}={saved.get(key)!r} (here {mine[key]!r})" for key in other
+            )
+            raise DataError(
+                f"sampler state: saved with {differences}; resume with the same data and seed"
+            )
         self.index, self.order_hash = index, order_hash
 
     def identity(self) -> dict[str, Any]:
-        """What the sequence of batches depends on. `path` does not belong to it, the text does."""
+        """Returns everything that the sequence of batches depends on: the text itself, but not its
+        path."""
         settings = dataclasses.asdict(self.config) | {"seed": self.seed}
         del settings["path"], settings["text_key"]
         rows = {"gmask_continues": self._infill.gmask_continues}
@@ -161,8 +169,8 @@ class Sampler:
         )
 
 
-class Arrays:
-    """A batch being filled; empty rows are padding, each token visible to itself alone."""
+class BatchArrays:
+    """A batch being filled. Empty rows are padding, in which each token sees itself alone."""
 
     def __init__(self, size: int, length: int, pad: int) -> None:
         shape = (size, length)
@@ -175,6 +183,6 @@ class Arrays:
         self.key_end = here + np.int32(1)
 
     def freeze(self) -> Batch:
-        """As tensors that share this memory."""
+        """Returns the batch as tensors that share this memory."""
         arrays = {field.name: getattr(self, field.name) for field in dataclasses.fields(Batch)}
         return Batch(**{name: torch.from_numpy(array) for name, array in arrays.items()})

@@ -1,8 +1,8 @@
-"""How text becomes token ids: a byte-pair model trained on the corpus, with GLM's special tokens.
+"""Turns text into token ids with a byte-pair model trained on the corpus, and GLM's special tokens.
 
-Vocabulary: <unk>, the special tokens, 256 bytes, learned pieces. Every string has an encoding
-(bytes stand in for what was not learned), and text that spells a special token, such as "<eos>",
-stays text."""
+The vocabulary holds <unk>, the special tokens, 256 bytes, and the learned tokens. Every string has
+an encoding (bytes stand in for what was not learned). Text that spells a special token, such as
+"<eos>", stays text."""
 
 from __future__ import annotations
 
@@ -30,32 +30,33 @@ SPECIAL = {
     "pad": "<pad>",
 }
 MIN_VOCAB = 300
-"""<unk>, the special tokens, 256 bytes, and some room to learn"""
+"""<unk>, the special tokens, 256 bytes, and some room for learned tokens"""
 TRAINING_CHARS = 4_000_000
 LINE_CHARS = 1000
-"""sentencepiece skips lines of more than 4192 bytes; 1000 characters of UTF-8 are at most 4000"""
+"""sentencepiece skips lines of more than 4192 bytes; 1000 characters of UTF-8 have at most 4000"""
 SPACE = "\u2581"
-"""stands for a blank in sentencepiece's pieces; where the text itself has it, its bytes are used"""
+"""stands for a blank inside sentencepiece; where the text itself has this character, its bytes are
+used"""
 SENTENCE_END = re.compile("[.?!;:。？！；：…\n]")
 
 
 class Tokenizer:
-    """Text to ids and back, exactly: `decode(encode(text)) == text`, also when the ids of two texts
-    are joined."""
+    """Maps text to ids and back exactly: `decode(encode(text)) == text`, also for the joined ids of
+    two texts."""
 
     def __init__(self, model: bytes) -> None:
         if not model:
             raise DataError("tokenizer: not a sentencepiece model (empty); train it")
         try:
-            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
             raise DataError(f"tokenizer: not a sentencepiece model ({error})") from None
         self.model = model
-        """the serialised model; `Tokenizer(model)` restores an equal tokenizer"""
+        """the serialised sentencepiece model; `Tokenizer(model)` restores an equal tokenizer"""
         self.sha256 = cache.digest([model])
-        self.vocab = int(self._pieces.vocab_size())
-        """number of ids; may be smaller than the vocabulary asked for if the corpus is small"""
-        self.unk = int(self._pieces.unk_id())
+        self.vocab = int(self._processor.vocab_size())
+        """number of ids; smaller than the configured vocabulary if the corpus is small"""
+        self.unk = int(self._processor.unk_id())
         self.mask = self._id("[MASK]")
         self.gmask = self._id("[gMASK]")
         self.smask = self._id("[sMASK]")
@@ -70,37 +71,37 @@ class Tokenizer:
         """bool [V]: the token contains a mark that ends a sentence (GLM: . ? ! ; : and a
         newline)"""
 
-    def _id(self, piece: str) -> int:
-        found = int(self._pieces.piece_to_id(piece))
+    def _id(self, token: str) -> int:
+        found = int(self._processor.piece_to_id(token))
         if found == self.unk:
             raise DataError(
-                f"tokenizer: has no {piece} token; train it with glm_core.data.tokenizer.train"
+                f"tokenizer: has no {token} token; train it with glm_core.data.tokenizer.train"
             )
         return found
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without any special token. Raises DataError if `text` is not valid
-        Unicode."""
+        """Returns the ids of `text`, without special tokens. Raises DataError if `text` is not
+        valid Unicode."""
         try:
             raw = text.encode()
         except UnicodeEncodeError:
             raise DataError("text: holds half a surrogate pair; pass valid Unicode") from None
-        first, *rest = self._pieces.encode(raw.split(SPACE.encode()))
+        first, *rest = self._processor.encode(raw.split(SPACE.encode()))
         ids = list(first)
         for part in rest:
             ids += self._space + part
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; special tokens give nothing, bytes that are no UTF-8 and unknown ids
-        give U+FFFD."""
+        """Returns the text of `ids`. Special tokens give nothing; bytes that are not UTF-8, and
+        unknown ids, give U+FFFD."""
         return str(
-            self._pieces.decode([i if 0 <= i < self.vocab else self.unk for i in map(int, ids)])
+            self._processor.decode([i if 0 <= i < self.vocab else self.unk for i in map(int, ids)])
         )
 
 
 def load(corpus: Corpus, vocab: int, cache_dir: Path) -> Tokenizer:
-    """The tokenizer of this corpus and vocabulary, trained on first use and then read from
+    """Returns the tokenizer of this corpus and vocabulary, trained on first use and then read from
     `cache_dir`."""
     version = sentencepiece.__version__
     key = cache.digest([corpus.sha256, str(vocab), str(TRAINING_CHARS), version, *SPECIAL.values()])
@@ -113,7 +114,8 @@ def load(corpus: Corpus, vocab: int, cache_dir: Path) -> Tokenizer:
 
 
 def train(documents: Sequence[str], vocab: int) -> bytes:
-    """A sentencepiece model of at most `vocab` tokens; the same documents give the same bytes."""
+    """Returns a sentencepiece model of at most `vocab` tokens; the same documents give the same
+    bytes."""
     if vocab < MIN_VOCAB:
         raise DataError(
             f"data.vocab={vocab}: no room for bytes and special tokens; use at least {MIN_VOCAB}"
@@ -144,9 +146,9 @@ def train(documents: Sequence[str], vocab: int) -> bytes:
 
 
 def lines(documents: Sequence[str], vocab: int) -> list[str]:
-    """The training text: every k-th line of at most LINE_CHARS characters, so that about
-    TRAINING_CHARS remain, cut at characters too rare for this vocabulary (they are left to the
-    bytes)."""
+    """Returns the training text: every k-th line of at most LINE_CHARS characters, with k such that
+    about TRAINING_CHARS remain. Lines are cut at characters too rare for this vocabulary, which are
+    left to the bytes."""
     stride = -(-sum(map(len, documents)) // TRAINING_CHARS)
     chosen = [line for number, line in enumerate(split(documents)) if number % stride == 0]
     counts = Counter("".join(chosen))
@@ -158,7 +160,7 @@ def lines(documents: Sequence[str], vocab: int) -> list[str]:
 
 
 def split(documents: Sequence[str]) -> Iterator[str]:
-    """Lines, long ones in pieces of LINE_CHARS."""
+    """Yields lines, long ones in parts of LINE_CHARS."""
     for document in documents:
         for line in document.split("\n"):
             yield from (line[i : i + LINE_CHARS] for i in range(0, len(line), LINE_CHARS))

@@ -1,2 +1,2 @@
-"""What goes wrong while something runs, said in one line: a device that gives up, a hang, a number
-that is not finite."""
+"""Explains in one line what went wrong in a run: a failing device, a hang, a number that is not
+finite."""

@@ -1,4 +1,5 @@
-"""What a device that gives up looks like from above: out of memory, lost, hung, no such dtype."""
+"""Turns what torch raises when a device fails (out of memory, lost, hung, a missing dtype) into one
+message with a way out."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from glm_core import dispatch
 from glm_core.errors import DeviceError, GlmCoreError
 
 RUNTIME = (torch.AcceleratorError, torch.OutOfMemoryError, NotImplementedError)
-"""what torch raises where the device is the reason"""
+"""the exceptions of torch whose cause is the device"""
 
 _WAY_OUT = (
     (torch.OutOfMemoryError, "use a smaller train.micro_batch or a smaller model"),
@@ -27,10 +28,10 @@ _WAY_OUT = (
 
 
 @contextmanager
-def explained(backend: str, what: str) -> Iterator[None]:
-    """Turns what the device raises in the block into a DeviceError: `what`, backend, op as far as
-    the stack tells, the device's own words, the way out. A GlmCoreError stays one, also where
-    torch.compile wraps it (`strict`)."""
+def explained(backend: str, subject: str) -> Iterator[None]:
+    """Turns errors of the device inside the block into a DeviceError that names `subject`, the
+    backend, the op if the stack shows one, the device's own message and the way out. A GlmCoreError
+    passes unchanged, even when torch.compile has wrapped it (`strict`)."""
     try:
         yield
     except GlmCoreError:
@@ -42,25 +43,27 @@ def explained(backend: str, what: str) -> Iterator[None]:
     except RUNTIME as error:
         op = op_of(error.__traceback__)
         late = "noticed in " if isinstance(error, torch.AcceleratorError) else ""
-        raise device_error(error, what, backend, f"{late}op {op}" if op else "") from error
+        raise device_error(error, subject, backend, f"{late}op {op}" if op else "") from error
 
 
 def device_error(
-    error: Exception, what: str, backend: str, where: str, **place: Any
+    error: Exception, subject: str, backend: str, where: str, **place: Any
 ) -> DeviceError:
-    """`step 3: backend sim, op geglu forward: OutOfMemoryError: ...; use a smaller ...`."""
+    """Returns an error such as `step 3: backend sim, op geglu forward: OutOfMemoryError: ...; use a
+    smaller ...`."""
     words = " ".join(str(error).split("\n")[0].split())[:300]
-    subject = ", ".join(filter(None, (f"{what}: backend {backend}", where)))
+    subject = ", ".join(filter(None, (f"{subject}: backend {backend}", where)))
     way_out = next((text for kind, text in _WAY_OUT if isinstance(error, kind)), "")
     text = f"{subject}: {type(error).__name__}: {words}"
     return DeviceError(f"{text}; {way_out}" if way_out else text, **place)
 
 
 def op_of(trace: TracebackType | None) -> str:
-    """The op that was being dispatched, "" where none was; with a queue not the one that failed."""
-    found = ""
+    """Returns the name of the op that was being dispatched, or "". On a device with a queue, an
+    earlier op may be the one that failed."""
+    name = ""
     while trace is not None:
         if trace.tb_frame.f_code is dispatch.run.__code__:
-            found = trace.tb_frame.f_locals["op"].name
+            name = trace.tb_frame.f_locals["op"].name
         trace = trace.tb_next
-    return found
+    return name

@@ -1,5 +1,4 @@
-"""Where numbers stopped being finite: every op call watched, of a backward pass in
-both directions."""
+"""Finds where numbers stopped being finite, by watching every op call, forward and backward."""
 
 from __future__ import annotations
 
@@ -15,20 +14,21 @@ from glm_core.dispatch import Op
 
 
 class Watch:
-    """What was found first; each empty while nothing was."""
+    """Records the first op and the first gradient that are not finite; both are empty while all
+    are."""
 
     def __init__(self) -> None:
         self.op = ""
-        """`op geglu in blocks.2.mlp, forward, micro-batch 1`"""
+        """where it happened, as `op geglu in blocks.2.mlp, forward, micro-batch 1`"""
         self.parameter = ""
-        """first in the order of the backward pass whose gradient is not finite"""
+        """the first parameter, in the order of the backward pass, whose gradient is not finite"""
         self._modules = ["the model"]
         self._micro_batch = 0
 
     def call(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs the op and looks at its outputs, and later at the gradients it hands back."""
+        """Runs the op and checks its outputs now, and the gradients of its inputs later."""
         place = f"op {op.name} in {self._modules[-1]}"
-        seen = [
+        positional = [
             self._input(value, f"{place}, backward (gradient of {name})")
             for name, value in zip(op.parameters, args, strict=False)
         ]
@@ -36,17 +36,18 @@ class Watch:
             name: self._input(value, f"{place}, backward (gradient of {name})")
             for name, value in kwargs.items()
         }
-        outputs = dispatch.run(op, tuple(seen), named)
+        outputs = dispatch.run(op, tuple(positional), named)
         if not self.op and not finite(outputs):
-            given = dict(zip(op.parameters, args, strict=False)) | kwargs
-            bad = [name for name, value in given.items() if not finite(value)]
+            inputs = dict(zip(op.parameters, args, strict=False)) | kwargs
+            bad = [name for name, value in inputs.items() if not finite(value)]
             cause = f" (its {', '.join(bad)} is not finite either)" if bad else ""
             when = f", forward, micro-batch {self._micro_batch}" if torch.is_grad_enabled() else ""
             self.op = f"{place}{when}{cause}"
         return outputs
 
     def _input(self, value: Any, where: str) -> Any:
-        """An alias, whose gradient is what this one call contributes, before any summation."""
+        """Returns an alias of an input. The alias's gradient is what this one call contributes,
+        before any summation."""
         if not (isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled()):
             return value
         alias = value.view_as(value)
@@ -60,22 +61,22 @@ class Watch:
         return alias
 
     def enter(self, name: str) -> None:
-        """A module's forward begins; the root's begins a micro-batch."""
+        """Notes that a module's forward begins; the root module's begins a micro-batch."""
         self._micro_batch += not name
         self._modules.append(name or "the model")
 
     def leave(self) -> None:
-        """A module's forward ends."""
+        """Notes that a module's forward has ended."""
         self._modules.pop()
 
     def gradient(self, name: str, parameter: Tensor) -> None:
-        """A parameter's gradient is complete for this micro-batch."""
+        """Checks a parameter's gradient, complete for this micro-batch."""
         if not self.parameter and not finite(parameter.grad):
             self.parameter = name
 
 
 def finite(value: Any) -> bool:
-    """Of a tensor, or of all tensors in a tuple; anything else is finite."""
+    """Returns whether a tensor, or every tensor in a tuple or list, is finite; anything else is."""
     if isinstance(value, tuple | list):
         return all(map(finite, value))
     if not isinstance(value, Tensor):
@@ -86,25 +87,28 @@ def finite(value: Any) -> bool:
 
 @contextmanager
 def watch(model: nn.Module) -> Iterator[Watch]:
-    """Watches every op call of this thread, and the backward passes that follow from them."""
-    seen = Watch()
+    """Watches every op call of this thread in the block, and the backward passes that follow."""
+    found = Watch()
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            before = module.register_forward_pre_hook(lambda m, a, name=name: seen.enter(name))
-            after = module.register_forward_hook(lambda m, a, out: seen.leave())
+            before = module.register_forward_pre_hook(lambda m, a, name=name: found.enter(name))
+            after = module.register_forward_hook(lambda m, a, out: found.leave())
             stack.callback(before.remove)
             stack.callback(after.remove)
         for name, p in model.named_parameters():
             if not p.requires_grad:
                 continue
-            hook = p.register_post_accumulate_grad_hook(lambda p, name=name: seen.gradient(name, p))
+            hook = p.register_post_accumulate_grad_hook(
+                lambda p, name=name: found.gradient(name, p)
+            )
             stack.callback(hook.remove)
-        stack.enter_context(dispatch.intercept(seen.call))
-        yield seen
+        stack.enter_context(dispatch.intercept(found.call))
+        yield found
 
 
 def message(subject: str, op: str, parameter: str) -> str:
-    """The whole reason: `subject` (`the loss is nan`), what a watch has seen, the way out."""
+    """Returns the whole message: `subject` (`the loss is nan`), what a watch has found, the way
+    out."""
     fallback = "summing gradients" if parameter else "op global_norm"
     return (
         f"{subject}; first not finite: {op or fallback}; "

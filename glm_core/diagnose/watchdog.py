@@ -1,4 +1,4 @@
-"""Nothing waits for ever: where a block stops reporting, its process ends and says where it was."""
+"""Ends a process that stops making progress, with a message that says where it was."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _state = _State()
 
 
 def beat(what: str) -> None:
-    """Progress: what is begun now. Costs nothing where nobody guards."""
+    """Reports progress: `what` begins now. Costs nothing outside of a `guard`."""
     _state.what = what
     if _state.seconds:
         _state.since = time.monotonic()
@@ -35,7 +35,7 @@ def beat(what: str) -> None:
 
 
 def begun() -> str:
-    """What the last `beat` began."""
+    """Returns what the last `beat` reported."""
     return _state.what
 
 
@@ -49,11 +49,12 @@ def guard(
     stuck_after_s: float | None = None,
     stuck_file: TextIO | int = 2,
 ) -> Iterator[None]:
-    """Ends the process with exit code 1 where `seconds` pass in the block without a `beat`: a call
-    that hangs in a driver cannot be interrupted. 0 guards nothing; guards do not nest.
+    """Ends the process with exit code 1 if `seconds` pass in the block without a `beat`: a call
+    that hangs in a driver cannot be interrupted. 0 guards nothing. Guards do not nest.
 
-    on_hang: called first, its lines are said too. Where not even that can run, because a call keeps
-    the interpreter, all stacks go to `stuck_file` after `stuck_after_s` (2 seconds + 1)."""
+    on_hang: called first; its result is printed before the message. A call that never releases the
+    interpreter stops even that; then all stacks are written to `stuck_file` after `stuck_after_s`
+    (default: twice `seconds` plus 1)."""
     if not seconds:
         yield
         return
@@ -67,8 +68,8 @@ def guard(
             if time.monotonic() >= _state.since + seconds:
                 place = _place(thread)  # before anything else moves
                 faulthandler.cancel_dump_traceback_later()
-                said = f"{_state.what}: no progress for {seconds:g} s, {place}; {way_out}"
-                _end(f"{on_hang()}{subject}: {said}")
+                fact = f"{_state.what}: no progress for {seconds:g} s, {place}; {way_out}"
+                _end(f"{on_hang()}{subject}: {fact}")
 
     threading.Thread(target=watch, daemon=True).start()
     try:
@@ -85,7 +86,7 @@ def _end(text: str) -> None:
 
 
 def _place(thread: int) -> str:
-    """The op in whose call the thread is, else the innermost function."""
+    """Returns where the thread is: the op that it runs, else its innermost function."""
     frame = innermost = sys._current_frames().get(thread)
     while frame is not None:
         if frame.f_code is dispatch.run.__code__:

@@ -1,3 +1,4 @@
-"""The model as one ONNX file with a KV cache, for ONNX Runtime and whatever else reads ONNX.
+"""Exports the model as one ONNX file with a KV cache, for ONNX Runtime and everything else that
+reads ONNX.
 
-The model's own forward runs on symbolic values; each op it calls becomes a few ONNX nodes."""
+The model's own forward runs on symbolic values; each op that it calls becomes a few ONNX nodes."""

@@ -1,6 +1,6 @@
-"""An ONNX graph under construction, whose weights go to a file beside it as soon as they are met.
+"""Builds an ONNX graph, and writes each weight to a file beside it when it first occurs.
 
-A size of 0 in a shape is one that is known only when the graph runs."""
+A size of 0 in a shape is known only when the graph runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OPSET, CONTRIB = 21, "com.microsoft"
 INLINE_BYTES = 1024
 """constants up to this size stay in the graph"""
 PAGE = 4096
-"""weights begin at multiples of it, so that they can be mapped"""
+"""weights begin at multiples of this offset, so that the file can be memory-mapped"""
 ELEMENT = {
     torch.float32: TensorProto.FLOAT,
     torch.int64: TensorProto.INT64,
@@ -27,7 +27,8 @@ ELEMENT = {
 
 
 class Graph:
-    """Collects nodes; equal ones are made once. Methods return the name of the value they made."""
+    """Collects nodes, each distinct one once. Methods that add something return the name of its
+    value."""
 
     def __init__(self, data: Path) -> None:
         self._data, self._file = data.name, data.open("wb")
@@ -39,11 +40,11 @@ class Graph:
         self._kept: list[Tensor] = []
 
     def call_weights(self, named: dict[str, Tensor]) -> None:
-        """Under which names tensors are stored."""
+        """Sets the names under which tensors are stored."""
         self._names = {id(tensor): name for name, tensor in named.items()}
 
     def node(self, kind: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
-        """A node with one output."""
+        """Adds a node with one output."""
         key = kind, inputs, repr(sorted(attributes.items()))
         if key not in self._known:
             [self._known[key]] = self.nodes(kind, 1, *inputs, domain=domain, **attributes)
@@ -52,7 +53,7 @@ class Graph:
     def nodes(
         self, kind: str, count: int, *inputs: str, domain: str = "", **attributes: Any
     ) -> list[str]:
-        """A node with several outputs."""
+        """Adds a node with several outputs."""
         names = [f"v{len(self._nodes)}_{i}" if i else f"v{len(self._nodes)}" for i in range(count)]
         self._nodes.append(
             helper.make_node(kind, list(inputs), names, domain=domain or None, **attributes)
@@ -60,7 +61,7 @@ class Graph:
         return names
 
     def tensor(self, value: Tensor) -> str:
-        """A constant or a weight."""
+        """Adds a constant or a weight."""
         small = value.nbytes <= INLINE_BYTES
         array = value.detach().contiguous().numpy()
         key = (str(array.dtype), array.shape, array.tobytes()) if small else id(value)
@@ -73,7 +74,7 @@ class Graph:
         return self._known[key]
 
     def derived(self, of: Tensor, how: str, make: Callable[[], Tensor]) -> str:
-        """A weight in another form, `make()`, which is released once it is written."""
+        """Adds a weight in another form, `make()`, whose memory is released once it is written."""
         key = (how, id(of))
         if key not in self._known:
             name = f"{self._names.get(id(of), f'c{len(self._initializers)}')}.{how}"
@@ -82,15 +83,15 @@ class Graph:
         return self._known[key]
 
     def ints(self, *values: int) -> str:
-        """A vector of int64."""
+        """Adds a vector of int64."""
         return self.tensor(torch.tensor(values, dtype=torch.int64))
 
     def number(self, value: float) -> str:
-        """A float32 scalar."""
+        """Adds a float32 scalar."""
         return self.tensor(torch.tensor(value, dtype=torch.float32))
 
     def port(self, kind: str, name: str, dtype: torch.dtype, shape: Sequence[int | str]) -> None:
-        """Declares an `input` or `output` of the graph; sizes are numbers or names."""
+        """Declares an `input` or `output` of the graph. Sizes are numbers or names."""
         self._ports[kind].append(helper.make_tensor_value_info(name, ELEMENT[dtype], list(shape)))
 
     def name_output(self, value: str, name: str) -> None:
@@ -98,11 +99,11 @@ class Graph:
         self._nodes.append(helper.make_node("Identity", [value], [name]))
 
     def close(self) -> None:
-        """No more weights."""
+        """Closes the file of weights."""
         self._file.close()
 
     def model(self, metadata: dict[str, str]) -> onnx.ModelProto:
-        """The graph, without the data file that it points into."""
+        """Returns the graph, without the file of weights that it refers to."""
         graph = helper.make_graph(
             self._nodes, "glm", self._ports["input"], self._ports["output"], self._initializers
         )

@@ -1,4 +1,4 @@
-"""An exported file as generation runs a model: ONNX Runtime computes, one sequence at a time.
+"""Runs an exported file in generation: ONNX Runtime computes, one sequence at a time.
 
 Shapes: B batch (1), K kv heads, S keys of the cache, E head dim, V vocabulary."""
 
@@ -19,8 +19,8 @@ from glm_core.model.runner import CHUNK, Call, Runner
 
 
 class Exported(Runner):
-    """A Runner over FOLDER/model.onnx, with its cache between the calls. Raises UnsupportedOpError
-    where onnxruntime is not installed, CheckpointError for a file that `export` did not write."""
+    """A Runner over FOLDER/model.onnx that keeps the cache between calls. Raises UnsupportedOpError
+    if onnxruntime is not installed, CheckpointError for a file that `export` did not write."""
 
     def __init__(self, folder: str | Path) -> None:
         self._session = _opened(Path(folder) / MODEL)
@@ -34,7 +34,8 @@ class Exported(Runner):
         self._past = [empty] * len(self._names)  # [1, K, S, E]
 
     def explain(self, call: Call, step: int) -> GenerationError:
-        """What to say of logits that are not finite; the graph cannot be watched."""
+        """Returns the error for logits that are not finite; the ops of the graph cannot be
+        watched."""
         return GenerationError(
             f"token {step}: the logits of the exported model are not finite; generate with the run "
             "it was exported from, which names the op"
@@ -56,11 +57,11 @@ class Exported(Runner):
             "key_start": call.key_start,
             "key_end": call.key_end,
         }
-        given = {name: np.ascontiguousarray(x.long().numpy()) for name, x in feed.items()}
+        inputs = {name: np.ascontiguousarray(x.long().numpy()) for name, x in feed.items()}
         for name, past in zip(self._names, self._past, strict=True):
-            given[f"past_key_values.{name}"] = past[:, :, :start]
+            inputs[f"past_key_values.{name}"] = past[:, :, :start]
         wanted = ["logits", *(f"present.{name}" for name in self._names)]
-        logits, *self._past = self._session.run(wanted, given)
+        logits, *self._past = self._session.run(wanted, inputs)
         return torch.from_numpy(logits)
 
 

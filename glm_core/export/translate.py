@@ -1,7 +1,9 @@
-"""Our ops in ONNX: one short function each, by the formulas of their references, in float32.
+"""Translates our ops to ONNX: one short function each, by the formulas of their references, in
+float32.
 
-Shapes: B batch, L tokens of the call, S keys with those of the cache, H heads, K kv heads, E head
-dim, R = H / K, D width, F ffn width, G sections, P pairs. A size of 0 is known only at run time."""
+Shapes: B batch, L tokens of the call, S keys including the cache's, H heads, K kv heads, E head
+dim, R = H / K, D width, F output or ffn width, G sections, P pairs. A size of 0 is known only at
+run time."""
 
 from __future__ import annotations
 
@@ -22,12 +24,12 @@ from glm_core.ops.quant import unpack
 Translation = Callable[..., Any]
 LEAST = torch.finfo(torch.float32).min
 BLOCK = 128
-"""inputs that share a scale in the file where a whole row does in the model"""
+"""inputs that share a scale in the file, if a whole row shares one in the model"""
 
 
 def translate(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An interceptor (dispatch.intercept) that writes nodes instead of computing. Raises
-    UnsupportedOpError for an op that has no translation."""
+    """Is an interceptor (dispatch.intercept) that writes nodes instead of computing. Raises
+    UnsupportedOpError for an op without a translation."""
     if op.name not in TABLE:
         raise UnsupportedOpError(
             f"op {op.name} has no translation to ONNX; add it to glm_core/export/translate.py"
@@ -38,23 +40,24 @@ def translate(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def linear(x: Value, weight: Tensor, bias: Tensor | None = None) -> Value:
-    """Of rows of vectors the weight as it lies (the head may be the embedding), else turned."""
+    """Multiplies a matrix by the weight as it is stored (the head may be the embedding), and
+    tensors of more dimensions by a transposed copy."""
     g = x.graph
     shape = (*x.shape[:-1], len(weight))
     if len(x.shape) == 2:
         more = [] if bias is None else [g.tensor(bias)]
-        return x.made(g.node("Gemm", x.name, g.tensor(weight), *more, transB=1), shape)
+        return x.like(g.node("Gemm", x.name, g.tensor(weight), *more, transB=1), shape)
     turned = g.derived(weight, "turned", weight.t)
-    y = x.made(g.node("MatMul", x.name, turned), shape)
+    y = x.like(g.node("MatMul", x.name, turned), shape)
     return y if bias is None else y + bias
 
 
 def quantized_linear(
     x: Value, weight: Tensor, scale: Tensor, bias: Tensor | None, bits: int, activation_bits: int
 ) -> Value:
-    """ONNX Runtime's MatMulNBits: blocks of a power of two inputs along each row, unsigned codes
-    with zero in their middle. activation_bits = 8 lets it round activations to int8 its own way
-    (accuracy_level 4)."""
+    """Uses ONNX Runtime's MatMulNBits: blocks of inputs along each row, their size a power of two,
+    and unsigned codes with zero in their middle. activation_bits = 8 allows it to round activations
+    to int8 in its own way (accuracy_level 4)."""
     g, width = x.graph, weight.shape[1] * 8 // bits
     groups = scale.numel() // len(scale)
     block = math.gcd(width // groups, 256) if groups > 1 else BLOCK
@@ -77,13 +80,13 @@ def quantized_linear(
     facts = {"K": width, "N": len(weight), "bits": bits, "block_size": block}
     level = {"accuracy_level": 4 if activation_bits == 8 else 1}
     name = g.node("MatMulNBits", *inputs, domain=CONTRIB, **facts, **level)
-    y = x.made(name, (*x.shape[:-1], len(weight)))
+    y = x.like(name, (*x.shape[:-1], len(weight)))
     return y if bias is None else y + bias.float()
 
 
 def packed(codes: Tensor, bits: int, count: int, block: int) -> Tensor:
-    """Signed codes [F, D] -> uint8 [F, count, block * bits / 8], 4-bit ones with the even element
-    in the LOW nibble; what is added at the end of a row stands for zero."""
+    """Packs signed codes [F, D] as uint8 [F, count, block * bits / 8], 4-bit ones with the even
+    element in the LOW nibble. Padding at the end of a row encodes zero."""
     zero = 1 << (bits - 1)
     rows, width = codes.shape
     shifted = torch.full((rows, count * block), zero, dtype=torch.uint8)
@@ -96,21 +99,21 @@ def packed(codes: Tensor, bits: int, count: int, block: int) -> Tensor:
 def embedding(ids: Value, weight: Tensor, shrink: float) -> Value:
     g = ids.graph
     name = g.node("Gather", g.tensor(weight), ids.name, axis=0)
-    return ids.made(name, (*ids.shape, weight.shape[1]), torch.float32)
+    return ids.like(name, (*ids.shape, weight.shape[1]), torch.float32)
 
 
 def rms_norm(x: Value, weight: Tensor, eps: float) -> Value:
-    """In the pattern that ONNX Runtime fuses."""
+    """Follows the pattern of nodes that ONNX Runtime fuses."""
     g = x.graph
     square = g.node("Pow", x.name, g.number(2.0))
-    mean = x.made(g.node("ReduceMean", square, g.ints(-1)), (*x.shape[:-1], 1))
+    mean = x.like(g.node("ReduceMean", square, g.ints(-1)), (*x.shape[:-1], 1))
     return x / (mean + eps).unary("Sqrt") * weight
 
 
 def layer_norm(x: Value, weight: Tensor, bias: Tensor, eps: float) -> Value:
     g = x.graph
     weights = (g.tensor(t) for t in (weight, bias))
-    return x.made(g.node("LayerNormalization", x.name, *weights, epsilon=eps, axis=-1), x.shape)
+    return x.like(g.node("LayerNormalization", x.name, *weights, epsilon=eps, axis=-1), x.shape)
 
 
 def add_rms_norm(
@@ -137,11 +140,11 @@ def rope(x: Value, cos: Value, sin: Value, interleaved: bool) -> Value:
     a, b = (t.select(axis, i) for i in (0, 1))
     c, s = cos.unsqueeze(2), sin.unsqueeze(2)  # [B, L, 1, G, P]
     parts = [y.unsqueeze(axis).name for y in (a * c - b * s, b * c + a * s)]  # as t, with 1 for 2
-    turned = x.made(x.graph.node("Concat", *parts, axis=axis), t.shape).flatten(3)  # [B, L, H, 2GP]
+    turned = x.like(x.graph.node("Concat", *parts, axis=axis), t.shape).flatten(3)  # [B, L, H, 2GP]
     if rotated == width:
         return turned
     rest = x.narrow(3, rotated, width - rotated)
-    return x.made(x.graph.node("Concat", turned.name, rest.name, axis=3), x.shape)
+    return x.like(x.graph.node("Concat", turned.name, rest.name, axis=3), x.shape)
 
 
 def attention(
@@ -160,36 +163,37 @@ def attention(
     vt = v.permute(0, 2, 1, 3).unsqueeze(2)  # [B, K, 1, S, E]
     qt = q.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)  # [B, K, R, L, E]
     qt = qt * (scale / layer_scale)
-    scores = qt.made(g.node("MatMul", qt.name, kt.name), (*qt.shape[:-1], 0))  # [B, K, R, L, S]
+    scores = qt.like(g.node("MatMul", qt.name, kt.name), (*qt.shape[:-1], 0))  # [B, K, R, L, S]
     seen = visible(k, key_start, key_end).name
     least = g.number(LEAST / max(layer_scale, pb_relax, 1.0))
-    scores = scores.made(g.node("Where", seen, scores.name, least), scores.shape)
+    scores = scores.like(g.node("Where", seen, scores.name, least), scores.shape)
     if pb_relax:
         scores = scores / pb_relax
-        most = scores.made(g.node("ReduceMax", scores.name, g.ints(-1)), (*qt.shape[:-1], 1))
+        most = scores.like(g.node("ReduceMax", scores.name, g.ints(-1)), (*qt.shape[:-1], 1))
         scores = (scores - most) * pb_relax
     if layer_scale != 1.0:
         scores = scores * layer_scale
     share = g.node("Where", seen, g.node("Softmax", scores.name, axis=-1), g.number(0.0))
-    y = qt.made(g.node("MatMul", share, vt.name), qt.shape)  # [B, K, R, L, E]
+    y = qt.like(g.node("MatMul", share, vt.name), qt.shape)  # [B, K, R, L, E]
     y = y.permute(0, 3, 1, 2, 4)  # [B, L, K, R, E]
     return y.flatten(2).unflatten(2, q.shape[2:])  # [B, L, H, E]
 
 
 def visible(k: Value, key_start: Value, key_end: Value) -> Value:
-    """bool [B, 1, 1, L, S], made once: all layers have as many keys."""
+    """Returns the mask, bool [B, 1, 1, L, S]. It is made once, because all layers have the same
+    keys."""
     g = k.graph
     scalar = [g.tensor(torch.tensor(n)) for n in (0, 1)]
     count = g.node("Gather", g.node("Shape", k.name), scalar[1], axis=0)
     j = g.node("Range", scalar[0], count, scalar[1])
     start, end = (x.unsqueeze(2).name for x in (key_start, key_end))  # [B, L, 1]
     after = g.node("GreaterOrEqual", j, start)
-    seen = k.made(g.node("And", after, g.node("Less", j, end)), (0, 0, 0), torch.bool)  # [B, L, S]
+    seen = k.like(g.node("And", after, g.node("Less", j, end)), (0, 0, 0), torch.bool)  # [B, L, S]
     return seen.unsqueeze(1).unsqueeze(1)  # [B, 1, 1, L, S]
 
 
 def gelu(x: Value) -> Value:
-    return x.made(x.graph.node("Gelu", x.name, approximate="tanh"), x.shape)
+    return x.like(x.graph.node("Gelu", x.name, approximate="tanh"), x.shape)
 
 
 def geglu(x: Value) -> Value:

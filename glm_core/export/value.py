@@ -1,5 +1,5 @@
-"""What the model's forward is called with to be exported: named values that answer what it asks of
-a tensor and write down the ONNX node for it. What is not here the model may not use."""
+"""Stands in for tensors when the model's forward is exported: each operation on a Value adds the
+ONNX node for it. The model can use only the operations defined here."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Index = int | slice | EllipsisType | None
 
 
 class Value:
-    """A tensor of the graph. Sizes of 0 are known only when it runs; B and L, which are, stay in
-    front, where ONNX's Reshape copies them."""
+    """A tensor of the graph. A size of 0 is known only at run time; such sizes, B and L, must stay
+    in front, where ONNX's Reshape copies them."""
 
     device = torch.device("cpu")
 
@@ -26,65 +26,66 @@ class Value:
     ) -> None:
         self.graph, self.name, self.shape, self.dtype = graph, name, tuple(shape), dtype
 
-    def made(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> Value:
-        """Another value of the same graph, of this one's dtype unless said."""
+    def like(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> Value:
+        """Returns another value of the same graph, by default with this one's dtype."""
         return Value(self.graph, name, shape, dtype or self.dtype)
 
     def reshape(self, *shape: int) -> Value:
-        """Sizes of 0 are those of this value at the same place."""
-        return self.made(self.graph.node("Reshape", self.name, self.graph.ints(*shape)), shape)
+        """Returns the value in another shape. A size of 0 is copied from the same place of this
+        shape."""
+        return self.like(self.graph.node("Reshape", self.name, self.graph.ints(*shape)), shape)
 
     def unflatten(self, dim: int, sizes: Sequence[int]) -> Value:
-        """One size may be -1."""
+        """Splits a dimension; one size may be -1."""
         dim %= len(self.shape)
         known = math.prod(n for n in sizes if n != -1)
         whole = [self.shape[dim] // known if n == -1 else n for n in sizes]
         return self.reshape(*self.shape[:dim], *whole, *self.shape[dim + 1 :])
 
     def flatten(self, start: int) -> Value:
-        """All dimensions from `start` on become one."""
+        """Joins all dimensions from `start` on."""
         start %= len(self.shape)
         return self.reshape(*self.shape[:start], math.prod(self.shape[start:]))
 
     def split_with_sizes(self, sizes: Sequence[int], dim: int) -> list[Value]:
-        """Consecutive parts."""
+        """Returns consecutive parts along a dimension."""
         dim %= len(self.shape)
         g = self.graph
         names = g.nodes("Split", len(sizes), self.name, g.ints(*sizes), axis=dim)
         shapes = [(*self.shape[:dim], n, *self.shape[dim + 1 :]) for n in sizes]
-        return [self.made(*pair) for pair in zip(names, shapes, strict=True)]
+        return [self.like(*pair) for pair in zip(names, shapes, strict=True)]
 
     def transpose(self, a: int, b: int) -> Value:
-        """Two dimensions change places."""
+        """Swaps two dimensions."""
         order = list(range(len(self.shape)))
         order[a], order[b] = order[b], order[a]
         return self.permute(*order)
 
     def permute(self, *order: int) -> Value:
-        """All dimensions in another order."""
+        """Reorders all dimensions."""
         name = self.graph.node("Transpose", self.name, perm=list(order))
-        return self.made(name, [self.shape[i] for i in order])
+        return self.like(name, [self.shape[i] for i in order])
 
     def unsqueeze(self, dim: int) -> Value:
-        """A dimension of 1 before `dim`."""
+        """Inserts a dimension of 1 before `dim`."""
         dim %= len(self.shape) + 1
         name = self.graph.node("Unsqueeze", self.name, self.graph.ints(dim))
-        return self.made(name, (*self.shape[:dim], 1, *self.shape[dim:]))
+        return self.like(name, (*self.shape[:dim], 1, *self.shape[dim:]))
 
     def select(self, dim: int, index: int) -> Value:
-        """One entry of a dimension, which is gone."""
+        """Returns one entry of a dimension, without that dimension."""
         name = self.graph.node(
             "Gather", self.name, self.graph.tensor(torch.tensor(index)), axis=dim
         )
-        return self.made(name, (*self.shape[:dim], *self.shape[dim + 1 :]))
+        return self.like(name, (*self.shape[:dim], *self.shape[dim + 1 :]))
 
     def narrow(self, dim: int, start: int, length: int) -> Value:
-        """Entries [start, start + length) of a dimension of known size."""
+        """Returns entries [start, start + length) of a dimension of known size."""
         g, end = self.graph, start + length
         if (start, end) == (0, self.shape[dim]):
             return self
         name = g.node("Slice", self.name, *(g.ints(x) for x in (start, end, dim)))
-        return self.made(name, (*self.shape[:dim], length, *self.shape[dim + 1 :]))
+        return self.like(name, (*self.shape[:dim], length, *self.shape[dim + 1 :]))
 
     def __getitem__(self, key: Index | tuple[Index, ...]) -> Value:
         items = list(key) if isinstance(key, tuple) else [key]
@@ -103,11 +104,11 @@ class Value:
         return value
 
     def to(self, dtype: torch.dtype) -> Value:
-        """In another dtype."""
+        """Casts to another dtype."""
         if dtype == self.dtype:
             return self
         name = self.graph.node("Cast", self.name, to=ELEMENT[dtype])
-        return self.made(name, self.shape, dtype)
+        return self.like(name, self.shape, dtype)
 
     def float(self) -> Value:
         return self.to(torch.float32)
@@ -122,14 +123,14 @@ class Value:
         return self.unary("Sin")
 
     def unary(self, kind: str) -> Value:
-        """A node that changes neither shape nor dtype."""
-        return self.made(self.graph.node(kind, self.name), self.shape)
+        """Adds a node that changes neither shape nor dtype."""
+        return self.like(self.graph.node(kind, self.name), self.shape)
 
     def binary(self, kind: str, other: Operand, dtype: torch.dtype | None = None) -> Value:
-        """A node that broadcasts."""
+        """Adds a node that broadcasts its two inputs."""
         name = self.graph.node(kind, self.name, operand(self, other))
         shape = other.shape if isinstance(other, Value | Tensor) else ()
-        return self.made(name, _broadcast(self.shape, tuple(shape)), dtype)
+        return self.like(name, _broadcast(self.shape, tuple(shape)), dtype)
 
     def __add__(self, other: Operand) -> Value:
         return self.binary("Add", other)
@@ -150,7 +151,7 @@ Operand = Value | Tensor | int | float
 
 
 def operand(like: Value, x: Operand) -> str:
-    """`x` in the graph; a number in the dtype of `like`."""
+    """Returns the name of `x` in the graph; numbers take the dtype of `like`."""
     if isinstance(x, Value):
         return x.name
     value = x if isinstance(x, Tensor) else torch.tensor(x, dtype=like.dtype)
@@ -163,7 +164,7 @@ def _span(item: slice, size: int) -> tuple[int, int]:
 
 
 def _broadcast(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
-    """A size that is not known wins over 1."""
+    """Returns the broadcast shape; a size that is not known wins over 1."""
     n = max(len(a), len(b))
     pairs = zip((1,) * (n - len(a)) + a, (1,) * (n - len(b)) + b, strict=True)
     return tuple(y if x == 1 else x for x, y in pairs)

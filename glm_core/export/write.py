@@ -1,4 +1,4 @@
-"""One file for prefill and decode: what goes in and out, and how it gets to the disk.
+"""Writes one ONNX file for both prefill and decode, with the KV cache as inputs and outputs.
 
 Shapes: B batch, L tokens of the call, S keys of the cache before it, K kv heads, E head dim, V
 vocabulary."""
@@ -29,13 +29,13 @@ MODEL = "model.onnx"
 
 
 class Past(Window):
-    """The cache as the graph's inputs and outputs: keys and values [B, K, S, E] of each layer."""
+    """The cache as inputs and outputs of the graph: keys and values [B, K, S, E] of each layer."""
 
     def __init__(self, graph: Graph, heads: int, width: int) -> None:
         self._graph, self._heads, self._width = graph, heads, width
 
     def append(self, layer: int, k: Any, v: Any) -> tuple[Any, Any]:
-        """As Window.append, of values of the graph."""
+        """Does what Window.append does, with values of the graph."""
         return self._grown(f"{layer}.key", k), self._grown(f"{layer}.value", v)
 
     def _grown(self, name: str, new: Value) -> Value:
@@ -46,21 +46,21 @@ class Past(Window):
         grown = g.node("Concat", past, rest.name, axis=2)
         g.name_output(grown, present)
         g.port("output", present, torch.float32, (*shape[:2], "keys", shape[3]))
-        keys = rest.made(grown, (0, self._heads, 0, self._width))  # [B, K, S + L, E]
+        keys = rest.like(grown, (0, self._heads, 0, self._width))  # [B, K, S + L, E]
         return keys.transpose(1, 2)  # [B, S + L, K, E]
 
 
 def export(model: GLM, folder: str | Path, *, beside: Sequence[Path] = (), **facts: str) -> Path:
-    """Writes FOLDER/model.onnx and FOLDER/model.onnx.data; FOLDER appears when they are complete.
-    beside: files that are copied there. facts: more entries of the file's metadata than `format`,
-    `config` and `quantization`.
+    """Writes FOLDER/model.onnx and FOLDER/model.onnx.data, and returns the first. FOLDER appears
+    only when both are complete. beside: files to copy there. facts: entries of the file's metadata,
+    in addition to `format`, `config` and `quantization`.
 
-    Inputs: input_ids [B, L] int64, positions [B, 2, L] int64, key_start, key_end [B, L] int64 (the
-    mask, see ops.attention; keys are counted from the cache's first), past_key_values.I.key and
-    .value [B, K, S, E] float32, S = 0 at first. Outputs: logits [B, V] float32 of the last token,
-    present.I.key and .value [B, K, S + L, E].
+    Inputs: input_ids [B, L] int64, positions [B, 2, L] int64, key_start and key_end [B, L] int64
+    (the mask, see ops.attention; keys are counted from the first of the cache),
+    past_key_values.I.key and .value [B, K, S, E] float32, with S = 0 at first. Outputs: logits [B,
+    V] float32 of the last token, present.I.key and .value [B, K, S + L, E].
 
-    Raises CheckpointError where FOLDER exists or cannot be written, UnsupportedOpError for a model
+    Raises CheckpointError if FOLDER exists or cannot be written, UnsupportedOpError for a model
     that cannot be exported."""
     require_onnx()
     _require_exportable(model)
@@ -82,13 +82,13 @@ def export(model: GLM, folder: str | Path, *, beside: Sequence[Path] = (), **fac
 
 
 def require_onnx() -> None:
-    """Raises UnsupportedOpError where the package is not installed."""
+    """Raises UnsupportedOpError if the onnx package is not installed."""
     if importlib.util.find_spec("onnx") is None:
         raise UnsupportedOpError("export: onnx is not installed; pip install 'glm-core[onnx]'")
 
 
 def require_free(folder: Path) -> None:
-    """Raises CheckpointError where the folder exists."""
+    """Raises CheckpointError if the folder exists."""
     if folder.exists():
         raise CheckpointError(f"{folder}: exists; choose a new folder, or remove it")
 
@@ -135,13 +135,13 @@ def _trace(model: GLM, graph: Graph) -> None:
         "key_start": ("batch", "length"),
         "key_end": ("batch", "length"),
     }
-    given = []
+    inputs = []
     for name, shape in ports.items():
         graph.port("input", name, torch.int64, shape)
         sizes = [n if isinstance(n, int) else 0 for n in shape]
-        given.append(Value(graph, name, sizes, torch.int64))
+        inputs.append(Value(graph, name, sizes, torch.int64))
     with dispatch.intercept(translate):
-        hidden = model(*given, Past(graph, c.num_kv_heads, c.head_dim))  # [B, L, D]
+        hidden = model(*inputs, Past(graph, c.num_kv_heads, c.head_dim))  # [B, L, D]
         logits = ops.linear(hidden[:, -1], model.head_weight)
     graph.name_output(logits.name, "logits")
     graph.port("output", "logits", torch.float32, ("batch", c.vocab))

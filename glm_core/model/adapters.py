@@ -1,6 +1,6 @@
-"""Fine-tuning that leaves the base alone: LoRA beside its linears, or a prefix (P-Tuning v2).
+"""Fine-tunes a model whose base stays frozen: LoRA on its linear layers, or a prefix (P-Tuning v2).
 
-Shapes: D in, F out, R rank."""
+Shapes: D input width, F output width, R rank, P prefix length."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ from glm_core.model.prefix import Prefix, values_width
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterConfig:
-    """What is added to the base."""
+    """Which adapters are added to the base, and their sizes."""
 
     kind: Literal["lora", "ptuning"] = "lora"
     rank: int = 8
     """R"""
     alpha: float = 16.0
-    """the product is multiplied by alpha / R"""
+    """LoRA's product is multiplied by alpha / R"""
     targets: str = "attention.qkv attention.out"
-    """linears of every block, out of attention.qkv, attention.out, mlp.up, mlp.down"""
+    """the linear layers of every block that get a LoRA: any of attention.qkv, attention.out,
+    mlp.up, mlp.down"""
     dropout: float = 0.0
-    """share of what goes into A, or of the prefix's values, that is zeroed in training (0.1 for
-    ChatGLM's prefixes)"""
+    """share of a LoRA's inputs, or of the prefix's values, that is zeroed in training (ChatGLM's
+    prefixes: 0.1)"""
     prefix_length: int = 128
-    """P, of ptuning"""
+    """P; ptuning only"""
     prefix_projection: bool = False
-    """the prefix is what two linears make of a smaller or equal table"""
+    """the prefix is computed from a table by two linear layers, instead of being the table"""
     prefix_width: int = 0
     """width of that table; 0 = as published: the model's width (ChatGLM-6B), or with grouped heads
-    that of all keys and values of a token (ChatGLM2, 3)"""
+    the width of all keys and values of a token (ChatGLM2 and 3)"""
 
     def __post_init__(self) -> None:
         odd = sorted(set(self.targets.split()) - set(LINEARS))
@@ -59,7 +60,7 @@ class AdapterConfig:
         )
 
     def table_width(self, model: ModelConfig) -> int:
-        """Of the table that is projected; 0 where none is."""
+        """Returns the width of the table that is projected, or 0 without a projection."""
         if not self.prefix_projection:
             return 0
         grouped = model.num_kv_heads < model.num_heads
@@ -67,8 +68,8 @@ class AdapterConfig:
 
 
 class LoRA(nn.Module):
-    """y = base(x) + (alpha / R) dropout(x) A^T B^T, B zero at first;  A [R, D], B [F, R]. Hu et al.
-    2021, eq. 3 and appendix D (dropout)."""
+    """y = base(x) + (alpha / R) dropout(x) A^T B^T, with A [R, D] and B [F, R], B zero at first.
+    Source: Hu et al. 2021, eq. 3; appendix D for dropout."""
 
     def __init__(self, base: nn.Module, shape: tuple[int, int], config: AdapterConfig) -> None:
         super().__init__()
@@ -78,14 +79,15 @@ class LoRA(nn.Module):
         self.lora_b = nn.Parameter(torch.zeros(shape[0], config.rank))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., F]."""
+        """Maps x [..., D] to [..., F]."""
         fed = nn.functional.dropout(x, self.dropout) if self.dropout and self.training else x
         low = ops.linear(fed, self.lora_a)  # [..., R]
         return self.base(x) + self.scale * ops.linear(low, self.lora_b)
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
-        """The base with the product added to its weight, formed in float32, rounded once."""
+        """Adds the product to the base's weight, formed in float32 and rounded once, and returns
+        the base."""
         weight = getattr(self.base, "weight", None)
         if weight is None or not weight.is_floating_point():
             raise ConfigError(
@@ -97,8 +99,8 @@ class LoRA(nn.Module):
 
 
 def attach(model: GLM, config: AdapterConfig, seed: int = 0) -> GLM:
-    """Freezes the model and puts adapters into it, in place; their values depend on seed and name
-    alone. With LoRA, what the model computes is unchanged until they are trained. Dropout acts in
+    """Freezes the model and puts adapters into it, in place. Their initial values depend on the
+    seed and their names alone. A new LoRA does not change what the model computes. Dropout acts in
     `train` mode only."""
     if adapter_state(model):
         raise ConfigError("the model has adapters already; merge them or load the base again")
@@ -112,8 +114,8 @@ def attach(model: GLM, config: AdapterConfig, seed: int = 0) -> GLM:
 
 
 def _attach_prefix(model: GLM, config: AdapterConfig, seed: int) -> None:
-    """Projected, table and linears start with the variance of torch's own Embedding and Linear, as
-    ChatGLM's do."""
+    """Adds a prefix. With a projection, table and linear layers start with the variances of torch's
+    own Embedding and Linear, as ChatGLM's do."""
     width = config.table_width(model.config)
     prefix = Prefix(model.config, config.prefix_length, width, config.dropout)
     for name, parameter in prefix.named_parameters():
@@ -122,7 +124,7 @@ def _attach_prefix(model: GLM, config: AdapterConfig, seed: int) -> None:
             std = 0.0 if parameter.ndim == 1 else 1 / math.sqrt(3 * parameter.shape[1])
         parameter.data.copy_(normal_draw(seed, f"prefix.{name}", parameter.shape) * std)
     model.prefix = prefix.to(model.embedding.device, model.embedding.dtype)
-    model.register_forward_pre_hook(prefix.before, with_kwargs=True)
+    model.register_forward_pre_hook(prefix.insert, with_kwargs=True)
 
 
 def _attach_lora(model: GLM, config: AdapterConfig, seed: int) -> None:
@@ -149,7 +151,7 @@ def _modules(model: GLM) -> dict[str, LoRA]:
 
 
 def adapter_state(model: GLM) -> dict[str, Tensor]:
-    """The adapters' parameters by name."""
+    """Returns the adapters' parameters by name."""
     prefix = getattr(model, "prefix", None)
     if prefix is not None:
         return {f"prefix.{name}": p for name, p in prefix.named_parameters()}
@@ -161,8 +163,8 @@ def adapter_state(model: GLM) -> dict[str, Tensor]:
 
 
 def merge(model: GLM) -> GLM:
-    """Adds every LoRA to its base weight and takes it out, in place. Raises ConfigError where the
-    base is quantized, or the adapter is a prefix."""
+    """Adds every LoRA to its base weight and removes it, in place. Raises ConfigError if the base
+    is quantized, or if the adapter is a prefix."""
     if hasattr(model, "prefix"):
         raise ConfigError("a prefix is no part of any weight; keep it beside the base")
     for name, lora in _modules(model).items():

@@ -1,5 +1,7 @@
-"""Beam search as GLM-130B defines it (THUDM/GLM-130B generation/strategies.py, BeamSearchStrategy),
-for one prompt. Shapes: N beams that run, V vocabulary."""
+"""Searches with beams for the best continuations of one prompt, by GLM-130B's rules (THUDM/GLM-130B
+generation/strategies.py, BeamSearchStrategy).
+
+Shapes: N running beams, V vocabulary."""
 
 from __future__ import annotations
 
@@ -15,26 +17,29 @@ from glm_core.model.prompt import Prompt
 from glm_core.model.runner import DecodeRow, Runner
 
 BANNED = -65504.0
-"""a banned token's logit, as in GLM-130B: one that is all there is can still come"""
+"""a banned token's logit, as in GLM-130B; finite, so that a banned token can still come if nothing
+else is left"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class BeamSearch:
-    """Defaults are those of GLM-130B's scripts/generate.sh."""
+    """Settings of a beam search. The defaults are those of GLM-130B's scripts/generate.sh."""
 
     num_beams: int = 4
     max_tokens: int = 256
     """new tokens"""
     length_penalty: float = 1.0
-    """score = sum of log-probabilities / ((5 + length) / 6)^length_penalty, length with the prompt
-    and the stop token"""
+    """score = sum of log-probabilities / ((5 + length) / 6)^length_penalty; length includes the
+    prompt and the stop token"""
     no_repeat_ngram: int = 3
-    """no n tokens in a row that were generated before (the prompt's own may come again); 0 = off"""
+    """no n generated tokens in a row may be generated again (n-grams of the prompt may); 0 = off"""
     min_tokens: int = 0
-    """new tokens before a stop token may come"""
+    """new tokens before a stop token is allowed"""
     stop: tuple[int, ...] = ()
+    """tokens that end a beam"""
     sample: bool = False
-    """candidates are drawn by probability, without replacement, in place of the most likely"""
+    """draw candidates by their probability, without replacement, instead of taking the most
+    likely"""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -51,7 +56,7 @@ class BeamSearch:
 
 
 class Hypothesis(NamedTuple):
-    """An answer, without its stop token, and its score under the length penalty."""
+    """A finished continuation without its stop token, and its score under the length penalty."""
 
     tokens: list[int]
     score: float
@@ -59,18 +64,19 @@ class Hypothesis(NamedTuple):
 
 class _Beam(NamedTuple):
     tokens: list[int]
-    """generated so far"""
+    """the tokens generated so far"""
     score: float
     """sum of log-probabilities"""
     parent: int = 0
-    """slot that holds all but the last token"""
+    """the slot whose cache holds all but the last token"""
 
 
 def search(
     model: GLM, prompt: Prompt, settings: BeamSearch, num_ids: int | None = None
 ) -> list[Hypothesis]:
-    """At most `num_beams` answers, best first; beams still running when max_tokens or the context
-    ends are among them. Raises PromptError, GenerationError."""
+    """Returns at most `num_beams` hypotheses, best first. Beams that still run at max_tokens or at
+    the end of the context are among them. num_ids: the tokenizer's vocabulary, if smaller than the
+    model's. Raises PromptError, GenerationError."""
     runner = Runner(model, settings.num_beams)
     runner.require_room(prompt)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -105,7 +111,7 @@ def _advance(
     generator: torch.Generator,
     size: int,
 ) -> list[_Beam]:
-    """The beams that go on from logits [N, V]; those that end join `ended`."""
+    """Returns the beams that go on after logits [N, V], and adds those that end to `ended`."""
     vocab = scores.shape[-1]
     so_far = torch.tensor([b.score for b in running], device=scores.device)
     total = (torch.log_softmax(scores, -1) + so_far[:, None]).flatten()  # [N * V]
@@ -123,7 +129,8 @@ def _advance(
 
 
 def _candidates(total: Tensor, settings: BeamSearch, generator: torch.Generator) -> list[int]:
-    """Places in the flat scores [N * V], best first: enough to keep all beams even if some end."""
+    """Returns indices into the flat scores [N * V], best first, enough to keep all beams even if
+    some end."""
     count = (max(1, len(settings.stop)) + 1) * settings.num_beams
     if settings.sample:
         probabilities = torch.softmax(total, -1).cpu()
@@ -134,7 +141,7 @@ def _candidates(total: Tensor, settings: BeamSearch, generator: torch.Generator)
 
 
 def _banned(logits: Tensor, prompt: Prompt, running: list[_Beam], settings: BeamSearch) -> Tensor:
-    """Logits in which early ends and repeated n-grams cannot come."""
+    """Returns the logits with early stop tokens and repeated n-grams banned."""
     n = settings.no_repeat_ngram
     for row, beam in enumerate(running):
         if len(beam.tokens) < settings.min_tokens:
@@ -150,11 +157,12 @@ def _banned(logits: Tensor, prompt: Prompt, running: list[_Beam], settings: Beam
 
 
 def _penalised(score: float, length: int, settings: BeamSearch) -> float:
+    """Returns the score under the length penalty; see BeamSearch.length_penalty."""
     return score / ((5 + length) / 6) ** settings.length_penalty
 
 
 def _end(beam: _Beam, ended: list[Hypothesis], settings: BeamSearch, length: int) -> None:
-    """Puts an answer among the best so far."""
+    """Adds a finished beam to the best hypotheses so far."""
     ended.append(Hypothesis(beam.tokens, _penalised(beam.score, length, settings)))
     ended.sort(key=lambda h: -h.score)
     del ended[settings.num_beams :]

@@ -1,6 +1,6 @@
-"""Where keys and values of generated sequences stay: static memory, one slot per sequence.
+"""Holds the keys and values of generated sequences in static memory, one slot per sequence.
 
-Shapes: B rows of a call, L tokens of a row, S tokens a slot holds, K kv heads, E head dim."""
+Shapes: B rows of a call, L tokens of a row, S tokens that a slot holds, K kv heads, E head dim."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from glm_core.config import ModelConfig
 
 class Cache:
     """Keys and values of `slots` sequences of at most `length` tokens, allocated once. Storage is
-    [slots, K, S, E], so that a head's keys follow each other; what attention sees is a view."""
+    [slots, K, S, E], so that a head's keys are contiguous; attention sees transposed views."""
 
     def __init__(
         self,
@@ -30,15 +30,17 @@ class Cache:
 
     @property
     def num_bytes(self) -> int:
-        """All of it; it never grows."""
+        """Returns the bytes of the whole cache, which never grows."""
         return self.memory.numel() * self.memory.element_size()
 
     def window(self, first: int, places: Tensor) -> Window:
-        """The slots from `first` on, one per row of a call whose tokens go to `places` [B, L]."""
+        """Returns the cache as one call sees it: row b uses slot `first` + b, and its tokens go to
+        `places` [B, L]."""
         return Window(self.memory[:, :, first : first + len(places)], places)
 
     def copy(self, sources: list[int], targets: list[int], length: int) -> None:
-        """The first `length` tokens of slots `sources` into `targets`, as if at once."""
+        """Copies the first `length` tokens of the slots `sources` into the slots `targets`, all at
+        once."""
         self.memory[:, :, targets, :, :length] = self.memory[:, :, sources, :, :length]
 
 
@@ -52,12 +54,12 @@ class Window:
 
     @property
     def num_keys(self) -> int:
-        """S."""
+        """S"""
         return self._memory.shape[4]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes k, v [B, L, K, E] to the call's places; returns views [B, S, K, E] of all there
-        is."""
+        """Writes k, v [B, L, K, E] to the call's places and returns views [B, S, K, E] of all keys
+        and values."""
         keys, values = self._memory[layer].transpose(2, 3)  # [B, S, K, E]
         keys[self._rows, self._places] = k
         values[self._rows, self._places] = v

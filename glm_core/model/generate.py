@@ -1,7 +1,8 @@
-"""How text is generated: sequences come and go in the slots of one cache, one token per step each.
+"""Generates text: sequences come and go in the slots of one cache, and each step adds one token to
+each.
 
-A sequence's tokens depend on its prompt, settings and seed; with kernels whose rows do not depend
-on the number of rows, to the bit (docs/generation.md says which do)."""
+A sequence's tokens depend on its own prompt, settings and seed alone; to the bit with kernels whose
+rows do not depend on the number of rows (docs/generation.md names them)."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from glm_core.model.sample import Sampling, choose
 
 
 class Generation:
-    """One sequence on its way."""
+    """One sequence: its prompt, settings, slot, and the tokens so far."""
 
     def __init__(self, prompt: Prompt, sampling: Sampling, slot: int, offset: int) -> None:
         self.prompt, self.sampling = prompt, sampling
@@ -25,24 +26,24 @@ class Generation:
         self.read = 0
         """tokens of the prompt that are in the cache"""
         self.tokens: list[int] = []
-        """generated so far, without the stop token"""
+        """tokens generated so far, without the stop token"""
         self.finish = ""
-        """`stop` (a stop token came), `length` (max_tokens or the context is used up), `error`,
-        `cancelled`; empty while it goes on"""
+        """why the sequence ended: `stop` (a stop token came), `length` (max_tokens or the context
+        is used up), `error` or `cancelled`; empty while it runs"""
         self.error: GenerationError | None = None
         self._generator = torch.Generator().manual_seed(sampling.seed)
 
     @property
     def reading(self) -> bool:
-        """Whether some of the prompt is still to be read."""
+        """Returns whether a part of the prompt is still to be read."""
         return self.read < len(self.prompt.tokens)
 
     def draw(self) -> float:
-        """The next uniform number of this sequence's own."""
+        """Returns the next uniform number of this sequence's own generator."""
         return float(torch.rand((), dtype=torch.float64, generator=self._generator))
 
     def take(self, token: int, room: int) -> None:
-        """Adds a token, or ends; room: new tokens that fit the context."""
+        """Adds a token, or ends the sequence. room: new tokens that fit into the context."""
         if token in self.sampling.stop:
             self.finish = "stop"
             return
@@ -51,7 +52,8 @@ class Generation:
             self.finish = "length"
 
     def next(self) -> DecodeRow:
-        """What to feed for the token after; nothing while the prompt is read."""
+        """Returns the row to feed in the next decode step; an idle one while the prompt is still
+        being read."""
         if self.reading:
             return idle(self.read)
         place = len(self.prompt.tokens) + len(self.tokens) - 1
@@ -59,9 +61,9 @@ class Generation:
 
 
 class Decoder:
-    """Up to `slots` sequences that share the model's steps; a Runner comes with its own slots.
-    num_ids: ids the tokenizer knows; the padding of the vocabulary beyond them is never
-    generated."""
+    """Up to `slots` sequences that share the model's steps. A Runner in place of the model brings
+    its own slots. num_ids: ids that the tokenizer knows; the vocabulary's padding beyond them is
+    never generated."""
 
     def __init__(
         self,
@@ -78,11 +80,11 @@ class Decoder:
 
     @property
     def free(self) -> int:
-        """Slots without a sequence."""
+        """Returns the number of slots without a sequence."""
         return self.live.count(None)
 
     def begin(self, prompt: Prompt, sampling: Sampling) -> Generation:
-        """Starts a sequence whose prompt the next steps read. Raises PromptError."""
+        """Starts a sequence whose prompt will be read by the next steps. Raises PromptError."""
         self.runner.require_room(prompt)
         slot = self.live.index(None)
         generation = self.live[slot] = Generation(prompt, sampling, slot, 0)
@@ -90,7 +92,8 @@ class Decoder:
         return generation
 
     def add(self, prompt: Prompt, sampling: Sampling) -> Generation:
-        """Starts a sequence; it has its first token, or is finished. Raises PromptError."""
+        """Starts a sequence and reads its prompt, so that it has its first token or is finished.
+        Raises PromptError."""
         generation = self.begin(prompt, sampling)
         while generation.reading:
             self._read(generation)
@@ -109,8 +112,9 @@ class Decoder:
         return self._start(prompts, settings, 0)
 
     def step(self) -> list[Generation]:
-        """Reads about `chunk` tokens of waiting prompts, in the order they came, then one token for
-        every sequence whose prompt is read; returns those. What is finished has left."""
+        """Reads about `chunk` tokens of waiting prompts, in the order they came, then generates one
+        token for every sequence whose prompt is read. Returns those sequences; finished ones have
+        left their slots."""
         room, begun = self.runner.chunk, list(self._reading)
         for g in begun:
             while g.reading and room > 0:
@@ -123,7 +127,7 @@ class Decoder:
         return going
 
     def cancel(self, generation: Generation) -> None:
-        """Ends a sequence before its time and frees its slot."""
+        """Ends a sequence early and frees its slot."""
         if not generation.finish:
             generation.finish = "cancelled"
             self._release(generation)
@@ -138,7 +142,8 @@ class Decoder:
             self._reading.remove(generation)
 
     def _read(self, generation: Generation) -> int:
-        """The next piece of its prompt, and its first token after the last; how many were read."""
+        """Reads the next chunk of a sequence's prompt, and after the last chunk generates the first
+        token. Returns the number of tokens read."""
         g, before = generation, generation.read
         logits, g.read = self.runner.read(g.slot, [g.prompt], before)
         if not g.reading:
@@ -162,7 +167,8 @@ class Decoder:
         return started
 
     def _choose(self, logits: torch.Tensor, going: list[Generation]) -> None:
-        """A token for each; a row that is not finite ends its own sequence only."""
+        """Chooses a token for each sequence. Logits that are not finite end only their own
+        sequence."""
         logits = logits[:, : self.num_ids]
         finite = torch.isfinite(logits).all(-1).tolist()
         for g, good in zip(going, finite, strict=True):
@@ -195,9 +201,10 @@ def generate(
     padded: bool = False,
     num_ids: int | None = None,
 ) -> list[Generation]:
-    """Continues every prompt; more than `slots` wait their turn. padded: all prompts are read at
-    once, padded on the left, instead of one by one. Raises PromptError for a prompt that cannot be
-    continued, GenerationError where the logits are not finite."""
+    """Continues every prompt; with more prompts than `slots`, the others wait for a free one.
+    padded: read all prompts in one call, padded on the left, instead of one by one. Raises
+    PromptError for a prompt that cannot be continued, GenerationError for logits that are not
+    finite."""
     settings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
     decoder = Decoder(model, len(prompts) if padded else min(slots, len(prompts)), num_ids=num_ids)
     done = decoder.add_padded(prompts, settings) if padded and prompts else []
@@ -216,12 +223,12 @@ def generate(
 def stream(
     model: GLM | Runner, prompt: Prompt, sampling: Sampling, *, num_ids: int | None = None
 ) -> Iterator[int]:
-    """The tokens of `generate`, each as soon as it is known."""
+    """Yields the tokens of `generate`, each as soon as it is known."""
     decoder = Decoder(model, num_ids=num_ids)
-    generation, given = decoder.add(prompt, sampling), 0
+    generation, num_yielded = decoder.add(prompt, sampling), 0
     while True:
-        yield from generation.tokens[given:]
-        given = len(generation.tokens)
+        yield from generation.tokens[num_yielded:]
+        num_yielded = len(generation.tokens)
         if generation.error:
             raise generation.error
         if generation.finish:
@@ -233,18 +240,18 @@ def fill(
     model: GLM | Runner,
     a: Sequence[int],
     sampling: Sampling,
-    pieces: PromptTokenizer,
+    tokenizer: PromptTokenizer,
     num_ids: int | None = None,
 ) -> list[int]:
-    """Part A with all its blanks filled, from left to right, each of them read by those after it
-    (GLM-130B, fill_blanks_generation_api). <eop> and <eos> end a blank. Raises PromptError where A
-    has none."""
-    blanks = {pieces.mask, pieces.smask, pieces.gmask}
-    prompt, tokens = blank(a, pieces, model.config.positions), list(a)
+    """Returns part A with all its blanks filled from left to right; each blank sees the earlier
+    ones filled (GLM-130B, fill_blanks_generation_api). <eop> and <eos> end a blank. Raises
+    PromptError if A has no blank."""
+    blanks = {tokenizer.mask, tokenizer.smask, tokenizer.gmask}
+    prompt, tokens = blank(a, tokenizer, model.config.positions), list(a)
     while True:
-        (answer,) = generate(model, [prompt], sampling, num_ids=num_ids)
-        # a blank that is generated would be filled for ever
-        tokens = fill_blank(tokens, [t for t in answer.tokens if t not in blanks], pieces)
+        (generation,) = generate(model, [prompt], sampling, num_ids=num_ids)
+        # a generated blank would be filled again, without end
+        tokens = fill_blank(tokens, [t for t in generation.tokens if t not in blanks], tokenizer)
         if not blanks & set(tokens):
             return tokens
-        prompt = blank(tokens, pieces, model.config.positions)
+        prompt = blank(tokens, tokenizer, model.config.positions)

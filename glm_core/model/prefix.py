@@ -1,7 +1,8 @@
-"""P-Tuning v2: learned keys and values in front of every text, in every layer, the base frozen.
+"""Adds P-Tuning v2: learned keys and values before every text, in every layer, with the base
+frozen.
 
-Shapes: B batch, L queries, S keys of a call, P prefix length, N layers, K kv heads, E head dim,
-W width of a projected table, D hidden width."""
+Shapes: B batch, L queries, S keys of a call, P prefix length, N layers, K kv heads, E head dim, W
+width of a projected table, D hidden width; S' keys with all prefixes among them."""
 
 from __future__ import annotations
 
@@ -17,17 +18,19 @@ from glm_core.model.glm import Linear
 
 
 class Prefix(nn.Module):
-    """The rows of the table are the prefix: [P, 2N * K * E], of a row seen as [2N, K, E], entries
-    2i and 2i + 1 are key and value of layer i. Projected, the table is [P, W] and that is
-    outer(tanh(inner(table))). Keys are not rotated, positions of the text do not move, and the
-    prefix is visible to every token of the text it stands before. In training, `dropout` of the
-    values of each text are zeroed and the others scaled up. Liu et al. 2021 (P-Tuning v2), section
-    3; ChatGLM-6B's PrefixEncoder and get_prompt (modeling_chatglm.py)."""
+    """A table whose rows are the prefix: [P, 2N * K * E], each row seen as [2N, K, E]; entries 2i
+    and 2i + 1 are the key and value of layer i. With a projection the table is [P, W], and the
+    prefix is outer(tanh(inner(table))).
+
+    Keys are not rotated, the text's positions do not move, and every token of the text sees the
+    whole prefix before it. In training, a share `dropout` of each text's values is zeroed and the
+    others are scaled up. Sources: Liu et al. 2021 (P-Tuning v2), section 3; ChatGLM-6B's
+    PrefixEncoder and get_prompt (modeling_chatglm.py)."""
 
     def __init__(
         self, config: ModelConfig, length: int, width: int = 0, dropout: float = 0.0
     ) -> None:
-        """width: W, 0 without a projection."""
+        """width: W, or 0 without a projection."""
         super().__init__()
         self.length, self.dropout = length, dropout
         self.heads = (config.num_kv_heads, config.head_dim)
@@ -37,7 +40,7 @@ class Prefix(nn.Module):
         self.outer = Linear(config.hidden, values, bias=True) if width else None
 
     def values(self) -> Tensor:
-        """Keys and values of all layers, [P, 2N, K, E]."""
+        """Returns the keys and values of all layers, [P, 2N, K, E]."""
         flat: Tensor = self.table
         if self.inner is not None and self.outer is not None:
             flat = self.outer(torch.tanh(self.inner(flat)))
@@ -45,38 +48,38 @@ class Prefix(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Puts the values in the place of the projection that gives them: computed once, not at
-        each call."""
+        """Replaces the projection by the values that it computes, once and for all calls."""
         flat = self.values().flatten(1)  # [P, 2N * K * E]
         self.table = nn.Parameter(flat, requires_grad=False)
         self.inner = self.outer = None
 
-    def before(
+    def insert(
         self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """A forward pre-hook of GLM: puts the prefix in and moves the mask. Packed samples get a
-        copy each; a sample of one token, which is how batches are padded, gets none unless it is
-        the first. Raises ShapeError where masks of packed samples overlap."""
+        """Is a forward pre-hook of GLM: inserts the prefix and moves the mask. Packed samples get a
+        copy each. A sample of one token, which is how batches are padded, gets none unless it is
+        the first. Raises ShapeError if the masks of packed samples overlap."""
         names = ("tokens", "positions", "key_start", "key_end", "cache")
-        given = {**dict(zip(names, args, strict=False)), **named}
-        start, end, inner = given["key_start"], given["key_end"], given.get("cache")
-        places = Places(start, self.length, inner)
-        given["key_start"] = (start + self.length * places.prior).int()
-        moved = end + self.length * (places.prior + places.own)
-        given["key_end"] = torch.where(end > start, moved, given["key_start"]).int()
+        inputs = {**dict(zip(names, args, strict=False)), **named}
+        start, end, inner = inputs["key_start"], inputs["key_end"], inputs.get("cache")
+        layout = PrefixLayout(start, self.length, inner)
+        inputs["key_start"] = (start + self.length * layout.prior).int()
+        moved = end + self.length * (layout.prior + layout.own)
+        inputs["key_end"] = torch.where(end > start, moved, inputs["key_start"]).int()
         dropout = self.dropout if self.training else 0.0
-        given["cache"] = PrefixWindow(self.values(), places.index, inner, dropout)
-        return (), given
+        inputs["cache"] = PrefixWindow(self.values(), layout.index, inner, dropout)
+        return (), inputs
 
 
 def values_width(config: ModelConfig) -> int:
-    """2N * K * E: what all layers take of one token of a prefix."""
+    """Returns 2N * K * E, the width of all layers' keys and values for one token of a prefix."""
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim
 
 
-class Places:
-    """Where prefixes and keys go. Of each query: `prior` prefixes before its sample's, `own` 1 if
-    it has one of its own;  index [B, S'] picks from [prefix, keys]."""
+class PrefixLayout:
+    """Where prefixes and keys stand in a call. For each query, `prior` counts the prefixes before
+    its sample's own, and `own` is 1 if its sample has one; `index` [B, S'] picks from [prefix,
+    keys]."""
 
     def __init__(self, start: Tensor, length: int, inner: Window | None) -> None:
         if inner is None:
@@ -105,8 +108,8 @@ class Places:
 
 
 def _samples(start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each query: where its sample begins, how many prefixes stand before the sample's own, and
-    whether it has one;  start [B, L]. A sample is a run of queries with one start."""
+    """Returns for each query of start [B, L]: where its sample begins, how many prefixes stand
+    before the sample's own, and whether it has one. A sample is a run of queries with one start."""
     keys = torch.arange(start.shape[1], device=start.device).expand_as(start)
     begins = torch.ones_like(start, dtype=torch.bool)
     begins[:, 1:] = start[:, 1:] != start[:, :-1]
@@ -125,8 +128,8 @@ def _samples(start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class PrefixWindow(Window):
-    """Puts the prefix before the keys and values of a call, or of its cache;  values [P, 2N, K, E].
-    Rows draw their dropout apart, the samples packed in one row share it."""
+    """A cache window that puts the prefix before the keys and values of a call, or of its cache;
+    values [P, 2N, K, E]. Each row draws its own dropout; samples packed into one row share it."""
 
     def __init__(
         self, values: Tensor, index: Tensor, inner: Window | None, dropout: float = 0.0
@@ -136,7 +139,8 @@ class PrefixWindow(Window):
         self._rows = torch.arange(len(index), device=index.device)[:, None]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """k, v [B, L, K, E] -> all there is, [B, S', K, E]."""
+        """Returns prefix and keys, and prefix and values, [B, S', K, E] each;  k, v [B, L, K,
+        E]."""
         if self._inner is not None:
             k, v = self._inner.append(layer, k, v)
         key, value = self._values[:, 2 * layer], self._values[:, 2 * layer + 1]

@@ -1,4 +1,5 @@
-"""Published sizes of the family, and the two small models the project itself trains."""
+"""Lists the published sizes of the family, and the two small models that the project itself
+trains."""
 
 from __future__ import annotations
 
@@ -128,7 +129,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str, **changes: Any) -> ModelConfig:
-    """The preset's config with `changes` applied. Raises ConfigError for an unknown name or
+    """Returns the preset's config with `changes` applied. Raises ConfigError for an unknown name or
     field."""
     if name not in PRESETS:
         raise ConfigError(unknown("preset", name, PRESETS))

@@ -1,8 +1,9 @@
-"""What a model of the family is asked: the tokens, what they see of each other, and where they and
-the tokens to come stand.
+"""Describes a prompt: its tokens, which of them see which, and at which positions they and the
+generated tokens stand.
 
-A prompt is part A (with a blank) and the start of part B, or for the causal members of the family
-just text. Blanks as GLM-130B generates: generate.py, fill_blanks and get_masks_and_position_ids."""
+A prompt is part A (the text with a blank) and the start of part B (what fills it), or plain text
+for the causal members of the family. Blanks are handled as GLM-130B generates: generate.py,
+fill_blanks and get_masks_and_position_ids."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ BLANK = re.compile(r"(\[[sg]?MASK\])")
 
 
 class PromptTokenizer(Protocol):
-    """What a prompt needs of a tokenizer with GLM's blanks."""
+    """The part of a tokenizer with GLM's blanks that prompts need."""
 
     mask: int
     gmask: int
@@ -32,64 +33,65 @@ class PromptTokenizer(Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Prompt:
-    """Tokens to go on from."""
+    """Tokens to be continued."""
 
     tokens: tuple[int, ...]
     sep: int = 0
     """length of part A, whose tokens all see each other; 0: causal"""
     mask: int | None = None
-    """place of the blank in A, whose position all of B keeps; None: positions run on"""
+    """index of the blank in A, at whose position all of B stands; None: positions run on"""
 
     def position(self, place: int) -> tuple[int, int]:
-        """Rows 0 and 1 of the token at `place`, prompt or generated."""
+        """Returns rows 0 and 1 of the positions of the token at index `place`, in the prompt or
+        generated."""
         if place < self.sep or not self.sep:
             return place, 0
         return (place if self.mask is None else self.mask), place - self.sep + 1
 
     def key_end(self, place: int) -> int:
-        """The token at `place` sees those before this one."""
+        """Returns the end of the keys that the token at index `place` sees."""
         return max(place + 1, self.sep)
 
 
 def causal(tokens: Sequence[int]) -> Prompt:
-    """Text that is continued by a causal model (ChatGLM2 and later)."""
+    """Returns the prompt of a text to be continued by a causal model (ChatGLM2 and later)."""
     return Prompt(tuple(tokens))
 
 
-def encode(text: str, pieces: PromptTokenizer) -> list[int]:
-    """The text's ids, with blanks where it spells [MASK], [sMASK] or [gMASK]."""
-    ids = {"[MASK]": pieces.mask, "[sMASK]": pieces.smask, "[gMASK]": pieces.gmask}
+def encode(text: str, tokenizer: PromptTokenizer) -> list[int]:
+    """Returns the text's ids, with blanks where it spells [MASK], [sMASK] or [gMASK]."""
+    ids = {"[MASK]": tokenizer.mask, "[sMASK]": tokenizer.smask, "[gMASK]": tokenizer.gmask}
     return [
         i
         for part in BLANK.split(text)
-        for i in ([ids[part]] if part in ids else pieces.encode(part) if part else [])
+        for i in ([ids[part]] if part in ids else tokenizer.encode(part) if part else [])
     ]
 
 
-def part_a(tokens: Sequence[int], pieces: PromptTokenizer) -> list[int]:
-    """Part A of `tokens`: with [gMASK] at the end where there is no blank, with <eos> where the end
-    is no blank."""
-    blanks = {pieces.mask, pieces.smask, pieces.gmask}
+def part_a(tokens: Sequence[int], tokenizer: PromptTokenizer) -> list[int]:
+    """Returns `tokens` as a complete part A: with [gMASK] at the end if it has no blank, with <eos>
+    at the end if it does not end in a blank."""
+    blanks = {tokenizer.mask, tokenizer.smask, tokenizer.gmask}
     a = list(tokens)
     if not blanks & set(a):
-        return [*a, pieces.gmask]
-    return a if a[-1] in blanks else [*a, pieces.eos]
+        return [*a, tokenizer.gmask]
+    return a if a[-1] in blanks else [*a, tokenizer.eos]
 
 
-def blank(a: Sequence[int], pieces: PromptTokenizer, positions: str) -> Prompt:
-    """The prompt that fills the first blank of part A. positions: the model's kind
-    (ModelConfig.positions); only where there is one row do those of a [gMASK] run on. Raises
-    PromptError where A has no blank."""
-    blanks = {pieces.mask, pieces.smask, pieces.gmask}
+def blank(a: Sequence[int], tokenizer: PromptTokenizer, positions: str) -> Prompt:
+    """Returns the prompt that fills the first blank of part A. positions: the model's kind
+    (ModelConfig.positions); with one row of positions, those of a [gMASK] run on. Raises
+    PromptError if A has no blank."""
+    blanks = {tokenizer.mask, tokenizer.smask, tokenizer.gmask}
     place = next((i for i, token in enumerate(a) if token in blanks), None)
     if place is None:
         raise PromptError("prompt: has no blank; write [MASK], [sMASK] or [gMASK] where it goes")
-    runs_on = positions == "rope" and a[place] == pieces.gmask
-    return Prompt((*a, pieces.sop), len(a), None if runs_on else place)
+    runs_on = positions == "rope" and a[place] == tokenizer.gmask
+    return Prompt((*a, tokenizer.sop), len(a), None if runs_on else place)
 
 
-def fill_blank(a: Sequence[int], answer: Sequence[int], pieces: PromptTokenizer) -> list[int]:
-    """Part A with `answer` in place of its first blank."""
-    blanks = {pieces.mask, pieces.smask, pieces.gmask}
+def fill_blank(a: Sequence[int], text: Sequence[int], tokenizer: PromptTokenizer) -> list[int]:
+    """Returns part A with `text` in place of its first blank."""
+    blanks = {tokenizer.mask, tokenizer.smask, tokenizer.gmask}
     place = next(i for i, token in enumerate(a) if token in blanks)
-    return [*a[:place], *answer, *a[place + 1 :]]
+    return [*a[:place], *text, *a[place + 1 :]]

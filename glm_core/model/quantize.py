@@ -1,5 +1,7 @@
-"""Weights of the four linears per layer as int8 or int4 codes: which rule, converted one matrix at
-a time, and what a model takes on each of several devices."""
+"""Quantises the four linear layers of each block to int8 or int4, one matrix at a time, and counts
+the memory that a model takes on each of several devices.
+
+Shapes: D input width, F output width."""
 
 from __future__ import annotations
 
@@ -16,16 +18,19 @@ from glm_core.config import ModelConfig, check
 from glm_core.model.glm import GLM, LINEARS, Linear
 from glm_core.ops.quant import dequantize, quantize, row_parts
 
+VALUE_BYTES = 2
+"""size of a value that is not quantised: bfloat16 or float16"""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Quantization:
-    """How weights are quantised, and whether activations are rounded for the product."""
+    """How weights are quantized, and whether activations are rounded for the product."""
 
     bits: int = 8
     group: int = 0
-    """inputs that share a scale; 0 = one scale a row, as GLM-130B"""
+    """inputs that share a scale; 0 = one scale per row, as GLM-130B"""
     activation_bits: int = 16
-    """8: activations are rounded to int8 in blocks of 32 at each product"""
+    """8: every product rounds its activations to int8, in blocks of 32"""
 
     def __post_init__(self) -> None:
         check(
@@ -40,111 +45,115 @@ class Quantization:
 
 
 class QuantizedLinear(nn.Module):
-    """y = x w^T + bias through the op `quantized_linear`; everything frozen, gradients pass to x.
-    Takes the place of `Linear`."""
+    """y = x w^T + bias by the op `quantized_linear`, in place of `Linear`. All of it is frozen;
+    gradients pass to x."""
 
     weight: Tensor
     scale: Tensor
     bias: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, how: Quantization) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, quantization: Quantization) -> None:
         super().__init__()
-        self.quantization = how
-        codes, scale = quantize(weight, how.bits, how.group)
+        self.quantization = quantization
+        codes, scale = quantize(weight, quantization.bits, quantization.group)
         self.register_buffer("weight", codes)
         self.register_buffer("scale", scale)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
     @classmethod
     def of(
-        cls, codes: Tensor, scale: Tensor, bias: Tensor | None, how: Quantization
+        cls, codes: Tensor, scale: Tensor, bias: Tensor | None, quantization: Quantization
     ) -> QuantizedLinear:
-        """From codes and scales as a checkpoint stores them; nothing is rounded again."""
-        made = cls.__new__(cls)
-        nn.Module.__init__(made)
-        made.quantization = how
+        """Builds the layer from codes and scales as a checkpoint stores them, without rounding
+        again."""
+        quantized = cls.__new__(cls)
+        nn.Module.__init__(quantized)
+        quantized.quantization = quantization
         for name, value in (("weight", codes), ("scale", scale), ("bias", bias)):
-            made.register_buffer(name, value)
-        return made
+            quantized.register_buffer(name, value)
+        return quantized
 
     def forward(self, x: Tensor) -> Tensor:
-        how = self.quantization
+        quantization = self.quantization
         return ops.quantized_linear(
-            x, self.weight, self.scale, self.bias, how.bits, how.activation_bits
+            x, self.weight, self.scale, self.bias, quantization.bits, quantization.activation_bits
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        """A change of the working dtype leaves the scales in theirs."""
+        """Keeps the dtype of the scales when the working dtype changes."""
         scale = self.scale
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own
         self.scale = scale.to(self.scale.device)
         return self
 
     def dequantized(self) -> Tensor:
-        """w [F, D] in float32."""
+        """Returns w [F, D] in float32."""
         return dequantize(self.weight, self.scale, self.quantization.bits, torch.float32)
 
 
 class Converted(NamedTuple):
-    """One matrix: what quantising did to it."""
+    """The effect of quantising one matrix."""
 
     name: str
     error: float
-    """root mean square of the change over that of the weights"""
+    """root mean square of the weights' change, divided by that of the weights"""
     bytes_before: int
     bytes_after: int
 
 
-def convert(model: GLM, how: Quantization) -> Iterator[Converted]:
-    """Replaces the linears of `model` in place, one at a time: each float matrix is released before
-    the next is touched. Raises ShapeError where a width does not fit."""
+def convert(model: GLM, quantization: Quantization) -> Iterator[Converted]:
+    """Replaces the linear layers of `model` in place, one at a time: each float matrix is released
+    before the next is read. Raises ShapeError for a width that does not fit."""
     for i, block in enumerate(model.blocks):
-        yield from _convert(block, f"blocks.{i}", how)
+        yield from _convert(block, f"blocks.{i}", quantization)
 
 
 def quantize_head(model: GLM, bits: int) -> Converted:
-    """Gives the model a copy of its head in so many bits, groups of 32, activations in int8: what
-    logits are made of from now on, half or a quarter to be read for each token. Embedding and loss
-    stay as they are. Raises ConfigError, and ShapeError for a width that 32 does not divide."""
+    """Gives the model a quantised copy of its head (groups of 32, int8 activations), which from
+    then on computes the logits with half or a quarter of the memory reads. Embedding and loss do
+    not change. Raises ConfigError, and ShapeError for a width that 32 does not divide."""
     head = model.head_weight
-    made = QuantizedLinear(head, None, Quantization(bits=bits, group=32, activation_bits=8))
-    model.head_codes = made
-    return _converted("head", head, made)
+    quantized = QuantizedLinear(head, None, Quantization(bits=bits, group=32, activation_bits=8))
+    model.head_codes = quantized
+    return _converted("head", head, quantized)
 
 
-def _convert(block: nn.Module, prefix: str, how: Quantization) -> Iterator[Converted]:
+def _convert(block: nn.Module, prefix: str, quantization: Quantization) -> Iterator[Converted]:
     for path in LINEARS:
         part, _, attribute = path.rpartition(".")
         owner = block.get_submodule(part)
         linear = getattr(owner, attribute)
         assert isinstance(linear, Linear)
-        quantised = QuantizedLinear(linear.weight, linear.bias, how)
-        setattr(owner, attribute, quantised)
-        yield _converted(f"{prefix}.{path}", linear.weight, quantised)
+        quantized = QuantizedLinear(linear.weight, linear.bias, quantization)
+        setattr(owner, attribute, quantized)
+        yield _converted(f"{prefix}.{path}", linear.weight, quantized)
 
 
-def _converted(name: str, weight: Tensor, made: QuantizedLinear) -> Converted:
+def _converted(name: str, weight: Tensor, quantized: QuantizedLinear) -> Converted:
     change = size = 0.0
     for rows in row_parts(weight):
         part = weight[rows].detach().float()
         back = dequantize(
-            made.weight[rows], made.scale[rows], made.quantization.bits, torch.float32
+            quantized.weight[rows],
+            quantized.scale[rows],
+            quantized.quantization.bits,
+            torch.float32,
         )
         change += float(back.sub_(part).norm()) ** 2
         size += float(part.norm()) ** 2
     error = math.sqrt(change / size) if size else 0.0
-    return Converted(name, error, weight.nbytes, made.weight.nbytes + made.scale.nbytes)
+    return Converted(name, error, weight.nbytes, quantized.weight.nbytes + quantized.scale.nbytes)
 
 
 def build_quantized(
     config: ModelConfig,
     read: Callable[[str, torch.Size], Tensor],
-    how: Quantization,
+    quantization: Quantization,
     dtype: torch.dtype,
 ) -> GLM:
-    """A quantised model whose parameters come one by one from `read(name, shape)`: beside what is
-    finished, at most one layer's float weights are in memory. The rest of the model is in
-    `dtype`."""
+    """Returns a quantised model whose parameters are read one by one by `read(name, shape)`.
+    Besides what is finished, at most one layer's float weights are in memory. Everything not
+    quantised is in `dtype`."""
     with torch.device("meta"):
         model = GLM(config)
     _fill(model, "", read, dtype, recurse=False)
@@ -153,7 +162,7 @@ def build_quantized(
             _fill(part, name, read, dtype)
     for i, block in enumerate(model.blocks):
         _fill(block, f"blocks.{i}", read, dtype)
-        for _ in _convert(block, f"blocks.{i}", how):
+        for _ in _convert(block, f"blocks.{i}", quantization):
             pass
     return model
 
@@ -179,40 +188,46 @@ class DeviceMemory(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Without activations and the runtime's own."""
+        """Weights and cache, without activations and the runtime's own memory."""
         return self.weights + self.cache
 
 
 def device_memory(
-    config: ModelConfig, how: Quantization, devices: int, length: int, batch: int = 1
+    config: ModelConfig, quantization: Quantization, devices: int, length: int, batch: int = 1
 ) -> DeviceMemory:
-    """What inference takes on each of `devices`, 2 bytes for whatever is not quantised: heads, ffn
-    and vocabulary are cut; norms, and the biases and row scales of the two products that are cut
-    along their input (each shard has its own: it is quantised after the cut), are on every
-    device."""
-    c, d = config, config.hidden
-    qkv, inner = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, c.num_heads * c.head_dim
-    up = c.ffn * (1 if c.activation == "gelu" else 2)
-    cut_out = _matrix(qkv / devices, d, how) + _matrix(up / devices, d, how)
-    cut_in = _matrix(d, inner / devices, how) + _matrix(d, c.ffn / devices, how)
-    biases = 2 * (c.qkv_bias * qkv / devices + c.linear_bias * (up / devices + 2 * d))
-    norms = 2 * d * (2 if c.norm == "layer" else 1)
-    per_block = norms * (4 if c.placement == "sandwich" else 2)
-    tables = 2 * c.vocab * d * (1 if c.tied_head else 2) / devices
-    learned = 4 * (c.max_length + 1) * d if c.positions == "learned_2d" else 0
-    weights = c.num_layers * (cut_out + cut_in + biases + per_block) + tables + learned + norms
-    heads = max(c.num_kv_heads / devices, 1)
-    return DeviceMemory(
-        round(weights), round(4 * c.num_layers * batch * length * heads * c.head_dim)
-    )
+    """Returns what inference takes on each of `devices`. Everything not quantised takes 2 bytes per
+    value. Heads, ffn and vocabulary are split over the devices. Norms are on every device, and so
+    are the biases and row scales of the two products that are split along their inputs (each shard
+    has its own, because it is quantised after the split)."""
+    c, d, n = config, config.hidden, devices
+    heads_width = c.num_heads * c.head_dim
+    qkv_width = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+    up_width = c.ffn * (1 if c.activation == "gelu" else 2)
+    qkv = _matrix_bytes(qkv_width / n, d, quantization)
+    out = _matrix_bytes(d, heads_width / n, quantization)
+    up = _matrix_bytes(up_width / n, d, quantization)
+    down = _matrix_bytes(d, c.ffn / n, quantization)
+    split_biases = c.qkv_bias * qkv_width / n + c.linear_bias * up_width / n
+    whole_biases = c.linear_bias * 2 * d
+    norm = d * (2 if c.norm == "layer" else 1)
+    block_norms = norm * (4 if c.placement == "sandwich" else 2)
+    block = qkv + out + up + down + VALUE_BYTES * (split_biases + whole_biases + block_norms)
+    tables = c.vocab * d * (1 if c.tied_head else 2) / n
+    positions = 2 * (c.max_length + 1) * d if c.positions == "learned_2d" else 0
+    weights = c.num_layers * block + VALUE_BYTES * (tables + positions + norm)
+    kv_width = max(c.num_kv_heads / n, 1) * c.head_dim
+    keys_and_values = 2 * c.num_layers * batch * length * kv_width
+    return DeviceMemory(round(weights), round(VALUE_BYTES * keys_and_values))
 
 
-def _matrix(rows: float, columns: float, how: Quantization) -> float:
-    return rows * columns * how.bits / 8 + 2 * rows * (columns / how.group if how.group else 1)
+def _matrix_bytes(rows: float, columns: float, quantization: Quantization) -> float:
+    """Returns the bytes of a quantised matrix: codes, and float16 scales."""
+    groups = columns / quantization.group if quantization.group else 1
+    return rows * columns * quantization.bits / 8 + VALUE_BYTES * rows * groups
 
 
 def model_bytes(model: GLM) -> dict[str, Any]:
-    """Bytes of the quantised linears and of everything else."""
+    """Returns the bytes of the linear layers and of everything else."""
     linears = [m for m in model.modules() if isinstance(m, (QuantizedLinear, Linear))]
     inside = sum(t.nbytes for m in linears for t in (*m.parameters(), *m.buffers()))
     everything = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))

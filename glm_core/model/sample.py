@@ -1,5 +1,7 @@
-"""How the next token is drawn: temperature, top-k, top-p, in this order, as GLM-130B and
-transformers do. Shapes: B rows, V vocabulary."""
+"""Draws the next token: temperature, then top-k, then top-p, the order of GLM-130B and
+transformers.
+
+Shapes: B rows, V vocabulary."""
 
 from __future__ import annotations
 
@@ -17,19 +19,19 @@ class Sampling:
     """How one sequence is continued, and until when."""
 
     max_tokens: int = 256
-    """new tokens; the context may end it before"""
+    """new tokens; the end of the context may come first"""
     temperature: float = 1.0
     """0 = greedy"""
     top_k: int = 0
     """0 = all"""
     top_p: float = 1.0
-    """the fewest most likely tokens with at least this probability together"""
+    """keep the fewest most likely tokens that together have at least this probability"""
     seed: int = 0
-    """of this sequence alone; what else is in the batch does not matter"""
+    """seed of this sequence alone; other sequences of the batch do not matter"""
     min_tokens: int = 0
-    """new tokens before a stop token may come"""
+    """new tokens before a stop token is allowed"""
     stop: tuple[int, ...] = ()
-    """tokens that end the sequence; they are not part of it"""
+    """tokens that end the sequence and are not part of it"""
 
     def __post_init__(self) -> None:
         check(
@@ -47,8 +49,8 @@ class Sampling:
 
 
 def choose(logits: Tensor, settings: Sequence[Sampling], draws: Sequence[float]) -> list[int]:
-    """A token per row of logits [B, V]. draws: uniform in [0, 1), one per row; each row depends on
-    its own settings and draw alone."""
+    """Returns one token for each row of logits [B, V]. draws: one number per row, uniform in [0,
+    1). A row depends on its own settings and draw alone."""
     chosen: list[int] = logits.argmax(-1).tolist()
     rows = [i for i, s in enumerate(settings) if s.temperature > 0 and s.top_k != 1]
     if rows:
@@ -59,7 +61,8 @@ def choose(logits: Tensor, settings: Sequence[Sampling], draws: Sequence[float])
 
 
 def _drawn(logits: Tensor, settings: Sequence[Sampling], draws: Sequence[float]) -> list[int]:
-    """The token in whose share of [0, 1) the draw falls, likely tokens first."""
+    """Returns the token into whose share of [0, 1) the draw falls, with the most likely tokens
+    first."""
 
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from glm_core.data.sampler import Arrays, Batch
+from glm_core.data.sampler import Batch, BatchArrays
 from glm_core.errors import DataError
 from glm_core.model.prompt import Prompt
 from glm_core.pretrained.chat_model import ChatModel
@@ -98,7 +98,7 @@ class ExampleSampler:
 
     def next(self, micro_batch: int) -> Batch:
         """Returns the next `micro_batch` rows, on the CPU."""
-        batch = Arrays(micro_batch, self.length, pad=0)
+        batch = BatchArrays(micro_batch, self.length, pad=0)
         for row in range(micro_batch):
             epoch, number = divmod(self.index + row, len(self.examples))
             order = np.random.default_rng((self.seed, epoch)).permutation(len(self.examples))
@@ -106,7 +106,7 @@ class ExampleSampler:
         self.index += micro_batch
         return batch.freeze()
 
-    def _fill(self, batch: Arrays, row: int, item: Example) -> None:
+    def _fill(self, batch: BatchArrays, row: int, item: Example) -> None:
         prompt, n = item.prompt, item.length
         first_label = len(prompt.tokens) - 1  # the prompt's last token predicts the reply's first
         batch.tokens[row, :n] = (*prompt.tokens, *item.reply[:-1])

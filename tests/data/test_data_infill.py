@@ -83,7 +83,7 @@ def test_a_sample_is_its_text_taken_apart(
     maker = infill(mask_ratio=ratio, min_gmask_ratio=least, span_mean=mean)
     sample = maker.sample(kind, text(n), complete, Random(seed))
     assert rebuilt(sample) == text(n).tolist()
-    assert len(sample.tokens) <= maker.need(kind, n)
+    assert len(sample.tokens) <= maker.max_tokens(kind, n)
     assert len(sample.labels) == len(sample.tokens) == sample.positions.shape[1]
     assert TOKENIZER.sop not in sample.tokens[: sample.sep]
     assert sample.tokens[sample.sep] == TOKENIZER.sop, "B begins where A ends"

@@ -130,7 +130,7 @@ def test_no_target_is_visible_to_its_query(
 def test_an_epoch_is_the_corpus_once(lengths: list[int], seed: int, fields: dict[str, Any]) -> None:
     one = sampler(lengths, seed, **fields)
     seen: list[int] = []
-    for _ in range(len(one._plan)):
+    for _ in range(len(one._current)):
         batch = one.next(1)
         for start, sep, end in samples(batch, 0):
             seen += batch.tokens[0, start:sep].tolist() + batch.labels[0, sep:end].tolist()
@@ -141,7 +141,7 @@ def test_an_epoch_is_the_corpus_once(lengths: list[int], seed: int, fields: dict
 def test_generation_ends_where_its_document_does() -> None:
     """<eop> is predicted once per document, after its last token; never at a cut."""
     one = sampler(gmask_prob=1, sentence_prob=0)
-    labels = torch.cat([one.next(1).labels[0] for _ in range(len(one._plan))])
+    labels = torch.cat([one.next(1).labels[0] for _ in range(len(one._current))])
     before = labels[:-1][labels[1:] == TOKENIZER.eop] - FIRST
     ends = set((np.cumsum(LENGTHS) - 1).tolist())
     ends_of_several_tokens = {end for end, n in zip(sorted(ends), LENGTHS, strict=True) if n > 1}
@@ -163,7 +163,7 @@ def test_documents_meet_others_by_seed_and_epoch() -> None:
     def together(epoch: int, seed: int) -> tuple[int, ...]:
         plan = sampler([5] * 40, seed, gmask_prob=1, sentence_prob=0)._packer.epoch(epoch)
         assert len(plan) > 1
-        return tuple(plan.pieces[: plan.first[1], 0].tolist())
+        return tuple(plan.segments[: plan.first[1], 0].tolist())
 
     drawn = {together(0, 0), together(1, 0), together(0, 1)}
     assert len(drawn) == 3
@@ -172,14 +172,14 @@ def test_documents_meet_others_by_seed_and_epoch() -> None:
 
 def test_sequences_of_one_document_are_shuffled() -> None:
     one = sampler([5000], gmask_prob=1, sentence_prob=0)
-    first = [row[0] for row in rows(one.next(len(one._plan)))]
+    first = [row[0] for row in rows(one.next(len(one._current)))]
     assert first != sorted(first)
 
 
 def test_the_mix_of_kinds_is_the_configs() -> None:
     """Each sequence has one kind; shares within five binomial standard deviations."""
     one = sampler([500] * 150, gmask_prob=0.6, sentence_prob=0.1)
-    n = len(one._plan)
+    n = len(one._current)
     assert n > 1000
     tokens = one.next(n).tokens
     has = torch.stack([(tokens == blank).any(1) for blank in BLANKS]).double()  # [3, n]

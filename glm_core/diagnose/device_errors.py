@@ -38,7 +38,7 @@ def explained(backend: str, subject: str) -> Iterator[None]:
         raise
     except torch._dynamo.exc.TorchDynamoException as error:
         if isinstance(error.__cause__ or error.__context__, GlmCoreError):
-            raise (error.__cause__ or error.__context__) from None  # type: ignore[misc]  # it is one
+            raise (error.__cause__ or error.__context__) from None  # type: ignore[misc]  # a GlmCoreError, as just checked
         raise
     except RUNTIME as error:
         op = op_of(error.__traceback__)

@@ -82,7 +82,7 @@ class QuantizedLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """Keeps the dtype of the scales when the working dtype changes."""
         scale = self.scale
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves _apply untyped
         self.scale = scale.to(self.scale.device)
         return self
 

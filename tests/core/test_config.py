@@ -1,4 +1,5 @@
-"""Configs survive TOML exactly; what is wrong with one is told in full, with the nearest name."""
+"""Configs survive TOML exactly, and an error lists everything that is wrong, with the nearest
+names."""
 
 from __future__ import annotations
 
@@ -124,11 +125,11 @@ def test_dict_reads_back_equal_and_resolved(run: RunConfig) -> None:
 
 
 def test_every_default_is_written_out() -> None:
-    told = config.dumps(RunConfig())
+    text = config.dumps(RunConfig())
     for cls in (ModelConfig, DataConfig, TrainConfig):
         for field in dataclasses.fields(cls):
-            assert f"\n{field.name} = " in told
-    assert "head_dim = 32\n" in told  # derived values too
+            assert f"\n{field.name} = " in text
+    assert "head_dim = 32\n" in text  # derived values too
 
 
 WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
@@ -223,13 +224,13 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_everything_wrong_is_told_at_once_in_one_line(case: str) -> None:
+def test_everything_wrong_is_reported_at_once_in_one_line(case: str) -> None:
     values, expected = WRONG[case]
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as error:
         config.from_dict(RunConfig, values)
     for part in expected:
-        assert part in str(told.value)
-    assert "\n" not in str(told.value)
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_overrides_are_typed_by_their_field() -> None:
@@ -248,7 +249,7 @@ def test_overrides_are_typed_by_their_field() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("assignment", "expected"),
     [
         ("steps=5", "'steps=5': expected table.key=value, for example train.steps=50"),
         ("train.steps", "'train.steps': expected table.key=value"),
@@ -260,10 +261,10 @@ def test_overrides_are_typed_by_their_field() -> None:
         ("train.steps=many", "train.steps: expected int, received 'many'"),
     ],
 )
-def test_wrong_override(given: str, expected: str) -> None:
-    with pytest.raises(ConfigError) as told:
-        config.override(RunConfig(), [given])
-    assert expected in str(told.value)
+def test_wrong_override(assignment: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        config.override(RunConfig(), [assignment])
+    assert expected in str(error.value)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
@@ -277,9 +278,9 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     for content, expected in cases:
         if content is not None:
             path.write_bytes(content)
-        with pytest.raises(ConfigError) as told:
+        with pytest.raises(ConfigError) as error:
             config.load(path)
-        assert expected in str(told.value)
+        assert expected in str(error.value)
     with pytest.raises(ConfigError, match=f"{tmp_path}: cannot be read"):
         config.load(tmp_path)
     assert os.listdir(tmp_path) == ["run.toml"]

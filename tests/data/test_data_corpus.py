@@ -1,4 +1,4 @@
-"""Reading text: which documents, in which order, and every error message."""
+"""Text is read in a fixed order, and every failure has its message."""
 
 from __future__ import annotations
 
@@ -300,7 +300,7 @@ def test_debian_packages_are_fetched_and_unpacked(
 
 
 def test_real_text_from_python_topics(tmp_path: Path) -> None:
-    """The language reference as a corpus: tokenized, sampled, and read back in the sampled text."""
+    """The language reference is tokenized, sampled, and read back from the sampled text."""
     topics = pydoc_data.topics.topics
     (tmp_path / "topics").mkdir()
     for name, text in topics.items():

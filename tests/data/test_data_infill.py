@@ -1,4 +1,5 @@
-"""Blank infilling by its invariants: nothing lost, positions and statistics as published."""
+"""Blank infilling keeps its invariants: nothing is lost, and positions and statistics are the
+published ones."""
 
 from __future__ import annotations
 
@@ -118,7 +119,7 @@ def test_positions_do_not_show_how_long_a_blank_is(
 
 
 def test_the_papers_example_token_by_token() -> None:
-    """x1..x6 with x3 and x5 x6 taken out (arXiv 2103.10360, figure 2), both orders of B."""
+    """Takes x3 and x5 x6 out of x1..x6 (arXiv 2103.10360, figure 2), for both orders of B."""
     x, t = text(6), TOKENIZER
     a = [x[0], x[1], t.mask, x[3], t.mask, t.eos]
     third = ([t.sop, x[2]], [x[2], t.eop], [2, 2], [1, 2])
@@ -140,7 +141,8 @@ def test_the_papers_example_token_by_token() -> None:
     ("continues", "row"), [(False, [0, 1, 2, 2, 2, 2]), (True, [0, 1, 2, 3, 4, 5])]
 )
 def test_generation_token_by_token(continues: bool, row: list[int]) -> None:
-    """Row 0 of what [gMASK] generates: at the blank (GLM), or running on (GLM-130B, one row)."""
+    """Row 0 of what [gMASK] generates stays at the blank (GLM), or runs on (GLM-130B, which has one
+    row)."""
     x, t = text(4), TOKENIZER
     cut = infill(continues).generate(x, 2, complete=False)
     assert cut.tokens.tolist() == [x[0], x[1], t.gmask, t.sop, x[2]]

@@ -1,4 +1,4 @@
-"""Batches by their invariants: the mask, the packing, coverage, order, resuming and slicing."""
+"""Batches keep their invariants: mask, packing, coverage, order, resuming and slicing."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def sampler(
     corpus: str = "c",
     **fields: Any,
 ) -> Sampler:
-    """A sampler over documents of these lengths."""
+    """Returns a sampler over documents of these lengths."""
     config = DataConfig(**{"length": 64, "gmask_prob": 0.4, "sentence_prob": 0.3} | fields)
     ids = np.arange(FIRST, FIRST + sum(lengths), dtype=np.int32)
     tokens = np.insert(ids, np.cumsum(lengths), TOKENIZER.eod)
@@ -56,13 +56,13 @@ def rows(batch: Batch) -> list[list[int]]:
 
 
 def dense(batch: Batch) -> torch.Tensor:
-    """The mask, [B, L, L] bool: may query i see key j?"""
+    """Returns the mask [B, L, L] bool: whether query i sees key j."""
     j = torch.arange(batch.tokens.shape[1])
     return (j >= batch.key_start[..., None]) & (j < batch.key_end[..., None])
 
 
 def samples(batch: Batch, row: int) -> list[tuple[int, int, int]]:
-    """(start, sep, end) of the samples of a row, read from tokens and weights alone."""
+    """Returns (start, sep, end) of a row's samples, derived from tokens and weights alone."""
     tokens, weight = batch.tokens[row].tolist(), batch.loss_weight[row].tolist()
     used = len(tokens) - tokens.count(TOKENIZER.pad)
     edges = [i for i in range(1, used) if weight[i] < weight[i - 1]]
@@ -116,7 +116,7 @@ def test_mask_positions_and_weights_of_packed_samples(
 def test_no_target_is_visible_to_its_query(
     lengths: list[int], seed: int, fields: dict[str, Any]
 ) -> None:
-    """All tokens differ, so the token to be predicted may occur nowhere in what is visible."""
+    """All tokens differ, so a token to be predicted must not occur in what its query sees."""
     batch = sampler(lengths, seed, **fields).next(4)
     mask = dense(batch)
     for row, i in batch.loss_weight.nonzero().tolist():
@@ -189,7 +189,7 @@ def test_the_mix_of_kinds_is_the_configs() -> None:
 
 
 def test_sequences_are_filled() -> None:
-    """What stays empty is the reserve for spans and rests too short to cut a text for."""
+    """Only the reserve for spans, and rests too short to cut a text for, stay empty."""
     batch = sampler([5000], length=256).next(15)
     assert (batch.tokens != TOKENIZER.pad).float().mean() > 0.9
 
@@ -266,17 +266,17 @@ def test_dtypes_shapes_and_moving() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "differences"),
     [
         ({"seed": 1}, "saved with seed=1 (here 0)"),
         ({"corpus": "other"}, "saved with corpus='other' (here 'c')"),
         ({"length": 65}, "saved with length=65 (here 64)"),
     ],
 )
-def test_a_foreign_state_is_refused(change: dict[str, Any], told: str) -> None:
+def test_a_foreign_state_is_refused(change: dict[str, Any], differences: str) -> None:
     with pytest.raises(DataError) as error:
         sampler().restore(sampler(**change).state())
-    assert str(error.value) == f"sampler state: {told}; resume with the same data and seed"
+    assert str(error.value) == f"sampler state: {differences}; resume with the same data and seed"
 
 
 @pytest.mark.parametrize("state", [{}, {"index": "1", "order_hash": "", "of": {}}, {"index": -1}])

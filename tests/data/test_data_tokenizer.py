@@ -1,4 +1,5 @@
-"""The tokenizer: exact round trip, special tokens out of reach of text, decoding, caching."""
+"""The tokenizer round-trips exactly, keeps text apart from special tokens, decodes any ids, and is
+cached."""
 
 from __future__ import annotations
 

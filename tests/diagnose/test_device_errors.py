@@ -1,4 +1,5 @@
-"""A device that gives up is one line that names step, backend, op and the way out; a hang ends."""
+"""A failing device gives one line that names step, backend, op and way out, and a hang ends the
+process."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ def failing(error: Exception, at: int) -> Backend:
     backend.references_only = True
 
     @backend.implements(ops.global_norm)
-    def global_norm(tensors):  # type: ignore[no-untyped-def]
+    def global_norm(tensors):  # type: ignore[no-untyped-def]  # as a kernel may be
         calls[0] += 1
         if calls[0] == at:
             raise error

@@ -1,4 +1,5 @@
-"""LoRA: only adapters are trained, they are kept apart, and merging them changes nothing."""
+"""LoRA trains and saves the adapters alone, and merging them does not change the model's
+results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Beam search against every answer there is, and its rules one by one."""
+"""Beam search agrees with an exhaustive search, and follows its rules one by one."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def log_probabilities(model: GLM, ids: list[int]) -> torch.Tensor:
 
 
 def repeats(ids: tuple[int, ...], n: int) -> bool:
-    """Does a generated token close an n-gram that a generated token closed before?"""
+    """Returns whether a generated token closes an n-gram that an earlier one closed."""
     text, closed = [*PROMPT.tokens, *ids], set()
     for i in range(len(PROMPT.tokens), len(text)):
         gram = tuple(text[i - n + 1 : i + 1])
@@ -55,9 +55,10 @@ def repeats(ids: tuple[int, ...], n: int) -> bool:
     return False
 
 
-def every_answer(model: GLM, settings: BeamSearch) -> list[Hypothesis]:
-    """All answers up to MOST tokens, scored by the definition, one call of the model a token."""
-    answers = []
+def every_hypothesis(model: GLM, settings: BeamSearch) -> list[Hypothesis]:
+    """Returns all continuations up to MOST tokens, scored by the definition with one call of the
+    model per token."""
+    hypotheses = []
     rest = range(V - 1)
     for length in range(MOST + 1):
         for ids in itertools.product(rest, repeat=length):
@@ -76,10 +77,10 @@ def every_answer(model: GLM, settings: BeamSearch) -> list[Hypothesis]:
                     logits[[t for t in rest if repeats((*steps[:i], t), n)]] = -65504
                 score += float(torch.log_softmax(logits, -1)[token])
             total = len(PROMPT.tokens) + len(steps)
-            answers.append(
+            hypotheses.append(
                 Hypothesis(list(ids), score / ((5 + total) / 6) ** settings.length_penalty)
             )
-    return sorted(answers, key=lambda h: -h.score)
+    return sorted(hypotheses, key=lambda h: -h.score)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,7 @@ def every_answer(model: GLM, settings: BeamSearch) -> list[Hypothesis]:
 )
 def test_wide_beams_find_the_best_of_all_answers(built: GLM, settings: dict[str, Any]) -> None:
     wide = BeamSearch(num_beams=(V - 1) ** MOST, max_tokens=MOST, stop=(STOP,), **settings)
-    found, truth = search(built, PROMPT, wide), every_answer(built, wide)
+    found, truth = search(built, PROMPT, wide), every_hypothesis(built, wide)
     for ours, theirs in zip(found[:10], truth, strict=False):
         assert ours.tokens == theirs.tokens
         assert ours.score == pytest.approx(theirs.score, rel=1e-5)

@@ -1,5 +1,5 @@
-"""A backend's whole decode steps: the same bits as op by op, and not where somebody has to see or
-replace an op."""
+"""A backend's whole decode steps give the bits of its ops, and are not used where ops are watched
+or replaced."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ HOW = {
 
 
 def built(name: str, dtype: torch.dtype = torch.float32, how: Quantization | None = None) -> GLM:
-    """Shapes of a published model, small: two layers, a group of heads to a kv head where it has
-    them, an ffn width that is no multiple of a vector."""
+    """Returns a small model in the shapes of a published one: two layers, grouped heads if it has
+    them, and an ffn width that is no multiple of a vector."""
     kv = 2 if preset(name).num_kv_heads != preset(name).num_heads else 4
     small = preset(
         name,
@@ -58,8 +58,8 @@ def built(name: str, dtype: torch.dtype = torch.float32, how: Quantization | Non
 
 
 def run(model: GLM, whole: bool, rows: int = 3) -> tuple[list[Tensor], Tensor]:
-    """Logits of four steps of `rows` sequences that end differently, one of them idle in between,
-    and what the cache holds then."""
+    """Runs four steps of `rows` sequences of different lengths, one of them idle once. Returns the
+    logits, and what the cache holds at the end."""
     prompts = [
         Prompt(tuple(range(7, 12 + b)), sep=4, mask=2) if b % 2 else causal(range(9, 15 + b))
         for b in range(rows)
@@ -73,23 +73,23 @@ def run(model: GLM, whole: bool, rows: int = 3) -> tuple[list[Tensor], Tensor]:
         seen.append(op.name)
         return dispatch.run(op, args, kwargs)
 
-    found = []
+    logits = []
     for step in range(4):
-        asked = [DecodeRow(20 + step + b, prompts[b], places[b] + step) for b in range(rows)]
+        fed = [DecodeRow(20 + step + b, prompts[b], places[b] + step) for b in range(rows)]
         if step == 2:
-            asked[0] = idle(places[0] + step)
+            fed[0] = idle(places[0] + step)
         with dispatch.intercept(None if whole else watch):
-            found.append(runner.decode(asked))
+            logits.append(runner.decode(fed))
     assert bool(seen) is not whole
     assert not isinstance(runner._step, Support)
-    return found, runner.cache.memory
+    return logits, runner.cache.memory
 
 
 def assert_same(model: GLM, rows: int = 3) -> None:
     with registry.use("cpu", strict=True):
-        (one, kept), (other, also) = run(model, True, rows), run(model, False, rows)
+        (one, cache), (other, other_cache) = run(model, True, rows), run(model, False, rows)
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-    assert torch.equal(kept, also)
+    assert torch.equal(cache, other_cache)
     assert all(x.dtype == torch.float32 and x.isfinite().all() for x in one)
 
 

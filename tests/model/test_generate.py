@@ -1,5 +1,5 @@
-"""Generation: with the cache as without it, alone as in a batch, until it stops; blanks; bad
-input."""
+"""Generation gives the same tokens with and without a cache, alone and in a batch; it stops, fills
+blanks, and refuses bad input."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from glm_core.model.sample import Sampling, choose
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_cached_logits_are_those_without_a_cache(kind: str, backend: str) -> None:
-    """Both in float32, both within rounding of float64: twice the error of the uncached call."""
+    """Both are float32; each stays within twice the uncached call's error against float64."""
     built = model(kind)
     exact = model(kind).double()
     with registry.use(backend):
@@ -41,8 +41,8 @@ def test_cached_logits_are_those_without_a_cache(kind: str, backend: str) -> Non
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_do_not_depend_on_the_batch(kind: str, backend: str) -> None:
-    """Alone, in any company, padded on the left, with fewer slots than prompts: the same tokens,
-    sampled ones too."""
+    """Alone, beside any others, padded on the left, with fewer slots than prompts: the tokens are
+    the same, sampled ones too."""
     built, asked = model(kind), prompts(kind)
     settings = [
         dataclasses.replace(GREEDY, seed=i, temperature=t, top_p=0.9)
@@ -58,8 +58,8 @@ def test_tokens_do_not_depend_on_the_batch(kind: str, backend: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_linear_can_make_the_batch_matter(kind: str) -> None:
-    """With products of one row at a time the logits of a step on `cpu` are the same to the bit,
-    alone and in company."""
+    """If products are computed one row at a time, a step's logits on `cpu` have the same bits alone
+    and beside others."""
 
     def by_row(op: dispatch.Op, args: Any, kwargs: Any) -> Any:
         if op is not ops.linear or len(args[0]) == 1:
@@ -213,7 +213,8 @@ def test_settings_are_checked(wrong: dict[str, Any]) -> None:
 
 
 def test_positions_of_a_blank() -> None:
-    """The table of GLM (Du et al. 2022, figure 2): B stays at its blank, row 1 counts."""
+    """Follows the table of GLM (Du et al. 2022, figure 2): B stays at its blank, and row 1
+    counts."""
     a = encode("ab[MASK]c", PIECES)
     prompt = blank(part_a(a, PIECES), PIECES, "rope_2d")
     assert prompt.tokens == (10, 11, 1, 12, 4, 6)
@@ -231,7 +232,8 @@ def test_positions_after_gmask(positions: str, last: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("kind", ["glm", "glm-130b", "chatglm-6b"])
 def test_blanks_are_filled_from_left_to_right(kind: str) -> None:
-    """Filling two blanks is filling the first, writing it into the text, and filling the other."""
+    """Filling two blanks equals filling the first, writing it into the text, and filling the
+    second."""
     built = model(kind)
     settings = dataclasses.replace(GREEDY, max_tokens=4)
     both = fill(built, part_a(encode("ab[MASK]cd[sMASK]e", PIECES), PIECES), settings, PIECES)
@@ -248,7 +250,7 @@ def test_blanks_are_filled_from_left_to_right(kind: str) -> None:
 
 
 def test_text_after_the_blank_matters() -> None:
-    """Part A is read in both directions."""
+    """The model reads part A in both directions."""
     built = model("glm-130b")
     answers = [
         generate(built, [blank(part_a(encode(t, PIECES), PIECES), PIECES, "rope")], GREEDY)[
@@ -315,7 +317,7 @@ def test_a_sequence_that_fails_leaves_the_others_alone() -> None:
 @pytest.mark.parametrize("chunk", [1, 5, 64])
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompts_in_pieces_give_the_same(kind: str, chunk: int) -> None:
-    """Alone and padded on the left; no call is longer than a piece, or than part A."""
+    """Holds alone and padded on the left; no call is longer than a chunk, or than part A."""
     built, asked = model(kind), prompts(kind)
     whole_calls, calls = Runner(built, len(asked)), []
     pieces = Runner(built, len(asked), chunk=chunk)
@@ -332,8 +334,8 @@ def test_prompts_in_pieces_give_the_same(kind: str, chunk: int) -> None:
 
 
 def test_others_go_on_while_a_long_prompt_is_read() -> None:
-    """A step reads one piece; who was there before gets a token in each; all tokens, and what the
-    cache holds, are those of sequences alone."""
+    """A step reads one chunk, and every sequence that was there before gets a token in it. All
+    tokens, and the contents of the cache, are those of sequences alone."""
     built = model("glm-4")
     short, long = causal([1, 2, 3]), causal([1 + i % 50 for i in range(30)])
     alone = [generate(built, [p], GREEDY)[0].tokens for p in (short, long)]

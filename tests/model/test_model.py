@@ -1,4 +1,5 @@
-"""The one model: published sizes, initial weights, what it sees, and its formulas written out."""
+"""The one model has its published sizes and initial weights, sees what it should, and follows the
+papers' formulas."""
 
 from __future__ import annotations
 

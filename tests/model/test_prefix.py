@@ -1,4 +1,5 @@
-"""P-Tuning v2 against attention written out, packed and padded; with a cache; trained."""
+"""P-Tuning v2 equals attention written out, packed and padded; it works with a cache, and it
+trains."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ def test_equals_attention_written_out() -> None:
 
 @torch.no_grad()
 def test_with_a_cache_token_by_token() -> None:
-    """A prompt of six tokens with two pads before it, then one token at a time."""
+    """Reads a prompt of six tokens behind two pads, then one token at a time."""
     glm, given = tuned(), {k: v[2:3] for k, v in batch().items()}
     expected = glm.logits(**given)[:, 2:]
     cache = Cache(glm.config, 1, 20, torch.float64)
@@ -85,4 +86,4 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"prefix.table is \[3, 32\], expected \[3, 64\]"):
         load_adapter(tmp_path / "a.safetensors", base())
     with pytest.raises(ConfigError, match="kind must be one of lora, ptuning"):
-        AdapterConfig(kind="prefix")  # type: ignore[arg-type]
+        AdapterConfig(kind="prefix")  # type: ignore[arg-type]  # no such kind

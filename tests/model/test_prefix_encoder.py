@@ -1,5 +1,5 @@
-"""ChatGLM's prefix: an MLP makes it, some of it is dropped in training, its files are read and
-written."""
+"""ChatGLM's prefix is computed by an MLP, has dropout in training, and is read from and written to
+its files."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def base(**model: Any) -> GLM:
 
 @pytest.mark.parametrize("kind", ["chatglm-6b", "chatglm2", "table"])
 def test_published_files(kind: str, tmp_path: Path) -> None:
-    """Read: the same logits as the encoder's own values give. Written: its state, value by
-    value."""
+    """A file that is read gives the logits of the encoder's own values; a file that is written
+    holds its state, value by value."""
     torch.manual_seed(3)
     heads = 4 if kind == "chatglm-6b" else 2
     values = 2 * 2 * heads * 4
@@ -85,7 +85,8 @@ def test_published_files(kind: str, tmp_path: Path) -> None:
 
 
 def test_dropout_of_a_prefix() -> None:
-    """Each value of each row alone, kept ones scaled up; the text's keys are not touched."""
+    """Each value of each row is dropped by itself and kept ones are scaled up; the text's keys do
+    not change."""
     torch.manual_seed(0)
     values = torch.rand(P, 4, 2, 8) + 1
     k = torch.randn(500, 1, 2, 8)
@@ -121,8 +122,8 @@ def test_dropout_of_lora() -> None:
 
 
 def test_trained_on_a_quantized_base(tmp_path: Path) -> None:
-    """The loss falls, the codes stay, a resumed run is the same to the bit, dropout included; what
-    was saved apart makes the same model again."""
+    """The loss falls and the codes do not change. A resumed run has the same bits, dropout
+    included, and the saved adapter makes the same model again."""
 
     def built() -> GLM:
         model = GLM(config({"init_std": 0.2}).model).init_weights(1)

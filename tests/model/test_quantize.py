@@ -1,4 +1,4 @@
-"""Models with quantised linears: what is replaced, what stays, what it weighs."""
+"""Quantised models: what is replaced, what stays, and how much memory they take."""
 
 from __future__ import annotations
 
@@ -150,8 +150,8 @@ def test_rules_that_do_not_exist_are_reported_together() -> None:
 
 
 def test_conversion_holds_little_beside_what_is_finished(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Allocated bytes as torch's profiler counts them: above what remains, a layer in bfloat16 and
-    less than one more of it."""
+    """Counts allocated bytes with torch's profiler: beyond what remains, one layer in bfloat16 and
+    less than one more."""
     config = ModelConfig(num_layers=6, hidden=256, num_heads=4, ffn=1024, vocab=64, max_length=32)
     monkeypatch.setattr(quant, "WORKING_SET", 1 << 14)
 

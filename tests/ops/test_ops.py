@@ -1,5 +1,5 @@
-"""Each op's declaration is complete, its reference differentiates rightly, and every backend's
-kernels take what the op takes."""
+"""Every op's declaration is complete, its reference has the right gradients, and every backend's
+kernels have the op's parameters."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ SAMPLES = [pytest.param(o, s, id=f"{o.name}-{s.id}") for o in OPS.values() for s
 
 
 def _kind_missing(op: Op) -> set[str]:
-    """Which of the promised kinds of sample the op lacks."""
+    """Returns the promised kinds of sample that the op lacks."""
     samples = [s for s in op.samples() if not s.real]
     sizes, spreads, layouts = set[int](), set[float](), set[bool]()
     for sample in samples:
-        made = sample.make(torch.float32)
-        outputs = op.reference(**made)
+        arguments = sample.make(torch.float32)
+        outputs = op.reference(**arguments)
         results = outputs if isinstance(outputs, tuple) else (outputs,)
-        for value in (*made.values(), *results):
+        for value in (*arguments.values(), *results):
             tensors = value if isinstance(value, list) else [value]
             for t in (t for t in tensors if isinstance(t, torch.Tensor)):
                 sizes.add(t.numel())
@@ -92,8 +92,8 @@ def test_samples_are_the_same_every_time(op: Op, sample: Sample) -> None:
     first, second = (sample.make(torch.bfloat16) for _ in range(2))
     other = sample.make(torch.bfloat16, seed=1)
     flat = [
-        [t for v in made.values() for t in (v if isinstance(v, list) else [v])]
-        for made in (first, second, other)
+        [t for v in arguments.values() for t in (v if isinstance(v, list) else [v])]
+        for arguments in (first, second, other)
     ]
     tensors = [[t for t in f if isinstance(t, torch.Tensor)] for f in flat]
     assert all(torch.equal(a, b) for a, b in zip(*tensors[:2], strict=True))
@@ -103,12 +103,12 @@ def test_samples_are_the_same_every_time(op: Op, sample: Sample) -> None:
 
 def _gradcheck(op: Op, sample: Sample) -> bool:
     """torch.autograd.gradcheck of the reference in float64 with respect to op.differentiable."""
-    made = sample.make(torch.float64)
-    names = [n for n in op.differentiable if isinstance(made.get(n), torch.Tensor)]
-    leaves = [made[n].clone().requires_grad_() for n in names]
+    arguments = sample.make(torch.float64)
+    names = [n for n in op.differentiable if isinstance(arguments.get(n), torch.Tensor)]
+    leaves = [arguments[n].clone().requires_grad_() for n in names]
 
     def function(*tensors: torch.Tensor) -> object:
-        return op.reference(**{**made, **dict(zip(names, tensors, strict=True))})
+        return op.reference(**{**arguments, **dict(zip(names, tensors, strict=True))})
 
     return bool(torch.autograd.gradcheck(function, leaves, fast_mode=True))
 
@@ -129,16 +129,18 @@ def test_reference_gradients_by_finite_differences(op: Op) -> None:
 
 
 def test_gradient_passes_straight_through_rounded_activations() -> None:
-    made = next(s for s in ops.quantized_linear.samples() if s.id.endswith("int4-a8")).make(
+    arguments = next(s for s in ops.quantized_linear.samples() if s.id.endswith("int4-a8")).make(
         torch.float64
     )
     grads = []
     for bits in (8, 16):
-        x = made["x"].clone().requires_grad_()
-        ops.quantized_linear.reference(**{**made, "x": x, "activation_bits": bits}).sum().backward()
+        x = arguments["x"].clone().requires_grad_()
+        ops.quantized_linear.reference(
+            **{**arguments, "x": x, "activation_bits": bits}
+        ).sum().backward()
         grads.append(x.grad)
     assert torch.equal(*grads)
-    assert made["x"].abs().max() > 0
+    assert arguments["x"].abs().max() > 0
 
 
 def test_shrink_scales_the_gradient_alone() -> None:

@@ -1,4 +1,5 @@
-"""Weights to codes and back: GLM-130B's rule and packing, groups, rows of zeros."""
+"""Weights become codes and weights again by GLM-130B's rule and packing, also in groups and for
+rows of zeros."""
 
 from __future__ import annotations
 

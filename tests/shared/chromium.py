@@ -1,4 +1,4 @@
-"""A page as headless Chromium shows it."""
+"""Shows a page in headless Chromium."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ QUIET = "--disable-quic --no-first-run --disable-background-networking --disable
 
 
 def colors(page: Path, folder: Path) -> dict[tuple[int, int, int], float]:
-    """Shares of the colours of a screenshot of 1000 x 3000 pixels."""
+    """Returns the shares of all colours in a screenshot of 1000 x 3000 pixels."""
     from PIL import Image
 
     shot = folder / "shot.png"

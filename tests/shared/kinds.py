@@ -1,4 +1,4 @@
-"""A small model of each kind of the family, a tokenizer of letters, and prompts for it."""
+"""Offers a small model of each kind of the family, a tokenizer of letters, and prompts."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ PIECES = Letters()
 
 
 def model(kind: str, **changes: Any) -> GLM:
-    """Random weights whose logits differ enough for every choice to be clear."""
+    """Returns a model with random weights whose logits differ enough to make every choice clear."""
     sizes = {"num_layers": 2, "hidden": 32, "num_heads": 4, "ffn": 48, "vocab": V}
     config = ModelConfig(**{**sizes, "max_length": LENGTH, **KINDS[kind], **changes})
     built, g = GLM(config), torch.Generator().manual_seed(0)
@@ -59,7 +59,7 @@ def model(kind: str, **changes: Any) -> GLM:
 
 
 def prompts(kind: str) -> list[Prompt]:
-    """Of several lengths, with blanks where the kind has them."""
+    """Returns prompts of several lengths, with blanks if the kind has them."""
     texts = ["ab[MASK]cde", "q[gMASK]", "hello[sMASK]", "somewhatlonger[MASK]textagain"]
     if kind == "glm-4":
         return [causal(PIECES.encode(t.replace("[", "").lower().replace("]", ""))) for t in texts]
@@ -68,7 +68,7 @@ def prompts(kind: str) -> list[Prompt]:
 
 
 def whole(built: GLM, prompt: Prompt, tokens: list[int]) -> Tensor:
-    """Logits after prompt and tokens by one call without any cache."""
+    """Returns the logits after prompt and tokens, computed by one call without a cache."""
     ids = [*prompt.tokens, *tokens]
     places = range(len(ids))
     end = [min(prompt.key_end(i), len(ids)) for i in places]

@@ -1,4 +1,4 @@
-"""Batches for a model with a prefix (P-Tuning v2), and its attention written out."""
+"""Offers batches for a model with a prefix (P-Tuning v2), and its attention written out."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ P, B, L = 3, 4, 12
 
 
 def batch() -> dict[str, Tensor]:
-    """Prefix-LM; three packed samples; left pads; two samples and right pads that see only
-    themselves, as the sampler makes them."""
+    """Returns four rows as the sampler makes them: prefix-LM; three packed samples; left pads; two
+    samples and right pads that see only themselves."""
     i = torch.arange(L)
     start, end = torch.zeros(B, L, dtype=torch.long), (i + 1).repeat(B, 1)
     end[0] = end[0].clamp(min=5)
@@ -35,13 +35,14 @@ def batch() -> dict[str, Tensor]:
     }
 
 
-def written_out(glm: GLM, given: dict[str, Tensor], table: Tensor | None = None) -> Tensor:
-    """The same model, its attention a softmax over [prefix, keys] with a boolean mask."""
+def written_out(glm: GLM, inputs: dict[str, Tensor], table: Tensor | None = None) -> Tensor:
+    """Computes the same model with attention as a softmax over [prefix, keys] under a boolean
+    mask."""
     table = glm.get_parameter("prefix.table").detach() if table is None else table
     plain = GLM(glm.config).double()
     plain.load_state_dict({k: v for k, v in glm.state_dict().items() if "prefix" not in k})
     keys = torch.arange(L)
-    seen = (keys >= given["key_start"][..., None]) & (keys < given["key_end"][..., None])
+    seen = (keys >= inputs["key_start"][..., None]) & (keys < inputs["key_end"][..., None])
     seen = torch.cat((torch.ones(B, L, P, dtype=torch.bool), seen), -1)[:, None]
     c = glm.config
 
@@ -65,5 +66,5 @@ def written_out(glm: GLM, given: dict[str, Tensor], table: Tensor | None = None)
         return run
 
     for i in range(c.num_layers):
-        plain.blocks[i].attention.forward = forward(i)  # type: ignore[method-assign]
-    return plain.logits(**given)
+        plain.blocks[i].attention.forward = forward(i)  # type: ignore[method-assign]  # replaced on purpose
+    return plain.logits(**inputs)

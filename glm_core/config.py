@@ -307,19 +307,20 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
             else:
                 bad.append(f"{path}: expected a table, received {value!r}")
         else:
-            whole = hint is float and type(value) is int and abs(value) < 1 << 53
-            built[key] = float(value) if whole else value
+            # an integer that float64 holds exactly may stand for a float
+            as_float = hint is float and type(value) is int and abs(value) < 1 << 53
+            built[key] = float(value) if as_float else value
             kind = str if typing.get_origin(hint) is Literal else hint
             if isinstance(kind, type) and type(built[key]) is not kind:
                 bad.append(f"{path}: expected {kind.__name__}, received {value!r}")
     if not bad:  # otherwise defaults would stand in for what could not be read
         try:
-            made = cls(**built)
+            config = cls(**built)
         except ConfigError as error:
             bad.append(str(error))
     if strange or bad:
         raise ConfigError("; ".join(strange + bad))
-    return made
+    return config
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         name=chat_model.name,
         tokenizer=chat_model.tokenizer.sha256,
         stop=str(list(chat_model.stop)),
-        beside=chat_model.files,
+        copied_files=chat_model.files,
     )
     size = sum(f.stat().st_size for f in path.parent.iterdir())
     facts = {"model": str(path), "bytes": size, "bits": args.bits, "group": args.group}

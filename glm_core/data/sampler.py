@@ -148,7 +148,7 @@ class Sampler:
             ):
                 mine = self.identity()
             case _:
-                raise DataError("sampler state: not one that was saved; restore a whole checkpoint")
+                raise DataError("sampler state: malformed; restore a whole checkpoint")
         if other := [key for key in mine if mine[key] != saved.get(key)]:
             differences = ", ".join(
                 f"{key}={saved.get(key)!r} (here {mine[key]!r})" for key in other

@@ -72,12 +72,12 @@ class Tokenizer:
         newline)"""
 
     def _id(self, token: str) -> int:
-        found = int(self._processor.piece_to_id(token))
-        if found == self.unk:
+        id = int(self._processor.piece_to_id(token))
+        if id == self.unk:
             raise DataError(
                 f"tokenizer: has no {token} token; train it with glm_core.data.tokenizer.train"
             )
-        return found
+        return id
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`, without special tokens. Raises DataError if `text` is not

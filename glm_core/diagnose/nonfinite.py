@@ -88,22 +88,22 @@ def finite(value: Any) -> bool:
 @contextmanager
 def watch(model: nn.Module) -> Iterator[Watch]:
     """Watches every op call of this thread in the block, and the backward passes that follow."""
-    found = Watch()
+    first = Watch()
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            before = module.register_forward_pre_hook(lambda m, a, name=name: found.enter(name))
-            after = module.register_forward_hook(lambda m, a, out: found.leave())
+            before = module.register_forward_pre_hook(lambda m, a, name=name: first.enter(name))
+            after = module.register_forward_hook(lambda m, a, out: first.leave())
             stack.callback(before.remove)
             stack.callback(after.remove)
         for name, p in model.named_parameters():
             if not p.requires_grad:
                 continue
             hook = p.register_post_accumulate_grad_hook(
-                lambda p, name=name: found.gradient(name, p)
+                lambda p, name=name: first.gradient(name, p)
             )
             stack.callback(hook.remove)
-        stack.enter_context(dispatch.intercept(found.call))
-        yield found
+        stack.enter_context(dispatch.intercept(first.call))
+        yield first
 
 
 def message(subject: str, op: str, parameter: str) -> str:

@@ -37,8 +37,8 @@ class Exported(Runner):
         """Returns the error for logits that are not finite; the ops of the graph cannot be
         watched."""
         return GenerationError(
-            f"token {step}: the logits of the exported model are not finite; generate with the run "
-            "it was exported from, which names the op"
+            f"token {step}: the logits of the exported model are not finite; generate from the "
+            "checkpoint it was exported from, to see which op"
         )
 
     @property
@@ -60,8 +60,8 @@ class Exported(Runner):
         inputs = {name: np.ascontiguousarray(x.long().numpy()) for name, x in feed.items()}
         for name, past in zip(self._names, self._past, strict=True):
             inputs[f"past_key_values.{name}"] = past[:, :, :start]
-        wanted = ["logits", *(f"present.{name}" for name in self._names)]
-        logits, *self._past = self._session.run(wanted, inputs)
+        outputs = ["logits", *(f"present.{name}" for name in self._names)]
+        logits, *self._past = self._session.run(outputs, inputs)
         return torch.from_numpy(logits)
 
 
@@ -73,7 +73,7 @@ def _opened(path: Path) -> Any:
             f"{path}: onnxruntime is not installed; pip install 'glm-core[onnx]'"
         ) from None
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; give a folder of glm-core export")
+        raise CheckpointError(f"{path}: no such file; give a folder that glm-core export wrote")
     try:
         return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except Exception as error:  # its own classes have no common base but this
@@ -83,8 +83,12 @@ def _opened(path: Path) -> Any:
 
 def _config(path: Path, facts: dict[str, str]) -> ModelConfig:
     if facts.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: not written by glm-core export ({FORMAT!r}); export it")
+        raise CheckpointError(
+            f"{path}: not written by glm-core export ({FORMAT!r}); export it again"
+        )
     try:
         return from_dict(ModelConfig, json.loads(facts["config"]))
     except (KeyError, ValueError, ConfigError) as error:
-        raise CheckpointError(f"{path}: no model is described ({error}); export it again") from None
+        raise CheckpointError(
+            f"{path}: its metadata describes no model ({error}); export it again"
+        ) from None

@@ -63,8 +63,8 @@ def quantized_linear(
     block = math.gcd(width // groups, 256) if groups > 1 else BLOCK
     if block < 16:
         raise UnsupportedOpError(
-            f"a group of {width // groups} inputs: MatMulNBits takes blocks of 16, 32, 64, 128 or "
-            "256; quantize in groups of a multiple of 32"
+            f"quantized_linear: the weight has groups of {width // groups} inputs, but MatMulNBits "
+            "takes blocks of 16, 32, 64, 128 or 256; quantize in groups of a multiple of 32"
         )
     count = -(-width // block)
 

@@ -50,10 +50,12 @@ class Past(Window):
         return keys.transpose(1, 2)  # [B, S + L, K, E]
 
 
-def export(model: GLM, folder: str | Path, *, beside: Sequence[Path] = (), **facts: str) -> Path:
+def export(
+    model: GLM, folder: str | Path, *, copied_files: Sequence[Path] = (), **facts: str
+) -> Path:
     """Writes FOLDER/model.onnx and FOLDER/model.onnx.data, and returns the first. FOLDER appears
-    only when both are complete. beside: files to copy there. facts: entries of the file's metadata,
-    in addition to `format`, `config` and `quantization`.
+    only when both are complete. copied_files: files to copy there. facts: entries of the file's
+    metadata, in addition to `format`, `config` and `quantization`.
 
     Inputs: input_ids [B, L] int64, positions [B, 2, L] int64, key_start and key_end [B, L] int64
     (the mask, see ops.attention; keys are counted from the first of the cache),
@@ -71,7 +73,7 @@ def export(model: GLM, folder: str | Path, *, beside: Sequence[Path] = (), **fac
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _write(model, partial / MODEL, facts)
-        for file in beside:
+        for file in copied_files:
             shutil.copy(file, partial)
         partial.rename(folder)
     except OSError as error:
@@ -97,13 +99,13 @@ def _require_exportable(model: GLM) -> None:
     dtype = model.embedding.dtype
     if dtype != torch.float32:
         raise UnsupportedOpError(
-            f"export: a model in {str(dtype).removeprefix('torch.')}; ONNX Runtime's CPU provider "
-            "computes in float32: load it as float32, or quantize its linears"
+            f"export: the model is in {str(dtype).removeprefix('torch.')}, but ONNX Runtime's CPU "
+            "provider computes in float32; load it as float32, or quantize its linear layers"
         )
     if hasattr(model, "prefix"):
         raise UnsupportedOpError(
-            "export: a model with a prefix (P-Tuning); export the base, and feed the prefix as the "
-            "first keys and values of the cache"
+            "export: the model has a prefix (P-Tuning); export the base, and feed the prefix as "
+            "the first keys and values of the cache"
         )
 
 

@@ -52,7 +52,7 @@ class AdapterConfig:
                 "dropout": 0 <= self.dropout < 1 or "must lie in 0 ... 1, 1 excluded",
                 "prefix_projection": not self.prefix_projection
                 or self.kind == "ptuning"
-                or "is of ptuning; use kind=ptuning or leave it out",
+                or "belongs to ptuning; use kind=ptuning or leave it out",
                 "prefix_width": self.prefix_width == 0
                 or (self.prefix_width > 0 and self.prefix_projection)
                 or "must be positive, and needs prefix_projection",
@@ -91,7 +91,7 @@ class LoRA(nn.Module):
         weight = getattr(self.base, "weight", None)
         if weight is None or not weight.is_floating_point():
             raise ConfigError(
-                "a quantized weight cannot take a LoRA in; load the base dequantized, then merge"
+                "merge: a LoRA cannot be added to a quantized weight; dequantize the base first"
             )
         product = self.scale * (self.lora_b.float() @ self.lora_a.float())
         weight.copy_(weight.float() + product)
@@ -103,7 +103,7 @@ def attach(model: GLM, config: AdapterConfig, seed: int = 0) -> GLM:
     seed and their names alone. A new LoRA does not change what the model computes. Dropout acts in
     `train` mode only."""
     if adapter_state(model):
-        raise ConfigError("the model has adapters already; merge them or load the base again")
+        raise ConfigError("adapters: the model has some already; merge them or load the base again")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     if config.kind == "ptuning":
@@ -166,7 +166,7 @@ def merge(model: GLM) -> GLM:
     """Adds every LoRA to its base weight and removes it, in place. Raises ConfigError if the base
     is quantized, or if the adapter is a prefix."""
     if hasattr(model, "prefix"):
-        raise ConfigError("a prefix is no part of any weight; keep it beside the base")
+        raise ConfigError("merge: a prefix is part of no weight; keep it in a file of its own")
     for name, lora in _modules(model).items():
         _replace(model, name, lora.merged())
     return model

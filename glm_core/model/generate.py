@@ -171,17 +171,17 @@ class Decoder:
         sequence."""
         logits = logits[:, : self.num_ids]
         finite = torch.isfinite(logits).all(-1).tolist()
-        for g, good in zip(going, finite, strict=True):
-            if not good:
+        for g, is_finite in zip(going, finite, strict=True):
+            if not is_finite:
                 g.finish, g.error = "error", self._explain(g)
         for i, g in enumerate(going):
             if len(g.tokens) < g.sampling.min_tokens:
                 logits[i, list(g.sampling.stop)] = -torch.inf
-        fine = [i for i, good in enumerate(finite) if good]
+        rows = [i for i, is_finite in enumerate(finite) if is_finite]
         chosen = choose(
-            logits[fine], [going[i].sampling for i in fine], [going[i].draw() for i in fine]
+            logits[rows], [going[i].sampling for i in rows], [going[i].draw() for i in rows]
         )
-        for i, token in zip(fine, chosen, strict=True):
+        for i, token in zip(rows, chosen, strict=True):
             g = going[i]
             g.take(token, self.runner.length - len(g.prompt.tokens) - g.offset)
         for g in going:

@@ -89,7 +89,7 @@ class PrefixLayout:
             first = begin = start[:, :1]
             if (start != first).any():
                 raise ShapeError(
-                    "a prefix with a cache: all queries of a row must start at one key"
+                    "prefix: with a cache, all queries of a row must start at the same key"
                 )
             columns = inner.num_keys
             prior, own = torch.zeros_like(first), torch.ones_like(first)
@@ -116,7 +116,7 @@ def _samples(start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     first = torch.where(begins, keys, 0).cummax(1).values
     if ((start < first) & (first > 0)).any():
         raise ShapeError(
-            "a prefix needs samples that share no keys; a key_start points before its own sample"
+            "prefix: a key_start points before its own sample; pack samples that share no keys"
         )
     number = begins.cumsum(1) - 1  # [B, L]
     counts = torch.zeros_like(number).scatter_add_(1, number, torch.ones_like(number))

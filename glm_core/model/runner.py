@@ -83,8 +83,8 @@ class Runner:
             raise PromptError("prompt: is empty; give at least one token")
         if len(prompt.tokens) + offset >= self.length:
             raise PromptError(
-                f"prompt: {len(prompt.tokens) + offset} tokens leave no room to answer in a "
-                f"context of {self.length}; shorten it to {self.length - 1} at most"
+                f"prompt: {len(prompt.tokens) + offset} tokens leave no room for a reply in "
+                f"a context of {self.length}; shorten it to {self.length - 1} at most"
             )
         vocab = self.config.vocab
         if strange := [t for t in prompt.tokens if not 0 <= t < vocab]:

@@ -55,7 +55,10 @@ def _rounded_rows(weight: Tensor, bits: int, groups: int) -> tuple[Tensor, Tenso
     parts = weight.reshape(len(weight), groups, -1)  # [F, G, D / G]
     scale = (parts.abs().amax(-1) / top).half()
     if not scale.isfinite().all():
-        raise ShapeError("quantize: weight has values that are not finite, or over 65504 * steps")
+        raise ShapeError(
+            "quantize: the weight has values that are not finite, or too large for float16 scales; "
+            "check the checkpoint"
+        )
     step = scale.to(parts)[..., None]  # [F, G, 1]
     codes = torch.where(step > 0, parts / step, 0.0).round_().clamp_(-top, top)
     codes = codes.to(torch.int8).reshape(weight.shape)  # [F, D]

@@ -76,7 +76,7 @@ def test_generate(run_dir: Path, capsys: Any) -> None:
     ("change", "code", "message"),
     [
         (["--prompt", ""], 2, "prompt: is empty"),
-        (["--prompt", "fox " * 800], 2, "no room to answer"),
+        (["--prompt", "fox " * 800], 2, "no room for a reply"),
         (["--run", "/nowhere"], 2, "no such checkpoint"),
         (["--temperature", "-1"], 2, "temperature"),
         (["--backend", "cpx"], 2, "did you mean cpu?"),
@@ -126,7 +126,7 @@ def test_chat(run_dir: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(sys, "stdin", io.StringIO("fox " * 900 + "\n"))
     code, _, err = call(capsys, *command)
     assert code == 0
-    assert "no room to answer" in err
+    assert "no room for a reply" in err
 
 
 def test_a_conversation_that_is_too_long_forgets(
@@ -211,7 +211,7 @@ def test_export(run_dir: Path, tmp_path: Path, capsys: Any) -> None:
         assert (code, out) == (0, call(capsys, "generate", "--run", run_dir, *options)[1])
     generate = ["generate", "--prompt", "a", "--onnx"]
     for folder, more, message in [
-        (tmp_path, [], "no such file; give a folder of glm-core export"),
+        (tmp_path, [], "no such file; give a folder that glm-core export wrote"),
         (
             tmp_path / "plain",
             ["--beams", 2],
@@ -228,7 +228,7 @@ def test_export(run_dir: Path, tmp_path: Path, capsys: Any) -> None:
     for more, message in [
         ([], "out: exists; choose a new folder"),
         (["--bits", 3], "bits=3 must be 8 or 4"),
-        (["--dtype", "bfloat16"], "a model in bfloat16"),
+        (["--dtype", "bfloat16"], "the model is in bfloat16"),
     ]:
         to = tmp_path / ("other" if more else "out")
         code, _, error = call(capsys, *command[:3], to, *more)

@@ -202,7 +202,7 @@ def test_adapters_go_into_the_file(tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path, monkeypatch: Any) -> None:
     built, out = model("glm-4"), tmp_path / "out"
-    with pytest.raises(UnsupportedOpError, match=r"a model in bfloat16; .* load it as float32"):
+    with pytest.raises(UnsupportedOpError, match=r"model is in bfloat16, .* load it as float32"):
         export(model("glm-4").bfloat16(), out)
     tuned = attach(model("glm-4"), AdapterConfig(kind="ptuning", prefix_length=3))
     with pytest.raises(UnsupportedOpError, match="with a prefix"):

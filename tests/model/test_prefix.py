@@ -80,7 +80,7 @@ def test_refusals(tmp_path: Path) -> None:
     given["key_start"][0, 6:] = 3
     with pytest.raises(ShapeError, match="key_start points before its own sample"):
         glm.logits(**given)
-    with pytest.raises(ConfigError, match="a prefix is no part of any weight"):
+    with pytest.raises(ConfigError, match="a prefix is part of no weight"):
         merge(glm)
     save_adapter(tmp_path / "a.safetensors", glm, TUNING)
     with pytest.raises(CheckpointError, match=r"prefix.table is \[3, 32\], expected \[3, 64\]"):

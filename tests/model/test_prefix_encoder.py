@@ -157,7 +157,7 @@ def test_refusals(tmp_path: Path) -> None:
     config = dataclasses.asdict(PROJECTED)
     for change, told in [
         ({"dropout": 1.0}, "dropout=1.0 must lie in 0 ... 1"),
-        ({"kind": "lora"}, "prefix_projection=True is of ptuning"),
+        ({"kind": "lora"}, "prefix_projection=True belongs to ptuning"),
         ({"prefix_projection": False, "prefix_width": 4}, "prefix_width=4 must be positive, and"),
     ]:
         with pytest.raises(ConfigError, match=told):

@@ -124,7 +124,7 @@ def test_the_legacy_interface(server: Any) -> None:
         ({"messages": []}, 400, "messages"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, 400, "must be the user's"),
         ({"messages": [{"role": "robot", "content": "a"}]}, 400, "role"),
-        ({"messages": [{"role": "user", "content": "fox " * 600}]}, 400, "no room to answer"),
+        ({"messages": [{"role": "user", "content": "fox " * 600}]}, 400, "no room for a reply"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, ""),
         ({"n": 2}, 400, "n:"),
         ({"tools": []}, 400, "tools"),

@@ -1,8 +1,9 @@
-"""Lists the faults and benign changes of all op families."""
+"""Lists the faults and benign changes of all op families. To add one, declare it in the module of
+its family: by `fault` or `mutant` if it is wrong, by `benign` if it is honest."""
 
 from __future__ import annotations
 
-from glm_core.faults import (  # noqa: F401  # each declares its own
+from glm_core.faults import (  # noqa: F401  # imported for what they declare
     activation,
     attention,
     embedding,

@@ -26,7 +26,7 @@ _SMALL: dict[str, Any] = {
     "init_std": 0.1,
 }
 # init_std is near hidden^-1/2, as in the published models: with 0.02 at this width softmax, GELU
-# and SiLU would stay in their linear range, where half the bugs do nothing
+# and SiLU would stay in their linear range, where half the faults do nothing
 
 SETUPS: dict[str, tuple[ModelConfig, int]] = {
     "130b": (

@@ -56,7 +56,7 @@ def test_any_ids_decode(trained: Tokenizer, ids: list[int]) -> None:
 def test_special_tokens_are_found_by_name(trained: Tokenizer) -> None:
     ids = [getattr(trained, name) for name in SPECIAL]
     assert len(set(ids)) == len(SPECIAL) == 8
-    assert [trained._pieces.id_to_piece(i) for i in ids] == list(SPECIAL.values())
+    assert [trained._processor.id_to_piece(i) for i in ids] == list(SPECIAL.values())
     assert trained.decode([trained.sop, *trained.encode("the cat"), trained.eop]) == "the cat"
 
 

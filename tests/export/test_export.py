@@ -205,7 +205,7 @@ def test_refusals(tmp_path: Path, monkeypatch: Any) -> None:
     with pytest.raises(UnsupportedOpError, match=r"model is in bfloat16, .* load it as float32"):
         export(model("glm-4").bfloat16(), out)
     tuned = attach(model("glm-4"), AdapterConfig(kind="ptuning", prefix_length=3))
-    with pytest.raises(UnsupportedOpError, match="with a prefix"):
+    with pytest.raises(UnsupportedOpError, match="the model has a prefix"):
         export(tuned, out)
     path = export(built, out)
     with pytest.raises(CheckpointError, match="out: exists; choose a new folder"):

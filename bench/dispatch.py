@@ -19,10 +19,11 @@ def main() -> int:
     """Prints the result. Exits 1 where dispatch costs more than its limit."""
     parser = argparse.ArgumentParser(prog="python -m glm_core.bench.dispatch", description=__doc__)
     parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
     result = measure()
     text = "dispatch adds {overhead_us:.2f} us a call ({low_us:.2f} ... {high_us:.2f})"
-    print(json.dumps(result) if parser.parse_args().json else text.format(**result))
-    return int(result["overhead_us"] > result["limit_us"])  # type: ignore[operator]  # both are numbers
+    print(json.dumps(result) if args.json else text.format(**result))
+    return int(result["overhead_us"] > result["limit_us"])  # type: ignore[operator]  # numbers
 
 
 if __name__ == "__main__":

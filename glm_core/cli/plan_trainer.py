@@ -1,5 +1,4 @@
-"""The steps of our own trainer in `glm-core plan`: dry runs of a rank, and steps on this
-machine."""
+"""Runs the actions of `glm-core plan` that predict steps of our own trainer: dry-run and measure."""
 
 from __future__ import annotations
 

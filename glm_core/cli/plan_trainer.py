@@ -1,4 +1,4 @@
-"""Runs the actions of `glm-core plan` that predict steps of our own trainer: dry-run and measure."""
+"""Runs the actions of `glm-core plan` on steps of our own trainer: dry-run and measure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The bench's arithmetic: ratios, FLOP counts, row contents. Times themselves are never tested."""
+"""Checks the arithmetic of benches: ratios, FLOP counts, row contents. Times themselves are never
+tested."""
 
 from __future__ import annotations
 

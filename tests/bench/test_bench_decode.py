@@ -1,4 +1,4 @@
-"""The decode bench: what its rows count. Times themselves are never tested."""
+"""Checks what the rows of the decode bench count. Times themselves are never tested."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ PEAK = {"tflops": 0.1, "gb_s": 20.0, "source": "measured <here>"}
 
 
 def row(key: str = "k", scale: float = 1.0, seed: int = 0, n: int = 20, **changes: Any) -> Row:
-    """A row of n rounds with 3 % noise of its own and 20 % shared with its peer."""
+    """Returns a row of n rounds with 3 % noise of its own and 20 % shared with its peer."""
     rng = np.random.default_rng(seed)
     shared = np.exp(rng.normal(0, 0.2, n))
     own, peer = (np.exp(rng.normal(0, 0.03, n)) * shared for _ in range(2))
@@ -113,10 +113,10 @@ def test_what_cannot_be_compared(a: Row, b: Row, message: str) -> None:
 
 def test_a_file_gives_back_its_rows_and_appends(tmp_path: Path) -> None:
     path = tmp_path / "new" / "rows.jsonl"
-    told = row(flops=2e6, bytes=1e5, peak=PEAK, notes=("busy",))
-    rows.append([told], path)
-    rows.append([told], path)
-    assert rows.read(path) == [told, told]
+    written = row(flops=2e6, bytes=1e5, peak=PEAK, notes=("busy",))
+    rows.append([written], path)
+    rows.append([written], path)
+    assert rows.read(path) == [written, written]
     derived = json.loads(path.read_text().splitlines()[0])["derived"]
     assert derived["roof_tflops"] == min(0.1, 20 * 20 / 1e3)
     assert derived["times_faster_than_peer"] == pytest.approx(2, rel=0.1)
@@ -141,7 +141,7 @@ def test_a_file_that_holds_something_else(tmp_path: Path, text: str, message: st
         rows.read(path)
 
 
-def test_noise_is_told() -> None:
+def test_noise_is_noted() -> None:
     begin = noise.Counters(1000, 500, 10, 100.0, 0)
     quiet = noise.Counters(2000, 1400, 10, 195.0, 0)
     assert noise.disturbances(begin, quiet) == []
@@ -175,7 +175,7 @@ def test_parts_of_a_step_sum_to_its_time() -> None:
     assert overlapping["host"] == 0
 
 
-def test_the_fastest_profiled_step_is_told_and_an_unlike_one_noted() -> None:
+def test_the_fastest_profiled_step_counts_and_an_untypical_one_is_noted() -> None:
     x, sizes = torch.ones(64, 64), iter([1, 40, 1, 40])
     parts = breakdown.measure(
         lambda: [x @ x for _ in range(next(sizes))], registry.get("reference"), rounds=3
@@ -232,7 +232,7 @@ def test_ceilings_have_units_and_a_peer(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_links_become_rows() -> None:
-    told = {
+    result = {
         "rows": [
             {
                 "op": "all_reduce",
@@ -249,14 +249,14 @@ def test_links_become_rows() -> None:
         "backend": "reference",
         "machine": HERE,
     }
-    (found,) = links.rows(told)
+    (found,) = links.rows(result)
     assert (found.key, found.seconds) == ("comm gloo 2 ranks all_reduce 1024 B", (1e-3,))
     assert found.figures["busbw_gb_s"] == 1.5
 
 
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
-    """A page with two rows under a roof, one above it, a step and a regression."""
+    """Writes a page with two rows under a roof, one above it, a step and a regression."""
     made = [
         row("below", flops=1e7, bytes=1e6, peak=PEAK, figures={"direction": "forward"}),
         row("above", flops=9e8, bytes=1e6, peak=PEAK, figures={"direction": "backward"}),

@@ -1,4 +1,5 @@
-"""A checkpoint is whole or not there; any plan reads what any other wrote, bit for bit."""
+"""Checks that a checkpoint is complete or absent, and that any plan loads any other's, bit for
+bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The collectives' bench: formulas of nccl-tests, columns its parsers read, results checked by
+"""Checks the bench of collectives: formulas of nccl-tests, columns its parsers read, results by
 value. Times themselves are never tested."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The files of docs/deploy: they parse, name the fields that the systems read, start as many
+"""Checks the files of docs/deploy: they parse, name the fields that the systems read, start as many
 processes as their plan has, and every command in them is one that torchrun and glm-core take."""
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The dry run of a rank against formulas written without it, and what it says of bad plans."""
+"""Checks the dry run of a rank against formulas written without it, and its errors for bad
+plans."""
 
 from __future__ import annotations
 
@@ -50,7 +51,7 @@ CASES = [
 
 
 def report(name: str, text: str, rank: int, batch: int, length: int) -> dry_run.Report:
-    """The dry run of one rank."""
+    """Does the dry run of one rank."""
     train = TrainConfig(global_batch=batch, micro_batch=1, dtype="bfloat16", backend="cpu")
     config = RunConfig(model=preset(name), data=DataConfig(length=length), train=train)
     return dry_run.run(config, parse(text), rank, registry.usable("cpu"))
@@ -70,7 +71,7 @@ def test_memory_within_three_percent_and_collectives_exact(case: Any) -> None:
     ("plan", "rank"), [("pp=4", 1), ("pp=2,virtual=2,schedule=interleaved", 0)]
 )
 def test_more_micro_batches_take_no_more_memory(plan: str, rank: int) -> None:
-    """torch's own stage holds receive buffers for every one of them."""
+    """A stage of torch would hold receive buffers for every micro-batch."""
     few, many = (report("glm4-34m", f"{plan},micro_batches={m}", rank, m, 256) for m in (8, 16))
     more = many.peak_bytes - few.peak_bytes
     assert 0 <= more < 8 * 256 * 100  # the rows: tokens, positions, ...; no [256, 512] among it
@@ -126,9 +127,9 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
         "--json",
     ]
     assert main(words) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["collectives"]["all_reduce"] == told["predicted_collectives"]["all_reduce"]
-    assert {"peak_bytes", "predicted_peak_bytes", "seconds", "placement"} <= set(told)
+    result = json.loads(capsys.readouterr().out)
+    assert result["collectives"]["all_reduce"] == result["predicted_collectives"]["all_reduce"]
+    assert {"peak_bytes", "predicted_peak_bytes", "seconds", "placement"} <= set(result)
     big = ["--global-batch", "1", "--preset", "glm-130b", "--plan", "tp=1", "--seq", "16"]
     assert main(["plan", "dry-run", *big]) == 1
     assert "does not fit: 2" in capsys.readouterr().out
@@ -167,16 +168,17 @@ def test_stages_of_a_real_job_hold_what_the_dry_run_says(tmp_path: Path) -> None
     finally:
         server.close()
     assert job.codes == [0, 0, 0, 0], job.told
-    told = [json.loads(output.splitlines()[-1]) for output in job.outputs]
-    print(told)
-    for real, fake in told:
+    peaks = [json.loads(output.splitlines()[-1]) for output in job.outputs]
+    print(peaks)
+    for real, fake in peaks:
         assert real == pytest.approx(fake, rel=MEMORY)
 
 
 def test_the_balance_is_the_one_whose_fullest_stage_holds_least(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of the 28 ways to give six of GLM-130B's eight stages nine layers and two of them eight."""
+    """Compares the 28 ways to give six of GLM-130B's eight stages nine layers and two of them
+    eight."""
     plan = parse("tp=4,pp=8,dp=24,micro_batches=176,recompute=full")
 
     def fullest(light: tuple[int, ...]) -> int:

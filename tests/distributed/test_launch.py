@@ -24,7 +24,7 @@ def test_hostfile() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "fact"),
     [
         ("", "names no host; write lines such as 'worker-1 slots=8'"),
         ("a slots=1\na slots=2", "line 2: a is there already"),
@@ -33,23 +33,23 @@ def test_hostfile() -> None:
     ],
     ids=["empty", "twice", "syntax", "none"],
 )
-def test_bad_hostfiles(text: str, told: str, tmp_path: Path) -> None:
+def test_bad_hostfiles(text: str, fact: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_hostfile(text, "hosts.txt")
-    assert str(caught.value).startswith(f"hosts.txt: {told}")
+    assert str(caught.value).startswith(f"hosts.txt: {fact}")
 
 
 def test_include_and_exclude() -> None:
     assert select_hosts(TWO, "worker-2", "") == [TWO[1]]
     assert select_hosts(TWO, "", "worker-2") == [TWO[0]]
     assert select_hosts(TWO, "", "") == TWO
-    for include, exclude, told in (
+    for include, exclude, fact in (
         ("worker-1", "worker-2", "both are given"),
         ("worker-3", "", "unknown host 'worker-3'; known: worker-1, worker-2"),
         ("worker-1:0,2", "", "single slots cannot be chosen"),
         ("", "worker-1@worker-2", "leaves no host"),
     ):
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises(ConfigError, match=fact):
             select_hosts(TWO, include, exclude)
 
 
@@ -67,7 +67,7 @@ def test_every_host_gets_its_rank_slots_and_variables(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "fact"),
     [
         (["gone.py"], "gone.py: no such script; for a module write -m"),
         (["--include", "a", __file__], "--include, --exclude: choose from a --hostfile"),
@@ -77,9 +77,9 @@ def test_every_host_gets_its_rank_slots_and_variables(monkeypatch: pytest.Monkey
     ],
     ids=["script", "include", "slots", "hostfile", "both"],
 )
-def test_bad_options(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_options(words: list[str], fact: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["launch", *words]) == 2
-    assert told in capsys.readouterr().err
+    assert fact in capsys.readouterr().err
 
 
 def test_dry_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -89,8 +89,8 @@ def test_dry_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "--nproc-per-node=3" in words
     assert words[-2:] == [__file__, "--json"]
     (tmp_path / "hosts").write_text("a slots=1\nb slots=2\n")
-    told = ["--hostfile", str(tmp_path / "hosts"), "--exclude", "b", "--dry-run", __file__]
-    assert cli.main(["launch", *told]) == 0
+    words = ["--hostfile", str(tmp_path / "hosts"), "--exclude", "b", "--dry-run", __file__]
+    assert cli.main(["launch", *words]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert shlex.split(line)[:2] == ["ssh", "-tt"]
 

@@ -1,4 +1,4 @@
-"""Who is whose neighbour, asked of a job of fake processes."""
+"""Checks which ranks are neighbours, in a job of fake processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from glm_core.errors import ConfigError
 
 @contextmanager
 def fake_job(rank: int, world: int) -> Iterator[None]:
-    """One rank of a job whose other ranks do not exist."""
+    """Joins a job as one rank; the other ranks do not exist."""
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     try:
         yield

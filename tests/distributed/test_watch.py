@@ -58,8 +58,8 @@ def test_a_fault_is_named_and_the_next_start_goes_on(
         assert "no progress for 1.5 s, inside op global_norm" in job.outputs[1]
     else:
         assert "rank 1 (pid " in said, job.told
-        told = "is gone or does not answer; last seen in step 3, inside op global_norm\n  rank 1: "
-        assert told in said, job.told
+        fact = "is gone or does not answer; last seen in step 3, inside op global_norm\n  rank 1: "
+        assert fact in said, job.told
     if fault == "hold":  # no Python thread could run there: faulthandler's own words
         assert "in hold" in said, job.told
     again = train(ranks, tmp_path, "")
@@ -101,8 +101,10 @@ def test_a_log_goes_on_where_the_run_does(tmp_path: Path) -> None:
     even = {0: times(1.0, linear=0.6), 1: times(1.05, linear=0.6)}
     for step, found in ((4, slow), (8, even), (12, slow)):
         log.add(straggler.compare(step, found, 2))
-    told = "stragglers: rank 1 in 2 of 3 timed steps, at worst in step 4: 1.50 times the others' "
-    assert log.text().startswith(told + "median, most of it in linear; own times vary by 20.0%")
+    summary = (
+        "stragglers: rank 1 in 2 of 3 timed steps, at worst in step 4: 1.50 times the others' "
+    )
+    assert log.text().startswith(summary + "median, most of it in linear; own times vary by 20.0%")
     resumed = straggler.StragglerLog(tmp_path / "stragglers.json", 9)
     assert resumed.reports == log.reports[:2]
     resumed.add(straggler.compare(12, even, 2))
@@ -127,7 +129,7 @@ def record(rank: int, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("records", "told"),
+    ("records", "verdict"),
     [
         (
             [record(0), record(1, what="op rope", waiting=False), record(2)],
@@ -154,7 +156,7 @@ def record(rank: int, **changes: Any) -> dict[str, Any]:
     ids=["busy", "behind", "deadlock", "silent", "absent"],
 )
 def test_verdict(
-    records: list[dict[str, Any]], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    records: list[dict[str, Any]], verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for r in records:
         one = watch.Record(tmp_path, r["rank"])
@@ -163,7 +165,7 @@ def test_verdict(
     seen = watch.RankWatch(tmp_path / "mine", 0, 3)
     seen.folder = tmp_path
     monkeypatch.setattr(watch.time, "time", lambda: 0.0)
-    assert seen.verdict() == told
+    assert seen.verdict() == verdict
     seen.record.close()
 
 

@@ -21,7 +21,7 @@ PARTS = {"conformance", "alignment", "utilisation"}
 
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
-    """A run of seconds, its own text included; the timed model is as small."""
+    """Returns a run that takes seconds, with its own text; the timed model is as small."""
     text = tmp_path / "text.txt"
     text.write_text("".join(f"The {n}th line counts {n * n} sheep.\n" for n in range(3000)))
     monkeypatch.setattr(examination, "preset", lambda name: ModelConfig(**MODEL))
@@ -38,11 +38,11 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
 
 
 def examined(backend: str, config: RunConfig, folder: Path) -> dict[str, bytes]:
-    """The archive's files."""
-    asked = examination.Examination(
+    """Examines a backend and returns the files of the archive."""
+    settings = examination.Examination(
         backend=backend, config=config, controls=4, op="geglu", rounds=2
     )
-    examination.examine(asked, folder / "doctor.zip")
+    examination.examine(settings, folder / "doctor.zip")
     with zipfile.ZipFile(folder / "doctor.zip") as archive:
         return {name: archive.read(name) for name in archive.namelist()}
 
@@ -61,7 +61,7 @@ def test_one_file_says_everything(backend: str, small: RunConfig, tmp_path: Path
     assert sum(name.endswith(".trace") for name in files) == 2
 
 
-def test_a_part_that_breaks_is_told_and_the_others_go_on(
+def test_a_part_that_fails_is_recorded_and_the_others_run(
     small: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*args: object) -> None:

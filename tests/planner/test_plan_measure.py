@@ -1,5 +1,5 @@
-"""Steps on this machine: factors found again in planted times, what follows from them, the report.
-Times themselves are never tested."""
+"""Checks predictions of steps on this machine: planted factors are recovered from times, steps are
+predicted, the report compares them. Times themselves are never tested."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PLANTED = Machine(
 
 
 def timed(at: Machine, wanted: Timings, slower: float = 1.0) -> dict[str, list[float]]:
-    """What the processes would tell on a machine that is exactly so."""
+    """Returns the times of processes on a machine that is exactly `at`."""
     bare = {
         "gemm bfloat16": [2.0 * this_machine.SIDE**3 / at.peak],
         "memory read": [this_machine.READ / at.bandwidth],
@@ -83,10 +83,10 @@ def test_command_line_predicts_then_measures(
 ) -> None:
     path = tmp_path / "here.json"
     assert main(["plan", "measure", "--json", "--out", str(path)]) == 0
-    told, talk = capsys.readouterr()
-    report = json.loads(told)
+    out, err = capsys.readouterr()
+    report = json.loads(out)
     assert [r["plan"] for r in report["rows"]] == list(this_machine.PLANS)
-    assert talk.count("predicted: ") == len(this_machine.PLANS)
+    assert err.count("predicted: ") == len(this_machine.PLANS)
     assert report["drift"] == pytest.approx(1.2)
     for row in report["rows"]:
         assert row["error"] == pytest.approx(1 / 1.2 - 1, abs=1e-3)
@@ -120,7 +120,7 @@ def test_bad_input_is_one_line_and_exit_2(
 
 @pytest.mark.skipif(not registry.probe("cpu").ok, reason="backend cpu is not built")
 def test_two_processes_do_a_step() -> None:
-    asked = Timings(
+    timings = Timings(
         preset="tiny",
         processes=2,
         length=16,
@@ -129,7 +129,7 @@ def test_two_processes_do_a_step() -> None:
         plans=("dp=2",),
         alone=this_machine.steps_alone(preset("tiny"))[2:3],
     )
-    found = plan_steps.measure(asked)
-    assert set(found) == {"gemm bfloat16", "memory read", asked.alone[0].name, "dp=2"}
+    times = plan_steps.measure(timings)
+    assert set(times) == {"gemm bfloat16", "memory read", timings.alone[0].name, "dp=2"}
     with pytest.raises(ConfigError, match="does not divide global_batch=1"):
-        this_machine.checked_plans(["dp=2"], MODEL, dataclasses.replace(asked, global_batch=1))
+        this_machine.checked_plans(["dp=2"], MODEL, dataclasses.replace(timings, global_batch=1))

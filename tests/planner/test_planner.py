@@ -1,5 +1,5 @@
-"""The planner: clusters with units, FLOPs and bytes against published ones, search, and the fit
-against published runs."""
+"""Checks the planner: clusters with units, FLOPs and bytes against published ones, search, and the
+fit to published runs."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ A100 = cluster.preset("A100-40G", 768)
 BUDGET = search.Budget(tokens=400e9)
 
 
-def written(folder: Path, **told: Any) -> Path:
+def written(folder: Path, **fields: Any) -> Path:
     path = folder / "cluster.json"
-    path.write_text(json.dumps(told))
+    path.write_text(json.dumps(fields))
     return path
 
 
@@ -81,7 +81,7 @@ def test_a_wrong_cluster_file_says_what_is_wrong(
     assert fact in str(caught.value)
 
 
-def test_everything_wrong_is_told_at_once(tmp_path: Path) -> None:
+def test_every_wrong_field_is_reported_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"peak=1 needs.*memory is missing.*power is missing"):
         cluster.load(written(tmp_path, chips=8, chips_per_node=8, peak=1))
     (tmp_path / "broken.json").write_text("{")
@@ -110,7 +110,7 @@ def test_parameters_are_the_models(name: str) -> None:
     ],
 )
 def test_flops_give_the_published_tflops(source: str, model: str, tflops: float) -> None:
-    """From step times that were published beside them, by three groups' own counts."""
+    """Computes TFLOPS from the published step times; three groups counted FLOPs themselves."""
     [run] = [r for r in published.runs() if (r.source, r.model) == (source, model)]
     flops = cost.hardware_flops(run.work, run.plan.recompute) * run.plan.global_batch
     assert flops / run.step_s / run.plan.chips / 1e12 == pytest.approx(tflops, rel=0.005)
@@ -189,7 +189,7 @@ def test_a_nodes_ranks_share_its_links() -> None:
 
 def test_broken_rules_name_values() -> None:
     wrong = Sizing(tp=5, pp=71, dp=3, virtual=2, zero=2, micro_batch=7, global_batch=100)
-    told = "; ".join(broken_rules(wrong, preset("glm-130b")))
+    facts = "; ".join(broken_rules(wrong, preset("glm-130b")))
     for fact in (
         "tp=5 does not divide num_heads=96",
         "pp=71 exceeds num_layers=70",
@@ -197,7 +197,7 @@ def test_broken_rules_name_values() -> None:
         "zero=2 with pp=71",
         "dp * micro_batch = 21 does not divide global_batch=100",
     ):
-        assert fact in told
+        assert fact in facts
     assert broken_rules(AS_RUN, preset("glm-130b")) == []
 
 

@@ -40,11 +40,15 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chip", default="A100-40G", metavar="NAME", help="default %(default)s")
     parser.add_argument("--chips", type=int, default=768, metavar="N", help="default %(default)s")
     parser.add_argument("--cluster", metavar="FILE", help="JSON with units, instead of --chip")
-    parser.add_argument("--tokens", type=float, default=400e9, metavar="T", help="default 400e9")
-    parser.add_argument("--global-batch", type=int, metavar="N", help="default 4224; measure: 8")
+    parser.add_argument(
+        "--tokens", type=float, default=400e9, metavar="T", help="trained on; default 400e9"
+    )
+    parser.add_argument(
+        "--global-batch", type=int, metavar="N", help="sequences; default 4224; measure: 8"
+    )
     parser.add_argument("--seq", type=int, metavar="N", help="tokens; default 2048; measure: 128")
-    parser.add_argument("--days", type=float, metavar="D", help="at most")
-    parser.add_argument("--energy", type=float, metavar="MWH", help="at most")
+    parser.add_argument("--days", type=float, metavar="D", help="limit in days")
+    parser.add_argument("--energy", type=float, metavar="MWH", help="limit in MWh")
     for name in FIXED:
         parser.add_argument(
             f"--{name.replace('_', '-')}", type=int, metavar="N", help="only this value"

@@ -111,7 +111,7 @@ class Sums:
         return Sums(*(getattr(self, f) + getattr(other, f) for f in self.__slots__))
 
 
-class Base:
+class CorrectResult:
     """The correct result, flat, and the groupings its errors are summed over. A group whose root
     mean square is below `least` times the tensor's is measured against that instead."""
 
@@ -130,15 +130,15 @@ class Base:
         )
 
 
-def sums(base: Base, errors: Array) -> list[Sums]:
-    """Sums the errors over every grouping of the base."""
+def sums(correct: CorrectResult, errors: Array) -> list[Sums]:
+    """Sums the errors over every grouping of the correct result."""
     at = np.flatnonzero(errors)
     sparse = at.size < errors.size // 4
-    d, y = (errors[at], base.y[at]) if sparse else (errors, base.y)
+    d, y = (errors[at], correct.y[at]) if sparse else (errors, correct.y)
     up = np.sign(d)
     dy = d * y
     fields = [dy, dy * dy, d, d * d, up * np.sign(y), up, np.abs(up)]
-    pairs = zip(base.groupings, base.fixed_totals, strict=True)
+    pairs = zip(correct.groupings, correct.fixed_totals, strict=True)
     if sparse:
         return [Sums(*fixed, *g.totals_at(at, fields)) for g, fixed in pairs]
     return [Sums(*fixed, *g.totals(fields)) for g, fixed in pairs]

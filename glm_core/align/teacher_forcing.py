@@ -17,7 +17,7 @@ from glm_core.align import statistics
 from glm_core.align.capture import Call
 from glm_core.align.disguise import Regrouped, Rounded
 from glm_core.align.replay import LOW, Results, exact, replay
-from glm_core.align.statistics import Base, Grouping, Scores, Sums, quantile_bins
+from glm_core.align.statistics import CorrectResult, Grouping, Scores, Sums, quantile_bins
 
 SAFETY_FACTOR = {"scale": 3.0, "offset": 3.0, "sign": 2.0, "size": 3.0, "peak": 4.0}
 """by statistic: a candidate may show so many times the benign range, because a kernel may combine
@@ -56,7 +56,7 @@ class Scored(NamedTuple):
 
 
 Pool = dict[tuple[str, str, str], tuple[Sums, float]]
-"""by op, tensor and grouping: the sums over all calls so far, and `Base.least`"""
+"""by op, tensor and grouping: the sums over all calls so far, and `CorrectResult.least`"""
 Runner = Callable[[Call], Results | None]
 """computes a call's results; None where this way of computing them changes nothing"""
 
@@ -66,7 +66,7 @@ class Case:
     """A captured call and its correct results, each with its shape and dtype."""
 
     call: Call
-    bases: dict[str, Base]
+    correct: dict[str, CorrectResult]
     """by result: the correct values and the groups their errors are summed over"""
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
@@ -85,16 +85,16 @@ def _tensors(call: Call) -> list[Tensor]:
 def cases(calls: Iterable[Call]) -> Iterator[Case]:
     """Yields each call with its correct results: computed in float64 and rounded once."""
     for call in calls:
-        correct = exact(call, replay(call, call.op.reference))
+        results = exact(call, replay(call, call.op.reference))
         yield Case(
             call,
-            {n: _base(call, n, y) for n, y in correct.items()},
-            {n: tuple(y.shape) for n, y in correct.items()},
-            {n: y.dtype for n, y in correct.items()},
+            {n: _correct_result(call, n, y) for n, y in results.items()},
+            {n: tuple(y.shape) for n, y in results.items()},
+            {n: y.dtype for n, y in results.items()},
         )
 
 
-def _base(call: Call, name: str, y: Tensor) -> Base:
+def _correct_result(call: Call, name: str, y: Tensor) -> CorrectResult:
     reduced = name in ("d_weight", "d_bias")  # sums over all tokens: rounding scales with the terms
     is_list = name in call.op.mutates or name == "change"
     groupings = statistics.structure((y.numel(),) if is_list else y.shape)
@@ -105,7 +105,7 @@ def _base(call: Call, name: str, y: Tensor) -> Base:
             bins = quantile_bins(values.float().flatten().numpy())
             inner = y.numel() // bins.size
             groupings.append(Grouping(f"bin of {key}", statistics.NUM_BINS, inner, bins))
-    return Base(_array(y), groupings, 1.0 if reduced else 0.03)
+    return CorrectResult(_array(y), groupings, 1.0 if reduced else 0.03)
 
 
 def _array(y: Tensor) -> Any:
@@ -175,18 +175,18 @@ def measure(
 
 
 def _score(measured: Measures, case: Case, results: Results, pool: Pool) -> None:
-    for name in results.keys() & case.bases.keys():
-        base = case.bases[name]
-        errors = base.errors(_array(results[name]))
-        for grouping, s in zip(base.groupings, statistics.sums(base, errors), strict=True):
+    for name in (n for n in case.correct if n in results):
+        correct = case.correct[name]
+        errors = correct.errors(_array(results[name]))
+        for grouping, s in zip(correct.groupings, statistics.sums(correct, errors), strict=True):
             place = (case.call.op.name, name, grouping.name)
-            scores = statistics.scores(s, base.least)
+            scores = statistics.scores(s, correct.least)
             if grouping.groups == 1:
-                peak = np.array([np.abs(errors).max(initial=0.0) / (base.peak + 1e-300)])
+                peak = np.array([np.abs(errors).max(initial=0.0) / (correct.peak + 1e-300)])
                 scores["peak"] = (peak, np.zeros(1))
             measured.scored.append(Scored(*place, scores, case))
             if grouping.groups == 1 or grouping.bins is not None:
-                pool[place] = (pool[place][0] + s if place in pool else s), base.least
+                pool[place] = (pool[place][0] + s if place in pool else s), correct.least
 
 
 def disguises(dtype: torch.dtype) -> dict[str, Runner]:

@@ -10,22 +10,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glm_core.align import statistics
-from glm_core.align.statistics import Base, Grouping, critical_z, excess, quantile_bins, scores
+from glm_core.align.statistics import (
+    CorrectResult,
+    Grouping,
+    critical_z,
+    excess,
+    quantile_bins,
+    scores,
+)
 
 RNG = np.random.default_rng
 
 
-def base(shape: tuple[int, ...], seed: int = 0) -> Base:
+def correct_result(shape: tuple[int, ...], seed: int = 0) -> CorrectResult:
     y = RNG(seed).standard_normal(shape)
     groupings = statistics.structure(shape)
     groupings.append(Grouping("bin", 4, 1, RNG(1).integers(0, 4, y.size).astype(np.uint8)))
-    return Base(y.reshape(-1), groupings, 1e-4)
+    return CorrectResult(y.reshape(-1), groupings, 1e-4)
 
 
 @given(shape=st.lists(st.integers(1, 5), min_size=0, max_size=4).map(tuple))
 @settings(max_examples=40, deadline=None)
 def test_groupings_partition_and_both_ways_of_summing_agree(shape: tuple[int, ...]) -> None:
-    b, x = base(shape), RNG(2).standard_normal(math.prod(shape))
+    b, x = correct_result(shape), RNG(2).standard_normal(math.prod(shape))
     for g in b.groupings:
         at = np.arange(x.size)
         (dense,), (sparse,) = g.totals([x]), g.totals_at(at, [x])
@@ -58,7 +65,7 @@ def test_bins_order_the_key_and_are_about_equally_full(kind: str) -> None:
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_effects_are_what_was_put_in(sparse: bool) -> None:
-    b = base((40, 50))
+    b = correct_result((40, 50))
     touched = RNG(3).random(2000) < (0.1 if sparse else 1.1)
     error = np.where(touched, 1e-3 * b.y, 0.0)
     found = scores(statistics.sums(b, b.errors(b.y + error))[0], b.least)
@@ -71,7 +78,7 @@ def test_effects_are_what_was_put_in(sparse: bool) -> None:
 
 
 def test_signs_count_where_few_elements_differ_and_it_matters() -> None:
-    b, at = base((100, 100)), np.arange(0, 10_000, 50)
+    b, at = correct_result((100, 100)), np.arange(0, 10_000, 50)
 
     def sign(elements: np.ndarray, by: float) -> float:
         result = b.y.copy()
@@ -85,17 +92,17 @@ def test_signs_count_where_few_elements_differ_and_it_matters() -> None:
 
 
 def test_sums_add_up_over_calls() -> None:
-    a, b = base((30, 8), 4), base((30, 8), 5)
+    a, b = correct_result((30, 8), 4), correct_result((30, 8), 5)
     errors = [x.errors(x.y * (1 + 1e-3)) for x in (a, b)]
     pooled = statistics.sums(a, errors[0])[0] + statistics.sums(b, errors[1])[0]
-    both = Base(np.concatenate((a.y, b.y)), statistics.structure((60, 8)), 1e-4)
+    both = CorrectResult(np.concatenate((a.y, b.y)), statistics.structure((60, 8)), 1e-4)
     whole = statistics.sums(both, np.concatenate(errors))[0]
     for name in pooled.__slots__:
         np.testing.assert_allclose(getattr(pooled, name), getattr(whole, name))
 
 
 def test_what_is_not_finite_or_of_another_shape_is_as_wrong_as_can_be() -> None:
-    b = base((4, 4))
+    b = correct_result((4, 4))
     bad = b.y.copy()
     bad[3] = np.nan
     assert b.errors(bad)[3] == 1e30
@@ -105,7 +112,7 @@ def test_what_is_not_finite_or_of_another_shape_is_as_wrong_as_can_be() -> None:
 def test_small_groups_are_measured_against_the_tensor() -> None:
     y = np.ones((10, 10))
     y[3] = 1e-9
-    b = Base(y.reshape(-1), statistics.structure(y.shape), 0.03)
+    b = CorrectResult(y.reshape(-1), statistics.structure(y.shape), 0.03)
     rows = next(i for i, g in enumerate(b.groupings) if g.name == "row")
     s = statistics.sums(b, b.errors(y.reshape(-1) + 1e-9))[rows]
     assert scores(s, b.least)["size"][0].max() < 1e-7

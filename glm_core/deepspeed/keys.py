@@ -31,7 +31,7 @@ def _error(reason: str, *harmless: Any) -> Key:
 
 _BUFFERS = "it sizes DeepSpeed's own buffers; results are the same"
 _LOGS = "it decides what DeepSpeed logs; glm_core has its own measurements"
-_MONITOR = "is not attached; use csv_monitor or tensorboard, or log from the script"
+_MONITOR = "it is not supported; use csv_monitor or tensorboard, or log from the script"
 _OFFLOAD = "would keep this on the host or on NVMe; use ZeRO 3 on more devices, or remove it"
 _QUANT = "would round what is communicated (ZeRO++), changing the loss; remove it"
 _REMOVED = "was removed from DeepSpeed itself (0.19); remove it"
@@ -123,7 +123,8 @@ TOP: dict[str, Key] = {
 
 def _switch(reason: str, fields: str) -> dict[str, Key]:
     """Returns a section that asks for something only where it is `enabled`."""
-    return {"enabled": _error(reason), **_all_without_effect(reason, fields)}
+    idle = _all_without_effect("its section cannot be enabled here", fields)
+    return {"enabled": _error(reason), **idle}
 
 
 def _all_without_effect(reason: str, fields: str) -> dict[str, Key]:
@@ -290,7 +291,7 @@ SECTIONS: dict[str, dict[str, Key]] = {
     "compile": {
         "deepcompile": _error(_COMPILE),
         **_all_without_effect(
-            _COMPILE,
+            "it configures DeepCompile, which is not used here",
             "autoep_non_moe free_activation free_activation_threshold "
             "offload_activation offload_activation_pin_memory offload_opt_states double_buffer "
             "symmetric_memory debug_log offload_parameters sync_before_reduce sync_after_reduce "

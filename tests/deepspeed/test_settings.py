@@ -8,6 +8,7 @@ import pytest
 import torch
 from recipes import PATTERN, WEIGHTS
 
+from glm_core.deepspeed.checkpoint import own_layout
 from glm_core.deepspeed.keys import SECTIONS, TOP
 from glm_core.deepspeed.runtime.pipe import partition
 from glm_core.deepspeed.settings import batches, read, resolve
@@ -51,6 +52,12 @@ def test_overflow_at_the_smallest_scale_is_an_error() -> None:
     scale = LossScale(window=1000, stop_at_minimum=True)
     with pytest.raises(TrainingError, match="minimum"):
         scale.update(True)
+
+
+def test_the_first_checkpoints_loss_scale_is_read() -> None:
+    first = {"scale": 8.0, "hysteresis": 3, "steps": 9, "last_overflow": 4, "left": 1}
+    today = {"scale": 8.0, "hysteresis": 3, "good_steps": 4, "overflows": 2}
+    assert own_layout._loss_scale(first) == own_layout._loss_scale(today) == today
 
 
 def test_states_are_known_and_errors_say_a_way_out() -> None:

@@ -138,10 +138,23 @@ def read(place: Path, models: dict[int, dict[str, Any]]) -> Content:
         _assemble([span for rank in ranks for span in rank["pieces"]], module),
         [group for rank in with_groups for group in rank["groups"]],
         first["lr_scheduler"],
-        first["loss_scale"],
+        _loss_scale(first["loss_scale"]),
         {name: first[name] for name in COUNTERS},
         first["client_state"],
     )
+
+
+def _loss_scale(state: dict[str, Any]) -> dict[str, Any]:
+    """Returns the loss scale's state in today's fields; the first checkpoints had `steps`,
+    `last_overflow` and `left` in place of `good_steps` and `overflows`."""
+    if "left" not in state:
+        return state
+    same = {k: v for k, v in state.items() if k not in ("steps", "last_overflow", "left")}
+    return {
+        **same,
+        "good_steps": state["steps"] - state["last_overflow"] - 1,
+        "overflows": state["hysteresis"] - state["left"],
+    }
 
 
 def _assemble(spans: list[SavedSpan], weights: dict[str, Tensor]) -> dict[str, dict[str, Any]]:

@@ -393,7 +393,7 @@ class DeepSpeedEngine(Accessors, nn.Module):
                 content.groups if load_optimizer_states else None,
             )
             if load_optimizer_states and content.loss_scale:
-                self.scaler.restore(content.loss_scale)
+                self._restore_loss_scale(content.loss_scale)
             for name, value in content.counters.items():
                 setattr(self, name, value)
             schedule = content.lr_scheduler if load_lr_scheduler_states else None
@@ -436,6 +436,11 @@ class DeepSpeedEngine(Accessors, nn.Module):
             self._optimizer_shard().set_zero3_weights(self.module, weights, strict=strict)
         else:
             self.load_module_state_dict(weights, strict, custom)
+
+    def _restore_loss_scale(self, state: dict[str, Any]) -> None:
+        # where one of the two is fixed, the settings decide how the scale changes from here on
+        both_dynamic = self.scaler.dynamic and state.get("window", 0) > 0
+        self.scaler.restore(state if both_dynamic else {"scale": state["scale"]})
 
     def _optimizer_shard(self) -> OptimizerShard:
         return OptimizerShard(self.stores, self.optimizer, self.names)

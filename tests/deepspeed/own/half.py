@@ -1,6 +1,8 @@
 """Checks float16, which DeepSpeed refuses on the CPU: loss scales, skipped steps and weights of two
 ranks in every stage against one loop written out here."""
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -92,6 +94,29 @@ for stage in range(4):
             assert grad.isfinite().all()
     assert trained.skipped_steps == skipped
     assert trained.global_steps == STEPS
+
+# a resumed dynamic scale goes on as it was; where one of the two is fixed only the value is taken
+folder = os.path.join(os.environ["CHECKPOINTS"], "half")
+trained.save_checkpoint(folder, tag="dynamic")
+dynamic = trained.scaler
+
+
+def resumed(tag, **fp16):
+    again, *_ = deepspeed.initialize(
+        model=Classifier(),
+        optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2),
+        config={**config, "fp16": {"enabled": True, **fp16}},
+    )
+    again.load_checkpoint(folder, tag=tag)
+    return again
+
+
+assert resumed("dynamic").scaler == dynamic
+fixed = resumed("dynamic", loss_scale=8.0)
+assert (fixed.dynamic_loss_scale(), fixed.loss_scale()) == (False, dynamic.scale)
+fixed.save_checkpoint(folder, tag="fixed")
+again = resumed("fixed", loss_scale_window=7)
+assert (again.scaler.window, again.loss_scale()) == (7, dynamic.scale)
 
 with pytest.raises(ConfigError, match="whole parameters"):
     deepspeed.initialize(model=Classifier(), optimizer=torch.optim.LBFGS, config=config)

@@ -1,1 +1,1 @@
-"""One catalogue of kernels that differ from a reference, wrong and benign, by op family."""
+"""Holds one catalogue of kernels that differ from a reference, wrong and benign, by op family."""

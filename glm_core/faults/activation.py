@@ -1,4 +1,4 @@
-"""Wrong and benign kernels of the activations. Shapes: F inner width."""
+"""Declares the wrong and benign kernels of the activations. Shapes: F inner width."""
 
 from __future__ import annotations
 

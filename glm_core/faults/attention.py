@@ -1,4 +1,4 @@
-"""Wrong and benign kernels of attention.
+"""Declares the wrong and benign kernels of attention.
 Shapes: B batch, L queries, S keys, H heads, K kv heads, R = H/K heads per kv head, E head dim."""
 
 from __future__ import annotations

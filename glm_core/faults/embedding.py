@@ -1,4 +1,4 @@
-"""Wrong and benign kernels of the table lookup. Shapes: V vocabulary, D width."""
+"""Declares the wrong and benign kernels of the table lookup. Shapes: V vocabulary, D width."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Mistakes that a kernel of any op can make: gradients, strides, memory, precision, repetition."""
+"""Makes the mistakes that a kernel of any op can make: gradients, strides, memory, precision,
+repetition."""
 
 from __future__ import annotations
 

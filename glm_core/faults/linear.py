@@ -1,4 +1,4 @@
-"""Wrong and benign kernels of the matrix product. Shapes: D in, F out, N rows."""
+"""Declares the wrong and benign kernels of the matrix product. Shapes: D in, F out, N rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wrong and benign kernels of the cross-entropy. Shapes: N tokens, D width, V vocabulary."""
+"""Declares the wrong and benign kernels of the cross-entropy."""
 
 from __future__ import annotations
 

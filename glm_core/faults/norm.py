@@ -1,5 +1,6 @@
-"""Wrong and benign kernels of RMS and layer norm, alone and fused with the residual addition.
-Shapes: D width, N rows."""
+"""Declares the wrong and benign kernels of RMS and layer norm, alone and fused with the residual
+addition.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wrong and benign kernels of the optimizer: AdamW and the global gradient norm."""
+"""Declares the wrong and benign kernels of the optimizer: AdamW and the global gradient norm."""
 
 from __future__ import annotations
 

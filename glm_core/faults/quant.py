@@ -1,4 +1,4 @@
-"""Wrong kernels of the product with a quantised weight. Shapes: D in, F out, G groups."""
+"""Declares the wrong kernels of the product with a quantised weight."""
 
 from __future__ import annotations
 

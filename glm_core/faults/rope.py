@@ -1,5 +1,4 @@
-"""Wrong and benign kernels of the rotation. Shapes: B batch, L sequence, H heads, E head dim, G
-sections, P pairs."""
+"""Declares the wrong and benign kernels of the rotation."""
 
 from __future__ import annotations
 

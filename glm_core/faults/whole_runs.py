@@ -1,5 +1,5 @@
-"""Benign changes of a whole run: every op in another precision or order, another backend, another
-micro-batch or number of threads."""
+"""Declares the benign changes of a whole run: every op in another precision or order, another
+backend, another micro-batch or number of threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-// attention: keeps q, k and v for backward, nothing else.
+// Bindings of attention, which keeps only q, k and v for backward.
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -10,13 +10,13 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-using Three = std::tuple<Tensor, Tensor, Tensor>;
-using ForwardSignature = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                const Tensor&, double);
-using BackwardSignature = Three(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                const Tensor&, const Tensor&, double);
+using AttentionSignature = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                  const Tensor&, double);
+using AttentionBackwardSignature = Three(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                         const Tensor&, const Tensor&, double);
 
-// Rows of heads are read where they lie, in a fused projection for example.
+// Returns x with a contiguous last dimension. The kernels read rows in place, for example in a
+// fused projection.
 Tensor with_contiguous_rows(const Tensor& x) {
   return x.size(-1) <= 1 || x.stride(-1) == 1 ? x : x.contiguous();
 }
@@ -37,8 +37,8 @@ void check_shapes(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
                     ", v ", v.sizes(), ", key_start ", key_start.sizes());
 }
 
-// Units of work to divide among threads where batch and heads give fewer; a constant, so that
-// results do not depend on the number of threads.
+// The least units of work to divide among threads: where batch and heads give fewer, queries are
+// divided too. A constant, so that results do not depend on the number of threads.
 constexpr int64_t enough_units = 32;
 
 Tensor attention_forward(const Tensor& q_, const Tensor& k_, const Tensor& v_,
@@ -104,9 +104,9 @@ Three attention_backward(const Tensor& dy_, const Tensor& q_, const Tensor& k_, 
   return {dq, dk, dv};
 }
 
-Tensor call_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& key_start,
-                    const Tensor& key_end, double scale) {
-  static const auto forward = op<ForwardSignature>("glm_core::attention_forward");
+Tensor call_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& key_start,
+                      const Tensor& key_end, double scale) {
+  static const auto forward = op<AttentionSignature>("glm_core::attention_forward");
   return forward.call(q, k, v, key_start, key_end, scale);
 }
 
@@ -114,13 +114,13 @@ struct AttentionGrad : torch::autograd::Function<AttentionGrad> {
   static Tensor forward(AutogradContext* ctx, const Tensor& q, const Tensor& k, const Tensor& v,
                         const Tensor& key_start, const Tensor& key_end, double scale) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    Tensor y = call_forward(q, k, v, key_start, key_end, scale);
+    Tensor y = call_attention(q, k, v, key_start, key_end, scale);
     ctx->save_for_backward({q, k, v, key_start, key_end});
     ctx->saved_data["scale"] = scale;
     return y;
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    static const auto back = op<BackwardSignature>("glm_core::attention_backward");
+    static const auto back = op<AttentionBackwardSignature>("glm_core::attention_backward");
     const variable_list s = ctx->get_saved_variables();
     auto [dq, dk, dv] =
         back.call(grads[0], s[0], s[1], s[2], s[3], s[4], ctx->saved_data["scale"].toDouble());
@@ -131,7 +131,7 @@ struct AttentionGrad : torch::autograd::Function<AttentionGrad> {
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& key_start,
                  const Tensor& key_end, double scale) {
   if (wants_gradient(q, k, v)) return AttentionGrad::apply(q, k, v, key_start, key_end, scale);
-  return call_forward(q, k, v, key_start, key_end, scale);
+  return call_attention(q, k, v, key_start, key_end, scale);
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
-// A decode step of a whole model, one token for each of few sequences: the kernels of the operators
-// one after another, with the threads kept together from the first layer to the logits. Between two
-// products a step has microseconds of work; calling operators costs as much again, and Python finds
-// its own code evicted from the caches by the weights that passed through. Bit for bit what the
-// operators give. Shapes: N rows, D width, H heads, K kv heads, E head dim, S keys, V vocabulary.
+// Runs a decode step of a whole model, one token for each of a few sequences: the operators'
+// kernels one after another, with one team of threads from the first layer to the logits. The work
+// between two products takes microseconds; calling operators would cost as much again, and the
+// weights that pass through the caches evict Python's own code. Results equal the operators' bit
+// for bit. Shapes: N rows, D width, H heads, K kv heads, E head dim, S keys, V vocabulary.
 #include <ATen/ops/empty.h>
 #include <c10/util/BFloat16.h>
 #include <omp.h>
@@ -20,11 +20,11 @@ namespace {
 
 using Parts = std::vector<OptionalTensor>;
 
-// y = x weight^T + bias; a float weight, or codes with their scales.
+// A product y = x weight^T + bias. The weight is float, or codes with scales.
 struct Product {
   Tensor weight;
   OptionalTensor scale, bias;
-  int64_t bits, width, features;  // bits 0: a float weight
+  int64_t bits, width, features;  // bits is 0 for a float weight
   bool rounded;
 };
 
@@ -41,15 +41,15 @@ struct Layer {
   std::vector<std::optional<Norm>> norm;
 };
 
-// What every layer has in common.
+// What is the same in every layer.
 struct Shape {
   int64_t heads, kv_heads, head_dim;
-  double scale, eps, alpha;  // scale: of attention's scores
+  double scale, eps, alpha;  // scale multiplies attention's scores
   bool deepnorm, interleaved;
   std::string activation;
 };
 
-// Memory for one thread or for all, handed out from the front.
+// Scratch memory of one thread or of all, handed out front to back.
 class Arena {
  public:
   template <class T>
@@ -58,7 +58,7 @@ class Arena {
     used_ += (size_t(count) * sizeof(T) + 63) / 64 * 64;
     return memory_ ? reinterpret_cast<T*>(memory_ + at) : nullptr;
   }
-  // Lays out by calling f twice: to measure, and to hand out.
+  // Calls f twice: first to measure how much its `take` calls need, then to hand the memory out.
   template <class F>
   void lay_out(F f) {
     memory_ = nullptr, used_ = 0;
@@ -81,12 +81,13 @@ class Arena {
 
 int64_t share(int64_t size, int64_t thread, int64_t threads) { return size * thread / threads; }
 
-// Features of a product, taken by whichever thread is free: one may be slowed down from outside.
+// Deals a product's features out to whichever thread is free, since other processes may slow a
+// thread down.
 class Queue {
  public:
-  // The next part, large at first; false: there are no more.
+  // Takes the next part, large ones first. Returns false when none is left.
   bool take(int64_t size, int64_t least, int64_t threads, int64_t* begin, int64_t* end) {
-    constexpr int64_t together = 8;  // a kernel takes a few features at a time
+    constexpr int64_t together = 8;  // features: kernels work on a few at a time
     *begin = next_.load(std::memory_order_relaxed);
     do {
       if (*begin >= size) return false;
@@ -109,12 +110,12 @@ struct Call {
   T* cache;  // [layers, 2, slots, K, S, E]
   int64_t layer_stride, value_stride, slot_stride, keys;
   int64_t rows;
-  T *x, *qkv, *q, *attended, *delta, *up, *logits;  // of all threads
+  T *x, *qkv, *q, *attended, *delta, *up, *logits;  // shared by all threads
   float *cos, *sin;
   int32_t *first, *last;  // key_start, key_end
 };
 
-// What each thread forms for itself, which costs less than waiting for another to form it.
+// Buffers that each thread fills for itself, which costs less than waiting for another thread.
 template <class T>
 struct Own {
   T *normed[2], *total[2], *branch, *inner;
@@ -130,8 +131,8 @@ class DecodeStep : public torch::CustomClassHolder {
              double alpha, bool deepnorm, bool interleaved, std::string activation)
       : shape_{heads, kv_heads, head_dim, scale, eps, alpha, deepnorm, interleaved, activation} {}
 
-  // Weight, scale and bias of the four products with their bits and activation bits; weight and
-  // bias of the four norms.
+  // Adds a layer: weight, scale and bias of its four products, their bits and activation bits, and
+  // weight and bias of its four norms.
   void add_layer(Parts products, std::vector<int64_t> bits, std::vector<int64_t> activation_bits,
                  Parts norms) {
     TORCH_CHECK_VALUE(products.size() == 12 && bits.size() == 4 && activation_bits.size() == 4 &&
@@ -145,8 +146,9 @@ class DecodeStep : public torch::CustomClassHolder {
     layers_.push_back(std::move(layer));
   }
 
-  // The embedding [V, D] with the tables [P, D] of both rows of positions that are added to it, if
-  // there are; cos, sin [P, G, pairs] of every position, where heads are turned; final norm; head.
+  // Sets what comes before and after the layers: the embedding [V, D] and, where the model has
+  // them, two position tables [P, D] added to it; cos and sin [P, G, pairs] of every position,
+  // where the model has rotary embedding; the final norm; the head.
   void set_ends(Parts embeddings, Parts angles, Parts final_norm, Parts head, int64_t bits,
                 int64_t activation_bits) {
     TORCH_CHECK_VALUE(
@@ -160,8 +162,8 @@ class DecodeStep : public torch::CustomClassHolder {
     queues_ = std::vector<Queue>(4 * layers_.size() + 1);
   }
 
-  // Logits [N, V] float32 of N tokens; positions [2 N], two a row; key_start, key_end, places [N];
-  // cache [layers, 2, slots, K, S, E], written to: slot n is row n's.
+  // Returns float32 logits [N, V] of N tokens. positions [2 N] holds two per row; key_start,
+  // key_end and places are [N]; cache [layers, 2, slots, K, S, E] is written to, slot n by row n.
   Tensor step(std::vector<int64_t> tokens, std::vector<int64_t> positions,
               std::vector<int64_t> key_start, std::vector<int64_t> key_end,
               std::vector<int64_t> places, const Tensor& cache) {
@@ -263,7 +265,7 @@ class DecodeStep : public torch::CustomClassHolder {
     layers(c, own[size_t(omp_get_thread_num())], omp_get_thread_num(), omp_get_num_threads());
   }
 
-  // Embedding, angles and mask of row b.
+  // Fills in embedding, angles and visible keys of row b.
   template <class T>
   void begin_row(const Call<T>& c, int64_t b, int64_t d) const {
     T* x = c.x + b * d;
@@ -286,7 +288,7 @@ class DecodeStep : public torch::CustomClassHolder {
 #pragma omp barrier
   }
 
-  // One thread's part of the step.
+  // Runs one thread's part of the step.
   template <class T>
   void layers(const Call<T>& c, Own<T>& own, int64_t t, int64_t threads) {
     const T *delta = nullptr, *residual = c.x;
@@ -315,7 +317,7 @@ class DecodeStep : public torch::CustomClassHolder {
              threads);
   }
 
-  // own.normed[own.turn] = norm(delta + alpha residual); returns the next residual.
+  // Sets own.normed[own.turn] to norm(delta + alpha residual); returns the next residual.
   template <class T>
   const T* add_norm(const Call<T>& c, Own<T>& own, const Norm& norm, const T* delta,
                     const T* residual) const {
@@ -350,7 +352,7 @@ class DecodeStep : public torch::CustomClassHolder {
     kernels<T>().norm_forward(a, 0, c.rows);
   }
 
-  // y = x weight^T + bias, together with the other threads.
+  // Computes y = x weight^T + bias together with the other threads.
   template <class T>
   static void multiply(Own<T>& own, const Product& p, Queue& queue, const T* x, T* y, int64_t rows,
                        int64_t threads) {
@@ -393,7 +395,8 @@ class DecodeStep : public torch::CustomClassHolder {
     kernel(a, 0, c.rows);
   }
 
-  // This thread's kv heads: turned, kept in the cache, attended to.
+  // Attention of this thread's kv heads: rotates queries and keys, writes keys and values to the
+  // cache, attends to it.
   template <class T>
   void attend(const Call<T>& c, int64_t layer, int64_t t, int64_t threads) const {
     const Kernels<T>& k = kernels<T>();
@@ -453,10 +456,10 @@ class DecodeStep : public torch::CustomClassHolder {
   OptionalTensor cos_, sin_;
   std::optional<Norm> final_norm_;
   std::optional<Product> head_;
-  std::mutex mutex_;  // of the arenas
+  std::mutex mutex_;  // guards the arenas
   Arena shared_;
   std::vector<Arena> own_;
-  std::vector<Queue> queues_;  // of every product
+  std::vector<Queue> queues_;  // one per product
 };
 
 }  // namespace

@@ -1,6 +1,6 @@
-// The operators' schemas, and the Python module whose import loads them.
-// The public ops are composites: with gradients they run an autograd function, which like the
-// path without gradients calls `*_forward` and `*_backward`; only those have kernels and fakes.
+// The Python module whose import registers the operators. Every public op is a composite: it calls
+// `*_forward`, and where gradients are needed it does so in an autograd function whose backward
+// calls `*_backward`. Only these two have kernels and fakes.
 #include <ATen/Parallel.h>
 #include <Python.h>
 #include <torch/library.h>
@@ -30,8 +30,8 @@ void set_isa(std::string name) {
   TORCH_CHECK_VALUE(false, "instruction set '", name, "': this CPU has ", c10::Join(", ", isas()));
 }
 
-// How many threads a parallel loop over `size` indices really had. A build without OpenMP runs
-// every loop on one and gives the right results.
+// Returns how many threads ran a parallel loop over `size` indices. A build without OpenMP runs
+// every loop on one thread, and its results are right all the same.
 int64_t threads_used(int64_t size) {
   std::vector<std::thread::id> ran(static_cast<size_t>(size));
   at::parallel_for(0, size, 1, [&](int64_t begin, int64_t end) {
@@ -48,14 +48,6 @@ TORCH_LIBRARY(glm_core, m) {
   m.def("set_isa(str name) -> ()", set_isa);
   m.def("threads_used(int size) -> int", threads_used);
   m.def("built_for() -> str", [] { return std::string(TORCH_VERSION); });
-
-  m.def(
-      "norm_forward(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, "
-      "float alpha) -> (Tensor y, Tensor total, Tensor stats)");
-  m.def(
-      "norm_backward(Tensor dy, Tensor? dtotal, Tensor total, Tensor weight, Tensor stats, "
-      "bool layer, bool residual, float alpha) -> (Tensor dx, Tensor dresidual, Tensor dweight, "
-      "Tensor dbias)");
 }
 
 PyMODINIT_FUNC PyInit__C() {

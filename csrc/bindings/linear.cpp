@@ -1,4 +1,4 @@
-// linear for few rows, and quantized_linear.
+// Bindings of linear for few rows, and of quantized_linear.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
@@ -12,9 +12,9 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-using ForwardSignature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-                                int64_t, int64_t);
-using BackwardSignature = Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t);
+using QuantizedSignature = Tensor(const Tensor&, const Tensor&, const Tensor&,
+                                  const OptionalTensor&, int64_t, int64_t);
+using QuantizedBackwardSignature = Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t);
 
 std::vector<int64_t> result_sizes(const Tensor& x, int64_t features) {
   std::vector<int64_t> sizes = x.sizes().vec();
@@ -46,12 +46,12 @@ Tensor linear_few(const Tensor& x_, const Tensor& weight_, const OptionalTensor&
   return y;
 }
 
-// Up to how many rows the fused product is taken; above, weights are dequantised first. Where both
-// took the same time on two cores with AVX-512: 36 to 90 rows of rounded activations, 13 to 18 of
-// others (widths 1536 and 4096, int4 and int8).
+// The most rows that the fused product is used for; for more, weights are dequantised first. On two
+// cores with AVX-512 both took the same time for 36 to 90 rows with rounded activations, for 13 to
+// 18 rows without (widths 1536 and 4096, int4 and int8).
 constexpr int64_t fused_rows(bool rounded) { return rounded ? 32 : 16; }
 
-// Weights that are dequantised at a time: enough features for an efficient product.
+// How many features are dequantised at a time: enough for an efficient product.
 int64_t features_at_a_time(int64_t width) {
   constexpr int64_t budget = 4 << 20;
   return std::max<int64_t>(256, budget / width);
@@ -70,7 +70,7 @@ struct Quantized {
              features ? scale.numel() / features : 1, int(bits)};
   }
 
-  // Features [begin, end) as a matrix of `like`'s dtype.
+  // Returns features [begin, end) as a matrix of `like`'s dtype: [end - begin, D].
   Tensor dequantized(const Tensor& like, int64_t begin, int64_t end) const {
     Tensor w = at::empty({end - begin, codes.width}, like.options());
     Codes part = codes;
@@ -86,7 +86,7 @@ struct Quantized {
   }
 };
 
-// x is contiguous.
+// The product straight from the codes; x must be contiguous.
 Tensor fused(const Tensor& x, const Quantized& q, const OptionalTensor& bias, bool rounded) {
   const int64_t rows = num_rows(x), width = q.codes.width, features = q.weight.size(0);
   const int64_t places = padded(width), lanes = places / (q.codes.bits == 4 ? 8 : 4);
@@ -130,7 +130,7 @@ Tensor rounded_activations(const Tensor& x) {
   return y;
 }
 
-// Many rows: weights dequantised part by part, products by torch.
+// For many rows: dequantises the weights part by part and multiplies by torch.
 Tensor dequantised_first(const Tensor& x_, const Quantized& q, const OptionalTensor& bias,
                          bool rounded) {
   const Tensor x = rounded ? rounded_activations(x_) : x_;
@@ -161,12 +161,13 @@ Tensor quantized_linear_backward(const Tensor& dy, const Tensor& weight, const T
                                  int64_t bits) {
   const Quantized q(weight, scale, bits);
   const Tensor w = q.dequantized(dy, 0, q.weight.size(0));
-  return at::mm(dy.reshape({-1, dy.size(-1)}), w).view(result_sizes(dy, q.codes.width));
+  const Tensor rows = dy.reshape({-1, dy.size(-1)});             // [N, F]
+  return at::mm(rows, w).view(result_sizes(dy, q.codes.width));  // [..., D]
 }
 
-Tensor call_forward(const Tensor& x, const Tensor& weight, const Tensor& scale,
-                    const OptionalTensor& bias, int64_t bits, int64_t activation_bits) {
-  static const auto forward = op<ForwardSignature>("glm_core::quantized_linear_forward");
+Tensor call_quantized(const Tensor& x, const Tensor& weight, const Tensor& scale,
+                      const OptionalTensor& bias, int64_t bits, int64_t activation_bits) {
+  static const auto forward = op<QuantizedSignature>("glm_core::quantized_linear_forward");
   return forward.call(x, weight, scale, bias, bits, activation_bits);
 }
 
@@ -177,11 +178,12 @@ struct QuantizedGrad : torch::autograd::Function<QuantizedGrad> {
     at::AutoDispatchBelowADInplaceOrView guard;
     ctx->save_for_backward({weight, scale});
     ctx->saved_data["bits"] = bits;
-    return call_forward(x, weight, scale, bias, bits, activation_bits);
+    return call_quantized(x, weight, scale, bias, bits, activation_bits);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    static const auto backward = op<BackwardSignature>("glm_core::quantized_linear_backward");
+    static const auto backward =
+        op<QuantizedBackwardSignature>("glm_core::quantized_linear_backward");
     const variable_list s = ctx->get_saved_variables();
     const Tensor dx = backward.call(grads[0], s[0], s[1], ctx->saved_data["bits"].toInt());
     return {dx, Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
@@ -191,7 +193,7 @@ struct QuantizedGrad : torch::autograd::Function<QuantizedGrad> {
 Tensor quantized_linear(const Tensor& x, const Tensor& weight, const Tensor& scale,
                         const OptionalTensor& bias, int64_t bits, int64_t activation_bits) {
   if (wants_gradient(x)) return QuantizedGrad::apply(x, weight, scale, bias, bits, activation_bits);
-  return call_forward(x, weight, scale, bias, bits, activation_bits);
+  return call_quantized(x, weight, scale, bias, bits, activation_bits);
 }
 
 }  // namespace

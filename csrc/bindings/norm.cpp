@@ -1,4 +1,5 @@
-// rms_norm, layer_norm, add_rms_norm, add_layer_norm: one pair of operators serves all four.
+// Bindings of rms_norm, layer_norm, add_rms_norm and add_layer_norm: one pair of operators serves
+// all four. Shapes: N rows, D width, C chunks of rows.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros_like.h>
@@ -12,12 +13,11 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-using ForwardSignature = Three(const Tensor&, const OptionalTensor&, const Tensor&,
-                               const OptionalTensor&, double, double);
-using BackwardSignature = Four(const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
-                               const Tensor&, bool, bool, double);
+using NormSignature = Three(const Tensor&, const OptionalTensor&, const Tensor&,
+                            const OptionalTensor&, double, double);
+using NormBackwardSignature = Four(const Tensor&, const OptionalTensor&, const Tensor&,
+                                   const Tensor&, const Tensor&, bool, bool, double);
 
 Three norm_forward(const Tensor& x_, const OptionalTensor& residual_, const Tensor& weight_,
                    const OptionalTensor& bias_, double eps, double alpha) {
@@ -43,7 +43,7 @@ Four norm_backward(const Tensor& dy_, const OptionalTensor& dtotal_, const Tenso
   const OptionalTensor dtotal = contiguous(dtotal_);
   const int64_t rows = num_rows(total), width = total.size(-1), per_chunk = chunk_rows(rows);
   const int64_t chunks = (rows + per_chunk - 1) / per_chunk;
-  const bool scaled = residual && alpha != 1.0;  // else the residual's gradient is dx itself
+  const bool scaled = residual && alpha != 1.0;  // otherwise the residual's gradient is dx
   Tensor dx = at::empty_like(total), dweight = at::empty_like(weight);
   Tensor dresidual = scaled ? at::empty_like(total) : at::empty({0}, total.options());
   Tensor dbias = layer ? at::empty_like(weight) : at::empty({0}, weight.options());
@@ -76,18 +76,18 @@ Four norm_backward(const Tensor& dy_, const OptionalTensor& dtotal_, const Tenso
   return {dx, dresidual, dweight, dbias};
 }
 
-Three call_forward(const Tensor& x, const OptionalTensor& residual, const Tensor& weight,
-                   const OptionalTensor& bias, double eps, double alpha) {
-  static const auto forward = op<ForwardSignature>("glm_core::norm_forward");
+Three call_norm(const Tensor& x, const OptionalTensor& residual, const Tensor& weight,
+                const OptionalTensor& bias, double eps, double alpha) {
+  static const auto forward = op<NormSignature>("glm_core::norm_forward");
   return forward.call(x, residual, weight, bias, eps, alpha);
 }
 
-struct Norm : torch::autograd::Function<Norm> {
+struct NormGrad : torch::autograd::Function<NormGrad> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x,
                                const OptionalTensor& residual, const Tensor& weight,
                                const OptionalTensor& bias, double eps, double alpha) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, total, stats] = call_forward(x, residual, weight, bias, eps, alpha);
+    auto [y, total, stats] = call_norm(x, residual, weight, bias, eps, alpha);
     ctx->save_for_backward({residual ? total : x, weight, stats});
     ctx->saved_data["layer"] = bias.has_value();
     ctx->saved_data["alpha"] = alpha;
@@ -96,7 +96,7 @@ struct Norm : torch::autograd::Function<Norm> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    static const auto op_backward = op<BackwardSignature>("glm_core::norm_backward");
+    static const auto op_backward = op<NormBackwardSignature>("glm_core::norm_backward");
     const variable_list saved = ctx->get_saved_variables();
     const bool residual = grads.size() == 2, layer = ctx->saved_data["layer"].toBool();
     const Tensor dy = grads[0].defined() ? grads[0] : at::zeros_like(saved[0]);
@@ -110,14 +110,14 @@ struct Norm : torch::autograd::Function<Norm> {
   }
 };
 
-// {y}, or {y, total} where there is a residual.
+// Returns {y}, or {y, total} where there is a residual.
 variable_list norm(const Tensor& x, const OptionalTensor& residual, const Tensor& weight,
                    const OptionalTensor& bias, double eps, double alpha) {
   if (at::GradMode::is_enabled() &&
       (x.requires_grad() || weight.requires_grad() || (residual && residual->requires_grad()) ||
        (bias && bias->requires_grad())))
-    return Norm::apply(x, residual, weight, bias, eps, alpha);
-  auto [y, total, stats] = call_forward(x, residual, weight, bias, eps, alpha);
+    return NormGrad::apply(x, residual, weight, bias, eps, alpha);
+  auto [y, total, stats] = call_norm(x, residual, weight, bias, eps, alpha);
   return {y, total};
 }
 
@@ -155,6 +155,13 @@ TORCH_LIBRARY_FRAGMENT(glm_core, m) {
       "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps, "
       "float alpha) -> (Tensor y, Tensor total)",
       add_layer_norm);
+  m.def(
+      "norm_forward(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, "
+      "float alpha) -> (Tensor y, Tensor total, Tensor stats)");
+  m.def(
+      "norm_backward(Tensor dy, Tensor? dtotal, Tensor total, Tensor weight, Tensor stats, "
+      "bool layer, bool residual, float alpha) -> (Tensor dx, Tensor dresidual, Tensor dweight, "
+      "Tensor dbias)");
 }
 
 TORCH_LIBRARY_IMPL(glm_core, CPU, m) {

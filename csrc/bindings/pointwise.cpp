@@ -1,4 +1,4 @@
-// gelu, geglu, swiglu, rope and embedding.
+// Bindings of gelu, geglu, swiglu, rope and embedding.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/csrc/autograd/custom_function.h>

@@ -1,4 +1,4 @@
-// linear, and the products of the other operators.
+// Bindings of linear; the matrix product that other operators use.
 #include "product.h"
 
 #include <ATen/Context.h>
@@ -19,9 +19,9 @@ using PointwiseSignature = Tensor(const Tensor&, const Tensor&, const OptionalTe
                                   std::string_view, c10::List<std::optional<at::Scalar>>,
                                   std::optional<std::string_view>);
 using Pointwise = c10::TypedOperatorHandle<PointwiseSignature>;
-using ForwardSignature = Tensor(const Tensor&, const Tensor&, const OptionalTensor&);
+using LinearSignature = Tensor(const Tensor&, const Tensor&, const OptionalTensor&);
 
-// oneDNN's product, there where torch was built with it.
+// Returns oneDNN's product where torch was built with it.
 std::optional<Pointwise> onednn() {
   const auto found = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
   if (!at::globalContext().hasMKLDNN() || !found) return std::nullopt;
@@ -34,12 +34,12 @@ Tensor linear_forward(const Tensor& x, const Tensor& weight, const OptionalTenso
   return product(x, weight, bias);
 }
 
-Tensor call_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  static const auto forward = op<ForwardSignature>("glm_core::linear_forward");
+Tensor call_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  static const auto forward = op<LinearSignature>("glm_core::linear_forward");
   return forward.call(x, weight, bias);
 }
 
-Tensor rows_of(const Tensor& x) { return x.reshape({-1, x.size(-1)}); }
+Tensor rows_of(const Tensor& x) { return x.reshape({-1, x.size(-1)}); }  // [N, D]
 
 struct LinearGrad : torch::autograd::Function<LinearGrad> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
@@ -47,14 +47,14 @@ struct LinearGrad : torch::autograd::Function<LinearGrad> {
     at::AutoDispatchBelowADInplaceOrView guard;
     ctx->save_for_backward({x, weight});
     ctx->saved_data["bias"] = bias.has_value();
-    return call_forward(x, weight, bias);
+    return call_linear(x, weight, bias);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list s = ctx->get_saved_variables();
     const Tensor& dy = grads[0];
     Tensor dx, dweight, dbias;
-    if (ctx->needs_input_grad(0)) dx = call_forward(dy, s[1].t(), std::nullopt);
+    if (ctx->needs_input_grad(0)) dx = call_linear(dy, s[1].t(), std::nullopt);
     if (ctx->needs_input_grad(1)) dweight = at::mm(rows_of(dy).t(), rows_of(s[0]));
     if (ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(2))
       dbias = at::sum(rows_of(dy), {0});
@@ -64,14 +64,14 @@ struct LinearGrad : torch::autograd::Function<LinearGrad> {
 
 Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   const bool training = bias ? wants_gradient(x, weight, *bias) : wants_gradient(x, weight);
-  return training ? LinearGrad::apply(x, weight, bias) : call_forward(x, weight, bias);
+  return training ? LinearGrad::apply(x, weight, bias) : call_linear(x, weight, bias);
 }
 
 }  // namespace
 
-// torch takes MKL for float32, which is 10 % slower than oneDNN on AMD's chips; its bfloat16
-// product is oneDNN's already. oneDNN adds up to 1024 terms in one chain: from there its error
-// is 2.3 times MKL's, at 512 terms 1.7 times.
+// torch uses MKL for float32, which is 10 % slower than oneDNN on AMD's chips; for bfloat16 it uses
+// oneDNN already. oneDNN adds up to 1024 terms in one chain: its error is 1.7 times MKL's at 512
+// terms and 2.3 times from 1024 on.
 Tensor product(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   constexpr int64_t short_sum = 768;
   static const std::optional<Pointwise> fast = onednn();

@@ -1,4 +1,4 @@
-// Matrix products, by the library torch brings that is fastest at them.
+// Matrix products by the fastest of the libraries that torch brings.
 #pragma once
 
 #include "tensor.h"

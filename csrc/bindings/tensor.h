@@ -1,5 +1,5 @@
-// Between torch tensors and the kernels' plain pointers. A pointer is taken from a tensor that the
-// caller keeps alive for the whole call.
+// Turns torch tensors into the plain pointers that kernels take. The caller keeps a tensor alive
+// for as long as its pointer is used.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <tuple>
 
 #include "kernels.h"
 
@@ -17,6 +18,7 @@ namespace glm {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using Three = std::tuple<Tensor, Tensor, Tensor>;
 
 // Calls f(T{}) with the kernels' element type of x.
 template <class F>
@@ -41,18 +43,19 @@ inline OptionalTensor contiguous(const OptionalTensor& x) {
   return x ? OptionalTensor(x->contiguous()) : x;
 }
 
-// Runs f(begin, end) over [0, size) on torch's threads; `cost` is elements touched per index.
+// Runs f(begin, end) over [0, size) on torch's threads; `cost` is how many elements an index
+// touches.
 template <class F>
 void parallel(int64_t size, int64_t cost, const F& f) {
   constexpr int64_t worth_a_thread = 16384;
   at::parallel_for(0, size, std::max<int64_t>(1, worth_a_thread / std::max<int64_t>(1, cost)), f);
 }
 
-// Rows summed into one partial result: depends on the number of rows alone, so that results do
-// not depend on the number of threads.
+// How many rows are summed into one partial result. Only the number of rows decides, so that
+// results do not depend on the number of threads.
 inline int64_t chunk_rows(int64_t rows) { return std::max<int64_t>(16, (rows + 63) / 64); }
 
-// Of the inputs of a quantised product.
+// The width to which the inputs of a quantised product are padded.
 inline int64_t padded(int64_t width) {
   return (width + input_padding - 1) / input_padding * input_padding;
 }
@@ -67,13 +70,13 @@ inline void check_indices(const Tensor& ids, int64_t size, const char* what) {
                       ": must lie in [0, ", size, ")");
 }
 
-// Should autograd see this call?
+// Whether autograd must record this call.
 template <class... Tensors>
 bool wants_gradient(const Tensors&... xs) {
   return at::GradMode::is_enabled() && (xs.requires_grad() || ...);
 }
 
-// The operator of this library, to be called through the dispatcher (so that tracing sees it).
+// Returns an operator of this library, to be called through the dispatcher so that tracing sees it.
 template <class Signature>
 auto op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();

@@ -1,4 +1,4 @@
-// linear_cross_entropy, global_norm and adamw.
+// Bindings of linear_cross_entropy, global_norm and adamw.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
@@ -17,10 +17,9 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-using Three = std::tuple<Tensor, Tensor, Tensor>;
 using LossSignature = Three(const Tensor&, const Tensor&, const Tensor&, const Tensor&, bool);
 
-// Rows of logits that exist at a time: few enough to stay in the last-level cache, enough for
+// How many rows of logits exist at a time: few enough to stay in the last-level cache, enough for
 // efficient products.
 int64_t loss_chunk(int64_t rows, int64_t vocab, int64_t element_size) {
   constexpr int64_t budget_bytes = 16 << 20, fewest = 128;
@@ -37,8 +36,8 @@ void accumulate(const Tensor& sum, const Tensor& dz, const Tensor& x, bool first
     sum.addmm_(dz.t(), x);
 }
 
-// Gradients are formed with the loss, since the logits of a chunk are there only now; empty
-// where they are not wanted.
+// Computes the gradients with the loss, while a chunk's logits exist; they are empty unless
+// `gradients`.
 Three linear_cross_entropy_forward(const Tensor& x, const Tensor& weight, const Tensor& labels_,
                                    const Tensor& token_weight_, bool gradients) {
   const Tensor labels = labels_.contiguous(), token_weight = token_weight_.contiguous();
@@ -80,7 +79,7 @@ Three call_loss(const Tensor& x, const Tensor& weight, const Tensor& labels,
   return forward.call(x, weight, labels, token_weight, gradients);
 }
 
-// A tensor whose values are there: not fake, not being traced.
+// Whether a tensor has values: it is neither fake nor being traced.
 bool concrete(const Tensor& x) {
   constexpr c10::DispatchKeySet traced{c10::DispatchKey::Python, c10::DispatchKey::Functionalize};
   return x.is_cpu() && !x.key_set().has_any(traced);
@@ -97,8 +96,8 @@ struct LossGrad : torch::autograd::Function<LossGrad> {
     return loss;
   }
 
-  // The first backward gives the gradients away, so that they become `.grad` without a copy; a
-  // second one over the same graph forms them again.
+  // The first backward hands the stored gradients over, so that they become `.grad` without a copy.
+  // A second one over the same graph computes them again.
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     Tensor dx, dweight;
     if (ctx->saved_data.count("dx")) {
@@ -125,7 +124,7 @@ Tensor linear_cross_entropy(const Tensor& x, const Tensor& weight, const Tensor&
   return std::get<0>(call_loss(x, weight, labels, token_weight, false));
 }
 
-// A part of one tensor of a list: the unit of work of the ops over lists.
+// A part of a tensor in a list: the unit of work of ops over lists.
 struct Stretch {
   size_t tensor;
   int64_t begin, end;

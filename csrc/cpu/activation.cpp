@@ -1,6 +1,6 @@
 // GELU (tanh form), GeGLU (erf form, gate second) and SwiGLU (gate first). Shapes: N rows, F inner
-// width; the gated kinds read rows of 2F. Backward keeps only the input: its factors are formed
-// again, which costs less than a trip to memory. Everything goes through one fast exponential.
+// width; the gated kinds read rows of 2F. Backward keeps only the input and computes its factors
+// again, which costs less than reading them from memory. All kinds use one fast exponential.
 #include "kernels.h"
 #include "vec.h"
 

@@ -1,15 +1,15 @@
 // Attention with an interval of visible keys per query. Shapes: B batch, L queries, S keys, H
 // heads, K kv heads, E head dim.
 //
-// Forward: a unit is one (batch, kv head) and a part of the queries; it lays out keys and values
-// once and takes TILE queries of a head at a time: their scores over the keys that any of them
-// sees lie in scratch [TILE, S], never [L, S]. Nothing is kept for backward.
-// Backward: a unit is one (batch, kv head), which owns dk and dv there, so nothing is summed
-// across threads. Probabilities are formed again for TILE queries of a head at a time; what the
-// softmax subtracts, sum(p dp), is formed from them too and not from the rounded output.
+// Forward: a unit of work is one (batch, kv head) and a part of the queries. It lays out keys and
+// values once, then works on TILE queries of a head at a time. Their scores over the keys that any
+// of them sees lie in scratch [TILE, S], never [L, S]. Nothing is kept for backward. Backward: a
+// unit of work is one (batch, kv head). It owns its dk and dv, so threads share no sums.
+// Probabilities are computed again for TILE queries of a head at a time. So is sum(p dp), which the
+// softmax's gradient subtracts: it comes from these probabilities, not from the rounded output.
 //
-// Softmax and sums are float, results are rounded once. Products take floats, or where the CPU
-// multiplies pairs of bfloat16 (Words = Pair, see product.h) the bfloat16 inputs as they are and
+// Softmax and sums are float; results are rounded once. Products take floats. Where the CPU
+// multiplies pairs of bfloat16 (Words = Pair, see product.h), they take the bfloat16 inputs, with
 // probabilities and score gradients rounded to bfloat16, as in Dao et al. 2022 (FlashAttention).
 #include <cmath>
 #include <cstdlib>
@@ -34,8 +34,8 @@ int64_t words(int64_t size) {
   return (size + Words::per_word - 1) / Words::per_word;
 }
 
-// Words for one unit's work, in the largest vector's alignment. (No std::vector here: its
-// instantiations would be shared between instruction sets.)
+// Scratch words for one unit, aligned for the widest vector. (Not std::vector: its instantiations
+// would be shared between instruction sets.)
 class Scratch {
  public:
   explicit Scratch(int64_t size)
@@ -135,7 +135,8 @@ void clear_outside(float* row, int64_t size, Span seen) {
   memset(row + seen.last, 0, size_t(size - seen.last) * sizeof(float));
 }
 
-// Products q k of one query [size] -> exponentials of the scores, zero outside `seen`; their sum.
+// Turns products q k of one query [size] into exponentials of the scores, zero outside `seen`;
+// returns their sum.
 float exponentials(float* row, int64_t size, Span seen, float scale) {
   clear_outside(row, size, seen);
   float* p = row + seen.first;
@@ -156,7 +157,7 @@ float exponentials(float* row, int64_t size, Span seen, float scale) {
   return count ? total[0] : 1.0f;
 }
 
-// A row of floats as words along it, in place.
+// Turns a row of floats into words along the row, in place.
 template <class Words>
 void as_words(float* row, int64_t size) {
   if (Words::per_word == 1) return;
@@ -164,7 +165,7 @@ void as_words(float* row, int64_t size) {
   for (int64_t i = 0; i < size; i += W) store(out + i, load(row + i));
 }
 
-// Two rows of floats as words across them, in place of the upper one.
+// Turns two rows of floats into words across them, overwriting the upper row.
 void as_words_across(float* upper, const float* lower, int64_t size) {
   for (int64_t i = 0; i < size; i += W) {
     vu word = rounded(load(upper + i)) | rounded(load(lower + i)) << 16;
@@ -243,7 +244,7 @@ void forward_unit(const AttentionForward<T>& a, int64_t unit) {
       forward_tile<Words>(a, b, h, first, keys, tile);
 }
 
-// One (batch, kv head) in the backward, laid out for the products, and the sums of its gradients.
+// Backward's scratch for one (batch, kv head): operands laid out for the products, gradient sums.
 struct KeysGradients {
   float *k, *kt, *vt;  // [words(S), ld], per block [words(E), BLOCK] twice
   float *dk, *dv;      // [S, ld]
@@ -274,8 +275,8 @@ void score_gradients(float* p, float* dp, int64_t size, Span seen, float scale) 
                    GLM_INLINED { give(dp + i, take(p + i, n) * (take(dp + i, n) - total[0]), n); });
 }
 
-// The tile's probabilities and score gradients as words along and across queries. Returns the
-// score gradients along rows, their row stride, and the stride between words across.
+// Lays out the tile's probabilities and score gradients as words along and across queries. Returns
+// the score gradients along rows, their row stride, and the stride between words across.
 template <class Words>
 Strided lay_out(const TileGradients& t, int64_t queries, int64_t size) {
   if (Words::per_word == 1) return {t.dp, size, 1};

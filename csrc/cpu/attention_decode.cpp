@@ -1,10 +1,10 @@
 // Attention of one query per sequence (decode), keys and values read once, where they lie. Shapes:
 // B batch, S keys, H heads, K kv heads, E head dim; R = H / K queries share a kv head.
 //
-// A unit is one (batch, kv head), so a sequence's result does not depend on what else is in the
-// batch. The scores [R, S] of all its queries lie in scratch; keys, then values, are taken in
-// blocks that stay in the cache while up to HEADS queries at a time pass over them. Everything is
-// float, whatever T is, and rounded once; sums over the keys are formed block by block.
+// A unit of work is one (batch, kv head), so a sequence's result does not depend on what else is in
+// the batch. The scores [R, S] of its queries lie in scratch. Keys, then values, are read in blocks
+// that stay in the cache while up to HEADS queries at a time pass over them. All arithmetic is
+// float, whatever T is, and results are rounded once; sums over keys are added up block by block.
 #include <cmath>
 #include <cstdlib>
 #include <new>
@@ -19,16 +19,16 @@ namespace {
 
 constexpr int64_t BLOCK = 128;  // keys
 #if defined(__AVX512F__)
-constexpr int HEADS = 6;  // queries in registers
+constexpr int HEADS = 6;  // queries held in registers
 #else
 constexpr int HEADS = 2;
 #endif
-constexpr int KEYS = 4;     // for each of them
-constexpr int COLUMNS = 4;  // vectors of values, likewise
+constexpr int KEYS = 4;     // keys at a time for each of these queries
+constexpr int COLUMNS = 4;  // vectors of values at a time, likewise
 
 int64_t padded(int64_t size) { return (size + W - 1) / W * W; }
 
-// Zeros for one unit's work, in the largest vector's alignment.
+// Zeroed scratch for one unit, aligned for the widest vector.
 struct Zeros {
   explicit Zeros(int64_t size)
       : p(static_cast<float*>(aligned_alloc(64, size_t(size * 4 + 63) / 64 * 64))) {
@@ -41,14 +41,14 @@ struct Zeros {
   float* p;
 };
 
-// f<R>() for a rest of R <= MOST.
+// Calls f<R>() for a remainder R <= MOST.
 template <int MOST, class F>
 void rest_of_group(int64_t rest, F f) {
   if (rest == MOST) return f(std::integral_constant<int, MOST>{});
   if constexpr (MOST > 1) rest_of_group<MOST - 1>(rest, f);
 }
 
-// f<R>(first) for every group of R <= HEADS queries.
+// Calls f<R>(first) for every group of R <= HEADS queries.
 template <class F>
 void in_groups(int64_t queries, F f) {
   int64_t r = 0;
@@ -110,7 +110,7 @@ void values(const T* v, int64_t stride, int64_t keys, int64_t width, const float
     strip<R, 1>(v + e, stride, keys, width - e < W ? width - e : W, p, ldp, y + e, ld);
 }
 
-// Products q k -> exponentials of the scores; their sum.
+// Turns products q k into exponentials of the scores; returns their sum.
 float exponentials(float* p, int64_t size, float scale) {
   vf top = all(-INFINITY);
   sweep(size, [&](int64_t i, int64_t n) GLM_INLINED {

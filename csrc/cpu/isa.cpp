@@ -1,4 +1,4 @@
-// Which instruction set runs: what was compiled in and what this CPU has, the best one at first.
+// Chooses the instruction set: at first the best of those compiled in that this CPU has.
 #include "kernels.h"
 
 namespace glm {

@@ -1,5 +1,5 @@
-// The product of few rows with a weight: bound by reading the weight, which is read once.
-// Shapes: N rows, D in, F features out.
+// Product of few rows with a weight. Reading the weight takes the time, so it is read once. Shapes:
+// N rows, D in, F features out.
 #include "codes.h"
 #include "kernels.h"
 
@@ -14,7 +14,7 @@ constexpr int FEATURES = 2;
 #endif
 constexpr int ROWS = 4;
 
-// 2 W bf16, the first n of them from memory.
+// Loads 2 W bf16, of which the first n come from memory.
 GLM_INLINE vi pairs(const bf16* p, int64_t n) {
   if (n == 2 * W) return load_words(p);
   bf16 part[2 * W] = {};
@@ -22,8 +22,8 @@ GLM_INLINE vi pairs(const bf16* p, int64_t n) {
   return load_words(part);
 }
 
-// part += weights times inputs, n <= step of them from i on; in PAIRS the instruction set has sums
-// of two products of bf16, in float32.
+// part += weights times inputs i to i + n, n <= step. PAIRS: the instruction set adds two products
+// of bf16 at a time, in float32.
 template <bool PAIRS, int R, int M, class T>
 GLM_INLINE void add(vf (&part)[R][M], const LinearFew<T>& a, const T* const (&w)[R], int64_t row,
                     int64_t i, int64_t n) {
@@ -44,12 +44,13 @@ GLM_INLINE void add(vf (&part)[R][M], const LinearFew<T>& a, const T* const (&w)
   }
 }
 
-// Features f, f + apart, ... (R of them), rows n ... n + M. The order in which a result is summed
-// depends on neither.
+// R features f, f + apart, ..., and rows n to n + M. The order in which a result is summed depends
+// on neither.
 template <bool PAIRS, int R, int M, class T>
 void tile(const LinearFew<T>& a, int64_t f, int64_t apart, int64_t n) {
   constexpr int64_t step = PAIRS ? 2 * W : W;
-  constexpr int64_t block = 32 * step;  // summed by itself, so that rounding errors stay small
+  constexpr int64_t block =
+      32 * step;  // a block is summed by itself, so that rounding errors stay small
   const T* w[R];
   for (int r = 0; r < R; ++r) w[r] = a.weight + (f + r * apart) * a.width;
   vf total[R][M] = {};
@@ -85,7 +86,7 @@ void rows(const LinearFew<T>& a, int64_t f, int64_t apart) {
 
 template <bool PAIRS, class T>
 void features(const LinearFew<T>& a, int64_t begin, int64_t end) {
-  // far apart, so that each is a long stream that the CPU prefetches by itself
+  // features lie far apart, so that each is a long stream that the CPU prefetches by itself
   const int64_t apart = (end - begin) / FEATURES;
   for (int64_t i = 0; i < apart; ++i) rows<PAIRS, FEATURES>(a, begin + i, apart);
   for (int64_t f = begin + FEATURES * apart; f < end; ++f) rows<PAIRS, 1>(a, f, 1);

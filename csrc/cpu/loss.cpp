@@ -1,4 +1,4 @@
-// Softmax cross-entropy of logits that are there anyway, turned into their gradient in place.
+// Softmax cross-entropy of logits, which are overwritten by their gradient.
 // Shapes: N rows (a chunk of the tokens), V vocabulary.
 #include <cmath>
 
@@ -18,11 +18,11 @@ float row_max(const T* z, int64_t size) {
   return largest(m);
 }
 
-// Whether a row's exponentials stay in place of its logits: in T = float nothing is lost by it.
+// Whether a row's exponentials overwrite its logits: for T = float that loses nothing.
 template <class T>
 constexpr bool keeps = sizeof(T) == sizeof(float);
 
-// Sum of exp(z - top); NaN where a logit is NaN.
+// Returns the sum of exp(z - top), NaN where a logit is NaN.
 template <class T>
 float exponentials(T* z, int64_t size, float top) {
   float total[1];

@@ -1,4 +1,4 @@
-// Optimizer arithmetic over one stretch of a flat tensor at a time.
+// Optimizer arithmetic on a part of a flat tensor.
 #include "kernels.h"
 #include "vec.h"
 
@@ -26,7 +26,7 @@ void squares(const Squares<T>& a, int64_t begin, int64_t end) {
   }
 }
 
-// T is the gradients' type; the copies, if any, have it too.
+// T is the type of the gradients and of the copies, if any.
 template <class T>
 void adamw_update(const AdamW<T>& a, int64_t begin, int64_t end) {
   sweep(end - begin, [&](int64_t i, int64_t n) GLM_INLINED {

@@ -1,8 +1,11 @@
-// Products with quantised weights, read as they lie in a checkpoint. Shapes: N rows, D in,
-// F features out.
+// Products with quantised weights in a checkpoint's own layout. Shapes: N rows, D inputs, F
+// features.
 //
-// A vector of weights has W words: 4 W codes of 8 bits, or 8 W of 4 bits. Inputs are laid out once
-// per call so that each lane meets its own: the weights, of which there are more, never move.
+// A vector of weights has W words: 4 W codes of 8 bits, or 8 W codes of 4 bits. Once per call, the
+// inputs are rearranged to match the lanes of the weights, which are many more and stay as they
+// are.
+#include <type_traits>
+
 #include "codes.h"
 #include "kernels.h"
 
@@ -10,7 +13,7 @@ namespace glm::GLM_ISA {
 
 namespace {
 
-enum Groups { ROW, SMALL, LARGE };  // a scale a row, for 32 inputs, for a multiple of 128
+enum Groups { ROW, SMALL, LARGE };  // inputs that share a scale: a whole row, 32, a multiple of 128
 
 #if defined(__AVX512F__)
 constexpr int FEATURES = 4;
@@ -21,18 +24,38 @@ constexpr int ROWS = 4;
 
 constexpr int64_t per_vector(int bits) { return bits == 4 ? 8 * W : 4 * W; }
 
-// The scale of the vector of weights at input i of the feature whose scales are s; `large` is that
-// of its large group, found once a group.
+// Returns the scales of the vector of weights at input i of a feature with scales s; `large` is the
+// scale of its large group, loaded once per group.
 template <int BITS, Groups G>
 GLM_INLINE vf scale_at(const Codes& c, const uint16_t* s, vf large, int64_t i) {
   if (G == LARGE) return large;
   return spread<BITS == 4 ? 4 : 8>(s + i / rounded_block, c.groups - i / rounded_block);
 }
 
-// int8 codes of both sides.
-template <int BITS, Groups G, bool VNNI, class T>
+// quantized_product's arguments without the type of bias and result, so that the many tiles below
+// are compiled once instead of once per type.
+struct Product {
+  Codes w;
+  const void* bias;
+  const float* values;
+  const int8_t* codes;
+  const float* steps;
+  const int32_t* excess;
+  void* y;
+  int64_t rows, features, padded;
+  bool is_bf16;
+
+  template <class T>
+  void write(int64_t n, int64_t f, float s) const {
+    const T* b = static_cast<const T*>(bias);
+    put(static_cast<T*>(y) + n * features + f, b ? s + get(b + f) : s);
+  }
+};
+
+// Products of int8 codes of weights and of inputs.
+template <int BITS, Groups G, bool VNNI>
 struct Rounded {
-  const QuantizedProduct<T>& a;
+  const Product& a;
   static constexpr int64_t step_lanes = BITS == 4 ? 8 : 4;
 
   template <int R, int M>
@@ -68,10 +91,10 @@ struct Rounded {
   }
 };
 
-// Codes of the weights, inputs as they are.
-template <int BITS, Groups G, class T>
+// Products of the weights' codes with float inputs.
+template <int BITS, Groups G>
 struct Whole {
-  const QuantizedProduct<T>& a;
+  const Product& a;
 
   template <int K, int R, int M>
   GLM_INLINED void nibbles(vf (&part)[R][M], const vi (&words)[R], const float* x) const {
@@ -116,10 +139,10 @@ struct Whole {
   }
 };
 
-// Features f, f + apart, ... (R of them), rows n ... n + M. The order in which a result is summed
-// depends on neither.
-template <int BITS, Groups G, int R, int M, class Kind, class T>
-void tile(const Kind& kind, const QuantizedProduct<T>& a, int64_t f, int64_t apart, int64_t n) {
+// R features f, f + apart, ..., and rows n to n + M. The order in which a result is summed depends
+// on neither.
+template <int BITS, Groups G, int R, int M, class Kind>
+void tile(const Kind& kind, const Product& a, int64_t f, int64_t apart, int64_t n) {
   constexpr int64_t step = per_vector(BITS);
   const int64_t row_bytes = a.w.width * BITS / 8, whole = a.w.width / step * step;
   const int8_t* w[R];
@@ -157,42 +180,43 @@ void tile(const Kind& kind, const QuantizedProduct<T>& a, int64_t f, int64_t apa
   for (int r = 0; r < R; ++r)
     for (int m = 0; m < M; ++m) {
       const float s = sum(total[r][m]) * (G == ROW ? from_half(*scale[r]) : 1.0f);
-      const int64_t at = f + r * apart;
-      put(a.y + (n + m) * a.features + at, a.bias ? s + get(a.bias + at) : s);
+      a.is_bf16 ? a.write<bf16>(n + m, f + r * apart, s) : a.write<float>(n + m, f + r * apart, s);
     }
 }
 
-template <int BITS, Groups G, int R, class Kind, class T>
-void rows(const Kind& kind, const QuantizedProduct<T>& a, int64_t f, int64_t apart) {
+template <int BITS, Groups G, int R, class Kind>
+void rows(const Kind& kind, const Product& a, int64_t f, int64_t apart) {
   int64_t n = 0;
   for (; n + ROWS <= a.rows; n += ROWS) tile<BITS, G, R, ROWS>(kind, a, f, apart, n);
   for (; n < a.rows; ++n) tile<BITS, G, R, 1>(kind, a, f, apart, n);
 }
 
-template <int BITS, Groups G, class Kind, class T>
-void features(const Kind& kind, const QuantizedProduct<T>& a, int64_t begin, int64_t end) {
-  // Far apart, so that each is one long stream: the CPU's own prefetching follows a few of those,
-  // and reads twice as much as with rows side by side that are asked for ahead.
+template <int BITS, Groups G, class Kind>
+void features(const Kind& kind, const Product& a, int64_t begin, int64_t end) {
+  // Features lie far apart, so that each is one long stream. The CPU's own prefetching follows a
+  // few streams, and reads twice as fast as explicit prefetching of neighbouring rows.
   const int64_t apart = (end - begin) / FEATURES;
   for (int64_t i = 0; i < apart; ++i) rows<BITS, G, FEATURES>(kind, a, begin + i, apart);
   for (int64_t f = begin + FEATURES * apart; f < end; ++f) rows<BITS, G, 1>(kind, a, f, 1);
 }
 
-template <int BITS, Groups G, class T>
-void by_kind(const QuantizedProduct<T>& a, int64_t begin, int64_t end) {
-  if (!a.codes) return features<BITS, G>(Whole<BITS, G, T>{a}, a, begin, end);
-  if (has_byte_products()) return features<BITS, G>(Rounded<BITS, G, true, T>{a}, a, begin, end);
-  features<BITS, G>(Rounded<BITS, G, false, T>{a}, a, begin, end);
+template <int BITS, Groups G>
+void by_kind(const Product& a, int64_t begin, int64_t end) {
+  if (!a.codes) return features<BITS, G>(Whole<BITS, G>{a}, a, begin, end);
+#if defined(__AVX512F__)
+  if (has_byte_products()) return features<BITS, G>(Rounded<BITS, G, true>{a}, a, begin, end);
+#endif
+  features<BITS, G>(Rounded<BITS, G, false>{a}, a, begin, end);
 }
 
-template <int BITS, class T>
-void by_groups(const QuantizedProduct<T>& a, int64_t begin, int64_t end) {
+template <int BITS>
+void by_groups(const Product& a, int64_t begin, int64_t end) {
   if (a.w.groups == 1) return by_kind<BITS, ROW>(a, begin, end);
   if (a.w.width / a.w.groups == rounded_block) return by_kind<BITS, SMALL>(a, begin, end);
   by_kind<BITS, LARGE>(a, begin, end);
 }
 
-// Where among the inputs of its vector the i-th lies.
+// Returns the place of input i in the rearranged inputs of its vector.
 template <int BITS>
 constexpr int64_t place_of_code(int64_t i) {
   if (BITS == 8) return i;
@@ -209,8 +233,8 @@ constexpr int64_t place_of_value(int64_t i) {
 
 constexpr int PARTS = rounded_block / W;
 
-// One block of inputs, of which n exist, as integers in -127 ... 127; returns the step, NaN or
-// infinite where an input is (then all are 0).
+// Rounds a block of inputs, of which n exist, to integers in [-127, 127]. Returns the step. Where
+// an input is NaN or infinite, so is the step, and all integers are 0.
 template <class T>
 float round_block(const T* x, int64_t n, vf (&out)[PARTS]) {
   vi top = {};  // as integers, magnitudes have the same order, and a NaN is above all
@@ -228,7 +252,7 @@ float round_block(const T* x, int64_t n, vf (&out)[PARTS]) {
   return step;
 }
 
-// The codes of one block, where the weights of each lane meet them.
+// Stores the codes of one block in the order in which the weights' lanes need them.
 template <int BITS>
 GLM_INLINE void place(int8_t* codes, const vf (&v)[PARTS]) {
 #if defined(__AVX512F__)
@@ -306,7 +330,18 @@ void quantized_input(const QuantizedInput<T>& a, int64_t begin, int64_t end) {
 
 template <class T>
 void quantized_product(const QuantizedProduct<T>& a, int64_t begin, int64_t end) {
-  a.w.bits == 4 ? by_groups<4>(a, begin, end) : by_groups<8>(a, begin, end);
+  const Product p{a.w,
+                  a.bias,
+                  a.values,
+                  a.codes,
+                  a.steps,
+                  a.excess,
+                  a.y,
+                  a.rows,
+                  a.features,
+                  a.padded,
+                  std::is_same_v<T, bf16>};
+  p.w.bits == 4 ? by_groups<4>(p, begin, end) : by_groups<8>(p, begin, end);
 }
 
 template <class T>

@@ -1,4 +1,4 @@
-// The kernels of one instruction set, gathered; compiled once per set like the kernels themselves.
+// The table of one instruction set's kernels; compiled once per set, like the kernels.
 #include "kernels.h"
 
 namespace glm::GLM_ISA {

@@ -23,7 +23,7 @@ struct TanhGelu {
   }
 };
 
-// Through erfc, which keeps its digits where 1 + erf cancels.
+// Uses erfc, which keeps its digits where 1 + erf cancels.
 struct ErfGelu {
   __device__ static Slope at(float x) {
     const float cdf = 0.5f * erfcf(x * -0x1.6a09e6p-1f);

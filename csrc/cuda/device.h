@@ -1,4 +1,4 @@
-// What a kernel source needs of its platform: CUDA, HIP, or one CPU fiber per thread (GLM_FIBERS,
+// What kernels need from their platform: CUDA, HIP, or one CPU fiber per thread (GLM_FIBERS,
 // csrc/fibers). Kernels never assume a number of lanes: `wave` is 32 on NVIDIA and RDNA, 64 on
 // gfx9. Every block has a multiple of 64 threads, so that waves are whole on all of them.
 #pragma once
@@ -39,7 +39,8 @@ __device__ constexpr int wave() { return 32; }
 __device__ constexpr int wave() { return 32; }
 #endif
 
-// The value of the lane whose number differs by the bit `mask`; all lanes of a wave take part.
+// Returns the value of the lane whose number differs in the bit `mask`; all lanes of a wave take
+// part.
 template <class T>
 __device__ inline T swapped(T x, int mask) {
 #if defined(GLM_FIBERS)
@@ -51,7 +52,7 @@ __device__ inline T swapped(T x, int mask) {
 #endif
 }
 
-// Ends the kernel: an index is out of range.
+// Ends the kernel because an index is out of range.
 __device__ inline void out_of_range(const char* what, int64_t index, int64_t size) {
 #if defined(GLM_FIBERS)
   throw std::out_of_range(std::string(what) + " " + std::to_string(index) + ": must lie in [0, " +
@@ -170,7 +171,8 @@ inline int threads_for(int64_t units) {
   return int(waves < 1 ? 64 : waves > max_threads / 64 ? max_threads : waves * 64);
 }
 
-// May rows of `width` elements be read 16 bytes at a time, from these pointers (null ones aside)?
+// Whether rows of `width` elements can be read 16 bytes at a time from all these pointers that are
+// not null.
 template <class T, class... P>
 bool fits_wide(int64_t width, const P*... p) {
   return width % wide<T> == 0 && ((reinterpret_cast<uintptr_t>(p) % 16 == 0) && ...);

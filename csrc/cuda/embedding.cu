@@ -15,8 +15,8 @@ __global__ void gather(Lookup<T> a) {
         *reinterpret_cast<const Pack<T, V>*>(row + i);
 }
 
-// A table row's gradient: its occurrences in order of position, summed in float, rounded once. One
-// block per row, no atomics.
+// The gradient of a table row: its occurrences are summed in float in order of position, and
+// rounded once. One block per row, no atomics.
 template <class T, int V>
 __global__ void scatter(EmbeddingBackward<T> a) {
   const int64_t v = blockIdx.x, first = a.starts[v], last = a.starts[v + 1];

@@ -1,6 +1,6 @@
-// The GPU kernels as the bindings see them: the same arguments as on the CPU, whole problems
-// instead of ranges, queued on a stream. T is float, bf16 or f16; statistics are always float.
-// Pointers are the device's. Results do not depend on the order in which blocks or threads run.
+// Declares the GPU kernels: they take the CPU kernels' arguments, work on whole problems instead of
+// ranges, and are queued on a stream. T is float, bf16 or f16; statistics are always float.
+// Pointers are device pointers. Results do not depend on the order in which blocks or threads run.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ namespace glm::gpu {
 // cudaStream_t or hipStream_t.
 using Stream = void*;
 
-// Elements of an index that were found out of range end the kernel: on a device as a trap.
+// An index out of range ends the kernel, on a device by a trap.
 template <class T>
 struct Lookup {
   EmbeddingForward<T> table;
@@ -29,7 +29,7 @@ struct Losses {
 
 template <class T>
 struct TableGradient {
-  EmbeddingBackward<T> of;  // order and starts on the device
+  EmbeddingBackward<T> of;  // order and starts lie on the device
   int64_t vocab;
 };
 
@@ -39,7 +39,7 @@ struct Turn {
   int64_t batch;
 };
 
-// Tensors of a list that one launch works on: what fits into a kernel's arguments.
+// How many tensors of a list one launch works on: as many as fit into a kernel's arguments.
 constexpr int batch_size = 48;
 
 // sums[t * blocks + b]: sum of squares of block b's share of tensor t.
@@ -54,7 +54,7 @@ struct SquaresBatch {
 // Blocks per tensor that SquaresBatch and AdamWBatch are launched with for a largest tensor.
 int blocks_for(int64_t largest);
 
-// Scalars as in AdamW, which see; grad_scale lies on the device.
+// Scalars as in AdamW; grad_scale lies on the device.
 template <class T>
 struct AdamWBatch {
   float *param[batch_size], *exp_avg[batch_size], *exp_avg_sq[batch_size];

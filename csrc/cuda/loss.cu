@@ -1,4 +1,4 @@
-// Softmax cross-entropy of logits that are there anyway, turned into their gradient in place.
+// Softmax cross-entropy of logits, which are overwritten by their gradient.
 // Shapes: N rows (a chunk of the tokens), V vocabulary. One block per row; maximum and sum are
 // found in one pass (Milakov & Gimelshein 2018, algorithm 3), since a row does not stay in the
 // first-level cache.
@@ -8,7 +8,7 @@ namespace glm::gpu {
 
 namespace {
 
-// max and sum of e^(z - max) of some logits.
+// Maximum of some logits, and their sum of e^(z - max).
 struct Softmax {
   float max, sum;
 };
@@ -19,7 +19,7 @@ __device__ inline Softmax swapped(Softmax x, int mask) {
   return {swapped(x.max, mask), swapped(x.sum, mask)};
 }
 
-// Nothing summed adds nothing, whatever its maximum; -inf minus -inf would make it NaN.
+// An empty sum adds nothing, whatever its maximum; -inf minus -inf would give NaN.
 __device__ inline float rescaled(Softmax x, float max) {
   return x.sum == 0.0f ? 0.0f : x.sum * expf(x.max - max);
 }

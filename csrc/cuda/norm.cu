@@ -1,6 +1,6 @@
 // RMS and layer norm, alone or of x + alpha * residual. Shapes: N rows, D width.
-// Kept for backward: 1 / std (and the mean) per row; the normalised value is formed again.
-// One block per row: its later passes find the row in the first-level cache (24 KB for D = 12288 in
+// Kept for backward: 1 / std (and the mean) per row; the normalised value is computed again. One
+// block per row: its later passes find the row in the first-level cache (24 KB for D = 12288 in
 // half precision). The weight's gradient takes a second kernel with one thread per column, so that
 // it needs neither atomics nor shared memory and has the same bits every time.
 #include "device.h"
@@ -22,7 +22,7 @@ __global__ void forward_rows(NormForward<T> a) {
         take(a.residual + at + i, r);
         for (int j = 0; j < V; ++j) x[j] = fmaf(a.alpha, r[j], x[j]);
         give(a.total + at + i, x);
-        take(t + i, x);  // the norm is of the rounded sum
+        take(t + i, x);  // the rounded sum is normalised
       }
       for (int j = 0; j < V; ++j) sum += x[j];
     }
@@ -85,7 +85,7 @@ __global__ void backward_rows(NormBackward<T> a) {
   }
 }
 
-// A chunk's rows summed, V columns per thread: dweight = sum dy h, dbias = sum dy.
+// Sums a chunk's rows, V columns per thread: dweight = sum dy h, dbias = sum dy.
 template <class T, int V>
 __global__ void backward_columns(NormBackward<T> a) {
   const int64_t column = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * V, chunk = blockIdx.y;

@@ -1,5 +1,5 @@
-// Optimizer arithmetic over lists of tensors: one launch per batch_size tensors, a grid's second
-// dimension counts them. Blocks beyond a small tensor's end have nothing to do and return.
+// Optimizer arithmetic on lists of tensors: one launch works on batch_size tensors, which the
+// grid's second dimension counts. Blocks beyond the end of a small tensor return at once.
 #include "device.h"
 
 namespace glm::gpu {
@@ -53,7 +53,7 @@ __global__ void update(AdamWBatch<T> a) {
 
 }  // namespace
 
-// Enough to fill any of today's devices, at per_thread elements a thread.
+// Enough blocks to fill any of today's devices, at per_thread elements a thread.
 int blocks_for(int64_t largest) {
   const int64_t blocks = divided_up(largest, threads * per_thread);
   return int(blocks < 1 ? 1 : blocks > 512 ? 512 : blocks);

@@ -1,8 +1,8 @@
-// Products with an int8 or int4 weight that is read as it lies in the checkpoint, and the weight as
-// float32 for products with many rows. Shapes: N rows of x, D in, F out, G groups of D / G inputs
-// that share a scale. 4 bits: two codes a byte, the even element in the high nibble.
-// Decoding is bound by the weight: every block reads one output's codes once, for `rows_at_once`
-// rows of x, which are few and stay in the cache.
+// Products with an int8 or int4 weight in a checkpoint's own layout, and conversion of the weight
+// to float32 for products with many rows. Shapes: N rows of x, D inputs, F outputs, G groups of D /
+// G inputs that share a scale. 4 bits: two codes a byte, the even element in the high nibble.
+// Reading the weight takes most of a decode step: every block reads one output's codes once, for
+// `rows_at_once` rows of x, which are few and stay in the cache.
 #include "device.h"
 
 namespace glm::gpu {
@@ -16,8 +16,8 @@ __device__ inline float scale_of(const Codes& w, int64_t at) {
   return w.scale16 ? to_float(w.scale16[at]) : w.scale32[at];
 }
 
-// V weights of row f from element i on, times their scale; V divides a group. The bytes are one
-// load: V * BITS / 8 of them.
+// Returns V weights of row f from element i on, times their scale; V divides a group. Their V *
+// BITS / 8 bytes are one load.
 template <int BITS, int V>
 __device__ inline void weights(const Codes& w, int64_t f, int64_t i, float (&out)[V]) {
   constexpr int bytes = V * BITS / 8;
@@ -31,7 +31,7 @@ __device__ inline void weights(const Codes& w, int64_t f, int64_t i, float (&out
   }
 }
 
-// One output of a few rows per block.
+// Each block computes one output of a few rows.
 template <class X, class T, int BITS, int V>
 __global__ void few_rows(QuantizedRows<X, T> a) {
   constexpr int A = V < wide<X> ? 1 : wide<X>;
@@ -85,7 +85,7 @@ __global__ void round_blocks(const T* x, float* out, int64_t rows, int64_t width
   }
 }
 
-// Weights a thread takes at a time: 16 bytes where rows allow it, else one byte of codes.
+// How many weights a thread converts at a time: 16 bytes where rows allow it, else one byte.
 bool wide_codes(const Codes& w) {
   const int64_t row_bytes = w.width * w.bits / 8, step = 128 / w.bits;
   return row_bytes % 16 == 0 && w.width / w.groups % step == 0 &&

@@ -6,8 +6,8 @@ namespace glm::gpu {
 
 namespace {
 
-// V pairs at a time, A elements per load. A unit is V pairs, or as many elements as one load of a
-// unit holds of those that pass unchanged.
+// V pairs at a time, A elements per load. A unit is V pairs, or one load of elements that pass
+// unchanged.
 template <bool interleaved, class T, int V>
 __device__ inline void turn(const T* x, T* y, const float* cos, const float* sin, int64_t pairs,
                             float sign) {

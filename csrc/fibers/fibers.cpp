@@ -1,5 +1,5 @@
-// The scheduler of fibers.h. Context switches are a dozen instructions on x86-64 (the C library's
-// swapcontext asks the kernel twice); elsewhere they are swapcontext.
+// The scheduler of fibers.h. On x86-64 a context switch is a dozen instructions (the C library's
+// swapcontext calls the kernel twice); elsewhere it is swapcontext.
 #include "fibers.h"
 
 #include <algorithm>
@@ -56,14 +56,14 @@ constexpr size_t stack_size = 128 * 1024;
 
 enum class State { ready, at_barrier, at_shuffle, done };
 
-// Where a flow of control was left.
+// Where a flow of control was suspended.
 struct Context {
 #if defined(__x86_64__)
   void* sp = nullptr;
 #else
   ucontext_t context;
 #endif
-  void* fake_stack = nullptr;  // AddressSanitizer's
+  void* fake_stack = nullptr;  // for AddressSanitizer
 };
 
 struct Fiber {
@@ -128,7 +128,8 @@ void live() {
 }
 
 void begin(Fiber& f) {
-  f.stack.reset(new char[stack_size]);  // anew: what a stopped fiber left poisoned is gone with it
+  // new memory, since a stopped fiber leaves poisoned bytes behind
+  f.stack.reset(new char[stack_size]);
 #if defined(__x86_64__)
   // as after a call: 16-byte aligned but for the return address, which is `live`
   auto top = reinterpret_cast<uintptr_t>(f.stack.get() + stack_size) & ~uintptr_t(15);
@@ -174,7 +175,7 @@ int count(int begin, int end, State state) {
   return n;
 }
 
-// Runs one wave until all its threads are done or wait for the block.
+// Runs one wave until each of its threads is done or waits for the block.
 void run_wave(int begin, int end) {
   const std::vector<int> order = shuffled(begin, end);
   for (;;) {
@@ -236,14 +237,14 @@ void run(dim3 grid, dim3 block, const std::function<void()>& thread) {
       run_block(threads);
     }
   } catch (...) {
-    for (auto& f : fibers) begin(*f);  // whoever was stopped on the way is forgotten
+    for (auto& f : fibers) begin(*f);  // fibers stopped on the way start anew
     throw;
   }
 }
 
 }  // namespace glm::fibers
 
-// For ctypes: lanes of a wave, and the seed of all shuffling from now on.
+// Called by ctypes: sets the lanes of a wave, and the seed of all shuffling from now on.
 extern "C" __attribute__((visibility("default"))) void glm_fibers_configure(int wave,
                                                                             uint64_t seed) {
   glm::fibers::wave = wave;

@@ -1,8 +1,8 @@
-// CUDA on the CPU: every thread of a block is a fiber, blocks run one after another. The order of
-// blocks, of waves and of the threads of a wave is shuffled anew at every launch; a wave runs ahead
-// to its next barrier, as far as a device ever may, so that a missing barrier gives wrong numbers.
-// Shared memory is filled with NaNs before each block. Errors of the kernel are exceptions of
-// `run`.
+// Runs CUDA kernels on the CPU: every thread of a block is a fiber, and blocks run one after
+// another. Every launch shuffles the order of blocks, of waves and of the threads in a wave. A wave
+// runs ahead to its next barrier, as far as a device ever may, so that a missing barrier gives
+// wrong numbers. Shared memory is filled with NaNs before each block. `run` throws the kernel's
+// errors.
 #pragma once
 
 #include <cmath>
@@ -27,8 +27,9 @@ namespace glm::fibers {
 // Lanes of a wave: 32 or 64.
 extern int wave;
 
-// Runs `thread` for every thread of every block. Raises what a thread raises, and std::logic_error
-// where a block cannot go on: some threads of a wave at a shuffle, others at a barrier or gone.
+// Runs `thread` for every thread of every block. Throws what a thread throws, and std::logic_error
+// where a block cannot continue: some threads of a wave wait at a shuffle while others wait at a
+// barrier or have ended.
 void run(dim3 grid, dim3 block, const std::function<void()>& thread);
 
 // The calling thread waits for its block.
@@ -44,7 +45,7 @@ T swapped(T x, int mask) {
   return x;
 }
 
-// Memory that all threads of a block share; blocks follow one another, so that one array will do.
+// Memory that all threads of a block share. Blocks run one after another, so one array is enough.
 struct Shared {
   Shared(void* start, size_t size);
 };

@@ -1,5 +1,5 @@
-// Arithmetic on quantised weights: codes to floats, and sums of products of codes. A word is 4
-// bytes; a vector of words holds the codes of W lanes.
+// Arithmetic on quantised weights: converts codes to floats, and sums products of codes. A word is
+// 4 bytes; a vector of words holds the codes of W lanes.
 #pragma once
 
 #include "vec.h"
@@ -34,7 +34,7 @@ GLM_INLINE void from_halves(const uint16_t* p, int64_t n, float* out) {
 #endif
 }
 
-// Both nibbles of every byte as unsigned bytes, 8 too much: `low` the lower ones.
+// Both nibbles of every byte as unsigned bytes that are 8 too large; `low` holds the lower ones.
 struct Nibbles {
   vi high, low;
 };
@@ -78,17 +78,12 @@ GLM_INLINE vf bytes(const int8_t* p) {
 
 #if defined(__AVX512F__)
 GLM_INLINE bool has_byte_products() { return __builtin_cpu_supports("avx512vnni"); }
-#else
-GLM_INLINE bool has_byte_products() { return false; }
-#endif
-
-#if defined(__AVX512F__)
 GLM_INLINE bool has_pair_products() { return __builtin_cpu_supports("avx512bf16"); }
 #else
 GLM_INLINE bool has_pair_products() { return false; }
 #endif
 
-// sum += the products of each lane's two bf16; only where has_pair_products. Takes denormals for 0.
+// sum += the products of each lane's two bf16; only where has_pair_products. Denormals count as 0.
 GLM_INLINE vf add_pairs(vf sum, vi a, vi b) {
 #if defined(__AVX512F__)
   asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
@@ -103,7 +98,7 @@ template <bool VNNI>
 GLM_INLINE vi add_unsigned(vi sum, vi u, vi s) {
 #if defined(__AVX512F__)
   if constexpr (VNNI) {
-    // as text, since this file must compile for CPUs that lack the instruction
+    // assembly, since this file must compile for CPUs that lack the instruction
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(s));
     return sum;
   }
@@ -121,7 +116,7 @@ GLM_INLINE vi add_unsigned(vi sum, vi u, vi s) {
 #endif
 }
 
-// The same of two signed operands.
+// The same for two signed operands.
 GLM_INLINE vi add_signed(vi sum, vi a, vi b) {
 #if defined(__AVX512F__)
   const __m512i x = bits_as<__m512i>(a), y = bits_as<__m512i>(b);
@@ -143,7 +138,7 @@ GLM_INLINE vi add_signed(vi sum, vi a, vi b) {
 #endif
 }
 
-// Scales spread over the lanes, LANES lanes each; of `left` scales from p on the last repeats.
+// Spreads scales over the lanes, LANES lanes each. Of the `left` scales at p, the last one repeats.
 template <int LANES>
 GLM_INLINE vf spread(const uint16_t* p, int64_t left) {
   constexpr int count = W / LANES > 0 ? W / LANES : 1;

@@ -1,6 +1,6 @@
-// The CPU kernels as the bindings see them: plain pointers, sizes and a range of rows (or chunks);
-// one table of functions per instruction set. T is float or bf16; statistics are always float.
-// A range may be computed by any thread: results do not depend on how a range is cut.
+// Declares the CPU kernels: they take plain pointers, sizes and a range of rows (or chunks). Each
+// instruction set has its own table of functions. T is float or bf16; statistics are always float.
+// Any thread may compute any range: results do not depend on how the rows are divided.
 #pragma once
 
 #include <cstdint>
@@ -47,8 +47,8 @@ struct Activation {
   int64_t rows, width;  // N, F
 };
 
-// x [B, L, H, E] with any strides but a contiguous last dimension; y contiguous. Angles
-// [B or 1, L, G, P]; sign -1 turns back. Rows are the B * L positions.
+// x [B, L, H, E] with any strides but a contiguous last dimension; y contiguous.
+// Angles [B or 1, L, G, P]; sign -1 rotates back. Rows are the B * L positions.
 template <class T>
 struct Rope {
   const T* x;
@@ -67,7 +67,7 @@ struct EmbeddingForward {
   int64_t width, row_stride;  // of the table
 };
 
-// order: positions sorted by id; those of id v are order[starts[v] ... starts[v + 1]).
+// order: positions sorted by id; those of id v lie at starts[v] to starts[v + 1] - 1 in it.
 template <class T>
 struct EmbeddingBackward {
   const T* dy;
@@ -84,7 +84,7 @@ struct Squares {
   int64_t size, chunk;
 };
 
-// One tensor's update; names as in the op adamw. decay = 1 - lr * weight_decay.
+// Update of one tensor; names as in the op adamw. decay = 1 - lr * weight_decay.
 template <class T>
 struct AdamW {
   float *param, *exp_avg, *exp_avg_sq;
@@ -114,11 +114,11 @@ struct Heads {
   const T* at(int64_t b, int64_t l, int64_t h) const { return p + b * batch + l * row + h * head; }
 };
 
-// Queries of a head that are worked on at a time.
+// How many queries of a head are worked on at a time.
 constexpr int64_t attention_tile = 48;
 
 // q, y [B, L, H, E], k, v [B, S, K, E], key_start, key_end [B, L]; y contiguous. The queries are
-// cut into `parts` parts of whole tiles, each of which lays out the keys for itself. The decode
+// divided into `parts` parts of whole tiles; each part lays out the keys for itself. The decode
 // kernel takes queries = 1 and parts = 1.
 template <class T>
 struct AttentionForward {
@@ -139,8 +139,8 @@ struct AttentionBackward {
   float scale;
 };
 
-// y [N, F] = x weight^T + bias for few rows;  x [N, D], weight [F, D]; `narrow` is x in T. Works on
-// features.
+// y [N, F] = x weight^T + bias for few rows;  x [N, D], weight [F, D]; `narrow` is x in T. The
+// range is one of features.
 template <class T>
 struct LinearFew {
   const float* x;
@@ -150,8 +150,8 @@ struct LinearFew {
   int64_t rows, width, features;
 };
 
-// How quantised weights lie in memory: int8 codes [F, D], or 4-bit ones [F, D / 2], the even
-// element in the high nibble; scale float16 [F, groups].
+// Quantised weights in memory: int8 codes [F, D], or 4-bit codes [F, D / 2] with the even element
+// in the high nibble; scale is float16 [F, groups].
 struct Codes {
   const int8_t* weight;
   const uint16_t* scale;
@@ -162,9 +162,10 @@ struct Codes {
 constexpr int64_t rounded_block = 32;  // inputs that share a step where activations are rounded
 constexpr int64_t input_padding = 128;
 
-// Rows of x [N, D] as quantized_product reads them, each padded with zeros to a multiple of
-// input_padding. Either `values`, or with codes given, x as int8 codes: a step, and what the
-// products' unsigned weights add too much, for every 8 (of 4 bits) or 4 (of 8 bits) inputs.
+// Rearranges rows of x [N, D] for quantized_product and pads each with zeros to a multiple of
+// input_padding. Without `codes` it writes `values`. With `codes` it writes int8 codes and, for
+// every 8 inputs (4-bit weights) or 4 inputs (8-bit weights), a step and the excess that the
+// products' unsigned weights add.
 template <class T>
 struct QuantizedInput {
   const T* x;
@@ -176,7 +177,8 @@ struct QuantizedInput {
   int bits;
 };
 
-// y [N, F] from what quantized_input made with the same instruction set. Works on features.
+// y [N, F] from the output of quantized_input with the same instruction set. The range is one of
+// features.
 template <class T>
 struct QuantizedProduct {
   Codes w;
@@ -189,14 +191,14 @@ struct QuantizedProduct {
   int64_t rows, features, padded;
 };
 
-// w [F, D] from its codes. Works on features.
+// w [F, D] from its codes. The range is one of features.
 template <class T>
 struct Dequantize {
   Codes codes;
   T* w;
 };
 
-// y [N, D]: x rounded to int8 codes times the step of its block. Works on rows.
+// y [N, D]: x rounded to int8 codes, times the step of its block. The range is one of rows.
 template <class T>
 struct RoundActivations {
   const T* x;
@@ -254,10 +256,11 @@ enum class Isa { scalar, avx2, avx512 };
 constexpr const char* isa_names[] = {"scalar", "avx2", "avx512"};
 constexpr int num_isas = 3;
 
-// Compiled in, and this CPU has it?
+// Whether the instruction set was compiled in and this CPU has it.
 bool available(Isa isa);
 
-// Whose kernels `kernels` returns; at first the best available. Not to be called while kernels run.
+// The instruction set whose kernels `kernels` returns, at first the best available one. Not to be
+// called while kernels run.
 Isa active_isa();
 void activate(Isa isa);
 

@@ -1,8 +1,8 @@
 // Small matrix products on the vector type, for operands that lie in the cache.
 //
-// Operands are made of 4-byte words along the dimension that is summed over (the depth): one float
-// (Single), or two bfloat16 that follow each other there (Pair, one instruction of AVX512_BF16:
-// two products and both sums, in float). Sums are float.
+// Operands consist of 4-byte words along the dimension that is summed over (the depth). A word is
+// one float (Single), or two neighbouring bfloat16 (Pair: one AVX512_BF16 instruction multiplies
+// and adds both in float). Sums are float.
 #pragma once
 
 #include "vec.h"
@@ -18,7 +18,7 @@ struct Single {
 struct Pair {
   static constexpr int64_t per_word = 2;
   __attribute__((always_inline)) static vf add(vf sum, vf a, vf b) {
-    // as text, since this file must compile for CPUs that lack the instruction
+    // assembly, since this file must compile for CPUs that lack the instruction
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
     return sum;
   }
@@ -31,9 +31,9 @@ GLM_INLINE bool has_pairs() { return false; }
 
 // A register tile: ROWS x (COLUMNS * W) sums, one broadcast and COLUMNS loads per step.
 #if defined(__AVX512F__)
-constexpr int ROWS = 6, COLUMNS = 4;  // of 32 registers
+constexpr int ROWS = 6, COLUMNS = 4;  // fits 32 registers
 #else
-constexpr int ROWS = 6, COLUMNS = 2;  // of 16
+constexpr int ROWS = 6, COLUMNS = 2;  // fits 16
 #endif
 
 // A matrix of words with any strides, read word by word: rows by depth.

@@ -1,5 +1,5 @@
-// The thin vector type every CPU kernel is written in: W floats, W set by the compiler flags of
-// the file (16 with AVX-512, 8 with AVX2, else 4, the baseline of any 64-bit machine).
+// The vector type of every CPU kernel: W floats. The compiler flags of a file set W: 16 with
+// AVX-512, 8 with AVX2, else 4, which any 64-bit machine has.
 #pragma once
 
 #include <cstdint>
@@ -88,7 +88,7 @@ GLM_INLINE void put(bf16* p, float x) {
   p->bits = x == x ? uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16) : uint16_t(0x7fc0);
 }
 
-// The first n < W elements; the rest reads as `rest` and is not touched in memory.
+// Loads the first n < W elements; the other lanes are `rest`, and their memory is not touched.
 template <class T>
 GLM_INLINE vf load_n(const T* p, int64_t n, float rest = 0.0f) {
   T part[W];

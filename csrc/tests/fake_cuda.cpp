@@ -1,6 +1,6 @@
-// Lets a torch without CUDA hold fake tensors on device `cuda`: a device guard and hooks that have
-// one device and do nothing. Without them torch ends the process at the first gradient. To be
-// loaded before torch (LD_PRELOAD); for dry runs under FakeTensorMode alone.
+// Lets a torch without CUDA hold fake tensors on device `cuda`: a device guard and hooks that
+// report one device and do nothing. Without them torch ends the process at the first gradient. Must
+// be loaded before torch (LD_PRELOAD); only for dry runs under FakeTensorMode.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 

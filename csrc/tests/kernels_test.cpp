@@ -1,5 +1,6 @@
-// Every kernel, with every instruction set this CPU has, against plain loops in double. Buffers are
-// exactly as large as they must be, so that the sanitizers see any step beyond them; sizes are odd.
+// Tests every kernel, with every instruction set this CPU has, against plain loops in double.
+// Buffers are exactly as large as needed, so that the sanitizers see any access beyond them; sizes
+// are odd.
 #include "kernels.h"
 
 #include <cmath>
@@ -38,7 +39,7 @@ void set(bf16& to, double x) {
   to.bits = uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
-// A buffer of its own on the heap, not one byte longer than its content.
+// A heap buffer that is not one byte longer than its content.
 template <class T>
 struct Buffer {
   std::vector<T> at;
@@ -55,8 +56,8 @@ double eps() {
   return sizeof(T) == 2 ? 1.0 / 128 : 1.0 / 8388608;
 }
 
-// So many roundings to T, and float arithmetic over sums of up to a few hundred terms, which are
-// of order `scale` at least (they may cancel).
+// The tolerance: so many roundings to T, and float arithmetic on sums of up to a few hundred terms
+// of order `scale` or more, which may cancel.
 template <class T>
 void expect(const char* name, const Buffer<T>& got, const Doubles& want, double scale = 1,
             int roundings = 1) {

@@ -1,5 +1,5 @@
-// Between torch's device tensors and the GPU kernels. The stream is asked of torch's device guard,
-// so nothing of torch's CUDA libraries is linked: the extension builds beside any torch.
+// Turns torch's device tensors into what the GPU kernels take. The stream comes from torch's device
+// guard, so none of torch's CUDA libraries are linked: the extension builds beside any torch.
 #pragma once
 
 #include <c10/core/DeviceGuard.h>
@@ -19,7 +19,7 @@
 
 namespace glm::gpu {
 
-// While it lives, x's device is the current one; `stream` is what torch queues work on there.
+// Makes x's device the current one for its lifetime; torch queues work there on `stream`.
 struct OnDevice {
   explicit OnDevice(const Tensor& x) : guard(x.device()), stream(current(x.device())) {}
   c10::DeviceGuard guard;
@@ -42,7 +42,7 @@ void by_dtype(const Tensor& x, F f) {
   f(f16{});
 }
 
-// Rows of the last dimension lie together; other strides may be anything.
+// Returns x with a contiguous last dimension; its other strides may be anything.
 inline Tensor with_contiguous_rows(const Tensor& x) {
   return x.size(-1) <= 1 || x.stride(-1) == 1 ? x : x.contiguous();
 }

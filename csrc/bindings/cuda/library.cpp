@@ -1,4 +1,4 @@
-// The Python module whose import gives the operators their device half.
+// The Python module whose import registers the operators' device kernels.
 #include <Python.h>
 #include <torch/library.h>
 #include <torch/version.h>

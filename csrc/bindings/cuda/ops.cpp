@@ -1,4 +1,5 @@
-// The device's half of norm, activation, rope and embedding; schemas and autograd are the CPU's.
+// Device kernels of norm, activation, rope and embedding; the CPU's bindings hold schemas and
+// autograd.
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -14,7 +15,7 @@ namespace {
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// Rows of one partial sum of the weight's gradient: at most 128 sums, few enough to add up fast.
+// Rows in a partial sum of the weight's gradient: at most 128 sums, few enough to add up fast.
 int64_t rows_per_sum(int64_t rows) { return std::max<int64_t>(16, (rows + 127) / 128); }
 
 Three norm_forward(const Tensor& x_, const OptionalTensor& residual_, const Tensor& weight_,
@@ -43,7 +44,7 @@ Four norm_backward(const Tensor& dy_, const OptionalTensor& dtotal_, const Tenso
   const OptionalTensor dtotal = contiguous(dtotal_);
   const int64_t rows = num_rows(total), width = total.size(-1), per_sum = rows_per_sum(rows);
   const int64_t chunks = (rows + per_sum - 1) / per_sum;
-  const bool scaled = residual && alpha != 1.0;  // else the residual's gradient is dx itself
+  const bool scaled = residual && alpha != 1.0;  // otherwise the residual's gradient is dx
   Tensor dx = at::empty_like(total), dweight = at::empty_like(weight);
   Tensor dresidual = scaled ? at::empty_like(total) : at::empty({0}, total.options());
   Tensor dbias = layer ? at::empty_like(weight) : at::empty({0}, weight.options());

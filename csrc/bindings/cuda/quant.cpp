@@ -1,4 +1,4 @@
-// The device's half of quantized_linear: few rows by our kernel, many by a float32 product.
+// Device kernels of quantized_linear: ours for few rows, a float32 product for many.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
@@ -9,10 +9,10 @@
 namespace glm::gpu::bindings {
 namespace {
 
-// Beyond this many rows the weight is better made float once.
+// For more rows than this, it is faster to convert the weight to float once.
 constexpr int64_t few = 16;
 
-// What the kernels read; a view of tensors that the caller keeps.
+// The weight as the kernels read it: pointers into tensors that the caller keeps alive.
 Codes codes_of(const Tensor& weight, const Tensor& scale, int64_t bits) {
   const bool half = scale.scalar_type() == at::kHalf;
   const int64_t outputs = weight.size(0), groups = scale.dim() > 1 ? scale.size(1) : 1;

@@ -1,4 +1,4 @@
-// The device's half of linear_cross_entropy, global_norm and adamw; nothing here waits for it.
+// Device kernels of linear_cross_entropy, global_norm and adamw; nothing here waits for the device.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
@@ -13,7 +13,7 @@ namespace {
 
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 
-// Rows of logits that exist at a time: enough for efficient products, 256 MiB at most.
+// How many rows of logits exist at a time: enough for efficient products, 256 MiB at most.
 int64_t loss_chunk(int64_t rows, int64_t vocab, int64_t element_size) {
   constexpr int64_t budget_bytes = 256 << 20, fewest = 128;
   return std::min(rows, std::max(fewest, budget_bytes / (vocab * element_size)));
@@ -29,8 +29,8 @@ void accumulate(Tensor& sum, const Tensor& dz, const Tensor& x, bool first) {
     sum.addmm_(dz.t(), x);
 }
 
-// Gradients are formed with the loss, since the logits of a chunk are there only now; empty
-// where they are not wanted.
+// Computes the gradients with the loss, while a chunk's logits exist; they are empty unless
+// `gradients`.
 Three linear_cross_entropy_forward(const Tensor& x, const Tensor& weight, const Tensor& labels_,
                                    const Tensor& token_weight_, bool gradients) {
   const OnDevice on(x);
@@ -72,7 +72,7 @@ std::vector<Tensor> contiguous_all(at::TensorList tensors) {
   return all;
 }
 
-// Calls f(indices, largest) with indices of tensors that have elements, one dtype and fit a batch.
+// Calls f(indices, largest) with batches of indices: of non-empty tensors of one dtype.
 template <class F>
 void batches(const std::vector<Tensor>& tensors, F f) {
   for (const auto dtype : {at::kFloat, at::kBFloat16, at::kHalf}) {

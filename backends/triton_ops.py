@@ -1,6 +1,8 @@
-"""Norm, gated activations and cross-entropy in Triton: one source for CUDA, ROCm and Ascend, where
-the compiled kernels are not built. They implement the operators that csrc/ declares, so autograd,
-fakes and torch.compile are the same. Needs triton; imported only by a backend that uses it.
+"""Implements norms, gated activations and cross-entropy in Triton, for CUDA, ROCm and Ascend where
+the compiled kernels are not built. The kernels implement the operators that csrc/ declares, so
+autograd, fakes and torch.compile are the same. Needs triton; imported only by a backend that uses
+it.
+
 Shapes: N rows, D width, F inner width, V vocabulary, C chunks of rows."""
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ Three = tuple[Tensor, Tensor, Tensor]
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 GELU, GEGLU, SWIGLU = range(3)
-"""kinds of activation, as in csrc/bindings"""
+"""kinds of activation, numbered as in csrc/bindings"""
 COLUMNS = 128
-"""columns of one program that sums rows"""
+"""columns of a program that sums over rows"""
 LOGITS = 4096
-"""logits of one step of a row's program"""
+"""logits that a row's program reads at a time"""
 
 
 @triton.jit
@@ -40,7 +42,7 @@ def norm_rows(
     LAYER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """y, the rounded sum, 1 / std and the mean of one row."""
+    """Writes y, the rounded sum, 1 / std and the mean of one row."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     inside = i < width
@@ -79,7 +81,7 @@ def norm_rows_backward(
     SCALED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """dx (and alpha dx) of one row: (g - mean(g) - h mean(g h)) / std with g = dy weight."""
+    """Writes dx (and alpha dx) of one row: (g - mean(g) - h mean(g h)) / std with g = dy weight."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     inside = i < width
@@ -115,7 +117,7 @@ def norm_columns_backward(
     LAYER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A chunk's sums of dy h and of dy, for BLOCK columns."""
+    """Writes a chunk's sums of dy h and of dy for BLOCK columns."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < width
     chunk = tl.program_id(1).to(tl.int64)
@@ -135,7 +137,7 @@ def norm_columns_backward(
 
 @triton.jit
 def slope(x, KIND: tl.constexpr):
-    """Value and derivative of tanh-GELU (0), erf-GELU (1) or SiLU (2)."""
+    """Returns value and derivative of tanh-GELU (0), erf-GELU (1) or SiLU (2)."""
     if KIND == 1:
         cdf = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
         return x * cdf, cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
@@ -150,8 +152,8 @@ def slope(x, KIND: tl.constexpr):
 
 @triton.jit
 def activate(x, dy, y, size, width, KIND: tl.constexpr, BACK: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK results y, or gradients of x. Gated rows of x are [a, b]: GeGLU's gate is b, SwiGLU's
-    a."""
+    """Writes BLOCK elements of y, or of the gradient of x. A gated row of x is [a, b]: GeGLU's gate
+    is b, SwiGLU's is a."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < size
     gate = i
@@ -179,8 +181,8 @@ def activate(x, dy, y, size, width, KIND: tl.constexpr, BACK: tl.constexpr, BLOC
 def row_losses(
     logits, labels, token_weight, loss, vocab, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One row: maximum and sum in one pass (Milakov & Gimelshein 2018), then the gradient in
-    place."""
+    """Writes the loss of one row: maximum and sum in one pass (Milakov & Gimelshein 2018). Then
+    writes the gradient over the logits."""
     row = tl.program_id(0).to(tl.int64)
     z = logits + row * vocab
     label = tl.load(labels + row)
@@ -307,7 +309,8 @@ def activation_backward(dy: Tensor, x: Tensor, kind: int) -> Tensor:
 def linear_cross_entropy_forward(
     x: Tensor, weight: Tensor, labels: Tensor, token_weight: Tensor, gradients: bool
 ) -> Three:
-    """Chunks of logits as in csrc/bindings/cuda; labels out of range are refused on the device."""
+    """Computes the loss in chunks of rows as csrc/bindings/cuda does. The device refuses labels
+    that are out of range."""
     torch._assert_async(((labels >= 0) & (labels < len(weight))).all(), "a label is out of range")
     rows, vocab = len(x), len(weight)
     chunk = min(rows, max(128, 2**28 // (vocab * x.element_size()))) or 1
@@ -352,12 +355,12 @@ OPS = (
     "swiglu",
     "linear_cross_entropy",
 )
-"""what these operators make up"""
+"""the ops that these operators serve"""
 
 
 def register(key: str) -> Any:
-    """Gives the operators of glm_core these kernels on `key`, CUDA or PrivateUse1; they last as
-    long as what is returned."""
+    """Registers these kernels for the operators of glm_core on dispatch key `key`, CUDA or
+    PrivateUse1. They stay registered as long as the returned library lives."""
     library = torch.library.Library("glm_core", "IMPL")
     for name, function in OPERATORS.items():
         library.impl(name, function, key)

@@ -1,17 +1,26 @@
-"""The Ascend backend: torch_npu's fused operators (CANN), the rest by torch on the device.
+"""Declares the Ascend backend: torch_npu's fused operators (CANN), other ops by torch on the
+device.
 
-Never run on hardware. Verified: by value, every call goes through the conformance cases over a
-model of torch_npu's operators (tests/shared/npu_model.py); dry-run, every call is checked against
-the schemas and meta kernels of the real torch_npu 2.13.0 wheel, whole training steps included
+We never ran it on hardware. Its values are verified by running every conformance case over a model
+of torch_npu's operators (tests/shared/npu_model.py). A dry run checks every call, whole training
+steps included, against the schemas and meta kernels of the real torch_npu 2.13.0 wheel
 (tests/peers/npu_dry_run.py).
 
-What differs between Ascend's operators and ours, and is taken care of below, each with its source
-in `supports.py` or here: GeGLU gates the second half only with activate_left=False and is tanh
-unless approximate=0; gelu ignores `approximate` in some builds, npu_gelu does not; a True in
-fusion_attention's mask hides; rotary_mul rounds its tables to the input's dtype; apply_adam_w forms
-1 - beta2 in float32 (not used for that reason); cross_entropy_loss returns losses in the
-logits' dtype; add_rms_norm has no derivative and no alpha. Norms of half-precision tensors round
-before the product with the weight (a second rounding; ops-nn norm/add_rms_norm/op_kernel)."""
+Ascend's operators differ from ours as follows; the code below allows for it, and `supports.py` or a
+comment names the source.
+
+- npu_geglu gates the second half only with activate_left=False, and uses tanh unless approximate=0.
+- gelu ignores `approximate` in some builds; npu_gelu does not.
+- True in npu_fusion_attention's mask hides a key.
+- npu_rotary_mul rounds its tables to the input's dtype.
+- npu_apply_adam_w computes 1 - beta2 in float32, so it is not used.
+- npu_cross_entropy_loss returns losses in the logits' dtype.
+- npu_add_rms_norm has no derivative and no alpha.
+- Norms of half-precision tensors round a second time, before the product with the weight (ops-nn
+  norm/add_rms_norm/op_kernel).
+
+Shapes: B batch, L queries, S keys, H heads, E head dim, P pairs of a rotary section, D width, F
+features, V vocabulary, N rows."""
 
 from __future__ import annotations
 
@@ -31,8 +40,10 @@ _npu = torch.ops.npu  # torch_npu's operators; looked up at the call, so that no
 
 
 class AscendBackend(Backend):
+    """The backend of Ascend NPUs, which knows the chips' published peaks."""
+
     def peak(self, dtype: torch.dtype) -> Peak | None:
-        """Of the chip torch_npu sees, None where no public figure is known."""
+        """Returns the chip's peak, None where no public figure is known."""
         return chip.peak(dtype)
 
 
@@ -82,7 +93,8 @@ def add_layer_norm(
 
 
 def _scaled_sum(x: Tensor, residual: Tensor, alpha: float) -> Tensor:
-    """x + alpha * residual in float32, rounded once; the fused operators know no alpha."""
+    """Returns x + alpha * residual, summed in float32 and rounded once; the fused operators have no
+    alpha."""
     return torch.add(wide(x), wide(residual), alpha=alpha).to(x.dtype)
 
 
@@ -105,25 +117,27 @@ def swiglu(x: Tensor) -> Tensor:
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     sections, width = cos.shape[-2], 2 * cos.shape[-1]
     parts = [
-        _turned(x[..., g * width : (g + 1) * width], cos[:, :, g], sin[:, :, g], interleaved)
+        _rotated(x[..., g * width : (g + 1) * width], cos[:, :, g], sin[:, :, g], interleaved)
         for g in range(sections)
     ]
     return torch.cat([*parts, x[..., sections * width :]], -1)
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """One section, x [B, L, H, 2P], tables [B or 1, L, P]. Batch and sequence are one axis for the
-    operator: with interleaved pairs its tables may not have a batch. In float32, because the
-    operator rounds its tables to x's dtype (op-plugin RotaryMulKernelNpuOpApi.cpp)."""
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotates one section x [B, L, H, 2P] by tables [B or 1, L, P]. Batch and sequence become one
+    axis, since with interleaved pairs the operator's tables may not have a batch. Computes in
+    float32, since the operator rounds its tables to x's dtype (op-plugin
+    RotaryMulKernelNpuOpApi.cpp)."""
     b, n, h, width = x.shape
 
     def table(t: Tensor) -> Tensor:
         full = t.repeat_interleave(2, -1) if interleaved else torch.cat((t, t), -1)
-        return full.expand(b, n, width).reshape(1, b * n, 1, width)
+        return full.expand(b, n, width).reshape(1, b * n, 1, width)  # [1, B * L, 1, 2P]
 
-    rows = wide(x).reshape(1, b * n, h, width)
+    rows = wide(x).reshape(1, b * n, h, width)  # [1, B * L, H, 2P]
     mode = "interleave" if interleaved else "half"
-    return _npu.npu_rotary_mul(rows, table(cos), table(sin), mode).view(x.shape).to(x.dtype)
+    y = _npu.npu_rotary_mul(rows, table(cos), table(sin), mode).view(x.shape)  # [B, L, H, 2P]
+    return y.to(x.dtype)
 
 
 @backend.implements(ops.embedding, supports.embedding)
@@ -148,11 +162,11 @@ def quantized_linear(
     activation_bits: int = 16,
 ) -> Tensor:
     frozen = None if bias is None else bias.detach().contiguous()
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1])  # [N, D]
     y = autograd.QuantizedLinear.apply(  # type: ignore[no-untyped-call]  # torch leaves apply untyped
         rows, weight if bits == 4 else weight.contiguous(), scale, frozen, bits
     )
-    return y.view(*x.shape[:-1], len(weight))
+    return y.view(*x.shape[:-1], len(weight))  # [..., F]
 
 
 @backend.implements(ops.attention, supports.attention)
@@ -168,7 +182,7 @@ def attention(
 ) -> Tensor:
     # layer_scale and pb_relax keep half-precision scores in range; the operator's are float32.
     # The mask takes B * L * S bytes, one for all heads: the operator's compressed masks (sparse
-    # modes 2 to 8) want prefix lengths on the host, which would wait for the device.
+    # modes 2 to 8) take prefix lengths on the host, which would wait for the device.
     j = torch.arange(k.shape[1], device=q.device, dtype=torch.int32)
     hidden = (j < key_start[..., None]) | (j >= key_end[..., None])  # [B, L, S], True hides
     y = _npu.npu_fusion_attention(
@@ -177,9 +191,9 @@ def attention(
         v.contiguous(),
         q.shape[2],
         "BSND",
-        atten_mask=hidden.unsqueeze(1),
+        atten_mask=hidden.unsqueeze(1),  # [B, 1, L, S]
         scale=scale,
-        inner_precise=2,  # 2: rows that see nothing
+        inner_precise=2,  # allows rows that see no key
     )[0]
     return y.masked_fill((key_end <= key_start)[..., None, None], 0.0)
 

@@ -1,5 +1,5 @@
-"""Gradients that torch_npu does not bring: residual + RMS norm, the shrunk embedding, and the
-product with a quantised weight."""
+"""Defines gradients that torch_npu lacks: residual + RMS norm, the shrunk embedding, and the
+product with a quantised weight. Shapes: D width, F features, G groups, M rows."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _npu = torch.ops.npu
 
 
 class AddRmsNorm(torch.autograd.Function):
-    """(y, s): s = x + residual, y = rms_norm(s). torch_npu declares no derivative of
-    npu_add_rms_norm (op-plugin config/derivatives.yaml), so the backward is npu_rms_norm's at s
-    plus what arrives at s itself."""
+    """Computes s = x + residual and y = rms_norm(s). torch_npu declares no derivative of
+    npu_add_rms_norm (op-plugin config/derivatives.yaml), so the backward adds the gradient of s to
+    npu_rms_norm's backward at s."""
 
     @staticmethod
     def forward(
@@ -40,7 +40,7 @@ class AddRmsNorm(torch.autograd.Function):
 
 
 class ShrunkEmbedding(torch.autograd.Function):
-    """weight[ids], whose gradient is multiplied by `shrink`."""
+    """Computes weight[ids]; multiplies the gradient by `shrink`."""
 
     @staticmethod
     def forward(ctx: Any, ids: Tensor, weight: Tensor, shrink: float) -> Tensor:
@@ -58,24 +58,25 @@ class ShrunkEmbedding(torch.autograd.Function):
 
 
 _packed: MutableMapping[Tensor, tuple[int, Tensor]] = WeakIdKeyDictionary()
-"""4-bit weight: its version, and the codes in the operator's own order: half a byte each more"""
+"""4-bit weight -> its version and its codes in the operator's own order, half a byte per code"""
 
 
 def operand(weight: Tensor, bits: int) -> Tensor:
-    """The codes as npu_weight_quant_batchmatmul takes them: int8 [D, F] as a transposed view, or
-    4-bit ones in int32 [D, F / 8], in an order that only npu_convert_weight_to_int4pack knows."""
+    """Returns the codes as npu_weight_quant_batchmatmul takes them: int8 [D, F] as a transposed
+    view, or 4-bit codes in int32 [D, F / 8], in an order that only npu_convert_weight_to_int4pack
+    knows."""
     if bits == 8:
-        return weight.t()
+        return weight.t()  # [D, F]
     version, packed = _packed.get(weight, (-1, weight))
     if version != weight._version:
-        codes = unpack(weight, 4).t().to(torch.int32).contiguous()
+        codes = unpack(weight, 4).t().to(torch.int32).contiguous()  # [D, F]
         packed = _npu.npu_convert_weight_to_int4pack(codes)
         _packed[weight] = weight._version, packed
     return packed
 
 
 class QuantizedLinear(torch.autograd.Function):
-    """x w^T + bias, x [M, D]; only x has a gradient."""
+    """Computes x weight^T + bias for x [M, D]; only x has a gradient."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,5 @@
-"""Is there an Ascend device, and a torch_npu that fits? If not, why, and the way out."""
+"""Decides whether an Ascend device and a fitting torch_npu are here. If not, says why and what to
+do."""
 
 from __future__ import annotations
 
@@ -15,17 +16,17 @@ DEVICES = Path("/dev")
 
 
 def probe() -> Probe:
-    """Every obstacle at once that can be seen without loading torch_npu, then what loading it
-    says."""
+    """Reports all obstacles that can be seen without loading torch_npu; where there are none, loads
+    it and reports the error."""
     obstacles = [fact for fact in (_package(), _device_files()) if fact]
     if not obstacles:
-        obstacles = [fact for fact in (_loaded(),) if fact]
+        obstacles = [fact for fact in (_load_error(),) if fact]
     return Probe(not obstacles, "; ".join(obstacles))
 
 
 def _package() -> str:
-    """Installed, and of this torch's version: torch_npu M.m is built for torch M.m
-    (its own `Requires-Dist: torch==`)."""
+    """Says whether torch_npu is missing or of another version than torch: torch_npu M.m is built
+    for torch M.m (its own `Requires-Dist: torch==`). Returns '' where it fits."""
     wanted = torch.__version__.partition("+")[0]
     try:
         version = metadata.version("torch_npu")
@@ -52,7 +53,7 @@ def _device_files() -> str:
     )
 
 
-def _loaded() -> str:
+def _load_error() -> str:
     try:
         importlib.import_module("torch_npu")
     except Exception as error:  # torch_npu 2.13.0 raises plain Exception for a missing CANN folder

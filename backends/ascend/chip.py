@@ -1,4 +1,4 @@
-"""Which Ascend chip this is, and what it can do."""
+"""Tells which Ascend chip this is, what it lacks and its published peaks."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from glm_core.backends.base import Peak
 
 @functools.cache
 def name() -> str:
-    """The chip of the first device as CANN calls it: Ascend910A, Ascend910B3, Ascend910_9391."""
+    """Returns CANN's name of the first device's chip: Ascend910A, Ascend910B3, Ascend910_9391,
+    ..."""
     return str(torch.get_device_module("npu").get_device_name(0))
 
 
 def is_first_generation() -> bool:
-    """Ascend 910 of 2019 ("Atlas training series"), which lacks bfloat16 and most fused operators.
-    Its last variant is called Ascend910B; the later Ascend910B1 ... B4 are another chip ("Atlas A2
-    training series")."""
+    """Returns whether the chip is the Ascend 910 of 2019 ("Atlas training series"), which lacks
+    bfloat16 and most fused operators. Its last variant is called Ascend910B; the later Ascend910B1
+    to B4 are another chip ("Atlas A2 training series")."""
     return bool(re.fullmatch(r"Ascend910(A|B|ProA|ProB|PremiumA)?", name()))
 
 
@@ -53,7 +54,7 @@ _TFLOPS: dict[str, tuple[dict[torch.dtype, float], float, str]] = {
 
 
 def peak(dtype: torch.dtype) -> Peak | None:
-    """Published matrix TFLOPS and memory GB/s of this chip, None where no public figure is known
-    (Ascend910B1, Ascend910C)."""
+    """Returns this chip's published matrix TFLOPS and memory GB/s, None where no public figure is
+    known (Ascend910B1, Ascend910C)."""
     tflops, gb_s, source = _TFLOPS.get(name(), ({}, 0.0, ""))
     return Peak(tflops[dtype], gb_s, source) if dtype in tflops else None

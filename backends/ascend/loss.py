@@ -1,5 +1,5 @@
-"""Cross-entropy with the output projection, some rows at a time. Shapes: N tokens, D width, V
-vocabulary."""
+"""Computes cross-entropy with the output projection, a block of rows at a time. Shapes: N tokens,
+D width, V vocabulary."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ ROWS = 2048
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """The op's value, float32. Gradients are made in the forward pass, while a block's
+    """Computes the op's float32 loss. The forward pass computes the gradients too, while a block's
     log-probabilities exist. npu_cross_entropy_loss gets float32 logits, since it returns losses in
-    the logits' dtype (its docstring), and bfloat16 has three digits."""
+    the logits' dtype (its docstring) and bfloat16 has only three digits."""
 
     @staticmethod
     def forward(
@@ -50,7 +50,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 def _block(
     x: Tensor, weight: Tensor, labels: Tensor, token_weight: Tensor, wanted: bool
 ) -> tuple[Tensor, Tensor]:
-    """The rows' weighted loss and, in x's dtype, its gradient by the logits."""
+    """Returns the rows' weighted loss and, in x's dtype, its gradient with respect to the
+    logits."""
     z = torch.nn.functional.linear(x, weight).float()  # [rows, V]
     each, log_prob, _, _ = _npu.npu_cross_entropy_loss(z, labels, None, "none")
     part = (each * token_weight).sum()

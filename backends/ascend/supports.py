@@ -1,7 +1,7 @@
-"""Which arguments Ascend's operators take; the reasons reach the user unchanged.
+"""Decides which arguments Ascend's operators take; the reasons reach the user unchanged.
 
-Products, dtypes and shapes are those of CANN's operator pages (gitcode.com/cann/ops-nn, each
-operator's docs/aclnn*.md) and of torch_npu's docstrings (torch_npu/_op_plugin_docs.py, 2.13.0).
+Products, dtypes and shapes are taken from CANN's operator pages (gitcode.com/cann/ops-nn, each
+operator's docs/aclnn*.md) and from torch_npu's docstrings (torch_npu/_op_plugin_docs.py, 2.13.0).
 A tensor on the host is no reason to fall back: torch_npu refuses it with an error."""
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from glm_core.spec import SUPPORTED, Support, unsupported
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIM, HEADS = 768, 256
-"""npu_fusion_attention's limits"""
+"""the largest head dim and number of heads that npu_fusion_attention takes"""
 QUANTISED_WIDTH = 65535
-"""npu_weight_quant_batchmatmul's limit"""
+"""the most inputs or outputs that npu_weight_quant_batchmatmul takes"""
 ROTATED, ROTATED_HEADS = 896, 1000
-"""npu_rotary_mul's limits: below these"""
+"""npu_rotary_mul takes fewer rotated dimensions and fewer heads than these"""
 
 
 def takes(*tensors: Tensor | None) -> Support:
-    """One dtype of the three, no empty tensor, no bfloat16 on the first generation."""
+    """Requires one dtype of DTYPES, no empty tensor, and no bfloat16 on the first generation."""
     dtype = None
     for t in (t for t in tensors if t is not None):
         if not t.numel():
@@ -41,14 +41,14 @@ def takes(*tensors: Tensor | None) -> Support:
 
 
 def fused(operator: str, *tensors: Tensor | None) -> Support:
-    """Operators that the first generation does not have."""
+    """Requires a later chip than the first generation, and what `takes` requires."""
     if chip.is_first_generation():
         return unsupported(f"{operator} needs Atlas A2 (Ascend910B1) or later, not {chip.name()}")
     return takes(*tensors)
 
 
 def exactly(dtype: torch.dtype, **tensors: Tensor) -> Support:
-    """Arguments whose dtype does not follow the working dtype."""
+    """Requires `dtype` of arguments whose dtype is fixed whatever the working dtype is."""
     for name, t in tensors.items():
         if t.dtype != dtype:
             return unsupported(f"operators take {name} in {dtype}, received {t.dtype}")
@@ -56,7 +56,7 @@ def exactly(dtype: torch.dtype, **tensors: Tensor) -> Support:
 
 
 def first(*supports: Support) -> Support:
-    """The first obstacle, if there is one."""
+    """Returns the first refusal, or SUPPORTED where there is none."""
     return next((s for s in supports if not s.ok), SUPPORTED)
 
 
@@ -71,7 +71,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Su
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5, alpha: float = 1.0
 ) -> Support:
-    if x.shape[-1] == 1:  # the gradient cancels to nothing but the rounding between them
+    if x.shape[-1] == 1:  # the gradient then is only the rounding error of the sum
         return unsupported(
             "npu_add_rms_norm normalises the sum it has not rounded; not for width 1"
         )
@@ -128,7 +128,7 @@ def quantized_linear(
         return unsupported(f"{operator} takes 4-bit codes of 8 n outputs, received {len(weight)}")
     if activation_bits == 8:
         return unsupported(f"{operator} does not round activations; npu_dynamic_quant does by row")
-    if x.dtype != torch.float16:  # scales are float16, and are rounded to x's dtype
+    if x.dtype != torch.float16:  # the operator rounds the float16 scales to x's dtype
         return unsupported(f"{operator} keeps float16 scales for float16 only, received {x.dtype}")
     width = weight.shape[1] * 8 // bits
     group = width // scale.shape[1] if scale.dim() == 2 else 0

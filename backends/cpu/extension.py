@@ -1,4 +1,4 @@
-"""Loading the compiled kernels, and which instruction set they run with."""
+"""Loads the compiled kernels and chooses the instruction set they run with."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BUILD = "pip install -e . --no-build-isolation builds it"
 
 
 def _load() -> str:
-    """Loads the operators `torch.ops.glm_core.*`; returns why that failed, or ''."""
+    """Loads the operators `torch.ops.glm_core.*`; returns why that failed, '' where it did not."""
     try:
         importlib.import_module("glm_core.backends.cpu._C")
     except ModuleNotFoundError:
@@ -40,18 +40,18 @@ def _apply_environment() -> str:
     try:
         select_isa(name)
     except ValueError as error:
-        return f"GLM_CORE_ISA: {error}; unset it or use one of these"
+        return f"GLM_CORE_ISA: {error}; unset it or choose one that this CPU has"
     return ""
 
 
 def isa() -> str:
-    """The instruction set whose kernels run: scalar, avx2 or avx512."""
+    """Returns the instruction set whose kernels run: scalar, avx2 or avx512."""
     name: str = torch.ops.glm_core.isa()
     return name
 
 
 def isas() -> list[str]:
-    """The instruction sets this CPU can run, the best last."""
+    """Returns the instruction sets that this CPU can run, the best last."""
     names: list[str] = torch.ops.glm_core.isas()
     return names
 
@@ -66,11 +66,11 @@ _trouble = _load()
 
 
 def probe() -> Probe:
-    """Usable where the extension is built, fits this torch, and GLM_CORE_ISA names a set this CPU
-    has."""
+    """Reports the backend usable where the extension is built, fits this torch, and GLM_CORE_ISA is
+    unset or names an instruction set that this CPU has."""
     return Probe(not _trouble, _trouble)
 
 
 def loaded() -> bool:
-    """Are the operators there?"""
+    """Returns whether the operators are loaded."""
     return not _trouble

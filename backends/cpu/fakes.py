@@ -1,5 +1,5 @@
-"""What the compiled operators return, without arithmetic: for FakeTensor, meta tensors and
-torch.compile."""
+"""Computes the shapes and dtypes that the compiled operators return, without arithmetic.
+FakeTensor, meta tensors and torch.compile use these."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _like(x: Tensor) -> Tensor:
-    """Contiguous, whatever x's strides: the kernels write rows one after another."""
+    """Returns a contiguous tensor like x, whatever x's strides: kernels write rows in order."""
     return x.new_empty(x.shape)
 
 
@@ -26,7 +26,7 @@ def norm_forward(
     eps: float,
     alpha: float,
 ) -> Three:
-    """y, total (empty without residual), statistics of each row."""
+    """Returns y, total (empty without residual) and each row's statistics."""
     stats = x.new_empty((1 if bias is None else 2, x[..., 0].numel()), dtype=torch.float32)
     return _like(x), x.new_empty(0) if residual is None else _like(x), stats
 
@@ -41,83 +41,83 @@ def norm_backward(
     residual: bool,
     alpha: float,
 ) -> Four:
-    """dx, dresidual (empty where it is dx), dweight, dbias (empty for RMS norm)."""
+    """Returns dx, dresidual (empty where it equals dx), dweight and dbias (empty for RMS norm)."""
     dresidual = _like(total) if residual and alpha != 1.0 else total.new_empty(0)
     dbias = _like(weight) if layer else weight.new_empty(0)
     return _like(total), dresidual, _like(weight), dbias
 
 
 def activation_forward(x: Tensor, kind: int) -> Tensor:
-    """Kind 0 keeps the width, the gated kinds halve it."""
+    """Returns y: kind 0 keeps the width, the gated kinds halve it."""
     return x.new_empty((*x.shape[:-1], x.shape[-1] // (1 if kind == 0 else 2)))
 
 
 def activation_backward(dy: Tensor, x: Tensor, kind: int) -> Tensor:
-    """dx."""
+    """Returns dx."""
     return _like(x)
 
 
 def rope_turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool) -> Tensor:
-    """y."""
+    """Returns y."""
     return _like(x)
 
 
 def embedding_forward(ids: Tensor, weight: Tensor) -> Tensor:
-    """y."""
+    """Returns y."""
     return weight.new_empty((*ids.shape, weight.shape[1]))
 
 
 def embedding_backward(dy: Tensor, ids: Tensor, vocab: int, shrink: float) -> Tensor:
-    """dweight."""
+    """Returns dweight."""
     return dy.new_empty((vocab, dy.shape[-1]))
 
 
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor, scale: float
 ) -> Tensor:
-    """y."""
+    """Returns y."""
     return _like(q)
 
 
 def attention_backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor, scale: float
 ) -> Three:
-    """dq, dk, dv."""
+    """Returns dq, dk and dv."""
     return _like(q), _like(k), _like(v)
 
 
 def linear_few(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """y."""
+    """Returns y."""
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """y."""
+    """Returns y."""
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 def quantized_linear_forward(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits: int, activation_bits: int
 ) -> Tensor:
-    """y."""
+    """Returns y."""
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 def quantized_linear_backward(dy: Tensor, weight: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """dx."""
+    """Returns dx."""
     return dy.new_empty((*dy.shape[:-1], weight.shape[1] * 8 // bits))
 
 
 def linear_cross_entropy_forward(
     x: Tensor, weight: Tensor, labels: Tensor, token_weight: Tensor, gradients: bool
 ) -> Three:
-    """loss, dx and dweight (both empty where not wanted)."""
+    """Returns loss, dx and dweight; the gradients are empty unless `gradients`."""
     loss = token_weight.new_empty(())
     return (loss, _like(x), _like(weight)) if gradients else (loss, x.new_empty(0), x.new_empty(0))
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """A float32 scalar."""
+    """Returns a float32 scalar."""
     like = tensors[0] if tensors else torch.empty(())
     return like.new_empty((), dtype=torch.float32)
 
@@ -136,7 +136,7 @@ def adamw_(
     weight_decay: float,
     copies: Sequence[Tensor],
 ) -> None:
-    """Writes its arguments."""
+    """Returns nothing; the operator writes its arguments."""
 
 
 FAKES: list[Callable[..., Any]] = [
@@ -160,6 +160,6 @@ FAKES: list[Callable[..., Any]] = [
 
 
 def register() -> None:
-    """Tells torch; once, after the operators are loaded."""
+    """Registers the fakes with torch; to be called once, after the operators are loaded."""
     for fake in FAKES:
         torch.library.register_fake(f"glm_core::{fake.__name__}", fake)

@@ -1,4 +1,4 @@
-"""Which arguments the compiled kernels take; the reasons reach the user unchanged."""
+"""Decides which arguments the compiled kernels take; the reasons reach the user unchanged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def takes(*tensors: Tensor | None) -> Support:
-    """The kernels' rule: CPU tensors, float32 or bfloat16, all of one dtype."""
+    """Requires CPU tensors of one dtype, float32 or bfloat16."""
     dtype = None
     for t in tensors:
         if t is None:
@@ -30,7 +30,7 @@ def takes(*tensors: Tensor | None) -> Support:
 
 
 def exactly(dtype: torch.dtype, **tensors: Tensor) -> Support:
-    """Arguments whose dtype does not follow the working dtype."""
+    """Requires `dtype` of arguments whose dtype is fixed whatever the working dtype is."""
     for name, t in tensors.items():
         if t.dtype != dtype:
             return unsupported(f"kernels take {name} in {dtype}, received {t.dtype}")
@@ -38,7 +38,7 @@ def exactly(dtype: torch.dtype, **tensors: Tensor) -> Support:
 
 
 def both(first: Support, second: Support) -> Support:
-    """The first obstacle, if there is one."""
+    """Returns the first refusal, or SUPPORTED where there is none."""
     return second if first.ok else first
 
 

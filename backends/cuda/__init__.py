@@ -1,7 +1,9 @@
-"""NVIDIA GPUs: our CUDA kernels (csrc/cuda), attention by torch's fused kernels, products by
-cuBLAS, collectives by NCCL. Compiled for sm_80 and sm_90, every kernel executed on the CPU against
-the float64 reference, whole training steps dry-run on fake tensors; never run on hardware by us.
-Not deterministic: torch's attention sums its gradients by atomics."""
+"""Declares the backend for NVIDIA GPUs. Our CUDA kernels (csrc/cuda) run most ops, torch's fused
+kernels run attention, cuBLAS the products and NCCL the collectives.
+
+Verified: the kernels compile for sm_80 and sm_90, each was executed on the CPU against the float64
+reference, and whole training steps were dry-run on fake tensors. We never ran it on hardware. It is
+not deterministic: torch's attention sums its gradients with atomics."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Attention by torch's fused kernels: SDPA (flash or memory-efficient) where every query sees all
-keys or a causal part, FlexAttention for any other interval. Nothing [L, S] is ever formed: the
-block mask is computed from the intervals, block by block.
+"""Runs attention by torch's fused kernels: SDPA (flash or memory-efficient) where every query sees
+all keys or a causal part, FlexAttention for any other interval. No [L, S] tensor is ever formed:
+the block mask is computed from the intervals, block by block.
+
 Shapes: B batch, L queries, S keys, H heads, K kv heads, E head dim, M blocks of queries, N of keys.
 """
 
@@ -21,14 +22,14 @@ from glm_core.backends.base import Backend
 from glm_core.spec import Support, unsupported
 
 BLOCK = 128
-"""FlexAttention's own block size"""
+"""queries and keys in a block: FlexAttention's default"""
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 
 
 def mask_kind(key_start: Tensor, key_end: Tensor, keys: int) -> str:
-    """full, causal or interval. Reads the values, so it waits for the device: once for a pair of
-    tensors, then the answer is kept on them. A tensor without values is an interval."""
+    """Returns full, causal or interval. Reading the values waits for the device, so the result is
+    stored on the tensor and read once. Tensors without values count as an interval."""
     if torch.compiler.is_compiling():
         return "interval"
     stamp = (id(key_end), key_start._version, key_end._version, keys)
@@ -52,18 +53,20 @@ def _read(key_start: Tensor, key_end: Tensor, keys: int) -> str:
 
 
 def block_mask(key_start: Tensor, key_end: Tensor, keys: int) -> BlockMask:
-    """The intervals as FlexAttention reads them: for each block of queries the blocks of keys that
-    some query sees, and among them those that all its queries see whole."""
+    """Returns the intervals as FlexAttention reads them: for each block of queries, the blocks of
+    keys that some query sees, and those that all its queries see whole."""
     length = key_start.shape[1]
     rows = -(-length // BLOCK)
     pad = (0, rows * BLOCK - length)
-    start = torch.nn.functional.pad(key_start, pad, value=keys).unflatten(1, (rows, BLOCK))
+    start = torch.nn.functional.pad(key_start, pad, value=keys).unflatten(
+        1, (rows, BLOCK)
+    )  # [B, M, BLOCK]
     end = torch.nn.functional.pad(key_end, pad).unflatten(1, (rows, BLOCK))  # [B, M, BLOCK]
     sees = end > start
     first = torch.where(sees, start, keys).amin(-1)[..., None]  # [B, M, 1]
-    last = torch.where(sees, end, 0).amax(-1)[..., None]
+    last = torch.where(sees, end, 0).amax(-1)[..., None]  # [B, M, 1]
     block = torch.arange(-(-keys // BLOCK), device=start.device, dtype=torch.int32)  # [N]
-    some = (block * BLOCK < last) & ((block + 1) * BLOCK > first)
+    some = (block * BLOCK < last) & ((block + 1) * BLOCK > first)  # [B, M, N]
     inside = start.amax(-1)[..., None] <= block * BLOCK
     whole = some & inside & ((block + 1) * BLOCK <= end.amin(-1)[..., None])
 
@@ -77,13 +80,15 @@ def block_mask(key_start: Tensor, key_end: Tensor, keys: int) -> BlockMask:
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, M, N] as numbers [B, 1, M] and indices [B, 1, M, N], those that count first."""
+    """Turns blocks [B, M, N] into their counts [B, 1, M] and indices [B, 1, M, N], chosen blocks
+    first."""
     order = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
     return blocks.sum(-1, dtype=torch.int32)[:, None], order[:, None].contiguous()
 
 
 def _flex(q: Tensor) -> Callable[..., Any]:
-    """Fused on a device; as it is where something else compiles it, or nothing runs."""
+    """Returns the compiled (fused) FlexAttention on a device, the plain one where torch.compile is
+    already at work or nothing runs."""
     eager = q.is_cpu or torch.compiler.is_compiling() or is_fake(q)
     chosen: Callable[..., Any] = cast("Any", flex_attention) if eager else _compiled()
     return chosen
@@ -117,18 +122,18 @@ def attention(
             y = torch.nn.functional.scaled_dot_product_attention(
                 q, k, v, is_causal=kind == "causal", scale=scale, enable_gqa=grouped
             )
-    return y.transpose(1, 2).contiguous()
+    return y.transpose(1, 2).contiguous()  # [B, L, H, E]
 
 
 def head_size(e: int) -> str:
-    """Why torch's fused kernels refuse this head size, or ''."""
+    """Says why torch's fused kernels refuse this head size; '' where they take it."""
     if e % 8 or not 16 <= e <= 256:
         return f"head size {e}: torch's fused attention takes multiples of 8 from 16 to 256"
     return ""
 
 
 def supports(backend: Backend, takes: Callable[..., Support]) -> Callable[..., Support]:
-    """`takes` is the rule of all kernels: devices and dtypes."""
+    """Returns attention's predicate; `takes` is the rule of all kernels, on devices and dtypes."""
 
     def attention(
         q: Tensor,
@@ -140,9 +145,9 @@ def supports(backend: Backend, takes: Callable[..., Support]) -> Callable[..., S
         layer_scale: float = 1.0,
         pb_relax: float = 0.0,
     ) -> Support:
-        answer = takes(q, k, v, key_start, key_end, scale, layer_scale, pb_relax)
-        if not answer.ok:
-            return answer
+        support = takes(q, k, v, key_start, key_end, scale, layer_scale, pb_relax)
+        if not support.ok:
+            return support
         if reason := head_size(q.shape[-1]):
             return unsupported(reason)
         if not q.numel():
@@ -152,6 +157,6 @@ def supports(backend: Backend, takes: Callable[..., Support]) -> Callable[..., S
                 "masks other than full and causal need FlexAttention, which needs Triton; "
                 "pip install triton"
             )
-        return answer
+        return support
 
     return attention

@@ -1,4 +1,4 @@
-"""Loading the compiled GPU kernels: the CUDA half of the operators that the CPU extension
+"""Loads the compiled GPU kernels: the CUDA half of the operators that the CPU extension
 declares."""
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ def load(module: str, choice: str) -> str:
     here, or ''."""
     build = f"GLM_CORE_BUILD={choice} pip install -e . --no-build-isolation builds them"
     if not (state := cpu.probe()).ok:
-        return f"the operators are not there: {state.reason}"
+        return f"the operators are not loaded: {state.reason}"
     try:
         importlib.import_module(module)
     except ModuleNotFoundError:

@@ -1,6 +1,6 @@
-"""The kernels of a GPU backend, CUDA and ROCm alike: the operators of csrc/, whose device half
-torch picks by device; attention and matrix products by torch. Where csrc/ is not built, Triton
-kernels for the ops that have them."""
+"""Gives a GPU backend, CUDA or ROCm, its kernels. Most are the operators of csrc/, whose device
+half torch picks by the tensors' device; attention and matrix products are torch's. Where csrc/ is
+not built, Triton kernels stand in for the ops that have them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ SHARED = (
 
 
 def equip(backend: Backend, module: str) -> None:
-    """Gives the backend its kernels; those of `module` say why where they are not built."""
+    """Gives the backend its kernels. Where `module` is not built, its ops refuse calls and say
+    why."""
     trouble = load(module, backend.name)
     covered = _in_triton() if trouble else ()
     share(backend, lambda op: "" if op in covered else trouble)
@@ -47,22 +48,24 @@ def equip(backend: Backend, module: str) -> None:
     backend.implements(ops.attention, supports)(attention.attention)
 
 
-_kept: list[Any] = []
+_registrations: list[Any] = []
+"""torch drops a registration with the object that made it"""
 
 
 def _in_triton() -> tuple[str, ...]:
-    """The ops that Triton kernels serve from now on: none without a device, Triton or operators."""
+    """Registers the Triton kernels and returns the ops they serve; none without a device, Triton or
+    the operators."""
     if not (torch.cuda.is_available() and find_spec("triton") and cpu.probe().ok):
         return ()
     from glm_core.backends import triton_ops
 
-    _kept.append(triton_ops.register("CUDA"))
+    _registrations.append(triton_ops.register("CUDA"))
     return triton_ops.OPS
 
 
 def share(backend: Backend, trouble: Callable[[str], str] = lambda op: "") -> None:
-    """The operators of csrc/: one Python function serves every device. `trouble` says why an op has
-    no kernel here."""
+    """Gives the backend the CPU backend's functions, since one operator serves every device.
+    `trouble` says why an op has no kernel here, '' where it has one."""
     for name in filter(cpu.kernels.__contains__, SHARED):
         op = ops.all_ops()[name]
         needs = takes(backend, op, partial(trouble, name))

@@ -1,6 +1,9 @@
-"""Published peaks by device name: dense tensor-core figures for half precision, float32 without
-TF32, memory bandwidth. From the data sheets named; compared with public tables of them in November
-2026 (H100, H200, A100, V100, MI300X, MI250X, MI50: equal); RTX 4090, MI210 and MI60 were not."""
+"""Lists published peak figures by device name: dense tensor-core rates for half precision, float32
+without TF32, and memory bandwidth.
+
+The figures come from the data sheets named. In November 2026 those of H100, H200, A100, V100,
+MI300X, MI250X and MI50 were compared with public tables and were equal; RTX 4090, MI210 and MI60
+were not compared."""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from glm_core.backends.base import Peak
 
 
 class Chip(NamedTuple):
-    """TFLOPS by dtype (bfloat16 None where the chip has none), GB/s, and the data sheet."""
+    """A chip's TFLOPS by dtype (bfloat16 None where it has none), GB/s, and the data sheet."""
 
     float16: float
     bfloat16: float | None
@@ -38,11 +41,12 @@ CHIPS = {
     "MI60": Chip(29.5, None, 14.7, 1024, "AMD Radeon Instinct MI60 data sheet"),
     "MI50": Chip(26.5, None, 13.3, 1024, "AMD Radeon Instinct MI50 data sheet"),
 }
-"""by a part of the name that the runtime reports; the first that fits counts"""
+"""keys are parts of the name that the runtime reports; the first that occurs in it counts"""
 
 
 def peak(name: str, dtype: torch.dtype) -> Peak | None:
-    """None for a device that is not listed, or a dtype it does not compute in."""
+    """Returns the peak of a device, None where it is not listed or does not compute in the
+    dtype."""
     chip = next((chip for part, chip in CHIPS.items() if part.lower() in name.lower()), None)
     tflops = getattr(chip, str(dtype).removeprefix("torch."), None)
     return None if chip is None or tflops is None else Peak(tflops, chip.gb_s, chip.source)

@@ -1,4 +1,4 @@
-"""Is there a GPU that this torch can use? If not, which of the many reasons, and the way out."""
+"""Decides whether this torch can use a GPU here. If not, says why and what to do."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from glm_core.backends.base import Probe
 
 
 class Facts(NamedTuple):
-    """What the answer depends on."""
+    """What is known about this machine's torch and GPUs."""
 
     torch: str
     cuda: str | None
     """CUDA version torch was built with"""
     hip: str | None
     trouble: str
-    """what torch's runtime says when asked to start, '' where it starts"""
+    """first line of the error that starting the CUDA runtime raised; '' where it started"""
     devices: int
     visible: str | None
-    """CUDA_VISIBLE_DEVICES or HIP_VISIBLE_DEVICES"""
+    """value of CUDA_VISIBLE_DEVICES or HIP_VISIBLE_DEVICES"""
     capability: str = ""
-    """sm_90, gfx90a"""
+    """architecture of the first device, such as sm_90 or gfx90a"""
     built: tuple[str, ...] = ()
-    """architectures this torch holds kernels for"""
+    """architectures that this torch has kernels for"""
 
 
 def facts() -> Facts:
-    """Of this machine; starts the CUDA runtime where torch has one."""
+    """Collects the facts of this machine; starts the CUDA runtime where torch has one."""
     hip = torch.version.hip
     variable = "HIP_VISIBLE_DEVICES" if hip else "CUDA_VISIBLE_DEVICES"
     known = Facts(torch.__version__, torch.version.cuda, hip, "", 0, os.environ.get(variable))
@@ -47,7 +47,7 @@ def facts() -> Facts:
 
 
 def architecture(index: int = 0) -> str:
-    """sm_90 or gfx90a."""
+    """Returns a device's architecture, such as sm_90 or gfx90a."""
     if torch.version.hip:
         properties = torch.cuda.get_device_properties(index)
         return str(properties.gcnArchName).partition(":")[0]
@@ -56,7 +56,7 @@ def architecture(index: int = 0) -> str:
 
 
 def cuda(seen: Facts) -> Probe:
-    """The NVIDIA backend's answer."""
+    """Decides whether the NVIDIA backend is usable."""
     if seen.hip:
         return Probe(False, f"torch {seen.torch} is built for ROCm; use backend rocm")
     if not seen.cuda:
@@ -67,7 +67,7 @@ def cuda(seen: Facts) -> Probe:
 
 
 def rocm(seen: Facts) -> Probe:
-    """The AMD and Hygon backend's answer."""
+    """Decides whether the AMD and Hygon backend is usable."""
     if seen.cuda:
         return Probe(False, f"torch {seen.torch} is built for CUDA; use backend cuda")
     if not seen.hip:
@@ -85,7 +85,7 @@ def _runtime(seen: Facts, vendor: str, driver: str, variable: str) -> Probe:
     if not seen.devices:
         hidden = f"{variable}={seen.visible!r} hides them; unset it" if seen.visible else ""
         return Probe(
-            False, f"no {vendor} device; {hidden or 'is it in this machine or container?'}"
+            False, f"no {vendor} device; {hidden or 'check that this machine or container has one'}"
         )
     family = seen.capability.rstrip("0123456789")
     if seen.built and not any(_runs_on(arch, seen.capability) for arch in seen.built):
@@ -99,8 +99,9 @@ def _runtime(seen: Facts, vendor: str, driver: str, variable: str) -> Probe:
 
 
 def _runs_on(built: str, device: str) -> bool:
-    """Binaries run within their major version, from their minor version on; PTX on anything newer;
-    AMD's only where they are built for."""
+    """Decides whether kernels built for one architecture run on a device. NVIDIA's binaries run on
+    their major version from their minor version on, PTX on anything newer; AMD's only on the
+    architecture they were built for."""
     kind, _, number = built.partition("_")
     have = device.partition("_")[2]
     if not have or not number.rstrip("af").isdigit():

@@ -1,4 +1,4 @@
-"""Which arguments the GPU kernels take; the reasons reach the user unchanged."""
+"""Decides which arguments the GPU kernels take; the reasons reach the user unchanged."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ FIXED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "adamw": dict.fromkeys(("params", "exp_avgs", "exp_avg_sqs", "grad_scale"), _float32),
     "quantized_linear": {"weight": (torch.int8,), "scale": (torch.float16, torch.float32)},
 }
-"""op: its parameters whose dtype is not the working dtype, and what it may be"""
+"""op -> parameters whose dtype is not the working dtype -> the dtypes each may have"""
 
 
 def named(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a call with its parameter's name, those in lists too."""
+    """Yields every tensor of a call, those in lists too, with its parameter's name."""
     for name, value in (*zip(op.parameters, args, strict=False), *kwargs.items()):
         for t in value if isinstance(value, (list, tuple)) else (value,):
             if isinstance(t, Tensor):
@@ -35,8 +35,8 @@ def named(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tup
 def takes(
     backend: Backend, op: Op, trouble: Callable[[], str] = lambda: ""
 ) -> Callable[..., Support]:
-    """The kernels' rule: tensors on one device of the backend's type, floating ones in one of its
-    dtypes, except those whose dtype the op fixes. `trouble` says why there are no kernels."""
+    """Returns the op's predicate: all tensors on one device of the backend's type and in one of its
+    dtypes, except those whose dtype the op fixes. `trouble` says why there is no kernel, or ''."""
     rule = FIXED.get(op.name, {})
 
     def supports(*args: Any, **kwargs: Any) -> Support:

@@ -1,4 +1,5 @@
-"""Shapes only: the reference ops on meta tensors. Memory and FLOPs without arithmetic."""
+"""Declares the backend that computes shapes only: the reference ops on meta tensors. It measures
+memory and FLOPs without arithmetic."""
 
 from __future__ import annotations
 
@@ -9,17 +10,17 @@ from glm_core.backends.base import Backend
 
 class NullBackend(Backend):
     def synchronize(self) -> None:
-        """Nothing runs, so nothing is waited for."""
+        """Returns at once: nothing runs."""
 
     def rng_state(self) -> torch.Tensor:
-        """Empty: nothing is drawn."""
+        """Returns an empty state: no random numbers are drawn."""
         return torch.empty(0, dtype=torch.uint8)
 
     def set_rng_state(self, state: torch.Tensor) -> None:
-        """Nothing is drawn."""
+        """Ignores the state: no random numbers are drawn."""
 
     def memory_peak_bytes(self) -> int:
-        """Zero: meta tensors hold no memory."""
+        """Returns zero: meta tensors hold no memory."""
         return 0
 
 

@@ -1,6 +1,6 @@
-"""Every op, gradients included, exported from its reference and run by ONNX Runtime: arithmetic
-that shares nothing with torch. `onnxrt:<ExecutionProvider>` selects any provider, with ONNX
-Runtime's own fallbacks switched off."""
+"""Declares the backend that exports every op, gradients included, from its reference and runs it in
+ONNX Runtime, whose arithmetic shares nothing with torch's. `onnxrt:<ExecutionProvider>` selects any
+provider, with ONNX Runtime's own fallbacks switched off."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ VERIFIED = {
     "conformance in float32, a GLM trained; OpenVINO takes no bfloat16 and reads zeros where an "
     "index is out of range",
 }
-_made: dict[tuple[str, str], Op] = {}
-"""(provider, op name) -> the op that the kernel was made for"""
+_kernel_ops: dict[tuple[str, str], Op] = {}
+"""(provider, op name) -> the op that the backend's kernel was made for"""
 
 
 def variant(option: str) -> Backend:
-    """The backend on execution provider `option` (ONNX Runtime's own CPU provider without one),
-    with a kernel for every op declared by now."""
+    """Returns the backend on execution provider `option` (empty: ONNX Runtime's own CPU provider),
+    with a kernel for every op declared so far."""
     backend, provider = _backend(option), option or CPU
     for name, op in all_ops().items():
-        if _made.get((provider, name)) is not op:
+        if _kernel_ops.get((provider, name)) is not op:
             kernel, supports = kernels.kernel(op, provider), kernels.predicate(op, provider)
             backend.implements(op, supports)(kernel)
-            _made[provider, name] = op
+            _kernel_ops[provider, name] = op
     return backend
 
 
@@ -50,7 +50,8 @@ def _backend(option: str) -> Backend:
 
 
 def probe(provider: str) -> Probe:
-    """Are the packages here, and does this build of ONNX Runtime have the provider?"""
+    """Decides whether the packages are installed and this build of ONNX Runtime has the
+    provider."""
     missing = [p for p in ("onnx", "onnxruntime") if importlib.util.find_spec(p) is None]
     if missing:
         return Probe(False, f"{', '.join(missing)} not installed (pip install 'glm-core[onnx]')")

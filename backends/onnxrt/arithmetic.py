@@ -1,4 +1,5 @@
-"""ATen operators that compute, in ONNX: their results are rounded to their dtype (graph.inside)."""
+"""Translates the ATen operators that compute to ONNX; results are rounded to their dtype (see
+graph.inside)."""
 
 from __future__ import annotations
 
@@ -140,8 +141,8 @@ def isinf(g: Graph, out: Any, self: Value) -> str:
 @translation("any")
 def any_of(g: Graph, out: Any, self: Value, dim: Any = None, keepdim: bool = False) -> str:
     ones = Value(g.cast(g.operand(self, torch.bool), torch.int32), self.fake.int())
-    found = reduce("ReduceMax")(g, out.int(), ones, dim, keepdim)
-    return g.cast(found, torch.bool)
+    most = reduce("ReduceMax")(g, out.int(), ones, dim, keepdim)
+    return g.cast(most, torch.bool)
 
 
 @translation("fmod")
@@ -151,7 +152,8 @@ def fmod(g: Graph, out: Any, self: Operand, other: Operand) -> str:
 
 @translation("expm1")
 def expm1(g: Graph, out: Any, self: Value) -> str:
-    """2 t / (1 - t) with t = tanh(x / 2), exp(x) - 1 where that does not cancel."""
+    """Computes 2 t / (1 - t) with t = tanh(x / 2), or exp(x) - 1 for |x| > 1, where that does not
+    cancel."""
     x, one, two = (g.operand(v, out.dtype) for v in (self, 1.0, 2.0))
     t = tanh(g, out, Value(g.node("Div", x, two), self.fake.to(inside(out.dtype))))
     near = g.node("Div", g.node("Mul", two, t), g.node("Sub", one, t))
@@ -185,7 +187,7 @@ def cumsum(g: Graph, out: Any, self: Value, dim: int, **_: Any) -> str:
 
 @translation("log1p")
 def log1p(g: Graph, out: Any, self: Value) -> str:
-    """log(u) x / (u - 1) with u = 1 + x as rounded (Kahan), x itself where u is 1."""
+    """Computes log(u) x / (u - 1) with u = 1 + x as rounded (Kahan), and x itself where u is 1."""
     x, one = g.operand(self, out.dtype), g.operand(1.0, out.dtype)
     u = g.node("Add", x, one)
     scale = g.node("Div", x, g.node("Sub", u, one))
@@ -222,8 +224,8 @@ def sigmoid(g: Graph, out: Any, self: Value) -> str:
 
 @translation("tanh")
 def tanh(g: Graph, out: Any, self: Value) -> str:
-    """1 - 2 / (1 + exp(2|x|)) with x's sign; below 1/2 Lambert's continued fraction, cut after 7.
-    ONNX Runtime's own Tanh errs by up to 4.5 ulp, nine times what torch's does."""
+    """Computes 1 - 2 / (1 + exp(2|x|)) with x's sign; for |x| < 1/2, Lambert's continued fraction
+    up to 7. ONNX Runtime's own Tanh errs by up to 4.5 ulp, nine times as much as torch's."""
     x = g.operand(self, out.dtype)
     one, two = g.operand(1.0, out.dtype), g.operand(2.0, out.dtype)
     size = g.node("Abs", x)
@@ -265,8 +267,9 @@ def copy(g: Graph, out: Any, self: Value, src: Value, **_: Any) -> str:
 
 @translation("mm", "bmm", "mv", "dot")
 def matmul(g: Graph, out: Any, self: Value, **other: Value) -> str:
-    """A small result of long sums is summed in up to 8 parts, as torch's library does: ONNX Runtime
-    adds the terms one after another, with twice the error (7x1000 times 1000x16)."""
+    """Splits the long sums of a small result into up to 8 parts, as torch's library does. ONNX
+    Runtime adds the terms one after another, with twice the error (measured for 7x1000 times
+    1000x16)."""
     (right,) = other.values()
     a, b = (g.operand(x, out.dtype) for x in (self, right))
     length = self.shape[-1]
@@ -317,17 +320,17 @@ def index_put(
     if not at.fake.numel():
         return g.operand(self, out.dtype)
     shape = [*at.shape, *out.shape[1:]]  # [..., D]
-    rows = [math.prod(at.shape), *out.shape[1:]]
-    each = g.reshape(at.name, [rows[0], *[1] * (out.ndim - 1)])
-    updates = g.reshape(g.expand(g.operand(values, out.dtype), shape), rows)
+    rows = [math.prod(at.shape), *out.shape[1:]]  # [N, D]
+    each = g.reshape(at.name, [rows[0], *[1] * (out.ndim - 1)])  # [N, 1]
+    updates = g.reshape(g.expand(g.operand(values, out.dtype), shape), rows)  # [N, D]
     # not ScatterND: ONNX Runtime adds its duplicates in an order that depends on its threads
     how = {"reduction": "add"} if accumulate else {}
     return g.node("ScatterElements", self.name, g.expand(each, rows), updates, axis=0, **how)
 
 
 def scattered(**reduction: str) -> Translation:
-    def make(g: Graph, out: Any, self: Value, dim: int, index: Value, **what: Operand) -> str:
-        (updates,) = what.values()  # ATen calls it src or value
+    def make(g: Graph, out: Any, self: Value, dim: int, index: Value, **source: Operand) -> str:
+        (updates,) = source.values()  # ATen calls it src or value
         name = g.operand(updates, out.dtype)
         if isinstance(updates, Value):  # ATen reads only the part of src that the index covers
             for axis, size in enumerate(index.shape):

@@ -1,4 +1,4 @@
-"""What one call of an op is, apart from its values: the key under which models are kept."""
+"""Describes one call of an op apart from its values; an exported model is stored under this."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ ELEMENT = {
     torch.float64: 11,
     torch.bfloat16: 16,
 }
-"""onnx.TensorProto's numbers, here so that a model from the disk runs without importing onnx"""
+"""dtype -> its number in onnx.TensorProto; listed here so that a stored model runs without
+importing onnx"""
 SCALAR = (1,)
-"""the shape that scalars have inside a graph: OpenVINO takes none without dimensions"""
+"""the shape of scalars inside a graph: OpenVINO takes no tensor without dimensions"""
 NBITS_BLOCK = 32
-"""inputs that share a scale in MatMulNBits; those of rows and of larger groups are repeated"""
+"""inputs that share a scale in MatMulNBits; scales of whole rows or larger groups are repeated"""
 SEPARATOR = "\n"
-"""between the arguments of a layout; strings may hold anything else"""
+"""separates the arguments of a layout; string arguments may not contain it"""
 
 
 class BranchesOnNumberError(UnsupportedOpError):
-    """The reference decides by a number that should stay an input of the graph."""
+    """The reference branches on a number that should stay an input of the graph."""
 
 
 class Call(NamedTuple):
@@ -44,12 +45,13 @@ class Call(NamedTuple):
     direction: Direction
     layout: str
     numbers: tuple[float, ...] | None
-    """baked into the graph; None = inputs of the graph"""
+    """numbers that are constants of the graph; None: numbers are inputs of the graph"""
     tensors: tuple[tuple[torch.dtype, torch.Size], ...]
 
 
 def by_nbits(call: Call, provider: str) -> bool:
-    """Whether ONNX Runtime's MatMulNBits computes it, in place of the translated reference."""
+    """Returns whether ONNX Runtime's MatMulNBits computes this call, instead of the translated
+    reference."""
     chosen = ("quantized_linear", "forward", "CPUExecutionProvider")
     if (call.op.name, call.direction, provider) != chosen or call.numbers is None:
         return False
@@ -60,8 +62,8 @@ def by_nbits(call: Call, provider: str) -> bool:
 
 
 def flatten(arguments: Iterable[Any]) -> tuple[str, list[Tensor], list[float]]:
-    """(layout, tensors, numbers) of arguments; the layout has, per argument, T, N, a list's length
-    or the constant itself. Plain enough for torch.compile to trace."""
+    """Splits arguments into (layout, tensors, numbers). The layout has an entry for each argument:
+    T, N, a list's length or the constant itself. Simple enough for torch.compile to trace."""
     layout: list[str] = []
     tensors: list[Tensor] = []
     numbers: list[float] = []
@@ -80,8 +82,8 @@ def flatten(arguments: Iterable[Any]) -> tuple[str, list[Tensor], list[float]]:
     return SEPARATOR.join(layout), tensors, numbers
 
 
-def strange(arguments: Iterable[Any]) -> str:
-    """Why `flatten` cannot describe these arguments; empty where it can."""
+def export_obstacle(arguments: Iterable[Any]) -> str:
+    """Says why `flatten` cannot describe these arguments; '' where it can."""
     for x in arguments:
         items = x if isinstance(x, (list, tuple)) else [x]
         if x is not items and (x is None or isinstance(x, (bool, str, int, float))):
@@ -97,7 +99,7 @@ def strange(arguments: Iterable[Any]) -> str:
 
 
 def unflatten(layout: str, tensors: Sequence[Any], numbers: Sequence[Any]) -> list[Any]:
-    """The arguments that `flatten` described."""
+    """Rebuilds the arguments from what `flatten` returned."""
     constants = {"None": None, "True": True, "False": False}
     arguments: list[Any] = []
     t, n = iter(tensors), iter(numbers)
@@ -114,12 +116,12 @@ def unflatten(layout: str, tensors: Sequence[Any], numbers: Sequence[Any]) -> li
 
 
 def positions(op: Op, layout: str, parameters: Sequence[str]) -> list[int]:
-    """Where in the flat list the tensors of these parameters stand."""
-    found: list[int] = []
+    """Returns the indices of these parameters' tensors in the flat list."""
+    indices: list[int] = []
     start = 0
     for name, kind in zip(op.parameters, layout.split(SEPARATOR), strict=False):
         width = int(kind) if kind.isdigit() else int(kind == "T")
         if name in parameters:
-            found.extend(range(start, start + width))
+            indices.extend(range(start, start + width))
         start += width
-    return found
+    return indices

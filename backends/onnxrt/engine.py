@@ -1,4 +1,4 @@
-"""Models in ONNX Runtime sessions of one provider; torch tensors bound to them without a copy."""
+"""Runs models in ONNX Runtime sessions of one provider, with torch tensors bound without a copy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OPTIONS = {
 
 
 class Port(NamedTuple):
-    """One input or output of a model: its name, which of the call's values it is, what it holds."""
+    """An input or output of a model: its name, the index of the call's value, shape and dtype."""
 
     name: str
     position: int
@@ -34,7 +34,7 @@ class Port(NamedTuple):
 
 class Program:
     """An exported model in a session of its own. Raises UnsupportedOpError with the provider's own
-    words where it refuses."""
+    message where it refuses the model."""
 
     def __init__(self, exported: bytes, provider: str, threads: int) -> None:
         head, _, model = exported.partition(b"\n")
@@ -51,7 +51,7 @@ class Program:
     def run(
         self, tensors: Sequence[Tensor], cotangents: Sequence[Tensor], numbers: Sequence[float]
     ) -> list[Tensor]:
-        """The results, in memory of their own. Inputs that are not contiguous are copied."""
+        """Returns the results in new tensors. Inputs that are not contiguous are copied."""
         results = [torch.empty(port.shape, dtype=port.dtype) for port in self.results]
         if self.session is None:  # nothing has elements
             return results
@@ -85,14 +85,15 @@ def _port(name: str, position: int, shape: list[int], dtype: str) -> Port:
 
 
 def _session(model: bytes, provider: str, threads: int) -> Any:
-    """A session that runs the whole model on the provider or is refused."""
+    """Returns a session that runs the whole model on the provider. Raises UnsupportedOpError where
+    the provider does not take all of it."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.use_deterministic_compute = True
-    options.log_severity_level = 4  # what fails is raised
+    options.log_severity_level = 4  # errors are raised, so logging them is noise
     # one pool per session: idle ones must not spin
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if provider != CPU:
@@ -106,7 +107,8 @@ def _session(model: bytes, provider: str, threads: int) -> Any:
 
 
 def evaluate(steps: Sequence[Sequence[Any]], numbers: Sequence[float]) -> list[float]:
-    """The call's numbers, then what the reference makes of them, in Python's own arithmetic."""
+    """Returns the call's numbers, then the numbers that the reference computes from them, in
+    Python's own arithmetic."""
     values = list(numbers)
     for name, arguments in steps:
         function = getattr(operator, name, None) or getattr(torch, name)
@@ -115,12 +117,12 @@ def evaluate(steps: Sequence[Sequence[Any]], numbers: Sequence[float]) -> list[f
 
 
 def program(call: Call, provider: str, threads: int) -> Program:
-    """The loaded model of a call, exported unless it lies on the disk. Raises UnsupportedOpError,
-    each time."""
-    made = _attempt(call, provider, threads)
-    if isinstance(made, UnsupportedOpError):
-        raise type(made)(str(made))
-    return made
+    """Returns the loaded model of a call, exported unless it is stored on disk. A call that cannot
+    be exported raises UnsupportedOpError each time."""
+    outcome = _attempt(call, provider, threads)
+    if isinstance(outcome, UnsupportedOpError):
+        raise type(outcome)(str(outcome))
+    return outcome
 
 
 # 512: every op of a model in both directions takes about 40; a decoder makes one per key length

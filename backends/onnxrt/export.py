@@ -1,7 +1,7 @@
-"""From an op's reference to an ONNX model: forward, vector-Jacobian product, or in-place update.
+"""Exports an op's reference to an ONNX model: forward, vector-Jacobian product or in-place update.
 
-Shapes are static: providers of accelerators want them so, and the shape arithmetic of dynamic ones
-would run on ONNX Runtime's CPU provider, the unseen fallback that this backend rules out."""
+Shapes are static, as accelerators' providers want them. The shape arithmetic of dynamic shapes
+would run on ONNX Runtime's CPU provider: a silent fallback, which this backend rules out."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ Traced = Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], list[Tensor]]
 
 @functools.cache
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """Core ATen, and below it what would only lengthen the translation table."""
+    """Returns the decompositions into core ATen, and of operators that would only lengthen the
+    translation table."""
     aten = torch.ops.aten
     more = [
         aten.addmm,
@@ -52,8 +53,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
 
 def export(call: Call) -> bytes:
-    """The plan (one line of JSON) and the serialised model, whose inputs are t<i> (tensor i), g<i>
-    (gradient of result i) and n<i>_<dtype> (number i). Raises UnsupportedOpError where the
+    """Returns the plan (one line of JSON) and the serialised model, whose inputs are t<i> (tensor
+    i), g<i> (gradient of result i) and n<i>_<dtype> (number i). Raises UnsupportedOpError where the
     reference cannot be traced or translated."""
     try:
         traced, names = trace(call)
@@ -85,8 +86,8 @@ def trace(call: Call) -> tuple[GraphModule, list[str]]:
         split = len(tensors), len(tensors) + len(symbols)
 
         def flat(*inputs: Any) -> list[Tensor]:
-            given = inputs[split[0] : split[1]] if symbols else numbers
-            return function(inputs[: split[0]], given, inputs[split[1] :])
+            values = inputs[split[0] : split[1]] if symbols else numbers
+            return function(inputs[: split[0]], values, inputs[split[1] :])
 
         pure = torch.func.functionalize(flat)  # an update's in-place writes become results
         trace = make_fx(pure, decomposition_table=decompositions(), tracing_mode="real")
@@ -100,8 +101,8 @@ def _symbols(shapes: ShapeEnv, layout: str) -> list[Any]:
 
 
 def outcomes(result: Any) -> list[Tensor]:
-    """A reference's result as a flat list. Raises UnsupportedOpError unless it is a tensor,
-    several, or None."""
+    """Returns a reference's result as a flat list. Raises UnsupportedOpError unless it is a tensor,
+    several tensors, or None."""
     if result is None:
         return []
     flat = [result] if isinstance(result, Tensor) else result
@@ -116,8 +117,8 @@ def forward(call: Call) -> Traced:
 
 
 def vjp(call: Call) -> Traced:
-    """The gradients of the differentiable tensors, in their order, for those of the floating
-    results."""
+    """Returns the function that maps the gradients of the floating results to the gradients of the
+    differentiable tensors, in their order."""
     chosen = positions(call.op, call.layout, call.op.differentiable)
 
     def function(t: Sequence[Any], n: Sequence[Any], g: Sequence[Any]) -> list[Tensor]:
@@ -133,7 +134,7 @@ def vjp(call: Call) -> Traced:
 
 
 def update(call: Call) -> Traced:
-    """The new values of the tensors that the op writes in place."""
+    """Returns the function that computes the new values of the tensors the op writes in place."""
     written = positions(call.op, call.layout, call.op.mutates)
 
     def function(t: Sequence[Any], n: Sequence[Any], g: Sequence[Any]) -> list[Tensor]:
@@ -145,9 +146,9 @@ def update(call: Call) -> Traced:
 
 
 def build(traced: GraphModule, names: list[str]) -> bytes:
-    """The ATen program as an ONNX model. Arithmetic on numbers stays out of it: the plan's
-    `numbers` list it, to be done in Python's floats as the reference does it, since 1 - 0.999 in
-    float32 is off by 1e-5."""
+    """Builds the ONNX model of an ATen program. Arithmetic on Python numbers stays out of the
+    model: the plan lists it under `numbers`, to be done in Python's floats as the reference does,
+    since 1 - 0.999 in float32 is off by 1e-5."""
     graph, program = Graph(), [n for n in names if n.startswith("n")]
     steps: list[list[Any]] = []
     known: dict[Node, Any] = {}
@@ -173,11 +174,12 @@ def build(traced: GraphModule, names: list[str]) -> bytes:
             return Value(graph.constant(constant), constant)
         if isinstance(value, (torch.SymFloat, torch.SymInt)):
             return number(node)
-        if _of_nothing(node):
+        if _has_empty_inputs(node):
             return Value(graph.constant(_evaluated(node)), value)
         if node.target is operator.getitem:
             return known[node.all_input_nodes[0]][node.args[1]]
-        if node.target._schema.is_mutable and not _private(node.all_input_nodes[0]):  # type: ignore[union-attr]
+        operator_called: Any = node.target
+        if operator_called._schema.is_mutable and not _private(node.all_input_nodes[0]):
             raise UnsupportedOpError(f"{node.target} writes to a tensor that others may read")
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
         return translate(graph, node.target, args, kwargs, value)
@@ -197,37 +199,38 @@ def build(traced: GraphModule, names: list[str]) -> bytes:
 
 
 def _results(traced: GraphModule) -> list[Node]:
-    return list(traced.graph.output_node().args[0])  # type: ignore[arg-type]
+    return list(traced.graph.output_node().args[0])  # type: ignore[arg-type]  # make_fx returns a list
 
 
 def _needed(traced: GraphModule) -> set[Node]:
-    """What results depend on that have elements: `functionalize` leaves write-backs behind that
-    nothing reads, and OpenVINO takes no empty tensors."""
+    """Returns the nodes that non-empty results depend on. `functionalize` leaves write-backs behind
+    that nothing reads, and OpenVINO takes no empty tensors."""
     todo = [r for r in _results(traced) if r.meta["val"].numel()]
-    found: set[Node] = set()
+    needed: set[Node] = set()
     while todo:
         node = todo.pop()
-        if node not in found:
-            found.add(node)
-            todo.extend([] if _of_nothing(node) else node.all_input_nodes)
-    return found
+        if node not in needed:
+            needed.add(node)
+            todo.extend([] if _has_empty_inputs(node) else node.all_input_nodes)
+    return needed
 
 
 def _private(node: Node) -> bool:
-    """Whether nothing but its one user can see this tensor: then a write to it is a new value.
-    `functionalize` has removed the reference's writes; some decompositions bring their own."""
+    """Returns whether only one user can see this tensor; a write to it then is just a new value.
+    `functionalize` has removed the reference's writes, but some decompositions add their own."""
     target: Any = node.target
     fresh = node.op == "call_function" and not any(r.alias_info for r in target._schema.returns)
     return fresh and len(node.users) == 1
 
 
-def _of_nothing(node: Node) -> bool:
-    """A tensor made of tensors without elements (a sum of none): a constant."""
+def _has_empty_inputs(node: Node) -> bool:
+    """Returns whether all inputs are tensors without elements, as of an empty sum: the result is a
+    constant."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
-    given: list[Any] = [n.meta.get("val") for n in node.all_input_nodes]
-    plain = all(isinstance(x, Tensor) for x in (*given, node.meta.get("val")))
-    return bool(given) and plain and not any(x.numel() for x in given)
+    inputs: list[Any] = [n.meta.get("val") for n in node.all_input_nodes]
+    plain = all(isinstance(x, Tensor) for x in (*inputs, node.meta.get("val")))
+    return bool(inputs) and plain and not any(x.numel() for x in inputs)
 
 
 def _evaluated(node: Node) -> Tensor:

@@ -1,4 +1,4 @@
-"""An ONNX graph under construction: which dtype a value has inside it, and where it is rounded."""
+"""Builds an ONNX graph; decides which dtype a value has inside it and where it is rounded."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from glm_core.errors import UnsupportedOpError
 
 OPSET = 18  # the oldest with reduction axes as inputs; older opsets run on more providers
 CONTRIB = "com.microsoft"
-"""domain of the operators that ONNX Runtime adds"""
+"""domain of the operators that ONNX Runtime adds to ONNX"""
 HALF = (torch.float16, torch.bfloat16)
 
 
 class Value(NamedTuple):
-    """A tensor of the traced program: its name in the ONNX graph; shape and dtype as in torch."""
+    """A tensor of the traced program: its name in the ONNX graph, and torch's shape and dtype."""
 
     name: str
     fake: Tensor
@@ -35,7 +35,7 @@ class Value(NamedTuple):
 
 
 class Number(NamedTuple):
-    """A Python number that is known only when the graph is run."""
+    """A Python number that is known only when the graph runs."""
 
     position: int
 
@@ -46,10 +46,10 @@ Translation = Callable[..., Any]
 
 
 class Table(dict[str, Translation]):
-    """Translations by ATen's name without overload."""
+    """Translations by ATen's operator name without overload."""
 
     def translation(self, *names: str) -> Callable[[Translation], Translation]:
-        """Enters a function."""
+        """Returns a decorator that enters a translation under these names."""
 
         def register(function: Translation) -> Translation:
             self.update(dict.fromkeys(names, function))
@@ -59,47 +59,48 @@ class Table(dict[str, Translation]):
 
 
 def refuse(what: str) -> UnsupportedOpError:
-    """For arguments that a translation does not cover."""
+    """Returns the error for arguments that a translation does not cover."""
     return UnsupportedOpError(f"{what} has no ONNX translation; write the reference without it")
 
 
 def inside(dtype: torch.dtype) -> torch.dtype:
-    """The dtype a value has inside the graph: float16 and bfloat16 values are held exactly in
-    float32, because no CPU provider computes in them, and rounded after every arithmetic node, as
-    torch's own ops are."""
+    """Returns the dtype that a value has inside the graph. float16 and bfloat16 values are held
+    exactly in float32, because no CPU provider computes in them. They are rounded after every
+    arithmetic node, as in torch's own ops."""
     return torch.float32 if dtype in HALF else dtype
 
 
 class Graph:
-    """Collects nodes; every method returns the name of the value it made."""
+    """A graph under construction; methods that add a value return its name."""
 
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.inputs: dict[str, tuple[list[int], str]] = {}
         self.outputs: dict[tuple[str, torch.dtype], str] = {}
-        """value and the dtype it has outside -> its name as an output"""
+        """(value, its dtype outside the graph) -> its name as an output"""
         self.declared: list[onnx.ValueInfoProto] = []
         self.initializers: dict[bytes, onnx.TensorProto] = {}
 
     def node(self, kind: str, *inputs: str, **attributes: Any) -> str:
-        """One ONNX node with one output."""
+        """Adds an ONNX node with one output."""
         name = f"v{len(self.nodes)}"
         self.nodes.append(helper.make_node(kind, list(inputs), [name], **attributes))
         return name
 
     def constant(self, value: Tensor) -> str:
-        """An initializer; equal ones are stored once."""
+        """Adds an initializer; equal ones are stored once."""
         array = value.detach().to(inside(value.dtype)).contiguous().numpy()
         key = f"{array.dtype}{array.shape}".encode() + array.tobytes()
         name = f"c{len(self.initializers)}"
         return str(self.initializers.setdefault(key, numpy_helper.from_array(array, name)).name)
 
     def ints(self, values: Sequence[int]) -> str:
-        """A shape, an axis list or the like."""
+        """Adds a constant list of integers: a shape, axes or the like."""
         return self.constant(torch.tensor(list(values), dtype=torch.int64))
 
     def input(self, name: str, like: Tensor) -> str:
-        """A graph input, declared at its first use; half floats are widened behind it."""
+        """Returns a graph input, declared at its first use; half floats are cast to float32 after
+        it."""
         half = like.dtype in HALF
         if name not in self.inputs:
             self.inputs[name] = facts(like)
@@ -109,7 +110,7 @@ class Graph:
         return f"{name}_wide" if half else name
 
     def operand(self, x: Operand, dtype: torch.dtype) -> str:
-        """`x` as a value of what `dtype` is inside the graph."""
+        """Returns `x` as a value of the dtype that stands for `dtype` inside the graph."""
         dtype = inside(dtype)
         if isinstance(x, Value):
             return x.name if inside(x.dtype) == dtype else self.cast(x.name, dtype)
@@ -122,7 +123,8 @@ class Graph:
         return self.node("Cast", name, to=ELEMENT[dtype])
 
     def rounded(self, name: str, dtype: torch.dtype) -> str:
-        """The nearest values that `dtype` can hold, still in the dtype used inside the graph."""
+        """Rounds to values that `dtype` can hold; the result keeps the dtype used inside the
+        graph."""
         return self.cast(self.cast(name, dtype), torch.float32) if dtype in HALF else name
 
     def reshape(self, name: str, shape: Sequence[int]) -> str:
@@ -135,8 +137,8 @@ class Graph:
         return self.node("Slice", name, *(self.ints([x]) for x in (start, end, axis, step)))
 
     def output(self, value: Value) -> str:
-        """Makes the value an output of the graph, in its own dtype. Twice the same value is one
-        output: OpenVINO mixes up the outputs of graphs that have it twice."""
+        """Makes the value an output of the graph, in its own dtype. A value asked for twice is one
+        output: OpenVINO mixes up the outputs of graphs that have a value twice."""
         key = value.name, value.dtype
         if key in self.outputs:
             return self.outputs[key]
@@ -150,19 +152,19 @@ class Graph:
         return name
 
     def sweep(self) -> None:
-        """Removes nodes and inputs that no output depends on: with an input that nothing reads,
+        """Removes nodes and inputs that no output depends on: where nothing reads an input,
         OpenVINO binds the others wrongly."""
         live = set(self.outputs.values())
-        kept = []
+        live_nodes = []
         for node in reversed(self.nodes):
             if node.output[0] in live:
                 live.update(node.input)
-                kept.append(node)
-        self.nodes = kept[::-1]
+                live_nodes.append(node)
+        self.nodes = live_nodes[::-1]
         self.inputs = {name: kind for name, kind in self.inputs.items() if name in live}
 
     def model(self) -> bytes:
-        """The finished model, checked and serialised."""
+        """Returns the finished model, checked and serialised."""
         inputs = [_declaration(*item) for item in self.inputs.items()]
         constants = list(self.initializers.values())
         graph = helper.make_graph(
@@ -177,7 +179,7 @@ class Graph:
 
 
 def facts(x: Tensor) -> tuple[list[int], str]:
-    """Shape and dtype as JSON can hold them."""
+    """Returns shape and dtype in a form that JSON can hold."""
     return list(x.shape), str(x.dtype).removeprefix("torch.")
 
 

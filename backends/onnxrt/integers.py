@@ -1,4 +1,4 @@
-"""ATen operators on the bits of int8, in ONNX: whose BitShift takes unsigned integers alone."""
+"""Translates ATen's shifts of int8 to ONNX, whose own BitShift takes only unsigned integers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def _number(g: Graph, value: int) -> str:
 
 @translation("__rshift__")
 def right(g: Graph, out: Any, self: Value, other: int) -> str:
-    """Arithmetic: rounds down. ONNX's Mod takes the divisor's sign, its Div rounds to zero."""
+    """Shifts right arithmetically, rounding down. ONNX's Mod takes the divisor's sign, its Div
+    rounds to zero."""
     x, step = _wide(g, self), _number(g, 1 << other)
     whole = g.node("Sub", x, g.node("Mod", x, step))
     return g.cast(g.node("Div", whole, step), torch.int8)
@@ -32,7 +33,8 @@ def right(g: Graph, out: Any, self: Value, other: int) -> str:
 
 @translation("__lshift__")
 def left(g: Graph, out: Any, self: Value, other: int) -> str:
-    """The low eight bits, by arithmetic: what Cast makes of the others is not defined."""
+    """Shifts left and keeps the low eight bits, by arithmetic: ONNX does not define what Cast does
+    with the others."""
     shifted = g.node("Mul", _wide(g, self), _number(g, 1 << other))
     half = g.node("Add", shifted, _number(g, 128))
     low = g.node("Sub", g.node("Mod", half, _number(g, 256)), _number(g, 128))

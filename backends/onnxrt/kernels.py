@@ -1,8 +1,9 @@
-"""Every op as torch custom ops that run on ONNX Runtime and that autograd and torch.compile see.
+"""Wraps every op in torch custom ops that run on ONNX Runtime and that autograd and torch.compile
+see.
 
-Registered by `Library.impl` with an autograd.Function of our own: torch.library.register_autograd
-costs 330 us more per forward and backward (420 against 90 us for an op that does nothing, one
-thread, torch 2.13)."""
+The gradients use `Library.impl` with an autograd.Function of our own:
+torch.library.register_autograd costs 330 us more per forward and backward (420 us against 90 us for
+an op that does nothing, one thread, torch 2.13)."""
 
 from __future__ import annotations
 
@@ -20,9 +21,9 @@ from glm_core.backends.onnxrt.call import (
     BranchesOnNumberError,
     Call,
     Direction,
+    export_obstacle,
     flatten,
     positions,
-    strange,
     unflatten,
 )
 from glm_core.dispatch import Op
@@ -33,7 +34,7 @@ NAMESPACE = "glm_core_onnxrt"
 _library = torch.library.Library(NAMESPACE, "DEF")
 _ops: dict[str, Op] = {}
 _branching: set[Op] = set()
-"""in-place ops whose reference decides by a number, found out at the first export"""
+"""in-place ops whose reference branches on a number, discovered at the first export"""
 _REST = "Scalar[] numbers, str layout, str provider"
 
 
@@ -45,9 +46,9 @@ def ready(
     layout: str,
     provider: str,
 ) -> engine.Program:
-    """The loaded program of a call. Numbers of in-place ops change every step (learning rate,
-    step), so they are its inputs, unless the reference branches on one: then each new value costs
-    an export."""
+    """Returns the loaded program of a call. Numbers of in-place ops change every step (learning
+    rate, step), so they are inputs of the program, unless the reference branches on one: then each
+    new value costs an export."""
     constants = tuple(numbers)
     specs = tuple((t.dtype, t.shape) for t in tensors)
     threads = torch.get_num_threads()
@@ -60,7 +61,7 @@ def ready(
 
 
 def define(op: Op) -> None:
-    """Makes the op's custom ops: NAME and NAME_vjp, or NAME_ for one that writes in place."""
+    """Defines the op's custom ops: NAME and NAME_vjp, or NAME_ for an op that writes in place."""
     if op.mutates:
         _define(
             f"{op.name}_",
@@ -150,7 +151,7 @@ def _update(
 
 
 def _fake_update(op: Op, *args: Any) -> None:
-    """Nothing but the written tensors changes."""
+    """Does nothing: the op returns nothing, and fake tensors have no values to write."""
 
 
 class _Differentiable(torch.autograd.Function):
@@ -170,10 +171,10 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
         name, numbers, layout, provider = ctx.call
         tensors = list(ctx.saved_tensors)
-        given = [g for g, floating in zip(cotangents, ctx.floating, strict=True) if floating]
-        found = iter(custom_op(f"{name}_vjp")(tensors, given, numbers, layout, provider))
+        used = [g for g, floating in zip(cotangents, ctx.floating, strict=True) if floating]
+        results = iter(custom_op(f"{name}_vjp")(tensors, used, numbers, layout, provider))
         chosen = positions(_ops[name], layout, _ops[name].differentiable)
-        grads = [next(found) if i in chosen else None for i in range(len(tensors))]
+        grads = [next(results) if i in chosen else None for i in range(len(tensors))]
         return None, None, None, None, *grads
 
 
@@ -191,8 +192,8 @@ def _differentiable(name: str) -> Callable[..., list[Tensor]]:
 
 
 def binder(op: Op) -> Callable[[tuple[Any, ...], dict[str, Any]], list[Any]]:
-    """Orders a call's arguments and fills in defaults; quicker than inspect, and torch.compile can
-    trace it."""
+    """Returns a function that orders a call's arguments and fills in defaults. It is quicker than
+    inspect, and torch.compile can trace it."""
     signature = inspect.signature(op.reference)
     names = tuple(signature.parameters)
     defaults = {n: p.default for n, p in signature.parameters.items() if p.default is not p.empty}
@@ -214,7 +215,7 @@ def binder(op: Op) -> Callable[[tuple[Any, ...], dict[str, Any]], list[Any]]:
 
 
 def kernel(op: Op, provider: str) -> Callable[..., Any]:
-    """The op as the backend runs it."""
+    """Returns the function by which the backend runs the op."""
     define(op)
     bind = binder(op)
     target = custom_op(f"{op.name}_" if op.mutates else op.name)
@@ -239,13 +240,13 @@ def kernel(op: Op, provider: str) -> Callable[..., Any]:
 
 
 def predicate(op: Op, provider: str) -> Callable[..., Support]:
-    """Whether the provider takes a call: the program is made to find out, and the call then finds
-    it ready."""
+    """Returns the predicate that says whether the provider takes a call. It exports and loads the
+    program to find out; the call itself then reuses it."""
     bind = binder(op)
 
     def supports(*args: Any, **kwargs: Any) -> Support:
         arguments = bind(args, kwargs)
-        reason = strange(arguments)
+        reason = export_obstacle(arguments)
         if reason:
             return unsupported(reason)
         layout, tensors, numbers = flatten(arguments)

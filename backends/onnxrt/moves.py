@@ -1,4 +1,4 @@
-"""ATen operators that only move values or choose among them, in ONNX: there is nothing to round."""
+"""Translates the ATen operators that only move or choose values to ONNX; nothing is rounded."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def expand(g: Graph, out: Any, self: Value, **_: Any) -> str:
 
 
 def span(size: int, start: int | None, end: int | None) -> tuple[int, int]:
-    """ATen's slice bounds, negative or too large, as bounds within [0, size]."""
+    """Turns ATen's slice bounds, which may be negative or too large, into bounds within [0,
+    size]."""
     first, last, _ = slice(start, end).indices(size)
     return first, max(first, last)
 
@@ -127,16 +128,16 @@ def arange(g: Graph, out: Any, start: int, end: int, step: int, **_: Any) -> str
 
 
 def strict(g: Graph, index: Value, size: int) -> str:
-    """The index with negative entries moved past the end: ATen refuses them, ONNX would count from
-    the end."""
+    """Moves negative entries of an index past the end, so that they are refused as in ATen; ONNX
+    would count them from the end."""
     negative = g.node("Less", index.name, g.operand(0, index.dtype))
     return g.node("Where", negative, g.operand(size, index.dtype), index.name)
 
 
 def rows(g: Graph, out: Any, table: Value, axis: int, name: str, index: Value) -> str:
-    """Gather, for an index (`name` in the graph) that may be a scalar."""
-    found = g.node("Gather", table.name, name, axis=axis)
-    return found if index.shape else g.reshape(found, out.shape)
+    """Adds a Gather by an index (`name` in the graph) that may be a scalar."""
+    gathered = g.node("Gather", table.name, name, axis=axis)
+    return gathered if index.shape else g.reshape(gathered, out.shape)
 
 
 @translation("embedding")

@@ -1,4 +1,5 @@
-"""Exported models on disk: named by all that determines them, whole or absent, and bounded."""
+"""Stores exported models on disk. A file's name is a hash of everything its content depends on;
+files are written whole or not at all, and their number and size are bounded."""
 
 from __future__ import annotations
 
@@ -20,22 +21,24 @@ from glm_core.backends.onnxrt.call import Call
 from glm_core.dispatch import Op
 
 MAX_BYTES = 512 * 2**20
+"""bytes of all models together"""
 MAX_FILES = 8192
+"""models"""
 PRUNE_EVERY = 64
-"""models written between two looks at the bounds"""
+"""models written between two checks of these bounds"""
 _CHECKSUM = 32
 _FOLDER = Path(__file__).parent
 _writes = itertools.count()
 
 
 def folder() -> Path:
-    """`onnxrt` under GLM_CORE_CACHE, or under .cache of the working directory."""
+    """Returns `onnxrt` under GLM_CORE_CACHE, or under .cache in the working directory."""
     return environment.cache() / "onnxrt"
 
 
 def key(call: Call) -> str:
-    """Names the model of a call by content: the reference's code with all it calls, the
-    translator's own, the versions of torch and onnx, shapes, dtypes and constants. The provider
+    """Returns the name of a call's model: a hash of the reference's code with all it calls, the
+    translator's code, the versions of torch and onnx, shapes, dtypes and constants. The provider
     does not matter."""
     facts = (call.direction, call.layout, call.numbers, call.tensors, _origin(call.op))
     return hashlib.sha256(repr(facts).encode()).hexdigest()
@@ -43,15 +46,15 @@ def key(call: Call) -> str:
 
 @functools.cache
 def _origin(op: Op) -> str:
-    """What a model of this op depends on beside its call."""
+    """Returns what a model of this op depends on besides its call."""
     own = [hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(_FOLDER.glob("*.py"))]
     versions = [metadata.version(p) for p in ("torch", "onnx")]
     return repr((fingerprint(op.reference), op.differentiable, op.mutates, own, versions))
 
 
 def fingerprint(function: Callable[..., Any]) -> str:
-    """Changes when the bytecode or the constants change of the function or of any function outside
-    torch that it reaches by name or in a closure; not when a comment does."""
+    """Returns a hash of the bytecode and constants of the function and of every function outside
+    torch that it reaches by name or in a closure. Comments do not change it."""
     parts = [sys.version]  # bytecode differs between Pythons
     todo: list[Any] = [function]
     seen: set[int] = set()
@@ -71,8 +74,8 @@ def fingerprint(function: Callable[..., Any]) -> str:
 
 
 def _reached(function: types.FunctionType) -> list[Any]:
-    """What a function can use: closure, defaults, the globals that its code names, and what it
-    names in modules among these."""
+    """Returns what a function can use: its closure, defaults, the globals that its code names, and
+    the attributes it names of modules among these."""
     cells = [c.cell_contents for c in function.__closure__ or ()]
     names = dict.fromkeys(n for c in _codes(function) for n in c.co_names)
     known = [v for n, v in function.__globals__.items() if n in names]
@@ -86,7 +89,7 @@ def _is_torch(module: str | None) -> bool:
 
 
 def _codes(function: types.FunctionType) -> Iterator[types.CodeType]:
-    """The function's code and that of the functions defined in it."""
+    """Yields the function's code and the code of functions defined in it."""
     todo = [function.__code__]
     while todo:
         code = todo.pop()
@@ -95,17 +98,17 @@ def _codes(function: types.FunctionType) -> Iterator[types.CodeType]:
 
 
 def _plain(values: tuple[Any, ...]) -> list[Any]:
-    """Those whose repr is their value."""
+    """Returns the values whose repr says all about them."""
     kinds = (bool, int, float, complex, str, bytes, tuple, frozenset, types.NoneType)
     return [v for v in values if isinstance(v, kinds)]
 
 
 def load(name: str) -> bytes | None:
-    """The model, or None where there is none or what is there is damaged."""
+    """Returns the model, or None where there is none or the file is damaged."""
     path = folder() / f"{name}.onnx"
     try:
         content = path.read_bytes()
-        os.utime(path)  # the oldest are dropped first
+        os.utime(path)  # `prune` removes the models used longest ago
     except OSError:
         return None
     checksum, model = content[:_CHECKSUM], content[_CHECKSUM:]
@@ -113,8 +116,8 @@ def load(name: str) -> bytes | None:
 
 
 def save(name: str, model: bytes) -> None:
-    """Writes atomically. A cache that cannot be written costs a second export, not the run: it
-    warns."""
+    """Writes a model atomically. Where the cache cannot be written it warns: that costs another
+    export, not the run."""
     path = folder() / f"{name}.onnx"
     draft = path.with_suffix(f".{os.getpid()}.part")
     try:
@@ -126,13 +129,13 @@ def save(name: str, model: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
-        warnings.warn(f"{path.parent}: cannot keep exported models ({error})", stacklevel=2)
+        warnings.warn(f"{path.parent}: cannot store exported models ({error})", stacklevel=2)
 
 
 def prune() -> None:
-    """Removes the models used longest ago, down to the bounds."""
-    kept = total = 0
+    """Removes the models used longest ago until the bounds hold."""
+    count = total = 0
     for entry in sorted(os.scandir(folder()), key=lambda e: -e.stat().st_mtime):
-        kept, total = kept + 1, total + entry.stat().st_size
-        if kept > MAX_FILES or total > MAX_BYTES:
+        count, total = count + 1, total + entry.stat().st_size
+        if count > MAX_FILES or total > MAX_BYTES:
             Path(entry.path).unlink(missing_ok=True)

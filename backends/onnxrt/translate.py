@@ -1,7 +1,6 @@
-"""ATen to ONNX: one short function per operator that the core decompositions leave over, those that
-compute in arithmetic.py, those that only move values in moves.py.
-
-Why not torch.onnx.export: docs/adr/0005."""
+"""Translates ATen calls to ONNX, with one short function for each operator that the core
+decompositions leave: those that compute are in arithmetic.py and integers.py, those that only move
+values in moves.py. docs/adr/0005 says why torch.onnx.export is not used."""
 
 from __future__ import annotations
 
@@ -16,9 +15,9 @@ from glm_core.errors import UnsupportedOpError
 def translate(
     graph: Graph, target: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any
 ) -> Any:
-    """Adds one ATen call to the graph; `out` is its fake result. Raises UnsupportedOpError where
-    it has no translation."""
-    # an in-place node is its functional twin: see export._private
+    """Adds one ATen call to the graph; `out` is its fake result. Raises UnsupportedOpError for an
+    operator without a translation."""
+    # an in-place operator is translated as its functional form: see export._private
     name = target._schema.name.removeprefix("aten::")
     name = name.removesuffix("_") if target._schema.is_mutable else name
     function = moves.TABLE.get(name) or integers.TABLE.get(name) or arithmetic.TABLE.get(name)

@@ -1,5 +1,5 @@
-"""The reference ops, plain torch, on the CPU; `reference:<device>` runs them on any device torch
-knows."""
+"""Declares the backend that runs the reference ops in plain torch: `reference` on the CPU,
+`reference:<device>` on any device that torch knows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from glm_core.backends.base import Backend, Probe
 
 
 def variant(option: str) -> Backend:
-    """The reference on device type `option` (the CPU without one)."""
+    """Returns the reference backend on device type `option`; an empty option is the CPU."""
     device_type = option or "cpu"
 
     def probe() -> Probe:

@@ -1,11 +1,13 @@
-"""AMD GPUs and Hygon DCUs: the CUDA sources compiled by hipcc, attention by torch's fused kernels,
-collectives by RCCL (which torch calls nccl). torch presents HIP devices as `cuda`. Compiled for
-gfx906 and gfx90a, every kernel executed on the CPU with waves of 64, dry-run; never run on hardware
-by us.
+"""Declares the backend for AMD GPUs and Hygon DCUs. It uses the CUDA sources compiled by hipcc,
+torch's fused attention, and RCCL for collectives (torch calls it nccl). torch presents HIP devices
+as `cuda`.
 
-gfx900 and gfx906 have no bfloat16 instructions: train in float16 with its loss scale. A Hygon DCU
-needs the torch of its DTK: stock ROCm's libamdhip64 does not speak to Hygon's kernel driver, and
-DTK 26.04 still has HIP's fifth ABI (seen on a K500SM_AI, gfx928:
+Verified: the kernels compile for gfx906 and gfx90a, each was executed on the CPU with waves of 64,
+and training steps were dry-run. We never ran it on hardware.
+
+gfx900 and gfx906 have no bfloat16 instructions: train in float16 with a loss scale. A Hygon DCU
+needs the torch that comes with its DTK: stock ROCm's libamdhip64 does not work with Hygon's kernel
+driver, and DTK 26.04 still has HIP's fifth ABI (seen on a K500SM_AI, gfx928:
 github.com/AlphaMine-Tech/alpha-miner, issue 18)."""
 
 from __future__ import annotations
@@ -21,12 +23,8 @@ DTYPES = (torch.float32, torch.float16)
 
 
 def dtypes(architecture: str) -> tuple[torch.dtype, ...]:
-    """Working dtypes of a chip."""
+    """Returns the dtypes that the chip computes in; no name means any chip."""
     return DTYPES if architecture in WITHOUT_BFLOAT16 else (*DTYPES, torch.bfloat16)
-
-
-class RocmBackend(GpuBackend):
-    """Refuses bfloat16 where the chip computes it in software."""
 
 
 def _here() -> tuple[torch.dtype, ...]:
@@ -34,7 +32,7 @@ def _here() -> tuple[torch.dtype, ...]:
     return dtypes(probe.architecture() if usable else "")
 
 
-backend = RocmBackend(
+backend = GpuBackend(
     name="rocm",
     device_type="cuda",
     collective="nccl",

@@ -1,4 +1,4 @@
-"""`glm-core backend new`: a working package for a new backend, from which a port starts."""
+"""`glm-core backend new`: writes a working package for a new backend, from which a port starts."""
 
 from __future__ import annotations
 
@@ -13,20 +13,25 @@ from glm_core.cli.options import add_json, emit
 
 
 def define(parser: argparse.ArgumentParser) -> None:
-    """Its subcommand."""
+    """Adds the subcommand `new`."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    new = actions.add_parser("new", help="write a package that passes its own conformance run")
-    new.add_argument("name", metavar="NAME", help="the backend's name: lower-case identifier")
+    new = actions.add_parser("new", help="write a package that passes its own conformance tests")
     new.add_argument(
-        "--device", default="cpu", metavar="TYPE", help="torch's name of the device (default cpu)"
+        "name", metavar="NAME", help="the backend's name, a lower-case Python identifier"
     )
-    new.add_argument("--dir", metavar="DIR", help="where (default glm-core-NAME)")
+    new.add_argument(
+        "--device",
+        default="cpu",
+        metavar="TYPE",
+        help="torch's name for the device (default %(default)s)",
+    )
+    new.add_argument("--dir", metavar="DIR", help="folder to write (default glm-core-NAME)")
     add_json(new)
     new.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exits 0 with the package written; 2 for a name or folder that is taken."""
+    """Writes the package and exits 0; raises ConfigError for a name or folder that is taken."""
     for kind, text in (("backend name", args.name), ("device type", args.device)):
         require_identifier(kind, text)
     require_free(args.name)
@@ -40,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def require_identifier(kind: str, text: str) -> None:
-    """Raises ConfigError for anything but a lower-case Python identifier, with the nearest one."""
+    """Raises ConfigError unless `text` is a lower-case Python identifier; suggests one."""
     from glm_core.errors import ConfigError
 
     if re.fullmatch("[a-z][a-z0-9_]*", text) and not keyword.iskeyword(text):
@@ -55,7 +60,8 @@ def require_identifier(kind: str, text: str) -> None:
 
 
 def require_free(name: str) -> None:
-    """Raises ConfigError where a backend, or a package that is not one yet, has the name."""
+    """Raises ConfigError where a backend has the name, or an importable package glm_core_NAME
+    exists."""
     from importlib.util import find_spec
 
     from glm_core.backends import registry
@@ -69,8 +75,8 @@ def require_free(name: str) -> None:
 
 
 def write(name: str, device: str, folder: Path) -> dict[str, int]:
-    """Writes the skeleton into a new folder, whole or not at all; lines per file. Raises
-    ConfigError where the folder exists or cannot be written."""
+    """Writes the skeleton into a new folder, completely or not at all; returns the lines of each
+    file. Raises ConfigError where the folder exists or cannot be written."""
     from string import Template
 
     from glm_core.cli.skeleton import FILES

@@ -1,4 +1,5 @@
-"""`glm-core devices`: every backend, usable here or not with the way out, and how far verified."""
+"""`glm-core devices`: lists every backend, whether it is usable here, and how far it was
+verified."""
 
 from __future__ import annotations
 
@@ -8,13 +9,13 @@ from glm_core.cli.options import add_json, columns, emit
 
 
 def define(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
+    """Adds the options."""
     add_json(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Probes every backend; always exits 0, since a backend that is absent is no failure."""
+    """Probes every backend and exits 0, since an absent backend is no failure."""
     from glm_core.backends import registry
     from glm_core.errors import BackendUnavailableError
 

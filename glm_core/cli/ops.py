@@ -1,4 +1,4 @@
-"""`glm-core ops`: ops x backends, printed from the registry itself."""
+"""`glm-core ops`: prints the table of ops x backends from the registry itself."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from glm_core.cli.options import add_json, columns, emit
 
 
 def define(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
-    parser.add_argument("op", nargs="?", help="one op, with its documentation")
+    """Adds the options."""
+    parser.add_argument("op", nargs="?", help="show one op only, with its documentation")
     add_json(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exits 0; 2 for an unknown op."""
+    """Prints the table and exits 0; raises GlmCoreError for an unknown op."""
     from glm_core.backends import registry
     from glm_core.errors import GlmCoreError, unknown
     from glm_core.ops import all_ops

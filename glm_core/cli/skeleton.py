@@ -1,5 +1,5 @@
-"""What `glm-core backend new` writes: a package that plugs in by entry point and passes conformance
-as it is. Every file is a string.Template of $name and $device."""
+"""Holds the files that `glm-core backend new` writes: a package that plugs in by entry point and
+passes conformance as it is. Each file is a string.Template of $name and $device."""
 
 FILES = {
     "pyproject.toml": """\
@@ -20,7 +20,7 @@ $name = "glm_core_$name"
 packages = ["glm_core_$name"]
 """,
     "glm_core_$name/__init__.py": '''\
-"""The glm_core backend `$name`. F ffn width."""
+"""Declares the glm_core backend `$name`. Shapes: F ffn width."""
 
 from typing import Any
 
@@ -44,24 +44,26 @@ def normal_cdf(x: Tensor) -> Tensor:
 
 
 class GeGLU(torch.autograd.Function):
-    """Forward beside backward, in torch: put the device's kernels in their place. Kept: x."""
+    """GeGLU and its gradient in plain torch; replace both by the device's kernels. Backward needs
+    only x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        a, b = x.float().chunk(2, -1)
+        a, b = x.float().chunk(2, -1)  # [..., F]
         return (a * (b * normal_cdf(b))).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         [x], dy = ctx.saved_tensors, grads[0].float()
-        a, b = x.float().chunk(2, -1)
+        a, b = x.float().chunk(2, -1)  # [..., F]
         slope = normal_cdf(b) + b * torch.exp(-b * b / 2) * (2 * torch.pi) ** -0.5
         return torch.cat((dy * b * normal_cdf(b), dy * a * slope), -1).to(x.dtype)
 
 
 def contiguous(x: Tensor) -> Support:
-    """Which arguments the kernel takes; for others the reference runs and the reason is told."""
+    """Decides whether the kernel takes x. If not, the reference runs and glm_core reports the
+    reason."""
     if x.is_contiguous():
         return SUPPORTED
     return unsupported(f"x is not contiguous: stride {x.stride()}")
@@ -69,12 +71,12 @@ def contiguous(x: Tensor) -> Support:
 
 @backend.implements(ops.geglu, supports=contiguous)
 def geglu(x: Tensor) -> Tensor:
-    """[..., 2F] -> [..., F]; the formula is in `glm-core ops geglu`."""
+    """Maps x [..., 2F] to [..., F]; `glm-core ops geglu` prints the formula."""
     y: Tensor = GeGLU.apply(x)
     return y
 ''',
     "tests/test_conformance.py": '''\
-"""Every conformance case of `$name`; where it has no kernel, a skip that says so."""
+"""Runs every conformance case of `$name`; ops without a kernel are skipped with that reason."""
 
 from glm_core.conformance.plugin import Check, conformance
 

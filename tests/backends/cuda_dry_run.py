@@ -1,6 +1,7 @@
-"""Whole training steps of the cuda backend on fake tensors, in a process whose torch believes in a
+"""Runs whole training steps of the cuda backend on fake tensors, in a process whose torch sees a
 CUDA device (LD_PRELOAD of csrc/tests/fake_cuda.cpp):
-`python cuda_dry_run.py BACKEND DTYPE [STRAY]` prints what each model of the family called."""
+`python cuda_dry_run.py BACKEND DTYPE [STRAY]` prints the operators that each model of the family
+called."""
 
 from __future__ import annotations
 
@@ -34,8 +35,8 @@ INPUTS: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
 
 
 def train(name: str, dtype: str, stray: str) -> list[str]:
-    """One optimizer step: two micro-batches forward and backward, norm, clip, AdamW. `stray` names
-    an input that stays on the host. Returns parameters whose gradient is wrong."""
+    """Runs one optimizer step: two micro-batches forward and backward, norm, clip, AdamW. `stray`
+    names an input that stays on the host. Returns the parameters whose gradient is wrong."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, dtype))
     with torch.device("cuda"):  # .to() cannot move fake parameters
@@ -61,7 +62,8 @@ FAMILY = ("glm-base", "glm-130b", "chatglm-6b", "chatglm2-6b", "glm-4-9b")
 
 
 def main(backend: str, dtype: str, stray: str = "") -> None:
-    """Strict: an op without a kernel for these arguments ends the run with its reason."""
+    """Runs in strict mode: an op without a kernel for its arguments ends the run with the
+    reason."""
     chosen = registry.get(backend)
     share(chosen)  # as if the kernels were built: nothing is computed
     attention.HAS_TRITON = True  # nor is FlexAttention compiled

@@ -1,5 +1,5 @@
 """Builds csrc/cuda and its bindings for the CPU, one fiber per thread, under AddressSanitizer and
-UBSan; kept in .cache for as long as the sources stay."""
+UBSan. The result is kept in .cache until the sources change."""
 
 from __future__ import annotations
 
@@ -48,28 +48,28 @@ BINDING = [
 
 
 def sources() -> dict[Path, list[str]]:
-    """Every source with its flags."""
+    """Returns every source with its flags."""
     kernels = [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "fibers" / "fibers.cpp"]
     bindings = [CSRC / "bindings" / "cuda" / f"{name}.cpp" for name in ("ops", "quant", "training")]
     return dict.fromkeys(kernels, KERNEL) | dict.fromkeys(bindings, BINDING)
 
 
 def run(command: list[str]) -> None:
-    """Raises RuntimeError with what the compiler said."""
+    """Runs a command; raises RuntimeError with the compiler's message."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr[-3000:]}")
 
 
 def link(objects: list[Path], target: Path) -> Path:
-    """The shared library of these objects."""
+    """Links the objects to a shared library."""
     torch_libraries = [f"-L{TORCH}/lib", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{TORCH}/lib"]
     run([COMPILER, "-shared", *SANITIZERS, *map(str, objects), *torch_libraries, "-o", str(target)])
     return target
 
 
 def library() -> Path:
-    """libfibers.so, its objects beside it; one process builds, the others wait for it."""
+    """Returns libfibers.so, whose objects lie beside it; one process builds it, others wait."""
     digest = hashlib.sha256(f"{torch.__version__} {KERNEL} {BINDING}".encode())
     for path in sorted(p for p in CSRC.rglob("*") if p.is_file()):
         digest.update(path.name.encode() + path.read_bytes())
@@ -86,15 +86,15 @@ def library() -> Path:
 
 
 def compiled(source: Path, flags: list[str], folder: Path) -> Path:
-    """The object file of one source."""
+    """Compiles a source; returns the object file."""
     target = folder / f"{source.stem}{source.suffix}.o"
     run([COMPILER, *flags, "-c", str(source), "-o", str(target)])
     return target
 
 
 def spoiled(source: str, file: str, right: str, wrong: str, folder: Path) -> Path:
-    """The library with csrc/cuda/`source` compiled anew after replacing `right` in csrc/cuda/`file`
-    by `wrong`."""
+    """Builds the library with csrc/cuda/`source` compiled again after `right` in csrc/cuda/`file`
+    was replaced by `wrong`."""
     shutil.copytree(CSRC / "cuda", folder / "cuda")
     text = (folder / "cuda" / file).read_text()
     assert text.count(right) == 1, f"{file}: {text.count(right)} times {right!r}"
@@ -105,7 +105,8 @@ def spoiled(source: str, file: str, right: str, wrong: str, folder: Path) -> Pat
 
 
 def instrumented() -> dict[str, str]:
-    """The environment of a Python that loads the library: the sanitizers' runtimes come first."""
+    """Returns the environment of a Python that loads the library: it preloads the sanitizers'
+    runtimes."""
     runtimes = (
         subprocess.run(
             [COMPILER, f"-print-file-name={name}"], capture_output=True, text=True, check=True

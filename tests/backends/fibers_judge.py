@@ -1,4 +1,4 @@
-"""Conformance of the GPU kernels executed on the CPU, one fiber per thread:
+"""Runs conformance of the GPU kernels executed on the CPU, one fiber per thread:
 `python fibers_judge.py LIBRARY SEED PATTERN 32:float32 64:bfloat16` prints {case: "" or
 what is wrong} and how often each kernel ran. A process of its own: the library is instrumented, and
 AddressSanitizer must come first."""
@@ -62,7 +62,7 @@ class OnFibers(TorchDispatchMode):
 
 
 def complaint(case: Case, backend: Backend) -> str:
-    """Empty where the case passes."""
+    """Returns what is wrong, '' where the case passes."""
     try:
         return judge(case, backend).reason
     except CaseFailure as finding:
@@ -72,7 +72,7 @@ def complaint(case: Case, backend: Backend) -> str:
 
 
 def cases(backend: Backend, pattern: str, dtypes: set[str]) -> list[Case]:
-    """The kernels' own cases of these dtypes, shapes of published models left out."""
+    """Returns the kernels' own cases in these dtypes, without the shapes of published models."""
     return [
         case
         for case in select(backend, id=pattern, real=False)
@@ -83,7 +83,8 @@ def cases(backend: Backend, pattern: str, dtypes: set[str]) -> list[Case]:
 
 
 def main(library: str, seed: str, pattern: str, *runs: str) -> None:
-    """Each run is WAVE:DTYPE,DTYPE or, for as many cases of each op and mode, WAVE:DTYPE:MOST."""
+    """Judges each run: WAVE:DTYPE,DTYPE or, to limit the cases of each op and mode,
+    WAVE:DTYPE:MOST."""
     backend = Backend(name="fibers", device_type="cpu", verified="executed on the CPU")
     share(backend)
     mode, scheduler = OnFibers(library), ctypes.CDLL(library)

@@ -1,4 +1,4 @@
-"""Conformance of the onnxrt backend on one provider, in the environment that has it:
+"""Runs conformance of the onnxrt backend on one provider, in the environment that has it:
 `python onnxrt_judge.py OpenVINOExecutionProvider float32 3` prints {case: "" or what is wrong}."""
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from glm_core.conformance.check import CaseFailure, judge
 
 
 def cases(backend: Backend, *dtypes: torch.dtype) -> list[Case]:
-    """Shapes of published models left out: this is about numbers, not about size."""
+    """Leaves out the shapes of published models: this is about numbers, not about size."""
     return select(backend, modes=("test", "grad"), dtypes=dtypes, real=False)
 
 
 def complaint(case: Case, backend: Backend) -> str:
-    """Empty where the case passes."""
+    """Returns what is wrong, '' where the case passes."""
     try:
         return judge(case, backend).reason
     except CaseFailure as finding:
@@ -31,7 +31,7 @@ def complaint(case: Case, backend: Backend) -> str:
 
 
 def main(provider: str, dtype: str, most: str) -> None:
-    """The first `most` cases of every op and mode."""
+    """Returns the first `most` cases of every op and mode."""
     backend = registry.usable(f"onnxrt:{provider}")
     taken: Counter[tuple[str, str]] = Counter()
     found = {}

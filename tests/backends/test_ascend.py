@@ -1,5 +1,5 @@
-"""The ascend backend by value, over the model of torch_npu's operators in `npu_model.py`: the
-ordinary conformance cases, and mistakes in calling the operators that they must reject."""
+"""Tests the values of the ascend backend over the model of torch_npu's operators in `npu_model.py`:
+the ordinary conformance cases, and wrong calls of the operators that the cases must reject."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CASES = {c.id: c for c in select(BACKEND, modes=("test", "grad"), real=False)}
 
 @pytest.fixture(autouse=True)
 def second_generation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An Atlas A2, where nothing else is said."""
+    """Sets the chip to an Atlas A2, unless a test sets another."""
     monkeypatch.setattr(chip, "name", lambda: "Ascend910B3")
     aten = SimpleNamespace(layer_norm=npu_model.layer_norm, linear=torch.nn.functional.linear)
     monkeypatch.setattr(ascend, "functional", aten)
@@ -160,7 +160,7 @@ MISTAKES: dict[str, tuple[str, str, Wrong]] = {
 
 
 class Mistaken:
-    """torch.ops.npu with one operator called wrongly."""
+    """Replaces torch.ops.npu by one that calls an operator wrongly."""
 
     def __init__(self, operator: str, wrong: Wrong) -> None:
         setattr(self, operator, wrong)
@@ -182,7 +182,8 @@ def test_mistake_in_a_call_is_rejected(mistake: str, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("power", [0, 1], ids=["beta^t", "beta^(t-1)"])
 def test_the_fused_adamw_is_rejected(power: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Why `adamw` does not call it: rightly called, v is still off by 1 - beta2 in float32."""
+    """Shows why `adamw` does not call it: called correctly, v still has the error of 1 - beta2 in
+    float32."""
 
     def fused(
         p: Any,
@@ -221,12 +222,13 @@ def test_the_fused_adamw_is_rejected(power: int, monkeypatch: pytest.MonkeyPatch
 
 
 def case(op: str, dtype: str = "float32") -> Case:
-    """The op's first case."""
+    """Returns the op's first case."""
     return next(c for c in CASES.values() if c.id.startswith(f"{op}-{dtype}-"))
 
 
 def support(of: Case, **changes: Any) -> str:
-    """The reason why the case's arguments, some replaced, are not taken."""
+    """Returns the reason why the backend refuses the case's arguments, of which some are
+    replaced."""
     args = {**of.sample.make(of.dtype), **changes}
     return BACKEND.support(of.op, args).reason
 
@@ -285,7 +287,7 @@ def test_limits_are_told() -> None:
 
 @pytest.mark.parametrize("name", ["tiny", "glm4-34m", "glm-base", "chatglm-6b", "glm-4-0414-9b"])
 def test_a_small_glm_trains_as_on_the_reference(name: str) -> None:
-    """Two optimizer steps of every architecture, the same losses and weights: kernels together."""
+    """Two optimizer steps of every architecture give the reference's losses and weights."""
     sizes = {"num_layers": 2, "hidden": 64, "num_heads": 4, "head_dim": 16, "ffn": 96, "vocab": 128}
     config = preset(name, **sizes, num_kv_heads=2, max_length=32)
     runs = [trained(config, backend) for backend in (BACKEND, "reference")]
@@ -297,7 +299,7 @@ def test_a_small_glm_trains_as_on_the_reference(name: str) -> None:
 
 
 def trained(config: ModelConfig, backend: Backend | str) -> tuple[Tensor, dict[str, Tensor]]:
-    """Losses and weights; packed samples, a prefix, weights of tokens."""
+    """Returns losses and weights of training on packed samples, a prefix and token weights."""
     model = GLM(config).init_weights(0)
     optimizer = Optimizer(model, TrainConfig(lr=1e-3))
     g = torch.Generator().manual_seed(1)

@@ -1,4 +1,4 @@
-"""What the ascend backend says where it cannot run: each obstacle and the way out."""
+"""Tests what the ascend backend says where it cannot run: each obstacle, and what to do."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from glm_core.backends.ascend import availability
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Sets the stage for probe and returns its reason: torch_npu's version, device files, and
-    what importing it does."""
+    """Sets torch_npu's version, the device files and what importing torch_npu does; returns the
+    probe's reason."""
 
     def probe(version: str | None, devices: bool, load: Callable[[str], Any] | None = None) -> str:
         def installed(name: str) -> str:

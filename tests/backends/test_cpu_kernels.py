@@ -1,5 +1,5 @@
-"""The compiled kernels: every conformance case with every instruction set; results that do not
-depend on the number of threads; operators that torch can trace."""
+"""Tests the compiled kernels: every conformance case with every instruction set, results that do
+not depend on the number of threads, and operators that torch can trace."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_results_do_not_depend_on_threads(case: Case, threads: Callable[[int], N
 
 def test_extension_older_than_its_sources_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def not_there() -> None:
-        """An operator of newer sources."""
+        """Stands for an operator of newer sources."""
 
     monkeypatch.setattr(fakes, "FAKES", [not_there])
     assert "older than its sources (no not_there)" in extension._load()
@@ -94,7 +94,7 @@ def test_loops_run_on_as_many_threads_as_torch_has(threads: Callable[[int], None
 
 
 def operator_calls() -> dict[str, tuple[Any, ...]]:
-    """One call of every public operator, gradients wanted where there are any."""
+    """Returns a call of every public operator, with gradients where it has any."""
     g = torch.Generator().manual_seed(0)
 
     def draw(*shape: int, grad: bool = True) -> Tensor:
@@ -128,12 +128,12 @@ def operator_calls() -> dict[str, tuple[Any, ...]]:
 
 @pytest.mark.parametrize("name", operator_calls())
 def test_torch_accepts_the_operator(name: str) -> None:
-    """Schema, fake kernel, autograd registration and AOT tracing with changing shapes."""
+    """Checks schema, fake kernel, autograd registration and AOT tracing with changing shapes."""
     torch.library.opcheck(getattr(torch.ops.glm_core, name).default, operator_calls()[name])
 
 
 def block(x: Tensor, norm: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """A feed-forward block and a loss over it."""
+    """Computes a feed-forward block and a loss over it."""
     hidden, total = ops.add_rms_norm(ops.rms_norm(x, norm), x, norm)
     y = total + ops.linear(ops.swiglu(ops.linear(hidden, up)), down)
     labels = torch.arange(len(x)) % len(up)

@@ -1,5 +1,6 @@
-"""The cuda and rocm backends without a GPU: attention by value, which arguments are refused and
-why, what a missing driver or device is answered with, and whole training steps on fake tensors."""
+"""Tests the cuda and rocm backends without a GPU: attention's values, which arguments are refused
+and why, what is reported for a missing driver or device, and whole training steps on fake
+tensors."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ FUSED.implements(ops.attention)(attention.attention)
 
 
 def fused_cases() -> list[Case]:
-    """Those that torch's fused kernels take; FlexAttention has no backward on the CPU."""
+    """Returns the cases that torch's fused kernels take; FlexAttention has no backward on the
+    CPU."""
     found = []
     for case in select(FUSED, op="attention", real=False):
         args = case.sample.make(case.dtype)
@@ -81,7 +83,7 @@ def test_block_mask_lists_every_visible_key_and_no_half_visible_block_as_whole(l
 
 
 def listed(numbers: Any, indices: Any) -> Tensor:
-    """[B, M, N]: which blocks the lists name."""
+    """Returns which blocks the lists name, [B, M, N]."""
     named = torch.zeros(indices[:, 0].shape, dtype=torch.bool)
     counted = torch.arange(named.shape[-1]) < numbers[:, 0, :, None]
     return named.scatter(-1, indices[:, 0].long(), counted)
@@ -114,7 +116,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32, device: str = "meta") 
 
 
 class Elsewhere(Backend):
-    """A backend of the kernels for meta tensors, which torch has everywhere."""
+    """Returns a backend with the kernels for meta tensors, which torch has everywhere."""
 
 
 def refused(op: str, **args: Any) -> str:
@@ -161,7 +163,7 @@ ANSWERS = {
     "no CUDA": (SEEN._replace(cuda=None), "built without CUDA; install a CUDA build"),
     "a ROCm torch": (SEEN._replace(cuda=None, hip="6.4"), "use backend rocm"),
     "no driver": (SEEN._replace(trouble="Found no NVIDIA driver", devices=0), "install a driver"),
-    "no device": (SEEN._replace(devices=0), "is it in this machine or container?"),
+    "no device": (SEEN._replace(devices=0), "check that this machine or container has one"),
     "hidden": (SEEN._replace(devices=0, visible="-1"), "CUDA_VISIBLE_DEVICES='-1' hides them"),
     "minor": (SEEN._replace(capability="sm_86"), ""),
     "newer": (SEEN._replace(capability="sm_120"), ""),
@@ -215,7 +217,7 @@ def test_every_op_has_a_kernel_and_every_operator_a_device_half() -> None:
 
 @pytest.fixture(scope="module")
 def fake_cuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library that lets torch hold fake tensors on `cuda`."""
+    """Builds the library that lets torch hold fake tensors on `cuda`."""
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None:
         pytest.skip(f"no compiler {compiler}")

@@ -1,4 +1,4 @@
-"""Every GPU kernel executed on the CPU, one fiber per thread, in shuffled orders, under
+"""Tests every GPU kernel, executed on the CPU, one fiber per thread, in shuffled orders, under
 AddressSanitizer and UBSan, against the float64 reference: the ordinary conformance cases, for waves
 of 32 and of 64 lanes; and kernels with a planted bug, each of which must be found."""
 
@@ -25,7 +25,7 @@ pytestmark = [
 
 
 def judge(library: Path, pattern: str, *runs: str) -> subprocess.CompletedProcess[str]:
-    """The judge's answer on stdout."""
+    """Returns what the judge prints."""
     script = Path(__file__).parent / "fibers_judge.py"
     return subprocess.run(
         [sys.executable, str(script), str(library), "1", pattern, *runs],

@@ -1,5 +1,5 @@
-"""The GPU sources compile and link, and nvcc spills no registers: sm_80 and sm_90, gfx906 and
-gfx90a. Nothing of this runs."""
+"""Tests that the GPU sources compile and link for sm_80, sm_90, gfx906 and gfx90a, and that nvcc
+spills no registers. The result is not run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NVCC, HIPCC = shutil.which("nvcc"), shutil.which("hipcc")
 
 
 def run(command: list[str]) -> str:
-    """What it said; raises with that where it failed."""
+    """Returns the command's standard error; fails with it where the command fails."""
     env = os.environ | {"HIP_PLATFORM": "amd"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -44,9 +44,9 @@ def test_cuda_compiles_links_and_spills_nothing(tmp_path: Path) -> None:
         for s, o in zip(SOURCES, objects, strict=True)
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        said = "".join(pool.map(run, commands))
-    assert set(re.findall(r"for 'sm_(\d+)'", said)) == {"80", "90"}
-    spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", said)]
+        messages = "".join(pool.map(run, commands))
+    assert set(re.findall(r"for 'sm_(\d+)'", messages)) == {"80", "90"}
+    spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", messages)]
     assert len(spilled) >= 2 * len(SOURCES)
     assert not any(spilled)
     target = tmp_path / "kernels.so"

@@ -1,4 +1,4 @@
-"""The model on the onnxrt backend: eager, compiled, on fake tensors, and trained."""
+"""Tests the model on the onnxrt backend: eager, compiled, on fake tensors, and trained."""
 
 from __future__ import annotations
 

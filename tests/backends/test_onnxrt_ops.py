@@ -1,4 +1,4 @@
-"""The onnxrt backend on ONNX Runtime's own CPU provider: every op, and ops of others."""
+"""Tests the onnxrt backend on ONNX Runtime's own CPU provider: our ops, and third parties' ops."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_every_op_has_a_kernel() -> None:
 
 @pytest.fixture
 def declare() -> Iterator[Callable[..., Op]]:
-    """Declares ops of a third party; forgotten after the test."""
+    """Declares ops of a third party for the duration of a test."""
     before = dict(REGISTRY)
 
     def make(reference: Callable[..., Any], **roles: tuple[str, ...]) -> Op:
@@ -51,7 +51,7 @@ def declare() -> Iterator[Callable[..., Op]]:
 
 def test_third_party_op_runs_in_both_directions(declare: Callable[..., Op]) -> None:
     def scaled_softplus(x: Tensor, table: Tensor, ids: Tensor, mode: str, power: int = 2) -> Any:
-        """Two results, one of them of integers; string and integer constants."""
+        """Has two results, one of integers, and string and integer constants."""
         picked = table[ids] if mode == "pick" else table[:1]
         y = torch.nn.functional.softplus(x) * picked**power
         return y.cumsum(-1) if mode == "sum" else torch.roll(y, 1, -1), ids + 1
@@ -71,7 +71,7 @@ def test_third_party_op_runs_in_both_directions(declare: Callable[..., Op]) -> N
 
 def test_what_cannot_be_translated_falls_back_with_its_reason(declare: Callable[..., Op]) -> None:
     def median(x: Tensor) -> Tensor:
-        """The middle value."""
+        """Returns the median."""
         return x.median(-1).values
 
     made = declare(median)
@@ -89,7 +89,7 @@ def test_what_cannot_be_translated_falls_back_with_its_reason(declare: Callable[
 
 def test_argument_of_unknown_type_is_refused_with_its_reason(declare: Callable[..., Op]) -> None:
     def cast(x: Tensor, to: torch.dtype) -> Tensor:
-        """x in another dtype."""
+        """Returns x in another dtype."""
         return x.to(to)
 
     made = declare(cast)
@@ -115,7 +115,7 @@ def test_numbers_of_an_in_place_op_are_inputs() -> None:
 
 def test_in_place_op_that_branches_on_a_number(declare: Callable[..., Op]) -> None:
     def decay(x: Tensor, rate: float) -> None:
-        """x = x (1 - rate), halved where the rate is large."""
+        """Sets x to x (1 - rate), and halves it where the rate is large."""
         x.mul_(0.5 if rate > 0.5 else 1 - rate)
 
     made = declare(decay, mutates=("x",))

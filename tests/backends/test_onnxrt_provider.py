@@ -1,4 +1,4 @@
-"""Execution providers: which can be had, and that none of them falls back unseen."""
+"""Tests execution providers: which are available, and that none falls back silently."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The disk cache of exported models: found again, never trusted blindly, never without bound."""
+"""Tests the disk cache of exported models: it is reused, checked, and bounded."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_flipped_byte_is_noticed(cache: Path) -> None:
 
 def test_cache_that_cannot_be_written_warns_and_runs(cache: Path) -> None:
     cache.write_text("a file where the folder should be")
-    with pytest.warns(UserWarning, match="cannot keep exported models"):
+    with pytest.warns(UserWarning, match="cannot store exported models"):
         gelu(3, 4)
 
 

@@ -1,5 +1,5 @@
-"""The Triton kernels without a device: numbers in Triton's interpreter by the ordinary conformance
-cases, machine code for five chips ahead of time."""
+"""Tests the Triton kernels without a device: their numbers in Triton's interpreter by the ordinary
+conformance cases, and that they compile ahead of time for five chips."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [
 
 
 def answer(cache: Path, script: str, *words: str) -> Any:
-    """What a script of this folder prints."""
+    """Returns what a script of this folder prints."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(Path(__file__).parent / script), *words],

@@ -1,6 +1,6 @@
-"""The example of a port, `examples/vendor_sim`: builds, installs beside us, is found by its entry
-point and passes its own tests, no file of ours edited. A process of its own: torch holds one
-out-of-tree device per process."""
+"""Tests the example of a port, `examples/vendor_sim`: it builds, installs beside glm_core, is found
+by its entry point and passes its own tests. It runs in processes of its own, since a process of
+torch holds one out-of-tree device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PARTS = ("csrc", "vendor_sim", "setup.py", "pyproject.toml")
 
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that pip installed the package into; kept for as long as its sources stay."""
+    """Returns the folder that pip installed the package into; kept until its sources change."""
     digest = hashlib.sha256(f"{torch.__version__} {sys.version}".encode())
     for path in sorted(p for part in PARTS for p in [PACKAGE / part, *(PACKAGE / part).glob("*")]):
         if path.is_file():
@@ -72,7 +72,7 @@ def test_its_own_tests_pass(name: str, installed: Path, tmp_path: Path) -> None:
 def test_installed_it_is_a_device_of_torch_and_a_backend_of_ours(
     installed: Path, tmp_path: Path
 ) -> None:
-    """Without importing it: torch and the registry find it by its entry points."""
+    """torch and the registry find it by its entry points, without an import."""
     code = (
         "import torch; from glm_core.backends import registry\n"
         "print(torch.ones(2, device='sim').sum().item(), registry.usable('sim').device())"

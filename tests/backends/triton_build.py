@@ -1,4 +1,4 @@
-"""Ahead-of-time builds of the Triton kernels for devices that are not here: `python
+"""Builds the Triton kernels ahead of time for devices that are not here: `python
 triton_build.py` prints {target: {kernel: bytes of machine code}}."""
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ KERNELS: dict[Any, dict[str, Any]] = {
 
 
 def size(kernel: Any, constants: dict[str, Any], target: tuple[Any, ...], half: str) -> int:
-    """Bytes of one kernel's machine code, tensors in `half`."""
+    """Returns the bytes of a kernel's machine code, with tensors in `half`."""
     names = kernel.arg_names
     signature = {
         n: "constexpr" if n in constants else NUMBERS.get(n) or POINTERS.get(n, half) for n in names
@@ -57,7 +57,7 @@ def size(kernel: Any, constants: dict[str, Any], target: tuple[Any, ...], half: 
 
 
 def main() -> None:
-    """float16 where the chip has no bfloat16."""
+    """Returns bfloat16, or float16 where the chip has no bfloat16."""
     found = {}
     for target in TARGETS:
         half = "*fp16" if target[1] == "gfx906" else "*bf16"

@@ -1,7 +1,7 @@
-"""Conformance of the Triton kernels in Triton's interpreter, on the CPU: `python triton_judge.py
-float32,bfloat16 [MOST]` prints {case: "" or what is wrong}. A process of its own: whether
-kernels are interpreted is settled when Triton is imported. `[MOST]` limits the cases per op and
-mode in each dtype."""
+"""Runs conformance of the Triton kernels in Triton's interpreter, on the CPU: `python
+triton_judge.py float32,bfloat16 [MOST]` prints {case: "" or what is wrong}. A process of its own:
+whether kernels are interpreted is settled when Triton is imported. `[MOST]` limits the cases per op
+and mode in each dtype."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ _converted = interpreter._convert_float
 
 
 def to_nearest(x: Any, before: Any, after: Any, mode: Any) -> Any:
-    """Triton's compilers round to nearest unless told otherwise. Its interpreter (3.9) cuts
-    bfloat16 off, and asked for nearest loses the carry into the exponent: 1.999 becomes 1."""
+    """Makes Triton's interpreter round bfloat16 to nearest, as its compilers do. The interpreter
+    (3.9) truncates, and its own rounding to nearest loses the carry into the exponent: 1.999
+    becomes 1."""
     if (before, after) != (tl.float32, tl.bfloat16):
         return _converted(x, before, after, mode)
     wide = torch.from_numpy(np.ascontiguousarray(x).view(np.float32))
@@ -53,7 +54,7 @@ class InTriton(TorchDispatchMode):
 
 
 def complaint(case: Case, backend: Backend) -> str:
-    """Empty where the case passes."""
+    """Returns what is wrong, '' where the case passes."""
     try:
         return judge(case, backend).reason
     except CaseFailure as finding:
@@ -63,7 +64,7 @@ def complaint(case: Case, backend: Backend) -> str:
 
 
 def main(dtypes: str, most: str = "1000") -> None:
-    """Shapes of published models left out."""
+    """Leaves out the shapes of published models."""
     backend = Backend(name="triton", device_type="cpu", verified="executed on the CPU")
     share(backend)
     found: dict[str, str] = {}

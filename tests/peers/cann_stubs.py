@@ -1,5 +1,5 @@
-"""Stub CANN libraries, so that the real torch_npu loads on a machine without Ascend software:
-`python cann_stubs.py TORCH_NPU_FOLDER OUT`.
+"""Writes stub CANN libraries, so that the real torch_npu loads on a machine without Ascend
+software: `python cann_stubs.py TORCH_NPU_FOLDER OUT`.
 
 Every function that torch_npu's libraries import, or look up by name at run time, exists and returns
 0, which is success; those whose result is used answer for one device. Handles of streams, events
@@ -36,18 +36,18 @@ NEEDED = re.compile(r"NEEDED.*\[(lib(?:hccl|acl\w*|ge_runner|graph|atb)\.so)\]")
 
 
 def output(*command: str | Path) -> str:
-    """What the command prints."""
+    """Returns what the command prints."""
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def symbols(library: Path, which: str) -> set[str]:
-    """Names of the dynamic symbols, versions cut off."""
+    """Returns the names of the dynamic symbols, without versions."""
     lines = output("nm", "-D", which, library).splitlines()
     return {line.split()[-1].partition("@")[0] for line in lines}
 
 
 def missing(libraries: Iterable[Path]) -> set[str]:
-    """The CANN functions that torch_npu expects and does not bring."""
+    """Returns the CANN functions that torch_npu needs but does not contain."""
     wanted: set[str] = set()
     defined: set[str] = set()
     for library in libraries:
@@ -59,13 +59,14 @@ def missing(libraries: Iterable[Path]) -> set[str]:
 
 
 def compile_library(source: Path, library: Path, *options: str) -> None:
-    """One shared library; -w because the stubs declare no parameters."""
+    """Builds one shared library; -w because the stubs declare no parameters."""
     command = ["gcc", "-shared", "-fPIC", "-w", "-o", str(library), str(source), *options]
     subprocess.run(command, check=True)
 
 
 def main(package: Path, out: Path) -> None:
-    """Writes the libraries: all functions in libascendcl.so, the others empty and linked to it."""
+    """Writes the libraries: libascendcl.so has all functions, the others are empty and linked to
+    it."""
     libraries = [*(package / "lib").glob("*.so"), *package.glob("_C*.so")]
     answered = set(re.findall(r"\b(acl\w+)\(", ANSWERS))
     plain = sorted(missing(libraries) - answered)

@@ -1,4 +1,4 @@
-"""The ascend backend dry-run with the real torch_npu, in the environment of `setup_npu.sh`; prints
+"""Dry-runs the ascend backend with the real torch_npu, in the environment of `setup_npu.sh`; prints
 one JSON object. No arithmetic happens: tensors are fake, on device npu:0, shapes and dtypes come
 from torch_npu's own meta kernels, calls are checked by its own schemas.
 
@@ -39,11 +39,11 @@ BACKEND = registry.get("ascend")
 
 
 class HostTensor(Exception):
-    """A tensor on the host where only the device's belong."""
+    """A tensor was on the host where it must be on the device."""
 
 
 class Watch(TorchDispatchMode):
-    """Counts the calls of torch_npu's operators, and raises HostTensor."""
+    """A mode that counts the calls of torch_npu's operators and raises HostTensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Watch(TorchDispatchMode):
 
 
 def outcome(run: Callable[[], Any]) -> str:
-    """Empty, or what went wrong in one line."""
+    """Returns what went wrong in one line, '' where nothing did."""
     try:
         run()
     except Exception as error:  # whatever torch_npu raises is the finding
@@ -69,7 +69,7 @@ def outcome(run: Callable[[], Any]) -> str:
 
 
 def differing_schemas() -> list[str]:
-    """Those of the by-value model that are not the wheel's, word for word."""
+    """Returns the schemas of the by-value model that differ from the wheel's."""
     found = []
     for schema in npu_model.schemas():
         name, _, overload = schema.partition("(")[0].partition(".")
@@ -129,7 +129,7 @@ def repair() -> dict[str, str]:
 
 
 def results(case: Case, function: Callable[..., Any], args: dict[str, Any]) -> dict[str, Tensor]:
-    """Outputs and mutated arguments, or gradients of all outputs, by name."""
+    """Returns outputs and mutated arguments, or gradients of all outputs, by name."""
     if case.mode == "test":
         with torch.no_grad():
             return forward(case.op, function, args)
@@ -142,7 +142,7 @@ def results(case: Case, function: Callable[..., Any], args: dict[str, Any]) -> d
 
 
 def watched(case: Case) -> dict[str, Tensor]:
-    """The backend's results on the fake device."""
+    """Returns the backend's results on the fake device."""
     with FakeTensorMode(), registry.use(BACKEND, strict=True):
         args = _arguments(case)
         with Watch() as watch:
@@ -176,7 +176,7 @@ CASES = [
 
 
 def check(case: Case) -> str:
-    """Shapes, dtypes and devices are the reference's; unsupported cases say so."""
+    """Checks that shapes, dtypes and devices are the reference's; unsupported cases say so."""
     with FakeTensorMode():
         args = _arguments(case)
         support = BACKEND.support(case.op, args)
@@ -202,8 +202,8 @@ def _new_tensors(dtype: torch.dtype) -> Iterator[None]:
 
 
 def train(name: str, dtype: str, stray: str = "") -> dict[str, Any]:
-    """One optimizer step of a small model of the family: two micro-batches forward and backward,
-    norm, clip, AdamW. `stray` names an input that stays on the host."""
+    """Runs one optimizer step of a small model of the family: two micro-batches forward and
+    backward, norm, clip, AdamW. `stray` names an input that stays on the host."""
     config = preset(name, num_layers=2, vocab=512, max_length=64)
     with FakeTensorMode(), registry.use(BACKEND, strict=True) as session:
         with _new_tensors(getattr(torch, dtype)):
@@ -250,7 +250,7 @@ STEPS = [
 
 
 def device_calls() -> dict[str, Any]:
-    """What the backend asks of the device besides kernels, over the stubs."""
+    """Calls what the backend needs from the device besides kernels, over the stubs."""
     BACKEND.synchronize()
     before = BACKEND.rng_state()
     torch.manual_seed(5)
@@ -268,7 +268,7 @@ def device_calls() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Everything, as JSON."""
+    """Prints everything as JSON."""
     failed_before = repair()
     cases = {case.id: _judged(case) for case in CASES}
     steps = {f"{name}-{dtype}": _step(name, dtype) for name, dtype in STEPS}

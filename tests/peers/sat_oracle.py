@@ -57,7 +57,7 @@ STAND_INS: dict[str, tuple[str, ...]] = {
 
 
 def import_sat(name: str) -> Any:
-    """The SAT module that defines model `name`, imported with the stand-ins in place."""
+    """Returns the SAT module that defines model `name`, imported with the stand-ins in place."""
     for path, names in STAND_INS.items():
         sys.modules[path] = types.ModuleType(path)
         vars(sys.modules[path]).update(dict.fromkeys(names))
@@ -69,7 +69,7 @@ def import_sat(name: str) -> Any:
 
 
 def gelu(model: Any) -> None:
-    """The tanh form of GELU for the erf form (GLM130B), or the reverse (ChatGLMModel)."""
+    """Swaps the form of GELU: tanh for erf (GLM130B), or the reverse (ChatGLMModel)."""
     for layer in model.transformer.layers:
         if hasattr(layer.mlp.activation_func, "activation_fn"):
             tanh = functools.partial(torch.nn.functional.gelu, approximate="tanh")
@@ -79,21 +79,21 @@ def gelu(model: Any) -> None:
 
 
 def alpha(model: Any) -> None:
-    """DeepNorm's alpha of a model with one layer more."""
+    """Uses DeepNorm's alpha of a model with one layer more."""
     for mixin in model.mixins.values():
         if hasattr(mixin, "num_layers"):
             mixin.num_layers += 1
 
 
 def halves(model: Any) -> None:
-    """The inner projection's halves exchanged: the gate is the first one."""
+    """Swaps the inner projection's halves, so that the gate is the first one."""
     for layer in model.transformer.layers:
         for parameter in layer.mlp.dense_h_to_4h.parameters():
             parameter.data = torch.cat(parameter.data.chunk(2)[::-1])
 
 
 def frequencies(model: Any) -> None:
-    """Rotary frequencies rounded to float16, as SAT's `get_model` leaves them by `model.half()`."""
+    """Rounds rotary frequencies to float16, as SAT's `get_model` leaves them by `model.half()`."""
     for name, buffer in model.named_buffers():
         if name.endswith("inv_freq"):
             buffer.data = buffer.data.to(torch.float16).to(buffer.dtype)
@@ -105,7 +105,8 @@ MUTATIONS: dict[str, Callable[[Any], None]] = {
 
 
 def build(module: Any, request: dict[str, Any], dtype: torch.dtype) -> Any:
-    """The model with the request's weights in `dtype`; its rotary frequencies stay float32."""
+    """Returns the model with the request's weights in `dtype`; its rotary frequencies stay
+    float32."""
     weights = {k[7:]: torch.from_numpy(v) for k, v in request.items() if k.startswith("weight/")}
     vocab, hidden = weights["transformer.word_embeddings.weight"].shape
     sizes = ("num_layers", "num_attention_heads", "inner_hidden_size")
@@ -137,7 +138,7 @@ def build(module: Any, request: dict[str, Any], dtype: torch.dtype) -> Any:
 
 @contextlib.contextmanager
 def casts_at_least(dtype: torch.dtype) -> Iterator[None]:
-    """`.half()` and `.float()` never give a narrower dtype than this one."""
+    """Makes `.half()` and `.float()` never give a narrower dtype than this one."""
     with contextlib.ExitStack() as stack:
         for name, narrow in (("half", torch.float16), ("float", torch.float32)):
             wide = torch.promote_types(narrow, dtype)
@@ -147,7 +148,7 @@ def casts_at_least(dtype: torch.dtype) -> Iterator[None]:
 
 
 def answer(module: Any, request: dict[str, Any], run: str) -> dict[str, Tensor]:
-    """Forward, loss and backward of one run."""
+    """Runs forward, loss and backward once."""
     name, _, mutation = run.partition("-")
     dtype: torch.dtype = getattr(torch, name)
     model = build(module, request, dtype)
@@ -171,8 +172,9 @@ def answer(module: Any, request: dict[str, Any], run: str) -> dict[str, Tensor]:
 def forward(
     model: Any, request: dict[str, Any], dtype: torch.dtype
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits [B, L, V] and hidden states [B, L, D]. GLM130B takes one row of positions and a mask
-    in which True = hidden, and works on [L, B, D]; ChatGLMModel takes two rows, and 1 = visible."""
+    """Returns logits [B, L, V] and hidden states [B, L, D]. GLM130B takes one row of positions and
+    a mask in which True = hidden, and works on [L, B, D]; ChatGLMModel takes two rows, and 1 =
+    visible."""
     tokens, positions, visible = (
         torch.from_numpy(request[key]) for key in ("tokens", "positions", "visible")
     )

@@ -1,7 +1,7 @@
-"""The ascend backend dry-run with the real torch_npu over stub CANN libraries (`npu_dry_run.py` in
-`.venv-npu`): its calls against torch_npu's schemas and meta kernels, whole training steps forward
-and backward, host tensors refused. What it cannot show: numbers (tests/backends/test_ascend.py has
-a model of them), layouts that only a kernel checks, speed."""
+"""Tests the ascend backend in a dry run with the real torch_npu over stub CANN libraries
+(`npu_dry_run.py` in `.venv-npu`): its calls against torch_npu's schemas and meta kernels, whole
+training steps forward and backward, host tensors refused. What it cannot show: numbers
+(tests/backends/test_ascend.py has a model of them), layouts that only a kernel checks, speed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="session")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What the dry run prints; one worker runs it, the others wait for it."""
+    """Returns what the dry run prints; one worker runs it, the others wait."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     result = shared / "npu_dry_run.json"

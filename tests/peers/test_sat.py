@@ -1,4 +1,4 @@
-"""Our GLM against SwissArmyTransformer's own GLM130B and ChatGLMModel, gradients included.
+"""Compares our GLM with SwissArmyTransformer's own GLM130B and ChatGLMModel, gradients included.
 
 The truth is SAT run in float64, by `sat_oracle.py` in `.venv-sat`; all weights are float16 numbers,
 so that every dtype starts from the same ones. Two rules, neither with a hand-set tolerance:
@@ -89,7 +89,7 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 
 
 def sat_name(name: str) -> str:
-    """The GLM-130B checkpoint's name of our parameter."""
+    """Returns the GLM-130B checkpoint's name of our parameter."""
     if name in SAT_NAMES:
         return SAT_NAMES[name]
     body, _, leaf = name.rpartition(".")
@@ -100,15 +100,16 @@ def sat_name(name: str) -> str:
 
 
 def sat_layout(model: str, name: str, value: Tensor) -> Tensor:
-    """GLM130B's QKV rows go by head [q_h, k_h, v_h]; ours and ChatGLMModel's are blocks."""
+    """Orders QKV rows: GLM130B's go by head [q_h, k_h, v_h]; ours and ChatGLMModel's are blocks."""
     if model == "GLM130B" and "attention.qkv" in name:
         return value.view(3, H, D // H, -1).transpose(0, 1).reshape(value.shape)
     return value
 
 
 def draw_weights(glm: GLM, generator: torch.Generator) -> None:
-    """Float16 numbers at which the formulas can be told apart: gate inputs lie around +-2.3, where
-    tanh-GELU and erf-GELU differ most, their factors around 1, so that the differences add up."""
+    """Returns float16 numbers at which the formulas can be told apart: gate inputs lie around
+    +-2.3, where tanh-GELU and erf-GELU differ most, their factors around 1, so that the differences
+    add up."""
     for name, p in glm.named_parameters():
         noise = torch.randn(p.shape, generator=generator)
         if name == "embedding":
@@ -124,8 +125,9 @@ def draw_weights(glm: GLM, generator: torch.Generator) -> None:
 
 
 def draw_inputs(generator: torch.Generator) -> dict[str, Tensor]:
-    """Four masks in one batch: prefix-LM with [MASK]'s repeated position, causal with positions far
-    apart, two packed samples, a prefix-LM whose first three keys are hidden from the rest."""
+    """Returns four masks in one batch: prefix-LM with [MASK]'s repeated position, causal with
+    positions far apart, two packed samples, a prefix-LM whose first three keys are hidden from the
+    rest."""
     i = torch.arange(L)
     start, sep, positions = (torch.zeros(B, L, dtype=torch.long) for _ in range(3))
     sep[:] = torch.tensor([23, 0, 17, 11])[:, None]
@@ -149,7 +151,7 @@ def draw_inputs(generator: torch.Generator) -> dict[str, Tensor]:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One model with its weights and inputs, and SAT's answers to it."""
+    """One model with its weights and inputs, and SAT's results."""
 
     model: str
     weights: dict[str, Tensor]
@@ -188,7 +190,7 @@ class Case:
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    """Both models, answered by one oracle process."""
+    """Returns both models with the results of one oracle process."""
     if not PYTHON.exists():
         pytest.skip(f"SwissArmyTransformer: no {PYTHON.parents[1].name} here; run `make peers`")
     folder = tmp_path_factory.mktemp("sat")
@@ -211,7 +213,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
 
 
 def draw(model: str, folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights and inputs of the model's case; writes the oracle's request."""
+    """Makes weights and inputs of the model's case; writes the oracle's request."""
     generator = torch.Generator().manual_seed(20)
     glm = GLM(CONFIGS[model])
     draw_weights(glm, generator)
@@ -241,7 +243,8 @@ def rms(x: np.ndarray[Any, Any]) -> float:
 
 
 def oversized(case: Case, ours: Arrays, dtype: str) -> list[str]:
-    """The tensors whose error exceeds what SAT's own rounding allows, with how often it fits."""
+    """Returns the tensors whose error exceeds what SAT's own rounding allows, and by what
+    factor."""
     found = []
     for name, value in ours.items():
         truth = case.sat[f"float64/{name}"]
@@ -257,7 +260,7 @@ def oversized(case: Case, ours: Arrays, dtype: str) -> list[str]:
 
 
 def leaning(case: Case, logits: np.ndarray[Any, Any]) -> dict[str, float]:
-    """Mutation -> where the logits lie on the line from the truth (0) to that mutation (1)."""
+    """Returns, for each mutation, where the logits lie on the line from the truth (0) to it (1)."""
     truth = case.sat["float64/logits"]
     found = {}
     for name in MUTATIONS[case.model]:
@@ -267,7 +270,7 @@ def leaning(case: Case, logits: np.ndarray[Any, Any]) -> dict[str, float]:
 
 
 def rejections(case: Case, ours: Arrays, dtype: str) -> list[str]:
-    """Both rules; empty if the answers pass."""
+    """Applies both rules; returns nothing if the results pass."""
     leans = leaning(case, ours["logits"])
     return oversized(case, ours, dtype) + [
         f"logits lean {share:.2f} of the way to the formula {name!r}"
@@ -285,7 +288,7 @@ def test_the_real_classes_ran(cases: dict[str, Case], model: str) -> None:
 
 @pytest.mark.parametrize("model", CONFIGS)
 def test_the_peer_passes_its_own_rule(cases: dict[str, Case], model: str) -> None:
-    """If SAT's float16 rounding leant to a formula, the second rule would be a lottery."""
+    """SAT's float16 rounding favours no formula; otherwise the second rule would be a lottery."""
     leans = leaning(cases[model], cases[model].sat["float16/logits"])
     assert all(abs(share) < 0.5 for share in leans.values()), leans
 
@@ -302,7 +305,7 @@ def test_matches(cases: dict[str, Case], model: str, dtype: str) -> None:
 
 
 def gelu(glm: GLM) -> None:
-    """The other form of GELU."""
+    """Uses the other form of GELU."""
     exact = nn.functional.gelu
     for block in glm.blocks:
         mlp: Any = block.mlp
@@ -316,20 +319,20 @@ def tanh_geglu(x: Tensor) -> Tensor:
 
 
 def alpha(glm: GLM) -> None:
-    """That of a model with one layer more."""
+    """Uses alpha of a model with one layer more."""
     for block in glm.blocks:
         vars(block)["alpha"] = math.sqrt(2 * (LAYERS + 1))
 
 
 def halves(glm: GLM) -> None:
-    """The gate is the first half."""
+    """Takes the first half as the gate."""
     for name, p in glm.named_parameters():
         if ".up." in name:
             p.data = torch.cat(p.data.chunk(2)[::-1])
 
 
 def frequencies(glm: GLM) -> None:
-    """Rounded to float16."""
+    """Rounds rotary frequencies to float16."""
     cos, sin = glm.rotary(torch.ones(1, 2, 1, dtype=torch.long))
     inverse = torch.atan2(sin, cos).half().float()  # [1, 1, G, P], the angles at position 1
 
@@ -341,13 +344,13 @@ def frequencies(glm: GLM) -> None:
 
 
 def mask(glm: GLM) -> None:
-    """Causal."""
+    """Makes the mask causal."""
     causal = torch.arange(1, L + 1, dtype=torch.int32).expand(B, L)
     glm.register_forward_pre_hook(lambda _, args: (*args[:3], causal))
 
 
 def layout(glm: GLM) -> None:
-    """QKV rows in the other order."""
+    """Puts QKV rows in the other order."""
     for name, p in glm.named_parameters():
         p.data = sat_layout("GLM130B", name, p.data)
 

@@ -1,4 +1,4 @@
-"""Our GLM against transformers' GlmForCausalLM and Glm4ForCausalLM, gradients included.
+"""Compares our GLM with transformers' GlmForCausalLM and Glm4ForCausalLM, gradients included.
 
 The truth is transformers' model in float64 (its RMSNorm, which drops to float32, replaced by
 torch's own). Two rules, neither with a hand-set tolerance: in float32 the root mean square error of
@@ -59,7 +59,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Everything [B, L], positions [B, 2, L]; weights in float64, so that they sum to 1 there."""
+    """A batch: everything is [B, L], positions [B, 2, L]; weights are float64, where they sum to
+    1."""
 
     tokens: Tensor
     labels: Tensor
@@ -76,7 +77,8 @@ class Inputs:
 
 
 def inputs(prefix: bool) -> Inputs:
-    """Rows of different prefix lengths, or causal ones; no loss on a tenth of the tokens."""
+    """Returns rows of different prefix lengths, or causal rows; a tenth of the tokens has no
+    loss."""
     g = torch.Generator().manual_seed(5)
     tokens, labels = (torch.randint(V, (B, L), generator=g) for _ in range(2))
     weight = (torch.rand(B, L, generator=g) > 0.1).double()
@@ -94,7 +96,7 @@ def inputs(prefix: bool) -> Inputs:
 
 
 def peer(kind: str, shape: str) -> nn.Module:
-    """transformers' model with weights of a size that makes every part matter."""
+    """Returns transformers' model with weights so large that every part matters."""
     sizes = {"num_hidden_layers": 2, "intermediate_size": 88, "vocab_size": V, **SHAPES[shape]}
     config = getattr(transformers, f"{kind}Config")(
         **sizes,
@@ -117,7 +119,7 @@ def peer(kind: str, shape: str) -> nn.Module:
 
 
 class Peer:
-    """What transformers' model says: logits, loss and gradients under our names."""
+    """Returns logits, loss and gradients of transformers' model under our names."""
 
     def __init__(self, model: nn.Module, given: Inputs, dtype: torch.dtype) -> None:
         model = copy.deepcopy(model).to(dtype)
@@ -163,7 +165,7 @@ NAMES = {
 
 
 def renamed(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters, or their gradients, under our names; q, k and v rows stacked."""
+    """Returns parameters or their gradients under our names, with q, k and v rows stacked."""
     ours: dict[str, Tensor] = {}
     for name, value in theirs.items():
         for old, new in NAMES.items():
@@ -223,7 +225,7 @@ def rms(x: Tensor) -> float:
 
 
 class Case:
-    """One model, its truth, and what transformers' own float32 run deviates from it."""
+    """A model, its true results, and how far transformers' own float32 run deviates from them."""
 
     def __init__(self, kind: str, shape: str, prefix: bool) -> None:
         model = peer(kind, shape)
@@ -259,7 +261,7 @@ def test_logits_loss_and_gradients(kind: str, shape: str, mask: str) -> None:
 
 
 def swapped(weights: dict[str, Tensor], name: str, first: slice, second: slice) -> None:
-    """Exchanges two blocks of rows."""
+    """Swaps two blocks of rows."""
     w = weights[name] = weights[name].detach().clone()
     w[first], w[second] = w[second].clone(), w[first].clone()
 
@@ -279,7 +281,7 @@ def swapped(weights: dict[str, Tensor], name: str, first: slice, second: slice) 
     ],
 )
 def test_a_wrong_model_is_found(wrong: str, dtype: torch.dtype) -> None:
-    """Each of these is small or easily made; none may pass for rounding."""
+    """Each of these mistakes is small or easily made; none may pass as rounding."""
     case = Case("Glm4", "gqa", prefix=True)
     given, changes = case.given, dict[str, Any]()
     if wrong == "gate-halves":
@@ -310,8 +312,8 @@ def test_a_wrong_model_is_found(wrong: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", ["Glm", "Glm4"])
 def test_its_checkpoints_are_read_and_written(kind: str, shape: str, tmp_path: Path) -> None:
-    """save_pretrained -> our reader: the same config, weights, logits; our writer ->
-    from_pretrained: transformers' logits to the bit."""
+    """save_pretrained then our reader gives the same config, weights and logits; our writer then
+    from_pretrained gives transformers' logits bit for bit."""
     model = peer(kind, shape)
     model.save_pretrained(tmp_path / "theirs", max_shard_size="40KB")
     checkpoint = open_checkpoint(tmp_path / "theirs")
@@ -333,8 +335,8 @@ def test_its_checkpoints_are_read_and_written(kind: str, shape: str, tmp_path: P
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", ["Glm", "Glm4"])
 def test_greedy_tokens(kind: str, shape: str, backend: str) -> None:
-    """transformers' generate with its cache, prompts padded on the left by their own mask; ours one
-    by one and padded."""
+    """Ours, one by one and padded, matches transformers' generate with its cache and left-padded
+    prompts."""
     theirs, g = peer(kind, shape).eval(), torch.Generator().manual_seed(8)
     prompts = [torch.randint(2, V, (n,), generator=g).tolist() for n in (3, 9, 1, 6)]
     longest = max(map(len, prompts))

@@ -1,4 +1,4 @@
-// One call of an aten op as the dispatcher hands it over, boxed: what it writes, what it aliases.
+// One boxed call of an aten op as the dispatcher passes it: what it writes and what it aliases.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -23,7 +23,7 @@ inline bool holds_tensors(const IValue& value) {
          value.toList().elementType()->isSubtypeOf(*c10::OptionalType::ofTensor());
 }
 
-// The value with every defined tensor, alone or in a list, replaced.
+// Returns the value with every defined tensor, alone or in a list, replaced.
 inline IValue mapped(const IValue& value, Replace replace) {
   if (value.isTensor())
     return value.toTensor().defined() ? IValue(replace(value.toTensor())) : value;
@@ -61,7 +61,7 @@ struct Call {
     return declared(i).alias_info() && declared(i).alias_info()->isWrite();
   }
 
-  // The argument that result i aliases, or -1.
+  // Returns the argument that result i aliases, or -1.
   int source(std::size_t i) const {
     const auto* alias = op.schema().returns()[i].alias_info();
     for (std::size_t k = 0; alias && k < arguments.size(); ++k) {
@@ -93,7 +93,8 @@ struct Call {
     }
   }
 
-  // Arguments for another device's kernel of the same op; its random numbers come from `generator`.
+  // Returns the arguments for another device's kernel of this op; random numbers come from
+  // `generator`.
   Stack translate(c10::DeviceType device, Replace replace,
                   at::Generator (*generator)(const IValue&)) const {
     Stack result;
@@ -107,7 +108,7 @@ struct Call {
     }
     return result;
   }
-  // What it writes, of these arguments.
+  // Returns those of these arguments that the op writes.
   std::vector<at::Tensor> written(const Stack& stack) const {
     std::vector<at::Tensor> found;
     for (std::size_t i = 0; i < stack.size(); ++i) {
@@ -117,7 +118,7 @@ struct Call {
     return found;
   }
 
-  // Every result is a written argument that has its shape already; torch calls most ops like this.
+  // Whether every result is a written argument that has its shape already; torch calls most ops so.
   bool is_shaped() const {
     for (std::size_t i = 0; i < op.schema().returns().size(); ++i) {
       if (source(i) < 0 || !writes(source(i))) return false;
@@ -127,7 +128,7 @@ struct Call {
            std::all_of(targets.begin(), targets.end(), [](auto& t) { return t.numel() > 0; });
   }
 
-  // The call's results: written arguments themselves, others made from the kernel's.
+  // Returns the call's results: written arguments as they are, others from the kernel's results.
   Stack results(const Stack& kernel, Replace make) const {
     Stack made;
     for (std::size_t i = 0; i < kernel.size(); ++i) {

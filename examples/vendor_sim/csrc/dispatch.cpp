@@ -1,6 +1,6 @@
-// Every aten op on the device. Shapes come from the op's meta kernel on the host, then the op is
-// queued: the executor runs it on the storage behind the device addresses. An op whose result's
-// shape depends on values waits instead.
+// Runs every aten op on the device. The op's meta kernel computes the shapes on the host. Then
+// the op is queued, and the executor runs it on the storage behind the device addresses. An op
+// whose result's shape depends on values waits for the queue instead.
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/_local_scalar_dense.h>
 #include <ATen/ops/as_strided_native.h>
@@ -53,7 +53,7 @@ at::Tensor shape_of(const at::Tensor& tensor) {
 at::Tensor empty_like(const at::Tensor& shape) {
   return at::empty_strided(shape.sizes(), shape.strides(), shape.options().device(kSim));
 }
-// A host scalar may change before the kernel runs: copied.
+// Copies a host scalar, which may change before the kernel runs.
 at::Tensor operand(const at::Tensor& tensor) {
   if (on_sim(tensor)) return resolved(tensor);
   return tensor.unsafeGetTensorImpl()->is_wrapped_number() ? tensor : tensor.clone();
@@ -66,9 +66,9 @@ Stack operands_of(const Call& call) {
                         [](const IValue& g) { return draw(g.toOptional<at::Generator>()); });
 }
 
-// Runs the meta kernel: shapes of the results, and of written arguments in `arguments`. False where
-// there is none, or where it cannot know; should the call itself be wrong, the kernel that runs
-// instead will say so.
+// Runs the meta kernel, which gives the shapes of results and of the arguments that are written.
+// Returns false where there is none, or where it cannot know. Where the call itself is wrong, the
+// kernel that runs instead reports it.
 bool infer(const Call& call, Stack& arguments, Stack& results) {
   arguments = results = call.translate(c10::kMeta, shape_of, nullptr);
   try {
@@ -119,7 +119,7 @@ Stack waited(const Call& call) {
   return call.results(*stack, to_sim);
 }
 
-// What the runtime sent to the host without telling anybody.
+// What the runtime silently sent to the host.
 struct Sent {
   double calls = 0, seconds = 0, bytes = 0;
 };
@@ -173,7 +173,7 @@ void any_op(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
   for (auto& result : run(call)) stack->push_back(std::move(result));
 }
 
-// The ops that every out-of-tree device must bring itself.
+// The ops that every out-of-tree device must implement itself.
 
 at::Tensor empty(at::IntArrayRef size, std::optional<at::ScalarType> dtype,
                  std::optional<at::Layout>, std::optional<at::Device>, std::optional<bool>,
@@ -210,7 +210,7 @@ const at::Tensor& resize_(const at::Tensor& self, at::IntArrayRef size,
 at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool) {
   if (on_sim(from) && on_sim(to)) {
     launch("aten::copy_", {resolved(to)}, [a = resolved(to), b = resolved(from)] { a.copy_(b); });
-  } else if (on_sim(to)) {  // the host may change its tensor at once: staged
+  } else if (on_sim(to)) {  // staged, since the host may change its tensor at once
     auto staged = at::empty(from.sizes(), to.options().device(c10::kCPU)).copy_(from);
     launch("sim::to_device", {resolved(to)}, [a = resolved(to), staged] { a.copy_(staged); });
   } else {

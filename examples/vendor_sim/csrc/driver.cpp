@@ -192,7 +192,7 @@ class Queue {
       } catch (...) {
         error = std::current_exception();
       }
-      kernel = nullptr;  // frees what it held before anybody is told that it is done
+      kernel = nullptr;  // frees its captures before it counts as done
       lock.lock();
       if (lost_.empty()) lost_ = lost;
       if (!error_) error_ = error;

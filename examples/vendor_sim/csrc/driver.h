@@ -1,5 +1,5 @@
-// The simulated accelerator's driver: device memory and one queue. What a vendor ships below
-// PyTorch; no torch here.
+// The simulated accelerator's driver: device memory and one queue. A vendor ships this below
+// PyTorch, so it knows no torch.
 #pragma once
 
 #include <cstddef>
@@ -27,15 +27,15 @@ struct Memory {
 void* allocate(std::size_t bytes);  // throws OutOfMemory
 void release(void* address) noexcept;
 
-// Where the executor finds `bytes` bytes at a device address. Throws std::runtime_error for
-// anything else: a host pointer, freed memory, or a range that leaves its allocation.
+// Returns the host memory behind `bytes` bytes at a device address. Throws std::runtime_error for a
+// host pointer, freed memory, or a range that leaves its allocation.
 void* resolve(const void* address, std::size_t bytes);
 
 Memory memory();
 void set_memory_limit(std::size_t bytes);
 void reset_peak();
 
-// Queues a kernel and returns before it ran; kernels run one after another. Throws Lost.
+// Queues a kernel and returns before it has run; kernels run one after another. Throws Lost.
 void enqueue(std::string name, std::function<void()> kernel);
 
 // Returns when the queue is empty; rethrows the first exception of a kernel. Throws Lost when the
@@ -48,7 +48,7 @@ std::size_t pending();  // kernels queued or running
 std::uint64_t resets();
 void block_until_reset(std::uint64_t since);
 
-// Releases a hung kernel. A lost device forgets its queue and works again; its memory keeps its
+// Releases a hung kernel. A lost device drops its queue and works again; its memory keeps its
 // contents.
 void reset();
 

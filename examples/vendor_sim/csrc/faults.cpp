@@ -1,4 +1,4 @@
-// Planted defects: what a broken device, driver or kernel library looks like from above.
+// Plants defects: how a broken device, driver or kernel library looks to the layers above.
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
@@ -15,7 +15,7 @@ namespace {
 std::mutex mutex;
 std::deque<Fault> faults;  // a deque: `due` hands out pointers
 
-std::map<std::string, std::vector<at::Tensor>>& last_results() {  // touched by the executor only
+std::map<std::string, std::vector<at::Tensor>>& last_results() {  // used only by the executor
   static auto* table = new std::map<std::string, std::vector<at::Tensor>>;
   return *table;
 }

@@ -115,8 +115,7 @@ void adamw(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
   }
 }
 
-// Device memory as it is now, whatever is queued: what a host that forgets to synchronise would
-// see.
+// Device memory as it is now, whatever is queued: what a host sees that forgets to synchronise.
 Tensor peek(int64_t address, int64_t bytes) {
   auto* memory = sim::resolve(reinterpret_cast<void*>(address), bytes);
   return at::from_blob(memory, {bytes}, at::TensorOptions(at::kByte)).clone();

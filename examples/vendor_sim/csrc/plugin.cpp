@@ -20,7 +20,7 @@ struct Allocator final : c10::Allocator {
     if (bytes == 0) return {nullptr, nullptr, &c10::detail::deleteNothing, device};
     void* address = translated([&] { return sim::allocate(bytes); });
     c10::DataPtr data(address, address, &sim::release, device);
-    translated([&] {  // NaN in every float: nobody may count on fresh memory being zero
+    translated([&] {  // NaN in every float, since new memory need not be zero
       sim::enqueue("poison",
                    [p = sim::resolve(address, bytes), bytes] { std::memset(p, 0xff, bytes); });
     });

@@ -1,4 +1,4 @@
-// What the files of the PyTorch plug-in share.
+// Declares what the files of the PyTorch plug-in share.
 #pragma once
 
 #include <ATen/core/Generator.h>
@@ -15,7 +15,7 @@ namespace sim {
 
 constexpr auto kSim = c10::DeviceType::PrivateUse1;
 
-// Runs `f`, the driver's errors turned into torch's: torch.AcceleratorError and
+// Runs `f` and turns the driver's errors into torch's: torch.AcceleratorError and
 // torch.OutOfMemoryError.
 template <class F>
 auto translated(F f) {
@@ -35,14 +35,14 @@ at::Tensor resolved(const at::Tensor& tensor);
 // Queues a kernel. `written`: what it writes, as `resolved`; the faults set for `name` are applied
 // to it.
 void launch(const std::string& name, std::vector<at::Tensor> written, std::function<void()> kernel);
-void wait();  // for all that was launched
+void wait();  // for everything that was launched
 
-// A generator for one random kernel: seeded by the device generator's seed and offset, which moves
-// on. So the state advances when the kernel is queued, not when it runs.
+// Returns a generator for one random kernel, seeded by the device generator's seed and offset. The
+// offset advances now, when the kernel is queued, not when it runs.
 at::Generator draw(const std::optional<at::Generator>& generator);
 at::Generator& default_generator();
 
-// Faults, set by name (see faults.py): is one of this kind due for this op? Counts the call.
+// Whether a fault of this kind (see faults.py) is due at this call of the op. Counts the call.
 struct Fault {
   std::string kind, op;
   std::int64_t call;  // which call of the op, counted from 1 when set; 0: each

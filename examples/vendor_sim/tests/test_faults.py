@@ -1,4 +1,4 @@
-"""Each defect shows its symptom, and only there where it was planted."""
+"""Tests that each defect shows its symptom, and only where it was planted."""
 
 from __future__ import annotations
 

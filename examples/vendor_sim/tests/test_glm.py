@@ -1,4 +1,5 @@
-"""glm_core on the device: found by its entry point, conforming, training as the CPU does."""
+"""Tests glm_core on the device: its entry point is found, conformance passes, training matches the
+CPU."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ MODEL = {"num_layers": 2, "hidden": 64, "num_heads": 4, "ffn": 96, "vocab": V, "
 
 @dataclasses.dataclass
 class Batch:
-    """Random tokens [B, L], each predicting the next."""
+    """Returns random tokens [B, L], each of which predicts the next."""
 
     tokens: torch.Tensor
 
@@ -39,7 +40,7 @@ class Batch:
 
 
 class Sampler:
-    """The same batches for every run; its state is how many there were."""
+    """Yields the same batches in every run; its state is how many it has yielded."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -64,7 +65,7 @@ def config(backend: str = "sim", dtype: str = "float32") -> RunConfig:
 
 
 def train(backend: str, dtype: str = "float32") -> tuple[list[float], Session]:
-    """The losses of a short run."""
+    """Returns the losses of a short run."""
     trainer = Trainer(config(backend, dtype), Sampler())
     with registry.use(backend) as session:
         return [trainer.step().loss for _ in range(STEPS)], session

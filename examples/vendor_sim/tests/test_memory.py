@@ -1,4 +1,5 @@
-"""The device's memory is its own: no pointer works on the wrong side, and it can run out."""
+"""Tests that the device has its own memory: no pointer works on the wrong side, and it can run
+out."""
 
 from __future__ import annotations
 

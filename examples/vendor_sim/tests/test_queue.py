@@ -1,4 +1,4 @@
-"""Work is queued: nothing is there before synchronize, nothing waits for ever, errors come late."""
+"""Tests the queue: results exist only after synchronize, no wait is endless, errors come late."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every defect ends in the right verdict through the commands a vendor uses: found, named, over."""
+"""Tests that the commands a vendor uses find and name every defect, and end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The simulated accelerator: torch's device "sim" and its module `torch.sim`."""
+"""Registers the simulated accelerator: torch's device "sim" and its module `torch.sim`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ faults.read_environment()
 
 @atexit.register
 def _drain() -> None:
-    """Kernels must not run while the process is taken down; a lost device has none left."""
+    """Waits for the queue, since kernels must not run while the process exits; a lost device has
+    nothing to wait for."""
     with contextlib.suppress(torch.AcceleratorError):
         device.synchronize()

@@ -1,6 +1,7 @@
-"""torch's entry point `torch.backends`: importing torch brings the device. A module of its own,
-since `import vendor_sim` may be what imports torch, and is then not done yet."""
+"""Serves torch's entry point `torch.backends`, so that importing torch registers the device. It is
+a module of its own because `import vendor_sim` may itself import torch, and is not finished
+then."""
 
 
 def autoload() -> None:
-    """Nothing is left to do: finding this function has imported the package."""
+    """Does nothing: importing this module has imported the package."""

@@ -1,4 +1,5 @@
-"""The glm_core backend `sim`: a few kernels; every other op's reference runs on the device."""
+"""Declares the glm_core backend `sim`: a few kernels; every other op's reference runs on the
+device. Shapes: B batch, L sequence, D width, F ffn width."""
 
 from __future__ import annotations
 
@@ -18,10 +19,10 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class SimBackend(Backend):
-    """Says what else only the vendor knows."""
+    """A backend that also reports what its runtime sent to the host."""
 
     def runtime_fallbacks(self) -> dict[str, int]:
-        """What this runtime has sent to the host, by aten op."""
+        """Returns how many calls this runtime has sent to the host, by aten op."""
         return device.fallback_counts()
 
 
@@ -44,7 +45,7 @@ def _contiguous(**tensors: Tensor) -> Support:
 
 @backend.implements(ops.linear)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The vendor's matrix product is behind aten's."""
+    """Calls aten's linear, which runs the vendor's matrix product."""
     return torch.nn.functional.linear(x, weight, bias)
 
 

@@ -1,4 +1,4 @@
-"""`torch.sim`: what PyTorch and glm_core ask of a device module."""
+"""Implements `torch.sim`: the functions that PyTorch and glm_core call on a device module."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ _calls = torch.ops.sim
 
 
 def is_available() -> bool:
-    """Always: the device is this process's own."""
+    """Returns True: every process has its own device."""
     return True
 
 
 def device_count() -> int:
-    """One."""
+    """Returns one."""
     return 1
 
 
 def current_device() -> int:
-    """The only one."""
+    """Returns 0, the only device."""
     return 0
 
 
 def set_device(index: int) -> None:
-    """Raises ValueError for any other than device 0."""
+    """Raises ValueError for any device but 0."""
     if index != 0:
         raise ValueError(f"sim:{index}: no such device; this machine has sim:0 only")
 
 
 def device(_: object) -> contextlib.nullcontext[None]:
-    """`with torch.sim.device(0):`, which needs no switching."""
+    """Serves `with torch.sim.device(0):`; there is nothing to switch."""
     return contextlib.nullcontext()
 
 
 def is_initialized() -> bool:
-    """Always: importing vendor_sim starts the device."""
+    """Returns True: importing vendor_sim starts the device."""
     return True
 
 
@@ -46,48 +46,48 @@ def _is_in_bad_fork() -> bool:
 
 
 def synchronize(device: object = None) -> None:
-    """Returns when the queue is empty. Raises what a kernel raised, and torch.AcceleratorError
-    where the device is lost or the queue not empty after the timeout."""
+    """Waits until the queue is empty. Raises the error of a kernel, or torch.AcceleratorError where
+    the device is lost or the queue is not empty after the timeout."""
     _calls.synchronize()
 
 
 def set_timeout(seconds: float) -> None:
-    """How long any wait may take before the device counts as lost (default 30 s)."""
+    """Sets how long a wait may take before the device counts as lost (default 30 s)."""
     _calls.set_timeout(seconds)
 
 
 def pending() -> int:
-    """Kernels queued or running."""
+    """Returns the number of kernels that are queued or running."""
     return _calls.pending()
 
 
 def memory_allocated(device: object = None) -> int:
-    """Bytes of device memory in use."""
+    """Returns the bytes of device memory in use."""
     return _calls.memory()[0]
 
 
 def max_memory_allocated(device: object = None) -> int:
-    """Most bytes in use since the start, or since `reset_peak_memory_stats`."""
+    """Returns the most bytes in use since the start, or since `reset_peak_memory_stats`."""
     return _calls.memory()[1]
 
 
 def reset_peak_memory_stats(device: object = None) -> None:
-    """The peak starts anew from what is in use now."""
+    """Sets the peak to the memory in use now."""
     _calls.reset_peak()
 
 
 def mem_get_info(device: object = None) -> tuple[int, int]:
-    """Free and total bytes."""
+    """Returns free and total bytes."""
     allocated, _, limit = _calls.memory()
     return limit - allocated, limit
 
 
 def empty_cache() -> None:
-    """Nothing is cached: freed memory is free at once."""
+    """Does nothing: freed memory is never cached."""
 
 
 def get_rng_state(device: object = None) -> torch.Tensor:
-    """The generator's seed and offset, 16 bytes."""
+    """Returns the generator's seed and offset, 16 bytes."""
     return _calls.rng_state()
 
 
@@ -105,31 +105,31 @@ manual_seed_all = manual_seed
 
 
 def get_amp_supported_dtype() -> list[torch.dtype]:
-    """Dtypes of torch.autocast."""
+    """Returns the dtypes that torch.autocast may use."""
     return [torch.bfloat16, torch.float16]
 
 
 class HostRun(NamedTuple):
-    """What one op cost that the runtime sent to the host."""
+    """The cost of one op that the runtime sent to the host."""
 
     calls: int
     seconds: float
-    """copies there and back included, waiting for the queue not"""
+    """includes copies there and back, not waiting for the queue"""
     bytes: int
     """copied there and back"""
 
 
 def fallbacks() -> dict[str, HostRun]:
-    """The aten ops that this runtime has run on the host instead of the device, by name."""
+    """Returns the aten ops that this runtime has run on the host instead of the device, by name."""
     table = _calls.fallbacks()
     return {op: HostRun(int(c), s, int(b)) for op, (c, s, b) in sorted(table.items())}
 
 
 def fallback_counts() -> dict[str, int]:
-    """The calls alone."""
+    """Returns only the number of calls, by aten op."""
     return {op: run.calls for op, run in fallbacks().items()}
 
 
 def reset_fallbacks() -> None:
-    """Forgets them."""
+    """Sets all these counts to zero."""
     _calls.reset_fallbacks()

@@ -1,6 +1,7 @@
-"""Defects on request, to see what a broken accelerator looks like to those who test it.
+"""Plants defects on request, to show how a broken accelerator looks to its testers.
 
-From the environment: VENDOR_SIM_FAULT="bit_flip:op=sim::adamw,call=3;hang:op=aten::mm,call=9"."""
+The environment variable VENDOR_SIM_FAULT plants them too:
+"bit_flip:op=sim::adamw,call=3;hang:op=aten::mm,call=9"."""
 
 from __future__ import annotations
 
@@ -12,9 +13,9 @@ KINDS = {
     "wrong_op": "every floating result of the op is multiplied by `value` (1.001)",
     "tanh_gelu": "sim::geglu uses the tanh approximation in its forward",
     "bit_flip": "bit `value` (30, modulo the width) of the op's first resulting element is flipped",
-    "stale_buffer": "the op delivers what its previous call with the same shapes delivered",
-    "missing_dtype": "the device has no `dtype`: what would write it raises NotImplementedError",
-    "out_of_memory": "the device has `value` bytes of memory only",
+    "stale_buffer": "the op returns the result of its previous call with the same shapes",
+    "missing_dtype": "the device has no `dtype`: an op that writes it raises NotImplementedError",
+    "out_of_memory": "the device has only `value` bytes of memory",
     "device_lost": "the device is lost while it runs the op; every later call fails",
     "hang": "the op does not finish until `clear_faults`; waits end in an error after the timeout",
     "cpu_fallback": "the runtime silently sends the op to the host; see torch.sim.fallbacks()",
@@ -25,8 +26,9 @@ _VALUES = {"wrong_op": 1.001, "bit_flip": 30.0}
 def fault(
     kind: str, *, op: str = "", call: int = 0, value: float | None = None, dtype: str = ""
 ) -> None:
-    """Plants a defect. op: `aten::mul`, `sim::geglu`, ... (all ops if not given); call: which call
-    of it from now on, counted from 1 (0: each). Raises ValueError for an unknown kind or dtype."""
+    """Plants a defect in `op` (`aten::mul`, `sim::geglu`, ...; empty: all ops) at its call number
+    `call`, counted from 1 from now on (0: every call). Raises ValueError for an unknown kind or
+    dtype."""
     if kind not in KINDS:
         raise ValueError(f"unknown fault {kind!r}; known: {', '.join(sorted(KINDS))}")
     if kind == "missing_dtype" and not isinstance(getattr(torch, dtype, None), torch.dtype):
@@ -39,22 +41,22 @@ def fault(
 
 
 def clear_faults() -> None:
-    """Takes all defects back: a hung op goes on, a lost device forgets its queue and works."""
+    """Removes all defects. A hung op goes on; a lost device drops its queue and works again."""
     torch.ops.sim.clear_faults()
     torch.ops.sim.set_memory_limit(2**62)
 
 
 def missing(dtype: torch.dtype) -> bool:
-    """Does the device lack this dtype?"""
+    """Returns whether a fault has taken this dtype from the device."""
     return torch.ops.sim.lacks(dtype)
 
 
 def read_environment() -> None:
-    """Plants what VENDOR_SIM_FAULT says; VENDOR_SIM_TIMEOUT_S sets the timeout of waits."""
+    """Plants the defects in VENDOR_SIM_FAULT; VENDOR_SIM_TIMEOUT_S sets the timeout of waits."""
     for text in filter(None, os.environ.get("VENDOR_SIM_FAULT", "").split(";")):
         kind, _, rest = text.partition(":")
-        given = dict(item.split("=", 1) for item in rest.split(",") if item)
+        options = dict(item.split("=", 1) for item in rest.split(",") if item)
         convert = {"call": int, "value": float}
-        fault(kind, **{key: convert.get(key, str)(text) for key, text in given.items()})
+        fault(kind, **{key: convert.get(key, str)(text) for key, text in options.items()})
     if seconds := os.environ.get("VENDOR_SIM_TIMEOUT_S"):
         torch.ops.sim.set_timeout(float(seconds))

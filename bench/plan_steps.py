@@ -22,7 +22,7 @@ from glm_core.bench.comm import elements
 from glm_core.bench.utilisation import RandomText
 from glm_core.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from glm_core.distributed import comm, launch, mesh
-from glm_core.distributed.engine import Engine
+from glm_core.distributed.parallel import ManyProcesses
 from glm_core.distributed.plan import parse
 from glm_core.errors import ConfigError, GlmCoreError
 from glm_core.measure import ceilings
@@ -30,8 +30,9 @@ from glm_core.measure.timing import interleave
 from glm_core.model.glm import GLM
 from glm_core.model.presets import preset
 from glm_core.planner.this_machine import MESSAGES, SIZES, StepAlone, Timings
+from glm_core.training.batches import Batch
 from glm_core.training.optimizer import Optimizer
-from glm_core.training.trainer import Batch
+from glm_core.training.trainer import Trainer
 
 LIMIT_S = 900
 Call = Callable[[], Any]
@@ -69,6 +70,22 @@ def contestants(wanted: Timings, backend: Backend, me: comm.Member) -> dict[str,
     return found
 
 
+class Repeated:
+    """Draws the same batch in every step."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+
+    def next(self, micro_batch: int) -> Batch:
+        return self.batch
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Nothing moves."""
+
+
 def text(model: ModelConfig, length: int, batch: int) -> Batch:
     """Random tokens, the same in every process."""
     return RandomText(model.vocab, length).next(batch)
@@ -92,7 +109,7 @@ def alone_step(model: ModelConfig, batch: Batch) -> Call:
 
 
 def plan_step(plan: str, wanted: Timings, backend: Backend) -> Call:
-    """The real engine's step under the plan."""
+    """Returns the real trainer's step under the plan, always on the same batch."""
     model, cut = preset(wanted.preset), parse(plan)
     vocab = min(DataConfig().vocab, model.vocab)
     config = RunConfig(
@@ -106,9 +123,10 @@ def plan_step(plan: str, wanted: Timings, backend: Backend) -> Call:
             backend=backend.name,
         ),
     )
-    engine = Engine(config, cut, mesh.make(cut, backend.device_type), backend.device())
+    axes = mesh.make(cut, backend.device_type)
+    parallel = ManyProcesses(config, cut, axes, backend, backend.device())
     batch = text(model, wanted.length, wanted.global_batch)
-    return lambda: engine.train_step(batch)
+    return Trainer(config, Repeated(batch), parallel).step
 
 
 def together(calls: dict[str, Call]) -> Iterator[tuple[str, Call]]:

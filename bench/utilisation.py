@@ -20,7 +20,9 @@ from glm_core.measure.noise import NoiseWatch, irregularities
 from glm_core.measure.rows import Row
 from glm_core.measure.timing import gemm, gemm_flops, interleave
 from glm_core.planner.cost import Work, model_flops
-from glm_core.training.trainer import Batch, Trainer
+from glm_core.training.batches import Batch
+from glm_core.training.parallel import SingleProcess
+from glm_core.training.trainer import Trainer
 
 MFU = (
     "MFU = sequences x 3 (l (2 s W + 4 s^2 H E) + 2 s h V) / (seconds x peak): every pair of "
@@ -86,7 +88,8 @@ def measure(config: RunConfig, rounds: int, on_text: bool = False) -> Row:
 
     on_text: the config's data is read, tokenised and packed; else tokens are random."""
     sampler = _sampler(config, on_text)
-    trainer = Trainer(config, sampler)
+    parallel = SingleProcess(config)
+    trainer = Trainer(config, sampler, parallel)
     backend, dtype = trainer.backend, trainer.dtype
     peak, told, watch = (
         ceilings.peak(backend, dtype),
@@ -99,7 +102,8 @@ def measure(config: RunConfig, rounds: int, on_text: bool = False) -> Row:
             "gemm": ceilings.finished(backend, _product(backend, dtype)),
         }
         timing = interleave(calls, rounds)
-        hardware = count(trainer)
+        with parallel.eager():
+            hardware = count(trainer)
         parts = breakdown.measure(trainer.step, backend)
     seconds = timing["step"].seconds
     figures = _figures(config, timing["step"].median_s, hardware, peak) | {
@@ -162,10 +166,8 @@ def count(trainer: Trainer) -> float:
         total += cost.flops + (cost.backward_flops if torch.is_grad_enabled() else 0)
         return run(op, args, kwargs)
 
-    compiled, trainer.loss = trainer.loss, trainer.model.loss
     with intercept(counted):
         trainer.step()
-    trainer.loss = compiled
     return total
 
 

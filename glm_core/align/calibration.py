@@ -30,7 +30,8 @@ from glm_core.align.trace import Trace
 from glm_core.align.training import Mode, Run, Snapshot, free_run, moved, weights_hash
 from glm_core.backends import registry
 from glm_core.config import RunConfig, to_dict
-from glm_core.training.trainer import Sampler, initial_weights
+from glm_core.training.batches import Sampler
+from glm_core.training.parallel import initial_weights
 
 Array = NDArray[np.float64]
 MakeSampler = Callable[[], Sampler]

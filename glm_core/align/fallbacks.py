@@ -26,7 +26,7 @@ from glm_core.dispatch import Op
 from glm_core.errors import TraceError
 from glm_core.model.glm import GLM
 from glm_core.spec import Cost
-from glm_core.training.trainer import Sampler
+from glm_core.training.batches import Sampler
 
 ROUNDS = 5
 """each call is timed so often; the median counts"""

@@ -35,7 +35,7 @@ from glm_core.backends.base import Backend
 from glm_core.config import RunConfig, to_dict
 from glm_core.diagnose import device_errors
 from glm_core.errors import TraceError
-from glm_core.training.trainer import initial_weights
+from glm_core.training.parallel import initial_weights
 
 Array = NDArray[np.float64]
 

@@ -1,5 +1,5 @@
-"""One training run as the verdict needs it: on any backend, perhaps in disguise, its data hashed,
-the state before a captured step kept."""
+"""Runs training as the verdict needs it: on any backend, perhaps in disguise, with its data hashed
+and a snapshot of each captured step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ from glm_core.config import RunConfig
 from glm_core.data.sampler import Batch as SampledBatch
 from glm_core.diagnose import device_errors, watchdog
 from glm_core.errors import DeviceError, TrainingError
-from glm_core.training.trainer import Batch, Sampler, Trainer
+from glm_core.training.batches import Batch, Sampler
+from glm_core.training.parallel import SingleProcess
+from glm_core.training.trainer import Trainer
 
 Mode = Callable[[], AbstractContextManager[Any]]
 FIELDS = ("tokens", "labels", "loss_weight", "positions", "key_start", "key_end")
@@ -39,8 +41,8 @@ class Snapshot:
 
 
 class Run(Trainer):
-    """A trainer on a backend given by name or object; `mode` is active around forward and
-    backward, never around the optimizer."""
+    """A trainer that hashes its data; `mode` is active around forward and backward, never around
+    the optimizer."""
 
     def __init__(
         self,
@@ -50,31 +52,30 @@ class Run(Trainer):
         weights: dict[str, Tensor] | None = None,
         mode: Mode = contextlib.nullcontext,
     ) -> None:
-        chosen = registry.usable(backend) if isinstance(backend, str) else backend
-        place = backend if isinstance(backend, str) else f"reference:{chosen.device_type}"
-        train = dataclasses.replace(config.train, backend=place)
-        super().__init__(dataclasses.replace(config, train=train), sampler, weights=weights)
-        self.backend, self.device, self.mode = chosen, chosen.device(), mode
+        """backend: or its name. weights: to start from instead of the config's seed."""
+        if isinstance(backend, str):
+            backend = registry.usable(backend)
+        super().__init__(config, sampler, SingleProcess(config, backend, weights=weights))
+        self.mode = mode
         self.hash = hashlib.sha256()
-        self.given: list[Batch] = []
+        self.drawn: list[Batch] = []
 
     def batches(self) -> list[Batch]:
-        """As the trainer's; sequences enter the hash one by one, whatever the micro-batch."""
-        self.given = super().batches()
-        for batch in self.given:
+        """As Trainer.batches; sequences enter the hash one by one, whatever the micro-batch."""
+        self.drawn = super().batches()
+        for batch in self.drawn:
             for row in range(len(batch.tokens)):
                 for field in FIELDS:
                     self.hash.update(getattr(batch, field)[row].contiguous().numpy().tobytes())
-        return self.given
+        return self.drawn
 
     def backward(self, batches: list[Batch]) -> Tensor:
-        """As the trainer's, in disguise."""
+        """As Trainer.backward, under the mode."""
         with self.mode():
             return super().backward(batches)
 
     def gradients(self, batches: list[Batch]) -> tuple[float, dict[str, Tensor]]:
-        """Loss, and gradients in float64 on the CPU, without an update."""
-        self.model.zero_grad(set_to_none=True)
+        """Returns the loss, and the gradients in float64 on the CPU; makes no update."""
         watchdog.beat("gradients of a captured step")
         with (
             registry.use(self.backend),
@@ -91,7 +92,7 @@ class Run(Trainer):
 
 
 def split(batches: list[Batch], micro_batch: int) -> list[Batch]:
-    """The same sequences in micro-batches of another size."""
+    """Returns the same sequences in micro-batches of another size."""
     if all(len(b.tokens) == micro_batch for b in batches):
         return batches
     whole = {f: torch.cat([getattr(b, f) for b in batches]) for f in FIELDS}
@@ -101,7 +102,7 @@ def split(batches: list[Batch], micro_batch: int) -> list[Batch]:
 
 @dataclasses.dataclass(slots=True)
 class Curve:
-    """A free run: loss and gradient norm per step (NaN from where it broke off)."""
+    """Loss and gradient norm per step of a free run (NaN from where it broke off)."""
 
     loss: Any
     grad_norm: Any
@@ -117,8 +118,8 @@ def free_run(
     progress: Callable[[int], None] | None = None,
     last: int | None = None,
 ) -> Curve:
-    """Trains `run` to step `last` (default: its last). A step that cannot be done (TrainingError)
-    ends it; a device that gives up is the caller's affair (DeviceError)."""
+    """Trains `run` to step `last` (default: its last). A TrainingError in a step ends the curve
+    there. Raises DeviceError where the device gives up."""
     steps = last or run.config.train.steps
     curve = Curve(np.full(steps, np.nan), np.full(steps, np.nan), [], "", [], [])
     with registry.use(run.backend) as session:
@@ -135,7 +136,7 @@ def free_run(
                 except TrainingError:
                     break
             if step in capture_steps:
-                curve.snapshots.append(Snapshot(step, weights, run.given))
+                curve.snapshots.append(Snapshot(step, weights, run.drawn))
                 curve.calls += captured.calls
             curve.loss[step - 1], curve.grad_norm[step - 1] = result.loss, result.grad_norm
             if progress is not None:
@@ -146,7 +147,7 @@ def free_run(
 
 
 def moved(weights: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """Every float32 weight moved by one ulp, up or down at random."""
+    """Returns every float32 weight moved by one ulp, up or down at random."""
     generator = torch.Generator().manual_seed(seed)
     out = {}
     for name, w in weights.items():
@@ -157,7 +158,7 @@ def moved(weights: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
 
 
 def weights_hash(weights: dict[str, Tensor]) -> str:
-    """sha256 over names and float32 values."""
+    """Returns the sha256 over names and float32 values."""
     h = hashlib.sha256()
     for name, w in sorted(weights.items()):
         h.update(name.encode() + w.detach().float().cpu().contiguous().numpy().tobytes())

@@ -103,10 +103,10 @@ def run(args: argparse.Namespace) -> int:
         return run_plan(args, config)
     if args.adapter or args.base or args.pairs:
         return run_finetune(args, config)
-    from glm_core.training import trainer
+    from glm_core.training.run import run as train
 
     with live_metrics(args, config) as live:
-        result = trainer.run(config, args.out, live=live, **run_options(args))
+        result = train(config, args.out, live=live, **run_options(args))
     return report(args, result)
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -211,6 +211,11 @@ def find_checkpoint(path: Path) -> Path:
     return named if named in complete else complete[-1]
 
 
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Returns the newest complete checkpoint of a folder, None where there is none."""
+    return find_checkpoint(folder) if complete_checkpoints(folder) else None
+
+
 class Checkpoints:
     """One run's folder of checkpoints. Every rank constructs it and calls its methods, in the same
     order."""
@@ -275,6 +280,16 @@ class Checkpoints:
             ) from None
         return self._target
 
+    def latest(self) -> Path | None:
+        """Returns the newest checkpoint once nothing is being written, None where there is none."""
+        self.wait()
+        return newest_checkpoint(self.folder)
+
+    def open(self, path: Path) -> SavedFolder:
+        """Reads a checkpoint's facts, so that its tensors can be loaded. Raises CheckpointError."""
+        path = find_checkpoint(path)
+        return SavedFolder(self, path, read_facts(path))
+
     def load(self, path: Path, state: State) -> dict[str, Any]:
         """Fills the state's tensors in place, whatever plan the checkpoint was saved under, and
         returns the facts. Raises CheckpointError where files are damaged or missing, or where the
@@ -316,6 +331,18 @@ class Checkpoints:
             others = [str(p) for p in complete_checkpoints(path.parent) if p != path]
             instead = f"use {' or '.join(others)}" if others else "start again without resume"
             raise CheckpointError(f"{path}: damaged or missing: {', '.join(damaged)}; {instead}")
+
+
+class SavedFolder(NamedTuple):
+    """One checkpoint, whose facts are read."""
+
+    checkpoints: Checkpoints
+    path: Path
+    facts: dict[str, Any]
+
+    def fill(self, tensors: dict[str, Any]) -> None:
+        """Loads the tensors in place; see `Checkpoints.load`."""
+        self.checkpoints.load(self.path, tensors)
 
 
 @contextmanager

@@ -25,10 +25,12 @@ from glm_core.backends.base import Backend
 from glm_core.backends.registry import use
 from glm_core.config import RunConfig
 from glm_core.data.sampler import Batch
-from glm_core.distributed import apply, engine, layout, mesh
+from glm_core.distributed import apply, layout, mesh
+from glm_core.distributed.parallel import ManyProcesses
 from glm_core.distributed.plan import Plan, require_fit
 from glm_core.errors import ConfigError, GlmCoreError
 from glm_core.training.optimizer import own_part
+from glm_core.training.trainer import Trainer
 
 COLLECTIVES = {
     "all_reduce": "all_reduce",
@@ -161,11 +163,12 @@ def _report(config: RunConfig, plan: Plan, backend: Backend, begin: float) -> Re
             mock.patch.object(nn.Module, "_apply", _converted),
             mock.patch.object(mesh, "ends_group", return_value=ends),
         ):
-            part = engine.Engine(config, plan, axes, device)
-        _classify(meter, part)
+            parallel = ManyProcesses(config, plan, axes, backend, device)
+            trainer = Trainer(config, Zeros(config.data.length), parallel)
+        _classify(meter, trainer)
         meter.sent.clear()
-        _step(meter, part, config)
-    named = dict(part.share.named_parameters())
+        _step(meter, trainer)
+    named = dict(trainer.model.named_parameters())
     return Report(
         rank=dist.get_rank(),
         device_type=device.type,
@@ -191,34 +194,50 @@ def _converted(
     return module
 
 
-def _classify(meter: Meter, part: engine.Engine) -> None:
+def _classify(meter: Meter, trainer: Trainer) -> None:
     """Marks the storages that exist before the step as weights or optimizer, and resets the peak,
     which building them has reached."""
-    for p in part.share.parameters():
+    for p in trainer.model.parameters():
         meter.add(own_part(p), "weights")
-    for table in (part.optimizer.master, part.optimizer.exp_avg, part.optimizer.exp_avg_sq):
+    optimizer = trainer.optimizer
+    for table in (optimizer.master, optimizer.exp_avg, optimizer.exp_avg_sq):
         for tensor in table.values():
-            if part.optimizer.low_precision or table is not part.optimizer.master:
+            if optimizer.low_precision or table is not optimizer.master:
                 meter.add(tensor, "optimizer")
     meter.peak, meter.at_peak = 0, Counter()
 
 
-def _step(meter: Meter, part: engine.Engine, config: RunConfig) -> None:
+class Zeros:
+    """Draws sequences of token 0."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def next(self, micro_batch: int) -> Batch:
+        ids = torch.zeros(micro_batch, self.length, dtype=torch.int64)
+        place = torch.zeros(micro_batch, 2, self.length, dtype=torch.int64)
+        where = torch.zeros(micro_batch, self.length, dtype=torch.int32)
+        return Batch(ids, ids, torch.ones(micro_batch, self.length), place, where, where)
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Nothing moves."""
+
+
+def _step(meter: Meter, trainer: Trainer) -> None:
     """Does one step, phase by phase."""
-    t, length = config.train, config.data.length
-    ids = torch.zeros(t.global_batch, length, dtype=torch.int64)
-    place = torch.zeros(t.global_batch, 2, length, dtype=torch.int64)
-    where = torch.zeros(t.global_batch, length, dtype=torch.int32)
-    batch = Batch(ids, ids, torch.ones(t.global_batch, length), place, where, where)
+    batch = trainer.sampler.next(trainer.config.train.global_batch)
     meter.phase = "activations"
     handles = [
         p.register_post_accumulate_grad_hook(lambda p: _gradient(meter, p))
-        for p in part.share.parameters()
+        for p in trainer.model.parameters()
     ]
     with meter, _backwards(meter):
-        part.backward(batch)
+        trainer.backward([batch])
         meter.phase = "temporary"
-        part.optimizer.step(1e-4, part.loss_scale.scale)
+        trainer.optimizer.step(1e-4, trainer.loss_scale.scale)
     for handle in handles:
         handle.remove()
 

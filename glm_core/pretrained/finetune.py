@@ -22,10 +22,11 @@ from glm_core.pretrained.load import from_path
 from glm_core.pretrained.templates import Message
 from glm_core.pretrained.tokenizers import FILES, load_tokenizer
 from glm_core.pretrained.weights.reading import open_checkpoint
-from glm_core.training import checkpoint, trainer
+from glm_core.training import checkpoint
+from glm_core.training.batches import Sampler
 from glm_core.training.live import Live
 from glm_core.training.loop import Result
-from glm_core.training.trainer import Sampler
+from glm_core.training.run import run
 
 Conversations = str | Path | Sequence[Sequence[Message]]
 """a JSONL file (docs/checkpoints.md), or conversations whose last message is the assistant's"""
@@ -86,8 +87,8 @@ class FinetuneJob:
         live: Live | None = None,
         timeout_s: float = 0.0,
     ) -> Finetuned:
-        """Trains and saves the adapter; the options are those of `trainer.run`."""
-        result = trainer.run(
+        """Trains and saves the adapter; the options are those of `run`."""
+        result = run(
             self.config,
             out_dir,
             resume=resume,

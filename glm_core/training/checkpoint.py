@@ -1,4 +1,5 @@
-"""What a checkpoint is: one safetensors file, complete and verified, or not there at all."""
+"""What the trainer asks of checkpoints, and the checkpoints of one process: each a safetensors file
+that is complete and verified, or not there at all."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,7 +24,7 @@ FORMAT = "glm-core checkpoint 1"
 PATTERN = "step-*.safetensors"
 FOLDER, LATEST, PART = "checkpoints", "latest", ".part"
 TOKENIZER = "tokenizer.model"
-"""in a run's folder: what its ids mean, for those who use its model"""
+"""file in a run's folder: what its ids mean, for those who use its model"""
 FREE = {
     "train.backend",
     "train.strict",
@@ -39,8 +40,80 @@ FREE = {
     "policy.limit",
 }
 """keys that may differ on resume: where the run computes and stores, and what it does about bad
-steps, not what it computes. The text itself is
-identified by its hash, in the sampler's state."""
+steps, not what it computes. The text itself is identified by its hash, in the sampler's state."""
+
+
+class Saved(Protocol):
+    """One checkpoint, opened."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def facts(self) -> dict[str, Any]: ...
+    def fill(self, tensors: dict[str, Any]) -> None:
+        """Loads the tensors, by name, in place. Raises CheckpointError where they do not fit."""
+
+
+class Checkpoints(Protocol):
+    """The checkpoints of one run."""
+
+    def save(self, step: int, tensors: dict[str, Any], facts: dict[str, Any]) -> Path:
+        """Writes a checkpoint, or begins to, and returns where it is. Raises CheckpointError."""
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint."""
+
+    def open(self, path: Path) -> Saved:
+        """Opens a checkpoint. Raises CheckpointError for what is none, or damaged."""
+
+    def wait(self) -> object:
+        """Returns when nothing is being written. Raises CheckpointError where writing failed."""
+
+
+class SavedFile(NamedTuple):
+    """A checkpoint of one process, read and verified."""
+
+    path: Path
+    facts: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def fill(self, tensors: dict[str, Any]) -> None:
+        """Copies the tensors into those given by name. Raises CheckpointError unless names and
+        shapes are the same."""
+        require_fit(self.tensors, tensors, self.path)
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                tensor.copy_(self.tensors[name])
+
+
+class FileCheckpoints(NamedTuple):
+    """The checkpoints of a run on one process, `step-N.safetensors` in a folder."""
+
+    folder: Path
+    keep: int
+    """the newest so many stay"""
+
+    def save(self, step: int, tensors: dict[str, Any], facts: dict[str, Any]) -> Path:
+        """See `save`."""
+        return save(self.folder, step, tensors, facts, self.keep)
+
+    def latest(self) -> Path | None:
+        """See `latest`."""
+        return latest(self.folder)
+
+    def open(self, path: Path) -> SavedFile:
+        """See `load`."""
+        return open_checkpoint(path)
+
+    def wait(self) -> None:
+        """Every save is complete when it returns."""
+
+
+def open_checkpoint(path: Path) -> SavedFile:
+    """Reads and verifies the checkpoint meant by `path`; see `find` and `load`."""
+    path = find(path)
+    tensors, facts = load(path)
+    return SavedFile(path, facts, tensors)
 
 
 def save(
@@ -69,8 +142,8 @@ def save(
 
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """`write(temporary)`, flushed to the disk and renamed to `path`: all of it or nothing. What a
-    kill or an error left of an earlier attempt is removed."""
+    """Calls `write(temporary)`, flushes the file to the disk and renames it to `path`: all of it
+    appears or nothing. What a kill or an error left of an earlier attempt is removed."""
     # a folder: safetensors writes to a temporary of its own beside the file it is given
     scratch = path.parent / PART
     shutil.rmtree(scratch, ignore_errors=True)
@@ -87,10 +160,10 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def describe(out: Path, config: RunConfig, sampler: object) -> None:
-    """Into a run's folder what it is: `config.toml`, resolved, and its sampler's tokenizer."""
+    """Writes the run's resolved config and its sampler's tokenizer into its folder."""
     replace(out / "config.toml", lambda part: part.write_text(dumps(config)))
-    if pieces := getattr(sampler, "tokenizer", None):
-        replace(out / TOKENIZER, lambda part: part.write_bytes(pieces.model))
+    if tokenizer := getattr(sampler, "tokenizer", None):
+        replace(out / TOKENIZER, lambda part: part.write_bytes(tokenizer.model))
 
 
 def flush(path: Path) -> None:
@@ -103,7 +176,7 @@ def flush(path: Path) -> None:
 
 
 def digest(tensors: dict[str, Tensor], text: str) -> str:
-    """sha256 over the facts and every tensor's name, dtype, shape and bytes."""
+    """Returns the sha256 over the facts and every tensor's name, dtype, shape and bytes."""
     total = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         t = tensors[name]
@@ -113,7 +186,7 @@ def digest(tensors: dict[str, Tensor], text: str) -> str:
 
 
 def find(path: Path) -> Path:
-    """The checkpoint meant: the file itself, or the one that `latest` names in a folder of
+    """Returns the checkpoint meant: the file itself, or the one that `latest` names in a folder of
     checkpoints or of a run. Raises CheckpointError where there is none."""
     if (path / FOLDER).is_dir():
         path = path / FOLDER
@@ -128,7 +201,7 @@ def find(path: Path) -> Path:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint of a folder, None where there is none yet."""
+    """Returns the newest checkpoint of a folder, None where there is none yet."""
     return find(folder) if (folder / LATEST).exists() else None
 
 
@@ -138,9 +211,9 @@ def starting_point(
     newest: Callable[[Path], Path | None] = latest,
     begin: bool = False,
 ) -> Path | None:
-    """The checkpoint to go on from, None for a start from step 0. newest: of a folder of
-    checkpoints; begin: where there is no run to resume, one begins. Raises ConfigError rather than
-    write over another run."""
+    """Returns the checkpoint to go on from, None for a start from step 0. newest: finds the newest
+    checkpoint of a folder. begin: where there is no run to resume, one begins. Raises ConfigError
+    rather than write over another run."""
     begun, folder = (out / "config.toml").exists(), out / FOLDER
     if resume is False:
         if begun or folder.exists():
@@ -156,8 +229,8 @@ def starting_point(
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and facts as they were saved, verified by checksum. Raises CheckpointError for a file
-    that is missing, truncated, damaged or something else."""
+    """Returns tensors and facts as they were saved, verified by checksum. Raises CheckpointError
+    for a file that is missing, truncated, damaged or something else."""
     path = find(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -179,7 +252,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _others(path: Path) -> str:
-    """What to do instead: the other checkpoints beside this one."""
+    """Says what to do instead: use another checkpoint of the folder."""
     folder = path if path.is_dir() else path.parent
     others = [str(p) for p in sorted(folder.glob(PATTERN)) if p != path]
     return f"use one of: {', '.join(others)}" if others else "start the run again without resume"
@@ -188,15 +261,15 @@ def _others(path: Path) -> str:
 def require_same(saved: dict[str, Any], config: RunConfig, path: Path) -> None:
     """Raises CheckpointError naming every key whose change would make this another run."""
     before, now = _flat(saved), _flat(to_dict(config))
-    told = [
+    changed = [
         f"{key}={before.get(key, 'absent')} (now {now.get(key, 'absent')})"
         for key in sorted(before.keys() | now.keys())
         if key not in FREE and before.get(key) != now.get(key)
     ]
-    if told:
+    if changed:
         raise CheckpointError(
-            f"{path}: saved by another run: {', '.join(told)}; resume with the config.toml beside "
-            "it, or start a new run in another folder"
+            f"{path}: saved by another run: {', '.join(changed)}; resume with the config.toml "
+            "beside it, or start a new run in another folder"
         )
 
 
@@ -205,7 +278,7 @@ def _flat(tables: dict[str, Any]) -> dict[str, Any]:
 
 
 def require_fit(tensors: dict[str, Tensor], mine: dict[str, Tensor], path: Path) -> None:
-    """Raises CheckpointError unless names and shapes are those of `mine`."""
+    """Raises CheckpointError unless names and shapes are the same as in `mine`."""
     odd = sorted(
         name
         for name in tensors.keys() | mine.keys()

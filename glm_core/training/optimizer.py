@@ -1,5 +1,4 @@
-"""The optimizer of every run: clipped AdamW with float32 master weights, and the loss scale of
-float16."""
+"""The optimizer of every run: clipped AdamW with float32 master weights."""
 
 from __future__ import annotations
 
@@ -15,7 +14,8 @@ from glm_core.config import TrainConfig
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warmup to `lr`, then cosine to `min_lr` at the last step;  step counted from 1."""
+    """Returns a step's rate: linear warmup to `lr`, then cosine to `min_lr` at the last step. Steps
+    are counted from 1."""
     if step <= config.warmup_steps:
         return config.lr * step / config.warmup_steps
     progress = min(1.0, (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps))
@@ -23,14 +23,14 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def own_part(x: Tensor) -> Tensor:
-    """x itself; of a tensor that processes share out (DTensor), this process's part."""
+    """Returns this process's part of a tensor that processes share out (DTensor), else x itself."""
     to_local: Callable[[], Tensor] | None = getattr(x, "to_local", None)
     return x if to_local is None else to_local()
 
 
 def sum_in_float32(model: nn.Module) -> None:
-    """From now on the trained parameters' `.grad` is float32: a sum over micro-batches in a lower
-    precision forgets small summands."""
+    """Makes the trained parameters' `.grad` float32: a sum over micro-batches in a lower precision
+    forgets small summands."""
     for p in model.parameters():
         if p.requires_grad and p.dtype != torch.float32:
             p.grad_dtype = torch.float32
@@ -39,8 +39,8 @@ def sum_in_float32(model: nn.Module) -> None:
 class Optimizer:
     """AdamW (op `adamw`) with clipping by the global norm (op `global_norm`). Matrices decay,
     vectors do not, frozen parameters have no part in it. Below float32 the model's parameters are
-    rounded copies of float32 masters held here. Of parameters that processes share out, each
-    process has its own part here, and the norm must be given."""
+    rounded copies of float32 masters held here. Where processes share parameters out, each has its
+    own part here, and the norm must be given."""
 
     def __init__(
         self,
@@ -48,8 +48,8 @@ class Optimizer:
         config: TrainConfig,
         norm: Callable[[dict[str, Tensor]], Tensor] | None = None,
     ) -> None:
-        """norm: of the whole gradient, from this process's part of it by parameter; default: the
-        op's."""
+        """norm: returns the norm of the whole gradient, given this process's part by parameter; by
+        default the op `global_norm`."""
         self.config = config
         self.norm = norm or (lambda grads: ops.global_norm(list(grads.values())))
         self.step_count = 0
@@ -120,18 +120,23 @@ class Optimizer:
             torch._foreach_copy_(low, pick(self.master))
 
     def state(self) -> dict[str, Any]:
-        """Everything a resumed run needs: tensors by `master.NAME`, `exp_avg.NAME`, ..., and the
-        step count."""
+        """Returns everything a resumed run needs: tensors by `master.NAME`, `exp_avg.NAME`, ...,
+        and the step count."""
         tables = {"master": self.master, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
         tensors = {f"{t}.{n}": v for t, table in tables.items() for n, v in table.items()}
         return {"tensors": tensors, "step_count": self.step_count}
 
     @torch.no_grad()
     def restore(self, state: dict[str, Any]) -> None:
-        """Loads what `state` returned, into the tensors in place; the model's copies follow the
-        masters."""
+        """Loads what `state` returned, into the tensors in place."""
         for key, mine in self.state()["tensors"].items():
             mine.copy_(state["tensors"][key])
+        self.resume(state["step_count"])
+
+    @torch.no_grad()
+    def resume(self, step_count: int) -> None:
+        """Goes on after `step_count` steps, when the tensors of `state` were filled in place: the
+        model's copies follow the masters."""
         for name, p in self.named.items():
             p.copy_(self.master[name])
-        self.step_count = state["step_count"]
+        self.step_count = step_count

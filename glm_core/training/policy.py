@@ -1,5 +1,5 @@
-"""What a run does about a step that went wrong: stop, leave the update out, or go back to the last
-checkpoint and past the data in between. Imports no torch."""
+"""Decides what a run does about a step that went wrong: it stops, leaves the update out, or goes
+back to the last checkpoint and past the data in between. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from glm_core.errors import TrainingError
 
 
 class RollBack(TrainingError):
-    """The step that raised it must not count; the message is the reason."""
+    """Raised by a step that must not count; the message is the reason."""
 
 
 class Policy:
-    """The recent losses of one run and what follows from them. On many ranks every one decides
-    alike, for loss and gradient norm are the global ones."""
+    """Keeps the recent losses of one run and decides by them. Many ranks decide alike, for loss and
+    gradient norm are the global ones."""
 
-    def __init__(self, config: PolicyConfig, tells: bool = True) -> None:
-        self.config, self.tells = config, tells
+    def __init__(self, config: PolicyConfig, is_reporter: bool = True) -> None:
+        """is_reporter: says on stderr what is done about a bad step."""
+        self.config, self.is_reporter = config, is_reporter
         self.losses: deque[float] = deque(maxlen=config.spike_window)
         self.bad, self._bad_step = 0, 0
 
     def spike(self, loss: float) -> str:
-        """Why this loss is one, "" where it is not."""
+        """Returns why this loss is a spike, "" where it is none."""
         seen = len(self.losses)
         if self.config.spike == "off" or 2 * seen < self.config.spike_window:
             return ""
@@ -40,14 +41,14 @@ class Policy:
         )
 
     def good(self, step: int, loss: float) -> None:
-        """The update of this step was made."""
+        """Notes that the update of this step was made."""
         if math.isfinite(loss):
             self.losses.append(loss)
         if step > self._bad_step:
             self.bad = 0
 
     def decide(self, step: int, kind: Literal["nonfinite", "spike"], reason: str) -> None:
-        """Returns where the update is to be left out; raises TrainingError or RollBack. Says on
+        """Returns if the update is to be left out; else raises TrainingError or RollBack. Says on
         stderr what was done and why."""
         action: str = getattr(self.config, kind)
         self.bad, self._bad_step = self.bad + 1, max(step, self._bad_step)
@@ -58,17 +59,17 @@ class Policy:
             )
         if action == "stop":
             raise TrainingError(f"step {step}: {reason}")
-        told = "update left out" if action == "skip" else "back to the last checkpoint"
-        if self.tells:
-            print(f"policy.{kind}={action}: step {step}: {reason}: {told}", file=sys.stderr)
+        outcome = "update left out" if action == "skip" else "back to the last checkpoint"
+        if self.is_reporter:
+            print(f"policy.{kind}={action}: step {step}: {reason}: {outcome}", file=sys.stderr)
         if action == "rollback":
             raise RollBack(f"step {step}: {reason}")
 
     def state(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Returns JSON-able values for `restore`."""
         return {"losses": list(self.losses)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """The losses up to a checkpoint; how many bad steps there were since is not forgotten."""
+        """Goes back to the losses up to a checkpoint, but remembers the bad steps since."""
         self.losses.clear()
         self.losses.extend(state["losses"])

@@ -1,238 +1,189 @@
-"""One training run: batches through the model, gradients accumulated, clipped AdamW, everything
-reproducible and resumable."""
+"""One trainer for one process or many: it advances a run by steps, and saves and restores it."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from glm_core.backends import registry
-from glm_core.config import RunConfig, TrainConfig
-from glm_core.diagnose import device_errors, nonfinite, watchdog
-from glm_core.errors import ConfigError
-from glm_core.model.glm import GLM
-from glm_core.training import checkpoint
-from glm_core.training.interrupt import stop_requests
-from glm_core.training.live import Live
-from glm_core.training.loop import Result, Saves, StepResult, Updates, loop, way_out
+from glm_core.backends.base import Backend
+from glm_core.config import RunConfig, to_dict
+from glm_core.diagnose import device_errors, nonfinite
+from glm_core.training.batches import Batch, Sampler, global_batch
+from glm_core.training.checkpoint import Checkpoints, Saved, require_same
+from glm_core.training.loss_scale import LossScale, initial_loss_scale
 from glm_core.training.metrics import Metrics
-from glm_core.training.optimizer import Optimizer, sum_in_float32
+from glm_core.training.optimizer import Optimizer, learning_rate
+from glm_core.training.parallel import Parallel, SingleProcess
+from glm_core.training.policy import Policy
 
 
-class Batch(Protocol):
-    """What the trainer reads of a batch; shapes in glm_core.data."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepResult:
+    """The figures of one optimizer step, as they go into the metrics and the trace."""
 
-    @property
-    def tokens(self) -> Tensor: ...
-    @property
-    def labels(self) -> Tensor: ...
-    @property
-    def loss_weight(self) -> Tensor: ...
-    @property
-    def positions(self) -> Tensor: ...
-    @property
-    def key_start(self) -> Tensor: ...
-    @property
-    def key_end(self) -> Tensor: ...
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    global_batch: int
+    loss_scale: float
+    skipped: bool
 
 
-class Sampler(Protocol):
-    """Where batches come from; its state makes a resumed run see the same ones."""
+class Trainer:
+    """Advances a training run by `step`, alone or as one of many processes that all call it alike.
+    The backend must be active around `step` (`registry.use`). Loss and gradient norm are those of
+    the global batch on every process, so all of them decide alike."""
 
-    def next(self, micro_batch: int) -> Batch: ...
-    def state(self) -> dict[str, Any]: ...
-    def restore(self, state: dict[str, Any]) -> None: ...
-
-
-def global_batch(config: TrainConfig, samples_seen: int) -> int:
-    """Sequences of the next step: `ramp_from`, growing by `ramp_increment` in equal shares of
-    `ramp_samples` (Zeng et al. 2022, appendix B.1)."""
-    if not config.ramp_from:
-        return config.global_batch
-    increments = max(1, (config.global_batch - config.ramp_from) // config.ramp_increment)
-    done = samples_seen * increments // max(1, config.ramp_samples)
-    return min(config.global_batch, config.ramp_from + done * config.ramp_increment)
-
-
-class Trainer(Updates):
-    """Model, optimizer and sampler of one run, advanced by `step()`. The backend must be active
-    around `step` (`registry.use`); `run` in this module does both."""
+    config: RunConfig
+    parallel: Parallel
+    """holds this process's part of the model and works together with the other processes"""
+    backend: Backend
+    device: torch.device
+    dtype: torch.dtype
+    model: nn.Module
+    sampler: Sampler
+    optimizer: Optimizer
+    loss_scale: LossScale
+    policy: Policy
+    checkpoints: Checkpoints | None
+    """None for a trainer that saves nothing"""
+    metrics: Metrics | None
+    """None where nothing, or another process, reports"""
+    timed: Callable[[int], AbstractContextManager[Any]]
+    """around each step, with its number"""
+    steps_done: int
+    samples_seen: int
 
     def __init__(
         self,
         config: RunConfig,
         sampler: Sampler,
-        *,
-        weights: dict[str, Tensor] | None = None,
-        model: GLM | None = None,
+        parallel: Parallel | None = None,
+        checkpoints: Checkpoints | None = None,
     ) -> None:
-        """weights: to start from; model: one that has its weights, of which only those that are not
-        frozen are trained and saved."""
-        self.sampler = sampler
-        self.backend = registry.usable(config.train.backend)
-        self.device = self.backend.device()
-        self.dtype: torch.dtype = getattr(torch, config.train.dtype)
-        if self.dtype not in self.backend.dtypes:
-            known = ", ".join(str(d).removeprefix("torch.") for d in self.backend.dtypes)
-            raise ConfigError(
-                f"train.dtype={config.train.dtype}: backend {self.backend.name} computes in "
-                f"{known}; use one of these"
-            )
-        if config.train.compile and hasattr(model, "prefix"):
-            raise ConfigError(
-                "train.compile=True: a prefix (P-Tuning) moves the mask by its values, which "
-                "torch.compile cannot trace; leave compile out"
-            )
-        self.model = (model or GLM(config.model)).to(self.device, self.dtype)
-        super().__init__(config, Optimizer(self.model, config.train))
-        if model is None:
-            self.optimizer.load_masters(initial_weights(config) if weights is None else weights)
-        t = config.train
-        if t.global_batch > t.micro_batch:
-            sum_in_float32(self.model)
-        self.loss: Callable[..., Tensor] = self.model.loss
-        if t.compile:
-            self.loss = torch.compile(self.model.loss, fullgraph=True)
+        """parallel: by default this process alone, on the config's backend."""
+        self.config, self.sampler, self.checkpoints = config, sampler, checkpoints
+        self.parallel = parallel = parallel or SingleProcess(config)
+        self.backend, self.device, self.dtype = parallel.backend, parallel.device, parallel.dtype
+        self.model = parallel.model
+        self.optimizer = Optimizer(self.model, config.train, parallel.norm)
+        self.optimizer.load_masters(parallel.initial_weights())
+        self.loss_scale = initial_loss_scale(config.train)
+        self.policy = Policy(config.policy, parallel.is_reporter)
+        self.metrics = None
+        self.timed = nullcontext
+        self.steps_done = self.samples_seen = 0
+
+    def step(self) -> StepResult:
+        """Does one optimizer step. A float16 overflow skips the update and lowers the loss scale.
+        What follows from another loss or gradient that is not finite, and from a spike, the policy
+        decides: TrainingError, RollBack or a skipped update, weights untouched. Raises DeviceError
+        where the device gives up."""
+        t, number = self.config.train, self.steps_done + 1
+        scale, lr = self.loss_scale.scale, learning_rate(t, number)
+        with device_errors.explained(self.backend.name, f"step {number}"), self.timed(number):
+            self.model.train()
+            batches = self.batches()
+            loss = float(self.backward(batches))
+
+            spike = self.policy.spike(loss)
+            norm = math.nan
+            if math.isfinite(loss) and not spike:
+                norm = float(self.optimizer.step(lr, scale))  # no update if it is not finite
+            skipped = not math.isfinite(norm)
+            if spike:
+                self.policy.decide(number, "spike", spike)
+            elif not self._loss_scale_explains(skipped):
+                what = f"gradient norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
+                self.policy.decide(number, "nonfinite", self._locate(batches, f"the {what}"))
+            if not skipped:
+                self.policy.good(number, loss)
+
+        sequences = sum(len(b.tokens) for b in batches)
+        tokens = sum(b.tokens.numel() for b in batches)
+        self.steps_done = number
+        self.samples_seen += sequences
+        return StepResult(number, loss, norm, lr, tokens, sequences, scale, skipped)
 
     def batches(self) -> list[Batch]:
-        """The micro-batches of the next step, on the CPU."""
-        t = self.config.train
-        return [
-            self.sampler.next(t.micro_batch)
-            for _ in range(global_batch(t, self.samples_seen) // t.micro_batch)
-        ]
+        """Draws the sequences of the next step, on the CPU: micro-batches on one process, the
+        global batch on many, where each takes its rows."""
+        sequences = global_batch(self.config.train, self.samples_seen)
+        return self.parallel.batches(self.sampler, sequences)
 
     def backward(self, batches: list[Batch]) -> Tensor:
-        """Forward and backward over the micro-batches; gradients are left in `.grad`, multiplied by
-        the loss scale. Returns the loss over the global batch (float32 scalar): the same for every
-        split into micro-batches."""
+        """Forward and backward over the batches. Leaves in `.grad` the gradient of the global
+        batch, multiplied by the loss scale. Returns the loss over the global batch, a float32
+        scalar: the same for every split into micro-batches and over processes."""
+        self.model.zero_grad(set_to_none=True)
+        scale = self.loss_scale.scale
         total = sum(float(b.loss_weight.sum()) for b in batches)
         loss = torch.zeros((), device=self.device)
         for batch in batches:
-            weight = batch.loss_weight * (self.loss_scale.scale / total)
-            inputs = (
-                batch.tokens,
-                batch.positions,
-                batch.key_start,
-                batch.key_end,
-                batch.labels,
-                weight,
-            )
-            part = self.loss(*(x.to(self.device) for x in inputs))
-            part.backward()
-            loss += part.detach()
-        return loss / self.loss_scale.scale
+            loss += self.parallel.forward_backward(batch, batch.loss_weight * (scale / total))
+        self.parallel.sum_gradients()
+        return self.parallel.sum_loss(loss) / scale
 
-    def step(self) -> StepResult:
-        """One optimizer step: as `Updates.update`. A device that gives up: DeviceError."""
-        with device_errors.explained(self.backend.name, f"step {self.steps_done + 1}"):
-            self.model.train()
-            batches = self.batches()
-            self.model.zero_grad(set_to_none=True)
-            loss = float(self.backward(batches))
-            sequences = sum(len(b.tokens) for b in batches)
-            tokens = sum(b.tokens.numel() for b in batches)
-            return self.update(
-                loss, sequences, tokens, lambda subject: self._explain(batches, subject)
-            )
+    def _loss_scale_explains(self, skipped: bool) -> bool:
+        """Adapts the loss scale of a float16 run. Returns False where the step was skipped and no
+        lower scale is the remedy."""
+        scale = self.loss_scale
+        if self.config.train.dtype != "float16" or (skipped and scale.scale <= scale.minimum):
+            return not skipped
+        scale.update(skipped)
+        return True
 
-    def _explain(self, batches: list[Batch], subject: str) -> str:
-        """Runs the failed step's backward again, watched and not compiled, from the same
-        weights."""
-        compiled, self.loss = self.loss, self.model.loss
-        self.model.zero_grad(set_to_none=True)
-        with nonfinite.watch(self.model) as seen:
-            self.backward(batches)
-        self.loss = compiled
-        return nonfinite.message(subject, seen.op, seen.parameter)
+    def _locate(self, batches: list[Batch], subject: str) -> str:
+        """Runs the failed step's backward again, from the same weights, and says after `the loss is
+        nan` where numbers stopped being finite."""
+        op, parameter = self.parallel.locate_nonfinite(lambda: self.backward(batches))
+        return nonfinite.message(subject, op, parameter)
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and JSON-able facts from which `restore` goes on, bit for bit."""
-        rng = {"rng.torch": torch.get_rng_state(), "rng.backend": self.backend.rng_state()}
-        facts = {**self.facts(), "sampler": self.sampler.state()}
-        return {**self.optimizer.state()["tensors"], **rng}, facts
+    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns the tensors and JSON-able facts from which `restore` goes on, bit for bit."""
+        facts = {
+            "config": to_dict(self.config),
+            "step": self.steps_done,
+            "samples_seen": self.samples_seen,
+            "optimizer_steps": self.optimizer.step_count,
+            "loss_scale": self.loss_scale.state(),
+            "policy": self.policy.state(),
+            **self.parallel.facts(),
+            "sampler": self.sampler.state(),
+        }
+        return self.parallel.tensors(self.optimizer), facts
 
-    def restore(self, path: Path) -> None:
-        """Goes on where the checkpoint was taken. Raises CheckpointError, or DataError where the
-        text is another."""
-        path = checkpoint.find(path)
-        tensors, facts = checkpoint.load(path)
-        checkpoint.require_same(facts["config"], self.config, path)
-        checkpoint.require_fit(tensors, self.state()[0], path)
+    def save(self) -> Path:
+        """Writes a checkpoint of now, or begins to. Raises CheckpointError."""
+        assert self.checkpoints is not None
+        return self.checkpoints.save(self.steps_done, *self.state())
+
+    def restore(self, saved: Saved) -> None:
+        """Goes on where the checkpoint was taken, whatever plan that was under. Raises
+        CheckpointError, or DataError where the text is another."""
+        facts = saved.facts
+        require_same(facts["config"], self.config, saved.path)
         self.sampler.restore(facts["sampler"])
-        self.restore_facts(facts, tensors)
-        self.backend.set_rng_state(tensors["rng.backend"])
-        torch.set_rng_state(tensors["rng.torch"])
+        tensors = self.parallel.tensors(self.optimizer)
+        saved.fill(tensors)
+        self.optimizer.resume(facts["optimizer_steps"])
+        self.parallel.restore_random_state(tensors)
+        self.loss_scale.restore(facts["loss_scale"])
+        self.policy.restore(facts.get("policy", self.policy.state()))  # older ones have none
+        self.samples_seen, self.steps_done = facts.get("samples_seen", 0), facts["step"]
 
-    def roll_back(self, path: Path) -> None:
-        """Weights, optimizer and step of the checkpoint, but the data from where they are now: what
-        led to the bad step is passed over (Chowdhery et al. 2022, section 5.1)."""
+    def roll_back(self, saved: Saved) -> None:
+        """Restores weights, optimizer and step, but leaves the data where they are now: what led to
+        the bad step is passed over (Chowdhery et al. 2022, section 5.1)."""
         data = self.sampler.state()
-        self.restore(path)
+        self.restore(saved)
         self.sampler.restore(data)
-
-    def save(self, folder: Path) -> Path:
-        """Writes a checkpoint of now. Raises CheckpointError."""
-        return checkpoint.save(folder, self.steps_done, *self.state(), self.config.train.keep)
-
-
-def initial_weights(config: RunConfig) -> dict[str, Tensor]:
-    """The run's float32 starting weights, the same on every backend and device."""
-    model = GLM(config.model).init_weights(config.train.seed)
-    return {n: p.detach() for n, p in model.named_parameters()}
-
-
-def run(
-    config: RunConfig,
-    out_dir: str | Path,
-    *,
-    resume: bool | str | Path = False,
-    sampler: Sampler | None = None,
-    model: GLM | None = None,
-    cache_dir: str | Path = ".cache",
-    tensorboard: bool = False,
-    live: Live | None = None,
-    timeout_s: float = 0.0,
-) -> Result:
-    """Trains to the last step. Into `out_dir` go `config.toml` (resolved), `tokenizer.model`,
-    `metrics.jsonl`, `checkpoints/` and, if asked, `tensorboard/`; progress goes to stderr.
-
-    resume: True goes on from `out_dir`'s latest checkpoint (from the start if it was stopped before
-    the first), a path from that one. sampler: in place of the config's data, which is cached in
-    `cache_dir`. model: in place of the config's initial weights; what is frozen in it stays. The
-    first Ctrl-C or SIGTERM finishes the step, saves and returns; the second acts at once.
-    timeout_s: a step that takes longer ends the process with exit code 1 and a line that says where
-    (0: never). Raises GlmCoreError; whatever happens, the newest whole checkpoint stays."""
-    out, t = Path(out_dir), config.train
-    start = checkpoint.starting_point(out, resume)
-    if sampler is None:
-        # here, so that a sampler of the caller's own needs no sentencepiece
-        from glm_core.data.open import open_sampler
-
-        sampler = open_sampler(config.data, t.seed, cache_dir, positions=config.model.positions)
-    folder = out / checkpoint.FOLDER
-
-    def latest() -> Path | None:
-        return checkpoint.latest(folder) or start
-
-    subject, remedy = f"backend {t.backend}", f"reset the device, then resume from {folder}"
-    with way_out(out, latest):
-        with device_errors.explained(t.backend, "start"):
-            trainer = Trainer(config, sampler, model=model)
-            if start is not None:
-                trainer.restore(start)
-        out.mkdir(parents=True, exist_ok=True)
-        with (
-            watchdog.guard(timeout_s, subject, remedy),
-            closing(Metrics(out, trainer.steps_done, tensorboard, live)) as metrics,
-            registry.use(trainer.backend, strict=t.strict) as session,
-            stop_requests() as requests,
-        ):
-            checkpoint.describe(out, config, sampler)
-            saves = Saves(save=lambda: trainer.save(folder), latest=latest, start=start)
-            return loop(trainer, saves, metrics, session, lambda: bool(requests))

@@ -18,7 +18,8 @@ from glm_core import dispatch
 from glm_core.config import DataConfig, ModelConfig, RunConfig, TrainConfig, override
 from glm_core.data.sampler import Batch
 from glm_core.dispatch import Op
-from glm_core.training import trainer as train
+from glm_core.training.parallel import SingleProcess, initial_weights
+from glm_core.training.trainer import Trainer
 
 V, L, STEPS = 64, 24, 40
 RATIO = 2.0
@@ -124,7 +125,7 @@ def curve(
     config: RunConfig = CONFIG, weights: dict[str, Tensor] | None = None
 ) -> tuple[Tensor, float]:
     """Returns the losses [STEPS] in float64 and the norm of the first gradient."""
-    trainer = train.Trainer(config, Pattern(), weights=weights)
+    trainer = Trainer(config, Pattern(), SingleProcess(config, weights=weights))
     results = [trainer.step() for _ in range(STEPS)]
     return torch.tensor([r.loss for r in results], dtype=torch.float64), results[0].grad_norm
 
@@ -135,7 +136,7 @@ def nudged(seed: int) -> dict[str, Tensor]:
     ends = torch.tensor([-torch.inf, torch.inf])
     return {
         name: torch.nextafter(w, ends[torch.randint(2, w.shape, generator=g)])
-        for name, w in train.initial_weights(CONFIG).items()
+        for name, w in initial_weights(CONFIG).items()
     }
 
 

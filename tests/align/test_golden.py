@@ -30,7 +30,7 @@ from glm_core.align.training import Run, free_run, weights_hash
 from glm_core.config import DataConfig, Dtype, ModelConfig, RunConfig, TrainConfig
 from glm_core.data.sampler import Batch
 from glm_core.dispatch import Op
-from glm_core.training.trainer import initial_weights
+from glm_core.training.parallel import initial_weights
 
 FOLDER = Path(__file__).parent / "golden"
 MAX_BYTES = 100_000

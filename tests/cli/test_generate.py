@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from glm_core import cli, config
-from glm_core.training import trainer
+from glm_core.training.run import run
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         data=config.DataConfig(path=str(text), vocab=400, length=64),
         train=config.TrainConfig(steps=2, warmup_steps=0, micro_batch=2, global_batch=2),
     )
-    trainer.run(settings, folder / "run", cache_dir=folder / "cache")
+    run(settings, folder / "run", cache_dir=folder / "cache")
     text.unlink()  # a run's folder is all that is needed to use it
     return folder / "run"
 

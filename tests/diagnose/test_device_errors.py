@@ -16,7 +16,7 @@ from glm_core.backends import registry
 from glm_core.backends.base import Backend
 from glm_core.diagnose import device_errors
 from glm_core.errors import ConfigError, DeviceError, TrainingError, UnsupportedOpError
-from glm_core.training import trainer
+from glm_core.training.run import run
 
 
 def failing(error: Exception, at: int) -> Backend:
@@ -56,7 +56,7 @@ def test_training_names_step_op_and_last_checkpoint(
 ) -> None:
     monkeypatch.setattr(registry, "usable", lambda name: failing(error, 5))
     with pytest.raises(DeviceError) as caught:
-        trainer.run(toy.config(), tmp_path, sampler=toy.Sampler())
+        run(toy.config(), tmp_path, sampler=toy.Sampler())
     assert told in str(caught.value)
     assert str(caught.value).endswith(f"{tmp_path}/checkpoints/step-00000003.safetensors")
     assert caught.value.__cause__ is error
@@ -66,7 +66,7 @@ def test_training_names_step_op_and_last_checkpoint(
 def test_no_checkpoint_is_said_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "usable", lambda name: failing(torch.OutOfMemoryError("x"), 1))
     with pytest.raises(DeviceError, match="last checkpoint: none"):
-        trainer.run(toy.config(), tmp_path, sampler=toy.Sampler())
+        run(toy.config(), tmp_path, sampler=toy.Sampler())
 
 
 @pytest.mark.parametrize(

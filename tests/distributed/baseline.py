@@ -16,7 +16,7 @@ from glm_core.align.envelope import envelope, error_bound
 from glm_core.align.gradients import exact_gradients, gradient_errors
 from glm_core.align.training import Run, free_run, moved
 from glm_core.align.verdict import EPS
-from glm_core.training.trainer import initial_weights
+from glm_core.training.parallel import initial_weights
 
 Array = NDArray[np.float64]
 RATE = 1e-3 / 4

@@ -13,41 +13,41 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from glm_core import ops
-from glm_core.distributed import engine, layout, pipeline, tensor_parallel, vocabulary
+from glm_core.distributed import layout, parallel, pipeline, tensor_parallel, vocabulary
+from glm_core.distributed.parallel import ManyProcesses
 
 Bug = Callable[[], AbstractContextManager[Any]]
 
 
 def mean_over_ranks() -> AbstractContextManager[Any]:
     """Data parallel averages gradients that are already relative to the global batch."""
-    right = engine.add_up
+    right = parallel.add_up
 
     def wrong(grads: list[Tensor], group: Any) -> None:
         right(grads, group)
         for g in grads:
             g /= group.size()
 
-    return mock.patch.object(engine, "add_up", wrong)
+    return mock.patch.object(parallel, "add_up", wrong)
 
 
 def mean_per_rank() -> AbstractContextManager[Any]:
     """Each rank divides by its own tokens, as DDP scripts do; rows weigh differently."""
-    right = engine.Engine.backward
+    right = ManyProcesses.forward_backward
 
-    def wrong(self: engine.Engine, batch: Any) -> Tensor:
-        weight, each = batch.loss_weight.clone(), len(batch.tokens) // self.plan.dp
+    def wrong(self: ManyProcesses, batch: Any, token_weight: Tensor) -> Tensor:
+        weight, each = token_weight.clone(), len(batch.tokens) // self.plan.dp
         for part in weight.split(each):
             part *= weight.sum() / part.sum() / self.plan.dp
-        object.__setattr__(batch, "loss_weight", weight)
-        return right(self, batch)
+        return right(self, batch, weight)
 
-    return mock.patch.object(engine.Engine, "backward", wrong)
+    return mock.patch.object(ManyProcesses, "forward_backward", wrong)
 
 
 def same_rows() -> AbstractContextManager[Any]:
     """Every data-parallel rank reads the first rank's rows."""
     return mock.patch.object(
-        engine.Engine, "_rows", lambda self, tokens: slice(0, len(tokens) // self.plan.dp)
+        ManyProcesses, "_rows", lambda self, tokens: slice(0, len(tokens) // self.plan.dp)
     )
 
 
@@ -76,7 +76,7 @@ def alpha_of_the_stage() -> Iterator[None]:
 
 def norms_not_summed() -> AbstractContextManager[Any]:
     """Under sequence parallelism each rank keeps its tokens' share of a norm's gradient."""
-    return mock.patch.object(engine, "replicated", return_value=False)
+    return mock.patch.object(parallel, "replicated", return_value=False)
 
 
 def halves_cut_together() -> AbstractContextManager[Any]:
@@ -108,7 +108,7 @@ def own_logsumexp() -> AbstractContextManager[Any]:
 
 def ends_apart() -> AbstractContextManager[Any]:
     """First and last stage keep their own gradients of the tied embedding."""
-    return mock.patch.object(engine.meshes, "ends_group", return_value=None)
+    return mock.patch.object(parallel.meshes, "ends_group", return_value=None)
 
 
 def zero_averages() -> AbstractContextManager[Any]:
@@ -122,7 +122,7 @@ def zero_averages() -> AbstractContextManager[Any]:
 def norm_of_a_part() -> AbstractContextManager[Any]:
     """Each process clips by the norm of what it holds."""
     return mock.patch.object(
-        engine.Engine, "norm", lambda self, grads: ops.global_norm(list(grads.values()))
+        ManyProcesses, "norm", lambda self, grads: ops.global_norm(list(grads.values()))
     )
 
 

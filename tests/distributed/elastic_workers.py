@@ -26,15 +26,16 @@ from glm_core.backends.base import Backend
 from glm_core.config import DataConfig, ModelConfig, PolicyConfig, RunConfig, TrainConfig
 from glm_core.data.sampler import Batch
 from glm_core.diagnose import watchdog
-from glm_core.distributed import checkpoint, dry_run, mesh, saving, straggler, watch
+from glm_core.distributed import checkpoint, dry_run, mesh, straggler, watch
 from glm_core.distributed import run as planned
 from glm_core.distributed.checkpoint import Checkpoints, Shards, shards_of
-from glm_core.distributed.engine import Engine
 from glm_core.distributed.layout import split_of, take
+from glm_core.distributed.parallel import ManyProcesses
 from glm_core.distributed.plan import parse, stage_layers, stages_of
 from glm_core.errors import CheckpointError
 from glm_core.model.glm import GLM
 from glm_core.training.live import Live
+from glm_core.training.trainer import Trainer
 
 MODEL = ModelConfig(
     num_layers=4,
@@ -283,18 +284,16 @@ def engine_steps(plan_text: str, start: str, out: str, steps: int) -> None:
         data=DataConfig(vocab=MODEL.vocab, length=MODEL.max_length),
         train=TrainConfig(backend="reference", steps=9, global_batch=batch, warmup_steps=1),
     )
-    engine = Engine(config, plan, mesh.make(plan, "cpu"))
-    checkpoints, index = Checkpoints(Path(out), keep=9, timeout_s=20), 0
+    parallel = ManyProcesses(config, plan, mesh.make(plan, "cpu"), registry.get("reference"))
+    checkpoints = Checkpoints(Path(out), keep=9, timeout_s=20)
+    trainer = Trainer(config, Rows(), parallel, checkpoints)
     if start:
-        index = saving.restore(engine, Checkpoints(Path(start)), Path(start))["index"]
-        saving.save(engine, checkpoints, {"index": index})
-    losses = []
+        trainer.restore(Checkpoints(Path(start)).open(Path(start)))
+        trainer.save()
     with registry.use("reference"):
-        for _ in range(steps):
-            losses.append(engine.train_step(rows(index, batch)).loss)
-            index += batch
+        losses = [trainer.step().loss for _ in range(steps)]
     if steps:
-        saving.save(engine, checkpoints, {"index": index})
+        trainer.save()
     checkpoints.wait()
     print(json.dumps(losses))
     dist.destroy_process_group()
@@ -380,9 +379,10 @@ def measured_stage(plan_text: str) -> None:
     join()
     meter, backend = RealMeter(), registry.usable("cpu")
     with registry.use(backend):
-        engine = Engine(STAGES, plan, mesh.make(plan, "cpu"))
-        dry_run._sort(meter, engine)
-        dry_run._step(meter, engine, STAGES)
+        parallel = ManyProcesses(STAGES, plan, mesh.make(plan, "cpu"), backend)
+        trainer = Trainer(STAGES, dry_run.Zeros(STAGES.data.length), parallel)
+        dry_run._classify(meter, trainer)
+        dry_run._step(meter, trainer)
     dist.destroy_process_group()
     fake = dry_run.run(STAGES, plan, int(os.environ["RANK"]), backend)
     print(json.dumps([meter.peak, fake.peak_bytes]))

@@ -13,8 +13,8 @@ import elastic_workers
 import pytest
 from ranks import Job, Ranks
 
-from glm_core.training import trainer
 from glm_core.training.live import PREFIX
+from glm_core.training.run import run
 
 BAD = 36
 """a sequence of the fifth step"""
@@ -57,7 +57,7 @@ def test_bad_steps_end_as_on_one_process(
     ranks: Ranks, tmp_path: Path, capsys: pytest.CaptureFixture[str], plan: str, action: str
 ) -> None:
     config = elastic_workers.policy_config(nonfinite=action)
-    trainer.run(config, tmp_path / "alone", sampler=elastic_workers.Rows(BAD))
+    run(config, tmp_path / "alone", sampler=elastic_workers.Rows(BAD))
     job = planned(ranks, tmp_path, plan, {"nonfinite": action})
     assert job.codes == [0, 0], job.told
     alone, both = lines(tmp_path / "alone"), lines(tmp_path / "job")

@@ -16,24 +16,24 @@ import torch
 from torch import distributed as dist
 
 from glm_core.backends import registry
-from glm_core.distributed import engine as engines
-from glm_core.distributed import layout, mesh, vocabulary
+from glm_core.distributed import layout, mesh, parallel, vocabulary
 from glm_core.distributed.apply import own_rows
-from glm_core.distributed.engine import Engine
+from glm_core.distributed.parallel import ManyProcesses
 from glm_core.distributed.plan import parse
 from glm_core.training.optimizer import own_part
+from glm_core.training.trainer import Trainer
 
 TIMEOUT_S = 60.0
 
 
 def held(
-    engine: Engine, tensors: dict[str, torch.Tensor]
+    here: ManyProcesses, tensors: dict[str, torch.Tensor]
 ) -> list[tuple[str, tuple[int, ...], Any]]:
     """(name, place in the whole, values) of everything this process holds of these tensors."""
-    tp, rank = engine.plan.tp, engine.mesh.get_local_rank("tp")
+    tp, rank = here.plan.tp, here.mesh.get_local_rank("tp")
     found = []
-    for name, p in engine.share.named_parameters():
-        split = layout.split_of(name, engine.config.model, tp, rank)
+    for name, p in here.model.named_parameters():
+        split = layout.split_of(name, here.config.model, tp, rank)
         for place, piece in layout.chunks(tensors[name], split, own_rows(p)[0]):
             found.append((name, place, piece.detach().clone()))
     return found
@@ -42,28 +42,28 @@ def held(
 def train(case: dict[str, Any], backend: Any) -> dict[str, Any]:
     """Losses and norms of all steps, the first step's gradients, the last weights."""
     plan, config = parse(case["plan"]), sample.config(case["model"], case["dtype"])
-    made = mesh.make(plan, backend.device_type, TIMEOUT_S)
+    axes = mesh.make(plan, backend.device_type, TIMEOUT_S)
     planted = bugs.BUGS[case["bug"]]() if case["bug"] else contextlib.nullcontext()
     told: dict[str, Any] = {"loss": [], "norm": []}
     with planted, registry.use(backend):
-        engine, text = Engine(config, plan, made), sample.Text()
+        here = ManyProcesses(config, plan, axes, backend)
+        trainer = Trainer(config, sample.Text(), here)
         for step in range(sample.STEPS):
-            batch = text.next(sample.ROWS)
-            result = engine.train_step(batch)
+            result = trainer.step()
             told["loss"].append(result.loss)
             told["norm"].append(result.grad_norm)
             if step == 0:
-                named = dict(engine.share.named_parameters())
+                named = dict(here.model.named_parameters())
                 grads = {n: own_part(p.grad) for n, p in named.items() if p.grad is not None}
-                told["gradient"] = held(engine, grads)
-        told["weight"] = held(engine, engine.optimizer.master)
+                told["gradient"] = held(here, grads)
+        told["weight"] = held(here, trainer.optimizer.master)
     return told
 
 
 def main(cases: str, out: str) -> None:
     torch.set_num_threads(1)
     vocabulary.CHUNK = 256  # eight tokens at a time, as a real vocabulary would have it
-    engines.MESSAGE = 1000  # several for these models too
+    parallel.MESSAGE = 1000  # several for these models too
     backend = registry.get("cpu")
     backend = backend if backend.probe().ok else registry.get("reference")
     mesh.start(backend, TIMEOUT_S)

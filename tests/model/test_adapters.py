@@ -23,7 +23,7 @@ from glm_core.model.adapters import (
 from glm_core.model.glm import GLM
 from glm_core.ops.quant import quantize
 from glm_core.pretrained.adapters import load_adapter, save_adapter
-from glm_core.training import trainer
+from glm_core.training.run import run
 
 ALL = AdapterConfig(rank=3, targets="attention.qkv attention.out mlp.up mlp.down")
 
@@ -35,8 +35,8 @@ def inputs() -> tuple[Tensor, ...]:
 
 def trained(model: GLM, folder: Path, dtype: str = "float32") -> list[float]:
     """The losses of twenty steps."""
-    run = config(lr=0.05, min_lr=0.05, dtype=dtype, steps=20, save_every=0)
-    result = trainer.run(run, folder, sampler=OneWord(), model=model)
+    settings = config(lr=0.05, min_lr=0.05, dtype=dtype, steps=20, save_every=0)
+    result = run(settings, folder, sampler=OneWord(), model=model)
     assert result.steps == 20
     text = (folder / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["loss"] for line in text]

@@ -21,7 +21,7 @@ from glm_core.model.adapters import (
 from glm_core.model.cache import Cache
 from glm_core.model.glm import GLM
 from glm_core.pretrained.adapters import load_adapter, save_adapter
-from glm_core.training import trainer
+from glm_core.training.run import run
 
 TUNING = AdapterConfig(kind="ptuning", prefix_length=P)
 
@@ -62,8 +62,8 @@ def test_only_the_prefix_is_trained(tmp_path: Path) -> None:
     model = base()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     attach(model, TUNING)
-    run = config(lr=0.5, min_lr=0.1, steps=30, save_every=0, weight_decay=0.0)
-    trainer.run(run, tmp_path / "run", sampler=OneWord(), model=model)
+    settings = config(lr=0.5, min_lr=0.1, steps=30, save_every=0, weight_decay=0.0)
+    run(settings, tmp_path / "run", sampler=OneWord(), model=model)
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     losses = [float(line.split('"loss": ')[1].split(",")[0]) for line in lines]
     assert min(losses[-3:]) < losses[0] - 0.5

@@ -20,7 +20,7 @@ from glm_core.model.glm import GLM, Linear
 from glm_core.model.prefix import PrefixWindow
 from glm_core.model.quantize import Quantization, convert
 from glm_core.pretrained.adapters import load_adapter, read, save_adapter, write
-from glm_core.training import trainer
+from glm_core.training.run import run
 
 FRONT = "transformer.prefix_encoder."
 PROJECTED = AdapterConfig(kind="ptuning", prefix_length=P, prefix_projection=True, dropout=0.2)
@@ -130,17 +130,17 @@ def test_trained_on_a_quantized_base(tmp_path: Path) -> None:
         list(convert(model, Quantization(bits=4)))
         return attach(model, PROJECTED)
 
-    run = config(lr=0.05, min_lr=0.05, steps=16, save_every=8, weight_decay=0.0, keep=3)
+    settings = config(lr=0.05, min_lr=0.05, steps=16, save_every=8, weight_decay=0.0, keep=3)
     model = built()
     codes = model.blocks[0].attention.qkv.weight.clone()
-    trainer.run(run, tmp_path / "run", sampler=OneWord(), model=model)
+    run(settings, tmp_path / "run", sampler=OneWord(), model=model)
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     losses = [float(line.split('"loss": ')[1].split(",")[0]) for line in lines]
     assert min(losses[-3:]) < losses[0] - 1
     assert torch.equal(model.blocks[0].attention.qkv.weight, codes)
     [half] = (tmp_path / "run/checkpoints").glob("*8.safetensors")
     again = built()
-    trainer.run(run, tmp_path / "again", sampler=OneWord(), model=again, resume=half)
+    run(settings, tmp_path / "again", sampler=OneWord(), model=again, resume=half)
     state = adapter_state(model)
     assert len(state) == 5
     assert all(torch.equal(value, state[name]) for name, value in adapter_state(again).items())

@@ -16,7 +16,7 @@ from glm_core.model.quantize import Quantization, QuantizedLinear, convert
 from glm_core.model.sample import Sampling
 from glm_core.pretrained.load import from_path
 from glm_core.pretrained.templates import Message
-from glm_core.training import trainer
+from glm_core.training.run import run
 
 QUESTION = "The fox number 7"
 HOW = {
@@ -36,7 +36,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         data=config.DataConfig(path=str(text), vocab=400, length=64),
         train=config.TrainConfig(steps=12, warmup_steps=0, micro_batch=4, global_batch=4, lr=3e-3),
     )
-    trainer.run(settings, folder / "run", cache_dir=folder / "cache")
+    run(settings, folder / "run", cache_dir=folder / "cache")
     return folder / "run"
 
 

@@ -18,7 +18,8 @@ import torch
 from glm_core.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from glm_core.data.sampler import Batch
 from glm_core.model.glm import GLM
-from glm_core.training import checkpoint, trainer
+from glm_core.training import checkpoint
+from glm_core.training.run import run
 
 V, L = 64, 16
 
@@ -113,7 +114,7 @@ def child(folder: str, changes: dict[str, Any], event: int, in_save: bool, max_b
     resume = (Path(folder) / "config.toml").exists()
     count = dying_at(event, in_save)
     sys.setprofile(count)
-    trainer.run(config(**changes), folder, sampler=Sampler(), resume=resume)
+    run(config(**changes), folder, sampler=Sampler(), resume=resume)
     sys.setprofile(None)
     return int(count.seen[0])  # type: ignore[attr-defined]
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from glm_core import config
 from glm_core.errors import CheckpointError, DataError
 from glm_core.training import checkpoint
-from glm_core.training import trainer as train
+from glm_core.training.trainer import Trainer
 
 FACTS: dict[str, Any] = {"config": {"train": {"lr": 1e-3}}, "step": 3, "text": "π"}
 STEP = "step-00000003.safetensors"
@@ -138,10 +138,10 @@ FULL_DISK = """
 import sys; sys.path[:0] = sys.argv[2:]
 from pathlib import Path
 import toy
-from glm_core.training import checkpoint, trainer as train
+from glm_core.training import checkpoint
 from glm_core.errors import CheckpointError
 try:
-    train.run(toy.config(), sys.argv[1] + "/run", sampler=toy.Sampler())
+    run(toy.config(), sys.argv[1] + "/run", sampler=toy.Sampler())
 except CheckpointError as error:
     print(error)
 print(checkpoint.load(Path(sys.argv[1], "run"))[1]["step"])
@@ -180,13 +180,14 @@ def test_really_full_disk(tmp_path: Path) -> None:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    return train.Trainer(toy.config(), toy.Sampler()).save(tmp_path)
+    checkpoints = checkpoint.FileCheckpoints(tmp_path, keep=2)
+    return Trainer(toy.config(), toy.Sampler(), checkpoints=checkpoints).save()
 
 
 def test_other_config_is_refused_with_all_differing_keys(saved: Path) -> None:
     other = toy.config(lr=2e-3, dtype="bfloat16", save_every=1, model={"num_heads": 4})
     with pytest.raises(CheckpointError) as error:
-        train.Trainer(other, toy.Sampler()).restore(saved)
+        Trainer(other, toy.Sampler()).restore(checkpoint.open_checkpoint(saved))
     differing = [
         "model.head_dim=8 (now 4)",
         "model.num_heads=2 (now 4)",
@@ -199,7 +200,7 @@ def test_other_config_is_refused_with_all_differing_keys(saved: Path) -> None:
 
 def test_where_a_run_computes_and_stores_may_change(saved: Path) -> None:
     changed = toy.config(backend="reference:cpu", strict=True, compile=True, save_every=7, keep=9)
-    train.Trainer(changed, toy.Sampler()).restore(saved)
+    Trainer(changed, toy.Sampler()).restore(checkpoint.open_checkpoint(saved))
     for key in checkpoint.FREE:
         table, name = key.split(".")
         assert name in config.to_dict(changed)[table], f"{key} is no longer a key"
@@ -213,7 +214,7 @@ def test_tensors_that_do_not_fit(saved: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"model: exp_avg\.final_norm\.bias, master\.embedding missing"
     ):
-        train.Trainer(toy.config(), toy.Sampler()).restore(path)
+        Trainer(toy.config(), toy.Sampler()).restore(checkpoint.open_checkpoint(path))
 
 
 def test_other_text_is_refused_by_the_sampler(saved: Path) -> None:
@@ -221,8 +222,8 @@ def test_other_text_is_refused_by_the_sampler(saved: Path) -> None:
         def restore(self, state: dict[str, Any]) -> None:
             raise DataError("sampler state: saved with another corpus; resume with the same data")
 
-    trainer = train.Trainer(toy.config(), Other())
+    trainer = Trainer(toy.config(), Other())
     before = {k: v.clone() for k, v in trainer.state()[0].items()}
     with pytest.raises(DataError):
-        trainer.restore(saved)
+        trainer.restore(checkpoint.open_checkpoint(saved))
     assert all(torch.equal(v, before[k]) for k, v in trainer.state()[0].items())

@@ -13,7 +13,8 @@ import toy
 from glm_core import cli
 from glm_core.backends import registry
 from glm_core.errors import ConfigError
-from glm_core.training import live, trainer
+from glm_core.training import live
+from glm_core.training.run import run
 
 STEP = {
     "step": 3,
@@ -79,9 +80,7 @@ def test_tensorboard_shows_them_and_the_metrics_file_stays_as_it_was(tmp_path: P
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     figures = live.Live(registry.get("reference"), 1e6, 1.0)
-    trainer.run(
-        toy.config(steps=2), tmp_path, sampler=toy.Sampler(), tensorboard=True, live=figures
-    )
+    run(toy.config(steps=2), tmp_path, sampler=toy.Sampler(), tensorboard=True, live=figures)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     wanted = {"loss", "grad_norm", "loss_scale", "mfu_ratio", "tokens_per_second"}

@@ -11,10 +11,13 @@ import pytest
 import torch
 import toy
 
+from glm_core.backends import registry
 from glm_core.config import PolicyConfig, RunConfig, from_dict, to_dict
 from glm_core.errors import ConfigError, TrainingError
-from glm_core.training import trainer as train
+from glm_core.training import checkpoint
 from glm_core.training.policy import Policy, RollBack
+from glm_core.training.run import run
+from glm_core.training.trainer import Trainer
 
 
 def with_policy(steps: int = 12, **changes: Any) -> RunConfig:
@@ -105,7 +108,7 @@ def test_nan_is_skipped_and_training_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sampler = Damaged(10, 2, math.nan)
-    result = train.run(with_policy(nonfinite="skip"), tmp_path, sampler=sampler)
+    result = run(with_policy(nonfinite="skip"), tmp_path, sampler=sampler)
     assert result.steps == 12
     skipped = [m["step"] for m in lines(tmp_path) if m["skipped"]]
     assert len(skipped) == 1
@@ -113,22 +116,22 @@ def test_nan_is_skipped_and_training_goes_on(
     assert f"policy.nonfinite=skip: step {skipped[0]}: the loss is nan; first not finite: " in err
     assert all(
         torch.isfinite(t).all()
-        for t in train.checkpoint.load(tmp_path)[0].values()
+        for t in checkpoint.load(tmp_path)[0].values()
         if t.is_floating_point()
     )
 
 
 def test_roll_back_passes_over_the_data_and_equals_a_run_that_never_saw_it(tmp_path: Path) -> None:
     sampler = Damaged(14, 2, math.nan)
-    result = train.run(with_policy(nonfinite="rollback"), tmp_path / "a", sampler=sampler)
+    result = run(with_policy(nonfinite="rollback"), tmp_path / "a", sampler=sampler)
     assert result.steps == 12
     assert [m["step"] for m in lines(tmp_path / "a")] == list(range(1, 13))
     assert not any(m["skipped"] for m in lines(tmp_path / "a"))
     assert sampler.seen == sorted(set(sampler.seen))  # no sequence twice
     saved_at, gone_on_at = sampler.restored
-    control = train.Trainer(with_policy(), toy.Sampler())
+    control = Trainer(with_policy(), toy.Sampler())
     losses = []
-    with train.registry.use(control.backend):
+    with registry.use(control.backend):
         while control.steps_done < 12:
             if control.sampler.state()["index"] == saved_at:
                 control.sampler.restore({"index": gone_on_at})
@@ -141,28 +144,29 @@ def test_a_spike_is_skipped_and_nothing_to_go_back_to_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = with_policy(spike="skip", spike_window=4)
-    plain = train.Trainer.backward
+    plain = Trainer.backward
     monkeypatch.setattr(
-        train.Trainer,
+        Trainer,
         "backward",
         lambda self, batches: plain(self, batches) * (50 if self.steps_done == 6 else 1),
     )
-    result = train.run(config, tmp_path / "a", sampler=toy.Sampler())
+    result = run(config, tmp_path / "a", sampler=toy.Sampler())
     assert result.steps == 12
     assert [m["step"] for m in lines(tmp_path / "a") if m["skipped"]] == [7]
     assert "policy.spike=skip: step 7: loss " in capsys.readouterr().err
-    monkeypatch.setattr(train.Trainer, "backward", lambda self, batches: torch.tensor(math.nan))
+    monkeypatch.setattr(Trainer, "backward", lambda self, batches: torch.tensor(math.nan))
     with pytest.raises(TrainingError, match="there is no checkpoint to go back to"):
-        train.run(with_policy(nonfinite="rollback"), tmp_path / "b", sampler=toy.Sampler())
+        run(with_policy(nonfinite="rollback"), tmp_path / "b", sampler=toy.Sampler())
 
 
 def test_a_resumed_run_judges_by_the_losses_before(tmp_path: Path) -> None:
     config = with_policy(spike="stop", spike_window=4)
-    trainer = train.Trainer(config, toy.Sampler())
-    with train.registry.use(trainer.backend):
+    checkpoints = checkpoint.FileCheckpoints(tmp_path, keep=2)
+    trainer = Trainer(config, toy.Sampler(), checkpoints=checkpoints)
+    with registry.use(trainer.backend):
         for _ in range(3):
             trainer.step()
-    other = train.Trainer(config, toy.Sampler())
-    other.restore(trainer.save(tmp_path))
+    other = Trainer(config, toy.Sampler())
+    other.restore(checkpoints.open(trainer.save()))
     assert list(other.policy.losses) == list(trainer.policy.losses)
     assert len(other.policy.losses) == 3

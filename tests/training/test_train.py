@@ -32,8 +32,11 @@ from glm_core.errors import (
 from glm_core.session import Fallback
 from glm_core.spec import unsupported
 from glm_core.training import checkpoint
-from glm_core.training import trainer as train
+from glm_core.training.batches import global_batch
 from glm_core.training.metrics import Metrics
+from glm_core.training.optimizer import Optimizer
+from glm_core.training.run import run
+from glm_core.training.trainer import Trainer
 
 # --- batches -------------------------------------------------------------------------------------
 
@@ -41,7 +44,7 @@ from glm_core.training.metrics import Metrics
 def gradients(dtype: str, split: int, oracle: bool = False) -> dict[str, Tensor]:
     """Of 64 sequences in `split` micro-batches, from weights rounded to `dtype`; the oracle
     computes in float64."""
-    trainer = train.Trainer(toy.config(dtype=dtype, loss_scale=1024.0), toy.Sampler())
+    trainer = Trainer(toy.config(dtype=dtype, loss_scale=1024.0), toy.Sampler())
     if oracle:
         trainer.model.double()
     trainer.backward([trainer.sampler.next(64 // split) for _ in range(split)])
@@ -64,7 +67,7 @@ def test_accumulated_gradients_are_the_big_batchs(dtype: str) -> None:
     for split in (4, 32):
         assert error(gradients(dtype, split), truth) <= 2 * big
     # what it must not be: every micro-batch's own mean, averaged
-    trainer = train.Trainer(toy.config(dtype=dtype), toy.Sampler())
+    trainer = Trainer(toy.config(dtype=dtype), toy.Sampler())
     means = {n: torch.zeros_like(t) for n, t in truth.items()}
     for _ in range(4):
         trainer.model.zero_grad()
@@ -83,7 +86,7 @@ def test_many_small_gradients_are_summed_in_float32(dtype: str) -> None:
 
 
 def test_loss_is_the_mean_over_targets_for_every_split() -> None:
-    trainer = train.Trainer(toy.config(), toy.Sampler())
+    trainer = Trainer(toy.config(), toy.Sampler())
     batch = trainer.sampler.next(8)
     logits = trainer.model.logits(batch.tokens, batch.positions, batch.key_start, batch.key_end)
     each = torch.nn.functional.cross_entropy(
@@ -101,20 +104,20 @@ def test_batch_ramp_is_glm_130bs() -> None:
     c = TrainConfig(
         micro_batch=24, global_batch=4224, ramp_from=192, ramp_increment=24, ramp_samples=5_493_164
     )
-    assert train.global_batch(c, 0) == train.global_batch(c, 32_697) == 192
-    assert train.global_batch(c, 32_698) == 216
-    assert train.global_batch(c, 5_493_163) == 4200
-    assert train.global_batch(c, 5_493_164) == train.global_batch(c, 10**9) == 4224
+    assert global_batch(c, 0) == global_batch(c, 32_697) == 192
+    assert global_batch(c, 32_698) == 216
+    assert global_batch(c, 5_493_163) == 4200
+    assert global_batch(c, 5_493_164) == global_batch(c, 10**9) == 4224
     seen, sizes = 0, [192]
     while sizes[-1] < 4224:
         seen += sizes[-1]
-        sizes.append(train.global_batch(c, seen))
+        sizes.append(global_batch(c, seen))
     assert {b - a for a, b in itertools.pairwise(sizes)} == {0, 24}
     assert set(sizes) == set(range(192, 4225, 24))
 
 
 def test_ramp_counts_the_samples_that_were_seen() -> None:
-    trainer = train.Trainer(toy.config(), toy.Sampler())
+    trainer = Trainer(toy.config(), toy.Sampler())
     results = [trainer.step() for _ in range(8)]
     assert [r.global_batch for r in results] == [2, 2, 2, 2, 4, 4, 6, 6]
     assert [r.tokens for r in results] == [r.global_batch * toy.L for r in results]
@@ -122,7 +125,7 @@ def test_ramp_counts_the_samples_that_were_seen() -> None:
 
 
 def test_training_learns() -> None:
-    trainer = train.Trainer(toy.config(steps=60, lr=1e-2), toy.Sampler())
+    trainer = Trainer(toy.config(steps=60, lr=1e-2), toy.Sampler())
     losses = [trainer.step().loss for _ in range(60)]
     assert losses[0] == pytest.approx(math.log(toy.V), abs=0.1)
     assert losses[-1] < 0.6 * losses[0]
@@ -152,7 +155,7 @@ def geglu(x: Tensor) -> Tensor:
     return y
 
 
-def spoil(trainer: train.Trainer, what: str) -> None:
+def spoil(trainer: Trainer, what: str) -> None:
     weight = trainer.model.blocks[1].mlp.up.weight
     with torch.no_grad():
         if what == "weight":
@@ -161,7 +164,7 @@ def spoil(trainer: train.Trainer, what: str) -> None:
             weight.fill_(3e38)
     if what == "norm":
         loss = trainer.model.loss
-        trainer.loss = trainer.model.loss = lambda *a: loss(*a) * 1e25  # type: ignore[method-assign]
+        trainer.parallel.loss = trainer.model.loss = lambda *a: loss(*a) * 1e25  # type: ignore[method-assign]
 
 
 FIRST, PARAMETER = "first not finite: op", "first parameter with such a gradient:"
@@ -180,7 +183,7 @@ PLACES = {
 @pytest.mark.parametrize("what", PLACES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_not_finite_is_located_and_nothing_is_updated(dtype: str, what: str) -> None:
-    trainer = train.Trainer(toy.config(dtype=dtype), toy.Sampler())
+    trainer = Trainer(toy.config(dtype=dtype), toy.Sampler())
     trainer.step()
     spoil(trainer, what)
     before = {k: v.clone() for k, v in trainer.state()[0].items()}
@@ -192,7 +195,7 @@ def test_not_finite_is_located_and_nothing_is_updated(dtype: str, what: str) -> 
 
 
 def test_not_finite_in_a_later_micro_batch() -> None:
-    trainer = train.Trainer(toy.config(model={"tied_head": False}), toy.Sampler())
+    trainer = Trainer(toy.config(model={"tied_head": False}), toy.Sampler())
     batches = [trainer.sampler.next(2) for _ in range(3)]
     only_third = batches[2].tokens[0, 0]
     assert not any((b.tokens == only_third).any() for b in batches[:2])
@@ -206,7 +209,7 @@ def test_not_finite_in_a_later_micro_batch() -> None:
 
 
 def test_float16_skips_above_the_minimum_scale_and_stops_at_it() -> None:
-    trainer = train.Trainer(toy.config(dtype="float16", loss_scale=4.0), toy.Sampler())
+    trainer = Trainer(toy.config(dtype="float16", loss_scale=4.0), toy.Sampler())
     with torch.no_grad():
         trainer.optimizer.named["embedding"].fill_(math.nan)
     results = [trainer.step() for _ in range(3)]
@@ -230,10 +233,10 @@ class Nan(toy.Sampler):
 
 def test_a_run_that_stops_keeps_its_last_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="step 5: the loss is nan"):
-        train.run(toy.config(), tmp_path, sampler=Nan())
+        run(toy.config(), tmp_path, sampler=Nan())
     assert checkpoint.load(tmp_path)[1]["step"] == 3
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4]
-    result = train.run(toy.config(), tmp_path, sampler=toy.Sampler(), resume=True)
+    result = run(toy.config(), tmp_path, sampler=toy.Sampler(), resume=True)
     assert (result.steps, len(metrics(tmp_path))) == (12, 12)
 
 
@@ -246,7 +249,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 def test_run_writes_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new/run"
-    result = train.run(toy.config(save_every=5), out, sampler=toy.Sampler())
+    result = run(toy.config(save_every=5), out, sampler=toy.Sampler())
     assert config.load(out / "config.toml") == toy.config(save_every=5)
     assert [m["step"] for m in metrics(out)] == list(range(1, 13))
     assert all(m["step_ms"] > 0 for m in metrics(out))
@@ -264,13 +267,13 @@ def test_run_writes_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_a_run_is_never_written_over(tmp_path: Path) -> None:
-    train.run(toy.config(steps=2), tmp_path, sampler=toy.Sampler())
+    run(toy.config(steps=2), tmp_path, sampler=toy.Sampler())
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     with pytest.raises(
         ConfigError, match="holds a run already; resume it or choose another folder"
     ):
-        train.run(toy.config(), tmp_path, sampler=toy.Sampler())
-    result = train.run(toy.config(steps=2), tmp_path, sampler=toy.Sampler(), resume=True)
+        run(toy.config(), tmp_path, sampler=toy.Sampler())
+    result = run(toy.config(steps=2), tmp_path, sampler=toy.Sampler(), resume=True)
     assert (result.loss, result.steps, result.interrupted) == (None, 2, False)
     assert result.checkpoint.is_file()
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
@@ -278,7 +281,7 @@ def test_a_run_is_never_written_over(tmp_path: Path) -> None:
 
 def test_resume_without_a_run(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such checkpoint"):
-        train.run(toy.config(), tmp_path, sampler=toy.Sampler(), resume=True)
+        run(toy.config(), tmp_path, sampler=toy.Sampler(), resume=True)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -295,13 +298,13 @@ def signalling(at: int, number: int, times: int = 1) -> toy.Sampler:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_one_signal_finishes_the_step_saves_and_returns(tmp_path: Path, number: int) -> None:
-    whole = train.run(toy.config(), tmp_path / "whole", sampler=toy.Sampler())
+    whole = run(toy.config(), tmp_path / "whole", sampler=toy.Sampler())
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    result = train.run(toy.config(), tmp_path / "run", sampler=signalling(6, number))
+    result = run(toy.config(), tmp_path / "run", sampler=signalling(6, number))
     assert (result.steps, result.interrupted) == (4, True)
     assert checkpoint.load(tmp_path / "run")[1]["step"] == 4
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
-    result = train.run(toy.config(), tmp_path / "run", sampler=toy.Sampler(), resume=True)
+    result = run(toy.config(), tmp_path / "run", sampler=toy.Sampler(), resume=True)
     assert (result.steps, result.interrupted, result.loss) == (12, False, whole.loss)
 
 
@@ -310,7 +313,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            train.run(toy.config(), tmp_path, sampler=signalling(8, signal.SIGINT, times=2))
+            run(toy.config(), tmp_path, sampler=signalling(8, signal.SIGINT, times=2))
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, inherited)
@@ -330,8 +333,8 @@ def test_a_full_disk_while_writing_metrics(tmp_path: Path, monkeypatch: pytest.M
         with pytest.raises(
             TrainingError, match=r"No space left on device; make it writable or make"
         ):
-            train.run(toy.config(), tmp_path, sampler=toy.Sampler())
-    assert train.run(toy.config(), tmp_path, sampler=toy.Sampler(), resume=True).steps == 12
+            run(toy.config(), tmp_path, sampler=toy.Sampler())
+    assert run(toy.config(), tmp_path, sampler=toy.Sampler(), resume=True).steps == 12
     assert [m["step"] for m in metrics(tmp_path)] == list(range(1, 13))
 
 
@@ -369,7 +372,7 @@ def test_fallbacks_reach_the_result_with_their_reasons(
     tmp_path: Path, partial: Backend, graphs: list[Any], compiled: bool
 ) -> None:
     c = toy.config(backend="partial", steps=2, compile=compiled)
-    fallbacks = train.run(c, tmp_path, sampler=toy.Sampler()).fallbacks
+    fallbacks = run(c, tmp_path, sampler=toy.Sampler()).fallbacks
     assert len(graphs) == compiled
     assert fallbacks[Fallback("partial", "geglu", "odd widths only")] == (2 if compiled else 4)
     assert fallbacks[Fallback("partial", "adamw", "no kernel for this op")] == 4
@@ -390,7 +393,7 @@ def test_fallbacks_reach_the_result_with_their_reasons(
 def test_strict_refuses(tmp_path: Path, partial: Backend) -> None:
     c = toy.config(backend="partial", strict=True)
     with pytest.raises(UnsupportedOpError, match=r"on backend partial: .*; drop strict"):
-        train.run(c, tmp_path, sampler=toy.Sampler())
+        run(c, tmp_path, sampler=toy.Sampler())
 
 
 def test_a_dtype_the_backend_lacks(partial: Backend) -> None:
@@ -399,7 +402,7 @@ def test_a_dtype_the_backend_lacks(partial: Backend) -> None:
     with pytest.raises(
         ConfigError, match="=bfloat16: backend partial computes in float32, float16;"
     ):
-        train.Trainer(c, toy.Sampler())
+        Trainer(c, toy.Sampler())
 
 
 def test_a_run_on_real_text_goes_on_with_the_same_batches(tmp_path: Path) -> None:
@@ -411,15 +414,15 @@ def test_a_run_on_real_text_goes_on_with_the_same_batches(tmp_path: Path) -> Non
     base = toy.config(model=sizes, steps=6, save_every=2, ramp_from=0)
     data = dataclasses.replace(base.data, path=str(text), vocab=vocab, length=32)
     c, cache = dataclasses.replace(base, data=data), tmp_path / "cache"
-    train.run(c, tmp_path / "whole", cache_dir=cache)
+    run(c, tmp_path / "whole", cache_dir=cache)
     first = tmp_path / "whole/checkpoints/step-00000004.safetensors"
-    train.run(c, tmp_path / "resumed", cache_dir=cache, resume=first)
+    run(c, tmp_path / "resumed", cache_dir=cache, resume=first)
     states = [checkpoint.load(tmp_path / name) for name in ("whole", "resumed")]
     assert states[0][1] == states[1][1]
     assert all(torch.equal(t, states[1][0][k]) for k, t in states[0][0].items())
     text.write_text("another text. " * 4000)
     with pytest.raises(DataError, match="sampler state: saved with corpus="):
-        train.run(c, tmp_path / "other", cache_dir=cache, resume=first)
+        run(c, tmp_path / "other", cache_dir=cache, resume=first)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -433,10 +436,10 @@ def test_compiled_is_eager_to_rounding(backend: str, graphs: list[Any]) -> None:
     def trained(**changes: Any) -> dict[str, Tensor]:
         oracle = not changes
         c = toy.config(warmup_steps=0, weight_decay=0.0, eps=1e-3, **changes)
-        trainer = train.Trainer(c, toy.Sampler())
+        trainer = Trainer(c, toy.Sampler())
         if oracle:
             trainer.model.double()
-            trainer.optimizer = train.Optimizer(trainer.model, c.train)
+            trainer.optimizer = Optimizer(trainer.model, c.train)
         with registry.use(trainer.backend):
             for _ in range(4):
                 trainer.step()

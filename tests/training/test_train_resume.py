@@ -16,7 +16,9 @@ import pytest
 import torch
 import toy
 
-from glm_core.training import checkpoint, trainer
+from glm_core.training import checkpoint
+from glm_core.training.run import run
+from glm_core.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 Child = Callable[..., dict[str, int]]
@@ -146,7 +148,7 @@ def test_forgetting_part_of_the_state_is_noticed(
     dtype = "float16" if forgotten == "loss_scale" else "float32"
     reference, _ = unbroken(dtype, False)
     config = toy.config(**DTYPES[dtype])
-    fresh = trainer.Trainer(config, toy.Sampler()).state()[1]
+    fresh = Trainer(config, toy.Sampler()).state()[1]
     load = checkpoint.load
 
     def forgetful(path: Path) -> Any:
@@ -154,7 +156,7 @@ def test_forgetting_part_of_the_state_is_noticed(
         return tensors, {**facts, forgotten: fresh[forgotten]}
 
     monkeypatch.setattr(checkpoint, "load", forgetful)
-    trainer.run(
+    run(
         config,
         tmp_path,
         sampler=toy.Sampler(),

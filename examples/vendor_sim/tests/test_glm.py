@@ -17,6 +17,7 @@ from glm_core.config import DataConfig, RunConfig, TrainConfig
 from glm_core.conformance.run import run
 from glm_core.model.presets import preset
 from glm_core.session import Session
+from glm_core.training.checkpoint import FileCheckpoints
 from glm_core.training.trainer import Trainer
 
 STEPS, L, V = 4, 24, 256
@@ -106,14 +107,15 @@ def test_fallbacks_below_us_are_reported_and_change_nothing() -> None:
 
 def test_resumed_run_is_the_same_to_the_bit(tmp_path: Path) -> None:
     expected, _ = train("sim")
-    first = Trainer(config(), Sampler())
+    checkpoints = FileCheckpoints(tmp_path, keep=1)
+    first = Trainer(config(), Sampler(), checkpoints=checkpoints)
     with registry.use("sim"):
         begun = [first.step().loss for _ in range(2)]
     torch.sim.manual_seed(9)
-    first.save(tmp_path)
+    path = first.save()
     torch.sim.manual_seed(8)
     second = Trainer(config(), Sampler())
-    second.restore(tmp_path)
+    second.restore(checkpoints.open(path))
     assert torch.sim.get_rng_state()[0].item() == 9
     with registry.use("sim"):
         assert begun + [second.step().loss for _ in range(2)] == expected

@@ -1,0 +1,186 @@
+"""What a training step does under a plan: each process takes its rows, gradients are summed where
+parameters are held more than once, and one norm covers everything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from glm_core import ops
+from glm_core.backends.base import Backend
+from glm_core.config import RunConfig
+from glm_core.diagnose import nonfinite
+from glm_core.distributed import apply, schedule
+from glm_core.distributed import mesh as meshes
+from glm_core.distributed.checkpoint import shards_of
+from glm_core.distributed.collectives import all_reduce
+from glm_core.distributed.layout import split_of
+from glm_core.distributed.plan import Plan, require_fit
+from glm_core.distributed.tensor_parallel import replicated
+from glm_core.errors import ConfigError
+from glm_core.training.batches import Batch, Sampler
+from glm_core.training.optimizer import Optimizer, own_part, sum_in_float32
+
+MESSAGE = 2**25
+"""elements that one collective of `add_up` sums"""
+FIELDS = ("positions", "key_start", "key_end", "labels")
+
+
+class ManyProcesses:
+    """This process's part of the model under a plan, and its work with the other processes; see
+    glm_core.training.parallel.Parallel. Every process draws the same global batch."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        plan: Plan,
+        mesh: DeviceMesh,
+        backend: Backend,
+        device: torch.device | None = None,
+    ) -> None:
+        """Weights start from config.train.seed, as on one process. Raises ConfigError where plan,
+        model and job do not fit."""
+        require_fit(
+            plan,
+            config.model,
+            world=mesh.size(),
+            global_batch=config.train.global_batch,
+            length=config.data.length,
+        )
+        self.config, self.plan, self.mesh, self.backend = config, plan, mesh, backend
+        self.device = device or torch.device(mesh.device_type)
+        self.dtype: torch.dtype = getattr(torch, config.train.dtype)
+        self.model = apply.build(config.model, plan, mesh, self.device, self.dtype)
+        if plan.micro_batches > 1:
+            sum_in_float32(self.model)
+        self.ends = meshes.ends_group(mesh) if plan.pp > 1 and plan.schedule != "zbv" else None
+        self.work = schedule.Work(
+            self.model.stages, plan, mesh, config.model, self.device, self.dtype
+        )
+
+    @property
+    def is_reporter(self) -> bool:
+        return dist.get_rank() == 0
+
+    def initial_weights(self) -> dict[str, Tensor]:
+        c = self.config
+        return apply.initial_values(self.model, c.model, self.mesh, c.train.seed)
+
+    def batches(self, sampler: Sampler, sequences: int) -> list[Batch]:
+        return [sampler.next(sequences)]
+
+    def forward_backward(self, batch: Batch, token_weight: Tensor) -> Tensor:
+        """Takes this data-parallel rank's rows of the global batch; gradients are ZeRO shards where
+        there is ZeRO. Returns the rows' loss where the last stage is held, else 0."""
+        mine = self._rows(batch.tokens)
+        inputs = {f: getattr(batch, f)[mine].to(self.device) for f in FIELDS}
+        inputs["token_weight"] = token_weight[mine].to(self.device)
+        return self.work.run(batch.tokens[mine].to(self.device), inputs)
+
+    def _rows(self, tokens: Tensor) -> slice:
+        ranks, m = self.plan.dp, self.plan.micro_batches
+        each, rest = divmod(len(tokens), ranks)
+        if rest or each % m:
+            raise ConfigError(
+                f"plan {self.plan.label()}: dp * micro_batches = {ranks * m} does not divide a "
+                f"batch of {len(tokens)} sequences; use a multiple"
+            )
+        first = self.mesh.get_local_rank("dp") * each
+        return slice(first, first + each)
+
+    def sum_gradients(self) -> None:
+        grads = {
+            n: own_part(p.grad) for n, p in self.model.named_parameters() if p.grad is not None
+        }
+        if self.plan.sp:
+            add_up([g for n, g in grads.items() if replicated(n)], self.mesh.get_group("tp"))
+        if self.ends is not None and self.config.model.tied_head and "embedding" in grads:
+            add_up([grads["embedding"]], self.ends)
+        if self.plan.dp > 1 and not self.plan.zero:
+            add_up(list(grads.values()), self.mesh.get_group("dp"))
+
+    def sum_loss(self, loss: Tensor) -> Tensor:
+        for axis, size in (("dp", self.plan.dp), ("pp", self.plan.pp)):
+            if size > 1:
+                loss = all_reduce(loss, self.mesh.get_group(axis))
+        return loss
+
+    def norm(self, grads: dict[str, Tensor]) -> Tensor:
+        """Counts every element once, wherever it is held."""
+        own = [g for n, g in grads.items() if self._counts(n)]
+        squares = ops.global_norm(own).to(self.device).square()
+        for axis, sharded in (
+            ("tp", self.plan.tp > 1),
+            ("pp", self.plan.pp > 1),
+            ("dp", self.plan.zero > 0),
+        ):
+            if sharded:
+                squares = all_reduce(squares, self.mesh.get_group(axis))
+        return squares.sqrt()
+
+    def _counts(self, name: str) -> bool:
+        """Whether this process counts a parameter that several processes hold: one of them does."""
+        if replicated(name) and self.mesh.get_local_rank("tp") != 0:
+            return False
+        return name != "embedding" or self.model.stages[0].is_first
+
+    def locate_nonfinite(self, backward: Callable[[], object]) -> tuple[str, str]:
+        """Quotes the process in which numbers stopped being finite first."""
+        stages = self.model.stages
+        with nonfinite.watch(stages[0] if len(stages) == 1 else self.model) as seen:
+            backward()
+        every: list[Any] = [None] * self.mesh.size()
+        dist.all_gather_object(every, (seen.op, seen.parameter))
+        # an op whose input was not finite says "either)": it is not the first
+        rank = min(range(len(every)), key=lambda r: (not every[r][0], "either)" in every[r][0], r))
+        op, parameter = every[rank]
+        return (f"{op} on rank {rank}" if op else ""), parameter
+
+    def tensors(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Views of this process's part, each with its place in the whole, so that a run under any
+        other plan goes on from them."""
+        tp, rank = self.plan.tp, self.mesh.get_local_rank("tp")
+        found = {}
+        for key, own in optimizer.state()["tensors"].items():
+            name = key.partition(".")[2]
+            split = split_of(name, self.config.model, tp, rank) if tp > 1 else None
+            found[key] = shards_of(optimizer.trained[name], split, tp, own)
+        return found
+
+    def restore_random_state(self, tensors: dict[str, Any]) -> None:
+        """Nothing under a plan draws random numbers."""
+
+    def facts(self) -> dict[str, Any]:
+        return {"plan": self.plan.label()}
+
+
+def add_up(grads: list[Tensor], group: Any) -> None:
+    """Sums the gradients over the group, in place; the sums are formed in float32."""
+    for parts in messages(grads):
+        sizes = [len(part) for part in parts]
+        flat = torch.empty(sum(sizes), dtype=torch.float32, device=parts[0].device)
+        torch.cat(parts, out=flat)
+        dist.all_reduce(flat, group=group)
+        for part, summed in zip(parts, flat.split(sizes), strict=True):
+            part.copy_(summed)
+
+
+def messages(grads: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Yields all elements of the gradients in order, as flat views, MESSAGE of them at a time."""
+    parts: list[Tensor] = []
+    room = MESSAGE
+    for grad in grads:
+        rest = grad.view(-1)
+        while len(rest):
+            parts.append(rest[:room])
+            rest, room = rest[room:], room - len(parts[-1])
+            if not room:
+                yield parts
+                parts, room = [], MESSAGE
+    if parts:
+        yield parts

@@ -1,0 +1,175 @@
+"""What a training step does differently on one process and on many, and how one process does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from glm_core import ops
+from glm_core.backends import registry
+from glm_core.backends.base import Backend
+from glm_core.config import RunConfig
+from glm_core.diagnose import nonfinite
+from glm_core.errors import ConfigError
+from glm_core.model.glm import GLM
+from glm_core.training.batches import Batch, Sampler
+from glm_core.training.optimizer import Optimizer, sum_in_float32
+
+
+class Parallel(Protocol):
+    """A process's part of the model, and its work together with the other processes. Every process
+    calls the methods in the same order. SingleProcess is the plan of ones; many processes are in
+    glm_core.distributed.parallel."""
+
+    backend: Backend
+    device: torch.device
+    dtype: torch.dtype
+    """of weights and activations"""
+
+    @property
+    def model(self) -> nn.Module:
+        """What this process holds, its parameters named as in the whole model."""
+
+    @property
+    def is_reporter(self) -> bool:
+        """Whether this process writes the metrics and says what happens."""
+
+    def initial_weights(self) -> dict[str, Tensor]:
+        """Float32 weights to start from, this process's part; empty where the model has its own."""
+
+    def batches(self, sampler: Sampler, sequences: int) -> list[Batch]:
+        """Draws a step's sequences, in the portions that `forward_backward` takes."""
+
+    def forward_backward(self, batch: Batch, token_weight: Tensor) -> Tensor:
+        """Adds the gradients of sum(token_weight * cross-entropy) to `.grad`. Returns this
+        process's part of that sum, a float32 scalar."""
+
+    def sum_gradients(self) -> None:
+        """Adds up the parts of a gradient that several processes have, after the last batch."""
+
+    def sum_loss(self, loss: Tensor) -> Tensor:
+        """Adds up the parts of a loss that several processes have."""
+
+    def norm(self, grads: dict[str, Tensor]) -> Tensor:
+        """The norm of the whole gradient, from this process's part by parameter."""
+
+    def locate_nonfinite(self, backward: Callable[[], object]) -> tuple[str, str]:
+        """Runs `backward` again and returns the op, and the parameter, in which numbers first
+        stopped being finite; "" where there is none."""
+
+    def tensors(self, optimizer: Optimizer) -> dict[str, Any]:
+        """What a checkpoint holds, by name; loading fills it in place."""
+
+    def restore_random_state(self, tensors: dict[str, Any]) -> None:
+        """Sets the random generators from `tensors`, which a checkpoint has filled."""
+
+    def facts(self) -> dict[str, Any]:
+        """JSON-able facts that a checkpoint states beside the trainer's own."""
+
+
+class SingleProcess:
+    """The whole model in one process: nothing is shared, and nothing to be summed."""
+
+    is_reporter = True
+
+    def __init__(
+        self,
+        config: RunConfig,
+        backend: Backend | None = None,
+        *,
+        weights: dict[str, Tensor] | None = None,
+        model: GLM | None = None,
+    ) -> None:
+        """backend: by default the config's, found by its name. weights: float32, to start from
+        instead of the config's seed. model: one that has its weights; only its parameters that are
+        not frozen are trained and saved. Raises ConfigError for what the backend cannot do."""
+        t = config.train
+        self.config = config
+        self.backend = backend = backend or registry.usable(t.backend)
+        self.device = backend.device()
+        self.dtype: torch.dtype = getattr(torch, t.dtype)
+        if self.dtype not in backend.dtypes:
+            known = ", ".join(str(d).removeprefix("torch.") for d in backend.dtypes)
+            raise ConfigError(
+                f"train.dtype={t.dtype}: backend {backend.name} computes in {known}; use one of "
+                "these"
+            )
+        if t.compile and hasattr(model, "prefix"):
+            raise ConfigError(
+                "train.compile=True: a prefix (P-Tuning) moves the mask by its values, which "
+                "torch.compile cannot trace; leave compile out"
+            )
+        self._weights = {} if model is not None else weights
+        self.model = (model or GLM(config.model)).to(self.device, self.dtype)
+        if t.global_batch > t.micro_batch:
+            sum_in_float32(self.model)
+        self.loss: Callable[..., Tensor] = self.model.loss
+        if t.compile:
+            self.loss = torch.compile(self.model.loss, fullgraph=True)
+
+    def initial_weights(self) -> dict[str, Tensor]:
+        return initial_weights(self.config) if self._weights is None else self._weights
+
+    def batches(self, sampler: Sampler, sequences: int) -> list[Batch]:
+        size = self.config.train.micro_batch
+        return [sampler.next(size) for _ in range(sequences // size)]
+
+    def forward_backward(self, batch: Batch, token_weight: Tensor) -> Tensor:
+        inputs = (
+            batch.tokens,
+            batch.positions,
+            batch.key_start,
+            batch.key_end,
+            batch.labels,
+            token_weight,
+        )
+        loss = self.loss(*(x.to(self.device) for x in inputs))
+        loss.backward()
+        return loss.detach()
+
+    def sum_gradients(self) -> None:
+        """Every gradient is whole."""
+
+    def sum_loss(self, loss: Tensor) -> Tensor:
+        return loss
+
+    def norm(self, grads: dict[str, Tensor]) -> Tensor:
+        return ops.global_norm(list(grads.values()))
+
+    @contextmanager
+    def eager(self) -> Iterator[None]:
+        """Computes the loss without torch.compile in the block."""
+        compiled, self.loss = self.loss, self.model.loss
+        try:
+            yield
+        finally:
+            self.loss = compiled
+
+    def locate_nonfinite(self, backward: Callable[[], object]) -> tuple[str, str]:
+        with self.eager(), nonfinite.watch(self.model) as seen:
+            backward()
+        return seen.op, seen.parameter
+
+    def tensors(self, optimizer: Optimizer) -> dict[str, Any]:
+        return {
+            **optimizer.state()["tensors"],
+            "rng.torch": torch.get_rng_state(),
+            "rng.backend": self.backend.rng_state(),
+        }
+
+    def restore_random_state(self, tensors: dict[str, Any]) -> None:
+        self.backend.set_rng_state(tensors["rng.backend"])
+        torch.set_rng_state(tensors["rng.torch"])
+
+    def facts(self) -> dict[str, Any]:
+        return {}
+
+
+def initial_weights(config: RunConfig) -> dict[str, Tensor]:
+    """Returns the run's float32 starting weights, the same on every backend and device."""
+    model = GLM(config.model).init_weights(config.train.seed)
+    return {n: p.detach() for n, p in model.named_parameters()}

@@ -139,6 +139,7 @@ import sys; sys.path[:0] = sys.argv[2:]
 from pathlib import Path
 import toy
 from glm_core.training import checkpoint
+from glm_core.training.run import run
 from glm_core.errors import CheckpointError
 try:
     run(toy.config(), sys.argv[1] + "/run", sampler=toy.Sampler())

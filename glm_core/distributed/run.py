@@ -57,8 +57,8 @@ def run(
     out, t = Path(out_dir), config.train
     if t.compile:
         raise ConfigError(
-            "train --plan: does not go with train.compile=true, which is not proved under plans; "
-            "leave it out"
+            "train --plan: cannot be combined with train.compile=true, which is not proved under "
+            "plans; leave it out"
         )
     backend = registry.usable(t.backend)
     device = mesh.start(backend, timeout_s or 600.0)

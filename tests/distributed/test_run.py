@@ -65,8 +65,8 @@ def test_a_run_under_one_plan_goes_on_under_another(
     [
         (["--plan", "tpp=2"], "unknown plan key 'tpp'"),
         (["--plan", "tp=2"], "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT not set"),
-        (["--plan", "tp=2", "--compile"], "does not go with train.compile=true"),
-        (["--plan", "tp=2", "--base", "x"], "does not go with --base; leave it out"),
+        (["--plan", "tp=2", "--compile"], "cannot be combined with train.compile=true"),
+        (["--plan", "tp=2", "--base", "x"], "cannot be combined with --base; leave these out"),
     ],
     ids=["key", "alone", "compile", "base"],
 )

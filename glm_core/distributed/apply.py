@@ -1,15 +1,16 @@
-"""The one place where a plan becomes modules, in this order:
+"""Turns a plan into modules, here alone and in this order:
 
 1. pipeline: each stage holds its layers of the one model;
-2. tensor and sequence parallel: a layer's matrices at a rank's size, its projections talking;
+2. tensor and sequence parallel: a layer's matrices have a rank's size, and its projections
+   communicate;
 3. recompute: which parts of a stage are not kept for the backward pass;
 4. device and dtype: parameters get memory here, not before (under ZeRO layer by layer), and no
    values yet;
 5. ZeRO: what is left is shared out over the data-parallel ranks;
 6. values: from (seed, name), the same as on one process.
 
-The reverse order would not do: ZeRO shares what tensor parallelism left of a matrix, and recompute
-must wrap what the collectives are part of."""
+The reverse order would be wrong: ZeRO shares out what tensor parallelism left of a matrix, and
+recompute must wrap the collectives too."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ class Share(nn.ModuleList):
         self.stages = stages
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """Of all stages; what two of them share is named once."""
+        """Yields the parameters of all stages; one that two stages share is named once."""
         named: dict[str, nn.Parameter] = {}
         for stage in self.stages:
             named.update(stage.named_parameters(*args, **kwargs))
@@ -51,8 +52,8 @@ class Share(nn.ModuleList):
 def build(
     config: ModelConfig, plan: Plan, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype
 ) -> Share:
-    """This process's stages under the plan, with memory but without values. Nothing of the size of
-    the whole model is ever made; under FakeTensorMode nothing is."""
+    """Returns this process's stages under the plan, with memory but without values. Nothing of the
+    size of the whole model is ever allocated; under FakeTensorMode nothing is."""
     ranks = Ranks(mesh.get_group("tp"), plan.sp) if plan.tp > 1 else None
     stages = []
     for number in stages_of(plan, mesh.get_local_rank("pp")):
@@ -70,8 +71,8 @@ def build(
 
 
 def give_memory(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Parameters of the meta device become uninitialised ones. As nn.Module.to_empty, which cannot
-    do it under FakeTensorMode."""
+    """Replaces parameters on the meta device by uninitialised ones. Does what nn.Module.to_empty
+    does, which fails under FakeTensorMode."""
     for part in module.modules():
         for name, p in list(part.named_parameters(recurse=False)):
             if p.is_meta:
@@ -82,17 +83,17 @@ def give_memory(module: nn.Module, device: torch.device, dtype: torch.dtype) -> 
 def shard(
     stage: Stage, zero: int, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """ZeRO by FSDP2, layer by layer, each given its memory just before. What a rank holds of the
-    weights is float32 and so their masters; they are gathered in `dtype`. Between steps everything
-    is sharded; during one, stages 1 and 2 keep the weights that stage 3 gathers again for every
-    use. Gradients are SUMS over dp, and over micro-batches, in float32: every token's weight is
-    already relative to the global batch."""
+    """Applies ZeRO by FSDP2, layer by layer; each layer gets its memory just before. A rank's
+    shards are float32 and serve as the masters; weights are gathered in `dtype`. Between steps
+    everything is sharded. During a step ZeRO 1 and 2 keep the gathered weights, ZeRO 3 gathers them
+    again for every use. Gradients are SUMS over dp, and over micro-batches, in float32: every
+    token's weight is already relative to the global batch."""
     # a block's outputs may be views; nothing in the model writes into them
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     policy = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    for module in (*stage.held(), stage):
+    for module in (*stage.own_blocks(), stage):
         give_memory(module, device, torch.float32)
         fully_shard(module, mesh=mesh, reshard_after_forward=zero == 3, mp_policy=policy)
     sum_gradients(stage, 1.0)
@@ -101,7 +102,7 @@ def shard(
 def own_values(
     share: Share, config: ModelConfig, mesh: DeviceMesh, value: Callable[[str, torch.Size], Tensor]
 ) -> dict[str, Tensor]:
-    """Of whole tensors `value(name, shape)` the part that this process holds, by name; one whole
+    """Returns this process's part of the whole tensors `value(name, shape)`, by name. One whole
     tensor exists at a time."""
     shapes = whole_shapes(config)
     tp, rank = mesh["tp"].size(), mesh.get_local_rank("tp")
@@ -114,14 +115,14 @@ def own_values(
 
 
 def whole_shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    """Every parameter's shape on one process."""
+    """Returns every parameter's shape on one process."""
     with torch.device("meta"):
         return {n: p.shape for n, p in GLM(config).named_parameters()}
 
 
 def own_rows(p: Tensor, mesh: DeviceMesh | None = None) -> tuple[int, int]:
-    """(first, number) of the rows that this process holds of a tensor ZeRO shared out, or of a
-    plain one. mesh: in place of the tensor's own."""
+    """Returns (first, number) of the rows this process holds of a tensor, which ZeRO may have
+    shared out. mesh: in place of the tensor's own."""
     if not isinstance(p, DTensor):
         return 0, p.shape[0]
     mesh = mesh or p.device_mesh
@@ -132,7 +133,7 @@ def own_rows(p: Tensor, mesh: DeviceMesh | None = None) -> tuple[int, int]:
 def initial_values(
     share: Share, config: ModelConfig, mesh: DeviceMesh, seed: int
 ) -> dict[str, Tensor]:
-    """Float32 starting weights of this process: the same as one process starts from, to the bit."""
+    """Returns this process's float32 starting weights, bit for bit those of a single process."""
     return own_values(
         share, config, mesh, lambda name, shape: initial_value(config, seed, name, shape).float()
     )

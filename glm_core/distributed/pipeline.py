@@ -1,5 +1,5 @@
-"""What a pipeline stage holds and when it works: some layers of the one model, in one of
-torch.distributed.pipelining's schedules. A model that is not cut is a single stage.
+"""A pipeline stage: the one model with some of its layers left out. A model that is not cut is a
+single stage.
 
 Two tensors travel from stage to stage, `delta` and `residual`, as between any two blocks (see
 model/glm.py): not their sum, which the next norm forms in its fused op. Shapes as there; under
@@ -24,9 +24,9 @@ from glm_core.model.glm import GLM, Block, Stream
 
 
 class Stage(GLM):
-    """Layers [first, last) of a GLM, the embedding before the first, norm, head and loss after the
-    last; forward and loss are the model's own. Parameters have the names of the whole model, and
-    are uninitialised, on the meta device."""
+    """A GLM with the layers [first, last) alone. Only the first stage has the embedding, only the
+    last one norm, head and loss. Parameters have the names of the whole model and are
+    uninitialised, on the meta device."""
 
     def __init__(
         self, config: ModelConfig, number: int, stages: int, ranks: Ranks | None = None
@@ -38,7 +38,7 @@ class Stage(GLM):
             super().__init__(tensor.part_of(config, ranks.size) if ranks else config)
         self.config, self.ranks = config, ranks
         self.is_first, self.is_last = number == 0, number == stages - 1
-        self.recomputed: Recompute = "none"
+        self._recompute: Recompute = "none"
         held = {str(i): self.blocks[i] for i in stage_layers(config.num_layers, stages)[number]}
         self.register_module("blocks", nn.ModuleDict(held))
         if not self.is_first:
@@ -52,26 +52,27 @@ class Stage(GLM):
         if not self.is_last:
             self.final_norm = self.head = None
         if ranks:
-            for block in self.held():
+            for block in self.own_blocks():
                 tensor.share(block, ranks)
 
-    def held(self) -> list[Block]:
-        """The blocks in order."""
+    def own_blocks(self) -> list[Block]:
+        """Returns the stage's blocks in order."""
         return [b for b in self.blocks.children() if isinstance(b, Block)]
 
     def layers(self) -> list[Callable[..., Stream]]:
-        """The blocks as `forward` calls them: computed again in the backward pass or not."""
-        if self.recomputed == "full":
-            return [functools.partial(again, block) for block in self.held()]
-        return list(self.held())
+        """Returns the blocks as `forward` calls them, computed again in the backward pass or
+        not."""
+        if self._recompute == "full":
+            return [functools.partial(recomputed, block) for block in self.own_blocks()]
+        return list(self.own_blocks())
 
     def recompute(self, what: Recompute) -> None:
         """Sets what is computed again in the backward pass rather than kept: whole blocks ("full"),
         or attention's core ("selective")."""
-        self.recomputed = what
+        self._recompute = what
         if what == "selective":
-            for block in self.held():
-                block.attention.core = functools.partial(again, ops.attention)
+            for block in self.own_blocks():
+                block.attention.core = functools.partial(recomputed, ops.attention)
 
     def forward(  # type: ignore[override]  # torch's schedules call a stage with what travels
         self,
@@ -82,9 +83,9 @@ class Stage(GLM):
         labels: Tensor,
         token_weight: Tensor,
     ) -> Stream | Tensor:
-        """carried: the tokens on the first stage, delta and residual on the others -> delta and
-        residual, on the last stage the micro-batch's sum(token_weight * cross-entropy) as [1].
-        Every other tensor is the whole micro-batch's, on every stage; shapes as in GLM.loss."""
+        """Returns delta and residual, on the last stage the loss sum(token_weight * cross-entropy)
+        of the micro-batch as [1]. carried: the tokens on the first stage, delta and residual on the
+        others. Every stage gets the other tensors whole; shapes as in GLM.loss."""
         begin = carried[0] if self.is_first else (carried[0], carried[1])
         out = super().forward(begin, positions, key_start, key_end)
         if isinstance(out, Tensor):
@@ -93,32 +94,32 @@ class Stage(GLM):
         return own_storage(delta), own_storage(residual)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """As GLM.embed, of a table whose rows the ranks share out."""
+        """Does as GLM.embed, with a table whose rows the ranks share out."""
         if self.ranks is None:
             return super().embed(tokens)
         shrink = self.config.embedding_gradient_shrink
         return tensor.embed(tokens, self.embedding, shrink, self.ranks)
 
     def add_positions(self, x: Tensor, positions: Tensor) -> Tensor:
-        """As GLM.add_positions, to this rank's part of the sequence."""
+        """Does as GLM.add_positions, to this rank's part of the sequence."""
         return super().add_positions(x, tensor.own_tokens(positions, self.ranks))
 
     def cross_entropy(self, hidden: Tensor, labels: Tensor, token_weight: Tensor) -> Tensor:
-        """As GLM.cross_entropy, of a head whose rows the ranks share out."""
+        """Does as GLM.cross_entropy, with a head whose rows the ranks share out."""
         if self.ranks is None:
             return super().cross_entropy(hidden, labels, token_weight)
         return tensor.loss(hidden, self.head_weight, labels, token_weight, self.ranks)
 
 
 def own_storage(x: Tensor) -> Tensor:
-    """x, copied if it is a view: torch's zero-bubble schedules detach what a stage returns in
-    place (torch 2.13, pipelining/_backward.py), which views refuse."""
+    """Returns x, copied if it is a view: torch's zero-bubble schedules detach what a stage returns
+    in place (torch 2.13, pipelining/_backward.py), which views refuse."""
     return x.clone() if x._is_view() else x
 
 
-def again(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args), of which nothing but the arguments is kept for the backward pass; computed
-    again there on the same backend."""
+def recomputed(function: Callable[..., Any], *args: Any) -> Any:
+    """Returns function(*args) and keeps only the arguments for the backward pass, where the
+    function is computed again on the same backend."""
     session = dispatch.session()
     return checkpoint(
         function,

@@ -1,4 +1,4 @@
-"""What a plan is: the sizes of the parallel groups and what each step does. Imports no torch."""
+"""The plan: sizes of the parallel groups, and what each step does. Imports no torch."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Plan:
 def parse(text: str) -> Plan:
     """`tp=2,pp=2,micro_batches=4` as a plan. Raises ConfigError that names every bad part."""
     kinds = {f.name: f.type for f in dataclasses.fields(Plan)}
-    told: dict[str, int | str | bool] = {}
+    values: dict[str, int | str | bool] = {}
     wrong = []
     for part in filter(None, text.split(",")):
         key, _, raw = part.partition("=")
@@ -109,10 +109,10 @@ def parse(text: str) -> Plan:
         elif value is None:
             wrong.append(f"{key}={raw!r}: expected {kinds[key]}, for example tp=2,sp=true")
         else:
-            told[key] = value
+            values[key] = value
     if wrong:
         raise ConfigError(f"plan {text!r}: " + "; ".join(wrong))
-    return Plan(**told)  # type: ignore[arg-type]  # each value has its field's type, or check tells
+    return Plan(**values)  # type: ignore[arg-type]  # each value has its field's type, or check reports it
 
 
 def _value(kind: str, raw: str) -> int | str | bool | None:
@@ -155,8 +155,8 @@ def require_fit(
 
 
 def stage_layers(num_layers: int, stages: int) -> list[range]:
-    """The layers of every stage. Embedding and head count as a layer each, so the first and the
-    last stage are lighter: 70 layers on 8 stages are 8, 9 x 6, 8, as GLM-130B has them (Zeng et
+    """Returns the layers of every stage. Embedding and head count as a layer each, so the first and
+    the last stage are lighter: 70 layers on 8 stages are 8, 9 x 6, 8, as GLM-130B has them (Zeng et
     al. 2022, section 2.3). Where that would leave an end without a layer they do not count."""
     ends = 1 if stages > 1 and num_layers + 2 >= 2 * stages else 0
     base, extra = divmod(num_layers + 2 * ends, stages)
@@ -168,7 +168,7 @@ def stage_layers(num_layers: int, stages: int) -> list[range]:
 
 
 def stages_of(plan: Plan, pp_rank: int) -> list[int]:
-    """The stages a process holds: every pp-th, or in the V shape one from each end."""
+    """Returns the stages a process holds: every pp-th, or in the V shape one from each end."""
     if plan.schedule == "zbv":
         return [pp_rank, plan.stages - 1 - pp_rank]
     return list(range(pp_rank, plan.stages, plan.pp))

@@ -1,4 +1,4 @@
-"""The order in which a process does the forwards and backwards of a step's micro-batches."""
+"""Orders the forwards and backwards of a step's micro-batches on one process."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from glm_core.distributed.plan import Plan, stages_of
 
 
 class Lean(PipelineStage):
-    """A stage whose receive buffers exist from the receive to their last use. torch's own (2.13)
-    holds one for every micro-batch of the step, from the first step on."""
+    """A stage whose receive buffers exist only from the receive to their last use. torch's own
+    (2.13) holds one for every micro-batch of the step, from the first step on."""
 
     def _setup_forward_recv_info(self, num_microbatches: int, has_backward: bool) -> None:
         super()._setup_forward_recv_info(1, has_backward)
-        self.args_recv_info = _of_each(self.args_recv_info[0], num_microbatches)
+        self.args_recv_info = _per_micro_batch(self.args_recv_info[0], num_microbatches)
 
     def _setup_backward_recv_info(self, num_microbatches: int) -> None:
         super()._setup_backward_recv_info(1)
         self.chunks = num_microbatches
-        self.grad_recv_info = _of_each(self.grad_recv_info[0], num_microbatches)
+        self.grad_recv_info = _per_micro_batch(self.grad_recv_info[0], num_microbatches)
 
     def _get_recv_ops(self, recv_infos: Any) -> Any:
         for info in recv_infos:
@@ -47,27 +47,28 @@ class Lean(PipelineStage):
 
     def _retrieve_recv_activations(self, fwd_chunk_id: int) -> Any:
         values = super()._retrieve_recv_activations(fwd_chunk_id)
-        _forget(self.args_recv_info[fwd_chunk_id])
+        _drop_buffers(self.args_recv_info[fwd_chunk_id])
         return values
 
     def _retrieve_recv_grads(self, bwd_chunk_id: int) -> Any:
         values = super()._retrieve_recv_grads(bwd_chunk_id)
-        _forget(self.grad_recv_info[bwd_chunk_id])
+        _drop_buffers(self.grad_recv_info[bwd_chunk_id])
         return values
 
 
-def _of_each(recv_infos: Any, num_microbatches: int) -> dict[int, Any]:
-    _forget(recv_infos)
+def _per_micro_batch(recv_infos: Any, num_microbatches: int) -> dict[int, Any]:
+    _drop_buffers(recv_infos)
     return {i: tuple(map(copy.copy, recv_infos)) for i in range(num_microbatches)}
 
 
-def _forget(recv_infos: Any) -> None:
+def _drop_buffers(recv_infos: Any) -> None:
     for info in recv_infos:
         info.buffer = None
 
 
 class OneForwardOneBackward(Schedule1F1B):
-    """Takes fewer micro-batches than stages too: torch's loop does, its constructor refuses."""
+    """1F1B that also takes fewer micro-batches than stages: torch's loop can, but its constructor
+    refuses."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         PipelineScheduleSingle.__init__(self, *args, **kwargs)
@@ -102,8 +103,8 @@ class Work:
         self.schedule: PipelineScheduleSingle | PipelineScheduleMulti | None = None
 
     def run(self, tokens: Tensor, inputs: dict[str, Any]) -> Tensor:
-        """Forward and backward of this data-parallel rank's rows. Returns their loss where the last
-        stage is held, else 0; a float32 scalar."""
+        """Does forward and backward of this data-parallel rank's rows. Returns their loss where the
+        last stage is held, else 0; a float32 scalar."""
         if self.plan.pp == 1:
             return self._accumulate(tokens, inputs)
         rows, length = tokens.shape
@@ -122,8 +123,8 @@ class Work:
         return torch.zeros((), device=self.device)
 
     def _accumulate(self, tokens: Tensor, inputs: dict[str, Any]) -> Tensor:
-        """Without a pipeline: micro-batch after micro-batch. ZeRO-1 reduces gradients after the
-        last; ZeRO-2 and 3 after each, since they keep none whole."""
+        """Does one micro-batch after the other, without a pipeline. ZeRO-1 reduces gradients after
+        the last; ZeRO-2 and 3 after each, since they keep none whole."""
         [stage] = self.stages
         m = self.plan.micro_batches
         parts = {name: x.chunk(m) for name, x in inputs.items()}
@@ -139,7 +140,7 @@ class Work:
         return loss
 
     def _schedule(self, rows: int, length: int) -> PipelineScheduleSingle | PipelineScheduleMulti:
-        """torch's schedule for micro-batches of rows x length tokens."""
+        """Returns torch's schedule for micro-batches of rows x length tokens."""
         numbers = stages_of(self.plan, self.mesh.get_local_rank("pp"))
         stages = [
             Lean(
@@ -171,7 +172,7 @@ class Work:
         return self._carried(rows, length)
 
     def _carried(self, rows: int, length: int) -> tuple[Tensor, ...]:
-        """delta and residual, without values;  [B, L, D] or [B, L/t, D]."""
+        """Returns delta and residual without values;  [B, L, D] or [B, L/t, D]."""
         own = length // self.plan.tp if self.plan.sp else length
         shape = (rows, own, self.config.hidden)
         return tuple(
@@ -181,5 +182,5 @@ class Work:
 
 
 def _loss(output: Tensor, _labels: Tensor) -> Tensor:
-    """The last stage's output is the loss already."""
+    """Returns the last stage's output: it is the loss already."""
     return output.sum()

@@ -54,8 +54,8 @@ class Norm(nn.Module):
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
 
     def add(self, delta: Tensor | None, residual: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-        """(norm(s), s) with s = delta + alpha * residual, or s = residual where there is no delta
-        yet."""
+        """Returns (norm(s), s) with s = delta + alpha * residual, or s = residual where there is no
+        delta yet."""
         if delta is None:
             return self(residual), residual
         if self.bias is None:
@@ -117,8 +117,8 @@ class MLP(nn.Module):
 
 
 def residual_scale(config: ModelConfig) -> float:
-    """DeepNorm's alpha = (2N)^(1/2) with N the TOTAL number of layers, whatever part of them a
-    pipeline stage holds (Wang et al. 2022, fig. 2); 1 for the other placements."""
+    """Returns DeepNorm's alpha = (2N)^(1/2), where N is the TOTAL number of layers, whatever part
+    of them a pipeline stage holds (Wang et al. 2022, fig. 2); 1 for the other placements."""
     return math.sqrt(2 * config.num_layers) if config.placement == "deepnorm" else 1.0
 
 
@@ -160,7 +160,7 @@ class Block(nn.Module):
 
 
 def normal_draw(seed: int, name: str, shape: torch.Size) -> Tensor:
-    """Standard normal values, float64, of the parameter's own CPU generator."""
+    """Returns standard normal values, float64, from a CPU generator of the parameter's own."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
     # float64: torch's float32 draws differ between instruction sets
@@ -168,7 +168,7 @@ def normal_draw(seed: int, name: str, shape: torch.Size) -> Tensor:
 
 
 def rotary_angles(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, L, G, P] float32 of the angles position * base^(-i/P), in float32 as
+    """Returns cos and sin [B, L, G, P] float32 of the angles position * base^(-i/P), in float32 as
     transformers does."""
     rows = 2 if config.positions == "rope_2d" else 1
     pairs = int(config.head_dim * config.rope_fraction) // rows // 2
@@ -227,13 +227,13 @@ class GLM(nn.Module):
         key_end: Tensor,
         cache: Window | None = None,
     ) -> Tensor | Stream:
-        """Hidden states after the final norm;  tokens [B, L] int64, positions [B, 2, L] int64 (row
-        1 is ignored by 1D rotary models), key_start, key_end [B, L] int32 (the mask, see
+        """Returns hidden states after the final norm;  tokens [B, L] int64, positions [B, 2, L]
+        int64 (row 1 is ignored by 1D rotary models), key_start, key_end [B, L] int32 (the mask, see
         ops.attention) -> [B, L, D]. With a cache the call's keys and values are kept in it, and the
         mask counts keys by their places there.
 
-        A part that does not begin with the embedding is given delta and residual in place of
-        tokens; one without the final norm returns them."""
+        A part that does not begin with the embedding takes delta and residual in place of tokens;
+        one without the final norm returns them."""
         if positions.shape[-1] > self.config.max_length:
             raise ShapeError(
                 f"sequence of {positions.shape[-1]} tokens: longer than "
@@ -254,7 +254,7 @@ class GLM(nn.Module):
         return self.final_norm.add(delta, x, residual_scale(self.config))[0]
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Token embeddings with gradient shrink;  tokens [B, L] -> [B, L, D]."""
+        """Returns token embeddings, with gradient shrink;  tokens [B, L] -> [B, L, D]."""
         x: Tensor = ops.embedding(tokens, self.embedding, self.config.embedding_gradient_shrink)
         return x
 
@@ -267,22 +267,23 @@ class GLM(nn.Module):
         return x
 
     def layers(self) -> Iterable[Callable[..., Stream]]:
-        """The blocks that are held, in order, each called as Block.forward."""
+        """Returns what is called for each block that is held, in order, with Block.forward's
+        arguments."""
         return self.blocks
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of this model's rotation."""
+        """Returns cos and sin of this model's rotation."""
         return rotary_angles(self.config, positions)
 
     def logits(
         self, tokens: Tensor, positions: Tensor, key_start: Tensor, key_end: Tensor
     ) -> Tensor:
-        """[B, L, V] in the working dtype."""
+        """Returns logits [B, L, V] in the working dtype."""
         return self.project(self(tokens, positions, key_start, key_end))
 
     def project(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of hidden states [..., D]: by the head, or its quantised copy if there is
-        one."""
+        """Returns logits [..., V] of hidden states [..., D], by the head or its quantised copy if
+        there is one."""
         if self.head_codes is not None:
             quantised: Tensor = self.head_codes(hidden)
             return quantised
@@ -298,15 +299,15 @@ class GLM(nn.Module):
         labels: Tensor,
         token_weight: Tensor,
     ) -> Tensor:
-        """sum(token_weight * cross-entropy), a float32 scalar;  labels, token_weight [B, L].
-        Labels are pre-aligned: labels[b, i] is what position i predicts. Divide the weights by
+        """Returns sum(token_weight * cross-entropy), a float32 scalar. labels and token_weight are
+        [B, L] and pre-aligned: labels[b, i] is what position i predicts. Divide the weights by
         their sum over the global batch to get GLM's loss (pretrain_glm.py: sum(CE * mask) /
         sum(mask))."""
         hidden = self(tokens, positions, key_start, key_end)
         return self.cross_entropy(hidden, labels, token_weight)
 
     def cross_entropy(self, hidden: Tensor, labels: Tensor, token_weight: Tensor) -> Tensor:
-        """The loss of hidden states [B, L, D] after the final norm; the rest as for `loss`."""
+        """Returns the loss of hidden states [B, L, D]; labels and weights as for `loss`."""
         return ops.linear_cross_entropy(
             hidden.flatten(0, 1),  # [B * L, D]
             self.head_weight,
@@ -316,11 +317,11 @@ class GLM(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """[V, D]: the output projection, the embedding itself where it is tied."""
+        """Returns the output projection [V, D]: the embedding itself where it is tied."""
         return self.embedding if self.head is None else self.head
 
     def num_parameters(self) -> int:
-        """Tied weights counted once."""
+        """Returns the number of parameters; tied weights count once."""
         return sum(p.numel() for p in self.parameters())
 
     @torch.no_grad()

@@ -1,4 +1,5 @@
-"""What Ctrl-C and SIGTERM mean to a run: the first asks it to stop cleanly, the second stops it."""
+"""Handles Ctrl-C and SIGTERM in a run: the first one asks it to stop cleanly, the second stops
+it."""
 
 from __future__ import annotations
 
@@ -14,14 +15,15 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM in the list instead of obeying the first; the second acts as
-    before. Outside the main thread, where Python takes no signals, nothing changes."""
+    """Yields a list to which the first SIGINT or SIGTERM is added instead of being obeyed; the
+    second one acts as before. Outside the main thread, where Python takes no signals, nothing
+    changes."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def record(number: int, frame: FrameType | None) -> None:
         received.append(number)
         if len(received) > 1:
             signal.signal(number, before[signal.Signals(number)])
@@ -30,7 +32,7 @@ def stop_requests() -> Iterator[list[int]]:
             # not print: the signal may have come in the middle of one, which must not be re-entered
             os.write(2, b"\nfinishing the step, then saving; once more stops at once\n")
 
-    before = {number: signal.signal(number, note) for number in SIGNALS}
+    before = {number: signal.signal(number, record) for number in SIGNALS}
     try:
         yield received
     finally:

@@ -1,5 +1,5 @@
-"""What a run tells others while it runs: figures derived from each step, for TensorBoard and at a
-Prometheus endpoint. The names are documented in docs/metrics.md."""
+"""Derives figures from each step of a run, for TensorBoard and a Prometheus endpoint. The names are
+documented in docs/metrics.md."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ RANKS = {
 }
 """gauges of a run on many processes"""
 PREFIX = "glm_core_train_"
-_OURS = {"learning_rate": "lr"}
-"""a gauge's name: the trainer's word for it, where it is another"""
+_METRIC_KEYS = {"learning_rate": "lr"}
+"""gauge name -> the key in the step's metrics, where they differ"""
 
 
 class Live:
-    """Figures of the last step."""
+    """Keeps the figures of the last step."""
 
     def __init__(
         self,
@@ -47,14 +47,14 @@ class Live:
         port: int = 0,
         host: str = "127.0.0.1",
     ) -> None:
-        """flops_per_sequence: forward and backward, by the model alone; port: 0 for no endpoint.
-        Raises ConfigError where the port cannot be had."""
+        """flops_per_sequence: of the model in forward and backward, without recompute. port: 0 for
+        no endpoint. Raises ConfigError where the port is not free."""
         self.memory: Callable[[], int] = functools.partial(memory_peak_bytes, backend)
         self._flops, self._peak = flops_per_sequence, peak_tflops * 1e12
         self._endpoint = Endpoint(port, host) if port else None
 
     def update(self, values: dict[str, Any]) -> dict[str, float]:
-        """`values`: a step's, as they go into metrics.jsonl. Returns what follows from them."""
+        """Returns the figures derived from a step's values, which are as in metrics.jsonl."""
         seconds = values["step_ms"] / 1e3
         derived = {
             "tokens_per_second": values["tokens"] / seconds,
@@ -66,25 +66,25 @@ class Live:
         return derived
 
     def ranks(self, values: dict[str, float]) -> None:
-        """A timed step's, by the names of `RANKS`."""
+        """Serves the comparison of the ranks in a timed step, by the names of `RANKS`."""
         if self._endpoint is not None:
             self._endpoint.ranks(values)
 
     def close(self) -> None:
-        """Gives the port back."""
+        """Frees the port."""
         if self._endpoint is not None:
             self._endpoint.close()
 
 
 def memory_peak_bytes(backend: Backend) -> int:
-    """What the device counts, else the process's resident set."""
+    """Returns the peak the device counts, on a CPU the process's resident set."""
     if backend.device_type != "cpu":
         return backend.memory_peak_bytes()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Endpoint:
-    """`http://HOST:PORT/metrics` in Prometheus' exposition format."""
+    """Serves `http://HOST:PORT/metrics` in Prometheus' exposition format."""
 
     def __init__(self, port: int, host: str) -> None:
         try:
@@ -109,22 +109,22 @@ class Endpoint:
             ) from None
 
     def set(self, values: dict[str, Any]) -> None:
-        """One step."""
+        """Takes the values of one step."""
         stamped = {**values, "last_step_timestamp_seconds": time.time()}
         for name, gauge in self._gauges.items():
-            gauge.set(stamped[_OURS.get(name, name)])
+            gauge.set(stamped[_METRIC_KEYS.get(name, name)])
         self._counters["tokens"].inc(values["tokens"])
         self._counters["skipped_steps"].inc(values["skipped"])
 
     def ranks(self, values: dict[str, float]) -> None:
-        """A timed step of many processes; served from the first on."""
+        """Takes the comparison of the ranks in a timed step; it is served from the first one on."""
         for name, value in values.items():
             if name not in self._ranks:
                 self._ranks[name] = self._gauge(PREFIX + name, RANKS[name])
             self._ranks[name].set(value)
 
     def close(self) -> None:
-        """Ends the server."""
+        """Stops the server."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()

@@ -1,4 +1,5 @@
-"""What a run tells while it runs: a JSON line and TensorBoard scalars a step, a bar on stderr."""
+"""Reports a run while it goes on: a JSON line and TensorBoard scalars per step, a progress bar on
+stderr."""
 
 from __future__ import annotations
 
@@ -15,15 +16,15 @@ from glm_core.training.live import Live
 
 
 class Metrics:
-    """`metrics.jsonl` in the run's folder, one line a step with its number under `step`; numbers
-    that are not finite become null. Lines after step `done` are dropped first: a resumed run has
-    every step once."""
+    """Writes `metrics.jsonl` in the run's folder, one line per step with its number under `step`.
+    Numbers that are not finite become null. Lines after step `done` are dropped first, so that a
+    resumed run has every step once."""
 
     def __init__(
         self, folder: Path, done: int, tensorboard: bool = False, live: Live | None = None
     ) -> None:
-        """live: what it derives goes to TensorBoard too. Raises ConfigError where TensorBoard is
-        asked for and not installed."""
+        """live: the figures it derives go to TensorBoard too. Raises ConfigError where TensorBoard
+        is wanted and not installed."""
         self.path = path = folder / "metrics.jsonl"
         self.writer = _writer(folder, done) if tensorboard else None
         self.live = live
@@ -32,7 +33,7 @@ class Metrics:
         self.file.truncate(keep)
 
     def write(self, values: dict[str, Any]) -> None:
-        """Adds one step; the line is in the hands of the system on return."""
+        """Adds one step; on return the line is flushed to the operating system."""
         plain = {k: _plain(v) for k, v in values.items()}
         self.file.write(json.dumps(plain, allow_nan=False).encode() + b"\n")
         self.file.flush()
@@ -43,7 +44,8 @@ class Metrics:
                     self.writer.add_scalar(key, value, values["step"])
 
     def ranks(self, step: int, values: dict[str, float]) -> None:
-        """The ranks of a timed step side by side; not in the file, which has a line a step."""
+        """Adds the comparison of the ranks' times in a timed step. It goes to TensorBoard and the
+        endpoint, not into the file, which has one line per step."""
         if self.live is not None:
             self.live.ranks(values)
         if self.writer is not None:
@@ -61,7 +63,7 @@ class Metrics:
             self.writer.flush()
 
     def close(self) -> None:
-        """Ends both files."""
+        """Closes the files."""
         self.file.close()
         if self.writer is not None:
             self.writer.close()
@@ -72,8 +74,8 @@ def _plain(value: Any) -> Any:
 
 
 def kept_bytes(lines: bytes, done: int) -> int:
-    """Length of the part that ends with step `done`; a line cut short by a kill is not part of
-    it."""
+    """Returns the length of the lines up to step `done`; a line cut short by a kill does not
+    count."""
     size = 0
     for line in lines.splitlines(keepends=True):
         if not line.endswith(b"\n") or json.loads(line)["step"] > done:
@@ -93,8 +95,8 @@ def _writer(folder: Path, done: int) -> Any:
 
 
 class Progress:
-    """`[######..........]  120/300  loss 5.61  ...` on stderr: redrawn on a terminal, elsewhere a
-    line every twentieth of the run."""
+    """Draws `[######..........]  120/300  loss 5.61  ...` on stderr: redrawn on a terminal,
+    elsewhere a line every twentieth of the run."""
 
     def __init__(self, total: int, stream: TextIO | None = None, width: int = 30) -> None:
         self.total, self.width = total, width

@@ -1,4 +1,4 @@
-"""How good a model is at its own objective: what quantising must not change much."""
+"""Scores a model on its own training objective, which quantising must not change much."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from glm_core.model.glm import GLM
 
 
 class Score(NamedTuple):
-    """Over all targets (positions with a loss weight) of the batches."""
+    """A model's figures over all targets (positions with a loss weight) of the batches."""
 
     perplexity: float
     exact: float
@@ -23,7 +23,7 @@ class Score(NamedTuple):
 
 @torch.no_grad()
 def score(model: GLM, batches: Sequence[Batch]) -> Score:
-    """Through the active backend, in the model's dtype; cross-entropy in float32."""
+    """Scores the model on the active backend in the model's dtype; cross-entropy in float32."""
     total, hits, count = 0.0, 0, 0
     for b in batches:
         logits = model.logits(b.tokens, b.positions, b.key_start, b.key_end).float()

@@ -67,7 +67,7 @@ def alpha_of_the_stage() -> Iterator[None]:
 
     def wrong(self: pipeline.Stage, *args: Any) -> None:
         right(self, *args)
-        for block in self.held():
+        for block in self.own_blocks():
             block.alpha = math.sqrt(2 * len(self.blocks))
 
     with mock.patch.object(pipeline.Stage, "__init__", wrong):

@@ -1,6 +1,6 @@
-"""Training steps of plans by this machine's own processes, and what such steps are made of: a
-matrix product, a memory read, messages, and smaller steps of every rank alone; all in turn, every
-rank at once. `measure` starts the processes; the module is what each of them runs."""
+"""Times training steps of plans in this machine's own processes, and the parts such steps consist
+of: a matrix product, a memory read, messages, and smaller steps of every rank alone. All are timed
+in turn, on every rank at once. `measure` starts the processes; each of them runs this module."""
 
 from __future__ import annotations
 
@@ -148,16 +148,16 @@ def member(wanted: Timings) -> dict[str, list[float]]:
 
 def main() -> int:
     """Exit 1 where a process failed, 2 for what cannot be asked."""
-    told = json.loads(sys.argv[1])
+    request = json.loads(sys.argv[1])
     try:
         if "RANK" not in os.environ:
             words = ["-m", "glm_core.bench.plan_steps", sys.argv[1]]
-            launch.run_locally(told["processes"], words)
+            launch.run_locally(request["processes"], words)
             return 0
-        alone = tuple(StepAlone(**a) for a in told["alone"])
-        found = member(Timings(**told | {"alone": alone, "plans": tuple(told["plans"])}))
+        alone = tuple(StepAlone(**a) for a in request["alone"])
+        timings = member(Timings(**request | {"alone": alone, "plans": tuple(request["plans"])}))
         if os.environ["RANK"] == "0":
-            print(json.dumps(found), flush=True)
+            print(json.dumps(timings), flush=True)
         return 0
     except GlmCoreError as error:
         print(f"glm_core.bench.plan_steps: {error}", file=sys.stderr)

@@ -91,7 +91,7 @@ def measure(config: RunConfig, rounds: int, on_text: bool = False) -> Row:
     parallel = SingleProcess(config)
     trainer = Trainer(config, sampler, parallel)
     backend, dtype = trainer.backend, trainer.dtype
-    peak, told, watch = (
+    peak, machine_facts, watch = (
         ceilings.peak(backend, dtype),
         ceilings.machine_with_device(backend),
         NoiseWatch(),
@@ -126,7 +126,7 @@ def measure(config: RunConfig, rounds: int, on_text: bool = False) -> Row:
         flops=hardware,
         peak=peak._asdict(),
         figures=figures,
-        machine=told,
+        machine=machine_facts,
         notes=(
             *watch.notes(),
             *irregularities(seconds),

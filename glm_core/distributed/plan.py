@@ -88,12 +88,12 @@ class Plan:
 
     def label(self) -> str:
         """`tp=2,pp=2,schedule=gpipe`: what differs from the default; `parse` reads it back."""
-        told = [
+        parts = [
             f"{f.name}={value}"
             for f in dataclasses.fields(self)
             if (value := getattr(self, f.name)) != f.default
         ]
-        return ",".join(told) or "tp=1"
+        return ",".join(parts) or "tp=1"
 
 
 def parse(text: str) -> Plan:

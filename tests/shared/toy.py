@@ -132,8 +132,8 @@ def main() -> None:
         events = os.read(read, 32).decode()
         os.close(read)
         status = os.waitpid(pid, 0)[1]
-        answer = {"signal": os.WTERMSIG(status), "events": int(events or 0)}
-        print(json.dumps(answer), flush=True)
+        reply = {"signal": os.WTERMSIG(status), "events": int(events or 0)}
+        print(json.dumps(reply), flush=True)
 
 
 if __name__ == "__main__":

@@ -167,16 +167,16 @@ def test_really_full_disk(tmp_path: Path) -> None:
         toy.__file__.rpartition("/")[0],
         root,
     ]
-    told = subprocess.run(
+    printed = subprocess.run(
         ["unshare", "-rm", "sh", "-c", command, "sh", *arguments],
         capture_output=True,
         text=True,
         check=True,
     ).stdout.splitlines()
-    assert len(told) == 2
-    assert "step-00000006.safetensors: not saved" in told[0]
-    assert "No space left on device" in told[0]
-    assert told[1] == "3"
+    assert len(printed) == 2
+    assert "step-00000006.safetensors: not saved" in printed[0]
+    assert "No space left on device" in printed[0]
+    assert printed[1] == "3"
 
 
 @pytest.fixture

@@ -36,8 +36,8 @@ def port() -> int:
 
 
 def scraped(port: int) -> dict[str, float]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
-        text = answer.read().decode()
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as response:
+        text = response.read().decode()
     pairs = (line.split() for line in text.splitlines() if not line.startswith("#"))
     return {name: float(value) for name, value in pairs if not name.endswith("_created")}
 

@@ -83,7 +83,7 @@ def test_the_limit_counts_bad_steps_without_a_good_one_beyond() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "expected"),
     [
         (
             {"spike": "leave", "limit": 0},
@@ -94,10 +94,10 @@ def test_the_limit_counts_bad_steps_without_a_good_one_beyond() -> None:
         ({"nonfinit": "skip"}, "unknown key 'policy.nonfinit'"),
     ],
 )
-def test_bad_keys(changes: dict[str, Any], told: str) -> None:
+def test_bad_keys(changes: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
         with_policy(**changes)
-    assert told in str(caught.value)
+    assert expected in str(caught.value)
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:

@@ -188,9 +188,9 @@ def test_not_finite_is_located_and_nothing_is_updated(dtype: str, what: str) -> 
     spoil(trainer, what)
     before = {k: v.clone() for k, v in trainer.state()[0].items()}
     backend = broken if what == "backward" else "reference"
-    with registry.use(backend), pytest.raises(TrainingError) as told:
+    with registry.use(backend), pytest.raises(TrainingError) as error:
         trainer.step()
-    assert str(told.value).startswith(f"step 2: {PLACES[what]}")
+    assert str(error.value).startswith(f"step 2: {PLACES[what]}")
     assert all(torch.equal(v, before[k]) for k, v in trainer.state()[0].items())
 
 
@@ -261,9 +261,9 @@ def test_run_writes_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[s
     seconds = sum(m["step_ms"] for m in metrics(out)[1:]) / 1e3
     tokens = sum(m["tokens"] for m in metrics(out)[1:])
     assert result.tokens_per_s == pytest.approx(tokens / seconds, rel=1e-3)
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert told.err.splitlines()[-1].startswith("12/12  loss ")
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.splitlines()[-1].startswith("12/12  loss ")
 
 
 def test_a_run_is_never_written_over(tmp_path: Path) -> None:

@@ -58,8 +58,8 @@ def child() -> Iterator[Child]:
             file=stdin,
             flush=True,
         )
-        answer: dict[str, int] = json.loads(stdout.readline())
-        return answer
+        reply: dict[str, int] = json.loads(stdout.readline())
+        return reply
 
     yield run
     stdin.close()
@@ -77,9 +77,9 @@ def unbroken(
     def get(dtype: str, in_save: bool) -> tuple[Path, int]:
         if (dtype, in_save) not in made:
             folder = tmp_path_factory.mktemp(dtype)
-            answer = child(folder, DTYPES[dtype], in_save=in_save)
-            assert answer["signal"] == 0
-            made[dtype, in_save] = folder, answer["events"]
+            reply = child(folder, DTYPES[dtype], in_save=in_save)
+            assert reply["signal"] == 0
+            made[dtype, in_save] = folder, reply["events"]
         return made[dtype, in_save]
 
     return get
@@ -125,8 +125,8 @@ def test_killed_by_the_kernel_in_the_middle_of_the_write(
 ) -> None:
     reference, _ = unbroken("float32", False)
     size = (reference / "checkpoints/step-00000009.safetensors").stat().st_size
-    answer = child(tmp_path, DTYPES["float32"], max_bytes=size // 2)
-    assert answer["signal"] == signal.SIGXFSZ
+    reply = child(tmp_path, DTYPES["float32"], max_bytes=size // 2)
+    assert reply["signal"] == signal.SIGXFSZ
     assert [p.parent.name for p in (tmp_path / "checkpoints").rglob("*/*")] == [".part"]
     assert child(tmp_path, DTYPES["float32"])["signal"] == 0
     assert_same_run(tmp_path, reference)

@@ -39,8 +39,8 @@ Call = Callable[[], Any]
 
 
 def measure(wanted: Timings) -> dict[str, list[float]]:
-    """Seconds of each round by what was timed: of the slowest rank. Raises GlmCoreError with what
-    the processes said."""
+    """Returns the seconds of each round by contestant, those of the slowest rank. Raises
+    GlmCoreError with what the processes said."""
     words = [
         sys.executable,
         "-m",
@@ -51,7 +51,7 @@ def measure(wanted: Timings) -> dict[str, list[float]]:
 
 
 def contestants(wanted: Timings, backend: Backend, me: comm.Member) -> dict[str, Call]:
-    """By name what is timed; every rank calls them in the same order."""
+    """Returns what is timed, by name; every rank calls it in the same order."""
     calls = {k: c for k, (c, _, _) in ceilings.contestants(backend, (torch.bfloat16,)).items()}
     found = {k: c for k, c in calls.items() if k in ("gemm bfloat16", "memory read")}
     model = preset(wanted.preset)
@@ -87,12 +87,12 @@ class Repeated:
 
 
 def text(model: ModelConfig, length: int, batch: int) -> Batch:
-    """Random tokens, the same in every process."""
+    """Returns random tokens, the same in every process."""
     return RandomText(model.vocab, length).next(batch)
 
 
 def alone_step(model: ModelConfig, batch: Batch) -> Call:
-    """Forward, backward and update by this process."""
+    """Returns a step by this process alone: forward, backward and update."""
     glm = GLM(model).init_weights(0).to(torch.bfloat16)
     optimizer = Optimizer(glm, TrainConfig(dtype="bfloat16"))
     weight = batch.loss_weight / batch.loss_weight.sum()
@@ -130,14 +130,14 @@ def plan_step(plan: str, wanted: Timings, backend: Backend) -> Call:
 
 
 def together(calls: dict[str, Call]) -> Iterator[tuple[str, Call]]:
-    """Before each a barrier, which is not timed with it."""
+    """Yields a barrier before each call, which is not timed with it."""
     for name, call in calls.items():
         yield f"all arrived {name}", comm.barrier
         yield name, call
 
 
 def member(wanted: Timings) -> dict[str, list[float]]:
-    """One process's part; the same result on all."""
+    """Does one process's part; returns the same on all."""
     backend = registry.usable("cpu")
     with comm.process_group(backend, 600.0) as me, registry.use(backend):
         calls = contestants(wanted, backend, me)
@@ -147,7 +147,7 @@ def member(wanted: Timings) -> dict[str, list[float]]:
 
 
 def main() -> int:
-    """Exit 1 where a process failed, 2 for what cannot be asked."""
+    """Returns exit code 1 where a process failed, 2 for a request that is not valid."""
     request = json.loads(sys.argv[1])
     try:
         if "RANK" not in os.environ:

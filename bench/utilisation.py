@@ -1,4 +1,4 @@
-"""A training step of the real trainer: tokens/s, MFU and HFU, memory, and where the time goes."""
+"""Measures a step of the real trainer: tokens/s, MFU and HFU, memory, and where the time goes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HFU = (
 
 
 class RandomText:
-    """Causal sequences of random tokens, drawn anew for every micro-batch."""
+    """Draws causal sequences of random tokens, new ones for every micro-batch."""
 
     def __init__(self, vocab: int, length: int) -> None:
         self.vocab, self.length = vocab, length
@@ -65,7 +65,7 @@ class RandomText:
 
 
 class Marked:
-    """Any sampler, its time marked as data loading."""
+    """Marks the time of a sampler as data loading."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
@@ -84,7 +84,7 @@ class Marked:
 
 
 def measure(config: RunConfig, rounds: int, on_text: bool = False) -> Row:
-    """One row. The peer is a matrix product of the same dtype in the same rounds.
+    """Returns one row. The peer is a matrix product of the same dtype in the same rounds.
 
     on_text: the config's data is read, tokenised and packed; else tokens are random."""
     sampler = _sampler(config, on_text)
@@ -157,7 +157,7 @@ def _key(config: RunConfig) -> str:
 
 
 def count(trainer: Trainer) -> float:
-    """FLOPs of one step, from the cost functions of the ops it calls."""
+    """Returns the FLOPs of one step, from the cost functions of the ops it calls."""
     total = 0.0
 
     def counted(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -186,7 +186,7 @@ def _figures(config: RunConfig, seconds: float, hardware: float, peak: Peak) -> 
 
 
 def memory_peak(backend: Backend) -> tuple[int, str]:
-    """(bytes, of what): what the device counts, else the process's resident set."""
+    """Returns (bytes, of what): what the device counts, else the process's resident set."""
     if backend.device_type != "cpu":
         return backend.memory_peak_bytes(), "device memory allocated"
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -194,6 +194,6 @@ def memory_peak(backend: Backend) -> tuple[int, str]:
 
 
 def with_dtype(config: RunConfig, dtype: str) -> RunConfig:
-    """The same run in another working dtype."""
+    """Returns the same run in another working dtype."""
     train: TrainConfig = dataclasses.replace(config.train, dtype=dtype)  # type: ignore[arg-type]
     return dataclasses.replace(config, train=train)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -289,3 +292,8 @@ def test_a_malformed_state_is_refused(state: dict[str, Any]) -> None:
 
 def test_another_path_to_the_same_text_may_resume() -> None:
     sampler(path="a").restore(sampler(path="b").state())
+
+
+def test_a_batch_needs_no_tokenizer_package() -> None:
+    code = "import sys, glm_core.data.sampler; assert 'sentencepiece' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)

@@ -69,7 +69,7 @@ class MissingName(ConfigError, AttributeError):
     """A name of DeepSpeed's that is absent here; `hasattr` is False for it."""
 
 
-def way_out(name: str) -> str | None:
+def absence_message(name: str) -> str | None:
     """Returns the error message for a name (without the package's), None where nothing special is
     known of it."""
     words = name.split(".")
@@ -82,7 +82,7 @@ def way_out(name: str) -> str | None:
 def absent(name: str) -> MissingName:
     """Returns the error for an absent attribute of the package."""
     return MissingName(
-        way_out(name) or f"deepspeed.{name}: is not available here; see docs/deepspeed.md"
+        absence_message(name) or f"deepspeed.{name}: is not available here; see docs/deepspeed.md"
     )
 
 
@@ -108,12 +108,12 @@ class Finder(MetaPathFinder):
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         """See MetaPathFinder. Raises ModuleNotFoundError for absent modules."""
         top, _, rest = name.removeprefix("glm_core.").partition(".")
-        ours = name.startswith(f"{PACKAGE}.")
-        if top != "deepspeed" or not (ours or self.in_place):
+        under_own_name = name.startswith(f"{PACKAGE}.")
+        if top != "deepspeed" or not (under_own_name or self.in_place):
             return None
-        if rest and (message := way_out(rest)) is not None:
+        if rest and (message := absence_message(rest)) is not None:
             raise ModuleNotFoundError(message, name=name)
-        if ours:
+        if under_own_name:
             return None
         return ModuleSpec(name, _Imported(importlib.import_module(f"glm_core.{name}")))
 
@@ -123,9 +123,9 @@ FINDER = Finder()
 
 def install() -> None:
     """Makes the aliases importable, and absent modules tell what to do instead."""
-    for path, ours in ALIASES.items():
-        module = importlib.import_module(f"{PACKAGE}.{ours}")
-        sys.modules[f"{PACKAGE}.{path}"] = module
-        setattr(sys.modules[PACKAGE], path, module)
+    for alias, path in ALIASES.items():
+        module = importlib.import_module(f"{PACKAGE}.{path}")
+        sys.modules[f"{PACKAGE}.{alias}"] = module
+        setattr(sys.modules[PACKAGE], alias, module)
     if FINDER not in sys.meta_path:
         sys.meta_path.insert(0, FINDER)

@@ -136,7 +136,7 @@ class Accelerator:
         return self._count("max_memory_reserved")
 
     def reset_peak_memory_stats(self, device_index: int | None = None) -> None:
-        """Starts the peaks anew; does nothing where the device does not count bytes."""
+        """Resets the peaks; does nothing where the device does not count bytes."""
         self._count("reset_peak_memory_stats")
 
     def _count(self, name: str) -> int:

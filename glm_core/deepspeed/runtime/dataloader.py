@@ -8,7 +8,7 @@ from typing import Any
 
 
 class RepeatingLoader:
-    """Repeats a loader's batches for ever. Raises StopIteration where the loader has none."""
+    """Repeats a loader's batches without end. Raises StopIteration where the loader has none."""
 
     def __init__(self, loader: Iterable[Any]) -> None:
         self.loader = loader

@@ -31,6 +31,6 @@ class PhaseTimer:
         self._ms[phase] = self._ms.get(phase, 0.0) + (time.perf_counter() - start) * 1e3
 
     def take(self) -> dict[str, float]:
-        """Returns the milliseconds of each phase since the last call and starts anew."""
+        """Returns the milliseconds of each phase since the last call, and resets them."""
         taken, self._ms = self._ms, {}
         return taken

@@ -106,7 +106,7 @@ def model_parallel_cuda_manual_seed(seed: int) -> None:
 
 
 def model_parallel_reconfigure_tp_seed(seed: int) -> None:
-    """Seeds the tracker's default state anew."""
+    """Seeds the tracker's default state again."""
     with _tracker.fork():
         get_accelerator().manual_seed(seed + 2718 + _slices()[0])
 

@@ -286,7 +286,7 @@ class PipelineEngine(Feed, DeepSpeedEngine):
         return self.agg_additional_losses
 
     def reset_activation_shape(self) -> None:
-        """Does nothing: shapes are sent anew for every batch."""
+        """Does nothing: every batch sends its shapes again."""
 
     def set_has_attention_mask(self, value: bool) -> None:
         """Does nothing: masks are sent as they are."""

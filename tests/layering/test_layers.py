@@ -10,58 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-
-CHAIN = (
-    "errors",
-    "environment",
-    "config",
-    "spec",
-    "decode_step",
-    "session",
-    "dispatch",
-    "ops",
-    "backends",
-    "measure",
-    "diagnose",
-    "data",
-    "model",
-    "training",
-    "export",
-    "pretrained",
-    "distributed",
-    "faults",
-    "conformance",
-    "align",
-    "sensitivity",
-    "planner",
-    "serve",
-    "deepspeed",
-    "bench",
-    "doctor",
-    "cli",
-)
-"""the rooms, lowest first: a module imports from its own room and from those before it, so there is
-no cycle between rooms"""
+from rooms import CHAIN, MODULES, ROOT
 
 CORE = ("errors", "config", "spec", "dispatch", "session", "ops", "model", "data", "training")
 VENDORS = {"torch_npu", "torch_xla", "intel_extension_for_pytorch", "onnxruntime", "onnx", "triton"}
-
-
-def modules() -> dict[str, Path]:
-    """Every module of the package by its name below glm_core."""
-    found = {}
-    for folder, prefix in (("glm_core", ""), ("backends", "backends."), ("bench", "bench.")):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            parts = path.relative_to(ROOT / folder).with_suffix("").parts
-            if folder == "glm_core" and parts[0] in ("backends", "bench"):
-                continue  # symlinks to the root's folders
-            found[(prefix + ".".join(parts)).removesuffix(".__init__")] = path
-    return found
-
-
-MODULES = modules()
 
 
 def place(module: str) -> int | None:

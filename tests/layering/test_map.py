@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import ast
 import re
-from pathlib import Path
 
 import pytest
-from test_layers import CHAIN
+from rooms import CHAIN, ROOT
 
-ROOT = Path(__file__).parents[2]
 MAP = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 NAMED = sorted(
     {
@@ -34,7 +32,9 @@ def test_the_map_names_paths_and_definitions() -> None:
 def test_a_named_path_is_there(path: str) -> None:
     for word in PLACEHOLDERS:
         path = path.replace(word, "*")
-    assert list(ROOT.glob(path.rstrip("/"))), f"docs/architecture.md names {path}, which is not there"
+    assert list(ROOT.glob(path.rstrip("/"))), (
+        f"docs/architecture.md names {path}, which is not there"
+    )
 
 
 @pytest.mark.parametrize(("path", "name"), SYMBOLS)

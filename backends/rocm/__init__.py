@@ -38,7 +38,7 @@ backend = GpuBackend(
     collective="nccl",
     deterministic=False,
     dtypes=_here(),
-    verified="compiled, kernels executed on the CPU, dry-run; not run on hardware by us",
+    verified="compiled, kernels executed on the CPU, dry-run; never run on hardware",
     probe=lambda: probe.rocm(probe.facts()),
 )
 equip(backend, "glm_core.backends.rocm._C")

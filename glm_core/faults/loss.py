@@ -1,4 +1,5 @@
-"""Declares the wrong and benign kernels of the cross-entropy."""
+"""Declares the wrong and benign kernels of the cross-entropy.
+Shapes: N tokens, D width, V vocabulary."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Declares the wrong and benign kernels of RMS and layer norm, alone and fused with the residual
 addition.
-"""
+Shapes: D width, N rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Declares the wrong kernels of the product with a quantised weight."""
+"""Declares the wrong kernels of the product with a quantised weight.
+Shapes: D in, F out, G groups."""
 
 from __future__ import annotations
 

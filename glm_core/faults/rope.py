@@ -1,4 +1,5 @@
-"""Declares the wrong and benign kernels of the rotation."""
+"""Declares the wrong and benign kernels of the rotation.
+Shapes: B batch, L sequence, H heads, E head dim, G sections, P pairs."""
 
 from __future__ import annotations
 

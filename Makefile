@@ -2,16 +2,19 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+# pip compiles Python files on one core; COMPILED does it on all of them, once at the end
+PIP := $(PY) -m pip install -q --no-compile
+COMPILED := ($(PY) -W ignore -m compileall -qq -j 0 $(VENV)/lib || true)
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
 .PHONY: setup align test lint sanitize bench peers deepspeed openvino npu clean
 .DEFAULT_GOAL := setup
 
 $(VENV)/torch.stamp:
-	$(PYTHON) -m venv $(VENV) && $(PY) -m pip install -q -U pip setuptools wheel ninja && $(PY) -m pip install -q torch==2.13.0 && touch $@
+	$(PYTHON) -m venv $(VENV) && $(PIP) -U pip setuptools wheel ninja && $(PIP) torch==2.13.0 && touch $@
 
 $(VENV)/ready.stamp: $(VENV)/torch.stamp $(SOURCES)
-	$(PY) -m pip install -q --no-build-isolation -e '.[onnx,train,dev]' && touch $@
+	$(PIP) --no-build-isolation -e '.[onnx,train,dev]' && $(COMPILED) && touch $@
 
 setup: $(VENV)/ready.stamp ## everything the other targets need
 

@@ -159,7 +159,7 @@ class Work:
             one = SINGLE[self.plan.schedule]
             return one(stages[0], self.plan.micro_batches, **options)
         many = MULTI[self.plan.schedule]
-        return many(stages, self.plan.micro_batches, **options)  # type: ignore[arg-type]
+        return many(stages, self.plan.micro_batches, **options)  # type: ignore[arg-type]  # these take a list
 
     def _inputs(self, stage: Stage, rows: int, length: int) -> tuple[Tensor, ...]:
         if stage.is_first:

@@ -249,9 +249,10 @@ def _adamw(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """Over all tensors at once. npu_apply_adam_w is not used: it forms 1 - beta from a float32 beta
-    (ops-nn optim/apply_adam_w/op_kernel), which is off by 1.3e-5 for 0.999, and conformance finds
-    it; it also wants beta^(t-1), and rounds its scalars to the gradient's dtype."""
+    """Updates all tensors at once. npu_apply_adam_w is not used: it computes 1 - beta from a
+    float32 beta (ops-nn optim/apply_adam_w/op_kernel), which is off by 1.3e-5 for 0.999, and
+    conformance finds it; it also wants beta^(t-1), and rounds its scalars to the gradient's
+    dtype."""
     torch._foreach_mul_(m, beta1)
     torch._foreach_add_(m, g, alpha=1 - beta1)
     torch._foreach_mul_(v, beta2)

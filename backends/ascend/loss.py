@@ -36,7 +36,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             loss += part
             if wanted:
                 torch.mm(dz, weight, out=dx[rows])
-                dweight += dz.t() @ x[rows]
+                dweight += dz.t() @ x[rows]  # [V, D]
         ctx.save_for_backward(dx, dweight.to(weight.dtype))
         return loss
 

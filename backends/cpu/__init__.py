@@ -1,4 +1,4 @@
-"""The CPU backend: our fused C++ kernels (csrc/), matrix products by torch."""
+"""Declares the CPU backend: our fused C++ kernels (csrc/), and torch's matrix products."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["backend", "isa", "isas", "select_isa"]
 
 class CpuBackend(Backend):
     def synchronize(self) -> None:
-        """Kernels return when they are done."""
+        """Does nothing: kernels return when they are done."""
 
     def decode_step(self, stack: Stack) -> DecodeStep | Support:
         """Returns a step for a model whose every op has a kernel for these tensors, else the
@@ -39,8 +39,8 @@ backend = CpuBackend(
 _ops = torch.ops.glm_core
 
 FEW_ROWS = 8
-"""rows up to which the product is ours where nothing trains: a row then has the same bits whatever
-rows stand beside it, which no BLAS promises"""
+"""the most rows for which inference uses our product: a row then has the same bits whatever the
+other rows are, which no BLAS promises"""
 
 if loaded():
     fakes.register()

@@ -58,9 +58,8 @@ def block_mask(key_start: Tensor, key_end: Tensor, keys: int) -> BlockMask:
     length = key_start.shape[1]
     rows = -(-length // BLOCK)
     pad = (0, rows * BLOCK - length)
-    start = torch.nn.functional.pad(key_start, pad, value=keys).unflatten(
-        1, (rows, BLOCK)
-    )  # [B, M, BLOCK]
+    start = torch.nn.functional.pad(key_start, pad, value=keys)
+    start = start.unflatten(1, (rows, BLOCK))  # [B, M, BLOCK]
     end = torch.nn.functional.pad(key_end, pad).unflatten(1, (rows, BLOCK))  # [B, M, BLOCK]
     sees = end > start
     first = torch.where(sees, start, keys).amin(-1)[..., None]  # [B, M, 1]

@@ -69,7 +69,7 @@ def export(call: Call) -> bytes:
 
 
 def trace(call: Call) -> tuple[GraphModule, list[str]]:
-    """The call as an ATen program over flat inputs, and the names of these."""
+    """Traces the call as an ATen program over flat inputs; returns it with the inputs' names."""
     shapes = ShapeEnv()
     with FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True):
         tensors = [torch.empty(shape, dtype=dtype) for dtype, shape in call.tensors]

@@ -26,7 +26,7 @@ int64_t loss_chunk(int64_t rows, int64_t vocab, int64_t element_size) {
   return std::min(rows, std::max(fewest, budget_bytes / (vocab * element_size)));
 }
 
-// dweight += dz^T x; bfloat16 products are summed in float32.
+// dweight [V, D] += dz^T x; bfloat16 products are summed in float32.
 void accumulate(const Tensor& sum, const Tensor& dz, const Tensor& x, bool first) {
   if (sum.scalar_type() != x.scalar_type())
     first ? sum.copy_(dz.t().mm(x)) : sum.add_(dz.t().mm(x));

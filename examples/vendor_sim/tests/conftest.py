@@ -9,7 +9,7 @@ import vendor_sim
 
 @pytest.fixture(autouse=True)
 def sound_device() -> Iterator[None]:
-    """Every test starts and ends with a device without defects."""
+    """Removes all defects before and after every test."""
     torch.sim.set_timeout(30.0)
     torch.sim.reset_fallbacks()
     yield

@@ -195,5 +195,5 @@ def memory_peak(backend: Backend) -> tuple[int, str]:
 
 def with_dtype(config: RunConfig, dtype: str) -> RunConfig:
     """Returns the same run in another working dtype."""
-    train: TrainConfig = dataclasses.replace(config.train, dtype=dtype)  # type: ignore[arg-type]
+    train: TrainConfig = dataclasses.replace(config.train, dtype=dtype)  # type: ignore[arg-type]  # TrainConfig checks it
     return dataclasses.replace(config, train=train)

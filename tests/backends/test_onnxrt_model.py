@@ -30,7 +30,7 @@ def batch(b: int = 2, length: int = 16) -> list[Tensor]:
 
 def step(model: GLM, loss: object, inputs: list[Tensor]) -> tuple[float, list[Tensor]]:
     model.zero_grad()
-    value = loss(*inputs)  # type: ignore[operator]
+    value = loss(*inputs)  # type: ignore[operator]  # a loss by name
     value.backward()
     return float(value.detach()), [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
@@ -40,7 +40,7 @@ def test_training_follows_the_reference(dtype: str) -> None:
     losses: dict[str, list[float]] = {"reference": [], "onnxrt": []}
     for backend, curve in losses.items():
         model = GLM(CONFIG).init_weights(0).to(getattr(torch, dtype))
-        optimizer = Optimizer(model, TrainConfig(dtype=dtype))  # type: ignore[arg-type]
+        optimizer = Optimizer(model, TrainConfig(dtype=dtype))  # type: ignore[arg-type]  # TrainConfig checks it
         for _ in range(4):
             with registry.use(backend, strict=True):
                 curve.append(step(model, model.loss, batch())[0])

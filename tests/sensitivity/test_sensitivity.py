@@ -35,7 +35,7 @@ BLANK = Row(
 
 
 def made(*changes: dict[str, object]) -> Sensitivity:
-    found = [dataclasses.replace(BLANK, **c) for c in changes]  # type: ignore[arg-type]
+    found = [dataclasses.replace(BLANK, **c) for c in changes]  # type: ignore[arg-type]  # made by hand
     return Sensitivity(
         dtype="float32", rows=found, neutral=["idle"], calibration_seconds=1.0, seconds=2.0
     )
@@ -97,7 +97,7 @@ def test_an_infinite_margin_is_still_json() -> None:
 )
 def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        detection.sensitivity(**arguments)  # type: ignore[arg-type]
+        detection.sensitivity(**arguments)  # type: ignore[arg-type]  # made by hand
     assert message in str(caught.value)
 
 
@@ -118,12 +118,12 @@ def test_held_out_is_a_third_chosen_by_name() -> None:
 def test_loss_difference() -> None:
     @dataclasses.dataclass
     class Losses:
-        loss: np.ndarray  # type: ignore[type-arg]
+        loss: np.ndarray  # type: ignore[type-arg]  # its dtype is not looked at
 
     reference, other = Losses(np.array([2.0, 4.0])), Losses(np.array([2.2, 4.0]))
-    assert detection.loss_difference(reference, other) == pytest.approx(0.05)  # type: ignore[arg-type]
+    assert detection.loss_difference(reference, other) == pytest.approx(0.05)  # type: ignore[arg-type]  # made by hand
     broken = Losses(np.array([2.0, np.nan]))
-    assert detection.loss_difference(reference, broken) == math.inf  # type: ignore[arg-type]
+    assert detection.loss_difference(reference, broken) == math.inf  # type: ignore[arg-type]  # made by hand
 
 
 def test_bugs_are_convicted_and_benign_changes_are_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,7 +96,7 @@ def weights(name: str, dtype: torch.dtype = torch.float16) -> State:
 def inner(ours: State) -> list[tuple[int, str, str, Tensor]]:
     """(layer, module, leaf, value) of the parameters inside the blocks."""
     parts = [(k.split(".", 2), v) for k, v in ours.items() if k.startswith("blocks.")]
-    return [(int(p[1]), *p[2].rsplit(".", 1), v) for p, v in parts]  # type: ignore[misc]
+    return [(int(p[1]), *p[2].rsplit(".", 1), v) for p, v in parts]  # type: ignore[misc]  # the groups of a match are not typed
 
 
 def heads(value: Tensor) -> Tensor:

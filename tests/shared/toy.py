@@ -101,7 +101,7 @@ def dying_at(event: int, only_in_save: bool) -> Callable[[FrameType, str, Any], 
         if inside[0] and seen[0] == event:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    count.seen = seen  # type: ignore[attr-defined]
+    count.seen = seen  # type: ignore[attr-defined]  # a function carries its count
     return count
 
 
@@ -116,7 +116,7 @@ def child(folder: str, changes: dict[str, Any], event: int, in_save: bool, max_b
     sys.setprofile(count)
     run(config(**changes), folder, sampler=Sampler(), resume=resume)
     sys.setprofile(None)
-    return int(count.seen[0])  # type: ignore[attr-defined]
+    return int(count.seen[0])  # type: ignore[attr-defined]  # a function carries its count
 
 
 def main() -> None:

@@ -151,7 +151,7 @@ broken = Backend(name="broken", device_type="cpu", verified="never", references_
 
 @broken.implements(ops.geglu)
 def geglu(x: Tensor) -> Tensor:
-    y: Tensor = Infinite.apply(ops.geglu.reference(x))  # type: ignore[no-untyped-call]
+    y: Tensor = Infinite.apply(ops.geglu.reference(x))  # type: ignore[no-untyped-call]  # torch leaves apply untyped
     return y
 
 
@@ -164,7 +164,7 @@ def spoil(trainer: Trainer, what: str) -> None:
             weight.fill_(3e38)
     if what == "norm":
         loss = trainer.model.loss
-        trainer.parallel.loss = trainer.model.loss = lambda *a: loss(*a) * 1e25  # type: ignore[method-assign]
+        trainer.parallel.loss = trainer.model.loss = lambda *a: loss(*a) * 1e25  # type: ignore[method-assign]  # planted
 
 
 FIRST, PARAMETER = "first not finite: op", "first parameter with such a gradient:"
@@ -201,7 +201,7 @@ def test_not_finite_in_a_later_micro_batch() -> None:
     assert not any((b.tokens == only_third).any() for b in batches[:2])
     with torch.no_grad():
         trainer.model.embedding[only_third] = math.nan
-    trainer.batches = lambda: batches  # type: ignore[method-assign,assignment]
+    trainer.batches = lambda: batches  # type: ignore[method-assign,assignment]  # planted
     with pytest.raises(
         TrainingError, match=r"op embedding in the model, forward, micro-batch 3 \(its w"
     ):

@@ -28,7 +28,7 @@ from glm_core.data.sampler import Batch
 from glm_core.diagnose import watchdog
 from glm_core.distributed import checkpoint, dry_run, mesh, straggler, watch
 from glm_core.distributed import run as planned
-from glm_core.distributed.checkpoint import Checkpoints, Shards, shards_of
+from glm_core.distributed.checkpoint import Checkpoints, Shards, newest_checkpoint, shards_of
 from glm_core.distributed.layout import split_of, take
 from glm_core.distributed.parallel import ManyProcesses
 from glm_core.distributed.plan import parse, stage_layers, stages_of
@@ -172,9 +172,7 @@ def training(folder: str, steps: int, fault: str, timeout_s: float, interval_s: 
         if resumed:
             done = checkpoints.load(out / "checkpoints", {"weight": weight})["step"]
         print(f"starts after step {done}", flush=True)
-        with registry.use(
-            faulty(fault if rank == 1 and not resumed else "", out / "watch/rank-1.json")
-        ):
+        with registry.use(faulty(fault if rank == 1 and not resumed else "", out)):
             for step in range(done + 1, steps + 1):
                 watchdog.beat(f"step {step}")
                 gradient = ops.global_norm([torch.full((4,), float(step))]) * torch.ones(4)
@@ -187,15 +185,18 @@ def training(folder: str, steps: int, fault: str, timeout_s: float, interval_s: 
     dist.destroy_process_group()
 
 
-def faulty(fault: str, record: Path) -> Backend:
-    """The references; the third global_norm has the fault."""
+def faulty(fault: str, out: Path) -> Backend:
+    """Returns a backend of references whose third global_norm has the fault, once the checkpoint of
+    step 2 is complete and this rank's record names the op."""
     backend, calls = Backend(name="weak", device_type="cpu", verified="in this test"), [0]
 
     @backend.implements(ops.global_norm)
     def global_norm(tensors: list[Tensor]) -> Tensor:
         calls[0] += 1
         if calls[0] == 3 and fault:
-            while (watch.read(record) or {}).get("what") != "op global_norm":
+            while newest_checkpoint(out / "checkpoints") is None:
+                watchdog.beat("step 3")  # the save goes on in the background
+            while (watch.read(out / "watch/rank-1.json") or {}).get("what") != "op global_norm":
                 pass  # the sampler has not come by yet
             {"hang": hang, "hold": hold, "stop": stop, "kill": kill}[fault]()
         return ops.global_norm.reference(tensors)

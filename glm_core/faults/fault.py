@@ -104,6 +104,9 @@ class Benign:
     micro_batch: int = 0
     """sequences per forward; 0: the whole global batch"""
     threads: int = 1
+    by_library: bool = False
+    """it only asks the CPU's matrix library in another way; on some CPUs the library then sums in
+    the same order, and no bit changes"""
     neutral: bool = False
     """it changes no bit in a model this small: it runs, but is no evidence and is not counted"""
 

@@ -288,7 +288,7 @@ benign(
     split(by_four, stacked(rounding.kahan)),
 )
 benign("linear-float64", linear, "float64 inside", rounding.precise(linear))
-benign("linear-transposed", linear, "(w x^T)^T", transposed)
+benign("linear-transposed", linear, "(w x^T)^T", transposed, by_library=True)
 benign(
     "linear-separate-bias", linear, "product and bias rounded apart", separate_bias, dtypes=BFLOAT16
 )
@@ -298,4 +298,5 @@ for n in (2, 7):
         linear,
         f"gradients of weight and bias over {n} parts of the rows",
         weight_gradient_in_parts(n),
+        by_library=True,
     )

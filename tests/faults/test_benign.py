@@ -32,7 +32,10 @@ IDS = [f"{b.name}-{dtype}" for b, dtype in CASES]
 
 @pytest.mark.parametrize(("change", "dtype"), CASES, ids=IDS)
 def test_a_benign_change_changes_a_bit(change: Benign, dtype: str) -> None:
-    assert differs(change.backend(), step_calls(setups.setup_of(change), dtype))
+    changed = differs(change.backend(), step_calls(setups.setup_of(change), dtype))
+    if change.by_library and not changed:
+        pytest.skip("this CPU's matrix library sums in the same order")
+    assert changed
 
 
 def errors(found: Results, truth: Results) -> dict[str, float]:

@@ -94,15 +94,15 @@ class FileCheckpoints(NamedTuple):
     """the newest so many stay"""
 
     def save(self, step: int, tensors: dict[str, Any], facts: dict[str, Any]) -> Path:
-        """See `save`."""
+        """Writes a checkpoint and removes the oldest; the module's function `save` says how."""
         return save(self.folder, step, tensors, facts, self.keep)
 
     def latest(self) -> Path | None:
-        """See `latest`."""
+        """Returns the newest checkpoint, None where there is none yet."""
         return latest(self.folder)
 
     def open(self, path: Path) -> SavedFile:
-        """See `load`."""
+        """Reads and verifies a checkpoint. Raises CheckpointError."""
         return open_checkpoint(path)
 
     def wait(self) -> None:

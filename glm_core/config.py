@@ -6,12 +6,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import tomllib
 import typing
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from glm_core.errors import ConfigError, unknown
+from glm_core.versions import tomllib
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 T = TypeVar("T")

@@ -12,15 +12,16 @@ import torch
 
 from glm_core import dispatch
 from glm_core.errors import DeviceError, GlmCoreError
+from glm_core.versions import AcceleratorError, is_accelerator_error
 
-RUNTIME = (torch.AcceleratorError, torch.OutOfMemoryError, NotImplementedError)
+RUNTIME = (AcceleratorError, torch.OutOfMemoryError, NotImplementedError)
 """the exceptions of torch whose cause is the device"""
 
 _WAY_OUT = (
     (torch.OutOfMemoryError, "use a smaller train.micro_batch or a smaller model"),
     (NotImplementedError, "use another train.dtype, or give the backend a kernel"),
     (
-        torch.AcceleratorError,
+        AcceleratorError,
         "reset the device, then resume; glm-core align bisect waits for every "
         "call and names the op",
     ),
@@ -41,9 +42,13 @@ def explained(backend: str, subject: str) -> Iterator[None]:
             raise (error.__cause__ or error.__context__) from None  # type: ignore[misc]  # a GlmCoreError, as just checked
         raise
     except RUNTIME as error:
+        late = is_accelerator_error(error)
+        if not late and not isinstance(error, torch.OutOfMemoryError | NotImplementedError):
+            raise  # before torch 2.8 a RuntimeError of another kind
         op = op_of(error.__traceback__)
-        late = "noticed in " if isinstance(error, torch.AcceleratorError) else ""
-        raise device_error(error, subject, backend, f"{late}op {op}" if op else "") from error
+        raise device_error(
+            error, subject, backend, f"{'noticed in ' * late}op {op}" if op else ""
+        ) from error
 
 
 def device_error(

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TextIO
 
 from glm_core import dispatch
+from glm_core.versions import co_qualname
 
 
 class _State:
@@ -92,4 +93,4 @@ def _place(thread: int) -> str:
         if frame.f_code is dispatch.run.__code__:
             return f"inside op {frame.f_locals['op'].name}"
         frame = frame.f_back
-    return f"inside {innermost.f_code.co_qualname}" if innermost else "its thread has ended"
+    return f"inside {co_qualname(innermost.f_code)}" if innermost else "its thread has ended"

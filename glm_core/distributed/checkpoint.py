@@ -8,7 +8,6 @@ the folder. `.metadata` is a pickle: load only checkpoints you trust."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import threading
@@ -48,6 +47,7 @@ from torch.futures import Future
 from glm_core.distributed.layout import Split, chunks
 from glm_core.errors import CheckpointError
 from glm_core.training.checkpoint import LATEST, flush, replace
+from glm_core.versions import file_digest
 
 FORMAT = "glm-core distributed checkpoint 1"
 FACTS, SUMS, PART = "facts.json", ".sha256", ".part"
@@ -189,7 +189,7 @@ def root_cause(error: BaseException) -> BaseException:
 def file_sha256(path: Path) -> str:
     """Returns the checksum of the file's bytes, in hexadecimal."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_digest(file, "sha256").hexdigest()
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:

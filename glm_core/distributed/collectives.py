@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed import _functional_collectives as functional
 
+from glm_core.versions import functional_all_gather, functional_reduce_scatter
+
 SEQUENCE = 1
 """the dim that sequence parallelism splits"""
 
@@ -23,13 +25,13 @@ def all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
 
 def all_gather(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
     """Returns the ranks' tensors concatenated along `dim`, on every rank. It has no gradient."""
-    return functional.wait_tensor(functional.all_gather_single(x.contiguous(), dim, group))
+    return functional.wait_tensor(functional_all_gather(x.contiguous(), dim, group))
 
 
 def reduce_scatter(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
     """Returns this rank's part, along `dim`, of the sum over the group's ranks. It has no
     gradient."""
-    summed = functional.reduce_scatter_single(x.contiguous(), "sum", dim, group)
+    summed = functional_reduce_scatter(x.contiguous(), "sum", dim, group)
     return functional.wait_tensor(summed)
 
 

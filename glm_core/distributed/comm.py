@@ -13,6 +13,7 @@ from torch import Tensor
 
 from glm_core.backends.base import Backend
 from glm_core.distributed import mesh
+from glm_core.versions import all_gather_single, reduce_scatter_single
 
 REDUCING = ("all_reduce", "reduce_scatter")
 """operations that sum"""
@@ -87,7 +88,7 @@ def _all_gather(count: int, dtype: torch.dtype, me: Member) -> Operation:
     out = torch.empty(count, dtype=dtype, device=me.device)
     want = torch.cat([values(r, share, dtype, me.device) for r in range(me.world)])
     return Operation(
-        lambda: _wait(dist.all_gather_single(out, mine)),
+        lambda: _wait(all_gather_single(out, mine)),
         lambda: int((out != want).sum()),
         lambda: _refill(out, None),
     )
@@ -98,7 +99,7 @@ def _reduce_scatter(count: int, dtype: torch.dtype, me: Member) -> Operation:
     out = torch.empty(count // me.world, dtype=dtype, device=me.device)
     want = _total(count, dtype, me).chunk(me.world)[me.rank]
     return Operation(
-        lambda: _wait(dist.reduce_scatter_single(out, mine)),
+        lambda: _wait(reduce_scatter_single(out, mine)),
         lambda: int((out != want).sum()),
         lambda: _refill(out, None),
     )

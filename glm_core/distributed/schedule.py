@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining._utils import _make_tensor_from_meta
 from torch.distributed.pipelining.schedules import (
     PipelineScheduleMulti,
     PipelineScheduleSingle,
@@ -42,7 +41,10 @@ class Lean(PipelineStage):
     def _get_recv_ops(self, recv_infos: Any) -> Any:
         for info in recv_infos:
             if not info.is_root_arg:
-                info.buffer = _make_tensor_from_meta(info.tensor_meta, self.device)
+                meta = info.tensor_meta
+                info.buffer = torch.empty_strided(
+                    meta.shape, meta.stride, dtype=meta.dtype, device=self.device
+                )
         return super()._get_recv_ops(recv_infos)
 
     def _retrieve_recv_activations(self, fwd_chunk_id: int) -> Any:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from glm_core.errors import GlmCoreError
+from glm_core.versions import all_gather_single
 
 _PASSED_ON = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
@@ -57,7 +58,7 @@ class Split(Tensor):
         padded = self.part.new_zeros(each, *rest)
         padded[: len(self.part)] = self.part
         whole = padded.new_empty(ranks * each, *rest)
-        dist.all_gather_single(whole, padded, group=self.group)
+        all_gather_single(whole, padded, group=self.group)
         return whole[: self.shape[0]]
 
     @torch.no_grad()

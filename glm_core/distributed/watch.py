@@ -25,6 +25,7 @@ import torch.distributed as dist
 from glm_core import dispatch, environment
 from glm_core.diagnose import watchdog
 from glm_core.errors import TrainingError
+from glm_core.versions import co_qualname
 
 RECORD_BYTES = 16384
 """size of a record, allocated at the start: a full disk cannot stop it"""
@@ -54,7 +55,7 @@ def place_of(frame: FrameType | None) -> Place:
     innermost, walk = frame, frame
     while walk is not None:
         name = Path(walk.f_code.co_filename).name
-        stack.append(f"{walk.f_code.co_filename}:{walk.f_lineno} {walk.f_code.co_qualname}")
+        stack.append(f"{walk.f_code.co_filename}:{walk.f_lineno} {co_qualname(walk.f_code)}")
         if walk.f_code is dispatch.run.__code__ and not op:
             op = f"op {walk.f_locals['op'].name}"
         if name in _WAITING and "wrapper" not in walk.f_code.co_name:
@@ -62,9 +63,9 @@ def place_of(frame: FrameType | None) -> Place:
         walk = walk.f_back  # type: ignore[assignment]  # ends the loop
     line = linecache.getline(innermost.f_code.co_filename, innermost.f_lineno)
     if not collective and ".wait(" in line:
-        collective = innermost.f_code.co_qualname
+        collective = co_qualname(innermost.f_code)
     inside = f"{op}, {collective}" if op and collective else collective or op
-    return Place(inside or innermost.f_code.co_qualname, bool(collective), stack[:FRAMES][::-1])
+    return Place(inside or co_qualname(innermost.f_code), bool(collective), stack[:FRAMES][::-1])
 
 
 class Record:

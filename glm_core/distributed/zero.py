@@ -16,6 +16,7 @@ from glm_core.distributed.norm import GradientPart
 from glm_core.distributed.precision import Precision
 from glm_core.distributed.split import Split, to_meta
 from glm_core.training.optimizer import own_part
+from glm_core.versions import all_gather_single, reduce_scatter_single
 
 BUCKET = 2**25
 """elements reduced by one collective"""
@@ -216,7 +217,7 @@ class Shards:
             dist.all_reduce(flat, group=self.group)
             return flat
         own = flat.new_empty(part)
-        dist.reduce_scatter_single(own, flat, group=self.group)
+        reduce_scatter_single(own, flat, group=self.group)
         return own
 
     def zero_grad(self) -> None:
@@ -252,7 +253,7 @@ class Shards:
         own = flat[bucket.start : bucket.start + bucket.part].to(dtype)
         if self.shards > 1:
             whole = own.new_empty(bucket.part * self.shards)
-            dist.all_gather_single(whole, own, group=self.group)
+            all_gather_single(whole, own, group=self.group)
             own = whole
         start = 0
         for p in bucket.params:

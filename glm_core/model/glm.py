@@ -162,7 +162,7 @@ class Block(nn.Module):
 def normal_draw(seed: int, name: str, shape: torch.Size) -> Tensor:
     """Returns standard normal values, float64, from a CPU generator of the parameter's own."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     # float64: torch's float32 draws differ between instruction sets
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 

@@ -17,6 +17,7 @@ from glm_core.backends.base import Backend
 from glm_core.diagnose import device_errors
 from glm_core.errors import ConfigError, DeviceError, TrainingError, UnsupportedOpError
 from glm_core.training.run import run
+from glm_core.versions import AcceleratorError
 
 
 def failing(error: Exception, at: int) -> Backend:
@@ -43,9 +44,9 @@ def failing(error: Exception, at: int) -> Backend:
             "smaller train.micro_batch or a smaller model; last checkpoint: ",
         ),
         (
-            torch.AcceleratorError("device lost"),
-            "step 5: backend weak, noticed in op global_norm: AcceleratorError: device lost; "
-            "reset the device, then resume",
+            AcceleratorError("CUDA error: device lost"),
+            f"step 5: backend weak, noticed in op global_norm: {AcceleratorError.__name__}: CUDA "
+            "error: device lost; reset the device, then resume",
         ),
         (NotImplementedError("no Half"), "NotImplementedError: no Half; use another train.dtype"),
     ],
@@ -70,7 +71,8 @@ def test_no_checkpoint_is_said_too(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    "error", [UnsupportedOpError("strict"), ConfigError("bad"), ValueError("ours")]
+    "error",
+    [UnsupportedOpError("strict"), ConfigError("bad"), ValueError("x"), RuntimeError("shapes")],
 )
 def test_other_errors_stay_what_they_are(error: Exception) -> None:
     with pytest.raises(type(error)) as caught, device_errors.explained("weak", "step 1"):

@@ -29,7 +29,7 @@ def run(
     try:
         out, err = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired as error:
-        error.add_note(f"stderr so far: {(error.stderr or b'')[-4000:].decode()}")
+        error.cmd = f"{error.cmd}\nstderr so far: {(error.stderr or b'')[-4000:].decode()}"
         raise
     finally:
         with contextlib.suppress(ProcessLookupError):

@@ -214,15 +214,17 @@ def test_a_client_that_leaves_frees_its_slot(serving: Any, stream: bool) -> None
 
         decoder.step = slow
 
+        async def three_steps() -> None:
+            while len(steps) < 3:
+                await asyncio.sleep(0.005)
+
         async def leave() -> None:
             async with httpx.AsyncClient() as client:
                 body = {**ASK, "max_tokens": 480, "stream": stream, "seed": 1}
                 url = f"{served.url}/v1/chat/completions"
-                async with asyncio.timeout(60):
-                    task = asyncio.create_task(client.post(url, json=body))
-                    while len(steps) < 3:
-                        await asyncio.sleep(0.005)
-                    task.cancel()
+                task = asyncio.create_task(client.post(url, json=body))
+                await asyncio.wait_for(three_steps(), timeout=60)
+                task.cancel()
 
         asyncio.run(leave())
         until(lambda: decoder.free == 1)

@@ -8,6 +8,7 @@ ROOT = Path(__file__).parents[2]
 
 CHAIN = (
     "errors",
+    "versions",
     "environment",
     "config",
     "spec",

@@ -22,6 +22,7 @@ from glm_core.deepspeed.keys import SECTIONS
 from glm_core.deepspeed.notices import say_once
 from glm_core.deepspeed.settings import judge, read
 from glm_core.errors import ConfigError
+from glm_core.versions import all_gather_single
 
 MODEL_PARALLEL = "model-parallel-rng"
 """the name of the tracker's default state"""
@@ -259,5 +260,5 @@ def _unpack(part: _Part) -> Tensor:
     if part.group is None:
         return own
     padded = own.new_empty(len(own) * dist.get_world_size(part.group))
-    dist.all_gather_single(padded, own, group=part.group)
+    all_gather_single(padded, own, group=part.group)
     return padded[: part.shape.numel()].view(part.shape)

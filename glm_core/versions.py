@@ -1,0 +1,159 @@
+"""Holds every difference between the versions of Python and torch that the package runs on.
+
+NEWER has an entry per name that the oldest version lacks: `from glm_core.versions import NAME`
+gives the newer thing where it exists and its stand-in where it does not. When the oldest version
+moves up, delete the entries up to it and import the names from where they are. Nothing here imports
+torch before a name of it is asked for. This file and glm_core/__init__.py also have to load on
+older versions of Python, to say that they are too old."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import re
+import sys
+from importlib import metadata
+from typing import Any, BinaryIO, NamedTuple
+
+PYTHON = (3, 10)
+"""the oldest version of Python that the package runs on; pyproject.toml says so too"""
+TORCH = (2, 7)
+"""the oldest version of torch"""
+
+
+class Newer(NamedTuple):
+    """One name that not every version in the window has."""
+
+    where: str
+    """`module` or `module:attribute`"""
+    since: str
+    """the first version with it: `torch 2.13`, `Python 3.11`"""
+    stand_in: str
+    """what is used before that version, written like `where`; empty: nothing can be"""
+
+
+_DIST, _FUNCTIONAL = "torch.distributed", "torch.distributed._functional_collectives"
+NEWER = {
+    "tomllib": Newer("tomllib", "Python 3.11", "tomli"),
+    "co_qualname": Newer(
+        "types:CodeType.co_qualname.__get__", "Python 3.11", "types:CodeType.co_name.__get__"
+    ),
+    "file_digest": Newer("hashlib:file_digest", "Python 3.11", f"{__name__}:_file_digest"),
+    # ask is_accelerator_error too: before torch 2.8 not every RuntimeError is the device's
+    "AcceleratorError": Newer("torch:AcceleratorError", "torch 2.8", "builtins:RuntimeError"),
+    # the older names of these four warn since torch 2.13
+    "all_gather_single": Newer(
+        f"{_DIST}:all_gather_single", "torch 2.13", f"{_DIST}:all_gather_into_tensor"
+    ),
+    "reduce_scatter_single": Newer(
+        f"{_DIST}:reduce_scatter_single", "torch 2.13", f"{_DIST}:reduce_scatter_tensor"
+    ),
+    "functional_all_gather": Newer(
+        f"{_FUNCTIONAL}:all_gather_single", "torch 2.13", f"{_FUNCTIONAL}:all_gather_tensor"
+    ),
+    "functional_reduce_scatter": Newer(
+        f"{_FUNCTIONAL}:reduce_scatter_single", "torch 2.13", f"{_FUNCTIONAL}:reduce_scatter_tensor"
+    ),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Returns the newer thing called `name` in NEWER, or its stand-in. Raises ConfigError where
+    this version has neither."""
+    if name not in NEWER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    entry = NEWER[name]
+    for where in filter(None, (entry.where, entry.stand_in)):
+        found = _found(where)
+        if found is not None:
+            globals()[name] = found
+            return found
+    from glm_core.errors import ConfigError
+
+    raise ConfigError(lack(name))
+
+
+def lack(name: str) -> str:
+    """Returns why the entry `name` of NEWER cannot be had here: what is missing and which version
+    has it. Returns "" where it can."""
+    entry = NEWER[name]
+    if any(_found(where) is not None for where in (entry.where, entry.stand_in) if where):
+        return ""
+    running = f"torch {torch_version()}" if entry.since.startswith("torch") else _python()
+    plain = entry.where.replace(":", ".")
+    return f"{plain}: {running} does not have it; use {entry.since} or newer"
+
+
+def _found(where: str) -> Any:
+    """Returns the module, or the attribute of it, that `where` names; None where there is none."""
+    module, _, attribute = where.partition(":")
+    try:
+        loaded = importlib.import_module(module)
+    except ModuleNotFoundError:
+        return None
+    found: Any = loaded
+    for part in filter(None, attribute.split(".")):
+        found = getattr(found, part, None)
+    return found
+
+
+def _file_digest(file: BinaryIO, name: str) -> Any:
+    digest = hashlib.new(name)
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest
+
+
+def is_accelerator_error(error: BaseException) -> bool:
+    """Says whether the device itself failed: torch.AcceleratorError, or before torch 2.8 a
+    RuntimeError whose text begins like `CUDA error: `."""
+    kind = sys.modules[__name__].AcceleratorError
+    if kind is not RuntimeError:
+        return isinstance(error, kind)
+    return type(error) is RuntimeError and bool(_DEVICE_TEXT.match(str(error)))
+
+
+_DEVICE_TEXT = re.compile(r"[A-Z]{2,} (function )?error: ")
+
+
+def torch_version() -> str:
+    """Returns the version of the installed torch, such as `2.9.0+das.opt1.dtk2604`; "" where none
+    is installed. It imports no torch."""
+    if "torch" in sys.modules:
+        return str(sys.modules["torch"].__version__)
+    try:
+        return metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def check() -> None:
+    """Refuses a Python or a torch that is older than the window, in one line: a command ends with
+    it, a program that imports the package gets it as an ImportError."""
+    fact = too_old()
+    if not fact:
+        return
+    if os.path.basename(sys.argv[0]) in ("glm-core", "-m"):
+        print(f"glm-core: {fact}", file=sys.stderr)
+        raise SystemExit(2)
+    raise ImportError(fact)
+
+
+def too_old() -> str:
+    """Returns what is older than the window and the way out, or ""."""
+    if sys.version_info < PYTHON:
+        return f"{_python()} is too old; run glm_core with Python {_dotted(PYTHON)} or newer"
+    found = torch_version()
+    numbers = re.match(r"(\d+)\.(\d+)", found)
+    if numbers and tuple(map(int, numbers.groups())) < TORCH:
+        return f"torch {found} is too old; install torch {_dotted(TORCH)} or newer"
+    return ""
+
+
+def _python() -> str:
+    return f"Python {_dotted(sys.version_info[:3])}"
+
+
+def _dotted(numbers: tuple[int, ...]) -> str:
+    return ".".join(map(str, numbers))

@@ -4,7 +4,8 @@ complete or absent, and can be loaded under any other plan.
 `step-N/` holds the files of torch.distributed.checkpoint (DCP: `*.distcp`, `.metadata`), their
 sha256 and `facts.json`; `latest` names the newest. Names and shapes are those of the model on one
 process (glm_core.distributed.layout), so a rank of any plan finds its shards. All hosts must see
-the folder. `.metadata` is a pickle: load only checkpoints you trust."""
+the folder. `.metadata` is a pickle, of which only the description of tensors is read
+(glm_core.distributed.dcp_reader)."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -44,6 +45,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.futures import Future
 
+from glm_core.distributed.dcp_reader import SafeReader
 from glm_core.distributed.layout import Split, chunks
 from glm_core.errors import CheckpointError
 from glm_core.training.checkpoint import LATEST, flush, replace
@@ -302,12 +304,15 @@ class Checkpoints:
             with single_process_allowed(self.group is None):
                 dcp_load(
                     wanted,
-                    storage_reader=FileSystemReader(path),
+                    storage_reader=SafeReader(path),
                     process_group=self.group,
                     planner=_LoadPlanner(flatten_state_dict=False),
                     no_dist=self.group is None,
                 )
         except (CheckpointException, OSError, RuntimeError, ValueError) as error:
+            for failure, _ in getattr(error, "failures", {}).values():
+                if isinstance(failure, CheckpointError):
+                    raise failure from None
             raise CheckpointError(
                 f"{path}: does not fit this model ({failure_text(error)}); resume with the config "
                 "it was saved with"

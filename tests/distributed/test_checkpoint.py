@@ -4,6 +4,7 @@ bit."""
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from elastic_workers import MODEL, shapes
 from ranks import Ranks
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from glm_core.distributed.checkpoint import (
     Checkpoints,
@@ -19,7 +21,9 @@ from glm_core.distributed.checkpoint import (
     find_checkpoint,
     read_facts,
     shards_of,
+    single_process_allowed,
 )
+from glm_core.distributed.dcp_reader import METADATA, SafeReader
 from glm_core.distributed.layout import Split
 from glm_core.errors import CheckpointError
 
@@ -140,6 +144,38 @@ def test_what_is_damaged_foreign_or_of_another_model(tmp_path: Path) -> None:
         checkpoints.load(tmp_path / "c", {"x": torch.zeros(4)})
     (tmp_path / "c/latest").write_text("step-00000009\n")  # whole ones count, not the pointer
     assert find_checkpoint(tmp_path / "c").name == "step-00000002"
+
+
+class Runs:
+    """A pickle of this runs code: it creates a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return Path.touch, (self.file,)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("place", ["planner_data", "state_dict_metadata"])
+def test_code_in_the_metadata_is_refused(tmp_path: Path, place: str) -> None:
+    checkpoints = Checkpoints(tmp_path / "c")
+    checkpoints.save(1, {"x": torch.ones(4)}, {})
+    file, created = checkpoints.wait() / METADATA, tmp_path / "created"
+    foreign = pickle.loads(file.read_bytes())
+    setattr(foreign, place, {"x": Runs(created)})
+    file.write_bytes(pickle.dumps(foreign))
+    with pytest.raises(CheckpointError, match=r"\.metadata: loading it would run code \(pathlib"):
+        checkpoints.load(tmp_path / "c", {"x": torch.zeros(4)})
+    assert not created.exists()
+    pickle.loads(file.read_bytes())
+    assert created.exists()  # what was refused is code
+
+
+def test_bytes_that_dcp_would_unpickle_are_refused(tmp_path: Path) -> None:
+    with single_process_allowed(True):
+        dcp_save({"x": "text"}, checkpoint_id=tmp_path / "foreign", no_dist=True)
+    with pytest.raises(CheckpointError, match="BytesStorageMetadata"):
+        SafeReader(tmp_path / "foreign").read_metadata()
 
 
 def test_shards_of_fused_rows_lie_apart() -> None:

@@ -17,11 +17,12 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from glm_core.distributed.watch import post_mortem
-from glm_core.environment import WATCH
+from glm_core.environment import API_KEY, WATCH
 from glm_core.errors import ConfigError, TrainingError, unknown
 
 FORWARDED = re.compile(r"(NCCL|HCCL|RCCL|GLOO|GLM_CORE|OMP|TORCH)_\w+|PYTHONPATH|LD_LIBRARY_PATH")
-"""environment variables that are passed on to the other hosts"""
+"""environment variables that are passed on to the other hosts, in commands that everyone there can
+list: so never the API key"""
 _LINE = re.compile(r"(?P<name>[^\s=]+)\s+slots=(?P<slots>\d+)")
 
 
@@ -121,7 +122,11 @@ def torchrun_arguments(launch: Launch, index: int) -> list[str]:
 def remote_commands(launch: Launch, environment: Iterable[tuple[str, str]]) -> list[list[str]]:
     """Returns the ssh command of each host, in the order of ranks. Working folder and interpreter
     are those of this process."""
-    exports = [f"{k}={shlex.quote(v)}" for k, v in sorted(environment) if FORWARDED.fullmatch(k)]
+    exports = [
+        f"{k}={shlex.quote(v)}"
+        for k, v in sorted(environment)
+        if FORWARDED.fullmatch(k) and k != API_KEY
+    ]
     before = f"cd {shlex.quote(os.getcwd())} && exec {' '.join(['env', *exports])}"
     lines = []
     for index, host in enumerate(launch.hosts):

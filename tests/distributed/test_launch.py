@@ -56,11 +56,14 @@ def test_include_and_exclude() -> None:
 def test_every_host_gets_its_rank_slots_and_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     job = Launch(hosts=tuple(TWO), program=("train.py", "--name", "a b"), address="worker-1")
     variables = {"NCCL_DEBUG": "INFO x", "HOME": "/root", "PYTHONPATH": "src"}
+    variables |= {"GLM_CORE_ISA": "avx2", "GLM_CORE_API_KEY": "secret"}
     lines = remote_commands(job, variables.items())
     assert [words[-2] for words in lines] == ["worker-1", "worker-2"]
     inner = shlex.split(lines[1][-1])
     assert inner[:3] == ["cd", str(Path.cwd()), "&&"]
-    assert inner[3:7] == ["exec", "env", "NCCL_DEBUG=INFO x", "PYTHONPATH=src"]
+    forwarded = ["GLM_CORE_ISA=avx2", "NCCL_DEBUG=INFO x", "PYTHONPATH=src"]
+    assert inner[3:8] == ["exec", "env", *forwarded]
+    assert "secret" not in str(lines)
     for word in ("--nnodes=2", "--node-rank=1", "--nproc-per-node=2", "--master-addr=worker-1"):
         assert word in inner
     assert inner[-3:] == ["train.py", "--name", "a b"]

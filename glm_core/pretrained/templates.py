@@ -62,9 +62,11 @@ def placeholder(index: int) -> str:
 
 
 def render(template: str, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-    """Returns the template rendered with placeholders. Raises PromptError where the template is
-    broken or refuses these messages."""
+    """Returns the template rendered with placeholders. The template is foreign: it runs in jinja2's
+    sandbox. Raises PromptError where it is broken, reaches out of the sandbox or refuses these
+    messages."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    del environment.filters["attr"]  # leads out of the sandbox before 3.1.6 (CVE-2025-27516)
     values = [{"role": m.role, "content": placeholder(i)} for i, m in enumerate(messages)]
     try:
         return environment.from_string(template).render(
@@ -72,6 +74,10 @@ def render(template: str, messages: Sequence[Message], *, add_generation_prompt:
         )
     except jinja2.TemplateError as error:
         raise PromptError(f"chat template: {error}; give other roles or order") from None
+    except Exception as error:  # whatever Python's operators raise
+        raise PromptError(
+            f"chat template: {type(error).__name__}: {error}; use the checkpoint's own template"
+        ) from None
 
 
 def encode_rendered(

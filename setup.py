@@ -109,6 +109,7 @@ if CHOICE in ("cuda", "rocm"):
 core = find_packages(include=["glm_core", "glm_core.*"])
 roots = find_packages(include=["backends", "backends.*", "bench", "bench.*"])
 setup(
+    license="Apache-2.0",
     packages=[p for p in core if not p.startswith(("glm_core.backends", "glm_core.bench"))]
     + [f"glm_core.{p}" for p in roots],
     package_dir={"glm_core.backends": "backends", "glm_core.bench": "bench"},

@@ -1,0 +1,107 @@
+"""What strangers read first names things that are there: the issue form, CONTRIBUTING, SECURITY."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from rooms import ROOT
+
+from glm_core import cli
+from glm_core.versions import tomllib
+
+FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+VERSIONS = (ROOT / "docs" / "versions.md").read_text(encoding="utf-8")
+PAGES = ("CONTRIBUTING.md", "SECURITY.md")
+KEYS = {"name", "description", "labels", "body"}
+ATTRIBUTES = {
+    "markdown": {"value"},
+    "textarea": {"label", "description", "placeholder", "render", "value"},
+    "input": {"label", "description", "placeholder", "value"},
+}
+"""the hosting platform's schema of issue forms, as far as ours use it"""
+
+
+def commands(text: str) -> list[list[str]]:
+    """The arguments of every `glm-core ...` between backticks."""
+    return [shlex.split(c) for c in re.findall(r"`glm-core ([^`]+)`", text)]
+
+
+@pytest.mark.parametrize("path", FORMS, ids=lambda path: path.stem)
+def test_an_issue_form_follows_the_schema(path: Path) -> None:
+    form = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert {"name", "description", "body"} <= set(form) <= KEYS
+    fields = [item for item in form["body"] if item["type"] != "markdown"]
+    ids = [item["id"] for item in fields]
+    assert len(ids) == len(set(ids)) == len(fields) > 0
+    for item in form["body"]:
+        assert set(item) <= {"type", "id", "attributes", "validations"}
+        assert set(item["attributes"]) <= ATTRIBUTES[item["type"]]
+        assert item["type"] == "markdown" or item["attributes"]["label"]
+        assert set(item.get("validations", {})) <= {"required"}
+
+
+def test_the_bug_form_requires_devices_command_and_expectation() -> None:
+    [bug] = [yaml.safe_load(p.read_text(encoding="utf-8")) for p in FORMS if p.stem == "bug"]
+    required = {i["id"] for i in bug["body"] if i.get("validations", {}).get("required")}
+    assert required >= {"devices", "command", "expected"}
+    [devices] = [i for i in bug["body"] if i.get("id") == "devices"]
+    assert commands(devices["attributes"]["label"]) == [["devices", "--json"]]
+
+
+@pytest.mark.parametrize("path", FORMS, ids=lambda path: path.stem)
+def test_a_command_that_a_form_names_is_one(path: Path) -> None:
+    for words in commands(path.read_text(encoding="utf-8")):
+        if words != ["--version"]:  # would exit
+            cli.parser().parse_args(words)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_command_that_a_page_names_exists(name: str) -> None:
+    named = {words[0] for words in commands((ROOT / name).read_text(encoding="utf-8"))}
+    assert named
+    assert named <= set(cli.COMMANDS)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_path_that_a_page_names_is_there(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    spans = re.findall(r"`([\w./-]+)`", text) + re.findall(r"\]\(([\w./-]+)\)", text)
+    paths = [s for s in spans if re.search(r"/.*\.\w+$", s) and not s.startswith("runs/")]
+    assert paths
+    missing = [p for p in paths if not list(ROOT.glob(re.sub("NAME|FAMILY", "*", p)))]
+    assert not missing, f"{name} names {missing}"
+
+
+def test_make_targets_that_contributing_names_exist() -> None:
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    named = re.findall(r"`make (\w+)`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    assert named
+    assert set(named) <= set(targets)
+
+
+def test_the_licence_is_whole_and_stated() -> None:
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert "Apache License" in text
+    assert "END OF TERMS AND CONDITIONS" in text
+    assert "Copyright 2026 The glm_core authors" in text
+    assert 'license="Apache-2.0"' in (ROOT / "setup.py").read_text(encoding="utf-8")
+
+
+def test_the_window_of_versions_is_that_of_the_metadata() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    stated = dict(re.findall(r"^\| (Python|torch|numpy) \| ([\d.]+) \|", VERSIONS, re.M))
+    required = dict(
+        re.findall(r"^(torch|numpy)>=([\d.]+)$", "\n".join(project["dependencies"]), re.M)
+    )
+    assert stated == required | {"Python": project["requires-python"].removeprefix(">=")}
+
+
+def test_every_python_of_the_window_is_a_classifier() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    [(oldest, newest)] = re.findall(r"^\| Python \| 3\.(\d+) \| 3\.(\d+) \|", VERSIONS, re.M)
+    minors = [int(m) for m in re.findall(r"Python :: 3\.(\d+)", "\n".join(project["classifiers"]))]
+    assert minors == list(range(int(oldest), int(newest) + 1))

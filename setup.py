@@ -28,7 +28,10 @@ except errors.ConfigError as error:
 
 CPU = "glm_core.backends.cpu._C"
 # the slowest to compile first
-KERNELS = "quant attention attention_decode linear norm activation loss optim rope embedding table"
+KERNELS = (
+    "quant attention attention_decode linear quant_input norm activation loss optim rope embedding"
+    " table"
+)
 # Reading torch's headers takes most of a compilation. The bindings are included into two files, one
 # for each core of a small machine, so that the headers are read twice instead of eight times.
 BINDINGS = ["attention library norm pointwise", "decode_step linear product training"]

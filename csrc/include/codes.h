@@ -6,6 +6,9 @@
 
 namespace glm::GLM_ISA {
 
+// Codes in a vector of weights.
+constexpr int64_t per_vector(int bits) { return bits == 4 ? 8 * W : 4 * W; }
+
 GLM_INLINE vi load_words(const void* p) {
   vi x;
   memcpy(&x, p, sizeof x);
@@ -30,6 +33,11 @@ GLM_INLINE void from_halves(const uint16_t* p, int64_t n, float* out) {
   const __mmask16 some = __mmask16((1u << n) - 1);
   store(out, bits_as<vf>(_mm512_maskz_cvtph_ps(some, _mm256_maskz_loadu_epi16(some, p))));
 #else
+#if defined(__AVX2__)
+  if (n == W)
+    return store(
+        out, bits_as<vf>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
+#endif
   for (int64_t i = 0; i < n; ++i) out[i] = from_half(p[i]);
 #endif
 }
@@ -44,10 +52,11 @@ GLM_INLINE Nibbles unsigned_nibbles(vi w) {
     return bits_as<vi>(_mm512_maskz_ternarylogic_epi32(
         0xffff, bits_as<__m512i>(x), _mm512_set1_epi8(8), _mm512_set1_epi8(15), 0x28));
   };
-#else
-  const auto turned = [](vi x) GLM_INLINED { return (x ^ 0x08080808) & 0x0f0f0f0f; };
-#endif
   return {turned(bits_as<vi>(bits_as<vu>(w) >> 4)), turned(w)};
+#else
+  const vu turned = bits_as<vu>(w) ^ 0x88888888u;
+  return {bits_as<vi>((turned >> 4) & 0x0f0f0f0fu), bits_as<vi>(turned & 0x0f0f0f0fu)};
+#endif
 }
 
 // Nibble k of every word, as floats; nibbles are signed.
@@ -116,7 +125,26 @@ GLM_INLINE vi add_unsigned(vi sum, vi u, vi s) {
 #endif
 }
 
-// The same for two signed operands.
+// sum += the products of both nibbles of every byte: the higher ones with x, the lower ones with y.
+template <bool VNNI>
+GLM_INLINE vi add_nibbles(vi sum, Nibbles u, vi x, vi y) {
+#if defined(__AVX512F__)
+  if constexpr (!VNNI) {
+    const __m512i high = _mm512_maddubs_epi16(bits_as<__m512i>(u.high), bits_as<__m512i>(x));
+    const __m512i low = _mm512_maddubs_epi16(bits_as<__m512i>(u.low), bits_as<__m512i>(y));
+    const __m512i pairs = _mm512_add_epi16(high, low);
+    return sum + bits_as<vi>(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+  }
+#elif defined(__AVX2__)
+  const __m256i high = _mm256_maddubs_epi16(bits_as<__m256i>(u.high), bits_as<__m256i>(x));
+  const __m256i low = _mm256_maddubs_epi16(bits_as<__m256i>(u.low), bits_as<__m256i>(y));
+  const __m256i pairs = _mm256_add_epi16(high, low);
+  return sum + bits_as<vi>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#endif
+  return add_unsigned<VNNI>(add_unsigned<VNNI>(sum, u.high, x), u.low, y);
+}
+
+// sum += the products of each lane's four signed bytes; those of b are above -128.
 GLM_INLINE vi add_signed(vi sum, vi a, vi b) {
 #if defined(__AVX512F__)
   const __m512i x = bits_as<__m512i>(a), y = bits_as<__m512i>(b);
@@ -126,10 +154,8 @@ GLM_INLINE vi add_signed(vi sum, vi a, vi b) {
   return sum + bits_as<vi>(even) + bits_as<vi>(odd);
 #elif defined(__AVX2__)
   const __m256i x = bits_as<__m256i>(a), y = bits_as<__m256i>(b);
-  const __m256i even = _mm256_madd_epi16(_mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8),
-                                         _mm256_srai_epi16(_mm256_slli_epi16(y, 8), 8));
-  const __m256i odd = _mm256_madd_epi16(_mm256_srai_epi16(x, 8), _mm256_srai_epi16(y, 8));
-  return sum + bits_as<vi>(even) + bits_as<vi>(odd);
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(y, x));
+  return sum + bits_as<vi>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 #else
   int8_t x[4 * W], y[4 * W];
   memcpy(x, &a, sizeof x), memcpy(y, &b, sizeof y);

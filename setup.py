@@ -1,23 +1,23 @@
-"""Builds the extensions with the compiled kernels.
+"""Builds the extensions with the compiled kernels, for the torch that is already installed.
 
-GLM_CORE_BUILD chooses which ones: auto (the default) builds the CPU's and goes on without it where
-it does not compile; off builds none; cpu, cuda and rocm build the CPU's and the one named, and fail
-where one does not compile. GLM_CORE_ARCHES names the GPUs to compile for, such as 80,90."""
+GLM_CORE_BUILD chooses which ones: auto (the default) builds the CPU's and goes on without it, with
+the reason, where it cannot be built; off builds none; cpu, cuda and rocm build the CPU's and the one
+named, and fail where one cannot be built. GLM_CORE_ARCHES names the GPUs to compile for, such as
+80,90 or gfx936."""
 
-import os
+import json
 import platform
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 sys.path.insert(0, str(ROOT))
-from csrc import gpu  # noqa: E402
+from csrc import compiling, gpu  # noqa: E402
 from glm_core import environment, errors  # noqa: E402
 
 try:
@@ -47,39 +47,54 @@ FLAGS = (
 KERNEL_FLAGS = {"quant": "-fno-tree-slp-vectorize"}
 
 
-class Build(BuildExtension):
-    """Compiles the kernels first, without torch's headers: once per instruction set, or with the
-    GPU's compiler. Then compiles the bindings and links both."""
+class Build(build_ext):
+    """Compiles the kernels without torch's headers, once per instruction set or with the GPU's
+    compiler, and the bindings with them; links both. A note beside each extension says which torch
+    it was built for, or why it was not built: it is read before the extension is loaded."""
 
-    def build_extensions(self) -> None:
+    def run(self) -> None:
+        self.notes: dict[str, dict[str, object]] = {}
+        if CHOICE in gpu.COMPILERS:  # before minutes are spent on the CPU's
+            gpu.arches(CHOICE)
+        super().run()
+        for name, note in self.notes.items():
+            target = Path(self.get_ext_fullpath(name))
+            if "torch" in note or not target.exists():
+                target.with_suffix(".json").write_text(json.dumps(note), encoding="utf-8")
+
+    def build_extension(self, extension: Extension) -> None:
         folder = Path(self.build_temp).resolve() / "glm_core"
-        folder.mkdir(parents=True, exist_ok=True)
-        for extension in self.extensions:
-            cpu = extension.name == CPU
+        target = Path(self.get_ext_fullpath(extension.name)).resolve()
+        for made in (folder, target.parent):
+            made.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        cpu = extension.name == CPU
+        try:
             jobs = cpu_jobs(folder) if cpu else gpu.jobs(CHOICE, folder)
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                extension.extra_objects = list(pool.map(compiled, jobs))
-            if cpu:
-                extension.sources = [binding_unit(folder, names) for names in BINDINGS]
-        super().build_extensions()
+            objects = compiling.run_all(jobs, None if cpu else gpu.variables(CHOICE))
+            extra = [] if cpu else gpu.link_flags(CHOICE)
+            compiling.run(compiling.link_command(objects, str(target), extra))
+        except CompileError as error:
+            self.notes[extension.name] = {"trouble": str(error)}
+            raise
+        self.notes[extension.name] = compiling.torch_here().note()
 
 
 def cpu_jobs(folder: Path) -> list[list[str]]:
     """Returns the compiler's commands; each ends in the object file it writes."""
-    compiler = [os.environ.get("CXX", "c++"), *FLAGS.split(), f"-I{CSRC}/include"]
-    jobs = [[*compiler, "-c", f"{CSRC}/cpu/isa.cpp", "-o", f"{folder}/isa.o"]]
+    binding = compiling.binding_command()
+    jobs = [
+        [*binding, "-c", binding_unit(folder, names), "-o", f"{folder}/bindings_{i}.o"]
+        for i, names in enumerate(BINDINGS)
+    ]
+    kernel_compiler = [*compiling.compiler(), *FLAGS.split(), f"-I{CSRC}/include"]
+    jobs.append([*kernel_compiler, "-c", f"{CSRC}/cpu/isa.cpp", "-o", f"{folder}/isa.o"])
     for kernel in KERNELS.split():
         for isa, isa_flags in ISAS.items():
             flags = [*isa_flags.split(), *KERNEL_FLAGS.get(kernel, "").split(), f"-DGLM_ISA={isa}"]
             target = f"{folder}/{kernel}_{isa}.o"
-            jobs.append([*compiler, *flags, "-c", f"{CSRC}/cpu/{kernel}.cpp", "-o", target])
+            jobs.append([*kernel_compiler, *flags, "-c", f"{CSRC}/cpu/{kernel}.cpp", "-o", target])
     return jobs
-
-
-def compiled(command: list[str]) -> str:
-    """Runs a compiler's command; returns the object file."""
-    subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"HIP_PLATFORM": "amd"})
-    return command[-1]
 
 
 def binding_unit(folder: Path, names: str) -> str:
@@ -89,26 +104,11 @@ def binding_unit(folder: Path, names: str) -> str:
     return str(path)
 
 
-def cpu_extension() -> Extension:
-    """Returns the CPU's extension; optional under GLM_CORE_BUILD=auto."""
-    extension = CppExtension(
-        CPU,
-        [f"csrc/bindings/{name}.cpp" for names in BINDINGS for name in names.split()],
-        include_dirs=[str(CSRC / "include")],
-        # torch's autograd headers would include every operator of torch otherwise
-        define_macros=[("AT_PER_OPERATOR_HEADERS", None)],
-        # Python's own flags ask for debug information, of which torch's headers make 30 MB. Without
-        # OpenMP, at::parallel_for silently runs on one thread.
-        extra_compile_args=["-O2", "-g0", "-fvisibility=hidden", "-Wall", "-fopenmp"],
-        extra_link_args=["-fopenmp"],
-    )
-    extension.optional = CHOICE == "auto"
-    return extension
-
-
-extensions = [] if CHOICE == "off" else [cpu_extension()]
-if CHOICE in ("cuda", "rocm"):
-    extensions.append(gpu.extension(CHOICE))
+# the sources are listed for the sdist and for pip; Build has the commands
+sources = [f"csrc/bindings/{name}.cpp" for names in BINDINGS for name in names.split()]
+extensions = [] if CHOICE == "off" else [Extension(CPU, sources, optional=CHOICE == "auto")]
+if CHOICE in gpu.COMPILERS:
+    extensions.append(Extension(f"glm_core.backends.{CHOICE}._C", gpu.SOURCES))
 core = find_packages(include=["glm_core", "glm_core.*"])
 roots = find_packages(include=["backends", "backends.*", "bench", "bench.*"])
 setup(

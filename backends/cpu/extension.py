@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 
 import torch
 
 from glm_core import environment
 from glm_core.backends.base import Probe
-from glm_core.backends.cpu import fakes
+from glm_core.backends.cpu import built, fakes
 
-BUILD = "pip install -e . --no-build-isolation builds it"
+BUILD = "pip install --no-build-isolation -e ."
+REBUILD = f"rebuild with: {BUILD}"
 
 
 def _load() -> str:
     """Loads the operators `torch.ops.glm_core.*`; returns why that failed, '' where it did not."""
+    if reason := built.trouble(Path(__file__).parent, BUILD):
+        return f"its C++ extension is {reason}"
     try:
         importlib.import_module("glm_core.backends.cpu._C")
-    except ModuleNotFoundError:
-        return f"its C++ extension is not built; {BUILD}"
     except ImportError as error:
-        return f"its C++ extension does not fit torch {torch.__version__} ({error}); {BUILD} again"
-    built = torch.ops.glm_core.built_for()
-    if built != torch.__version__.partition("+")[0]:
+        return f"its C++ extension does not fit torch {torch.__version__} ({error}); {REBUILD}"
+    of = torch.ops.glm_core.built_for()
+    if of != torch.__version__.partition("+")[0]:
         return (
-            f"its C++ extension was built for torch {built}, this is {torch.__version__}; "
-            f"{BUILD} again"
+            f"its C++ extension is built for torch {of}, running {torch.__version__}; {REBUILD}"
         )
     operators = torch.ops.glm_core
     if missing := [f.__name__ for f in fakes.FAKES if not hasattr(operators, f.__name__)]:
-        return f"its C++ extension is older than its sources (no {missing[0]}); {BUILD} again"
+        return f"its C++ extension is older than its sources (no {missing[0]}); {REBUILD}"
     return _apply_environment()
 
 

@@ -17,9 +17,11 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 sys.path.insert(0, str(ROOT))
-from csrc import compiling, gpu  # noqa: E402
-from glm_core import environment, errors  # noqa: E402
-
+try:
+    from csrc import compiling, gpu
+    from glm_core import environment, errors
+except ImportError as error:  # Python or torch is too old
+    raise SystemExit(str(error)) from None
 try:
     environment.check()
     CHOICE = environment.build()

@@ -89,12 +89,12 @@ def python_include() -> str:
 
 def binding_command() -> list[str]:
     """Returns the command that compiles what includes torch's headers."""
-    torch = torch_here()
+    command, torch = compiler(), torch_here()
     if not any(Path(folder, "ATen", "ATen.h").exists() for folder in torch.include):
         raise CompileError(f"torch {torch.version} has no headers; install a torch that has them")
     new = tuple(int(part) for part in torch.release.split(".")[:2]) >= (2, 13)
     return [
-        *compiler(),
+        *command,
         f"-std=c++{20 if new else 17}",
         "-O2",
         "-DNDEBUG",
@@ -144,9 +144,7 @@ def run(command: Sequence[str], env: Mapping[str, str] | None = None) -> str:
     return command[-1]
 
 
-def run_all(
-    commands: Sequence[Sequence[str]], env: Mapping[str, str] | None = None
-) -> list[str]:
+def run_all(commands: Sequence[Sequence[str]], env: Mapping[str, str] | None = None) -> list[str]:
     """Runs commands on all cores, the first ones first; returns their files. The first that fails
     ends the rest."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -1,9 +1,9 @@
 """Builds the extensions with the compiled kernels, for the torch that is already installed.
 
 GLM_CORE_BUILD chooses which ones: auto (the default) builds the CPU's and goes on without it, with
-the reason, where it cannot be built; off builds none; cpu, cuda and rocm build the CPU's and the one
-named, and fail where one cannot be built. GLM_CORE_ARCHES names the GPUs to compile for, such as
-80,90 or gfx936."""
+the reason, where it cannot be built; off builds none; cpu, cuda and rocm build the CPU's and the
+one named, and fail where one cannot be built. GLM_CORE_ARCHES names the GPUs to compile for, such
+as 80,90 or gfx936."""
 
 import json
 import platform

@@ -19,7 +19,8 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_ISOLATION = "pip install --no-build-isolation ."
-ASK = "import json, torch as t; print(json.dumps([t.__version__, t.compiled_with_cxx11_abi(), t.__file__]))"
+ASK = "import json, torch as t; f = t.compiled_with_cxx11_abi()"
+ASK += "; print(json.dumps([t.__version__, f, t.__file__]))"
 
 
 class Torch(NamedTuple):
@@ -112,8 +113,8 @@ def binding_command() -> list[str]:
 
 
 def openmp(torch: Torch) -> list[str]:
-    """Returns the flags for OpenMP; without it at::parallel_for silently runs on one thread. Apple's
-    clang has none of its own: torch's wheels for macOS carry omp.h and the library."""
+    """Returns the flags for OpenMP; without it at::parallel_for silently runs on one thread.
+    Apple's clang has none, but torch's wheels for macOS carry omp.h and the library. Never run."""
     if sys.platform != "darwin":
         return ["-fopenmp"]
     has = any(Path(folder, "omp.h").exists() for folder in torch.include)

@@ -99,15 +99,24 @@ def cpu_name() -> str:
 
 def gemm(dtype: torch.dtype, size: int = 1024) -> Callable[[], Any]:
     """Returns a size x size x size matrix product, the machine's ceiling, as a contestant. It uses
-    the faster of the libraries that torch has for it."""
+    the faster of the libraries that torch has for it; says on stderr which it lacks on this CPU."""
     a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
-    onednn = torch.ops.mkldnn._linear_pointwise
-    libraries: dict[str, Callable[[], Any]] = {
-        "mm": lambda: torch.mm(a, b),
-        "onednn": lambda: onednn(a, b, None, "none", [], ""),
-    }
+    libraries: dict[str, Callable[[], Any]] = {"mm": lambda: torch.mm(a, b)}
+    try:
+        onednn_product(a, b)
+    except (AttributeError, RuntimeError) as error:  # torch without oneDNN; a CPU it has none for
+        reason = str(error).partition("\n")[0]
+        print(f"gemm {dtype}: no oneDNN product on this CPU ({reason})", file=sys.stderr)
+    else:
+        libraries["onednn"] = lambda: onednn_product(a, b)
     timing = interleave(libraries, 5)
     return libraries[min(libraries, key=lambda name: timing[name].median_s)]
+
+
+def onednn_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Returns `a` times the transpose of `b`, computed by oneDNN."""
+    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return product
 
 
 def gemm_flops(size: int = 1024) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -68,3 +69,15 @@ def test_gemm_contestant_has_the_dtype_and_size_it_is_counted_with() -> None:
     assert product.dtype == torch.bfloat16
     assert product.shape == (8, 8)
     assert timing.gemm_flops(8) == 1024
+
+
+def test_gemm_without_a_onednn_product_is_torchs_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*args: Any) -> None:
+        raise RuntimeError("could not create a primitive descriptor\nmore")
+
+    monkeypatch.setattr(timing, "onednn_product", refuse)
+    assert timing.gemm(torch.bfloat16, 8)().shape == (8, 8)
+    said = "gemm torch.bfloat16: no oneDNN product on this CPU (could not create a primitive descri"
+    assert said in capsys.readouterr().err

@@ -166,17 +166,19 @@ def _widened(args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _cache: dict[tuple[Op, str, torch.dtype, str], Oracle] = {}
+_latest: dict[tuple[Op, str, torch.dtype, str], Oracle] = {}
+"""one entry at most: the oracle of a published model's shape, too large to keep them all"""
 
 
 def oracle(case: Case) -> Oracle:
-    """Returns the case's oracle, which is cached for the next backend unless the shape is a
-    published model's."""
+    """Returns the case's oracle, which is kept for the next backend or instruction set; of the
+    published models' shapes only the latest is."""
     key = (case.op, case.sample.id, case.dtype, case.mode)
-    if case.sample.real:
-        return _compute_oracle(case)
-    if key not in _cache:
-        _cache[key] = _compute_oracle(case)
-    return _cache[key]
+    kept = _latest if case.sample.real else _cache
+    if key not in kept:
+        _latest.clear()
+        kept[key] = _compute_oracle(case)
+    return kept[key]
 
 
 def _compute_oracle(case: Case) -> Oracle:

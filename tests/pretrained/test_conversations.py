@@ -13,8 +13,10 @@ import torch
 from folders import chatglm3
 
 from glm_core import cli
+from glm_core.backends.registry import use
 from glm_core.errors import DataError
 from glm_core.model.prompt import Prompt, causal
+from glm_core.pretrained.adapters import load_adapter
 from glm_core.pretrained.conversations import Example, ExampleSampler, read_examples
 from glm_core.pretrained.load import from_path
 
@@ -41,15 +43,15 @@ def test_replies_are_learned(tmp_path: Path, capsys: Any, monkeypatch: Any) -> N
         "8",
         "--prefix-projection",
         "--dropout",
-        "0.1",
+        "0.05",
         "--steps",
-        "120",
+        "240",
         "--out",
         str(out),
     ]
     for item in (
-        "lr=0.02",
-        "min_lr=0.001",
+        "lr=0.05",
+        "min_lr=0.005",
         "warmup_steps=5",
         "micro_batch=2",
         "global_batch=2",
@@ -66,6 +68,21 @@ def test_replies_are_learned(tmp_path: Path, capsys: Any, monkeypatch: Any) -> N
         "the lazy dog",
         "the fox",
     ]
+    assert narrowest_choice(base, out, tmp_path / "pairs.jsonl") > 1.0
+
+
+def narrowest_choice(base: Path, run: Path, pairs: Path) -> float:
+    """Returns by how much, over all tokens of the replies, the right logit leads the next at least:
+    1.9 to 2.9 were seen, by instruction set and library; with 0 a reply would be another."""
+    chat_model = from_path(base)
+    load_adapter(run, chat_model.model)
+    batch = ExampleSampler(read_examples(chat_model, pairs), 48, seed=0).next(2)
+    place = (batch.positions, batch.key_start, batch.key_end)
+    with torch.no_grad(), use("reference"):
+        logits = chat_model.model.logits(batch.tokens, *place)[batch.loss_weight.bool()]
+    right = batch.labels[batch.loss_weight.bool()][:, None]
+    best_other = logits.scatter(1, right, -torch.inf).amax(1)
+    return float((logits.gather(1, right)[:, 0] - best_other).min())
 
 
 PREFIX_LM = Example(Prompt((5, 6, 7, 8), sep=3, mask=2), (9, 10, 2))

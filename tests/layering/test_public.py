@@ -1,14 +1,16 @@
-"""What strangers read first names things that are there: the issue form, CONTRIBUTING, SECURITY."""
+"""What strangers read first is true: the README, its pictures, CONTRIBUTING, SECURITY, the issue
+form, the window of versions, and the licence."""
 
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
 import pytest
 import yaml
-from rooms import ROOT
+from rooms import CHAIN, ROOT
 
 from glm_core import cli
 from glm_core.versions import tomllib
@@ -89,6 +91,27 @@ def test_the_licence_is_whole_and_stated() -> None:
     assert "END OF TERMS AND CONDITIONS" in text
     assert "Copyright 2026 The glm_core authors" in text
     assert 'license="Apache-2.0"' in (ROOT / "setup.py").read_text(encoding="utf-8")
+
+
+def test_the_picture_of_the_rooms_is_what_its_script_draws() -> None:
+    script = runpy.run_path(str(ROOT / "docs" / "pictures" / "rooms.py"))
+    assert tuple(room for _, _, rooms in script["FLOORS"] for room in rooms) == CHAIN, (
+        "docs/pictures/rooms.py: the rooms are not those of CHAIN; add the room to its floor"
+    )
+    committed = (ROOT / "docs" / "pictures" / "rooms.svg").read_text(encoding="utf-8")
+    assert committed == script["draw"](), "rooms.svg: old; run python docs/pictures/rooms.py"
+    assert set(CHAIN) <= set(re.findall(r">(\w+)</text>", committed))
+
+
+def test_the_readme_shows_small_pictures_and_pages_that_are_there() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
+    assert [Path(p).name for p in pictures] == ["verdict.png", "rooms.svg"]
+    assert all((ROOT / p).stat().st_size < 150_000 for p in pictures)
+    linked = re.findall(r"\]\(([\w./-]+)\)", text)
+    assert not [path for path in linked if not (ROOT / path).exists()]
+    pages = {str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md")}
+    assert pages <= set(linked), "README.md: every page of docs is listed"
 
 
 def test_the_window_of_versions_is_that_of_the_metadata() -> None:

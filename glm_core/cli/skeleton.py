@@ -10,7 +10,7 @@ build-backend = "setuptools.build_meta"
 [project]
 name = "glm-core-$name"
 version = "0.1"
-requires-python = ">=3.11"
+requires-python = ">=3.10"
 dependencies = ["glm-core"]
 
 [project.entry-points."glm_core.backends"]

@@ -13,6 +13,7 @@ import yaml
 from rooms import CHAIN, ROOT
 
 from glm_core import cli
+from glm_core.cli.skeleton import FILES
 from glm_core.versions import tomllib
 
 FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
@@ -121,6 +122,12 @@ def test_the_window_of_versions_is_that_of_the_metadata() -> None:
         re.findall(r"^(torch|numpy)>=([\d.]+)$", "\n".join(project["dependencies"]), re.M)
     )
     assert stated == required | {"Python": project["requires-python"].removeprefix(">=")}
+
+
+def test_a_new_backend_takes_the_same_pythons() -> None:
+    own = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    new = tomllib.loads(FILES["pyproject.toml"].replace("$name", "acme"))["project"]
+    assert new["requires-python"] == own["requires-python"]
 
 
 def test_every_python_of_the_window_is_a_classifier() -> None:

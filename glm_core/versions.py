@@ -57,6 +57,22 @@ NEWER = {
     ),
 }
 
+CHANGED = {
+    # an option of a schedule's step; 2.9 hands it to the model, 2.10 was not tried
+    "return_outputs": (2, 11),
+    # PipelineStage: a buffer for every micro-batch of the step before
+    "lean_receive_buffers": (2, 15),
+    # an option of the schedules with several stages per rank, which hold what they have sent
+    "max_outstanding_sends": (2, 15),
+}
+"""what torch does otherwise under the same name: the first version that does it"""
+
+
+def torch_has(change: str) -> bool:
+    """Says whether the running torch has this entry of CHANGED."""
+    major, minor = torch_version().split(".")[:2]
+    return (int(major), int(minor)) >= CHANGED[change]
+
 
 def __getattr__(name: str) -> Any:
     """Returns the newer thing called `name` in NEWER, or its stand-in. Raises ConfigError where

@@ -94,7 +94,7 @@ class Meter(TorchDispatchMode):
             return args[0]  # its fake allocates a tensor, the real operator does not
         result = func(*args, **kwargs or {})
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and not tensor.is_meta:  # a fake tensor is on its device
                 self.add(tensor)
         space, _, name = func._schema.name.partition("::")
         if space in ("c10d", "_c10d_functional") and name in COLLECTIVES:
@@ -125,6 +125,8 @@ class Meter(TorchDispatchMode):
 
     def _send(self, name: str, values: Any) -> None:
         tensors = [t for t in tree_leaves(values) if isinstance(t, Tensor)]
+        if name in ("send", "recv") and tensors[0].numel() == 1:
+            return  # torch's greeting between stages: in a run's first step, and not in every torch
         self.sent[name]["count"] += 1
         self.sent[name]["bytes"] += max((t.numel() * t.element_size() for t in tensors), default=0)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,49 +24,62 @@ from torch.distributed.pipelining.schedules import (
 from glm_core.config import ModelConfig
 from glm_core.distributed.pipeline import Stage
 from glm_core.distributed.plan import Plan, stages_of
+from glm_core.versions import torch_has
+
+META = torch.device("meta")
 
 
 class Lean(PipelineStage):
-    """A stage whose receive buffers exist only from the receive to their last use. torch's own
-    (2.13) holds one for every micro-batch of the step, from the first step on."""
+    """A stage whose receive buffers have memory only from the receive to their last use, as torch's
+    own from 2.15 on. Older ones hold one for every micro-batch of the step, from the first step on;
+    here it lies on the meta device until a receive asks for it."""
 
-    def _setup_forward_recv_info(self, num_microbatches: int, has_backward: bool) -> None:
-        super()._setup_forward_recv_info(1, has_backward)
-        self.args_recv_info = _per_micro_batch(self.args_recv_info[0], num_microbatches)
+    def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        with _on_meta(self):
+            return super()._prepare_forward_infra(*args, **kwargs)
 
-    def _setup_backward_recv_info(self, num_microbatches: int) -> None:
-        super()._setup_backward_recv_info(1)
-        self.chunks = num_microbatches
-        self.grad_recv_info = _per_micro_batch(self.grad_recv_info[0], num_microbatches)
+    def _prepare_backward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        with _on_meta(self):
+            return super()._prepare_backward_infra(*args, **kwargs)
 
-    def _get_recv_ops(self, recv_infos: Any) -> Any:
-        for info in recv_infos:
-            if not info.is_root_arg:
-                meta = info.tensor_meta
-                info.buffer = torch.empty_strided(
-                    meta.shape, meta.stride, dtype=meta.dtype, device=self.device
-                )
-        return super()._get_recv_ops(recv_infos)
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> Any:
+        _move_buffers(self.args_recv_info[fwd_chunk_id], self.device)
+        return super().get_fwd_recv_ops(fwd_chunk_id)
 
-    def _retrieve_recv_activations(self, fwd_chunk_id: int) -> Any:
-        values = super()._retrieve_recv_activations(fwd_chunk_id)
-        _drop_buffers(self.args_recv_info[fwd_chunk_id])
-        return values
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> Any:
+        _move_buffers(self.grad_recv_info.get(bwd_chunk_id, ()), self.device)
+        return super().get_bwd_recv_ops(bwd_chunk_id)
 
-    def _retrieve_recv_grads(self, bwd_chunk_id: int) -> Any:
-        values = super()._retrieve_recv_grads(bwd_chunk_id)
-        _drop_buffers(self.grad_recv_info[bwd_chunk_id])
-        return values
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        _move_buffers(self.args_recv_info[fwd_chunk_id], META)
+        return output
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        _move_buffers(self.grad_recv_info.get(bwd_chunk_id, ()), META)
 
 
-def _per_micro_batch(recv_infos: Any, num_microbatches: int) -> dict[int, Any]:
-    _drop_buffers(recv_infos)
-    return {i: tuple(map(copy.copy, recv_infos)) for i in range(num_microbatches)}
+@contextmanager
+def _on_meta(stage: PipelineStage) -> Iterator[None]:
+    """Lets the stage allocate on the meta device."""
+    device, stage.device = stage.device, META
+    try:
+        yield
+    finally:
+        stage.device = device
 
 
-def _drop_buffers(recv_infos: Any) -> None:
+def _move_buffers(recv_infos: Any, device: torch.device) -> None:
+    """Gives each receive a new, empty buffer on this device, in place of the one it has."""
     for info in recv_infos:
-        info.buffer = None
+        buffer = getattr(info, "buffer", None)  # the first stage's inputs are not received
+        if buffer is not None:
+            empty = torch.empty_like(buffer, device=device)
+            info.buffer = empty.requires_grad_(buffer.requires_grad)
+
+
+STAGE: type[PipelineStage] = PipelineStage if torch_has("lean_receive_buffers") else Lean
 
 
 class OneForwardOneBackward(Schedule1F1B):
@@ -116,9 +130,8 @@ class Work:
             self.schedule = self._schedule(rows // self.plan.micro_batches, length)
         losses: list[Tensor] = []
         first = (tokens,) if any(s.is_first for s in self.stages) else ()
-        self.schedule.step(
-            *first, target=inputs["labels"], losses=losses, return_outputs=False, **inputs
-        )
+        options: Any = {"return_outputs": False} if torch_has("return_outputs") else {}
+        self.schedule.step(*first, target=inputs["labels"], losses=losses, **options, **inputs)
         return torch.stack(losses).sum().detach() if losses else self._zero()
 
     def _zero(self) -> Tensor:
@@ -145,7 +158,7 @@ class Work:
         """Returns torch's schedule for micro-batches of rows x length tokens."""
         numbers = stages_of(self.plan, self.mesh.get_local_rank("pp"))
         stages = [
-            Lean(
+            STAGE(
                 stage,
                 number,
                 self.plan.stages,
@@ -160,6 +173,9 @@ class Work:
         if self.plan.schedule in SINGLE:
             one = SINGLE[self.plan.schedule]
             return one(stages[0], self.plan.micro_batches, **options)
+        if torch_has("max_outstanding_sends"):
+            # else what was sent is held to the end of the step, for every micro-batch
+            options["max_outstanding_sends"] = self.plan.stages
         many = MULTI[self.plan.schedule]
         return many(stages, self.plan.micro_batches, **options)  # type: ignore[arg-type]  # these take a list
 

@@ -82,14 +82,13 @@ def _add_tensor_parallel(rank: Rank, sent: Messages) -> None:
 
 def _add_pipeline(rank: Rank, sent: Messages) -> None:
     """Adds the messages between stages: two tensors for each micro-batch, neighbour and direction,
-    torch's greeting of 4 bytes, a tied embedding's gradient between the ends, loss and norm."""
+    a tied embedding's gradient between the ends, loss and norm."""
     p, c = rank.plan, rank.model
     if p.pp == 1:
         return
     neighbours = sum((s > 0) + (s < p.stages - 1) for s in rank.stages)
     for name in ("send", "recv"):
         sent[name, between_blocks(rank)] += 2 * neighbours * p.micro_batches
-        sent[name, 4] += neighbours
     if c.tied_head and rank.has_first_stage != rank.has_last_stage:
         _add_gradient_sum([(c.vocab // p.tp, c.hidden)], p.dp if p.zero else 1, sent)
     sent["all_reduce", FP32] += 2  # loss and norm

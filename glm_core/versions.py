@@ -49,6 +49,10 @@ NEWER = {
     "reduce_scatter_single": Newer(
         f"{_DIST}:reduce_scatter_single", "torch 2.13", f"{_DIST}:reduce_scatter_tensor"
     ),
+    # the older name warns since torch 2.14
+    "set_timeout": Newer(
+        f"{_DIST}:set_timeout", "torch 2.14", f"{_DIST}.distributed_c10d:_set_pg_timeout"
+    ),
     "functional_all_gather": Newer(
         f"{_FUNCTIONAL}:all_gather_single", "torch 2.13", f"{_FUNCTIONAL}:all_gather_tensor"
     ),

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from glm_core.backends.base import Backend
 from glm_core.distributed.plan import Plan
 from glm_core.errors import ConfigError
+from glm_core.versions import set_timeout
 
 AXES = ("pp", "dp", "tp")
 """outermost first, so that tensor-parallel neighbours have neighbouring ranks, on one node"""
@@ -45,9 +46,7 @@ def make(plan: Plan, device_type: str, timeout_s: float | None = None) -> Device
     mesh = init_device_mesh(device_type, (plan.pp, plan.dp, plan.tp), mesh_dim_names=AXES)
     if timeout_s is not None:  # a mesh's groups do not inherit the job's timeout
         for axis in AXES:
-            dist.distributed_c10d._set_pg_timeout(
-                timedelta(seconds=timeout_s), mesh.get_group(axis)
-            )
+            set_timeout(timedelta(seconds=timeout_s), mesh.get_group(axis))
     return mesh
 
 

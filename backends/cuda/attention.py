@@ -131,8 +131,13 @@ def head_size(e: int) -> str:
     return ""
 
 
-def supports(backend: Backend, takes: Callable[..., Support]) -> Callable[..., Support]:
-    """Returns attention's predicate; `takes` is the rule of all kernels, on devices and dtypes."""
+def supports(
+    backend: Backend,
+    takes: Callable[..., Support],
+    fused_trouble: Callable[[torch.device, torch.dtype], str] = lambda device, dtype: "",
+) -> Callable[..., Support]:
+    """Returns attention's predicate; `takes` is the rule of all kernels, on devices and dtypes.
+    `fused_trouble` says why torch's fused attention cannot run on a device, or ''."""
 
     def attention(
         q: Tensor,
@@ -151,11 +156,13 @@ def supports(backend: Backend, takes: Callable[..., Support]) -> Callable[..., S
             return unsupported(reason)
         if not q.numel():
             return unsupported("an empty batch: torch's fused attention takes none")
-        if mask_kind(key_start, key_end, k.shape[1]) == "interval" and not HAS_TRITON:
-            return unsupported(
+        if mask_kind(key_start, key_end, k.shape[1]) != "interval":
+            reason = "" if is_fake(q) else fused_trouble(q.device, q.dtype)
+        elif not HAS_TRITON:
+            reason = (
                 "masks other than full and causal need FlexAttention, which needs Triton; "
                 "pip install triton"
             )
-        return support
+        return unsupported(reason) if reason else support
 
     return attention

@@ -37,14 +37,18 @@ SHARED = (
 """ops whose operators have a device half in csrc/bindings/cuda"""
 
 
-def equip(backend: Backend, module: str) -> None:
+def equip(
+    backend: Backend,
+    module: str,
+    fused_trouble: Callable[[torch.device, torch.dtype], str] = lambda device, dtype: "",
+) -> None:
     """Gives the backend its kernels. Where `module` is not built, its ops refuse calls and say
-    why."""
+    why. `fused_trouble` says why torch's fused attention cannot run on a device, or ''."""
     trouble = load(module, backend.name)
     covered = _in_triton() if trouble else ()
     share(backend, lambda op: "" if op in covered else trouble)
     backend.implements(ops.linear, takes(backend, ops.linear))(linear)
-    supports = attention.supports(backend, takes(backend, ops.attention))
+    supports = attention.supports(backend, takes(backend, ops.attention), fused_trouble)
     backend.implements(ops.attention, supports)(attention.attention)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -26,13 +27,21 @@ class Facts(NamedTuple):
     """architecture of the first device, such as sm_90 or gfx90a"""
     built: tuple[str, ...] = ()
     """architectures that this torch has kernels for"""
+    dtk: str = ""
+    """folder of Hygon's DTK; '' where there is none"""
+
+
+def dtk(root: Path = Path("/")) -> str:
+    """Returns the folder of Hygon's toolkit, '' where there is none."""
+    return next((str(p) for p in sorted(root.glob("opt/dtk*"))), "")
 
 
 def facts() -> Facts:
     """Collects the facts of this machine; starts the CUDA runtime where torch has one."""
     hip = torch.version.hip
     variable = "HIP_VISIBLE_DEVICES" if hip else "CUDA_VISIBLE_DEVICES"
-    known = Facts(torch.__version__, torch.version.cuda, hip, "", 0, os.environ.get(variable))
+    visible = os.environ.get(variable)
+    known = Facts(torch.__version__, torch.version.cuda, hip, "", 0, visible, dtk=dtk())
     if not (torch.version.cuda or hip):
         return known
     try:
@@ -68,6 +77,12 @@ def cuda(seen: Facts) -> Probe:
 
 def rocm(seen: Facts) -> Probe:
     """Decides whether the AMD and Hygon backend is usable."""
+    if seen.dtk and not seen.hip:
+        return Probe(
+            False,
+            f"torch {seen.torch} is not the one of {seen.dtk}: pip may have replaced it; install "
+            "the wheel that comes with this DTK (its version ends in +das...dtk...)",
+        )
     if seen.cuda:
         return Probe(False, f"torch {seen.torch} is built for CUDA; use backend cuda")
     if not seen.hip:

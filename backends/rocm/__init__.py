@@ -17,6 +17,7 @@ import torch
 from glm_core.backends.cuda import probe
 from glm_core.backends.cuda.device import GpuBackend
 from glm_core.backends.cuda.kernels import equip
+from glm_core.backends.rocm import flash
 
 WITHOUT_BFLOAT16 = ("gfx900", "gfx906")
 DTYPES = (torch.float32, torch.float16)
@@ -41,4 +42,4 @@ backend = GpuBackend(
     verified="compiled, kernels executed on the CPU, dry-run; never run on hardware",
     probe=lambda: probe.rocm(probe.facts()),
 )
-equip(backend, "glm_core.backends.rocm._C")
+equip(backend, "glm_core.backends.rocm._C", flash.trouble)

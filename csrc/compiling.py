@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 from setuptools.errors import CompileError
 
+from glm_core import versions
+
 ROOT = Path(__file__).resolve().parents[1]
 NO_ISOLATION = "pip install --no-build-isolation ."
 ASK = "import json, torch as t; f = t.compiled_with_cxx11_abi()"
@@ -29,6 +31,11 @@ class Torch(NamedTuple):
     version: str
     cxx11_abi: bool
     file: str
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The first two numbers of the version."""
+        return tuple(int(part) for part in self.version.split(".")[:2])
 
     @property
     def folder(self) -> Path:
@@ -50,6 +57,14 @@ class Torch(NamedTuple):
         return {"torch": self.release, "cxx11_abi": self.cxx11_abi}
 
 
+def new_enough(torch: Torch) -> Torch:
+    """Returns the torch; ends the build where it is too old, before pip replaces it."""
+    if torch.numbers < versions.TORCH:
+        oldest = ".".join(map(str, versions.TORCH))
+        raise SystemExit(f"torch {torch.version} is too old; install torch {oldest} or newer first")
+    return torch
+
+
 @cache
 def torch_here() -> Torch:
     """Returns the torch of the environment that is installed into; CompileError where it has none.
@@ -62,7 +77,7 @@ def torch_here() -> Torch:
         command = [sys.executable, *options, "-c", ASK]
         done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT / "csrc")
         if done.returncode == 0:
-            return Torch(*json.loads(done.stdout.splitlines()[-1]))
+            return new_enough(Torch(*json.loads(done.stdout.splitlines()[-1])))
         if "No module named 'torch'" not in done.stderr:
             last = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
             raise CompileError(f"this torch cannot be imported: {last}; reinstall torch")
@@ -93,10 +108,9 @@ def binding_command() -> list[str]:
     command, torch = compiler(), torch_here()
     if not any(Path(folder, "ATen", "ATen.h").exists() for folder in torch.include):
         raise CompileError(f"torch {torch.version} has no headers; install a torch that has them")
-    new = tuple(int(part) for part in torch.release.split(".")[:2]) >= (2, 13)
     return [
         *command,
-        f"-std=c++{20 if new else 17}",
+        f"-std=c++{20 if torch.numbers >= (2, 13) else 17}",
         "-O2",
         "-DNDEBUG",
         "-fPIC",

@@ -92,6 +92,15 @@ def test_off_needs_no_torch_and_no_compiler(tmp_path: Path) -> None:
     assert not built_in(tmp_path).exists()
 
 
+def test_a_torch_that_is_too_old_ends_the_build_before_pip_replaces_it(tmp_path: Path) -> None:
+    old = "__version__ = '2.6.0+das.dtk2504'\ncompiled_with_cxx11_abi = lambda: True\n"
+    script(tmp_path / "old/torch/__init__.py", old)
+    done = build(tmp_path, PYTHONPATH=str(tmp_path / "old"))
+    assert done.returncode == 1
+    words = "torch 2.6.0+das.dtk2504 is too old; install torch 2.7 or newer first"
+    assert done.stderr.strip().splitlines()[-1] == words
+
+
 def test_torch_is_looked_for_without_the_isolation(tmp_path: Path) -> None:
     """pip hides the environment's packages by a sitecustomize.py on PYTHONPATH."""
     hiding = "import sys\nsys.path = [p for p in sys.path if 'site-packages' not in p]\n"

@@ -83,7 +83,8 @@ def test_a_narrower_window_would_be_seen(container: Path, wheels: Path, tmp_path
 def test_without_torch_the_package_says_what_it_lacks(
     container: Path, wheels: Path, sources: Path
 ) -> None:
-    installing.pip(container, "install", "--no-deps", str(sources), wheels=wheels)
+    arguments = ["install", "--no-deps", "--no-build-isolation", str(sources)]
+    installing.pip(container, *arguments, wheels=wheels)
     [note] = installing.packages(container).glob("glm_core/backends/cpu/_C.*.json")
     trouble = json.loads(note.read_text())["trouble"]
     assert trouble.startswith(f"no torch to compile for in {container.parents[1]}; install torch")

@@ -15,14 +15,14 @@ namespace {
 
 enum Groups { ROW, SMALL, LARGE };  // inputs that share a scale: a whole row, 32, a multiple of 128
 
+constexpr int FEATURES = 4, ROWS = 4;
 #if defined(__AVX512F__)
-constexpr int FEATURES = 4;
+constexpr int FEATURES_OF_ROWS = 4;
 #else
-constexpr int FEATURES = 2;
+constexpr int FEATURES_OF_ROWS = 2;  // sums of 2 features and 4 rows fill 16 registers
 #endif
-constexpr int ROWS = 4;
-constexpr int64_t SPAN =
-    input_padding;  // a multiple of every vector, and a divisor of large groups
+// Inputs that are summed by themselves: whole vectors of weights, and a part of a large group.
+constexpr int64_t SPAN = input_padding;
 
 // quantized_product's arguments without the type of bias and result, so that the many tiles below
 // are compiled once instead of once per type.
@@ -35,8 +35,7 @@ struct Product {
   const int32_t* excess;
   void* y;
   int64_t rows, features, padded;
-  int64_t group;  // inputs that share a scale, divided once: a division takes as long as 1 KB of
-                  // weights
+  int64_t group;  // inputs that share a scale; divided here, since a division costs a tile dearly
   bool is_bf16;
 
   template <class T>
@@ -169,7 +168,7 @@ void tile(const Kind& kind, const Product& a, int64_t f, int64_t apart, int64_t 
       if (G == LARGE && !(left -= SPAN)) left = a.group, ++size;
     }
   }
-  if (whole < width) {
+  if (G != LARGE && whole < width) {
     int8_t rest[R][SPAN * BITS / 8] = {};
     for (int r = 0; r < R; ++r) {
       memcpy(rest[r], w[r], size_t(row_bytes - whole * BITS / 8));
@@ -187,7 +186,9 @@ void tile(const Kind& kind, const Product& a, int64_t f, int64_t apart, int64_t 
 template <int BITS, Groups G, int R, class Kind>
 void rows(const Kind& kind, const Product& a, int64_t f, int64_t apart) {
   int64_t n = 0;
-  for (; n + ROWS <= a.rows; n += ROWS) tile<BITS, G, R, ROWS>(kind, a, f, apart, n);
+  constexpr int some = R < FEATURES_OF_ROWS ? R : FEATURES_OF_ROWS;
+  for (; n + ROWS <= a.rows; n += ROWS)
+    for (int r = 0; r < R; r += some) tile<BITS, G, some, ROWS>(kind, a, f + r * apart, apart, n);
   for (; n < a.rows; ++n) tile<BITS, G, R, 1>(kind, a, f, apart, n);
 }
 

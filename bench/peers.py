@@ -210,7 +210,7 @@ def _converted(source: Path, target: Path) -> Path:
         capture_output=True,
     )
     file = target / "genai_config.json"
-    facts = json.loads(file.read_text())
+    facts = json.loads(file.read_text(encoding="utf-8"))
     facts["model"]["decoder"]["session_options"]["intra_op_num_threads"] = torch.get_num_threads()
-    file.write_text(json.dumps(facts))
+    file.write_text(json.dumps(facts), encoding="utf-8")
     return target

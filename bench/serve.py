@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from glm_core.measure.memory import resident_peak_bytes
 from glm_core.measure.timing import machine
 
 TEXT = ["The quick brown fox jumps over the lazy dog. It runs again and again, then it sleeps."]
@@ -34,7 +35,6 @@ class Request(NamedTuple):
 def serve(listening: socket.socket, slots: int, queue: int, parent: Connection) -> None:
     """Runs the server: a GLM-130B-style model of 0.9M parameters with random weights. Sends its
     peak resident memory to `parent` at the start and when it is requested to end."""
-    import resource
     import threading
 
     import uvicorn
@@ -58,9 +58,9 @@ def serve(listening: socket.socket, slots: int, queue: int, parent: Connection) 
     server = uvicorn.Server(config)
 
     def end() -> None:
-        parent.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        parent.send(resident_peak_bytes())
         parent.recv()
-        parent.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        parent.send(resident_peak_bytes())
         server.should_exit = True
 
     threading.Thread(target=end).start()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import resource
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from glm_core.data.open import open_sampler
 from glm_core.data.sampler import Batch as SampledBatch
 from glm_core.dispatch import Op, intercept, run
 from glm_core.measure import ceilings
+from glm_core.measure.memory import resident_peak_bytes
 from glm_core.measure.noise import NoiseWatch, irregularities
 from glm_core.measure.rows import Row
 from glm_core.measure.timing import gemm, gemm_flops, interleave
@@ -189,8 +189,7 @@ def memory_peak(backend: Backend) -> tuple[int, str]:
     """Returns (bytes, of what): what the device counts, else the process's resident set."""
     if backend.device_type != "cpu":
         return backend.memory_peak_bytes(), "device memory allocated"
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes * 1024, "resident set of the process, torch and weights included"
+    return resident_peak_bytes(), "resident set of the process, torch and weights included"
 
 
 def with_dtype(config: RunConfig, dtype: str) -> RunConfig:

@@ -80,7 +80,7 @@ def sketch(x: Tensor) -> Array:
     """Returns NUM_SKETCH signed sums over interleaved elements, divided by sqrt(elements). Two
     results that differ have different sketches, and a result cannot be rebuilt from its sketch. The
     signs are the same in every trace."""
-    flat = x.detach().double().cpu().flatten().numpy()
+    flat = x.detach().cpu().double().flatten().numpy()
     width = 1024 * NUM_SKETCH
     padded = np.zeros(-(-max(flat.size, 1) // width) * width)
     padded[: flat.size] = flat

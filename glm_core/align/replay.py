@@ -89,7 +89,7 @@ def with_change(call: Call, results: Results) -> Results:
     themselves show an update only in their last bits."""
     if call.op.mutates:
         name = call.op.mutates[0]
-        results["change"] = results[name].double() - flat(call.args[name]).double().cpu()
+        results["change"] = results[name].double() - flat(call.args[name]).cpu().double()
     return results
 
 

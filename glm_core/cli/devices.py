@@ -4,6 +4,7 @@ verified."""
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from glm_core.cli.options import add_json, columns, emit
 
@@ -15,21 +16,16 @@ def define(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Probes every backend and exits 0, since an absent backend is no failure."""
-    from glm_core.backends import registry
-    from glm_core.errors import BackendUnavailableError
+    """Probes every backend and exits 0, since an absent backend is no failure. An accelerator of
+    torch's that no backend is for, such as Apple's mps, is listed as `reference:DEVICE`."""
+    import torch
 
-    rows = []
-    for name in registry.names():
-        state = registry.probe(name)
-        row = {"name": name, "usable": state.ok, "reason": state.reason}
-        try:
-            backend = registry.get(name)
-            facts = {"device": backend.device_type, "verified": backend.verified}
-            facts |= {"kernels": str(len(backend.kernels)), "collective": backend.collective}
-        except BackendUnavailableError:
-            facts = {"device": "", "verified": "", "kernels": "0", "collective": ""}
-        rows.append(row | facts)
+    from glm_core.backends import registry
+
+    rows = [_row(name) for name in registry.names()]
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None and accelerator.type not in {r["device"] for r in rows}:
+        rows.append(_row(f"reference:{accelerator.type}"))
     table = [["backend", "device", "usable", "kernels", "verified", "reason"]]
     for r in rows:
         usable = "yes" if r["usable"] else "no"
@@ -41,3 +37,18 @@ def run(args: argparse.Namespace) -> int:
         )
     emit(args, {"devices": rows}, columns(table))
     return 0
+
+
+def _row(name: str) -> dict[str, Any]:
+    from glm_core.backends import registry
+    from glm_core.errors import BackendUnavailableError
+
+    state = registry.probe(name)
+    row = {"name": name, "usable": state.ok, "reason": state.reason}
+    try:
+        backend = registry.get(name)
+        facts = {"device": backend.device_type, "verified": backend.verified}
+        facts |= {"kernels": str(len(backend.kernels)), "collective": backend.collective}
+    except BackendUnavailableError:
+        facts = {"device": "", "verified": "", "kernels": "0", "collective": ""}
+    return row | facts

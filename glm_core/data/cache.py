@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from glm_core.errors import DataError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]  # each process then makes the file
 
 
 def digest(parts: Iterable[str | bytes]) -> str:
@@ -24,11 +28,12 @@ def digest(parts: Iterable[str | bytes]) -> str:
 
 def once(path: Path, make: Callable[[], bytes]) -> None:
     """Writes what `make` returns unless `path` exists. Of several processes one makes it, and the
-    others wait."""
+    others wait; where the system has no file locks, each makes the same."""
     if path.exists():
         return
     with guarded(path), path.with_name(".lock").open("wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
             write(path, make())
 

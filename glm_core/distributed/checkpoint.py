@@ -160,21 +160,24 @@ class _Writer(FileSystemWriter):
         prefix, folder = plan.storage_data.prefix, Path(self.path)
         sums = {path.name: file_sha256(path) for path in folder.glob(f"{prefix}*.distcp")}
         if sums:
-            (folder / f"{prefix}{SUMS}").write_text(json.dumps(sums))
+            (folder / f"{prefix}{SUMS}").write_text(json.dumps(sums), encoding="utf-8")
             flush(folder / f"{prefix}{SUMS}")
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         super().finish(metadata, results)
         part = Path(self.path)
-        (part / FACTS).write_text(self.facts)
+        (part / FACTS).write_text(self.facts, encoding="utf-8")
         flush(part / FACTS)
         flush(part)
         if self.target.exists():  # after a roll-back this step is saved again
             self.target.rename(self.target.with_name(self.target.name + ".old" + PART))
         part.rename(self.target)
         flush(self.target.parent)
-        replace(self.target.parent / LATEST, lambda p: p.write_text(self.target.name + "\n"))
+        replace(
+            self.target.parent / LATEST,
+            lambda p: p.write_text(self.target.name + "\n", encoding="utf-8"),
+        )
         others = [p for p in complete_checkpoints(self.target.parent) if p != self.target]
         for old in others[: 1 - self.keep or None]:
             shutil.rmtree(old)
@@ -208,7 +211,9 @@ def find_checkpoint(path: Path) -> Path:
     if not complete:
         raise CheckpointError(f"{path}: holds no distributed checkpoint; start without resume")
     named = (
-        path / (path / LATEST).read_text().strip() if (path / LATEST).is_file() else complete[-1]
+        path / (path / LATEST).read_text(encoding="utf-8").strip()
+        if (path / LATEST).is_file()
+        else complete[-1]
     )
     return named if named in complete else complete[-1]
 
@@ -325,7 +330,7 @@ class Checkpoints:
         rank, world = (dist.get_rank(), dist.get_world_size()) if self.group else (0, 1)
         sums: dict[str, str] = {}
         for table in sorted(path.glob(f"*{SUMS}")):
-            sums |= json.loads(table.read_text())
+            sums |= json.loads(table.read_text(encoding="utf-8"))
         mine = sorted(sums)[rank::world]
         bad = [n for n in mine if not (path / n).is_file() or file_sha256(path / n) != sums[n]]
         everyone = [bad]
@@ -369,7 +374,7 @@ def read_facts(path: Path) -> dict[str, Any]:
     """Reads the facts that were saved with the tensors. Raises CheckpointError where the folder is
     not a checkpoint of ours."""
     try:
-        facts: dict[str, Any] = json.loads((path / FACTS).read_text())
+        facts: dict[str, Any] = json.loads((path / FACTS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not a distributed checkpoint ({error})") from None
     if facts.get("format") != FORMAT:

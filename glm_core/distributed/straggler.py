@@ -107,7 +107,10 @@ def timed(folder: Path, step: int, device_type: str, every: int) -> Iterator[Non
     values = {"step": step, "step_s": seconds, "waiting_s": times.waiting_s, "ops": times.ops}
     rank = dist.get_rank()
     (folder / f"times-{rank}").mkdir(parents=True, exist_ok=True)
-    replace(folder / f"times-{rank}" / "times.json", lambda p: p.write_text(json.dumps(values)))
+    replace(
+        folder / f"times-{rank}" / "times.json",
+        lambda p: p.write_text(json.dumps(values), encoding="utf-8"),
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -164,7 +167,9 @@ def report(folder: Path, step: int, world: int) -> Report | None:
     times = {}
     for rank in range(world):
         try:
-            values = json.loads((folder / f"times-{rank}" / "times.json").read_text())
+            values = json.loads(
+                (folder / f"times-{rank}" / "times.json").read_text(encoding="utf-8")
+            )
         except (OSError, ValueError):
             continue
         if values["step"] == step:
@@ -209,14 +214,17 @@ class StragglerLog:
         self.path = path
         self.reports: list[Report] = []
         if path.is_file():
-            every = json.loads(path.read_text())["reports"]
+            every = json.loads(path.read_text(encoding="utf-8"))["reports"]
             self.reports = [Report.from_json(r) for r in every if r["step"] <= done]
 
     def add(self, report: Report) -> None:
         """Adds a report and writes the file."""
         self.reports = [r for r in self.reports if r.step < report.step] + [report]
         content = {"summary": self.text(), "reports": [dataclasses.asdict(r) for r in self.reports]}
-        replace(self.path, lambda part: part.write_text(json.dumps(content, indent=1) + "\n"))
+        replace(
+            self.path,
+            lambda part: part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"),
+        )
 
     def text(self) -> str:
         """Returns a summary of all reports in one line; "" where there are none."""

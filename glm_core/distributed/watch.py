@@ -74,8 +74,8 @@ class Record:
     def __init__(self, folder: Path, rank: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"rank-{rank}.json"
-        self.file = os.open(self.path, os.O_RDWR | os.O_CREAT)
-        os.pwrite(self.file, b" " * RECORD_BYTES, 0)
+        self.file = self.path.open("wb", buffering=0)
+        self.file.write(b" " * RECORD_BYTES)
 
     def write(self, values: dict[str, Any]) -> None:
         """Overwrites the record in place. A stack that is too long loses its outermost frames."""
@@ -83,17 +83,18 @@ class Record:
         while len(data) > RECORD_BYTES and values["stack"]:
             values = {**values, "stack": values["stack"][1:]}
             data = json.dumps(values).encode()
-        os.pwrite(self.file, data.ljust(RECORD_BYTES), 0)
+        self.file.seek(0)
+        self.file.write(data.ljust(RECORD_BYTES))
 
     def close(self) -> None:
         """Closes the file and leaves it: it says where the rank was last."""
-        os.close(self.file)
+        self.file.close()
 
 
 def read(path: Path) -> dict[str, Any] | None:
     """Reads a record; None where there is none or it is just being written."""
     try:
-        values: dict[str, Any] = json.loads(path.read_text(errors="replace"))
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except (OSError, ValueError):
         return None
     return values
@@ -108,7 +109,9 @@ class RankWatch:
         self.thread = threading.get_ident()
         self._lock = threading.Lock()
         if launched := environment.watch():  # the launcher looks here when a process has died
-            (launched / f"rank-{rank}").write_text(str(self.record.path.resolve()))
+            (launched / f"rank-{rank}").write_text(
+                str(self.record.path.resolve()), encoding="utf-8"
+            )
 
     def note(self, state: str = "running") -> dict[str, Any]:
         """Writes where the training thread is now, and returns it."""
@@ -175,7 +178,7 @@ class RankWatch:
     def _stuck(self, rank: int) -> str:
         """Returns the stack that faulthandler wrote for a rank whose interpreter is blocked."""
         path = stuck_path(self.folder, rank)
-        text = path.read_text(errors="replace").strip() if path.is_file() else ""
+        text = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
         return "\n" + text if text else ""
 
     def explain(self, error: Exception) -> TrainingError:
@@ -240,7 +243,7 @@ def is_gone(record: dict[str, Any] | None, grace_s: float) -> bool:
     if record["host"] != socket.gethostname() or record["state"] == "ended":
         return False
     try:
-        status = Path(f"/proc/{record['pid']}/stat").read_text()
+        status = Path(f"/proc/{record['pid']}/stat").read_text(encoding="utf-8")
     except OSError:
         return sys.platform == "linux"
     return status.rpartition(")")[2].split()[0] == "Z"
@@ -282,7 +285,7 @@ def stuck_path(folder: Path, rank: int) -> Path:
 
 
 def _stuck_file(folder: Path, rank: int) -> TextIO:
-    return stuck_path(folder, rank).open("w")
+    return stuck_path(folder, rank).open("w", encoding="utf-8")
 
 
 @contextmanager
@@ -335,7 +338,7 @@ def post_mortem(launched: Path, rank: int) -> str:
     """Returns where a dead rank of this host was last, for a launcher; "" where nothing is
     known."""
     try:
-        record = read(Path((launched / f"rank-{rank}").read_text()))
+        record = read(Path((launched / f"rank-{rank}").read_text(encoding="utf-8")))
     except OSError:
         return ""
     if record is None:

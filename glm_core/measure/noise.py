@@ -29,14 +29,18 @@ def counters(
 ) -> Counters | None:
     """Reads the counters; None where the system has none."""
     try:
-        ticks = [int(n) for n in stat.read_text().split("\n", 1)[0].split()[1:9]]
+        ticks = [int(n) for n in stat.read_text(encoding="utf-8").split("\n", 1)[0].split()[1:9]]
     except (OSError, ValueError):
         return None
     throttled = cpus.glob("cpu*/thermal_throttle/core_throttle_count")
     times = os.times()
     own = (times.user + times.system) * os.sysconf("SC_CLK_TCK")
     return Counters(
-        sum(ticks), ticks[3] + ticks[4], ticks[7], own, sum(int(p.read_text()) for p in throttled)
+        sum(ticks),
+        ticks[3] + ticks[4],
+        ticks[7],
+        own,
+        sum(int(p.read_text(encoding="utf-8")) for p in throttled),
     )
 
 

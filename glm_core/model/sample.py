@@ -65,12 +65,13 @@ def _drawn(logits: Tensor, settings: Sequence[Sampling], draws: Sequence[float])
     first."""
 
     def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
+        return torch.tensor(values, dtype=torch.float64, device=wide.device)[:, None]
 
     vocab = logits.shape[-1]
-    scaled = logits.double() / column([s.temperature for s in settings])
+    wide = _in_float64(logits)
+    scaled = wide / column([s.temperature for s in settings])
     values, order = scaled.sort(stable=True, dim=-1, descending=True)
-    rank = torch.arange(vocab, device=logits.device)
+    rank = torch.arange(vocab, device=wide.device)
     kept = rank < column([s.top_k or vocab for s in settings])
     weights = torch.softmax(values.masked_fill(~kept, -torch.inf), -1)
     before = weights.cumsum(-1) - weights
@@ -78,3 +79,11 @@ def _drawn(logits: Tensor, settings: Sequence[Sampling], draws: Sequence[float])
     share = weights.cumsum(-1)
     place = (share <= column(list(draws)) * share[:, -1:]).sum(-1, keepdim=True)
     return order.gather(-1, place.clamp(max=vocab - 1))[:, 0].tolist()
+
+
+def _in_float64(x: Tensor) -> Tensor:
+    """Returns the tensor in float64: on its device, or on the CPU where the device has none."""
+    try:
+        return x.double()
+    except (TypeError, NotImplementedError):  # mps raises TypeError
+        return x.cpu().double()

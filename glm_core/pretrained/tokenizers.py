@@ -296,7 +296,9 @@ def _load_tokenizer_model(
         return Tokenizer(file.read_bytes())
     # ChatGLM2's and ChatGLM3's models are the same file; only the files beside it differ
     code = file.with_name("tokenization_chatglm.py")
-    other_files = json.dumps(config) + (code.read_text(errors="replace") if code.is_file() else "")
+    other_files = json.dumps(config) + (
+        code.read_text(encoding="utf-8", errors="replace") if code.is_file() else ""
+    )
     roles = any(name in other_files for name in ROLE_SPECIAL)
     return ChatGLM2Tokenizer(file, config, roles=roles)
 

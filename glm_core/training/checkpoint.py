@@ -129,7 +129,7 @@ def save(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         replace(path, lambda part: save_file(kept, part, header))
-        replace(folder / LATEST, lambda part: part.write_text(path.name + "\n"))
+        replace(folder / LATEST, lambda part: part.write_text(path.name + "\n", encoding="utf-8"))
         for old in sorted(folder.glob(PATTERN))[:-keep]:
             if old != path:
                 old.unlink()
@@ -153,7 +153,7 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
         # safetensors' temporaries are for their owner alone; the folder's mode follows the umask
         (scratch / path.name).chmod(scratch.stat().st_mode & 0o666)
         flush(scratch / path.name)
-        (scratch / path.name).rename(path)
+        (scratch / path.name).replace(path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     flush(path.parent)  # the rename itself
@@ -161,14 +161,17 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
 
 def describe(out: Path, config: RunConfig, sampler: object) -> None:
     """Writes the run's resolved config and its sampler's tokenizer into its folder."""
-    replace(out / "config.toml", lambda part: part.write_text(dumps(config)))
+    replace(out / "config.toml", lambda part: part.write_text(dumps(config), encoding="utf-8"))
     if tokenizer := getattr(sampler, "tokenizer", None):
         replace(out / TOKENIZER, lambda part: part.write_bytes(tokenizer.model))
 
 
 def flush(path: Path) -> None:
-    """Returns when the file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Returns when the file or folder is on the disk. Windows opens no folders, and flushes only
+    what is open for writing."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -192,7 +195,7 @@ def find(path: Path) -> Path:
         path = path / FOLDER
     if path.is_dir():
         try:
-            path = path / (path / LATEST).read_text().strip()
+            path = path / (path / LATEST).read_text(encoding="utf-8").strip()
         except FileNotFoundError:
             raise CheckpointError(f"{path}: holds no checkpoint; {_others(path)}") from None
     if not path.is_file():

@@ -4,13 +4,13 @@ documented in docs/metrics.md."""
 from __future__ import annotations
 
 import functools
-import resource
 import time
 from collections.abc import Callable
 from typing import Any
 
 from glm_core.backends.base import Backend
 from glm_core.errors import ConfigError
+from glm_core.measure.memory import resident_peak_bytes
 
 GAUGES = {
     "step": "optimizer steps done",
@@ -80,7 +80,7 @@ def memory_peak_bytes(backend: Backend) -> int:
     """Returns the peak the device counts, on a CPU the process's resident set."""
     if backend.device_type != "cpu":
         return backend.memory_peak_bytes()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resident_peak_bytes()
 
 
 class Endpoint:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from glm_core.cli import COMMANDS, main
 
@@ -57,6 +58,18 @@ def test_devices_names_every_backend_with_reason_or_usable(
     for row in rows.values():
         assert row["usable"] or row["reason"], row
         assert row["verified"] or row["reason"], row
+
+
+def test_devices_lists_an_accelerator_that_has_no_backend(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = torch.device("mps")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: found)
+    assert main(["devices", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)["devices"][-1]
+    assert (row["name"], row["device"]) == ("reference:mps", "mps")
+    assert (row["usable"], row["verified"]) == (False, "never run")
+    assert row["reason"].startswith("torch cannot use device 'mps': ")
 
 
 def test_ops_table_comes_from_the_registry(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from glm_core.backends import registry
 from glm_core.config import DataConfig, RunConfig, TrainConfig
 from glm_core.conformance.run import run
 from glm_core.model.presets import preset
+from glm_core.model.sample import Sampling, choose
 from glm_core.session import Session
 from glm_core.training.checkpoint import FileCheckpoints
 from glm_core.training.trainer import Trainer
@@ -154,3 +155,10 @@ def test_conformance_sees_the_fault(kind: str) -> None:
     vendor_sim.fault(kind, **FAULTS[kind])  # type: ignore[arg-type]  # checked when it is set
     report = run("sim", op="geglu", mode="test", real=False, dtypes=[torch.float32])
     assert [r.id for r in report.results if r.outcome == "fail"]
+
+
+def test_sampling_without_float64_goes_on_the_host() -> None:
+    logits, draws = torch.randn(2, 9, generator=torch.Generator().manual_seed(0)), [0.3, 0.7]
+    expected = choose(logits, [Sampling(temperature=1.0)] * 2, draws)
+    vendor_sim.fault("missing_dtype", dtype="float64")
+    assert choose(logits.to("sim"), [Sampling(temperature=1.0)] * 2, draws) == expected

@@ -37,6 +37,9 @@ TRAIN = "train --config small.toml --backend sim --out trained"
 CASE = "conformance --backend sim --id geglu-float32-2x5x48-test"
 TRACE = "trace fallbacks --config small.toml --backend sim"
 
+NO_FLOAT64 = "missing_dtype:dtype=float64"
+"""as Apple's mps; the oracle in float64 is the host's"""
+
 VERDICTS = [
     ("", RUN, 0, "aligned; report"),
     ("wrong_op:op=sim::geglu", BISECT, 1, "guilty: geglu forward, float32 [2x32x48], layer 0"),
@@ -44,6 +47,8 @@ VERDICTS = [
     ("bit_flip:op=sim::adamw,call=3", RUN, 1, "step 2: the loss deviates"),
     ("stale_buffer:op=sim::geglu", BISECT, 1, "guilty: geglu forward"),
     ("missing_dtype:dtype=float32", TRAIN, 2, "backend sim computes in bfloat16, float16"),
+    (NO_FLOAT64, RUN.replace(" sim ", " reference:sim "), 0, "aligned; report"),
+    (NO_FLOAT64, "conformance --backend reference:sim --id rope-*-test", 0, " pass, 0 fail"),
     ("out_of_memory:value=100000", TRAIN, 1, "OutOfMemoryError: sim: out of memory"),
     (
         "device_lost:op=sim::geglu,call=2",

@@ -20,7 +20,7 @@ def find(folder: Path, tag: str | None, *, universal: bool) -> Path | None:
         return folder / tag
     latest = universal_checkpoint.LATEST if universal else LATEST
     try:
-        return folder / (folder / latest).read_text().strip()
+        return folder / (folder / latest).read_text(encoding="utf-8").strip()
     except FileNotFoundError:
         if universal:
             raise CheckpointError(f"{folder}: no {latest} file; pass tag=") from None

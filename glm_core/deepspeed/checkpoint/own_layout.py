@@ -89,7 +89,7 @@ def write(
     if failed := [p for p in problems if p]:
         raise CheckpointError(failed[0])
     if latest and dist.get_rank() == 0:
-        replace(folder / LATEST, lambda part: part.write_text(tag))
+        replace(folder / LATEST, lambda part: part.write_text(tag, encoding="utf-8"))
     dist.barrier()
 
 

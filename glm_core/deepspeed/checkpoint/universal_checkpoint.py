@@ -101,7 +101,7 @@ def write(content: Content, place: Path) -> None:
     }
     for name in (model_file(0), zero3_model_file(0, 0)):
         torch.save(model, place / name)
-    (place.parent / LATEST).write_text(place.name)
+    (place.parent / LATEST).write_text(place.name, encoding="utf-8")
 
 
 def _write_parameter(folder: Path, shape: torch.Size, values: dict[str, Any]) -> None:

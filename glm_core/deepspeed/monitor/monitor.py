@@ -84,7 +84,7 @@ class Monitor:
 
     def _write_row(self, folder: Path, name: str, value: float, samples: int) -> None:
         path = folder / f"{name.replace('/', '_').replace(' ', '_')}.csv"
-        with path.open("a", newline="") as file:
+        with path.open("a", newline="", encoding="utf-8") as file:
             rows = csv.writer(file)
             if name not in self._with_header:
                 rows.writerow(["step", name.rpartition("/")[2]])

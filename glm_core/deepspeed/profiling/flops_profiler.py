@@ -46,7 +46,7 @@ class ForwardFlops:
                 if name.count(".") < self.depth:
                     text += f"\n{name}: {sum(by_kind.values())}"
         if self.file:
-            Path(self.file).write_text(text + "\n")
+            Path(self.file).write_text(text + "\n", encoding="utf-8")
         else:
             print(text)
         self.enabled = False

@@ -23,7 +23,7 @@ def get_fp32_state_dict_from_zero_checkpoint(
     folder = Path(checkpoint_dir)
     if tag is None:
         try:
-            tag = (folder / LATEST).read_text().strip()
+            tag = (folder / LATEST).read_text(encoding="utf-8").strip()
         except FileNotFoundError:
             raise CheckpointError(f"{folder}: no {LATEST} file; pass tag=") from None
     content = _read(folder / tag)

@@ -132,7 +132,7 @@ def _iteration(path: Path) -> Path:
     of a glm-core run. Without `latest` that is `path` itself."""
     for name in LATEST if path.is_dir() else ():
         if (path / name).is_file():
-            tag = (path / name).read_text(errors="replace").strip()
+            tag = (path / name).read_text(encoding="utf-8", errors="replace").strip()
             if Path(tag).name != tag or not (path / tag).exists():
                 raise CheckpointError(
                     f"{path / name}: names {tag[:80]!r}, which is not beside it; correct it, "

@@ -179,14 +179,16 @@ def _write(source: Checkpoint, folder: Path, target: Target, progress: Progress)
     if len(files) > 1:
         total = sum(t.num_bytes for t in planned)
         index = {"metadata": {"total_size": total}, "weight_map": file_of_key}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps(index, indent=1), encoding="utf-8"
+        )
 
 
 def _write_shards(source: Checkpoint, folder: Path, target: Target, progress: Progress) -> None:
     """Writes one file a rank, and `latest`, as SAT and DeepSpeed do."""
     inner = folder / "1"
     inner.mkdir()
-    (folder / "latest").write_text(inner.name)
+    (folder / "latest").write_text(inner.name, encoding="utf-8")
     for rank in range(target.num_ranks):
         planned, state = list(_plan(source, target, rank)), {}
         for i, tensor in enumerate(planned):

@@ -29,13 +29,19 @@ class _Reference:
         return unsupported("no backend is active")
 
 
+_OUTSIDE = Session(_Reference(), strict=False)
+"""the session outside of any `use`, in every thread"""
+
+
 class _Active(threading.local):
     # not a ContextVar: torch.compile cannot trace ContextVar.get (torch 2.13); it traces and
-    # guards a threading.local
-    session = Session(_Reference(), strict=False)
-    kernels: Mapping[str, Kernel] = {}
-    references_only = True
-    interceptor: Interceptor | None = None
+    # guards a threading.local. Set in __init__, which runs in each thread: of attributes that the
+    # class has too, torch 2.7 would read the class's.
+    def __init__(self) -> None:
+        self.session = _OUTSIDE
+        self.kernels: Mapping[str, Kernel] = {}
+        self.references_only = True
+        self.interceptor: Interceptor | None = None
 
 
 _active = _Active()
@@ -44,7 +50,7 @@ _active = _Active()
 class Op(OpSpec):
     """A declared op. Calling it runs the active backend's kernel or the reference."""
 
-    __slots__ = ()
+    # no empty __slots__: torch.compile looks for OpSpec's slots there (torch 2.7)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         interceptor = _active.interceptor

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -51,11 +53,18 @@ class Fallback(NamedTuple):
     reason: str
 
 
+_NUMBERS = itertools.count()
+
+
 class Session:
     """One use of a backend (`registry.use`), with its fallbacks."""
 
     def __init__(self, backend: KernelProvider, strict: bool) -> None:
         self.backend = backend
+        self.key = f"session {next(_NUMBERS)}"
+        """its name for compiled code, which is compiled once for each: torch.compile guards a
+        string by its value, and up to torch 2.7 it takes no object in `assume_constant_result`"""
+        _BY_KEY[self.key] = self
         self.strict = strict
         """whether a reference in a kernel's place is an error"""
         self.fallbacks: Counter[Fallback] = Counter()
@@ -68,7 +77,7 @@ class Session:
         """Records that the reference runs in a kernel's place. Raises UnsupportedOpError under
         `strict`."""
         if torch.compiler.is_compiling():
-            _fell_back_while_compiling(self, op, reason)
+            _fell_back_while_compiling(self.key, op, reason)
         else:
             self.record(self.fallbacks, op, reason)
 
@@ -88,6 +97,10 @@ class Session:
             self.fallbacks[Fallback(self.backend.name, "decode_step", reason)] += 1
 
 
+_BY_KEY: WeakValueDictionary[str, Session] = WeakValueDictionary()
+
+
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # runs for real at trace time
-def _fell_back_while_compiling(session: Session, op: str, reason: str) -> None:
+def _fell_back_while_compiling(key: str, op: str, reason: str) -> None:
+    session = _BY_KEY[key]
     session.record(session.compiled, op, reason)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peer_environments
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from glm_core.errors import BackendUnavailableError, UnsupportedOpError
 onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'glm-core[onnx]'")
 ROOT = Path(__file__).parents[2]
 OPENVINO = ROOT / ".venv-openvino" / "bin" / "python"
+LACK = peer_environments.lack("openvino")
 IDLE = "AzureExecutionProvider"
 """comes with every onnxruntime wheel and can run no node by itself"""
 
@@ -72,7 +74,7 @@ KNOWN = {
 """failures of OpenVINO (onnxruntime-openvino 1.24.1), not of the graphs: the CPU provider passes"""
 
 
-@pytest.mark.skipif(not OPENVINO.exists(), reason="no .venv-openvino; make openvino")
+@pytest.mark.skipif(bool(LACK), reason=LACK)
 def test_openvino_runs_every_op_in_both_directions() -> None:
     script = str(Path(__file__).with_name("onnxrt_judge.py"))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

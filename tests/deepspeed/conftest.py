@@ -15,7 +15,18 @@ import torch
 # importlib mode leaves sys.path alone; what several tests share lies beside them
 sys.path.insert(0, str(Path(__file__).parent))
 
-from peer_runs import CONTROLS, HERE, OURS_2, OURS_4, REAL, SCRIPTS, SCRIPTS_4, differences, run
+from peer_runs import (
+    CONTROLS,
+    HERE,
+    LACK,
+    OURS_2,
+    OURS_4,
+    REAL,
+    SCRIPTS,
+    SCRIPTS_4,
+    differences,
+    run,
+)
 from small import made_state
 
 from glm_core.deepspeed import notices
@@ -45,8 +56,8 @@ def make_universal(place: Path) -> None:
 @pytest.fixture(scope="session")
 def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], Path]:
     """Returns what real DeepSpeed's run of the scripts saw, and the folder of its checkpoints."""
-    if not REAL.exists():
-        pytest.skip("no .venv-deepspeed: make deepspeed (tests/deepspeed/setup_deepspeed.sh)")
+    if LACK:
+        pytest.skip(LACK)
     folder = tmp_path_factory.mktemp("real")
     make_universal(folder / "made" / "here")
     seen = run("deepspeed", REAL, folder / "seen", SCRIPTS, folder)
@@ -85,8 +96,8 @@ def spread(ours: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dt
 @pytest.fixture(scope="session")
 def reference() -> dict[str, Any]:
     """Returns the report of real_config.py."""
-    if not REAL.exists():
-        pytest.skip("no .venv-deepspeed: make deepspeed (tests/deepspeed/setup_deepspeed.sh)")
+    if LACK:
+        pytest.skip(LACK)
     done = subprocess.run(
         [REAL, HERE / "real_config.py"],
         env={**os.environ, "DS_ACCELERATOR": "cpu"},
@@ -102,8 +113,8 @@ def reference() -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def four(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], list[Any]]:
     """Returns what real DeepSpeed's and our run of the scripts for four processes saw."""
-    if not REAL.exists():
-        pytest.skip("no .venv-deepspeed: make deepspeed (tests/deepspeed/setup_deepspeed.sh)")
+    if LACK:
+        pytest.skip(LACK)
     folder = tmp_path_factory.mktemp("four")
     theirs = run("deepspeed", REAL, folder / "theirs", SCRIPTS_4, folder, ranks=4)
     scripts, foreign = [*SCRIPTS_4, *OURS_4], folder / "deepspeed"

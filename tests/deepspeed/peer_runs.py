@@ -8,11 +8,13 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import peer_environments
 import torch
 from torch import Tensor
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 REAL = ROOT / ".venv-deepspeed/bin/python"
+LACK = peer_environments.lack("deepspeed")
 OURS_2, OURS_4 = ("take_over", "pipeline_take_over"), ("replicas_take_over",)
 """read what DeepSpeed wrote"""
 SCRIPTS = sorted(

@@ -12,14 +12,14 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import peer_environments
 import pytest
 
 ROOT = Path(__file__).parents[2]
 VENV = ROOT / ".venv-npu"
 
-pytestmark = pytest.mark.skipif(
-    not (VENV / "cann" / "libascendcl.so").exists(), reason="no .venv-npu; `make npu` makes it"
-)
+LACK = peer_environments.lack("npu")
+pytestmark = pytest.mark.skipif(bool(LACK), reason=LACK)
 
 
 @pytest.fixture(scope="session")

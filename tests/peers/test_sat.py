@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peer_environments
 import pytest
 import torch
 from foreign import cut_130b, cut_qkv_blocks
@@ -191,8 +192,8 @@ class Case:
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     """Returns both models with the results of one oracle process."""
-    if not PYTHON.exists():
-        pytest.skip(f"SwissArmyTransformer: no {PYTHON.parents[1].name} here; run `make peers`")
+    if reason := peer_environments.lack("sat", "peers"):
+        pytest.skip(f"SwissArmyTransformer: {reason}")
     folder = tmp_path_factory.mktemp("sat")
     drawn = {model: draw(model, folder) for model in CONFIGS}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -52,7 +52,7 @@ def _install(folder: Path, target: Path) -> None:
 def _python(installed: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": f"{installed}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-P", *arguments],
+        [sys.executable, *arguments],
         cwd=folder,
         env=env,
         capture_output=True,

@@ -4,6 +4,7 @@
 #include <ATen/core/Generator.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
+#include <torch/version.h>
 
 #include <functional>
 #include <string>
@@ -15,14 +16,18 @@ namespace sim {
 
 constexpr auto kSim = c10::DeviceType::PrivateUse1;
 
-// Runs `f` and turns the driver's errors into torch's: torch.AcceleratorError and
-// torch.OutOfMemoryError.
+// Runs `f` and turns the driver's errors into torch's: torch.AcceleratorError (before torch 2.8 a
+// RuntimeError) and torch.OutOfMemoryError.
 template <class F>
 auto translated(F f) {
   try {
     return f();
   } catch (const Lost& e) {
+#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 8
     throw c10::AcceleratorError({__func__, __FILE__, __LINE__}, 1, e.what());
+#else
+    TORCH_CHECK(false, "SIM error: ", e.what());  // as torch's own devices did before 2.8
+#endif
   } catch (const OutOfMemory& e) {
     TORCH_CHECK_WITH(OutOfMemoryError, false, e.what());
   }

@@ -10,6 +10,8 @@ import pytest
 import torch
 import vendor_sim
 
+from glm_core.versions import AcceleratorError
+
 X = torch.linspace(-3, 3, 48).reshape(4, 12)
 
 
@@ -71,7 +73,7 @@ def test_device_lost_stays_lost_until_reset() -> None:
     x.exp().cpu()
     x.exp()
     for use in (torch.sim.synchronize, x.cpu, lambda: torch.empty(3, device="sim")):
-        with pytest.raises(torch.AcceleratorError, match="device lost while it ran aten::exp"):
+        with pytest.raises(AcceleratorError, match="device lost while it ran aten::exp"):
             use()
     vendor_sim.clear_faults()
     assert torch.equal(x.exp().cpu(), X.exp())
@@ -83,7 +85,7 @@ def test_hang_ends_in_an_error_that_names_the_op() -> None:
     vendor_sim.fault("hang", op="aten::exp")
     x.exp()
     for use in (torch.sim.synchronize, x.cpu, lambda: x.sum().item()):
-        with pytest.raises(torch.AcceleratorError, match=r"aten::exp did not finish within 0.05 s"):
+        with pytest.raises(AcceleratorError, match=r"aten::exp did not finish within 0.05 s"):
             use()
     vendor_sim.clear_faults()
     assert torch.equal(x.exp().cpu(), X.exp())
@@ -94,7 +96,7 @@ def test_full_queue_behind_a_hang_does_not_block_for_ever() -> None:
     torch.sim.set_timeout(0.05)
     vendor_sim.fault("hang", op="aten::exp")
     x.exp()
-    with pytest.raises(torch.AcceleratorError, match="did not finish"):
+    with pytest.raises(AcceleratorError, match="did not finish"):
         _launch_many(x)
 
 

@@ -257,7 +257,7 @@ def test_show_needs_no_torch(config: RunConfig, tmp_path: Path) -> None:
         f"assert main(['trace', 'show', {str(path)!r}, '--json']) == 0\n"
         "assert 'torch' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     assert (facts["steps"], facts["first_loss"], facts["last_loss"]) == (4, 5.0, 4.0)

@@ -191,7 +191,7 @@ def test_of_several_at_once_one_makes_the_file(tmp_path: Path) -> None:
         return bytes(made)
 
     def build() -> None:
-        both.wait(timeout=10)
+        both.wait(timeout=60)
         cache.once(tmp_path / "x", make)
 
     threads = [threading.Thread(target=build) for _ in range(2)]

@@ -115,7 +115,7 @@ def ended(wait: str, seconds: float) -> str:
         [sys.executable, "-c", HANG.format(wait=wait, seconds=seconds)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
     assert done.returncode == 1, done.stderr
@@ -123,9 +123,9 @@ def ended(wait: str, seconds: float) -> str:
 
 
 def test_a_hang_ends_and_names_the_op() -> None:
-    told = ended("threading.Event().wait()", 0.2).strip()
+    told = ended("threading.Event().wait()", 1.5).strip()
     assert told == (
-        "glm-core: backend slow: step 99: no progress for 0.2 s, inside op geglu; reset it"
+        "glm-core: backend slow: step 99: no progress for 1.5 s, inside op geglu; reset it"
     )
 
 

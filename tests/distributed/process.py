@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(
-    words: list[str], timeout_s: float = 90.0, **environment: str
+    words: list[str], timeout_s: float = 240.0, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """The finished process, output captured; past the timeout it and all its children are
     killed."""

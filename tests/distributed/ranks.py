@@ -23,7 +23,8 @@ class Job:
     """How a job ended."""
 
     codes: list[int | None]
-    """exit code by rank, negative for a signal; None: still there at the timeout, then killed"""
+    """exit code by rank, negative for a signal; None: still there at the timeout, or stopped when
+    all others had ended; then killed"""
     outputs: list[str]
     """stdout and stderr by rank"""
 
@@ -52,7 +53,7 @@ class Ranks:
         )
 
     def run(
-        self, function: str, world: int, *args: Any, folder: Path, timeout_s: float = 60.0
+        self, function: str, world: int, *args: Any, folder: Path, timeout_s: float = 150.0
     ) -> Job:
         """`module.function(*args)` on every rank; output goes through files in `folder`."""
         request = {
@@ -113,16 +114,20 @@ def _child(request: dict[str, Any], rank: int) -> None:
 
 def _reap(pids: list[int], deadline: float) -> list[int | None]:
     codes: dict[int, int | None] = {}
+    stopped: set[int] = set()
     while len(codes) < len(pids):
         for pid in pids:
             if pid not in codes:
-                done, status = os.waitpid(pid, os.WNOHANG)
-                if done:
+                done, status = os.waitpid(pid, os.WNOHANG | os.WUNTRACED)
+                if done and os.WIFSTOPPED(status):
+                    stopped.add(pid)
+                elif done:
                     codes[pid] = os.waitstatus_to_exitcode(status)
-                elif time.monotonic() > deadline:
+                elif time.monotonic() > deadline or len(codes) + len(stopped) == len(pids):
                     os.kill(pid, signal.SIGKILL)
                     os.waitpid(pid, 0)
                     codes[pid] = None
+                    stopped.discard(pid)
         time.sleep(0.01)
     return [codes[pid] for pid in pids]
 

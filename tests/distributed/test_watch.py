@@ -39,7 +39,6 @@ def train(ranks: Ranks, tmp_path: Path, fault: str) -> Job:
         TIMEOUT_S,
         INTERVAL_S,
         folder=tmp_path,
-        timeout_s=25,
     )
 
 
@@ -69,13 +68,13 @@ def test_a_fault_is_named_and_the_next_start_goes_on(
 
 
 def test_a_straggler_is_named_with_its_op(ranks: Ranks, tmp_path: Path) -> None:
-    job = ranks.run(f"{WORKERS}.slow_step", 2, str(tmp_path / "w"), folder=tmp_path, timeout_s=25)
+    job = ranks.run(f"{WORKERS}.slow_step", 2, str(tmp_path / "w"), folder=tmp_path)
     assert job.codes == [0, 0], job.told
     values, text = job.outputs[0].splitlines()
     found: dict[str, Any] = json.loads(values)
     assert (found["step"], found["slowest"], found["op"]) == (2, 1, "global_norm")
-    assert found["op_s"] > 0.19 > found["op_median_s"]
-    assert found["waiting_s"]["0"] > 0.1  # rank 0 waited, and that is not its own time
+    assert found["op_s"] > 0.9 > found["op_median_s"]
+    assert found["waiting_s"]["0"] > 0.5  # rank 0 waited, and that is not its own time
     assert text.startswith("step 2: straggler: rank 1 takes ")
 
 

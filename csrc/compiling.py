@@ -73,14 +73,17 @@ def torch_here() -> Torch:
     PYTHONPATH, still sees it. A tool that builds in an environment of its own has no torch there.
     """
     env = os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    folder = Path(sys.executable).parent  # has no modules that would hide others
     for options in ([], ["-E"]):
         command = [sys.executable, *options, "-c", ASK]
-        done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT / "csrc")
+        done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder)
         if done.returncode == 0:
             return new_enough(Torch(*json.loads(done.stdout.splitlines()[-1])))
         if "No module named 'torch'" not in done.stderr:
             last = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
-            raise CompileError(f"this torch cannot be imported: {last}; reinstall torch")
+            raise CompileError(
+                f"torch cannot be imported: {last}; source the toolkit's env.sh or reinstall torch"
+            )
     raise CompileError(
         f"no torch to compile for in {sys.prefix}; install torch first, then: {NO_ISOLATION}"
     )

@@ -101,6 +101,15 @@ def test_a_torch_that_is_too_old_ends_the_build_before_pip_replaces_it(tmp_path:
     assert done.stderr.strip().splitlines()[-1] == words
 
 
+def test_a_torch_that_does_not_load_is_named(tmp_path: Path) -> None:
+    script(tmp_path / "bad/torch.py", "raise OSError('libgalaxyhip.so.5: cannot open it')")
+    done = build(tmp_path, PYTHONPATH=str(tmp_path / "bad"))
+    assert done.returncode == 0
+    reason = built.trouble(built_in(tmp_path), "BUILD")
+    assert reason.startswith("not built: torch cannot be imported: OSError: libgalaxyhip.so.5")
+    assert "source the toolkit's env.sh" in reason
+
+
 def test_torch_is_looked_for_without_the_isolation(tmp_path: Path) -> None:
     """pip hides the environment's packages by a sitecustomize.py on PYTHONPATH."""
     hiding = "import sys\nsys.path = [p for p in sys.path if 'site-packages' not in p]\n"

@@ -20,6 +20,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from glm_core.backends.base import Backend
 from glm_core.spec import Support, unsupported
+from glm_core.versions import torch_has
 
 BLOCK = 128
 """queries and keys in a block: FlexAttention's default"""
@@ -117,6 +118,9 @@ def attention(
         mask = block_mask(key_start, key_end, k.shape[2])
         y = _flex(q)(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
     else:
+        if grouped and not torch_has("sdpa_grouped_heads"):
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+            grouped = False
         with sdpa_kernel(FUSED):
             y = torch.nn.functional.scaled_dot_product_attention(
                 q, k, v, is_causal=kind == "causal", scale=scale, enable_gqa=grouped

@@ -517,7 +517,8 @@ def case_partitioned() -> dict[str, Any]:
 
         def keep(t: Tensor, kept: list[int] = kept, right: Any = right) -> Any:
             part = right(t)
-            kept.append(part.own.numel())
+            if t.numel():  # torch 2.7 keeps an empty tensor too
+                kept.append(part.own.numel())
             return part
 
         with mock.patch.object(chk, "_pack", keep):

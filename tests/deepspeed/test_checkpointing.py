@@ -72,7 +72,7 @@ def test_only_the_inputs_are_kept() -> None:
     with mock.patch.object(checkpointing, "_pack", lambda x: kept.append(x.shape) or right(x)):
         x = torch.randn(7, requires_grad=True)
         checkpointing.checkpoint(lambda v, n: v.sin().exp() ** n, x, 3).sum().backward()
-    assert kept == [(7,)]
+    assert [shape for shape in kept if shape.numel()] == [(7,)]  # torch 2.7 keeps an empty one too
     want = torch.autograd.grad(
         (y := x.detach().clone().requires_grad_()).sin().exp().pow(3).sum(), y
     )

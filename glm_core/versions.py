@@ -62,6 +62,8 @@ NEWER = {
 }
 
 CHANGED = {
+    # FSDPModule.set_force_sum_reduction_for_comms, set_gradient_divide_factor; 2.8 was not tried
+    "fsdp_sums": (2, 9),
     # every fused scaled_dot_product_attention takes fewer kv heads than heads; 2.8 was not tried
     "sdpa_grouped_heads": (2, 9),
     # an option of a schedule's step; 2.9 hands it to the model, 2.10 was not tried

@@ -15,8 +15,14 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from glm_core.distributed.norm import GradientPart
 from glm_core.distributed.precision import Precision
 from glm_core.distributed.split import Split, to_meta
+from glm_core.errors import ConfigError
 from glm_core.training.optimizer import own_part
-from glm_core.versions import all_gather_single, reduce_scatter_single
+from glm_core.versions import (
+    all_gather_single,
+    reduce_scatter_single,
+    torch_has,
+    torch_version,
+)
 
 BUCKET = 2**25
 """elements reduced by one collective"""
@@ -304,9 +310,15 @@ def _fill(module: nn.Module, old: dict[str, nn.Parameter]) -> None:
 
 
 def sum_gradients(module: nn.Module, divide: float) -> None:
-    """Makes the gradients of every FSDP2 module inside sums over the ranks / divide."""
+    """Makes the gradients of every FSDP2 module inside sums over the ranks / divide. Raises
+    ConfigError where torch is too old for it."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
+            if not torch_has("fsdp_sums"):
+                raise ConfigError(
+                    f"ZeRO 2 and 3: FSDP of torch {torch_version()} cannot sum gradients; use "
+                    "torch 2.9 or newer, or ZeRO 1"
+                )
             # gloo has no PREMUL_SUM; sum, then divide, is the same everywhere
             part.set_force_sum_reduction_for_comms(True)
             part.set_gradient_divide_factor(divide)

@@ -39,8 +39,14 @@ KERNELS = (
 BINDINGS = ["attention library norm pointwise", "decode_step linear product training"]
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512"
-X86 = platform.machine() in ("x86_64", "AMD64")
-ISAS = {"scalar": ""} | ({"avx2": AVX2, "avx512": AVX512} if X86 else {})
+X86 = {"avx2": AVX2, "avx512": AVX512}
+ARM = {
+    "neon": "-march=armv8-a",
+    "dotprod": "-march=armv8.2-a+dotprod",
+    "i8mm": "-march=armv8.2-a+dotprod+i8mm+bf16",
+}
+MACHINES = {"x86_64": X86, "AMD64": X86, "aarch64": ARM, "arm64": ARM}
+ISAS = {"scalar": ""} | MACHINES.get(platform.machine(), {})
 FLAGS = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno"
     " -fno-trapping-math -Wall -Wextra"

@@ -44,7 +44,7 @@ def _apply_environment() -> str:
 
 
 def isa() -> str:
-    """Returns the instruction set whose kernels run: scalar, avx2 or avx512."""
+    """Returns the instruction set whose kernels run, such as scalar, avx2 or neon."""
     name: str = torch.ops.glm_core.isa()
     return name
 

@@ -360,7 +360,7 @@ template <class T>
 void attention_forward(const AttentionForward<T>& a, int64_t begin, int64_t end) {
   for (int64_t unit = begin; unit < end; ++unit)
     if constexpr (sizeof(T) == 2)
-      has_pairs() ? forward_unit<Pair>(a, unit) : forward_unit<Single>(a, unit);
+      has_pair_products() ? forward_unit<Pair>(a, unit) : forward_unit<Single>(a, unit);
     else
       forward_unit<Single>(a, unit);
 }
@@ -371,7 +371,7 @@ void attention_backward(const AttentionBackward<T>& a, int64_t begin, int64_t en
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t b = unit / a.kv_heads, g = unit % a.kv_heads;
     if constexpr (sizeof(T) == 2)
-      has_pairs() ? backward_unit<Pair>(a, b, g) : backward_unit<Single>(a, b, g);
+      has_pair_products() ? backward_unit<Pair>(a, b, g) : backward_unit<Single>(a, b, g);
     else
       backward_unit<Single>(a, b, g);
   }

@@ -17,14 +17,12 @@ namespace glm::GLM_ISA {
 
 namespace {
 
-constexpr int64_t BLOCK = 128;  // keys
-#if defined(__AVX512F__)
-constexpr int HEADS = 6;  // queries held in registers
-#else
-constexpr int HEADS = 2;
-#endif
-constexpr int KEYS = 4;     // keys at a time for each of these queries
-constexpr int COLUMNS = 4;  // vectors of values at a time, likewise
+constexpr int64_t BLOCK = 128;                  // keys
+constexpr int HEADS = REGISTERS == 32 ? 6 : 2;  // queries held in registers
+// Keys at a time for each of R such queries, and vectors of values at a time. Short vectors need
+// more sums under way to hide the latency of fma.
+template <int R>
+constexpr int at_a_time = W == 4 && REGISTERS == 32 && R <= 2 ? 8 : 4;
 
 int64_t padded(int64_t size) { return (size + W - 1) / W * W; }
 
@@ -60,6 +58,7 @@ void in_groups(int64_t queries, F f) {
 template <int R, class T>
 void scores(const T* k, int64_t stride, int64_t keys, int64_t width, const float* q, int64_t ld,
             float* p, int64_t ldp) {
+  constexpr int KEYS = at_a_time<R>;
   int64_t j = 0;
   for (; j + KEYS <= keys; j += KEYS) {
     vf total[R][KEYS] = {};
@@ -71,7 +70,11 @@ void scores(const T* k, int64_t stride, int64_t keys, int64_t width, const float
         for (int i = 0; i < KEYS; ++i) total[r][i] = fma(of_query, x[i], total[r][i]);
       }
     });
-    for (int r = 0; r < R; ++r) sums(total[r], p + r * ldp + j);
+    for (int r = 0; r < R; ++r)
+      for (int i = 0; i < KEYS; i += 4) {
+        const vf* t = total[r] + i;
+        sums({t[0], t[1], t[2], t[3]}, p + r * ldp + j + i);
+      }
   }
   for (; j < keys; ++j) {
     vf total[R] = {};
@@ -103,9 +106,12 @@ void strip(const T* v, int64_t stride, int64_t keys, int64_t n, const float* p, 
 template <int R, class T>
 void values(const T* v, int64_t stride, int64_t keys, int64_t width, const float* p, int64_t ldp,
             float* y, int64_t ld) {
+  constexpr int columns = at_a_time<R>;
   int64_t e = 0;
-  for (; e + COLUMNS * W <= width; e += COLUMNS * W)
-    strip<R, COLUMNS>(v + e, stride, keys, W, p, ldp, y + e, ld);
+  for (; e + columns * W <= width; e += columns * W)
+    strip<R, columns>(v + e, stride, keys, W, p, ldp, y + e, ld);
+  for (; columns > 4 && e + 4 * W <= width; e += 4 * W)
+    strip<R, 4>(v + e, stride, keys, W, p, ldp, y + e, ld);
   for (; e < width; e += W)
     strip<R, 1>(v + e, stride, keys, width - e < W ? width - e : W, p, ldp, y + e, ld);
 }

@@ -1,5 +1,12 @@
-// Chooses the instruction set: at first the best of those compiled in that this CPU has.
+// Chooses the instruction set: at first the best of those compiled in that this CPU has. On Arm the
+// operating system tells what the CPU has; a program may not ask the CPU itself.
 #include "kernels.h"
+
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 
 namespace glm {
 
@@ -8,11 +15,7 @@ namespace glm {
   extern const Kernels<float> table_float; \
   extern const Kernels<bf16> table_bf16;   \
   }
-GLM_TABLES(scalar)
-#if defined(__x86_64__)
-GLM_TABLES(avx2)
-GLM_TABLES(avx512)
-#endif
+GLM_ISAS(GLM_TABLES)
 
 namespace {
 
@@ -21,13 +24,34 @@ struct Tables {
   const Kernels<bf16>* of_bf16;
 };
 
-const Tables tables[num_isas] = {
-    {&scalar::table_float, &scalar::table_bf16},
-#if defined(__x86_64__)
-    {&avx2::table_float, &avx2::table_bf16},
-    {&avx512::table_float, &avx512::table_bf16},
-#endif
+#define GLM_TABLE(isa) {&isa::table_float, &isa::table_bf16},
+const Tables tables[num_isas] = {GLM_ISAS(GLM_TABLE)};
+
+#if defined(__aarch64__)
+struct Features {
+  bool dotprod = false, i8mm = false, bf16 = false;
 };
+
+#if defined(__linux__)
+Features features() {
+  // the bits of Linux's asm/hwcap.h, which older headers lack
+  const unsigned long first = getauxval(AT_HWCAP), second = getauxval(AT_HWCAP2);
+  return {(first >> 20 & 1) != 0, (second >> 13 & 1) != 0, (second >> 14 & 1) != 0};
+}
+#elif defined(__APPLE__)
+bool reported(const char* name) {  // never run: no Apple machine at hand
+  int value = 0;
+  size_t size = sizeof value;
+  return !sysctlbyname(name, &value, &size, nullptr, 0) && value;
+}
+Features features() {
+  return {reported("hw.optional.arm.FEAT_DotProd"), reported("hw.optional.arm.FEAT_I8MM"),
+          reported("hw.optional.arm.FEAT_BF16")};
+}
+#else
+Features features() { return {}; }
+#endif
+#endif
 
 Isa best() {
   for (int i = num_isas - 1; i > 0; --i)
@@ -48,6 +72,11 @@ bool available(Isa isa) {
   if (isa == Isa::avx512)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#elif defined(__aarch64__)
+  static const Features has = features();
+  if (isa == Isa::neon) return true;
+  if (isa == Isa::dotprod) return has.dotprod;
+  if (isa == Isa::i8mm) return has.dotprod && has.i8mm && has.bf16;
 #endif
   return isa == Isa::scalar;
 }

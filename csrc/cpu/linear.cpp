@@ -7,12 +7,10 @@ namespace glm::GLM_ISA {
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int FEATURES = 4;
-#else
-constexpr int FEATURES = 2;
-#endif
+constexpr int FEATURES = REGISTERS == 32 ? 4 : 2;
 constexpr int ROWS = 4;
+// Short vectors need more sums under way to hide the latency of fma: each result has two, by turns.
+constexpr int SUMS = W == 4 && REGISTERS == 32 ? 2 : 1;
 
 // Loads 2 W bf16, of which the first n come from memory.
 GLM_INLINE vi pairs(const bf16* p, int64_t n) {
@@ -49,19 +47,22 @@ GLM_INLINE void add(vf (&part)[R][M], const LinearFew<T>& a, const T* const (&w)
 template <bool PAIRS, int R, int M, class T>
 void tile(const LinearFew<T>& a, int64_t f, int64_t apart, int64_t n) {
   constexpr int64_t step = PAIRS ? 2 * W : W;
-  constexpr int64_t block =
-      32 * step;  // a block is summed by itself, so that rounding errors stay small
+  // a block is summed by itself, so that rounding errors stay small
+  constexpr int64_t block = 32 * SUMS * step;
   const T* w[R];
   for (int r = 0; r < R; ++r) w[r] = a.weight + (f + r * apart) * a.width;
   vf total[R][M] = {};
   for (int64_t begin = 0; begin < a.width; begin += block) {
     const int64_t end = begin + block < a.width ? begin + block : a.width;
-    vf part[R][M] = {};
+    vf part[SUMS][R][M] = {};
     int64_t i = begin;
-    for (; i + step <= end; i += step) add<PAIRS>(part, a, w, n, i, step);
-    if (i < end) add<PAIRS>(part, a, w, n, i, end - i);
-    for (int r = 0; r < R; ++r)
-      for (int m = 0; m < M; ++m) total[r][m] += part[r][m];
+    for (; i + SUMS * step <= end; i += SUMS * step)
+      for (int s = 0; s < SUMS; ++s) add<PAIRS>(part[s], a, w, n, i + s * step, step);
+    for (; SUMS > 1 && i + step <= end; i += step) add<PAIRS>(part[0], a, w, n, i, step);
+    if (i < end) add<PAIRS>(part[SUMS - 1], a, w, n, i, end - i);
+    for (int s = 0; s < SUMS; ++s)
+      for (int r = 0; r < R; ++r)
+        for (int m = 0; m < M; ++m) total[r][m] += part[s][r][m];
   }
   for (int r = 0; r < R; ++r)
     for (int m = 0; m < M; ++m) {
@@ -84,12 +85,18 @@ void rows(const LinearFew<T>& a, int64_t f, int64_t apart) {
   }
 }
 
-template <bool PAIRS, class T>
+template <bool PAIRS, int R, class T>
 void features(const LinearFew<T>& a, int64_t begin, int64_t end) {
   // features lie far apart, so that each is a long stream that the CPU prefetches by itself
-  const int64_t apart = (end - begin) / FEATURES;
-  for (int64_t i = 0; i < apart; ++i) rows<PAIRS, FEATURES>(a, begin + i, apart);
-  for (int64_t f = begin + FEATURES * apart; f < end; ++f) rows<PAIRS, 1>(a, f, 1);
+  const int64_t apart = (end - begin) / R;
+  for (int64_t i = 0; i < apart; ++i) rows<PAIRS, R>(a, begin + i, apart);
+  for (int64_t f = begin + R * apart; f < end; ++f) rows<PAIRS, 1>(a, f, 1);
+}
+
+template <bool PAIRS, class T>
+void fitting(const LinearFew<T>& a, int64_t begin, int64_t end) {
+  if (SUMS == 2 && a.rows > 2) return features<PAIRS, 2>(a, begin, end);  // sums fit the registers
+  features<PAIRS, FEATURES>(a, begin, end);
 }
 
 }  // namespace
@@ -97,8 +104,8 @@ void features(const LinearFew<T>& a, int64_t begin, int64_t end) {
 template <class T>
 void linear_few(const LinearFew<T>& a, int64_t begin, int64_t end) {
   if constexpr (sizeof(T) == sizeof(bf16))
-    if (has_pair_products()) return features<true>(a, begin, end);
-  features<false>(a, begin, end);
+    if (has_pair_products()) return fitting<true>(a, begin, end);
+  fitting<false>(a, begin, end);
 }
 
 GLM_INSTANTIATE(linear_few, LinearFew)

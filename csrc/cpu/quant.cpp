@@ -16,11 +16,8 @@ namespace {
 enum Groups { ROW, SMALL, LARGE };  // inputs that share a scale: a whole row, 32, a multiple of 128
 
 constexpr int FEATURES = 4, ROWS = 4;
-#if defined(__AVX512F__)
-constexpr int FEATURES_OF_ROWS = 4;
-#else
-constexpr int FEATURES_OF_ROWS = 2;  // sums of 2 features and 4 rows fill 16 registers
-#endif
+// sums of 2 features and 4 rows fill 16 registers
+constexpr int FEATURES_OF_ROWS = REGISTERS == 32 ? 4 : 2;
 // Inputs that are summed by themselves: whole vectors of weights, and a part of a large group.
 constexpr int64_t SPAN = input_padding;
 
@@ -50,6 +47,8 @@ struct Product {
 template <int BITS, Groups G, bool VNNI>
 struct Rounded {
   const Product& a;
+  static constexpr int64_t inputs = per_vector(BITS);  // of one call of `add`
+  static constexpr bool features_in_lanes = false;
   static constexpr int64_t step_lanes = BITS == 4 ? 8 : 4;
 
   GLM_INLINED static vi dot(vi start, vi words, vi x, vi second) {
@@ -83,10 +82,42 @@ struct Rounded {
   }
 };
 
+#if defined(GLM_ARM)
+// The same a block of inputs at a time. The sums of codes' products are exact, so a result has the
+// same bits whichever instruction made them. Lane r belongs to feature r.
+template <int BITS, Groups G>
+struct Blocks {
+  const Product& a;
+  static constexpr int64_t inputs = rounded_block;
+  static constexpr bool features_in_lanes = true;
+
+  template <int R, int M>
+  GLM_INLINED void add(vf (&part)[R][M], int64_t i, const int8_t* const* w,
+                       const uint16_t* const* scale, int64_t n) const {
+    Block weights[R], x[M];
+    vf size = {};
+    for (int r = 0; r < R; ++r) {
+      weights[r] = weights_of_block<BITS>(w[r]);
+      if (G == SMALL) size[r] = from_half(scale[r][i / rounded_block]);
+    }
+    for (int m = 0; m < M; ++m) x[m] = load_block(a.codes + (n + m) * a.padded + i);
+    vi sums[M];
+    block_sums(weights, x, sums);
+    for (int m = 0; m < M; ++m) {
+      const float step = a.steps[((n + m) * a.padded + i) / (BITS == 4 ? 8 : 4)];
+      const vf s = sums_as_floats<BITS>(sums[m]);
+      part[0][m] = fma(s, G == SMALL ? size * step : all(step), part[0][m]);
+    }
+  }
+};
+#endif
+
 // The same for float inputs.
 template <int BITS, Groups G>
 struct Whole {
   const Product& a;
+  static constexpr int64_t inputs = per_vector(BITS);
+  static constexpr bool features_in_lanes = false;
 
   template <int K, int R, int M>
   GLM_INLINED void nibbles(vf (&part)[R][M], const vi (&words)[R], const float* x) const {
@@ -118,7 +149,7 @@ struct Whole {
     }
     for (int k = 0; k < 4; ++k)
       for (int r = 0; r < R; ++r) {
-        vf v = bytes(w[r] + k * W);
+        vf v = bytes(w[r], k);
         if (G == SMALL) {  // exact: 8 bits times 11
           const int64_t group = (i + k * W) / rounded_block;
           v = v * from_half(scale[r][group < groups ? group : groups - 1]);
@@ -128,12 +159,25 @@ struct Whole {
   }
 };
 
+// Gives each feature, which has one lane of part[0], a vector of its own, otherwise zero.
+template <int R, int M>
+GLM_INLINE void from_lanes(vf (&part)[R][M]) {
+  for (int m = 0; m < M; ++m) {
+    const vi all = bits_as<vi>(part[0][m]);
+    for (int r = 0; r < R; ++r) {
+      vi lane = {};
+      lane[r] = -1;
+      part[r][m] = bits_as<vf>(all & lane);
+    }
+  }
+}
+
 // R features f, f + apart, ..., and rows n to n + M. The order in which a result is summed depends
 // on neither: SPAN inputs are summed by themselves, which rounds less and scales a large group
 // once.
 template <int BITS, Groups G, int R, int M, class Kind>
 void tile(const Kind& kind, const Product& a, int64_t f, int64_t apart, int64_t n) {
-  constexpr int64_t step = per_vector(BITS);
+  constexpr int64_t step = Kind::inputs;
   const int64_t width = a.w.width, row_bytes = width * BITS / 8;
   const int8_t* w[R];
   const uint16_t* scale[R];
@@ -146,8 +190,9 @@ void tile(const Kind& kind, const Product& a, int64_t f, int64_t apart, int64_t 
     vf part[R][M] = {};
     for (int64_t j = 0; j < inputs; j += step) {
       kind.add(part, i + j, w, scale, n);
-      for (int r = 0; r < R; ++r) w[r] += 4 * W;
+      for (int r = 0; r < R; ++r) w[r] += step * BITS / 8;
     }
+    if constexpr (Kind::features_in_lanes) from_lanes(part);
     for (int r = 0; r < R; ++r)
       for (int m = 0; m < M; ++m)
         if constexpr (G == LARGE)
@@ -207,7 +252,11 @@ void by_kind(const Product& a, int64_t begin, int64_t end) {
 #if defined(__AVX512F__)
   if (has_byte_products()) return features<BITS, G>(Rounded<BITS, G, true>{a}, a, begin, end);
 #endif
+#if defined(GLM_ARM)
+  features<BITS, G>(Blocks<BITS, G>{a}, a, begin, end);
+#else
   features<BITS, G>(Rounded<BITS, G, false>{a}, a, begin, end);
+#endif
 }
 
 template <int BITS>

@@ -3,6 +3,9 @@
 #pragma once
 
 #include "vec.h"
+#if defined(GLM_ARM)
+#include "codes_arm.h"
+#endif
 
 namespace glm::GLM_ISA {
 
@@ -20,6 +23,8 @@ GLM_INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 GLM_INLINE float from_half(uint16_t h) {
 #if defined(__F16C__)
   return _cvtsh_ss(h);
+#elif defined(GLM_ARM)
+  return half_to_float(h);
 #else
   const uint32_t sign = uint32_t(h & 0x8000) << 16, rest = uint32_t(h & 0x7fff) << 13;
   if ((h & 0x7c00) == 0x7c00) return bits_as<float>(sign | 0x7f800000 | rest);
@@ -67,40 +72,34 @@ GLM_INLINE vf nibble(vi w) {
   // the permutation reads the low four bits alone
   const vu shifted = bits_as<vu>(w) >> (4 * K);
   return bits_as<vf>(_mm512_maskz_permutexvar_ps(0xffff, bits_as<__m512i>(shifted), values));
+#elif defined(GLM_ARM)
+  return signed_nibble<K>(w);
 #else
-  return to_float(bits_as<vi>(bits_as<vu>(w) << (28 - 4 * K)) >> 28);
+  // a big-endian machine has the first byte at a word's top
+  constexpr int place = __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__ ? K ^ 6 : K;
+  return to_float(bits_as<vi>(bits_as<vu>(w) << (28 - 4 * place)) >> 28);
 #endif
 }
 
-// W int8 at p, as floats.
-GLM_INLINE vf bytes(const int8_t* p) {
-#if defined(__AVX512F__)
-  const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+// W int8 from p + k W on, as floats; p holds 4 W.
+GLM_INLINE vf bytes(const int8_t* p, int k) {
+#if defined(GLM_ARM)
+  return signed_bytes(p, k);
+#elif defined(__AVX512F__)
+  const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + k * W));
   return to_float(bits_as<vi>(_mm512_maskz_cvtepi8_epi32(0xffff, b)));
 #elif defined(__AVX2__)
-  const __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  const __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + k * W));
   return to_float(bits_as<vi>(_mm256_cvtepi8_epi32(b)));
 #else
+  p += k * W;
   return vf{float(p[0]), float(p[1]), float(p[2]), float(p[3])};
 #endif
 }
 
 #if defined(__AVX512F__)
 GLM_INLINE bool has_byte_products() { return __builtin_cpu_supports("avx512vnni"); }
-GLM_INLINE bool has_pair_products() { return __builtin_cpu_supports("avx512bf16"); }
-#else
-GLM_INLINE bool has_pair_products() { return false; }
 #endif
-
-// sum += the products of each lane's two bf16; only where has_pair_products. Denormals count as 0.
-GLM_INLINE vf add_pairs(vf sum, vi a, vi b) {
-#if defined(__AVX512F__)
-  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-#else
-  (void)a, (void)b;
-#endif
-  return sum;
-}
 
 // sum += the products of each lane's four bytes; u unsigned below 16, or with VNNI below 256.
 template <bool VNNI>

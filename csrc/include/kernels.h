@@ -252,11 +252,24 @@ GLM_KERNELS(GLM_DECLARE)
 }  // namespace GLM_ISA
 #endif
 
-enum class Isa { scalar, avx2, avx512 };
-constexpr const char* isa_names[] = {"scalar", "avx2", "avx512"};
-constexpr int num_isas = 3;
+// The instruction sets that the kernels are compiled for, the best last; setup.py has their flags.
+#if defined(__x86_64__)
+#define GLM_ISAS(K) K(scalar) K(avx2) K(avx512)
+#elif defined(__aarch64__)
+#define GLM_ISAS(K) K(scalar) K(neon) K(dotprod) K(i8mm)
+#else
+#define GLM_ISAS(K) K(scalar)
+#endif
 
-// Whether the instruction set was compiled in and this CPU has it.
+#define GLM_NAME(isa) isa,
+enum class Isa { GLM_ISAS(GLM_NAME) };
+#undef GLM_NAME
+#define GLM_NAME(isa) #isa,
+constexpr const char* isa_names[] = {GLM_ISAS(GLM_NAME)};
+#undef GLM_NAME
+constexpr int num_isas = sizeof(isa_names) / sizeof(*isa_names);
+
+// Whether this CPU has the instruction set.
 bool available(Isa isa);
 
 // The instruction set whose kernels `kernels` returns, at first the best available one. Not to be

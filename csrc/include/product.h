@@ -1,9 +1,11 @@
 // Small matrix products on the vector type, for operands that lie in the cache.
 //
 // Operands consist of 4-byte words along the dimension that is summed over (the depth). A word is
-// one float (Single), or two neighbouring bfloat16 (Pair: one AVX512_BF16 instruction multiplies
-// and adds both in float). Sums are float.
+// one float (Single), or two neighbouring bfloat16 (Pair: one instruction of AVX512_BF16, or Arm's
+// BFDOT, multiplies and adds both in float). Sums are float.
 #pragma once
+
+#include <type_traits>
 
 #include "vec.h"
 
@@ -14,27 +16,16 @@ struct Single {
   __attribute__((always_inline)) static vf add(vf sum, vf a, vf b) { return fma(a, b, sum); }
 };
 
-#if defined(__AVX512F__)
-struct Pair {
+struct TwoBf16 {
   static constexpr int64_t per_word = 2;
   __attribute__((always_inline)) static vf add(vf sum, vf a, vf b) {
-    // assembly, since this file must compile for CPUs that lack the instruction
-    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-    return sum;
+    return add_pairs(sum, bits_as<vi>(a), bits_as<vi>(b));
   }
 };
-GLM_INLINE bool has_pairs() { return __builtin_cpu_supports("avx512bf16"); }
-#else
-using Pair = Single;
-GLM_INLINE bool has_pairs() { return false; }
-#endif
+using Pair = std::conditional_t<pair_products, TwoBf16, Single>;  // where has_pair_products
 
 // A register tile: ROWS x (COLUMNS * W) sums, one broadcast and COLUMNS loads per step.
-#if defined(__AVX512F__)
-constexpr int ROWS = 6, COLUMNS = 4;  // fits 32 registers
-#else
-constexpr int ROWS = 6, COLUMNS = 2;  // fits 16
-#endif
+constexpr int ROWS = 6, COLUMNS = REGISTERS == 32 ? 4 : 2;
 
 // A matrix of words with any strides, read word by word: rows by depth.
 struct Strided {

@@ -1,58 +1,21 @@
-// The vector type of every CPU kernel: W floats. The compiler flags of a file set W: 16 with
-// AVX-512, 8 with AVX2, else 4, which any 64-bit machine has.
+// The vectors of every CPU kernel: loads, stores, tails, sums and functions on lanes. What needs
+// instructions of one machine lies in vec_x86.h, vec_arm.h and vec_portable.h.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
-
 #include "bf16.h"
+#include "lanes.h"
 
 #if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
-#ifndef GLM_ISA
-#error "compile with -DGLM_ISA=scalar, avx2 or avx512"
+#include "vec_x86.h"
+#elif defined(GLM_ARM)
+#include "vec_arm.h"
+#else
+#include "vec_portable.h"
 #endif
 
 namespace glm {
 
 namespace GLM_ISA {
-
-#if defined(__AVX512F__)
-constexpr int W = 16;
-#elif defined(__AVX2__)
-constexpr int W = 8;
-#else
-constexpr int W = 4;
-#endif
-
-typedef float vf __attribute__((vector_size(W * 4)));
-typedef int32_t vi __attribute__((vector_size(W * 4)));
-typedef uint32_t vu __attribute__((vector_size(W * 4)));
-typedef uint16_t vh __attribute__((vector_size(W * 2)));
-
-#define GLM_INLINE static inline __attribute__((always_inline))
-// For the lambdas given to `sweep` and `sums`, so that n == W is known when they are compiled.
-#define GLM_INLINED __attribute__((always_inline))
-
-template <class To, class From>
-GLM_INLINE To bits_as(From x) {
-  static_assert(sizeof(To) == sizeof(From));
-  To y;
-  memcpy(&y, &x, sizeof y);
-  return y;
-}
-
-GLM_INLINE vf all(float x) {
-#if defined(__AVX512F__)
-  return bits_as<vf>(_mm512_set1_ps(x));
-#elif defined(__AVX2__)
-  return bits_as<vf>(_mm256_set1_ps(x));
-#else
-  return vf{x, x, x, x};
-#endif
-}
 
 GLM_INLINE vf load(const float* p) {
   vf x;
@@ -137,70 +100,9 @@ GLM_INLINE vf larger(vf a, vf b) { return a < b ? b : a; }
 
 // a * b + c, rounded once where the instruction set can. Spelled out, never left to the compiler
 // (-ffp-contract=off): contracted, dy * weight - mean(dy * weight) is not zero where it should be.
-GLM_INLINE vf fma(vf a, vf b, vf c) {
-#if defined(__AVX512F__)
-  return bits_as<vf>(_mm512_fmadd_ps(bits_as<__m512>(a), bits_as<__m512>(b), bits_as<__m512>(c)));
-#elif defined(__AVX2__)
-  return bits_as<vf>(_mm256_fmadd_ps(bits_as<__m256>(a), bits_as<__m256>(b), bits_as<__m256>(c)));
-#else
-  return a * b + c;
-#endif
-}
 GLM_INLINE vf fma(vf a, vf b, float c) { return fma(a, b, all(c)); }
 GLM_INLINE vf fma(vf a, float b, vf c) { return fma(a, all(b), c); }
 GLM_INLINE vf fma(vf a, float b, float c) { return fma(a, all(b), all(c)); }
-
-GLM_INLINE vf root(vf x) {
-#if defined(__AVX512F__)
-  return bits_as<vf>(_mm512_maskz_sqrt_ps(0xffff, bits_as<__m512>(x)));
-#elif defined(__AVX2__)
-  return bits_as<vf>(_mm256_sqrt_ps(bits_as<__m256>(x)));
-#else
-  for (int i = 0; i < W; ++i) x[i] = __builtin_sqrtf(x[i]);
-  return x;
-#endif
-}
-
-#if defined(__AVX2__)
-// The lanes halved to four.
-GLM_INLINE __m128 sum_to_four(vf x) {
-#if defined(__AVX512F__)
-  const __m512 z = bits_as<__m512>(x);
-  const __m256 half = _mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, z, 0),
-                                    _mm512_maskz_extractf32x8_ps(0xff, z, 1));
-#else
-  const __m256 half = bits_as<__m256>(x);
-#endif
-  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-}
-#endif
-
-// Sum of the lanes in a fixed order: halves, quarters, ...
-GLM_INLINE float sum(vf x) {
-#if defined(__AVX2__)
-  const __m128 four = sum_to_four(x), two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-#else
-  float lane[W];
-  store(lane, x);
-  for (int half = W / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-  return lane[0];
-#endif
-}
-
-// out[k] = sum(x[k]), the same bits.
-GLM_INLINE void sums(const vf (&x)[4], float* out) {
-#if defined(__AVX2__)
-  const __m128 s = sum_to_four(x[0]), t = sum_to_four(x[1]);
-  const __m128 u = sum_to_four(x[2]), v = sum_to_four(x[3]);
-  const __m128 st = _mm_add_ps(_mm_movelh_ps(s, t), _mm_movehl_ps(t, s));
-  const __m128 uv = _mm_add_ps(_mm_movelh_ps(u, v), _mm_movehl_ps(v, u));
-  _mm_storeu_ps(out, _mm_add_ps(_mm_shuffle_ps(st, uv, 0x88), _mm_shuffle_ps(st, uv, 0xdd)));
-#else
-  for (int k = 0; k < 4; ++k) out[k] = sum(x[k]);
-#endif
-}
 
 // K sums over a row: f(i, n, sums) adds the n elements at i to each of the K. Blocks of 32 vectors
 // are summed by themselves, so that rounding errors grow with the row's square root at most.
@@ -226,25 +128,6 @@ GLM_INLINE float largest(vf x) {
 }
 
 GLM_INLINE vi larger(vi a, vi b) { return a < b ? b : a; }
-
-GLM_INLINE int32_t largest(vi x) {
-#if defined(__AVX2__)
-#if defined(__AVX512F__)
-  const __m512i z = bits_as<__m512i>(x);
-  const __m256i half = _mm256_max_epi32(_mm512_maskz_extracti32x8_epi32(0xff, z, 0),
-                                        _mm512_maskz_extracti32x8_epi32(0xff, z, 1));
-#else
-  const __m256i half = bits_as<__m256i>(x);
-#endif
-  __m128i four = _mm_max_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-  four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
-  return _mm_cvtsi128_si32(_mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
-#else
-  int32_t top = x[0];
-  for (int i = 1; i < W; ++i) top = top < x[i] ? x[i] : top;
-  return top;
-#endif
-}
 
 // 2^n for n in [-126, 127].
 GLM_INLINE vf power_of_two(vi n) { return bits_as<vf>((n + 127) << 23); }

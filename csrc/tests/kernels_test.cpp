@@ -1,4 +1,4 @@
-// Tests every kernel, with every instruction set this CPU has, against plain loops in double.
+// Tests every kernel, with the instruction sets this CPU has, against plain loops in double.
 // Buffers are exactly as large as needed, so that the sanitizers see any access beyond them; sizes
 // are odd.
 #include "kernels.h"
@@ -400,11 +400,24 @@ void all() {
 
 }  // namespace
 
-int main() {
-  for (int i = 0; i < num_isas; ++i) {
-    if (!available(Isa(i))) continue;
+// Tests the instruction sets named, by default all that this CPU has. The last of them must be the
+// one that is chosen at first.
+int main(int count, char** names) {
+  std::vector<std::string> wanted(names + 1, names + count);
+  for (int i = 0; count == 1 && i < num_isas; ++i)
+    if (available(Isa(i))) wanted.push_back(isa_names[i]);
+  if (wanted.back() != isa_names[int(active_isa())]) {
+    std::printf("FAILED: chosen at first: %s\n", isa_names[int(active_isa())]);
+    return 1;
+  }
+  for (const std::string& name : wanted) {
+    int i = 0;
+    while (i < num_isas && name != isa_names[i]) ++i;
+    if (i == num_isas || !available(Isa(i))) {
+      std::printf("FAILED: this CPU does not have %s\n", name.c_str());
+      return 1;
+    }
     activate(Isa(i));
-    const std::string name = isa_names[i];
     const std::string of_float = name + " float32", of_bf16 = name + " bfloat16";
     where = of_float.c_str();
     all<float>();

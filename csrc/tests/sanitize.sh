@@ -1,25 +1,69 @@
 #!/bin/sh
 # Builds the kernels, once per instruction set, with AddressSanitizer and UBSan, and runs their
-# test. Usage: csrc/tests/sanitize.sh [build folder]
+# test. Then does the same for other machines, emulated: every instruction set of 64-bit Arm, on a
+# CPU that has no better one, and the portable one on RISC-V, POWER and big-endian s390x. On these
+# three UBSan runs alone: AddressSanitizer finds no room for its shadow memory under emulation.
+# Usage: csrc/tests/sanitize.sh [build folder]
 set -eu
 cd "$(dirname "$0")/.."
 build="${1:-../build/sanitize}"
-mkdir -p "$build"
-flags="-std=c++17 -O1 -g -Iinclude -Wall -Wextra -Werror -Wno-psabi -ffp-contract=off"
-flags="$flags -fsanitize=address,undefined -fno-sanitize-recover=undefined"
-isas="scalar"
-[ "$(uname -m)" = x86_64 ] && isas="scalar avx2 avx512"
-for isa in $isas; do
-  case $isa in
-    scalar) set -- ;;
-    avx2) set -- -mavx2 -mfma -mf16c ;;
-    avx512) set -- -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq ;;
+common="-std=c++17 -O1 -g -Iinclude -Wall -Wextra -Werror -Wno-psabi -ffp-contract=off"
+common="$common -fno-sanitize-recover=undefined"
+
+isas_of() { # machine
+  case $1 in
+    x86_64) echo scalar avx2 avx512 ;;
+    aarch64) echo scalar neon dotprod i8mm ;;
+    *) echo scalar ;;
   esac
-  for source in cpu/*.cpp; do
-    name=$(basename "$source" .cpp)
-    [ "$name" = isa ] && continue
-    echo "$flags $* -DGLM_ISA=$isa -c $source -o $build/${name}_$isa.o"
+}
+
+flags_of() { # instruction set
+  case $1 in
+    avx2) echo -mavx2 -mfma -mf16c ;;
+    avx512) echo -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq ;;
+    neon) echo -march=armv8-a ;;
+    dotprod) echo -march=armv8.2-a+dotprod ;;
+    i8mm) echo -march=armv8.2-a+dotprod+i8mm+bf16 ;;
+  esac
+}
+
+build_test() { # machine, compiler, flags
+  at="$build/$1"
+  mkdir -p "$at"
+  for isa in $(isas_of "$1"); do
+    for source in cpu/*.cpp; do
+      name=$(basename "$source" .cpp)
+      [ "$name" = isa ] && continue
+      echo "$common $3 $(flags_of "$isa") -DGLM_ISA=$isa -c $source -o $at/${name}_$isa.o"
+    done
+  done | xargs -P "$(getconf _NPROCESSORS_ONLN)" -L 1 "$2"
+  $2 $common $3 cpu/isa.cpp tests/kernels_test.cpp "$at"/*_*.o -o "$at/kernels_test"
+}
+
+emulated() { # machine, its name in qemu, flags, runs: "CPU instruction-sets", ...
+  machine=$1 qemu="qemu-$2-static" compiler="$1-linux-gnu-g++" flags=$3
+  shift 3
+  if ! command -v "$compiler" >/dev/null || ! command -v "$qemu" >/dev/null; then
+    echo "$machine: skipped, no $compiler or no $qemu (Debian: g++-$machine-linux-gnu, qemu-user-static)"
+    return
+  fi
+  build_test "$machine" "$compiler" "$flags"
+  for run in "$@"; do
+    echo "$machine, emulated ${run%% *}:"
+    # shellcheck disable=SC2086 # the instruction sets are words of their own
+    "$qemu" -L "/usr/$machine-linux-gnu" -cpu "${run%% *}" "$build/$machine/kernels_test" ${run#* }
   done
-done | xargs -P "$(getconf _NPROCESSORS_ONLN)" -L 1 "${CXX:-c++}"
-${CXX:-c++} $flags cpu/isa.cpp tests/kernels_test.cpp "$build"/*_*.o -o "$build/kernels_test"
-"$build/kernels_test"
+}
+
+both="-fsanitize=address,undefined"
+# traps, since RISC-V's cross compiler has no runtime of UBSan
+traps="-static -fsanitize=undefined -fsanitize-undefined-trap-on-error"
+build_test "$(uname -m)" "${CXX:-c++}" "$both"
+"$build/$(uname -m)/kernels_test"
+export ASAN_OPTIONS=detect_leaks=0 # leaks are looked for with ptrace, which is not emulated
+[ "$(uname -m)" = aarch64 ] || emulated aarch64 aarch64 "$both -static-libasan -static-libubsan" \
+  "cortex-a53 scalar neon" "cortex-a76 dotprod" "max i8mm"
+emulated riscv64 riscv64 "$traps" "rv64 scalar"
+emulated powerpc64le ppc64le "$traps" "power9 scalar"
+emulated s390x s390x "$traps" "max scalar"

@@ -1,0 +1,49 @@
+// The lanes of every CPU kernel's vectors: W floats. The compiler flags of a file set W: 16 with
+// AVX-512, 8 with AVX2, else 4, which any 64-bit machine has.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "bf16.h"
+
+#ifndef GLM_ISA
+#error "compile with -DGLM_ISA= one of the names in GLM_ISAS (kernels.h)"
+#endif
+
+// The instruction set `scalar` uses the compiler's portable vectors alone, whatever the machine.
+#define GLM_PORTABLE_scalar 1
+#define GLM_JOINED(a, b) a##b
+#define GLM_PORTABLE_OF(isa) GLM_JOINED(GLM_PORTABLE_, isa)
+#if defined(__aarch64__) && !GLM_PORTABLE_OF(GLM_ISA)
+#define GLM_ARM 1
+#endif
+
+namespace glm::GLM_ISA {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef uint16_t vh __attribute__((vector_size(W * 2)));
+
+#define GLM_INLINE static inline __attribute__((always_inline))
+// For the lambdas given to `sweep` and `sums`, so that n == W is known when they are compiled.
+#define GLM_INLINED __attribute__((always_inline))
+
+template <class To, class From>
+GLM_INLINE To bits_as(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To y;
+  memcpy(&y, &x, sizeof y);
+  return y;
+}
+
+}  // namespace glm::GLM_ISA

@@ -1,0 +1,49 @@
+// Vector primitives for 64-bit Arm with Advanced SIMD (neon), which every such CPU has.
+#pragma once
+
+#include <arm_neon.h>
+
+#include "lanes.h"
+
+namespace glm::GLM_ISA {
+
+constexpr int REGISTERS = 32;
+
+GLM_INLINE vf all(float x) { return bits_as<vf>(vdupq_n_f32(x)); }
+
+// a * b + c, rounded once.
+GLM_INLINE vf fma(vf a, vf b, vf c) {
+  return bits_as<vf>(
+      vfmaq_f32(bits_as<float32x4_t>(c), bits_as<float32x4_t>(a), bits_as<float32x4_t>(b)));
+}
+
+GLM_INLINE vf root(vf x) { return bits_as<vf>(vsqrtq_f32(bits_as<float32x4_t>(x))); }
+
+// Sum of the lanes in a fixed order: neighbours, then their sums.
+GLM_INLINE float sum(vf x) { return vaddvq_f32(bits_as<float32x4_t>(x)); }
+
+// out[k] = sum(x[k]), the same bits.
+GLM_INLINE void sums(const vf (&x)[4], float* out) {
+  const float32x4_t low = vpaddq_f32(bits_as<float32x4_t>(x[0]), bits_as<float32x4_t>(x[1]));
+  const float32x4_t high = vpaddq_f32(bits_as<float32x4_t>(x[2]), bits_as<float32x4_t>(x[3]));
+  vst1q_f32(out, vpaddq_f32(low, high));
+}
+
+GLM_INLINE int32_t largest(vi x) { return vmaxvq_s32(bits_as<int32x4_t>(x)); }
+
+// sum += the products of each lane's two bf16. BFDOT rounds sums of two products to odd, not to
+// nearest, and counts denormals as 0, so it serves where results are bfloat16 alone.
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+constexpr bool pair_products = true;
+GLM_INLINE bool has_pair_products() { return true; }  // the whole variant asks for it
+GLM_INLINE vf add_pairs(vf sum, vi a, vi b) {
+  return bits_as<vf>(
+      vbfdotq_f32(bits_as<float32x4_t>(sum), bits_as<bfloat16x8_t>(a), bits_as<bfloat16x8_t>(b)));
+}
+#else
+constexpr bool pair_products = false;
+GLM_INLINE bool has_pair_products() { return false; }
+GLM_INLINE vf add_pairs(vf sum, vi, vi) { return sum; }
+#endif
+
+}  // namespace glm::GLM_ISA

@@ -12,7 +12,7 @@ WATCH = "GLM_CORE_WATCH"
 VARIABLES = {
     "GLM_CORE_BUILD": "what setup.py builds: auto, off, cpu, cuda or rocm",
     "GLM_CORE_ARCHES": "what GPU kernels are compiled for: 80,90 or gfx90a,gfx942",
-    "GLM_CORE_ISA": "the CPU's instruction set: scalar; avx2, avx512 (x86-64); neon, dotprod, i8mm (Arm)",
+    "GLM_CORE_ISA": "the CPU's instruction set: scalar, avx2, avx512; on Arm neon, dotprod, i8mm",
     "GLM_CORE_CACHE": "where exported models are kept, instead of .cache",
     WATCH: "the folder in which processes of glm-core launch report; launch itself sets it",
     API_KEY: "the key that clients of glm-core serve must send; empty: none",

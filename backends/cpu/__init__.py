@@ -32,7 +32,7 @@ class CpuBackend(Backend):
 backend = CpuBackend(
     name="cpu",
     device_type="cpu",
-    verified="run on x86-64 CPUs",
+    verified="run on x86-64 CPUs; its kernels under emulation of Arm (qemu), never on an Arm chip",
     dtypes=supports.DTYPES,
     probe=probe,
 )

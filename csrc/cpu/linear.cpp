@@ -54,15 +54,16 @@ void tile(const LinearFew<T>& a, int64_t f, int64_t apart, int64_t n) {
   vf total[R][M] = {};
   for (int64_t begin = 0; begin < a.width; begin += block) {
     const int64_t end = begin + block < a.width ? begin + block : a.width;
-    vf part[SUMS][R][M] = {};
+    vf part[R][M] = {}, odd[R][M] = {};
     int64_t i = begin;
-    for (; i + SUMS * step <= end; i += SUMS * step)
-      for (int s = 0; s < SUMS; ++s) add<PAIRS>(part[s], a, w, n, i + s * step, step);
-    for (; SUMS > 1 && i + step <= end; i += step) add<PAIRS>(part[0], a, w, n, i, step);
-    if (i < end) add<PAIRS>(part[SUMS - 1], a, w, n, i, end - i);
-    for (int s = 0; s < SUMS; ++s)
-      for (int r = 0; r < R; ++r)
-        for (int m = 0; m < M; ++m) total[r][m] += part[s][r][m];
+    for (; i + SUMS * step <= end; i += SUMS * step) {
+      add<PAIRS>(part, a, w, n, i, step);
+      if constexpr (SUMS == 2) add<PAIRS>(odd, a, w, n, i + step, step);
+    }
+    for (; SUMS == 2 && i + step <= end; i += step) add<PAIRS>(part, a, w, n, i, step);
+    if (i < end) add<PAIRS>(part, a, w, n, i, end - i);
+    for (int r = 0; r < R; ++r)
+      for (int m = 0; m < M; ++m) total[r][m] += SUMS == 2 ? part[r][m] + odd[r][m] : part[r][m];
   }
   for (int r = 0; r < R; ++r)
     for (int m = 0; m < M; ++m) {

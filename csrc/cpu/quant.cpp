@@ -104,7 +104,7 @@ struct Blocks {
     vi sums[M];
     block_sums(weights, x, sums);
     for (int m = 0; m < M; ++m) {
-      const float step = a.steps[((n + m) * a.padded + i) / (BITS == 4 ? 8 : 4)];
+      const float step = a.steps[uint64_t((n + m) * a.padded + i) / (BITS == 4 ? 8 : 4)];
       const vf s = sums_as_floats<BITS>(sums[m]);
       part[0][m] = fma(s, G == SMALL ? size * step : all(step), part[0][m]);
     }

@@ -24,9 +24,13 @@ GLM_INLINE vf load(const float* p) {
 }
 
 GLM_INLINE vf load(const bf16* p) {
+#if defined(GLM_ARM)
+  return upper_halves(p);
+#else
   vh h;
   memcpy(&h, p, sizeof h);
   return bits_as<vf>(__builtin_convertvector(h, vu) << 16);
+#endif
 }
 
 GLM_INLINE void store(float* p, vf x) { memcpy(p, &x, sizeof x); }
@@ -39,8 +43,12 @@ GLM_INLINE vu rounded(vf x) {
 }
 
 GLM_INLINE void store(bf16* p, vf x) {
+#if defined(GLM_ARM)
+  store_lower_halves(p, rounded(x));
+#else
   vh h = __builtin_convertvector(rounded(x), vh);
   memcpy(p, &h, sizeof h);
+#endif
 }
 
 GLM_INLINE float get(const float* p) { return *p; }

@@ -19,6 +19,15 @@ GLM_INLINE vf fma(vf a, vf b, vf c) {
 
 GLM_INLINE vf root(vf x) { return bits_as<vf>(vsqrtq_f32(bits_as<float32x4_t>(x))); }
 
+// bf16 in memory become the upper halves of floats, and the lower halves of x become bf16. The
+// compiler's own conversions of short vectors go lane by lane.
+GLM_INLINE vf upper_halves(const bf16* p) {
+  return bits_as<vf>(vshll_n_u16(vld1_u16(&p->bits), 16));
+}
+GLM_INLINE void store_lower_halves(bf16* p, vu x) {
+  vst1_u16(&p->bits, vmovn_u32(bits_as<uint32x4_t>(x)));
+}
+
 // Sum of the lanes in a fixed order: neighbours, then their sums.
 GLM_INLINE float sum(vf x) { return vaddvq_f32(bits_as<float32x4_t>(x)); }
 

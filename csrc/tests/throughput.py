@@ -32,7 +32,7 @@ OPERANDS = {
 
 
 class Loop(NamedTuple):
-    """An inner loop: its name, the C++ call whose code holds it, and the instruction of its peak."""
+    """An inner loop: its name, the C++ call that holds it, and the instruction of its peak."""
 
     name: str
     isa: str
@@ -97,7 +97,8 @@ def assembly(loop: Loop, folder: Path) -> str:
     source.write_text(
         f'#include "kernels.h"\n#undef GLM_INSTANTIATE\n#define GLM_INSTANTIATE(name, Args)\n'
         f'#include "../cpu/{loop.source}.cpp"\n'
-        f'namespace glm::GLM_ISA {{ extern "C" __attribute__((flatten)) void measured{loop.call} }}\n',
+        'namespace glm::GLM_ISA { extern "C" __attribute__((flatten)) void measured'
+        f"{loop.call} }}\n",
         encoding="utf-8",
     )
     compiler = os.environ.get("CXX", "aarch64-linux-gnu-g++")

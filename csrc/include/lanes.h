@@ -35,6 +35,12 @@ typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
 
 #define GLM_INLINE static inline __attribute__((always_inline))
+// Before a loop over a tile's sums: GCC keeps larger tiles than AVX2's in memory otherwise.
+#if defined(GLM_ARM)
+#define GLM_UNROLLED _Pragma("GCC unroll 8")
+#else
+#define GLM_UNROLLED
+#endif
 // For the lambdas given to `sweep` and `sums`, so that n == W is known when they are compiled.
 #define GLM_INLINED __attribute__((always_inline))
 

@@ -25,7 +25,8 @@ struct TwoBf16 {
 using Pair = std::conditional_t<pair_products, TwoBf16, Single>;  // where has_pair_products
 
 // A register tile: ROWS x (COLUMNS * W) sums, one broadcast and COLUMNS loads per step.
-constexpr int ROWS = 6, COLUMNS = REGISTERS == 32 ? 4 : 2;
+// Six rows of W = 4 would leave no registers for the broadcasts, of which Arm has one a row.
+constexpr int COLUMNS = REGISTERS == 32 ? 4 : 2, ROWS = W == 4 && REGISTERS == 32 ? 4 : 6;
 
 // A matrix of words with any strides, read word by word: rows by depth.
 struct Strided {
@@ -38,16 +39,19 @@ template <class Words, int M, int V>
 static void product_tile(int64_t depth, Strided a, const float* b, int64_t ldb, float* c,
                          int64_t ldc, bool add) {
   vf acc[M][V];
+  GLM_UNROLLED
   for (int m = 0; m < M; ++m)
     for (int v = 0; v < V; ++v) acc[m][v] = add ? load(c + m * ldc + v * W) : all(0.0f);
   for (int64_t k = 0; k < depth; ++k) {
     vf row[V];
     for (int v = 0; v < V; ++v) row[v] = load(b + k * ldb + v * W);
+    GLM_UNROLLED
     for (int m = 0; m < M; ++m) {
       const vf x = all(a.p[m * a.row + k * a.depth]);
       for (int v = 0; v < V; ++v) acc[m][v] = Words::add(acc[m][v], x, row[v]);
     }
   }
+  GLM_UNROLLED
   for (int m = 0; m < M; ++m)
     for (int v = 0; v < V; ++v) store(c + m * ldc + v * W, acc[m][v]);
 }

@@ -100,7 +100,7 @@ class Session:
 _BY_KEY: WeakValueDictionary[str, Session] = WeakValueDictionary()
 
 
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # runs for real at trace time
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # runs for real at trace time
 def _fell_back_while_compiling(key: str, op: str, reason: str) -> None:
     session = _BY_KEY[key]
     session.record(session.compiled, op, reason)

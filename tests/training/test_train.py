@@ -351,7 +351,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         seen.append(graph)
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=count))
     return seen
 

@@ -31,6 +31,7 @@ from glm_core.distributed.plan import Plan, require_fit
 from glm_core.errors import ConfigError, GlmCoreError
 from glm_core.training.optimizer import own_part
 from glm_core.training.trainer import Trainer
+from glm_core.versions import torch_has, torch_version
 
 COLLECTIVES = {
     "all_reduce": "all_reduce",
@@ -131,9 +132,21 @@ class Meter(TorchDispatchMode):
         self.sent[name]["bytes"] += max((t.numel() * t.element_size() for t in tensors), default=0)
 
 
+def lack() -> str:
+    """Returns why this torch can do no dry run, or ""."""
+    if torch_has("fake_collectives"):
+        return ""
+    return (
+        f"a dry run: torch {torch_version()} has no collectives without values; use torch 2.9 or "
+        "newer"
+    )
+
+
 def run(config: RunConfig, plan: Plan, rank: int, backend: Backend) -> Report:
     """Builds rank `rank` of the plan's job and does one step. Raises ConfigError with the error
-    that the rank of a real cluster would end with."""
+    that the rank of a real cluster would end with, and where `lack` has a reason."""
+    if reason := lack():
+        raise ConfigError(reason)
     if not 0 <= rank < plan.world:
         raise ConfigError(f"rank {rank}: the plan has ranks 0 to {plan.world - 1}")
     c = config

@@ -309,16 +309,23 @@ def _fill(module: nn.Module, old: dict[str, nn.Parameter]) -> None:
                 own_part(module.get_parameter(name)).copy_(p.part)
 
 
+def lack() -> str:
+    """Returns why this torch cannot do ZeRO 2 and 3, or ""."""
+    if torch_has("fsdp_sums"):
+        return ""
+    return (
+        f"ZeRO 2 and 3: FSDP of torch {torch_version()} cannot sum gradients; use torch 2.9 or "
+        "newer, or ZeRO 1"
+    )
+
+
 def sum_gradients(module: nn.Module, divide: float) -> None:
     """Makes the gradients of every FSDP2 module inside sums over the ranks / divide. Raises
     ConfigError where torch is too old for it."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
-            if not torch_has("fsdp_sums"):
-                raise ConfigError(
-                    f"ZeRO 2 and 3: FSDP of torch {torch_version()} cannot sum gradients; use "
-                    "torch 2.9 or newer, or ZeRO 1"
-                )
+            if reason := lack():
+                raise ConfigError(reason)
             # gloo has no PREMUL_SUM; sum, then divide, is the same everywhere
             part.set_force_sum_reduction_for_comms(True)
             part.set_gradient_divide_factor(divide)

@@ -26,9 +26,12 @@ from glm_core.planner import rank_memory, rank_messages
 MEMORY = 0.03
 """relative error that a prediction may have"""
 
-pytestmark = pytest.mark.skipif(
-    not registry.probe("cpu").ok, reason="backend cpu is not built; its fakes say what is kept"
-)
+pytestmark = [
+    pytest.mark.skipif(bool(dry_run.lack()), reason=dry_run.lack()),
+    pytest.mark.skipif(
+        not registry.probe("cpu").ok, reason="backend cpu is not built; its fakes say what is kept"
+    ),
+]
 CASES = [
     ("glm4-34m", "tp=2", 1, 4, 64),
     ("glm4-34m", "tp=2,sp=true,recompute=full", 1, 8, 64),

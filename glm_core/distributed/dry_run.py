@@ -137,7 +137,7 @@ def lack() -> str:
     if torch_has("fake_collectives"):
         return ""
     return (
-        f"a dry run: torch {torch_version()} has no collectives without values; use torch 2.9 or "
+        f"a dry run: torch {torch_version()} has no collectives without values; use torch 2.11 or "
         "newer"
     )
 

@@ -310,12 +310,12 @@ def _fill(module: nn.Module, old: dict[str, nn.Parameter]) -> None:
 
 
 def lack() -> str:
-    """Returns why this torch cannot do ZeRO 2 and 3, or ""."""
+    """Returns why this torch cannot do the ZeRO stages that are built on FSDP, or ""."""
     if torch_has("fsdp_sums"):
         return ""
     return (
-        f"ZeRO 2 and 3: FSDP of torch {torch_version()} cannot sum gradients; use torch 2.9 or "
-        "newer, or ZeRO 1"
+        f"ZeRO: FSDP of torch {torch_version()} cannot sum gradients; use torch 2.9 or newer, or "
+        "a plan with zero=0"
     )
 
 

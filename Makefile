@@ -7,7 +7,7 @@ PIP := $(PY) -m pip install -q --no-compile
 COMPILED := ($(PY) -W ignore -m compileall -qq -j 0 $(VENV)/lib || true)
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: setup align test lint sanitize bench peers deepspeed openvino npu clean
+.PHONY: setup align test matrix oldest lint sanitize bench peers deepspeed openvino npu clean
 .DEFAULT_GOAL := setup
 
 $(VENV)/torch.stamp:
@@ -23,6 +23,12 @@ align: setup ## the main job: one GLM on every usable backend, one verdict
 
 test: setup peers deepspeed openvino npu ## the whole suite
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
+
+matrix: setup ## the whole suite with each torch of the window, each in an environment of its own (20 GB)
+	$(PY) tests/versions/matrix.py
+
+oldest: setup ## the oldest torch, Python and numpy: what runs kernels and verdicts
+	$(PY) tests/versions/matrix.py --torch 2.7.1 tests/core tests/ops tests/backends tests/align tests/versions
 
 lint: setup ## style, types, spelling
 	$(VENV)/bin/ruff format --check && $(VENV)/bin/ruff check && $(VENV)/bin/mypy && $(VENV)/bin/codespell && $(VENV)/bin/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp')

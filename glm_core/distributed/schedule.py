@@ -42,6 +42,14 @@ class Lean(PipelineStage):
         with _on_meta(self):
             return super()._prepare_backward_infra(*args, **kwargs)
 
+    def _get_init_p2p_neighbors_ops(self) -> Any:
+        # torch 2.9 greets its own rank too, and sends int64 where float32 is received: gloo refuses
+        own = torch.distributed.get_rank()
+        greetings = [g for g in super()._get_init_p2p_neighbors_ops() if g.peer != own]
+        for greeting in greetings:
+            greeting.tensor = greeting.tensor.float()
+        return greetings
+
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> Any:
         _move_buffers(self.args_recv_info[fwd_chunk_id], self.device)
         return super().get_fwd_recv_ops(fwd_chunk_id)

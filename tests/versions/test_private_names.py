@@ -36,6 +36,7 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     f"{_REDUCE}.all_reduce": ("self reduceOp group tag",),
     f"{_REDUCE}.wait_tensor": ("tensor",),
     "torch.distributed.distributed_c10d._world.pg_map": (),
+    f"{_PREPARE}._get_init_p2p_neighbors_ops": ("self",),
     f"{_PREPARE}._prepare_backward_infra": (
         "self num_microbatches",
         "self num_microbatches loss_fn target received_grad_meta loss_kwargs",
@@ -71,11 +72,12 @@ OWNERS: dict[str, Any] = {
     "._version": torch.zeros(1),
 }
 """by the name of an attribute: something that has it"""
-FIRST = {"torch.utils._python_dispatch.TorchDispatchMode._should_skip_dynamo": (2, 11)}
+FIRST = {
+    f"{_PREPARE}._get_init_p2p_neighbors_ops": (2, 9),
+    "torch.utils._python_dispatch.TorchDispatchMode._should_skip_dynamo": (2, 11),
+}
 """by name: the first torch of those tried that has it"""
-UNTIL = dict.fromkeys(
-    (f"{_PREPARE}._prepare_backward_infra", f"{_PREPARE}._prepare_forward_infra"), (2, 15)
-)
+UNTIL = {name: (2, 15) for name in SIGNATURES if name.startswith(_PREPARE)}
 """by name: the first torch for which we do without it"""
 USED = private_names.used()
 RUNNING = tuple(map(int, torch_version().split(".")[:2]))

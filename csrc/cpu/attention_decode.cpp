@@ -17,7 +17,7 @@ namespace glm::GLM_ISA {
 
 namespace {
 
-constexpr int64_t BLOCK = 128;                  // keys
+constexpr int64_t BLOCK = 128;                              // keys
 constexpr int HEADS = REGISTERS < 32 ? 2 : W == 4 ? 4 : 6;  // queries held in registers
 // Keys at a time for each of R such queries, and vectors of values at a time. Short vectors need
 // more sums under way to hide the latency of fma.

@@ -70,6 +70,14 @@ CHANGED = {
     "sdpa_grouped_heads": (2, 9),
     # an option of a schedule's step; 2.9 hands it to the model, 2.10 was not tried
     "return_outputs": (2, 11),
+    # the constructor that schedules with one stage per rank share; 2.10 was not tried
+    "few_micro_batches": (2, 11),
+    # ScheduleInterleavedZeroBubble: 2.7 differentiates an input without gradient; 2.8 was not tried
+    "zero_bubble": (2, 9),
+    # ScheduleZBVZeroBubble: before, a rank sends to itself, which gloo refuses; 2.10 was not tried
+    "zbv": (2, 11),
+    # pipelining.schedules._batch_p2p; 2.8 was not tried
+    "keeps_every_message": (2, 9),
     # PipelineStage: a buffer for every micro-batch of the step before
     "lean_receive_buffers": (2, 15),
     # an option of the schedules with several stages per rank, which hold what they have sent
@@ -82,6 +90,14 @@ def torch_has(change: str) -> bool:
     """Says whether the running torch has this entry of CHANGED."""
     major, minor = torch_version().split(".")[:2]
     return (int(major), int(minor)) >= CHANGED[change]
+
+
+def lack_of(change: str, subject: str) -> str:
+    """Returns that the subject needs the torch that first has this entry of CHANGED, or "" where
+    the running one has it."""
+    if torch_has(change):
+        return ""
+    return f"{subject} needs torch {_dotted(CHANGED[change])} or newer; here is {torch_version()}"
 
 
 def __getattr__(name: str) -> Any:

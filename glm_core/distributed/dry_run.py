@@ -31,7 +31,7 @@ from glm_core.distributed.plan import Plan, require_fit
 from glm_core.errors import ConfigError, GlmCoreError
 from glm_core.training.optimizer import own_part
 from glm_core.training.trainer import Trainer
-from glm_core.versions import torch_has, torch_version
+from glm_core.versions import lack_of
 
 COLLECTIVES = {
     "all_reduce": "all_reduce",
@@ -134,12 +134,7 @@ class Meter(TorchDispatchMode):
 
 def lack() -> str:
     """Returns why this torch can do no dry run, or ""."""
-    if torch_has("fake_collectives"):
-        return ""
-    return (
-        f"a dry run: torch {torch_version()} has no collectives without values; use torch 2.11 or "
-        "newer"
-    )
+    return lack_of("fake_collectives", "a dry run")
 
 
 def run(config: RunConfig, plan: Plan, rank: int, backend: Backend) -> Report:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from glm_core.config import ModelConfig, check, divisors, positive
 from glm_core.errors import ConfigError, unknown
+from glm_core.versions import lack_of
 
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zero-bubble", "zbv"]
 Recompute = Literal["none", "selective", "full"]
@@ -150,8 +151,18 @@ def require_fit(
         f"dp * micro_batches = {rows} does not divide global_batch={global_batch}; use a "
         "multiple": global_batch % rows == 0,
     }
-    if broken := [fact for fact, kept in rules.items() if not kept]:
+    broken = [fact for fact, kept in rules.items() if not kept]
+    if broken := broken + lacks(plan):
         raise ConfigError(f"plan {plan.label()}: " + "; ".join(broken))
+
+
+def lacks(plan: Plan) -> list[str]:
+    """Returns what the plan asks for that only a newer torch can do."""
+    reasons = [lack_of("fsdp_sums", f"zero={plan.zero}")] if plan.zero else []
+    if plan.schedule in ("zero-bubble", "zbv"):
+        change = plan.schedule.replace("-", "_")
+        reasons.append(lack_of(change, f"schedule={plan.schedule}"))
+    return [reason for reason in reasons if reason]
 
 
 def stage_layers(num_layers: int, stages: int) -> list[range]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.pipelining.schedules import (
     PipelineScheduleMulti,
     PipelineScheduleSingle,
@@ -44,7 +45,7 @@ class Lean(PipelineStage):
 
     def _get_init_p2p_neighbors_ops(self) -> Any:
         # torch 2.9 greets its own rank too, and sends int64 where float32 is received: gloo refuses
-        own = torch.distributed.get_rank()
+        own = dist.get_rank()
         greetings = [g for g in super()._get_init_p2p_neighbors_ops() if g.peer != own]
         for greeting in greetings:
             greeting.tensor = greeting.tensor.float()
@@ -90,18 +91,48 @@ def _move_buffers(recv_infos: Any, device: torch.device) -> None:
 STAGE: type[PipelineStage] = PipelineStage if torch_has("lean_receive_buffers") else Lean
 
 
-class OneForwardOneBackward(Schedule1F1B):
-    """1F1B that also takes fewer micro-batches than stages: torch's loop can, but its constructor
-    refuses."""
+class FewMicroBatches(PipelineScheduleSingle):
+    """A schedule that also takes fewer micro-batches than stages: torch's loops can, but its
+    constructors refuse."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        PipelineScheduleSingle.__init__(self, *args, **kwargs)
+    def __init__(self, stage: PipelineStage, n_microbatches: int, **options: Any) -> None:
+        enough = (
+            n_microbatches
+            if torch_has("few_micro_batches")
+            else max(n_microbatches, stage.num_stages)
+        )
+        PipelineScheduleSingle.__init__(self, stage, enough, **options)
+        self._n_microbatches = n_microbatches
 
 
-SINGLE: dict[str, type[PipelineScheduleSingle]] = {
-    "gpipe": ScheduleGPipe,
-    "1f1b": OneForwardOneBackward,
-}
+class GPipe(FewMicroBatches, ScheduleGPipe):
+    pass
+
+
+class OneForwardOneBackward(FewMicroBatches, Schedule1F1B):
+    pass
+
+
+class Batch(NamedTuple):
+    """Messages under way, all of which are waited for."""
+
+    messages: list[dist.Work]
+
+    def wait(self) -> None:
+        for message in self.messages:
+            message.wait()
+
+
+def _batch_p2p(p2p_ops: list[dist.P2POp], desc: str | None = None) -> Batch | None:
+    """Stands in for torch 2.7's function of this name, which keeps the last message alone: gloo
+    then never sends the others."""
+    return Batch(dist.batch_isend_irecv(p2p_ops)) if p2p_ops else None
+
+
+if not torch_has("keeps_every_message"):
+    schedules._batch_p2p = _batch_p2p  # type: ignore[assignment]  # a Batch waits as a Work does
+
+SINGLE: dict[str, type[FewMicroBatches]] = {"gpipe": GPipe, "1f1b": OneForwardOneBackward}
 MULTI: dict[str, type[PipelineScheduleMulti]] = {
     "interleaved": ScheduleInterleaved1F1B,
     "zero-bubble": ScheduleInterleavedZeroBubble,

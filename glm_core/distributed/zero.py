@@ -19,9 +19,8 @@ from glm_core.errors import ConfigError
 from glm_core.training.optimizer import own_part
 from glm_core.versions import (
     all_gather_single,
+    lack_of,
     reduce_scatter_single,
-    torch_has,
-    torch_version,
 )
 
 BUCKET = 2**25
@@ -311,12 +310,7 @@ def _fill(module: nn.Module, old: dict[str, nn.Parameter]) -> None:
 
 def lack() -> str:
     """Returns why this torch cannot do the ZeRO stages that are built on FSDP, or ""."""
-    if torch_has("fsdp_sums"):
-        return ""
-    return (
-        f"ZeRO: FSDP of torch {torch_version()} cannot sum gradients; use torch 2.9 or newer, or "
-        "a plan with zero=0"
-    )
+    return lack_of("fsdp_sums", "ZeRO on FSDP")
 
 
 def sum_gradients(module: nn.Module, divide: float) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from elastic_workers import MODEL, shapes
+from plans import needs
 from ranks import Ranks
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
@@ -38,6 +39,7 @@ def ranks() -> Iterator[Ranks]:
 WORKERS = "elastic_workers"
 
 
+@needs("dp=4,zero=3")
 def test_plans_read_each_others_checkpoints_bit_for_bit(ranks: Ranks, tmp_path: Path) -> None:
     plans = ["tp=2,pp=2", "dp=4,zero=3", "tp=2,dp=2,zero=1", "pp=2", "tp=2,pp=2"]
     worlds = [4, 4, 4, 2, 4]
@@ -52,6 +54,7 @@ def test_plans_read_each_others_checkpoints_bit_for_bit(ranks: Ranks, tmp_path: 
         assert all(names)
 
 
+@needs("dp=4,zero=1")
 def test_a_run_goes_on_under_another_plan_and_back_bit_for_bit(
     ranks: Ranks, tmp_path: Path
 ) -> None:

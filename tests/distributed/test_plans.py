@@ -16,6 +16,7 @@ import jobs
 import pytest
 import torch
 from cases import HONEST, PLANTED, Case
+from plans import lack, needs
 
 T = TypeVar("T")
 pytestmark = pytest.mark.timeout(600)  # the first test of a job waits for all of it
@@ -47,7 +48,7 @@ def told(request: pytest.FixtureRequest, shared: Path, case: Case) -> list[dict[
         for item in request.session.items
         if isinstance(item, pytest.Function) and item.path == request.path
     ]
-    mine = [c for c in chosen if c.world == case.world]
+    mine = [c for c in chosen if c.world == case.world and not lack(c.plan)]
     work = shared / f"job-{case.world}"
     job = once(work.with_suffix(".pt"), lambda: jobs.run(mine, case.world, work))
     found = job[mine.index(case)]
@@ -71,7 +72,12 @@ def verdict(case: Case, told: list[dict[str, Any]], shared: Path) -> tuple[dict[
     return ratios, max(apart, later)
 
 
-@pytest.mark.parametrize("case", HONEST, ids=str)
+def marked(cases: list[Case]) -> list[Any]:
+    """The cases, each with its id and the torch that it needs."""
+    return [pytest.param(case, id=str(case), marks=needs(case.plan)) for case in cases]
+
+
+@pytest.mark.parametrize("case", marked(HONEST))
 def test_a_plan_trains_as_one_process(case: Case, told: list[dict[str, Any]], shared: Path) -> None:
     ratios, apart = verdict(case, told, shared)
     assert max(ratios.values()) <= 1, ratios
@@ -79,7 +85,7 @@ def test_a_plan_trains_as_one_process(case: Case, told: list[dict[str, Any]], sh
     assert all(t["loss"] == told[0]["loss"] and t["norm"] == told[0]["norm"] for t in told)
 
 
-@pytest.mark.parametrize("case", PLANTED, ids=str)
+@pytest.mark.parametrize("case", marked(PLANTED))
 def test_a_planted_mistake_is_found(case: Case, told: list[dict[str, Any]], shared: Path) -> None:
     ratios, _ = verdict(case, told, shared)
     assert max(ratios.values()) > 2, ratios

@@ -11,6 +11,7 @@ from typing import Any
 
 import elastic_workers
 import pytest
+from plans import needs
 from ranks import Job, Ranks
 
 from glm_core.training.live import PREFIX
@@ -45,10 +46,13 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+ZERO = "dp=2,zero=2,micro_batches=2"
+
+
 @pytest.mark.parametrize(
     ("plan", "action"),
     [
-        ("dp=2,zero=2,micro_batches=2", "rollback"),
+        pytest.param(ZERO, "rollback", marks=needs(ZERO)),
         ("tp=2", "skip"),
         ("pp=2,micro_batches=2", "skip"),
     ],

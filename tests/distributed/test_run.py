@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jobs
 import pytest
+from plans import needs
 
 from glm_core import cli
 
@@ -34,6 +35,7 @@ def curve(folder: Path) -> list[tuple[int, float, float]]:
     return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
 
 
+@needs("dp=2,zero=2")
 def test_a_run_under_one_plan_goes_on_under_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -39,7 +39,7 @@ def process_group(backend: Backend, timeout_s: float = 60.0) -> Iterator[Member]
     try:
         yield Member(dist.get_rank(), dist.get_world_size(), device, backend.collective)
     finally:
-        dist.destroy_process_group()
+        mesh.leave()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -34,6 +34,17 @@ def start(backend: Backend, timeout_s: float = 600.0) -> torch.device:
     return device
 
 
+def leave() -> None:
+    """Leaves the job and all its groups."""
+    # Gloo of torch 2.7 deadlocks where a group is freed while its thread still frees the last
+    # tensors, since one holds Python's lock and the other waits for it. So groups outlive the job.
+    _LEFT.extend(dist.distributed_c10d._world.pg_map)
+    dist.destroy_process_group()
+
+
+_LEFT: list[dist.ProcessGroup] = []
+
+
 def make(plan: Plan, device_type: str, timeout_s: float | None = None) -> DeviceMesh:
     """Returns the mesh [pp, dp, tp] over all processes of the job. Raises ConfigError where their
     number is not the plan's."""

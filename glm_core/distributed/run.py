@@ -81,7 +81,7 @@ def run(
                     trainer.restore(checkpoints.open(start))
             return _train(trainer, session, out, start, tensorboard, live)
     finally:
-        dist.destroy_process_group()
+        mesh.leave()
 
 
 def _train(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from glm_core import versions
 from glm_core.config import ModelConfig
 from glm_core.distributed.layout import chunks, split_of, take
 from glm_core.distributed.plan import Plan, parse, require_fit, stage_layers, stages_of
@@ -132,3 +133,22 @@ def test_heads_stay_whole_and_gates_stay_paired() -> None:
     assert up.spans == ((4, 4), (12, 4))
     assert split_of("position_embedding", config, 2, 1) is None
     assert split_of("blocks.0.attention.out.bias", config, 2, 1) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "needed"),
+    [
+        ("dp=2,zero=1", "zero=1 needs torch 2.9"),
+        (
+            "pp=2,schedule=zero-bubble,micro_batches=2",
+            "schedule=zero-bubble needs torch 2.9 or newer",
+        ),
+        ("pp=2,schedule=zbv,virtual=2", "schedule=zbv needs torch 2.11"),
+    ],
+)
+def test_a_plan_that_needs_a_newer_torch_is_refused_before_the_work(
+    monkeypatch: pytest.MonkeyPatch, text: str, needed: str
+) -> None:
+    monkeypatch.setattr(versions, "torch_version", lambda: "2.7.1+das.opt1")
+    with pytest.raises(ConfigError, match=rf"{needed} or newer; here is 2\.7\.1\+das\.opt1"):
+        require_fit(parse(text), preset("tiny"), world=2, global_batch=4, length=32)

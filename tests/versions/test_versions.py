@@ -16,7 +16,7 @@ from rooms import MODULES, ROOT
 
 from glm_core import versions
 from glm_core.errors import ConfigError
-from glm_core.versions import NEWER, PYTHON, TORCH
+from glm_core.versions import CHANGED, NEWER, PYTHON, TORCH
 
 SOURCES = sorted(
     path
@@ -160,6 +160,15 @@ def names_from_versions(path: Path) -> set[str]:
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("lack"):
             names |= {a.value for a in node.args if isinstance(a, ast.Constant)}
     return names
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_each_change_is_asked_for_and_in_the_window(change: str) -> None:
+    assert CHANGED[change] > TORCH, f"{change}: every torch of the window does it; delete the entry"
+    users = [p for p in SOURCES if p.name != "versions.py" and "tests" not in p.parts]
+    # a schedule's own name is asked for: zero-bubble is zero_bubble
+    words = (f'"{change}"', f'"{change.replace("_", "-")}"')
+    assert any(word in p.read_text(encoding="utf-8") for p in users for word in words)
 
 
 def test_an_unknown_name_is_no_difference() -> None:

@@ -36,6 +36,7 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     f"{_REDUCE}.all_reduce": ("self reduceOp group tag",),
     f"{_REDUCE}.wait_tensor": ("tensor",),
     "torch.distributed.distributed_c10d._world.pg_map": (),
+    "torch.distributed.pipelining.schedules._batch_p2p": ("p2p_ops desc",),
     f"{_PREPARE}._get_init_p2p_neighbors_ops": ("self",),
     f"{_PREPARE}._prepare_backward_infra": (
         "self num_microbatches",
@@ -73,6 +74,7 @@ OWNERS: dict[str, Any] = {
 }
 """by the name of an attribute: something that has it"""
 FIRST = {
+    "torch.distributed.pipelining.schedules._batch_p2p": ("p2p_ops desc",),
     f"{_PREPARE}._get_init_p2p_neighbors_ops": (2, 9),
     "torch.utils._python_dispatch.TorchDispatchMode._should_skip_dynamo": (2, 11),
 }

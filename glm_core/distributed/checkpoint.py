@@ -51,6 +51,9 @@ from glm_core.errors import CheckpointError
 from glm_core.training.checkpoint import LATEST, flush, replace
 from glm_core.versions import file_digest
 
+# torch's own writer, up to torch 2.10; its threads are no place for a filter of their own
+warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning)
+
 FORMAT = "glm-core distributed checkpoint 1"
 FACTS, SUMS, PART = "facts.json", ".sha256", ".part"
 PATTERN = "step-" + "[0-9]" * 8

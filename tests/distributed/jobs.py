@@ -34,7 +34,7 @@ def run(cases: list[Case], world: int, out: Path) -> list[list[dict[str, Any]]]:
     out.mkdir()
     (out / "cases.json").write_text(json.dumps([dataclasses.asdict(c) for c in cases]))
     worker = str(Path(__file__).parent / "worker.py")
-    strict = ["-W", "error", "-W", "ignore:TypedStorage is deprecated:UserWarning"]  # as pytest
+    strict = ["-W", "error"]  # as pytest
     start([sys.executable, *strict, worker, str(out / "cases.json"), str(out)], world)
     return [[_told(out / f"{n}.{r}.pt") for r in range(world)] for n in range(len(cases))]
 

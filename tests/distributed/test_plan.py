@@ -61,6 +61,13 @@ def test_every_misfit_is_listed_at_once() -> None:
     assert "num_heads=4;" not in str(caught.value)
 
 
+@pytest.fixture
+def new_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the plans of a torch that can do all of them pass for possible."""
+    monkeypatch.setattr(versions, "torch_version", lambda: "2.13.0")
+
+
+@pytest.mark.usefixtures("new_torch")
 def test_a_tied_embedding_keeps_zero_out_of_a_v() -> None:
     plan = parse("pp=2,dp=2,virtual=2,schedule=zbv,zero=1,micro_batches=2")
     told = {"world": 4, "global_batch": 4, "length": 8}
@@ -69,6 +76,7 @@ def test_a_tied_embedding_keeps_zero_out_of_a_v() -> None:
         require_fit(plan, ModelConfig(), **told)
 
 
+@pytest.mark.usefixtures("new_torch")
 def test_glm_130b_lies_on_eight_stages_as_published() -> None:
     plan = Plan(tp=4, pp=8, dp=24, zero=1, micro_batches=176, recompute="full")
     require_fit(plan, preset("glm-130b"), world=768, global_batch=4224, length=2048)
@@ -141,7 +149,7 @@ def test_heads_stay_whole_and_gates_stay_paired() -> None:
         ("dp=2,zero=1", "zero=1 needs torch 2.9"),
         (
             "pp=2,schedule=zero-bubble,micro_batches=2",
-            "schedule=zero-bubble needs torch 2.9 or newer",
+            "schedule=zero-bubble needs torch 2.9",
         ),
         ("pp=2,schedule=zbv,virtual=2", "schedule=zbv needs torch 2.11"),
     ],

@@ -74,7 +74,6 @@ OWNERS: dict[str, Any] = {
 }
 """by the name of an attribute: something that has it"""
 FIRST = {
-    "torch.distributed.pipelining.schedules._batch_p2p": ("p2p_ops desc",),
     f"{_PREPARE}._get_init_p2p_neighbors_ops": (2, 9),
     "torch.utils._python_dispatch.TorchDispatchMode._should_skip_dynamo": (2, 11),
 }

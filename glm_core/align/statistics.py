@@ -65,7 +65,8 @@ def quantile_bins(key: NDArray[np.floating], groups: int = NUM_BINS) -> NDArray[
     edges = np.quantile(sample, np.linspace(0, 1, groups + 1)[1:-1])
     low, cell = edges[0], max((edges[-1] - edges[0]) / 4094, 1e-300)
     table = np.searchsorted(edges, low + cell * np.arange(-0.5, 4095.5), side="right")
-    at = np.clip((key - low) / cell + 1, 0, 4095)
+    # numpy 1.26 would compute in the key's float32, where a small cell is zero
+    at = np.clip(np.subtract(key, low, dtype=np.float64) / cell + 1, 0, 4095)
     return table.astype(np.uint8)[np.nan_to_num(at).astype(np.int16)]
 
 

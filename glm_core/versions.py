@@ -64,6 +64,9 @@ NEWER = {
 CHANGED = {
     # collectives on tensors without values; 2.10 was not tried
     "fake_collectives": (2, 11),
+    # Tensor.grad_dtype: before, a parameter has it as any attribute and torch does not read it;
+    # 2.10 was not tried
+    "grad_dtype": (2, 11),
     # FSDPModule.set_force_sum_reduction_for_comms, set_gradient_divide_factor; 2.8 was not tried
     "fsdp_sums": (2, 9),
     # every fused scaled_dot_product_attention takes fewer kv heads than heads; 2.8 was not tried

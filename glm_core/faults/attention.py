@@ -593,7 +593,11 @@ benign_attention("exp2", "base 2", attend(binary_softmax))
 benign_attention("no-maximum", "exp without the maximum", attend(softmax_without_max))
 benign_attention("late-scale", "scaled after the product", attend(binary_softmax, late=True))
 benign_attention(
-    "padded-keys", "five keys before the first that nobody sees", padded_keys(5), dtypes=FLOAT32
+    "padded-keys",
+    "five keys before the first that nobody sees",
+    padded_keys(5),
+    dtypes=FLOAT32,
+    by_library=True,
 )
 benign_attention("query-blocks-16", "queries in blocks of 16", query_blocks(16))
 benign_attention(

@@ -32,6 +32,7 @@ PLANS = (
     "tp=2,sp=true",
     "pp=2,micro_batches=4",
 )
+"""the plans that are measured by default"""
 SIDE = 1024
 """rows and columns of the square matrix product that measures the peak"""
 READ = 256 << 20

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from glm_core import ops
 from glm_core.config import TrainConfig
+from glm_core.versions import torch_has
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -32,8 +33,23 @@ def sum_in_float32(model: nn.Module) -> None:
     """Makes the trained parameters' `.grad` float32: a sum over micro-batches in a lower precision
     forgets small summands."""
     for p in model.parameters():
-        if p.requires_grad and p.dtype != torch.float32:
+        if not p.requires_grad or p.dtype == torch.float32:
+            continue
+        if torch_has("grad_dtype"):
             p.grad_dtype = torch.float32
+        else:
+            p.register_post_accumulate_grad_hook(_widen)
+
+
+def _widen(p: Tensor) -> None:
+    """Makes `.grad` float32, and torch adds what comes next to it as it is. Torch compares the two
+    dtypes only where `.grad` is assigned, so the values are float32 for that moment."""
+    if p.grad is None or p.grad.dtype == torch.float32:
+        return
+    wide, values, p.grad = p.grad.float(), p.data, None
+    p.data = wide
+    p.grad = wide
+    p.data = values
 
 
 class Optimizer:

@@ -8,6 +8,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,6 +43,7 @@ BINDING = [
     "-DGLM_FIBERS",
     f"-I{CSRC}",
     *FOLDERS,
+    f"-I{sysconfig.get_path('include')}",
     f"-I{TORCH}/include",
     f"-I{TORCH}/include/torch/csrc/api/include",
 ]

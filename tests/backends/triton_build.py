@@ -13,13 +13,13 @@ from triton.compiler import ASTSource
 
 from glm_core.backends import triton_ops as ops
 
-TARGETS = (
-    ("cuda", 80, 32),
-    ("cuda", 90, 32),
-    ("hip", "gfx906", 64),
-    ("hip", "gfx90a", 64),
-    ("hip", "gfx942", 64),
-)
+TARGETS = {  # the oldest triton that builds for it here; 3.4 and 3.7 were not tried
+    ("cuda", 80, 32): (3, 3),
+    ("cuda", 90, 32): (3, 3),
+    ("hip", "gfx906", 64): (3, 8),  # 3.6 calls it an unsupported target
+    ("hip", "gfx90a", 64): (3, 5),  # 3.3 links with the system's lld; Debian 12's is too old
+    ("hip", "gfx942", 64): (3, 5),
+}
 POINTERS = {
     "stats": "*fp32",
     "loss": "*fp32",
@@ -59,7 +59,8 @@ def size(kernel: Any, constants: dict[str, Any], target: tuple[Any, ...], half: 
 def main() -> None:
     """Returns bfloat16, or float16 where the chip has no bfloat16."""
     found = {}
-    for target in TARGETS:
+    release = tuple(map(int, triton.__version__.split(".")[:2]))
+    for target in (t for t, since in TARGETS.items() if release >= since):
         half = "*fp16" if target[1] == "gfx906" else "*bf16"
         found[f"{target[0]}-{target[1]}"] = {
             kernel.__name__: size(kernel, constants, target, half)

@@ -9,16 +9,19 @@ import builtins
 import importlib
 import io
 import os
+import pathlib
 import pkgutil
 import platform
 import signal
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
 # third parties load before anything is taken away
 for third_party in ("torch._dynamo", "torch.distributed.run", "torch.distributed.tensor"):
     importlib.import_module(third_party)
+sysconfig.get_config_vars()  # Python 3.10 reads its own at the first call, by the system's name
 
 LINUX = (
     "sched_getaffinity",
@@ -77,6 +80,8 @@ def take_away(system: str) -> None:
         return plain_open(file, *rest, **named)
 
     builtins.__import__, builtins.open, io.open = import_, open_, open_
+    if sys.version_info < (3, 11):  # there pathlib has its own reference to io.open
+        pathlib._normal_accessor.open = open_
     if not windows:
         sys.platform = "darwin"
         platform.system = lambda: "Darwin"

@@ -2,11 +2,9 @@
 // guard, so none of torch's CUDA libraries are linked: the extension builds beside any torch.
 #pragma once
 
-#include <c10/core/DeviceGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
-
 #include "../tensor.h"
 #include "cuda/launch.h"
+#include "stream.h"
 
 // The same operators on the CPU, one fiber per thread, for tests: see csrc/fibers.
 #if defined(GLM_FIBERS)
@@ -21,15 +19,9 @@ namespace glm::gpu {
 
 // Makes x's device the current one for its lifetime; torch queues work there on `stream`.
 struct OnDevice {
-  explicit OnDevice(const Tensor& x) : guard(x.device()), stream(current(x.device())) {}
+  explicit OnDevice(const Tensor& x) : guard(x.device()), stream(current_stream(x.device())) {}
   c10::DeviceGuard guard;
   Stream stream;
-
- private:
-  static Stream current(at::Device device) {
-    if (device.is_cpu()) return nullptr;
-    return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
-  }
 };
 
 // Calls f(T{}) with the kernels' element type of x.

@@ -308,17 +308,19 @@ class Checkpoints:
         facts = read_facts(path)
         self._verify(path)
         wanted = {name: _as_shards(value) for name, value in state.items()}
+        reader = SafeReader(path)
         try:
             with single_process_allowed(self.group is None):
                 dcp_load(
                     wanted,
-                    storage_reader=SafeReader(path),
+                    storage_reader=reader,
                     process_group=self.group,
                     planner=_LoadPlanner(flatten_state_dict=False),
                     no_dist=self.group is None,
                 )
         except (CheckpointException, OSError, RuntimeError, ValueError) as error:
-            for failure, _ in getattr(error, "failures", {}).values():
+            failures = [failure for failure, _ in getattr(error, "failures", {}).values()]
+            for failure in (reader.refused, *failures):
                 if isinstance(failure, CheckpointError):
                     raise failure from None
             raise CheckpointError(

@@ -30,12 +30,19 @@ class SafeReader(FileSystemReader):
     """Reads a folder as DCP's own reader does, but unpickles nothing except the description of
     tensors. DCP reads the tensors themselves with torch.load(weights_only=True)."""
 
+    refused: CheckpointError | None = None
+    """why the metadata was not read: DCP of torch 2.11 says only that it has none"""
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> dcp.Metadata:
         """Returns the checkpoint's metadata. Raises CheckpointError where its pickle names anything
         else."""
         file = Path(self.path) / METADATA
-        with file.open("rb") as stream:
-            metadata: dcp.Metadata = _Unpickler(stream, file).load()
+        try:
+            with file.open("rb") as stream:
+                metadata: dcp.Metadata = _Unpickler(stream, file).load()
+        except CheckpointError as error:
+            self.refused = error
+            raise
         metadata.storage_meta = metadata.storage_meta or dcp.StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata

@@ -160,8 +160,7 @@ def lacks(plan: Plan) -> list[str]:
     """Returns what the plan asks for that only a newer torch can do."""
     reasons = [lack_of("fsdp_sums", f"zero={plan.zero}")] if plan.zero else []
     if plan.schedule in ("zero-bubble", "zbv"):
-        change = plan.schedule.replace("-", "_")
-        reasons.append(lack_of(change, f"schedule={plan.schedule}"))
+        reasons.append(lack_of("weight_gradients_apart", f"schedule={plan.schedule}"))
     return [reason for reason in reasons if reason]
 
 

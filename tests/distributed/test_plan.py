@@ -149,9 +149,9 @@ def test_heads_stay_whole_and_gates_stay_paired() -> None:
         ("dp=2,zero=1", "zero=1 needs torch 2.9"),
         (
             "pp=2,schedule=zero-bubble,micro_batches=2",
-            "schedule=zero-bubble needs torch 2.9",
+            "schedule=zero-bubble needs torch 2.13",
         ),
-        ("pp=2,schedule=zbv,virtual=2", "schedule=zbv needs torch 2.11"),
+        ("pp=2,schedule=zbv,virtual=2", "schedule=zbv needs torch 2.13"),
     ],
 )
 def test_a_plan_that_needs_a_newer_torch_is_refused_before_the_work(

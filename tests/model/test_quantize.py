@@ -159,7 +159,7 @@ def test_conversion_holds_little_beside_what_is_finished(monkeypatch: pytest.Mon
         return torch.full(shape, 0.01, dtype=torch.bfloat16)
 
     with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as profile:
         made = build_quantized(config, read, Quantization(bits=4), torch.bfloat16)
     events = sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns())

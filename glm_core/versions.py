@@ -71,12 +71,14 @@ CHANGED = {
     "fsdp_sums": (2, 9),
     # every fused scaled_dot_product_attention takes fewer kv heads than heads; 2.8 was not tried
     "sdpa_grouped_heads": (2, 9),
+    # gloo greets on standard error, if at all; 2.10 was not tried
+    "quiet_gloo": (2, 11),
     # an option of a schedule's step; 2.9 hands it to the model, 2.10 was not tried
     "return_outputs": (2, 11),
     # the constructor that schedules with one stage per rank share; 2.10 was not tried
     "few_micro_batches": (2, 11),
     # schedules that compute the weights' gradients apart: before, what a parameter's neighbour
-    # passes on is counted twice (2.11: gradients of a 10B-style model are wrong); 2.12 was not tried
+    # passes on is counted twice (2.11: gradients of 10B's blocks are wrong); 2.12 was not tried
     "weight_gradients_apart": (2, 13),
     # pipelining.schedules._batch_p2p; 2.8 was not tried
     "keeps_every_message": (2, 9),

@@ -60,6 +60,7 @@ def deviation(actual: Tensor, exact: Tensor, near: Sequence[Tensor]) -> Deviatio
     if not actual.is_floating_point():
         same = torch.equal(actual, near[0])
         return Deviation(0.0 if same else math.inf, "integers differ from the reference's")
+    exact = exact.detach()
     errors = torch.stack([n.detach().double() - exact for n in near])  # [runs, ...]
     judged = errors.isfinite().all(0)
     if not judged.any():

@@ -47,6 +47,7 @@ from torch.futures import Future
 
 from glm_core.distributed.dcp_reader import SafeReader
 from glm_core.distributed.layout import Split, chunks
+from glm_core.distributed.mesh import connecting
 from glm_core.errors import CheckpointError
 from glm_core.training.checkpoint import LATEST, flush, replace
 from glm_core.versions import file_digest
@@ -234,12 +235,11 @@ class Checkpoints:
         """`keep` is how many checkpoints stay; `timeout_s` how long ranks wait for each other while
         they save."""
         self.folder, self.keep = folder, keep
-        self.group = (
+        self.group = None
+        if dist.is_initialized():
             # its own group on the host: saving runs at the same time as training's collectives
-            dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-            if dist.is_initialized()
-            else None
-        )
+            with connecting():
+                self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._target: Path | None = None

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -12,11 +15,28 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from glm_core.backends.base import Backend
 from glm_core.distributed.plan import Plan
 from glm_core.errors import ConfigError
-from glm_core.versions import set_timeout
+from glm_core.versions import set_timeout, torch_has
 
 AXES = ("pp", "dp", "tp")
 """outermost first, so that tensor-parallel neighbours have neighbouring ranks, on one node"""
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@contextmanager
+def connecting() -> Iterator[None]:
+    """Sends what is written to standard output to standard error while a group is formed: gloo of
+    torch 2.9 greets there, in the middle of a command's JSON."""
+    if torch_has("quiet_gloo"):
+        yield
+        return
+    sys.stdout.flush()
+    own = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(own, 1)
+        os.close(own)
 
 
 def start(backend: Backend, timeout_s: float = 600.0) -> torch.device:
@@ -30,7 +50,8 @@ def start(backend: Backend, timeout_s: float = 600.0) -> torch.device:
     device = backend.device(int(os.environ.get("LOCAL_RANK", "0")))
     if device.type != "cpu":
         torch.get_device_module(device.type).set_device(device)
-    dist.init_process_group(backend.collective, timeout=timedelta(seconds=timeout_s))
+    with connecting():
+        dist.init_process_group(backend.collective, timeout=timedelta(seconds=timeout_s))
     return device
 
 
@@ -54,7 +75,8 @@ def make(plan: Plan, device_type: str, timeout_s: float | None = None) -> Device
             f"plan {plan.label()}: tp * pp * dp = {plan.world} processes, started {world}; "
             f"start {plan.world}"
         )
-    mesh = init_device_mesh(device_type, (plan.pp, plan.dp, plan.tp), mesh_dim_names=AXES)
+    with connecting():
+        mesh = init_device_mesh(device_type, (plan.pp, plan.dp, plan.tp), mesh_dim_names=AXES)
     if timeout_s is not None:  # a mesh's groups do not inherit the job's timeout
         for axis in AXES:
             set_timeout(timedelta(seconds=timeout_s), mesh.get_group(axis))
@@ -70,7 +92,8 @@ def ends_group(mesh: DeviceMesh) -> dist.ProcessGroup | None:
     mine = None
     columns = mesh.mesh.flatten(1)  # [pp, dp * tp]
     for first, last in zip(columns[0].tolist(), columns[-1].tolist(), strict=True):
-        group = dist.new_group([first, last])
+        with connecting():
+            group = dist.new_group([first, last])
         if dist.get_rank() in (first, last):
             mine = group
     return mine

@@ -52,7 +52,8 @@ TABLES = ("master", "exp_avg", "exp_avg_sq")
 
 def join() -> None:
     """The job of this rank's environment."""
-    dist.init_process_group("gloo")
+    with mesh.connecting():
+        dist.init_process_group("gloo")
 
 
 def shapes(config: ModelConfig) -> dict[str, torch.Size]:

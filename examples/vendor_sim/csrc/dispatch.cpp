@@ -225,6 +225,15 @@ at::Scalar item(const at::Tensor& self) {
   return at::_local_scalar_dense(resolved(self));
 }
 
+// Operators without a derivative of their own, such as sim's backward ones, go on to the device;
+// torch 2.7 and 2.9 leave saying so to the vendor.
+TORCH_LIBRARY_IMPL(_, AutogradPrivateUse1, m) {
+  constexpr auto key = c10::DispatchKey::AutogradPrivateUse1;
+  if (!c10::Dispatcher::singleton().hasBackendFallbackForDispatchKey(key)) {
+    m.fallback(torch::CppFunction::makeFallthrough());
+  }
+}
+
 TORCH_LIBRARY_IMPL(_, PrivateUse1, m) {
   m.fallback(torch::CppFunction::makeFromBoxedFunction<&any_op>());
 }

@@ -36,9 +36,13 @@ struct Allocator final : c10::Allocator {
 Allocator allocator;
 REGISTER_ALLOCATOR(kSim, &allocator);
 
-struct Guard final : c10::impl::NoOpDeviceGuardImpl<kSim> {
+struct Guard final : c10::impl::DeviceGuardImplInterface {
+  c10::DeviceType type() const override { return kSim; }
   c10::Device exchangeDevice(c10::Device) const override { return {kSim, 0}; }
   c10::Device getDevice() const override { return {kSim, 0}; }
+  void setDevice(c10::Device) const override {}
+  void uncheckedSetDevice(c10::Device) const noexcept override {}
+  c10::DeviceIndex deviceCount() const noexcept override { return 1; }
   c10::Stream getStream(c10::Device) const noexcept override {
     return c10::Stream(c10::Stream::DEFAULT, {kSim, 0});
   }

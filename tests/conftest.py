@@ -1,6 +1,13 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 # importlib mode leaves sys.path alone; the modules of shared/ serve the tests of
 # several rooms and their child processes
 sys.path.insert(0, str(Path(__file__).parent / "shared"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the tests marked `long` first, so that no worker begins one when the others are done."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)

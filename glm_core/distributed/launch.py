@@ -168,12 +168,16 @@ def run_on_hosts(launch: Launch, poll_s: float = 0.2) -> None:
         _end(list(running.values()))
 
 
-def _end(processes: list[subprocess.Popen[bytes]], patience_s: float = 30.0) -> None:
+PATIENCE_S = 30.0
+"""how long torchrun has to end its processes"""
+
+
+def _end(processes: list[subprocess.Popen[bytes]]) -> None:
     """Sends SIGTERM, on which torchrun ends its processes; kills those that still run after
-    `patience_s`."""
+    PATIENCE_S, as a torchrun whose own part is done and which waits for the other hosts."""
     for process in processes:
         process.terminate()
-    deadline = time.monotonic() + patience_s
+    deadline = time.monotonic() + PATIENCE_S
     for process in processes:
         try:
             process.wait(max(0.0, deadline - time.monotonic()))

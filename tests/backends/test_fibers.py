@@ -36,6 +36,7 @@ def judge(library: Path, pattern: str, *runs: str) -> subprocess.CompletedProces
     )
 
 
+@pytest.mark.long
 def test_every_kernel_conforms_on_fibers() -> None:
     done = judge(fibers_build.library(), "*", "32:float32", "64:bfloat16", "64:float16:2")
     assert done.returncode == 0, done.stderr[-4000:]

@@ -25,6 +25,7 @@ def run(command: list[str]) -> str:
     return done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.skipif(NVCC is None, reason="no nvcc (CUDA toolkit)")
 def test_cuda_compiles_links_and_spills_nothing(tmp_path: Path) -> None:
     flags = [
@@ -64,6 +65,7 @@ def test_cuda_compiles_links_and_spills_nothing(tmp_path: Path) -> None:
     assert target.stat().st_size
 
 
+@pytest.mark.long
 @pytest.mark.skipif(HIPCC is None, reason="no hipcc (Debian: hipcc rocm-device-libs lld)")
 def test_hip_compiles_and_links(tmp_path: Path) -> None:
     flags = [

@@ -61,6 +61,7 @@ def _python(installed: Path, folder: Path, *arguments: str) -> subprocess.Comple
     )
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)  # whole test files, and the commands they run
 @pytest.mark.parametrize("name", sorted(p.stem for p in (PACKAGE / "tests").glob("test_*.py")))
 def test_its_own_tests_pass(name: str, installed: Path, tmp_path: Path) -> None:

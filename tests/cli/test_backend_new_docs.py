@@ -70,6 +70,7 @@ def run(page: str, folder: Path, environment: dict[str, str]) -> subprocess.Comp
     return done
 
 
+@pytest.mark.long
 def test_porting(tmp_path: Path, environment: dict[str, str]) -> None:
     done = run("porting.md", tmp_path / "work", environment)
     folder = tmp_path / "work" / "glm-core-acme"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import shlex
 import socket
-import sys
 from pathlib import Path
 
 import process
 import pytest
 
 from glm_core import cli
+from glm_core.distributed import launch
 from glm_core.distributed.launch import Host, Launch, parse_hostfile, remote_commands, select_hosts
 from glm_core.errors import ConfigError
 
@@ -115,33 +115,24 @@ HOST=$1 exec sh -c "$2"
 """
 
 
-def test_two_hosts_by_ssh_end_together_where_one_fails(tmp_path: Path) -> None:
+def test_two_hosts_by_ssh_end_together_where_one_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "ssh").write_text(SSH)
     (tmp_path / "ssh").chmod(0o755)
     (tmp_path / "hosts").write_text("localhost slots=1\nfar slots=1\n")
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
-    done = process.run(
-        [
-            sys.executable,
-            "-m",
-            "glm_core.cli",
-            "launch",
-            "--hostfile",
-            f"{tmp_path}/hosts",
-            "--master-port",
-            str(port),
-            f"{tmp_path}/script.py",
-            str(tmp_path),
-            "7",
-        ],
-        PATH=f"{tmp_path}:{os.environ['PATH']}",
-        PYTHONPATH=str(process.ROOT),
-    )
-    assert (tmp_path / "rank0").read_text() == "2 0 localhost", done.stderr
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(process.ROOT))
+    monkeypatch.setattr(launch, "PATIENCE_S", 2.0)
+    options = ["--hostfile", f"{tmp_path}/hosts", "--master-port", str(port)]
+    code = cli.main(["launch", *options, f"{tmp_path}/script.py", str(tmp_path), "7"])
+    told = capfd.readouterr().err
+    assert (tmp_path / "rank0").read_text() == "2 0 localhost", told
     assert (tmp_path / "rank1").read_text() == "2 0 far"
-    assert done.returncode == 1
-    assert "rank 1 (pid " in done.stderr
-    assert "ended first, by exit code 7; its own lines above say why" in done.stderr
-    assert "host far: ended with exit code 1" in done.stderr
+    assert code == 1
+    assert "rank 1 (pid " in told
+    assert "ended first, by exit code 7; its own lines above say why" in told
+    assert "host far: ended with exit code 1" in told

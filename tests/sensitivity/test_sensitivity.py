@@ -126,6 +126,7 @@ def test_loss_difference() -> None:
     assert detection.loss_difference(reference, broken) == math.inf  # type: ignore[arg-type]  # made by hand
 
 
+@pytest.mark.long
 def test_bugs_are_convicted_and_benign_changes_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(detection, "draw", lambda run, cache_dir: rows(run))
     reports: list[tuple[int, int, str]] = []

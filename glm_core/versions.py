@@ -20,6 +20,8 @@ PYTHON = (3, 10)
 """the oldest version of Python that the package runs on; pyproject.toml says so too"""
 TORCH = (2, 7)
 """the oldest version of torch"""
+TRIED = (2, 15)
+"""the newest version of torch with which the suite ran"""
 
 
 class Newer(NamedTuple):
@@ -89,6 +91,13 @@ CHANGED = {
 }
 """what torch does otherwise under the same name: the first version that does it"""
 
+REFUSED = {
+    "fsdp_sums": "a plan with ZeRO",
+    "fake_collectives": "glm-core plan dry-run",
+    "weight_gradients_apart": "the schedule zero-bubble or zbv",
+}
+"""what is refused where the running torch does not have an entry of CHANGED"""
+
 
 def torch_has(change: str) -> bool:
     """Says whether the running torch has this entry of CHANGED."""
@@ -102,6 +111,16 @@ def lack_of(change: str, subject: str) -> str:
     if torch_has(change):
         return ""
     return f"{subject} needs torch {_dotted(CHANGED[change])} or newer; here is {torch_version()}"
+
+
+def notes() -> list[str]:
+    """Returns a sentence for everything the running torch is too old for, or that it is newer than
+    any with which the suite ran."""
+    said = [lack_of(change, subject) for change, subject in REFUSED.items()]
+    major, minor = torch_version().split(".")[:2]
+    if (int(major), int(minor)) > TRIED:
+        said.append(f"torch {torch_version()} is newer than any that was tried ({_dotted(TRIED)})")
+    return [note for note in said if note]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,9 +17,11 @@ def define(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Probes every backend and exits 0, since an absent backend is no failure. An accelerator of
-    torch's that no backend is for, such as Apple's mps, is listed as `reference:DEVICE`."""
+    torch's that no backend is for, such as Apple's mps, is listed as `reference:DEVICE`. Below the
+    table stands what the running torch is too old for."""
     import torch
 
+    from glm_core import versions
     from glm_core.backends import registry
 
     rows = [_row(name) for name in registry.names()]
@@ -35,7 +37,8 @@ def run(args: argparse.Namespace) -> int:
                 for x in (r["name"], r["device"], usable, r["kernels"], r["verified"], r["reason"])
             ]
         )
-    emit(args, {"devices": rows}, columns(table))
+    notes = versions.notes()
+    emit(args, {"devices": rows, "notes": notes}, "\n".join([columns(table), *notes]))
     return 0
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from glm_core import versions
+from glm_core.backends import registry
 from glm_core.cli import COMMANDS, main
 
 RUN = [
@@ -60,6 +62,34 @@ def test_devices_names_every_backend_with_reason_or_usable(
         assert row["verified"] or row["reason"], row
 
 
+@pytest.mark.parametrize(
+    ("release", "notes"),
+    [
+        (
+            "2.9.0+das.opt1.dtk2604",
+            [
+                "glm-core plan dry-run needs torch 2.11 or newer; here is 2.9.0+das.opt1.dtk2604",
+                "the schedule zero-bubble or zbv needs torch 2.13 or newer; here is 2.9.0+das.opt1."
+                "dtk2604",
+            ],
+        ),
+        ("2.13.0", []),
+        ("3.1.0", ["torch 3.1.0 is newer than any that was tried (2.15)"]),
+    ],
+)
+def test_devices_says_what_this_torch_cannot_do(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    release: str,
+    notes: list[str],
+) -> None:
+    monkeypatch.setattr(versions, "torch_version", lambda: release)
+    assert main(["devices", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["notes"] == notes
+    assert main(["devices"]) == 0
+    assert capsys.readouterr().out.splitlines()[len(registry.names()) + 1 :] == notes
+
+
 def test_devices_lists_an_accelerator_that_has_no_backend(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -73,8 +103,6 @@ def test_devices_lists_an_accelerator_that_has_no_backend(
 
 
 def test_ops_table_comes_from_the_registry(capsys: pytest.CaptureFixture[str]) -> None:
-    from glm_core.backends import registry
-
     assert main(["ops", "--json"]) == 0
     ops = {o["name"]: o["backends"] for o in json.loads(capsys.readouterr().out)["ops"]}
     for name, cells in ops.items():

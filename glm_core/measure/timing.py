@@ -66,15 +66,20 @@ def ratio(slow: Timing, fast: Timing) -> dict[str, float]:
     return {"ratio": middle, "low": low, "high": high}
 
 
+def commit() -> str:
+    """Returns the checkout's commit, shortened; "" outside of one or without git."""
+    words = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        done = subprocess.run(
+            words, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip()
+
+
 def machine() -> dict[str, Any]:
     """Describes this machine: CPU, the instruction set in use, threads, versions, commit."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
     return {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
@@ -83,7 +88,7 @@ def machine() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": commit or "unknown",
+        "commit": commit() or "unknown",
     }
 
 

@@ -37,6 +37,10 @@ def answer(cache: Path, script: str, *words: str) -> Any:
     return json.loads(done.stdout)
 
 
+@pytest.mark.skipif(
+    version("triton") < "3.8" and version("numpy") >= "2.4",
+    reason="this triton's interpreter takes arrays of one element for numbers; numpy 2.4 does not",
+)
 def test_kernels_conform_in_the_interpreter(tmp_path: Path) -> None:
     found = answer(tmp_path, "triton_judge.py", "float32,bfloat16", "2")
     assert len(found) == 8 * 2 * 2 * 2  # ops, modes, dtypes, cases of each

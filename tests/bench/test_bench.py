@@ -81,3 +81,8 @@ def test_gemm_without_a_onednn_product_is_torchs_own(
     assert timing.gemm(torch.bfloat16, 8)().shape == (8, 8)
     said = "gemm torch.bfloat16: no oneDNN product on this CPU (could not create a primitive descri"
     assert said in capsys.readouterr().err
+
+
+def test_a_machine_without_git_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert timing.machine()["commit"] == "unknown"

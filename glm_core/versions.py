@@ -116,11 +116,11 @@ def lack_of(change: str, subject: str) -> str:
 def notes() -> list[str]:
     """Returns a sentence for everything the running torch is too old for, or that it is newer than
     any with which the suite ran."""
-    said = [lack_of(change, subject) for change, subject in REFUSED.items()]
+    found = [lack_of(change, subject) for change, subject in REFUSED.items()]
     major, minor = torch_version().split(".")[:2]
     if (int(major), int(minor)) > TRIED:
-        said.append(f"torch {torch_version()} is newer than any that was tried ({_dotted(TRIED)})")
-    return [note for note in said if note]
+        found.append(f"torch {torch_version()} is newer than any that was tried ({_dotted(TRIED)})")
+    return [note for note in found if note]
 
 
 def __getattr__(name: str) -> Any:

@@ -37,6 +37,10 @@ class TraceError(GlmCoreError):
     """A trace file is truncated or foreign, or cannot be compared with the other one."""
 
 
+class WitnessError(GlmCoreError):
+    """A witness file is truncated, changed or foreign."""
+
+
 class CheckpointError(GlmCoreError):
     """A checkpoint is truncated or foreign, or does not fit the model."""
 

@@ -73,6 +73,11 @@ def define(parser: argparse.ArgumentParser) -> None:
     compare.add_argument("candidate", metavar="CANDIDATE", help="trace of the candidate")
     compare.add_argument("--report", metavar="FILE", help="HTML report to write")
     compare.set_defaults(run=run_compare)
+    witness = actions.add_parser(
+        "witness", help="judge the op calls in a witness file again; needs no device"
+    )
+    witness.add_argument("file", metavar="FILE", help="witness file of glm-core doctor --hardware")
+    witness.set_defaults(run=run_witness)
     sensitivity = actions.add_parser(
         "sensitivity", help="measure the verdict: how many planted bugs it finds, and false alarms"
     )
@@ -98,7 +103,7 @@ def define(parser: argparse.ArgumentParser) -> None:
     bisect.set_defaults(run=run_bisect)
     for action in (run, record, bisect):
         add_timeout(action)
-    for action in (run, record, compare, sensitivity, bisect):
+    for action in (run, record, compare, witness, sensitivity, bisect):
         add_json(action)
 
 
@@ -203,6 +208,31 @@ def run_compare(args: argparse.Namespace) -> int:
         report.write_pair(pair, reference, candidate, args.report)
     emit(args, pair.to_json(), verdict_table([pair]))
     return 0 if pair.verdict == "aligned" else EXIT_FAILED
+
+
+def run_witness(args: argparse.Namespace) -> int:
+    """Runs `align witness`. Returns 0 where nothing is guilty, 1 where a recorded result is."""
+    import dataclasses
+
+    from glm_core.align.witness import judge
+    from glm_core.conformance import witness
+
+    recorded = witness.load(args.file)
+    findings = judge(recorded)
+    guilty = [f for f in findings if f.ratio > 1]
+    worst = findings[0].ratio if findings else 0.0
+    facts = {
+        "calls": len(recorded.calls),
+        "tests": len(findings),
+        "max_op_ratio": worst,
+        "guilty": [dataclasses.asdict(f) for f in guilty],
+    }
+    summary = (
+        f"{recorded.backend} on {recorded.environment.get('device', '?')}: {len(guilty)} of "
+        f"{len(findings)} tests of {len(recorded.calls)} op calls guilty; largest ratio {worst:.3f}"
+    )
+    emit(args, facts, "\n".join([*map(str, guilty), summary]))
+    return EXIT_FAILED if guilty else 0
 
 
 def run_sensitivity(args: argparse.Namespace) -> int:

@@ -5,9 +5,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from glm_core.cli.exits import EXIT_FAILED
 from glm_core.cli.options import add_json, add_timeout, emit
+
+if TYPE_CHECKING:
+    from glm_core.conformance.report import Report
 
 MODES = ("test", "grad", "perf", "support")
 
@@ -21,6 +25,14 @@ def define(parser: argparse.ArgumentParser) -> None:
         help="run the cases on wrong kernels: do they reject them all?",
     )
     parser.add_argument("--backend", metavar="NAME", help="backend to judge")
+    parser.add_argument(
+        "--record",
+        metavar="FILE",
+        help="witness file to write: what the device computed",
+    )
+    parser.add_argument(
+        "--witness", metavar="FILE", help="judge the results in this file; needs no device"
+    )
     parser.add_argument(
         "--mode",
         action="append",
@@ -49,26 +61,22 @@ def run(args: argparse.Namespace) -> int:
     survived; raises for wrong usage (exit 2) and a backend that is not available (exit 3)."""
     from glm_core.conformance import mutants, render
     from glm_core.conformance.run import progress_line
-    from glm_core.conformance.run import run as run_cases
     from glm_core.errors import GlmCoreError
 
     if args.action == "mutants":
         killed = mutants.mutants(args.op, progress=progress_line)
         emit(args, killed.to_json(), killed.text())
         return EXIT_FAILED if killed.survivors else 0
-    if not args.backend:
+    if not (args.backend or args.witness):
         raise GlmCoreError(
-            "conformance: no backend named; pass --backend NAME (glm-core devices lists them)"
+            "conformance: no backend named; pass --backend NAME (glm-core devices lists them) or "
+            "--witness FILE"
         )
-    report = run_cases(
-        args.backend,
-        mode=args.mode or ("test", "grad"),
-        op=args.op,
-        id=args.id,
-        known_failures=args.known_failures,
-        progress=progress_line,
-        timeout_s=args.timeout,
-    )
+    if args.witness and (args.backend or args.record):
+        raise GlmCoreError(
+            "conformance: --witness judges what was recorded; leave out --backend and --record"
+        )
+    report = _judge_witness(args) if args.witness else _run_on_backend(args)
     for path, write in ((args.junit, render.junit), (args.html, render.page)):
         if path:
             Path(path).write_text(write(report), encoding="utf-8")
@@ -76,3 +84,40 @@ def run(args: argparse.Namespace) -> int:
     notes = render.github(report) if args.github else ""
     emit(args, report.to_json(), "\n".join(filter(None, (notes, text))))
     return 0 if report.ok else EXIT_FAILED
+
+
+def _filters(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the options that select cases, as arguments of `run` and `rejudge`."""
+    from glm_core.conformance.run import progress_line
+
+    return {
+        "mode": args.mode or ("test", "grad"),
+        "op": args.op,
+        "id": args.id,
+        "known_failures": args.known_failures,
+        "progress": progress_line,
+    }
+
+
+def _run_on_backend(args: argparse.Namespace) -> Report:
+    """Runs the cases on the backend, and writes the witness of --record."""
+    from glm_core.backends import registry
+    from glm_core.conformance import witness
+    from glm_core.conformance.run import run as run_cases
+
+    backend = registry.usable(args.backend)
+    recorded = witness.new(backend)
+    keep = recorded.keep if args.record else None
+    report = run_cases(backend, **_filters(args), timeout_s=args.timeout, keep=keep)
+    if args.record:
+        recorded.keep_unsupported(report)
+        recorded.save(args.record)
+    return report
+
+
+def _judge_witness(args: argparse.Namespace) -> Report:
+    """Judges the cases in the witness file."""
+    from glm_core.conformance import witness
+    from glm_core.conformance.rejudge import rejudge
+
+    return rejudge(witness.load(args.witness), args.witness, **_filters(args))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +33,11 @@ class Judgement(NamedTuple):
     """where the error was too large, in words; empty where it was not"""
 
 
-def judge(case: Case, backend: Backend) -> Judgement:
+Keep = Callable[[Case, Results], None]
+"""called with the results of a case as soon as they are computed, before they are judged"""
+
+
+def judge(case: Case, backend: Backend, keep: Keep | None = None) -> Judgement:
     """Runs the case on the backend, strictly: without fallback to the reference. Raises CaseFailure
     where anything but the size of the error is wrong, and whatever the kernel itself raises."""
     if case.raises:
@@ -41,10 +45,12 @@ def judge(case: Case, backend: Backend) -> Judgement:
     args = _arguments(case, backend)
     before = _snapshot(case, args)
     results = _run(case, backend, args)
+    if keep is not None:
+        keep(case, results)
     _check_structure(case, backend, results)
     if backend.device_type == "meta":
         return Judgement(None)
-    judgement = _compare(case, results)
+    judgement = compare(case, results)
     _check_inputs(case, args, before)
     _check_memory(case, args, results)
     _check_repeats(case, backend, results)
@@ -77,19 +83,31 @@ def _inputs(case: Case, args: Mapping[str, Any]) -> Results:
 
 def _check_structure(case: Case, backend: Backend, results: Results) -> None:
     expected = oracle(case).near[0]
-    if list(results) != list(expected):
-        raise CaseFailure(f"results {list(results)}; expected {list(expected)}")
+    check_names(expected, results)
     for name, got in results.items():
         want = expected[name]
-        facts = {
-            "shape": (tuple(want.shape), tuple(got.shape)),
-            "dtype": (want.dtype, got.dtype),
-            "device": (_device(case, backend, want).type, got.device.type),
-            "contiguous": (True, got.is_contiguous() or not want.is_contiguous()),
-        }
-        for fact, (expect, received) in facts.items():
-            if expect != received:
-                raise CaseFailure(f"{name}: {fact} must be {expect}; received {received}")
+        device = _device(case, backend, want).type
+        contiguous = got.is_contiguous() or not want.is_contiguous()
+        check_tensor(name, want, got)
+        _check_fact(name, "device", device, got.device.type)
+        _check_fact(name, "contiguous", True, contiguous)
+
+
+def check_names(expected: Results, results: Results) -> None:
+    """Raises CaseFailure where there are other results than expected."""
+    if sorted(results) != sorted(expected):
+        raise CaseFailure(f"results {list(results)}; expected {list(expected)}")
+
+
+def check_tensor(name: str, expected: Tensor, result: Tensor) -> None:
+    """Raises CaseFailure where a result has the wrong shape or dtype."""
+    _check_fact(name, "shape", tuple(expected.shape), tuple(result.shape))
+    _check_fact(name, "dtype", expected.dtype, result.dtype)
+
+
+def _check_fact(name: str, fact: str, expected: object, received: object) -> None:
+    if expected != received:
+        raise CaseFailure(f"{name}: {fact} must be {expected}; received {received}")
 
 
 def _device(case: Case, backend: Backend, like: Tensor) -> torch.device:
@@ -99,7 +117,7 @@ def _device(case: Case, backend: Backend, like: Tensor) -> torch.device:
     return backend.device() if _inputs(case, args) else like.device
 
 
-def _compare(case: Case, results: Results) -> Judgement:
+def compare(case: Case, results: Results) -> Judgement:
     """Compares every result with the oracle and returns the worst."""
     exact, near = oracle(case)
     worst = Judgement(0.0)

@@ -25,13 +25,16 @@ class Result:
     """largest error divided by the reference's own; None where nothing was compared"""
     reason: str = ""
     seconds: float = 0.0
+    witness: str = ""
+    """the witness file that holds the case's results; empty where the case was run"""
     measured: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """perf mode: times and rates, each with its unit in its name"""
 
     @property
     def rerun(self) -> str:
-        """Returns the command that runs this case alone."""
-        words = ["glm-core", "conformance", "--backend", self.backend, "--id", self.id]
+        """Returns the command that runs, or judges from the witness, this case alone."""
+        source = ["--witness", self.witness] if self.witness else ["--backend", self.backend]
+        words = ["glm-core", "conformance", *source, "--id", self.id]
         return shlex.join(words)
 
     def to_json(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from glm_core.backends.base import Backend
 from glm_core.backends.registry import usable
 from glm_core.conformance.case import Case, every_case, select
-from glm_core.conformance.check import CaseFailure, Judgement, judge
+from glm_core.conformance.check import CaseFailure, Judgement, Keep, judge
 from glm_core.conformance.known_failures import KnownFailure, known_for, load, unmatched
 from glm_core.conformance.perf import measure
 from glm_core.conformance.report import Report, Result
@@ -40,11 +40,12 @@ def run(
     known_failures: Path | str | None = None,
     progress: Progress | None = None,
     timeout_s: float = 0.0,
+    keep: Keep | None = None,
 ) -> Report:
     """Runs every case that matches the filters on one backend. Raises GlmCoreError for unknown
     names, and BackendUnavailableError. A case that fails is a result and raises nothing; but one
     that takes longer than `timeout_s` (0: no limit) ends the process with a message that names
-    it."""
+    it. `keep` receives the results of every case that is run in mode test or grad."""
     backend = usable(backend) if isinstance(backend, str) else backend
     modes = (mode,) if isinstance(mode, str) else tuple(mode)
     cases = select(backend, modes=modes, op=op, id=id, dtypes=dtypes, real=real)
@@ -55,21 +56,26 @@ def run(
             if progress is not None:
                 progress(number, len(cases), case.id)
             watchdog.beat(f"case {case.id}")
-            results.append(run_case(case, backend, entries))
+            results.append(run_case(case, backend, entries, keep))
     if progress is not None:
         progress(len(cases), len(cases), "")
     stale = unmatched(entries, [case.id for case in every_case(backend)] if entries else [])
     return Report(backend.name, [*results, *(_stale(e, backend) for e in stale)], machine())
 
 
-def run_case(case: Case, backend: Backend, entries: Iterable[KnownFailure] = ()) -> Result:
+def run_case(
+    case: Case,
+    backend: Backend,
+    entries: Iterable[KnownFailure] = (),
+    keep: Keep | None = None,
+) -> Result:
     """Runs one case and returns its result. A known failure becomes an xfail; a case that is known
     to fail but does not becomes a failure."""
     start = time.perf_counter()
-    outcome = _outcome(case, backend)
+    outcome = _outcome(case, backend, keep)
     entry = known_for(case.id, entries)
     if entry is not None:
-        outcome = _as_known(outcome, entry)
+        outcome = as_known(outcome, entry)
     name, ratio, reason, measured = outcome
     return Result(
         id=case.id,
@@ -86,7 +92,7 @@ Outcome = tuple[str, float | None, str, dict[str, object]]
 """outcome, error ratio, reason and measured figures, as in Result"""
 
 
-def _outcome(case: Case, backend: Backend) -> Outcome:
+def _outcome(case: Case, backend: Backend, keep: Keep | None) -> Outcome:
     try:
         support = backend.support(case.op, case.sample.make(case.dtype, backend.device()))
         if not support.ok:
@@ -95,20 +101,22 @@ def _outcome(case: Case, backend: Backend) -> Outcome:
             return "pass", None, "", {}
         if case.mode == "perf":
             return "pass", None, "", measure(case, backend)
-        judgement = judge(case, backend)
+        judgement = judge(case, backend, keep)
     except CaseFailure as failure:
         return "fail", None, str(failure), {}
     except Exception as error:  # a vendor's kernel may raise anything; the report carries it
         return "fail", None, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", {}
-    return _outcome_of(judgement)
+    return outcome_of(judgement)
 
 
-def _outcome_of(judgement: Judgement) -> Outcome:
+def outcome_of(judgement: Judgement) -> Outcome:
+    """Returns the outcome of a case that ran to its end."""
     wrong = (judgement.error_ratio or 0.0) > MAX_ERROR_RATIO
     return "fail" if wrong else "pass", judgement.error_ratio, judgement.reason, {}
 
 
-def _as_known(outcome: Outcome, entry: KnownFailure) -> Outcome:
+def as_known(outcome: Outcome, entry: KnownFailure) -> Outcome:
+    """Returns the outcome of a case that is known to fail: xfail if it does, else a failure."""
     name, ratio, reason, measured = outcome
     if name == "fail":
         return "xfail", ratio, f"{entry.reason} ({reason})", measured

@@ -10,7 +10,7 @@ from pathlib import Path
 from glm_core.errors import PromptError
 from glm_core.model.glm import GLM
 from glm_core.model.prompt import Prompt, blank, causal, encode, part_a
-from glm_core.pretrained.templates import Message, encode_rendered, placeholder, render
+from glm_core.pretrained.templates import ChatTemplate, Message
 from glm_core.pretrained.tokenizers import BlankTokenizer, ChatTokenizer, TextTokenizer
 
 
@@ -80,8 +80,7 @@ class CausalModel(ChatModel):
     """A model that continues text (ChatGLM2 and later); it chats by a template."""
 
     tokenizer: ChatTokenizer
-    template: str
-    """Jinja source of the chat template"""
+    template: ChatTemplate
 
     def completion_prompt(self, text: str) -> Prompt:
         """Returns the tokenizer's prefix and the text. Raises PromptError for an empty text."""
@@ -89,23 +88,16 @@ class CausalModel(ChatModel):
         return causal([*self.tokenizer.prefix, *self.tokenizer.encode(text)])
 
     def chat_prompt(self, messages: Sequence[Message]) -> Prompt:
-        """Returns the rendered template, behind the tokenizer's prefix where the template does not
-        spell it. Raises PromptError unless the last message is the user's."""
+        """Returns the rendered template. Raises PromptError unless the last message is the user's,
+        and where the template refuses the messages."""
         _require_question(messages)
-        rendered = render(self.template, messages, add_generation_prompt=True)
-        ids = encode_rendered(rendered, messages, self.tokenizer)
-        prefix = self.tokenizer.prefix
-        return causal(ids if ids[: len(prefix)] == prefix else [*prefix, *ids])
+        return causal(self.template.prompt_ids(messages, self.tokenizer))
 
     def reply_ids(self, messages: Sequence[Message]) -> list[int]:
         """Returns the token ids of the last message, and before them those of what the template
-        puts between the request and the reply, such as a newline."""
-        request = render(self.template, messages[:-1], add_generation_prompt=True)
-        whole = render(self.template, messages, add_generation_prompt=False)
-        content, before = placeholder(len(messages) - 1), ""
-        if whole.startswith(request):
-            before = whole.removeprefix(request).partition(content)[0]
-        return encode_rendered(before + content, messages, self.tokenizer)
+        puts between the request and the reply, such as a newline. Raises PromptError where the
+        template does not show them."""
+        return self.template.reply_ids(messages, self.tokenizer)
 
 
 def _require_text(text: str) -> None:

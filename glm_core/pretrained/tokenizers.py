@@ -8,6 +8,7 @@ import base64
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -97,13 +98,23 @@ class FastTokenizer:
         self.special = {token.content: i for i, token in added.items() if token.special}
         self.vocab = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.prefix: list[int] = self._tokenizer.encode("").ids
-        self._tokenizer.encode_special_tokens = True
+        self._lock = threading.Lock()
+        """encode's setting belongs to the tokenizer, not to the call"""
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text` without the prefix; special tokens that it spells stay text.
         Raises DataError if `text` is not valid Unicode."""
-        ids: list[int] = self._tokenizer.encode(_valid(text), add_special_tokens=False).ids
-        return ids
+        return self._encode(text, special_as_text=True)
+
+    def encode_with_special(self, text: str) -> list[int]:
+        """Returns the ids of `text` without the prefix; special tokens that it spells count as
+        such, with the blanks that they take in. Raises DataError as `encode`."""
+        return self._encode(text, special_as_text=False)
+
+    def _encode(self, text: str, *, special_as_text: bool) -> list[int]:
+        with self._lock:
+            self._tokenizer.encode_special_tokens = special_as_text
+            return list(self._tokenizer.encode(_valid(text), add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of `ids`; special tokens and unknown ids are left out."""

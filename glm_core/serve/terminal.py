@@ -52,7 +52,10 @@ def chat(chat_model: ChatModel, sampling: Sampling, lines: TextIO, out: TextIO) 
             continue
         messages.append(Message("user", question))
         reply = _print_reply(chat_model, messages, sampling, out)
-        messages.append(Message("assistant", reply))
+        if reply is None:
+            messages.pop()
+        else:
+            messages.append(Message("assistant", reply))
 
 
 def _read_question(lines: TextIO, out: TextIO) -> str:
@@ -67,19 +70,24 @@ def _read_question(lines: TextIO, out: TextIO) -> str:
 
 def _print_reply(
     chat_model: ChatModel, messages: list[Message], sampling: Sampling, out: TextIO
-) -> str:
-    """Prints the reply and returns it; an interrupt ends it early."""
+) -> str | None:
+    """Prints the reply and returns it; an interrupt ends it early. Returns None where the question
+    is refused, after printing why."""
     reply = ""
     while True:
         try:
             prompt = chat_model.chat_prompt(messages)
+        except PromptError as error:  # of the chat format, whatever the length
+            print(f"glm-core: {error}", file=sys.stderr)
+            return None
+        try:
             for text in stream_text(chat_model, prompt, sampling, strip_start=True):
                 reply += text
                 print(text, end="", file=out, flush=True)
         except PromptError as error:
             if len(messages) == 1:
                 print(f"glm-core: {error}", file=sys.stderr)
-                return reply
+                return None
             print("(the conversation is too long; its oldest turn is forgotten)", file=sys.stderr)
             del messages[:2]
             continue

@@ -3,14 +3,18 @@ first, however many tokens come at once; and the prompts of a blank-filling mode
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import example, given, settings
 
+from glm_core.errors import PromptError
+from glm_core.model.sample import Sampling
 from glm_core.pretrained.chat_model import BlankFillingModel
 from glm_core.pretrained.templates import Message
+from glm_core.serve import terminal
 from glm_core.serve.detokenizer import Detokenizer
 
 
@@ -64,3 +68,22 @@ def test_completions_open_blanks(chat_model: BlankFillingModel, text: str) -> No
     t = chat_model.tokenizer
     assert prompt.tokens[-1] == t.sop
     assert len({t.mask, t.smask, t.gmask} & set(prompt.tokens)) == 1
+
+
+def test_a_refused_question_leaves_the_conversation(
+    chat_model: BlankFillingModel, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """What the chat format refuses is printed and forgotten; what came before is kept."""
+    real, seen = BlankFillingModel.chat_prompt, []
+
+    def picky(self: BlankFillingModel, messages: list[Message]) -> Any:
+        seen.append([m.content for m in messages if m.role == "user"])
+        if messages[-1].content == "bad":
+            raise PromptError("chat template: no bad words; give others")
+        return real(self, messages)
+
+    monkeypatch.setattr(BlankFillingModel, "chat_prompt", picky)
+    lines = io.StringIO("a\nbad\nb\n")
+    terminal.chat(chat_model, Sampling(max_tokens=2), lines, io.StringIO())
+    assert seen == [["a"], ["a", "bad"], ["a", "b"]]
+    assert capsys.readouterr().err == "glm-core: chat template: no bad words; give others\n"

@@ -1,103 +1,104 @@
-"""Runs attention by torch's fused kernels: SDPA (flash or memory-efficient) where every query sees
-all keys or a causal part, FlexAttention for any other interval. No [L, S] tensor is ever formed:
-the block mask is computed from the intervals, block by block.
+"""Runs attention by our Triton kernels, as operators of torch: autograd, fake tensors and
+torch.compile see them like any other. No mask is built and no length or scale leads to another
+compilation (docs/adr/0013-attention-in-triton.md).
 
-Shapes: B batch, L queries, S keys, H heads, K kv heads, E head dim, M blocks of queries, N of keys.
-"""
+Shapes: B batch, L queries, S keys, H heads, K kv heads, E head dim."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from glm_core.backends.base import Backend
+from glm_core.backends.cuda import probe
 from glm_core.spec import Support, unsupported
-from glm_core.versions import torch_has
 
-BLOCK = 128
-"""queries and keys in a block: FlexAttention's default"""
+Three = tuple[Tensor, Tensor, Tensor]
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+MAX_HEAD_SIZE = 256
+TRITON_SINCE = {"gfx900": (3, 8), "gfx906": (3, 8)}
+"""chips that older versions of Triton refuse, and the first that we saw to compile for them"""
 
 
-def mask_kind(key_start: Tensor, key_end: Tensor, keys: int) -> str:
-    """Returns full, causal or interval. Reading the values waits for the device, so the result is
-    stored on the tensor and read once. Tensors without values count as an interval."""
-    if torch.compiler.is_compiling():
-        return "interval"
-    stamp = (id(key_end), key_start._version, key_end._version, keys)
-    known = getattr(key_start, "_glm_core_mask", None)
-    if known is None or known[0] != stamp:
-        known = (stamp, _read(key_start, key_end, keys))
-        key_start._glm_core_mask = known  # type: ignore[attr-defined]  # tensors take attributes
-    return str(known[1])
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor, scale: float
+) -> Three:
+    """Returns y [B, L, H, E], and per row of scores the maximum and the reciprocal sum [B, H, L]
+    float32."""
+    from glm_core.backends.cuda import attention_launch
+
+    return attention_launch.forward(q, k, v, key_start, key_end, scale)
 
 
-def _read(key_start: Tensor, key_end: Tensor, keys: int) -> str:
-    if is_fake(key_start) or key_start.is_meta:
-        return "interval"
-    length = key_start.shape[1]
-    seen = torch.arange(1, length + 1, device=key_end.device)
-    facts = torch.stack((key_start.any(), (key_end != keys).any(), (key_end != seen).any()))
-    starts_late, not_full, not_causal = facts.tolist()
-    if starts_late or (not_full and (not_causal or length != keys)):
-        return "interval"
-    return "causal" if not_full else "full"
+def backward(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_start: Tensor,
+    key_end: Tensor,
+    y: Tensor,
+    tops: Tensor,
+    shares: Tensor,
+    scale: float,
+) -> Three:
+    """Returns dq, dk and dv, from dy and what `forward` took and returned."""
+    from glm_core.backends.cuda import attention_launch
+
+    return attention_launch.backward(dy, q, k, v, key_start, key_end, y, tops, shares, scale)
 
 
-def block_mask(key_start: Tensor, key_end: Tensor, keys: int) -> BlockMask:
-    """Returns the intervals as FlexAttention reads them: for each block of queries, the blocks of
-    keys that some query sees, and those that all its queries see whole."""
-    length = key_start.shape[1]
-    rows = -(-length // BLOCK)
-    pad = (0, rows * BLOCK - length)
-    start = torch.nn.functional.pad(key_start, pad, value=keys)
-    start = start.unflatten(1, (rows, BLOCK))  # [B, M, BLOCK]
-    end = torch.nn.functional.pad(key_end, pad).unflatten(1, (rows, BLOCK))  # [B, M, BLOCK]
-    sees = end > start
-    first = torch.where(sees, start, keys).amin(-1)[..., None]  # [B, M, 1]
-    last = torch.where(sees, end, 0).amax(-1)[..., None]  # [B, M, 1]
-    block = torch.arange(-(-keys // BLOCK), device=start.device, dtype=torch.int32)  # [N]
-    some = (block * BLOCK < last) & ((block + 1) * BLOCK > first)  # [B, M, N]
-    inside = start.amax(-1)[..., None] <= block * BLOCK
-    whole = some & inside & ((block + 1) * BLOCK <= end.amin(-1)[..., None])
+def _like(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
 
-    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (j >= key_start[b, i]) & (j < key_end[b, i])
 
-    partial, full = _listed(some & ~whole), _listed(whole)
-    return BlockMask.from_kv_blocks(
-        *partial, *full, BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(length, keys)
+def _fake_forward(
+    q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor, scale: float
+) -> Three:
+    tops, shares = (
+        q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32) for _ in range(2)
     )
+    return _like(q), tops, shares
 
 
-def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Turns blocks [B, M, N] into their counts [B, 1, M] and indices [B, 1, M, N], chosen blocks
-    first."""
-    order = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
-    return blocks.sum(-1, dtype=torch.int32)[:, None], order[:, None].contiguous()
+def _fake_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Three:
+    return _like(q), _like(k), _like(v)
 
 
-def _flex(q: Tensor) -> Callable[..., Any]:
-    """Returns the compiled (fused) FlexAttention on a device, the plain one where torch.compile is
-    already at work or nothing runs."""
-    eager = q.is_cpu or torch.compiler.is_compiling() or is_fake(q)
-    chosen: Callable[..., Any] = cast("Any", flex_attention) if eager else _compiled()
-    return chosen
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output)
 
 
-@functools.cache
-def _compiled() -> Callable[..., Any]:
-    compiled: Callable[..., Any] = torch.compile(flex_attention, dynamic=False)
-    return compiled
+def _gradients(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    grads = _operators.attention_backward.default(dy, *ctx.saved_tensors, ctx.scale)
+    return (*grads, None, None, None)
+
+
+_library = torch.library.Library("glm_core_gpu", "DEF")
+"""torch drops the operators with this object"""
+_operators = torch.ops.glm_core_gpu
+_library.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor key_start, Tensor key_end, float scale)"
+    " -> (Tensor y, Tensor tops, Tensor shares)"
+)
+_library.define(
+    "attention_backward(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor key_start, Tensor key_end,"
+    " Tensor y, Tensor tops, Tensor shares, float scale) -> (Tensor dq, Tensor dk, Tensor dv)"
+)
+_library.impl("attention", forward, "CUDA")
+_library.impl("attention_backward", backward, "CUDA")
+torch.library.register_fake("glm_core_gpu::attention", _fake_forward, lib=_library)
+torch.library.register_fake("glm_core_gpu::attention_backward", _fake_backward, lib=_library)
+torch.library.register_autograd(
+    "glm_core_gpu::attention", _gradients, setup_context=_keep, lib=_library
+)
 
 
 def attention(
@@ -111,37 +112,37 @@ def attention(
     pb_relax: float = 0.0,
 ) -> Tensor:
     # layer_scale and pb_relax keep half-precision scores in range; the kernels' are float32
-    kind = mask_kind(key_start, key_end, k.shape[1])
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, L, E]
-    grouped = q.shape[1] != k.shape[1]
-    if kind == "interval":
-        mask = block_mask(key_start, key_end, k.shape[2])
-        y = _flex(q)(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
-    else:
-        if grouped and not torch_has("sdpa_grouped_heads"):
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-            grouped = False
-        with sdpa_kernel(FUSED):
-            y = torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, is_causal=kind == "causal", scale=scale, enable_gqa=grouped
-            )
-    return y.transpose(1, 2).contiguous()  # [B, L, H, E]
+    if scale < 0:  # the kernels' maximum is that of q k^T
+        q, scale = -q, -scale
+    y: Tensor = _operators.attention.default(q, k, v, key_start, key_end, scale)[0]
+    return y
 
 
-def head_size(e: int) -> str:
-    """Says why torch's fused kernels refuse this head size; '' where they take it."""
-    if e % 8 or not 16 <= e <= 256:
-        return f"head size {e}: torch's fused attention takes multiples of 8 from 16 to 256"
+@functools.cache
+def chip_trouble(architecture: str) -> str:
+    """Says why Triton compiles nothing for this chip; '' where it does."""
+    import triton
+
+    since, here = TRITON_SINCE.get(architecture, (0, 0)), triton.__version__
+    if tuple(map(int, here.split(".")[:2])) >= since:
+        return ""
+    need = "{}.{}".format(*since)
+    return f"Triton {here} does not compile for {architecture}; install triton {need} or newer"
+
+
+def trouble(q: Tensor) -> str:
+    """Says why the kernels cannot run for these queries; '' where they can."""
+    if not HAS_TRITON:
+        return "attention's kernels need Triton, which is not installed; pip install triton"
+    if q.shape[-1] > MAX_HEAD_SIZE:
+        return f"head size {q.shape[-1]}: the kernels take 1 to {MAX_HEAD_SIZE}"
+    if q.is_cuda and not torch.compiler.is_compiling() and not is_fake(q):
+        return chip_trouble(probe.architecture(q.device.index or 0))
     return ""
 
 
-def supports(
-    backend: Backend,
-    takes: Callable[..., Support],
-    fused_trouble: Callable[[torch.device, torch.dtype], str] = lambda device, dtype: "",
-) -> Callable[..., Support]:
-    """Returns attention's predicate; `takes` is the rule of all kernels, on devices and dtypes.
-    `fused_trouble` says why torch's fused attention cannot run on a device, or ''."""
+def supports(takes: Callable[..., Support]) -> Callable[..., Support]:
+    """Returns attention's predicate; `takes` is the rule of all kernels, on devices and dtypes."""
 
     def attention(
         q: Tensor,
@@ -154,19 +155,7 @@ def supports(
         pb_relax: float = 0.0,
     ) -> Support:
         support = takes(q, k, v, key_start, key_end, scale, layer_scale, pb_relax)
-        if not support.ok:
-            return support
-        if reason := head_size(q.shape[-1]):
-            return unsupported(reason)
-        if not q.numel():
-            return unsupported("an empty batch: torch's fused attention takes none")
-        if mask_kind(key_start, key_end, k.shape[1]) != "interval":
-            reason = "" if is_fake(q) else fused_trouble(q.device, q.dtype)
-        elif not HAS_TRITON:
-            reason = (
-                "masks other than full and causal need FlexAttention, which needs Triton; "
-                "pip install triton"
-            )
+        reason = trouble(q) if support.ok else ""
         return unsupported(reason) if reason else support
 
     return attention

@@ -1,6 +1,6 @@
 """Gives a GPU backend, CUDA or ROCm, its kernels. Most are the operators of csrc/, whose device
-half torch picks by the tensors' device; attention and matrix products are torch's. Where csrc/ is
-not built, Triton kernels stand in for the ops that have them."""
+half torch picks by the tensors' device; attention is ours in Triton, matrix products are torch's.
+Where csrc/ is not built, Triton kernels stand in for the ops that have them."""
 
 from __future__ import annotations
 
@@ -37,18 +37,14 @@ SHARED = (
 """ops whose operators have a device half in csrc/bindings/cuda"""
 
 
-def equip(
-    backend: Backend,
-    module: str,
-    fused_trouble: Callable[[torch.device, torch.dtype], str] = lambda device, dtype: "",
-) -> None:
+def equip(backend: Backend, module: str) -> None:
     """Gives the backend its kernels. Where `module` is not built, its ops refuse calls and say
-    why. `fused_trouble` says why torch's fused attention cannot run on a device, or ''."""
+    why."""
     trouble = load(module, backend.name)
     covered = _in_triton() if trouble else ()
     share(backend, lambda op: "" if op in covered else trouble)
     backend.implements(ops.linear, takes(backend, ops.linear))(linear)
-    supports = attention.supports(backend, takes(backend, ops.attention), fused_trouble)
+    supports = attention.supports(takes(backend, ops.attention))
     backend.implements(ops.attention, supports)(attention.attention)
 
 

@@ -1,5 +1,5 @@
 """Declares the backend for AMD GPUs and Hygon DCUs. It uses the CUDA sources compiled by hipcc,
-torch's fused attention, and RCCL for collectives (torch calls it nccl). torch presents HIP devices
+attention in Triton, and RCCL for collectives (torch calls it nccl). torch presents HIP devices
 as `cuda`.
 
 Verified: the kernels compile for gfx906, gfx908 and gfx90a, each was executed on the CPU with waves
@@ -18,7 +18,6 @@ import torch
 from glm_core.backends.cuda import probe
 from glm_core.backends.cuda.device import GpuBackend
 from glm_core.backends.cuda.kernels import equip
-from glm_core.backends.rocm import flash
 
 WITHOUT_BFLOAT16 = ("gfx900", "gfx906")
 DTYPES = (torch.float32, torch.float16)
@@ -43,4 +42,4 @@ backend = GpuBackend(
     verified="compiled, kernels executed on the CPU, dry-run; never run on hardware",
     probe=lambda: probe.rocm(probe.facts()),
 )
-equip(backend, "glm_core.backends.rocm._C", flash.trouble)
+equip(backend, "glm_core.backends.rocm._C")

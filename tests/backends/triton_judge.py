@@ -1,7 +1,8 @@
 """Runs conformance of the Triton kernels in Triton's interpreter, on the CPU: `python
-triton_judge.py float32,bfloat16 [MOST]` prints {case: "" or what is wrong}. A process of its own:
-whether kernels are interpreted is settled when Triton is imported. `[MOST]` limits the cases per op
-and mode in each dtype."""
+triton_judge.py float32,bfloat16 MOST` prints {case: "" or what is wrong}, with at most MOST cases
+per op and mode in each dtype; `python triton_judge.py float32 attention [SAMPLE ...]` does so for
+attention. A process of its own: whether kernels are interpreted is settled when Triton is
+imported."""
 
 from __future__ import annotations
 
@@ -20,8 +21,11 @@ import triton.language as tl
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
+from glm_core import ops
 from glm_core.backends import triton_ops
 from glm_core.backends.base import Backend
+from glm_core.backends.cuda import attention_launch
+from glm_core.backends.cuda.attention import attention
 from glm_core.backends.cuda.kernels import share
 from glm_core.conformance.case import Case, dtype_name, select
 from glm_core.conformance.check import CaseFailure, judge
@@ -42,6 +46,27 @@ def to_nearest(x: Any, before: Any, after: Any, mode: Any) -> Any:
 interpreter._convert_float = to_nearest
 
 
+def widened(x: Any) -> Any:
+    """Returns a tile in float32."""
+    if x.dtype == tl.bfloat16:
+        return (x.data.astype(np.uint32) << 16).view(np.float32)
+    return x.data.astype(np.float32)
+
+
+def dot(self: Any, a: Any, b: Any, c: Any, *how: Any) -> Any:
+    """Multiplies two tiles as the chips do, exactly and summed in float32. The interpreter (3.9)
+    takes the bits of bfloat16 for integers."""
+    product = np.matmul(widened(a), widened(b), dtype=np.float32)
+    return interpreter.TensorHandle(product + c.data, c.dtype.scalar)
+
+
+interpreter.InterpreterBuilder.create_dot = dot
+ATTENTION = {
+    "attention": attention_launch.forward,
+    "attention_backward": attention_launch.backward,
+}
+
+
 class InTriton(TorchDispatchMode):
     """Sends the operators of glm_core to the Triton kernels."""
 
@@ -50,6 +75,8 @@ class InTriton(TorchDispatchMode):
     ) -> Any:
         if func.namespace == "glm_core":
             func = triton_ops.OPERATORS[func._opname]
+        if func.namespace == "glm_core_gpu":
+            func = ATTENTION[func._opname]
         return func(*args, **(kwargs or {}))
 
 
@@ -63,20 +90,57 @@ def complaint(case: Case, backend: Backend) -> str:
         return f"{type(error).__name__}: {error}"
 
 
-def main(dtypes: str, most: str = "1000") -> None:
-    """Leaves out the shapes of published models."""
+def judged(dtypes: str, most: int) -> dict[str, str]:
+    """Judges at most so many cases per op, mode and dtype, without the shapes of published
+    models."""
     backend = Backend(name="triton", device_type="cpu", verified="executed on the CPU")
     share(backend)
     found: dict[str, str] = {}
     wanted = dtypes.split(",")
     taken: Counter[Any] = Counter()
+    for case in select(backend, real=False):
+        if case.op.name not in triton_ops.OPS or dtype_name(case.dtype) not in wanted:
+            continue
+        taken[case.op.name, case.mode, case.dtype] += 1
+        if taken[case.op.name, case.mode, case.dtype] <= most and not case.raises:
+            found[case.id] = complaint(case, backend)
+    return found
+
+
+def judged_attention(dtypes: str, samples: tuple[str, ...]) -> dict[str, str]:
+    """Judges attention on these samples, or on all of them, and compares ways to split the keys."""
+    backend = Backend(name="triton", device_type="cpu", verified="executed on the CPU")
+    backend.implements(ops.attention)(attention)
+    cases = [
+        c
+        for c in select(backend, op="attention")
+        if dtype_name(c.dtype) in dtypes.split(",") and (not samples or c.sample.id in samples)
+    ]
+    return {c.id: complaint(c, backend) for c in cases} | split_errors()
+
+
+def split_errors() -> dict[str, str]:
+    """Compares one query per sequence over a long cache, its keys split over more and more
+    processors, with the reference in float64."""
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 1, 6, 24, generator=g)  # [B, L, H, E]
+    k, v = torch.randn(2, 2, 900, 3, 24, generator=g)[:, :, :850]  # [B, S, K, E]
+    intervals = torch.tensor([[3], [0]]).int(), torch.tensor([[811], [40]]).int()
+    exact = ops.attention.reference(q.double(), k.double(), v.double(), *intervals, 0.2)
+    found = {}
+    for processors in (1, 7, 16, 40):  # 1, 2, 5 and 7 splits
+        attention_launch._processors = lambda device, n=processors: n
+        error = float((attention(q, k, v, *intervals, 0.2) - exact).abs().max())
+        found[f"processors-{processors}"] = "" if error < 1e-6 else f"off by {error:.2e}"
+    return found
+
+
+def main(dtypes: str, what: str, *samples: str) -> None:
     with InTriton():  # type: ignore[no-untyped-call]  # torch's own
-        for case in select(backend, real=False):
-            if case.op.name not in triton_ops.OPS or dtype_name(case.dtype) not in wanted:
-                continue
-            taken[case.op.name, case.mode, case.dtype] += 1
-            if taken[case.op.name, case.mode, case.dtype] <= int(most) and not case.raises:
-                found[case.id] = complaint(case, backend)
+        if what == "attention":
+            found = judged_attention(dtypes, samples)
+        else:
+            found = judged(dtypes, int(what))
     json.dump(found, sys.stdout)
 
 

@@ -1,12 +1,13 @@
-"""Declares the backend for NVIDIA GPUs. Our CUDA kernels (csrc/cuda) run most ops, torch's fused
-kernels run attention, cuBLAS the products and NCCL the collectives.
+"""Declares the backend for NVIDIA GPUs. Our CUDA kernels (csrc/cuda) run most ops, our Triton
+kernels attention, cuBLAS the products and NCCL the collectives.
 
 Verified: the kernels compile for sm_80 and sm_90, each was executed on the CPU against the float64
 reference, and whole training steps were dry-run on fake tensors. It ran once on hardware, an H100
 80GB, on 2026-11-28 at commit ad8d9e9. There the cases of conformance passed in float32 and
 bfloat16, but for attention of odd head sizes, grouped heads in float32 and the gradient of huge
-scores. The float16 kernels were miscompiled and are not mended yet. The backend is not
-deterministic: torch's attention sums its gradients with atomics."""
+scores, by torch's kernels. Our Triton kernels of attention have run in Triton's interpreter only.
+The float16 kernels were miscompiled and are not mended yet. The backend does not claim to be
+deterministic: no GPU has repeated the attention kernels' bits yet."""
 
 from __future__ import annotations
 

@@ -53,21 +53,21 @@ CUTS: dict[str, dict[str, dict[int, Cut]]] = {
         "grad_keys": {32: Cut(64, 128, 8, 2), 128: Cut(64, 64, 8, 2), 256: Cut(32, 32, 8, 2)},
     },
     "mfma": {
-        "attend_rows": {64: Cut(128, 64, 4, 1), 256: Cut(64, 32, 4, 1)},
+        "attend_rows": {64: Cut(128, 64, 4, 1), 128: Cut(128, 32, 4, 1), 256: Cut(64, 32, 4, 1)},
         "few_rows": {256: Cut(16, 64, 4, 1)},
-        "grad_rows": {128: Cut(64, 32, 4, 1), 256: Cut(32, 32, 4, 1)},
-        "grad_keys": {128: Cut(32, 32, 4, 1), 256: Cut(16, 32, 4, 1)},
+        "grad_rows": {128: Cut(64, 64, 4, 1), 256: Cut(64, 32, 4, 1)},
+        "grad_keys": {128: Cut(32, 64, 4, 1), 256: Cut(16, 32, 4, 1)},
     },
     "fma": {
-        "attend_rows": {256: Cut(32, 16, 4, 1)},
-        "few_rows": {256: Cut(16, 32, 4, 1)},
-        "grad_rows": {256: Cut(16, 16, 4, 1)},
-        "grad_keys": {256: Cut(16, 16, 4, 1)},
+        "attend_rows": {128: Cut(32, 16, 4, 1), 256: Cut(16, 16, 4, 1)},
+        "few_rows": {128: Cut(16, 32, 4, 1), 256: Cut(16, 16, 4, 1)},
+        "grad_rows": {128: Cut(32, 32, 8, 1), 256: Cut(16, 16, 4, 1)},
+        "grad_keys": {128: Cut(16, 32, 8, 1), 256: Cut(16, 16, 8, 1)},
     },
 }
 """kind of multiplier -> kernel -> largest head size -> cut. `few_rows` is `attend_rows` where a kv
-head has at most 16 rows, as in decoding. Chosen offline: none spills, and each fits the shared
-memory of sm_80, sm_86 and gfx906 (docs/adr/0013-attention-in-triton.md)"""
+head has at most 16 rows, as in decoding. Chosen by what compiles without spills, not by speed: no
+GPU has run them (docs/adr/0013-attention-in-triton.md)"""
 MATRIX_CORES = ("gfx908", "gfx90a", "gfx940", "gfx941", "gfx942", "gfx950")
 """AMD's architectures with matrix cores for float32, too"""
 

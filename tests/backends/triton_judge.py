@@ -75,7 +75,7 @@ class InTriton(TorchDispatchMode):
     ) -> Any:
         if func.namespace == "glm_core":
             func = triton_ops.OPERATORS[func._opname]
-        if func.namespace == "glm_core_gpu":
+        elif func.namespace == "glm_core_gpu":
             func = ATTENTION[func._opname]
         return func(*args, **(kwargs or {}))
 
@@ -123,12 +123,12 @@ def split_errors() -> dict[str, str]:
     """Compares one query per sequence over a long cache, its keys split over more and more
     processors, with the reference in float64."""
     g = torch.Generator().manual_seed(0)
-    q = torch.randn(2, 1, 6, 24, generator=g)  # [B, L, H, E]
-    k, v = torch.randn(2, 2, 900, 3, 24, generator=g)[:, :, :850]  # [B, S, K, E]
-    intervals = torch.tensor([[3], [0]]).int(), torch.tensor([[811], [40]]).int()
+    q = torch.randn(2, 1, 4, 24, generator=g)  # [B, L, H, E]
+    k, v = torch.randn(2, 2, 500, 2, 24, generator=g)[:, :, :450]  # [B, S, K, E]
+    intervals = torch.tensor([[3], [0]]).int(), torch.tensor([[411], [40]]).int()
     exact = ops.attention.reference(q.double(), k.double(), v.double(), *intervals, 0.2)
     found = {}
-    for processors in (1, 7, 16, 40):  # 1, 2, 5 and 7 splits
+    for processors in (2, 6, 8):  # 1, 3 and 4 splits
         attention_launch._processors = lambda device, n=processors: n
         error = float((attention(q, k, v, *intervals, 0.2) - exact).abs().max())
         found[f"processors-{processors}"] = "" if error < 1e-6 else f"off by {error:.2e}"

@@ -80,6 +80,24 @@ class ModelConfig:
     """share of the head dimension that is rotated (0.5 in ChatGLM2 and later)"""
     rope_interleaved: bool = False
     """rotate pairs (2i, 2i+1) instead of (i, i + d/2)"""
+    rope_scaling: Literal["none", "linear", "dynamic", "yarn", "llama3"] = "none"
+    """how the frequencies are stretched for texts longer than those the model was trained with"""
+    rope_factor: float = 1.0
+    """by how much they are stretched, with `rope_scaling`"""
+    rope_original_length: int = 0
+    """tokens the model was trained with before it was stretched; with scaling, 0 = max_length"""
+    rope_attention_factor: float = 1.0
+    """YaRN's factor on cos and sin"""
+    rope_low_rotations: float = 1.0
+    """pairs that turn less often over the original length are stretched whole (YaRN's beta_slow,
+    Llama 3's low_freq_factor)"""
+    rope_high_rotations: float = 32.0
+    """pairs that turn more often are not stretched (YaRN's beta_fast, Llama 3's
+    high_freq_factor)"""
+    rope_truncate: bool = True
+    """whether YaRN's ramp begins and ends at whole pairs"""
+    rope_float16: bool = False
+    """round the frequencies to float16, as the authors' code of GLM-130B and ChatGLM-6B does"""
     linear_bias: bool = True
     """biases on attention output and feed-forward"""
     qkv_bias: bool = True
@@ -100,22 +118,25 @@ class ModelConfig:
         if derived:
             object.__setattr__(self, "head_dim", self.hidden // max(self.num_heads, 1))
         sizes = "num_layers hidden num_heads num_kv_heads head_dim ffn vocab max_length"
-        rotary = self.head_dim * self.rope_fraction / (2 if self.positions == "rope_2d" else 1)
+        if self.rope_scaling != "none" and not self.rope_original_length:
+            object.__setattr__(self, "rope_original_length", self.max_length)
         check(
             self,
-            positive(sizes),
+            positive(f"{sizes} rope_attention_factor"),
             {
                 "num_heads": not derived
                 or self.hidden % max(self.num_heads, 1) == 0
                 or f"does not divide hidden={self.hidden}; give head_dim or use a divisor",
                 "num_kv_heads": self.num_heads % max(self.num_kv_heads, 1) == 0
                 or f"does not divide num_heads={self.num_heads}; use {divisors(self.num_heads)}",
-                "head_dim": self.positions == "learned_2d"
-                or rotary % 2 == 0
-                or f"gives {rotary:g} rotated dimensions; they must be even",
+                "head_dim": self._rotary_rule(),
                 "rope_fraction": 0 < self.rope_fraction <= 1 or "must lie in (0, 1]",
                 "norm_eps": 0 < self.norm_eps < math.inf or "must be positive",
                 "rope_base": 1 < self.rope_base < math.inf or "must be greater than 1",
+                "rope_original_length": self.rope_original_length >= 0 or "must not be negative",
+                "rope_factor": 1 <= self.rope_factor < math.inf or "must be at least 1",
+                "rope_high_rotations": 0 < self.rope_low_rotations < self.rope_high_rotations
+                or f"must exceed rope_low_rotations={self.rope_low_rotations}, which is positive",
                 "init_std": 0 <= self.init_std < math.inf or "must not be negative",
                 "embedding_gradient_shrink": 0 <= self.embedding_gradient_shrink <= 1
                 or "must lie in [0, 1]",
@@ -126,6 +147,27 @@ class ModelConfig:
                 "deepnorm goes with layer, sandwich with rms",
             },
         )
+
+    @property
+    def rotary_dim(self) -> int:
+        """Returns the rotated dimensions of a head per position row. An odd number is rotated in
+        pairs as the even one above it, as transformers does."""
+        return int(self.head_dim * self.rope_fraction) // (2 if self.positions == "rope_2d" else 1)
+
+    def _rotary_rule(self) -> bool | str:
+        """Returns the rule of `check` for the rotated dimensions."""
+        if self.positions == "learned_2d" or not 0 < self.rope_fraction <= 1:
+            return True
+        dim, rows = self.rotary_dim, 2 if self.positions == "rope_2d" else 1
+        fits = dim and rows * (dim + dim % 2) <= self.head_dim
+        if not fits or (rows == 2 and int(self.head_dim * self.rope_fraction) % 4):
+            return f"gives {dim} rotated dimensions; they must be even"
+        if self.rope_scaling != "none" and (rows == 2 or dim % 2 or dim < 4):
+            return (
+                f"gives {dim} rotated dimensions in {rows} position rows; "
+                f"rope_scaling={self.rope_scaling} needs one row of an even number, 4 or more"
+            )
+        return True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

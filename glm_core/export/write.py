@@ -102,6 +102,11 @@ def _require_exportable(model: GLM) -> None:
             f"export: the model is in {str(dtype).removeprefix('torch.')}, but ONNX Runtime's CPU "
             "provider computes in float32; load it as float32, or quantize its linear layers"
         )
+    if model.config.rope_scaling == "dynamic":
+        raise UnsupportedOpError(
+            "export: rope_scaling=dynamic changes the frequencies with a text's length, and a "
+            "graph holds one set; export with linear, yarn or llama3 scaling"
+        )
     if hasattr(model, "prefix"):
         raise UnsupportedOpError(
             "export: the model has a prefix (P-Tuning); export the base, and feed the prefix as "

@@ -21,6 +21,7 @@ from glm_core import ops
 from glm_core.config import ModelConfig
 from glm_core.errors import ShapeError
 from glm_core.model.cache import Window
+from glm_core.model.rotary import rotary_angles
 
 LINEARS = ("attention.qkv", "attention.out", "mlp.up", "mlp.down")
 """the linear layers of a block, by name below it: GLM-130B and ChatGLM-6B quantise these, and
@@ -165,17 +166,6 @@ def normal_draw(seed: int, name: str, shape: torch.Size) -> Tensor:
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     # float64: torch's float32 draws differ between instruction sets
     return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
-def rotary_angles(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns cos and sin [B, L, G, P] float32 of the angles position * base^(-i/P), in float32 as
-    transformers does."""
-    rows = 2 if config.positions == "rope_2d" else 1
-    pairs = int(config.head_dim * config.rope_fraction) // rows // 2
-    exponent = torch.arange(pairs, device=positions.device, dtype=torch.float32) / pairs
-    inverse = 1.0 / config.rope_base**exponent
-    angles = positions[:, :rows].transpose(1, 2)[..., None].float() * inverse  # [B, L, G, P]
-    return angles.cos(), angles.sin()
 
 
 def initial_value(config: ModelConfig, seed: int, name: str, shape: torch.Size) -> Tensor:

@@ -84,6 +84,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "vocab": 150528,
         "max_length": 2048,
         "init_std": 0.0052,
+        "rope_float16": True,
     },
     # ChatGLM-6B configuration_chatglm.py; its separate lm_head is counted as shared, as the
     # published 6.2B is
@@ -98,6 +99,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "activation": "gelu",
         "positions": "rope_2d",
         "qk_layer_scaling": True,
+        "rope_float16": True,
     },
     "chatglm2-6b": {**_CHATGLM2, "vocab": 65024, "max_length": 32768},
     "chatglm3-6b": {**_CHATGLM2, "vocab": 65024, "max_length": 8192},

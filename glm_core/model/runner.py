@@ -68,9 +68,11 @@ class Runner:
         self, model: GLM, slots: int, length: int | None = None, chunk: int = CHUNK
     ) -> None:
         weight = model.embedding
-        self.model, self.config, self.slots, self.chunk = model, model.config, slots, chunk
+        self.model, self.config, self.slots = model, model.config, slots
         model.eval()  # adapters apply dropout in training only
         self.length = min(length or model.config.max_length, model.config.max_length)
+        # with dynamic scaling all keys of a prompt are rotated by frequencies of its whole length
+        self.chunk = self.length if model.config.rope_scaling == "dynamic" else chunk
         self.cache = Cache(model.config, slots, self.length, weight.dtype, weight.device)
         self._last: Callable[[], Call]
         self._step: DecodeStep | Support = unsupported("not asked for yet")

@@ -25,13 +25,13 @@ class _NotPlain(Exception):
 
 
 def angles(model: glm.GLM, length: int) -> tuple[Tensor, Tensor] | None:
-    """Returns cos and sin [L, G, P] of all positions below `length`; None for a model without
-    rotary positions."""
+    """Returns cos and sin [L, G, P] of all positions below `length`, each as the last of its
+    sequence; None for a model without rotary positions."""
     if model.position_embedding is not None:
         return None
-    positions = torch.arange(length, device=model.embedding.device).expand(1, 2, -1)  # [1, 2, L]
-    cos, sin = model.rotary(positions)
-    return cos[0], sin[0]
+    positions = torch.arange(length, device=model.embedding.device)
+    cos, sin = model.rotary(positions[:, None, None].expand(-1, 2, 1))  # [L, 2, 1]
+    return cos[:, 0], sin[:, 0]
 
 
 def stack(model: glm.GLM, rotary: Angles) -> Stack | Support:

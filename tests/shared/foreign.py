@@ -44,6 +44,7 @@ PLAIN: dict[str, Any] = {
     "vocab": V,
     "max_length": L,
     "qk_layer_scaling": True,
+    "rope_float16": True,
 }
 CHATGLM: dict[str, Any] = {
     **PLAIN,

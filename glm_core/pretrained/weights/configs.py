@@ -8,6 +8,7 @@ from typing import Any
 
 from glm_core.config import ModelConfig, from_dict
 from glm_core.errors import CheckpointError, ConfigError
+from glm_core.pretrained.weights import keys, scaling
 from glm_core.pretrained.weights.layouts import Layout
 
 _ABSENT = object()
@@ -24,8 +25,9 @@ CARRIED = (
 
 def read_config(layout: Layout, theirs: dict[str, Any], file: Path) -> ModelConfig:
     """Returns the model that a config.json or model_config.json describes. Raises CheckpointError
-    with every key that is missing, of a wrong type, or of another architecture."""
+    with every key that is missing, of a wrong type, of another architecture, or unknown."""
     values, problems = dict(layout.fixed), _foreign_keys(layout, theirs)
+    problems += _unknown_keys(layout, theirs)
     for field in layout.fields:
         candidates = (_get(theirs, path) for path in field.theirs)
         present = (v for v in candidates if v is not _ABSENT and v is not None)
@@ -35,6 +37,9 @@ def read_config(layout: Layout, theirs: dict[str, Any], file: Path) -> ModelConf
         elif field.unit is not None and isinstance(value, int | float):
             value = value * field.unit
         values[field.ours] = value
+    if layout.rope_table:
+        rotation, wrong = scaling.read_scaling(theirs, values["max_length"])
+        values, problems = values | rotation, problems + wrong
     if not problems:
         if values["ffn"] == 0 and isinstance(values["hidden"], int):
             values["ffn"] = 4 * values["hidden"]
@@ -51,12 +56,34 @@ def read_config(layout: Layout, theirs: dict[str, Any], file: Path) -> ModelConf
 def _foreign_keys(layout: Layout, theirs: dict[str, Any]) -> list[str]:
     """Returns a message for each key whose value belongs to another architecture."""
     expected = {k: v for k, v in layout.header.items() if k != "architectures"}
-    values = {key: (_get(theirs, key), v) for key, v in {**expected, **layout.required}.items()}
+    expected |= {**keys.DISABLED, **layout.required}
+    values = {key: (_get(theirs, key), _choices(v)) for key, v in expected.items()}
     return [
-        f"{key} is {value!r}, only {allowed!r} is known"
+        f"{key} is {value!r}, only {' or '.join(map(repr, allowed))} is known"
         for key, (value, allowed) in values.items()
-        if value is not _ABSENT and value != allowed and not (value is None and allowed is False)
+        if value is not _ABSENT and value is not None and value not in allowed
     ]
+
+
+def _choices(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _unknown_keys(layout: Layout, theirs: dict[str, Any]) -> list[str]:
+    """Returns a message for the keys that nobody reads and that are not known to be neutral."""
+    honoured = {path.partition(".")[0] for field in layout.fields for path in field.theirs}
+    honoured |= {*layout.required, *layout.header, *keys.DISABLED, "architectures", "model_type"}
+    if layout.rope_table:
+        honoured |= scaling.BESIDE
+    strange = [
+        key
+        for key, value in theirs.items()
+        if key not in honoured and value is not None and not keys.neutral(layout.name, key)
+    ]
+    if not strange:
+        return []
+    named = ", ".join(f"{key}={theirs[key]!r}"[:60] for key in strange)
+    return [f"unknown keys that may change the result: {named} (remove what does not)"]
 
 
 def write_config(
@@ -68,12 +95,11 @@ def write_config(
     result: dict[str, Any] = {**layout.header, "torch_dtype": dtype}
     result |= {key: source[key] for key in CARRIED if key in source}
     for path, value in layout.required.items():
-        if value is not None:
-            _put(result, path, value)
+        _put(result, path, _choices(value)[0])
     for field in layout.fields:
         value = getattr(config, field.ours)
         _put(result, field.theirs[0], value / field.unit if field.unit else value)
-    return result
+    return result | (scaling.write_scaling(config) if layout.rope_table else {})
 
 
 def _require_expressible(layout: Layout, config: ModelConfig) -> None:
@@ -84,6 +110,9 @@ def _require_expressible(layout: Layout, config: ModelConfig) -> None:
         "num_kv_heads": config.num_heads,
         "max_length": config.max_length,
     }
+    if layout.rope_table:
+        named |= {f.name for f in dataclasses.fields(config) if f.name.startswith("rope_")}
+        named -= {"rope_interleaved", "rope_float16"}
     training_only = {"embedding_gradient_shrink", "init_std"}
     inexpressible = [
         f"{f.name}={getattr(config, f.name)}"

@@ -81,7 +81,10 @@ class Layout:
     fixed: dict[str, Any] = dataclasses.field(default_factory=dict)
     """our fields that are the same in all models of this layout"""
     required: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """their keys that must have this value if they are present; written too, unless None"""
+    """their keys that must have this value, or one of a tuple, if they are present; the first is
+    written too"""
+    rope_table: bool = False
+    """whether the rotation is described as in transformers, by `rope_parameters`"""
     header: dict[str, Any] = dataclasses.field(default_factory=dict)
     """their keys that name the architecture"""
 
@@ -157,7 +160,12 @@ _SAT = {
     "final_norm": "transformer.final_layernorm",
     **_blocks("transformer.layers", "attention"),
 }
-_DEEPNORM = {"norm": "layer", "placement": "deepnorm", "qk_layer_scaling": True}
+_DEEPNORM = {
+    "norm": "layer",
+    "placement": "deepnorm",
+    "qk_layer_scaling": True,
+    "rope_float16": True,
+}
 _CHATGLM = {**_DEEPNORM, "activation": "gelu", "positions": "rope_2d", "tied_head": False}
 _HF = {
     "embedding": "model.embed_tokens.weight",
@@ -175,21 +183,20 @@ _HF = {
         }.items()
     },
 }
-_HF_FIELDS = (
-    *_same("num_layers=num_hidden_layers", "hidden=hidden_size", "num_heads=num_attention_heads"),
-    *_same("num_kv_heads=num_key_value_heads", "ffn=intermediate_size", "vocab=vocab_size"),
-    *_same("max_length=max_position_embeddings", "norm_eps=rms_norm_eps"),
-    Field("head_dim", ("head_dim",), 0),
-    Field("qkv_bias", ("attention_bias",), False),
+_HF_FIELDS = (  # defaults: transformers' GlmConfig and Glm4Config
+    Field("num_layers", ("num_hidden_layers",), 40),
+    Field("hidden", ("hidden_size",), 4096),
+    Field("num_heads", ("num_attention_heads",), 32),
+    Field("num_kv_heads", ("num_key_value_heads",), 2),
+    Field("head_dim", ("head_dim",), 128),
+    Field("ffn", ("intermediate_size",), 13696),
+    Field("vocab", ("vocab_size",), 151552),
+    Field("max_length", ("max_position_embeddings",), 131072),
+    Field("norm_eps", ("rms_norm_eps",), 1.5625e-7),
+    Field("qkv_bias", ("attention_bias",), True),
     Field("tied_head", ("tie_word_embeddings",), False),
-    Field("rope_base", ("rope_parameters.rope_theta", "rope_theta"), 10000.0),
-    Field("rope_fraction", ("rope_parameters.partial_rotary_factor", "partial_rotary_factor"), 0.5),
 )
-_HF_REQUIRED = {
-    "hidden_act": "silu",
-    "rope_parameters.rope_type": "default",
-    "rope_scaling": None,
-}
+_HF_REQUIRED = {"hidden_act": ("silu", "swish")}
 _SWIGLU = {
     "norm": "rms",
     "activation": "swiglu",
@@ -207,6 +214,7 @@ LAYOUTS = (
         names=_HF,
         qkv="separate",
         fields=_HF_FIELDS,
+        rope_table=True,
         fixed={**_SWIGLU, "placement": "pre"},
         required=_HF_REQUIRED,
         header={"architectures": ["GlmForCausalLM"], "model_type": "glm"},
@@ -221,6 +229,7 @@ LAYOUTS = (
         },
         qkv="separate",
         fields=_HF_FIELDS,
+        rope_table=True,
         fixed={**_SWIGLU, "placement": "sandwich"},
         required=_HF_REQUIRED,
         header={"architectures": ["Glm4ForCausalLM"], "model_type": "glm4"},
@@ -251,6 +260,7 @@ LAYOUTS = (
             "post_layer_norm": True,
             "add_bias_linear": False,
             "multi_query_attention": True,
+            "original_rope": True,
             "tie_word_embeddings": False,
         },
         header={"architectures": ["ChatGLMModel"], "model_type": "chatglm"},

@@ -200,6 +200,8 @@ def open_checkpoint(path: str | Path, config: ModelConfig | None = None) -> Chec
             )
         config = read_config(layout, files.config, files.config_file)
     stored_head = "head" in layout.names and prefix + layout.names["head"] in keys
+    if config.tied_head and stored_head and prefix + layout.names["embedding"] not in keys:
+        layout, stored_head = _embedding_is_head(layout), False
     config = dataclasses.replace(config, tied_head=config.tied_head and not stored_head)
     require_divides(config, len(files.ranks), str(path))
     shapes = _shapes(config, len(keys), path)
@@ -212,6 +214,12 @@ def open_checkpoint(path: str | Path, config: ModelConfig | None = None) -> Chec
             "and are complete"
         )
     return checkpoint
+
+
+def _embedding_is_head(layout: Layout) -> Layout:
+    """Returns the layout of a tied model whose one matrix is stored under the head's name."""
+    others = {ours: theirs for ours, theirs in layout.names.items() if ours != "head"}
+    return dataclasses.replace(layout, names={**others, "embedding": layout.names["head"]})
 
 
 def _shapes(config: ModelConfig, num_keys: int, path: str | Path) -> dict[str, tuple[int, ...]]:

@@ -74,7 +74,7 @@ def _unknown_keys(layout: Layout, theirs: dict[str, Any]) -> list[str]:
     honoured = {path.partition(".")[0] for field in layout.fields for path in field.theirs}
     honoured |= {*layout.required, *layout.header, *keys.DISABLED, "architectures", "model_type"}
     if layout.rope_table:
-        honoured |= scaling.BESIDE
+        honoured |= scaling.TOP_LEVEL
     strange = [
         key
         for key, value in theirs.items()

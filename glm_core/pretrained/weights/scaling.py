@@ -10,7 +10,7 @@ from glm_core.config import ModelConfig
 
 _COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _ORIGINAL = "original_max_position_embeddings"
-BESIDE = {"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", _ORIGINAL}
+TOP_LEVEL = {"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", _ORIGINAL}
 """keys of the config itself that describe the rotation"""
 KEYS = {
     "default": _COMMON,
@@ -63,14 +63,14 @@ def read_scaling(theirs: dict[str, Any], max_length: Any) -> tuple[dict[str, Any
 def _outside(theirs: dict[str, Any], given: dict[str, Any], kind: str) -> dict[str, Any]:
     """Returns what stands beside the table. There, an original length wins; base and share are
     used where the table has none."""
-    beside = {
+    outside = {
         key: theirs[key] if theirs.get(key) is not None else default
         for key, default in (("rope_theta", 10000.0), ("partial_rotary_factor", 0.5))
         if key not in given
     }
     if theirs.get(_ORIGINAL) is not None and kind in ("yarn", "llama3"):
-        beside[_ORIGINAL] = theirs[_ORIGINAL]
-    return beside
+        outside[_ORIGINAL] = theirs[_ORIGINAL]
+    return outside
 
 
 def _scaled(kind: str, given: dict[str, Any], max_length: int) -> dict[str, Any]:

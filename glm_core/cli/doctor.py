@@ -1,4 +1,5 @@
-"""`glm-core doctor --hardware`: examines one backend on this device and writes one file."""
+"""Implements `glm-core doctor --hardware`: examines one backend on this device and writes what it
+found into one folder."""
 
 from __future__ import annotations
 
@@ -10,17 +11,22 @@ from glm_core.cli.exits import EXIT_FAILED
 from glm_core.cli.options import add_json, add_run, emit, run_config
 
 STEPS = 60
-"""default steps of the loss curves; the whole examination takes about ten minutes"""
+"""default steps of the loss curves"""
 
 
 def define(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
-    parser.add_argument(
-        "--hardware", action="store_true", help="conformance, alignment, utilisation; ten minutes"
-    )
+    parser.add_argument("--hardware", action="store_true", help="run the examination")
     parser.add_argument("--backend", metavar="NAME", help="backend to examine")
-    parser.add_argument("--op", metavar="NAME", help="examine one op only")
-    parser.add_argument("--controls", type=int, default=8, metavar="K", help="default %(default)s")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=10.0,
+        metavar="N",
+        help="skip and name the parts that would take longer, default %(default)g",
+    )
+    parser.add_argument("--op", metavar="NAME", help="only this op's cases and timings")
+    parser.add_argument("--controls", type=int, default=5, metavar="K", help="default %(default)s")
     parser.add_argument(
         "--model",
         default="glm4-34m",
@@ -28,7 +34,9 @@ def define(parser: argparse.ArgumentParser) -> None:
         help="model whose step is timed, default %(default)s",
     )
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="default %(default)s")
-    parser.add_argument("--out", metavar="FILE", help="default doctor-BACKEND.zip")
+    parser.add_argument(
+        "--out", metavar="FOLDER", help="new folder to fill, default doctor-BACKEND; packed as .zip"
+    )
     add_run(parser)
     add_json(parser)
     parser.set_defaults(run=run)
@@ -50,19 +58,21 @@ def run(args: argparse.Namespace) -> int:
     settings = examination.Examination(
         backend=args.backend,
         config=run_config(args),
+        minutes=args.minutes,
         controls=args.controls,
         op=args.op,
         preset=args.model,
         rounds=args.rounds,
     )
-    out = Path(args.out or f"doctor-{args.backend.replace(':', '-')}.zip")
+    out = Path(args.out or f"doctor-{args.backend.replace(':', '-')}")
     summary = examination.examine(settings, out, lambda part: print(part, file=sys.stderr))
     lines = [_line(name, part) for name, part in summary["parts"].items()]
-    emit(args, {**summary, "file": str(out)}, "\n".join([*lines, f"send back: {out}"]))
+    lines += [f"{n:<12} SKIPPED  {why}; more --minutes" for n, why in summary["skipped"].items()]
+    emit(args, {**summary, "folder": str(out)}, "\n".join([*lines, f"send back: {out}.zip"]))
     return 0 if summary["ok"] else EXIT_FAILED
 
 
 def _line(name: str, part: dict[str, object]) -> str:
-    fields = ("error", "verdict", "pass", "fail", "unsupported")
-    result = ", ".join(f"{k} {part[k]}" for k in fields if k in part)
+    fields = ("error", "verdict", "pass", "fail", "unsupported", "calls", "guilty")
+    result = ", ".join(f"{k} {part[k]}" for k in fields if part.get(k) not in (None, []))
     return f"{name:<12} {'good ' if part['ok'] else 'WRONG'} {part['seconds']:.0f} s  {result}"

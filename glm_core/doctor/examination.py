@@ -1,15 +1,15 @@
-"""Runs conformance, alignment and utilisation of one backend and writes them into one file. A part
-that fails is recorded, and the other parts still run."""
+"""Examines one backend in parts, the most valuable first. Each part's evidence is written as soon
+as it is there, so that an examination that is cut short leaves what it found."""
 
 from __future__ import annotations
 
 import dataclasses
-import io
+import functools
 import json
+import shutil
 import tempfile
 import time
 import traceback
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,34 @@ import torch
 
 from glm_core import __version__, align
 from glm_core.align import report as align_report
+from glm_core.align import witness as step_witness
+from glm_core.align.calibration import open_data
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
 from glm_core.bench import step as bench_step
 from glm_core.config import Dtype, RunConfig
-from glm_core.conformance import render
-from glm_core.conformance.run import run
+from glm_core.conformance import render, witness
+from glm_core.conformance.case import select
+from glm_core.conformance.report import Report
+from glm_core.conformance.run import run, run_case
+from glm_core.conformance.witness import Witness
+from glm_core.errors import GlmCoreError
 from glm_core.measure.timing import interleave, machine
 from glm_core.model.presets import preset
 
 Progress = Callable[[str], None]
+EXPECTED_S = {
+    "conformance": 20.0,
+    "step": 44.0,
+    "utilisation": 86.0,
+    "alignment": 1.0,
+    "published": 1.0,
+}
+"""seconds that each part took on backend `cpu` with two cores of an AMD EPYC, in the order in which
+the parts are run. How long the parts took so far, compared with this, predicts those to come"""
+
+SAVE_EVERY = 200
+"""the witness is saved after so many conformance cases, in case the device does not survive them"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,9 +55,11 @@ class Examination:
     backend: str
     config: RunConfig
     """the run whose loss curves are compared"""
-    controls: int = 8
+    minutes: float = 10.0
+    """a part that would probably end later is skipped"""
+    controls: int = 5
     op: str | None = None
-    """name of the only op to examine; None: all"""
+    """name of the only op in the conformance cases and measured ops; None: all"""
     preset: str = "glm4-34m"
     """the model whose training step is timed"""
     rounds: int = 10
@@ -51,100 +71,162 @@ class Examination:
         return ["float32", *half[:1]]
 
 
-class Findings:
-    """The results of the parts and the files of the archive."""
+class Evidence:
+    """The folder of an examination: the findings of its parts and their files."""
 
-    def __init__(self) -> None:
-        self.files: dict[str, bytes] = {}
+    def __init__(self, folder: Path, backend: Backend) -> None:
+        """Makes the folder. Raises GlmCoreError where it holds something."""
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise GlmCoreError(f"doctor: {folder} is not empty; pass a new folder as --out")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.backend = folder, backend
         self.parts: dict[str, dict[str, Any]] = {}
+        self.skipped: dict[str, str] = {}
+        self.witness: Witness = witness.new(backend)
 
-    def run(self, name: str, part: Callable[[], dict[str, Any]], progress: Progress) -> None:
-        """Runs one part. An exception is recorded with its traceback."""
-        progress(name)
+    def run(self, name: str, part: Callable[[], dict[str, Any]]) -> None:
+        """Runs one part and writes the summary. An exception is recorded with its traceback."""
         begin = time.perf_counter()
         try:
             result = part()
         except Exception as error:  # an unknown chip may fail in any way
-            self.files[f"{name}-traceback.txt"] = traceback.format_exc().encode()
+            self.add(f"{name}-traceback.txt", traceback.format_exc())
             result = {"ok": False, "error": f"{type(error).__name__}: {error}"}
         self.parts[name] = result | {"seconds": time.perf_counter() - begin}
+        self.write_summary(finished=False)
 
     def add(self, name: str, content: str) -> None:
-        """Adds a file to the archive."""
-        self.files[name] = content.encode()
+        """Writes a file."""
+        (self.folder / name).write_text(content, encoding="utf-8")
+
+    def add_conformance(self, name: str, report: Report) -> dict[str, Any]:
+        """Writes a conformance report and the witness. Returns the findings."""
+        self.add(f"{name}.json", json.dumps(report.to_json()))
+        self.add(f"{name}.html", render.page(report))
+        self.witness.keep_unsupported(report)
+        self.save_witness()
+        counts = {o: report.count(o) for o in ("pass", "fail", "unsupported", "xfail")}
+        return {"ok": report.ok, **counts, "failed": [r.id for r in report.failed]}
+
+    def save_witness(self) -> None:
+        """Writes the witness as it is so far."""
+        self.witness.save(self.folder / "witness.safetensors")
+
+    def write_summary(self, finished: bool) -> dict[str, Any]:
+        """Writes and returns the summary; `ok` is true where every part that was run is good."""
+        summary = {
+            "glm_core": __version__,
+            "backend": self.backend.name,
+            "device": {
+                "type": self.backend.device_type,
+                "name": witness.device_name(self.backend),
+                "memory_peak_bytes": self.backend.memory_peak_bytes(),
+            },
+            "verified": self.backend.verified,
+            "machine": machine(),
+            "parts": self.parts,
+            "skipped": self.skipped,
+            "finished": finished,
+            "ok": bool(self.parts) and all(part["ok"] for part in self.parts.values()),
+        }
+        self.add("summary.json", json.dumps(summary, indent=1, default=str))
+        return summary
 
 
 def examine(
     settings: Examination, out: Path, progress: Progress = lambda part: None
 ) -> dict[str, Any]:
-    """Writes the archive `out` and returns its summary; `ok` is true where every part's is. Calls
-    `progress` with each part's name. Raises BackendUnavailableError before anything runs."""
+    """Fills the folder `out` part by part, packs it into `out`.zip and returns the summary. A part
+    that would probably not end in time is skipped and named. Calls `progress` with each part's
+    name. Raises BackendUnavailableError, or GlmCoreError for a folder in use, before anything
+    runs."""
     backend = registry.usable(settings.backend)
-    findings = Findings()
-    findings.run("conformance", lambda: _conformance(settings, findings), progress)
-    findings.run("alignment", lambda: _alignment(settings, backend, findings), progress)
-    findings.run("utilisation", lambda: _utilisation(settings, backend, findings), progress)
-    summary = {
-        "glm_core": __version__,
-        "backend": settings.backend,
-        "device": _device(backend),
-        "verified": backend.verified,
-        "machine": machine(),
-        "parts": findings.parts,
-        "ok": all(part["ok"] for part in findings.parts.values()),
+    evidence = Evidence(out, backend)
+    end = time.perf_counter() + 60 * settings.minutes
+    parts: dict[str, Callable[[Examination, Evidence], dict[str, Any]]] = {
+        "conformance": _conformance,
+        "step": _step_calls,
+        "utilisation": _utilisation,
+        "alignment": _alignment,
+        "published": _published,
     }
-    findings.add("summary.json", json.dumps(summary, indent=1, default=str))
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in findings.files.items():
-            archive.writestr(name, content)
-    out.write_bytes(buffer.getvalue())
+    for name, part in parts.items():
+        needed, left = _expected_s(name, evidence), end - time.perf_counter()
+        if needed > left:
+            evidence.skipped[name] = f"needs about {needed:.0f} s, {max(left, 0):.0f} s were left"
+            continue
+        progress(name)
+        evidence.run(name, functools.partial(part, settings, evidence))
+    summary = evidence.write_summary(finished=True)
+    shutil.make_archive(str(out), "zip", out)
     return summary
 
 
-def _device(backend: Backend) -> dict[str, Any]:
-    """Returns the device's name and memory, as far as torch's module for it knows them."""
-    module = torch.get_device_module(backend.device_type)
-    get_name = getattr(module, "get_device_name", None)
-    return {
-        "type": backend.device_type,
-        "name": get_name() if get_name and backend.device_type != "cpu" else backend.device_type,
-        "memory_peak_bytes": backend.memory_peak_bytes(),
-    }
+def _expected_s(name: str, evidence: Evidence) -> float:
+    """Returns how long a part will take, if this machine goes on as it began."""
+    done = [n for n, part in evidence.parts.items() if "error" not in part]
+    expected = sum(EXPECTED_S[n] for n in done)
+    spent = sum(float(evidence.parts[n]["seconds"]) for n in done)
+    return EXPECTED_S[name] * (spent / expected if expected else 1.0)
 
 
-def _conformance(settings: Examination, findings: Findings) -> dict[str, Any]:
-    report = run(settings.backend, op=settings.op, real=settings.op is None)
-    findings.add("conformance.json", json.dumps(report.to_json()))
-    findings.add("conformance.html", render.page(report))
-    counts = {o: report.count(o) for o in ("pass", "fail", "unsupported", "xfail")}
-    return {"ok": report.ok, **counts, "failed": [r.id for r in report.failed]}
+def _conformance(settings: Examination, evidence: Evidence) -> dict[str, Any]:
+    """Runs the cases without the shapes of published models; saves the witness now and then."""
+
+    def save(number: int, total: int, id: str) -> None:
+        if number % SAVE_EVERY == SAVE_EVERY - 1:
+            evidence.save_witness()
+
+    keep = evidence.witness.keep
+    report = run(evidence.backend, op=settings.op, real=False, keep=keep, progress=save)
+    return evidence.add_conformance("conformance", report)
 
 
-def _alignment(settings: Examination, backend: Backend, findings: Findings) -> dict[str, Any]:
+def _step_calls(settings: Examination, evidence: Evidence) -> dict[str, Any]:
+    """Records a training step's op calls into the witness, and judges them."""
+    kept, backend = evidence.witness, evidence.backend
+    sampler = open_data(settings.config, ".cache")()
+    dtype = settings.dtypes(backend)[-1]
+    too_large = step_witness.record_step(kept, settings.config, dtype, sampler, backend)
+    evidence.save_witness()
+    findings = step_witness.judge(kept)
+    guilty = [str(f) for f in findings if f.ratio > 1]
+    facts = {"calls": len(kept.calls), "too_large": too_large, "guilty": guilty}
+    return {"ok": not guilty, "max_op_ratio": max(f.ratio for f in findings), **facts}
+
+
+def _published(settings: Examination, evidence: Evidence) -> dict[str, Any]:
+    """Runs the cases with the shapes of published models."""
+    backend, keep = evidence.backend, evidence.witness.keep
+    cases = [case for case in select(backend, op=settings.op) if case.sample.real]
+    results = [run_case(case, backend, keep=keep) for case in cases]
+    return evidence.add_conformance("published", Report(backend.name, results, machine()))
+
+
+def _alignment(settings: Examination, evidence: Evidence) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         result = align.run(
             settings.config,
             [settings.backend],
             out_dir=folder,
             controls=settings.controls,
-            dtypes=settings.dtypes(backend),
+            dtypes=settings.dtypes(evidence.backend),
         )
         align_report.write(result, Path(folder) / "alignment.html")
         for path in sorted(Path(folder).iterdir()):
             if path.is_file():
-                findings.files[path.name] = path.read_bytes()
+                shutil.copy(path, evidence.folder)
     verdicts = [pair.to_json() for pair in result.pairs]
     return {"ok": result.verdict == "aligned", "verdict": result.verdict, "pairs": verdicts}
 
 
-def _utilisation(settings: Examination, backend: Backend, findings: Findings) -> dict[str, Any]:
+def _utilisation(settings: Examination, evidence: Evidence) -> dict[str, Any]:
     """Measures ops on published shapes, and whole training steps, with their share of the device's
     peak."""
     rows = run(settings.backend, mode="perf", op=settings.op).results
-    findings.add("ops.json", json.dumps([{"id": r.id, **r.measured} for r in rows], default=str))
-    steps = {d: _step(settings, backend, d) for d in settings.dtypes(backend)}
-    findings.add("steps.json", json.dumps(steps))
+    evidence.add("ops.json", json.dumps([{"id": r.id, **r.measured} for r in rows], default=str))
+    steps = {d: _step(settings, evidence.backend, d) for d in settings.dtypes(evidence.backend)}
+    evidence.add("steps.json", json.dumps(steps))
     return {"ok": all(r.outcome != "fail" for r in rows), "steps": steps}
 
 

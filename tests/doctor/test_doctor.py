@@ -1,22 +1,28 @@
-"""`glm-core doctor --hardware`: one command, one file. Proven on the CPU with a small run; on every
-accelerator that is usable here it is the hardware test."""
+"""`glm-core doctor --hardware`: one command, one folder. Proven on the CPU with a small run; on
+every accelerator that is usable here it is the hardware test."""
 
 from __future__ import annotations
 
 import json
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from glm_core.backends import registry
 from glm_core.cli import main
 from glm_core.config import ModelConfig, RunConfig, from_dict
+from glm_core.conformance import witness
+from glm_core.conformance.case import Case
+from glm_core.conformance.oracle import Results
+from glm_core.conformance.witness import Witness
 from glm_core.doctor import examination
+from glm_core.errors import GlmCoreError
 from glm_core.model.glm import GLM
 
 MODEL = {"num_layers": 1, "hidden": 32, "num_heads": 2, "ffn": 48, "vocab": 512, "max_length": 256}
-PARTS = {"conformance", "alignment", "utilisation"}
+PARTS = ["conformance", "step", "utilisation", "alignment", "published"]
 
 
 @pytest.fixture
@@ -37,28 +43,38 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     )
 
 
-def examined(backend: str, config: RunConfig, folder: Path) -> dict[str, bytes]:
-    """Examines a backend and returns the files of the archive."""
+def examined(backend: str, config: RunConfig, out: Path, minutes: float = 60.0) -> dict[str, Any]:
+    """Examines a backend and returns the summary in the folder."""
     settings = examination.Examination(
-        backend=backend, config=config, controls=4, op="geglu", rounds=2
+        backend=backend, config=config, minutes=minutes, controls=4, op="geglu", rounds=2
     )
-    examination.examine(settings, folder / "doctor.zip")
-    with zipfile.ZipFile(folder / "doctor.zip") as archive:
-        return {name: archive.read(name) for name in archive.namelist()}
+    examination.examine(settings, out)
+    summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
+    return summary
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference:cpu"])
-def test_one_file_says_everything(backend: str, small: RunConfig, tmp_path: Path) -> None:
+def test_one_folder_says_everything(backend: str, small: RunConfig, tmp_path: Path) -> None:
     if not (state := registry.probe(backend)).ok:
         pytest.skip(state.reason)
-    files = examined(backend, small, tmp_path)
-    summary = json.loads(files["summary.json"])
+    out = tmp_path / "doctor"
+    summary = examined(backend, small, out)
     assert summary["ok"], json.dumps(summary["parts"])
-    assert set(summary["parts"]) == PARTS
+    assert summary["finished"]
+    assert (list(summary["parts"]), summary["skipped"]) == (PARTS, {})
     assert summary["parts"]["utilisation"]["steps"]["float32"]["tokens_s"] > 0
-    assert json.loads(files["conformance.json"])["failed"] == 0
-    assert {"conformance.html", "alignment.html", "ops.json", "steps.json"} <= set(files)
-    assert sum(name.endswith(".trace") for name in files) == 2
+    for part in ("conformance", "published"):
+        assert json.loads((out / f"{part}.json").read_text())["failed"] == 0
+    names = {p.name for p in out.iterdir()}
+    assert {"conformance.html", "alignment.html", "ops.json", "steps.json"} <= names
+    assert sum(name.endswith(".trace") for name in names) == 2
+    with zipfile.ZipFile(tmp_path / "doctor.zip") as archive:
+        assert names == set(archive.namelist()) - {"./"}
+    file = str(out / "witness.safetensors")
+    assert {id.split("-")[0] for id in witness.load(file).inputs} == {"geglu"}
+    assert len(witness.load(file).calls) == summary["parts"]["step"]["calls"] > 10
+    assert main(["conformance", "--witness", file]) == 0
+    assert main(["align", "witness", file]) == 0
 
 
 def test_a_part_that_fails_is_recorded_and_the_others_run(
@@ -68,12 +84,68 @@ def test_a_part_that_fails_is_recorded_and_the_others_run(
         raise RuntimeError("device lost")
 
     monkeypatch.setattr(GLM, "loss", broken)
-    files = examined("reference", small, tmp_path)
-    summary = json.loads(files["summary.json"])
+    summary = examined("reference", small, tmp_path / "doctor")
     assert not summary["ok"]
     assert summary["parts"]["conformance"]["ok"]
     assert "device lost" in summary["parts"]["alignment"]["error"]
-    assert b"broken" in files["alignment-traceback.txt"]
+    assert "broken" in (tmp_path / "doctor" / "alignment-traceback.txt").read_text()
+
+
+def test_a_run_that_is_cut_leaves_the_parts_before(
+    small: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(examination, "_utilisation", cut)
+    with pytest.raises(KeyboardInterrupt):
+        examined("reference", small, tmp_path / "doctor")
+    summary = json.loads((tmp_path / "doctor" / "summary.json").read_text())
+    assert (list(summary["parts"]), summary["finished"]) == (PARTS[:2], False)
+    assert witness.load(tmp_path / "doctor" / "witness.safetensors").calls
+
+
+def test_a_run_that_is_cut_among_the_cases_leaves_those_before(
+    tmp_path: Path, small: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[str] = []
+
+    def keep(self: Witness, case: Case, results: Results) -> None:
+        if len(kept) == 5:
+            raise KeyboardInterrupt
+        kept.append(case.id)
+        keep_one(self, case, results)
+
+    keep_one = Witness.keep
+    monkeypatch.setattr(Witness, "keep", keep)
+    monkeypatch.setattr(examination, "SAVE_EVERY", 2)
+    with pytest.raises(KeyboardInterrupt):
+        examined("reference", small, tmp_path / "doctor")
+    assert list(witness.load(tmp_path / "doctor" / "witness.safetensors").inputs) == kept[:5]
+
+
+def test_parts_that_would_not_fit_are_skipped_and_named(
+    small: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # conformance takes a second and not the expected microsecond, so a millisecond becomes minutes
+    expected = dict.fromkeys(PARTS, 1e-3) | {"conformance": 1e-6}
+    monkeypatch.setattr(examination, "EXPECTED_S", expected)
+    summary = examined("reference", small, tmp_path / "doctor", minutes=1.0)
+    assert list(summary["parts"]) == PARTS[:1]
+    assert list(summary["skipped"]) == PARTS[1:]
+    assert summary["skipped"]["step"].startswith("needs about ")
+
+
+def test_every_part_has_an_expected_time() -> None:
+    assert list(examination.EXPECTED_S) == PARTS
+    assert all(seconds > 0 for seconds in examination.EXPECTED_S.values())
+
+
+def test_a_folder_in_use_is_refused(small: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "doctor").mkdir()
+    (tmp_path / "doctor" / "summary.json").write_text("{}")
+    with pytest.raises(GlmCoreError, match="is not empty; pass a new folder as --out"):
+        examined("reference", small, tmp_path / "doctor")
 
 
 def test_usage_and_absent_devices(capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,5 +161,6 @@ def test_usage_and_absent_devices(capsys: pytest.CaptureFixture[str]) -> None:
 def test_on_hardware(backend: str, tmp_path: Path) -> None:
     if not (state := registry.probe(backend)).ok:
         pytest.skip(state.reason)
-    out = tmp_path / "doctor.zip"
-    assert main(["doctor", "--hardware", "--backend", backend, "--out", str(out)]) == 0
+    out = str(tmp_path / "doctor")
+    command = ["doctor", "--hardware", "--backend", backend, "--minutes", "60", "--out", out]
+    assert main(command) == 0

@@ -127,18 +127,23 @@ def test_a_run_that_is_cut_among_the_cases_leaves_those_before(
 def test_parts_that_would_not_fit_are_skipped_and_named(
     small: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # conformance takes a second and not the expected microsecond, so a millisecond becomes minutes
-    expected = dict.fromkeys(PARTS, 1e-3) | {"conformance": 1e-6}
+    assert list(examination.EXPECTED_S) == PARTS
+    expected = dict.fromkeys(PARTS, 61) | {"conformance": 59}
     monkeypatch.setattr(examination, "EXPECTED_S", expected)
     summary = examined("reference", small, tmp_path / "doctor", minutes=1.0)
     assert list(summary["parts"]) == PARTS[:1]
     assert list(summary["skipped"]) == PARTS[1:]
-    assert summary["skipped"]["step"].startswith("needs about ")
+    assert summary["skipped"]["step"].startswith("takes about 61 s, ")
 
 
-def test_every_part_has_an_expected_time() -> None:
-    assert list(examination.EXPECTED_S) == PARTS
-    assert all(seconds > 0 for seconds in examination.EXPECTED_S.values())
+def test_the_last_part_takes_the_time_that_is_left(
+    small: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(examination, "EXPECTED_S", dict.fromkeys(PARTS, 60) | {"published": -1e9})
+    summary = examined("reference", small, tmp_path / "doctor", minutes=0.0)
+    assert list(summary["parts"]) == ["published"]
+    assert len(summary["parts"]["published"]["not_run"]) > 2
+    assert summary["parts"]["published"]["pass"] == 0
 
 
 def test_a_folder_in_use_is_refused(small: RunConfig, tmp_path: Path) -> None:

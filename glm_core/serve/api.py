@@ -4,6 +4,7 @@ metrics."""
 from __future__ import annotations
 
 import json
+import reprlib
 import secrets
 import time
 import uuid
@@ -44,10 +45,7 @@ def _add_error_handlers(api: FastAPI) -> None:
 
     @api.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        message = "; ".join(
-            f"{'.'.join(map(str, e['loc'][1:])) or 'body'}: {e['msg']}" for e in error.errors()
-        )
-        return JSONResponse(error_body(message), 400)
+        return JSONResponse(error_body("; ".join(map(_sentence, error.errors()))), 400)
 
     @api.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:
@@ -64,21 +62,41 @@ def _add_error_handlers(api: FastAPI) -> None:
         return JSONResponse(error_body(str(error), "server_error"), 500)
 
 
+def _sentence(error: dict[str, Any]) -> str:
+    """Returns an error of the schema in our own words."""
+    field = ".".join(map(str, error["loc"][1:])) or "body"
+    match error["type"]:
+        case "missing":
+            return f"{field}: missing; give it"
+        case "extra_forbidden":
+            return f"{field}: unknown field; leave it out"
+        case "json_invalid":
+            return f"body: not JSON ({error['ctx']['error']}); send a JSON object"
+    fact = error["msg"].replace("Input should be", "must be")
+    return f"{field}: {fact}; received {reprlib.repr(error['input'])}"
+
+
 def _add_openai_routes(api: FastAPI, engine: Engine, limits: Limits) -> None:
     chat_model, started = engine.chat_model, int(time.time())
 
-    def require_model(body: OpenAIRequest) -> None:
-        if body.model != chat_model.name:
-            raise HTTPException(404, unknown("model", body.model, [chat_model.name]))
+    def require_model(name: str) -> None:
+        if name != chat_model.name:
+            raise HTTPException(404, unknown("model", name, [chat_model.name]))
+
+    entry = {"id": chat_model.name, "object": "model", "created": started, "owned_by": "glm-core"}
 
     @api.get("/v1/models")
     async def models() -> dict[str, Any]:
-        entry = {"id": chat_model.name, "object": "model", "created": started}
-        return {"object": "list", "data": [entry | {"owned_by": "glm-core"}]}
+        return {"object": "list", "data": [entry]}
+
+    @api.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        require_model(name)
+        return entry
 
     @api.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        require_model(body)
+        require_model(body.model)
         sampling = body.sampling(body.max_tokens, limits.max_tokens, chat_model.stop)
         prompt = chat_model.completion_prompt(body.prompt)
         reply = Reply(engine, request, prompt, sampling, body.stop_strings)
@@ -97,7 +115,7 @@ def _add_openai_routes(api: FastAPI, engine: Engine, limits: Limits) -> None:
 
     @api.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
-        require_model(body)
+        require_model(body.model)
         messages = [
             Message("system" if m.role == "developer" else m.role, m.text) for m in body.messages
         ]

@@ -32,7 +32,8 @@ class Limits:
 
 
 def error_body(message: str, kind: str = "invalid_request_error") -> dict[str, Any]:
-    """Returns OpenAI's error object."""
+    """Returns OpenAI's error object; half a surrogate pair in the message is escaped."""
+    message = message.encode(errors="backslashreplace").decode()
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 
@@ -51,8 +52,8 @@ class LimitsMiddleware:
 
         async def counted_send(event: Event) -> None:
             if event["type"] == "http.response.start":
-                known = scope.get("route") is not None
-                path = scope["path"] if known else "other"  # unknown paths would fill the memory
+                route = scope.get("route")  # a client's own paths would fill the memory
+                path = route.path if route else "other"
                 self._metrics.requests.labels(path, event["status"]).inc()
             await send(event)
 

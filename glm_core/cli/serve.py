@@ -61,11 +61,9 @@ def define(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serves until it is interrupted; exits 0, 2 on wrong usage."""
+    """Serves until SIGINT (Ctrl-C) or SIGTERM; exits 0 then, 2 on wrong usage."""
     try:
-        import uvicorn
-
-        from glm_core.serve import api
+        from glm_core.serve import server
         from glm_core.serve.limits import Limits
     except ImportError as error:
         raise GlmCoreError(
@@ -89,19 +87,21 @@ def run(args: argparse.Namespace) -> int:
             queue=args.queue,
             length=args.context,
         )
+        listening.listen()  # whoever reads the address may connect
         print(
             f"{engine.chat_model.name} on http://{args.host}:{listening.getsockname()[1]}, "
             f"{engine.slots} slots of {engine.length} tokens, cache "
             f"{engine.cache_bytes / 1e6:.1f} MB",
             file=sys.stderr,
         )
-        settings = uvicorn.Config(
-            api.app(engine, limits), log_level="warning", timeout_graceful_shutdown=5
-        )
+        if server.is_open(listening, limits):
+            print(
+                f"warning: {args.host} is not this machine alone, and there is no API key: whoever "
+                f"reaches it can use the model; set {environment.API_KEY}, or --host 127.0.0.1",
+                file=sys.stderr,
+            )
         try:
-            uvicorn.Server(settings).run(sockets=[listening])
-        except KeyboardInterrupt:
-            pass
+            server.Server(engine, limits).run(sockets=[listening])
         finally:
             engine.close()
     return 0

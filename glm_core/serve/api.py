@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from glm_core.errors import ConfigError, DataError, GlmCoreError, PromptError, unknown
 from glm_core.model.sample import Sampling
 from glm_core.pretrained.templates import Message
-from glm_core.serve.engine import BusyError, Engine
+from glm_core.serve.engine import BusyError, Engine, StoppedError
 from glm_core.serve.limits import Limits, LimitsMiddleware, error_body
 from glm_core.serve.page import PAGE
 from glm_core.serve.reply import Chunk, Reply
@@ -59,7 +59,8 @@ def _add_error_handlers(api: FastAPI) -> None:
             return JSONResponse(error_body(str(error), "rate_limit_error"), 429)
         if isinstance(error, PromptError | ConfigError | DataError):
             return JSONResponse(error_body(str(error)), 400)
-        return JSONResponse(error_body(str(error), "server_error"), 500)
+        status = 503 if isinstance(error, StoppedError) else 500
+        return JSONResponse(error_body(str(error), "server_error"), status)
 
 
 def _sentence(error: dict[str, Any]) -> str:

@@ -27,6 +27,13 @@ class BusyError(GlmCoreError):
     """All slots are taken and the queue is full."""
 
 
+class StoppedError(GlmCoreError):
+    """The engine is stopped; it completes no reply."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down; ask again when it is back")
+
+
 class Event(NamedTuple):
     """New tokens of a request since the last event."""
 
@@ -84,10 +91,13 @@ class Engine:
         self, prompt: Prompt, sampling: Sampling, deliver: Callable[[Event], None]
     ) -> Ticket:
         """Queues a request. `deliver` is called from the engine's thread. Raises PromptError for a
-        prompt that leaves no room for a reply, BusyError if the queue is full."""
+        prompt that leaves no room for a reply, BusyError if the queue is full, StoppedError after
+        `stop`."""
         self._decoder.runner.require_room(prompt)
         ticket = Ticket(prompt, sampling, deliver, time.perf_counter())
         with self._changed:
+            if self._stopping:
+                raise StoppedError
             idle = self.slots - len(self._running)
             if len(self._waiting) >= self.queue + idle:
                 raise BusyError(
@@ -118,11 +128,19 @@ class Engine:
         """Whether the thread that runs the model is alive."""
         return self._thread.is_alive()
 
-    def close(self) -> None:
-        """Stops the thread and cancels all requests."""
+    def stop(self) -> None:
+        """Ends all requests with an error at once, without waiting for the step under way, and
+        takes no more. A signal handler may call it: the lock is reentrant."""
         with self._changed:
             self._stopping = True
+            tickets = [*self._running, *self._waiting]
             self._changed.notify()
+        for ticket in tickets:
+            ticket.deliver(Event([], "error", StoppedError()))
+
+    def close(self) -> None:
+        """Stops, and waits for the thread."""
+        self.stop()
         self._thread.join()
 
     def _run(self) -> None:
@@ -133,8 +151,6 @@ class Engine:
                 except Exception as error:  # a bug must not leave all clients waiting
                     traceback.print_exc()
                     self._fail(error)
-        for ticket in [*self._running, *self._waiting]:
-            ticket.deliver(Event([], "cancelled"))
 
     def _step(self) -> None:
         self._admit()

@@ -12,6 +12,7 @@ PAGE = """<!doctype html>
               overflow-wrap: anywhere; }
   .user { background: #eef3fa; }
   .assistant { border-left: 3px solid #0b5cad; }
+  .lost { opacity: .5; }
   .error { color: #b00020; }
   form { display: flex; gap: .5rem; position: sticky; bottom: 0; background: #fff;
          padding: .5rem 0; }
@@ -37,7 +38,7 @@ PAGE = """<!doctype html>
 "use strict";
 const get = id => document.getElementById(id);
 const messages = [];
-let model = "", abort = null;
+let model = "", abort = null;  // abort: of the reply under way
 
 const headers = () => {
   const key = get("key").value;
@@ -53,26 +54,35 @@ const show = (kind, text) => {
   return box;
 };
 
+const gone = error => {
+  if (error.name === "AbortError") throw error;
+  throw new Error("the server does not answer; see that it runs, then send again");
+};
+
+async function request(path, more) {
+  const response = await fetch(path, { headers: headers(), signal: abort && abort.signal, ...more })
+    .catch(gone);
+  if (response.ok) return response;
+  const body = await response.json().catch(() => ({}));
+  throw new Error(body.error ? body.error.message : "the server answered " + response.status);
+}
+
 async function connect() {
-  const response = await fetch("/v1/models", { headers: headers() });
-  const body = await response.json();
-  if (!response.ok) throw new Error(body.error.message);
+  const body = await (await request("/v1/models")).json();
   model = body.data[0].id;
   get("model").textContent = model;
 }
 
 async function ask(box) {
-  abort = new AbortController();
-  const response = await fetch("/v1/chat/completions", {
-    method: "POST", headers: headers(), signal: abort.signal,
+  const response = await request("/v1/chat/completions", {
+    method: "POST",
     body: JSON.stringify({ model, messages, stream: true,
       temperature: Number(get("temperature").value), top_p: Number(get("top_p").value) }),
   });
-  if (!response.ok) throw new Error((await response.json()).error.message);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let left = ""; ;) {
-    const { done, value } = await reader.read();
-    if (done) return;
+    const { done, value } = await reader.read().catch(gone);
+    if (done) throw new Error("the reply broke off; send again");
     const lines = (left + value).split("\\n\\n");
     left = lines.pop();
     for (const line of lines) {
@@ -84,40 +94,53 @@ async function ask(box) {
   }
 }
 
+const busy = on => {
+  abort = on ? new AbortController() : null;
+  get("send").disabled = on;
+  get("stop").disabled = !on;
+};
+
 async function send(question) {
+  busy(true);
   messages.push({ role: "user", content: question });
-  show("user", question);
-  const box = show("assistant", "");
-  get("send").disabled = true;
-  get("stop").disabled = false;
+  const asked = show("user", question), box = show("assistant", "");
+  let state = "answered";
   try {
     if (!model) await connect();
     await ask(box);
-    messages.push({ role: "assistant", content: box.textContent });
-    document.body.dataset.state = "answered";
   } catch (error) {
-    if (error.name === "AbortError") messages.push({ role: "assistant", content: box.textContent });
-    else { messages.pop(); show("error", error.message); document.body.dataset.state = "failed"; }
+    state = error.name === "AbortError" ? "stopped" : "failed";
+    if (state === "failed") show("error", error.message);
   }
-  get("send").disabled = false;
-  get("stop").disabled = true;
+  if (!box.textContent) box.remove();
+  if (state === "answered" || (state === "stopped" && box.textContent))
+    messages.push({ role: "assistant", content: box.textContent });
+  else {  // the model has not seen this question
+    messages.pop();
+    for (const part of [asked, box]) part.classList.add("lost");
+    if (!get("question").value) get("question").value = question;
+  }
+  busy(false);
+  document.body.dataset.state = state;
 }
 
 get("form").addEventListener("submit", event => {
   event.preventDefault();
   const question = get("question").value.trim();
+  if (abort || !question) return;  // one question at a time
   get("question").value = "";
-  if (question) send(question);
+  send(question);
 });
 get("question").addEventListener("keydown", event => {
-  if (event.key === "Enter" && !event.shiftKey) {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
     event.preventDefault();
     get("form").requestSubmit();
   }
 });
 get("stop").addEventListener("click", () => abort && abort.abort());
 const question = new URLSearchParams(location.search).get("q");
-if (question) send(question); else connect().catch(() => {});
+if (question) send(question);
+else connect().catch(() => {});  // a key may be missing yet; a question shows it
 </script>
 </html>
 """

@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -146,4 +147,53 @@ def test_errors_and_the_key(serving: Any, browser: Browser) -> None:
         browser.run("get('key').value = 'secret'")
         ask(browser, "hello")
         browser.until("document.body.dataset.state === 'answered'")
+        browser.open("about:blank")
+
+
+def test_one_question_at_a_time(server: Any, browser: Browser) -> None:
+    """Enter while a reply streams sends nothing; the text stays where it is typed."""
+    browser.open(server.url)
+    browser.until("get('model').textContent === 'small'")
+    enter = "get('question').dispatchEvent(new KeyboardEvent('keydown', { key: 'Enter' }))"
+    browser.run(f"get('question').value = 'a'; {enter}; get('question').value = 'b'; {enter}; 0")
+    browser.until("document.body.dataset.state === 'answered'")
+    assert texts(browser, "user") == ["a"]
+    assert browser.run("get('question').value") == "b"
+    assert browser.run("messages.map(m => m.role)") == ["user", "assistant"]
+    browser.run(f"delete document.body.dataset.state; {enter}; 0")
+    browser.until("document.body.dataset.state === 'answered'")
+    assert texts(browser, "user") == ["a", "b"]
+
+
+def test_a_server_that_ends(serving: Any, browser: Browser) -> None:
+    """The error says what happened, no empty reply is left, and the question can be sent again."""
+    with serving() as served:
+        browser.open(served.url)
+        browser.until("get('model').textContent === 'small'")
+        served.engine.stop()
+        ask(browser, "a")
+        browser.until("document.body.dataset.state === 'failed'")
+    ask(browser, "b")
+    browser.until("document.body.dataset.state === 'failed'")
+    stopping, gone = texts(browser, "error")
+    assert stopping == "the server is shutting down; ask again when it is back"
+    assert gone == "the server does not answer; see that it runs, then send again"
+    assert texts(browser, "assistant") == []
+    assert browser.run("messages") == []
+    assert browser.run("get('question').value") == "b"
+    browser.open("about:blank")
+
+
+def test_a_stopped_reply_is_kept(serving: Any, browser: Browser) -> None:
+    with serving(max_tokens=480) as served:
+        step = served.engine._decoder.step
+        served.engine._decoder.step = lambda: (time.sleep(0.02), step())[1]
+        browser.open(served.url)
+        browser.until("get('model').textContent === 'small'")
+        ask(browser, "a")
+        browser.until("document.querySelector('.assistant').textContent")
+        browser.run("get('stop').click()")
+        browser.until("document.body.dataset.state === 'stopped'")
+        assert browser.run("messages.map(m => m.content)") == ["a", *texts(browser, "assistant")]
+        assert browser.run("get('send').disabled") is False
         browser.open("about:blank")

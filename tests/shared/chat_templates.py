@@ -186,7 +186,6 @@ OTHERS = {
     "mistral-system-last": """{%- if messages[0]["role"] == "system" %}
     {%- set system_message = messages[0]["content"] %}{%- set loop_messages = messages[1:] %}
 {%- else %}{%- set loop_messages = messages %}{%- endif %}
-{%- if not tools is defined %}{%- set tools = none %}{%- endif %}
 {%- set users = loop_messages | selectattr("role", "equalto", "user") | list %}
 {{- bos_token }}
 {%- for message in loop_messages %}
@@ -293,6 +292,7 @@ OTHERS = {
 {%- endfor -%}
 {%- if add_generation_prompt -%}<|im_start|>assistant{%- endif -%}""",
     "dict-and-items": (
+        "{% if documents is not none %}(documents){% endif %}"
         "{% set names = dict(user='Q', assistant='A', system='S') %}{% for m in messages %}"
         "{{ names[m['role']] }}: {% for k, v in m.items() %}{{ k }}={{ v }};{% endfor %}"
         "{{ eos_token if loop.last and not add_generation_prompt else pad_token }}{% endfor %}"

@@ -131,6 +131,38 @@ def test_an_index_of_another_generation(tmp_path: Path) -> None:
     refused(folder, "no weight_map")
 
 
+def test_the_newer_of_two_saves_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A single file beside the shards of an older save wins, as in transformers; both formats and
+    every way to shard. What is not read is named."""
+    folder = write(tmp_path / "c", "glm")
+    open_checkpoint(folder)
+    assert capsys.readouterr().err == ""
+    newer = {key: value + 1 for key, value in ranks_of("glm")[0].items()}
+    save_file(newer, folder / "model.safetensors")
+    for name in ("pytorch_model.bin", "mp_rank_00_model_states.pt"):
+        torch.save({"old": torch.ones(1)}, folder / name)
+    (folder / "pytorch_model.bin.index.json").write_text("{}")
+    (folder / "latest").write_text("1\n")
+    (folder / "1").mkdir()
+    torch.save(ranks_of("glm")[0], folder / "1/mp_rank_00_model_states.pt")
+    checkpoint = open_checkpoint(folder)
+    assert torch.equal(checkpoint.tensor("embedding"), newer["model.embed_tokens.weight"])
+    assert set(checkpoint.files.leftovers) == {
+        *(f"model-0000{i}-of-00002.safetensors" for i in (1, 2)),
+        *("model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
+        "mp_rank_00_model_states.pt",
+    }
+    said = capsys.readouterr().err
+    assert "reads model.safetensors, as transformers does; not read: " in said
+    assert "and 2 more (remove what is old)" in said
+
+
+def test_an_index_wins_over_another_format(tmp_path: Path) -> None:
+    folder = write(tmp_path / "c", "glm")
+    torch.save({"old": torch.ones(1)}, folder / "pytorch_model.bin")
+    assert open_checkpoint(folder).files.leftovers == ("pytorch_model.bin",)
+
+
 class Malice:
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, ("touch pwned",)
@@ -182,7 +214,7 @@ def test_no_glm(tmp_path: Path) -> None:
     refused(tmp_path, "holds no GLM", "gpt.wte.weight", "known: glm (")
     refused(tmp_path / "nothing", "no such file or folder")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "holds no checkpoint", "expected one of model.safetensors.index")
+    refused(tmp_path / "empty", "holds no checkpoint", "expected one of model.safetensors, ")
     (tmp_path / "empty/latest").write_text("../up")
     refused(tmp_path / "empty", "latest", "'../up', which is not beside it")
 

@@ -14,6 +14,7 @@ import math
 import pickle
 import re
 import struct
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,19 @@ from torch import Tensor
 
 from glm_core.errors import CheckpointError
 
+WEIGHTS = re.compile(
+    r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
+    r"|mp_rank_\d+_model_states\.pt"
+)
+"""names under which transformers, SAT and DeepSpeed save weights and their indexes"""
 RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-SINGLES = ("model.safetensors", "pytorch_model.bin")
+MAIN_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""the file that stands for a folder's whole model: the first one present, as in transformers"""
 CONFIGS = ("config.json", "model_config.json")
 LATEST = ("latest", "latest_checkpointed_iteration.txt")
 DTYPES = {
@@ -95,6 +106,8 @@ class CheckpointFiles:
     config: dict[str, Any]
     """content of config.json or model_config.json, empty if there is none"""
     config_file: Path | None
+    leftovers: tuple[str, ...] = ()
+    """weights in the same folder that are not read, such as those of an older save"""
 
 
 def scan(path: str | Path) -> CheckpointFiles:
@@ -105,15 +118,19 @@ def scan(path: str | Path) -> CheckpointFiles:
         raise CheckpointError(f"{path}: no such file or folder; give a checkpoint")
     ranks: tuple[dict[str, StoredTensor], ...]
     folders = [path if path.is_dir() else path.parent]
-    inner = _iteration(path)
+    inner = path if _main_file(path) else _iteration(path)
+    leftovers: tuple[str, ...] = ()
     if inner.is_file():
         ranks = (_table([inner]),)
     else:
         folders.insert(0, inner)
-        ranks = tuple(_table(files) for files in _rank_files(inner) or [_unsharded_files(inner)])
+        files = [_whole_files(inner)] if _main_file(inner) else _rank_files(inner)
+        files = files or [_whole_files(inner)]
+        ranks = tuple(map(_table, files))
+        leftovers = _leftovers(inner, {f.name for rank in files for f in rank})
     config_file = next((f / c for f in folders for c in CONFIGS if (f / c).is_file()), None)
     config = read_json(config_file) if config_file else {}
-    return CheckpointFiles(path, ranks, config, config_file)
+    return CheckpointFiles(path, ranks, config, config_file, leftovers)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -153,19 +170,36 @@ def _rank_files(folder: Path) -> list[list[Path]]:
     return [[by_rank[r]] for r in sorted(by_rank)]
 
 
-def _unsharded_files(folder: Path) -> list[Path]:
+def _main_file(folder: Path) -> Path | None:
+    """Returns the file that stands for the whole model, None if the folder has none."""
+    return next((folder / n for n in MAIN_FILES if (folder / n).is_file()), None)
+
+
+def _leftovers(folder: Path, read: set[str]) -> tuple[str, ...]:
+    """Returns the weights and indexes of a folder that are not read, and says so on stderr: they
+    may be what its owner meant."""
+    main = _main_file(folder)
+    others = [f for f in folder.iterdir() if WEIGHTS.fullmatch(f.name) and f != main]
+    names = tuple(sorted(f.name for f in others if f.name not in read))
+    if names and main is not None:
+        print(
+            f"{folder}: reads {main.name}, as transformers does; not read: {some(names)} "
+            "(remove what is old)",
+            file=sys.stderr,
+        )
+    return names
+
+
+def _whole_files(folder: Path) -> list[Path]:
     """Returns the files that together hold the whole model."""
-    for name in INDEXES:
-        if (folder / name).is_file():
-            return _indexed(folder / name)
-    for name in SINGLES:
-        if (folder / name).is_file():
-            return [folder / name]
+    main = _main_file(folder)
+    if main is not None:
+        return _indexed(main) if main.suffix == ".json" else [main]
     for pattern in ("*.safetensors", "*.bin", "*.pt"):
         if files := sorted(folder.glob(pattern)):
             return files
     raise CheckpointError(
-        f"{folder}: holds no checkpoint; expected one of {', '.join((*INDEXES, *SINGLES))}, "
+        f"{folder}: holds no checkpoint; expected one of {', '.join(MAIN_FILES)}, "
         "mp_rank_XX_model_states.pt, or a file `latest` that names a folder with these"
     )
 

@@ -83,9 +83,11 @@ class CausalModel(ChatModel):
     template: ChatTemplate
 
     def completion_prompt(self, text: str) -> Prompt:
-        """Returns the tokenizer's prefix and the text. Raises PromptError for an empty text."""
+        """Returns the text between the tokenizer's prefix and suffix. Raises PromptError for an
+        empty text."""
         _require_text(text)
-        return causal([*self.tokenizer.prefix, *self.tokenizer.encode(text)])
+        tokenizer = self.tokenizer
+        return causal([*tokenizer.prefix, *tokenizer.encode(text), *tokenizer.suffix])
 
     def chat_prompt(self, messages: Sequence[Message]) -> Prompt:
         """Returns the rendered template. Raises PromptError unless the last message is the user's,

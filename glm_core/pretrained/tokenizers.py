@@ -76,6 +76,12 @@ class ChatTokenizer(TextTokenizer, Protocol):
     """ids of the special tokens"""
     prefix: list[int]
     """ids that begin every prompt"""
+    suffix: list[int]
+    """ids that end every text to continue"""
+
+
+PROBES = ("a", "1", "好")
+"""texts that show what a post-processor puts around a text; a vocabulary knows one of them"""
 
 
 class FastTokenizer:
@@ -97,9 +103,20 @@ class FastTokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         self.special = {token.content: i for i, token in added.items() if token.special}
         self.vocab = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        self.prefix: list[int] = self._tokenizer.encode("").ids
+        self.prefix, self.suffix = self._around()
         self._lock = threading.Lock()
         """encode's setting belongs to the tokenizer, not to the call"""
+
+    def _around(self) -> tuple[list[int], list[int]]:
+        """Returns the ids that the post-processor puts before and after a text."""
+        for text in PROBES:
+            plain = self._tokenizer.encode(text, add_special_tokens=False).ids
+            whole = self._tokenizer.encode(text).ids
+            starts = range(len(whole) - len(plain) + 1)
+            begin = next((i for i in starts if whole[i : i + len(plain)] == plain), None)
+            if plain and begin is not None:
+                return whole[:begin], whole[begin + len(plain) :]
+        return self._tokenizer.encode("").ids, []
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text` without the prefix; special tokens that it spells stay text.
@@ -133,7 +150,7 @@ class ChatGLM2Tokenizer:
         names = CHATGLM2_SPECIAL + (ROLE_SPECIAL if roles else ())
         self.special = _special_ids(file, config, self._size, names, ("[gMASK]", "sop"))
         self.vocab = max(self.special.values()) + 1
-        self.prefix = [self.special["[gMASK]"], self.special["sop"]]
+        self.prefix, self.suffix = [self.special["[gMASK]"], self.special["sop"]], []
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text` without the prefix; special tokens that it spells stay text.
@@ -165,7 +182,7 @@ class GLM4Tokenizer:
         self.sha256 = hashlib.sha256(data).hexdigest()
         self.special = _special_ids(file, config, self._size, GLM4_SPECIAL, ("[gMASK]", "<sop>"))
         self.vocab = max(self.special.values()) + 1
-        self.prefix = [self.special["[gMASK]"], self.special["<sop>"]]
+        self.prefix, self.suffix = [self.special["[gMASK]"], self.special["<sop>"]], []
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text` without the prefix; special tokens that it spells stay text.

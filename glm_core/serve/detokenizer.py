@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 
 INCOMPLETE = "\ufffd"
 """what a tokenizer decodes from the first bytes of a character"""
-MAX_TOKENS_A_CHARACTER = 4
-"""tokens that one character can take when a tokenizer falls back to bytes"""
+CONTEXT_TOKENS = 4
+"""tokens that are decoded again with those after them: a decoder's text depends on what is before,
+such as the blank that it strips from the first word"""
 
 
 class Detokenizer:
@@ -27,9 +28,11 @@ class Detokenizer:
         self._strip_start = strip_start
         """until the first visible character"""
         self._ids: list[int] = []
-        """the latest tokens"""
-        self._num_decoded = 0
-        """tokens of `_ids` whose text is in `_held` or returned; they are kept as context"""
+        """the latest tokens; they begin with a character"""
+        self._ends = [0]
+        """places in `_ids` where a character ends with a token"""
+        self._num_known = 0
+        """characters of the text of `_ids` that are in `_held` or returned"""
         self._held = ""
         """decoded text that is not returned yet"""
         self.stopped = False
@@ -63,17 +66,24 @@ class Detokenizer:
         return text
 
     def _decode_new(self, last: bool) -> str:
-        """Returns the text of the tokens that are not decoded yet, empty while a character is
-        incomplete."""
-        before = self._decode(self._ids[: self._num_decoded])
+        """Returns the text that is known since the last call. Bytes at the end that are not a
+        character yet are kept back, however many tokens they take; with `last` they are text."""
         text = self._decode(self._ids)
-        num_new = len(self._ids) - self._num_decoded
-        if not last and text.endswith(INCOMPLETE) and num_new < MAX_TOKENS_A_CHARACTER:
-            return ""
-        if num_new:  # a decoder's text depends on the few tokens before
-            self._ids = self._ids[-MAX_TOKENS_A_CHARACTER:]
-        self._num_decoded = len(self._ids)
-        return text[len(before) :]
+        complete = text if last else text.rstrip(INCOMPLETE)
+        new, self._num_known = complete[self._num_known :], max(self._num_known, len(complete))
+        if new and complete == text:
+            self._forget()
+        return new
+
+    def _forget(self) -> None:
+        """Keeps the tokens that are needed as context of the next ones. A cut inside a character
+        would change the text of those that stay."""
+        self._ends.append(len(self._ids))
+        begin = max(end for end in self._ends if end <= max(len(self._ids) - CONTEXT_TOKENS, 0))
+        if begin:
+            self._ids = self._ids[begin:]
+            self._ends = [end - begin for end in self._ends if end >= begin]
+            self._num_known = len(self._decode(self._ids))
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -27,7 +27,13 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `onnx` is not
 
 from glm_core.export.write import export  # noqa: E402  # imports onnx
 
-FAMILY = [*((kind, {}) for kind in KINDS), ("glm-4", {"placement": "sandwich"})]
+YARN: dict[str, Any] = {
+    "rope_scaling": "yarn",
+    "rope_factor": 4.0,
+    "rope_original_length": 8,
+    "rope_attention_factor": 1.2,
+}
+FAMILY = [*((kind, {}) for kind in KINDS), ("glm-4", {"placement": "sandwich", **YARN})]
 EPS = torch.finfo(torch.float32).eps
 DOCS = Path(__file__).parents[2] / "docs/export.md"
 

@@ -99,6 +99,21 @@ def tokenizer_json() -> Any:
     return tokenizer
 
 
+def test_a_suffix_follows_the_text(published: tuple[Path, Any, Any]) -> None:
+    """What a post-processor puts behind a text comes behind it, as transformers encodes."""
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    folder, _, fast = published
+    names = ("[gMASK]", "<sop>", SPECIAL[0])
+    fast.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"[gMASK] <sop> $A {SPECIAL[0]}",
+        special_tokens=[(n, fast.convert_tokens_to_ids(n)) for n in names],
+    )
+    fast.save_pretrained(folder)
+    chat_model = from_path(folder)
+    for text in ("The fox", "你好"):
+        assert list(chat_model.completion_prompt(text).tokens) == fast(text).input_ids
+
+
 def test_tokens_of_transformers(published: tuple[Path, Any, Any]) -> None:
     """Prompts, stop tokens and greedy replies are equal; a stop token ends a reply early."""
     folder, model, fast = published

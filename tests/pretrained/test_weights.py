@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign import CONFIGS, STATES, ranks_of, weights, write
+from foreign import CONFIGS, STATES, L, ranks_of, weights, write
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -326,3 +326,18 @@ def test_refused_targets(tmp_path: Path) -> None:
     sat = open_checkpoint(write(tmp_path / "sat", "glm-130b"))
     with pytest.raises(CheckpointError, match="3 tensor-parallel ranks do not divide num_heads=8"):
         convert(sat, tmp_path / "to", target("glm-130b", num_ranks=3))
+
+
+@pytest.mark.parametrize("name", ["chatglm-6b", "sat-chatglm-6b", "glm-130b", "chatglm2"])
+def test_frequencies_are_those_of_the_authors_code(tmp_path: Path, name: str) -> None:
+    """modeling_chatglm.py of ChatGLM-6B and SAT round them to float16; ChatGLM2 does not."""
+    model = open_checkpoint(write(tmp_path / "c", name)).load(torch.float32)
+    c = model.config
+    dim = c.head_dim // 2 if c.positions == "rope_2d" or name == "chatglm2" else c.head_dim
+    inverse = 1.0 / (c.rope_base ** (torch.arange(0, dim, 2).float() / dim))
+    if name != "chatglm2":
+        assert not torch.equal(inverse, inverse.half().float())
+        inverse = inverse.half().float()
+    positions = torch.arange(L).expand(1, 2, L)
+    cos, _ = model.rotary(positions)
+    assert torch.equal(cos[0, :, 0], torch.outer(torch.arange(L).float(), inverse).cos())

@@ -150,7 +150,8 @@ class ChatGLM2Tokenizer:
         names = CHATGLM2_SPECIAL + (ROLE_SPECIAL if roles else ())
         self.special = _special_ids(file, config, self._size, names, ("[gMASK]", "sop"))
         self.vocab = max(self.special.values()) + 1
-        self.prefix, self.suffix = [self.special["[gMASK]"], self.special["sop"]], []
+        self.prefix = [self.special["[gMASK]"], self.special["sop"]]
+        self.suffix: list[int] = []
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text` without the prefix; special tokens that it spells stay text.
@@ -182,7 +183,8 @@ class GLM4Tokenizer:
         self.sha256 = hashlib.sha256(data).hexdigest()
         self.special = _special_ids(file, config, self._size, GLM4_SPECIAL, ("[gMASK]", "<sop>"))
         self.vocab = max(self.special.values()) + 1
-        self.prefix, self.suffix = [self.special["[gMASK]"], self.special["<sop>"]], []
+        self.prefix = [self.special["[gMASK]"], self.special["<sop>"]]
+        self.suffix: list[int] = []
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text` without the prefix; special tokens that it spells stay text.

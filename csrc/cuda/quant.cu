@@ -33,7 +33,7 @@ __device__ inline void weights(const Codes& w, int64_t f, int64_t i, float (&out
 
 // Each block computes one output of a few rows.
 template <class X, class T, int BITS, int V>
-__global__ void few_rows(QuantizedRows<X, T> a) {
+__global__ void __launch_bounds__(max_threads) few_rows(QuantizedRows<X, T> a) {
   constexpr int A = V < wide<X> ? 1 : wide<X>;
   const int64_t f = blockIdx.x, first = int64_t(blockIdx.y) * rows_at_once;
   const int rows = int(a.rows - first < rows_at_once ? a.rows - first : rows_at_once);
@@ -41,12 +41,14 @@ __global__ void few_rows(QuantizedRows<X, T> a) {
   for (int64_t i = int64_t(threadIdx.x) * V; i < a.w.width; i += int64_t(blockDim.x) * V) {
     float w[V], x[V];
     weights<BITS, V>(a.w, f, i, w);
-    for (int r = 0; r < rows; ++r) {
+    for (int r = 0; r < rows_at_once; ++r) {  // all of them: the sums stay in registers
+      if (r >= rows) break;
       take<V, A>(a.x + (first + r) * a.w.width + i, x);
       for (int j = 0; j < V; ++j) sum[r] = fmaf(x[j], w[j], sum[r]);
     }
   }
-  for (int r = 0; r < rows; ++r) {
+  for (int r = 0; r < rows_at_once; ++r) {
+    if (r >= rows) break;
     const float total = block_sum(sum[r]);
     if (threadIdx.x != 0) continue;
     from_float(total + (a.bias ? to_float(a.bias[f]) : 0.0f), a.y[(first + r) * a.w.outputs + f]);

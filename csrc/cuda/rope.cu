@@ -52,10 +52,9 @@ __global__ void turn_rows(Rope<T> a) {
     const T* x = a.x + b * a.stride_b + l * a.stride_l + h * a.stride_h;
     T* y = a.y + (row * a.heads + h) * a.width;
     if (k >= turned) {
-      float rest[passing];
+      using Rest = Pack<T, passing>;
       const int at = 2 * pairs + (k - turned) * passing;
-      take(x + at, rest);
-      give(y + at, rest);
+      *reinterpret_cast<Rest*>(y + at) = *reinterpret_cast<const Rest*>(x + at);
       continue;
     }
     const int pair = k * V, section = pair / int(a.pairs), p = pair % int(a.pairs);

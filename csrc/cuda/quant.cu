@@ -33,7 +33,7 @@ __device__ inline void weights(const Codes& w, int64_t f, int64_t i, float (&out
 
 // Each block computes one output of a few rows.
 template <class X, class T, int BITS, int V>
-__global__ void __launch_bounds__(max_threads) few_rows(QuantizedRows<X, T> a) {
+__global__ void __launch_bounds__(max_threads, 1) few_rows(QuantizedRows<X, T> a) {
   constexpr int A = V < wide<X> ? 1 : wide<X>;
   const int64_t f = blockIdx.x, first = int64_t(blockIdx.y) * rows_at_once;
   const int rows = int(a.rows - first < rows_at_once ? a.rows - first : rows_at_once);

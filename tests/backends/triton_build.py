@@ -1,12 +1,16 @@
 """Builds the Triton kernels ahead of time for devices that are not here: `python
-triton_build.py` prints {target: {kernel: bytes of machine code}}."""
+triton_build.py` prints {target: {kernel: [bytes of machine code, faults found in it]}}."""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
+import machine_code
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -46,24 +50,43 @@ KERNELS: dict[Any, dict[str, Any]] = {
 }
 
 
-def size(kernel: Any, constants: dict[str, Any], target: tuple[Any, ...], half: str) -> int:
-    """Returns the bytes of a kernel's machine code, with tensors in `half`."""
+def built(
+    kernel: Any, constants: dict[str, Any], target: tuple[Any, ...], half: str
+) -> tuple[int, list[str]]:
+    """Returns the bytes of a kernel's machine code, with tensors in `half`, and its faults."""
     names = kernel.arg_names
     signature = {
         n: "constexpr" if n in constants else NUMBERS.get(n) or POINTERS.get(n, half) for n in names
     }
     made = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget(*target))
-    return len(made.asm["cubin" if target[0] == "cuda" else "hsaco"])
+    if target[0] == "cuda":
+        return len(made.asm["cubin"]), nvidia_faults(made.asm["cubin"])
+    return len(made.asm["hsaco"]), amd_faults(made.asm["amdgcn"])
+
+
+def nvidia_faults(cubin: bytes) -> list[str]:
+    """Returns what machine_code finds fault with."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        return machine_code.faults(machine_code.cuda_kernels(path))
+
+
+def amd_faults(assembly: str) -> list[str]:
+    """Returns stores of bytes and spilled registers. Triton reaches tensors by buffer
+    instructions, which are scratch memory in kernels of hipcc, so its metadata is read."""
+    spilled = re.findall(r"vgpr_spill_count: *[1-9]\d*", assembly)
+    return spilled + re.findall(r"\w+_store_byte\w*", assembly)
 
 
 def main() -> None:
-    """Returns bfloat16, or float16 where the chip has no bfloat16."""
+    """Prints what was built, in float16 for one chip of each kind and in bfloat16 for others."""
     found = {}
     release = tuple(map(int, triton.__version__.split(".")[:2]))
     for target in (t for t, since in TARGETS.items() if release >= since):
-        half = "*fp16" if target[1] == "gfx906" else "*bf16"
+        half = "*fp16" if target[1] in (80, "gfx906") else "*bf16"
         found[f"{target[0]}-{target[1]}"] = {
-            kernel.__name__: size(kernel, constants, target, half)
+            kernel.__name__: built(kernel, constants, target, half)
             for kernel, constants in KERNELS.items()
         }
     json.dump(found, sys.stdout)

@@ -62,5 +62,6 @@ if [ "$sources" != "$(cat "$root/built_from" 2>/dev/null)" ]; then
   inside sh -c 'cd /glm_core && CXX=$0 CC=$0 GLM_CORE_BUILD=cpu python -m pip install -q --no-build-isolation --no-deps .' $triple-g++
   echo "$sources" >"$root/built_from"
 fi
+cp -rLT "$root/glm_core/glm_core" "$packages/glm_core" # Python's files as they are now, beside what was compiled
 [ $# -gt 0 ] || set -- python -m glm_core.cli conformance --backend cpu
 inside "$@"

@@ -258,6 +258,7 @@ def test_no_glm(tmp_path: Path) -> None:
             "quantization_config is {'bits': 4}, only None",
         ),
         ("chatglm2", {"original_rope": False}, "original_rope is False, only True is known"),
+        ("chatglm2", {"multi_query_attention": None}, "multi_query_attention is False, only True"),
         ("chatglm2", {"fp32_residual_connection": True}, "fp32_residual_connection is True"),
         ("chatglm-6b", {"pre_seq_len": 128}, "pre_seq_len is 128"),
         ("glm-block", {"window": 3}, "unknown keys that may change the result: window=3"),
@@ -272,6 +273,40 @@ def test_configs(tmp_path: Path, name: str, change: dict[str, Any], message: str
     folder = write(tmp_path / "c", name)
     edit(folder / "config.json", **change)
     refused(folder, message)
+
+
+PUBLISHED = {
+    "chatglm2": """add_bias_linear add_qkv_bias=true apply_query_key_layer_scaling=true
+    apply_residual_connection_post_layernorm attention_dropout=0.0 attention_softmax_in_fp32=true
+    bias_dropout_fusion=true classifier_dropout=null ffn_hidden_size=13696
+    fp32_residual_connection hidden_dropout=0.0 hidden_size=4096 kv_channels=128
+    layernorm_epsilon=1.5625e-07 multi_query_attention=true multi_query_group_num=2
+    num_attention_heads=32 num_hidden_layers=40 num_layers=40 original_rope=true
+    padded_vocab_size=151552 post_layer_norm=true pre_seq_len=null prefix_projection
+    quantization_bit=0 rmsnorm=true rope_ratio=500 seq_length=131072 tie_word_embeddings
+    torch_dtype="bfloat16" transformers_version="4.42.4" use_cache=true vocab_size=151552""",
+    "chatglm-6b": """bos_token_id=130004 gmask_token_id=130001 hidden_size=4096 use_cache=true
+    inner_hidden_size=16384 layernorm_epsilon=1e-05 mask_token_id=130000 max_sequence_length=2048
+    num_attention_heads=32 num_layers=28 pad_token_id=3 position_encoding_2d=true pre_seq_len=null
+    prefix_projection quantization_bit=0 torch_dtype="float16" vocab_size=130528""",
+    "glm-block": """attention_dropout_prob=0.1 attention_scale=1.0 block_position_encoding=true
+    checkpoint_activations checkpoint_num_layers=1 embedding_dropout_prob=0.1 hidden_size=4096
+    initializer_range=0.02 max_sequence_length=1024 num_attention_heads=64 num_layers=48
+    output_dropout_prob=0.1 output_predict=true parallel_output=true pool_token="cls"
+    relative_encoding spell_func="lstm" spell_length=null vocab_size=50304""",
+    "sat-chatglm-6b": """tokenizer_type="x" num_layers=28 hidden_size=4096 num_attention_heads=32
+    vocab_size=130528 layernorm_order="post" model_parallel_size=1 max_sequence_length=2048
+    inner_hidden_size=16384 layernorm_epsilon=1e-05 position_encoding_2d=true skip_init=true
+    hidden_dropout=0.1 use_gpu_initialization=true eos_token_id=130005""",
+}
+"""the keys of published configs, GLM-4-9B-chat's first; one without a value is false"""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_have_no_unknown_key(name: str) -> None:
+    pairs = (entry.partition("=") for entry in PUBLISHED[name].split())
+    values = {key: json.loads(value or "false") for key, _, value in pairs}
+    assert read_config(find_layout(name), values, Path("config.json")).hidden == 4096
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)

@@ -57,7 +57,8 @@ def _foreign_keys(layout: Layout, theirs: dict[str, Any]) -> list[str]:
     """Returns a message for each key whose value belongs to another architecture."""
     expected = {k: v for k, v in layout.header.items() if k != "architectures"}
     expected |= {**keys.DISABLED, **layout.required}
-    values = {key: (_get(theirs, key), _choices(v)) for key, v in expected.items()}
+    given = {**layout.left_out, **theirs}
+    values = {key: (_get(given, key), _choices(v)) for key, v in expected.items()}
     return [
         f"{key} is {value!r}, only {' or '.join(map(repr, allowed))} is known"
         for key, (value, allowed) in values.items()

@@ -27,16 +27,18 @@ _DROPOUT = """attention_dropout hidden_dropout dropout embedding_dropout drop_pa
 attention_dropout_prob embedding_dropout_prob output_dropout_prob hidden_dropout_prob"""
 COMMON = frozenset(f"{_TOKENS} {_GENERATION} {_PROVENANCE} {_DROPOUT}".split())
 """keys of every layout: token ids, generation's defaults, where a file comes from, and dropout"""
-_SHARDS = "model_parallel_size skip_init use_gpu_initialization"
+_SHARDS = """model_parallel_size skip_init use_gpu_initialization make_vocab_size_divisible_by
+checkpoint_activations checkpoint_num_layers checkpoint_skip_layers fp16 bf16"""
 _PER_LAYOUT = {
     "glm": "initializer_range",
     "glm4": "initializer_range",
     # three ways to compute the same, and sizes that other keys give too
     "chatglm2": """bias_dropout_fusion attention_softmax_in_fp32 apply_query_key_layer_scaling
-    interleaved_qkv vocab_size num_hidden_layers use_flash_attn""",
+    vocab_size num_hidden_layers use_flash_attn""",
     # recomputation in training, and heads that a language model does not use
     "glm-block": """initializer_range checkpoint_activations checkpoint_num_layers parallel_output
-    output_predict pool_token spell_length spell_func max_memory_length""",
+    output_predict pool_token spell_length spell_func max_memory_length
+    use_scaled_init_for_output_weights""",
     "glm-130b": _SHARDS,
     "sat-chatglm-6b": _SHARDS,
 }
@@ -56,8 +58,13 @@ DISABLED: dict[str, Any] = {
     "prefix_projection": False,
     "fp32_residual_connection": False,
     "sparse_attention": False,
+    "interleaved_qkv": False,
+    "rotary_percent": 0.5,  # CodeGeeX2's, a ChatGLM2
+    "sandwich_ln": False,
+    "num_multi_query_heads": 0,
+    "no_glu": False,
 }
-"""keys of features that no layout has, with the values that switch them off"""
+"""keys of features that no layout has, with the values that change nothing"""
 
 
 def neutral(layout: str, key: str) -> bool:

@@ -83,6 +83,9 @@ class Layout:
     required: dict[str, Any] = dataclasses.field(default_factory=dict)
     """their keys that must have this value, or one of a tuple, if they are present; the first is
     written too"""
+    left_out: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """what the authors' code takes for a required key that is left out, where that is another
+    value"""
     rope_table: bool = False
     """whether the rotation is described as in transformers, by `rope_parameters`"""
     header: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -263,6 +266,7 @@ LAYOUTS = (
             "original_rope": True,
             "tie_word_embeddings": False,
         },
+        left_out={"multi_query_attention": False},
         header={"architectures": ["ChatGLMModel"], "model_type": "chatglm"},
     ),
     Layout(
@@ -274,7 +278,7 @@ LAYOUTS = (
         quantized=True,
         fields=_SAT_FIELDS,
         fixed={**_DEEPNORM, "activation": "geglu", "positions": "rope"},
-        required={"layernorm_order": "post"},
+        required={"layernorm_order": "post", "position_encoding_2d": False},
         header={"model_class": "GLM130B"},
     ),
     Layout(
@@ -296,6 +300,7 @@ LAYOUTS = (
         sharded=True,
         fields=_SAT_FIELDS,
         fixed=_CHATGLM,
+        required={"layernorm_order": "post", "position_encoding_2d": True},
         header={"model_class": "ChatGLMModel"},
     ),
     Layout(
@@ -326,6 +331,7 @@ LAYOUTS = (
             "block_position_encoding": True,
             "relative_encoding": False,
             "attention_scale": 1.0,
+            "layernorm_epsilon": 1e-5,
         },
         header={"architectures": ["GLMModel"], "model_type": "glm"},
     ),

@@ -65,9 +65,9 @@ def grad_rows(
     start, end = intervals(key_start + b * queries, key_end + b * queries, i, keys)
     low = tl.min(tl.where(end > 0, start, keys), 0)
     high = tl.max(end, 0)
-    at_q = q + b * q_b + i.to(tl.int64) * q_l + head * q_h
+    at_q = q + b * q_b + i.to(tl.int64) * q_l + head.to(tl.int64) * q_h
     mine = load_rows(at_q, 0, EP, E)
-    at_d = dy + b * d_b + i.to(tl.int64) * d_l + head * d_h
+    at_d = dy + b * d_b + i.to(tl.int64) * d_l + head.to(tl.int64) * d_h
     d = load_rows(at_d, 0, EP, E)
     out = ((b * queries + i) * kv_heads * group + head)[:, None] * E + e[None, :]
     result = tl.load(y + out, mask=column, other=0.0)
@@ -76,8 +76,9 @@ def grad_rows(
     tl.store(deltas + at, delta, mask=stored)
     top = tl.load(tops + at)
     share = tl.load(shares + at)
-    k += b * k_b + bk % kv_heads * k_h
-    v += b * v_b + bk % kv_heads * v_h
+    h = (bk % kv_heads).to(tl.int64)
+    k += b * k_b + h * k_h
+    v += b * v_b + h * v_h
     acc = tl.zeros((BM, EP), tl.float32)
     for n in range(low, high, BN):
         j = n + tl.arange(0, BN)
@@ -140,7 +141,7 @@ def grad_keys(
     low = tl.program_id(0) % blocks * BN
     bk = tl.program_id(0) // blocks
     b = (bk // kv_heads).to(tl.int64)
-    h = bk % kv_heads
+    h = (bk % kv_heads).to(tl.int64)
     key_start += b * queries
     key_end += b * queries
     first = tl.full((), 0, tl.int32) + queries

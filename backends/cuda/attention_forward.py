@@ -143,10 +143,11 @@ def attend_rows(
         share = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), splits), BN) * BN
         low += tl.program_id(1) * share
         high = tl.minimum(high, low + share)
-    at_q = q + b * q_b + i.to(tl.int64) * q_l + head * q_h
+    at_q = q + b * q_b + i.to(tl.int64) * q_l + head.to(tl.int64) * q_h
     mine = load_rows(at_q, 0, EP, E)
-    k += b * k_b + bk % kv_heads * k_h
-    v += b * v_b + bk % kv_heads * v_h
+    h = (bk % kv_heads).to(tl.int64)
+    k += b * k_b + h * k_h
+    v += b * v_b + h * v_h
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, EP), tl.float32)

@@ -27,7 +27,7 @@ SCAN = 1024
 """intervals that `grad_keys` looks at in one step"""
 JOINED = 16
 """splits that `join_splits` adds in one step"""
-FMA_COLUMNS = 32
+COLUMNS = {"fma": 32, "valu": 16}
 """columns of a product's factors that are read at a time where there are no tensor cores"""
 
 
@@ -55,14 +55,30 @@ CUTS: dict[str, dict[str, dict[int, Cut]]] = {
     "mfma": {
         "attend_rows": {64: Cut(128, 64, 4, 1), 128: Cut(128, 32, 4, 1), 256: Cut(64, 32, 4, 1)},
         "few_rows": {256: Cut(16, 64, 4, 1)},
-        "grad_rows": {128: Cut(64, 64, 4, 1), 256: Cut(64, 32, 4, 1)},
+        "grad_rows": {128: Cut(64, 64, 4, 1), 256: Cut(16, 32, 4, 1)},
         "grad_keys": {128: Cut(32, 64, 4, 1), 256: Cut(16, 32, 4, 1)},
     },
     "fma": {
+        "attend_rows": {
+            32: Cut(64, 32, 8, 1),
+            64: Cut(32, 16, 4, 1),
+            128: Cut(32, 32, 4, 1),
+            256: Cut(64, 32, 8, 1),
+        },
+        "few_rows": {64: Cut(16, 64, 4, 1), 256: Cut(16, 32, 4, 1)},
+        "grad_rows": {
+            16: Cut(32, 32, 8, 1),
+            32: Cut(32, 32, 4, 1),
+            128: Cut(32, 32, 8, 1),
+            256: Cut(16, 32, 4, 1),
+        },
+        "grad_keys": {32: Cut(32, 32, 8, 1), 128: Cut(16, 32, 8, 1), 256: Cut(16, 16, 8, 1)},
+    },
+    "valu": {
         "attend_rows": {128: Cut(32, 16, 4, 1), 256: Cut(16, 16, 4, 1)},
         "few_rows": {128: Cut(16, 32, 4, 1), 256: Cut(16, 16, 4, 1)},
-        "grad_rows": {128: Cut(32, 32, 8, 1), 256: Cut(16, 16, 4, 1)},
-        "grad_keys": {128: Cut(16, 32, 8, 1), 256: Cut(16, 16, 8, 1)},
+        "grad_rows": {128: Cut(16, 32, 4, 1), 256: Cut(16, 16, 4, 1)},
+        "grad_keys": {128: Cut(16, 16, 4, 1), 256: Cut(8, 16, 4, 1)},
     },
 }
 """kind of multiplier -> kernel -> largest head size -> cut. `few_rows` is `attend_rows` where a kv
@@ -93,9 +109,9 @@ def _factor(scale: float) -> float:
 @functools.cache
 def _family(device: torch.device, itemsize: int) -> str:
     """Returns which entry of CUTS serves the device: `mma` for NVIDIA's tensor cores, `mfma` for
-    AMD's, `fma` where there are none for the dtype."""
+    AMD's, `fma` and `valu` where there are none for the dtype."""
     if torch.version.hip:
-        return "mfma" if probe.architecture(device.index or 0) in MATRIX_CORES else "fma"
+        return "mfma" if probe.architecture(device.index or 0) in MATRIX_CORES else "valu"
     return "mma" if itemsize < 4 else "fma"
 
 
@@ -128,7 +144,7 @@ class Call(NamedTuple):
             "BN": cut.keys,
             "E": self.e,
             "EP": width,
-            "CHUNK": min(width, FMA_COLUMNS) if self.family == "fma" else width,
+            "CHUNK": min(width, COLUMNS.get(self.family, width)),
             "num_warps": cut.warps,
             "num_stages": cut.stages,
         }

@@ -27,7 +27,7 @@ SCAN = 1024
 """intervals that `grad_keys` looks at in one step"""
 JOINED = 16
 """splits that `join_splits` adds in one step"""
-COLUMNS = {"fma": 32, "valu": 16}
+COLUMNS = {"fma": 32, "vector": 16}
 """columns of a product's factors that are read at a time where there are no tensor cores"""
 
 
@@ -50,7 +50,7 @@ CUTS: dict[str, dict[str, dict[int, Cut]]] = {
         },
         "few_rows": {64: Cut(16, 128, 4, 3), 128: Cut(16, 64, 4, 3), 256: Cut(16, 32, 4, 3)},
         "grad_rows": {64: Cut(128, 64, 8, 2), 128: Cut(64, 64, 8, 2), 256: Cut(32, 32, 8, 2)},
-        "grad_keys": {32: Cut(64, 128, 8, 2), 128: Cut(64, 64, 8, 2), 256: Cut(32, 32, 8, 2)},
+        "grad_keys": {32: Cut(64, 128, 8, 2), 128: Cut(64, 32, 8, 2), 256: Cut(32, 32, 8, 2)},
     },
     "mfma": {
         "attend_rows": {64: Cut(128, 64, 4, 1), 128: Cut(128, 32, 4, 1), 256: Cut(64, 32, 4, 1)},
@@ -74,7 +74,7 @@ CUTS: dict[str, dict[str, dict[int, Cut]]] = {
         },
         "grad_keys": {32: Cut(32, 32, 8, 1), 128: Cut(16, 32, 8, 1), 256: Cut(16, 16, 8, 1)},
     },
-    "valu": {
+    "vector": {
         "attend_rows": {128: Cut(32, 16, 4, 1), 256: Cut(16, 16, 4, 1)},
         "few_rows": {128: Cut(16, 32, 4, 1), 256: Cut(16, 16, 4, 1)},
         "grad_rows": {128: Cut(16, 32, 4, 1), 256: Cut(16, 16, 4, 1)},
@@ -109,9 +109,9 @@ def _factor(scale: float) -> float:
 @functools.cache
 def _family(device: torch.device, itemsize: int) -> str:
     """Returns which entry of CUTS serves the device: `mma` for NVIDIA's tensor cores, `mfma` for
-    AMD's, `fma` and `valu` where there are none for the dtype."""
+    AMD's, `fma` and `vector` where there are none for the dtype."""
     if torch.version.hip:
-        return "mfma" if probe.architecture(device.index or 0) in MATRIX_CORES else "valu"
+        return "mfma" if probe.architecture(device.index or 0) in MATRIX_CORES else "vector"
     return "mma" if itemsize < 4 else "fma"
 
 

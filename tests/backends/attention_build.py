@@ -1,8 +1,7 @@
 """Builds attention's Triton kernels ahead of time as they would be launched: `python
-attention_build.py cuda-90,hip-gfx90a 128,33 float32,bfloat16` prints per target, dtype, head size
-and kernel the registers, the bytes of memory shared and spilled, and the SCALARS that may lead to
-another compilation. Without arguments: all targets that this Triton knows, and sizes and dtypes
-for every cut."""
+attention_build.py cuda-90,hip-gfx90a 128,33 float32,bfloat16` prints the registers and the bytes
+shared and spilled per target, dtype, head size and kernel, and the parameters that are data.
+Without arguments: all targets that this Triton knows, with sizes and dtypes for every cut."""
 
 from __future__ import annotations
 
@@ -42,7 +41,7 @@ def family(target: str, dtype: str) -> str:
     """Returns the entry of CUTS that serves a target."""
     if target.startswith("cuda"):
         return "fma" if dtype == "float32" else "mma"
-    return "mfma" if target[4:] in launch.MATRIX_CORES else "valu"
+    return "mfma" if target[4:] in launch.MATRIX_CORES else "vector"
 
 
 def signature(kernel: Any, constants: dict[str, Any], pointer: str) -> tuple[Any, Any]:
@@ -104,17 +103,15 @@ def build(name: str, target: str, dtype: str, e: int) -> dict[str, int]:
     return {**used, "shared_bytes": made.metadata.shared}
 
 
-def scalars() -> list[str]:
-    """Returns the parameters that are compiled in or whose values may be."""
-    return sorted(
-        {p.name for k, _ in KERNELS.values() for p in k.params if not p.do_not_specialize}
-    )
+def data() -> list[str]:
+    """Returns the parameters whose values lead to no other compilation."""
+    return sorted({p.name for k, _ in KERNELS.values() for p in k.params if p.do_not_specialize})
 
 
 def main(targets: str = "", sizes: str = "", dtypes: str = "float32,bfloat16,float16") -> None:
     release = tuple(map(int, triton.__version__.split(".")[:2]))
     known = [f"{kind}-{chip}" for (kind, chip, _), since in TARGETS.items() if release >= since]
-    found: dict[str, Any] = {"scalars": scalars()}
+    found: dict[str, Any] = {"data": data()}
     for target in targets.split(",") if targets else known:
         for dtype in dtypes.split(","):
             if (target, dtype) == ("hip-gfx906", "bfloat16"):

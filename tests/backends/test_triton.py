@@ -63,6 +63,15 @@ def test_attention_conforms_in_the_interpreter(tmp_path: Path) -> None:
     assert not {id: what for id, what in found.items() if what}
 
 
+def test_attention_spills_nothing_and_takes_lengths_as_data(tmp_path: Path) -> None:
+    found = answer(tmp_path, "attention_build.py", "cuda-90", "128", "bfloat16")
+    assert found.pop("data") == ["keys", "parts", "queries", "splits"]
+    assert len(found) == 6
+    for name, used in found.items():
+        assert used["spilled_bytes"] == 0, name
+        assert used["shared_bytes"] <= 99 * 1024, name
+
+
 def test_kernels_build_ahead_of_time(tmp_path: Path) -> None:
     found = answer(tmp_path, "triton_build.py")
     known = ["cuda-80", "cuda-90", "hip-gfx90a", "hip-gfx942", "hip-gfx906"]

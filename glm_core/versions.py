@@ -71,8 +71,6 @@ CHANGED = {
     "grad_dtype": (2, 11),
     # FSDPModule.set_force_sum_reduction_for_comms, set_gradient_divide_factor; 2.8 was not tried
     "fsdp_sums": (2, 9),
-    # every fused scaled_dot_product_attention takes fewer kv heads than heads; 2.8 was not tried
-    "sdpa_grouped_heads": (2, 9),
     # gloo greets on standard error, if at all; 2.10 was not tried
     "quiet_gloo": (2, 11),
     # an option of a schedule's step; 2.9 hands it to the model, 2.10 was not tried

@@ -401,6 +401,8 @@ def test_its_checkpoints_are_read(
     if model == "ChatGLMModel":
         convert(checkpoint, tmp_path / "authors", target("chatglm-6b"))
         checkpoint = open_checkpoint(tmp_path / "authors")
-    assert checkpoint.config == CONFIGS[model]
+    # SAT rounded its rotary frequencies to float16 when the published models were trained; the one
+    # here has that line commented out, so the logits are compared without it
+    assert checkpoint.config == dataclasses.replace(CONFIGS[model], rope_float16=True)
     loaded = dataclasses.replace(case, weights=checkpoint.load(torch.float32).state_dict())
     assert not rejections(case, loaded.ours("float16"), "float16")

@@ -50,7 +50,7 @@ class Torch(NamedTuple):
     @property
     def release(self) -> str:
         """The version without what a vendor adds to it: 2.9.0, not 2.9.0+das.opt1."""
-        return self.version.partition("+")[0]
+        return versions.release(self.version)
 
     def note(self) -> dict[str, Any]:
         """Returns what backends/cpu/built.py compares with the torch that runs."""

@@ -191,6 +191,11 @@ def torch_version() -> str:
         return ""
 
 
+def release(version: str) -> str:
+    """Returns a version without what a vendor adds to it: 2.9.0 of `2.9.0+das.opt1.dtk2604`."""
+    return version.partition("+")[0]
+
+
 def check() -> None:
     """Refuses a Python or a torch that is older than the window, in one line: a command ends with
     it, a program that imports the package gets it as an ImportError."""

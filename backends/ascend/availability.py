@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from glm_core import versions
 from glm_core.backends.base import Probe
 
 DEVICES = Path("/dev")
@@ -27,7 +28,7 @@ def probe() -> Probe:
 def _package() -> str:
     """Says whether torch_npu is missing or of another version than torch: torch_npu M.m is built
     for torch M.m (its own `Requires-Dist: torch==`). Returns '' where it fits."""
-    wanted = torch.__version__.partition("+")[0]
+    wanted = versions.release(torch.__version__)
     try:
         version = metadata.version("torch_npu")
     except metadata.PackageNotFoundError:

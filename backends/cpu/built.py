@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from glm_core import versions
+
 
 def trouble(folder: Path, build: str) -> str:
     """Returns why the extension in `folder` must not be loaded, or ''. `build` is the command that
@@ -16,8 +18,9 @@ def trouble(folder: Path, build: str) -> str:
     extension = folder / f"_C{EXTENSION_SUFFIXES[0]}"
     try:
         note = json.loads(extension.with_suffix(".json").read_text(encoding="utf-8"))
-    except FileNotFoundError:  # built by an older setup.py, or by none
-        return "" if extension.exists() else f"not built; {build}"
+    except FileNotFoundError:
+        lack = "without a note of the torch it was built for" if extension.exists() else "not built"
+        return f"{lack}; {build}"
     if not extension.exists():
         return f"not built: {note.get('trouble', 'it was removed')}; {build}"
     here = {"torch": torch.__version__, "cxx11_abi": torch.compiled_with_cxx11_abi()}
@@ -27,7 +30,7 @@ def trouble(folder: Path, build: str) -> str:
 
 
 def _release(facts: dict[str, Any]) -> str:
-    return str(facts["torch"]).partition("+")[0]
+    return versions.release(str(facts["torch"]))
 
 
 def _words(facts: dict[str, Any]) -> str:

@@ -24,12 +24,7 @@ def load(module: str, choice: str) -> str:
         importlib.import_module(module)
     except ImportError as error:
         return f"its kernels do not fit torch {torch.__version__} ({error}); rebuild with: {build}"
-    of, toolkit = torch.ops.glm_core.gpu_built_for().split()
-    if of != torch.__version__.partition("+")[0]:
-        return (
-            f"its kernels are built for torch {of}, running {torch.__version__}; "
-            f"rebuild with: {build}"
-        )
+    toolkit = torch.ops.glm_core.gpu_toolkit()
     return _mismatch(toolkit, getattr(torch.version, choice if choice == "cuda" else "hip"), build)
 
 

@@ -4,7 +4,6 @@
 #include <ATen/Parallel.h>
 #include <Python.h>
 #include <torch/library.h>
-#include <torch/version.h>
 
 #include <set>
 #include <thread>
@@ -47,7 +46,6 @@ TORCH_LIBRARY(glm_core, m) {
   m.def("isas() -> str[]", isas);
   m.def("set_isa(str name) -> ()", set_isa);
   m.def("threads_used(int size) -> int", threads_used);
-  m.def("built_for() -> str", [] { return std::string(TORCH_VERSION); });
 }
 
 PyMODINIT_FUNC PyInit__C() {

@@ -65,3 +65,11 @@ def test_not_built_has_the_build_s_reason(tmp_path: Path) -> None:
     (library,) = leave(tmp_path, {"trouble": "no C++ compiler"}).glob("_C*[!n]")
     library.unlink()
     assert built.trouble(tmp_path, BUILD) == f"not built: no C++ compiler; {BUILD}"
+
+
+def test_without_a_note_it_is_not_loaded(tmp_path: Path) -> None:
+    (note,) = leave(tmp_path, HERE).glob("_C*.json")
+    note.unlink()
+    assert (
+        built.trouble(tmp_path, BUILD) == f"without a note of the torch it was built for; {BUILD}"
+    )

@@ -1,10 +1,9 @@
 // The Python module whose import registers the operators' device kernels.
 #include <Python.h>
 #include <torch/library.h>
-#include <torch/version.h>
 
 TORCH_LIBRARY_FRAGMENT(glm_core, m) {
-  m.def("gpu_built_for() -> str", [] { return std::string(TORCH_VERSION " " GLM_TOOLKIT); });
+  m.def("gpu_toolkit() -> str", [] { return std::string(GLM_TOOLKIT); });
 }
 
 PyMODINIT_FUNC PyInit__C() {

@@ -19,11 +19,17 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hardware", action="store_true", help="run the examination")
     parser.add_argument("--backend", metavar="NAME", help="backend to examine")
     parser.add_argument(
+        "--build",
+        action="store_true",
+        help="first build this clone's kernels for the card; the time counts",
+    )
+    parser.add_argument(
         "--minutes",
         type=float,
         default=10.0,
         metavar="N",
-        help="skip and name the parts that would take longer, default %(default)g",
+        help="the time in all; parts that would take longer are skipped and named, default "
+        "%(default)g",
     )
     parser.add_argument("--op", metavar="NAME", help="only this op's cases and timings")
     parser.add_argument("--controls", type=int, default=5, metavar="K", help="default %(default)s")
@@ -45,7 +51,7 @@ def define(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exits 0 where everything is good, 1 where the file says what is wrong, 2 on usage errors, 3
     where the backend is not available."""
-    from glm_core.doctor import examination
+    from glm_core.doctor import build
     from glm_core.errors import GlmCoreError
 
     if not args.hardware or not args.backend:
@@ -55,16 +61,21 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.steps is None and not args.config:
         args.steps = STEPS
+    out = Path(args.out or f"doctor-{args.backend.replace(':', '-')}")
+    build.refuse_folder_in_use(out)
+    built = build.build(args.backend, 60 * args.minutes) if args.build else None
+    from glm_core.doctor import examination  # loads the kernels: not before they are built
+
     settings = examination.Examination(
         backend=args.backend,
         config=run_config(args),
         minutes=args.minutes,
+        build=built,
         controls=args.controls,
         op=args.op,
         preset=args.model,
         rounds=args.rounds,
     )
-    out = Path(args.out or f"doctor-{args.backend.replace(':', '-')}")
     summary = examination.examine(settings, out, lambda part: print(part, file=sys.stderr))
     lines = [_line(name, part) for name, part in summary["parts"].items()]
     lines += [f"{n:<12} SKIPPED  {why}; more --minutes" for n, why in summary["skipped"].items()]

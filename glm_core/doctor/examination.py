@@ -8,9 +8,11 @@ import functools
 import json
 import shutil
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from glm_core.conformance.case import select
 from glm_core.conformance.report import Report
 from glm_core.conformance.run import run, run_case
 from glm_core.conformance.witness import Witness
-from glm_core.errors import GlmCoreError
+from glm_core.doctor.build import Build, refuse_folder_in_use
 from glm_core.measure.timing import interleave, machine
 from glm_core.model.presets import preset
 
@@ -44,6 +46,7 @@ EXPECTED_S = {
 """seconds that each part is expected to take, in the order in which the parts run. Alignment took
 as long with an H100 and 16 cores, the parts before it on backend `cpu` with two busy cores. The
 last part takes what time is left, and needs so much to be worth it"""
+ORDER = ("build", *EXPECTED_S)
 SAVE_EVERY = 200
 """the witness is saved after so many conformance cases, in case the device does not survive them"""
 
@@ -63,6 +66,8 @@ class Examination:
     preset: str = "glm4-34m"
     """the model whose training step is timed"""
     rounds: int = 10
+    build: Build | None = None
+    """the build that took its time out of `minutes`"""
 
     def dtypes(self, backend: Backend) -> list[Dtype]:
         """Returns float32 and the backend's half precision, bfloat16 if it has both."""
@@ -77,13 +82,13 @@ class Evidence:
     def __init__(self, folder: Path, backend: Backend, end: float) -> None:
         """Makes the folder. end: when the time is spent, by time.perf_counter. Raises GlmCoreError
         where the folder holds something."""
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise GlmCoreError(f"doctor: {folder} is not empty; pass a new folder as --out")
+        refuse_folder_in_use(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.backend, self.end = folder, backend, end
         self.parts: dict[str, dict[str, Any]] = {}
         self.skipped: dict[str, str] = {}
         self.witness: Witness = witness.new(backend)
+        self._writing = threading.Lock()
 
     def run(self, name: str, part: Callable[[], dict[str, Any]]) -> None:
         """Runs one part and writes the summary. An exception is recorded with its traceback."""
@@ -93,8 +98,9 @@ class Evidence:
         except Exception as error:  # an unknown chip may fail in any way
             self.add(f"{name}-traceback.txt", traceback.format_exc())
             result = {"ok": False, "error": f"{type(error).__name__}: {error}"}
-        self.parts[name] = result | {"seconds": time.perf_counter() - begin}
-        self.write_summary(finished=False)
+        with self._writing:
+            self.parts[name] = result | {"seconds": time.perf_counter() - begin}
+            self.write_summary(finished=False)
 
     def add(self, name: str, content: str) -> None:
         """Writes a file."""
@@ -125,7 +131,7 @@ class Evidence:
             },
             "verified": self.backend.verified,
             "machine": machine(),
-            "parts": self.parts,
+            "parts": {name: self.parts[name] for name in ORDER if name in self.parts},
             "skipped": self.skipped,
             "finished": finished,
             "ok": bool(self.parts) and all(part["ok"] for part in self.parts.values()),
@@ -142,24 +148,42 @@ def examine(
     name. Raises BackendUnavailableError, or GlmCoreError for a folder in use, before anything
     runs."""
     backend = registry.usable(settings.backend)
-    evidence = Evidence(out, backend, time.perf_counter() + 60 * settings.minutes)
-    parts: dict[str, Callable[[Examination, Evidence], dict[str, Any]]] = {
-        "conformance": _conformance,
-        "step": _step_calls,
-        "utilisation": _utilisation,
-        "alignment": _alignment,
-        "published": _published,
-    }
-    for name, part in parts.items():
-        needed, left = EXPECTED_S[name], evidence.end - time.perf_counter()
-        if needed > left:
-            evidence.skipped[name] = f"takes about {needed} s, {max(left, 0):.0f} s were left"
-            continue
-        progress(name)
-        evidence.run(name, functools.partial(part, settings, evidence))
+    taken = settings.build.seconds if settings.build else 0.0
+    evidence = Evidence(out, backend, time.perf_counter() + 60 * settings.minutes - taken)
+    if settings.build:
+        evidence.add("build.log", settings.build.log)
+        command = settings.build.command
+        evidence.parts["build"] = {"ok": True, "seconds": taken, "command": command}
+    early = "alignment" if _fits_beside(evidence) else ""
+    with ThreadPoolExecutor(1) as pool:
+
+        def examine_part(name: str) -> None:
+            progress(name)
+            evidence.run(name, functools.partial(PARTS[name], settings, evidence))
+
+        running = pool.submit(examine_part, early) if early else None
+        for name, needed in EXPECTED_S.items():
+            if name == "utilisation" and running:
+                running.result()
+            left = evidence.end - time.perf_counter()
+            if name == early:
+                continue
+            if needed > left:
+                evidence.skipped[name] = f"takes about {needed} s, {max(left, 0):.0f} s were left"
+                continue
+            examine_part(name)
     summary = evidence.write_summary(finished=True)
     shutil.make_archive(str(out), "zip", out)
     return summary
+
+
+def _fits_beside(evidence: Evidence) -> bool:
+    """Returns whether the loss curves run beside the parts that are timed by nothing: on a device
+    of its own, where the host would wait most of the time, and if the timed part still fits
+    after them."""
+    left = evidence.end - time.perf_counter()
+    needed = EXPECTED_S["alignment"] + EXPECTED_S["utilisation"]
+    return evidence.backend.device_type != "cpu" and needed <= left
 
 
 def _conformance(settings: Examination, evidence: Evidence) -> dict[str, Any]:
@@ -242,3 +266,12 @@ def _step(settings: Examination, backend: Backend, dtype: str) -> dict[str, Any]
     if peak := backend.peak(getattr(torch, dtype)):
         row |= {"peak_share": reached / peak.tflops, "peak_source": peak.source}
     return row
+
+
+PARTS: dict[str, Callable[[Examination, Evidence], dict[str, Any]]] = {
+    "conformance": _conformance,
+    "step": _step_calls,
+    "utilisation": _utilisation,
+    "alignment": _alignment,
+    "published": _published,
+}

@@ -4,20 +4,24 @@ every accelerator that is usable here it is the hardware test."""
 from __future__ import annotations
 
 import json
+import subprocess
+import threading
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from glm_core.backends import registry
+from glm_core.backends.base import Backend
 from glm_core.cli import main
 from glm_core.config import ModelConfig, RunConfig, from_dict
 from glm_core.conformance import witness
 from glm_core.conformance.case import Case
 from glm_core.conformance.oracle import Results
 from glm_core.conformance.witness import Witness
-from glm_core.doctor import examination
+from glm_core.doctor import build, examination
 from glm_core.errors import GlmCoreError
 from glm_core.model.glm import GLM
 
@@ -97,7 +101,7 @@ def test_a_run_that_is_cut_leaves_the_parts_before(
     def cut(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(examination, "_utilisation", cut)
+    monkeypatch.setitem(examination.PARTS, "utilisation", cut)
     with pytest.raises(KeyboardInterrupt):
         examined("reference", small, tmp_path / "doctor")
     summary = json.loads((tmp_path / "doctor" / "summary.json").read_text())
@@ -151,6 +155,82 @@ def test_a_folder_in_use_is_refused(small: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "doctor" / "summary.json").write_text("{}")
     with pytest.raises(GlmCoreError, match="is not empty; pass a new folder as --out"):
         examined("reference", small, tmp_path / "doctor")
+
+
+def test_on_a_device_of_its_own_curves_run_beside_what_is_not_timed(
+    small: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With backend `meta`, and parts that only say when they run."""
+    met = threading.Barrier(2, timeout=60)
+    order: list[str] = []
+
+    def part(name: str) -> Callable[..., dict[str, Any]]:
+        def run(*args: object) -> dict[str, Any]:
+            if name in ("conformance", "alignment"):
+                met.wait()  # each waits for the other
+            order.append(name)
+            return {"ok": True}
+
+        return run
+
+    backend = Backend(name="simulated", device_type="meta", verified="never run")
+    monkeypatch.setattr(Backend, "memory_peak_bytes", lambda self: 0)
+    monkeypatch.setattr(registry, "usable", lambda name: backend)
+    monkeypatch.setattr(examination, "PARTS", {name: part(name) for name in PARTS})
+    summary = examined("simulated", small, tmp_path / "doctor")
+    assert summary["ok"], summary["parts"]
+    assert list(summary["parts"]) == PARTS
+    assert order[-2:] == ["utilisation", "published"]
+    order.clear()
+    monkeypatch.setattr(met, "wait", lambda: None)
+    examined("simulated", small, tmp_path / "short", minutes=2.0)
+    assert order == ["conformance", "step", "utilisation", "published"]
+
+
+def test_build_installs_this_clone_for_the_card_and_counts_its_time(
+    small: RunConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ran: list[tuple[list[str], dict[str, str]]] = []
+
+    def pip(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        if "-c" in command:
+            return subprocess.CompletedProcess(command, 0, '[[true, ""], "sm_90"]\n', "")
+        if "env" in options:  # what else is run asks for the commit
+            ran.append((command, options["env"]))
+        return subprocess.CompletedProcess(command, 0, "Successfully installed", "")
+
+    monkeypatch.setattr(subprocess, "run", pip)
+    built = build.build("cuda", 60)
+    assert ran[0][0][-1] == str(build.SOURCES)
+    assert (ran[0][1]["GLM_CORE_BUILD"], ran[0][1]["GLM_CORE_ARCHES"]) == ("cuda", "90")
+    settings = examination.Examination(
+        backend="reference", config=small, minutes=1.0, build=built._replace(seconds=45.0)
+    )
+    summary = examination.examine(settings, tmp_path / "doctor")
+    assert summary["parts"]["build"]["seconds"] == 45
+    assert summary["skipped"]["conformance"] == "takes about 21 s, 15 s were left"
+    assert (tmp_path / "doctor" / "build.log").read_text() == "Successfully installed"
+
+
+def test_a_build_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pip(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        if "-c" in command:
+            return subprocess.CompletedProcess(command, 0, '[[true, ""], "gfx90a"]\n', "")
+        return subprocess.CompletedProcess(command, 1, "a line\nerror: no hipcc\nmore\n", "")
+
+    with pytest.raises(GlmCoreError, match="builds the kernels of cuda and rocm; leave it out"):
+        build.build("cpu", 60)
+    if not registry.probe("rocm").ok:
+        with pytest.raises(GlmCoreError, match=r"no card to build for: torch .* without ROCm"):
+            build.build("rocm", 60)
+    monkeypatch.setattr(subprocess, "run", pip)
+    with pytest.raises(GlmCoreError, match=r"failed: error: no hipcc; for all of it run .*gfx90a"):
+        build.build("rocm", 60)
+    monkeypatch.setattr(build, "SOURCES", Path("/nowhere"))
+    with pytest.raises(GlmCoreError, match=r"/nowhere has no setup\.py"):
+        build.build("rocm", 60)
 
 
 def test_usage_and_absent_devices(capsys: pytest.CaptureFixture[str]) -> None:

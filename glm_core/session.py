@@ -100,7 +100,12 @@ class Session:
 _BY_KEY: WeakValueDictionary[str, Session] = WeakValueDictionary()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # runs for real at trace time
 def _fell_back_while_compiling(key: str, op: str, reason: str) -> None:
     session = _BY_KEY[key]
     session.record(session.compiled, op, reason)
+
+
+# As torch.compiler.assume_constant_result does, so that it runs for real at trace time. That
+# function imports the whole compiler: more than a second in every process, most of which compile
+# nothing.
+_fell_back_while_compiling._dynamo_marked_constant = True  # type: ignore[attr-defined]

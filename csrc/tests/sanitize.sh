@@ -8,7 +8,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 build="${1:-../build/sanitize}"
-common="-std=c++17 -O1 -g -Iinclude -Wall -Wextra -Werror -Wno-psabi -ffp-contract=off"
+common="-std=c++17 -O1 -g1 -Iinclude -Wall -Wextra -Werror -Wno-psabi -ffp-contract=off"
 common="$common -fno-sanitize-recover=undefined"
 
 isas_of() { # machine

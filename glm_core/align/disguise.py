@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
+
+from glm_core.conformance.oracle import EagerMode
 
 aten = torch.ops.aten
 
@@ -37,16 +38,7 @@ def widened(value: Any, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> A
     return tree_map(change, value)
 
 
-class _Mode(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch 2.13 leaves it unannotated
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled under these modes, and torch's guard doubles their cost
-
-
-class Exact(_Mode):
+class Exact(EagerMode):
     """Computes every float32 intermediate in float64. Roundings to a dtype below float32 stay,
     because the op's contract asks for them. The caller must widen float32 arguments (`widened`)."""
 
@@ -65,7 +57,7 @@ class Exact(_Mode):
         return func(*widened(args, (low[0].dtype,)), **kwargs).to(low[0].dtype)
 
 
-class Regrouped(_Mode):
+class Regrouped(EagerMode):
     """Cuts every sum and matrix product in two at a random place and adds the parts."""
 
     def __init__(self, seed: int) -> None:
@@ -108,7 +100,7 @@ class Regrouped(_Mode):
         return func(*args, **kwargs)
 
 
-class Rounded(_Mode):
+class Rounded(EagerMode):
     """Rounds intermediate number `which` (None: all) to `dtype` once more; with `seed` three of
     four, drawn at random. Intermediates are float32 tensors of at least `numel` elements, because a
     row's statistics and the loss are float32 by contract; inside a matrix product or sum in `dtype`

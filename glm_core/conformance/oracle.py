@@ -44,14 +44,26 @@ class Oracle(NamedTuple):
     """reference runs in the working dtype: the plain one, then jittered ones"""
 
 
-class Jitter(TorchDispatchMode):
+class EagerMode(TorchDispatchMode):
+    """A mode under which nothing is compiled. Torch's guard against torch.compile, left out here,
+    doubles a mode's cost and imports the compiler, which takes longer than most cases."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class Jitter(EagerMode):
     """Moves every float32 or float64 intermediate by -1, 0 or 1 ulp at random, as another order of
     summation or another fused instruction might. Functions of torch that cancel inside, such as
     softmax, are first decomposed: undecomposed they give an exact zero where a kernel of several
     steps leaves a rounding error."""
 
     def __init__(self, seed: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        super().__init__()
         self.generator = torch.Generator().manual_seed(seed)
 
     def __torch_dispatch__(

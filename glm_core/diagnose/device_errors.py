@@ -3,6 +3,7 @@ message with a way out."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -28,6 +29,12 @@ _WAY_OUT = (
 )
 
 
+def _compiler_errors() -> tuple[type[Exception], ...]:
+    """Returns what torch.compile raises; nothing where nobody has loaded it."""
+    loaded = sys.modules.get("torch._dynamo.exc")
+    return (loaded.TorchDynamoException,) if loaded else ()
+
+
 @contextmanager
 def explained(backend: str, subject: str) -> Iterator[None]:
     """Turns errors of the device inside the block into a DeviceError that names `subject`, the
@@ -37,7 +44,7 @@ def explained(backend: str, subject: str) -> Iterator[None]:
         yield
     except GlmCoreError:
         raise
-    except torch._dynamo.exc.TorchDynamoException as error:
+    except _compiler_errors() as error:
         if isinstance(error.__cause__ or error.__context__, GlmCoreError):
             raise (error.__cause__ or error.__context__) from None  # type: ignore[misc]  # a GlmCoreError, as just checked
         raise

@@ -23,7 +23,7 @@ FOLDERS = [f"-I{CSRC}/include", f"-I{CSRC}/fibers"]
 KERNEL = [
     "-std=c++17",
     "-O1",
-    "-g",
+    "-g1",
     "-fPIC",
     "-DGLM_FIBERS",
     *FOLDERS,

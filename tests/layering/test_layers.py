@@ -112,6 +112,18 @@ def test_ops_and_registry_load_no_vendor_package() -> None:
     assert not loaded & (VENDORS - {"triton"})  # torch itself imports triton where it is installed
 
 
+def test_the_compiler_is_loaded_by_those_who_compile_alone() -> None:
+    """Importing it takes as long as importing the rest of torch."""
+    code = (
+        "import sys, glm_core.align.worker, glm_core.serve.server\n"
+        "from glm_core.cli import main\n"
+        "main(['conformance', '--backend', 'reference', '--id', 'geglu-float32-2x5x48-test'])\n"
+        "assert 'glm_core.conformance.oracle' in sys.modules\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+
+
 @pytest.mark.parametrize("name", ["backends", "bench"])
 def test_plain_names_say_what_to_write(name: str) -> None:
     done = subprocess.run(

@@ -10,6 +10,7 @@ import private_names
 import pytest
 import torch
 
+from glm_core import session
 from glm_core.versions import torch_version
 
 _PREPARE = "torch.distributed.pipelining.PipelineStage"
@@ -26,7 +27,6 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "torch._assert_async": (),
     "torch._decomp.core_aten_decompositions": ("",),
     "torch._decomp.get_decompositions": ("aten_ops type",),
-    "torch._dynamo.exc.TorchDynamoException": (),
     "torch._ops.OpOverload": ("overloadpacket op op_dk schema tags",),
     f"{_FAKE}.FakeTensor": (),  # only for isinstance
     f"{_FAKE}.FakeTensorMode": (
@@ -103,6 +103,12 @@ def test_torch_still_has_the_name_as_it_was(name: str) -> None:
         pytest.skip(f"not used on torch {torch_version()}")
     users = sorted(USED.get(name, ()))
     assert not (fault := changed(name)), f"torch {torch_version()}: {fault}; used by {users}"
+
+
+def test_a_constant_is_marked_as_torch_marks_it() -> None:
+    """session.py does what this function of torch's does, without importing the compiler."""
+    marked = torch.compiler.assume_constant_result(lambda: None)
+    assert vars(marked) == vars(session._fell_back_while_compiling)
 
 
 def changed(name: str) -> str:

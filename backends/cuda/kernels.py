@@ -35,6 +35,8 @@ SHARED = (
     "adamw",
 )
 """ops whose operators have a device half in csrc/bindings/cuda"""
+FEW_ROWS = 8
+"""rows that share one read of a weight in half precision; torch's product takes more"""
 
 
 def equip(backend: Backend, module: str) -> None:
@@ -43,7 +45,7 @@ def equip(backend: Backend, module: str) -> None:
     trouble = load(module, backend.name)
     covered = _in_triton() if trouble else ()
     share(backend, lambda op: "" if op in covered else trouble)
-    backend.implements(ops.linear, takes(backend, ops.linear))(linear)
+    backend.implements(ops.linear, takes(backend, ops.linear))(linear if trouble else linear_few)
     supports = attention.supports(takes(backend, ops.attention))
     backend.implements(ops.attention, supports)(attention.attention)
 
@@ -74,3 +76,13 @@ def share(backend: Backend, trouble: Callable[[str], str] = lambda op: "") -> No
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.nn.functional.linear(x, weight, bias)
+
+
+def linear_few(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Calls our kernel for a few rows in half precision, as in decoding."""
+    training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    few = x.dtype != torch.float32 and x.numel() <= FEW_ROWS * x.shape[-1]
+    if training or not few:
+        return torch.nn.functional.linear(x, weight, bias)
+    y: Tensor = torch.ops.glm_core.linear_few.default(x, weight, bias)
+    return y

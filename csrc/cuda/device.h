@@ -20,9 +20,12 @@
 #include <cuda_runtime.h>
 #endif
 
-#if !defined(GLM_FIBERS)
+#if defined(GLM_FIBERS)
+#define GLM_UNROLL
+#else
 #include <cstdio>
 #define GLM_SHARED(T, name, size) __shared__ T name[size]
+#define GLM_UNROLL _Pragma("unroll")
 #endif
 
 namespace glm::gpu {

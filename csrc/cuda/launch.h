@@ -114,8 +114,13 @@ template <class T>
 void adamw_update(const AdamWBatch<T>&, Stream);
 template <class X, class T>
 void quantized_rows(const QuantizedRows<X, T>&, Stream);
-// The weight [F, D] in float.
-void dequantize(const Codes&, float* out, Stream);
+// The same product where the codes are a weight in T: groups = 1, bits = 16, no scale. Returns
+// whether it can be read 16 bytes at a time; nothing is queued otherwise.
+template <class T>
+bool half_rows(const QuantizedRows<T, T>&, Stream);
+// The weight [F, D] in T.
+template <class T>
+void dequantize(const Codes&, T* out, Stream);
 // x [rows, width] rounded to int8 steps of every 32 inputs, in float.
 template <class T>
 void round_activations(const T* x, float* out, int64_t rows, int64_t width, Stream);

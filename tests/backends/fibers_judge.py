@@ -10,13 +10,15 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from glm_core import ops
 from glm_core.backends.base import Backend
-from glm_core.backends.cuda.kernels import share
+from glm_core.backends.cuda.kernels import linear_few, share
 from glm_core.conformance.case import Case, dtype_name, select
 from glm_core.conformance.check import CaseFailure, judge
 
@@ -32,6 +34,7 @@ DEVICE_HALVES = (
     "linear_cross_entropy_forward",
     "global_norm",
     "adamw_",
+    "linear_few",
     "quantized_linear_forward",
     "quantized_linear_backward",
 )
@@ -82,11 +85,34 @@ def cases(backend: Backend, pattern: str, dtypes: set[str]) -> list[Case]:
     ]
 
 
+def sharing_errors() -> dict[str, str]:
+    """Compares, bit for bit, products of 1 to 16 rows that share reads of a weight with those of
+    each row alone, whose cases conformance judges."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(16, 544, generator=g).half()
+    codes = torch.randint(-128, 128, (19, 544), generator=g).to(torch.int8)
+    scale, bias = torch.rand(19, 17, generator=g).half(), torch.randn(19, generator=g).half()
+    products = {
+        "int8": lambda r: OPERATORS.quantized_linear_forward(r, codes, scale, bias, 8, 16),
+        "int4": lambda r: OPERATORS.quantized_linear_forward(
+            r[:, :512].contiguous(), codes[:, :256].contiguous(), scale[:, :16], bias, 4, 16
+        ),
+        "float16": lambda r: OPERATORS.linear_few(r, codes.half() * scale[:, :1], bias),
+    }
+    found = {}
+    for name, product in products.items():
+        alone = torch.cat([product(row[None]) for row in x])
+        wrong = [n for n in (2, 3, 8, 16) if not torch.equal(product(x[:n]), alone[:n])]
+        found[f"{name}-shared"] = f"rows {wrong} differ from each alone" if wrong else ""
+    return found
+
+
 def main(library: str, seed: str, pattern: str, *runs: str) -> None:
     """Judges each run: WAVE:DTYPE,DTYPE or, to limit the cases of each op and mode,
     WAVE:DTYPE:MOST."""
     backend = Backend(name="fibers", device_type="cpu", verified="executed on the CPU")
     share(backend)
+    backend.implements(ops.linear)(linear_few)
     mode, scheduler = OnFibers(library), ctypes.CDLL(library)
     found: dict[str, str] = {}
     for run in runs:
@@ -98,6 +124,8 @@ def main(library: str, seed: str, pattern: str, *runs: str) -> None:
                 left[case.op.name, case.mode] += 1
                 if left[case.op.name, case.mode] <= int(most[0] if most else 1000):
                     found[f"wave{wave}-{case.id}"] = complaint(case, backend)
+            if fnmatch("quantized_linear-shared", pattern):
+                found |= {f"wave{wave}-{id}": what for id, what in sharing_errors().items()}
     json.dump({"found": found, "calls": mode.calls}, sys.stdout)
 
 

@@ -21,10 +21,13 @@ PRINTS = {"gather", "row_losses"}
 memory, and HIP reads the format byte by byte"""
 READS_HALVES = {
     "few_rows": "a scale per group, the bias and the result of an output",
-    "as_float": "a scale per group",
+    "as_values": "a scale per group",
     "row_losses": "the label's logit",
 }
 """wide kernels that also load or store single halves, and which"""
+READS_SIXTEEN_BYTES = {"few_rows"}
+"""kernels that are bound by memory, and must load 16 bytes at a time"""
+SIXTEEN_BYTES = re.compile(r"LDG\.E(\.\w+)*\.128|global_load_dwordx4")
 BUNDLE = b"__CLANG_OFFLOAD_BUNDLE__"
 SASS_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2}
 SASS_LINE = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
@@ -92,13 +95,15 @@ def fault(kernel: Kernel, mnemonic: str) -> str | None:
 
 
 def faults(kernels: Iterable[Kernel]) -> list[str]:
-    """Returns a line per kernel and kind of instruction that should not be there."""
-    return [
-        f"{k.arch} {k.name}: {what}: {count} x {mnemonic}"
-        for k in kernels
-        for mnemonic, count in Counter(k.mnemonics).items()
-        if (what := fault(k, mnemonic))
-    ]
+    """Returns a line per kernel and kind of instruction that should not be there, or is missing."""
+    found = []
+    for k in kernels:
+        for mnemonic, count in Counter(k.mnemonics).items():
+            if what := fault(k, mnemonic):
+                found.append(f"{k.arch} {k.name}: {what}: {count} x {mnemonic}")
+        if k.base in READS_SIXTEEN_BYTES and not any(map(SIXTEEN_BYTES.match, k.mnemonics)):
+            found.append(f"{k.arch} {k.name}: loads no 16 bytes at a time")
+    return found
 
 
 def nvidia_tool(name: str) -> str | None:

@@ -73,7 +73,7 @@ def test_finds_what_a_disassembly_holds() -> None:
         ("forward_rows<f16, 8>", "LDG.E.U16", "LDG.E.128"),
         ("forward_rows<bf16, 8>", "STG.E.U16", "STG.E"),
         ("forward_rows<f16, 8>", "global_load_short_d16_hi", "global_load_dwordx4"),
-        ("few_rows<f16, f16, 4, 32>", "LDG.E.U8.CONSTANT", "LDG.E.U16.CONSTANT"),
+        ("as_values<f16, 4, 8>", "LDG.E.U8.CONSTANT", "LDG.E.U16.CONSTANT"),
         ("row_losses<f16, 8>", "STG.E.U8", "global_load_ubyte"),
     ],
 )
@@ -83,10 +83,18 @@ def test_tells_a_bad_instruction_from_a_good_one(name: str, bad: str, good: str)
 
 
 def test_exceptions_hold_for_named_kernels_only() -> None:
-    assert not of("few_rows<f16, f16, 4, 2>", "LDG.E.U8", "LDG.E.U16", "STG.E.U16")
+    assert not of("as_values<f16, 4, 2>", "LDG.E.U8", "LDG.E.U16", "STG.E.U16")
     assert not of("row_losses<f16, 8>", "STL.64", "LDG.E.U16")
     assert of("forward_rows<f16, 8>", "STL.64")
     assert of("other_rows<f16, 8>", "LDG.E.U16")
+
+
+def test_few_rows_load_sixteen_bytes() -> None:
+    name = "few_rows<bf16, bf16, 4, 1, 32>"
+    for wide in ("LDG.E.128", "LDG.E.EF.128.CONSTANT", "global_load_dwordx4"):
+        assert not of(name, wide, "LDG.E.U16")
+    for narrow in ("LDG.E.64", "LDS.128", "global_load_dwordx2"):
+        assert of(name, narrow) == [f"chip {name}: loads no 16 bytes at a time"]
 
 
 def test_takes_a_bundle_apart() -> None:

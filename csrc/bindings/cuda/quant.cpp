@@ -1,4 +1,6 @@
-// Device kernels of quantized_linear: ours for few rows, a float32 product for many.
+// Device kernels of linear for few rows and of quantized_linear: ours for few rows, torch's
+// products for many.
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
@@ -9,8 +11,11 @@
 namespace glm::gpu::bindings {
 namespace {
 
-// For more rows than this, it is faster to convert the weight to float once.
+// For more rows than this the weight is converted first: 8 rows share one read of the codes.
 constexpr int64_t few = 16;
+// Size of the converted part of a weight: it stays in the second cache of an H100 (50 MB), and 4096
+// outputs of width 4096 are enough for an efficient product.
+constexpr int64_t scratch_bytes = 32 << 20;
 
 // The weight as the kernels read it: pointers into tensors that the caller keeps alive.
 Codes codes_of(const Tensor& weight, const Tensor& scale, int64_t bits) {
@@ -25,11 +30,52 @@ Codes codes_of(const Tensor& weight, const Tensor& scale, int64_t bits) {
           int(bits)};
 }
 
-Tensor as_float(const Tensor& weight, const Tensor& scale, int64_t bits, Stream stream) {
-  const Codes codes = codes_of(weight, scale, bits);
-  Tensor w = at::empty({codes.outputs, codes.width}, weight.options().dtype(at::kFloat));
-  dequantize(codes, data<float>(w), stream);
+// Rows [begin, begin + count) of the weight in the dtype of `like`.
+Tensor converted(const Codes& all, int64_t begin, int64_t count, const Tensor& like,
+                 Stream stream) {
+  Codes part = all;
+  part.codes += begin * all.width * all.bits / 8;
+  if (part.scale16) part.scale16 += begin * all.groups;
+  if (part.scale32) part.scale32 += begin * all.groups;
+  part.outputs = count;
+  Tensor w = at::empty({count, all.width}, like.options());
+  by_dtype(w, [&](auto zero) { dequantize(part, data<decltype(zero)>(w), stream); });
   return w;
+}
+
+// Writes x w^T + bias, part by part, so that the converted weight takes `scratch_bytes` at most (or
+// 256 rows of it). x [N, D], y [N, F] contiguous, in one dtype, to which w is rounded.
+void converted_first(const Tensor& x, const Codes& codes, const OptionalTensor& bias, Tensor y,
+                     Stream stream) {
+  const int64_t row_bytes = codes.width * x.element_size();
+  const int64_t most = std::max<int64_t>(256, scratch_bytes / row_bytes / 256 * 256);
+  for (int64_t begin = 0; begin < codes.outputs; begin += most) {
+    const int64_t count = std::min(most, codes.outputs - begin);
+    const Tensor w = converted(codes, begin, count, x, stream).t();
+    Tensor part = y.narrow(1, begin, count);
+    if (bias)
+      at::addmm_out(part, bias->narrow(0, begin, count), x, w);
+    else
+      at::mm_out(part, x, w);
+  }
+}
+
+Tensor linear_few(const Tensor& x_, const Tensor& weight_, const OptionalTensor& bias_) {
+  const OnDevice on(x_);
+  const Tensor x = x_.contiguous(), weight = weight_.contiguous();
+  const OptionalTensor bias = contiguous(bias_);
+  const int64_t rows = num_rows(x);
+  const Codes values{data<int8_t>(weight), nullptr, nullptr, weight.size(1), weight.size(0), 1, 16};
+  auto shape = x.sizes().vec();
+  shape.back() = weight.size(0);
+  Tensor y = at::empty(shape, x.options());
+  const auto done = [&](auto zero) {
+    using T = decltype(zero);
+    return half_rows<T>({data<T>(x), values, data<T>(bias), data<T>(y), rows}, on.stream);
+  };
+  if (x.scalar_type() == at::kBFloat16 && done(bf16{})) return y;
+  if (x.scalar_type() == at::kHalf && done(f16{})) return y;
+  return at::linear(x, weight, bias);
 }
 
 Tensor quantized_linear_forward(const Tensor& x_, const Tensor& weight_, const Tensor& scale_,
@@ -48,15 +94,15 @@ Tensor quantized_linear_forward(const Tensor& x_, const Tensor& weight_, const T
     });
     x = rounded;
   }
-  if (rows > few) {
-    const auto added = bias ? OptionalTensor(bias->to(at::kFloat)) : bias;
-    const Tensor w = as_float(weight, scale, bits, on.stream);
-    return at::linear(x.to(at::kFloat), w, added).to(x_.scalar_type());
-  }
   auto shape = x.sizes().vec();
   shape.back() = weight.size(0);
   Tensor y = at::empty(shape, x_.options());
   const Codes codes = codes_of(weight, scale, bits);
+  if (rows > few) {
+    const Tensor flat = x.to(x_.scalar_type()).view({rows, codes.width});
+    converted_first(flat, codes, bias, y.view({rows, codes.outputs}), on.stream);
+    return y;
+  }
   by_dtype(y, [&](auto zero) {
     using T = decltype(zero);
     if (x.scalar_type() == at::kFloat)
@@ -71,16 +117,17 @@ Tensor quantized_linear_backward(const Tensor& dy, const Tensor& weight_, const 
                                  int64_t bits) {
   const OnDevice on(dy);
   const Tensor weight = weight_.contiguous(), scale = scale_.contiguous();
-  const Tensor w = as_float(weight, scale, bits, on.stream);
+  const Codes codes = codes_of(weight, scale, bits);
   auto shape = dy.sizes().vec();
-  shape.back() = w.size(1);
-  const Tensor rows = dy.reshape({-1, dy.size(-1)}).to(at::kFloat);
-  return rows.mm(w).to(dy.scalar_type()).view(shape);
+  shape.back() = codes.width;
+  const Tensor w = converted(codes, 0, codes.outputs, dy, on.stream);
+  return dy.reshape({-1, dy.size(-1)}).mm(w).view(shape);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(GLM_LIBRARY, GLM_KEY, m) {
+  m.impl("linear_few", linear_few);
   m.impl("quantized_linear_forward", quantized_linear_forward);
   m.impl("quantized_linear_backward", quantized_linear_backward);
 }

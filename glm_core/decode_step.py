@@ -72,6 +72,11 @@ class Stack(NamedTuple):
     activation: str
     """gelu, geglu or swiglu"""
 
+    def identity(self) -> tuple[object, ...]:
+        """Returns a value that is equal for stacks of the same tensors and settings; a callable
+        that was made for one serves the others."""
+        return _identity((*self[:2], *self[3:]))
+
     def products(self) -> list[Product]:
         """Returns all linear layers in the order of use."""
         return [p for x in self.layers for p in (x.qkv, x.out, x.up, x.down)] + [self.head]
@@ -80,6 +85,12 @@ class Stack(NamedTuple):
         """Returns all norms: each layer's, then the final one."""
         inside = [n for x in self.layers for n in x[4:] if n is not None]
         return [*inside, self.final_norm]
+
+
+def _identity(part: object) -> tuple[object, ...]:
+    if isinstance(part, Tensor):
+        return part.data_ptr(), part.dtype, part.shape, part.stride()
+    return tuple(map(_identity, part)) if isinstance(part, tuple) else (part,)
 
 
 class Rows(NamedTuple):

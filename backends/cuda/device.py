@@ -6,11 +6,22 @@ import torch
 
 from glm_core.backends.base import Backend, Peak
 from glm_core.backends.cuda import peaks
+from glm_core.backends.cuda.decode_graph import CudaGraphs, GraphDecodeStep, Graphs
+from glm_core.decode_step import DecodeStep, Stack
+from glm_core.spec import Support
 
 
 class GpuBackend(Backend):
     """A backend whose kernels are queued on torch's current stream, so that torch.cuda.stream,
     events and graphs apply to them."""
+
+    def decode_step(self, stack: Stack) -> DecodeStep | Support:
+        """Returns the model's steps, to be recorded as graphs."""
+        return GraphDecodeStep(stack, self.graphs(stack.embedding.device))
+
+    def graphs(self, device: torch.device) -> Graphs:
+        """Returns what records the work of this device."""
+        return CudaGraphs(device)
 
     def peak(self, dtype: torch.dtype) -> Peak | None:
         """Returns the data sheet's figures for the device's name, None where it is not listed."""

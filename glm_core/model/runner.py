@@ -20,6 +20,7 @@ from glm_core.model.cache import Cache
 from glm_core.model.glm import GLM
 from glm_core.model.prompt import Prompt
 from glm_core.model.stack import angles, stack
+from glm_core.session import KernelProvider
 from glm_core.spec import Support, unsupported
 
 CHUNK = 512
@@ -76,6 +77,7 @@ class Runner:
         self.cache = Cache(model.config, slots, self.length, weight.dtype, weight.device)
         self._last: Callable[[], Call]
         self._step: DecodeStep | Support = unsupported("not asked for yet")
+        self._step_made_for: object = None
         self._step_backend: object = None
         """the backend that `_step` was asked from; None: ask again"""
 
@@ -135,9 +137,7 @@ class Runner:
     def _whole_step(self, num_rows: int) -> DecodeStep | None:
         session = dispatch.session()
         if self._step_backend is not session.backend:
-            parts = stack(self.model, lambda: self._angles)
-            self._step = parts if isinstance(parts, Support) else session.backend.decode_step(parts)
-            self._step_backend = session.backend
+            self._ask(session.backend)
         step = self._step
         if dispatch.intercepted():
             return None  # no fallback: somebody wants to see every op call
@@ -148,6 +148,17 @@ class Runner:
             session.decoded_op_by_op(f"{num_rows} rows; one call takes {step.max_rows} at most")
             return None
         return step
+
+    def _ask(self, backend: KernelProvider) -> None:
+        """Asks for the backend's step, unless it was made for the model as it is: to make one may
+        take as long as some tokens."""
+        parts = stack(self.model, lambda: self._angles)
+        made_for = None if isinstance(parts, Support) else (id(backend), parts.identity())
+        if isinstance(parts, Support):
+            self._step = parts
+        elif made_for != self._step_made_for:
+            self._step = backend.decode_step(parts)
+        self._step_made_for, self._step_backend = made_for, backend
 
     @cached_property
     def _angles(self) -> tuple[Tensor, Tensor] | None:

@@ -1,6 +1,7 @@
 """Builds attention's Triton kernels ahead of time as they would be launched: `python
 attention_build.py cuda-90,hip-gfx90a 128,33 float32,bfloat16` prints the registers and the bytes
-shared and spilled per target, dtype, head size and kernel, and the parameters that are data.
+shared and spilled per target, dtype, head size and kernel, the faults that machine_code finds, and
+the parameters that are data.
 Without arguments: all targets that this Triton knows, with sizes and dtypes for every cut."""
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton_build import TARGETS
+from triton_build import TARGETS, faults
 
 from glm_core.backends.cuda import attention_launch as launch
 
@@ -85,8 +86,8 @@ def hip_usage(made: Any) -> dict[str, int]:
     return {k: int(re.search(rf"\.{v}:\s+(\d+)", text)[1]) for k, v in names.items()}  # type: ignore[index]
 
 
-def build(name: str, target: str, dtype: str, e: int) -> dict[str, int]:
-    """Compiles one kernel and returns what it uses."""
+def build(name: str, target: str, dtype: str, e: int) -> dict[str, Any]:
+    """Compiles one kernel and returns what it uses, and the faults of its machine code."""
     kernel, constants = KERNELS[name]
     call = launch.Call(1, 1, 1, 1, 1, e, family(target, dtype), 1)
     options = call.options(call.cut(name.removesuffix("_split").replace("join_splits", "few_rows")))
@@ -100,7 +101,7 @@ def build(name: str, target: str, dtype: str, e: int) -> dict[str, int]:
         options={"num_warps": warps, "num_stages": stages},
     )
     used = cuda_usage(made) if kind == "cuda" else hip_usage(made)
-    return {**used, "shared_bytes": made.metadata.shared}
+    return {**used, "shared_bytes": made.metadata.shared, "faults": faults(made, kind)}
 
 
 def data() -> list[str]:

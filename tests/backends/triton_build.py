@@ -59,9 +59,12 @@ def built(
         n: "constexpr" if n in constants else NUMBERS.get(n) or POINTERS.get(n, half) for n in names
     }
     made = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget(*target))
-    if target[0] == "cuda":
-        return len(made.asm["cubin"]), nvidia_faults(made.asm["cubin"])
-    return len(made.asm["hsaco"]), amd_faults(made.asm["amdgcn"])
+    return len(made.asm["cubin" if target[0] == "cuda" else "hsaco"]), faults(made, target[0])
+
+
+def faults(made: Any, kind: str) -> list[str]:
+    """Returns the faults in the machine code of a built kernel."""
+    return nvidia_faults(made.asm["cubin"]) if kind == "cuda" else amd_faults(made.asm["amdgcn"])
 
 
 def nvidia_faults(cubin: bytes) -> list[str]:

@@ -84,7 +84,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _line(name: str, part: dict[str, object]) -> str:
-    fields = ("error", "verdict", "pass", "fail", "unsupported", "calls", "guilty", "not_run")
+    fields = (
+        "error",
+        "verdict",
+        "pass",
+        "fail",
+        "unsupported",
+        "calls",
+        "guilty",
+        "missed",
+        "not_run",
+    )
     found = {k: part[k] for k in fields if k in part}
     counts = {k: len(v) if isinstance(v, list) else v for k, v in found.items()}
     result = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in counts.items())

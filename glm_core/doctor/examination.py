@@ -24,6 +24,7 @@ from glm_core.align import witness as step_witness
 from glm_core.align.calibration import open_data
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
+from glm_core.bench import goals
 from glm_core.bench import step as bench_step
 from glm_core.config import Dtype, RunConfig
 from glm_core.conformance import render, witness
@@ -40,12 +41,14 @@ EXPECTED_S = {
     "conformance": 21,
     "step": 44,
     "utilisation": 86,
+    "goals": 60,
     "alignment": 131,
     "published": 10,
 }
 """seconds that each part is expected to take, in the order in which the parts run. Alignment took
-as long with an H100 and 16 cores, the parts before it on backend `cpu` with two busy cores. The
-last part takes what time is left, and needs so much to be worth it"""
+as long with an H100 and 16 cores, the first three parts on backend `cpu` with two busy cores. For
+the goals, which build GLM-4-9B on the device, it is a guess. The last part takes what time is left,
+and needs so much to be worth it"""
 ORDER = ("build", *EXPECTED_S)
 SAVE_EVERY = 200
 """the witness is saved after so many conformance cases, in case the device does not survive them"""
@@ -179,10 +182,10 @@ def examine(
 
 def _fits_beside(evidence: Evidence) -> bool:
     """Returns whether the loss curves run beside the parts that are timed by nothing: on a device
-    of its own, where the host would wait most of the time, and if the timed part still fits
+    of its own, where the host would wait most of the time, and if the timed parts still fit
     after them."""
     left = evidence.end - time.perf_counter()
-    needed = EXPECTED_S["alignment"] + EXPECTED_S["utilisation"]
+    needed = sum(EXPECTED_S[name] for name in ("alignment", "utilisation", "goals"))
     return evidence.backend.device_type != "cpu" and needed <= left
 
 
@@ -252,6 +255,15 @@ def _utilisation(settings: Examination, evidence: Evidence) -> dict[str, Any]:
     return {"ok": all(r.outcome != "fail" for r in rows), "steps": steps}
 
 
+def _goals(settings: Examination, evidence: Evidence) -> dict[str, Any]:
+    """Measures decoding and prefill against what is asked of them. A goal that is missed is named,
+    and is no fault."""
+    backend = evidence.backend
+    result = goals.measure(backend, goals.config_for(backend), settings.rounds)
+    evidence.add("goals.json", json.dumps(result, indent=1))
+    return {"ok": True, **{k: result[k] for k in ("missed", "layers", "fallbacks")}}
+
+
 def _step(settings: Examination, backend: Backend, dtype: str) -> dict[str, Any]:
     config = preset(settings.preset)
     run = bench_step.ours(config, dtype, settings.backend)
@@ -272,6 +284,7 @@ PARTS: dict[str, Callable[[Examination, Evidence], dict[str, Any]]] = {
     "conformance": _conformance,
     "step": _step_calls,
     "utilisation": _utilisation,
+    "goals": _goals,
     "alignment": _alignment,
     "published": _published,
 }

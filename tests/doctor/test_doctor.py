@@ -15,6 +15,7 @@ import pytest
 
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
+from glm_core.bench import goals
 from glm_core.cli import main
 from glm_core.config import ModelConfig, RunConfig, from_dict
 from glm_core.conformance import witness
@@ -23,10 +24,11 @@ from glm_core.conformance.oracle import Results
 from glm_core.conformance.witness import Witness
 from glm_core.doctor import build, examination
 from glm_core.errors import GlmCoreError
+from glm_core.measure import ceilings
 from glm_core.model.glm import GLM
 
 MODEL = {"num_layers": 1, "hidden": 32, "num_heads": 2, "ffn": 48, "vocab": 512, "max_length": 256}
-PARTS = ["conformance", "step", "utilisation", "alignment", "published"]
+PARTS = ["conformance", "step", "utilisation", "goals", "alignment", "published"]
 
 
 @pytest.fixture
@@ -35,6 +37,8 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     text = tmp_path / "text.txt"
     text.write_text("".join(f"The {n}th line counts {n * n} sheep.\n" for n in range(3000)))
     monkeypatch.setattr(examination, "preset", lambda name: ModelConfig(**MODEL))
+    monkeypatch.setattr(goals, "config_for", lambda backend: ModelConfig(**MODEL))
+    monkeypatch.setattr(ceilings, "sizes", lambda backend: (64, 1 << 16))
     monkeypatch.setattr(examination.Examination, "dtypes", lambda self, backend: ["float32"])
     monkeypatch.chdir(tmp_path)
     return from_dict(
@@ -67,6 +71,9 @@ def test_one_folder_says_everything(backend: str, small: RunConfig, tmp_path: Pa
     assert summary["finished"]
     assert (list(summary["parts"]), summary["skipped"]) == (PARTS, {})
     assert summary["parts"]["utilisation"]["steps"]["float32"]["tokens_s"] > 0
+    measured = json.loads((out / "goals.json").read_text())["rows"]
+    assert set(goals.GOALS) <= set(measured)
+    assert all(figure in measured[work] for work, (figure, _) in goals.GOALS.items())
     for part in ("conformance", "published"):
         assert json.loads((out / f"{part}.json").read_text())["failed"] == 0
     names = {p.name for p in out.iterdir()}
@@ -180,11 +187,11 @@ def test_on_a_device_of_its_own_curves_run_beside_what_is_not_timed(
     summary = examined("simulated", small, tmp_path / "doctor")
     assert summary["ok"], summary["parts"]
     assert list(summary["parts"]) == PARTS
-    assert order[-2:] == ["utilisation", "published"]
+    assert order[-3:] == ["utilisation", "goals", "published"]
     order.clear()
     monkeypatch.setattr(met, "wait", lambda: None)
     examined("simulated", small, tmp_path / "short", minutes=2.0)
-    assert order == ["conformance", "step", "utilisation", "published"]
+    assert order == ["conformance", "step", "utilisation", "goals", "published"]
 
 
 def test_build_installs_this_clone_for_the_card_and_counts_its_time(

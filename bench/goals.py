@@ -213,8 +213,8 @@ def main() -> int:
         return 0
     for name, row in result["rows"].items():
         figure, least = GOALS.get(name, ("read_share", 0.0))
-        asked = f"asked: {figure} {least:.2f}" + (" MISSED" if name in result["missed"] else "")
-        print(f"{name:34} {row['ms']:9.3f} ms  {figure} {row[figure]:.2f}  {asked}")
+        goal = f"goal {least:.2f}" + (", MISSED" if name in result["missed"] else "")
+        print(f"{name:34} {row['ms']:9.3f} ms  {figure} {row[figure]:.2f}  {goal}")
     print(result["fallbacks"] or "no fallbacks", result["machine"])
     return 0
 

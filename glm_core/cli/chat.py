@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from glm_core.cli.generate import add_model_and_backend, add_sampling, load_chat_model, sampling
+from glm_core.cli.generate import add_model_and_backend, add_sampling, load_runner, sampling
 
 
 def define(parser: argparse.ArgumentParser) -> None:
@@ -23,5 +23,6 @@ def run(args: argparse.Namespace) -> int:
     from glm_core.serve import terminal
 
     with registry.use(args.backend):
-        terminal.chat(load_chat_model(args), sampling(args), sys.stdin, sys.stdout)
+        chat_model, runner = load_runner(args)
+        terminal.chat(chat_model, sampling(args), sys.stdin, sys.stdout, runner)
     return 0

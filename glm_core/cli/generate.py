@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from glm_core.cli.memory import add_memory, load_within_memory, require_memory_options
 from glm_core.cli.options import add_json, emit
 
 if TYPE_CHECKING:
+    from glm_core.model.fit import Fit
     from glm_core.model.glm import GLM
     from glm_core.model.runner import Runner
     from glm_core.model.sample import Sampling
     from glm_core.pretrained.chat_model import BlankFillingModel, ChatModel
+    from glm_core.pretrained.weights.reading import Checkpoint
 
 
 def define(parser: argparse.ArgumentParser) -> None:
@@ -77,6 +80,7 @@ def add_model_and_backend(
         help="8 or 4: compute logits with a copy of the head in 8 or 4 bits; faster with large "
         "vocabularies",
     )
+    add_memory(parser)
 
 
 def add_sampling(parser: argparse.ArgumentParser, temperature: float, top_p: float) -> None:
@@ -127,20 +131,41 @@ def attach_adapter(args: argparse.Namespace, model: GLM) -> None:
         load_adapter(args.adapter, model)
 
 
-def load_chat_model(args: argparse.Namespace) -> ChatModel:
-    """Loads the model of the options, with its adapter, onto the backend's device."""
+def load_chat_model(
+    args: argparse.Namespace, slots: int | None = 1, most_slots: int = 1
+) -> tuple[ChatModel, Fit]:
+    """Loads the model of the options, with its adapter, onto the backend's device; and decides what
+    the cache holds, before any weight is read. slots: None: as many as fit, up to `most_slots`."""
     import torch
 
     from glm_core.backends import registry
     from glm_core.model.quantize import quantize_head
     from glm_core.pretrained.load import from_path
 
-    chat_model = from_path(args.model, dtype=getattr(torch, args.dtype))
+    require_memory_options(args)
+    device = registry.usable(args.backend).device()
+    fits: list[Fit] = []
+
+    def build(weights: Checkpoint) -> GLM:
+        model, found = load_within_memory(args, weights, device, slots, most_slots)
+        fits.append(found)
+        return model
+
+    chat_model = from_path(args.model, getattr(torch, args.dtype), build)
     attach_adapter(args, chat_model.model)
     if args.head_bits is not None:
         quantize_head(chat_model.model, args.head_bits)
-    chat_model.model.to(registry.usable(args.backend).device())
-    return chat_model
+    chat_model.model.to(device)
+    return chat_model, fits[0]
+
+
+def load_runner(args: argparse.Namespace) -> tuple[ChatModel, Runner]:
+    """Loads the model of the options, and its runner with a slot for each beam."""
+    from glm_core.model.runner import Runner
+
+    slots = max(getattr(args, "beams", None) or 1, 1)
+    chat_model, found = load_chat_model(args, slots)
+    return chat_model, Runner(chat_model.model, slots, found.context)
 
 
 def load_export(args: argparse.Namespace) -> tuple[ChatModel, Runner]:
@@ -176,10 +201,10 @@ def run(args: argparse.Namespace) -> int:
     from glm_core.model import prompt
     from glm_core.pretrained.chat_model import BlankFillingModel
 
-    chat_model, runner = load_export(args) if args.onnx else (load_chat_model(args), None)
+    chat_model, runner = load_export(args) if args.onnx else load_runner(args)
     with registry.use(args.backend):
         if args.beams:
-            _beam_search(args, chat_model)
+            _beam_search(args, chat_model, runner)
         elif isinstance(chat_model, BlankFillingModel) and prompt.BLANK.search(args.prompt):
             _fill_blanks(args, chat_model, runner)
         else:
@@ -187,21 +212,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _fill_blanks(
-    args: argparse.Namespace, chat_model: BlankFillingModel, runner: Runner | None
-) -> None:
+def _fill_blanks(args: argparse.Namespace, chat_model: BlankFillingModel, runner: Runner) -> None:
     """Prints the text with all its blanks filled."""
     from glm_core.model.generate import fill
     from glm_core.model.prompt import encode, part_a
 
     tokenizer, settings = chat_model.tokenizer, sampling(args, chat_model.stop)
     a = part_a(encode(args.prompt, tokenizer), tokenizer)
-    filled = fill(runner or chat_model.model, a, settings, tokenizer, tokenizer.vocab)
+    filled = fill(runner, a, settings, tokenizer, tokenizer.vocab)
     text = tokenizer.decode(filled)
     emit(args, {"text": text}, text)
 
 
-def _continue_text(args: argparse.Namespace, chat_model: ChatModel, runner: Runner | None) -> None:
+def _continue_text(args: argparse.Namespace, chat_model: ChatModel, runner: Runner) -> None:
     """Prints what follows the text, while it is generated."""
     from glm_core.serve.terminal import stream_text
 
@@ -215,7 +238,7 @@ def _continue_text(args: argparse.Namespace, chat_model: ChatModel, runner: Runn
     emit(args, {"text": text}, "")
 
 
-def _beam_search(args: argparse.Namespace, chat_model: ChatModel) -> None:
+def _beam_search(args: argparse.Namespace, chat_model: ChatModel, runner: Runner) -> None:
     """Prints the hypotheses with their scores; of several blanks only the first is filled."""
     from glm_core.model.beam import BeamSearch, search
 
@@ -223,7 +246,7 @@ def _beam_search(args: argparse.Namespace, chat_model: ChatModel) -> None:
         num_beams=args.beams, max_tokens=args.max_tokens, seed=args.seed, stop=chat_model.stop
     )
     prompt, tokenizer = chat_model.completion_prompt(args.prompt), chat_model.tokenizer
-    hypotheses = search(chat_model.model, prompt, settings, tokenizer.vocab)
+    hypotheses = search(runner, prompt, settings, tokenizer.vocab)
     answers = [{"text": tokenizer.decode(h.tokens), "score": h.score} for h in hypotheses]
     lines = [f"{h['score']:.3f}  {h['text']}" for h in answers]
     emit(args, {"answers": answers}, "\n".join(lines))

@@ -8,7 +8,11 @@ import sys
 
 from glm_core import environment
 from glm_core.cli.generate import add_model_and_backend, load_chat_model
+from glm_core.cli.memory import require_memory_options
 from glm_core.errors import GlmCoreError
+
+SLOTS = 16
+"""slots where memory has room for them"""
 
 
 def define(parser: argparse.ArgumentParser) -> None:
@@ -23,9 +27,9 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--slots",
         type=int,
-        default=16,
         metavar="N",
-        help="requests that run at the same time (default %(default)s)",
+        help=f"requests that run at the same time (default: {SLOTS}, or as many as memory has room "
+        "for)",
     )
     parser.add_argument(
         "--queue",
@@ -48,12 +52,6 @@ def define(parser: argparse.ArgumentParser) -> None:
         metavar="BYTES",
         help="limit of a request body (default %(default)s)",
     )
-    parser.add_argument(
-        "--context",
-        type=int,
-        metavar="N",
-        help="tokens of a slot, prompt and reply together (default: the model's context)",
-    )
     parser.epilog = (
         f"Requests need an API key if the environment variable {environment.API_KEY} is set."
     )
@@ -72,20 +70,21 @@ def run(args: argparse.Namespace) -> int:
     from glm_core.backends import registry
     from glm_core.serve.engine import Engine
 
-    if min(args.slots, args.max_tokens, args.max_body) < 1 or args.queue < 0:
+    slots = SLOTS if args.slots is None else args.slots
+    if min(slots, args.max_tokens, args.max_body) < 1 or args.queue < 0:
         raise GlmCoreError(
             "serve: --slots, --max-tokens and --max-body must be positive, --queue at least 0"
         )
-    if args.context is not None and args.context < 2:
-        raise GlmCoreError(f"serve: --context {args.context} has no room; give 2 tokens or more")
+    require_memory_options(args)
     limits = Limits(max_tokens=args.max_tokens, max_body=args.max_body, token=environment.api_key())
     with bind(args.host, args.port) as listening:  # before the weights are read
+        chat_model, found = load_chat_model(args, args.slots, SLOTS)
         engine = Engine(
-            load_chat_model(args),
+            chat_model,
             registry.usable(args.backend),
-            slots=args.slots,
+            slots=found.slots,
             queue=args.queue,
-            length=args.context,
+            length=found.context,
         )
         listening.listen()  # whoever reads the address may connect
         print(

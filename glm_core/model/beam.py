@@ -72,12 +72,13 @@ class _Beam(NamedTuple):
 
 
 def search(
-    model: GLM, prompt: Prompt, settings: BeamSearch, num_ids: int | None = None
+    model: GLM | Runner, prompt: Prompt, settings: BeamSearch, num_ids: int | None = None
 ) -> list[Hypothesis]:
     """Returns at most `num_beams` hypotheses, best first. Beams that still run at max_tokens or at
     the end of the context are among them. num_ids: the tokenizer's vocabulary, if smaller than the
-    model's. Raises PromptError, GenerationError."""
-    runner = Runner(model, settings.num_beams)
+    model's. A Runner in place of the model brings its own cache, a slot for each beam. Raises
+    PromptError, GenerationError."""
+    runner = model if isinstance(model, Runner) else Runner(model, settings.num_beams)
     runner.require_room(prompt)
     generator = torch.Generator().manual_seed(settings.seed)
     size, ended, running = len(prompt.tokens), list[Hypothesis](), [_Beam([], 0.0)]

@@ -71,7 +71,6 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
-        self.layer_scale = float(layer + 1) if config.qk_layer_scaling else 1.0
         heads = config.num_heads + 2 * config.num_kv_heads
         self.qkv = Linear(config.hidden, heads * config.head_dim, config.qkv_bias)
         self.out = Linear(config.num_heads * config.head_dim, config.hidden, config.linear_bias)
@@ -95,8 +94,9 @@ class Attention(nn.Module):
         q, k = qk.split_with_sizes((c.num_heads, c.num_kv_heads), 2)  # [B, L, H | K, E]
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
+        layer_scale = float(self.layer + 1) if c.qk_layer_scaling else 1.0
         y = self.core(
-            q, k, v, key_start, key_end, c.head_dim**-0.5, self.layer_scale, c.pb_relax
+            q, k, v, key_start, key_end, c.head_dim**-0.5, layer_scale, c.pb_relax
         )  # [B, L, H, E]
         return self.out(y.flatten(2))  # [B, L, H * E] -> [B, L, D]
 

@@ -4,6 +4,7 @@ any layout, or an ONNX export."""
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from glm_core.pretrained.tokenizers import (
     load_tokenizer,
     read_json,
 )
-from glm_core.pretrained.weights.reading import open_checkpoint
+from glm_core.pretrained.weights.reading import Checkpoint, open_checkpoint
 from glm_core.pretrained.weights.writing import COMPANIONS
 from glm_core.training import checkpoint
 
@@ -37,7 +38,13 @@ END_NAMES = ("<|endoftext|>", *NEXT_SPEAKERS, "eop", "</s>")
 """special tokens that end a reply where no config file names any"""
 
 
-def from_path(path: str | Path, dtype: torch.dtype = torch.float32) -> ChatModel:
+Build = Callable[[Checkpoint], GLM]
+"""makes the model of an opened checkpoint, in place of reading all of it into main memory"""
+
+
+def from_path(
+    path: str | Path, dtype: torch.dtype = torch.float32, build: Build | None = None
+) -> ChatModel:
     """Loads a training run (its folder or one of its checkpoints), or a checkpoint's folder of any
     layout with its tokenizer. Quantized linears stay quantized. Raises CheckpointError,
     DataError."""
@@ -48,8 +55,8 @@ def from_path(path: str | Path, dtype: torch.dtype = torch.float32) -> ChatModel
             "tokenizer"
         )
     if not path.is_dir() or _is_run(path):
-        return from_run(path, dtype=dtype)
-    return from_checkpoint(path, dtype)
+        return from_run(path, dtype=dtype, build=build)
+    return from_checkpoint(path, dtype, build)
 
 
 def _is_run(path: Path) -> bool:
@@ -60,12 +67,15 @@ def _is_run(path: Path) -> bool:
 
 
 def from_run(
-    path: str | Path, cache_dir: str | Path | None = None, dtype: torch.dtype = torch.float32
+    path: str | Path,
+    cache_dir: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    build: Build | None = None,
 ) -> BlankFillingModel:
     """Loads the model of a training run (its folder, or one of its checkpoints), rounded to
     `dtype`. Raises CheckpointError, DataError."""
     file = checkpoint.find(Path(path))
-    model, settings, facts = load_run_model(file)
+    model, settings, facts = load_run_model(file, build)
     run = file.parent.parent
     tokenizer_file = run / checkpoint.TOKENIZER
     if tokenizer_file.is_file():
@@ -89,23 +99,30 @@ def from_run(
     )
 
 
-def load_run_model(file: Path) -> tuple[GLM, config.RunConfig, dict[str, Any]]:
-    """Returns the frozen float32 model of a run's checkpoint, the run's config and the checkpoint's
-    metadata. Raises CheckpointError."""
+def load_run_model(
+    file: Path, build: Build | None = None
+) -> tuple[GLM, config.RunConfig, dict[str, Any]]:
+    """Returns the frozen float32 model of a run's checkpoint, or what `build` makes of it, the
+    run's config and the checkpoint's metadata. Raises CheckpointError."""
     tensors, facts = checkpoint.load(file)
     settings = config.from_dict(config.RunConfig, facts["config"])
-    model = GLM(settings.model)
+    with torch.device("meta" if build else "cpu"):
+        model = GLM(settings.model)
     weights = {n: tensors.get(f"master.{n}") for n, _ in model.named_parameters()}
     if missing := [n for n, w in weights.items() if w is None]:
         raise CheckpointError(
             f"{file}: lacks {missing[0]} and {len(missing) - 1} more, it holds adapters without "
             "their base; give the base, and this run as --adapter"
         )
-    model.load_state_dict(weights)
+    if build:
+        del weights, tensors
+        model = build(open_checkpoint(file, settings.model))
+    else:
+        model.load_state_dict(weights)
     return model.requires_grad_(False), settings, facts
 
 
-def from_checkpoint(path: Path, dtype: torch.dtype) -> ChatModel:
+def from_checkpoint(path: Path, dtype: torch.dtype, build: Build | None = None) -> ChatModel:
     """Loads a checkpoint's folder; sizes, stop tokens and chat template come from its files."""
     weights = open_checkpoint(path)
     tokenizer = load_tokenizer(path, weights.layout.name)
@@ -115,7 +132,8 @@ def from_checkpoint(path: Path, dtype: torch.dtype) -> ChatModel:
             f"{weights.config.vocab}; check that they belong together"
         )
     stop = _stop_ids(path, weights.files.config, getattr(tokenizer, "special", {}))
-    model = weights.load(dtype, quantized=True).requires_grad_(False)
+    model = build(weights) if build else weights.load(dtype, quantized=True)
+    model.requires_grad_(False)
     return _chat_model(path, model, tokenizer, stop)
 
 

@@ -37,9 +37,15 @@ def stream_text(
     yield detokenizer.feed([], last=True)
 
 
-def chat(chat_model: ChatModel, sampling: Sampling, lines: TextIO, out: TextIO) -> None:
+def chat(
+    chat_model: ChatModel,
+    sampling: Sampling,
+    lines: TextIO,
+    out: TextIO,
+    runner: Runner | None = None,
+) -> None:
     """Chats until `lines` ends or a line says /quit. A conversation that outgrows the context loses
-    its oldest turns, and says so."""
+    its oldest turns, and says so. runner: computes in place of the model."""
     messages: list[Message] = []
     sampling = dataclasses.replace(sampling, stop=chat_model.stop)
     if lines.isatty():
@@ -51,7 +57,7 @@ def chat(chat_model: ChatModel, sampling: Sampling, lines: TextIO, out: TextIO) 
             messages = []
             continue
         messages.append(Message("user", question))
-        reply = _print_reply(chat_model, messages, sampling, out)
+        reply = _print_reply(chat_model, messages, sampling, out, runner)
         if reply is None:
             messages.pop()
         else:
@@ -69,7 +75,11 @@ def _read_question(lines: TextIO, out: TextIO) -> str:
 
 
 def _print_reply(
-    chat_model: ChatModel, messages: list[Message], sampling: Sampling, out: TextIO
+    chat_model: ChatModel,
+    messages: list[Message],
+    sampling: Sampling,
+    out: TextIO,
+    runner: Runner | None,
 ) -> str | None:
     """Prints the reply and returns it; an interrupt ends it early. Returns None where the question
     is refused, after printing why."""
@@ -81,7 +91,7 @@ def _print_reply(
             print(f"glm-core: {error}", file=sys.stderr)
             return None
         try:
-            for text in stream_text(chat_model, prompt, sampling, strip_start=True):
+            for text in stream_text(chat_model, prompt, sampling, runner, strip_start=True):
                 reply += text
                 print(text, end="", file=out, flush=True)
         except PromptError as error:

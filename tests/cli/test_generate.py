@@ -28,7 +28,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = folder / "text.txt"
     text.write_text("\n".join(f"The fox number {i} jumps over the dog." for i in range(400)))
     settings = config.RunConfig(
-        model=config.ModelConfig(num_layers=1, hidden=32, num_heads=2, ffn=32, vocab=512),
+        model=config.ModelConfig(num_layers=4, hidden=32, num_heads=2, ffn=32, vocab=512),
         data=config.DataConfig(path=str(text), vocab=400, length=64),
         train=config.TrainConfig(steps=2, warmup_steps=0, micro_batch=2, global_batch=2),
     )
@@ -82,6 +82,12 @@ def test_generate(run_dir: Path, capsys: Any) -> None:
         (["--backend", "cpx"], 2, "did you mean cpu?"),
         (["--beams", "-1"], 2, "num_beams"),
         (["--head-bits", "3"], 2, "bits=3 must be 8 or 4"),
+        (["--context", "1"], 2, "--context 1 has no room"),
+        (["--memory", "-1"], 2, "--memory -1: must be positive"),
+        (["--offload", "cpu"], 2, "backend cpu computes in main memory; use --offload disk"),
+        (["--offload", "disk", "--adapter", "x"], 2, "cannot be combined with --adapter"),
+        (["--memory", "0.001"], 2, "are missing; use --context "),
+        (["--memory", "0.0002"], 2, "or --offload (weights 0.1 MB)"),
     ],
     ids=str,
 )
@@ -90,6 +96,19 @@ def test_bad_usage(run_dir: Path, capsys: Any, change: list[str], code: int, mes
     assert done == code
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_offload(run_dir: Path, capsys: Any) -> None:
+    """Layers that memory has no room for are read from the file; text and beams are the same."""
+    for more in ([], ["--beams", 2]):
+        command = ["generate", "--run", run_dir, "--prompt", "The fox", "--max-tokens", 6, *more]
+        _, whole, said = call(capsys, *command)
+        assert said == ""
+        small = ["--context", 64, "--memory", 0.00032 if more else 0.00025]
+        code, text, said = call(capsys, *command, *small, "--offload", "disk", "--bandwidth", 2)
+        assert (code, text) == (0, whole)
+        assert "of 4 layers come from disk at every step" in said
+        assert "at 2 GB/s (as stated)" in said
 
 
 def test_a_tokenizer_of_another_run_is_refused(run_dir: Path, capsys: Any, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -126,15 +126,22 @@ class Checkpoint:
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
         quantized: bool = False,
+        without: Collection[int] = (),
     ) -> GLM:
         """Returns the model with these weights, in `dtype` or the stored dtype. Quantized linears
         are dequantized, or with `quantized` stay quantized. A stored head that equals the embedding
-        is tied to it. Parameters are filled one by one: memory holds the model and one tensor."""
+        is tied to it. Parameters are filled one by one: memory holds the model and one tensor.
+        without: layers that are not read, and stay on the device `meta`."""
         self.require_equal_copies()
         config = dataclasses.replace(self.config, tied_head=self._tied())
         with torch.device("meta"):
             model = GLM(config)
-        names = [n for n in self.shapes if n != "head" or not config.tied_head]
+        left_out = tuple(f"blocks.{i}." for i in without)
+        names = [
+            n
+            for n in self.shapes
+            if not n.startswith(left_out) and (n != "head" or not config.tied_head)
+        ]
         codes_kept = {n.rpartition(".")[0] for n in names if quantized and self.quantized(n)}
         for name in names:
             owner, _, leaf = name.rpartition(".")

@@ -1,0 +1,179 @@
+"""Options of what a model and its cache may take in memory, and how a model is loaded within
+them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from glm_core.model.fit import Fit, Sizes
+    from glm_core.model.glm import GLM
+    from glm_core.pretrained.weights.reading import Checkpoint
+
+
+def add_memory(parser: argparse.ArgumentParser) -> None:
+    """Adds --context, --memory, --offload and --bandwidth."""
+    parser.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="most tokens of a sequence, prompt and reply together (default: the model's, or less "
+        "where memory has no room for it)",
+    )
+    parser.add_argument(
+        "--memory",
+        type=float,
+        metavar="GB",
+        help="memory of the device that weights and cache may use (default: what is free)",
+    )
+    parser.add_argument(
+        "--offload",
+        choices=["cpu", "disk"],
+        help="where layers that do not fit into the device's memory are fetched from at every "
+        "step: main memory, or the checkpoint's files",
+    )
+    parser.add_argument(
+        "--bandwidth",
+        type=float,
+        metavar="GB/S",
+        help="--offload: what the disk, or the link to the device, is taken to bring (default: "
+        "measured)",
+    )
+
+
+def require_memory_options(args: argparse.Namespace) -> None:
+    """Raises ConfigError for values that mean nothing."""
+    from glm_core.errors import ConfigError
+
+    if args.context is not None and args.context < 2:
+        raise ConfigError(f"--context {args.context} has no room; give 2 tokens or more")
+    for name in ("memory", "bandwidth"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < 1e9:
+            raise ConfigError(f"--{name} {value:g}: must be positive, in GB")
+    if args.offload and args.adapter:
+        raise ConfigError(
+            "--offload: cannot be combined with --adapter; merge the adapter into the weights, or "
+            "leave one out"
+        )
+
+
+def load_within_memory(
+    args: argparse.Namespace,
+    weights: Checkpoint,
+    device: torch.device,
+    slots: int | None,
+    most_slots: int,
+) -> tuple[GLM, Fit]:
+    """Returns the model of an opened checkpoint on the device, and what the cache holds. What
+    happens is decided, said on stderr, and refused (ConfigError) before any weight is read."""
+    import torch
+
+    from glm_core.model.fit import BUFFERS
+    from glm_core.model.offload import stream_from_host, streamed_layers
+    from glm_core.pretrained.weights.sizes import sizes
+    from glm_core.pretrained.weights.streaming import load_streamed
+
+    dtype = getattr(torch, args.dtype)
+    size = sizes(weights, dtype, head_bits=args.head_bits)
+    found = _fit(args, weights, size, device, slots, most_slots)
+    layers = streamed_layers(size.num_layers, found.resident)
+    if not layers:
+        return weights.load(dtype, device, quantized=True), found
+    if args.offload == "disk":
+        _say_cost(args, weights, size, layers, found, device)
+        return load_streamed(weights, dtype, device, layers, BUFFERS), found
+    _require_host_memory(size)
+    _say_cost(args, weights, size, layers, found, device)
+    model = weights.load(dtype, quantized=True)
+    stream_from_host(model, layers, BUFFERS, device)
+    return model, found
+
+
+def _fit(
+    args: argparse.Namespace,
+    weights: Checkpoint,
+    size: Sizes,
+    device: torch.device,
+    slots: int | None,
+    most_slots: int,
+) -> Fit:
+    """Returns what the options put into memory, and says so where it is less than the model can."""
+    import torch
+
+    from glm_core.errors import ConfigError
+    from glm_core.measure.memory import free_bytes
+    from glm_core.model.fit import fit
+    from glm_core.pretrained.weights.sizes import sizes
+
+    if args.offload == "cpu" and device.type == "cpu":
+        raise ConfigError(
+            f"--offload cpu: backend {args.backend} computes in main memory; use --offload disk"
+        )
+    longest, ways = weights.config.max_length, {}
+    if size.token > sizes(weights, torch.bfloat16).token:
+        ways["--dtype bfloat16"] = sizes(weights, torch.bfloat16)
+    if weights.bits is None:
+        smaller = sizes(weights, torch.bfloat16, bits=4)
+        ways["glm-core checkpoint convert --bits 4, then --dtype bfloat16"] = smaller
+    found = fit(
+        size,
+        free_bytes(device) if args.memory is None else int(args.memory * 1e9),
+        longest,
+        slots=slots,
+        context=args.context,
+        most_slots=most_slots,
+        offload=args.offload is not None,
+        ways=ways,
+    )
+    if args.context is None and found.context < longest:
+        print(
+            f"memory: room for {found.slots} x {found.context} tokens; the model's context is "
+            f"{longest}",
+            file=sys.stderr,
+        )
+    return found
+
+
+def _require_host_memory(size: Sizes) -> None:
+    """Raises ConfigError where main memory cannot hold the model beside the device."""
+    from glm_core.errors import ConfigError
+    from glm_core.measure.memory import host_free_bytes
+    from glm_core.model.fit import SHARE, gigabytes
+
+    free = host_free_bytes()
+    if free is not None and size.weights > free * SHARE:
+        raise ConfigError(
+            f"--offload cpu: the weights take {gigabytes(size.weights)} of main memory, and of "
+            f"{gigabytes(free)} free only {gigabytes(free * SHARE)} may be used; use --offload disk"
+        )
+
+
+def _say_cost(
+    args: argparse.Namespace,
+    weights: Checkpoint,
+    size: Sizes,
+    layers: list[int],
+    found: Fit,
+    device: torch.device,
+) -> None:
+    """Prints what fetching the layers costs."""
+    from glm_core.model.offload import link_gb_s
+    from glm_core.planner.offload import OffloadCost
+    from glm_core.pretrained.weights.streaming import LayerFiles
+
+    if args.offload == "disk":
+        files = LayerFiles(weights)
+        num_bytes, source = files.num_bytes(layers), "disk"
+        gb_s = args.bandwidth or files.gb_s(layers)
+    else:
+        num_bytes, source = size.layer * len(layers), "main memory"
+        gb_s = args.bandwidth or link_gb_s(device)
+    cost = OffloadCost(
+        len(layers), size.num_layers, num_bytes, gb_s, source, args.bandwidth is None
+    )
+    print(cost.text(found.slots), file=sys.stderr)

@@ -119,7 +119,7 @@ def _refusal(
     advice += [
         f"{what} (weights {gigabytes(size)})"
         for what, size in smaller.items()
-        if size < weights and size + min(context, LEAST) * sizes.token <= usable
+        if size < weights and size + min(context, STEP) * sizes.token <= usable
     ]
     kind = f"{BUFFERS} layers, embedding and head" if offload else "the weights"
     return (

@@ -86,8 +86,8 @@ def test_generate(run_dir: Path, capsys: Any) -> None:
         (["--memory", "-1"], 2, "--memory -1: must be positive"),
         (["--offload", "cpu"], 2, "backend cpu computes in main memory; use --offload disk"),
         (["--offload", "disk", "--adapter", "x"], 2, "cannot be combined with --adapter"),
-        (["--memory", "0.001"], 2, "are missing; use --context "),
-        (["--memory", "0.0002"], 2, "or --offload (weights 0.1 MB)"),
+        (["--memory", "0.00024"], 2, "are missing; use --context 2"),
+        (["--memory", "0.00024"], 2, "or --offload (weights 0.1 MB)"),
     ],
     ids=str,
 )

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from glm_core.backends.graphs import Graphs
 from glm_core.decode_step import DecodeStep, Stack
 from glm_core.dispatch import Op
 from glm_core.session import Kernel
@@ -103,6 +104,10 @@ class Backend:
         """Returns a callable that takes whole decode steps of this model, or unsupported(reason):
         its ops are then called one by one, and the session records the reason."""
         return unsupported("the backend takes no whole decode steps")
+
+    def graphs(self, device: torch.device) -> Graphs | Support:
+        """Returns what records this device's work and replays it, or unsupported(reason)."""
+        return unsupported(f"backend {self.name} records no graphs")
 
     def device(self, index: int = 0) -> torch.device:
         """Returns the device that holds this backend's tensors."""

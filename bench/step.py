@@ -19,11 +19,14 @@ from glm_core.backends.registry import get, use
 from glm_core.bench import peers as other
 from glm_core.config import ModelConfig, TrainConfig
 from glm_core.dispatch import Op, intercept, run
+from glm_core.errors import ConfigError
 from glm_core.measure.noise import NoiseWatch, irregularities
 from glm_core.measure.rows import Row
 from glm_core.measure.timing import Timing, gemm, gemm_flops, interleave, machine, ratio
 from glm_core.model.glm import GLM
 from glm_core.model.presets import preset
+from glm_core.spec import Support
+from glm_core.training.graph import RecordedLoss
 from glm_core.training.optimizer import Optimizer
 
 BATCH, LENGTH = 4, 256
@@ -38,8 +41,11 @@ def inputs(vocab: int) -> tuple[Tensor, Tensor]:
     return tokens, torch.arange(LENGTH)
 
 
-def ours(config: ModelConfig, dtype: str, backend: str = "cpu") -> Callable[[], float]:
-    """Returns one step of ours: forward, backward, clip, AdamW."""
+def ours(
+    config: ModelConfig, dtype: str, backend: str = "cpu", graph: bool = False
+) -> Callable[[], float]:
+    """Returns one step of ours: forward, backward, clip, AdamW. graph: forward and backward are
+    recorded and replayed (`train.graph`). Raises ConfigError where the backend records nothing."""
     device = get(backend).device()
     tokens, position = (x.to(device) for x in inputs(config.vocab))
     model = GLM(config).init_weights(0).to(device, getattr(torch, dtype))
@@ -50,12 +56,22 @@ def ours(config: ModelConfig, dtype: str, backend: str = "cpu") -> Callable[[], 
         torch.zeros_like(rows, dtype=torch.int32),
     )
     weight = torch.full((BATCH, LENGTH), 1 / (BATCH * LENGTH), device=device)
+    batch = (tokens[:, :-1], *where, (rows + 1).int(), tokens[:, 1:], weight)
+    recorded = None
+    if graph:
+        graphs = get(backend).graphs(device)
+        if isinstance(graphs, Support):
+            raise ConfigError(graphs.reason)
+        recorded = RecordedLoss(model, model.loss, graphs)
 
     def step() -> float:
         with use(backend, strict=backend == "cpu"):
             model.zero_grad(set_to_none=True)
-            loss = model.loss(tokens[:, :-1], *where, (rows + 1).int(), tokens[:, 1:], weight)
-            loss.backward()
+            if recorded is None:
+                loss = model.loss(*batch)
+                loss.backward()
+            else:
+                loss = recorded(batch)
             optimizer.step(1e-3)
             return float(loss.detach())
 

@@ -250,6 +250,9 @@ class TrainConfig:
     """number of checkpoints kept"""
     compile: bool = False
     """run the model through torch.compile(model, fullgraph=True)"""
+    graph: bool = False
+    """record forward and backward of a micro-batch once as a graph of the device, and replay it;
+    cuda and rocm, one process"""
 
     def __post_init__(self) -> None:
         m = max(self.micro_batch, 1)

@@ -5,30 +5,17 @@ on the CPU."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from glm_core import dispatch
 from glm_core.backends.cuda.decode_ops import Inputs, Step, inputs, packed
+from glm_core.backends.graphs import Graphs, Work
 from glm_core.decode_step import Rows, Stack
 
-Work = Callable[[], Tensor]
 MAX_ROWS = 1024
-
-
-class Graphs(Protocol):
-    """Records the work that a function queues on a device."""
-
-    def warm_up(self, work: Work) -> Tensor:
-        """Runs the work as it will be recorded, so that its kernels are compiled and loaded."""
-        ...
-
-    def record(self, work: Work) -> tuple[Tensor, Callable[[], None]]:
-        """Returns the work's result, filled by each call of the function returned with it. The work
-        itself does not run. Raises RuntimeError where it cannot be recorded."""
-        ...
 
 
 class CudaGraphs:

@@ -6,7 +6,8 @@ import torch
 
 from glm_core.backends.base import Backend, Peak
 from glm_core.backends.cuda import peaks
-from glm_core.backends.cuda.decode_graph import CudaGraphs, GraphDecodeStep, Graphs
+from glm_core.backends.cuda.decode_graph import CudaGraphs, GraphDecodeStep
+from glm_core.backends.graphs import Graphs
 from glm_core.decode_step import DecodeStep, Stack
 from glm_core.spec import Support
 

@@ -34,6 +34,11 @@ def define(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile the whole model")
     parser.add_argument(
+        "--graph",
+        action="store_true",
+        help="record a micro-batch's kernels once and replay them (cuda, rocm)",
+    )
+    parser.add_argument(
         "--tensorboard", action="store_true", help="write event files into DIR/tensorboard"
     )
     parser.add_argument(
@@ -97,7 +102,9 @@ def define(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Trains; exits 0 if it finished, 1 if training had to stop, 130 if it was interrupted with a
     checkpoint written."""
-    flags = {k: getattr(args, k) or None for k in ("backend", "dtype", "strict", "compile")}
+    flags = {
+        k: getattr(args, k) or None for k in ("backend", "dtype", "strict", "compile", "graph")
+    }
     config = run_config(args, **flags)
     if args.plan is not None:
         return run_plan(args, config)

@@ -35,6 +35,7 @@ from glm_core.conformance.witness import Witness
 from glm_core.doctor.build import Build, refuse_folder_in_use
 from glm_core.measure.timing import interleave, machine
 from glm_core.model.presets import preset
+from glm_core.spec import Support
 
 Progress = Callable[[str], None]
 EXPECTED_S = {
@@ -266,12 +267,15 @@ def _goals(settings: Examination, evidence: Evidence) -> dict[str, Any]:
 
 def _step(settings: Examination, backend: Backend, dtype: str) -> dict[str, Any]:
     config = preset(settings.preset)
-    run = bench_step.ours(config, dtype, settings.backend)
-    timing = interleave({"step": run}, settings.rounds)["step"]
+    runs = {"step": bench_step.ours(config, dtype, settings.backend)}
+    if not isinstance(backend.graphs(backend.device()), Support):
+        runs["graph"] = bench_step.ours(config, dtype, settings.backend, graph=True)
+    timings = interleave(runs, settings.rounds)
+    timing = timings["step"]
     reached = bench_step.matmul_flops(config) / timing.median_s / 1e12
     row: dict[str, Any] = {
-        "step_ms": timing.median_s * 1e3,
         "spread": timing.spread,
+        **{f"{name}_ms": t.median_s * 1e3 for name, t in timings.items()},
         "tflops": reached,
         "tokens_s": bench_step.BATCH * bench_step.LENGTH / timing.median_s,
     }

@@ -29,6 +29,7 @@ FREE = {
     "train.backend",
     "train.strict",
     "train.compile",
+    "train.graph",
     "train.save_every",
     "train.keep",
     "data.path",

@@ -9,15 +9,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from glm_core import ops
+from glm_core import dispatch, ops
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
 from glm_core.config import RunConfig
 from glm_core.diagnose import nonfinite
 from glm_core.errors import ConfigError
 from glm_core.model.glm import GLM
+from glm_core.spec import Support
 from glm_core.training.batches import Batch, Sampler
+from glm_core.training.graph import RecordedLoss
 from glm_core.training.optimizer import Optimizer, sum_in_float32
+from glm_core.versions import lack_of
 
 
 class Parallel(Protocol):
@@ -98,11 +101,7 @@ class SingleProcess:
                 f"train.dtype={t.dtype}: backend {backend.name} computes in {known}; use one of "
                 "these"
             )
-        if t.compile and hasattr(model, "prefix"):
-            raise ConfigError(
-                "train.compile=True: a prefix (P-Tuning) moves the mask by its values, which "
-                "torch.compile cannot trace; leave compile out"
-            )
+        _require_static(config, prefix=hasattr(model, "prefix"))
         self._weights = {} if model is not None else weights
         self.model = (model or GLM(config.model)).to(self.device, self.dtype)
         if t.global_batch > t.micro_batch:
@@ -110,6 +109,12 @@ class SingleProcess:
         self.loss: Callable[..., Tensor] = self.model.loss
         if t.compile:
             self.loss = torch.compile(self.model.loss, fullgraph=True)
+        self.recorded: RecordedLoss | None = None
+        if t.graph:
+            graphs = backend.graphs(self.device)
+            if isinstance(graphs, Support):
+                raise ConfigError(f"train.graph=True: {graphs.reason}; leave graph out")
+            self.recorded = RecordedLoss(self.model, self.loss, graphs)
 
     def initial_weights(self) -> dict[str, Tensor]:
         return initial_weights(self.config) if self._weights is None else self._weights
@@ -119,7 +124,7 @@ class SingleProcess:
         return [sampler.next(size) for _ in range(sequences // size)]
 
     def forward_backward(self, batch: Batch, token_weight: Tensor) -> Tensor:
-        inputs = (
+        on_host = (
             batch.tokens,
             batch.positions,
             batch.key_start,
@@ -127,7 +132,10 @@ class SingleProcess:
             batch.labels,
             token_weight,
         )
-        loss = self.loss(*(x.to(self.device) for x in inputs))
+        inputs = tuple(x.to(self.device) for x in on_host)
+        if self.recorded is not None and not dispatch.intercepted():
+            return self.recorded(inputs)
+        loss = self.loss(*inputs)
         loss.backward()
         return loss.detach()
 
@@ -142,12 +150,13 @@ class SingleProcess:
 
     @contextmanager
     def eager(self) -> Iterator[None]:
-        """Computes the loss without torch.compile in the block."""
-        compiled, self.loss = self.loss, self.model.loss
+        """Computes the loss in the block without torch.compile, and without a recording."""
+        before = self.loss, self.recorded
+        self.loss, self.recorded = self.model.loss, None
         try:
             yield
         finally:
-            self.loss = compiled
+            self.loss, self.recorded = before
 
     def locate_nonfinite(self, backward: Callable[[], object]) -> tuple[str, str]:
         with self.eager(), nonfinite.watch(self.model) as seen:
@@ -167,6 +176,21 @@ class SingleProcess:
 
     def facts(self) -> dict[str, Any]:
         return {}
+
+
+def _require_static(config: RunConfig, prefix: bool) -> None:
+    """Raises ConfigError for what torch.compile or a graph cannot follow from step to step."""
+    t = config.train
+    for option, what in (("compile", "torch.compile cannot trace"), ("graph", "no graph follows")):
+        if prefix and getattr(t, option):
+            raise ConfigError(
+                f"train.{option}=True: a prefix (P-Tuning) moves the mask by its values, which "
+                f"{what}; leave {option} out"
+            )
+    sums = t.dtype != "float32" and t.global_batch > t.micro_batch
+    lack = lack_of("grad_dtype", "a graph that sums micro-batches in float32") if sums else ""
+    if t.graph and lack:
+        raise ConfigError(f"train.graph=True: {lack}; leave graph out")
 
 
 def initial_weights(config: RunConfig) -> dict[str, Tensor]:

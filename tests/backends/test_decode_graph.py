@@ -5,14 +5,12 @@ any of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
+from tapes import Tapes
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from glm_core import dispatch
 from glm_core.backends import registry
@@ -30,56 +28,6 @@ from glm_core.model.sample import Sampling
 
 pytestmark = pytest.mark.skipif(not probe("cpu").ok, reason=probe("cpu").reason)
 V, LENGTH = 61, 40
-WAITS = ("_local_scalar_dense", "nonzero", "item", "equal", "lift_fresh", "is_nonzero")
-"""operators that read a tensor's value or bring one from the host, which no graph can do"""
-
-
-class Tape(TorchDispatchMode):
-    """Records the operators that are called, and calls them again."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
-        self.calls: list[Callable[[], None]] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func._schema.name.partition("::")[2] in WAITS:
-            raise RuntimeError(f"{func} waits for the device while a graph is recorded")
-        result = func(*args, **(kwargs or {}))
-
-        def again() -> None:
-            for new, old in zip(
-                tree_leaves(func(*args, **(kwargs or {}))), tree_leaves(result), strict=True
-            ):
-                if isinstance(new, Tensor) and new.data_ptr() != old.data_ptr():
-                    old.copy_(new)
-
-        self.calls.append(again)
-        return result
-
-
-class Tapes:
-    """Counts what is recorded and replayed."""
-
-    def __init__(self) -> None:
-        self.recorded = self.replayed = 0
-
-    def warm_up(self, work: Callable[[], Tensor]) -> Tensor:
-        return work()
-
-    def record(self, work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
-        with Tape() as tape:
-            result = work()
-        result.fill_(torch.nan)  # a recording computes nothing
-        self.recorded += 1
-
-        def replay() -> None:
-            self.replayed += 1
-            for call in tape.calls:
-                call()
-
-        return result, replay
 
 
 class SimulatedGpu(GpuBackend):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 from pathlib import Path
 
 from glm_core.errors import ConfigError, unknown
 
 API_KEY = "GLM_CORE_API_KEY"
+DATE = "GLM_CORE_DATE"
 WATCH = "GLM_CORE_WATCH"
 VARIABLES = {
     "GLM_CORE_BUILD": "what setup.py builds: auto, off, cpu, cuda or rocm",
@@ -15,6 +17,7 @@ VARIABLES = {
     "GLM_CORE_ISA": "the CPU's instruction set: scalar, avx2, avx512; on Arm neon, dotprod, i8mm",
     "GLM_CORE_CACHE": "where exported models are kept, instead of .cache",
     WATCH: "the folder in which processes of glm-core launch report; launch itself sets it",
+    DATE: "the day that chat templates print, as 2026-11-28; default today",
     API_KEY: "the key that clients of glm-core serve must send; empty: none",
 }
 BUILDS = ("auto", "off", "cpu", "cuda", "rocm")
@@ -54,6 +57,15 @@ def cache() -> Path:
 def api_key() -> str:
     """Returns GLM_CORE_API_KEY, by default empty."""
     return os.environ.get(API_KEY, "")
+
+
+def date() -> datetime.date | None:
+    """Returns GLM_CORE_DATE, None where it is not set. Raises ConfigError for what is no date."""
+    value = os.environ.get(DATE)
+    try:
+        return datetime.date.fromisoformat(value) if value else None
+    except ValueError:
+        raise ConfigError(f"{DATE}={value!r}: write the day as 2026-11-28") from None
 
 
 def watch() -> Path | None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 LAYOUTS = "chatglm2, chatglm-6b, glm, glm4, glm-130b, glm-block, glm-core, sat-chatglm-6b"
 """names of the layouts, written out because --help imports no torch; a test compares them"""
+ADAPTER = "adapter.safetensors, a run that has one, a folder of the peft package"
 
 
 def define(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +28,9 @@ def define(parser: argparse.ArgumentParser) -> None:
     )
     for action in (inspect, convert):
         action.add_argument(
-            "checkpoint", metavar="PATH", help="folder or file: safetensors, .bin, .pt, SAT shards"
+            "checkpoint",
+            metavar="PATH",
+            help="folder or file: a training run, safetensors, .bin, .pt, SAT shards",
         )
         action.add_argument(
             "--preset", metavar="NAME", help="the model's sizes, if there is no config.json"
@@ -51,6 +54,7 @@ def define(parser: argparse.ArgumentParser) -> None:
     convert.add_argument(
         "--dequantize", action="store_true", help="convert int8 and int4 weights to floating point"
     )
+    convert.add_argument("--merge", metavar="ADAPTER", help=f"add a LoRA to the weights: {ADAPTER}")
     add_quantization(convert, "quantize the layers' linears to 8 or 4 bits")
     convert.add_argument(
         "--shard-gb",
@@ -62,14 +66,16 @@ def define(parser: argparse.ArgumentParser) -> None:
     convert.set_defaults(run=run_convert)
     adapter = actions.add_parser(
         "adapter",
-        help="convert a trained prefix or LoRA between our format and ChatGLM's prefix_encoder.*",
+        help="convert a trained LoRA or prefix between our format, peft's and ChatGLM's "
+        "prefix_encoder.*",
+    )
+    adapter.add_argument("adapter", metavar="PATH", help=f"{ADAPTER}, or ChatGLM's files")
+    adapter.add_argument(
+        "out", metavar="OUT", help="X.safetensors: our format; X.bin: ChatGLM's; a folder: peft's"
     )
     adapter.add_argument(
-        "adapter",
-        metavar="PATH",
-        help="adapter.safetensors, a run that has one, or ChatGLM's files",
+        "--base", metavar="PATH", help="the adapter's base, needed to read or write peft's format"
     )
-    adapter.add_argument("out", metavar="OUT", help="X.safetensors: our format; X.bin: ChatGLM's")
     add_json(adapter)
     adapter.set_defaults(run=run_adapter)
 
@@ -94,13 +100,20 @@ def run_inspect(args: argparse.Namespace) -> int:
 def summary(checkpoint: Checkpoint) -> dict[str, Any]:
     """Returns the facts of a checkpoint, from the headers of its files alone."""
     from glm_core.config import to_dict
+    from glm_core.pretrained.weights.reading import is_training_state
 
-    tables = [stored for rank in checkpoint.files.ranks for stored in rank.values()]
+    tables = [
+        stored
+        for rank in checkpoint.files.ranks
+        for key, stored in rank.items()
+        if not is_training_state(checkpoint, key)
+    ]
     return {
         "layout": checkpoint.layout.name,
         "about": checkpoint.layout.about,
         "ranks": checkpoint.num_ranks,
         "files": len({s.file for s in tables}),
+        "leftovers": list(checkpoint.files.leftovers),
         "quantized_bits": checkpoint.bits,
         "dtypes": sorted({str(s.dtype).removeprefix("torch.") for s in tables}),
         "parameters": sum(math.prod(shape) for shape in checkpoint.shapes.values()),
@@ -116,6 +129,8 @@ def run_convert(args: argparse.Namespace) -> int:
     from glm_core.pretrained.weights.writing import convert, target
 
     source = open_source(args)
+    if args.merge:
+        source = _merged(args, source)
     form = target(
         args.to or source.layout.name,
         num_ranks=args.tp,
@@ -136,19 +151,42 @@ def run_convert(args: argparse.Namespace) -> int:
         "bytes": sum(os.path.getsize(f) for f in files),
         "seconds": round(time.perf_counter() - begin, 1),
         "files": files,
+        "leftovers": list(source.files.leftovers),
     }
     text = "{from} x {from_ranks} -> {to} x {ranks}: {bytes} bytes in {seconds} s".format(**facts)
     emit(args, facts, "\n".join([text, *files]))
     return 0
 
 
+def _merged(args: argparse.Namespace, source: Checkpoint) -> Checkpoint:
+    """Returns the checkpoint with the LoRA of --merge added."""
+    from glm_core.pretrained import adapters
+    from glm_core.pretrained.weights.merging import merged
+
+    config, state = adapters.read(args.merge, source.config)
+    adapters.require_fits(args.merge, source.config, config, state)
+    return merged(source, config, state, dequantize=args.dequantize)
+
+
 def run_adapter(args: argparse.Namespace) -> int:
     """Converts an adapter; exits 0 when OUT is written."""
-    from glm_core.config import to_dict
-    from glm_core.pretrained import adapters
+    from pathlib import Path
 
-    config, state = adapters.read(args.adapter)
-    adapters.write(args.out, config, state)
+    from glm_core.config import to_dict
+    from glm_core.errors import CheckpointError
+    from glm_core.pretrained import adapters, peft
+    from glm_core.pretrained.weights.reading import open_checkpoint
+
+    base = open_checkpoint(args.base) if args.base else None
+    config, state = adapters.read(args.adapter, base.config if base else None)
+    if base is not None:
+        adapters.require_fits(args.adapter, base.config, config, state)
+    if Path(args.out).suffix:
+        adapters.write(args.out, config, state)
+    elif base is None:
+        raise CheckpointError(f"{args.out}: a folder is written in peft's format; add --base PATH")
+    else:
+        peft.write(Path(args.out), config, state, base.layout, base.config)
     shapes = {name: list(tensor.shape) for name, tensor in state.items()}
     lines = [f"{name:24} {shape}" for name, shape in shapes.items()]
     facts = {"out": args.out, "config": to_dict(config), "shapes": shapes}

@@ -46,13 +46,14 @@ def add_model(
         required=choice is None,
         metavar="DIR",
         dest="model",
-        help="a training run, one of its checkpoints, or a checkpoint's folder of any layout",
+        help="a training run, one of its checkpoints, or a checkpoint of any layout (its folder or "
+        "file) with its tokenizer",
     )
     parser.add_argument(
         "--adapter",
         metavar="PATH",
-        help="LoRA or prefix to attach: adapter.safetensors, a run that has one, or ChatGLM's "
-        "prefix_encoder.*",
+        help="LoRA or prefix to attach: adapter.safetensors, a run that has one, a folder of the "
+        "peft package, or ChatGLM's prefix_encoder.*",
     )
 
 

@@ -11,8 +11,7 @@ from glm_core.cli.options import add_json, add_quantization, columns, emit
 
 if TYPE_CHECKING:
     from glm_core.config import RunConfig
-    from glm_core.model.glm import GLM
-    from glm_core.model.quantize import Quantization
+    from glm_core.pretrained.weights.reading import Checkpoint
 
 
 def define(parser: argparse.ArgumentParser) -> None:
@@ -42,23 +41,30 @@ def define(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Quantizes; exits 0, or 2 if the options or the run do not fit."""
+    import torch
+
     from glm_core.backends import registry
     from glm_core.data.open import open_sampler
     from glm_core.errors import CheckpointError
     from glm_core.model.quantize import Quantization, convert, model_bytes
+    from glm_core.pretrained.weights.writing import convert as write
+    from glm_core.pretrained.weights.writing import target
     from glm_core.training.quality import score
 
     how = Quantization(bits=args.bits, group=args.group, activation_bits=args.activation_bits)
     if args.out and Path(args.out).exists():
         raise CheckpointError(f"{args.out}: exists; choose a new folder")
-    model, config = _load(args.run_folder)
+    source, config = _open(args.run_folder)
+    dtype = getattr(torch, config.train.dtype)
     seed = config.train.seed + 1  # other blanks and another order than in training
     sampler = open_sampler(config.data, seed, ".cache", positions=config.model.positions)
     batches = [sampler.next(8) for _ in range(max(args.sequences // 8, 1))]
     with registry.use(args.backend):
+        model = source.load(dtype)
         before, size = score(model, batches), model_bytes(model)
+        model = source.load().requires_grad_(False)  # codes are made of the float32 masters
         layers = list(convert(model, how))
-        after = score(model, batches)
+        after = score(model.to(dtype), batches)
     facts = {
         "bits": how.bits,
         "group": how.group,
@@ -69,40 +75,29 @@ def run(args: argparse.Namespace) -> int:
         "layers": [layer._asdict() for layer in layers],
     }
     if args.out:
-        facts["files"] = _write(args.run_folder, args.out, config, how)
+        form = target("glm-core", quantize=how, dtype=dtype)
+        files = write(source, args.out, form)
+        facts["files"] = {str(file): file.stat().st_size for file in files}
     emit(args, facts, _text(facts))
     return 0
 
 
-def _write(folder: str, out: str, config: RunConfig, how: Quantization) -> list[str]:
-    """Writes the run's latest weights, quantized, as a checkpoint of layout glm-core; returns the
-    files."""
-    import shutil
-
-    import torch
-
+def _open(folder: str) -> tuple[Checkpoint, RunConfig]:
+    """Opens a run's latest checkpoint, and returns it with the run's config. Raises CheckpointError
+    for what is no run."""
+    from glm_core import config
+    from glm_core.errors import CheckpointError
+    from glm_core.pretrained.weights import runs
     from glm_core.pretrained.weights.reading import open_checkpoint
-    from glm_core.pretrained.weights.writing import convert, target
-    from glm_core.training import checkpoint
 
-    file = checkpoint.find(Path(folder))
-    form = target("glm-core", quantize=how, dtype=getattr(torch, config.train.dtype))
-    files = convert(open_checkpoint(file, config.model), out, form)
-    tokenizer = file.parent.parent / checkpoint.TOKENIZER
-    if tokenizer.is_file():
-        files.append(Path(shutil.copy(tokenizer, out)))
-    return [str(f) for f in files]
-
-
-def _load(folder: str) -> tuple[GLM, RunConfig]:
-    """Returns the model of a run's latest checkpoint in the run's dtype, and the run's config."""
-    import torch
-
-    from glm_core.pretrained.load import load_run_model
-    from glm_core.training import checkpoint
-
-    model, config, _ = load_run_model(checkpoint.find(Path(folder)))
-    return model.to(getattr(torch, config.train.dtype)), config
+    source = open_checkpoint(folder)
+    file = source.files.config_file
+    if file is None or (settings := runs.run_config(file)) is None:
+        raise CheckpointError(
+            f"{folder}: a checkpoint, not a training run, so there is no text to measure on; use "
+            f"glm-core checkpoint convert {folder} OUT --to glm-core --bits 4"
+        )
+    return source, config.from_dict(config.RunConfig, settings)
 
 
 def _text(facts: dict[str, Any]) -> str:
@@ -118,6 +113,6 @@ def _text(facts: dict[str, Any]) -> str:
             f"perplexity: {old['perplexity']:.3f} -> {new['perplexity']:.3f} "
             f"({new['perplexity'] / old['perplexity'] - 1:+.2%})",
             f"exact match: {old['exact']:.4f} -> {new['exact']:.4f} of {facts['targets']} targets",
-            *(f"written: {file}" for file in facts.get("files", ())),
+            *(f"written: {file}, {size} bytes" for file, size in facts.get("files", {}).items()),
         ]
     )

@@ -13,8 +13,7 @@ import json
 import shutil
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,18 +44,24 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.futures import Future
 
-from glm_core.distributed.dcp_reader import SafeReader
+from glm_core.distributed.dcp_reader import (
+    FACTS,
+    SUMS,
+    SafeReader,
+    checksums,
+    file_sha256,
+    single_process_allowed,
+)
 from glm_core.distributed.layout import Split, chunks
 from glm_core.distributed.mesh import connecting
 from glm_core.errors import CheckpointError
 from glm_core.training.checkpoint import LATEST, flush, replace
-from glm_core.versions import file_digest
 
 # torch's own writer, up to torch 2.10; its threads are no place for a filter of their own
 warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning)
 
 FORMAT = "glm-core distributed checkpoint 1"
-FACTS, SUMS, PART = "facts.json", ".sha256", ".part"
+PART = ".part"
 PATTERN = "step-" + "[0-9]" * 8
 
 
@@ -195,12 +200,6 @@ def root_cause(error: BaseException) -> BaseException:
     return cause or error
 
 
-def file_sha256(path: Path) -> str:
-    """Returns the checksum of the file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return file_digest(file, "sha256").hexdigest()
-
-
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Returns the complete checkpoints of a folder, oldest first."""
     return sorted(p for p in folder.glob(PATTERN) if (p / FACTS).is_file())
@@ -333,9 +332,7 @@ class Checkpoints:
         """Checks the sha256 of all files, of which each rank reads a share. All ranks raise
         CheckpointError where any file differs."""
         rank, world = (dist.get_rank(), dist.get_world_size()) if self.group else (0, 1)
-        sums: dict[str, str] = {}
-        for table in sorted(path.glob(f"*{SUMS}")):
-            sums |= json.loads(table.read_text(encoding="utf-8"))
+        sums = checksums(path)
         mine = sorted(sums)[rank::world]
         bad = [n for n in mine if not (path / n).is_file() or file_sha256(path / n) != sums[n]]
         everyone = [bad]
@@ -358,17 +355,6 @@ class SavedFolder(NamedTuple):
     def fill(self, tensors: dict[str, Any]) -> None:
         """Loads the tensors in place; see `Checkpoints.load`."""
         self.checkpoints.load(self.path, tensors)
-
-
-@contextmanager
-def single_process_allowed(single: bool) -> Iterator[None]:
-    """Silences DCP's warning to a single process, where `single`."""
-    if not single:
-        yield
-        return
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        yield
 
 
 def _as_shards(value: Tensor | Shards) -> Shards:

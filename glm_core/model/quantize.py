@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from glm_core import ops
 from glm_core.config import ModelConfig, check
+from glm_core.errors import ShapeError
 from glm_core.model.glm import GLM, LINEARS, Linear
 from glm_core.ops.quant import dequantize, quantize, row_parts
 
@@ -103,9 +104,23 @@ class Converted(NamedTuple):
 
 def convert(model: GLM, quantization: Quantization) -> Iterator[Converted]:
     """Replaces the linear layers of `model` in place, one at a time: each float matrix is released
-    before the next is read. Raises ShapeError for a width that does not fit."""
+    before the next is read. Raises ShapeError for a width that does not fit, before it begins."""
+    if undivided := undivided_widths(model.config, quantization):
+        raise ShapeError(undivided)
     for i, block in enumerate(model.blocks):
         yield from _convert(block, f"blocks.{i}", quantization)
+
+
+def undivided_widths(config: ModelConfig, how: Quantization) -> str:
+    """Returns which widths of a model cannot be quantized so and what to do, "" if all can."""
+    c, multiple = config, how.group or 8 // how.bits  # a byte holds 8 // bits codes
+    widths = {"hidden": c.hidden, "num_heads * head_dim": c.num_heads * c.head_dim, "ffn": c.ffn}
+    undivided = [f"{k}={v}" for k, v in widths.items() if v % multiple]
+    groups = f"groups of {how.group}" if how.group else "rows"
+    if not undivided:
+        return ""
+    instead = "another multiple of 32, or 0 for one scale a row" if how.group else "8 bits"
+    return f"{how.bits} bits in {groups} do not divide {', '.join(undivided)}; use {instead}"
 
 
 def quantize_head(model: GLM, bits: int) -> Converted:

@@ -1,5 +1,5 @@
-"""Adapters on disk: our file, which holds an adapter alone, and the prefix that ChatGLM's own
-fine-tuning saves."""
+"""Adapters on disk: our file, which holds an adapter alone, the folders of the `peft` package, and
+the prefix that ChatGLM's own fine-tuning saves."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from glm_core.config import from_dict, to_dict
+from glm_core.config import ModelConfig, from_dict, to_dict
 from glm_core.errors import CheckpointError, ConfigError
 from glm_core.model.adapters import AdapterConfig, adapter_state, attach
 from glm_core.model.glm import GLM
 from glm_core.model.prefix import Prefix
+from glm_core.pretrained import peft
 from glm_core.pretrained.weights.files import scan, some
 
 FORMAT = "glm-core adapter 1"
@@ -52,8 +53,8 @@ def load_adapter(path: str | Path, model: GLM, *, train: bool = False) -> Adapte
     dropout is off and the projection of a prefix is folded into its table; with `train` the adapter
     can be trained further. Raises CheckpointError, and leaves the model as it was, if the file is
     not an adapter or fits another base."""
-    config, state = read(path)
-    _require_fits(path, model, config, state)
+    config, state = read(path, model.config)
+    require_fits(path, model.config, config, state)
     attach(model, config)
     with torch.no_grad():
         for name, parameter in adapter_state(model).items():
@@ -61,9 +62,10 @@ def load_adapter(path: str | Path, model: GLM, *, train: bool = False) -> Adapte
     return config if train else _prepare_inference(model, config)
 
 
-def _require_fits(path: str | Path, model: GLM, config: AdapterConfig, state: State) -> None:
+def require_fits(path: str | Path, base: ModelConfig, config: AdapterConfig, state: State) -> None:
+    """Raises CheckpointError unless an adapter has the names and shapes that this base needs."""
     with torch.device("meta"):
-        expected = adapter_state(attach(GLM(model.config), config))
+        expected = adapter_state(attach(GLM(base), config))
     wrong = [
         f"{n} is {list(state[n].shape) if n in state else 'missing'}, "
         f"expected {list(expected[n].shape) if n in expected else 'nothing'}"
@@ -84,11 +86,19 @@ def _prepare_inference(model: GLM, config: AdapterConfig) -> AdapterConfig:
     return dataclasses.replace(config, dropout=0.0, prefix_projection=False, prefix_width=0)
 
 
-def read(path: str | Path) -> tuple[AdapterConfig, State]:
+def read(path: str | Path, base: ModelConfig | None = None) -> tuple[AdapterConfig, State]:
     """Returns the config and tensors of an adapter: from our file, from the folder of a run that
-    has one, or from a file or folder with ChatGLM's prefix_encoder.*, alone or among other weights.
-    Raises CheckpointError."""
+    has one, from a folder of the `peft` package, or from a file or folder with ChatGLM's
+    prefix_encoder.*, alone or among other weights. base: sizes of its base, which a folder of
+    peft's needs. Raises CheckpointError."""
     path = Path(path)
+    if (folder := _peft_folder(path)) is not None:
+        if base is None:
+            raise CheckpointError(
+                f"{folder}: an adapter of the peft package, whose names are its base's; give the "
+                "base too (--base PATH)"
+            )
+        return peft.read(folder, base)
     path = path / FILE_NAME if (path / FILE_NAME).is_file() else path
     if path.is_file() and path.suffix == ".safetensors":
         with _open(path) as file:
@@ -97,6 +107,12 @@ def read(path: str | Path) -> tuple[AdapterConfig, State]:
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 return _config(path, header), state
     return _read_chatglm(path)
+
+
+def _peft_folder(path: Path) -> Path | None:
+    """Returns the folder of an adapter of peft's, given the folder or a file in it."""
+    folder = path.parent if path.name in (peft.CONFIG, *peft.WEIGHTS) else path
+    return folder if (folder / peft.CONFIG).is_file() else None
 
 
 def write(path: str | Path, config: AdapterConfig, state: State) -> None:
@@ -143,8 +159,8 @@ def _read_chatglm(path: Path) -> tuple[AdapterConfig, State]:
     }
     if not stored:
         raise CheckpointError(
-            f"{path}: holds no adapter; expected {FILE_NAME} of a run, or prefix_encoder.* of "
-            "ChatGLM"
+            f"{path}: holds no adapter; expected {FILE_NAME} of a run, {peft.CONFIG} with "
+            f"{peft.WEIGHTS[0]} of peft, or prefix_encoder.* of ChatGLM"
         )
     table = stored.get("embedding.weight")
     if (

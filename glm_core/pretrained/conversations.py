@@ -125,8 +125,9 @@ class ExampleSampler:
         another length or another seed."""
         if state.get("of") != self._identity() or type(state.get("index")) is not int:
             raise DataError(
-                "sampler state: saved with other conversations, another data.length or seed; "
-                "resume with the same"
+                "sampler state: saved with other conversations, another data.length or seed, or "
+                "on another day by a chat template that prints it; resume with the same (the day "
+                "in GLM_CORE_DATE)"
             )
         self.index = state["index"]
 

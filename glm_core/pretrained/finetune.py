@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from glm_core import config as configs
+from glm_core import environment
 from glm_core.config import ModelConfig, RunConfig
 from glm_core.data.open import open_sampler
 from glm_core.data.tokenizer import Tokenizer
@@ -17,6 +20,7 @@ from glm_core.errors import ConfigError
 from glm_core.model.adapters import AdapterConfig, attach
 from glm_core.model.glm import GLM
 from glm_core.pretrained.adapters import FILE_NAME, save_adapter
+from glm_core.pretrained.chat_model import CausalModel, ChatModel
 from glm_core.pretrained.conversations import ExampleSampler, read_examples, to_example
 from glm_core.pretrained.load import from_path
 from glm_core.pretrained.templates import Message
@@ -127,6 +131,7 @@ def _with_conversations(
 ) -> tuple[RunConfig, GLM, Sampler]:
     """Returns the base, and a sampler of conversations in the base's chat format."""
     chat_model = from_path(base, getattr(torch, config.train.dtype))
+    _warn_of_date(chat_model)
     if isinstance(source, str | Path):
         examples = read_examples(chat_model, source)
     else:
@@ -137,6 +142,17 @@ def _with_conversations(
     config = dataclasses.replace(config, model=model.config, data=data_config)
     sampler = ExampleSampler(examples, length, config.train.seed)
     return config, model, sampler
+
+
+def _warn_of_date(chat_model: ChatModel) -> None:
+    """Says on stderr that the run can be resumed today only, where that is so."""
+    dated = isinstance(chat_model, CausalModel) and chat_model.template.prints_date
+    if dated and environment.date() is None:
+        print(
+            "chat template: prints today's date, so tomorrow the conversations have other ids; "
+            f"set {environment.DATE}={datetime.date.today()} to resume on another day",
+            file=sys.stderr,
+        )
 
 
 def _with_text(

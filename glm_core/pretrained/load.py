@@ -28,6 +28,7 @@ from glm_core.pretrained.tokenizers import (
     load_tokenizer,
     read_json,
 )
+from glm_core.pretrained.weights import runs
 from glm_core.pretrained.weights.reading import Checkpoint, open_checkpoint
 from glm_core.pretrained.weights.writing import COMPANIONS
 from glm_core.training import checkpoint
@@ -45,21 +46,23 @@ Build = Callable[[Checkpoint], GLM]
 def from_path(
     path: str | Path, dtype: torch.dtype = torch.float32, build: Build | None = None
 ) -> ChatModel:
-    """Loads a training run (its folder or one of its checkpoints), or a checkpoint's folder of any
-    layout with its tokenizer. Quantized linears stay quantized. Raises CheckpointError,
-    DataError."""
+    """Loads a training run (its folder or one of its checkpoints), or a checkpoint of any layout
+    (its folder or file) with the tokenizer beside it. Quantized linears stay quantized. Raises
+    CheckpointError, DataError."""
     path = Path(path)
     if not path.exists():
         raise CheckpointError(
             f"{path}: no such checkpoint; give the folder of a run, or of a checkpoint with its "
             "tokenizer"
         )
-    if not path.is_dir() or _is_run(path):
+    if _is_run(path):
         return from_run(path, dtype=dtype, build=build)
     return from_checkpoint(path, dtype, build)
 
 
 def _is_run(path: Path) -> bool:
+    if path.is_file():
+        return path.match(checkpoint.PATTERN) or runs.run_config(path) is not None
     folders = (path, path / checkpoint.FOLDER)
     return any(
         (f / checkpoint.LATEST).is_file() and any(f.glob(checkpoint.PATTERN)) for f in folders
@@ -123,18 +126,20 @@ def load_run_model(
 
 
 def from_checkpoint(path: Path, dtype: torch.dtype, build: Build | None = None) -> ChatModel:
-    """Loads a checkpoint's folder; sizes, stop tokens and chat template come from its files."""
+    """Loads a checkpoint; sizes, stop tokens and chat template come from the files of its
+    folder."""
     weights = open_checkpoint(path)
-    tokenizer = load_tokenizer(path, weights.layout.name)
+    folder = weights.files.home
+    tokenizer = load_tokenizer(folder, weights.layout.name)
     if tokenizer.vocab > weights.config.vocab:
         raise CheckpointError(
             f"{path}: the tokenizer has {tokenizer.vocab} tokens, the model "
             f"{weights.config.vocab}; check that they belong together"
         )
-    stop = _stop_ids(path, weights.files.config, getattr(tokenizer, "special", {}))
+    stop = _stop_ids(folder, weights.files.config, getattr(tokenizer, "special", {}))
     model = build(weights) if build else weights.load(dtype, quantized=True)
     model.requires_grad_(False)
-    return _chat_model(path, model, tokenizer, stop)
+    return _chat_model(folder, model, tokenizer, stop)
 
 
 def from_export(folder: str | Path) -> tuple[ChatModel, Exported]:

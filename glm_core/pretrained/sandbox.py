@@ -19,7 +19,8 @@ import jinja2.parser
 import jinja2.sandbox
 import jinja2.utils
 
-from glm_core.errors import PromptError
+from glm_core import environment
+from glm_core.errors import ConfigError, PromptError
 
 
 class GenerationTag(jinja2.ext.Extension):
@@ -73,7 +74,10 @@ def _raise(message: str) -> NoReturn:
 
 
 def _strftime_now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
+    day = environment.date()
+    midnight = datetime.time()
+    now = datetime.datetime.combine(day, midnight) if day else datetime.datetime.now()
+    return now.strftime(form)
 
 
 def _to_json(
@@ -117,6 +121,8 @@ def render(source: str, values: Mapping[str, Any]) -> str:
         return _compile(source).render(values)
     except jinja2.TemplateError as error:
         raise PromptError(f"chat template: {error}; give other roles or order") from None
+    except ConfigError:  # of GLM_CORE_DATE
+        raise
     except Exception as error:  # whatever Python's operators raise
         raise PromptError(
             f"chat template: {type(error).__name__}: {error}; use the checkpoint's own template"

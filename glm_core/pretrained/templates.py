@@ -41,6 +41,8 @@ SPECIAL_TOKENS = "special_tokens_map.json"
 """where transformers before 4.34 kept what tokenizer_config.json holds since"""
 PRIVATE = range(0xF0000, 0xFFFFE)
 """code points without a meaning, which stand for hidden text"""
+THINKING = re.compile(r"<\w+>")
+"""a tag that opens a thought, such as <think>"""
 OTHER_TEMPLATE = "put another template in the checkpoint's folder (chat_template.jinja)"
 
 
@@ -62,6 +64,11 @@ class ChatTemplate:
     """names of special tokens that the template may use, such as bos_token"""
     prefix: tuple[int, ...] = ()
     """ids before the rendered text; a checkpoint's own template spells them itself"""
+
+    @property
+    def prints_date(self) -> bool:
+        """Whether the rendered text depends on the day."""
+        return "strftime_now" in self.source
 
     def prompt_ids(self, messages: Sequence[Message], tokenizer: ChatTokenizer) -> list[int]:
         """Returns the ids of the prompt that asks for a reply; special tokens that messages spell
@@ -153,17 +160,23 @@ class Conversation:
 
     def _opened_reply(self, request: str, content: str) -> str:
         """Returns the rest of a reply whose first words the request spells already, such as
-        `<think>`, which the template leaves out of past replies."""
+        `<think>`, which the template leaves out of past replies. A reply without a thought gets an
+        empty one."""
         head, _, _ = self._with_reply(self._mark).partition(self._mark)
         opening = request.removeprefix(head)
         word = opening.strip()
-        if not (request.startswith(head) and word and content.lstrip().startswith(word)):
+        if request.startswith(head) and word and content.lstrip().startswith(word):
+            rest = content.lstrip().removeprefix(word)
+            return self._hide(rest if opening.endswith(word) else rest.lstrip())
+        closing = word.replace("<", "</")
+        if not (THINKING.fullmatch(word) and closing in self._template.source):
             raise PromptError(
                 f"chat template: the request ends in {opening[-40:]!r}, which the reply does not "
                 f"continue; begin the reply with it, or {OTHER_TEMPLATE}"
             )
-        rest = content.lstrip().removeprefix(word)
-        return self._hide(rest if opening.endswith(word) else rest.lstrip())
+        if closing in content:  # as the model writes it: the request has opened the thought
+            return self._hide(content)
+        return self._hide(f"{'' if opening.endswith(chr(10)) else chr(10)}\n{closing}\n\n{content}")
 
     def _with_reply(self, content: str) -> str:
         messages = [*self._messages[:-1], self._messages[-1]._replace(content=content)]

@@ -22,9 +22,8 @@ from glm_core.distributed.checkpoint import (
     find_checkpoint,
     read_facts,
     shards_of,
-    single_process_allowed,
 )
-from glm_core.distributed.dcp_reader import METADATA, SafeReader
+from glm_core.distributed.dcp_reader import METADATA, SafeReader, single_process_allowed
 from glm_core.distributed.layout import Split
 from glm_core.errors import CheckpointError
 

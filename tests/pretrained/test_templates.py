@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 from chat_templates import GLM, OTHERS
 
-from glm_core.errors import PromptError
+from glm_core.errors import ConfigError, PromptError
 from glm_core.pretrained import sandbox
 from glm_core.pretrained.templates import CHATGLM2, CHATGLM3, GLM4, ChatTemplate, Message
 
@@ -87,6 +87,8 @@ REPLIES = [
     ("glm-4-9b-chat", " the fox\n", "\n the fox\n"),
     ("glm-4-0414", "</s><|user|>", "\n</s><|user|>"),
     ("glm-z1", "<think>a</think>b", "a</think>b"),
+    ("glm-z1", "a</think>b", "a</think>b"),
+    ("glm-z1", "b", "\n\n</think>\n\nb"),
     ("glm-4.5", "b", "\n<think></think>\nb"),
     ("glm-4.5", "<think>a</think>b\n", "\n<think>a</think>\nb"),
     ("glm-edge", "fox", "fox"),
@@ -100,6 +102,7 @@ REPLIES = [
     ("phi-3", "", ""),
     ("deepseek", "who runs?", " who runs?"),
     ("deepseek-r1", "<think>\na</think>b", "a</think>b"),
+    ("deepseek-r1", "b", "\n</think>\n\nb"),
     ("zephyr", "fox", "fox"),
 ]
 
@@ -122,7 +125,6 @@ def test_a_reply_is_what_the_template_shows(name: str, content: str, wanted: str
 @pytest.mark.parametrize(
     ("name", "content", "fact"),
     [
-        ("glm-z1", "b", "the request ends in '<think>', which the reply does not continue"),
         ("json-lines", "fox", "does not print the last message as it is"),
         ("lengths", "fox", "does not print the last message as it is"),
         ("glm-4-9b-chat", "", "does not print the last message as it is"),
@@ -133,3 +135,20 @@ def test_a_reply_that_cannot_be_located_is_refused(name: str, content: str, fact
     with pytest.raises(PromptError, match=r"chat template: .*chat_template.jinja") as raised:
         template(ALL[name]).reply_ids(messages, Letters())
     assert fact in str(raised.value)
+
+
+def test_a_reply_that_does_not_continue_the_request_is_refused() -> None:
+    source = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    shown = template(source + "{% if add_generation_prompt %}Sure: {% endif %}")
+    with pytest.raises(PromptError, match="ends in 'Sure: ', which the reply does not continue"):
+        shown.reply_ids([*ASKED, Message("assistant", "b")], Letters())
+
+
+def test_the_date_can_be_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    dated = template("{{ strftime_now('%d %b %Y') }}")
+    monkeypatch.setenv("GLM_CORE_DATE", "2024-02-29")
+    assert dated.prints_date
+    assert sandbox.render(dated.source, {}) == "29 Feb 2024"
+    monkeypatch.setenv("GLM_CORE_DATE", "29.2.2024")
+    with pytest.raises(ConfigError, match="write the day as 2026-11-28"):
+        sandbox.render(dated.source, {})

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from glm_core.errors import CheckpointError
+from glm_core.pretrained.weights import runs
 
 WEIGHTS = re.compile(
     r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
@@ -55,6 +56,16 @@ DTYPES = {
 }
 """dtypes by their names in safetensors"""
 _RECONSTRUCT = np.zeros(0).__reduce__()[0]
+OTHER_FORMATS = {
+    b"GGUF": "is llama.cpp's format GGUF, which is not read; give the model's safetensors or .bin",
+    b"lmgg": "is a file of ggml (chatglm.cpp), which is not read; give the model's safetensors or "
+    ".bin",
+    b"ggml": "is a file of ggml (chatglm.cpp), which is not read; give the model's safetensors or "
+    ".bin",
+    b"\x89HDF": "is TensorFlow's HDF5, which is not read; give the model's safetensors or .bin",
+    b"version https://git-lfs": "is a pointer of Git LFS, not the file; fetch it: git lfs pull",
+}
+"""what files of other formats begin with, and what to do about them"""
 MAPPED_BYTES = 1 << 28
 """bytes read from torch files before they are unmapped; mapped pages count as memory of the
 process"""
@@ -72,7 +83,7 @@ unpickle"""
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor in one file."""
+    """One tensor in one file, or in a folder that the processes of a run wrote together."""
 
     key: str
     file: Path
@@ -86,6 +97,8 @@ class StoredTensor:
     def read(self) -> Tensor:
         """Returns the values, memory-mapped where the format allows. Raises CheckpointError if the
         file has changed or is damaged."""
+        if self.file.is_dir():
+            return runs.read_sharded(self.file, self.key, self.shape, self.dtype)
         if self.file.suffix == ".safetensors":
             with _safetensors(self.file) as file:
                 tensor: Tensor = file.get_tensor(self.key)
@@ -104,21 +117,28 @@ class CheckpointFiles:
     ranks: tuple[dict[str, StoredTensor], ...]
     """the tensors by key, for each tensor-parallel rank"""
     config: dict[str, Any]
-    """content of config.json or model_config.json, empty if there is none"""
+    """content of config.json or model_config.json, or what a run's checkpoint says of its model;
+    empty if there is none"""
     config_file: Path | None
+    """where the config comes from"""
+    home: Path
+    """folder of the tokenizer"""
     leftovers: tuple[str, ...] = ()
     """weights in the same folder that are not read, such as those of an older save"""
 
 
 def scan(path: str | Path) -> CheckpointFiles:
-    """Finds and lists the files of a checkpoint: one file, a Hugging Face folder, or a folder of
-    shards `mp_rank_XX_model_states.pt` of SAT or DeepSpeed. Raises CheckpointError."""
+    """Finds and lists the files of a checkpoint: one file, a Hugging Face folder, a folder of
+    shards `mp_rank_XX_model_states.pt` of SAT or DeepSpeed, or a training run. Raises
+    CheckpointError."""
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder; give a checkpoint")
+    inner = path if _main_file(path) else _iteration(runs.checkpoints_folder(path))
+    if (run := runs.run_config(inner)) is not None:
+        return CheckpointFiles(path, (_table([inner]),), run["model"], inner, runs.home(inner))
     ranks: tuple[dict[str, StoredTensor], ...]
     folders = [path if path.is_dir() else path.parent]
-    inner = path if _main_file(path) else _iteration(path)
     leftovers: tuple[str, ...] = ()
     if inner.is_file():
         ranks = (_table([inner]),)
@@ -130,7 +150,7 @@ def scan(path: str | Path) -> CheckpointFiles:
         leftovers = _leftovers(inner, {f.name for rank in files for f in rank})
     config_file = next((f / c for f in folders for c in CONFIGS if (f / c).is_file()), None)
     config = read_json(config_file) if config_file else {}
-    return CheckpointFiles(path, ranks, config, config_file, leftovers)
+    return CheckpointFiles(path, ranks, config, config_file, folders[-1], leftovers)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -195,7 +215,7 @@ def _whole_files(folder: Path) -> list[Path]:
     main = _main_file(folder)
     if main is not None:
         return _indexed(main) if main.suffix == ".json" else [main]
-    for pattern in ("*.safetensors", "*.bin", "*.pt"):
+    for pattern in ("*.safetensors", "*.bin", "*.pt", "*.gguf"):
         if files := sorted(folder.glob(pattern)):
             return files
     raise CheckpointError(
@@ -240,6 +260,9 @@ def _table(files: list[Path]) -> dict[str, StoredTensor]:
 
 def _list_tensors(file: Path) -> dict[str, StoredTensor]:
     """Returns the tensors of one file, values unread."""
+    if file.is_dir():
+        return {k: StoredTensor(k, file, *facts) for k, facts in runs.sharded_tensors(file).items()}
+    _require_known_format(file)
     if file.suffix != ".safetensors":
         return {
             k: StoredTensor(k, file, tuple(t.shape), t.dtype)
@@ -257,6 +280,18 @@ def _list_tensors(file: Path) -> dict[str, StoredTensor]:
                 key, file, tuple(view.get_shape()), DTYPES[view.get_dtype()]
             )
     return tensors
+
+
+def _require_known_format(file: Path) -> None:
+    """Raises CheckpointError for a file that begins like one of OTHER_FORMATS."""
+    try:
+        with file.open("rb") as handle:
+            begin = handle.read(max(map(len, OTHER_FORMATS)))
+    except OSError as error:
+        raise _unreadable(file, error) from None
+    for magic, advice in OTHER_FORMATS.items():
+        if begin.startswith(magic):
+            raise CheckpointError(f"{file}: {advice}")
 
 
 def _safetensors(file: Path) -> Any:

@@ -76,7 +76,9 @@ class Layout:
     prefixes: tuple[str, ...] = ("",)
     """what may precede every key; the first is written"""
     ignored: str = r"(.*\.)?inv_freq"
-    """regular expression of keys that hold no learned value"""
+    """regular expression of keys that hold no learned value; the same layout writes them again"""
+    training_state: str = r"(?!)"
+    """regular expression of keys that only a resumed run needs; they are never written"""
     fields: tuple[Field, ...] = ()
     fixed: dict[str, Any] = dataclasses.field(default_factory=dict)
     """our fields that are the same in all models of this layout"""
@@ -349,7 +351,7 @@ LAYOUTS = (
         qkv="blocks",
         quantized=True,
         prefixes=("", "master."),
-        ignored=r"(exp_avg|exp_avg_sq|rng)\..*",
+        training_state=r"(exp_avg|exp_avg_sq|rng)\..*",
         fields=tuple(Field(f.name, (f.name,), f.default) for f in dataclasses.fields(ModelConfig)),
         header={"model_type": "glm-core"},
     ),

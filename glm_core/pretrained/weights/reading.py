@@ -30,6 +30,8 @@ from glm_core.pretrained.weights.sharding import (
 )
 
 SCALE = "_scale"
+ADAPTER = re.compile(r"lora_[abAB](\.|$)|(^|\.)prefix(_encoder)?\.")
+"""what the keys of adapters contain"""
 BITS, ACTIVATION_BITS = "quantization_bit", "quantization_activation_bits"
 """keys of config.json; the first is ChatGLM's, the second our own"""
 
@@ -192,6 +194,11 @@ def open_checkpoint(path: str | Path, config: ModelConfig | None = None) -> Chec
     files = scan(path)
     keys = set().union(*files.ranks)
     detected = detect(keys)
+    if detected is None and any(ADAPTER.search(key) for key in keys):
+        raise CheckpointError(
+            f"{path}: it holds adapters without their base; give the base, and this as --adapter "
+            "(glm-core checkpoint convert BASE OUT --merge ADAPTER adds a LoRA to its base)"
+        )
     if detected is None:
         known = ", ".join(f"{item.name} ({item.about})" for item in LAYOUTS)
         raise CheckpointError(
@@ -269,7 +276,7 @@ def _mismatches(c: Checkpoint) -> Iterator[str]:
         for key, stored in table.items():
             shape, kind = expected.get(key, (None, ""))
             if shape is None:
-                if not is_ignored(c, key):
+                if not is_ignored(c, key) and not is_training_state(c, key):
                     unexpected.append(f"{key} in {stored.file.name}")
             elif stored.shape != shape:
                 wrong.append(
@@ -307,8 +314,13 @@ def _expected(c: Checkpoint, name: str, rank: int) -> dict[str, tuple[tuple[int,
 
 
 def is_ignored(c: Checkpoint, key: str) -> bool:
-    """Whether a key holds no learned value."""
+    """Whether a key holds no learned value, and is written again all the same."""
     return re.fullmatch(c.layout.ignored, key) is not None
+
+
+def is_training_state(c: Checkpoint, key: str) -> bool:
+    """Whether only a resumed run needs what a key holds; it is never written elsewhere."""
+    return re.fullmatch(c.layout.training_state, key) is not None
 
 
 def _other_layouts(c: Checkpoint, unexpected: list[str]) -> str:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from glm_core.errors import CheckpointError
-from glm_core.model.quantize import Quantization
+from glm_core.model.quantize import Quantization, undivided_widths
 from glm_core.ops.quant import quantize
 from glm_core.pretrained.weights.configs import write_config
 from glm_core.pretrained.weights.files import safetensors_header
@@ -106,10 +106,8 @@ def convert(
 
 
 def _copy_companions(source: Checkpoint, folder: Path) -> None:
-    path = source.files.path
     for name in COMPANIONS:
-        file = (path if path.is_dir() else path.parent) / name
-        if file.is_file():
+        if (file := source.files.home / name).is_file():
             shutil.copyfile(file, folder / name)
 
 
@@ -138,7 +136,7 @@ def _require_possible(source: Checkpoint, target: Target) -> None:
 
 def _require_quantizable(source: Checkpoint, target: Target) -> None:
     """Raises CheckpointError if the layout cannot hold such codes, or widths do not divide."""
-    how, layout, c = target.quantize, target.layout, source.config
+    how, layout = target.quantize, target.layout
     if how is None:
         return
     if source.bits is not None and not target.dequantize:
@@ -152,14 +150,8 @@ def _require_quantizable(source: Checkpoint, target: Target) -> None:
         raise CheckpointError(
             f"layout {layout.name} has one scale a row and no int8 activations; use glm-core"
         )
-    widths = {"hidden": c.hidden, "num_heads * head_dim": c.num_heads * c.head_dim, "ffn": c.ffn}
-    multiple = how.group or 8 // how.bits  # a byte holds 8 // bits codes
-    if undivided := [f"{k}={v}" for k, v in widths.items() if v % multiple]:
-        raise CheckpointError(
-            f"{how.bits} bits in groups of {how.group or 'a row'} do not divide "
-            f"{', '.join(undivided)}; "
-            "use a smaller group, or 0 for one scale a row"
-        )
+    if undivided := undivided_widths(source.config, how):
+        raise CheckpointError(undivided)
 
 
 def _write(source: Checkpoint, folder: Path, target: Target, progress: Progress) -> None:
@@ -326,7 +318,7 @@ def _config(source: Checkpoint, target: Target) -> tuple[str, str]:
     files = source.files
     changed = target.dequantize or target.dtype is not None or target.quantize is not None
     same = source.layout is target.layout and not changed
-    if same and files.config_file is not None:
+    if same and files.config_file is not None and files.config_file.suffix == ".json":
         return files.config_file.name, files.config_file.read_text(encoding="utf-8")
     written = target.dtype or source.stored("final_norm.weight")[0].dtype
     dtype = str(written).removeprefix("torch.")

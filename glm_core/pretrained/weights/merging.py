@@ -21,8 +21,8 @@ class MergedCheckpoint(Checkpoint):
     """the adapter's tensors by our names"""
 
     def dense(self, name: str, rank: int = 0, size: int = 1) -> Tensor:
-        """Returns a part of a parameter in floating point, with its product added: formed in
-        float32 and rounded once, as in `model.adapters.merge`."""
+        """Returns a part of a parameter in floating point; a sum is formed and returned in
+        float32, so that whoever stores it rounds it once."""
         weight = super().dense(name, rank, size)
         a = self.state.get(name.removesuffix("weight") + "lora_a")
         if a is None:
@@ -30,7 +30,7 @@ class MergedCheckpoint(Checkpoint):
         b = self.state[name.removesuffix("weight") + "lora_b"]
         product = self.adapter.alpha / self.adapter.rank * (b.float() @ a.float())
         part = cut(name, product, self.config, rank, size, 1, scale=False)
-        return (weight.float() + part).to(weight.dtype)
+        return weight.float() + part
 
 
 def merged(

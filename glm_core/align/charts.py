@@ -17,7 +17,7 @@ LEFT, RIGHT, TOP, BOTTOM = 64, 16, 14, 40
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Series:
-    """One line or one set of dots; NaN and, on a log axis, values <= 0 leave a gap."""
+    """One line or one set of dots. NaN leaves a gap; on a log axis 0 lies on the lowest line."""
 
     name: str
     x: Values
@@ -40,7 +40,8 @@ class Band:
 
 
 class Axis:
-    """Maps data to pixels, linearly or logarithmically, with readable ticks."""
+    """Maps data to pixels, linearly or logarithmically, with readable ticks. A logarithmic axis of
+    values that can be 0 has a lowest line for them, a decade below the smallest other."""
 
     def __init__(
         self, values: Sequence[float], start: float, stop: float, log: bool = False
@@ -49,24 +50,29 @@ class Axis:
         low: float
         high: float
         low, high = (min(good), max(good)) if good else (0.1, 1.0)
+        self.has_zero = log and any(v == 0 for v in values)
         if log:
             low, high = math.floor(math.log10(low)), math.ceil(math.log10(high))
+            low -= self.has_zero
         if low == high:
             low, high = low - 0.5, high + 0.5
         self.low, self.high, self.start, self.stop, self.log = low, high, start, stop, log
 
     def pixel(self, value: float) -> float | None:
         """Returns the pixel, or None where the value cannot be drawn."""
+        if value == 0 and self.has_zero:
+            return self.start
         if not math.isfinite(value) or (self.log and value <= 0):
             return None
         v = math.log10(value) if self.log else value
         return self.start + (v - self.low) / (self.high - self.low) * (self.stop - self.start)
 
     def ticks(self) -> list[float]:
-        """Decades, or about five round numbers."""
+        """Returns decades (and 0 where it has a line), or about five round numbers."""
         if self.log:
-            decades = max(1, math.ceil((self.high - self.low) / 7))
-            return [10.0**e for e in range(int(self.low), int(self.high) + 1, decades)]
+            step, first = max(1, math.ceil((self.high - self.low) / 7)), int(self.low)
+            decades = [10.0**e for e in range(first + self.has_zero, int(self.high) + 1, step)]
+            return [0.0, *decades] if self.has_zero else decades
         raw = (self.high - self.low) / 5
         unit = 10.0 ** math.floor(math.log10(raw))
         step = min((m * unit for m in (1, 2, 5, 10) if m * unit >= raw), default=raw)
@@ -92,15 +98,21 @@ def chart(
     parts = [_grid(x, y, x_label, y_label)]
     parts += [_band(b, x, y) for b in bands]
     parts += [_dots(s, x, y) if s.dots else _line(s, x, y) for s in series]
-    names = [(s.name, s.color) for s in series] + [(b.name, b.color) for b in bands]
+    names = [(s.name if _visible(s, y) else f"{s.name} (no finite value)", s.color) for s in series]
+    names = [n for s, n in zip(series, names, strict=True) if s.name]
+    names += [(b.name, b.color) for b in bands]
     legend = "".join(_legend(name, color) for name, color in names)
     head = f"<figure><figcaption>{escape(title)}</figcaption>"
     svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
     return f'{head}{svg}{"".join(parts)}</svg><p class="legend">{legend}</p></figure>'
 
 
+def _visible(s: Series, y: Axis) -> bool:
+    return any(y.pixel(float(value)) is not None for value in s.y)
+
+
 def _legend(name: str, color: str) -> str:
-    return f'<span><i style="background:{color}"></i>{escape(name)}</span> ' if name else ""
+    return f'<span><i style="background:{color}"></i>{escape(name)}</span> '
 
 
 def _text(x: float, y: float, words: str, anchor: str) -> str:

@@ -3,6 +3,7 @@ gradient errors, guilty ops and fallbacks."""
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -16,6 +17,15 @@ if TYPE_CHECKING:
     from glm_core.align.trace import Trace
     from glm_core.align.verdict import Pair
 
+ENOUGH_STEPS = 100
+"""length of the runs that the verdict was measured with (docs/alignment.md)"""
+SIZES = {
+    "num_layers": "layers",
+    "hidden": "width",
+    "num_heads": "heads",
+    "ffn": "feed-forward",
+    "vocab": "vocabulary",
+}
 BLUE, RED, GREY = "#0b5cad", "#b00020", "#bbb"
 STYLE = """
 body{font:15px/1.45 Georgia,serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#000}
@@ -33,20 +43,25 @@ svg{max-width:100%;height:auto}svg text{font:11px sans-serif}
 """
 
 
-def write(result: RunResult, path: str | Path) -> Path:
-    """Writes the report of an `align.run`; returns the path."""
+def write(result: RunResult, path: str | Path, command: str = "") -> Path:
+    """Writes the report of an `align.run`; returns the path. command: the command line that made
+    it."""
     sections = [_pair(p, *_traces(result, p)) for p in result.pairs]
-    head = (
-        f"<h1>Loss curves across backends: {_verdict(result.verdict)}</h1>{_summary(result.pairs)}"
-    )
+    head = f"<h1>Loss curves across backends: {_verdict(result.verdict)}</h1>"
+    head += _summary(result.pairs)
+    if result.pairs:
+        head += _run(_traces(result, result.pairs[0])[0], command)
     return save(path, head + "".join(sections))
 
 
-def write_pair(pair: Pair, reference: Trace, candidate: Trace, path: str | Path) -> Path:
-    """Writes the report of one comparison of two trace files; returns the path."""
+def write_pair(
+    pair: Pair, reference: Trace, candidate: Trace, path: str | Path, command: str = ""
+) -> Path:
+    """Writes the report of one comparison of two trace files; returns the path. command: the
+    command line that made it."""
     names = f"{escape(pair.candidate)} against {escape(pair.reference)}"
-    head = f"<h1>{names}: {_verdict(pair.verdict)}</h1>"
-    return save(path, head + _summary([pair]) + _pair(pair, reference, candidate))
+    head = f"<h1>{names}: {_verdict(pair.verdict)}</h1>{_summary([pair])}"
+    return save(path, head + _run(reference, command) + _pair(pair, reference, candidate))
 
 
 def save(path: str | Path, body: str, title: str = "Alignment") -> Path:
@@ -87,12 +102,60 @@ def _summary(pairs: Sequence[Pair]) -> str:
         for p in pairs
     ]
     head = ("candidate", "dtype", "verdict", "envelope", "gradients", "ops", "first step", "why")
-    note = (
-        "<p>Envelope, gradients and ops are the largest values measured, as shares of what honest "
-        "rounding explains. A candidate diverges where one of them is above 1. First step is the "
-        "first step at which the loss is outside its envelope.</p>"
+    return table(head, rows, markup={2})
+
+
+def _run(reference: Trace, command: str) -> str:
+    """Returns how to read the numbers, and what was run: model, training, controls, command."""
+    steps, controls = len(reference.loss), len(reference.control_names)
+    return _explanation(steps, controls) + "<h3>What was run</h3>" + _facts(reference, command)
+
+
+def _explanation(steps: int, controls: int) -> str:
+    """Returns a short text on the three numbers, and on what so many steps prove."""
+    proof = (
+        f"<strong>{steps} steps prove little about long training.</strong> A small error needs "
+        "time to leave the envelope, and a fault that strikes rarely may not have struck yet. "
+        "Gradients and ops are judged sharply all the same. "
+        f"Train {ENOUGH_STEPS} steps or more before you rely on the curve."
+        if steps < ENOUGH_STEPS
+        else f"The curve covers {steps} steps; what comes later is not judged. Slower errors are "
+        "left to gradients and ops."
     )
-    return table(head, rows, markup={2}) + note
+    items = {
+        "Envelope": f"the reference is trained {controls} more times with changes that alter "
+        "nothing but rounding (control runs). The envelope is how far such runs may stray from its "
+        "loss curve; the number is the candidate's largest distance from the curve, as a share of "
+        "that. First step is the first one outside.",
+        "Gradients": "at the captured steps the candidate gets the reference's weights and batch. "
+        "The number is the largest error of a parameter's gradient, measured against float64.",
+        "Ops": "every op call of these steps is repeated on the candidate alone. The number is the "
+        "largest error that has a direction or a size as rounding does not have.",
+    }
+    listed = "".join(f"<li><strong>{k}</strong>: {text}</li>" for k, text in items.items())
+    return (
+        "<h3>How to read it</h3><p>Envelope, gradients and ops are the largest values measured, "
+        "as shares of what honest rounding explains: above 1 the candidate diverges.</p>"
+        f"<ul>{listed}</ul><p>{proof}</p>"
+    )
+
+
+def _facts(reference: Trace, command: str) -> str:
+    """Returns a table of what was run; what is not known is left out."""
+    model, data, train = (reference.config.get(k, {}) for k in ("model", "data", "train"))
+    sizes = [f"{words} {model[k]:,}" for k, words in SIZES.items() if k in model]
+    shape = [f"{k} {model[k]}" for k in ("placement", "activation", "positions") if k in model]
+    steps = f"{len(reference.loss)} steps of {train.get('global_batch')} sequences of "
+    rows = [
+        ("model", ", ".join([*sizes, *shape])),
+        ("training", f"{steps}{data.get('length')} tokens, seed {train.get('seed')}"),
+        ("text", data.get("path", "")),
+        ("control runs", ", ".join(reference.control_names)),
+        ("captured", "".join(f"step {step} " for step in reference.capture_steps)),
+        ("date", datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")),
+        ("command", command),
+    ]
+    return table(("", ""), [row for row in rows if row[1] != ""])
 
 
 def _pair(pair: Pair, reference: Trace, candidate: Trace) -> str:
@@ -104,7 +167,8 @@ def _pair(pair: Pair, reference: Trace, candidate: Trace) -> str:
 
 def _curves(pair: Pair, reference: Trace, candidate: Trace) -> str:
     steps = range(1, len(reference.loss) + 1)
-    lines = [Series(pair.reference, steps, reference.loss)]
+    # broad and light, so that a candidate on top of it does not hide it
+    lines = [Series(pair.reference, steps, reference.loss, "#9a9a9a", 6.0)]
     if pair.envelope is None:
         return chart("Loss of the reference; the candidate made no training run of its own", lines)
     bound = pair.envelope.bound
@@ -123,7 +187,7 @@ def _deviation(pair: Pair, reference: Trace) -> str:
     ]
     lines.append(Series("bound", steps, pair.envelope.bound, RED, dash="5 3"))
     lines.append(Series(pair.candidate, steps, abs(pair.envelope.deviation), BLUE))
-    title = "Distance from the reference's curve"
+    title = "Distance from the reference's curve (0: the same bits)"
     return chart(title, lines, y_label="|loss difference|", log=True)
 
 

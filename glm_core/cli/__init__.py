@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -50,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; a GlmCoreError becomes one line on stderr."""
     args = parser().parse_args(argv)
+    args.command_line = shlex.join(["glm-core", *(sys.argv[1:] if argv is None else argv)])
     try:
         environment.check()
         return int(args.run(args))

@@ -127,7 +127,7 @@ def run_all(args: argparse.Namespace) -> int:
         progress=progress,
         timeout_s=args.timeout,
     )
-    page = report.write(result, Path(args.out) / "report.html")
+    page = report.write(result, Path(args.out) / "report.html", args.command_line)
     text = f"{verdict_table(result.pairs)}\n{result.verdict}; report: {page}"
     emit(args, {**result.to_json(), "report": str(page)}, text)
     return 0 if result.verdict == "aligned" else EXIT_FAILED
@@ -205,7 +205,7 @@ def run_compare(args: argparse.Namespace) -> int:
     reference, candidate = load(args.reference), load(args.candidate)
     pair = align.compare(reference, candidate)
     if args.report:
-        report.write_pair(pair, reference, candidate, args.report)
+        report.write_pair(pair, reference, candidate, args.report, args.command_line)
     emit(args, pair.to_json(), verdict_table([pair]))
     return 0 if pair.verdict == "aligned" else EXIT_FAILED
 

@@ -3,6 +3,7 @@ it."""
 
 from __future__ import annotations
 
+import datetime
 import re
 from pathlib import Path
 
@@ -22,7 +23,11 @@ STEPS, CONTROLS = 40, 6
 def trace(backend: str, loss: np.ndarray, controls: np.ndarray, **changes: object) -> Trace:
     """A trace of two parameters, one captured step and one test."""
     fields: dict[str, object] = {
-        "config": {"data": {"length": 16}, "train": {"global_batch": 2}},
+        "config": {
+            "model": {"num_layers": 4, "hidden": 128, "vocab": 4096, "activation": "geglu"},
+            "data": {"length": 16, "path": "text.txt"},
+            "train": {"global_batch": 2, "seed": 11},
+        },
         "backend": backend,
         "dtype": "float32",
         "loss": loss,
@@ -83,7 +88,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pairs = [compare(reference, honest), compare(reference, wrong)]
     traces = {f"{t.backend}-float32": t for t in (reference, honest, wrong)}
     result = RunResult(pairs=pairs, traces=traces, out_dir=folder, seconds=1.0)
-    return report.write(result, folder / "report.html")
+    return report.write(result, folder / "report.html", "glm-core align run --steps 40")
 
 
 def test_verdicts_findings_fallbacks_and_environments_are_on_the_page(page: Path) -> None:
@@ -102,6 +107,22 @@ def test_verdicts_findings_fallbacks_and_environments_are_on_the_page(page: Path
     assert text.count("<svg") == 6  # curves, deviation, gradients for each of the two
     assert "&lt;b&gt;" in text
     assert "<b>" not in text
+
+
+def test_what_was_run_and_what_it_proves_are_on_the_page(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for words in (
+        "layers 4, width 128, vocabulary 4,096, activation geglu",
+        "40 steps of 2 sequences of 16 tokens, seed 11",
+        "text.txt",
+        "c0, c1, c2",
+        f">{datetime.date.today().year}-",
+        "<td>glm-core align run --steps 40</td>",
+        "40 steps prove little about long training",
+        "trained 6 more times",
+    ):
+        assert words in text
+    assert text.count("What was run") == 1
 
 
 def test_page_needs_no_network(page: Path) -> None:
@@ -144,8 +165,27 @@ def test_chart_leaves_gaps_for_what_cannot_be_drawn() -> None:
     figure = chart("t", [Series("s", range(6), values, "#123456")], log=True)
     (path,) = re.findall(r'<path d="([^"]*)" fill="none" stroke="#123456"', figure)
     assert path.count("M") == 2  # the pen was lifted once
-    assert path.count("L") == 2
+    assert path.count("L") == 3
     assert "NaN" not in figure
+
+
+def test_what_the_legend_lists_is_drawn() -> None:
+    """A distance of 0 lies on a line of its own, below all others; what is left out is said."""
+    lines = [
+        Series("bound", [1, 2], [1e-6, 1e-5], "#abcdef"),
+        Series("same bits", [1, 2], [0.0, 0.0], "#123456"),
+        Series("nothing", [1, 2], [float("nan")] * 2, "#654321"),
+    ]
+    figure = chart("t", lines, log=True)
+    heights = {
+        color: re.findall(r"[ML][\d.]+ ([\d.]+)", path)
+        for path, color in re.findall(r'<path d="([^"]*)" fill="none" stroke="(#\w{6})"', figure)
+    }
+    assert heights["#123456"] == ["220.0", "220.0"]
+    assert float(heights["#abcdef"][0]) < 219
+    assert ">0</text>" in figure
+    assert "nothing (no finite value)" in figure
+    assert "same bits</span>" in figure
 
 
 def test_axis_ticks_are_round_and_inside() -> None:

@@ -53,7 +53,8 @@ def define(parser: argparse.ArgumentParser) -> None:
         help="limit of a request body (default %(default)s)",
     )
     parser.epilog = (
-        f"Requests need an API key if the environment variable {environment.API_KEY} is set."
+        f"Requests need an API key if the environment variable {environment.API_KEY} is set; only "
+        "the page and /health (the model's name and load) stay open."
     )
     parser.set_defaults(run=run)
 

@@ -70,8 +70,8 @@ class Axis:
     def ticks(self) -> list[float]:
         """Returns decades (and 0 where it has a line), or about five round numbers."""
         if self.log:
-            step, first = max(1, math.ceil((self.high - self.low) / 7)), int(self.low)
-            decades = [10.0**e for e in range(first + self.has_zero, int(self.high) + 1, step)]
+            every, first = max(1, math.ceil((self.high - self.low) / 7)), int(self.low)
+            decades = [10.0**e for e in range(first + self.has_zero, int(self.high) + 1, every)]
             return [0.0, *decades] if self.has_zero else decades
         raw = (self.high - self.low) / 5
         unit = 10.0 ** math.floor(math.log10(raw))

@@ -14,7 +14,7 @@ from glm_core.errors import GenerationError, PromptError
 from glm_core.model.glm import GLM
 from glm_core.model.prompt import Prompt, PromptTokenizer, blank, fill_blank
 from glm_core.model.runner import CHUNK, DecodeRow, Runner, idle
-from glm_core.model.sample import Sampling, choose
+from glm_core.model.sample import Sampling, TokenLogprob, adjust, choose, report
 
 
 class Generation:
@@ -27,6 +27,8 @@ class Generation:
         """tokens of the prompt that are in the cache"""
         self.tokens: list[int] = []
         """tokens generated so far, without the stop token"""
+        self.logprobs: list[TokenLogprob] = []
+        """one for each token, and for the stop token, where the sampling asks for them"""
         self.finish = ""
         """why the sequence ended: `stop` (a stop token came), `length` (max_tokens or the context
         is used up), `error` or `cancelled`; empty while it runs"""
@@ -174,15 +176,19 @@ class Decoder:
         for g, is_finite in zip(going, finite, strict=True):
             if not is_finite:
                 g.finish, g.error = "error", self._explain(g)
-        for i, g in enumerate(going):
-            if len(g.tokens) < g.sampling.min_tokens:
-                logits[i, list(g.sampling.stop)] = -torch.inf
+        plain = logits
+        if any(g.sampling.adjusts for g in going):
+            logits = logits.clone()
+            for i, g in enumerate(going):
+                adjust(logits[i], g.sampling, g.prompt.tokens, g.tokens)
         rows = [i for i, is_finite in enumerate(finite) if is_finite]
         chosen = choose(
             logits[rows], [going[i].sampling for i in rows], [going[i].draw() for i in rows]
         )
         for i, token in zip(rows, chosen, strict=True):
             g = going[i]
+            if g.sampling.logprobs is not None:
+                g.logprobs.append(report(plain[i], token, g.sampling.logprobs))
             g.take(token, self.runner.length - len(g.prompt.tokens) - g.offset)
         for g in going:
             if g.finish:

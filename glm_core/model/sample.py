@@ -1,5 +1,5 @@
-"""Draws the next token: temperature, then top-k, then top-p, the order of GLM-130B and
-transformers.
+"""Draws the next token: penalties and biases, temperature, top-k, top-p, then min-p, the order of
+GLM-130B and transformers.
 
 Shapes: B rows, V vocabulary."""
 
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +33,25 @@ class Sampling:
     """new tokens before a stop token is allowed"""
     stop: tuple[int, ...] = ()
     """tokens that end the sequence and are not part of it"""
+    min_p: float = 0.0
+    """keep the tokens that have at least this share of the most likely one's probability"""
+    repetition_penalty: float = 1.0
+    """logits of tokens in prompt or reply are divided by it, negative ones multiplied (Keskar et
+    al. 2019)"""
+    presence_penalty: float = 0.0
+    """subtracted from the logits of tokens in the reply"""
+    frequency_penalty: float = 0.0
+    """subtracted from the logits of tokens in the reply, as often as they are in it"""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """tokens and what is added to their logits"""
+    logprobs: int | None = None
+    """how many of the most likely tokens are reported with each token; None: no report"""
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether `adjust` can change a logit."""
+        penalties = (self.presence_penalty, self.frequency_penalty, self.min_tokens)
+        return self.repetition_penalty != 1 or any(penalties) or bool(self.logit_bias)
 
     def __post_init__(self) -> None:
         check(
@@ -43,9 +63,45 @@ class Sampling:
                 "top_p": 0 < self.top_p <= 1 or "must lie in (0, 1]",
                 "min_tokens": 0 <= self.min_tokens <= self.max_tokens
                 or f"must lie in [0, max_tokens={self.max_tokens}]",
+                "min_p": 0 <= self.min_p <= 1 or "must lie in [0, 1]",
+                "repetition_penalty": self.repetition_penalty > 0 or "must be positive",
                 "seed": 0 <= self.seed < 1 << 63 or "must lie in [0, 2^63)",
             },
         )
+
+
+class TokenLogprob(NamedTuple):
+    """The model's own log probability of a token, before penalties, temperature and all else."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    """the most likely tokens with theirs"""
+
+
+def report(logits: Tensor, token: int, top: int) -> TokenLogprob:
+    """Returns the log probabilities of a token and of the `top` most likely ones, by logits [V]."""
+    values = logits.float().log_softmax(-1)
+    most, ids = values.topk(min(top, len(values)))
+    pairs = tuple(zip(ids.tolist(), most.tolist(), strict=True))
+    return TokenLogprob(token, float(values[token]), pairs)
+
+
+def adjust(logits: Tensor, s: Sampling, prompt: Sequence[int], tokens: Sequence[int]) -> None:
+    """Applies penalties, biases and min_tokens to logits [V] in place. tokens: the reply so far."""
+    if s.repetition_penalty != 1:
+        ids = torch.tensor(sorted({*prompt, *tokens} & set(range(len(logits)))))
+        ids = ids.to(logits.device)
+        seen, penalty = logits[ids], s.repetition_penalty
+        logits[ids] = torch.where(seen > 0, seen / penalty, seen * penalty)
+    if tokens and (s.presence_penalty or s.frequency_penalty):
+        ids = torch.tensor(tokens, device=logits.device)
+        counts = torch.bincount(ids, minlength=len(logits)).to(logits.dtype)
+        logits -= s.presence_penalty * (counts > 0) + s.frequency_penalty * counts
+    for token, bias in s.logit_bias:
+        logits[token] += bias
+    if len(tokens) < s.min_tokens:
+        logits[list(s.stop)] = -torch.inf
 
 
 def choose(logits: Tensor, settings: Sequence[Sampling], draws: Sequence[float]) -> list[int]:
@@ -76,6 +132,7 @@ def _drawn(logits: Tensor, settings: Sequence[Sampling], draws: Sequence[float])
     weights = torch.softmax(values.masked_fill(~kept, -torch.inf), -1)
     before = weights.cumsum(-1) - weights
     weights = weights.masked_fill(before >= column([s.top_p for s in settings]), 0.0)
+    weights = weights.masked_fill(weights < column([s.min_p for s in settings]) * weights[:, :1], 0)
     share = weights.cumsum(-1)
     place = (share <= column(list(draws)) * share[:, -1:]).sum(-1, keepdim=True)
     return order.gather(-1, place.clamp(max=vocab - 1))[:, 0].tolist()

@@ -16,7 +16,7 @@ from glm_core.errors import ConfigError, GenerationError, PromptError
 from glm_core.model.generate import Decoder, fill, generate, stream
 from glm_core.model.prompt import blank, causal, encode, part_a
 from glm_core.model.runner import DecodeRow, Runner
-from glm_core.model.sample import Sampling, choose
+from glm_core.model.sample import Sampling, adjust, choose
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -157,6 +157,46 @@ def frequencies(logits: list[float], **settings: Any) -> list[float]:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
+        ({}, [1, -1, 2, 0.5]),
+        ({"repetition_penalty": 2.0}, [0.5, -2, 1, 0.5]),  # of prompt 0 and reply 1, 2, 2
+        ({"presence_penalty": 0.5}, [1, -1.5, 1.5, 0.5]),
+        ({"frequency_penalty": 0.5}, [1, -1.5, 1, 0.5]),
+        ({"presence_penalty": -1.0, "frequency_penalty": 0.25}, [1, -0.25, 2.5, 0.5]),
+        ({"logit_bias": ((3, -100.0), (0, 1.0))}, [2, -1, 2, -99.5]),
+        ({"min_tokens": 4, "stop": (0, 3)}, [-torch.inf, -1, 2, -torch.inf]),
+        ({"min_tokens": 3, "stop": (0, 3)}, [1, -1, 2, 0.5]),
+    ],
+    ids=str,
+)
+def test_penalties_and_biases(settings: dict[str, Any], expected: list[float]) -> None:
+    logits, sampling = torch.tensor([1.0, -1.0, 2.0, 0.5]), Sampling(**settings)
+    before = logits.clone()
+    adjust(logits, sampling, [0, 999], [1, 2, 2])
+    assert logits.tolist() == expected
+    assert sampling.adjusts or torch.equal(before, logits)
+
+
+def test_log_probabilities_are_the_models_own() -> None:
+    """They do not depend on penalties, temperature or the batch, and cover the stop token."""
+    small, prompt = model("glm-4"), causal([1, 2])
+    [plain] = generate(small, [prompt], Sampling(max_tokens=4, temperature=0, logprobs=2))
+    assert [t.token for t in plain.logprobs] == plain.tokens
+    assert all(t.top[0] == (t.token, t.logprob) and len(t.top) == 2 for t in plain.logprobs)
+    [first, *_] = plain.logprobs
+    forbid = ((first.token, -100.0),)
+    stop = Sampling(max_tokens=4, temperature=0, logprobs=1, logit_bias=forbid, stop=(7,))
+    both = generate(small, [prompt] * 2, [stop, Sampling(max_tokens=1, seed=3, temperature=9)])
+    assert both[0].logprobs[0].token != first.token
+    assert both[0].logprobs[0].top[0] == pytest.approx((first.token, first.logprob), abs=1e-5)
+    assert not both[1].logprobs
+    ends = Sampling(max_tokens=9, temperature=0, logprobs=0, stop=(first.token,))
+    [ended] = generate(small, [prompt], ends)
+    assert (ended.tokens, [t.token for t in ended.logprobs]) == ([], [first.token])
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
         ({}, [0.5, 0.3, 0.15, 0.05]),
         ({"top_k": 2}, [0.625, 0.375, 0, 0]),
         ({"top_p": 0.75}, [0.625, 0.375, 0, 0]),
@@ -164,6 +204,8 @@ def frequencies(logits: list[float], **settings: Any) -> list[float]:
         ({"top_p": 0.01}, [1, 0, 0, 0]),
         ({"top_k": 3, "top_p": 0.9}, [0.526, 0.316, 0.158, 0]),
         ({"top_k": 3, "top_p": 0.8}, [0.625, 0.375, 0, 0]),
+        ({"min_p": 0.29}, [0.526, 0.316, 0.158, 0]),
+        ({"min_p": 0.61, "top_p": 0.81}, [1, 0, 0, 0]),
         ({"temperature": 0.5}, [0.685, 0.247, 0.062, 0.007]),
         ({"temperature": 0}, [1, 0, 0, 0]),
     ],

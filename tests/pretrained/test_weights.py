@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from glm_core.config import ModelConfig
+from glm_core.config import DataConfig, ModelConfig, RunConfig, to_dict
+from glm_core.distributed.checkpoint import Checkpoints
 from glm_core.errors import CheckpointError
 from glm_core.model.adapters import AdapterConfig, attach
 from glm_core.model.glm import GLM
@@ -341,3 +343,24 @@ def test_frequencies_are_those_of_the_authors_code(tmp_path: Path, name: str) ->
     positions = torch.arange(L).expand(1, 2, L)
     cos, _ = model.rotary(positions)
     assert torch.equal(cos[0, :, 0], torch.outer(torch.arange(L).float(), inverse).cos())
+
+
+def test_a_run_of_many_processes_is_read(tmp_path: Path) -> None:
+    """Its tensors are put together from the files of all ranks; damage is named."""
+    config = RunConfig(model=CONFIGS["glm-130b"], data=DataConfig(length=L, vocab=96))
+    tensors = {f"master.{k}": v.float() for k, v in weights("glm-130b").items()}
+    tensors["exp_avg.embedding"] = torch.ones(3)
+    checkpoints = Checkpoints(tmp_path / "run/checkpoints")
+    checkpoints.save(7, tensors, {"config": to_dict(config)})
+    folder = checkpoints.wait()
+    assert folder is not None
+    for path in (tmp_path / "run", folder):
+        model = open_checkpoint(path).load()
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, tensors[f"master.{name}"])
+    assert open_checkpoint(folder).files.home == tmp_path / "run"
+    [part, *_] = folder.glob("*.distcp")
+    part.write_bytes(part.read_bytes()[:-1])
+    checkpoint = open_checkpoint(shutil.copytree(folder, tmp_path / "run/checkpoints/copy"))
+    with pytest.raises(CheckpointError, match=r"damaged or missing: __0_0\.distcp; use another"):
+        checkpoint.load()

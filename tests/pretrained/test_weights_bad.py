@@ -32,10 +32,10 @@ def refused(path: Path, *message: str) -> None:
     """Asserts that the error is one line that contains all of these."""
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(path)
-    message = str(caught.value)
-    assert "\n" not in message
+    told = str(caught.value)
+    assert "\n" not in told
     for text in message:
-        assert text in message, message
+        assert text in told, told
 
 
 def edit(path: Path, **changes: Any) -> None:
@@ -179,6 +179,21 @@ def test_pickled_code_is_not_run(
     (folder / SHARD).write_bytes(pickle.dumps(Malice()))
     refused(folder, "mp_rank_01")
     assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "begin", "fact"),
+    [
+        ("model.gguf", b"GGUF\3\0", "is llama.cpp's format GGUF, which is not read; give"),
+        ("model.bin", b"lmgg\1\0", "is a file of ggml (chatglm.cpp)"),
+        ("model.bin", b"\x89HDF\r\n", "is TensorFlow's HDF5"),
+        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    ],
+)
+def test_other_formats_are_named(tmp_path: Path, name: str, begin: bytes, fact: str) -> None:
+    (tmp_path / name).write_bytes(begin + bytes(64))
+    refused(tmp_path, name, fact)
+    refused(tmp_path / name, name, fact)
 
 
 def test_training_state_beside_the_weights_is_read_over(tmp_path: Path) -> None:

@@ -49,8 +49,8 @@ FLOORS: tuple[tuple[str, str, dict[str, str]], ...] = (
             "model": "the one GLM",
             "training": "steps and checkpoints",
             "export": "ONNX files",
-            "pretrained": "published weights",
             "distributed": "many processes",
+            "pretrained": "published weights",
         },
     ),
     (

@@ -9,14 +9,21 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from glm_core.align import rerun_command, substitution, teacher_forcing, watched_run
-from glm_core.align.calibration import MakeSampler, Progress, calibrate, captured_steps, open_data
+from glm_core.align.calibration import (
+    MakeSampler,
+    Progress,
+    calibrate,
+    captured_steps,
+    open_data,
+    require_captured,
+)
 from glm_core.align.capture import Call
+from glm_core.align.overflow import overflow_check
 from glm_core.align.recording import record, worst_tests
 from glm_core.align.replay import replay_on
 from glm_core.align.rerun_command import CallFilter
+from glm_core.align.substitution import OUTSIDE
 from glm_core.align.teacher_forcing import Case, Key
 from glm_core.align.training import Run, Snapshot, free_run
 from glm_core.align.verdict import (
@@ -181,6 +188,7 @@ def gather(
     last = only.step or max(steps)
     run = Run(config, make(), "reference")
     curve = free_run(run, steps, lambda s: report("reference", s, last), last)
+    require_captured(curve, config)
     calls = [c for c in curve.calls if only.fits(c)]
     if not calls:
         raise ConfigError(f"align bisect: no captured call fits {only}; {_choices(curve.calls)}")
@@ -284,14 +292,13 @@ def _whole_run(
     """Searches further where every captured op call is right by itself: in the calls of the
     backend's own run, then in a whole step, then in the curve."""
     again = rerun_command.join(command, rerun_command.ANY_CALL)
-    guilty, losses = watched_run.watch(config, backend, make, evidence.limits, report)
-    if guilty:
-        return _once(finding_to_name(guilty), evidence, backend, again)
+    seen = watched_run.watch(config, backend, make, evidence.limits, report)
+    if seen.guilty:
+        return _once(finding_to_name(seen.guilty), evidence, backend, again)
     steps = [s.step for s in evidence.snapshots]
     full = calibrate(config, sampler=make, capture_steps=steps, progress=report)
     taught = record(config, backend, calibration=full, free_run=False)
-    none = np.zeros((0, losses.size))
-    trace = dataclasses.replace(taught, loss=losses, grad_norm=losses, control_loss=none)
+    trace = dataclasses.replace(taught, **seen.curve(config))
     pair = compare(full.reference, trace)
     if pair.verdict == "aligned":
         return Bisection(backend=backend.name)
@@ -309,7 +316,13 @@ def _whole_run(
         kernel = _computed_by(backend, place["op"])
         note = "each captured call is right by itself: only the whole step shows it"
         return Bisection(**common, **place, how=how, kernel=kernel, note=note)
-    right = "outside ops: every op call of the run is right"
+    if seen.saturated and overflow_check(full.reference, trace)[0] > 1:
+        call, direction = seen.saturated
+        place = {k: v for k, v in call.place(direction).items() if k not in ("call", "dtype")}
+        kernel = _computed_by(backend, call.op.name)
+        how, note = "in its own run", "its result should be infinite there, and is a number"
+        return Bisection(**common, **place, how=how, kernel=kernel, note=note)
+    right = f"outside ops: every op call of the run is right; {OUTSIDE}"
     return Bisection(**common, op=right, how="in its own run")
 
 
@@ -325,4 +338,7 @@ def _once(worst: Finding, evidence: Evidence, backend: Backend, again: str) -> B
     )
 
 
-ONCE = "the captured calls are right: the fault happened once, or it needs the calls before it"
+ONCE = (
+    "the captured calls are right: the fault happened once, or it needs the calls before it; "
+    "align run judges captured calls only, and may call this run aligned"
+)

@@ -9,6 +9,7 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,9 +28,10 @@ from glm_core.align.machine import machine_facts
 from glm_core.align.replay import LOW
 from glm_core.align.teacher_forcing import Case, Key
 from glm_core.align.trace import Trace
-from glm_core.align.training import Mode, Run, Snapshot, free_run, moved, weights_hash
+from glm_core.align.training import Curve, Mode, Run, Snapshot, free_run, moved, weights_hash
 from glm_core.backends import registry
 from glm_core.config import RunConfig, to_dict
+from glm_core.errors import TraceError
 from glm_core.training.batches import Sampler
 from glm_core.training.parallel import initial_weights
 
@@ -83,11 +85,12 @@ def calibrate(
     curve = free_run(
         Run(config, make(), "reference", weights), captured, lambda s: report("reference", s, steps)
     )
-    control_losses = {}
+    require_captured(curve, config)
+    controls_run = {}
     for k, (name, mode) in enumerate(control_modes(config, controls)):
         run = Run(config, make(), "reference", moved(weights, k), mode)
         step_done = functools.partial(_report_step, report, f"control {k + 1} of {controls}", steps)
-        control_losses[f"{k}: {name}"] = free_run(run, (), step_done).loss
+        controls_run[f"{k}: {name}"] = free_run(run, (), step_done)
     oracle = [exact_gradients(config, snapshot) for snapshot in curve.snapshots]
     rows = [
         gradient_errors(Run(config, make(), "reference", None, mode), curve.snapshots, oracle)
@@ -103,8 +106,9 @@ def calibrate(
         dtype=config.train.dtype,
         loss=curve.loss,
         grad_norm=curve.grad_norm,
-        control_names=list(control_losses),
-        control_loss=np.array(list(control_losses.values())).reshape(len(control_losses), steps),
+        control_names=list(controls_run),
+        control_loss=np.array([c.loss for c in controls_run.values()]).reshape(-1, steps),
+        **loss_scales(config, curve, list(controls_run.values())),
         capture_steps=[s.step for s in curve.snapshots],
         parameters=names,
         **gradient_norms_and_sketches(plain, curve.snapshots, names),
@@ -123,6 +127,28 @@ def calibrate(
         seconds=time.perf_counter() - begin,
     )
     return Calibration(config, make, trace, curve.snapshots, oracle, items, limits)
+
+
+def require_captured(curve: Curve, config: RunConfig) -> None:
+    """Raises TraceError where the gradients of every step that was to be captured overflowed."""
+    if curve.calls or not curve.skipped.any():
+        return
+    scale = config.train.loss_scale
+    raise TraceError(
+        f"reference: {int(np.nansum(curve.skipped))} of {curve.skipped.size} steps overflowed, and "
+        f"none was left to capture; start with a smaller train.loss_scale (now {scale:g}) or train "
+        "more steps"
+    )
+
+
+def loss_scales(config: RunConfig, curve: Curve, controls: Sequence[Curve] = ()) -> dict[str, Any]:
+    """Returns the trace's fields about the loss scale; none where nothing scales the loss."""
+    if config.train.dtype != "float16":
+        return {}
+    of_controls = {"control_loss_scale": [c.loss_scale for c in controls]}
+    of_controls["control_skipped"] = [c.skipped for c in controls]
+    arrays = {n: np.array(x).reshape(-1, curve.loss.size) for n, x in of_controls.items()}
+    return {"loss_scale": curve.loss_scale, "skipped": curve.skipped, **arrays}
 
 
 def _report_step(report: Progress, what: str, steps: int, step: int) -> None:

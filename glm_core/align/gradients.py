@@ -40,7 +40,8 @@ def exact_gradients(config: RunConfig, snapshot: Snapshot) -> tuple[float, dict[
 
 
 def load_snapshot(run: Run, snapshot: Snapshot) -> Run:
-    """Puts the captured weights into the run; returns the run."""
+    """Puts the captured weights and loss scale into the run; returns the run."""
+    run.loss_scale.scale = snapshot.loss_scale
     run.optimizer.load_masters({n: w.to(run.device) for n, w in snapshot.weights.items()})
     return run
 

@@ -17,6 +17,7 @@ from glm_core.align.calibration import (
     MakeSampler,
     Progress,
     calibrate,
+    loss_scales,
 )
 from glm_core.align.gradients import (
     NUM_SKETCH,
@@ -84,6 +85,7 @@ def record(
         grad_norm=curve.grad_norm if curve else np.zeros(0),
         control_names=[],
         control_loss=np.zeros((0, curve.loss.size if curve else 0)),
+        **(loss_scales(config, curve) if curve else {}),
         parameters=cal.reference.parameters,
         disguises=cal.reference.disguises,
         fallbacks=curve.fallbacks if curve else replay_fallbacks,

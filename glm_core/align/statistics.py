@@ -42,6 +42,12 @@ class Grouping:
         part = index // self.inner if self.inner > 1 else index
         return part % self.groups if self.bins is None else self.bins[part].astype(np.intp)
 
+    def spread(self, values: Array, size: int) -> Array:
+        """Returns for each of `size` elements the value of its group."""
+        parts = values if self.bins is None else values[self.bins]
+        shape = (size // max(parts.size * self.inner, 1), parts.size, self.inner)
+        return np.broadcast_to(parts[:, None], shape).reshape(-1)
+
     def totals(self, fields: Sequence[Array]) -> list[Array]:
         """Sums each field [elements] over every group."""
         shape = (-1, self.groups if self.bins is None else self.bins.size, self.inner)
@@ -93,6 +99,8 @@ class Sums:
     count: Array
     yy: Array
     """sum Y^2"""
+    explained: Array
+    """number of elements whose rounding a lean of FLOOR flips, see `flips`"""
     dy: Array
     """sum D Y"""
     dy2: Array
@@ -114,13 +122,23 @@ class Sums:
 
 class CorrectResult:
     """The correct result, flat, and the groupings its errors are summed over. A group whose root
-    mean square is below `least` times the tensor's is measured against that instead."""
+    mean square is below `least` times the tensor's is measured against that instead. `eps` is that
+    of the result's dtype."""
 
-    def __init__(self, y: NDArray[np.floating], groupings: list[Grouping], least: float) -> None:
+    def __init__(
+        self, y: NDArray[np.floating], groupings: list[Grouping], least: float, eps: float = EPS
+    ) -> None:
         self.y, self.groupings, self.least = y, groupings, least
-        fields = [np.ones(y.size), y.astype(np.float64) ** 2]
-        self.fixed_totals = [g.totals(fields) for g in groupings]
-        self.peak = float(np.abs(y).max(initial=0.0))
+        size = np.abs(y.astype(np.float64))
+        self.fixed_totals = []
+        for g in groupings:
+            count, yy = g.totals([np.ones(y.size), size**2])
+            rms = np.sqrt(measured_against(count, yy, least) / np.maximum(count, 1.0))
+            explained = count  # a lean of FLOOR is more than float32's spacing
+            if eps > FLOOR:
+                (explained,) = g.totals([flips(size, g.spread(rms, y.size), eps)])
+            self.fixed_totals.append([count, yy, explained])
+        self.peak = float(size.max(initial=0.0))
 
     def errors(self, result: NDArray[np.floating]) -> Array:
         """Returns D; 1e30 where the result is not finite, everywhere if it has another size."""
@@ -131,6 +149,22 @@ class CorrectResult:
         )
 
 
+def flips(size: Array, rms: Array, eps: float) -> Array:
+    """Returns for each element the probability that a lean flips its rounding: the lean divided by
+    the gap to the next number. The lean is the largest that the scale and the offset of any kernel
+    may have: FLOOR of the element's size and FLOOR of its group's root mean square. An exact zero
+    is not flipped."""
+    gap = np.ldexp(eps, np.frexp(size)[1] - 1)
+    return np.minimum(1.0, FLOOR * (size + rms) / gap) * (size > 0)
+
+
+def measured_against(count: Array, yy: Array, least: float) -> Array:
+    """Returns the sum of Y^2 that each group's errors are measured against."""
+    mean_square = yy.sum() / max(count.sum(), 1.0)
+    square: Array = np.maximum(yy, least**2 * mean_square * np.maximum(count, 1.0)) + 1e-300
+    return square
+
+
 def sums(correct: CorrectResult, errors: Array) -> list[Sums]:
     """Sums the errors over every grouping of the correct result."""
     at = np.flatnonzero(errors)
@@ -139,32 +173,29 @@ def sums(correct: CorrectResult, errors: Array) -> list[Sums]:
     up = np.sign(d)
     dy = d * y
     fields = [dy, dy * dy, d, d * d, up * np.sign(y), up, np.abs(up)]
-    pairs = zip(correct.groupings, correct.fixed_totals, strict=True)
-    if sparse:
-        return [Sums(*fixed, *g.totals_at(at, fields)) for g, fixed in pairs]
-    return [Sums(*fixed, *g.totals(fields)) for g, fixed in pairs]
+    made = []
+    for g, (count, yy, explained) in zip(correct.groupings, correct.fixed_totals, strict=True):
+        totals = g.totals_at(at, fields) if sparse else g.totals(fields)
+        made.append(Sums(count, yy, explained, *totals))
+    return made
 
 
 def scores(s: Sums, least: float) -> Scores:
     """Returns four statistics with their standard errors.
 
     scale: sum(D Y) / sum(Y^2). offset: mean(D) / rms(Y). sign: (ups - downs) / (ups + downs) of the
-    errors that are not zero, counted in magnitude or in value, whichever is larger; 0 where the
-    error moves the result by less than FLOOR, and where more than SPARSE of the elements differ,
-    because rounding an intermediate is honest, frequent and biased. size: rms(D) / rms(Y), which
-    has no standard error (0)."""
-    n = np.maximum(s.count, 1.0)
-    mean_square = s.yy.sum() / max(s.count.sum(), 1.0)
-    yy = np.maximum(s.yy, least**2 * mean_square * n) + 1e-300
+    errors that are not zero, counted in magnitude or in value, whichever is larger, without the
+    flips that a lean of FLOOR explains; 0 where more than SPARSE of the elements differ, because
+    rounding an intermediate is honest, frequent and biased. size: rms(D) / rms(Y), which has no
+    standard error (0)."""
+    n, yy = np.maximum(s.count, 1.0), measured_against(s.count, s.yy, least)
     rms, differ = np.sqrt(yy / n), np.maximum(s.differ, 1.0)
-    scale, offset = s.dy / yy, s.d / (n * rms)
-    matters = np.maximum(np.abs(scale), np.abs(offset)) > FLOOR
-    matters &= s.differ < SPARSE * n
-    sign = np.where(np.abs(s.sign) > np.abs(s.raw_sign), s.sign, s.raw_sign) / differ
+    sign = np.where(np.abs(s.sign) > np.abs(s.raw_sign), s.sign, s.raw_sign)
+    beyond = np.sign(sign) * np.maximum(np.abs(sign) - s.explained, 0.0)
     return {
-        "scale": (scale, np.sqrt(s.dy2) / yy),
-        "offset": (offset, np.sqrt(s.d2) / (n * rms)),
-        "sign": (sign * matters, 1 / np.sqrt(differ)),
+        "scale": (s.dy / yy, np.sqrt(s.dy2) / yy),
+        "offset": (s.d / (n * rms), np.sqrt(s.d2) / (n * rms)),
+        "sign": (beyond / differ * (s.differ < SPARSE * n), 1 / np.sqrt(differ)),
         "size": (np.sqrt(s.d2 / n) / rms, np.zeros_like(n)),
     }
 

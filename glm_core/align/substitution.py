@@ -30,6 +30,10 @@ RATE = FALSE_ALARM_RATE / NUM_TESTS
 """the gradients' share of the verdict's false-alarm rate"""
 
 
+OUTSIDE = "left are rotary tables, residual sums, copies between the ops, and autograd's own sums"
+"""what a training step computes outside of the ops"""
+
+
 def on_host(op: Op, device: torch.device) -> Callable[..., Any]:
     """Returns the op's reference, which runs on this machine's CPU and puts its results on the
     device."""
@@ -129,7 +133,8 @@ def search(cal: Calibration, trace: Trace, backend: Backend, report: Progress) -
         return float(max(excess.max(initial=0.0), loss_excess.max(initial=0.0)))
 
     if ratio() > 1:
-        return {"op": "outside ops: gradients are wrong with every op's reference in its place"}
+        wrong = "outside ops: gradients are wrong with every op's reference in its place"
+        return {"op": f"{wrong}; {OUTSIDE}"}
     ratios = []
     for i, name in enumerate(names):
         report("substitution", i, len(names))

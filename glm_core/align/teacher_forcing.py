@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from glm_core import ops
 from glm_core.align import statistics
 from glm_core.align.capture import Call
 from glm_core.align.disguise import Regrouped, Rounded
 from glm_core.align.replay import LOW, Results, exact, replay
 from glm_core.align.statistics import CorrectResult, Grouping, Scores, Sums, quantile_bins
+from glm_core.faults.flash import flash_attention
 
 SAFETY_FACTOR = {"scale": 3.0, "offset": 3.0, "sign": 2.0, "size": 3.0, "peak": 4.0}
 """by statistic: a candidate may show so many times the benign range, because a kernel may combine
@@ -70,6 +72,8 @@ class Case:
     """by result: the correct values and the groups their errors are summed over"""
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
+    overflowed: list[str] = dataclasses.field(default_factory=list)
+    """results that are infinite or NaN when correct: there is no arithmetic to judge"""
 
     @property
     def terms(self) -> int:
@@ -86,11 +90,13 @@ def cases(calls: Iterable[Call]) -> Iterator[Case]:
     """Yields each call with its correct results: computed in float64 and rounded once."""
     for call in calls:
         results = exact(call, replay(call, call.op.reference))
+        finite = {n: y for n, y in results.items() if y.isfinite().all()}
         yield Case(
             call,
-            {n: _correct_result(call, n, y) for n, y in results.items()},
+            {n: _correct_result(call, n, y) for n, y in finite.items()},
             {n: tuple(y.shape) for n, y in results.items()},
             {n: y.dtype for n, y in results.items()},
+            [n for n in results if n not in finite],
         )
 
 
@@ -105,7 +111,8 @@ def _correct_result(call: Call, name: str, y: Tensor) -> CorrectResult:
             bins = quantile_bins(values.float().flatten().numpy())
             inner = y.numel() // bins.size
             groupings.append(Grouping(f"bin of {key}", statistics.NUM_BINS, inner, bins))
-    return CorrectResult(_array(y), groupings, 1.0 if reduced else 0.03)
+    eps = torch.finfo(y.dtype).eps
+    return CorrectResult(_array(y), groupings, 1.0 if reduced else 0.03, eps)
 
 
 def _array(y: Tensor) -> Any:
@@ -191,8 +198,8 @@ def _score(measured: Measures, case: Case, results: Results, pool: Pool) -> None
 
 def disguises(dtype: torch.dtype) -> dict[str, Runner]:
     """Returns the honest ways to compute a call, by name: the plain reference, two other orders of
-    summation, and below float32 the reference with its intermediates rounded, all at once and each
-    in turn."""
+    summation, attention as a flash kernel computes it, and below float32 the reference with its
+    intermediates rounded, all at once and each in turn."""
 
     def regrouped(seed: int) -> Runner:
         return lambda call: replay(call, call.op.reference, Regrouped(seed))
@@ -201,12 +208,21 @@ def disguises(dtype: torch.dtype) -> dict[str, Runner]:
         "plain": lambda call: replay(call, call.op.reference),
         "regrouped": regrouped(1),
         "regrouped again": regrouped(2),
+        "flash": functools.partial(_flash, kernel=flash_attention(32, rounding=False)),
     }
     if dtype in LOW:
+        rounded = flash_attention(32, rounding=True)
+        runners["flash rounded"] = functools.partial(_flash, kernel=rounded)
         runners["rounded"] = lambda call: _rounded(call, dtype, None)
         for which in range(MAX_ROUNDED):
             runners[f"rounded {which}"] = functools.partial(_rounded, dtype=dtype, which=which)
     return runners
+
+
+def _flash(call: Call, kernel: Callable[..., Tensor]) -> Results | None:
+    """The backward that forms the probabilities again, and takes each row's sum from the rounded
+    output: its errors are common to a row."""
+    return replay(call, kernel) if call.op is ops.attention else None
 
 
 def _rounded(call: Call, dtype: torch.dtype, which: int | None) -> Results | None:

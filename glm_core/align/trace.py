@@ -21,9 +21,9 @@ Array = NDArray[np.float64]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Trace:
-    """One recorded run. Sizes: N steps, K controls, S captured steps, P parameters, J disguises, C
-    op results, T tests, W numbers in a sketch. Every array is float64. S, C and T are 0 where
-    teacher forcing was left out."""
+    """One recorded run. Sizes: N steps, K controls, M steps and Q controls of a float16 run, S
+    captured steps, P parameters, J disguises, C op results, T tests, W numbers in a sketch. Every
+    array is float64. S, C and T are 0 where teacher forcing was left out."""
 
     config: dict[str, Any]
     """the resolved RunConfig as plain values"""
@@ -71,6 +71,14 @@ class Trace:
     """sha256 over the float32 starting weights"""
     seconds: float
     """how long recording took"""
+    loss_scale: Array = dataclasses.field(default_factory=lambda: np.zeros(0))
+    """[M]: of each step; M is 0 where nothing scales the loss, and in older traces"""
+    skipped: Array = dataclasses.field(default_factory=lambda: np.zeros(0))
+    """[M]: 1 where a gradient overflowed and the update was left out, else 0"""
+    control_loss_scale: Array = dataclasses.field(default_factory=lambda: np.zeros((0, 0)))
+    """[Q, M]"""
+    control_skipped: Array = dataclasses.field(default_factory=lambda: np.zeros((0, 0)))
+    """[Q, M]"""
 
     def save(self, path: str | Path) -> None:
         """Writes the file, whole or not at all. Raises TraceError where the disk refuses it or the

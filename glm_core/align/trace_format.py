@@ -27,6 +27,10 @@ ARRAYS: dict[str, tuple[str, ...]] = {
     "loss": ("N",),
     "grad_norm": ("N",),
     "control_loss": ("K", "N"),
+    "loss_scale": ("M",),
+    "skipped": ("M",),
+    "control_loss_scale": ("Q", "M"),
+    "control_skipped": ("Q", "M"),
     "gradient_norm": ("S", "P"),
     "gradient_sketch": ("S", "P", "W"),
     "loss_error": ("J1", "S"),
@@ -35,6 +39,8 @@ ARRAYS: dict[str, tuple[str, ...]] = {
     "test_values": ("T", "3"),
 }
 """each array and the names of its axes; equal names mean equal sizes"""
+LATER = ("loss_scale", "skipped", "control_loss_scale", "control_skipped")
+"""arrays that traces from before November 2026 lack; they are empty there"""
 
 
 class OpResult(TypedDict):
@@ -196,12 +202,13 @@ def _open(path: Path) -> tuple[dict[str, str], dict[str, NDArray[np.float64]]]:
                 raise TraceError(
                     f"version {version!r}, this glm_core reads {VERSION}; record the run again"
                 )
-            if missing := sorted(ARRAYS.keys() - set(file.keys())):
+            found = [name for name in ARRAYS if name in file.keys()]  # noqa: SIM118  # no dict
+            if missing := sorted(ARRAYS.keys() - set(found) - set(LATER)):
                 raise TraceError(f"lacks {', '.join(missing)}; record the run again")
-            for name in ARRAYS:
+            for name in found:
                 if (dtype := file.get_slice(name).get_dtype()) != "F64":
                     raise TraceError(f"array {name!r}: {dtype}, expected F64; record the run again")
-            return metadata, {name: file.get_tensor(name) for name in ARRAYS}
+            return metadata, {name: file.get_tensor(name) for name in found}
     except (OSError, SafetensorError, TypeError, ValueError, MemoryError) as error:
         raise TraceError(f"cannot be read ({error}); record the run again") from None
 

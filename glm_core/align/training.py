@@ -38,6 +38,8 @@ class Snapshot:
     weights: dict[str, Tensor]
     """float32, before the step"""
     batches: list[Batch]
+    loss_scale: float = 1.0
+    """of the step"""
 
 
 class Run(Trainer):
@@ -102,10 +104,13 @@ def split(batches: list[Batch], micro_batch: int) -> list[Batch]:
 
 @dataclasses.dataclass(slots=True)
 class Curve:
-    """Loss and gradient norm per step of a free run (NaN from where it broke off)."""
+    """Loss, gradient norm and loss scale per step of a free run (NaN from where it broke off)."""
 
     loss: Any
     grad_norm: Any
+    loss_scale: Any
+    skipped: Any
+    """1 where a gradient overflowed and the update was left out, else 0"""
     fallbacks: list[FallbackCount]
     data_order: str
     snapshots: list[Snapshot]
@@ -118,15 +123,19 @@ def free_run(
     progress: Callable[[int], None] | None = None,
     last: int | None = None,
 ) -> Curve:
-    """Trains `run` to step `last` (default: its last). A TrainingError in a step ends the curve
-    there. Raises DeviceError where the device gives up."""
+    """Trains `run` to step `last` (default: its last). A step whose gradients overflow is no
+    arithmetic to judge: the next one is captured in its place. A TrainingError in a step ends the
+    curve there. Raises DeviceError where the device gives up."""
     steps = last or run.config.train.steps
-    curve = Curve(np.full(steps, np.nan), np.full(steps, np.nan), [], "", [], [])
+    loss, grad_norm, loss_scale, skipped = np.full((4, steps), np.nan)
+    curve = Curve(loss, grad_norm, loss_scale, skipped, [], "", [], [])
+    wanted = False
     with registry.use(run.backend) as session:
         for step in range(1, steps + 1):
             watchdog.beat(f"step {step}")
+            wanted = wanted or step in capture_steps
             with contextlib.ExitStack() as stack:
-                if step in capture_steps:
+                if wanted:
                     weights = {n: w.cpu().clone() for n, w in run.optimizer.master.items()}
                     captured = stack.enter_context(capture(run.model, step))
                 try:
@@ -135,10 +144,14 @@ def free_run(
                     raise
                 except TrainingError:
                     break
-            if step in capture_steps:
-                curve.snapshots.append(Snapshot(step, weights, run.drawn))
+            if wanted and not result.skipped:
+                snapshot = Snapshot(step, weights, run.drawn, result.loss_scale)
+                curve.snapshots.append(snapshot)
                 curve.calls += captured.calls
+                wanted = False
             curve.loss[step - 1], curve.grad_norm[step - 1] = result.loss, result.grad_norm
+            curve.loss_scale[step - 1] = result.loss_scale
+            curve.skipped[step - 1] = result.skipped
             if progress is not None:
                 progress(step)
     curve.fallbacks = fallback_counts(session.fallbacks + session.compiled)

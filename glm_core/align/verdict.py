@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from glm_core.align import statistics
 from glm_core.align.envelope import Envelope, envelope, error_bound
+from glm_core.align.overflow import overflow_check
 from glm_core.align.trace import Trace
 from glm_core.align.trace_format import OpTest
 from glm_core.errors import TraceError
@@ -78,7 +79,8 @@ class Pair:
     first_step: int | None
     """first step outside the envelope, from 1; None where there is none"""
     max_envelope_ratio: float
-    """largest |deviation| / bound of the curve; above 1 is outside; 0 without a free run"""
+    """largest |deviation| / bound of the curve, or the loss scale's; above 1 is outside; 0 without
+    a free run"""
     max_gradient_ratio: float
     """largest error of a gradient or the loss / its bound; 0 without teacher forcing"""
     max_op_ratio: float
@@ -123,10 +125,12 @@ def compare(
     ratio, excess, loss_excess = gradient_check(candidate, rate)
     tested = findings(candidate.tests, candidate.test_values, candidate.num_tests, rate)
     guilty = [f for f in tested if f.ratio > 1]
-    envelope_ratio = float(curve.ratio.max()) if curve else 0.0
+    overflow_ratio, overflow_reason = overflow_check(reference, candidate)
+    envelope_ratio = max(float(curve.ratio.max()) if curve else 0.0, overflow_ratio)
     gradient_ratio = float(max(excess.max(initial=0.0), loss_excess.max(initial=0.0)))
     reasons = [
         *_envelope_reason(curve),
+        *overflow_reason,
         *_gradient_reason(candidate, excess, loss_excess),
         *(str(f) for f in guilty[:3]),
     ]
@@ -182,7 +186,7 @@ def gradient_check(trace: Trace, rate: float) -> tuple[Array, Array, Array]:
     if len(errors) < 4 or not (np.isfinite(errors[1:]).all() and np.isfinite(losses[1:]).all()):
         raise TraceError(
             f"trace of {trace.backend!r}: the reference's gradients in it are too few or not "
-            "finite; record again with a smaller train.lr"
+            "finite; record again with a smaller train.lr, in float16 also train.loss_scale"
         )
     ratio = errors[0] / np.maximum(errors[1], 1e-30)
     excess = errors[0] / error_bound(errors[2:], floor, rate / 2)

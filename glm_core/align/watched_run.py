@@ -17,7 +17,7 @@ from glm_core.align.calibration import MakeSampler, Progress
 from glm_core.align.capture import Call, Capture, capture
 from glm_core.align.recording import worst_tests
 from glm_core.align.replay import Results, flat, with_change
-from glm_core.align.teacher_forcing import Key
+from glm_core.align.teacher_forcing import Case, Key
 from glm_core.align.training import Run
 from glm_core.align.verdict import FALSE_ALARM_RATE, NUM_TESTS, Finding, findings
 from glm_core.backends import registry
@@ -30,6 +30,27 @@ from glm_core.errors import DeviceError, TrainingError
 Array = NDArray[np.float64]
 RATE = FALSE_ALARM_RATE / NUM_TESTS
 """the op by op tests' share of the verdict's false-alarm rate"""
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Watched:
+    """What was seen of a candidate's own run; its arrays are those of a `Curve`."""
+
+    loss: Array
+    loss_scale: Array
+    skipped: Array
+    guilty: list[Finding] = dataclasses.field(default_factory=list)
+    """of single calls in the last step, the furthest outside first"""
+    saturated: tuple[Call, str] | None = None
+    """the first call and direction with finite numbers where the correct result is infinite"""
+
+    def curve(self, config: RunConfig) -> dict[str, Any]:
+        """Returns the trace's fields about the curve, but for the gradients' norm."""
+        fields = {"loss": self.loss, "grad_norm": self.loss, "control_loss": self.loss[None][:0]}
+        if config.train.dtype == "float16":
+            fields |= {"loss_scale": self.loss_scale, "skipped": self.skipped}
+            fields["control_loss_scale"] = fields["control_skipped"] = self.loss[None][:0]
+        return fields
 
 
 class ResultCapture(Capture):
@@ -88,36 +109,57 @@ def watch(
     make: MakeSampler,
     limits: dict[Key, float],
     report: Progress,
-) -> tuple[list[Finding], Array]:
-    """Trains the candidate until single calls of a step are guilty. Returns these findings, the
-    furthest outside first, and the losses [N], which are NaN from where the run ended."""
+) -> Watched:
+    """Trains the candidate until single calls of a step are guilty. A step whose gradients overflow
+    is not judged. Arrays are NaN from where the run ended."""
     run, steps = Run(config, make(), backend), config.train.steps
-    losses = np.full(steps, np.nan)
+    seen = Watched(*np.full((3, steps), np.nan))
     with registry.use(run.backend):
         for step in range(1, steps + 1):
             watchdog.beat(f"step {step}, call by call")
             captured, broke_off = ResultCapture(step), False
             with capture(run.model, step, captured):
                 try:
-                    losses[step - 1] = run.step().loss
+                    result = run.step()
                 except DeviceError:
                     raise
                 except TrainingError:
                     broke_off = True
-            guilty = judge_step(captured, limits, run.dtype, steps)
             report(f"{backend.name}, call by call", step, steps)
-            if guilty or broke_off:
-                return guilty, losses
-    return [], losses
+            if not broke_off:
+                for name in ("loss", "loss_scale", "skipped"):
+                    getattr(seen, name)[step - 1] = getattr(result, name)
+                if result.skipped:
+                    continue
+            cases = list(teacher_forcing.cases(captured.on_cpu()))
+            seen.saturated = seen.saturated or first_saturated(captured, cases)
+            seen.guilty = judge_step(captured, cases, limits, run.dtype, steps)
+            if seen.guilty or broke_off:
+                break
+    return seen
+
+
+def first_saturated(captured: ResultCapture, cases: list[Case]) -> tuple[Call, str] | None:
+    """Returns the first call, and its direction, that gave finite numbers where the correct result
+    is infinite."""
+    for case in cases:
+        results = captured.results_of(case.call)
+        for name in case.overflowed:
+            if name in results and results[name].isfinite().all():
+                return case.call, "backward" if name.startswith("d_") else "forward"
+    return None
 
 
 def judge_step(
-    captured: ResultCapture, limits: dict[Key, float], dtype: torch.dtype, steps: int
+    captured: ResultCapture,
+    cases: list[Case],
+    limits: dict[Key, float],
+    dtype: torch.dtype,
+    steps: int,
 ) -> list[Finding]:
-    """Returns the guilty findings of single calls in one step of `steps`. `limits` is the benign
-    range of the captured steps; for ops that leave it, it is widened by the range measured in this
-    very step."""
-    cases = list(teacher_forcing.cases(captured.on_cpu()))
+    """Returns the guilty findings of single calls in one step of `steps`, whose calls are `cases`.
+    `limits` is the benign range of the captured steps; for ops that leave it, it is widened by the
+    range measured in this very step."""
     measured, _ = teacher_forcing.measure(cases, captured.results_of)
 
     def outside(limits: dict[Key, float]) -> list[Finding]:

@@ -20,6 +20,14 @@ from glm_core.faults.fault import (
     planted,
     stateful_fault,
 )
+from glm_core.faults.flash import (
+    flash,
+    flash_attention,
+    flash_backward,
+    hidden_keys,
+    normalised,
+    scores,
+)
 from glm_core.faults.kernels import (
     Arguments,
     Function,
@@ -53,22 +61,6 @@ Weights = Callable[[Tensor, Tensor], Tensor]
 """(scores, hidden) -> probabilities, both [B, K, R, L, S]; hidden broadcasts over K and R"""
 
 
-def hidden_keys(a: Arguments) -> Tensor:
-    """Returns which keys a query must not see, [B, 1, 1, L, S]."""
-    j = torch.arange(a["k"].shape[1])
-    visible = (j >= a["key_start"][..., None]) & (j < a["key_end"][..., None])  # [B, L, S]
-    return ~visible[:, None, None]
-
-
-def scores(a: Arguments, late: bool = False) -> Tensor:
-    """Returns scale q k^T, hidden keys at the dtype's minimum, [B, K, R, L, S]; `late` multiplies
-    by the scale after the product."""
-    before, after = (1.0, a["scale"]) if late else (a["scale"], 1.0)
-    q = wide(a["q"]).unflatten(2, (a["k"].shape[2], -1)) * before  # [B, L, K, R, E]
-    s = torch.einsum("blkre,bske->bkrls", q, wide(a["k"])) * after
-    return s.masked_fill(hidden_keys(a), torch.finfo(s.dtype).min)
-
-
 def weighted(p: Tensor, a: Arguments) -> Tensor:
     """Returns the values weighted by the probabilities p [B, K, R, L, S] in q's dtype,
     [B, L, H, E]."""
@@ -78,11 +70,6 @@ def weighted(p: Tensor, a: Arguments) -> Tensor:
 def attend(weights: Weights, late: bool = False) -> Function:
     """Returns attention with these probabilities."""
     return lambda **a: weighted(weights(scores(a, late), hidden_keys(a)), a)
-
-
-def normalised(e: Tensor, total: Sum = row_sum) -> Tensor:
-    """Returns e / total(e), zeros where a query sees nothing."""
-    return e / total(e).clamp(min=1e-30)
 
 
 # wrong values -------------------------------------------------------------------------
@@ -413,29 +400,6 @@ def scaled_gradient(name: str, factor: float) -> Vjp:
     return gradients
 
 
-def flash_backward(row_term: Callable[[Tensor, Tensor], Tensor]) -> Function:
-    """Returns a kernel with the backward in closed form, dS = P (dO v^T - row_term(dO, O)), where O
-    is the result as the forward stores it and row_term the sum over E of dO O (Dao et al. 2022,
-    algorithm 4, line 19)."""
-
-    def gradients(a: Arguments, outputs: tuple[Tensor, ...]) -> Gradients:
-        s, hidden, groups = scores(a), hidden_keys(a), a["k"].shape[2]
-        p = torch.softmax(s, -1).masked_fill(hidden, 0.0)
-        o = torch.einsum("bkrls,bske->blkre", p, wide(a["v"])).to(a["q"].dtype)
-        do = wide(outputs[0]).unflatten(2, (groups, -1))  # [B, L, K, R, E]
-        d = row_term(do, wide(o)).permute(0, 2, 3, 1, 4)  # [B, K, R, L, 1]
-        ds = p * (torch.einsum("blkre,bske->bkrls", do, wide(a["v"])) - d) * a["scale"]
-        q = wide(a["q"]).unflatten(2, (groups, -1))  # [B, L, K, R, E]
-        grads = {
-            "q": torch.einsum("bkrls,bske->blkre", ds, wide(a["k"])).flatten(2, 3),  # [B, L, H, E]
-            "k": torch.einsum("bkrls,blkre->bske", ds, q),
-            "v": torch.einsum("bkrls,blkre->bske", p, do),
-        }
-        return {n: g.to(a[n].dtype) for n, g in grads.items()}
-
-    return with_gradients(attention, gradients)
-
-
 fault(
     attention,
     "the gradient of k lacks the scale",
@@ -491,33 +455,6 @@ def ordered(order: Order) -> Function:
         at = order(a["q"].shape[-1])
         y: Tensor = reference(**a | {n: a[n][..., at] for n in "qkv"})
         return y[..., torch.argsort(at)]
-
-    return kernel
-
-
-def flash(block: int, rounding: bool) -> Function:
-    """Returns an online softmax over blocks of keys, normalised at the end (Dao et al. 2022,
-    algorithm 1); with `rounding` the unnormalised probabilities are rounded to the working dtype
-    for the product with v."""
-
-    def kernel(**a: Any) -> Tensor:
-        q, k, v = a["q"], wide(a["k"]), wide(a["v"])
-        qs = wide(q).unflatten(2, (k.shape[2], -1)) * a["scale"]  # [B, L, K, R, E]
-        hidden = hidden_keys(a)
-        m = torch.full_like(qs[..., :1], -1e30).permute(0, 2, 3, 1, 4)  # [B, K, R, L, 1]
-        total = torch.zeros_like(m)
-        out = torch.zeros_like(qs).permute(0, 2, 3, 1, 4)  # [B, K, R, L, E]
-        for at in range(0, k.shape[1], block):
-            part, unseen = slice(at, at + block), hidden[..., at : at + block]
-            s = torch.einsum("blkre,bske->bkrls", qs, k[:, part]).masked_fill(unseen, -1e30)
-            new = torch.maximum(m, s.amax(-1, keepdim=True).detach())
-            p = torch.exp(s - new).masked_fill(unseen, 0.0)
-            rescale, m = torch.exp(m - new), new
-            total = total * rescale + row_sum(p)
-            p = p.to(q.dtype).float() if rounding else p
-            out = out * rescale + torch.einsum("bkrls,bske->bkrle", p, v[:, part])
-        y = normalised(out, lambda _: total).permute(0, 3, 1, 2, 4)  # [B, L, K, R, E]
-        return y.flatten(2, 3).to(q.dtype)  # [B, L, H, E]
 
     return kernel
 
@@ -601,9 +538,13 @@ benign_attention(
 )
 benign_attention("query-blocks-16", "queries in blocks of 16", query_blocks(16))
 benign_attention(
-    "flash-backward",
-    "closed-form backward, row term from the stored result",
-    flash_backward(lambda do, o: row_sum(do * o)),
+    "flash-backward", "closed-form backward, row term from the stored result", flash_backward()
+)
+benign_attention(
+    "flash-rounded",
+    "flash attention whose products all read the working dtype",
+    flash_attention(16, True),
+    dtypes=BFLOAT16,
 )
 benign_attention(
     "flash-32-grouped", "online softmax with grouped heads", flash(32, False), setup="glm4"

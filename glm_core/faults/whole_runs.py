@@ -6,9 +6,9 @@ from __future__ import annotations
 from typing import Any
 
 from glm_core import ops
-from glm_core.faults.attention import flash
 from glm_core.faults.embedding import precise_embedding
 from glm_core.faults.fault import BENIGN, Benign
+from glm_core.faults.flash import flash
 from glm_core.faults.kernels import Kernels
 from glm_core.faults.loss import chunked
 from glm_core.faults.norm import both, layer_norm_by, native_rms_norm

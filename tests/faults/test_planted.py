@@ -8,7 +8,7 @@ from small_runs import differs, outcomes, step_calls
 
 from glm_core import ops
 from glm_core.align.replay import replay
-from glm_core.faults import activation, attention, kernels, loss, norm, optim
+from glm_core.faults import activation, flash, kernels, loss, norm, optim
 from glm_core.faults.catalogue import PLANTED
 from glm_core.faults.fault import BOTH, Fault
 from glm_core.sensitivity import setups
@@ -88,10 +88,10 @@ def test_without_a_fault_the_machinery_keeps_every_bit(op: str, dtype: str) -> N
 
 
 def test_the_backward_in_closed_form_is_right_without_its_fault() -> None:
-    kernel = attention.flash_backward(lambda do, o: (do * o).sum(-1, keepdim=True))
-    backend = kernels.backend("right", {"attention": kernel})
+    backend = kernels.backend("right", {"attention": flash.flash_attention(16, rounding=True)})
     for call in step_calls("glm4", "float32"):
         if call.op is ops.attention:
             (mine,), right = outcomes(backend, [call]), replay(call, ops.attention.reference)
             for name in right:
-                torch.testing.assert_close(mine[name], right[name], rtol=1e-5, atol=1e-9)
+                largest = float(right[name].abs().max())
+                torch.testing.assert_close(mine[name], right[name], rtol=0, atol=1e-4 * largest)

@@ -13,7 +13,7 @@ from importlib import metadata
 from glm_core import dispatch
 from glm_core.backends import __path__ as _folder
 from glm_core.backends.base import Backend, Probe
-from glm_core.errors import BackendUnavailableError, GlmCoreError, unknown
+from glm_core.errors import BackendUnavailableError, ConfigError, GlmCoreError, unknown
 from glm_core.ops import all_ops
 from glm_core.session import Session
 
@@ -45,41 +45,90 @@ def _installed(path: tuple[str, ...]) -> dict[str, metadata.EntryPoint]:
 
 def get(name: str) -> Backend:
     """Returns the backend, usable or not. What follows a colon is its option, as in
-    `onnxrt:OpenVINOExecutionProvider`. Raises GlmCoreError for an unknown name,
-    BackendUnavailableError if its module cannot be imported."""
+    `onnxrt:OpenVINOExecutionProvider`. Raises GlmCoreError for an unknown name or option, and
+    BackendUnavailableError if its module cannot be imported or gives no Backend."""
     base, _, option = name.partition(":")
     if base not in names():
         raise GlmCoreError(unknown("backend", base, names()))
     plugin = _plugins().get(base)
-    try:
-        module = importlib.import_module(plugin.module if plugin else f"{GROUP}.{base}")
-    except ImportError as error:
-        raise BackendUnavailableError(f"backend {base} cannot be imported: {error}") from error
+    path = plugin.module if plugin else f"{GROUP}.{base}"
+    with _explained(f"backend {base} cannot be imported"):
+        module = importlib.import_module(path)
     variant: Callable[[str], Backend] | None = getattr(module, "variant", None)
-    if variant is not None:
-        return variant(option)
-    if option:
+    if variant is None and option:
         raise GlmCoreError(f"backend {base}: takes no option, received {option!r}; write {base}")
-    backend: Backend = module.backend
+    backend: object = getattr(module, "backend", None)
+    if variant is not None:
+        with _explained(f"backend {base}: variant({option!r}) of {path} failed"):
+            backend = variant(option)
+    if not isinstance(backend, Backend):
+        found = "nothing" if backend is None else f"a {type(backend).__name__}"
+        raise BackendUnavailableError(
+            f"backend {base}: `{'variant' if variant else 'backend'}` of {path} gives {found}; it "
+            "must give a glm_core.backends.base.Backend"
+        )
     return backend
 
 
-def probe(name: str) -> Probe:
-    """Returns whether the backend is usable here; never raises for a known name."""
+@contextmanager
+def _explained(fact: str) -> Iterator[None]:
+    """Raises BackendUnavailableError with `fact` and the reason where a vendor's code raises
+    anything: one broken package must not stop commands that only list it. What the project itself
+    raises passes, such as an unknown option."""
     try:
-        return get(name).probe()
+        yield
+    except GlmCoreError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise BackendUnavailableError(f"{fact}: {_in_one_line(error)}") from error
+
+
+def _in_one_line(error: BaseException) -> str:
+    """Returns the error's message in one line, with its class unless the message speaks for
+    itself."""
+    message = " ".join(str(error).split())[:300]
+    kind = type(error).__name__
+    return message if isinstance(error, ImportError) and message else f"{kind}: {message}"
+
+
+def probe(name: str) -> Probe:
+    """Returns whether the backend is usable here; never raises for a name of `names`."""
+    try:
+        return _probed(get(name))
     except BackendUnavailableError as error:
         return Probe(False, str(error))
+    except GlmCoreError as error:
+        if name not in names():  # an unknown name or option: the caller's mistake
+            raise
+        return Probe(False, str(error))
+
+
+def _probed(backend: Backend) -> Probe:
+    """Returns what the backend's own probe says; a probe that raises says no."""
+    try:
+        return backend.probe()
+    except Exception as error:  # a vendor's runtime may raise anything
+        return Probe(False, f"its probe failed: {_in_one_line(error)}")
 
 
 def usable(name: str) -> Backend:
     """Returns the backend if it can run here. Raises BackendUnavailableError with its own
     reason."""
     backend = get(name)
-    state = backend.probe()
+    state = _probed(backend)
     if not state.ok:
         raise BackendUnavailableError(f"backend {name} is not available here: {state.reason}")
     return backend
+
+
+def require_dtype(backend: Backend, dtype: str) -> None:
+    """Raises ConfigError unless the backend computes in this working dtype."""
+    known = [str(d).removeprefix("torch.") for d in backend.dtypes]
+    if dtype not in known:
+        raise ConfigError(
+            f"train.dtype={dtype}: backend {backend.name} computes in {', '.join(known)}; use one "
+            "of these"
+        )
 
 
 @contextmanager
@@ -106,6 +155,6 @@ def table() -> dict[str, dict[str, str]]:
 def _cells(name: str) -> dict[str, str]:
     try:
         backend = get(name)
-    except BackendUnavailableError as error:
+    except GlmCoreError as error:
         return dict.fromkeys(all_ops(), f"unsupported: {error}")
     return {op: "kernel" if op in backend.kernels else "reference" for op in all_ops()}

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _row(name: str) -> dict[str, Any]:
     from glm_core.backends import registry
-    from glm_core.errors import BackendUnavailableError
+    from glm_core.errors import GlmCoreError
 
     state = registry.probe(name)
     row = {"name": name, "usable": state.ok, "reason": state.reason}
@@ -52,6 +52,6 @@ def _row(name: str) -> dict[str, Any]:
         backend = registry.get(name)
         facts = {"device": backend.device_type, "verified": backend.verified}
         facts |= {"kernels": str(len(backend.kernels)), "collective": backend.collective}
-    except BackendUnavailableError:
+    except GlmCoreError:
         facts = {"device": "", "verified": "", "kernels": "0", "collective": ""}
     return row | facts

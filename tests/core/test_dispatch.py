@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from glm_core import dispatch, ops
 from glm_core.backends import registry
 from glm_core.backends.base import Backend, Probe
 from glm_core.backends.registry import use
+from glm_core.cli import align, main
 from glm_core.errors import BackendUnavailableError, GlmCoreError, UnsupportedOpError
 from glm_core.session import Fallback
 from glm_core.spec import SUPPORTED, Support, unsupported
@@ -173,13 +176,60 @@ def test_third_party_backend_by_entry_point(install: Any) -> None:
         assert torch.equal(ops.gelu(EVEN[0]), EVEN[0] + 1)
 
 
-def test_broken_third_party_backend_is_unavailable_with_its_reason(install: Any) -> None:
-    install("broken", "import package_that_is_not_there\n")
-    reason = "backend broken cannot be imported: No module named 'package_that_is_not_there'"
-    assert registry.probe("broken") == Probe(False, reason)
-    assert registry.table()["gelu"]["broken"] == f"unsupported: {reason}"
-    with pytest.raises(BackendUnavailableError, match=reason):
+BACKEND = "from glm_core.backends.base import Backend, Probe\n"
+BROKEN = {
+    "absent": (
+        "import package_that_is_not_there",
+        "backend broken cannot be imported: No module named 'package_that_is_not_there'",
+    ),
+    "library": (
+        "raise OSError('libacme.so.3: cannot open shared object file')",
+        "backend broken cannot be imported: OSError: libacme.so.3: cannot open shared object file",
+    ),
+    "exits": ("raise SystemExit(1)", "backend broken cannot be imported: SystemExit: 1"),
+    "syntax": ("def", "backend broken cannot be imported: SyntaxError: invalid syntax"),
+    "signature": (
+        PLUGIN.replace("gelu(x)", "gelu(y)"),
+        "backend broken cannot be imported: TypeError: backend acme, op gelu: parameters must be",
+    ),
+    "nothing": ("", "backend broken: `backend` of vendor_broken gives nothing; it must give a"),
+    "string": ("backend = 'acme'", "backend broken: `backend` of vendor_broken gives a str; it"),
+    "variant": (
+        "def variant(option): return {'x': 1}[option]",
+        "backend broken: variant('') of vendor_broken failed: KeyError: ''",
+    ),
+    "variant-none": ("def variant(option): ...", "`variant` of vendor_broken gives nothing; it"),
+    "refusal": (
+        "from glm_core.errors import GlmCoreError\n"
+        "def variant(option): raise GlmCoreError('backend broken: name a card')",
+        "backend broken: name a card",
+    ),
+    "probe": (
+        f"{BACKEND}def probe(): raise RuntimeError('driver 3 < 4')\n"
+        "backend = Backend(name='broken', device_type='cpu', verified='', probe=probe)",
+        "its probe failed: RuntimeError: driver 3 < 4",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_third_party_backend_is_a_row_with_its_reason(
+    kind: str, install: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, reason = BROKEN[kind]
+    monkeypatch.delitem(sys.modules, "vendor_broken", raising=False)
+    install("broken", source + "\n")
+    state = registry.probe("broken")
+    assert not state.ok
+    assert reason in state.reason
+    cell = registry.table()["gelu"]["broken"]
+    assert cell == ("reference" if kind == "probe" else f"unsupported: {state.reason}")
+    with pytest.raises(GlmCoreError, match=re.escape(reason)):
         registry.usable("broken")
+    for command in ("devices", "ops"):
+        assert main([command]) == 0
+    assert reason in capsys.readouterr().out
+    assert "broken" not in align.usable(["float32"])
 
 
 def test_interceptors_see_every_call_and_are_restored() -> None:

@@ -97,8 +97,8 @@ def embedding(ids: Tensor, weight: Tensor, shrink: float = 1.0) -> Tensor:
 
 @backend.implements(ops.linear, supports.linear)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if training or x.numel() > FEW_ROWS * x.shape[-1]:
+    differentiated = any(t is not None and t.requires_grad for t in (x, weight, bias))
+    if (torch.is_grad_enabled() and differentiated) or x.numel() > FEW_ROWS * x.shape[-1]:
         return _ops.linear.default(x, weight, bias)
     return _ops.linear_few.default(x, weight, bias)
 

@@ -43,8 +43,8 @@ def gated_cost(x: Tensor) -> Cost:
 def gelu(x: Tensor) -> Tensor:
     """Computes y = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), the tanh form of GELU.
 
-    Shapes: x [..., F] -> [..., F]. Computed in float32 and rounded once to x's dtype. Source:
-    Hendrycks & Gimpel 2016, section 2; used by GLM and ChatGLM-6B."""
+    Shapes: x [..., F] -> [..., F]. Computed in float32 and rounded once to x's dtype.
+    Accumulates nothing. Source: Hendrycks & Gimpel 2016, section 2; used by GLM and ChatGLM-6B."""
     return torch.nn.functional.gelu(wide(x), approximate="tanh").to(x.dtype)
 
 
@@ -53,8 +53,9 @@ def geglu(x: Tensor) -> Tensor:
     """Computes [a, b] = x; y = a * gelu(b) with the exact (erf) GELU. The gate is the SECOND half
     of x.
 
-    Shapes: x [..., 2F] -> [..., F]. Computed in float32 and rounded once to x's dtype. Source:
-    Shazeer 2020, eq. 6; the order of the halves is that of GLM-130B's code."""
+    Shapes: x [..., 2F] -> [..., F]. Computed in float32 and rounded once to x's dtype.
+    Accumulates nothing. Source: Shazeer 2020, eq. 6; the order of the halves is that of GLM-130B's
+    code."""
     a, b = wide(x).chunk(2, -1)
     return (a * torch.nn.functional.gelu(b)).to(x.dtype)
 
@@ -63,7 +64,8 @@ def geglu(x: Tensor) -> Tensor:
 def swiglu(x: Tensor) -> Tensor:
     """Computes [g, u] = x; y = silu(g) * u. The gate is the FIRST half of x.
 
-    Shapes: x [..., 2F] -> [..., F]. Computed in float32 and rounded once to x's dtype. Source:
-    Shazeer 2020, eq. 6; the order of the halves is that of ChatGLM2 and of transformers' Glm."""
+    Shapes: x [..., 2F] -> [..., F]. Computed in float32 and rounded once to x's dtype.
+    Accumulates nothing. Source: Shazeer 2020, eq. 6; the order of the halves is that of ChatGLM2
+    and of transformers' Glm."""
     g, u = wide(x).chunk(2, -1)
     return (torch.nn.functional.silu(g) * u).to(x.dtype)

@@ -144,7 +144,9 @@ def attention(
     zeros. KV head h serves the query heads h*H/K ... (h+1)*H/K - 1.
 
     Shapes: q [B, L, H, E]; k, v [B, S, K, E], possibly views of a larger cache; key_start, key_end
-    [B, L] int32 -> [B, L, H, E]. Computed in float32 and rounded once to q's dtype.
+    [B, L] int32 -> [B, L, H, E]. Computed in float32 and rounded once to q's dtype. Accumulates in
+    float32: scores over E, softmax and y over keys, the gradient of q over keys, those of k and v
+    over queries and the query heads that a kv head serves.
 
     layer_scale c: scores are formed from q/c and multiplied by c inside the softmax (GLM-130B's
     query-key layer scaling). pb_relax a > 0: the softmax is taken as softmax((s/a - max(s/a)) a).

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from glm_core.dispatch import op
 from glm_core.ops.layout import gapped
+from glm_core.ops.precision import wide
 from glm_core.spec import Cost, Maker, Sample, exact, integers, normal
 
 
@@ -45,10 +46,12 @@ def embedding(ids: Tensor, weight: Tensor, shrink: float = 1.0) -> Tensor:
     """Computes y = weight[ids]; the gradient of weight is multiplied by `shrink`, and rows that
     occur more than once sum their gradients.
 
-    Shapes: ids [...] int64, weight [V, D] -> [..., D]. The value is exact in every dtype. Source:
-    Zeng et al. 2022 (GLM-130B), section 2.2, embedding gradient shrink."""
-    y = torch.nn.functional.embedding(ids, weight)
-    if shrink == 1.0:
-        return y
-    fixed = y.detach()
-    return fixed + shrink * (y - fixed)  # y - fixed is exactly zero, so the value keeps every bit
+    Shapes: ids [...] int64, weight [V, D] -> [..., D]. The value is exact in every dtype.
+    Accumulates in float32: the gradient of weight, over the positions of a row. Source: Zeng et al.
+    2022 (GLM-130B), section 2.2, embedding gradient shrink."""
+    differentiated = torch.is_grad_enabled() and weight.requires_grad
+    y = torch.nn.functional.embedding(ids, wide(weight) if differentiated else weight)
+    if shrink != 1.0:
+        fixed = y.detach()
+        y = fixed + shrink * (y - fixed)  # y - fixed is exactly zero: the value keeps every bit
+    return y.to(weight.dtype)

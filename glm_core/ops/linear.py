@@ -55,8 +55,9 @@ def linear_cost(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Cost:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Computes y = x weight^T + bias.
 
-    Shapes: x [..., D], weight [F, D], bias [F] -> [..., F]. Accumulated in float32 at least and
-    rounded to x's dtype. Source: torch.nn.functional.linear."""
+    Shapes: x [..., D], weight [F, D], bias [F] -> [..., F]. Rounded to x's dtype. Accumulates in
+    float32 at least: y over D, the gradient of x over F, those of weight and bias over rows.
+    Source: torch.nn.functional.linear."""
     from torch.nn.functional import linear as product
 
     return product(x, weight, bias)

@@ -68,8 +68,9 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, token_weight
 
     Shapes: x [N, D], weight [V, D], labels [N] int64 in [0, V), token_weight [N] float32 (0 skips a
     token) -> float32 scalar. Logits are rounded to x's dtype, as a linear layer's output is;
-    everything after them is float32. Source: torch.nn.functional.cross_entropy of a linear layer,
-    weighted by token."""
+    everything after them is float32. Accumulates in float32: logits over D, the loss over V and N,
+    the gradient of x over V, that of weight over N. Source: torch.nn.functional.cross_entropy of a
+    linear layer, weighted by token."""
     z = wide(torch.nn.functional.linear(x, weight))  # [N, V]
     each = torch.nn.functional.cross_entropy(z, labels, reduction="none")
     return (each * token_weight.to(z.dtype)).sum()

@@ -103,7 +103,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     """Computes y = x / sqrt(mean(x^2, -1) + eps) * weight.
 
     Shapes: x [..., D], weight [D] -> [..., D]. Statistics and product in float32, rounded once to
-    x's dtype. Source: Zhang & Sennrich 2019, eq. 4."""
+    x's dtype. Accumulates in float32: statistics and the gradient of x over D, the gradient of
+    weight over rows. Source: Zhang & Sennrich 2019, eq. 4."""
     t = wide(x)
     return (t * torch.rsqrt(t.square().mean(-1, keepdim=True) + eps) * wide(weight)).to(x.dtype)
 
@@ -117,7 +118,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     """Computes y = (x - mean) / sqrt(var + eps) * weight + bias, with the biased variance.
 
     Shapes: x [..., D], weight, bias [D] -> [..., D]. Statistics and product in float32, rounded
-    once to x's dtype. Source: Ba et al. 2016, eq. 4."""
+    once to x's dtype. Accumulates in float32: statistics and the gradient of x over D, the
+    gradients of weight and bias over rows. Source: Ba et al. 2016, eq. 4."""
     t = wide(x)
     t = t - t.mean(-1, keepdim=True)
     y = t * torch.rsqrt(t.square().mean(-1, keepdim=True) + eps)
@@ -135,7 +137,8 @@ def add_rms_norm(
     """Computes s = x + alpha * residual; y = rms_norm(s). Returns (y, s).
 
     Shapes: x, residual [..., D], weight [D] -> y, s [..., D]. The sum is formed in float32 and
-    rounded to x's dtype; the norm reads the rounded sum. Source: Zhang & Sennrich 2019, eq. 4,
+    rounded to x's dtype; the norm reads the rounded sum. Accumulates in float32 as rms_norm does;
+    the two gradients that meet in s are added in x's dtype. Source: Zhang & Sennrich 2019, eq. 4,
     applied to the residual stream."""
     total = (wide(x) + alpha * wide(residual)).to(x.dtype)
     return rms_norm.reference(total, weight, eps), total
@@ -153,7 +156,8 @@ def add_layer_norm(
     (2N)^(1/2) with N the total number of layers, 1 without DeepNorm.
 
     Shapes: x, residual [..., D], weight, bias [D] -> y, s [..., D]. The sum is formed in float32
-    and rounded to x's dtype; the norm reads the rounded sum. Source: Ba et al. 2016, eq. 4; Wang et
-    al. 2022 (DeepNet), fig. 2."""
+    and rounded to x's dtype; the norm reads the rounded sum. Accumulates in float32 as layer_norm
+    does; the two gradients that meet in s are added in x's dtype. Source: Ba et al. 2016, eq. 4;
+    Wang et al. 2022 (DeepNet), fig. 2."""
     total = (wide(x) + alpha * wide(residual)).to(x.dtype)
     return layer_norm.reference(total, weight, bias, eps), total

@@ -41,8 +41,8 @@ def global_norm_cost(tensors: Sequence[Tensor]) -> Cost:
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Computes sqrt(sum of all squares) over all tensors; 0 for an empty list.
 
-    Shapes: list of tensors of any shape -> float32 scalar (float64 for float64). Squares and sums
-    in float32 at least. Source: Pascanu et al. 2013, section 3.2."""
+    Shapes: list of tensors of any shape -> float32 scalar (float64 for float64). Accumulates
+    in float32 at least: all squares. Source: Pascanu et al. 2013, section 3.2."""
     if not tensors:
         return torch.zeros(())
     return torch.stack([torch.linalg.vector_norm(wide(t)) for t in tensors]).norm()
@@ -136,8 +136,8 @@ def adamw(
     Shapes: params, grads, exp_avgs, exp_avg_sqs: lists of equal length whose entries agree in
     shape; grad_scale a float32 scalar (the clip coefficient divided by the loss scale). params,
     exp_avgs and exp_avg_sqs are float32 and changed in place; grads have the working dtype; copies,
-    if present, receive the new params rounded to their own dtype. Source: Loshchilov & Hutter 2019,
-    algorithm 2."""
+    if present, receive the new params rounded to their own dtype. Accumulates nothing. Source:
+    Loshchilov & Hutter 2019, algorithm 2."""
     correction1, correction2 = 1 - beta1**step, 1 - beta2**step
     for i, (p, grad, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
         g = grad.to(p.dtype) * grad_scale.to(p.dtype)

@@ -213,9 +213,9 @@ def quantized_linear(
 
     Shapes: x [..., D]; weight int8 [F, D], or for bits = 4 [F, D / 2] with the even element in the
     high nibble; scale float16 or float32 [F] or [F, G], one for D / G inputs; bias [F] -> [..., F].
-    Neither w nor the rounded x is rounded to the working dtype: computed in float32 at least and
-    rounded once to x's dtype. Source: Zeng et al. 2022 (GLM-130B), section 5; blocks: Dettmers et
-    al. 2022."""
+    Neither w nor the rounded x is rounded to the working dtype. Accumulates in float32 at least: y
+    over D, the gradient of x over F; each is rounded once to x's dtype. Source: Zeng et al. 2022
+    (GLM-130B), section 5; blocks: Dettmers et al. 2022."""
     a = wide(x)
     a = round_activations(a) if activation_bits == 8 else a
     w = dequantize(weight, scale, bits, a.dtype)

@@ -95,7 +95,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tens
     positions.
 
     Shapes: x [B, L, H, E]; cos, sin [B or 1, L, G, P] float32 -> [B, L, H, E]. Computed in float32
-    and rounded once to x's dtype. Source: Su et al. 2021 (RoFormer), eq. 34."""
+    and rounded once to x's dtype. Accumulates nothing. Source: Su et al. 2021 (RoFormer), eq.
+    34."""
     sections, pairs = cos.shape[-2:]
     rotated = 2 * sections * pairs
     shape = (pairs, 2) if interleaved else (2, pairs)

@@ -1,0 +1,113 @@
+"""Every op's contract says in which dtype its sums accumulate, gradients included, and the
+reference keeps it: over thousands of summands of one sign, a sum kept in 16 bits stands still."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from glm_core import ops
+from glm_core.conformance.oracle import Results, leaf, tensors_by_name
+
+N = 3000
+"""summands: a sum of ones kept in bfloat16 stops at 256, in float16 at 2048"""
+Draw = Callable[..., Tensor]
+
+
+def linear(draw: Draw, rows: int, d: int, f: int) -> dict[str, Any]:
+    return {"x": draw(rows, d), "weight": draw(f, d), "bias": draw(f)}
+
+
+def norm(draw: Draw, rows: int, d: int, *names: str) -> dict[str, Any]:
+    return {"x": draw(rows, d)} | {n: draw(rows, d) if n == "residual" else draw(d) for n in names}
+
+
+def attention(draw: Draw, length: int, keys: int, heads: int) -> dict[str, Any]:
+    whole = torch.full((1, length), keys, dtype=torch.int32)
+    kv = {"k": draw(1, keys, 1, 2), "v": draw(1, keys, 1, 2)}
+    seen = {"key_start": torch.zeros_like(whole), "key_end": whole, "scale": 0.1}
+    return {"q": draw(1, length, heads, 2), **kv, **seen}
+
+
+def loss(draw: Draw, n: int, d: int, v: int) -> dict[str, Any]:
+    labels = torch.zeros(n, dtype=torch.int64)
+    return {
+        "x": draw(n, d) / d,
+        "weight": draw(v, d),
+        "labels": labels,
+        "token_weight": torch.ones(n),
+    }
+
+
+def quantized(draw: Draw, rows: int, d: int, f: int) -> dict[str, Any]:
+    codes = torch.full((f, d), 3, dtype=torch.int8)
+    return {"x": draw(rows, d), "weight": codes, "scale": torch.full((f,), 0.25).half()}
+
+
+NORMS: dict[Any, tuple[str, ...]] = {
+    ops.rms_norm: ("weight",),
+    ops.layer_norm: ("weight", "bias"),
+    ops.add_rms_norm: ("residual", "weight"),
+    ops.add_layer_norm: ("residual", "weight", "bias"),
+}
+LONG: dict[str, list[Callable[[Draw], dict[str, Any]]]] = {
+    "linear": [lambda draw, s=s: linear(draw, *s) for s in ((N, 2, 3), (2, N, 3), (2, 3, N))],
+    "quantized_linear": [lambda draw, s=s: quantized(draw, *s) for s in ((2, N, 3), (2, 3, N))],
+    "embedding": [lambda draw: {"ids": torch.zeros(N, dtype=torch.int64), "weight": draw(2, 3)}],
+    "attention": [lambda draw, s=s: attention(draw, *s) for s in ((2, N, 2), (N, 2, 2), (2, 3, N))],
+    "linear_cross_entropy": [
+        lambda draw, s=s: loss(draw, *s) for s in ((N, 2, 3), (2, N, 3), (2, 3, N))
+    ],
+    "global_norm": [lambda draw: {"tensors": [draw(N), draw(3, N)]}],
+} | {
+    op.name: [lambda draw, s=s, names=names: norm(draw, *s, *names) for s in ((N, 16), (2, N))]
+    for op, names in NORMS.items()
+}
+"""by op that sums: calls in which each of its sums is long"""
+
+
+def results(op: Any, args: dict[str, Any]) -> Results:
+    """Returns the outputs and, for output gradients of one, the gradients."""
+    leaves = Results()
+    args = {k: leaf(k, v, leaves) if k in op.differentiable else v for k, v in args.items()}
+    outputs = tensors_by_name("out", op.reference(**args))
+    if leaves:
+        ones = [torch.ones_like(y) for y in outputs.values()]
+        torch.autograd.backward(list(outputs.values()), ones)
+    return {**outputs, **{f"d {k}": x.grad for k, x in leaves.items() if x.grad is not None}}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("op", LONG)
+def test_the_reference_sums_in_float32(op: str, dtype: torch.dtype) -> None:
+    declared = ops.all_ops()[op]
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return (torch.rand(shape, generator=generator) + 0.5).to(dtype)
+
+    for make in LONG[op]:
+        args = make(draw)
+        wide = {k: _widened(v) for k, v in args.items()}
+        got, exact = results(declared, args), results(declared, wide)
+        for name, y in exact.items():
+            scale = y.abs().amax().clamp(min=1.0)
+            error = (got[name].double() - y).abs().max() / scale
+            assert error <= 16 * torch.finfo(dtype).eps, f"{name} {list(y.shape)}: {error:.1e}"
+
+
+def _widened(x: Any) -> Any:
+    if isinstance(x, list):
+        return [_widened(v) for v in x]
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+@pytest.mark.parametrize("op", ops.all_ops())
+def test_the_contract_says_where_sums_accumulate(op: str) -> None:
+    doc = " ".join(ops.all_ops()[op].doc.split())
+    expected = "Accumulates in float32" if op in LONG else "Accumulates nothing"
+    assert expected in doc

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from glm_core.cli.exits import EXIT_FAILED
 from glm_core.cli.options import add_json, add_timeout, emit
+from glm_core.cli.progress import ProgressLine
 
 if TYPE_CHECKING:
     from glm_core.conformance.report import Report
+    from glm_core.conformance.run import Progress
 
 MODES = ("test", "grad", "perf", "support")
 
@@ -42,6 +44,13 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", metavar="NAME", help="run only the cases of this op")
     parser.add_argument("--id", metavar="ID", help="run only this case; a pattern may contain *")
     parser.add_argument(
+        "--skip",
+        action="append",
+        default=[],
+        metavar="ID",
+        help="leave this case out; a pattern may contain *; may be repeated",
+    )
+    parser.add_argument(
         "--known-failures",
         metavar="FILE",
         help="file of cases known to fail: a case id and the reason per line",
@@ -60,11 +69,10 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command. Returns 0 where every case passed, 1 where a case failed or a mutant
     survived; raises for wrong usage (exit 2) and a backend that is not available (exit 3)."""
     from glm_core.conformance import mutants, render
-    from glm_core.conformance.run import progress_line
     from glm_core.errors import GlmCoreError
 
     if args.action == "mutants":
-        killed = mutants.mutants(args.op, progress=progress_line)
+        killed = mutants.mutants(args.op, progress=show_progress())
         emit(args, killed.to_json(), killed.text())
         return EXIT_FAILED if killed.survivors else 0
     if not (args.backend or args.witness):
@@ -86,16 +94,25 @@ def run(args: argparse.Namespace) -> int:
     return 0 if report.ok else EXIT_FAILED
 
 
+def show_progress() -> Progress:
+    """Returns a function that shows which case runs; a log gets one line for each op."""
+    line = ProgressLine()
+
+    def show(number: int, total: int, id: str) -> None:
+        line(id, number, total, part=id.partition("-")[0] or "done")
+
+    return show
+
+
 def _filters(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the options that select cases, as arguments of `run` and `rejudge`."""
-    from glm_core.conformance.run import progress_line
-
     return {
         "mode": args.mode or ("test", "grad"),
         "op": args.op,
         "id": args.id,
+        "skip": args.skip,
         "known_failures": args.known_failures,
-        "progress": progress_line,
+        "progress": show_progress(),
     }
 
 

@@ -18,6 +18,11 @@ from glm_core.spec import Draw, Maker, Sample, realize
 
 MODES = ("test", "grad", "perf", "support")
 
+
+class CaseFailure(Exception):
+    """The reason why a case fails, in one line."""
+
+
 INDEXES = {"embedding": ("ids", "weight"), "linear_cross_entropy": ("labels", "weight")}
 """by op: the argument that holds indexes, and the argument whose rows they index. An index out of
 range must raise an error"""
@@ -92,26 +97,49 @@ def select(
     modes: Sequence[str] = ("test", "grad"),
     op: str | None = None,
     id: str | None = None,
+    skip: Sequence[str] = (),
     dtypes: Iterable[torch.dtype] | None = None,
     real: bool = True,
 ) -> list[Case]:
-    """Returns the cases that match every filter. `id` is a case id, or a pattern with *, and
-    overrides `modes`; `real=False` leaves out the shapes of published models. Raises GlmCoreError
-    for a mode, op or id that does not exist."""
+    """Returns the cases that match every filter. `id` and `skip` are case ids, or patterns with *;
+    `skip` leaves cases out. An `id` that ends in a mode overrides `modes`. `real=False` leaves out
+    the shapes of published models. Raises GlmCoreError for a mode, op or id that does not exist,
+    and for a `skip` that leaves nothing out."""
     _check_names("mode", modes, MODES)
     _check_names("op", [op] if op else [], all_ops())
     wanted = None if dtypes is None else set(dtypes)
     selected = [
         case
         for case in every_case(backend)
-        if (fnmatchcase(case.id, id) if id else case.mode in modes)
-        and op in (None, case.op.name)
+        if matches(case.id, modes, op, id)
         and (wanted is None or case.dtype in wanted)
         and (real or not case.sample.real)
     ]
     if id and not selected:
         raise GlmCoreError(_no_such_case(backend, id))
-    return selected
+    kept = set(without([case.id for case in selected], skip))
+    return [case for case in selected if case.id in kept]
+
+
+def matches(case: str, modes: Sequence[str], op: str | None, id: str | None) -> bool:
+    """Returns whether the case with this id is wanted. A pattern such as `x*` does not fetch perf
+    and support cases along; `x*-perf` does."""
+    mode = case.rpartition("-")[2]
+    named = id is not None and id.rpartition("-")[2] in MODES
+    fits = id is None or fnmatchcase(case, id)
+    return fits and (named or mode in modes) and op in (None, case.partition("-")[0])
+
+
+def without(ids: list[str], skip: Sequence[str]) -> list[str]:
+    """Returns the ids that fit none of the patterns. Raises GlmCoreError for a pattern that fits no
+    id."""
+    for pattern in skip:
+        if not any(fnmatchcase(id, pattern) for id in ids):
+            raise GlmCoreError(
+                f"skip {pattern!r}: fits none of the {len(ids)} chosen cases; leave it out, or "
+                "pass a case's id, in which * stands for anything"
+            )
+    return [id for id in ids if not any(fnmatchcase(id, pattern) for pattern in skip)]
 
 
 def _check_names(kind: str, names: Iterable[str], known: Iterable[str]) -> None:

@@ -63,16 +63,19 @@ def conformance(
     op: str | None = None,
     dtypes: Iterable[torch.dtype] | None = None,
     real: bool = False,
+    skip: Sequence[str] = (),
     known_failures: Path | str | None = None,
 ) -> pytest.MarkDecorator:
     """Parametrises a test by `case`, with ids `BACKEND-CASE`. `known_failures` is a file, or a
-    folder of `<backend>.txt`; `real` adds the large shapes of published models. A backend that is
-    not usable here becomes one skipped test with its reason."""
+    folder of `<backend>.txt`; `real` adds the large shapes of published models; `skip` leaves out
+    the cases that fit one of its patterns. A backend that is not usable here becomes one skipped
+    test with its reason."""
     filters = {
         "modes": (mode,) if isinstance(mode, str) else tuple(mode),
         "op": op,
         "dtypes": None if dtypes is None else tuple(dtypes),
         "real": real,
+        "skip": tuple(skip),
     }
     parameters = [p for name in backends for p in _parameters(name, known_failures, filters)]
     return pytest.mark.parametrize("case", parameters)

@@ -20,6 +20,7 @@ def text(report: Report) -> str:
     lines += [_measured(r) for r in report.results if r.measured]
     for r in report.failed:
         lines += [f"FAIL {r.id}", f"     {r.reason}", f"     {r.rerun}"]
+    lines += [f"left out by --skip: {', '.join(report.left_out)}"] if report.left_out else []
     counts = ", ".join(f"{report.count(o)} {o}" for o in OUTCOMES)
     return "\n".join([*lines, f"backend {report.backend}: {counts}"])
 
@@ -100,9 +101,10 @@ def page(report: Report) -> str:
     """Renders a self-contained HTML page, black on white: counts per op, failures, then every
     case."""
     counts = ", ".join(f"{report.count(o)} {o}" for o in OUTCOMES)
+    counts += f"; left out: {', '.join(report.left_out)}" if report.left_out else ""
     body = [
         f"<h1>Conformance of backend {html.escape(report.backend)}</h1>",
-        f"<p>{counts}.</p>",
+        f"<p>{html.escape(counts)}.</p>",
         _html_table(["op", *OUTCOMES], [[op, *c] for op, c in _table(report)]),
         *_section("Failures", report.failed, lambda r: [r.id, r.reason, r.rerun]),
         "<h2>Why cases are unsupported</h2>" if _reasons(report) else "",

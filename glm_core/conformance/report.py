@@ -58,6 +58,8 @@ class Report:
     results: Sequence[Result]
     machine: Mapping[str, Any]
     """where it ran: CPU, device, versions, commit"""
+    left_out: Sequence[str] = ()
+    """the patterns whose cases were left out on request"""
 
     def count(self, outcome: str) -> int:
         return Counter(r.outcome for r in self.results)[outcome]
@@ -79,6 +81,7 @@ class Report:
             "backend": self.backend,
             **counts,
             "xfailed": self.count("xfail"),
+            "left_out": list(self.left_out),
             "machine": dict(self.machine),
             "cases": [r.to_json() for r in self.results],
         }

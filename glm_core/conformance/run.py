@@ -3,7 +3,6 @@ come in here."""
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -12,16 +11,15 @@ import torch
 
 from glm_core.backends.base import Backend
 from glm_core.backends.registry import usable
-from glm_core.conformance.case import Case, every_case, select
-from glm_core.conformance.check import CaseFailure, Judgement, Keep, judge
+from glm_core.conformance.case import Case, CaseFailure, every_case, select
+from glm_core.conformance.check import Judgement, Keep, judge
 from glm_core.conformance.known_failures import KnownFailure, known_for, load, unmatched
 from glm_core.conformance.perf import measure
 from glm_core.conformance.report import Report, Result
-from glm_core.conformance.tolerance import MAX_ERROR_RATIO
 from glm_core.diagnose import watchdog
 from glm_core.measure.timing import machine
 
-WAY_OUT = "reset the device; --id with another pattern leaves the case out"
+WAY_OUT = "reset the device; --skip ID leaves the case out"
 """what a message about a case that takes too long advises"""
 
 Progress = Callable[[int, int, str], None]
@@ -35,6 +33,7 @@ def run(
     mode: str | Sequence[str] = ("test", "grad"),
     op: str | None = None,
     id: str | None = None,
+    skip: Sequence[str] = (),
     dtypes: Iterable[torch.dtype] | None = None,
     real: bool = True,
     known_failures: Path | str | None = None,
@@ -42,13 +41,13 @@ def run(
     timeout_s: float = 0.0,
     keep: Keep | None = None,
 ) -> Report:
-    """Runs every case that matches the filters on one backend. Raises GlmCoreError for unknown
-    names, and BackendUnavailableError. A case that fails is a result and raises nothing; but one
-    that takes longer than `timeout_s` (0: no limit) ends the process with a message that names
-    it. `keep` receives the results of every case that is run in mode test or grad."""
+    """Runs every case that matches the filters of `select` on one backend. Raises GlmCoreError for
+    unknown names, and BackendUnavailableError. A case that fails is a result and raises nothing;
+    but one that takes longer than `timeout_s` (0: no limit) ends the process with a message that
+    names it. `keep` receives the results of every case that is run in mode test or grad."""
     backend = usable(backend) if isinstance(backend, str) else backend
     modes = (mode,) if isinstance(mode, str) else tuple(mode)
-    cases = select(backend, modes=modes, op=op, id=id, dtypes=dtypes, real=real)
+    cases = select(backend, modes=modes, op=op, id=id, skip=skip, dtypes=dtypes, real=real)
     entries = load(known_failures)
     results = []
     with watchdog.guard(timeout_s, f"conformance: backend {backend.name}", WAY_OUT):
@@ -60,7 +59,8 @@ def run(
     if progress is not None:
         progress(len(cases), len(cases), "")
     stale = unmatched(entries, [case.id for case in every_case(backend)] if entries else [])
-    return Report(backend.name, [*results, *(_stale(e, backend) for e in stale)], machine())
+    results += [_stale(e, backend) for e in stale]
+    return Report(backend.name, results, machine(), tuple(skip))
 
 
 def run_case(
@@ -111,8 +111,8 @@ def _outcome(case: Case, backend: Backend, keep: Keep | None) -> Outcome:
 
 def outcome_of(judgement: Judgement) -> Outcome:
     """Returns the outcome of a case that ran to its end."""
-    wrong = (judgement.error_ratio or 0.0) > MAX_ERROR_RATIO
-    return "fail" if wrong else "pass", judgement.error_ratio, judgement.reason, {}
+    outcome = "pass" if judgement.passed else "fail"
+    return outcome, judgement.error_ratio, judgement.reason, {}
 
 
 def as_known(outcome: Outcome, entry: KnownFailure) -> Outcome:
@@ -127,9 +127,3 @@ def as_known(outcome: Outcome, entry: KnownFailure) -> Outcome:
 def _stale(entry: KnownFailure, backend: Backend) -> Result:
     reason = f"known failure {entry.pattern!r} fits no case; remove it from {entry.place}"
     return Result(id=entry.place, backend=backend.name, outcome="fail", reason=reason)
-
-
-def progress_line(number: int, total: int, id: str) -> None:
-    """Shows progress in one line on stderr, which is overwritten."""
-    line = f"\r{number + bool(id)}/{total} {id:<70.70}"
-    print(line, end="" if id else "\n", file=sys.stderr, flush=True)

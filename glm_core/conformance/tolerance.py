@@ -53,41 +53,86 @@ class Deviation(NamedTuple):
     where: str
 
 
-def deviation(actual: Tensor, exact: Tensor, near: Sequence[Tensor]) -> Deviation:
-    """Returns how far `actual` (any float dtype) is from `exact` (float64), in units of what the
-    reference runs `near` (actual's dtype) allow. Elements that overflow in `near` are not
-    judged."""
-    if not actual.is_floating_point():
-        same = torch.equal(actual, near[0])
-        return Deviation(0.0 if same else math.inf, "integers differ from the reference's")
+class Allowance(NamedTuple):
+    """What the reference's runs allow one result to be, computed once for every kernel that is
+    compared with it. The fields but `plain` cover the judged elements only: those that overflow in
+    no run."""
+
+    plain: Tensor
+    """the reference's plain run, which says shape and dtype; the values where they are integers"""
+    judged: Tensor | None
+    """which elements are judged; None: all"""
+    exact: Tensor
+    """float64"""
+    error: Tensor
+    """the largest error that counts as one"""
+    rms: float
+    """the root mean square error that counts as one"""
+    mean: float
+    """the mean error along the result that counts as one"""
+
+
+def allowance(exact: Tensor, near: Sequence[Tensor]) -> Allowance:
+    """Returns what the reference's runs `near` (in the kernel's dtype, the plain run first) allow a
+    result whose exact value is `exact` (float64)."""
+    plain = near[0].detach()
+    if not plain.is_floating_point():
+        empty = torch.empty(0, dtype=torch.float64)
+        return Allowance(plain, None, empty, empty, 0.0, 0.0)
     exact = exact.detach()
     errors = torch.stack([n.detach().double() - exact for n in near])  # [runs, ...]
-    judged = errors.isfinite().all(0)
-    if not judged.any():
-        return Deviation(0.0, "")
-    eps, y = torch.finfo(actual.dtype).eps, exact[judged]
-    scale = exact.abs().amax(-1, keepdim=True) if exact.dim() else exact.abs()
-    scale = scale.expand_as(exact)[judged]
-    errors, got = errors[:, judged], actual.detach().double()[judged]
+    finite = errors.isfinite().all(0)
+    judged = None if finite.all() else finite
+    eps = torch.finfo(plain.dtype).eps
+    scale = exact.abs().amax(-1, keepdim=True) if exact.dim() and exact.numel() else exact.abs()
+    scale = _judged(scale.expand_as(exact), judged)
+    y = _judged(exact, judged)
+    errors = (
+        errors.reshape(len(errors), -1) if judged is None else errors[:, judged]
+    )  # [runs, elements]
     honest = errors.abs().amax(0)
-    error = (got - y).abs().nan_to_num(math.inf, math.inf)
-    flushed = _flushed_below(actual.dtype)
-    ratios = error / (_nearby(honest, y, eps) + eps / 2 * scale + flushed)
+    flushed = _flushed_below(plain.dtype)
+    rms = mean = math.inf
+    if len(y) >= POOL:
+        # uniform rounding has a standard deviation of eps / sqrt(12)
+        rms = max(_rms(honest), eps / 12**0.5 * _rms(scale)) + flushed
+    if len(y) >= OCTILES * POOL:
+        # an error in a row's statistic moves all its elements alike, in the reference's runs too
+        own = float((errors * y.sign()).mean(-1).abs().max())
+        mean = max(own, float((eps * y.abs() + honest).mean()) / 8) + flushed
+    allowed = _nearby(honest, y, eps) + eps / 2 * scale + flushed if len(y) else y
+    return Allowance(plain, judged, y, allowed, rms, mean)
+
+
+def deviation(actual: Tensor, allowed: Allowance) -> Deviation:
+    """Returns how far `actual` (any dtype) is from the exact result, in units of what is allowed.
+    Elements that overflow in the reference are not judged."""
+    if not actual.is_floating_point():
+        same = torch.equal(actual, allowed.plain)
+        return Deviation(0.0 if same else math.inf, "integers differ from the reference's")
+    y = allowed.exact
+    if not len(y):
+        return Deviation(0.0, "")
+    got = _judged(actual.detach(), allowed.judged).double()
+    signed = got - y
+    error = signed.abs().nan_to_num(math.inf, math.inf)
+    ratios = error / allowed.error
     worst = int(ratios.argmax())
     place = f"{got[worst]:.6g} for {y[worst]:.6g} (error {error[worst]:.2e})"
     deviations = [Deviation(float(ratios[worst]), place)]
-    if len(y) >= POOL:
-        # uniform rounding has a standard deviation of eps / sqrt(12)
-        spread = _rms(error) / (max(_rms(honest), eps / 12**0.5 * _rms(scale)) + flushed)
-        where = f"root mean square error {_rms(error):.2e}; e.g. {place}"
-        deviations.append(Deviation(spread, where))
-    if len(y) >= OCTILES * POOL:
-        mean = float(((got - y) * y.sign()).mean().abs())
-        # an error in a row's statistic moves all its elements alike, in the reference's runs too
-        own = float((errors * y.sign()).mean(-1).abs().max())
-        drift = mean / (max(own, float((eps * y.abs() + honest).mean()) / 8) + flushed)
-        deviations.append(Deviation(drift, f"errors have a direction, {mean:.2e} on average"))
+    if math.isfinite(allowed.rms):
+        rms = _rms(error)
+        where = f"root mean square error {rms:.2e}; e.g. {place}"
+        deviations.append(Deviation(rms / allowed.rms, where))
+    if math.isfinite(allowed.mean):
+        mean = float(signed.mul_(y.sign()).mean().abs())
+        where = f"errors have a direction, {mean:.2e} on average"
+        deviations.append(Deviation(mean / allowed.mean, where))
     return max(deviations)
+
+
+def _judged(x: Tensor, judged: Tensor | None) -> Tensor:
+    return x.flatten() if judged is None else x[judged]
 
 
 def _nearby(errors: Tensor, y: Tensor, eps: float) -> Tensor:

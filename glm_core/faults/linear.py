@@ -93,6 +93,25 @@ def no_bias_gradient(a: Arguments, grads: Gradients) -> Gradients:
     return {n: torch.zeros_like(g) for n, g in grads.items() if n == "bias" and g is not None}
 
 
+def overwritten(a: Arguments, grads: Gradients) -> Gradients:
+    """Writes the gradient of weight over what `.grad` holds, as a fused product with beta = 0 does
+    (NVIDIA/TransformerEngine issue 545), where it should add to it."""
+    weight = a["weight"]
+    if weight.grad is None or grads["weight"] is None:
+        return {}
+    weight.grad.copy_(grads["weight"])
+    return {"weight": None}
+
+
+def wrong_beside_frozen(a: Arguments, grads: Gradients) -> Gradients:
+    """Returns a gradient of x without its last column where the weight is frozen, as another path
+    of a kernel may (pytorch/pytorch issue 183825)."""
+    dx = grads["x"]
+    if a["weight"].requires_grad or dx is None:
+        return {}
+    return {"x": torch.cat((dx[..., :-1], torch.zeros_like(dx[..., -1:])), -1)}
+
+
 def stale_weight(every: int) -> Vjp:
     """Returns gradients of which every n-th gradient of x uses the previous weight of the same
     shape."""
@@ -180,6 +199,18 @@ fault(
     "the gradient of the bias is not computed",
     edited(linear, no_bias_gradient),
     **planted("linear-no-dbias", "gradient", "backward"),
+)
+fault(
+    linear,
+    "the gradient of weight overwrites the one of the micro-batch before",
+    edited(linear, overwritten),
+    mutant="weight_gradient_overwritten",
+)
+fault(
+    linear,
+    "the gradient of x misses its last column where the weight is frozen",
+    edited(linear, wrong_beside_frozen),
+    mutant="gradient_beside_frozen",
 )
 for name in ("bias", "weight"):
     fault(

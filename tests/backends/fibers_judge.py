@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from glm_core import ops
 from glm_core.backends.base import Backend
 from glm_core.backends.cuda.kernels import linear_few, share
-from glm_core.conformance.case import Case, dtype_name, select
-from glm_core.conformance.check import CaseFailure, judge
+from glm_core.conformance.case import Case, CaseFailure, dtype_name, select
+from glm_core.conformance.check import judge
 
 OPERATORS = torch.ops.glm_core
 DEVICE_HALVES = (

@@ -11,8 +11,8 @@ import torch
 
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
-from glm_core.conformance.case import Case, select
-from glm_core.conformance.check import CaseFailure, judge
+from glm_core.conformance.case import Case, CaseFailure, select
+from glm_core.conformance.check import judge
 
 
 def cases(backend: Backend, *dtypes: torch.dtype) -> list[Case]:

@@ -27,8 +27,8 @@ from glm_core.backends.base import Backend
 from glm_core.backends.cuda import attention_launch
 from glm_core.backends.cuda.attention import attention
 from glm_core.backends.cuda.kernels import share
-from glm_core.conformance.case import Case, dtype_name, select
-from glm_core.conformance.check import CaseFailure, judge
+from glm_core.conformance.case import Case, CaseFailure, dtype_name, select
+from glm_core.conformance.check import judge
 
 _converted = interpreter._convert_float
 

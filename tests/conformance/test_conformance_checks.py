@@ -12,7 +12,9 @@ from torch import Tensor
 
 from glm_core import ops
 from glm_core.backends.base import Backend
-from glm_core.conformance.check import CaseFailure, check_raises_alone
+from glm_core.backends.registry import use
+from glm_core.conformance.case import CaseFailure
+from glm_core.conformance.check import check_raises_alone
 from glm_core.conformance.report import Report, Result
 from glm_core.conformance.run import run
 from glm_core.spec import SUPPORTED, Support, unsupported
@@ -145,6 +147,7 @@ CRASHING = """
 import os, signal
 from glm_core import ops
 from glm_core.backends.base import Backend
+from glm_core.backends.registry import use
 backend = Backend(name="crash", device_type="cpu", verified="in a test")
 @backend.implements(ops.embedding)
 def embedding(ids, weight, shrink=1.0):
@@ -165,3 +168,78 @@ def test_a_crash_in_its_own_process_is_told(
     check_raises_alone("reference", id.replace("float32", "float64"))
     with pytest.raises(CaseFailure, match=r"ends the process \(-9\)"):
         check_raises_alone("crash", id)
+
+
+class Linear(torch.autograd.Function):
+    """A right linear layer, but for what `wrong` changes in its forward or backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, wrong: str) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.weight, ctx.bias, ctx.wrong = weight, bias is not None, wrong
+        return ops.linear.reference(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), d = ctx.saved_tensors, dy.flatten(0, -2)
+        dx, dw = dy @ weight, d.T @ x.flatten(0, -2)
+        if ctx.wrong == "frozen" and not ctx.needs_input_grad[1]:  # PyTorch issue 183825
+            dx[..., -1] = 0
+        if ctx.wrong == "overwrites" and ctx.weight.grad is not None:  # TransformerEngine issue 545
+            ctx.weight.grad.copy_(dw)
+            dw = None
+        return dx, dw, d.sum(0) if ctx.bias else None, None
+
+
+FORWARD = ("recorded", "inference")
+
+
+def linear_backend(wrong: str) -> Backend:
+    backend = toy()
+
+    @backend.implements(ops.linear)
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if wrong == "no bias" and not (x.requires_grad or weight.requires_grad):
+            bias = None if bias is None else bias.detach()
+        y: Tensor = Linear.apply(x, weight, bias, wrong)  # type: ignore[no-untyped-call]
+        recorded = torch.is_grad_enabled() and y.requires_grad
+        wrong_forward = recorded if wrong == "recorded" else torch.is_inference_mode_enabled()
+        return y + 1e-3 * y.detach() if wrong in FORWARD and wrong_forward else y
+
+    return backend
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ("", ""),
+        ("frozen", r"d x: with only x needing a gradient, 0 for"),
+        ("overwrites", "d weight: it is not added to what .grad holds"),
+        ("recorded", "out: while gradients are recorded, "),
+        ("inference", "out: in inference mode, "),
+        ("no bias", "with only bias needing a gradient, RuntimeError: element 0 of tensors does"),
+    ],
+)
+def test_faults_that_only_training_or_a_frozen_argument_shows(wrong: str, reason: str) -> None:
+    found = run(linear_backend(wrong), id="linear-float32-2x5x96-64-*")
+    assert found.ok == (not wrong)
+    assert all(re.search(reason, r.reason) for r in found.failed), found.failed
+
+
+def test_a_gradient_may_be_refused_by_mask() -> None:
+    backend = toy()
+
+    def supports(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Support:
+        return (
+            unsupported("a frozen weight") if x.requires_grad > weight.requires_grad else SUPPORTED
+        )
+
+    backend.implements(ops.linear, supports)(ops.linear.reference)
+    assert run(backend, id="linear-float32-2x5x96-64-grad").ok
+
+
+def test_the_cpu_backend_trains_a_bias_alone() -> None:
+    x, weight, bias = torch.ones(2, 3), torch.ones(4, 3), torch.zeros(4, requires_grad=True)
+    with use("cpu", strict=True):
+        ops.linear(x, weight, bias).sum().backward()
+    assert torch.equal(bias.grad, torch.full((4,), 2.0))  # type: ignore[arg-type]  # it is there

@@ -48,6 +48,13 @@ def report() -> Report:
     return Report("toy", [r for p in parts for r in p.results], parts[0].machine)
 
 
+def test_what_was_left_out_is_said_in_every_report() -> None:
+    report = run("reference", id="gelu-float32-*-test", skip=["*-8x13696-*"])
+    assert "left out by --skip: *-8x13696-*" in render.text(report)
+    assert "left out: *-8x13696-*" in render.page(report)
+    assert report.to_json()["left_out"] == ["*-8x13696-*"]
+
+
 def test_json_has_the_promised_names(report: Report) -> None:
     data = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert data["passed"] == report.count("pass") > 0

@@ -222,8 +222,9 @@ class TrainConfig:
     """working dtype; below float32 the optimizer keeps float32 master weights"""
     seed: int = 0
     steps: int = 200
-    micro_batch: int = 8
-    """sequences per forward pass"""
+    micro_batch: int = 4
+    """sequences per forward pass; by default half of a step's, since faults in how gradients are
+    summed show from two micro-batches on"""
     global_batch: int = 8
     """sequences per optimizer step, at the end of the ramp"""
     ramp_from: int = 0

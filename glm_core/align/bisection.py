@@ -161,6 +161,7 @@ def bisect(
         raise ConfigError(unknown("op", only.op, all_ops()))
     begin, report = time.perf_counter(), progress or (lambda what, done, of: None)
     chosen = registry.usable(backend) if isinstance(backend, str) else backend
+    registry.require_dtype(chosen, config.train.dtype)
     make = sampler or open_data(config, cache_dir)
     steps = captured_steps(config, capture_steps)
     evidence = evidence or gather(config, make, steps, only, report)

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from glm_core.align import teacher_forcing
+from glm_core.align import MIN_CONTROLS, NUM_CONTROLS, teacher_forcing
 from glm_core.align.disguise import Regrouped, Rounded
 from glm_core.align.gradients import (
     NUM_SKETCH,
@@ -31,7 +31,7 @@ from glm_core.align.trace import Trace
 from glm_core.align.training import Curve, Mode, Run, Snapshot, free_run, moved, weights_hash
 from glm_core.backends import registry
 from glm_core.config import RunConfig, to_dict
-from glm_core.errors import TraceError
+from glm_core.errors import ConfigError, TraceError
 from glm_core.training.batches import Sampler
 from glm_core.training.parallel import initial_weights
 
@@ -69,7 +69,7 @@ def calibrate(
     config: RunConfig,
     *,
     sampler: MakeSampler | None = None,
-    controls: int = 6,
+    controls: int = NUM_CONTROLS,
     capture_steps: Sequence[int] | None = None,
     cache_dir: str = ".cache",
     progress: Progress | None = None,
@@ -77,6 +77,7 @@ def calibrate(
     """Runs the reference on this machine's CPU and `controls` honest variations of it, captures
     `capture_steps` (default: an early, a middle and the last step) and compares them with float64.
     `sampler` makes a fresh sampler for each run; the default opens the config's data."""
+    check_controls(controls)
     begin, report = time.perf_counter(), progress or (lambda what, done, of: None)
     make = sampler or open_data(config, cache_dir)
     steps = config.train.steps
@@ -92,10 +93,13 @@ def calibrate(
         step_done = functools.partial(_report_step, report, f"control {k + 1} of {controls}", steps)
         controls_run[f"{k}: {name}"] = free_run(run, (), step_done)
     oracle = [exact_gradients(config, snapshot) for snapshot in curve.snapshots]
-    rows = [
-        gradient_errors(Run(config, make(), "reference", None, mode), curve.snapshots, oracle)
-        for mode in gradient_modes(config).values()
-    ]
+    modes, rows = gradient_modes(config), []
+    for number, mode in enumerate(modes.values()):
+        report("captured steps", number * len(captured), len(modes) * len(captured))
+        run = Run(config, make(), "reference", None, mode)
+        none = (np.zeros(0), np.zeros((0, len(weights))))
+        rows.append(gradient_errors(run, curve.snapshots, oracle) if captured else none)
+    report("captured steps", len(modes) * len(captured), len(modes) * len(captured))
     items = list(teacher_forcing.cases(curve.calls))
     limits = teacher_forcing.benign_limits(items, getattr(torch, config.train.dtype))
     names = sorted(weights)
@@ -114,7 +118,7 @@ def calibrate(
         **gradient_norms_and_sketches(plain, curve.snapshots, names),
         loss_error=np.stack([rows[0][0], *(r[0] for r in rows)]),
         gradient_error=np.stack([rows[0][1], *(r[1] for r in rows)]),
-        disguises=list(gradient_modes(config)),
+        disguises=list(modes),
         calls=[],
         digest=np.zeros((0, NUM_SKETCH)),
         tests=[],
@@ -156,9 +160,10 @@ def _report_step(report: Progress, what: str, steps: int, step: int) -> None:
 
 
 def captured_steps(config: RunConfig, chosen: Sequence[int] | None = None) -> tuple[int, ...]:
-    """Returns the chosen steps in order; by default an early, a middle and the last one."""
+    """Returns the chosen steps in order; by default (None) an early, a middle and the last one."""
     steps = config.train.steps
-    return tuple(sorted(set(chosen or (max(1, steps // 10), max(1, steps // 2), steps))))
+    default = (max(1, steps // 10), max(1, steps // 2), steps)
+    return tuple(sorted(set(default if chosen is None else chosen)))
 
 
 def open_data(config: RunConfig, cache_dir: str) -> MakeSampler:
@@ -170,6 +175,16 @@ def open_data(config: RunConfig, cache_dir: str) -> MakeSampler:
         config.data, config.train.seed, cache_dir, positions=config.model.positions
     )
     return lambda: copy.copy(first)  # the text's packing, a second or more, is planned once
+
+
+def check_controls(controls: int) -> None:
+    """Raises ConfigError for a number of control runs that nothing can be judged with. None at all
+    is for a run that is only a candidate, or whose curve is not judged."""
+    if controls and controls < MIN_CONTROLS:
+        raise ConfigError(
+            f"controls={controls}: the envelope needs at least {MIN_CONTROLS} control runs; use "
+            f"{NUM_CONTROLS}, or 0 for the trace of a candidate"
+        )
 
 
 def threshold(config: RunConfig) -> int:

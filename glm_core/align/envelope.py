@@ -9,12 +9,12 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from glm_core.align import MIN_CONTROLS, NUM_CONTROLS
 from glm_core.align.statistics import EPS
 from glm_core.errors import TraceError
 
 Array = NDArray[np.float64]
 
-MIN_CONTROLS = 4
 WINDOW = 5
 """a step shares its scale with so many steps on either side"""
 LEAST_SPREAD = 0.15
@@ -94,7 +94,7 @@ def envelope(reference: Array, controls: Array, candidate: Array, rate: float) -
     if len(controls) < MIN_CONTROLS:
         raise TraceError(
             f"reference trace: {len(controls)} control runs, the envelope needs at least "
-            f"{MIN_CONTROLS}; record the reference with controls=8"
+            f"{MIN_CONTROLS}; record the reference with controls={NUM_CONTROLS}"
         )
     if not (np.isfinite(controls).all() and np.isfinite(reference).all()):
         raise TraceError("reference trace: its loss is not finite; record with a smaller train.lr")

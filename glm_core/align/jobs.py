@@ -21,7 +21,15 @@ import torch
 
 import glm_core
 from glm_core import errors
-from glm_core.align.calibration import MakeSampler, Progress, calibrate
+from glm_core.align import NUM_CONTROLS
+from glm_core.align.calibration import (
+    MakeSampler,
+    Progress,
+    calibrate,
+    captured_steps,
+    check_controls,
+    gradient_modes,
+)
 from glm_core.align.recording import record
 from glm_core.align.trace import Trace, load
 from glm_core.align.verdict import FALSE_ALARM_RATE, Pair, Verdict, compare
@@ -33,6 +41,9 @@ from glm_core.diagnose import watchdog
 WAY_OUT = "reset the device; glm-core align bisect waits for every call and names the op"
 """what a message about a step that takes too long advises"""
 REFERENCE = "reference"
+PARTS = ("curve", "ops")
+"""what `without` may leave out: the curve (the controls, nine tenths of the time), or the captured
+steps (gradients, op by op)"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +75,8 @@ def run(
     *,
     out_dir: str | Path,
     dtypes: Sequence[Dtype] | None = None,
-    controls: int = 6,
+    controls: int = NUM_CONTROLS,
+    without: Sequence[str] = (),
     capture_steps: Sequence[int] | None = None,
     sampler: MakeSampler | None = None,
     cache_dir: str = ".cache",
@@ -74,28 +86,29 @@ def run(
 ) -> RunResult:
     """Trains `config` on every backend from the same weights, data order and seed, in each of
     `dtypes` (default: the config's), and judges each against the reference, which always runs.
-    Traces go to `out_dir`. Several dtypes run in parallel processes if all backends are named by
-    strings and the data is the config's. A backend's step or op call that takes longer than
-    `timeout_s` ends its process (0: never). Raises BackendUnavailableError before anything is
-    trained, and DeviceError where a backend's device fails."""
+    Traces go to `out_dir`. `without` names the PARTS that are not judged. Several dtypes run in
+    parallel processes if all backends are named by strings and the data is the config's. A
+    backend's step or op call that takes longer than `timeout_s` ends its process (0: never).
+    `progress` counts the steps of the whole run. Raises BackendUnavailableError or ConfigError
+    before anything is trained, and DeviceError where a backend's device fails."""
     begin, out = time.perf_counter(), Path(out_dir)
     chosen = {name_of(b): b for b in backends if name_of(b) != REFERENCE}
-    for backend in chosen.values():
-        if isinstance(backend, str):
-            registry.usable(backend)
+    dtypes = dtypes or (config.train.dtype,)
+    check(list(chosen.values()), dtypes, controls, without)
     jobs = [
         Job(
             dataclasses.replace(config, train=dataclasses.replace(config.train, dtype=dtype)),
             list(chosen.values()),
             out,
-            controls,
+            0 if "curve" in without else controls,
+            list(without),
             capture_steps,
             cache_dir,
             timeout_s,
         )
-        for dtype in dtypes or (config.train.dtype,)
+        for dtype in dtypes
     ]
-    report = progress or (lambda what, done, of: None)
+    report = WholeRun(progress or (lambda what, done, of: None), sum(job.steps for job in jobs))
     if len(jobs) > 1 and sampler is None and all(isinstance(b, str) for b in chosen.values()):
         run_in_parallel(jobs, report)
         recorded = [{n: load(path(out, n)) for n in job.names} for job in jobs]
@@ -110,6 +123,41 @@ def run(
     return RunResult(pairs=pairs, traces=traces, out_dir=out, seconds=time.perf_counter() - begin)
 
 
+def check(
+    backends: Sequence[str | Backend],
+    dtypes: Sequence[Dtype],
+    controls: int,
+    without: Sequence[str],
+) -> None:
+    """Raises BackendUnavailableError or ConfigError for what cannot end in a verdict."""
+    for backend in backends:
+        usable = registry.usable(backend) if isinstance(backend, str) else backend
+        for dtype in dtypes:
+            registry.require_dtype(usable, dtype)
+    if strange := [part for part in without if part not in PARTS]:
+        raise errors.ConfigError(errors.unknown("part", strange[0], PARTS))
+    if set(without) == set(PARTS):
+        raise errors.ConfigError(
+            f"align: without {' and '.join(PARTS)} nothing is judged; leave out one of them at most"
+        )
+    if "curve" not in without:
+        check_controls(controls or 1)
+
+
+class WholeRun:
+    """Turns the progress of the parts of a run into the progress of the whole run."""
+
+    def __init__(self, progress: Progress, steps: int) -> None:
+        """steps: of all parts together."""
+        self.progress, self.steps = progress, steps
+        self.done: dict[str, int] = {}
+
+    def __call__(self, what: str, done: int, of: int) -> None:
+        """Reports that `done` steps of the part `what` are done."""
+        self.done[what] = done
+        self.progress(what, sum(self.done.values()), self.steps)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Job:
     """One dtype of a run: its calibration and all candidates."""
@@ -118,9 +166,23 @@ class Job:
     backends: list[str | Backend]
     out_dir: Path
     controls: int
+    without: list[str]
     capture_steps: Sequence[int] | None
     cache_dir: str
     timeout_s: float
+
+    @property
+    def steps(self) -> int:
+        """Returns the steps of the parts that report progress: the reference, its controls, the
+        captured steps' honest variations, and the candidates."""
+        curves = 1 + self.controls + (0 if "curve" in self.without else len(self.backends))
+        captured = len(self.captured) * (len(gradient_modes(self.config)) + len(self.backends))
+        return curves * self.config.train.steps + captured
+
+    @property
+    def captured(self) -> tuple[int, ...]:
+        """Returns the steps whose calls and gradients are judged."""
+        return () if "ops" in self.without else captured_steps(self.config, self.capture_steps)
 
     @property
     def names(self) -> list[str]:
@@ -139,14 +201,21 @@ class Job:
             sampler=sampler,
             controls=self.controls,
             cache_dir=self.cache_dir,
-            capture_steps=self.capture_steps,
+            capture_steps=self.captured,
             progress=report,
         )
         traces = {self.names[0]: cal.reference}
         cal.reference.save(path(self.out_dir, self.names[0]))
         for name, backend in zip(self.names[1:], self.backends, strict=True):
             with watchdog.guard(self.timeout_s, f"align: backend {name_of(backend)}", WAY_OUT):
-                traces[name] = record(self.config, backend, calibration=cal, progress=report)
+                traces[name] = record(
+                    self.config,
+                    backend,
+                    calibration=cal,
+                    free_run="curve" not in self.without,
+                    teacher_forcing="ops" not in self.without,
+                    progress=report,
+                )
             traces[name].save(path(self.out_dir, name))
         return traces
 

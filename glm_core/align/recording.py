@@ -59,6 +59,8 @@ def record(
     calibration the reference runs first, on this machine's CPU; for `backend="reference"` its trace
     is the result. The config may differ from the calibration's in micro_batch, backend and strict
     only. Raises TraceError where it differs in more."""
+    chosen = registry.usable(backend) if isinstance(backend, str) else backend
+    registry.require_dtype(chosen, config.train.dtype)
     cal = calibration or calibrate(
         config,
         sampler=sampler,
@@ -71,11 +73,13 @@ def record(
         return cal.reference
     _require_same(cal.config, config)
     begin = time.perf_counter()
-    chosen = registry.usable(backend) if isinstance(backend, str) else backend
+    report = progress or (lambda what, done, of: None)
     with device_errors.explained(chosen.name, "record"):
-        curve = _curve(cal, config, backend, progress) if free_run else None
+        curve = _curve(cal, config, chosen, report) if free_run else None
         fields = _teacher_fields if teacher_forcing else _no_teacher_fields
-        taught, replay_fallbacks = fields(cal, config, backend)
+        taught, replay_fallbacks = fields(cal, config, chosen)
+    captured = len(taught["capture_steps"])
+    report(f"{chosen.name}, op by op", captured, captured)
     weights = initial_weights(config)
     return Trace(
         config=to_dict(config),
@@ -108,19 +112,16 @@ def _require_same(calibrated: RunConfig, candidate: RunConfig) -> None:
         )
 
 
-def _curve(
-    cal: Calibration, config: RunConfig, backend: str | Backend, progress: Progress | None
-) -> Curve:
-    run = Run(config, cal.sampler(), backend)
-    steps = config.train.steps
-    return free_run(run, (), lambda s: progress(run.backend.name, s, steps) if progress else None)
+def _curve(cal: Calibration, config: RunConfig, backend: Backend, report: Progress) -> Curve:
+    run, steps = Run(config, cal.sampler(), backend), config.train.steps
+    return free_run(run, (), lambda s: report(backend.name, s, steps))
 
 
 Fields = tuple[dict[str, Any], list[FallbackCount]]
 """the trace's fields that teacher forcing fills, and what fell back during it"""
 
 
-def _no_teacher_fields(cal: Calibration, config: RunConfig, backend: str | Backend) -> Fields:
+def _no_teacher_fields(cal: Calibration, config: RunConfig, backend: Backend) -> Fields:
     p, j = len(cal.reference.parameters), 1 + len(cal.reference.disguises)
     fields = {
         "capture_steps": [],
@@ -137,7 +138,7 @@ def _no_teacher_fields(cal: Calibration, config: RunConfig, backend: str | Backe
     return fields, []
 
 
-def _teacher_fields(cal: Calibration, config: RunConfig, backend: str | Backend) -> Fields:
+def _teacher_fields(cal: Calibration, config: RunConfig, backend: Backend) -> Fields:
     run = Run(config, cal.sampler(), backend)
     loss_error, gradient_error = gradient_errors(run, cal.snapshots, cal.oracle)
     reference = cal.reference

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from glm_core.align import NUM_CONTROLS
 from glm_core.cli.exits import EXIT_FAILED
 from glm_core.cli.options import (
     RESET,
@@ -19,6 +21,7 @@ from glm_core.cli.options import (
     run_config,
     run_words,
 )
+from glm_core.cli.progress import ProgressLine
 
 if TYPE_CHECKING:
     from glm_core.align import Pair
@@ -51,7 +54,15 @@ def define(parser: argparse.ArgumentParser) -> None:
         default="float32,bfloat16",
         help="working dtypes (default %(default)s)",
     )
-    run.add_argument("--controls", type=int, default=8, metavar="K", help=CONTROLS)
+    run.add_argument("--controls", type=int, default=NUM_CONTROLS, metavar="K", help=CONTROLS)
+    run.add_argument(
+        "--without",
+        action="append",
+        default=[],
+        choices=("curve", "ops"),
+        help="leave out a slow part: the curve (with the controls, most of the time), or the "
+        "gradients and ops of the captured steps",
+    )
     run.add_argument(
         "--out",
         default="runs/align",
@@ -63,7 +74,7 @@ def define(parser: argparse.ArgumentParser) -> None:
     add_run(record)
     record.add_argument("--backend", required=True, metavar="NAME", help="backend to record")
     record.add_argument("--dtype", choices=DTYPES, default="float32", help=DTYPE)
-    record.add_argument("--controls", type=int, default=8, metavar="K", help=CONTROLS)
+    record.add_argument("--controls", type=int, default=NUM_CONTROLS, metavar="K", help=CONTROLS)
     record.add_argument("--out", required=True, metavar="FILE", help="trace file to write")
     record.set_defaults(run=run_record)
     compare = actions.add_parser(
@@ -112,23 +123,22 @@ def run_all(args: argparse.Namespace) -> int:
     not available (exit 3)."""
     from glm_core import align
     from glm_core.align import report
-    from glm_core.backends import registry
 
-    names = args.backends.split(",") if args.backends else usable()
-    for name in names:
-        registry.usable(name)
-    config = config_of(args)
+    dtypes = dtypes_of(args)
+    names = args.backends.split(",") if args.backends else usable(dtypes)
     result = align.run(
-        config,
+        config_of(args),
         names,
         out_dir=args.out,
         controls=args.controls,
-        dtypes=dtypes_of(args),
-        progress=progress,
+        without=args.without,
+        dtypes=dtypes,
+        progress=ProgressLine(),
         timeout_s=args.timeout,
     )
     page = report.write(result, Path(args.out) / "report.html", args.command_line)
-    text = f"{verdict_table(result.pairs)}\n{result.verdict}; report: {page}"
+    left_out = f" (without {', '.join(args.without)})" if args.without else ""
+    text = f"{verdict_table(result.pairs)}\n{result.verdict}{left_out}; report: {page}"
     emit(args, {**result.to_json(), "report": str(page)}, text)
     return 0 if result.verdict == "aligned" else EXIT_FAILED
 
@@ -150,17 +160,25 @@ def dtypes_of(args: argparse.Namespace) -> list[Dtype]:
     return names
 
 
-def progress(what: str, done: int, of: int) -> None:
-    """Shows progress in one line on stderr, which is overwritten."""
-    print(f"\r{what:<40.40} {done}/{of}   ", end="" if done < of else "\n", file=sys.stderr)
-
-
-def usable() -> list[str]:
-    """Returns every backend that computes values here, except the reference."""
+def usable(dtypes: Sequence[str]) -> list[str]:
+    """Returns every backend that computes values here in all of these dtypes, except the reference.
+    Says on stderr which are left out because they lack a dtype."""
     from glm_core.backends import registry
 
-    candidates = [n for n in registry.names() if n not in ("null", "reference")]
-    return [n for n in candidates if registry.probe(n).ok]
+    chosen = []
+    for name in registry.names():
+        if name in ("null", "reference") or not registry.probe(name).ok:
+            continue
+        held = [str(d).removeprefix("torch.") for d in registry.get(name).dtypes]
+        if lacking := [d for d in dtypes if d not in held]:
+            print(
+                f"backend {name} is left out: it has no {', '.join(lacking)}; judge it with "
+                f"--backends {name} --dtypes {','.join(held)}",
+                file=sys.stderr,
+            )
+        else:
+            chosen.append(name)
+    return chosen
 
 
 def run_record(args: argparse.Namespace) -> int:
@@ -170,7 +188,7 @@ def run_record(args: argparse.Namespace) -> int:
 
     config = config_of(args, backend=args.backend, dtype=args.dtype)
     with watchdog.guard(args.timeout, f"align record: backend {args.backend}", RESET):
-        trace = align.record(config, args.backend, controls=args.controls, progress=progress)
+        trace = align.record(config, args.backend, controls=args.controls, progress=ProgressLine())
     trace.save(args.out)
     facts = {"trace": args.out, "backend": trace.backend, "steps": len(trace.loss)}
     facts |= {"last_loss": float(trace.loss[-1]), "seconds": trace.seconds}
@@ -182,15 +200,13 @@ def run_bisect(args: argparse.Namespace) -> int:
     """Runs `align bisect`. Returns 0 where nothing is guilty, 1 where something is named; raises
     where the backend is not available (exit 3)."""
     from glm_core import align
-    from glm_core.backends import registry
     from glm_core.diagnose import watchdog
 
-    registry.usable(args.backend)
     config = config_of(args, backend=args.backend, dtype=args.dtype)
     only = align.CallFilter(args.op, args.direction, args.layer, args.step)
     with watchdog.guard(args.timeout, f"align bisect: backend {args.backend}", RESET):
         result = align.bisect(
-            config, args.backend, only=only, options=run_words(args), progress=progress
+            config, args.backend, only=only, options=run_words(args), progress=ProgressLine()
         )
     emit(args, result.to_json(), result.text())
     return EXIT_FAILED if result.guilty else 0
@@ -238,24 +254,51 @@ def run_witness(args: argparse.Namespace) -> int:
 def run_sensitivity(args: argparse.Namespace) -> int:
     """Runs `align sensitivity`. Returns 0 where every planted bug was found and nothing benign was
     convicted; with --bisect, where the ops of at least TARGET of the bugs are named."""
-    from glm_core.sensitivity.detection import progress_line, sensitivity
+    from glm_core.sensitivity.detection import Row, sensitivity
     from glm_core.sensitivity.hitrate import hits
 
+    line = ProgressLine()
+
+    def show(done: int, of: int, row: Row) -> None:
+        verdict = "diverged" if row.convicted else "aligned"
+        line(f"{row.name} {verdict}", done, of, part=row.op or row.kind)
+
     if args.bisect:
-        named = hits(args.dtype, progress=progress_line)
+        named = hits(args.dtype, progress=show)
         emit(args, named.to_json(), named.text())
         return 0 if named.share >= TARGET else EXIT_FAILED
-    result = sensitivity(args.dtype, progress=progress_line)
+    result = sensitivity(args.dtype, progress=show)
     emit(args, result.to_json(), result.text())
     return 0 if not result.missed and not result.false_alarms else EXIT_FAILED
 
 
 def verdict_table(pairs: list[Pair]) -> str:
-    """Returns one row per comparison; ratios are shares of what is allowed."""
+    """Returns one row per comparison, with a sentence that says why, and below the table the
+    details of what diverged. Ratios are shares of what is allowed; `-` was not judged."""
     rows = [["candidate", "dtype", "verdict", "envelope", "gradients", "ops", "first step", "why"]]
+    details = []
     for p in pairs:
+        taught = bool(p.gradient_excess.size)
+        judged = (p.envelope is not None, taught, taught)
         ratios = (p.max_envelope_ratio, p.max_gradient_ratio, p.max_op_ratio)
-        shares = [f"{r:.3f}" for r in ratios]
+        shares = [f"{r:.3f}" if j else "-" for r, j in zip(ratios, judged, strict=True)]
         first = str(p.first_step or "-")
-        rows.append([p.candidate, p.dtype, p.verdict, *shares, first, "; ".join(p.reasons)])
-    return columns(rows)
+        rows.append([p.candidate, p.dtype, p.verdict, *shares, first, why(p)])
+        if p.reasons:
+            details += [f"{p.candidate} {p.dtype}:", *(f"  {reason}" for reason in p.reasons)]
+    return "\n".join([columns(rows), *details])
+
+
+def why(pair: Pair) -> str:
+    """Returns the verdict's reason in a sentence."""
+    beyond = "off by more than honest rounding explains"
+    if pair.findings:
+        f = pair.findings[0]
+        where = f" in layer {f.layer}" if f.layer else ""
+        return f"op {f.op} {f.direction}{where} is {beyond}"
+    if pair.max_gradient_ratio > 1:
+        return f"the ops are right, but a whole step's gradients or its loss are {beyond}"
+    if pair.first_step:
+        return f"the loss is {beyond}, from step {pair.first_step} on"
+    largest = max(pair.max_envelope_ratio, pair.max_gradient_ratio, pair.max_op_ratio)
+    return f"the largest deviation is {largest:.2f} of what honest rounding explains"

@@ -21,7 +21,7 @@ import torch
 from glm_core import __version__, align
 from glm_core.align import report as align_report
 from glm_core.align import witness as step_witness
-from glm_core.align.calibration import open_data
+from glm_core.align.calibration import check_controls, open_data
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
 from glm_core.bench import goals
@@ -152,6 +152,7 @@ def examine(
     name. Raises BackendUnavailableError, or GlmCoreError for a folder in use, before anything
     runs."""
     backend = registry.usable(settings.backend)
+    check_controls(settings.controls or 1)
     taken = settings.build.seconds if settings.build else 0.0
     evidence = Evidence(out, backend, time.perf_counter() + 60 * settings.minutes - taken)
     if settings.build:

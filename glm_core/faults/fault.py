@@ -102,7 +102,7 @@ class Benign:
     registered: str = ""
     """the name of a registered backend that runs in place of kernels"""
     micro_batch: int = 0
-    """sequences per forward; 0: the whole global batch"""
+    """sequences per forward; 0: as in the reference"""
     threads: int = 1
     by_library: bool = False
     """it only asks the CPU's matrix library in another way; on some CPUs the library then sums in

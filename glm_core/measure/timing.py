@@ -53,8 +53,8 @@ def interleave(
             run()
             if i >= warmup:
                 seconds[name].append(time.perf_counter() - start)
-        print(f"\rround {i + 1}/{warmup + rounds}", end="", file=sys.stderr, flush=True)
-    print("\r", end="", file=sys.stderr)
+        if sys.stderr.isatty():
+            print(f"\rround {i + 1}/{warmup + rounds}", end="\r", file=sys.stderr, flush=True)
     return {name: Timing(seconds=tuple(s)) for name, s in seconds.items()}
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -182,7 +181,7 @@ def sensitivity(
     dtype: Literal["float32", "bfloat16"] = "float32",
     *,
     steps: int = 40,
-    controls: int = 8,
+    controls: int = align.NUM_CONTROLS,
     cache_dir: str | Path = ".cache",
     names: Sequence[str] | None = None,
     processes: int = 2,
@@ -324,12 +323,6 @@ def judge(variant: Variant, run: RunConfig, calibration: align.Calibration) -> R
         mean_loss_difference=loss_difference(calibration.reference, free),
         finding=str(pair.findings[0]) if pair.findings else "",
     )
-
-
-def progress_line(done: int, total: int, row: Row) -> None:
-    """Writes progress to stderr, on one line that is overwritten until all variants are done."""
-    text = f"{done}/{total} {row.name} {'diverged' if row.convicted else 'aligned'}"
-    print(f"\r{text:70}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
 def loss_difference(reference: Trace, candidate: Trace) -> float:

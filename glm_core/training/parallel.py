@@ -95,12 +95,7 @@ class SingleProcess:
         self.backend = backend = backend or registry.usable(t.backend)
         self.device = backend.device()
         self.dtype: torch.dtype = getattr(torch, t.dtype)
-        if self.dtype not in backend.dtypes:
-            known = ", ".join(str(d).removeprefix("torch.") for d in backend.dtypes)
-            raise ConfigError(
-                f"train.dtype={t.dtype}: backend {backend.name} computes in {known}; use one of "
-                "these"
-            )
+        registry.require_dtype(backend, t.dtype)
         _require_static(config, prefix=hasattr(model, "prefix"))
         self._weights = {} if model is not None else weights
         self.model = (model or GLM(config.model)).to(self.device, self.dtype)

@@ -6,14 +6,19 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import markov
 import pytest
+import torch
 
-from glm_core import align
+from glm_core import align, ops
+from glm_core.align import report
 from glm_core.align.trace import load
+from glm_core.backends.base import Backend
+from glm_core.cli.align import verdict_table
 from glm_core.config import DataConfig, RunConfig
-from glm_core.errors import BackendUnavailableError, GlmCoreError
+from glm_core.errors import BackendUnavailableError, ConfigError, GlmCoreError
 
 WORK = ("reference", "control 4 of 4", "honest", "wrong:positions")
 
@@ -22,7 +27,7 @@ WORK = ("reference", "control 4 of 4", "honest", "wrong:positions")
 def result(tmp_path_factory: pytest.TempPathFactory) -> align.RunResult:
     honest, wrong = markov.backend(), markov.backend(rope=lambda x, cos, sin, interleaved: x)
     honest.name, wrong.name = "honest", "wrong:positions"
-    told: list[str] = []
+    told: dict[str, tuple[int, int]] = {}
     found = align.run(
         markov.config("float32", steps=6),
         ["reference", honest, wrong],
@@ -30,9 +35,12 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> align.RunResult:
         out_dir=tmp_path_factory.mktemp("run"),
         sampler=markov.Markov,
         capture_steps=(2, 6),
-        progress=lambda what, done, of: told.append(what),
+        progress=lambda what, done, of: told.__setitem__(what, (done, of)),
     )
     assert {f"float32: {w}" for w in WORK} <= set(told)
+    shares = [done / of for done, of in told.values()]
+    assert shares == sorted(shares), "the progress is that of the whole run"
+    assert shares[-1] == 1
     return found
 
 
@@ -86,7 +94,7 @@ def test_dtypes_run_side_by_side(tmp_path: Path) -> None:
     text = "\n\n".join(
         " ".join(words[(i * k + k * k) % len(words)] for k in range(60)) for i in range(60)
     )
-    told: dict[str, int] = {}
+    told, of = dict[str, int](), list[int]()
     found = align.run(
         of_text(tmp_path, text),
         ["reference:cpu"],
@@ -95,13 +103,14 @@ def test_dtypes_run_side_by_side(tmp_path: Path) -> None:
         out_dir=tmp_path / "out",
         cache_dir=str(tmp_path / "cache"),
         capture_steps=(2,),
-        progress=lambda what, done, of: told.__setitem__(what, done),
+        progress=lambda what, done, total: (told.__setitem__(what, done), of.append(total))[0],
     )
     assert [(p.candidate, p.dtype, p.verdict) for p in found.pairs] == [
         ("reference:cpu", "float32", "aligned"),
         ("reference:cpu", "bfloat16", "aligned"),
     ]
-    assert told["bfloat16: reference:cpu"] == told["float32: control 4 of 4"] == 2
+    assert {"bfloat16: reference:cpu", "float32: control 4 of 4"} <= set(told)
+    assert max(told.values()) == of[0] == 2 * (2 * (1 + 4 + 1) + 12)
     assert set(found.traces) == {
         f"{b}-{d}" for b in ("reference", "reference:cpu") for d in ("float32", "bfloat16")
     }
@@ -138,6 +147,64 @@ def test_a_backend_that_is_not_there_is_refused_before_anything_runs(
 ) -> None:
     with pytest.raises(error, match=name.partition(":")[2] or "known"):
         align.run(markov.config("float32"), [name], out_dir=tmp_path, sampler=forbidden)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"controls": 1}, "controls=1: the envelope needs at least 4 control runs; use 8"),
+        ({"controls": 0}, "the envelope needs at least 4"),
+        ({"dtypes": ("float32", "float16")}, "backend narrow computes in float32, bfloat16; use"),
+        ({"without": ("curves",)}, "unknown part 'curves'; known: curve, ops"),
+        ({"without": ("curve", "ops")}, "nothing is judged; leave out one of them"),
+    ],
+)
+def test_what_cannot_end_in_a_verdict_is_refused_before_anything_runs(
+    wrong: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    narrow = Backend(
+        name="narrow", device_type="cpu", verified="", dtypes=(torch.float32, torch.bfloat16)
+    )
+    with pytest.raises(ConfigError, match=message):
+        align.run(markov.config("float32"), [narrow], out_dir=tmp_path, sampler=forbidden, **wrong)
+
+
+@pytest.mark.parametrize("judge", [align.record, align.bisect])
+def test_a_dtype_the_backend_lacks_is_refused_before_anything_runs(judge: Any) -> None:
+    narrow = Backend(name="narrow", device_type="cpu", verified="", dtypes=(torch.float32,))
+    with pytest.raises(ConfigError, match="backend narrow computes in float32; use one of these"):
+        judge(markov.config("bfloat16"), narrow, sampler=forbidden)
+
+
+@pytest.mark.parametrize("without", ["curve", "ops"])
+def test_a_slow_part_can_be_left_out(without: str, tmp_path: Path) -> None:
+    wrong = markov.backend(linear=lambda *a, **k: ops.linear.reference(*a, **k) * 1.1)
+    told = list[str]()
+    found = align.run(
+        markov.config("float32", steps=5),
+        [wrong],
+        controls=4,
+        without=[without],
+        out_dir=tmp_path,
+        sampler=markov.Markov,
+        capture_steps=(2,),
+        progress=lambda what, done, of: told.append(f"{what} {done}/{of}"),
+    )
+    [pair] = found.pairs
+    assert pair.verdict == "diverged"
+    assert (pair.envelope is None) == (without == "curve")
+    assert bool(pair.findings) == (without == "curve")
+    assert any("control" in what for what in told) == (without == "ops")
+    done, of = told[-1].split()[-1].split("/")
+    assert done == of
+    table = verdict_table(found.pairs)
+    row = table.splitlines()[1]
+    assert row.count("  -") >= (1 if without == "curve" else 2)
+    sentence = "op linear " if without == "curve" else "the loss is off by more than"
+    assert sentence in row
+    assert "benign up to" not in row, "the details stand below the table"
+    assert f"  {pair.reasons[0]}" in table.splitlines()
+    report.write(found, tmp_path / "report.html")
 
 
 def forbidden() -> markov.Markov:

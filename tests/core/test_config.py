@@ -204,7 +204,7 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "ramp": (
         {"train": {"global_batch": 64, "ramp_from": 16, "ramp_increment": 32}},
         [
-            "ramp_increment=32 must be a multiple of micro_batch=8 that divides global_batch",
+            "ramp_increment=32 must be a multiple of micro_batch=4 that divides global_batch",
             "- ramp_from = 48",
             "ramp_samples=0 must be positive with ramp_from",
         ],

@@ -101,14 +101,6 @@ def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
     assert message in str(caught.value)
 
 
-def test_progress_is_one_line_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    for done in (1, 2):
-        detection.progress_line(done, 2, RESULT.rows[0])
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.split("\r")[1:] == [f"{d}/2 far diverged".ljust(70) + "\n" * (d - 1) for d in (1, 2)]
-
-
 def test_held_out_is_a_third_chosen_by_name() -> None:
     names = [v.name for dtype in setups.DTYPES for v in setups.variants(dtype)]
     share = sum(map(setups.held_out, names)) / len(names)

@@ -41,6 +41,11 @@ def define(parser: argparse.ArgumentParser) -> None:
         choices=MODES,
         help="which cases to run; may be repeated (default: test and grad)",
     )
+    parser.add_argument(
+        "--decode",
+        action="store_true",
+        help="judge the backend's whole decode steps instead: do they give the bits of its ops?",
+    )
     parser.add_argument("--op", metavar="NAME", help="run only the cases of this op")
     parser.add_argument("--id", metavar="ID", help="run only this case; a pattern may contain *")
     parser.add_argument(
@@ -84,7 +89,10 @@ def run(args: argparse.Namespace) -> int:
         raise GlmCoreError(
             "conformance: --witness judges what was recorded; leave out --backend and --record"
         )
-    report = _judge_witness(args) if args.witness else _run_on_backend(args)
+    if args.decode:
+        report = _judge_decode_steps(args)
+    else:
+        report = _judge_witness(args) if args.witness else _run_on_backend(args)
     for path, write in ((args.junit, render.junit), (args.html, render.page)):
         if path:
             Path(path).write_text(write(report), encoding="utf-8")
@@ -130,6 +138,20 @@ def _run_on_backend(args: argparse.Namespace) -> Report:
         recorded.keep_unsupported(report)
         recorded.save(args.record)
     return report
+
+
+def _judge_decode_steps(args: argparse.Namespace) -> Report:
+    """Judges the backend's whole decode steps."""
+    from glm_core.backends import registry
+    from glm_core.conformance import decode
+    from glm_core.errors import GlmCoreError
+
+    for option in ("witness", "record", "op", "mode", "known_failures"):
+        if vars(args)[option]:
+            name = option.replace("_", "-")
+            raise GlmCoreError(f"conformance --decode: takes no --{name}; choose by --id")
+    backend = registry.usable(args.backend)
+    return decode.run(backend, id=args.id, skip=args.skip, progress=show_progress())
 
 
 def _judge_witness(args: argparse.Namespace) -> Report:

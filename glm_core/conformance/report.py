@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+DECODE = "decode_step"
+"""what the ids of whole decode steps begin with"""
 OUTCOMES = ("pass", "fail", "unsupported", "xfail")
 
 
@@ -34,7 +36,8 @@ class Result:
     def rerun(self) -> str:
         """Returns the command that runs, or judges from the witness, this case alone."""
         source = ["--witness", self.witness] if self.witness else ["--backend", self.backend]
-        words = ["glm-core", "conformance", *source, "--id", self.id]
+        decode = ["--decode"] if self.id.startswith(f"{DECODE}-") else []
+        words = ["glm-core", "conformance", *source, *decode, "--id", self.id]
         return shlex.join(words)
 
     def to_json(self) -> dict[str, Any]:

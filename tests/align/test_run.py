@@ -17,8 +17,9 @@ from glm_core.align import report
 from glm_core.align.trace import load
 from glm_core.backends.base import Backend
 from glm_core.cli.align import verdict_table
-from glm_core.config import DataConfig, RunConfig
+from glm_core.config import DataConfig, RunConfig, TrainConfig
 from glm_core.errors import BackendUnavailableError, ConfigError, GlmCoreError
+from glm_core.faults.catalogue import FAULTS
 
 WORK = ("reference", "control 4 of 4", "honest", "wrong:positions")
 
@@ -222,3 +223,24 @@ def test_record_alone_brings_its_own_reference() -> None:
     )
     assert reference.control_loss.shape == (4, 3)
     assert align.compare(reference, trace).verdict == "aligned"
+
+
+def test_gradients_that_overwrite_those_of_the_micro_batch_before_are_found(tmp_path: Path) -> None:
+    """By default a step has two micro-batches, and each op call by itself is right."""
+    assert TrainConfig().global_batch == 2 * TrainConfig().micro_batch
+    [fault] = [f for f in FAULTS if f.mutant == "weight_gradient_overwritten"]
+    config = markov.config("float32", steps=2, micro_batch=2)
+    found = align.run(
+        config,
+        [fault.backend()],
+        without=["curve"],
+        out_dir=tmp_path,
+        sampler=markov.Markov,
+        capture_steps=(1,),
+    )
+    [pair] = found.pairs
+    assert pair.verdict == "diverged"
+    assert not pair.findings
+    assert "the ops are right, but a whole step's gradients" in verdict_table(found.pairs)
+    guilty = align.bisect(config, fault.backend(), sampler=markov.Markov, capture_steps=(1,))
+    assert (guilty.op, guilty.direction) == ("linear", "backward")

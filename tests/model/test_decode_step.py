@@ -4,6 +4,7 @@ or replaced."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,104 +12,54 @@ from torch import Tensor
 
 from glm_core import dispatch, ops
 from glm_core.backends import registry
+from glm_core.backends.base import Backend
 from glm_core.backends.cpu import isas, select_isa
-from glm_core.decode_step import DecodeStep, Rows
+from glm_core.cli import main
+from glm_core.conformance import decode
+from glm_core.conformance.decode import (
+    LENGTH,
+    PRESETS,
+    WEIGHTS,
+    V,
+    built,
+    decoded,
+    difference,
+    whole_step,
+)
+from glm_core.decode_step import DecodeStep, Rows, Stack
 from glm_core.model.adapters import AdapterConfig, attach
 from glm_core.model.glm import GLM
-from glm_core.model.presets import preset
-from glm_core.model.prompt import Prompt, causal
+from glm_core.model.prompt import causal
 from glm_core.model.quantize import Quantization, convert, quantize_head
-from glm_core.model.runner import DecodeRow, Runner, idle
+from glm_core.model.runner import DecodeRow, Runner
 from glm_core.model.stack import angles, stack
 from glm_core.session import Fallback
 from glm_core.spec import Support, unsupported
 
-V, LENGTH = 61, 48
-PRESETS = ("glm-base", "glm-130b", "chatglm-6b", "glm-4-9b", "glm-4-0414-9b")
-HOW = {
-    "plain": None,
-    "int4": Quantization(bits=4),
-    "int4-group32-a8": Quantization(bits=4, group=32, activation_bits=8),
-    "int8-group128-a8": Quantization(bits=8, group=128, activation_bits=8),
-}
-
-
-def built(name: str, dtype: torch.dtype = torch.float32, how: Quantization | None = None) -> GLM:
-    """Returns a small model in the shapes of a published one: two layers, grouped heads if it has
-    them, and an ffn width that is no multiple of a vector."""
-    kv = 2 if preset(name).num_kv_heads != preset(name).num_heads else 4
-    small = preset(
-        name,
-        num_layers=2,
-        hidden=128,
-        num_heads=4,
-        num_kv_heads=kv,
-        head_dim=32,
-        ffn=384,
-        vocab=V,
-        max_length=LENGTH,
-    )
-    model = GLM(small).init_weights(3).to(dtype).requires_grad_(False)
-    for p in model.parameters():
-        if p.ndim == 1:  # biases of zero and norms of one would hide one left out
-            p.add_(torch.linspace(-0.1, 0.1, len(p), dtype=p.dtype))
-    for _ in convert(model, how) if how else ():
-        pass
-    return model
-
-
-def run(model: GLM, whole: bool, rows: int = 3) -> tuple[list[Tensor], Tensor]:
-    """Runs four steps of `rows` sequences of different lengths, one of them idle once. Returns the
-    logits, and what the cache holds at the end."""
-    prompts = [
-        Prompt(tuple(range(7, 12 + b)), sep=4, mask=2) if b % 2 else causal(range(9, 15 + b))
-        for b in range(rows)
-    ]
-    runner, places = Runner(model, rows), [len(p.tokens) for p in prompts]
-    for b, prompt in enumerate(prompts):
-        runner.prefill(b, [prompt])
-    seen: list[str] = []
-
-    def watch(op: dispatch.Op, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-        seen.append(op.name)
-        return dispatch.run(op, args, kwargs)
-
-    logits = []
-    for step in range(4):
-        fed = [DecodeRow(20 + step + b, prompts[b], places[b] + step) for b in range(rows)]
-        if step == 2:
-            fed[0] = idle(places[0] + step)
-        with dispatch.intercept(None if whole else watch):
-            logits.append(runner.decode(fed))
-    assert bool(seen) is not whole
-    assert not isinstance(runner._step, Support)
-    return logits, runner.cache.memory
-
 
 def assert_same(model: GLM, rows: int = 3) -> None:
     with registry.use("cpu", strict=True):
-        (one, cache), (other, other_cache) = run(model, True, rows), run(model, False, rows)
-    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-    assert torch.equal(cache, other_cache)
-    assert all(x.dtype == torch.float32 and x.isfinite().all() for x in one)
+        assert difference(model, rows) == ""
+        logits, _ = decoded(model, rows, True)
+    assert all(x.dtype == torch.float32 and x.isfinite().all() for x in logits)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", PRESETS)
-def test_bits_are_those_of_the_ops(name: str, dtype: torch.dtype) -> None:
-    for how in HOW.values():
-        assert_same(built(name, dtype, how))
+def test_bits_are_those_of_the_ops(name: str, dtype: str) -> None:
+    found = decode.run(registry.get("cpu"), id=f"decode_step-{dtype}-{name}-*")
+    assert [r.outcome for r in found.results] == ["pass"] * len(WEIGHTS)
 
 
 @pytest.mark.parametrize("rows", [1, 8])
 def test_any_number_of_rows_it_takes(rows: int) -> None:
-    model = built("glm-4-9b", torch.bfloat16, HOW["int4-group32-a8"])
+    model = built("glm-4-9b", torch.bfloat16, WEIGHTS["int4-group32-a8"])
     quantize_head(model, 4)
     assert_same(model, rows)
 
 
 def test_every_instruction_set_and_number_of_threads() -> None:
-    model = built("glm-130b", how=HOW["int4-group32-a8"])
+    model = built("glm-130b", how=WEIGHTS["int4-group32-a8"])
     threads, best = torch.get_num_threads(), isas()[-1]
     try:
         for isa in isas():
@@ -118,7 +69,7 @@ def test_every_instruction_set_and_number_of_threads() -> None:
                 torch.set_num_threads(count)
                 assert_same(model)
                 with registry.use("cpu", strict=True):
-                    results.append(run(model, True)[0])
+                    results.append(decoded(model, 3, True)[0])
             for other in results[1:]:
                 assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
     finally:
@@ -126,10 +77,62 @@ def test_every_instruction_set_and_number_of_threads() -> None:
         torch.set_num_threads(threads)
 
 
-def step_of(model: GLM) -> DecodeStep | Support:
+def step_of(model: GLM) -> Any:
     """Returns the cpu backend's step for the model, or why there is none."""
-    parts = stack(model, lambda: angles(model, LENGTH))
-    return parts if isinstance(parts, Support) else registry.get("cpu").decode_step(parts)
+    return whole_step(model, registry.get("cpu"))
+
+
+class PaddedPositions:
+    """A decode step that takes the padded place for the rotary position (ComfyUI issue 15698)."""
+
+    def __init__(self, right: DecodeStep) -> None:
+        self.right, self.max_rows = right, right.max_rows
+
+    def __call__(self, rows: Rows, cache: Tensor) -> Tensor:
+        positions = list(rows.positions)
+        positions[::2] = rows.places
+        return self.right(rows._replace(positions=positions), cache)
+
+
+class Wrong(Backend):
+    """The cpu backend, whose decode step goes through `change`."""
+
+    change: Callable[[DecodeStep], Any] = PaddedPositions
+
+    def synchronize(self) -> None: ...
+
+    def decode_step(self, stack: Stack) -> Any:
+        right = registry.get("cpu").decode_step(stack)
+        return right if isinstance(right, Support) else self.change(right)
+
+
+def crash(right: DecodeStep) -> Any:
+    raise OSError("no such kernel")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (PaddedPositions, "step 1, row 0: the logits are not those of the ops, off by "),
+        (crash, "OSError: no such kernel"),
+        (lambda right: unsupported("no room"), "no room"),
+    ],
+)
+def test_the_command_finds_a_wrong_decode_step(
+    change: Any, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cpu = registry.get("cpu")
+    wrong = Wrong(name="wrong", device_type="cpu", verified="nowhere", dtypes=cpu.dtypes)
+    wrong.kernels.update(cpu.kernels)
+    monkeypatch.setattr(Wrong, "change", staticmethod(change))
+    monkeypatch.setattr(registry, "usable", lambda name: wrong)
+    refused = reason == "no room"
+    command = ["conformance", "--backend", "wrong", "--decode", "--id", "*-float32-glm-4-9b-plain"]
+    assert main(command) == (0 if refused else 1)
+    out = capsys.readouterr().out
+    assert reason in out
+    rerun = "glm-core conformance --backend wrong --decode --id decode_step-float32-glm-4-9b-plain"
+    assert (rerun in out) is not refused
 
 
 def adapted(model: GLM) -> None:

@@ -1,0 +1,189 @@
+"""Judges a backend's whole decode steps: small models of the published shapes must get the bits
+that the backend's ops give one by one."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glm_core import dispatch
+from glm_core.backends.base import Backend
+from glm_core.backends.registry import use
+from glm_core.conformance.case import dtype_name, without
+from glm_core.conformance.report import DECODE, Report, Result
+from glm_core.conformance.run import Outcome, Progress
+from glm_core.errors import GlmCoreError
+from glm_core.measure.timing import machine
+from glm_core.model.glm import GLM
+from glm_core.model.presets import preset
+from glm_core.model.prompt import Prompt, causal
+from glm_core.model.quantize import Quantization, convert
+from glm_core.model.runner import DecodeRow, Runner, idle
+from glm_core.model.stack import angles, stack
+from glm_core.spec import Support
+
+V, LENGTH, STEPS = 61, 48, 4
+PRESETS = ("glm-base", "glm-130b", "chatglm-6b", "glm-4-9b", "glm-4-0414-9b")
+WEIGHTS: dict[str, Quantization | None] = {
+    "plain": None,
+    "int4": Quantization(bits=4),
+    "int4-group32-a8": Quantization(bits=4, group=32, activation_bits=8),
+    "int8-group128-a8": Quantization(bits=8, group=128, activation_bits=8),
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DecodeCase:
+    """A small model that takes a few decode steps."""
+
+    preset: str
+    dtype: torch.dtype
+    weights: str
+    """a key of WEIGHTS"""
+
+    @property
+    def id(self) -> str:
+        """Returns the id, which is also the filter on the command line."""
+        return f"{DECODE}-{dtype_name(self.dtype)}-{self.preset}-{self.weights}"
+
+    def model(self) -> GLM:
+        """Returns the model."""
+        return built(self.preset, self.dtype, WEIGHTS[self.weights])
+
+
+def built(name: str, dtype: torch.dtype = torch.float32, how: Quantization | None = None) -> GLM:
+    """Returns a small model in the shapes of a published one: two layers, grouped heads if it has
+    them, and an ffn width that is no multiple of a vector."""
+    kv = 2 if preset(name).num_kv_heads != preset(name).num_heads else 4
+    small = preset(
+        name,
+        num_layers=2,
+        hidden=128,
+        num_heads=4,
+        num_kv_heads=kv,
+        head_dim=32,
+        ffn=384,
+        vocab=V,
+        max_length=LENGTH,
+    )
+    model = GLM(small).init_weights(3).to(dtype).requires_grad_(False)
+    for p in model.parameters():
+        if p.ndim == 1:  # biases of zero and norms of one would hide one left out
+            p.add_(torch.linspace(-0.1, 0.1, len(p), dtype=p.dtype))
+    for _ in convert(model, how) if how else ():
+        pass
+    return model
+
+
+def every_case(backend: Backend) -> Iterator[DecodeCase]:
+    """Yields every preset in every dtype of the backend, with plain and quantised weights."""
+    for dtype in backend.dtypes:
+        for name in PRESETS:
+            yield from (DecodeCase(name, dtype, weights) for weights in WEIGHTS)
+
+
+def run(
+    backend: Backend,
+    *,
+    id: str | None = None,
+    skip: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Report:
+    """Judges the cases that match. Raises GlmCoreError where none does."""
+    cases = [c for c in every_case(backend) if id is None or fnmatchcase(c.id, id)]
+    if not cases:
+        raise GlmCoreError(
+            f"unknown decode case {id!r}; ids look like {next(every_case(backend)).id}"
+        )
+    wanted, results = without([c.id for c in cases], skip), []
+    cases = [c for c in cases if c.id in wanted]
+    for number, case in enumerate(cases):
+        if progress is not None:
+            progress(number, len(cases), case.id)
+        start = time.perf_counter()
+        outcome, ratio, reason, _ = _outcome(case, backend)
+        results.append(
+            Result(
+                id=case.id,
+                backend=backend.name,
+                outcome=outcome,
+                error_ratio=ratio,
+                reason=reason,
+                seconds=time.perf_counter() - start,
+            )
+        )
+    if progress is not None:
+        progress(len(cases), len(cases), "")
+    return Report(backend.name, results, machine(), tuple(skip))
+
+
+def _outcome(case: DecodeCase, backend: Backend) -> Outcome:
+    try:
+        model = case.model().to(backend.device())
+        step = whole_step(model, backend)
+        if isinstance(step, Support):
+            return "unsupported", None, step.reason, {}
+        with use(backend):
+            reason = difference(model, min(3, step.max_rows))
+    except Exception as error:  # a vendor's step may raise anything; the report carries it
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return "fail" if reason else "pass", None, reason, {}
+
+
+def whole_step(model: GLM, backend: Backend) -> Any:
+    """Returns the backend's decode step for the model, or why there is none."""
+    parts = stack(model, lambda: angles(model, LENGTH))
+    return parts if isinstance(parts, Support) else backend.decode_step(parts)
+
+
+def difference(model: GLM, rows: int) -> str:
+    """Returns in words where the active backend's whole steps give other bits than its ops; empty
+    where they give the same."""
+    (ours, cache), (expected, expected_cache) = (decoded(model, rows, w) for w in (True, False))
+    for step, (a, b) in enumerate(zip(ours, expected, strict=True), 1):
+        for row in range(rows):
+            if not torch.equal(a[row], b[row]):
+                off = float((a[row] - b[row]).abs().max())
+                fact = "the logits are not those of the ops"
+                return f"step {step}, row {row}: {fact}, off by {off:.2e}"
+    if not torch.equal(cache, expected_cache):
+        return "the keys and values in the cache are not those of the ops"
+    return ""
+
+
+def decoded(model: GLM, rows: int, whole: bool) -> tuple[list[Tensor], Tensor]:
+    """Runs STEPS steps of `rows` sequences of different lengths, padded on the left to one, one of
+    them idle once: in one call each if `whole`, else op by op. Returns the logits, and what the
+    cache holds at the end."""
+    prompts = [
+        Prompt(tuple(range(7, 12 + b)), sep=4, mask=2) if b % 2 else causal(range(9, 15 + 3 * b))
+        for b in range(rows)
+    ]
+    runner, length = Runner(model, rows), max(len(p.tokens) for p in prompts)
+    runner.prefill(0, prompts)
+    pads = [length - len(p.tokens) for p in prompts]
+    called = 0
+
+    def watch(op: dispatch.Op, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        nonlocal called
+        called += 1
+        return dispatch.run(op, args, kwargs)
+
+    logits = []
+    for step in range(STEPS):
+        fed = [
+            DecodeRow(20 + step + b, prompts[b], length - pads[b] + step, pads[b])
+            for b in range(rows)
+        ]
+        if step == 2:
+            fed[0] = idle(length + step)
+        with dispatch.intercept(None if whole else watch):
+            logits.append(runner.decode(fed))
+    assert bool(called) is not whole
+    return logits, runner.cache.memory

@@ -86,7 +86,8 @@ def calibrate(
     curve = free_run(
         Run(config, make(), "reference", weights), captured, lambda s: report("reference", s, steps)
     )
-    require_captured(curve, config)
+    if captured:
+        require_captured(curve, config)
     controls_run = {}
     for k, (name, mode) in enumerate(control_modes(config, controls)):
         run = Run(config, make(), "reference", moved(weights, k), mode)

@@ -8,7 +8,8 @@ bfloat16, but for attention of odd head sizes, grouped heads in float32 and the 
 scores, by torch's kernels. Our Triton kernels of attention have run in Triton's interpreter only.
 Some float16 kernels were miscompiled there. With the cure tried by hand on that H100, the 67 cases
 that had failed for it passed. The source is mended now, and a test looks at its machine code for
-sm_80 and sm_90. This build has not run on hardware again. The backend does not claim to be
+sm_80 and sm_90. Products of few rows and recorded decode steps are newer than that run, the steps
+simulated on the CPU. This build has not run on hardware again. The backend does not claim to be
 deterministic: no GPU has repeated the attention kernels' bits yet."""
 
 from __future__ import annotations

@@ -3,8 +3,9 @@ attention in Triton, and RCCL for collectives (torch calls it nccl). torch prese
 as `cuda`.
 
 Verified: the kernels compile for gfx906, gfx908 and gfx90a, each was executed on the CPU with waves
-of 64, and training steps were dry-run. We never ran it on hardware, nor compiled it for Hygon's
-gfx926, gfx928, gfx936 and gfx938, which DTK's compiler alone knows.
+of 64, training steps were dry-run, and recorded decode steps simulated. We never ran it on
+hardware, nor compiled it for Hygon's gfx926, gfx928, gfx936 and gfx938, which DTK's compiler alone
+knows.
 
 gfx900 and gfx906 have no bfloat16 instructions: train in float16 with a loss scale. A Hygon DCU
 needs the torch that comes with its DTK: stock ROCm's libamdhip64 does not work with Hygon's kernel

@@ -15,29 +15,6 @@ namespace {
 constexpr int outputs_at_once = 4, most_threads = 256, most_rows = 8;
 constexpr int eight = 8;  // weights that are multiplied at a time: 16 bytes of x in half precision
 
-struct alignas(16) Words {
-  uint32_t x[4];
-};
-
-__device__ inline float as_float(uint32_t bits) {
-  float y;
-  memcpy(&y, &bits, sizeof y);
-  return y;
-}
-
-// The signed code of BITS bits that begins at bit p of a word, without a conversion: at bit p of a
-// mantissa it is worth itself where the exponent is 23 - p, if it fits below. The top bit, which
-// counts negatively, is flipped and the sum of both offsets subtracted; all of it is exact.
-template <int BITS>
-__device__ inline float code_at(uint32_t word, int p) {
-  constexpr int top = 1 << (BITS - 1), shift = BITS == 4 ? 12 : 16;
-  const int at = p > 23 - BITS ? p - shift : p;
-  const uint32_t moved = p > 23 - BITS ? word >> shift : word;
-  const uint32_t exponent = uint32_t(127 + 23 - at) << 23;
-  const uint32_t bits = (moved & (uint32_t(2 * top - 1) << at)) ^ (exponent | uint32_t(top) << at);
-  return as_float(bits) - (float(1 << (23 - at)) + float(top));
-}
-
 // Weights 8 e to 8 e + 7 of a load, without their scale.
 template <class T, int BITS>
 __device__ inline void eight_weights(const Words& load, int e, float (&out)[eight]) {

@@ -114,6 +114,10 @@ template <class T>
 void adamw_update(const AdamWBatch<T>&, Stream);
 template <class X, class T>
 void quantized_rows(const QuantizedRows<X, T>&, Stream);
+// The same for up to 64 rows on tensor cores. Returns whether they take it: groups of a multiple of
+// 512 bits, widths that can be read 16 bytes at a time, NVIDIA; nothing is queued otherwise.
+template <class T>
+bool quantized_tiles(const QuantizedRows<T, T>&, Stream);
 // The same product where the codes are a weight in T: groups = 1, bits = 16, no scale. Returns
 // whether it can be read 16 bytes at a time; nothing is queued otherwise.
 template <class T>

@@ -21,11 +21,12 @@ PRINTS = {"gather", "row_losses"}
 memory, and HIP reads the format byte by byte"""
 READS_HALVES = {
     "few_rows": "a scale per group, the bias and the result of an output",
+    "tensor_rows": "scales, biases and results of outputs",
     "as_values": "a scale per group",
     "row_losses": "the label's logit",
 }
 """wide kernels that also load or store single halves, and which"""
-READS_SIXTEEN_BYTES = {"few_rows"}
+READS_SIXTEEN_BYTES = {"few_rows", "tensor_rows"}
 """kernels that are bound by memory, and must load 16 bytes at a time"""
 SIXTEEN_BYTES = re.compile(r"LDG\.E(\.\w+)*\.128|global_load_dwordx4")
 BUNDLE = b"__CLANG_OFFLOAD_BUNDLE__"

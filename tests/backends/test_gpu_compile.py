@@ -15,6 +15,8 @@ import pytest
 
 CSRC = Path(__file__).parents[2] / "csrc"
 SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
+NVIDIA_ONLY = ("tensor_rows",)
+"""sources whose kernels HIP does not compile"""
 NVCC, HIPCC = shutil.which("nvcc"), shutil.which("hipcc")
 
 
@@ -101,11 +103,12 @@ def test_hip_compiles_links_and_machine_code_is_clean(tmp_path: Path) -> None:
         list(pool.map(run, commands))
     for source in SOURCES:
         built = (tmp_path / f"{source.stem}.o").read_bytes()
-        assert b"gfx906" in built
-        assert b"gfx90a" in built
+        for arch in (b"gfx906", b"gfx90a"):
+            assert (arch in built) is (source.stem not in NVIDIA_ONLY)
     objects = [tmp_path / f"{s.stem}.o" for s in SOURCES]
     target = str(tmp_path / "kernels.so")
     run([str(HIPCC), "-shared", *map(str, objects), "-o", target, "-Wl,-z,defs"])
     if not shutil.which("llvm-objdump"):
         pytest.skip("compiles and links; no llvm-objdump to look at the code (Debian: llvm)")
+    objects = [o for o in objects if o.stem not in NVIDIA_ONLY]
     look([k for o in objects for k in machine_code.hip_kernels(o)], "gfx906", "gfx90a")

@@ -11,11 +11,15 @@
 namespace glm::gpu::bindings {
 namespace {
 
-// For more rows than this the weight is converted first: 8 rows share one read of the codes.
+// For more rows than this the weight is converted first, where tensor cores do not take the codes.
 constexpr int64_t few = 16;
-// Size of the converted part of a weight: it stays in the second cache of an H100 (50 MB), and 4096
-// outputs of width 4096 are enough for an efficient product.
-constexpr int64_t scratch_bytes = 32 << 20;
+// Outputs whose weight is converted at a time: enough tiles of a product with many rows for every
+// processor of a large chip, and for a width of 4096 they stay in the second cache of an H100.
+#if defined(GLM_FIBERS)
+constexpr int64_t outputs_at_a_time = 16;
+#else
+constexpr int64_t outputs_at_a_time = 4096;
+#endif
 
 // The weight as the kernels read it: pointers into tensors that the caller keeps alive.
 Codes codes_of(const Tensor& weight, const Tensor& scale, int64_t bits) {
@@ -43,14 +47,12 @@ Tensor converted(const Codes& all, int64_t begin, int64_t count, const Tensor& l
   return w;
 }
 
-// Writes x w^T + bias, part by part, so that the converted weight takes `scratch_bytes` at most (or
-// 256 rows of it). x [N, D], y [N, F] contiguous, in one dtype, to which w is rounded.
+// Writes x w^T + bias, a part of the outputs at a time, so that little of the weight is converted
+// at once. x [N, D], y [N, F] contiguous, in one dtype, to which w is rounded.
 void converted_first(const Tensor& x, const Codes& codes, const OptionalTensor& bias, Tensor y,
                      Stream stream) {
-  const int64_t row_bytes = codes.width * x.element_size();
-  const int64_t most = std::max<int64_t>(256, scratch_bytes / row_bytes / 256 * 256);
-  for (int64_t begin = 0; begin < codes.outputs; begin += most) {
-    const int64_t count = std::min(most, codes.outputs - begin);
+  for (int64_t begin = 0; begin < codes.outputs; begin += outputs_at_a_time) {
+    const int64_t count = std::min(outputs_at_a_time, codes.outputs - begin);
     const Tensor w = converted(codes, begin, count, x, stream).t();
     Tensor part = y.narrow(1, begin, count);
     if (bias)
@@ -98,6 +100,12 @@ Tensor quantized_linear_forward(const Tensor& x_, const Tensor& weight_, const T
   shape.back() = weight.size(0);
   Tensor y = at::empty(shape, x_.options());
   const Codes codes = codes_of(weight, scale, bits);
+  const auto in_tiles = [&](auto zero) {
+    using T = decltype(zero);
+    return quantized_tiles<T>({data<T>(x), codes, data<T>(bias), data<T>(y), rows}, on.stream);
+  };
+  if (x.scalar_type() == at::kBFloat16 && in_tiles(bf16{})) return y;
+  if (x.scalar_type() == at::kHalf && in_tiles(f16{})) return y;
   if (rows > few) {
     const Tensor flat = x.to(x_.scalar_type()).view({rows, codes.width});
     converted_first(flat, codes, bias, y.view({rows, codes.outputs}), on.stream);

@@ -1,7 +1,6 @@
-"""Runs whole training steps of the cuda backend on fake tensors, in a process whose torch sees a
-CUDA device (LD_PRELOAD of csrc/tests/fake_cuda.cpp):
-`python cuda_dry_run.py BACKEND DTYPE [STRAY]` prints the operators that each model of the family
-called."""
+"""Runs whole training and decode steps of the cuda backend on fake tensors, in a process whose
+torch sees a CUDA device (LD_PRELOAD of csrc/tests/fake_cuda.cpp): `python cuda_dry_run.py BACKEND
+DTYPE [STRAY]` prints the operators that each model of the family called."""
 
 from __future__ import annotations
 
@@ -17,10 +16,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from glm_core import dispatch
 from glm_core.backends import registry
 from glm_core.backends.cuda import attention
+from glm_core.backends.cuda.decode_ops import Step, inputs, packed
 from glm_core.backends.cuda.kernels import share
 from glm_core.config import TrainConfig
+from glm_core.decode_step import Rows, Stack
 from glm_core.model.glm import GLM
 from glm_core.model.presets import preset
+from glm_core.model.stack import angles, stack
 from glm_core.training.optimizer import Optimizer
 
 B, L = 2, 32
@@ -51,11 +53,24 @@ def train(name: str, dtype: str, stray: str) -> list[str]:
         model.loss(**inputs).backward()
     with mock.patch("torch.isfinite", return_value=True):  # a fake tensor has no value to ask
         optimizer.step(1e-3)
-    return [
+    wrong = [
         n
         for n, p in model.named_parameters()
         if p.grad is None or (p.grad.dtype, p.grad.device) != (p.dtype, p.device)
     ]
+    logits = decode(model)
+    return wrong + ["logits"] * ((logits.dtype, logits.device.type) != (torch.float32, "cuda"))
+
+
+def decode(model: GLM) -> torch.Tensor:
+    """Runs a decode step of two sequences, as it is recorded."""
+    c, parts = model.config, stack(model, lambda: angles(model, model.config.max_length))
+    assert isinstance(parts, Stack)
+    shape = (c.num_layers, 2, 3, c.num_kv_heads, c.max_length, c.head_dim)
+    cache = torch.zeros(shape, dtype=model.embedding.dtype, device="cuda")
+    rows = Rows([5, 6], [3, 0, 7, 1], [0, 0], [4, 8], [3, 7])
+    with torch.no_grad():
+        return Step(parts)(inputs(packed(rows).to("cuda")), cache)
 
 
 FAMILY = ("glm-base", "glm-130b", "chatglm-6b", "chatglm2-6b", "glm-4-9b")

@@ -31,6 +31,9 @@ __device__ inline uint32_t minus(uint32_t pair, uint32_t other) {
   T y[2];
   for (int i = 0; i < 2; ++i) from_float(half_of<T>(pair, i) + half_of<T>(negative, i), y[i]);
   return uint32_t(y[0].bits) | uint32_t(y[1].bits) << 16;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  __trap();  // never launched there
+  return negative;
 #else
   uint32_t y;  // sm_80 adds no pairs of bf16
   if constexpr (is_bf16<T>)
@@ -61,6 +64,8 @@ __device__ inline void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_
         sum[i] +=
             half_of<T>(rows[i / 2 + k / 2 * 2], k % 2) * half_of<T>(columns[i % 2][k / 2], k % 2);
   }
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  __trap();
 #else
   if constexpr (is_bf16<T>)
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "

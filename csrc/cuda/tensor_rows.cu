@@ -117,6 +117,18 @@ __global__ void __launch_bounds__(threads, 1) tensor_rows(QuantizedRows<T, T> a)
   }
 }
 
+// Whether the current device has the tensor cores that tensor_cores.h takes.
+bool has_tensor_cores() {
+#if defined(GLM_FIBERS)
+  return wave() == 32;
+#else
+  int device = 0, major = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         major >= 8;
+#endif
+}
+
 template <int TILES, class T, int BITS>
 void run(const QuantizedRows<T, T>& a, Stream stream) {
   const dim3 grid(unsigned(divided_up(a.w.outputs, tile_outputs)));
@@ -147,11 +159,8 @@ bool quantized_tiles(const QuantizedRows<T, T>& a, Stream stream) {
   (void)a, (void)stream;
   return false;  // matrix cores of AMD hold tiles otherwise
 #else
-#if defined(GLM_FIBERS)
-  if (wave() != 32) return false;
-#endif
   if (!a.rows || !a.w.outputs) return true;
-  if (a.rows > 8 * tile_rows || !fits_wide<T>(a.w.width, a.x)) return false;
+  if (a.rows > 8 * tile_rows || !fits_wide<T>(a.w.width, a.x) || !has_tensor_cores()) return false;
   return a.w.bits == 4 ? run<T, 4>(a, stream) : run<T, 8>(a, stream);
 #endif
 }

@@ -74,7 +74,8 @@ class Stack(NamedTuple):
 
     def identity(self) -> tuple[object, ...]:
         """Returns a value that is equal for stacks of the same tensors and settings; a callable
-        that was made for one serves the others."""
+        that was made for one serves the others. A tensor that is not contiguous equals none, since
+        the callable may hold a copy of it."""
         return _identity((*self[:2], *self[3:]))
 
     def products(self) -> list[Product]:
@@ -89,7 +90,7 @@ class Stack(NamedTuple):
 
 def _identity(part: object) -> tuple[object, ...]:
     if isinstance(part, Tensor):
-        return part.data_ptr(), part.dtype, part.shape, part.stride()
+        return (part.data_ptr(), part.dtype, part.shape) if part.is_contiguous() else (object(),)
     return tuple(map(_identity, part)) if isinstance(part, tuple) else (part,)
 
 

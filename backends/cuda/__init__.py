@@ -25,7 +25,8 @@ backend = GpuBackend(
     deterministic=False,
     verified="compiled, kernels executed on the CPU, dry-run; run once on an H100 (2026-11-28, "
     "ad8d9e9): float32 and bfloat16 right but for some attention, float16 wrong; both mended "
-    "since and not run again; witness: tests/conformance/witness",
+    "since and not run again; recorded decode steps and products of few rows never run on a GPU; "
+    "witness: tests/conformance/witness",
     probe=lambda: probe.cuda(probe.facts()),
 )
 equip(backend, "glm_core.backends.cuda._C")

@@ -69,6 +69,7 @@ CUTS: dict[str, dict[str, dict[int, Cut]]] = {
         "grad_rows": {
             16: Cut(32, 32, 8, 1),
             32: Cut(32, 32, 4, 1),
+            80: Cut(16, 32, 8, 1),
             128: Cut(32, 32, 8, 1),
             256: Cut(16, 32, 4, 1),
         },

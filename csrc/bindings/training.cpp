@@ -82,7 +82,7 @@ Three call_loss(const Tensor& x, const Tensor& weight, const Tensor& labels,
 // Whether a tensor has values: it is neither fake nor being traced.
 bool concrete(const Tensor& x) {
   constexpr c10::DispatchKeySet traced{c10::DispatchKey::Python, c10::DispatchKey::Functionalize};
-  return x.is_cpu() && !x.key_set().has_any(traced);
+  return !x.key_set().has_any(traced);
 }
 
 struct LossGrad : torch::autograd::Function<LossGrad> {
@@ -110,7 +110,8 @@ struct LossGrad : torch::autograd::Function<LossGrad> {
     }
     if (!concrete(grads[0]))
       return {at::mul(dx, grads[0]), at::mul(dweight, grads[0]), Tensor(), Tensor()};
-    if (grads[0].item<float>() != 1.0f) {
+    // a GPU's value is not looked at, because that waits for it
+    if (!grads[0].is_cpu() || grads[0].item<float>() != 1.0f) {
       dx.mul_(grads[0]);
       dweight.mul_(grads[0]);
     }

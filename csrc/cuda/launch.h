@@ -51,6 +51,9 @@ struct SquaresBatch {
   int tensors, blocks;
 };
 
+// Bytes of memory of the current device; 0 on a CPU.
+int64_t device_memory();
+
 // Blocks per tensor that SquaresBatch and AdamWBatch are launched with for a largest tensor.
 int blocks_for(int64_t largest);
 

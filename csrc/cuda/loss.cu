@@ -74,4 +74,16 @@ void cross_entropy(const Losses<T>& a, Stream stream) {
 
 GLM_GPU_INSTANTIATE(cross_entropy, Losses)
 
+int64_t device_memory() {
+  size_t total = 0;
+#if defined(__HIPCC__)
+  size_t free = 0;
+  if (hipMemGetInfo(&free, &total) != hipSuccess) return 0;
+#elif !defined(GLM_FIBERS)
+  size_t free = 0;
+  if (cudaMemGetInfo(&free, &total) != cudaSuccess) return 0;
+#endif
+  return int64_t(total);
+}
+
 }  // namespace glm::gpu

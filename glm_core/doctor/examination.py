@@ -32,6 +32,7 @@ from glm_core.conformance.case import select
 from glm_core.conformance.report import Report
 from glm_core.conformance.run import run, run_case
 from glm_core.conformance.witness import Witness
+from glm_core.doctor import decoding
 from glm_core.doctor.build import Build, refuse_folder_in_use
 from glm_core.measure.timing import interleave, machine
 from glm_core.model.presets import preset
@@ -41,15 +42,16 @@ Progress = Callable[[str], None]
 EXPECTED_S = {
     "conformance": 21,
     "step": 44,
+    "decoding": 20,
     "utilisation": 86,
     "goals": 60,
     "alignment": 131,
     "published": 10,
 }
 """seconds that each part is expected to take, in the order in which the parts run. Alignment took
-as long with an H100 and 16 cores, the first three parts on backend `cpu` with two busy cores. For
-the goals, which build GLM-4-9B on the device, it is a guess. The last part takes what time is left,
-and needs so much to be worth it"""
+as long with an H100 and 16 cores, the others on backend `cpu` with two busy cores. For
+decoding and the goals, which build GLM-4-9B on the device, it is a guess. The last part takes what
+time is left, and needs so much to be worth it"""
 ORDER = ("build", *EXPECTED_S)
 SAVE_EVERY = 200
 """the witness is saved after so many conformance cases, in case the device does not survive them"""
@@ -216,6 +218,14 @@ def _step_calls(settings: Examination, evidence: Evidence) -> dict[str, Any]:
     return {"ok": not guilty, "max_op_ratio": max(f.ratio for f in findings), **facts}
 
 
+def _decoding(settings: Examination, evidence: Evidence) -> dict[str, Any]:
+    """Compares whole decode steps with their ops and with float64."""
+    dtype = getattr(torch, settings.dtypes(evidence.backend)[-1])
+    found = decoding.check(evidence.backend, dtype)
+    evidence.add("decoding.json", json.dumps(found, indent=1))
+    return {"ok": all(f["ok"] for f in found.values()), "precisions": found}
+
+
 def _published(settings: Examination, evidence: Evidence) -> dict[str, Any]:
     """Runs the cases with the shapes of published models until the time is spent."""
     backend, keep = evidence.backend, evidence.witness.keep
@@ -288,6 +298,7 @@ def _step(settings: Examination, backend: Backend, dtype: str) -> dict[str, Any]
 PARTS: dict[str, Callable[[Examination, Evidence], dict[str, Any]]] = {
     "conformance": _conformance,
     "step": _step_calls,
+    "decoding": _decoding,
     "utilisation": _utilisation,
     "goals": _goals,
     "alignment": _alignment,

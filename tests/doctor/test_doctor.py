@@ -10,8 +10,10 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
@@ -22,13 +24,15 @@ from glm_core.conformance import witness
 from glm_core.conformance.case import Case
 from glm_core.conformance.oracle import Results
 from glm_core.conformance.witness import Witness
-from glm_core.doctor import build, examination
+from glm_core.decode_step import DecodeStep, Stack
+from glm_core.doctor import build, decoding, examination
 from glm_core.errors import GlmCoreError
 from glm_core.measure import ceilings
 from glm_core.model.glm import GLM
+from glm_core.spec import Support
 
 MODEL = {"num_layers": 1, "hidden": 32, "num_heads": 2, "ffn": 48, "vocab": 512, "max_length": 256}
-PARTS = ["conformance", "step", "utilisation", "goals", "alignment", "published"]
+PARTS = ["conformance", "step", "decoding", "utilisation", "goals", "alignment", "published"]
 
 
 @pytest.fixture
@@ -38,6 +42,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     text.write_text("".join(f"The {n}th line counts {n * n} sheep.\n" for n in range(3000)))
     monkeypatch.setattr(examination, "preset", lambda name: ModelConfig(**MODEL))
     monkeypatch.setattr(goals, "config_for", lambda backend: ModelConfig(**MODEL))
+    monkeypatch.setattr(decoding, "PRECISIONS", {"plain": None})
     monkeypatch.setattr(ceilings, "sizes", lambda backend: (64, 1 << 16))
     monkeypatch.setattr(examination.Examination, "dtypes", lambda self, backend: ["float32"])
     monkeypatch.chdir(tmp_path)
@@ -71,6 +76,7 @@ def test_one_folder_says_everything(backend: str, small: RunConfig, tmp_path: Pa
     assert summary["finished"]
     assert (list(summary["parts"]), summary["skipped"]) == (PARTS, {})
     assert summary["parts"]["utilisation"]["steps"]["float32"]["tokens_s"] > 0
+    assert set(json.loads((out / "decoding.json").read_text())) == set(decoding.PRECISIONS)
     measured = json.loads((out / "goals.json").read_text())["rows"]
     assert set(goals.GOALS) <= set(measured)
     assert all(figure in measured[work] for work, (figure, _) in goals.GOALS.items())
@@ -86,6 +92,26 @@ def test_one_folder_says_everything(backend: str, small: RunConfig, tmp_path: Pa
     assert len(witness.load(file).calls) == summary["parts"]["step"]["calls"] > 10
     assert main(["conformance", "--witness", file]) == 0
     assert main(["align", "witness", file]) == 0
+
+
+@pytest.mark.skipif(not registry.probe("cpu").ok, reason=registry.probe("cpu").reason)
+def test_steps_that_differ_from_their_ops_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = registry.get("cpu")
+    step_of = backend.decode_step
+
+    def spoiled(stack: Stack) -> DecodeStep | Support:
+        step = step_of(stack)
+        assert not isinstance(step, Support)
+        wrong = mock.Mock(side_effect=lambda rows, cache: step(rows, cache) * 1.001)
+        wrong.max_rows = step.max_rows
+        return wrong
+
+    monkeypatch.setattr(decoding, "PRECISIONS", {"plain": None})
+    assert decoding.check(backend, torch.float32)["plain"]["ok"]
+    monkeypatch.setattr(backend, "decode_step", spoiled)
+    found = decoding.check(backend, torch.float32)["plain"]
+    assert not found["ok"]
+    assert found["differing"] > 0.9 * decoding.STEPS * 2 * decoding.VOCAB
 
 
 def test_a_part_that_fails_is_recorded_and_the_others_run(
@@ -191,7 +217,7 @@ def test_on_a_device_of_its_own_curves_run_beside_what_is_not_timed(
     order.clear()
     monkeypatch.setattr(met, "wait", lambda: None)
     examined("simulated", small, tmp_path / "short", minutes=2.0)
-    assert order == ["conformance", "step", "utilisation", "goals", "published"]
+    assert order == ["conformance", "step", "decoding", "utilisation", "goals", "published"]
 
 
 def test_build_installs_this_clone_for_the_card_and_counts_its_time(

@@ -24,11 +24,13 @@ from glm_core.bench import decode
 from glm_core.config import ModelConfig
 from glm_core.measure.ceilings import contestants, finished
 from glm_core.measure.timing import Timing, interleave, machine
+from glm_core.model.generate import Decoder
 from glm_core.model.glm import GLM
 from glm_core.model.presets import preset
 from glm_core.model.prompt import causal
 from glm_core.model.quantize import Quantization, convert
 from glm_core.model.runner import DecodeRow, Runner
+from glm_core.model.sample import Sampling
 
 Call = Callable[[], Any]
 PROMPT, LONG_PROMPT, SEQUENCES = 64, 1024, 64
@@ -167,6 +169,10 @@ def _model_rows(backend: Backend, model: GLM, dtype: str, rounds: int, rows: Row
             "read_share": size / seconds / read,
             "spread": timing["decode"].spread,
         }
+    timing, read = _timed(backend, {"generate": _generating(model)}, rounds, "memory read")
+    seconds = timing["generate"].median_s / TURN
+    row = {"ms": seconds * 1e3, "tokens_s": 1 / seconds, "read_share": size / seconds / read}
+    rows[f"generate {dtype}"] = row
     length = min(LONG_PROMPT, model.config.max_length - 1)
     runner, text = Runner(model, 1, chunk=length), causal(_tokens(model, length))
     gemm = f"gemm {_half(backend)}".replace("torch.", "")
@@ -195,6 +201,21 @@ def _decoding(model: GLM, sequences: int) -> Call:
         for _ in range(TURN):
             place = next(places)
             runner.decode([DecodeRow(7, text, place) for text in texts]).argmax(-1).tolist()
+
+    return turn
+
+
+def _generating(model: GLM) -> Call:
+    """Returns a call that generates TURN tokens as a user does, choice of tokens included."""
+    room = min(4 * PROMPT, model.config.max_length)
+    decoder = Decoder(Runner(model, 1, room))
+    text = causal(_tokens(model, min(PROMPT, room // 2)))
+
+    def turn() -> None:
+        for _ in range(TURN):
+            if decoder.free:
+                decoder.add(text, Sampling(max_tokens=room, temperature=0))
+            decoder.step()
 
     return turn
 

@@ -18,6 +18,8 @@ FIXED = ("tp", "pp", "dp", "zero", "virtual", "micro_batch")
 CARDS = ((8, 40, "A100"), (8, 32, "V100"), (4, 24, "RTX 3090"), (8, 11, "RTX 2080 Ti"))
 """(cards, GiB of a card, name): the machines that GLM-130B is published for (its README, hardware
 requirements)"""
+ONE_CARD = ((1, 80, "A100"), (1, 24, "RTX 3090"))
+"""what `generate --offload cpu` can compute on"""
 AS_PUBLISHED = {"preset": "glm-130b", "global_batch": 4224, "seq": 2048}
 SMALL = {"preset": "glm4-34m", "global_batch": 8, "seq": 128}
 """default model and batch: GLM-130B's training; for `measure` one that two processes can do"""
@@ -75,6 +77,14 @@ def define(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out", metavar="FILE", help="measure: write this machine as a --cluster file"
+    )
+    parser.add_argument(
+        "--link",
+        type=float,
+        default=25.0,
+        metavar="GB/S",
+        help="inference: bandwidth from main memory to a card, for --offload (default %(default)g, "
+        "what PCIe 4.0 x16 is good for)",
     )
     parser.add_argument(
         "--top", type=int, default=5, metavar="N", help="plans shown, default %(default)s"
@@ -276,13 +286,19 @@ def run_slides(args: argparse.Namespace) -> int:
 def run_inference(args: argparse.Namespace) -> int:
     """Prints what the weights, in row-wise int8 and int4, and one sequence's cache take on each
     card. Exits 0."""
+    from glm_core.errors import ConfigError
     from glm_core.model.presets import preset
     from glm_core.model.quantize import Quantization, device_memory
+    from glm_core.planner.offload import on_one_card
 
+    if not args.link > 0:
+        raise ConfigError(f"--link {args.link:g}: must be positive, in GB/s")
     model, results = preset(args.preset), list[dict[str, Any]]()
     for bits in (8, 4):
-        for cards, room, name in CARDS:
-            memory = device_memory(model, Quantization(bits=bits), cards, args.seq)
+        for cards, room, name in CARDS + ONE_CARD:
+            how = Quantization(bits=bits)
+            cost = on_one_card(model, how, room << 30, args.seq, args.link) if cards == 1 else None
+            memory = device_memory(model, how, cards, args.seq)
             results.append(
                 {
                     "bits": bits,
@@ -292,9 +308,10 @@ def run_inference(args: argparse.Namespace) -> int:
                     "weights_bytes": memory.weights,
                     "cache_bytes": memory.cache,
                     "fits": memory.total < room << 30,
+                    "offloaded_tokens_s": 1 / cost.step_s if cost and cost.streamed else None,
                 }
             )
-    head = ["weights", "cards", "weights GiB", "cache GiB", "fits"]
+    head = ["weights", "cards", "weights GiB", "cache GiB", "fits", "--offload cpu"]
     gib = [[f"{r[k] / 2**30:.2f}" for k in ("weights_bytes", "cache_bytes")] for r in results]
     rows = [
         [
@@ -302,10 +319,14 @@ def run_inference(args: argparse.Namespace) -> int:
             f"{r['cards']} x {r['card']} {r['card_gib']}G",
             *sizes,
             "yes" if r["fits"] else "no",
+            f"{r['offloaded_tokens_s']:.2g} tokens/s" if r["offloaded_tokens_s"] else "",
         ]
         for r, sizes in zip(results, gib, strict=True)
     ]
-    note = "per card, one sequence, without activations and the runtime's own memory"
+    note = (
+        "per card, one sequence, without activations and the runtime's own memory; --offload cpu: "
+        f"at most, over a link of {args.link:g} GB/s, never run on a GPU"
+    )
     facts = {"preset": args.preset, "length": args.seq, "rows": results, "counts": note}
     emit(args, facts, f"{columns([head, *rows])}\n{note}")
     return 0

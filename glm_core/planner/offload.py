@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
-from glm_core.model.fit import gigabytes
+from glm_core.config import ModelConfig
+from glm_core.errors import ConfigError
+from glm_core.model.fit import Sizes, fit, gigabytes, token_bytes
+from glm_core.model.quantize import VALUE_BYTES, Quantization, device_memory
 
 
 class OffloadCost(NamedTuple):
@@ -39,3 +43,22 @@ class OffloadCost(NamedTuple):
             f"every step: {gigabytes(self.num_bytes)} at {self.gb_s:.3g} GB/s ({how}) take "
             f"{self.step_s:.3g} s, so {rate}"
         )
+
+
+def on_one_card(
+    config: ModelConfig, quantization: Quantization, card_bytes: int, length: int, link_gb_s: float
+) -> OffloadCost | None:
+    """Returns what one sequence of `length` tokens costs on one card, with the layers that do not
+    fit kept in main memory; None where even two layers, embedding and head do not fit."""
+    one, two = (
+        device_memory(dataclasses.replace(config, num_layers=n), quantization, 1, length).weights
+        for n in (1, 2)
+    )
+    layer, count = two - one, config.num_layers
+    sizes = Sizes(one - layer, layer, count, token_bytes(config, VALUE_BYTES))
+    try:
+        found = fit(sizes, card_bytes, length, slots=1, context=length, offload=True)
+    except ConfigError:
+        return None
+    streamed = count - found.resident
+    return OffloadCost(streamed, count, streamed * layer, link_gb_s, "main memory", False)

@@ -103,5 +103,9 @@ def test_int4_is_what_small_cards_hold(capsys: pytest.CaptureFixture[str]) -> No
     fits = {(r["bits"], r["cards"], r["card_gib"]): r["fits"] for r in rows}
     assert fits[4, 4, 24] and fits[4, 8, 11]  # noqa: PT018  # one claim
     assert not fits[8, 4, 24] and not fits[8, 8, 11]  # noqa: PT018  # one claim
+    rates = {(r["bits"], r["card_gib"]): r["offloaded_tokens_s"] for r in rows if r["cards"] == 1}
+    assert rates[4, 80] is None  # it fits whole
+    assert rates[4, 24] == pytest.approx(0.5, rel=0.1)  # 49 of 65 GB over 25 GB/s
+    assert rates[8, 24] < rates[4, 24] / 2
     assert main(["plan", "inference", "--seq", "100000"]) == 0
     assert capsys.readouterr().out.count(" no") > 2

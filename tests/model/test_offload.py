@@ -24,6 +24,7 @@ from glm_core.model.generate import generate
 from glm_core.model.glm import GLM
 from glm_core.model.offload import StreamedBlock, stream_from_host, streamed_layers
 from glm_core.model.quantize import Quantization
+from glm_core.model.runner import DecodeRow, Runner
 from glm_core.planner.offload import OffloadCost
 from glm_core.pretrained.weights import streaming, writing
 from glm_core.pretrained.weights.reading import open_checkpoint
@@ -58,6 +59,13 @@ def replies(built: GLM, kind: str, **options: Any) -> list[list[int]]:
     return [g.tokens for g in generate(built, asked, SHORT, **options)]
 
 
+def logits(built: GLM, kind: str) -> torch.Tensor:
+    """Returns the logits of a decode step."""
+    prompt, runner = prompts(kind)[0], Runner(built, 1)
+    runner.prefill(0, [prompt])
+    return runner.decode([DecodeRow(9, prompt, len(prompt.tokens))])
+
+
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize("kind", ["glm-130b", "glm-4"])
 def test_tokens_are_those_of_the_whole_model(tmp_path: Path, kind: str, bits: int | None) -> None:
@@ -72,6 +80,7 @@ def test_tokens_are_those_of_the_whole_model(tmp_path: Path, kind: str, bits: in
             built = load_streamed(weights, F32, CPU, layers, 2)
             assert [replies(built, kind, **way) for way in ways] == whole
             assert sum(isinstance(b, StreamedBlock) for b in built.blocks) == len(layers)
+            assert torch.equal(logits(built, kind), logits(weights.load(F32, quantized=True), kind))
             built = weights.load(F32, quantized=True)
             stream_from_host(built, layers, 2, CPU)
             assert replies(built, kind, **ways[1]) == whole[1]

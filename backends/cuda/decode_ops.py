@@ -10,8 +10,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from glm_core import ops
+from glm_core.backends.cuda.attention import HAS_TRITON
 from glm_core.decode_step import Layer, Norm, Product, Rows, Stack
 
 ACTIVATIONS = {"gelu": ops.gelu, "geglu": ops.geglu, "swiglu": ops.swiglu}
@@ -65,12 +67,10 @@ class Step:
     def __call__(self, fed: Inputs, cache: Tensor) -> Tensor:
         """Returns logits [B, V] float32; writes into the cache [layers, 2, slots, K, S, E]."""
         s = self.stack
-        rotary = self._rotary(fed)
-        row = torch.arange(len(fed.places), device=cache.device)
         delta, residual = None, self._embedded(fed)  # [B, 1, D]
         for layer, memory in zip(s.layers, cache, strict=True):
             normed, total = self._add(layer.input_norm, delta, residual)
-            delta = self._attention(layer, normed, rotary, fed, memory, row)
+            delta = self._attention(layer, normed, fed, memory)
             if layer.post_attention_norm is not None:
                 delta = self._norm(layer.post_attention_norm, delta)
             residual = normed if s.deepnorm else total
@@ -90,35 +90,41 @@ class Step:
                 x = x + ops.embedding(at[:, None], table)
         return x
 
-    def _rotary(self, fed: Inputs) -> tuple[Tensor, Tensor] | None:
-        """Returns cos and sin [B, 1, G, P]; row g of the positions turns part g of a head."""
-        if self._angles is None:
-            return None
-        at = fed.positions[: len(self._gates)].t()  # [B, G]
-        cos, sin = self._angles[:, at, self._gates][:, :, None]  # [2, B, 1, G, P]
-        return cos, sin
-
     def _attention(
         self,
         layer: Layer,
         x: Tensor,
-        rotary: tuple[Tensor, Tensor] | None,
         fed: Inputs,
         memory: Tensor,
-        row: Tensor,
     ) -> Tensor:
         """memory: the layer's keys and values [2, slots, K, S, E]."""
         s = self.stack
         qkv = product(layer.qkv, x).unflatten(-1, (-1, s.head_dim))  # [B, 1, H + 2K, E]
-        qk, v = qkv.split_with_sizes((s.num_heads + s.num_kv_heads, s.num_kv_heads), 2)
-        if rotary is not None:
-            qk = ops.rope(qk, *rotary, s.rope_interleaved)
-        q, k = qk.split_with_sizes((s.num_heads, s.num_kv_heads), 2)
+        q = self._kept(qkv, fed, memory)
         keys, values = memory[:, : len(x)].transpose(2, 3)  # [B, S, K, E]
-        keys[row, fed.places] = k[:, 0]
-        values[row, fed.places] = v[:, 0]
         y = ops.attention(q, keys, values, fed.key_start, fed.key_end, s.head_dim**-0.5)
         return product(layer.out, y.flatten(2))  # [B, 1, H * E] -> [B, 1, D]
+
+    def _kept(self, qkv: Tensor, fed: Inputs, memory: Tensor) -> Tensor:
+        """Returns the rotated queries [B, 1, H, E]; writes rotated keys, and values, to the rows'
+        places. On a GPU one kernel does it."""
+        s, angles = self.stack, self._angles
+        if qkv.is_cuda and HAS_TRITON and not is_fake(qkv):
+            from glm_core.backends.cuda.keep_kernel import keep
+
+            settings = (s.num_heads, s.rope_interleaved)
+            return keep(qkv, angles, fed.positions, fed.places, memory, *settings)
+        qk, v = qkv.split_with_sizes((s.num_heads + s.num_kv_heads, s.num_kv_heads), 2)
+        if angles is not None:
+            at = fed.positions[: len(self._gates)].t()  # [B, G]
+            cos, sin = angles[:, at, self._gates][:, :, None]  # [2, B, 1, G, P]
+            qk = ops.rope(qk, cos, sin, s.rope_interleaved)
+        q, k = qk.split_with_sizes((s.num_heads, s.num_kv_heads), 2)
+        rows = torch.arange(len(qkv), device=qkv.device)
+        keys, values = memory[:, : len(qkv)].transpose(2, 3)  # [B, S, K, E]
+        keys[rows, fed.places] = k[:, 0]
+        values[rows, fed.places] = v[:, 0]
+        return q
 
     def _norm(self, norm: Norm, x: Tensor) -> Tensor:
         y: Tensor

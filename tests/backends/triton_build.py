@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from glm_core.backends import triton_ops as ops
+from glm_core.backends.cuda import keep_kernel
 
 TARGETS = {  # the oldest triton that builds for it here; 3.4 and 3.7 were not tried
     ("cuda", 80, 32): (3, 3),
@@ -31,8 +32,12 @@ POINTERS = {
     "labels": "*i64",
     "dweight": "*fp32",
     "dbias": "*fp32",
+    "angles": "*fp32",
+    "positions": "*i64",
+    "places": "*i64",
 }
 NUMBERS = {
+    **dict.fromkeys(("known", "heads", "kv_heads", "m_side", "m_slot", "m_head", "m_place"), "i32"),
     "rows": "i32",
     "width": "i32",
     "size": "i32",
@@ -46,6 +51,7 @@ KERNELS: dict[Any, dict[str, Any]] = {
     ops.norm_rows_backward: {"MORE": True, "LAYER": True, "SCALED": True, "BLOCK": 4096},
     ops.norm_columns_backward: {"LAYER": True, "BLOCK": ops.COLUMNS},
     ops.activate: {"KIND": ops.GEGLU, "BACK": True, "BLOCK": 1024},
+    keep_kernel.keep_rows: {"G": 1, "P": 32, "INTERLEAVED": True, "E": 128, "EP": 128},
     ops.row_losses: {"GRADIENT": True, "BLOCK": ops.LOGITS},
 }
 

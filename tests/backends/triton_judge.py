@@ -26,9 +26,15 @@ from glm_core.backends import triton_ops
 from glm_core.backends.base import Backend
 from glm_core.backends.cuda import attention_launch
 from glm_core.backends.cuda.attention import attention
+from glm_core.backends.cuda.decode_ops import Step, inputs, packed
+from glm_core.backends.cuda.keep_kernel import keep
 from glm_core.backends.cuda.kernels import share
 from glm_core.conformance.case import Case, CaseFailure, dtype_name, select
 from glm_core.conformance.check import judge
+from glm_core.decode_step import Rows, Stack
+from glm_core.model.glm import GLM
+from glm_core.model.presets import preset
+from glm_core.model.stack import angles, stack
 
 _converted = interpreter._convert_float
 
@@ -116,7 +122,35 @@ def judged_attention(dtypes: str, samples: tuple[str, ...]) -> dict[str, str]:
         for c in select(backend, op="attention")
         if dtype_name(c.dtype) in dtypes.split(",") and (not samples or c.sample.id in samples)
     ]
-    return {c.id: complaint(c, backend) for c in cases} | split_errors()
+    return {c.id: complaint(c, backend) for c in cases} | split_errors() | keep_errors()
+
+
+def keep_errors() -> dict[str, str]:
+    """Compares rotated queries, and the cache, with those that the ops give: for models without
+    rotation, with both kinds of pairs, and with two rows of positions."""
+    errors, g = {}, torch.Generator().manual_seed(0)
+    for name, dtype in (
+        ("glm-base", torch.float32),
+        ("chatglm-6b", torch.float16),
+        ("glm-4-9b", torch.bfloat16),
+        ("glm-4-0414-9b", torch.float32),
+    ):
+        sizes = {"hidden": 96, "num_heads": 4, "num_kv_heads": 4, "head_dim": 24, "ffn": 32}
+        model = GLM(preset(name, num_layers=1, vocab=8, max_length=40, **sizes)).init_weights(0)
+        parts = stack(model.to(dtype), lambda m=model: angles(m, 40))
+        assert isinstance(parts, Stack)
+        rows = Rows([1, 2], [31, 7, 4, 9], [0, 0], [6, 9], [5, 8])
+        step, fed = Step(parts), inputs(packed(rows))
+        qkv = torch.randn(2, 1, 12, 24, generator=g).to(dtype)
+        kept = torch.randn(2, 3, 4, 40, 24, generator=g).to(dtype)  # [2, slots, K, S, E]
+        expected = kept.clone()
+        q = keep(qkv, step._angles, fed.positions, fed.places, kept, 4, parts.rope_interleaved)
+        with torch.no_grad():
+            right = step._kept(qkv, fed, expected)
+        off = max(float((a - b).abs().max()) for a, b in ((q, right), (kept, expected)))
+        limit = 8 * torch.finfo(dtype).eps
+        errors[f"keep-{name}"] = "" if off <= limit else f"off by {off:.2e}"
+    return errors
 
 
 def split_errors() -> dict[str, str]:

@@ -9,12 +9,13 @@ class Key(NamedTuple):
     """What becomes of one config key."""
 
     state: str
-    """`supported`, `no effect` (mentioned once on stderr), `error`, or `section` (of further
-    keys)"""
+    """`supported`, `no effect` (mentioned once on stderr), `error`, `host` (an error unless the run
+    is on the CPU, where it has no effect), or `section` (of further keys)"""
     reason: str = ""
     """no effect: why none is needed; error: what the key would change, and what to do instead"""
     harmless: tuple[Any, ...] = (None, False)
-    """error: values that ask for nothing and so are accepted"""
+    """error: values that ask for nothing and so are accepted; for every key so are None, False, an
+    empty section and one with `"enabled": false`"""
 
 
 OK = Key("supported")
@@ -33,6 +34,7 @@ _BUFFERS = "it sizes DeepSpeed's own buffers; results are the same"
 _LOGS = "it decides what DeepSpeed logs; glm_core has its own measurements"
 _MONITOR = "it is not supported; use csv_monitor or tensorboard, or log from the script"
 _OFFLOAD = "would keep this on the host or on NVMe; use ZeRO 3 on more devices, or remove it"
+_HOST = Key("host", _OFFLOAD)
 _QUANT = "would round what is communicated (ZeRO++), changing the loss; remove it"
 _REMOVED = "was removed from DeepSpeed itself (0.19); remove it"
 _AUTOTP = "would split layers over ranks by name; use glm_core.distributed's plan (tp=)"
@@ -47,10 +49,7 @@ TOP: dict[str, Key] = {
     "train_batch_size": OK,
     "train_micro_batch_size_per_gpu": OK,
     "gradient_accumulation_steps": OK,
-    "managed_gradient_accumulation": _error(
-        "False lets step() end the accumulation; use engine.set_gradient_accumulation_boundary",
-        True,
-    )._replace(harmless=(None, True)),
+    "managed_gradient_accumulation": OK,
     "optimizer": SECTION,
     "scheduler": SECTION,
     "fp16": SECTION,
@@ -175,6 +174,8 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "ignore_unused_parameters": _no_effect("a parameter without gradient counts as zero"),
         "compute_grad_norm": _no_effect("the norm is always computed"),
         "load_from_fp32_weights": OK,
+        "param_persistence_threshold": OK,
+        "stage3_param_persistence_threshold": OK,
         "elastic_checkpoint": _no_effect("checkpoints resume on any number of ranks"),
         "gather_16bit_weights_on_model_save": OK,
         "stage3_gather_16bit_weights_on_model_save": OK,
@@ -183,9 +184,9 @@ SECTIONS: dict[str, dict[str, Key]] = {
             _BUFFERS,
             "contiguous_gradients use_multi_rank_bucket_allreduce allgather_partitions "
             "allgather_bucket_size sub_group_size prefetch_bucket_size max_live_parameters "
-            "max_reuse_distance param_persistence_threshold model_persistence_threshold "
+            "max_reuse_distance model_persistence_threshold "
             "stage3_prefetch_bucket_size stage3_max_live_parameters stage3_max_reuse_distance "
-            "stage3_param_persistence_threshold stage3_model_persistence_threshold "
+            "stage3_model_persistence_threshold "
             "module_granularity_threshold stage3_module_granularity_threshold "
             "use_all_reduce_for_fetch_params stage3_use_all_reduce_for_fetch_params "
             "allgather_sequential stage3_allgather_sequential round_robin_gradients "
@@ -194,10 +195,10 @@ SECTIONS: dict[str, dict[str, Key]] = {
             "save_muon_momentum_buffer_in_memory cpu_offload_use_pin_memory "
             "leaf_module",
         ),
-        "offload_param": _error(_OFFLOAD, {}, {"device": "none"}, {"device": None}),
-        "offload_optimizer": _error(_OFFLOAD, {}, {"device": "none"}, {"device": None}),
-        "cpu_offload": _error(_OFFLOAD),
-        "cpu_offload_param": _error(_OFFLOAD),
+        "offload_param": _HOST,
+        "offload_optimizer": _HOST,
+        "cpu_offload": _HOST,
+        "cpu_offload_param": _HOST,
         "zenflow": _error(_ZENFLOW),
         "legacy_stage1": _error("was removed from DeepSpeed itself; remove it"),
         "zero_hpz_partition_size": _error(
@@ -217,9 +218,7 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "lower_precision_safe_modules": _no_effect("torch_autocast is not enabled"),
     },
     "data_types": {
-        "grad_accum_dtype": _error(
-            "gradients are summed over micro-batches in float32; use fp32", "fp32", "fp32", "float"
-        ),
+        "grad_accum_dtype": OK,
         "param_dtype": _error("weights are in the dtype of fp16/bf16; set those instead"),
         "buffer_dtype": _error("buffers are cast with the weights; cast them after initialize"),
         "keep_in_fp32_modules": _error(

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from glm_core.deepspeed.accelerator.real_accelerator import backend
 from glm_core.deepspeed.keys import SECTIONS, TOP, Key
 from glm_core.deepspeed.notices import say_once
 from glm_core.distributed.precision import Precision
@@ -32,6 +33,8 @@ class Settings:
     """samples per rank and micro-batch"""
     accumulation: int
     """micro-batches per update"""
+    managed: bool = True
+    """the engine counts micro-batches; False: every `step` is an update, whatever came before it"""
     stage: int = 0
     """of ZeRO, 0 to 3"""
     precision: Precision = dataclasses.field(default_factory=Precision)
@@ -47,6 +50,8 @@ class Settings:
     """the factor by which gradients are divided before they are summed over ranks"""
     bucket: int = 500_000_000
     """elements reduced by one collective"""
+    merge_below: int = 100_000
+    """ZeRO 3: layers whose parameters all have at most this many elements are gathered together"""
     auto_cast: bool = False
     """cast the inputs of `forward` to the working dtype"""
     optimizer: tuple[str, dict[str, Any]] | None = None
@@ -147,6 +152,7 @@ def resolve(config: Mapping[str, Any], ranks: int) -> Settings:
         raise ConfigError("; ".join(bad))
     return Settings(
         **values,
+        managed=config.get("managed_gradient_accumulation", True) is not False,
         steps_per_print=config.get("steps_per_print"),
         drop_last=bool(config.get("dataloader_drop_last", False)),
         tag_validation=str(sound.get("checkpoint", {}).get("tag_validation", "warn")).lower(),
@@ -164,8 +170,10 @@ def judge(config: Mapping[str, Any], table: Mapping[str, Key], prefix: str, bad:
             bad.append(unknown("config key", path, (f"{prefix}{k}" for k in table)))
         elif value == "auto" and "auto" not in key.harmless:
             bad.append(f'{path}: "auto" is filled in by the Hugging Face Trainer; give a value')
-        elif key.state == "error" and not any(value is h or value == h for h in key.harmless):
+        elif key.state == "error" and not (disabled(value) or value in key.harmless):
             bad.append(f"{path}={value!r}: {key.reason}")
+        elif key.state == "host":
+            _judge_host(path, value, key.reason, bad)
         elif key.state == "no effect":
             say_once(f"config key {path} has no effect here: {key.reason}")
         elif key.state == "section":
@@ -173,6 +181,27 @@ def judge(config: Mapping[str, Any], table: Mapping[str, Key], prefix: str, bad:
                 judge(value, SECTIONS[name], f"{path}.", bad)
             else:
                 bad.append(f"{path}: expected an object, received {value!r}")
+
+
+def disabled(value: Any) -> bool:
+    """Is it a value of a key, or a section, that asks for nothing?"""
+    if isinstance(value, Mapping):
+        return not value or value.get("enabled", True) in (False, None)
+    return value is None or value is False
+
+
+def _judge_host(path: str, value: Any, reason: str, bad: list[str]) -> None:
+    """Judges a request to keep something in the host's memory: on the CPU it is there already."""
+    place = value.get("device") if isinstance(value, Mapping) else value
+    if place is None or place is False or place == "none":
+        return
+    if place is True or place == "cpu":
+        kind = backend().device_type
+        if kind == "cpu":
+            say_once(f"config key {path} has no effect here: the run is on the CPU already")
+            return
+        reason = f"{reason} (the run is on {kind})"
+    bad.append(f"{path}={value!r}: {reason}")
 
 
 def batches(config: Mapping[str, Any], ranks: int) -> dict[str, int]:
@@ -217,6 +246,7 @@ def _precision(config: Mapping[str, Any]) -> dict[str, Any]:
     if name is not None and str(name).lower() not in DTYPES:
         raise ConfigError(f"communication_data_type={name!r}: use fp32, bf16 or fp16")
     low = compute != torch.float32
+    _check_sums(config, compute)
     return {
         "precision": Precision(
             compute=compute, reduce=DTYPES[str(name).lower()] if name else torch.float32
@@ -227,12 +257,29 @@ def _precision(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _check_sums(config: Mapping[str, Any], compute: torch.dtype) -> None:
+    """Raises ConfigError where data_types.grad_accum_dtype would change the sum over micro-batches,
+    which is in float32 here. One micro-batch per update needs no sum."""
+    name = config.get("data_types", {}).get("grad_accum_dtype")
+    if name is None:
+        return
+    if name not in DTYPES:
+        raise ConfigError(f"data_types.grad_accum_dtype={name!r}: use fp32, bf16 or fp16")
+    summed = int(config.get("gradient_accumulation_steps") or 1) > 1
+    if DTYPES[name] not in (torch.float32, compute) or (summed and name != "fp32"):
+        raise ConfigError(
+            f"data_types.grad_accum_dtype={name!r}: gradients are summed over micro-batches in "
+            "float32; use fp32"
+        )
+
+
 _GATHER_ON_SAVE = (
     "gather_16bit_weights_on_model_save",
     "stage3_gather_16bit_weights_on_model_save",
     "stage3_gather_fp16_weights_on_model_save",
 )
 """the names that this one setting has had in DeepSpeed's versions"""
+_MERGE_BELOW = ("param_persistence_threshold", "stage3_param_persistence_threshold")
 
 
 def _zero(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -240,8 +287,10 @@ def _zero(config: Mapping[str, Any]) -> dict[str, Any]:
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise ConfigError(f"zero_optimization.stage={stage!r}: use 0, 1, 2 or 3")
+    whole = [zero[k] for k in _MERGE_BELOW if zero.get(k) is not None]
     return {
         "stage": int(stage),
+        "merge_below": int(whole[-1]) if whole else 100_000,
         "bucket": int(zero.get("reduce_bucket_size", 500_000_000)),
         "load_masters": bool(zero.get("load_from_fp32_weights", True)),
         "gather_on_save": any(zero.get(k) for k in _GATHER_ON_SAVE),

@@ -274,11 +274,13 @@ def shard_parameters(
     precision: Precision = Precision(),  # noqa: B008
     blocks: Sequence[nn.Module] | None = None,
     reshard_after_forward: bool = True,
+    merge_below: int = 0,
 ) -> dict[nn.Parameter, nn.Parameter]:
     """Applies ZeRO 3 in place: FSDP2 over the data-parallel mesh (1-D, or 2-D replicate x shard).
     The module's parameters become float32 DTensor shards, which are the masters. `blocks` (None:
     see `default_blocks`) are gathered one at a time, in `precision.compute`. Gradients are sums
-    over ranks / divide, in float32; micro-batches accumulate in the shards (see also `defer`).
+    over ranks / divide, in float32. Micro-batches accumulate in the shards. Blocks whose parameters
+    all have at most `merge_below` elements are gathered in one collective with what is in no block.
     Returns the new parameters, which the optimizer must take, by the old ones."""
     old = dict(module.named_parameters())
     split = to_meta(module)
@@ -290,7 +292,9 @@ def shard_parameters(
         reduce_dtype=precision.reduce,
         cast_forward_inputs=precision.low,
     )
-    for block in (*(default_blocks(module) if blocks is None else blocks), module):
+    every = default_blocks(module) if blocks is None else blocks
+    large = [b for b in every if any(p.numel() > merge_below for p in b.parameters())]
+    for block in (*large, module):
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     sum_gradients(module, divide)
     if split:
@@ -341,10 +345,3 @@ def default_blocks(module: nn.Module) -> list[nn.Module]:
             if own and all(users[p] == 1 for p in own):
                 blocks.append(layer)
     return blocks
-
-
-def defer(module: nn.Module, deferred: bool) -> None:
-    """Turns the reductions of ZeRO 3 off or on (`no_sync`). While they are deferred backward keeps
-    whole gradients on each rank; turn them on before the last backward."""
-    if isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(not deferred)

@@ -3,10 +3,12 @@ once, an error says what the key would have changed and what to do instead."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from glm_core.deepspeed import settings
 from glm_core.deepspeed.keys import SECTIONS, TOP, Key
 from glm_core.deepspeed.settings import Settings, resolve
 from glm_core.errors import ConfigError
@@ -57,14 +59,41 @@ def test_an_error_says_the_way_out(path: tuple[str, ...]) -> None:
         resolve({**BASE, **nested(path, 3)}, 2)
     assert ".".join(path) + "=3: " + key.reason in str(raised.value)
     assert ";" in key.reason
-    for harmless in key.harmless:
+    for harmless in (*key.harmless, None, False, {}, {"enabled": False, "opt_level": "O1"}):
         resolve({**BASE, **nested(path, harmless)}, 2)
+
+
+@pytest.mark.parametrize("path", keys("host"), ids=".".join)
+def test_what_is_kept_on_the_host_is_there_already_on_the_cpu(
+    path: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = nested(path, True if "cpu" in path[1] else {"device": "cpu", "pin_memory": True})
+    resolve({**BASE, **given}, 2)
+    assert f"{'.'.join(path)} has no effect here: the run is on the CPU" in capsys.readouterr().err
+    for bad in (3, {"device": "nvme"}):
+        with pytest.raises(ConfigError, match="on the host or on NVMe"):
+            resolve({**BASE, **nested(path, bad)}, 2)
+    for nothing in (None, False, {}, {"device": "none"}):
+        resolve({**BASE, **nested(path, nothing)}, 2)
+    monkeypatch.setattr(settings, "backend", lambda: SimpleNamespace(device_type="cuda"))
+    with pytest.raises(ConfigError, match="the run is on cuda"):
+        resolve({**BASE, **given}, 2)
+
+
+def test_the_dtype_of_sums_is_taken_where_it_changes_nothing() -> None:
+    for given in ({}, {"bf16": BF16}):
+        for dtype in (None, "fp32", "bf16" if given else "fp32"):
+            resolve({**BASE, **given, "data_types": {"grad_accum_dtype": dtype}}, 2)
+    summed = {**BASE, "gradient_accumulation_steps": 2, "bf16": BF16}
+    with pytest.raises(ConfigError, match="in float32; use fp32"):
+        resolve({**summed, "data_types": {"grad_accum_dtype": "bf16"}}, 2)
 
 
 SUPPORTED: list[tuple[str, Any, dict[str, Any], str]] = [
     ("train_batch_size", 8, {}, "accumulation"),
     ("train_micro_batch_size_per_gpu", 5, {}, "micro_batch"),
     ("gradient_accumulation_steps", 3, {}, "train_batch"),
+    ("managed_gradient_accumulation", False, {}, "managed"),
     ("gradient_clipping", 0.25, {}, "clip"),
     ("prescale_gradients", True, {"gradient_predivide_factor": 2.0}, "predivide"),
     ("gradient_predivide_factor", 4.0, {"prescale_gradients": True}, "predivide"),
@@ -90,6 +119,8 @@ SUPPORTED: list[tuple[str, Any, dict[str, Any], str]] = [
     ("bfloat16.check_grad_overflow", False, {"bfloat16": BF16}, "skip_overflow"),
     ("zero_optimization.stage", 2, {}, "stage"),
     ("zero_optimization.reduce_bucket_size", 100, {}, "bucket"),
+    ("zero_optimization.param_persistence_threshold", 9, {}, "merge_below"),
+    ("zero_optimization.stage3_param_persistence_threshold", 0, {}, "merge_below"),
     ("zero_optimization.load_from_fp32_weights", False, {}, "load_masters"),
     ("zero_optimization.gather_16bit_weights_on_model_save", True, {}, "gather_on_save"),
     ("zero_optimization.stage3_gather_16bit_weights_on_model_save", True, {}, "gather_on_save"),
@@ -99,13 +130,15 @@ SUPPORTED: list[tuple[str, Any, dict[str, Any], str]] = [
 ]
 WATCHED = {"wall_clock_breakdown", "csv_monitor", "tensorboard", "flops_profiler"}
 """own/watched.py shows these"""
+JUDGED = {"data_types"}
+"""test_the_dtype_of_sums_is_taken_where_it_changes_nothing"""
 PIPES = {"pipeline", "activation_checkpointing"}
 """pipeline_own.py and test_checkpointing.py show these"""
 
 
 def test_every_supported_key_is_tried() -> None:
     tried = {name for name, *_ in SUPPORTED}
-    assert tried == {".".join(p) for p in keys("supported") if p[0] not in WATCHED | PIPES}
+    assert tried == {".".join(p) for p in keys("supported") if p[0] not in WATCHED | PIPES | JUDGED}
 
 
 @pytest.mark.parametrize(("name", "value", "more", "field"), SUPPORTED, ids=lambda v: str(v)[:60])

@@ -95,7 +95,7 @@ assert deepspeed is ours and get_accelerator is longer
 assert deepspeed.__spec__.name == "glm_core.deepspeed"
 assert deepspeed.runtime.lr_schedules.VALID_LR_SCHEDULES
 try:
-    import deepspeed.moe
+    import deepspeed.moe.layer
 except ModuleNotFoundError as error:
     print(error)
 """

@@ -62,7 +62,7 @@ def test_the_first_checkpoints_loss_scale_is_read() -> None:
 
 def test_states_are_known_and_errors_say_a_way_out() -> None:
     for name, key in [*TOP.items(), *((n, k) for s in SECTIONS.values() for n, k in s.items())]:
-        assert key.state in ("supported", "no effect", "error", "section"), name
+        assert key.state in ("supported", "no effect", "error", "host", "section"), name
         assert (key.state in ("supported", "section")) == (key.reason == ""), name
     assert {n for n, k in TOP.items() if k.state == "section"} == SECTIONS.keys()
 
@@ -73,7 +73,9 @@ def test_states_are_known_and_errors_say_a_way_out() -> None:
         ({"train_batch_sise": 8}, "did you mean train_batch_size"),
         ({"zero_optimization": {"stag": 1}}, r"did you mean zero_optimization\.stage"),
         ({"zero_optimization": {"stage": 4}}, "use 0, 1, 2 or 3"),
-        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "host"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "host"),
+        ({"data_types": {"grad_accum_dtype": "int8"}}, "fp32, bf16 or fp16"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "in float32; use fp32"),
         ({"zero_optimization": True}, "expected an object"),
         ({"amp": {"enabled": True}}, "removed from DeepSpeed"),
         ({"train_batch_size": "auto"}, "Trainer"),
@@ -91,7 +93,7 @@ def test_bad_configs_say_what_and_how_else(config: dict[str, Any], says: str) ->
 
 def test_all_complaints_come_at_once() -> None:
     with pytest.raises(ConfigError, match=r"amp.*stage=9") as told:
-        resolve({"amp": {}, "zero_optimization": {"stage": 9}, "oops": 1}, 1)
+        resolve({"amp": True, "zero_optimization": {"stage": 9}, "oops": 1}, 1)
     assert "oops" in str(told.value)
     assert "train_batch_size" in str(told.value)
 

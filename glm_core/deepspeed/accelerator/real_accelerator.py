@@ -155,3 +155,8 @@ _accelerator = Accelerator()
 def get_accelerator() -> Accelerator:
     """Returns this process's one accelerator object."""
     return _accelerator
+
+
+def is_current_accelerator_supported() -> bool:
+    """Returns True: only a usable backend is chosen."""
+    return get_accelerator().is_available()

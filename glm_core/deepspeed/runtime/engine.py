@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +21,18 @@ from glm_core.deepspeed.ops import from_config
 from glm_core.deepspeed.profiling.flops_profiler import ForwardFlops
 from glm_core.deepspeed.runtime import lr_schedules
 from glm_core.deepspeed.runtime.accessors import Accessors
+from glm_core.deepspeed.runtime.reduction import Reduction
 from glm_core.deepspeed.settings import Settings
 from glm_core.deepspeed.utils.timer import PhaseTimer
 from glm_core.distributed.norm import GradientPart, clip_, global_norm
 from glm_core.distributed.placement import FlatStore, MasterStore, ReplicaStore, Zero3Store
 from glm_core.distributed.precision import cast_, to_compute
 from glm_core.distributed.split import Split, join_module, move_, round_
-from glm_core.distributed.zero import defer, shard_parameters
+from glm_core.distributed.zero import shard_parameters
 from glm_core.errors import ConfigError, TrainingError
 
 
-class DeepSpeedEngine(Accessors, nn.Module):
+class DeepSpeedEngine(Accessors, Reduction, nn.Module):
     """Trains one data-parallel replica of `module`. Each micro-batch is a `backward(loss)` and a
     `step()`; the last of `gradient_accumulation_steps` of them updates the weights."""
 
@@ -76,8 +76,7 @@ class DeepSpeedEngine(Accessors, nn.Module):
         self.timer = PhaseTimer(enabled=bool(settings.raw.get("wall_clock_breakdown")))
         self.flops_profiler = ForwardFlops(settings.raw.get("flops_profiler", {}))
         self._norm: float | None = None
-        self._boundary: bool | None = None
-        self._reduced = self._syncs_deferred = False
+        self._start_reduction()
         self._applied = False
         for name, p in module.named_parameters():
             p.glm_core_place = (self, name)  # type: ignore[attr-defined]  # for safe_get_full_*
@@ -105,7 +104,11 @@ class DeepSpeedEngine(Accessors, nn.Module):
         if s.stage == 3:
             mesh = DeviceMesh.from_group(self.dp_group, self.device.type)
             renewed = shard_parameters(
-                self.module, mesh, divide=self._divide(), precision=s.precision
+                self.module,
+                mesh,
+                divide=self._divide(),
+                precision=s.precision,
+                merge_below=s.merge_below,
             )
         if optimizer is None:
             return None
@@ -119,6 +122,7 @@ class DeepSpeedEngine(Accessors, nn.Module):
                 group["params"] = self.stores[-1].masters
         optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
         configured: torch.optim.Optimizer = optimizer
+        configured.optimizer = optimizer  # type: ignore[attr-defined]  # DeepSpeed's is a wrapper
         return configured
 
     def _divide(self) -> float:
@@ -157,10 +161,8 @@ class DeepSpeedEngine(Accessors, nn.Module):
         if self.settings.auto_cast:
             dtype = self.settings.precision.compute
             inputs, kwargs = to_compute(inputs, dtype), to_compute(kwargs, dtype)
-        if self.settings.stage == 3 and torch.is_grad_enabled():
-            defer(self.module, self._syncs_deferred)
         with self.timer("forward"), self.flops_profiler(self.global_steps):
-            return self.module(*inputs, **kwargs)
+            return self._watch(self.module(*inputs, **kwargs))
 
     def backward(
         self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True
@@ -173,18 +175,14 @@ class DeepSpeedEngine(Accessors, nn.Module):
                 f"backward: the loss has shape {tuple(loss.shape)}; reduce it to a number"
             )
         scaled = loss / self.settings.accumulation if scale_wrt_gas else loss
-        with self.timer("backward"):
-            (scaled.float() * self.scaler.scale).backward(retain_graph=retain_graph)
-            self._backward_done()
+        self._own_backward = True
+        try:
+            with self.timer("backward"):
+                (scaled.float() * self.scaler.scale).backward(retain_graph=retain_graph)
+                self._backward_done()
+        finally:
+            self._own_backward = False
         return scaled
-
-    def _backward_done(self) -> None:
-        if self._syncs_deferred:
-            return
-        last = self.is_gradient_accumulation_boundary()
-        for store in self.stores:
-            store.backward_done(last)
-        self._reduced = True
 
     def _needs_optimizer(self, call: str) -> None:
         if self.optimizer is None:
@@ -194,18 +192,12 @@ class DeepSpeedEngine(Accessors, nn.Module):
         """Ends a micro-batch. At the accumulation's end it clips, updates the weights and advances
         the schedule; in fp16 and bf16 an update whose gradients are not finite is skipped."""
         self._needs_optimizer("step")
-        if self._syncs_deferred:
-            raise TrainingError("engine.step inside no_sync; call it after the block")
-        if not self._reduced:
-            raise TrainingError(
-                "engine.step: no engine.backward before it; call engine.backward(loss), which "
-                "reduces gradients, in place of loss.backward()"
-            )
-        self._reduced = self._applied = False
-        if self.is_gradient_accumulation_boundary():
+        self._applied = False
+        if self._ends_accumulation():
             with self.timer("step"):
                 self._update(lr_kwargs or {})
             self._report_progress()
+        self._reduced = False
         self.micro_steps += 1
 
     @torch.no_grad()
@@ -231,7 +223,10 @@ class DeepSpeedEngine(Accessors, nn.Module):
         if not overflow and self.lr_scheduler is not None:
             self.lr_scheduler.step(**lr_kwargs)
         self.global_steps += 1
-        self.global_samples += self.settings.train_batch
+        micro = self.settings.train_batch // self.settings.accumulation
+        counted = self.settings.accumulation if self.settings.managed else self._backwards
+        self.global_samples += micro * counted
+        self._backwards = 0
 
     def _gradient_parts(self) -> list[GradientPart]:
         return [part for store in self.stores for part in store.gradient_parts(self._copies)]
@@ -260,31 +255,6 @@ class DeepSpeedEngine(Accessors, nn.Module):
         for store in self.stores:
             store.zero_grad()
 
-    @contextmanager
-    def no_sync(self) -> Iterator[None]:
-        """Makes backwards inside the block only accumulate on this rank; the next one after it
-        reduces the sum."""
-        self._defer_syncs(True)
-        try:
-            yield
-        finally:
-            self._defer_syncs(False)
-
-    def _defer_syncs(self, deferred: bool) -> None:
-        self._syncs_deferred = deferred
-        for store in self.stores:
-            store.sync = not deferred
-
-    def is_gradient_accumulation_boundary(self) -> bool:
-        """Does this micro-batch end with an update?"""
-        if self._boundary is not None:
-            return self._boundary
-        return (self.micro_steps + 1) % self.settings.accumulation == 0
-
-    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
-        """Decides from now on whether micro-batches end with an update, in place of their count."""
-        self._boundary = is_boundary
-
     def __getattr__(self, name: str) -> Any:
         """Returns the module's attribute where the engine has none, as DeepSpeed does."""
         try:
@@ -312,9 +282,11 @@ class DeepSpeedEngine(Accessors, nn.Module):
         """Reads the content that `load_checkpoint` loads. Raises CheckpointError."""
         return layouts.read(place, self.get_model_parallel_rank(), list(self.names.values()))
 
-    def module_state_dict(self) -> dict[str, Any]:
+    def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any]:
         """Returns the module's weights as they are on this rank (ZeRO 3: DTensors)."""
-        return self.module.state_dict()
+        named = self.module.named_parameters(remove_duplicate=False)
+        frozen = {n for n, p in named if exclude_frozen_parameters and not p.requires_grad}
+        return {n: w for n, w in self.module.state_dict().items() if n not in frozen}
 
     def load_module_state_dict(
         self,
@@ -339,13 +311,12 @@ class DeepSpeedEngine(Accessors, nn.Module):
         exclude_frozen_parameters: bool = False,
     ) -> bool:
         """Saves everything a resumed run needs into save_dir/tag (tag None: global_stepN) and makes
-        `latest` name it. Call it on all ranks. Raises CheckpointError on every rank if any could
+        `latest` name it. Call it on all ranks. Such a checkpoint without the frozen parameters is
+        loaded with load_module_strict=False. Raises CheckpointError on every rank if any could
         not write."""
-        if exclude_frozen_parameters:
-            say_once("exclude_frozen_parameters has no effect: frozen parameters are saved too")
         tag = tag or f"global_step{self.global_steps}"
         own_layout.check_tag(tag, self.settings.tag_validation)
-        weights = self._whole_weights()
+        weights = self._whole_weights(exclude_frozen_parameters)
         shard = self._optimizer_shard()
         rank_file: own_layout.RankFile = {
             "format": own_layout.FORMAT,
@@ -415,7 +386,7 @@ class DeepSpeedEngine(Accessors, nn.Module):
                 "zero_optimization.stage3_gather_16bit_weights_on_model_save"
             )
             return False
-        weights = self._whole_weights()
+        weights = self._whole_weights(exclude_frozen_parameters)
         if dist.get_rank() == 0:
             Path(save_dir).mkdir(parents=True, exist_ok=True)
             torch.save(weights, Path(save_dir) / save_filename)
@@ -424,10 +395,13 @@ class DeepSpeedEngine(Accessors, nn.Module):
 
     save_fp16_model = save_16bit_model
 
-    def _whole_weights(self) -> dict[str, Any]:
+    def _whole_weights(self, exclude_frozen: bool = False) -> dict[str, Any]:
         # ZeRO 3's weights are the float32 masters; they are saved in the working dtype
         s = self.settings
-        return whole_weights(self.module, s.precision.compute if s.stage == 3 else None)
+        weights = whole_weights(self.module, s.precision.compute if s.stage == 3 else None)
+        named = self.module.named_parameters(remove_duplicate=False)
+        frozen = {n for n, p in named if exclude_frozen and not p.requires_grad}
+        return {n: w for n, w in weights.items() if n not in frozen}
 
     def _set_weights(
         self, weights: dict[str, Tensor], strict: bool, custom: Callable[..., Any] | None

@@ -7,17 +7,28 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from glm_core.deepspeed.notices import say_once
 from glm_core.errors import ConfigError, unknown
+
+WARMUPS = ("log", "linear")
 
 
 def _warmup_share(step: int, num_steps: int, kind: str) -> float:
     """Returns how far the rate is from its minimum (0) to its maximum (1) at a step of the warm-up,
     which rises with the step or with its logarithm."""
-    if kind not in ("log", "linear"):
-        raise ConfigError(f"warmup_type={kind!r}: use log or linear")
     return step / num_steps if kind == "linear" else math.log(step + 1) / math.log(num_steps)
+
+
+class BadValue(ConfigError, ValueError):
+    """A schedule's argument that is out of its range; a ValueError, as in DeepSpeed."""
+
+
+def _own_rates(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """Returns the groups' rates; tensors are copied, since `_set` changes them in place."""
+    rates = [g["lr"] for g in optimizer.param_groups]
+    return [r.clone() if isinstance(r, Tensor) else r for r in rates]
 
 
 class Schedule:
@@ -25,21 +36,30 @@ class Schedule:
     of step i; before the first call they are the schedule's starting rates."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, last_batch_iteration: int) -> None:
+        """optimizer: a torch optimizer, or an object whose `optimizer` is one."""
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            optimizer = getattr(optimizer, "optimizer", optimizer)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"scheduler: {type(optimizer).__name__} is not a torch optimizer")
         self.optimizer, self.last_batch_iteration = optimizer, last_batch_iteration
 
     def _each(self, value: float | list[float], name: str = "rates") -> list[float]:
         groups = len(self.optimizer.param_groups)
         values = list(value) if isinstance(value, list | tuple) else [value] * groups
         if len(values) != groups:
-            raise ConfigError(
+            raise BadValue(
                 f"scheduler: {len(values)} {name} for {groups} parameter groups; give one for each"
             )
         return values
 
     def _set(self, rates: list[float]) -> None:
+        # a rate that is a tensor stays one, so that a compiled or recorded step sees its change
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        self._last_lr = rates
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate.squeeze() if isinstance(rate, Tensor) else rate)
+            else:
+                group["lr"] = rate
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def get_lr(self) -> list[float]:
         """Returns one rate per group for the current step."""
@@ -81,14 +101,15 @@ class WarmupLR(Schedule):
         """Rates are one for all groups, or a list. Without warmup_max_lr the maximum is the
         optimizer's own rates."""
         if not isinstance(warmup_num_steps, int) or warmup_num_steps <= 0:
-            raise ConfigError(f"warmup_num_steps={warmup_num_steps!r}: must be a positive integer")
+            raise BadValue(f"warmup_num_steps={warmup_num_steps!r}: must be a positive integer")
         super().__init__(optimizer, last_batch_iteration)
-        self.kind = warmup_type
-        own = [g["lr"] for g in optimizer.param_groups]
+        if warmup_type not in WARMUPS:
+            say_once(f"warmup_type={warmup_type!r}: is unknown, so log is used; use log or linear")
+        self.kind = warmup_type if warmup_type in WARMUPS else "log"
+        own = _own_rates(self.optimizer)
         self.max_lrs = own if warmup_max_lr is None else self._each(warmup_max_lr)
         self.min_lrs = self._each(warmup_min_lr)
         self.warmup_num_steps = max(2, warmup_num_steps)
-        _warmup_share(0, 2, warmup_type)  # a wrong type is an error now, not at the first step
         if last_batch_iteration == -1:
             self._set(self.min_lrs)
 
@@ -154,23 +175,24 @@ class WarmupCosineLR(WarmupLR):
         """See WarmupLR for the other arguments."""
         self.total_num_steps, self.cos_min_ratio = total_num_steps, cos_min_ratio
         self.warmup_min_ratio = warmup_min_ratio
-        own = [g["lr"] for g in optimizer.param_groups]
-        super().__init__(optimizer, 0.0, own, warmup_num_steps, warmup_type, last_batch_iteration)
+        super().__init__(optimizer, 0.0, None, warmup_num_steps, warmup_type, last_batch_iteration)
+
+    def get_lr_ratio(self) -> float:
+        """Returns the share of the optimizer's own rates at the current step; 0 before the
+        first."""
+        step, low = self.last_batch_iteration, self.warmup_min_ratio
+        if step < 0:
+            return 0.0
+        if step < self.warmup_num_steps:
+            return low + (1 - low) * _warmup_share(step, self.warmup_num_steps, self.kind)
+        falling = max(1, self.total_num_steps - self.warmup_num_steps)
+        done = (step - self.warmup_num_steps + 1) / falling
+        wave = (1 + math.cos(math.pi * min(1.0, done))) / 2
+        return max(0.0, self.cos_min_ratio + (1 - self.cos_min_ratio) * wave)
 
     def get_lr(self) -> list[float]:
         """Returns one rate per group for the current step."""
-        step = self.last_batch_iteration
-        if step < 0:
-            return self.min_lrs
-        low, ratio = self.warmup_min_ratio, 0.0
-        if step < self.warmup_num_steps:
-            ratio = low + (1 - low) * _warmup_share(step, self.warmup_num_steps, self.kind)
-        else:
-            done = (step - self.warmup_num_steps + 1) / max(
-                1, self.total_num_steps - self.warmup_num_steps
-            )
-            wave = (1 + math.cos(math.pi * min(1.0, done))) / 2
-            ratio = max(0.0, self.cos_min_ratio + (1 - self.cos_min_ratio) * wave)
+        ratio = self.get_lr_ratio()
         return [rate * ratio for rate in self.max_lrs]
 
 
@@ -190,7 +212,7 @@ class LRRangeTest(Schedule):
         """lr_range_test_min_lr is one rate for all groups, or a list."""
         size = lr_range_test_step_size
         if not isinstance(size, int) or size <= 0:
-            raise ConfigError(f"lr_range_test_step_size={size!r}: must be a positive integer")
+            raise BadValue(f"lr_range_test_step_size={size!r}: must be a positive integer")
         super().__init__(optimizer, last_batch_iteration)
         self.min_lrs = self._each(lr_range_test_min_lr, "lr_range_test_min_lr")
         self.step_size, self.step_rate = size, lr_range_test_step_rate
@@ -234,7 +256,7 @@ class OneCycle(Schedule):
         self.rise = float(cycle_first_step_size)
         self.fall = self.rise if cycle_second_step_size is None else float(cycle_second_step_size)
         if self.rise <= 0 or self.fall < 0:
-            raise ConfigError(
+            raise BadValue(
                 f"cycle_first_step_size={self.rise:g}, cycle_second_step_size={self.fall:g}: "
                 "the first must be positive, the second not negative"
             )

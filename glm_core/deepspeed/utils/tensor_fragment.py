@@ -48,9 +48,12 @@ def safe_get_full_fp32_param(param: nn.Parameter) -> Tensor | None:
 
 def safe_get_full_grad(param: nn.Parameter) -> Tensor | None:
     """Returns the reduced gradient without the loss scale; it exists between an update's last
-    `backward` and its `step`. A collective."""
+    `backward` and its `step`. Inside `no_sync` it is this rank's own sum. A collective."""
+    engine, store = _engine_and_store(param, "safe_get_full_grad")
+    if engine.inside_no_sync_ctxt and store is not None and engine.settings.stage < 3:
+        return store.unreduced(param).detach().float() / engine.scaler.scale  # type: ignore[attr-defined]  # not in Zero3Store
     grad = _full(param, "safe_get_full_grad", _grad)
-    return None if grad is None else grad / _engine_and_store(param, "")[0].scaler.scale
+    return None if grad is None else grad / engine.scaler.scale
 
 
 def safe_get_full_optimizer_state(param: nn.Parameter, optim_state_key: str) -> Tensor | None:

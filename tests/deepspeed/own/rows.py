@@ -1,5 +1,5 @@
-"""Checks ZeRO 3's local parts, changes inside GatheredParameters, no_sync in stages where DeepSpeed
-has none, and optimizers that need whole parameters."""
+"""Checks ZeRO 3's local parts, changes inside GatheredParameters, and optimizers that need whole
+parameters."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from small import Classifier, batches
 
 import glm_core.deepspeed as deepspeed
 from glm_core.deepspeed import utils
-from glm_core.errors import ConfigError, TrainingError
+from glm_core.errors import ConfigError
 
 me, data = dist.get_rank(), batches(6)
 
@@ -81,28 +81,7 @@ for stage in (1, 2):
     with pytest.raises(ConfigError, match="safe_get_full"):
         utils.safe_get_local_grad(make(stage).module.head.weight)
 
-# sums over ranks at the end only: the same as after every micro-batch
-for stage in (2, 3):
-    results = []
-    for quiet in (False, True):
-        trained = make(stage, 3)
-        for n, batch in enumerate(data):
-            last = n % 3 == 2
-            trained.set_gradient_accumulation_boundary(last)
-            if quiet and not last:
-                with trained.no_sync():
-                    trained.backward(trained(**batch)["loss"])
-                    with pytest.raises(TrainingError, match="no_sync"):
-                        trained.step()
-            else:
-                trained.backward(trained(**batch)["loss"])
-                trained.step()
-        assert trained.global_steps == 2
-        results.append(torch.cat([w.reshape(-1) for w in whole(trained)]))
-    # sums in another order: a rounding or two of each gradient, through two Adam steps
-    eps = torch.finfo(torch.float32).eps
-    assert (results[0] - results[1]).abs().max() <= 64 * eps * results[0].abs().max()
-
+eps = torch.finfo(torch.float32).eps
 # norms of whole parameters: where they are cut by rows as where they are not
 results = []
 for stage in (0, 3):

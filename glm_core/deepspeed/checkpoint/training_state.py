@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from glm_core.deepspeed.checkpoint.own_layout import SavedSpan
 from glm_core.distributed.placement import MasterStore, Span, flat
@@ -101,7 +101,13 @@ class OptimizerShard:
                 f"checkpoint: does not fit this model; only one of them has {', '.join(odd[:5])}"
             )
         for name, target in own.items():
-            if name in weights and not isinstance(target, DTensor):
+            if name in weights and isinstance(target, DTensor):
+                rows = distribute_tensor(
+                    weights[name].to(target.device, target.dtype),
+                    target.device_mesh,
+                    target.placements,
+                    src_data_rank=None,
+                )
+                target.to_local().copy_(rows.to_local())
+            elif name in weights:
                 target.copy_(weights[name])
-        for span in (s for store in self.stores for s in store.spans(every_rank=True)):
-            span.copy_from(weights[self.names[span.param]], flat(span.master))

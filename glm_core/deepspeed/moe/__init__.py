@@ -1,1 +1,1 @@
-"""Helps with mixtures of experts that a script brings (`deepspeed.moe`); there are no experts here."""
+"""Separates the experts that a script brings (`deepspeed.moe`); there are none of our own."""

@@ -22,6 +22,7 @@ from glm_core.deepspeed.profiling.flops_profiler import ForwardFlops
 from glm_core.deepspeed.runtime import lr_schedules
 from glm_core.deepspeed.runtime.accessors import Accessors
 from glm_core.deepspeed.runtime.reduction import Reduction
+from glm_core.deepspeed.runtime.zero.partition_parameters import mark
 from glm_core.deepspeed.settings import Settings
 from glm_core.deepspeed.utils.timer import PhaseTimer
 from glm_core.distributed.norm import GradientPart, clip_, global_norm
@@ -78,6 +79,8 @@ class DeepSpeedEngine(Accessors, Reduction, nn.Module):
         self._norm: float | None = None
         self._start_reduction()
         self._applied = False
+        if settings.stage == 3:
+            mark(module.parameters())
         for name, p in module.named_parameters():
             p.glm_core_place = (self, name)  # type: ignore[attr-defined]  # for safe_get_full_*
 

@@ -2,6 +2,9 @@
 coalesce_grad_reduction, by allreduce_gradients, at step (managed_gradient_accumulation: false), or
 after a `loss.backward()` of the script's; and that calls in a wrong place are errors."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from small import Classifier, batches
@@ -9,7 +12,7 @@ from small import Classifier, batches
 import glm_core.deepspeed as deepspeed
 from glm_core.errors import ConfigError, TrainingError
 
-data = batches(6)
+data, place = batches(6), Path(os.environ["CHECKPOINTS"]) / "reductions"
 
 
 class Loss(Classifier):
@@ -19,8 +22,10 @@ class Loss(Classifier):
         return super().forward(x, labels)["loss"]
 
 
-def make(stage, accumulation=1, **more):
-    torch.manual_seed(41)
+def make(stage, accumulation=1, *, frozen=False, seed=41, **more):
+    torch.manual_seed(seed)
+    model = Loss()
+    model.first.requires_grad_(not frozen)
     config = {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": accumulation,
@@ -28,7 +33,7 @@ def make(stage, accumulation=1, **more):
         "zero_optimization": {"stage": stage},
         **more,
     }
-    return deepspeed.initialize(model=Loss(), config=config)[0]
+    return deepspeed.initialize(model=model, config=config)[0]
 
 
 def whole(trained):
@@ -134,5 +139,39 @@ assert trained.was_step_applied()
 trained = make(3)
 assert trained.optimizer.optimizer is trained.optimizer
 trained.empty_partition_cache()
+weight = trained.module.head.weight
+assert (weight.ds_numel, weight.ds_shape, weight.ds_persist) == (160, (5, 32), False)
+assert len({p.ds_id for p in trained.module.parameters()}) == len(list(trained.module.parameters()))
+assert weight.ds_status is deepspeed.zero.ZeroParamStatus.NOT_AVAILABLE
+with deepspeed.zero.GatheredParameters(weight):
+    assert weight.ds_status is deepspeed.zero.ZeroParamStatus.AVAILABLE
+assert weight.ds_status is deepspeed.zero.ZeroParamStatus.NOT_AVAILABLE
+before = weight.ds_tensor.clone()
+trained.backward(trained(**data[0]))
+trained.step()
+assert torch.equal(weight.ds_tensor, deepspeed.utils.safe_get_local_fp32_param(weight))
+assert not torch.equal(weight.ds_tensor, before)
+with deepspeed.zero.Init():
+    layers = torch.nn.Sequential(torch.nn.Linear(6, 4))
+assert layers[0].weight.ds_tensor.numel() == 12
+assert layers[0].weight.ds_status is deepspeed.zero.ZeroParamStatus.NOT_AVAILABLE
+
+# without frozen parameters, whose weights a model brings itself; with them they are set
+for stage in (1, 3):
+    trained = make(stage, frozen=True)
+    trained.save_checkpoint(str(place), tag=f"all{stage}")
+    trained.save_checkpoint(str(place), tag=f"thin{stage}", exclude_frozen_parameters=True)
+    kept = {tag: torch.load(next(place.glob(f"{tag}{stage}/mp_rank*"))) for tag in ("all", "thin")}
+    assert kept["all"]["module"].keys() - kept["thin"]["module"].keys() == {
+        "first.weight",
+        "first.bias",
+    }
+    before, other = whole(trained), make(stage, frozen=True, seed=5)
+    assert not torch.equal(whole(other), before)
+    other.load_checkpoint(str(place), tag=f"thin{stage}", load_module_strict=False)
+    assert torch.equal(whole(other)[256:], before[256:])
+    assert not torch.equal(whole(other)[:224], before[:224])
+    other.load_checkpoint(str(place), tag=f"all{stage}")
+    assert torch.equal(whole(other), before)
 with pytest.raises(ConfigError, match="grad_accum_dtype"):
     make(1, 3, bf16={"enabled": True}, data_types={"grad_accum_dtype": "bf16"})

@@ -1,5 +1,6 @@
-"""Lists what a pipeline stage does, step by step, as instructions (`deepspeed.runtime.pipe.schedule`).
-PipelineEngine computes in this order; tools and tests read it. M micro-batches, S stages, stage s."""
+"""Lists what a pipeline stage does, step by step (`deepspeed.runtime.pipe.schedule`).
+PipelineEngine computes in this order; tools and tests read it. M micro-batches, S stages,
+stage s."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,50 @@ from glm_core.deepspeed.notices import say_once
 from glm_core.deepspeed.settings import read
 from glm_core.distributed.split import Split, gathered, split_module
 from glm_core.errors import ConfigError
+
+
+class ZeroParamStatus(Enum):
+    """The values of `param.ds_status` of a partitioned parameter: AVAILABLE inside
+    GatheredParameters, else NOT_AVAILABLE."""
+
+    AVAILABLE = 1
+    NOT_AVAILABLE = 2
+    INFLIGHT = 3
+
+
+_ids = itertools.count()
+
+
+def mark(params: Iterable[Tensor]) -> None:
+    """Gives partitioned parameters the attributes by which scripts know DeepSpeed's: ds_id,
+    ds_shape, ds_numel, ds_status, ds_tensor (this rank's elements, as a vector) and ds_persist
+    (False: none stays whole between layers)."""
+    for p in params:
+        if isinstance(p, Split | DTensor) and not hasattr(p, "ds_id"):
+            own = p.part if isinstance(p, Split) else p.to_local()
+            values: dict[str, Any] = {
+                "ds_id": next(_ids),
+                "ds_shape": p.shape,
+                "ds_numel": p.numel(),
+                "ds_status": ZeroParamStatus.NOT_AVAILABLE,
+                "ds_tensor": own.detach().view(-1),
+                "ds_persist": False,
+            }
+            for name, value in values.items():
+                setattr(p, name, value)
+
+
+@contextmanager
+def _available(params: list[Tensor]) -> Iterator[None]:
+    """Makes the parameters' ds_status AVAILABLE inside the block."""
+    marked = [p for p in params if hasattr(p, "ds_status")]
+    for p in marked:
+        p.ds_status = ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]  # see `mark`
+    try:
+        yield
+    finally:
+        for p in marked:
+            p.ds_status = ZeroParamStatus.NOT_AVAILABLE  # type: ignore[attr-defined]  # see `mark`
 
 
 class Init:
@@ -62,7 +107,7 @@ class Init:
         if self.group is None:
             self.group = dist.group.WORLD if mpu is None else mpu.get_data_parallel_group()
         if module is not None:
-            split_module(module, self.group)
+            self._partition(module)
 
     def __enter__(self) -> Init:
         if self.enabled and not Init._open:
@@ -82,12 +127,16 @@ class Init:
             self._hook.remove()
             nn.Module.apply = self._apply  # type: ignore[method-assign]  # torch's own again
             for module in self._parents:
-                split_module(module, self.group)
+                self._partition(module)
 
     def _registered(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
         self._parents.add(parent)
         if child is not None:
-            split_module(child, self.group)
+            self._partition(child)
+
+    def _partition(self, module: nn.Module) -> None:
+        split_module(module, self.group)
+        mark(module.parameters())
 
 
 def _own(module: nn.Module) -> Iterator[Tensor | None]:
@@ -121,7 +170,9 @@ def GatheredParameters(
     modifier_rank, whose values all ranks get. Raises ConfigError where a DTensor itself was
     changed."""
     chosen = [params] if isinstance(params, Tensor) else list(params)
-    with gathered([p for p in chosen if enabled and isinstance(p, Split)], modifier_rank):
+    splits = [p for p in chosen if enabled and isinstance(p, Split)]
+    marked = [p for p in chosen if enabled and isinstance(p, Split | DTensor)]
+    with gathered(splits, modifier_rank), _available(marked):
         parted = [p for p in chosen if enabled and isinstance(p, DTensor)]
         whole = [nn.Parameter(p.full_tensor().detach(), p.requires_grad) for p in parted]
         before = [p.to_local().detach().clone() for p in parted]
@@ -167,12 +218,3 @@ def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> N
 
 
 unregister_external_parameter = register_external_parameter
-
-
-class ZeroParamStatus(Enum):
-    """The values of DeepSpeed's `param.ds_status`. Parameters here have no such attribute, so
-    scripts find nothing to gather."""
-
-    AVAILABLE = 1
-    NOT_AVAILABLE = 2
-    INFLIGHT = 3

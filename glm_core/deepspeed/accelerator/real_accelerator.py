@@ -75,9 +75,11 @@ class Accelerator:
         return True
 
     def device_count(self) -> int:
-        """Returns the number of devices; 1 on the CPU."""
+        """Returns the number of devices; on the CPU it is LOCAL_SIZE, as in DeepSpeed, else 1."""
         kind = backend().device_type
-        return 1 if kind == "cpu" else int(torch.get_device_module(kind).device_count())
+        if kind == "cpu":
+            return int(os.environ.get("LOCAL_SIZE") or 1)
+        return int(torch.get_device_module(kind).device_count())
 
     def set_device(self, device_index: int) -> None:
         """Makes a device torch's current one; does nothing on the CPU."""

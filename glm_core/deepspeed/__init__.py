@@ -23,6 +23,7 @@ from glm_core.deepspeed.runtime.config import DeepSpeedConfig
 from glm_core.deepspeed.runtime.engine import DeepSpeedEngine
 from glm_core.deepspeed.runtime.pipe.engine import PipelineEngine
 from glm_core.deepspeed.runtime.pipe.module import PipelineModule
+from glm_core.deepspeed.runtime.reduction import MisplacedCall
 from glm_core.deepspeed.settings import Settings, read, resolve
 from glm_core.deepspeed.utils import zero_to_fp32 as zero_to_fp32  # utils.zero_to_fp32 for scripts
 from glm_core.errors import ConfigError
@@ -88,6 +89,11 @@ def initialize(
         mpu = model.mpu()
     ranks = dist.get_world_size(None if mpu is None else mpu.get_data_parallel_group())
     settings = resolve(read(config), ranks)
+    if isinstance(model, PipelineModule) and not settings.managed:
+        raise MisplacedCall(
+            "managed_gradient_accumulation=False is not supported with pipeline parallelism; "
+            "remove it, train_batch is one update"
+        )
     kind: Any = PipelineEngine if isinstance(model, PipelineModule) else DeepSpeedEngine
     engine: DeepSpeedEngine = kind(
         model,

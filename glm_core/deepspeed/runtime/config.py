@@ -41,8 +41,10 @@ class DeepSpeedConfig:
         self.steps_per_print = s.steps_per_print
         self.dataloader_drop_last = s.drop_last
         self.load_universal_checkpoint = s.load_universal
-        self.optimizer_name, self.optimizer_params = s.optimizer or (None, None)
-        self.scheduler_name, self.scheduler_params = s.scheduler or (None, None)
+        self.optimizer_name = s.optimizer[0] if s.optimizer else None
+        self.optimizer_params = s.optimizer[1] if s.optimizer else None
+        self.scheduler_name = s.scheduler[0] if s.scheduler else None
+        self.scheduler_params = s.scheduler[1] if s.scheduler else None
         self.float16_enabled = self.fp16_enabled = s.precision.compute == torch.float16
         self.bfloat16_enabled = s.precision.compute == torch.bfloat16
         self.zero_config = DeepSpeedZeroConfig(**self._param_dict.get("zero_optimization", {}))

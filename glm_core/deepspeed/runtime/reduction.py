@@ -107,7 +107,7 @@ class Reduction:
             )
         if not self._queued:
             self._queued = True
-            torch.autograd.Variable._execution_engine.queue_callback(  # type: ignore[attr-defined]  # FSDP2 uses it too
+            torch.autograd.Variable._execution_engine.queue_callback(  # as FSDP2 does
                 self._plain_backward_done
             )
         return grad / steps if steps > 1 else None
@@ -118,6 +118,11 @@ class Reduction:
 
     def scale(self, loss: Tensor) -> Tensor:
         """Returns the loss times the loss scale, for a `backward()` that the script calls."""
+        if loss.numel() != 1:
+            raise MisplacedCall(
+                f"engine.scale: takes a scalar tensor, received shape {tuple(loss.shape)}; reduce "
+                "the loss to a number"
+            )
         self._scaled = True
         return loss.float() * self.scaler.scale
 

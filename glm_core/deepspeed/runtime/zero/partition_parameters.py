@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -56,16 +56,16 @@ def mark(params: Iterable[Tensor]) -> None:
 
 
 @contextmanager
-def _available(params: list[Tensor]) -> Iterator[None]:
+def _available(params: Sequence[Tensor]) -> Iterator[None]:
     """Makes the parameters' ds_status AVAILABLE inside the block."""
     marked = [p for p in params if hasattr(p, "ds_status")]
     for p in marked:
-        p.ds_status = ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]  # see `mark`
+        p.ds_status = ZeroParamStatus.AVAILABLE
     try:
         yield
     finally:
         for p in marked:
-            p.ds_status = ZeroParamStatus.NOT_AVAILABLE  # type: ignore[attr-defined]  # see `mark`
+            p.ds_status = ZeroParamStatus.NOT_AVAILABLE
 
 
 class Init:

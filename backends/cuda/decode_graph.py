@@ -1,6 +1,6 @@
 """Takes whole decode steps by replaying a recording of their kernels: one launch a token, whatever
-the position (docs/adr/0014-decode-graphs.md). No GPU has replayed one yet: tests record and replay
-on the CPU."""
+the position (docs/adr/0014-decoding-on-a-gpu.md). No GPU has replayed one yet: tests record and
+replay on the CPU."""
 
 from __future__ import annotations
 

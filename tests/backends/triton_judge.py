@@ -79,6 +79,9 @@ class InTriton(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func.namespace == "glm_core" and func._opname not in triton_ops.OPERATORS:
+            with self:  # made of others, which it calls; seen in inference mode
+                return func.decompose(*args, **(kwargs or {}))
         if func.namespace == "glm_core":
             func = triton_ops.OPERATORS[func._opname]
         elif func.namespace == "glm_core_gpu":

@@ -70,6 +70,7 @@ def test_attention_spills_nothing_and_takes_lengths_as_data(tmp_path: Path) -> N
     assert len(found) == 6
     for name, used in found.items():
         assert used["spilled_bytes"] == 0, name
+        assert not used["faults"], name
         assert used["shared_bytes"] <= 99 * 1024, name
 
 

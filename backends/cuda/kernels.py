@@ -80,9 +80,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def linear_few(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Calls our kernel for a few rows in half precision, as in decoding."""
-    training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    differentiated = any(t is not None and t.requires_grad for t in (x, weight, bias))
     few = x.dtype != torch.float32 and x.numel() <= FEW_ROWS * x.shape[-1]
-    if training or not few:
+    if (differentiated and torch.is_grad_enabled()) or not few:
         return torch.nn.functional.linear(x, weight, bias)
     y: Tensor = torch.ops.glm_core.linear_few.default(x, weight, bias)
     return y

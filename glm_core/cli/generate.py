@@ -174,10 +174,11 @@ def load_export(args: argparse.Namespace) -> tuple[ChatModel, Runner]:
     from glm_core.errors import ConfigError
     from glm_core.pretrained.load import from_export
 
-    if args.adapter or args.beams or args.head_bits:
+    others = ("adapter", "beams", "head_bits", "context", "memory", "offload")
+    if any(getattr(args, name) for name in others):
         raise ConfigError(
-            "generate --onnx: cannot be combined with --adapter, --beams or --head-bits; leave "
-            "these out"
+            "generate --onnx: cannot be combined with --adapter, --beams, --head-bits, --context, "
+            "--memory or --offload; leave these out"
         )
     return from_export(args.onnx)
 

@@ -55,6 +55,10 @@ def require_memory_options(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not 0 < value < 1e9:
             raise ConfigError(f"--{name} {value:g}: must be positive, in GB")
+    if args.bandwidth and not args.offload:
+        raise ConfigError(
+            "--bandwidth: is for --offload alone; leave it out, or add --offload disk"
+        )
     if args.offload and args.adapter:
         raise ConfigError(
             "--offload: cannot be combined with --adapter; merge the adapter into the weights, or "
@@ -83,6 +87,8 @@ def load_within_memory(
     found = _fit(args, weights, size, device, slots, most_slots)
     layers = streamed_layers(size.num_layers, found.resident)
     if not layers:
+        if args.offload:
+            print(f"offload: all {size.num_layers} layers fit into memory", file=sys.stderr)
         return weights.load(dtype, device, quantized=True), found
     if args.offload == "disk":
         _say_cost(args, weights, size, layers, found, device)

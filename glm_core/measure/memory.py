@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,10 +26,11 @@ def free_bytes(device: torch.device) -> int | None:
     not tell."""
     if device.type == "cpu":
         return host_free_bytes()
-    module = torch.get_device_module(device.type)
+    module: Any = getattr(torch, device.type, None)  # none for the device `meta`
     if not hasattr(module, "mem_get_info"):
         return None
-    return int(module.mem_get_info(device)[0])
+    free: int = module.mem_get_info(device)[0]
+    return free
 
 
 def host_free_bytes(root: Path = Path("/")) -> int | None:

@@ -113,7 +113,7 @@ def _refusal(
         advice.append(f"--slots {tokens // context}")
     if tokens // slots >= 2:
         advice.append(f"--context {min(tokens // slots, context)}")
-    smaller = {what: other.weights for what, other in ways.items()}
+    smaller = {what: other.least(offload) for what, other in ways.items()}
     if not offload:
         smaller["--offload"] = sizes.least(True)
     advice += [

@@ -109,6 +109,7 @@ def test_offload(run_dir: Path, capsys: Any) -> None:
         assert (code, text) == (0, whole)
         assert "of 4 layers come from disk at every step" in said
         assert "at 2 GB/s (as stated)" in said
+    assert "all 4 layers fit" in call(capsys, *command, "--offload", "disk")[2]
 
 
 def test_a_tokenizer_of_another_run_is_refused(run_dir: Path, capsys: Any, tmp_path: Path) -> None:
@@ -233,7 +234,7 @@ def test_export(run_dir: Path, tmp_path: Path, capsys: Any) -> None:
         (
             tmp_path / "plain",
             ["--beams", 2],
-            "cannot be combined with --adapter, --beams or --head-bits",
+            "cannot be combined with --adapter, --beams, --head-bits",
         ),
     ]:
         code, _, error = call(capsys, *generate, folder, *more)

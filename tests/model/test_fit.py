@@ -4,11 +4,13 @@ figure and the ways out."""
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from glm_core.errors import ConfigError
-from glm_core.measure.memory import host_free_bytes
+from glm_core.measure.memory import free_bytes, host_free_bytes
 from glm_core.model.fit import ENOUGH, LEAST, SHARE, Fit, Sizes, fit
 
 GLM4_9B = Sizes(2_480_000_000, 408_000_000, 40, 40 * 2 * 2 * 128 * 2)
@@ -83,6 +85,14 @@ def test_layers_that_do_not_fit_are_streamed() -> None:
     assert fit(GLM4_9B, least, LONGEST, offload=True) == Fit(1, LEAST, 0)
     with pytest.raises(ConfigError, match="2 layers, embedding and head take 3"):
         fit(GLM4_9B, least - 10**8, LONGEST, offload=True)
+
+
+def test_devices_tell_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = SimpleNamespace(mem_get_info=lambda device: (5 * GB, 8 * GB))
+    monkeypatch.setattr(torch, "npu", device, raising=False)
+    assert free_bytes(SimpleNamespace(type="npu")) == 5 * GB  # type: ignore[arg-type]  # no such device here
+    assert free_bytes(torch.device("meta")) is None
+    assert free_bytes(torch.device("cpu")) == pytest.approx(host_free_bytes(), rel=0.5)
 
 
 def write(root: Path, files: dict[str, str]) -> None:

@@ -38,7 +38,7 @@ class LayerStream:
     start the buffers hold the first of them."""
 
     def __init__(self, layers: Sequence[int], buffers: Sequence[nn.Module], fetch: Fetch) -> None:
-        self._layers, self._fetch = list(layers), fetch
+        self._layers, self._buffers, self._fetch = list(layers), list(buffers), fetch
         self._copies = _CopyStream(next(iter(tensors(buffers[0]).values())).device)
         self._worker = ThreadPoolExecutor(1, "glm-core layers")
         self._ahead: deque[_Fetching] = deque()
@@ -57,9 +57,8 @@ class LayerStream:
             self._refill(block, after=self._ahead[-1].layer if self._ahead else layer)
 
     def _take(self, layer: int) -> nn.Module:
-        first = self._ahead[0]
-        failed = first.done.done() and first.done.exception() is not None
-        if first.layer != layer or failed:
+        first = self._ahead[0] if self._ahead else None
+        if first is None or first.layer != layer or _failed(first.done):
             self._restart(layer)
         self._ahead[0].done.result()
         block = self._ahead.popleft().buffer
@@ -69,17 +68,21 @@ class LayerStream:
 
     def _restart(self, layer: int) -> None:
         """Fetches from `layer` on: a call was interrupted, or fetching failed."""
-        fetching, self._ahead = self._ahead, deque()
-        wait([f.done for f in fetching])
+        wait([f.done for f in self._ahead])
+        self._ahead.clear()
         before = self._layers[self._layers.index(layer) - 1]
-        for f in fetching:
-            self._refill(f.buffer, after=self._ahead[-1].layer if self._ahead else before)
+        for buffer in self._buffers:
+            self._refill(buffer, after=self._ahead[-1].layer if self._ahead else before)
 
     def _refill(self, buffer: nn.Module, after: int) -> None:
         place = (self._layers.index(after) + 1) % len(self._layers)
         layer, used = self._layers[place], self._copies.mark()
         task = self._worker.submit(self._copies.run, used, self._fetch, layer, buffer)
         self._ahead.append(_Fetching(layer, buffer, task))
+
+
+def _failed(done: Future[None]) -> bool:
+    return done.done() and done.exception() is not None
 
 
 class _CopyStream:

@@ -6,6 +6,7 @@ One thread runs the model. `submit` returns a Ticket; the thread passes new toke
 from __future__ import annotations
 
 import dataclasses
+import sys
 import threading
 import time
 import traceback
@@ -148,6 +149,9 @@ class Engine:
             while not self._stopping:
                 try:
                     self._step()
+                except GlmCoreError as error:
+                    print(f"glm-core: {error}", file=sys.stderr)
+                    self._fail(error)
                 except Exception as error:  # a bug must not leave all clients waiting
                     traceback.print_exc()
                     self._fail(error)

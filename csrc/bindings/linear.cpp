@@ -1,11 +1,9 @@
 // Bindings of linear for few rows, and of quantized_linear.
 #include <ATen/ops/empty.h>
-#include <ATen/ops/linear.h>
-#include <ATen/ops/mm.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "tensor.h"
+#include "product.h"
 
 namespace glm {
 namespace {
@@ -130,17 +128,18 @@ Tensor rounded_activations(const Tensor& x) {
   return y;
 }
 
-// For many rows: dequantises the weights part by part and multiplies by torch.
+// For many rows: dequantises the weights part by part and multiplies by a library.
 Tensor dequantised_first(const Tensor& x_, const Quantized& q, const OptionalTensor& bias,
                          bool rounded) {
-  const Tensor x = rounded ? rounded_activations(x_) : x_;
+  const Tensor x = multiplied(rounded ? rounded_activations(x_) : x_);
   const int64_t features = q.weight.size(0), chunk = features_at_a_time(q.codes.width);
-  if (chunk >= features) return at::linear(x, q.dequantized(x, 0, features), bias);
-  Tensor y = at::empty(result_sizes(x, features), x.options());
+  if (chunk >= features)
+    return product(x, q.dequantized(x, 0, features), bias).to(x_.scalar_type());
+  Tensor y = at::empty(result_sizes(x, features), x_.options());
   for (int64_t begin = 0; begin < features; begin += chunk) {
     const int64_t end = std::min(features, begin + chunk);
     const OptionalTensor part = bias ? OptionalTensor(bias->slice(0, begin, end)) : bias;
-    y.slice(-1, begin, end).copy_(at::linear(x, q.dequantized(x, begin, end), part));
+    y.slice(-1, begin, end).copy_(product(x, q.dequantized(x, begin, end), part));
   }
   return y;
 }
@@ -160,9 +159,9 @@ Tensor quantized_linear_forward(const Tensor& x_, const Tensor& weight, const Te
 Tensor quantized_linear_backward(const Tensor& dy, const Tensor& weight, const Tensor& scale,
                                  int64_t bits) {
   const Quantized q(weight, scale, bits);
-  const Tensor w = q.dequantized(dy, 0, q.weight.size(0));
-  const Tensor rows = dy.reshape({-1, dy.size(-1)});             // [N, F]
-  return at::mm(rows, w).view(result_sizes(dy, q.codes.width));  // [..., D]
+  const Tensor rows = multiplied(dy).reshape({-1, dy.size(-1)});  // [N, F]
+  const Tensor dx = times(rows, q.dequantized(rows, 0, q.weight.size(0)));
+  return dx.to(dy.scalar_type()).view(result_sizes(dy, q.codes.width));  // [..., D]
 }
 
 Tensor call_quantized(const Tensor& x, const Tensor& weight, const Tensor& scale,

@@ -8,4 +8,11 @@ namespace glm {
 // x weight^T + bias, [N, K] x [F, K] -> [N, F].
 Tensor product(const Tensor& x, const Tensor& weight, const OptionalTensor& bias = std::nullopt);
 
+// a b, [N, K] x [K, M] -> [N, M].
+Tensor times(const Tensor& a, const Tensor& b);
+
+// Returns x as products take it: in float32 where this CPU has no units for x's dtype, else as it
+// is.
+Tensor multiplied(const Tensor& x);
+
 }  // namespace glm

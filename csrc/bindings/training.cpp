@@ -27,7 +27,8 @@ int64_t loss_chunk(int64_t rows, int64_t vocab, int64_t element_size) {
 }
 
 // dweight [V, D] += dz^T x; bfloat16 products are summed in float32.
-void accumulate(const Tensor& sum, const Tensor& dz, const Tensor& x, bool first) {
+void accumulate(const Tensor& sum, const Tensor& dz_, const Tensor& x_, bool first) {
+  const Tensor dz = multiplied(dz_), x = multiplied(x_);
   if (sum.scalar_type() != x.scalar_type())
     first ? sum.copy_(dz.t().mm(x)) : sum.add_(dz.t().mm(x));
   else if (first)
@@ -43,8 +44,9 @@ Three linear_cross_entropy_forward(const Tensor& x, const Tensor& weight, const 
   const Tensor labels = labels_.contiguous(), token_weight = token_weight_.contiguous();
   const int64_t rows = x.size(0), vocab = weight.size(0), none = 0;
   check_indices(labels, vocab, "linear_cross_entropy: label");
-  const int64_t chunk = loss_chunk(rows, vocab, x.element_size());
-  const auto of_sums = chunk < rows ? token_weight.options() : weight.options();
+  const Tensor table = multiplied(weight);
+  const int64_t chunk = loss_chunk(rows, vocab, table.element_size());
+  const auto of_sums = chunk < rows ? token_weight.options() : table.options();
   Tensor each = at::empty({rows}, token_weight.options());
   Tensor dx = at::empty(gradients ? x.sizes() : at::IntArrayRef(none), x.options());
   Tensor dweight = at::empty(gradients ? weight.sizes() : at::IntArrayRef(none), of_sums);
@@ -52,7 +54,7 @@ Three linear_cross_entropy_forward(const Tensor& x, const Tensor& weight, const 
   for (int64_t begin = 0; begin < rows; begin += chunk) {
     const int64_t size = std::min(chunk, rows - begin);
     const Tensor part = x.narrow(0, begin, size);
-    const Tensor z = product(part, weight);
+    const Tensor z = product(multiplied(part), table).to(x.scalar_type());
     by_dtype(x, [&](auto zero) {
       using T = decltype(zero);
       const CrossEntropy<T> a{data<T>(z),
@@ -64,8 +66,7 @@ Three linear_cross_entropy_forward(const Tensor& x, const Tensor& weight, const 
       parallel(size, vocab, [&](int64_t i, int64_t j) { kernels<T>().cross_entropy(a, i, j); });
     });
     if (!gradients) continue;
-    Tensor dpart = dx.narrow(0, begin, size);
-    at::mm_out(dpart, z, weight);
+    dx.narrow(0, begin, size).copy_(times(multiplied(z), table));
     accumulate(dweight, z, part, begin == 0);
   }
   double total = 0;

@@ -134,8 +134,11 @@ class Call(NamedTuple):
         return self.queries * self.group
 
     def cut(self, kernel: str) -> Cut:
-        """Returns the kernel's cut for this head size."""
-        return next(c for size, c in CUTS[self.family][kernel].items() if self.e <= size)
+        """Returns the kernel's cut for this head size. Masks and narrow loads of a size that 8 does
+        not divide take registers: it is cut like one of twice the size."""
+        odd = self.family == "mma" and self.e % 8
+        e = min(2 * self.e, 256) if odd else self.e
+        return next(c for size, c in CUTS[self.family][kernel].items() if e <= size)
 
     def options(self, cut: Cut) -> dict[str, int]:
         """Returns what a kernel is compiled for."""

@@ -52,6 +52,14 @@ def define(parser: argparse.ArgumentParser) -> None:
         metavar="BYTES",
         help="limit of a request body (default %(default)s)",
     )
+    parser.add_argument(
+        "--cors",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="let pages of this origin call the API, such as https://example.org, or '*' for all; "
+        "may be repeated",
+    )
     parser.epilog = (
         f"Requests need an API key if the environment variable {environment.API_KEY} is set; only "
         "the page and /health (the model's name and load) stay open."
@@ -77,7 +85,12 @@ def run(args: argparse.Namespace) -> int:
             "serve: --slots, --max-tokens and --max-body must be positive, --queue at least 0"
         )
     require_memory_options(args)
-    limits = Limits(max_tokens=args.max_tokens, max_body=args.max_body, token=environment.api_key())
+    limits = Limits(
+        max_tokens=args.max_tokens,
+        max_body=args.max_body,
+        token=environment.api_key(),
+        origins=tuple(args.cors),
+    )
     with bind(args.host, args.port) as listening:  # before the weights are read
         chat_model, found = load_chat_model(args, args.slots, SLOTS)
         engine = Engine(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from glm_core.errors import PromptError
 from glm_core.model.glm import GLM
 from glm_core.model.prompt import Prompt, blank, causal, encode, part_a
-from glm_core.pretrained.templates import ChatTemplate, Message
+from glm_core.pretrained.templates import ChatTemplate, Message, Thought, Tool
 from glm_core.pretrained.tokenizers import BlankTokenizer, ChatTokenizer, TextTokenizer
 
 
@@ -23,6 +24,8 @@ class ChatModel(abc.ABC):
     name: str
     stop: tuple[int, ...]
     """ids of the tokens that end a reply"""
+    sampling: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """fields of Sampling that the model's authors recommend (generation_config.json)"""
     files: tuple[Path, ...] = ()
     """the tokenizer and chat template on disk, copied wherever the model is written"""
 
@@ -31,9 +34,15 @@ class ChatModel(abc.ABC):
         """Returns the prompt that continues `text`. Raises PromptError for an empty text."""
 
     @abc.abstractmethod
-    def chat_prompt(self, messages: Sequence[Message]) -> Prompt:
+    def chat_prompt(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> Prompt:
         """Returns the prompt that asks for a reply to the last message. Content that spells a
-        special token stays text. Raises PromptError unless the last message is the user's."""
+        special token stays text. tools: functions that the reply may call. Raises PromptError
+        unless the last message is the user's or a tool's, and for tools without a template."""
+
+    @property
+    def thought(self) -> Thought:
+        """Whether replies may begin with a thought, and whether the prompt opens it."""
+        return "none"
 
     @abc.abstractmethod
     def reply_ids(self, messages: Sequence[Message]) -> list[int]:
@@ -54,9 +63,11 @@ class BlankFillingModel(ChatModel):
         a = part_a(encode(text, self.tokenizer), self.tokenizer)
         return blank(a, self.tokenizer, self.model.config.positions)
 
-    def chat_prompt(self, messages: Sequence[Message]) -> Prompt:
+    def chat_prompt(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> Prompt:
         """Returns ChatGLM-6B's rounds (its modeling_chatglm.py, chat), after the text of all system
-        messages. Raises PromptError unless the last message is the user's."""
+        messages. Raises PromptError unless the last message is the user's, and for tools."""
+        if tools or any(m.role == "observation" or m.metadata for m in messages):
+            raise PromptError("tools: this model has no chat template with tools; leave them out")
         _require_question(messages)
         system = "".join(m.content + "\n" for m in messages if m.role == "system")
         *past, last = [m for m in messages if m.role != "system"]
@@ -89,11 +100,16 @@ class CausalModel(ChatModel):
         tokenizer = self.tokenizer
         return causal([*tokenizer.prefix, *tokenizer.encode(text), *tokenizer.suffix])
 
-    def chat_prompt(self, messages: Sequence[Message]) -> Prompt:
-        """Returns the rendered template. Raises PromptError unless the last message is the user's,
-        and where the template refuses the messages."""
+    def chat_prompt(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> Prompt:
+        """Returns the rendered template. Raises PromptError unless the last message is the user's
+        or a tool's, and where the template refuses messages or tools."""
         _require_question(messages)
-        return causal(self.template.prompt_ids(messages, self.tokenizer))
+        return causal(self.template.prompt_ids(messages, self.tokenizer, tools))
+
+    @functools.cached_property
+    def thought(self) -> Thought:
+        """Whether replies may begin with a thought, and whether the prompt opens it."""
+        return self.template.thought(self.tokenizer)
 
     def reply_ids(self, messages: Sequence[Message]) -> list[int]:
         """Returns the token ids of the last message, and before them those of what the template
@@ -108,5 +124,5 @@ def _require_text(text: str) -> None:
 
 
 def _require_question(messages: Sequence[Message]) -> None:
-    if not messages or messages[-1].role != "user":
-        raise PromptError("messages: the last one must be the user's; add a question")
+    if not messages or messages[-1].role not in ("user", "observation"):
+        raise PromptError("messages: the last one must be the user's or a tool's; add a question")

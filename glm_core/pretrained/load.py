@@ -35,6 +35,8 @@ from glm_core.training import checkpoint
 
 NEXT_SPEAKERS = ("<|user|>", "<|observation|>")
 """role tokens that end a reply, because another speaker's turn begins"""
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+"""keys of generation_config.json that are fields of Sampling"""
 END_NAMES = ("<|endoftext|>", *NEXT_SPEAKERS, "eop", "</s>")
 """special tokens that end a reply where no config file names any"""
 
@@ -166,11 +168,19 @@ def _chat_model(
             tokenizer=tokenizer,
             name=name,
             stop=stop or _stop_ids_by_name(tokenizer),
+            sampling=_recommended(path),
             files=files,
             template=find_template(path, tokenizer),
         )
     stop = stop or (tokenizer.eop, tokenizer.eos)
-    return BlankFillingModel(model=model, tokenizer=tokenizer, name=name, stop=stop, files=files)
+    return BlankFillingModel(
+        model=model,
+        tokenizer=tokenizer,
+        name=name,
+        stop=stop,
+        sampling=_recommended(path),
+        files=files,
+    )
 
 
 def _stop_ids(folder: Path, config: dict[str, Any], special: dict[str, int]) -> tuple[int, ...]:
@@ -185,6 +195,18 @@ def _stop_ids(folder: Path, config: dict[str, Any], special: dict[str, int]) -> 
     if invalid := [i for i in ids if type(i) is not int]:
         raise DataError(f"{folder}: eos_token_id holds {invalid[0]!r}; it must hold token ids")
     return tuple(dict.fromkeys([*ids, *(special[r] for r in roles if r in special and ids)]))
+
+
+def _recommended(folder: Path) -> dict[str, float]:
+    """Returns the sampling settings of generation_config.json; `do_sample: false` is temperature
+    0. Raises DataError for one that is no number."""
+    stated = read_json(folder / "generation_config.json")
+    values = {name: stated[name] for name in SAMPLING if stated.get(name) is not None}
+    if stated.get("do_sample") is False:
+        values["temperature"] = 0.0
+    if odd := [f"{k}={v!r}" for k, v in values.items() if type(v) not in (int, float)]:
+        raise DataError(f"{folder}: generation_config.json has {', '.join(odd)}; write numbers")
+    return values
 
 
 def _stop_ids_by_name(tokenizer: ChatTokenizer) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from glm_core.errors import PromptError
 from glm_core.pretrained import sandbox
@@ -41,6 +41,13 @@ SPECIAL_TOKENS = "special_tokens_map.json"
 """where transformers before 4.34 kept what tokenizer_config.json holds since"""
 PRIVATE = range(0xF0000, 0xFFFFE)
 """code points without a meaning, which stand for hidden text"""
+Tool = Mapping[str, Any]
+"""a function that a reply may call, as in OpenAI's `tools`"""
+Thought = Literal["none", "possible", "opened"]
+OPENING, CLOSING = "<think>", "</think>"
+"""tags around a thought"""
+MESSAGE_TOOLS = re.compile(r"""\[['"]tools['"]\]|\.tools\b""")
+"""how a template reads tools from a message (GLM-4-9b-chat)"""
 THINKING = re.compile(r"<\w+>")
 """a tag that opens a thought, such as <think>"""
 OTHER_TEMPLATE = "put another template in the checkpoint's folder (chat_template.jinja)"
@@ -50,8 +57,16 @@ class Message(NamedTuple):
     """One turn of a conversation."""
 
     role: str
-    """system, user or assistant"""
+    """system, user, assistant, or observation: what a tool returned"""
     content: str
+    metadata: str = ""
+    """the tool that an assistant's message calls; its content is then the arguments as JSON"""
+
+    @property
+    def values(self) -> dict[str, str]:
+        """What a template sees."""
+        values = {"role": self.role, "content": self.content}
+        return {**values, "metadata": self.metadata} if self.metadata else values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,15 +80,25 @@ class ChatTemplate:
     prefix: tuple[int, ...] = ()
     """ids before the rendered text; a checkpoint's own template spells them itself"""
 
+    def thought(self, tokenizer: ChatTokenizer) -> Thought:
+        """Returns whether replies may begin with a thought, and whether requests open it."""
+        if CLOSING not in self.source:
+            return "none"
+        ask = [Message("user", "a")]
+        request = Conversation(self, ask, tokenizer).render(ask, add_generation_prompt=True)
+        return "opened" if request.rstrip().endswith(OPENING) else "possible"
+
     @property
     def prints_date(self) -> bool:
         """Whether the rendered text depends on the day."""
         return "strftime_now" in self.source
 
-    def prompt_ids(self, messages: Sequence[Message], tokenizer: ChatTokenizer) -> list[int]:
+    def prompt_ids(
+        self, messages: Sequence[Message], tokenizer: ChatTokenizer, tools: Sequence[Tool] = ()
+    ) -> list[int]:
         """Returns the ids of the prompt that asks for a reply; special tokens that messages spell
-        stay text. Raises PromptError."""
-        conversation = Conversation(self, messages, tokenizer)
+        stay text. tools: functions that the reply may call. Raises PromptError."""
+        conversation = Conversation(self, messages, tokenizer, tools)
         text = conversation.render(messages, add_generation_prompt=True)
         return [*self.prefix, *conversation.encode(text)]
 
@@ -114,9 +139,18 @@ class Conversation:
     """Messages that a template renders, with the special tokens that they spell hidden."""
 
     def __init__(
-        self, template: ChatTemplate, messages: Sequence[Message], tokenizer: ChatTokenizer
+        self,
+        template: ChatTemplate,
+        messages: Sequence[Message],
+        tokenizer: ChatTokenizer,
+        tools: Sequence[Tool] = (),
     ) -> None:
         self._template, self._messages, self._tokenizer = template, messages, tokenizer
+        self._tools = tools
+        needed = {"tools": bool(tools), "metadata": any(m.metadata for m in messages)}
+        for name, asked in needed.items():
+            if asked and not re.search(rf"\b{name}\b", template.source):
+                raise PromptError(f"tools: the model's chat template knows no {name}; leave it out")
         text = "\0".join(m.content for m in messages)
         unused = (c for c in map(chr, PRIVATE) if c not in text)
         self._mark = next(unused)
@@ -198,10 +232,14 @@ class Conversation:
         return ids
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        shown: list[dict[str, Any]] = [dict(m.values) for m in messages]
+        tools = [dict(tool) for tool in self._tools] or None
+        if tools and MESSAGE_TOOLS.search(self._template.source):
+            shown.insert(0, {"role": "system", "content": "", "tools": tools})
         values = {
             **self._template.constants,
-            "messages": [m._asdict() for m in messages],
-            "tools": None,
+            "messages": shown,
+            "tools": tools,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }

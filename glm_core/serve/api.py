@@ -7,27 +7,24 @@ import json
 import reprlib
 import secrets
 import time
-import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from glm_core.errors import ConfigError, DataError, GlmCoreError, PromptError, unknown
 from glm_core.model.sample import Sampling
 from glm_core.pretrained.templates import Message
+from glm_core.serve import objects
 from glm_core.serve.engine import BusyError, Engine, StoppedError
 from glm_core.serve.limits import Limits, LimitsMiddleware, error_body
 from glm_core.serve.page import PAGE
-from glm_core.serve.reply import Chunk, Reply
+from glm_core.serve.reply import Choices, Reply
 from glm_core.serve.schema import ChatRequest, CompletionRequest, LegacyRequest, OpenAIRequest
-
-Format = Callable[[Chunk | None], dict[str, Any]]
-"""turns a chunk into the endpoint's JSON object; None stands for the object before the first
-chunk"""
 
 
 def app(engine: Engine, limits: Limits) -> FastAPI:
@@ -37,6 +34,10 @@ def app(engine: Engine, limits: Limits) -> FastAPI:
     _add_openai_routes(api, engine, limits)
     _add_other_routes(api, engine, limits)
     api.add_middleware(LimitsMiddleware, limits=limits, metrics=engine.metrics)
+    if limits.origins:  # outermost: a browser asks for leave without the API key
+        api.add_middleware(
+            CORSMiddleware, allow_origins=limits.origins, allow_methods=["*"], allow_headers=["*"]
+        )
     return api
 
 
@@ -98,41 +99,41 @@ def _add_openai_routes(api: FastAPI, engine: Engine, limits: Limits) -> None:
     @api.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         require_model(body.model)
-        sampling = body.sampling(body.max_tokens, limits.max_tokens, chat_model.stop)
         prompt = chat_model.completion_prompt(body.prompt)
-        reply = Reply(engine, request, prompt, sampling, body.stop_strings)
-        head = _head("cmpl", "text_completion", chat_model.name)
 
-        def as_json(chunk: Chunk | None) -> dict[str, Any]:
-            text, finish = (chunk.text, chunk.finish_reason or None) if chunk else ("", None)
-            return head | {
-                "choices": [{"index": 0, "text": text, "logprobs": None, "finish_reason": finish}]
-            }
+        def queue(index: int) -> Reply:
+            sampling = body.sampling(body.max_tokens, limits.max_tokens, chat_model, index)
+            return Reply(engine, request, prompt, sampling, body.stop_strings)
 
-        if body.stream:
-            return _stream(reply, as_json, head, body, opening=False)
-        chunk = await reply.whole()
-        return JSONResponse(as_json(chunk) | {"usage": _usage(reply, chunk)})
+        head = objects.head("cmpl", "text_completion", chat_model.name)
+        form = objects.Completion(head, chat_model.tokenizer)
+        return await _respond(Choices(queue, body.n), form, body)
 
     @api.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         require_model(body.model)
-        messages = [
-            Message("system" if m.role == "developer" else m.role, m.text) for m in body.messages
-        ]
+        prompt = chat_model.chat_prompt(body.conversation, body.offered_tools)
         max_tokens = body.max_completion_tokens or body.max_tokens
-        sampling = body.sampling(max_tokens, limits.max_tokens, chat_model.stop)
-        prompt = chat_model.chat_prompt(messages)
-        reply = Reply(engine, request, prompt, sampling, body.stop_strings, strip_start=True)
-        if body.stream:
-            head = _head("chatcmpl", "chat.completion.chunk", chat_model.name)
-            return _stream(reply, lambda chunk: _delta(head, chunk), head, body, opening=True)
-        chunk = await reply.whole()
-        message = {"role": "assistant", "content": chunk.text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None}
-        choice |= {"finish_reason": chunk.finish_reason}
-        head = _head("chatcmpl", "chat.completion", chat_model.name)
-        return JSONResponse(head | {"choices": [choice], "usage": _usage(reply, chunk)})
+
+        def queue(index: int) -> Reply:
+            sampling = body.sampling(max_tokens, limits.max_tokens, chat_model, index)
+            return Reply(engine, request, prompt, sampling, body.stop_strings, strip_start=True)
+
+        kind = "chat.completion.chunk" if body.stream else "chat.completion"
+        head = objects.head("chatcmpl", kind, chat_model.name)
+        names = [tool["function"]["name"] for tool in body.offered_tools]
+        form = objects.Chat(head, chat_model.tokenizer, chat_model.thought, names)
+        return await _respond(Choices(queue, body.n), form, body)
+
+
+async def _respond(choices: Choices, form: objects.Form, body: OpenAIRequest) -> Response:
+    """Returns the replies whole, or as server-sent events."""
+    if body.stream:
+        return _stream(choices, form, body)
+    chunks = await choices.whole()
+    whole = [form.whole(i, chunk) for i, chunk in enumerate(chunks)]
+    usage = objects.usage(choices.num_prompt_tokens, sum(c.num_tokens for c in chunks))
+    return JSONResponse(form.head | {"choices": whole, "usage": usage})
 
 
 def _add_other_routes(api: FastAPI, engine: Engine, limits: Limits) -> None:
@@ -182,55 +183,26 @@ def _add_other_routes(api: FastAPI, engine: Engine, limits: Limits) -> None:
         return Response(engine.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
-def _head(prefix: str, kind: str, model: str) -> dict[str, Any]:
-    """Returns the fields that all JSON objects of one reply begin with."""
-    created = int(time.time())
-    return {
-        "id": f"{prefix}-{uuid.uuid4().hex}",
-        "object": kind,
-        "created": created,
-        "model": model,
-    }
-
-
-def _usage(reply: Reply, chunk: Chunk) -> dict[str, int]:
-    prompt, completion = reply.num_prompt_tokens, chunk.num_tokens
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-    }
-
-
-def _delta(head: dict[str, Any], chunk: Chunk | None) -> dict[str, Any]:
-    """Returns a streamed object of the chat endpoint."""
-    delta = {"content": chunk.text} if chunk else {"role": "assistant", "content": ""}
-    finish = chunk.finish_reason or None if chunk else None
-    return head | {
-        "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]
-    }
-
-
-def _stream(
-    reply: Reply, as_json: Format, head: dict[str, Any], body: OpenAIRequest, *, opening: bool
-) -> Response:
-    """Returns the reply as server-sent events; an error is the last event. opening: whether an
-    object comes before the first chunk."""
-    usage = body.stream_options is not None and body.stream_options.include_usage
+def _stream(choices: Choices, form: objects.Form, body: OpenAIRequest) -> Response:
+    """Returns the replies as server-sent events; an error is the last event."""
+    with_usage = body.stream_options is not None and body.stream_options.include_usage
 
     async def events() -> AsyncIterator[str]:
-        chunk = None
+        num_tokens = dict.fromkeys(range(body.n), 0)
         try:
-            if opening:
-                yield _event(as_json(None))
-            async for chunk in reply.chunks():
-                yield _event(as_json(chunk))
-            if usage and chunk is not None:
-                yield _event(head | {"choices": [], "usage": _usage(reply, chunk)})
+            for index in num_tokens:
+                if (first := form.opening(index)) is not None:
+                    yield _event(form.head | {"choices": [first]})
+            async for index, chunk in choices.chunks():
+                num_tokens[index] = chunk.num_tokens
+                yield _event(form.head | {"choices": [form.part(index, chunk)]})
+            if with_usage:
+                usage = objects.usage(choices.num_prompt_tokens, sum(num_tokens.values()))
+                yield _event(form.head | {"choices": [], "usage": usage})
         except GlmCoreError as error:
             yield _event(error_body(str(error), "server_error"))
         finally:
-            reply.close()
+            choices.close()
         yield "data: [DONE]\n\n"
 
     return StreamingResponse(events(), media_type="text/event-stream")

@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from glm_core.backends import registry
@@ -19,7 +19,7 @@ from glm_core.backends.base import Backend
 from glm_core.errors import GlmCoreError
 from glm_core.model.generate import Decoder, Generation
 from glm_core.model.prompt import Prompt
-from glm_core.model.sample import Sampling
+from glm_core.model.sample import Sampling, TokenLogprob
 from glm_core.pretrained.chat_model import ChatModel
 from glm_core.serve.metrics import Metrics
 
@@ -42,6 +42,8 @@ class Event(NamedTuple):
     finish: str
     """empty while the request runs; see Generation.finish"""
     error: GlmCoreError | None = None
+    logprobs: Sequence[TokenLogprob] = ()
+    """of these tokens, where the request asks for them"""
 
 
 @dataclasses.dataclass(eq=False)
@@ -203,9 +205,10 @@ class Engine:
                 if not ticket.num_delivered:
                     waited = time.perf_counter() - ticket.arrived
                     self.metrics.first_token_seconds.observe(waited)
-                ticket.num_delivered += len(new)
+                first, ticket.num_delivered = ticket.num_delivered, len(generation.tokens)
                 self.metrics.tokens.inc(len(new))
-                ticket.deliver(Event(new, generation.finish, generation.error))
+                logprobs = generation.logprobs[first : ticket.num_delivered]
+                ticket.deliver(Event(new, generation.finish, generation.error, logprobs))
         self._drop_finished()
 
     def _drop_finished(self) -> None:

@@ -29,6 +29,8 @@ class Limits:
     """bytes"""
     token: str = ""
     """API key; empty: no key is needed"""
+    origins: tuple[str, ...] = ()
+    """origins whose pages may call the API (CORS); "*": all"""
 
 
 def error_body(message: str, kind: str = "invalid_request_error") -> dict[str, Any]:

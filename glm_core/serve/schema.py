@@ -4,79 +4,21 @@ A field that is not listed here is refused by its name, never ignored. A null is
 
 from __future__ import annotations
 
-import json
 import secrets
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from glm_core.errors import ConfigError
 from glm_core.model.sample import Sampling
+from glm_core.pretrained.chat_model import ChatModel
+from glm_core.pretrained.templates import Message
+from glm_core.serve.neutral import NEUTRAL, Strict, plain_message, without_neutral
 
-IGNORED = {
-    "metadata",
-    "prompt_cache_key",
-    "prompt_cache_options",
-    "prompt_cache_retention",
-    "safety_identifier",
-    "user",
-}
-"""fields that say who asks and what to cache; they change no reply"""
-Neutral = Mapping[str, tuple[Any, ...]]
-"""fields of OpenAI's that are not supported, each with the values that ask for nothing"""
-NEUTRAL: Neutral = {
-    "audio": (),
-    "best_of": (1,),
-    "echo": (False,),
-    "frequency_penalty": (0,),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "min_p": (0,),
-    "modalities": (["text"],),
-    "moderation": (),
-    "n": (1,),
-    "parallel_tool_calls": (True, False),
-    "prediction": (),
-    "presence_penalty": (0,),
-    "reasoning_effort": (),
-    "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-    "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "top_logprobs": (0,),
-    "verbosity": ("medium",),
-    "web_search_options": (),
-}
-NEUTRAL_IN_MESSAGE: Neutral = {
-    "annotations": ([],),
-    "audio": (),
-    "function_call": (),
-    "reasoning": ("",),
-    "reasoning_content": ("",),
-    "refusal": ("",),
-    "tool_call_id": (),
-    "tool_calls": ([],),
-}
-"""what a reply carries that a client appends to its messages"""
-
-
-class Strict(BaseModel):
-    """A schema that refuses unknown fields."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, body: Any) -> Any:
-        if not isinstance(body, dict):
-            return body
-        return {k: v for k, v in body.items() if v is not None}
+ROLES = {"developer": "system", "tool": "observation"}
+"""OpenAI's roles to those of chat templates, where they differ"""
+RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""fields whose default is the model's own"""
 
 
 class StreamOptions(Strict):
@@ -90,10 +32,19 @@ class OpenAIRequest(Strict):
     """Fields common to OpenAI's completions and chat."""
 
     model: str
-    temperature: float = Field(default=1.0, ge=0, le=2)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=0)
-    """an addition of glm-core; 0 = all tokens"""
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    """of this and the following the default is the model's own (generation_config.json), else
+    OpenAI's"""
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=0)
+    """here and below: additions of vLLM and others; 0 = all tokens"""
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=2)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = {}
+    n: int = Field(default=1, ge=1, le=128)
+    stop_token_ids: list[int] = []
     seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
     stop: str | list[str] | None = None
     stream: bool = False
@@ -107,10 +58,11 @@ class OpenAIRequest(Strict):
         if not isinstance(body, dict):
             return body
         refused: list[str] = []
-        body = _without_neutral(body, NEUTRAL, "", refused)
+        neutral = {k: v for k, v in NEUTRAL.items() if k not in cls.model_fields}
+        body = without_neutral(body, neutral, "", refused)
         if isinstance(messages := body.get("messages"), list):
             body["messages"] = [
-                _message(m, f"messages.{i}.", refused) for i, m in enumerate(messages)
+                plain_message(m, f"messages.{i}.", refused) for i, m in enumerate(messages)
             ]
         if refused:
             them = "it" if len(refused) == 1 else "them"
@@ -123,21 +75,35 @@ class OpenAIRequest(Strict):
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return [s for s in stop if s]
 
-    def sampling(self, max_tokens: int | None, limit: int, stop: tuple[int, ...]) -> Sampling:
-        """Returns the request's sampling settings; max_tokens None means `limit`. Raises
-        ConfigError if `max_tokens` is larger than `limit`."""
+    @property
+    def reported(self) -> int | None:
+        """How many likely tokens are reported beside each token; None: no report."""
+        return None
+
+    def sampling(
+        self, max_tokens: int | None, limit: int, model: ChatModel, index: int
+    ) -> Sampling:
+        """Returns the sampling settings of reply number `index`; max_tokens None means `limit`.
+        Raises ConfigError if `max_tokens` is larger than `limit`, or for ids that are no tokens."""
         if max_tokens is not None and max_tokens > limit:
             raise ConfigError(
                 f"max_tokens={max_tokens}: this server gives {limit} at most; ask for fewer"
             )
-        seed = secrets.randbits(63) if self.seed is None else self.seed % (1 << 63)
+        vocab = model.tokenizer.vocab
+        for name, ids in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):
+            if odd := [i for i in ids if not 0 <= i < vocab]:
+                raise ConfigError(f"{name}: {odd[0]} is no token; allowed are 0 ... {vocab - 1}")
+        chosen = {k: v for k in RECOMMENDED if (v := getattr(self, k)) is not None}
+        seed = secrets.randbits(63) if self.seed is None else self.seed
         return Sampling(
             max_tokens=max_tokens or limit,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            seed=seed,
-            stop=stop,
+            seed=(seed + index) % (1 << 63),
+            stop=(*model.stop, *self.stop_token_ids),
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=tuple(self.logit_bias.items()),
+            logprobs=self.reported,
+            **{**model.sampling, **chosen},
         )
 
 
@@ -146,11 +112,19 @@ class CompletionRequest(OpenAIRequest):
 
     prompt: str
     max_tokens: int | None = Field(default=16, ge=1)
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+
+    @property
+    def reported(self) -> int | None:
+        """How many likely tokens are reported beside each token; None: no report."""
+        return self.logprobs
 
     @model_validator(mode="before")
     @classmethod
     def _one_prompt(cls, body: Any) -> Any:
         """Returns the body with a list of one text as that text. Raises ConfigError for more."""
+        if isinstance(body, dict) and body.get("logprobs") is False:  # as the chat endpoint's
+            body = {k: v for k, v in body.items() if k != "logprobs"}
         if isinstance(body, dict) and isinstance(prompt := body.get("prompt"), list):
             if len(prompt) != 1 or not isinstance(prompt[0], str):
                 raise ConfigError("prompt: one text is supported here; send each text alone")
@@ -165,12 +139,61 @@ class TextPart(Strict):
     text: str
 
 
+class Function(Strict):
+    """A function that the model may call."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class OfferedTool(Strict):
+    """OpenAI's tool."""
+
+    type: Literal["function"]
+    function: Function
+
+    @model_validator(mode="before")
+    @classmethod
+    def _not_strict(cls, body: Any) -> Any:
+        if isinstance(body, dict) and isinstance(function := body.get("function"), dict):
+            if function.get("strict"):
+                raise ConfigError("tools.function.strict: not supported here; leave it out")
+            body = {**body, "function": {k: v for k, v in function.items() if k != "strict"}}
+        return body
+
+
+class CalledFunction(Strict):
+    """A function with its arguments."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Strict):
+    """A call that an earlier reply made."""
+
+    id: str
+    type: Literal["function"] = "function"
+    index: int | None = None
+    function: CalledFunction
+
+
 class ChatMessage(Strict):
     """One message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart]
     name: str | None = None
+    tool_calls: list[ToolCall] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _content_or_calls(cls, body: Any) -> Any:
+        """Returns the body with empty content where there are calls instead."""
+        if isinstance(body, dict) and body.get("tool_calls") and body.get("content") is None:
+            return {**body, "content": ""}
+        return body
 
     @property
     def text(self) -> str:
@@ -179,13 +202,45 @@ class ChatMessage(Strict):
             return self.content
         return "".join(part.text for part in self.content)
 
+    @property
+    def messages(self) -> list[Message]:
+        """The message as chat templates take it: each call is a message of its own."""
+        calls = [
+            Message("assistant", c.function.arguments, c.function.name) for c in self.tool_calls
+        ]
+        role = ROLES.get(self.role, self.role)
+        return [*([Message(role, self.text)] if self.text or not calls else []), *calls]
+
 
 class ChatRequest(OpenAIRequest):
     """POST /v1/chat/completions."""
 
     messages: list[ChatMessage] = Field(min_length=1)
+
+    @property
+    def conversation(self) -> list[Message]:
+        """The messages as chat templates take them."""
+        return [message for item in self.messages for message in item.messages]
+
+    @property
+    def offered_tools(self) -> list[dict[str, Any]]:
+        """The tools that the reply may call."""
+        offered = self.tools if self.tool_choice == "auto" else []
+        return [tool.model_dump(exclude_none=True) for tool in offered]
+
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
+    tools: list[OfferedTool] = []
+    tool_choice: Literal["none", "auto"] = "auto"
+    logprobs: bool = False
+    top_logprobs: int = Field(default=0, ge=0, le=20)
+
+    @property
+    def reported(self) -> int | None:
+        """How many likely tokens are reported beside each token; None: no report."""
+        if self.top_logprobs and not self.logprobs:
+            raise ConfigError("top_logprobs: needs logprobs; add logprobs=true")
+        return self.top_logprobs if self.logprobs else None
 
 
 class LegacyRequest(Strict):
@@ -197,43 +252,3 @@ class LegacyRequest(Strict):
     """tokens of prompt and reply together"""
     top_p: float = Field(default=0.7, gt=0, le=1)
     temperature: float = Field(default=0.95, ge=0, le=2)
-
-
-def _without_neutral(
-    body: dict[str, Any], neutral: Neutral, place: str, refused: list[str]
-) -> dict[str, Any]:
-    """Returns the fields that ask for something and are not in `neutral`; those that are in it go
-    to `refused`, with `place` before their name."""
-    kept = {}
-    for key, value in body.items():
-        if value is None or key in IGNORED:
-            continue
-        if key not in neutral:
-            kept[key] = value
-        elif not any(_same(value, item) for item in neutral[key]):
-            refused.append(place + _named(key, value))
-    return kept
-
-
-def _message(message: Any, place: str, refused: list[str]) -> Any:
-    """Returns a message without what a reply carries beside its text."""
-    if not isinstance(message, dict):
-        return message
-    message = _without_neutral(message, NEUTRAL_IN_MESSAGE, place, refused)
-    if (role := message.get("role")) in ("tool", "function"):
-        refused.append(f"{place}role={role}")
-    if isinstance(parts := message.get("content"), list):
-        kinds = [(i, p["type"]) for i, p in enumerate(parts) if isinstance(p, dict) and "type" in p]
-        refused += [f"{place}content.{i}.type={kind}" for i, kind in kinds if kind != "text"]
-    return message
-
-
-def _same(value: Any, other: Any) -> bool:
-    """Whether two JSON values are equal; 0 is not false."""
-    return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
-
-
-def _named(key: str, value: Any) -> str:
-    """Returns the field's name, with its value where that is short."""
-    text = "" if isinstance(value, list | dict) else json.dumps(value)
-    return f"{key}={text}" if 0 < len(text) < 40 else key

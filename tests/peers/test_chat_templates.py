@@ -112,3 +112,29 @@ def test_the_template_of_a_folder(both: Any) -> None:
     wanted = again.apply_chat_template([m._asdict() for m in messages])["input_ids"]
     assert find_template(folder, tokenizer).prompt_ids(messages, tokenizer) == wanted
     assert wanted == [tokenizer.special["</s>"]] * 2
+
+
+TOOL = {"type": "function", "function": {"name": "roots", "parameters": {"type": "object"}}}
+CALLED = [
+    Message("system", "Be exact."),
+    Message("user", "Solve it."),
+    Message("assistant", '{"coefficients": [1, 0, -2]}', "roots"),
+    Message("observation", "[-sqrt(2), sqrt(2)]"),
+]
+
+
+@pytest.mark.parametrize("name", ["glm-4-9b-chat", "glm-4-0414"])
+def test_tools_as_transformers_shows_them(both: Any, name: str) -> None:
+    """GLM-4-9b-chat reads tools from a message, GLM-4-0414 from its own variable."""
+    theirs, tokenizer, folder = both
+    template = ChatTemplate(source=GLM[name], constants=find_template(folder, tokenizer).constants)
+    shown: list[dict[str, Any]] = [m.values for m in CALLED]
+    settings: dict[str, Any] = {"tools": [TOOL]}
+    if name == "glm-4-9b-chat":
+        shown, settings = [{"role": "system", "content": "", "tools": [TOOL]}, *shown], {}
+    wanted = theirs.apply_chat_template(
+        shown, chat_template=GLM[name], add_generation_prompt=True, return_dict=False, **settings
+    )
+    assert template.prompt_ids(CALLED, tokenizer, [TOOL]) == wanted
+    assert "roots" in (text := theirs.decode(wanted))
+    assert "parameters" in text

@@ -3,6 +3,7 @@ nothing. Every other parameter of the client is refused by its name."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from typing import Any
 
@@ -20,8 +21,10 @@ KINDS = {
 }
 HONOURED = {
     *("model", "messages", "prompt", "max_tokens", "max_completion_tokens", "seed", "stop"),
-    *("stream", "stream_options", "temperature", "top_p"),
+    *("stream", "stream_options", "temperature", "top_p", "n", "logprobs", "top_logprobs"),
+    *("presence_penalty", "frequency_penalty", "logit_bias", "tools", "tool_choice"),
 }
+OF_CHAT = {"top_logprobs", "tools", "tool_choice"}
 IGNORED = {
     "metadata": {"run": "1"},
     "prompt_cache_key": "k",
@@ -51,6 +54,8 @@ NEUTRAL: dict[str, Any] = {
     "top_logprobs": 0,
     "verbosity": "medium",
 }
+VLLM = {"repetition_penalty", "min_p", "stop_token_ids", "top_k"}
+"""fields that the client's method does not have"""
 TRANSPORT = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
 
 
@@ -109,10 +114,117 @@ def test_neutral_values_change_nothing(client: Any, path: str) -> None:
 def test_all_else_is_refused_by_name(client: Any, path: str) -> None:
     """Every parameter of the client's method is honoured, changes no reply, or is refused."""
     method = client.chat.completions.create if "chat" in path else client.completions.create
-    for name in parameters(method) - HONOURED - IGNORED.keys():
+    honoured = HONOURED if "chat" in path else HONOURED - OF_CHAT
+    for name in parameters(method) - honoured - IGNORED.keys():
         with pytest.raises(openai.BadRequestError) as refused:
             client.post(path, body={**KINDS[path], name: ["x"]}, cast_to=httpx.Response)
         assert refused.value.body["message"] == f"{name}: not supported here; leave it out"
+
+
+def test_several_replies(client: Any) -> None:
+    """Each of `n` replies is drawn with a seed of its own, whole and streamed; usage counts all."""
+    asked = {**ASK, "messages": [USER], "n": 3, "max_tokens": 12}
+    whole = client.chat.completions.create(**asked)
+    texts = [c.message.content for c in whole.choices]
+    assert [c.index for c in whole.choices] == [0, 1, 2]
+    assert len(set(texts)) == 3
+    singles = [
+        client.chat.completions.create(**{**asked, "n": 1, "seed": ASK["seed"] + i})
+        for i in range(3)
+    ]
+    assert texts == [s.choices[0].message.content for s in singles]
+    assert whole.usage.completion_tokens == sum(s.usage.completion_tokens for s in singles)
+    assert whole.usage.prompt_tokens == singles[0].usage.prompt_tokens
+    streamed = dict.fromkeys(range(3), "")
+    options = {"stream_options": {"include_usage": True}}
+    for part in client.chat.completions.create(**asked, stream=True, **options):
+        for choice in part.choices:
+            streamed[choice.index] += choice.delta.content or ""
+    assert list(streamed.values()) == texts
+    assert part.usage == whole.usage
+    with pytest.raises(openai.RateLimitError, match="slots are taken"):
+        client.chat.completions.create(**{**asked, "n": 64})
+    assert client.chat.completions.create(**asked).choices == whole.choices
+
+
+def test_log_probabilities(client: Any) -> None:
+    """Tokens, their log probabilities and the most likely ones, at both endpoints and streamed."""
+    asked = {**ASK, "messages": [USER], "max_tokens": 6, "temperature": 0}
+    asked |= {"logprobs": True, "top_logprobs": 2}
+    choice = client.chat.completions.create(**asked).choices[0]
+    tokens = choice.logprobs.content
+    assert len(tokens) == 6
+    assert "".join(t.token for t in tokens).strip() == choice.message.content.strip()
+    for t in tokens:
+        assert t.logprob == t.top_logprobs[0].logprob >= t.top_logprobs[1].logprob
+        assert t.bytes is None or bytes(t.bytes).decode() == t.token
+    parts = client.chat.completions.create(**asked, stream=True)
+    streamed = [t for p in parts if p.choices[0].logprobs for t in p.choices[0].logprobs.content]
+    assert streamed == tokens
+    plain = {k: v for k, v in asked.items() if "logprobs" not in k}
+    assert client.chat.completions.create(**plain).choices[0].logprobs is None
+    with pytest.raises(openai.BadRequestError, match="top_logprobs: needs logprobs"):
+        client.chat.completions.create(**plain, top_logprobs=2)
+    text = {**ASK, "prompt": "the fox", "temperature": 0, "logprobs": 1}
+    done = client.completions.create(**text).choices[0]
+    assert "".join(done.logprobs.tokens).strip() == done.text.strip()
+    assert len(done.logprobs.token_logprobs) == len(done.logprobs.text_offset) == 4
+    likely = [next(iter(t.values())) for t in done.logprobs.top_logprobs]
+    assert likely == done.logprobs.token_logprobs
+
+
+def test_penalties_and_biases_change_the_reply(client: Any, server: Any) -> None:
+    asked: dict[str, Any] = {**ASK, "messages": [USER], "temperature": 0, "max_tokens": 20}
+
+    def reply(**more: Any) -> Any:
+        extra = {k: more.pop(k) for k in list(more) if k in VLLM}
+        return client.chat.completions.create(**{**asked, **more}, extra_body=extra).choices[0]
+
+    plain = reply().message.content
+    for more in (
+        {"presence_penalty": 2},
+        {"frequency_penalty": 2},
+        {"repetition_penalty": 2},
+    ):
+        assert reply(**more).message.content != plain
+    encode = server.engine.chat_model.tokenizer.encode
+    fox = encode("fox")[-1]
+    assert reply(logit_bias={str(fox): 100}).message.content.count("fox") == 20
+    stopped = reply(logit_bias={str(fox): 100}, stop_token_ids=[fox])
+    assert (stopped.message.content, stopped.finish_reason) == ("", "stop")
+    assert reply(min_p=1, temperature=1.5).message.content == plain
+    for field in ({"logit_bias": {"999": 1}}, {"stop_token_ids": [999]}):
+        with pytest.raises(openai.BadRequestError, match="999 is no token; allowed are 0"):
+            reply(**field)
+
+
+def test_the_models_own_sampling_is_the_default(serving: Any, chat_model: Any) -> None:
+    """What generation_config.json recommends holds where the request says nothing."""
+    greedy = dataclasses.replace(chat_model, sampling={"temperature": 0.0, "top_k": 5})
+    with (
+        serving(model=greedy) as served,
+        openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        texts = {
+            seed: client.chat.completions.create(
+                model="small", messages=[USER], max_tokens=9, seed=seed, **more
+            )
+            .choices[0]
+            .message.content
+            for seed, more in ((1, {}), (2, {}), (3, {"temperature": 2}))
+        }
+        assert texts[1] == texts[2] != texts[3]
+
+
+def test_pages_of_other_origins(serving: Any) -> None:
+    """A browser's question whether a page may call is answered without the API key."""
+    ask = {"Access-Control-Request-Method": "POST", "Origin": "https://example.org"}
+    with serving(token="secret", origins=("https://example.org",)) as served:
+        url = f"{served.url}/v1/models"
+        allowed = httpx.options(url, headers=ask)
+        assert allowed.headers["access-control-allow-origin"] == "https://example.org"
+        assert httpx.options(url, headers={**ask, "Origin": "https://other"}).status_code == 400
+        assert httpx.get(url, headers=ask).status_code == 401
 
 
 @pytest.mark.parametrize(

@@ -189,6 +189,8 @@ class Decoder:
             g = going[i]
             if g.sampling.logprobs is not None:
                 g.logprobs.append(report(plain[i], token, g.sampling.logprobs))
+            if g.sampling.constraint is not None:
+                g.sampling.constraint.accept(token)
             g.take(token, self.runner.length - len(g.prompt.tokens) - g.offset)
         for g in going:
             if g.finish:

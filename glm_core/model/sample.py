@@ -7,12 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from glm_core.config import check, positive
+
+
+class Constraint(Protocol):
+    """What one sequence may still say, such as a grammar's next tokens."""
+
+    def restrict(self, logits: Tensor) -> None:
+        """Sets the logits [V] of forbidden tokens to minus infinity, in place."""
+
+    def accept(self, token: int) -> None:
+        """Goes on after this token."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,12 +56,15 @@ class Sampling:
     """tokens and what is added to their logits"""
     logprobs: int | None = None
     """how many of the most likely tokens are reported with each token; None: no report"""
+    constraint: Constraint | None = None
+    """of this sequence alone; it changes with every token"""
 
     @property
     def adjusts(self) -> bool:
         """Whether `adjust` can change a logit."""
         penalties = (self.presence_penalty, self.frequency_penalty, self.min_tokens)
-        return self.repetition_penalty != 1 or any(penalties) or bool(self.logit_bias)
+        others = (self.logit_bias, self.constraint)
+        return self.repetition_penalty != 1 or any(penalties) or any(map(bool, others))
 
     def __post_init__(self) -> None:
         check(
@@ -102,6 +115,8 @@ def adjust(logits: Tensor, s: Sampling, prompt: Sequence[int], tokens: Sequence[
         logits[token] += bias
     if len(tokens) < s.min_tokens:
         logits[list(s.stop)] = -torch.inf
+    if s.constraint is not None:
+        s.constraint.restrict(logits)
 
 
 def choose(logits: Tensor, settings: Sequence[Sampling], draws: Sequence[float]) -> list[int]:

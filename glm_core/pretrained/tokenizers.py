@@ -107,6 +107,11 @@ class FastTokenizer:
         self._lock = threading.Lock()
         """encode's setting belongs to the tokenizer, not to the call"""
 
+    @property
+    def definition(self) -> str:
+        """The content of tokenizer.json."""
+        return str(self._tokenizer.to_str())
+
     def _around(self) -> tuple[list[int], list[int]]:
         """Returns the ids that the post-processor puts before and after a text."""
         for text in PROBES:
@@ -176,9 +181,10 @@ class GLM4Tokenizer:
                 f"{file}: tiktoken is not installed; pip install 'glm-core[serve]'"
             ) from None
         data = file.read_bytes()
-        self._size = len(ranks := _ranks(file, data))
+        self.ranks, self.pattern = _ranks(file, data), GLM4_PATTERN
+        self._size = len(self.ranks)
         self._encoding = tiktoken.Encoding(
-            file.name, pat_str=GLM4_PATTERN, mergeable_ranks=ranks, special_tokens={}
+            file.name, pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens={}
         )
         self.sha256 = hashlib.sha256(data).hexdigest()
         self.special = _special_ids(file, config, self._size, GLM4_SPECIAL, ("[gMASK]", "<sop>"))

@@ -3,6 +3,7 @@ metrics."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import reprlib
 import secrets
@@ -21,6 +22,7 @@ from glm_core.model.sample import Sampling
 from glm_core.pretrained.templates import Message
 from glm_core.serve import objects
 from glm_core.serve.engine import BusyError, Engine, StoppedError
+from glm_core.serve.grammar import Grammars
 from glm_core.serve.limits import Limits, LimitsMiddleware, error_body
 from glm_core.serve.page import PAGE
 from glm_core.serve.reply import Choices, Reply
@@ -80,6 +82,7 @@ def _sentence(error: dict[str, Any]) -> str:
 
 def _add_openai_routes(api: FastAPI, engine: Engine, limits: Limits) -> None:
     chat_model, started = engine.chat_model, int(time.time())
+    grammars = Grammars(chat_model)
 
     def require_model(name: str) -> None:
         if name != chat_model.name:
@@ -114,9 +117,12 @@ def _add_openai_routes(api: FastAPI, engine: Engine, limits: Limits) -> None:
         require_model(body.model)
         prompt = chat_model.chat_prompt(body.conversation, body.offered_tools)
         max_tokens = body.max_completion_tokens or body.max_tokens
+        schema = body.response_format.schema_of_reply
 
         def queue(index: int) -> Reply:
             sampling = body.sampling(max_tokens, limits.max_tokens, chat_model, index)
+            if schema is not None:
+                sampling = dataclasses.replace(sampling, constraint=grammars.json(schema))
             return Reply(engine, request, prompt, sampling, body.stop_strings, strip_start=True)
 
         kind = "chat.completion.chunk" if body.stream else "chat.completion"

@@ -89,7 +89,7 @@ async function ask(box) {
       if (line === "data: [DONE]") return;
       const part = JSON.parse(line.slice(6));
       if (part.error) throw new Error(part.error.message);
-      box.textContent += part.choices[0].delta.content;
+      box.textContent += part.choices[0].delta.content ?? "";
     }
   }
 }

@@ -212,6 +212,31 @@ class ChatMessage(Strict):
         return [*([Message(role, self.text)] if self.text or not calls else []), *calls]
 
 
+class JsonSchema(Strict):
+    """OpenAI's json_schema: `strict` is always so here."""
+
+    name: str
+    schema_: dict[str, Any] = Field(default={}, alias="schema")
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Strict):
+    """OpenAI's response_format."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @property
+    def schema_of_reply(self) -> dict[str, Any] | None:
+        """The JSON schema of the reply; None: any text. Raises ConfigError if it is missing."""
+        if self.type == "json_schema":
+            if self.json_schema is None:
+                raise ConfigError("response_format.json_schema: missing; give it")
+            return self.json_schema.schema_
+        return {"type": "object"} if self.type == "json_object" else None
+
+
 class ChatRequest(OpenAIRequest):
     """POST /v1/chat/completions."""
 
@@ -230,6 +255,7 @@ class ChatRequest(OpenAIRequest):
 
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
+    response_format: ResponseFormat = ResponseFormat(type="text")
     tools: list[OfferedTool] = []
     tool_choice: Literal["none", "auto"] = "auto"
     logprobs: bool = False

@@ -84,7 +84,7 @@ def test_ids_of_transformers(both: Any, name: str) -> None:
 
 def ids_or_refusal(theirs: Any, source: str, messages: list[Message]) -> list[int] | str:
     """Returns the ids of transformers, or what the template says where it raises."""
-    dicts = [m._asdict() for m in messages]
+    dicts = [m.values for m in messages]
     try:
         ids: list[int] = theirs.apply_chat_template(
             dicts, chat_template=source, add_generation_prompt=True
@@ -101,7 +101,7 @@ def test_the_template_of_a_folder(both: Any) -> None:
     theirs.save_pretrained(folder)
     again = transformers.AutoTokenizer.from_pretrained(folder)
     messages = [Message("user", "who runs?")]
-    wanted = again.apply_chat_template([m._asdict() for m in messages])["input_ids"]
+    wanted = again.apply_chat_template([m.values for m in messages])["input_ids"]
     assert find_template(folder, tokenizer).prompt_ids(messages, tokenizer) == wanted
     (folder / "chat_template.jinja").unlink()
     config = json.loads((folder / "tokenizer_config.json").read_text())
@@ -109,7 +109,7 @@ def test_the_template_of_a_folder(both: Any) -> None:
     config |= {"chat_template": "{{ bos_token }}{{ eos_token }}", "bos_token": added}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     again = transformers.AutoTokenizer.from_pretrained(folder)
-    wanted = again.apply_chat_template([m._asdict() for m in messages])["input_ids"]
+    wanted = again.apply_chat_template([m.values for m in messages])["input_ids"]
     assert find_template(folder, tokenizer).prompt_ids(messages, tokenizer) == wanted
     assert wanted == [tokenizer.special["</s>"]] * 2
 

@@ -41,7 +41,7 @@ def test_python_and_the_command_train_the_same_adapter(tmp_path: Path) -> None:
     assert load_adapter(path, model) == adapter
 
     file, out = tmp_path / "pairs.jsonl", tmp_path / "command"
-    lines = ({"messages": [m._asdict() for m in messages]} for messages in CONVERSATIONS)
+    lines = ({"messages": [m.values for m in messages]} for messages in CONVERSATIONS)
     file.write_text("\n".join(map(json.dumps, lines)))
     fields = ["data.length=48", "train.warmup_steps=0"]
     fields += [f"train.{name}={value}" for name, value in BATCH.items()]

@@ -124,7 +124,7 @@ def test_tokens_of_transformers(published: tuple[Path, Any, Any]) -> None:
         chat_model.completion_prompt(text),
         chat_model.chat_prompt([*TALK[:3], Message("user", "again, 你好?")]),
     ]
-    messages = [m._asdict() for m in [*TALK[:3], Message("user", "again, 你好?")]]
+    messages = [m.values for m in [*TALK[:3], Message("user", "again, 你好?")]]
     rendered = fast.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     wanted = [fast(text).input_ids, fast(rendered, add_special_tokens=False).input_ids]
     assert [list(p.tokens) for p in prompts] == wanted

@@ -116,7 +116,7 @@ def test_a_reply_is_what_the_template_shows(name: str, content: str, wanted: str
     reply = shown.reply_ids(messages, letters)
     assert letters.decode(reply) == wanted
     if "<think>" not in letters.decode(request := shown.prompt_ids(ASKED, letters)):
-        values = {**CONSTANTS, "messages": [m._asdict() for m in messages], "tools": None}
+        values = {**CONSTANTS, "messages": [m.values for m in messages], "tools": None}
         whole = sandbox.render(shown.source, values)
         assert whole.startswith(letters.decode([*request, *reply]))
     assert not [i for i in reply if i < 10]

@@ -15,6 +15,7 @@ from glm_core.config import ModelConfig
 from glm_core.data.tokenizer import Tokenizer, train
 from glm_core.model.glm import GLM
 from glm_core.pretrained.chat_model import BlankFillingModel
+from glm_core.pretrained.tokenizers import FastTokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog. 你好，世界 éà 🙂 again and again it runs. "
 
@@ -33,6 +34,27 @@ def chat_model() -> BlankFillingModel:
             p.copy_(torch.randn(p.shape, generator=g) * std + name.endswith("norm.weight"))
     stop = (tokenizer.eop, tokenizer.eos)
     return BlankFillingModel(model=model, tokenizer=tokenizer, name="small", stop=stop)
+
+
+SPECIAL = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> FastTokenizer:
+    """A small byte-level tokenizer with GLM-4's role tokens."""
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=330, initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator([TEXT] * 9, trainer)
+    made.add_special_tokens(list(SPECIAL))
+    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    made.save(str(file))
+    return FastTokenizer(file)
 
 
 class Served(NamedTuple):

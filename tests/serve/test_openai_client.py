@@ -23,8 +23,9 @@ HONOURED = {
     *("model", "messages", "prompt", "max_tokens", "max_completion_tokens", "seed", "stop"),
     *("stream", "stream_options", "temperature", "top_p", "n", "logprobs", "top_logprobs"),
     *("presence_penalty", "frequency_penalty", "logit_bias", "tools", "tool_choice"),
+    "response_format",
 }
-OF_CHAT = {"top_logprobs", "tools", "tool_choice"}
+OF_CHAT = {"response_format", "top_logprobs", "tools", "tool_choice"}
 IGNORED = {
     "metadata": {"run": "1"},
     "prompt_cache_key": "k",
@@ -230,14 +231,8 @@ def test_pages_of_other_origins(serving: Any) -> None:
 @pytest.mark.parametrize(
     ("message", "fact"),
     [
-        (
-            {"role": "tool", "content": "3", "tool_call_id": "a"},
-            'tool_call_id="a", messages.1.role',
-        ),
-        (
-            {"role": "assistant", "content": "", "tool_calls": [{"id": "a"}]},
-            "messages.1.tool_calls",
-        ),
+        ({"role": "function", "content": "3", "name": "a"}, "messages.1.role=function"),
+        ({"role": "assistant", "content": "", "function_call": {"name": "a"}}, "function_call"),
         (
             {"role": "user", "content": [{"type": "image_url"}]},
             "messages.1.content.0.type=image_url",

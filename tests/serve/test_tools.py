@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from folders import TEXT
 
 from glm_core.config import ModelConfig
 from glm_core.model import generate
@@ -20,10 +19,8 @@ from glm_core.pretrained.tokenizers import FastTokenizer
 from glm_core.serve.parts import Splitter, parse_call
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
-tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
 openai = pytest.importorskip("openai", reason="openai's client is not installed")
 
-SPECIAL = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 TEMPLATE = (
     "{% if tools %}<|system|>{% for tool in tools %}\n## {{ tool.function.name }}\n"
     "{{ tool.function | tojson }}{% endfor %}{% endif %}"
@@ -38,39 +35,25 @@ TOOL = {"type": "function", "function": {"name": "roots", "parameters": {"type":
 USER = {"role": "user", "content": "Which numbers have the square 2?"}
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> FastTokenizer:
-    made = tokenizers.Tokenizer(tokenizers.models.BPE())
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=330, initial_alphabet=alphabet, show_progress=False
-    )
-    made.train_from_iterator([TEXT] * 9, trainer)
-    made.add_special_tokens(list(SPECIAL))
-    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    made.save(str(file))
-    return FastTokenizer(file)
-
-
 @pytest.fixture
 def say(
-    tokenizer: FastTokenizer, serving: Any, monkeypatch: pytest.MonkeyPatch
+    chat_tokenizer: FastTokenizer, serving: Any, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Any]]:
     """Returns a function that starts a server whose model gives these replies, each ended by its
     own stop token, and returns a client and the prompts that came."""
     config = ModelConfig(
         num_layers=1, hidden=32, num_heads=2, ffn=32, vocab=352, max_length=1024, placement="pre"
     )
-    stop = tuple(tokenizer.special[n] for n in ("<|endoftext|>", "<|user|>", "<|observation|>"))
+    stop = tuple(
+        chat_tokenizer.special[n] for n in ("<|endoftext|>", "<|user|>", "<|observation|>")
+    )
     with contextlib.ExitStack() as stack:
 
         def start(*replies: str, template: str = TEMPLATE) -> tuple[Any, list[str]]:
             tokens = [
                 token
                 for text in replies
-                for token in (*tokenizer.encode(text), stop[2 if text == CALL else 1])
+                for token in (*chat_tokenizer.encode(text), stop[2 if text == CALL else 1])
             ]
             monkeypatch.setattr(generate, "choose", lambda *_: [tokens.pop(0)])
             network = GLM(config).requires_grad_(False)
@@ -78,7 +61,7 @@ def say(
                 parameter.fill_(0.02)  # any finite value: what it says is given
             model = CausalModel(
                 model=network,
-                tokenizer=tokenizer,
+                tokenizer=chat_tokenizer,
                 name="glm-4-9b-chat",
                 stop=stop,
                 template=ChatTemplate(source=template),
@@ -87,7 +70,7 @@ def say(
 
             def kept(*args: Any) -> list[int]:
                 prompt = ids(*args)
-                prompts.append(tokenizer._tokenizer.decode(prompt, skip_special_tokens=False))
+                prompts.append(chat_tokenizer._tokenizer.decode(prompt, skip_special_tokens=False))
                 return prompt
 
             monkeypatch.setattr(ChatTemplate, "prompt_ids", kept)

@@ -148,8 +148,8 @@ class Conversation:
         self._template, self._messages, self._tokenizer = template, messages, tokenizer
         self._tools = tools
         needed = {"tools": bool(tools), "metadata": any(m.metadata for m in messages)}
-        for name, asked in needed.items():
-            if asked and not re.search(rf"\b{name}\b", template.source):
+        for name, is_needed in needed.items():
+            if is_needed and not re.search(rf"\b{name}\b", template.source):
                 raise PromptError(f"tools: the model's chat template knows no {name}; leave it out")
         text = "\0".join(m.content for m in messages)
         unused = (c for c in map(chr, PRIVATE) if c not in text)

@@ -19,7 +19,7 @@ _REDUCE = "torch.distributed._functional_collectives"
 _ATEN = (
     "_log_softmax _log_softmax.default _log_softmax_backward_data _softmax _softmax_backward_data"
 )
-_FOREACH = "add_ addcdiv_ addcmul_ copy_ div div_ lerp_ mul_ sqrt sqrt_"
+_FOREACH = "add_ addcdiv_ addcmul_ copy_ div div_ lerp_ mul_ sqrt sqrt_ zero_"
 SIGNATURES: dict[str, tuple[str, ...]] = {
     **{f"torch._foreach_{name}": () for name in _FOREACH.split()},
     "torch.Tensor._make_wrapper_subclass": (),

@@ -25,6 +25,7 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "torch.Tensor._make_wrapper_subclass": (),
     "torch._C._AutoDispatchBelowAutograd": (),
     "torch._assert_async": (),
+    "torch.autograd.Variable._execution_engine.queue_callback": (),
     "torch._decomp.core_aten_decompositions": ("",),
     "torch._decomp.get_decompositions": ("aten_ops type",),
     "torch._ops.OpOverload": ("overloadpacket op op_dk schema tags",),

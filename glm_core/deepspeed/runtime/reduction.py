@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.utils import _pytree
+from torch.utils._pytree import tree_leaves
 
 from glm_core.deepspeed.accelerator import get_accelerator
 from glm_core.deepspeed.settings import Settings
@@ -82,7 +82,7 @@ class Reduction:
 
     def _watch(self, outputs: Any) -> Any:
         """Makes `loss.backward()` of the module's outputs end as `engine.backward(loss)` does."""
-        tensors = [t for t in _pytree.tree_leaves(outputs) if isinstance(t, Tensor)]
+        tensors = [t for t in tree_leaves(outputs) if isinstance(t, Tensor)]
         self._num_outputs = sum(t.requires_grad for t in tensors)
         for tensor in tensors:
             if tensor.requires_grad:

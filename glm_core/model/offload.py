@@ -38,7 +38,7 @@ class LayerStream:
     start the buffers hold the first of them."""
 
     def __init__(self, layers: Sequence[int], buffers: Sequence[nn.Module], fetch: Fetch) -> None:
-        self._layers, self._buffers, self._fetch = list(layers), list(buffers), fetch
+        self._layers, self._slots, self._fetch = list(layers), list(buffers), fetch
         self._copies = _CopyStream(next(iter(tensors(buffers[0]).values())).device)
         self._worker = ThreadPoolExecutor(1, "glm-core layers")
         self._ahead: deque[_Fetching] = deque()
@@ -71,7 +71,7 @@ class LayerStream:
         wait([f.done for f in self._ahead])
         self._ahead.clear()
         before = self._layers[self._layers.index(layer) - 1]
-        for buffer in self._buffers:
+        for buffer in self._slots:
             self._refill(buffer, after=self._ahead[-1].layer if self._ahead else before)
 
     def _refill(self, buffer: nn.Module, after: int) -> None:

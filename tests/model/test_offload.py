@@ -144,7 +144,7 @@ def test_a_file_that_changes_or_ends_early_is_named(tmp_path: Path, monkeypatch:
             replies(built, kind)
         with monkeypatch.context() as patch:
             kept = (facts.st_mtime_ns, facts.st_size)
-            patch.setattr(streaming, "_version", lambda handle, file: kept)
+            patch.setattr(streaming, "_stamp", lambda handle, file: kept)
             with pytest.raises(CheckpointError, match=r"could not be read \(ends at byte"):
                 replies(built, kind)
         with file.open("r+b") as handle:

@@ -119,7 +119,7 @@ class LayerFiles:
     def _read(self, part: StoredTensor, values: Tensor) -> None:
         """Reads one stored tensor into flat `values`."""
         file = self._files[part.file]
-        if _version(file.handle, part.file) != file.version:
+        if _stamp(file.handle, part.file) != file.version:
             raise CheckpointError(
                 f"{part.file}: was changed while the model runs from it; start again"
             )
@@ -138,7 +138,7 @@ class LayerFiles:
 def _open(file: Path) -> _File:
     try:
         handle = FileIO(file)
-        version = _version(handle, file)
+        version = _stamp(handle, file)
         length = int.from_bytes(handle.read(8), "little")
         table = json.loads(handle.read(length))
     except (OSError, ValueError) as error:
@@ -152,7 +152,7 @@ def _close(handles: list[FileIO]) -> None:
         handle.close()
 
 
-def _version(handle: FileIO, file: Path) -> tuple[int, int]:
+def _stamp(handle: FileIO, file: Path) -> tuple[int, int]:
     try:
         facts = os.fstat(handle.fileno())
     except OSError as error:

@@ -24,7 +24,7 @@ from glm_core.deepspeed.runtime.engine import DeepSpeedEngine
 from glm_core.deepspeed.runtime.pipe.engine import PipelineEngine
 from glm_core.deepspeed.runtime.pipe.module import PipelineModule
 from glm_core.deepspeed.runtime.reduction import MisplacedCall
-from glm_core.deepspeed.settings import Settings, read, resolve
+from glm_core.deepspeed.settings import BadConfig, Settings, read, resolve
 from glm_core.deepspeed.utils import zero_to_fp32 as zero_to_fp32  # utils.zero_to_fp32 for scripts
 from glm_core.errors import ConfigError
 
@@ -70,7 +70,7 @@ def initialize(
     lr_scheduler. The config is the first of config, config_params, args.deepspeed_config that is
     given. Raises ConfigError."""
     if model is None:
-        raise ConfigError("initialize: no model; pass model=")
+        raise BadConfig("initialize: no model; pass model=")
     if mesh_param is not None:
         raise ConfigError("initialize: mesh_param would split sequences over ranks; remove it")
     comm.init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
@@ -82,7 +82,7 @@ def initialize(
     config = config if config is not None else config_params
     config = config if config is not None else getattr(args, "deepspeed_config", None)
     if config is None:
-        raise ConfigError("initialize: no config; pass config= or args.deepspeed_config")
+        raise BadConfig("initialize: no config; pass config= or args.deepspeed_config")
     if isinstance(model, PipelineModule):
         if mpu is not None:
             raise ConfigError("initialize: a PipelineModule brings its own mpu; remove mpu=")

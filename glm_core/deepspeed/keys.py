@@ -219,8 +219,8 @@ SECTIONS: dict[str, dict[str, Key]] = {
     },
     "data_types": {
         "grad_accum_dtype": OK,
-        "param_dtype": _error("weights are in the dtype of fp16/bf16; set those instead"),
-        "buffer_dtype": _error("buffers are cast with the weights; cast them after initialize"),
+        "param_dtype": OK,
+        "buffer_dtype": OK,
         "keep_in_fp32_modules": _error(
             "would leave some modules in float32; use float32 or bf16 as a whole", "auto", []
         ),

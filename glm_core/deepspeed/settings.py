@@ -23,6 +23,11 @@ from glm_core.training.loss_scale import LossScale
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+class BadConfig(ConfigError, AssertionError, ValueError, NotImplementedError):
+    """A config that cannot be run. DeepSpeed raises one or the other of the last three, by key; a
+    script may catch any of them."""
+
+
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Settings:
     """One engine's settings, with DeepSpeed's defaults."""
@@ -38,6 +43,8 @@ class Settings:
     stage: int = 0
     """of ZeRO, 0 to 3"""
     precision: Precision = dataclasses.field(default_factory=Precision)
+    buffers: torch.dtype | None = None
+    """the dtype of floating-point buffers; None: they keep their own"""
     fp16: dict[str, Any] = dataclasses.field(default_factory=dict)
     """the config's section, for the loss scale"""
     skip_overflow: bool = False
@@ -112,7 +119,7 @@ def read(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     try:
         parsed = json.loads(body, object_pairs_hook=_no_duplicates)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"config {text}: not valid JSON ({error})") from None
+        raise BadConfig(f"config {text}: not valid JSON ({error})") from None
     if not isinstance(parsed, dict):
         raise ConfigError(f"config {text}: expected an object, received {type(parsed).__name__}")
     return parsed
@@ -121,7 +128,7 @@ def read(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [k for k, _ in pairs]
     if duplicates := sorted({n for n in names if names.count(n) > 1}):
-        raise ConfigError(f"config: given twice: {', '.join(duplicates)}; keep one")
+        raise BadConfig(f"config: given twice: {', '.join(duplicates)}; keep one")
     return dict(pairs)
 
 
@@ -149,7 +156,7 @@ def resolve(config: Mapping[str, Any], ranks: int) -> Settings:
     take("optimizer/scheduler", lambda: _recipes(sound))
     take("gradients", lambda: _gradients(sound))
     if bad:
-        raise ConfigError("; ".join(bad))
+        raise BadConfig("; ".join(bad))
     return Settings(
         **values,
         managed=config.get("managed_gradient_accumulation", True) is not False,
@@ -246,8 +253,18 @@ def _precision(config: Mapping[str, Any]) -> dict[str, Any]:
     if name is not None and str(name).lower() not in DTYPES:
         raise ConfigError(f"communication_data_type={name!r}: use fp32, bf16 or fp16")
     low = compute != torch.float32
+    types = config.get("data_types", {})
+    for key in ("param_dtype", "buffer_dtype"):
+        if types.get(key) is not None and types[key] not in DTYPES:
+            raise BadConfig(f"data_types.{key}={types[key]!r}: use fp32, bf16 or fp16")
+    if types.get("param_dtype") is not None and DTYPES[types["param_dtype"]] != compute:
+        raise BadConfig(
+            f"data_types.param_dtype={types['param_dtype']!r}: is not the dtype of fp16/bf16; set "
+            "those instead"
+        )
     _check_sums(config, compute)
     return {
+        "buffers": DTYPES.get(types.get("buffer_dtype")),
         "precision": Precision(
             compute=compute, reduce=DTYPES[str(name).lower()] if name else torch.float32
         ),
@@ -266,7 +283,9 @@ def _check_sums(config: Mapping[str, Any], compute: torch.dtype) -> None:
     if name not in DTYPES:
         raise ConfigError(f"data_types.grad_accum_dtype={name!r}: use fp32, bf16 or fp16")
     summed = int(config.get("gradient_accumulation_steps") or 1) > 1
-    if DTYPES[name] not in (torch.float32, compute) or (summed and name != "fp32"):
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    wrong = DTYPES[name] not in (torch.float32, compute) and not stage
+    if wrong or (summed and name != "fp32"):
         raise ConfigError(
             f"data_types.grad_accum_dtype={name!r}: gradients are summed over micro-batches in "
             "float32; use fp32"

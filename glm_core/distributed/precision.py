@@ -26,8 +26,18 @@ class Precision:
 
 
 def cast_(module: nn.Module, dtype: torch.dtype) -> None:
-    """Rounds all floating-point parameters and buffers of the module to `dtype`, in place."""
-    module.to(dtype)
+    """Rounds all floating-point parameters of the module to `dtype`, in place. Buffers, such as
+    rotary frequencies, keep their dtype."""
+    for p in module.parameters():
+        if p.is_floating_point():
+            p.data = p.data.to(dtype)
+
+
+def cast_buffers_(module: nn.Module, dtype: torch.dtype) -> None:
+    """Rounds all floating-point buffers of the module to `dtype`, in place."""
+    for b in module.buffers():
+        if b.is_floating_point():
+            b.data = b.data.to(dtype)
 
 
 def to_compute(value: Any, dtype: torch.dtype) -> Any:

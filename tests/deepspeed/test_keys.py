@@ -3,10 +3,12 @@ once, an error says what the key would have changed and what to do instead."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from glm_core.deepspeed import settings
 from glm_core.deepspeed.keys import SECTIONS, TOP, Key
@@ -80,10 +82,25 @@ def test_what_is_kept_on_the_host_is_there_already_on_the_cpu(
         resolve({**BASE, **given}, 2)
 
 
+def test_the_dtype_of_weights_is_that_of_the_run_and_of_buffers_any() -> None:
+    resolve({**BASE, "bf16": BF16, "data_types": {"param_dtype": "bf16"}}, 2)
+    with pytest.raises(AssertionError, match="set those instead"):
+        resolve({**BASE, "bf16": BF16, "data_types": {"param_dtype": "fp16"}}, 2)
+    given = resolve({**BASE, "bf16": BF16, "data_types": {"buffer_dtype": "fp16"}}, 2)
+    assert given.buffers == torch.float16
+    with pytest.raises(ConfigError, match="use fp32, bf16 or fp16"):
+        resolve({**BASE, "data_types": {"buffer_dtype": "half"}}, 2)
+
+
 def test_the_dtype_of_sums_is_taken_where_it_changes_nothing() -> None:
     for given in ({}, {"bf16": BF16}):
         for dtype in (None, "fp32", "bf16" if given else "fp32"):
             resolve({**BASE, **given, "data_types": {"grad_accum_dtype": dtype}}, 2)
+    for stage in (0, 1):
+        two = {**BASE, "zero_optimization": {"stage": stage}}
+        other = {**two, "data_types": {"grad_accum_dtype": "bf16"}}
+        with nullcontext() if stage else pytest.raises(NotImplementedError):
+            resolve(other, 2)  # one micro-batch: no sum, but DeepSpeed refuses it in stage 0
     summed = {**BASE, "gradient_accumulation_steps": 2, "bf16": BF16}
     with pytest.raises(ConfigError, match="in float32; use fp32"):
         resolve({**summed, "data_types": {"grad_accum_dtype": "bf16"}}, 2)
@@ -131,7 +148,7 @@ SUPPORTED: list[tuple[str, Any, dict[str, Any], str]] = [
 WATCHED = {"wall_clock_breakdown", "csv_monitor", "tensorboard", "flops_profiler"}
 """own/watched.py shows these"""
 JUDGED = {"data_types"}
-"""test_the_dtype_of_sums_is_taken_where_it_changes_nothing"""
+"""tried by test_the_dtype_of_..."""
 PIPES = {"pipeline", "activation_checkpointing"}
 """pipeline_own.py and test_checkpointing.py show these"""
 

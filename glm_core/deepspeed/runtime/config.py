@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 
 from glm_core.deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from glm_core.deepspeed.settings import batches, read, resolve
+from glm_core.deepspeed.settings import BadConfig, batches, read, resolve
 from glm_core.errors import ConfigError
 
-
-class BadBatch(ConfigError, AssertionError):
-    """Batch sizes that do not fit together; an AssertionError, as in DeepSpeed."""
+ADAM_OPTIMIZER, ADAMW_OPTIMIZER, LAMB_OPTIMIZER = "adam", "adamw", "lamb"
+ADAGRAD_OPTIMIZER, LION_OPTIMIZER = "adagrad", "lion"
+"""the config's names, for scripts that import them"""
 
 
 class DeepSpeedConfig:
@@ -52,7 +52,7 @@ class DeepSpeedConfig:
         self.wall_clock_breakdown = bool(self._param_dict.get("wall_clock_breakdown", False))
 
     def _configure_train_batch_size(self) -> None:
-        """Computes the batch sizes that are None from the others. Raises BadBatch."""
+        """Computes the batch sizes that are None from the others. Raises BadConfig."""
         names = (
             "train_batch_size",
             "train_micro_batch_size_per_gpu",
@@ -61,7 +61,7 @@ class DeepSpeedConfig:
         try:
             found = batches({n: getattr(self, n) for n in names}, self.world_size)
         except ConfigError as error:
-            raise BadBatch(str(error)) from None
+            raise BadConfig(str(error)) from None
         for name, value in zip(names, ("train_batch", "micro_batch", "accumulation"), strict=True):
             setattr(self, name, found[value])
 

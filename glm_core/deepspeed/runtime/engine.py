@@ -27,7 +27,7 @@ from glm_core.deepspeed.settings import Settings
 from glm_core.deepspeed.utils.timer import PhaseTimer
 from glm_core.distributed.norm import GradientPart, clip_, global_norm
 from glm_core.distributed.placement import FlatStore, MasterStore, ReplicaStore, Zero3Store
-from glm_core.distributed.precision import cast_, to_compute
+from glm_core.distributed.precision import cast_, cast_buffers_, to_compute
 from glm_core.distributed.split import Split, join_module, move_, round_
 from glm_core.distributed.zero import shard_parameters
 from glm_core.errors import ConfigError, TrainingError
@@ -63,6 +63,8 @@ class DeepSpeedEngine(Accessors, Reduction, nn.Module):
         if settings.precision.low:
             # ZeRO 3 keeps float32 shards; like all masters they start from 16-bit weights
             (cast_ if settings.stage < 3 else round_)(module, settings.precision.compute)
+        if settings.buffers is not None:
+            cast_buffers_(module, settings.buffers)
         self.scaler = settings.loss_scale()
         self.stores: list[MasterStore] = []
         self.optimizer = self._configure(optimizer, model_parameters)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -105,7 +106,7 @@ class WarmupLR(Schedule):
         super().__init__(optimizer, last_batch_iteration)
         if warmup_type not in WARMUPS:
             say_once(f"warmup_type={warmup_type!r}: is unknown, so log is used; use log or linear")
-        self.kind = warmup_type if warmup_type in WARMUPS else "log"
+        self.warmup_type = warmup_type if warmup_type in WARMUPS else "log"
         own = _own_rates(self.optimizer)
         self.max_lrs = own if warmup_max_lr is None else self._each(warmup_max_lr)
         self.min_lrs = self._each(warmup_min_lr)
@@ -123,7 +124,7 @@ class WarmupLR(Schedule):
         if step < 0:
             return self.min_lrs
         if step < self.warmup_num_steps:
-            share = _warmup_share(step, self.warmup_num_steps, self.kind)
+            share = _warmup_share(step, self.warmup_num_steps, self.warmup_type)
         else:
             share = self._share(step)
         return [a + (b - a) * share for a, b in zip(self.min_lrs, self.max_lrs, strict=True)]
@@ -184,7 +185,7 @@ class WarmupCosineLR(WarmupLR):
         if step < 0:
             return 0.0
         if step < self.warmup_num_steps:
-            return low + (1 - low) * _warmup_share(step, self.warmup_num_steps, self.kind)
+            return low + (1 - low) * _warmup_share(step, self.warmup_num_steps, self.warmup_type)
         falling = max(1, self.total_num_steps - self.warmup_num_steps)
         done = (step - self.warmup_num_steps + 1) / falling
         wave = (1 + math.cos(math.pi * min(1.0, done))) / 2
@@ -261,6 +262,7 @@ class OneCycle(Schedule):
                 "the first must be positive, the second not negative"
             )
         self.length = self.rise + self.fall
+        self.step_ratio = self.rise / self.length
         second = cycle_second_stair_count
         self.stairs = (cycle_first_stair_count, second)
         if second is None:
@@ -293,7 +295,7 @@ class OneCycle(Schedule):
         """Returns how far the cycle is from min (0) to max (1)."""
         done = self.last_batch_iteration + 1
         x = 1.0 + done / self.length - math.floor(1 + done / self.length)
-        ratio = self.rise / self.length
+        ratio = self.step_ratio
         rising = x <= ratio
         count = self.stairs[0] if rising else self.stairs[1]
         if count is None or count <= 0:
@@ -348,6 +350,16 @@ def _zero(value: float) -> bool:
 KINDS = {k.__name__: k for k in (LRRangeTest, OneCycle, WarmupLR, WarmupDecayLR, WarmupCosineLR)}
 """by the name that a config gives; a config may name torch's own schedules too"""
 VALID_LR_SCHEDULES = list(KINDS)
+LR_RANGE_TEST, ONE_CYCLE, WARMUP_LR, WARMUP_DECAY_LR, WARMUP_COSINE_LR = VALID_LR_SCHEDULES
+WARMUP_LOG_RATE, WARMUP_LINEAR_RATE = WARMUPS
+globals().update(
+    {
+        name.upper(): name  # WARMUP_NUM_STEPS = "warmup_num_steps", ...: scripts import these
+        for kind in KINDS.values()
+        for name in inspect.signature(kind).parameters
+        if name not in ("optimizer", "last_batch_iteration")
+    }
+)
 
 
 def make(kind: str, params: dict[str, Any], optimizer: torch.optim.Optimizer) -> Any:

@@ -7,8 +7,10 @@ import os
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from glm_core.deepspeed.accelerator.real_accelerator import backend
+from glm_core.versions import all_gather_single
 
 
 def init_distributed(
@@ -44,6 +46,15 @@ def init_distributed(
 def get_local_rank() -> int:
     """Returns LOCAL_RANK as the launcher set it, else 0."""
     return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def all_gather_into_tensor(
+    output_tensor: Tensor, input_tensor: Tensor, group: Any = None, async_op: bool = False
+) -> Any:
+    """Gathers all ranks' tensors, one after another along dimension 0. A scalar counts as one
+    element, which gloo itself refuses."""
+    own = input_tensor.reshape(1) if input_tensor.ndim == 0 else input_tensor
+    return all_gather_single(output_tensor, own, group=group, async_op=async_op)
 
 
 def __getattr__(name: str) -> Any:

@@ -25,6 +25,7 @@ class Loss(Classifier):
 def make(stage, accumulation=1, *, frozen=False, seed=41, **more):
     torch.manual_seed(seed)
     model = Loss()
+    model.register_buffer("frequencies", torch.ones(2), persistent=False)
     model.first.requires_grad_(not frozen)
     config = {
         "train_micro_batch_size_per_gpu": 4,
@@ -99,6 +100,11 @@ WAYS = {
     2: (coalesced, by_hand, plain, unmanaged),
     3: (coalesced, plain, unmanaged),
 }
+# scalars too, which gloo alone refuses
+everybody = torch.zeros(2, dtype=torch.int)
+deepspeed.comm.all_gather_into_tensor(everybody, torch.tensor(deepspeed.comm.get_rank()).int())
+assert everybody.tolist() == [0, 1]
+
 eps = torch.finfo(torch.float32).eps
 for stage, ways in WAYS.items():
     held_to = whole(each_backward(stage))
@@ -127,6 +133,11 @@ with pytest.raises(NotImplementedError), make(0).coalesce_grad_reduction():
     pass
 with pytest.raises(TrainingError, match="no backward"):
     make(2).step()
+trained = make(1, bf16={"enabled": True})
+assert trained.module.head.weight.dtype == torch.bfloat16
+assert trained.module.frequencies.dtype == torch.float32  # rotary ones lose their use in 16 bit
+types = {"buffer_dtype": "bf16"}
+assert make(1, bf16={"enabled": True}, data_types=types).module.frequencies.dtype == torch.bfloat16
 trained = make(2, fp16={"enabled": True, "initial_scale_power": 4})
 half = {**data[0], "x": data[0]["x"].half()}
 with pytest.raises(RuntimeError, match="not scaled"):

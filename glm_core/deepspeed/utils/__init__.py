@@ -17,6 +17,7 @@ from glm_core.deepspeed.utils.tensor_fragment import (
     safe_set_local_fp32_param,
     safe_set_local_grad,
     safe_set_local_optimizer_state,
+    safe_update_full_grad_vectorized,
 )
 from glm_core.deepspeed.utils.z3_leaf_module import set_z3_leaf_modules
 
@@ -38,5 +39,6 @@ __all__ = [
     "safe_set_local_fp32_param",
     "safe_set_local_grad",
     "safe_set_local_optimizer_state",
+    "safe_update_full_grad_vectorized",
     "set_z3_leaf_modules",
 ]

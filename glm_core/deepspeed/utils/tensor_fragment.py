@@ -3,7 +3,7 @@ the whole tensor (`safe_*_full_*`) or this rank's part of it (`safe_*_local_*`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -94,6 +94,16 @@ def safe_set_full_grad(param: nn.Parameter, value: Tensor) -> None:
     ranks with the same value."""
     scale = _engine_and_store(param, "safe_set_full_grad")[0].scaler.scale
     _set_full(param, value * scale, "safe_set_full_grad", _grad)
+
+
+def safe_update_full_grad_vectorized(
+    param_list: Iterable[nn.Parameter], update_func: Callable[[Tensor, nn.Parameter], Tensor]
+) -> None:
+    """Sets the reduced gradient of each parameter to update_func(gradient, parameter), where it has
+    one. A collective."""
+    for param in param_list:
+        if param.requires_grad and (grad := safe_get_full_grad(param)) is not None:
+            safe_set_full_grad(param, update_func(grad, param))
 
 
 def _local(param: nn.Parameter, call: str, select: Callable[[Any], Select]) -> Tensor | None:

@@ -60,6 +60,8 @@ utils.safe_set_local_grad(weight, pairs[1][0] * 3)
 assert torch.equal(utils.safe_get_full_grad(weight), pairs[1][1] * 3)
 utils.safe_set_local_optimizer_state(weight, pairs[2][0] * 4, "exp_avg")
 assert torch.equal(utils.safe_get_full_optimizer_state(weight, "exp_avg"), pairs[2][1] * 4)
+utils.safe_update_full_grad_vectorized([weight], lambda grad, p: grad * 2 + p.ndim)
+assert torch.equal(utils.safe_get_full_grad(weight), pairs[1][1] * 3 * 2 + 2)
 with pytest.raises(ConfigError, match="received 1"):
     utils.safe_set_local_grad(weight, torch.zeros(1))
 

@@ -82,11 +82,11 @@ class Reduction:
 
     def _watch(self, outputs: Any) -> Any:
         """Makes `loss.backward()` of the module's outputs end as `engine.backward(loss)` does."""
-        tensors = [t for t in tree_leaves(outputs) if isinstance(t, Tensor)]
-        self._num_outputs = sum(t.requires_grad for t in tensors)
-        for tensor in tensors:
-            if tensor.requires_grad:
-                tensor.register_hook(self._plain_backward)
+        leaves = [t for t in tree_leaves(outputs) if isinstance(t, Tensor)]
+        computed = [t for t in leaves if t.grad_fn is not None]  # not a parameter itself
+        self._num_outputs = len(computed)
+        for tensor in computed:
+            tensor.register_hook(self._plain_backward)
         return outputs
 
     def _plain_backward(self, grad: Tensor) -> Tensor | None:

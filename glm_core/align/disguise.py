@@ -16,6 +16,7 @@ from glm_core.conformance.oracle import EagerMode
 
 aten = torch.ops.aten
 
+_LOW = (torch.bfloat16, torch.half)
 _ARITHMETIC = {
     aten.mm,
     aten.addmm,
@@ -40,7 +41,13 @@ def widened(value: Any, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> A
 
 class Exact(EagerMode):
     """Computes every float32 intermediate in float64. Roundings to a dtype below float32 stay,
-    because the op's contract asks for them. The caller must widen float32 arguments (`widened`)."""
+    because the op's contract asks for them; with `values_only` the rounded values are kept in
+    float64, so that their gradients are not rounded. The caller must widen float32 arguments
+    (`widened`)."""
+
+    def __init__(self, values_only: bool = False) -> None:
+        super().__init__()
+        self.values_only = values_only
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -48,10 +55,13 @@ class Exact(EagerMode):
         kwargs = dict(kwargs or {})
         if kwargs.get("dtype") == torch.float32:
             kwargs["dtype"] = torch.float64
+        rounds = func is aten._to_copy.default and kwargs.get("dtype") in _LOW
+        if self.values_only and rounds and args[0].requires_grad:  # gradients themselves do not
+            return func(*args, **kwargs).double()
         if func.overloadpacket not in _ARITHMETIC:
             return func(*args, **kwargs)
         floats = [x for x in args if isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 0]
-        low = [x for x in floats if x.dtype in (torch.bfloat16, torch.half)]
+        low = [x for x in floats if x.dtype in _LOW]
         if not low or len(low) < len(floats):
             return func(*args, **kwargs)
         return func(*widened(args, (low[0].dtype,)), **kwargs).to(low[0].dtype)
@@ -71,7 +81,7 @@ class Regrouped(EagerMode):
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """Returns a @ b in the inputs' dtype, accumulated in float32 at least."""
         dtype = a.dtype
-        if dtype in (torch.bfloat16, torch.half):
+        if dtype in _LOW:
             a, b = a.float(), b.float()
         if a.shape[-1] < 2:
             return (a @ b).to(dtype)

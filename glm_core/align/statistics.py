@@ -101,6 +101,10 @@ class Sums:
     """sum Y^2"""
     explained: Array
     """number of elements whose rounding a lean of FLOOR flips, see `flips`"""
+    dy_calls: Array
+    """sum over the calls of (sum D Y)^2"""
+    d_calls: Array
+    """sum over the calls of (sum D)^2"""
     dy: Array
     """sum D Y"""
     dy2: Array
@@ -176,7 +180,7 @@ def sums(correct: CorrectResult, errors: Array) -> list[Sums]:
     made = []
     for g, (count, yy, explained) in zip(correct.groupings, correct.fixed_totals, strict=True):
         totals = g.totals_at(at, fields) if sparse else g.totals(fields)
-        made.append(Sums(count, yy, explained, *totals))
+        made.append(Sums(count, yy, explained, totals[0] ** 2, totals[2] ** 2, *totals))
     return made
 
 
@@ -197,6 +201,17 @@ def scores(s: Sums, least: float) -> Scores:
         "offset": (s.d / (n * rms), np.sqrt(s.d2) / (n * rms)),
         "sign": (beyond / differ * (s.differ < SPARSE * n), 1 / np.sqrt(differ)),
         "size": (np.sqrt(s.d2 / n) / rms, np.zeros_like(n)),
+    }
+
+
+def spread(s: Sums, least: float) -> dict[str, Array]:
+    """Returns what the scale and the offset of many calls together may be where each call leans by
+    as much as it does, but to a side of its own: the root of the sum of the squares of the calls'
+    leans. What single errors without direction add to it is taken out."""
+    n, yy = np.maximum(s.count, 1.0), measured_against(s.count, s.yy, least)
+    return {
+        "scale": np.sqrt(np.maximum(s.dy_calls - s.dy2, 0.0)) / yy,
+        "offset": np.sqrt(np.maximum(s.d_calls - s.d2, 0.0)) / np.sqrt(n * yy),
     }
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -143,6 +144,7 @@ class Measures:
     """The scores of many calls."""
 
     scored: list[Scored]
+    pool: Pool = dataclasses.field(default_factory=dict)
 
     def by_statistic(self) -> Iterator[tuple[Key, Any, Any, Case | None]]:
         """Yields each family of tests with its effects and standard errors, one per group, and the
@@ -169,7 +171,7 @@ def measure(
     first_pass = [(case, runner(case.call)) for case in items]
     second_pass = [(case, runner(case.call)) for case in reversed(items)] if twice else []
     measured = Measures([])
-    pool: Pool = {}
+    pool = measured.pool
     for case, results in first_pass:
         _score(measured, case, results or {}, pool)
     for (case, second), (_, first) in zip(reversed(second_pass), first_pass, strict=False):
@@ -236,14 +238,27 @@ def _rounded(call: Call, dtype: torch.dtype, which: int | None) -> Results | Non
 
 def benign_limits(items: list[Case], dtype: torch.dtype) -> dict[Key, float]:
     """Returns for each family of tests the largest effect that any disguise shows. Signs are
-    reduced by three standard errors, because a single error already has a sign of 1."""
+    reduced by three standard errors, because a single error already has a sign of 1. The
+    range of all calls together is measured on a sample of them, drawn without replacement: its
+    standard error is added, since calls may lean to opposite sides and cancel in the sample."""
     limits: dict[Key, float] = {}
     chosen = sample(items)
+    elements: Counter[tuple[str, str]] = Counter()
+    for case in items:
+        elements.update({(case.call.op.name, n): y.y.size for n, y in case.correct.items()})
     for runner in disguises(dtype).values():
-        for key, effect, error, _ in measure(chosen, runner)[0].by_statistic():
+        measured, _ = measure(chosen, runner)
+        for key, effect, error, _ in measured.by_statistic():
             noise = 3.0 if key.statistic == "sign" else 0.0
             bound = float(statistics.lower_bound(effect, error, noise).max())
             limits[key] = max(limits.get(key, 0.0), bound)
+        for (op, tensor, grouping), (total, least) in measured.pool.items():
+            unseen = (1 - total.count.sum() / elements[op, tensor]) ** 0.5
+            scored = statistics.scores(total, least)
+            for statistic, sizes in statistics.spread(total, least).items():
+                key = Key(op, tensor, grouping, statistic, pooled=True)
+                bound = float((np.abs(scored[statistic][0]) + unseen * sizes).max())
+                limits[key] = max(limits.get(key, 0.0), bound)
     return limits
 
 

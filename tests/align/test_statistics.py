@@ -122,9 +122,20 @@ def test_sums_add_up_over_calls() -> None:
     y = np.concatenate((a.y, b.y))
     both = CorrectResult(y, statistics.structure((60, 8)), 1e-4, BF16)
     whole = statistics.sums(both, np.concatenate(errors))[0]
-    for name in pooled.__slots__:
+    for name in (n for n in pooled.__slots__ if not n.endswith("_calls")):
         rtol = 0.01 if name == "explained" else 1e-7  # each call's own root mean square
         np.testing.assert_allclose(getattr(pooled, name), getattr(whole, name), rtol)
+
+
+def test_calls_that_lean_to_opposite_sides_do_not_cancel() -> None:
+    calls = [correct_result((30, 8), seed) for seed in range(4)]
+    leans = [1e-3 * (-1) ** i for i in range(4)]
+    pairs = zip(calls, leans, strict=True)
+    one, *others = [statistics.sums(c, c.errors(c.y * (1 + lean)))[0] for c, lean in pairs]
+    pooled = sum(others, one)
+    assert abs(scores(pooled, 1e-4)["scale"][0][0]) < 1e-4
+    assert statistics.spread(pooled, 1e-4)["scale"][0] == pytest.approx(5e-4, rel=0.1)
+    assert statistics.spread(one, 1e-4)["scale"][0] == pytest.approx(1e-3, rel=0.1)
 
 
 def test_what_is_not_finite_or_of_another_shape_is_as_wrong_as_can_be() -> None:

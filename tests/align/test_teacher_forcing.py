@@ -14,7 +14,7 @@ from glm_core import align, ops
 from glm_core.align import teacher_forcing
 from glm_core.align.capture import Call, capture, copied
 from glm_core.align.disguise import Exact, Regrouped, Rounded
-from glm_core.align.replay import replay
+from glm_core.align.replay import exact, replay
 from glm_core.align.training import Run
 from glm_core.align.verdict import Pair
 from glm_core.backends import registry
@@ -87,6 +87,25 @@ def test_exact_keeps_the_contracts_roundings_and_no_others() -> None:
     assert torch.equal(total, (x.double() + residual.double()).bfloat16())
     right = ops.layer_norm.reference(total.double(), weight.double(), bias.double()).bfloat16()
     assert torch.equal(y, right)
+
+
+def test_the_gradient_of_a_sum_that_is_passed_on_is_rounded_once() -> None:
+    shapes = {"x": (64, 32), "residual": (64, 32), "weight": (32,), "bias": (32,)}
+    args = {n: torch.randn(shape).bfloat16() for n, shape in shapes.items()}
+    given = [torch.randn(64, 32).bfloat16() for _ in range(2)]
+    call = Call(
+        op=ops.add_layer_norm, index=0, layer="", step=1, args=args, output_gradients=[*given]
+    )
+    plain = replay(call, call.op.reference)
+    total = plain["y1"].double().requires_grad_()
+    y = ops.layer_norm.reference(total, args["weight"].double(), args["bias"].double())
+    (right,) = torch.autograd.grad(
+        (y, total), (total,), [g.double() for g in gradients if g is not None]
+    )
+    found = exact(call, plain)
+    assert torch.equal(found["y0"], y.bfloat16())
+    assert torch.equal(found["d_x"], right.bfloat16())
+    assert not torch.equal(plain["d_x"], right.bfloat16())  # autograd rounds it on the way
 
 
 def test_regrouped_changes_last_bits_only() -> None:

@@ -108,17 +108,21 @@ class Sums:
     dy: Array
     """sum D Y"""
     dy2: Array
-    """sum (D Y)^2"""
+    """sum (D Y)^2, counted once for every copy of its row: equal errors are one error"""
     d: Array
     """sum D"""
     d2: Array
     """sum D^2"""
+    d2_copies: Array
+    """sum D^2, counted like dy2"""
     sign: Array
     """number of elements too large in magnitude, minus number of those too small"""
     raw_sign: Array
     """number of elements too high, minus number of those too low"""
     differ: Array
     """number of elements with D != 0"""
+    differ_copies: Array
+    """the same, counted like dy2"""
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(*(getattr(self, f) + getattr(other, f) for f in self.__slots__))
@@ -127,13 +131,19 @@ class Sums:
 class CorrectResult:
     """The correct result, flat, and the groupings its errors are summed over. A group whose root
     mean square is below `least` times the tensor's is measured against that instead. `eps` is that
-    of the result's dtype."""
+    of the result's dtype, `width` the length of its rows (0: it has none)."""
 
     def __init__(
-        self, y: NDArray[np.floating], groupings: list[Grouping], least: float, eps: float = EPS
+        self,
+        y: NDArray[np.floating],
+        groupings: list[Grouping],
+        least: float,
+        eps: float = EPS,
+        width: int = 0,
     ) -> None:
         self.y, self.groupings, self.least = y, groupings, least
         size = np.abs(y.astype(np.float64))
+        self.copies = copies(y, width)
         self.fixed_totals = []
         for g in groupings:
             count, yy = g.totals([np.ones(y.size), size**2])
@@ -151,6 +161,16 @@ class CorrectResult:
         return np.nan_to_num(
             result.astype(np.float64) - self.y, nan=1e30, posinf=1e30, neginf=-1e30
         )
+
+
+def copies(y: NDArray[np.floating], width: int) -> Array:
+    """Returns for each element how many rows of this width are equal to its own. Equal rows come
+    from equal arguments, and a kernel errs in all of them alike."""
+    if not width or y.size <= width:
+        return np.ones(y.size)
+    rows = np.ascontiguousarray(y).view(np.dtype((np.void, width * y.itemsize)))
+    _, which, counts = np.unique(rows, return_inverse=True, return_counts=True)
+    return np.repeat(counts[which.reshape(-1)].astype(np.float64), width)
 
 
 def flips(size: Array, rms: Array, eps: float) -> Array:
@@ -173,10 +193,13 @@ def sums(correct: CorrectResult, errors: Array) -> list[Sums]:
     """Sums the errors over every grouping of the correct result."""
     at = np.flatnonzero(errors)
     sparse = at.size < errors.size // 4
-    d, y = (errors[at], correct.y[at]) if sparse else (errors, correct.y)
+    d, y, m = errors, correct.y, correct.copies
+    if sparse:
+        d, y, m = d[at], y[at], m[at]
     up = np.sign(d)
     dy = d * y
-    fields = [dy, dy * dy, d, d * d, up * np.sign(y), up, np.abs(up)]
+    differ = np.abs(up)
+    fields = [dy, dy * dy * m, d, d * d, d * d * m, up * np.sign(y), up, differ, differ * m]
     made = []
     for g, (count, yy, explained) in zip(correct.groupings, correct.fixed_totals, strict=True):
         totals = g.totals_at(at, fields) if sparse else g.totals(fields)
@@ -195,11 +218,12 @@ def scores(s: Sums, least: float) -> Scores:
     n, yy = np.maximum(s.count, 1.0), measured_against(s.count, s.yy, least)
     rms, differ = np.sqrt(yy / n), np.maximum(s.differ, 1.0)
     sign = np.where(np.abs(s.sign) > np.abs(s.raw_sign), s.sign, s.raw_sign)
+    sign_error = np.sqrt(np.maximum(s.differ_copies, 1.0)) / differ
     beyond = np.sign(sign) * np.maximum(np.abs(sign) - s.explained, 0.0)
     return {
         "scale": (s.dy / yy, np.sqrt(s.dy2) / yy),
-        "offset": (s.d / (n * rms), np.sqrt(s.d2) / (n * rms)),
-        "sign": (beyond / differ * (s.differ < SPARSE * n), 1 / np.sqrt(differ)),
+        "offset": (s.d / (n * rms), np.sqrt(s.d2_copies) / (n * rms)),
+        "sign": (beyond / differ * (s.differ < SPARSE * n), sign_error),
         "size": (np.sqrt(s.d2 / n) / rms, np.zeros_like(n)),
     }
 
@@ -211,7 +235,7 @@ def spread(s: Sums, least: float) -> dict[str, Array]:
     n, yy = np.maximum(s.count, 1.0), measured_against(s.count, s.yy, least)
     return {
         "scale": np.sqrt(np.maximum(s.dy_calls - s.dy2, 0.0)) / yy,
-        "offset": np.sqrt(np.maximum(s.d_calls - s.d2, 0.0)) / np.sqrt(n * yy),
+        "offset": np.sqrt(np.maximum(s.d_calls - s.d2_copies, 0.0)) / np.sqrt(n * yy),
     }
 
 

@@ -113,7 +113,8 @@ def _correct_result(call: Call, name: str, y: Tensor) -> CorrectResult:
             inner = y.numel() // bins.size
             groupings.append(Grouping(f"bin of {key}", statistics.NUM_BINS, inner, bins))
     eps = torch.finfo(y.dtype).eps
-    return CorrectResult(_array(y), groupings, 1.0 if reduced else 0.03, eps)
+    width = 0 if is_list or reduced or y.ndim < 2 else y.shape[-1]
+    return CorrectResult(_array(y), groupings, 1.0 if reduced else 0.03, eps, width)
 
 
 def _array(y: Tensor) -> Any:

@@ -127,6 +127,19 @@ def test_sums_add_up_over_calls() -> None:
         np.testing.assert_allclose(getattr(pooled, name), getattr(whole, name), rtol)
 
 
+@pytest.mark.parametrize("repeats", [1, 66])
+def test_equal_rows_are_one_error_and_not_many(repeats: int) -> None:
+    y = np.repeat(RNG(0).standard_normal((60, 8)), repeats, 0)
+    b = CorrectResult(y.reshape(-1), statistics.structure(y.shape)[:1], 1e-4, BF16, 8)
+    wrong = y.copy()
+    wrong[: 20 * repeats, 3] *= 1 + BF16
+    found = scores(statistics.sums(b, b.errors(wrong.reshape(-1)))[0], b.least)
+    for name in ("scale", "offset", "sign"):
+        effect, error = found[name]
+        assert abs(effect[0] / error[0]) <= math.sqrt(20) + 1e-9
+    assert abs(found["scale"][0][0] / found["scale"][1][0]) > 2
+
+
 def test_calls_that_lean_to_opposite_sides_do_not_cancel() -> None:
     calls = [correct_result((30, 8), seed) for seed in range(4)]
     leans = [1e-3 * (-1) ** i for i in range(4)]

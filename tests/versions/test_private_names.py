@@ -17,7 +17,8 @@ _PREPARE = "torch.distributed.pipelining.PipelineStage"
 _FAKE = "torch._subclasses.fake_tensor"
 _REDUCE = "torch.distributed._functional_collectives"
 _ATEN = (
-    "_log_softmax _log_softmax.default _log_softmax_backward_data _softmax _softmax_backward_data"
+    "_log_softmax _log_softmax.default _log_softmax_backward_data _softmax _softmax_backward_data "
+    "_to_copy.default"
 )
 _FOREACH = "add_ addcdiv_ addcmul_ copy_ div div_ lerp_ mul_ sqrt sqrt_ zero_"
 SIGNATURES: dict[str, tuple[str, ...]] = {

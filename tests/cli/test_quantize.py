@@ -97,7 +97,8 @@ def test_a_run_is_a_checkpoint_like_any_other(
     for model in (trained, out, out / "model.safetensors"):
         capsys.readouterr()
         prompt = ["--prompt", "The [MASK] is", "--max-tokens", "9", "--temperature", "9"]
-        assert main(["generate", "--model", str(model), *prompt, "--json"]) == 0
+        prompt += ["--backend", "reference", "--json"]
+        assert main(["generate", "--model", str(model), *prompt]) == 0
         texts.append(json.loads(capsys.readouterr().out)["text"])
     assert len(set(texts)) == 1
     assert len(texts[0]) > 9
@@ -110,7 +111,8 @@ def test_a_run_is_a_checkpoint_like_any_other(
 def test_what_does_not_fit_is_exit_2(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["quantize", str(trained), "--bits", "5"]) == 2
     assert "bits=5 must be 8 or 4" in capsys.readouterr().err
-    assert main(["quantize", str(trained), "--group", "128", "--sequences", "8"]) == 2
+    common = [str(trained), "--sequences", "8", "--backend", "reference"]
+    assert main(["quantize", *common, "--group", "128"]) == 2
     assert (
         "4 bits in groups of 128 do not divide hidden=64, ffn=96; use another multiple of 32"
         in (capsys.readouterr().err)

@@ -94,14 +94,15 @@ Outcome = tuple[str, float | None, str, dict[str, object]]
 
 def _outcome(case: Case, backend: Backend, keep: Keep | None) -> Outcome:
     try:
-        support = backend.support(case.op, case.sample.make(case.dtype, backend.device()))
+        args = case.sample.make(case.dtype, backend.device())
+        support = backend.support(case.op, args)
         if not support.ok:
             return "unsupported", None, support.reason, {}
         if case.mode == "support":
             return "pass", None, "", {}
         if case.mode == "perf":
             return "pass", None, "", measure(case, backend)
-        judgement = judge(case, backend, keep)
+        judgement = judge(case, backend, keep, args)
     except CaseFailure as failure:
         return "fail", None, str(failure), {}
     except Exception as error:  # a vendor's kernel may raise anything; the report carries it

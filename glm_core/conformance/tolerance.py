@@ -42,6 +42,8 @@ MAX_ERROR_RATIO = 2.0
 OCTILES = 8
 """results are sorted by magnitude into this many shares"""
 
+RANKED = 1 << 18
+"""about so many results are sorted to find the shares"""
 POOL = 32
 """a share needs at least so many results; fewer make no statistic"""
 
@@ -140,8 +142,9 @@ def _nearby(errors: Tensor, y: Tensor, eps: float) -> Tensor:
     among all."""
     if eps > torch.finfo(torch.float32).eps or len(y) < OCTILES * POOL:
         return errors.max().expand_as(errors)
-    rank = y.abs().argsort().argsort()
-    octile = rank * OCTILES // len(y)
+    size = y.abs()
+    ranked = size[:: 1 + len(size) // RANKED].sort().values
+    octile = torch.bucketize(size, ranked[len(ranked) * torch.arange(1, OCTILES) // OCTILES])
     worst = errors.new_zeros(OCTILES).scatter_reduce(0, octile, errors, "amax")
     padded = torch.nn.functional.pad(worst, (1, 1))
     return padded.unfold(0, 3, 1).amax(1)[octile]

@@ -46,7 +46,7 @@ def whole_run(name: str, description: str, kernels: Kernels | None = None, **res
     BENIGN.append(Benign(name, "", description, kernels or {}, **rest))
 
 
-whole_run("micro-batch-8", "one forward of 8 sequences", micro_batch=8)
+whole_run("micro-batch-4", "two forwards of 4 sequences", micro_batch=4)
 whole_run("micro-batch-2", "four forwards of 2 sequences", micro_batch=2, setup="glm4")
 whole_run("threads-2", "two threads", threads=2, neutral=True)
 for setup in ("130b", "glm4", "glm"):

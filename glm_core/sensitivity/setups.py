@@ -96,6 +96,7 @@ def config(setup: str, dtype: str, steps: int) -> RunConfig:
             backend="reference",
             dtype=dtype,  # type: ignore[arg-type]  # TrainConfig checks it
             steps=steps,
+            micro_batch=8,  # one a step: adamw writes 16-bit copies only where nothing accumulates
             warmup_steps=5,
             clip=0.5,
         ),

@@ -65,6 +65,8 @@ class Sample:
     args: Mapping[str, Any]
     real: bool = False
     """a shape of a published model: used by benches, too large for finite differences"""
+    large: bool = False
+    """past tiles, powers of two and long rows, where some errors begin"""
 
     def make(
         self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0

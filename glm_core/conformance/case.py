@@ -103,8 +103,8 @@ def select(
 ) -> list[Case]:
     """Returns the cases that match every filter. `id` and `skip` are case ids, or patterns with *;
     `skip` leaves cases out. An `id` that ends in a mode overrides `modes`. `real=False` leaves out
-    the shapes of published models. Raises GlmCoreError for a mode, op or id that does not exist,
-    and for a `skip` that leaves nothing out."""
+    the large shapes and those of published models. Raises GlmCoreError for a mode, op or id that
+    does not exist, and for a `skip` that leaves nothing out."""
     _check_names("mode", modes, MODES)
     _check_names("op", [op] if op else [], all_ops())
     wanted = None if dtypes is None else set(dtypes)
@@ -113,7 +113,7 @@ def select(
         for case in every_case(backend)
         if matches(case.id, modes, op, id)
         and (wanted is None or case.dtype in wanted)
-        and (real or not case.sample.real)
+        and (real or not (case.sample.real or case.sample.large))
     ]
     if id and not selected:
         raise GlmCoreError(_no_such_case(backend, id))

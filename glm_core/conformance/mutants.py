@@ -85,7 +85,8 @@ def attempt(mutant: Fault) -> Trial:
 
     def sort_key(case: Case) -> tuple[bool, int]:
         """Orders cases sample by sample, then indexes out of range, the large shapes last."""
-        return case.sample.real, len(order) if case.raises else order.index(case.sample.id)
+        large = case.sample.real or case.sample.large
+        return large, len(order) if case.raises else order.index(case.sample.id)
 
     for case in sorted(select(backend, op=mutant.op), key=sort_key):
         result = run_case(case, backend)

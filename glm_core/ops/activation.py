@@ -27,6 +27,8 @@ def _samples(width: int) -> Iterator[Sample]:
     yield Sample("3x33-gapped", gapped({"x": normal(3, width * 33)}))
     yield Sample("64x48-tiny", {"x": normal(64, width * 48, std=1e-3)})
     yield Sample("64x48-huge", {"x": normal(64, width * 48, std=30.0)})
+    for id, shape in {"5x8193": (5, 8193), "1025x33": (1025, 33)}.items():
+        yield Sample(id, {"x": normal(shape[0], width * shape[1], strided=True)}, large=True)
     yield Sample("8x13696", {"x": normal(8, width * 13696)}, real=True)  # ChatGLM2 / GLM-4
 
 

@@ -104,6 +104,12 @@ def attention_samples() -> Iterator[Sample]:
     yield make("2x9x2x16-scaled", 2, 9, 2, 2, 16, layer_scale=5.0)
     yield make("2x9x2x16-pb-relax", 2, 9, 2, 2, 16, pb_relax=32.0)
     yield make("0x4x2x8", 0, 4, 2, 2, 8)
+    for id, sizes, kind, keys in (
+        ("1x257x2x160-causal", (1, 257, 2, 2, 160), "causal", 0),
+        ("2x1x4x40-gqa2-static4097", (2, 1, 4, 2, 40), "static", 4097),
+    ):
+        args = make("", *sizes, kind, keys, cache=bool(keys)).args
+        yield Sample(id, args, large=True)
     yield make("1x128x8x128-gqa4-prefix", 1, 128, 8, 2, 128)
 
 

@@ -31,6 +31,9 @@ def embedding_samples() -> Iterator[Sample]:
     yield Sample("1-1x1", {"ids": exact([0], torch.int64), "weight": normal(1, 1)})
     yield Sample("0-9x8", {"ids": exact([], torch.int64), "weight": normal(9, 8)})
     yield Sample(
+        "1025-257x65", {"ids": integers(0, 257, 1025), "weight": normal(257, 65)}, large=True
+    )
+    yield Sample(
         "16-65024x128", {"ids": integers(0, 65024, 16), "weight": normal(65024, 128)}, real=True
     )
 

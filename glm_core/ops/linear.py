@@ -41,6 +41,8 @@ def linear_samples() -> Iterator[Sample]:
     yield make("3x33-17-huge", (3,), 33, 17, std=1e3)
     yield make("2x1001-5", (2,), 1001, 5)  # long enough for low-precision partial sums to show
     yield make("0x16-8", (0,), 16, 8)
+    for id, rows, d, f in (("129x65-257", 129, 65, 257), ("3x8193-5", 3, 8193, 5)):
+        yield Sample(id, make("", (rows,), d, f, strided=True).args, large=True)
     yield make("4x4096-4608", (4,), 4096, 4608)  # QKV of ChatGLM2 / GLM-4
 
 

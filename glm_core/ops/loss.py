@@ -46,6 +46,7 @@ def linear_cross_entropy_samples() -> Iterator[Sample]:
     yield make("0x8-16", 0, 8, 16)
     yield make("7x16-1000-huge", 7, 16, 1000, std=100.0)
     yield make("7x16-1000-tiny", 7, 16, 1000, std=1e-3)
+    yield Sample("67x33-2049", make("", 67, 33, 2049, strided=True).args, large=True)
     yield make("4x256-65024", 4, 256, 65024)
 
 

@@ -67,6 +67,8 @@ def _samples(residual: bool, bias: bool) -> Iterator[Sample]:
     yield make("5x130-mixed", (5, 130), falloff=0.03)  # rows of very different magnitude
     if residual:
         yield make("4x96-alpha", (4, 96), alpha=2.83)
+    for id, shape in {"5x8193": (5, 8193), "1025x33": (1025, 33)}.items():
+        yield Sample(id, make("", shape, strided=True).args, large=True)
     yield make("8x4096", (8, 4096))  # ChatGLM2 / GLM-4
 
 

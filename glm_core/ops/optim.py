@@ -13,6 +13,7 @@ from glm_core.ops.layout import gapped
 from glm_core.ops.precision import num_bytes, wide
 from glm_core.spec import Cost, Draw, Maker, Sample, normal
 
+_LARGE = ((65537,), (257, 129))
 _SHAPES = ((3, 5), (7,), (1,), (16, 33), (0,))
 
 
@@ -30,6 +31,7 @@ def global_norm_samples() -> Iterator[Sample]:
     yield Sample("mixed-gapped", gapped({"tensors": _lists(*_SHAPES)}))
     yield Sample("mixed-tiny", {"tensors": _lists(*_SHAPES, std=1e-6)})
     yield Sample("mixed-huge", {"tensors": _lists(*_SHAPES, std=1e4)})
+    yield Sample("65537", {"tensors": _lists(*_LARGE)}, large=True)
     yield Sample("4096x1024", {"tensors": _lists((4096, 1024))}, real=True)
 
 
@@ -87,6 +89,7 @@ def adamw_samples() -> Iterator[Sample]:
         "low-precision-copy",
         {**make("", ((16, 33), (5,))).args, "copies": [_empty(16, 33), _empty(5)]},
     )
+    yield Sample("65537", make("", _LARGE).args, large=True)
     yield make("4096x1024", ((4096, 1024),))
 
 

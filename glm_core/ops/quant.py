@@ -181,6 +181,8 @@ def quantized_linear_samples() -> Iterator[Sample]:
     yield make("3x96-17-int4-a8-zeros", (3,), 96, 17, 4, activation_bits=8, std=0.0)
     yield make("40x96-33-int4-group32", (40,), 96, 33, 4, group=32)  # dequantised, then multiplied
     yield make("40x96-33-int8-a8", (40,), 96, 33, 8, activation_bits=8)
+    large = make("", (67,), 1056, 129, 4, group=32)
+    yield Sample("67x1056-129-int4-group32", large.args, large=True)
     yield make("4x768-2304-int4-group128", (4,), 768, 2304, 4, group=128)  # QKV of GLM base
 
 

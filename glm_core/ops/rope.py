@@ -76,6 +76,7 @@ def rope_samples() -> Iterator[Sample]:
     yield make("2x5x3x16-tiny", 2, 5, 3, 16, std=1e-3)
     yield make("2x5x3x16-huge", 2, 5, 3, 16, std=1e3)
     yield make("0x4x2x8", 0, 4, 2, 8)
+    yield Sample("1x257x3x66", make("", 1, 257, 3, 66, strided=True).args, large=True)
     yield make(
         "1x16x32x128-partial-interleaved", 1, 16, 32, 128, share=0.5, interleaved=True
     )  # GLM-4

@@ -32,6 +32,7 @@ from glm_core.pretrained.weights.streaming import LayerFiles, load_streamed
 
 NUM_LAYERS = 4
 CPU = torch.device("cpu")
+built = pytest.mark.skipif(not registry.probe("cpu").ok, reason="backend cpu is not built")
 F32 = torch.float32
 SHORT = dataclasses.replace(GREEDY, max_tokens=4)
 
@@ -66,6 +67,7 @@ def logits(built: GLM, kind: str) -> torch.Tensor:
     return runner.decode([DecodeRow(9, prompt, len(prompt.tokens))])
 
 
+@built
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize("kind", ["glm-130b", "glm-4"])
 def test_tokens_are_those_of_the_whole_model(tmp_path: Path, kind: str, bits: int | None) -> None:
@@ -111,6 +113,7 @@ def test_separate_rows_and_other_dtypes(
     assert files.gb_s([0, 1]) > 0
 
 
+@built
 def test_an_interrupted_step_leaves_the_next_one_right(tmp_path: Path) -> None:
     kind = "glm-130b"
     weights = open_checkpoint(written(tmp_path / "x", kind, None))
@@ -130,6 +133,7 @@ def test_an_interrupted_step_leaves_the_next_one_right(tmp_path: Path) -> None:
         assert replies(built, kind) == replies(weights.load(F32), kind)
 
 
+@built
 def test_a_file_that_changes_or_ends_early_is_named(tmp_path: Path, monkeypatch: Any) -> None:
     kind, folder = "glm-4", written(tmp_path / "x", "glm-4", None)
     file = folder / "model.safetensors"

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -179,7 +179,7 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def digest(tensors: dict[str, Tensor], text: str) -> str:
+def digest(tensors: Mapping[str, Tensor], text: str) -> str:
     """Returns the sha256 over the facts and every tensor's name, dtype, shape and bytes."""
     total = hashlib.sha256(text.encode())
     for name in sorted(tensors):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,21 @@ def test_a_run_is_a_checkpoint_like_any_other(
     assert "not a training run, so there is no text to measure on; use glm-core checkpoint " in (
         capsys.readouterr().err
     )
+
+
+def test_a_damaged_run_is_not_converted(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    [file] = (run / "checkpoints").glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
+    assert main(["checkpoint", "inspect", str(run)]) == 0  # reads headers only
+    for command in (["checkpoint", "convert", str(run), "out"], ["quantize", str(run)]):
+        assert main(command) == 2
+        assert "damaged, its checksum does not match; use another" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_exit_2(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -101,6 +101,7 @@ class StoredTensor:
             return runs.read_sharded(self.file, self.key, self.shape, self.dtype)
         if self.file.suffix == ".safetensors":
             with _safetensors(self.file) as file:
+                runs.verify(self.file, self.file.stat().st_mtime_ns)
                 tensor: Tensor = file.get_tensor(self.key)
         else:
             tensor = _mapped.state(self.file, self.num_bytes)[self.key]

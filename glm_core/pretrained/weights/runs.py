@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from glm_core.errors import CheckpointError
-from glm_core.training.checkpoint import FOLDER, FORMAT, LATEST
+from glm_core.training.checkpoint import FOLDER, FORMAT, LATEST, digest
 
 MANY_PROCESSES = ("facts.json", ".metadata")
 """files in a checkpoint of a run on many processes (glm_core.distributed.dcp_reader)"""
@@ -69,6 +71,37 @@ def read_sharded(
     from glm_core.distributed import dcp_reader
 
     return dcp_reader.read_tensor(folder, key, shape, dtype)
+
+
+@functools.lru_cache(maxsize=8)
+def verify(file: Path, changed_ns: int) -> None:
+    """Compares a run's checkpoint with its checksum, one tensor at a time and once for each state
+    of the file; other files have none. Raises CheckpointError."""
+    with safe_open(file, framework="pt") as opened:
+        header: dict[str, str] = opened.metadata() or {}
+        if header.get("format") != FORMAT:
+            return
+        if digest(_Tensors(opened), header.get("facts", "")) != header.get("sha256"):
+            raise CheckpointError(
+                f"{file}: damaged, its checksum does not match; use another checkpoint of the run"
+            )
+
+
+class _Tensors(Mapping[str, torch.Tensor]):
+    """The tensors of an open file by name, each read when it is asked for."""
+
+    def __init__(self, opened: Any) -> None:
+        self._opened = opened
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._opened.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._opened.keys())
+
+    def __len__(self) -> int:
+        return len(self._opened.keys())
 
 
 def home(file: Path) -> Path:

@@ -97,7 +97,7 @@ def overwritten(a: Arguments, grads: Gradients) -> Gradients:
     """Writes the gradient of weight over what `.grad` holds, as a fused product with beta = 0 does
     (NVIDIA/TransformerEngine issue 545), where it should add to it."""
     weight = a["weight"]
-    if weight.grad is None or grads["weight"] is None:
+    if not weight.is_leaf or weight.grad is None or grads["weight"] is None:
         return {}
     weight.grad.copy_(grads["weight"])
     return {"weight": None}

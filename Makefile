@@ -14,7 +14,7 @@ $(VENV)/torch.stamp:
 	$(PYTHON) -m venv $(VENV) && $(PIP) -U pip setuptools wheel ninja && $(PIP) torch==2.13.0 && touch $@
 
 $(VENV)/ready.stamp: $(VENV)/torch.stamp $(SOURCES)
-	$(PIP) --no-build-isolation -e '.[onnx,train,dev]' && $(COMPILED) && touch $@
+	$(PIP) --no-build-isolation -e '.[onnx,train,structured,dev]' && $(COMPILED) && touch $@
 
 setup: $(VENV)/ready.stamp ## everything the other targets need
 

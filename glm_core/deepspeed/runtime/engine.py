@@ -180,13 +180,9 @@ class DeepSpeedEngine(Accessors, Reduction, nn.Module):
                 f"backward: the loss has shape {tuple(loss.shape)}; reduce it to a number"
             )
         scaled = loss / self.settings.accumulation if scale_wrt_gas else loss
-        self._own_backward = True
-        try:
-            with self.timer("backward"):
-                (scaled.float() * self.scaler.scale).backward(retain_graph=retain_graph)
-                self._backward_done()
-        finally:
-            self._own_backward = False
+        with self._calls_backward(), self.timer("backward"):
+            (scaled.float() * self.scaler.scale).backward(retain_graph=retain_graph)
+            self._backward_done()
         return scaled
 
     def _needs_optimizer(self, call: str) -> None:

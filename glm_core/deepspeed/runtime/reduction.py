@@ -89,6 +89,15 @@ class Reduction:
             tensor.register_hook(self._plain_backward)
         return outputs
 
+    @contextmanager
+    def _calls_backward(self) -> Iterator[None]:
+        """Marks a backward that the engine itself begins, and ends itself."""
+        self._own_backward = True
+        try:
+            yield
+        finally:
+            self._own_backward = False
+
     def _plain_backward(self, grad: Tensor) -> Tensor | None:
         """Divides the gradient by the accumulation steps where the script called backward itself,
         and asks autograd to call `_plain_backward_done` at its end."""

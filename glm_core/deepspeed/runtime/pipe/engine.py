@@ -108,11 +108,12 @@ class PipelineEngine(Feed, DeepSpeedEngine):
     def _backward(self, flight: Flight, gradients: list[Tensor]) -> None:
         """Computes a flight's gradients and sends those of its inputs back. gradients: those of its
         outputs; none on the last stage."""
-        if self.is_last_stage():
-            [loss] = flight.outputs
-            ((loss / self.micro_batches).float() * self.scaler.scale).backward()
-        elif flight.outputs:
-            torch.autograd.backward(flight.outputs, gradients)
+        with self._calls_backward():
+            if self.is_last_stage():
+                [loss] = flight.outputs
+                ((loss / self.micro_batches).float() * self.scaler.scale).backward()
+            elif flight.outputs:
+                torch.autograd.backward(flight.outputs, gradients)
         for store in self.stores:
             store.backward_done(False)
         self.channel.send_gradients(

@@ -103,7 +103,7 @@ class OptimizerShard:
         for name, target in own.items():
             if name in weights and isinstance(target, DTensor):
                 rows = distribute_tensor(
-                    weights[name].to(target.device, target.dtype),
+                    weights[name].detach().to(target.device, target.dtype),
                     target.device_mesh,
                     target.placements,
                     src_data_rank=None,

@@ -52,7 +52,7 @@ def write(folder: Path, config: ModelConfig, bits: int) -> None:
     described = {"model_type": "glm-core", "quantization_bit": bits or None}
     described |= dataclasses.asdict(config)
     text = json.dumps({k: v for k, v in described.items() if v is not None})
-    (folder / "config.json").write_text(text)
+    (folder / "config.json").write_text(text, encoding="utf-8")
     with torch.device("meta"):
         model = GLM(config)
     entries: list[tuple[str, torch.dtype, tuple[int, ...]]] = []

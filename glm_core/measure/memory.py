@@ -38,7 +38,7 @@ def host_free_bytes(root: Path = Path("/")) -> int | None:
     available, or less where a container's limit (cgroup 1 or 2) leaves less. None where the system
     does not tell (not Linux). root: the file system's root, another one in tests."""
     try:
-        lines = (root / "proc/meminfo").read_text().splitlines()
+        lines = (root / "proc/meminfo").read_text(encoding="utf-8").splitlines()
         [available] = [int(x.split()[1]) << 10 for x in lines if x.startswith("MemAvailable:")]
     except (OSError, ValueError):
         return None
@@ -48,7 +48,7 @@ def host_free_bytes(root: Path = Path("/")) -> int | None:
 def _cgroups_free(root: Path) -> Iterator[int]:
     """Yields what each limit of this process leaves: that of its own group, and of those around."""
     try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return
     for line in lines:
@@ -72,9 +72,11 @@ def _cgroup_free(folder: Path, limit: str, usage: str) -> int | None:
     """Returns what a group's limit leaves, None without a limit. Cached file pages are given back
     before the limit is met, so they count as free."""
     try:
-        most = (folder / f"memory.{limit}").read_text().strip()
-        used = int((folder / f"memory.{usage}").read_text())
-        facts = dict(x.split() for x in (folder / "memory.stat").read_text().splitlines())
+        most = (folder / f"memory.{limit}").read_text(encoding="utf-8").strip()
+        used = int((folder / f"memory.{usage}").read_text(encoding="utf-8"))
+        facts = dict(
+            x.split() for x in (folder / "memory.stat").read_text(encoding="utf-8").splitlines()
+        )
     except (OSError, ValueError):
         return None
     if most == "max":

@@ -11,6 +11,12 @@ Tensor product(const Tensor& x, const Tensor& weight, const OptionalTensor& bias
 // a b, [N, K] x [K, M] -> [N, M].
 Tensor times(const Tensor& a, const Tensor& b);
 
+// Whether a tensor has values: it is neither fake nor being traced.
+inline bool concrete(const Tensor& x) {
+  constexpr c10::DispatchKeySet traced{c10::DispatchKey::Python, c10::DispatchKey::Functionalize};
+  return !x.key_set().has_any(traced);
+}
+
 // Returns x as products take it: in float32 where this CPU has no units for x's dtype, else as it
 // is.
 Tensor multiplied(const Tensor& x);

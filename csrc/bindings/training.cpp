@@ -80,12 +80,6 @@ Three call_loss(const Tensor& x, const Tensor& weight, const Tensor& labels,
   return forward.call(x, weight, labels, token_weight, gradients);
 }
 
-// Whether a tensor has values: it is neither fake nor being traced.
-bool concrete(const Tensor& x) {
-  constexpr c10::DispatchKeySet traced{c10::DispatchKey::Python, c10::DispatchKey::Functionalize};
-  return !x.key_set().has_any(traced);
-}
-
 struct LossGrad : torch::autograd::Function<LossGrad> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
                         const Tensor& labels, const Tensor& token_weight) {

@@ -75,7 +75,11 @@ def _step(
         with use(backend, strict=True):
             outputs = tensors_by_name("out", case.op(**args))
             drawn = [output_gradient(i, y, strided) for i, y in enumerate(outputs.values())]
-            torch.autograd.backward(list(outputs.values()), drawn)
+            pairs = [
+                (y, d) for y, d in zip(outputs.values(), drawn, strict=True) if y.requires_grad
+            ]
+            if pairs:  # an output may depend on frozen arguments alone
+                torch.autograd.backward([y for y, _ in pairs], [d for _, d in pairs])
             backend.synchronize()
     except UnsupportedOpError:
         return None

@@ -81,7 +81,13 @@ def test_every_other_instruction_set_conforms(case: Case, any_isa: Callable[[str
 
 @pytest.mark.parametrize(
     "case",
-    [c for c in CASES if (c.op.name, c.mode) not in TORCH_PRODUCTS and not c.raises],
+    [
+        c
+        for c in CASES
+        if (c.op.name, c.mode) not in TORCH_PRODUCTS
+        and not c.raises
+        and not (c.sample.large and c.op.name == "quantized_linear")  # many rows: torch's product
+    ],
     ids=lambda c: c.id,
 )
 def test_results_do_not_depend_on_threads(case: Case, threads: Callable[[int], None]) -> None:

@@ -217,7 +217,7 @@ def linear_backend(wrong: str) -> Backend:
         ("overwrites", "d weight: it is not added to what .grad holds"),
         ("recorded", "out: while gradients are recorded, "),
         ("inference", "out: in inference mode, "),
-        ("no bias", "with only bias needing a gradient, RuntimeError: element 0 of tensors does"),
+        ("no bias", "with only bias needing a gradient, "),
     ],
 )
 def test_faults_that_only_training_or_a_frozen_argument_shows(wrong: str, reason: str) -> None:

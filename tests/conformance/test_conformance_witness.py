@@ -70,7 +70,7 @@ def spoiled(results: Results, names: list[str]) -> Results:
 def test_the_67_results_of_the_miscompiled_kernels_are_rejected(h100: Witness) -> None:
     recorded, wrong = h100.cases(), Witness(backend="cuda", environment={})
     for case in select(registry.usable("reference"), dtypes=[torch.float16]):
-        if not (names := stored_one_by_one(case)):
+        if case.sample.large or not (names := stored_one_by_one(case)):  # large ones are newer
             continue
         results = recorded.get(case.id)
         if results is None:  # too large for the file, so the reference's own

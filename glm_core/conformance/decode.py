@@ -15,9 +15,9 @@ from torch import Tensor
 from glm_core import dispatch
 from glm_core.backends.base import Backend
 from glm_core.backends.registry import use
-from glm_core.conformance.case import dtype_name, without
-from glm_core.conformance.report import DECODE, Report, Result
-from glm_core.conformance.run import Outcome, Progress
+from glm_core.conformance.case import dtype_name, in_one_line, without
+from glm_core.conformance.report import DECODE, Report
+from glm_core.conformance.run import Outcome, Progress, result_of
 from glm_core.errors import GlmCoreError
 from glm_core.measure.timing import machine
 from glm_core.model.glm import GLM
@@ -107,17 +107,7 @@ def run(
         if progress is not None:
             progress(number, len(cases), case.id)
         start = time.perf_counter()
-        outcome, ratio, reason, _ = _outcome(case, backend)
-        results.append(
-            Result(
-                id=case.id,
-                backend=backend.name,
-                outcome=outcome,
-                error_ratio=ratio,
-                reason=reason,
-                seconds=time.perf_counter() - start,
-            )
-        )
+        results.append(result_of(case.id, backend, _outcome(case, backend), start))
     if progress is not None:
         progress(len(cases), len(cases), "")
     return Report(backend.name, results, machine(), tuple(skip))
@@ -132,7 +122,7 @@ def _outcome(case: DecodeCase, backend: Backend) -> Outcome:
         with use(backend):
             reason = difference(model, min(3, step.max_rows))
     except Exception as error:  # a vendor's step may raise anything; the report carries it
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        reason = in_one_line(error)
     return "fail" if reason else "pass", None, reason, {}
 
 

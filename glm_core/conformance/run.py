@@ -11,7 +11,7 @@ import torch
 
 from glm_core.backends.base import Backend
 from glm_core.backends.registry import usable
-from glm_core.conformance.case import Case, CaseFailure, every_case, select
+from glm_core.conformance.case import Case, CaseFailure, every_case, in_one_line, select
 from glm_core.conformance.check import Judgement, Keep, judge
 from glm_core.conformance.known_failures import KnownFailure, known_for, load, unmatched
 from glm_core.conformance.perf import measure
@@ -76,9 +76,18 @@ def run_case(
     entry = known_for(case.id, entries)
     if entry is not None:
         outcome = as_known(outcome, entry)
+    return result_of(case.id, backend, outcome, start)
+
+
+Outcome = tuple[str, float | None, str, dict[str, object]]
+"""outcome, error ratio, reason and measured figures, as in Result"""
+
+
+def result_of(id: str, backend: Backend, outcome: Outcome, start: float) -> Result:
+    """Returns the result of a case that began at `start` by time.perf_counter and ends now."""
     name, ratio, reason, measured = outcome
     return Result(
-        id=case.id,
+        id=id,
         backend=backend.name,
         outcome=name,
         error_ratio=ratio,
@@ -86,10 +95,6 @@ def run_case(
         seconds=time.perf_counter() - start,
         measured=measured,
     )
-
-
-Outcome = tuple[str, float | None, str, dict[str, object]]
-"""outcome, error ratio, reason and measured figures, as in Result"""
 
 
 def _outcome(case: Case, backend: Backend, keep: Keep | None) -> Outcome:
@@ -106,7 +111,7 @@ def _outcome(case: Case, backend: Backend, keep: Keep | None) -> Outcome:
     except CaseFailure as failure:
         return "fail", None, str(failure), {}
     except Exception as error:  # a vendor's kernel may raise anything; the report carries it
-        return "fail", None, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", {}
+        return "fail", None, in_one_line(error), {}
     return outcome_of(judgement)
 
 

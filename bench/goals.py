@@ -23,6 +23,7 @@ from glm_core.backends.registry import usable, use
 from glm_core.bench import decode
 from glm_core.config import ModelConfig
 from glm_core.measure.ceilings import contestants, finished
+from glm_core.measure.memory import free_bytes
 from glm_core.measure.timing import Timing, interleave, machine
 from glm_core.model.generate import Decoder
 from glm_core.model.glm import GLM
@@ -56,10 +57,10 @@ def config_for(backend: Backend) -> ModelConfig:
     if backend.device_type == "cpu":
         return decode.shapes()
     whole = preset("glm-4-9b", max_length=2 * LONG_PROMPT)
-    module = torch.get_device_module(backend.device_type)
-    if not hasattr(module, "mem_get_info"):
+    free_now = free_bytes(backend.device())
+    if free_now is None:
         return whole
-    free = module.mem_get_info()[0] * 0.8 - 4 * whole.vocab * whole.hidden
+    free = free_now * 0.8 - 4 * whole.vocab * whole.hidden
     width = (whole.num_heads + 2 * whole.num_kv_heads) * whole.head_dim + whole.hidden
     layer = 2 * whole.hidden * (width + 3 * whole.ffn)
     layers = max(1, min(whole.num_layers, int(free / (1.5 * layer))))

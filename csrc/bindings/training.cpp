@@ -54,7 +54,7 @@ Three linear_cross_entropy_forward(const Tensor& x, const Tensor& weight, const 
   for (int64_t begin = 0; begin < rows; begin += chunk) {
     const int64_t size = std::min(chunk, rows - begin);
     const Tensor part = x.narrow(0, begin, size);
-    const Tensor z = product(multiplied(part), table).to(x.scalar_type());
+    const Tensor z = product(part, table);
     by_dtype(x, [&](auto zero) {
       using T = decltype(zero);
       const CrossEntropy<T> a{data<T>(z),
@@ -66,7 +66,7 @@ Three linear_cross_entropy_forward(const Tensor& x, const Tensor& weight, const 
       parallel(size, vocab, [&](int64_t i, int64_t j) { kernels<T>().cross_entropy(a, i, j); });
     });
     if (!gradients) continue;
-    dx.narrow(0, begin, size).copy_(times(multiplied(z), table));
+    dx.narrow(0, begin, size).copy_(times(z, table));
     accumulate(dweight, z, part, begin == 0);
   }
   double total = 0;

@@ -121,8 +121,9 @@ def _fit(
             f"--offload cpu: backend {args.backend} computes in main memory; use --offload disk"
         )
     longest, ways = weights.config.max_length, {}
-    if size.token > sizes(weights, torch.bfloat16).token:
-        ways["--dtype bfloat16"] = sizes(weights, torch.bfloat16)
+    half = sizes(weights, torch.bfloat16)
+    if size.token > half.token:
+        ways["--dtype bfloat16"] = half
     if weights.bits is None:
         smaller = sizes(weights, torch.bfloat16, bits=4)
         ways["glm-core checkpoint convert --bits 4, then --dtype bfloat16"] = smaller

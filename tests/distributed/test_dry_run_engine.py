@@ -173,8 +173,12 @@ def test_stages_of_a_real_job_hold_what_the_dry_run_says(tmp_path: Path) -> None
     assert job.codes == [0, 0, 0, 0], job.told
     peaks = [json.loads(output.splitlines()[-1]) for output in job.outputs]
     print(peaks)
+    # Without units for bfloat16 `cpu` multiplies float32 copies. A dry run counts for others
+    # and leaves them out: those of the widest product, dy [64, 256], x [64, 64], weight [256, 64].
+    native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    copies = 0 if native else 4 * (64 * 256 + 64 * 64 + 256 * 64)
     for real, fake in peaks:
-        assert real == pytest.approx(fake, rel=MEMORY)
+        assert fake * (1 - MEMORY) <= real <= fake * (1 + MEMORY) + copies
 
 
 def test_the_balance_is_the_one_whose_fullest_stage_holds_least(

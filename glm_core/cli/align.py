@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from glm_core.align import NUM_CONTROLS
+from glm_core.cli import museum
 from glm_core.cli.exits import EXIT_FAILED
 from glm_core.cli.options import (
     RESET,
@@ -97,6 +98,7 @@ def define(parser: argparse.ArgumentParser) -> None:
         "--bisect", action="store_true", help="count the bugs whose op bisect names"
     )
     sensitivity.set_defaults(run=run_sensitivity)
+    museum.define(actions.add_parser("museum", help=museum.HELP))
     bisect = actions.add_parser(
         "bisect", help="name the guilty op with its direction, dtype, shape and layer"
     )

@@ -2,28 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-
-from glm_core.distributed.plan import parse
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Case:
-    """One training run of a job."""
-
-    plan: str
-    model: str = "130b"
-    dtype: str = "float32"
-    bug: str = ""
-
-    @property
-    def world(self) -> int:
-        """Processes of its job."""
-        return parse(self.plan).world
-
-    def __str__(self) -> str:
-        return "-".join(filter(None, (self.bug, self.model, self.dtype, self.plan)))
-
+from glm_core.sensitivity.plans.case import Case
 
 HONEST = [
     Case("dp=2"),

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import baseline
-import jobs
 import pytest
 import torch
 from cases import HONEST, PLANTED, Case
 from plans import lack, needs
+
+from glm_core.sensitivity.plans import baseline, jobs
 
 T = TypeVar("T")
 pytestmark = pytest.mark.timeout(600)  # the first test of a job waits for all of it

@@ -9,11 +9,11 @@ import shutil
 import sys
 from pathlib import Path
 
-import jobs
 import pytest
 from plans import needs
 
 from glm_core import cli
+from glm_core.sensitivity.plans import jobs
 
 SIZES = (
     "model.num_layers=2",

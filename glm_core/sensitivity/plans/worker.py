@@ -1,5 +1,5 @@
-"""One process of a job: trains every case it is given under its plan, one after the other, and
-writes what it holds: `worker.py CASES.json OUT`, started with torchrun's variables set."""
+"""Is one process of a job: trains every case it is given under its plan, one after the other, and
+writes what it holds. Started as `worker CASES.json OUT`, with torchrun's variables set."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import bugs
-import sample
 import torch
 from torch import distributed as dist
 
@@ -20,6 +18,8 @@ from glm_core.distributed import layout, mesh, parallel, vocabulary
 from glm_core.distributed.apply import own_rows
 from glm_core.distributed.parallel import ManyProcesses
 from glm_core.distributed.plan import parse
+from glm_core.faults.museum import bugs
+from glm_core.sensitivity.plans import sample
 from glm_core.training.optimizer import own_part
 from glm_core.training.trainer import Trainer
 
@@ -29,7 +29,7 @@ TIMEOUT_S = 60.0
 def held(
     here: ManyProcesses, tensors: dict[str, torch.Tensor]
 ) -> list[tuple[str, tuple[int, ...], Any]]:
-    """(name, place in the whole, values) of everything this process holds of these tensors."""
+    """Returns (name, place in the whole, values) of what this process holds of these tensors."""
     tp, rank = here.plan.tp, here.mesh.get_local_rank("tp")
     found = []
     for name, p in here.model.named_parameters():
@@ -40,27 +40,28 @@ def held(
 
 
 def train(case: dict[str, Any], backend: Any) -> dict[str, Any]:
-    """Losses and norms of all steps, the first step's gradients, the last weights."""
+    """Returns losses and norms of all steps, the first step's gradients, the last weights."""
     plan, config = parse(case["plan"]), sample.config(case["model"], case["dtype"])
     axes = mesh.make(plan, backend.device_type, TIMEOUT_S)
     planted = bugs.BUGS[case["bug"]]() if case["bug"] else contextlib.nullcontext()
-    told: dict[str, Any] = {"loss": [], "norm": []}
+    report: dict[str, Any] = {"loss": [], "norm": []}
     with planted, registry.use(backend):
         here = ManyProcesses(config, plan, axes, backend)
         trainer = Trainer(config, sample.Text(), here)
         for step in range(sample.STEPS):
             result = trainer.step()
-            told["loss"].append(result.loss)
-            told["norm"].append(result.grad_norm)
+            report["loss"].append(result.loss)
+            report["norm"].append(result.grad_norm)
             if step == 0:
                 named = dict(here.model.named_parameters())
                 grads = {n: own_part(p.grad) for n, p in named.items() if p.grad is not None}
-                told["gradient"] = held(here, grads)
-        told["weight"] = held(here, trainer.optimizer.master)
-    return told
+                report["gradient"] = held(here, grads)
+        report["weight"] = held(here, trainer.optimizer.master)
+    return report
 
 
 def main(cases: str, out: str) -> None:
+    """Trains all cases and writes a report per case."""
     torch.set_num_threads(1)
     vocabulary.CHUNK = 256  # eight tokens at a time, as a real vocabulary would have it
     parallel.MESSAGE = 1000  # several for these models too
@@ -70,11 +71,11 @@ def main(cases: str, out: str) -> None:
     rank = dist.get_rank()
     for number, case in enumerate(json.loads(Path(cases).read_text())):
         try:
-            told = train(case, backend)
-        except Exception:  # the job's other processes are told by their own failure, or time out
-            told = {"error": traceback.format_exc()}
-        torch.save(told, Path(out) / f"{number}.{rank}.pt")
-        if "error" in told:
+            report = train(case, backend)
+        except Exception:  # the job's other processes are report by their own failure, or time out
+            report = {"error": traceback.format_exc()}
+        torch.save(report, Path(out) / f"{number}.{rank}.pt")
+        if "error" in report:
             sys.exit(1)
     dist.destroy_process_group()
 

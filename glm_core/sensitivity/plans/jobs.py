@@ -1,4 +1,4 @@
-"""Real processes on this machine that train together; none outlives its test."""
+"""Starts real processes on this machine that train together; none outlives its job."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import Case
 
-ROOT = Path(__file__).parents[2]
+from glm_core.sensitivity.plans.case import Case
+
+ROOT = Path(__file__).parents[3]
 LIMIT_S = 500.0
 """of a whole job; a collective gives up after 60 s by itself"""
 
 
 def free_port() -> int:
-    """A port nobody listens on now."""
+    """Returns a port nobody listens on now."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port: int = s.getsockname()[1]
@@ -29,19 +30,19 @@ def free_port() -> int:
 
 
 def run(cases: list[Case], world: int, out: Path) -> list[list[dict[str, Any]]]:
-    """What each process tells of each case; [case][rank]. What is missing because a process failed
-    is {}."""
+    """Returns what each process reports of each case; [case][rank]. What is missing because a
+    process failed is {}."""
     out.mkdir()
     (out / "cases.json").write_text(json.dumps([dataclasses.asdict(c) for c in cases]))
-    worker = str(Path(__file__).parent / "worker.py")
     strict = ["-W", "error"]  # as pytest
-    start([sys.executable, *strict, worker, str(out / "cases.json"), str(out)], world)
-    return [[_told(out / f"{n}.{r}.pt") for r in range(world)] for n in range(len(cases))]
+    worker = ["-m", "glm_core.sensitivity.plans.worker", str(out / "cases.json"), str(out)]
+    start([sys.executable, *strict, *worker], world)
+    return [[_report(out / f"{n}.{r}.pt") for r in range(world)] for n in range(len(cases))]
 
 
 def start(command: list[str], world: int) -> list[int | None]:
-    """Runs the command as every rank of a job, with torchrun's variables; exit codes. The first
-    process that fails ends all."""
+    """Runs the command as every rank of a job, with torchrun's variables, and returns the exit
+    codes. The first process that fails ends all."""
     shared = {
         **os.environ,
         "WORLD_SIZE": str(world),
@@ -70,16 +71,16 @@ def _good(process: subprocess.Popen[bytes]) -> None:
         raise ChildProcessError
 
 
-def _told(path: Path) -> dict[str, Any]:
+def _report(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
-    told: dict[str, Any] = torch.load(path, weights_only=False)
-    return told
+    report: dict[str, Any] = torch.load(path, weights_only=False)
+    return report
 
 
 def gathered(pieces: list[Any], shapes: dict[str, torch.Size]) -> tuple[dict[str, Any], float]:
-    """The whole tensors from what the processes hold of them, and the largest difference between
-    two copies of an element. Raises AssertionError where an element is nobody's."""
+    """Returns the whole tensors from what the processes hold of them, and the largest difference
+    between two copies of an element. Raises AssertionError where an element is nobody's."""
     whole = {n: torch.full(s, torch.nan) for n, s in shapes.items()}
     apart = 0.0
     for name, place, values in pieces:

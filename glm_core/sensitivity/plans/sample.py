@@ -1,4 +1,4 @@
-"""Tiny models of three GLMs and a text they can learn, the same in every process."""
+"""Makes tiny models of three GLMs and a text they can learn, the same in every process."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ MODELS = {
 
 
 class Text:
-    """Four of five tokens follow from the one before. Rows differ in prefix and so in weight: a
-    mean over ranks is not the mean over tokens."""
+    """A text in which four of five tokens follow from the one before. Rows differ in prefix and so
+    in weight: a mean over ranks is not the mean over tokens."""
 
     def __init__(self) -> None:
         self.generator = torch.Generator().manual_seed(0)
 
     def next(self, micro_batch: int) -> Batch:
-        """Row by row, so that the order knows no micro-batch."""
+        """Draws row by row, so that the order knows no micro-batch."""
         rows = [self._row() for _ in range(micro_batch)]
         tokens, sep = torch.stack([t for t, _ in rows]), torch.tensor([[s] for _, s in rows])
         place = torch.arange(LENGTH).expand(micro_batch, LENGTH)
@@ -61,15 +61,16 @@ class Text:
         return torch.tensor(tokens), 2 + draws[-1] % (LENGTH - 3)
 
     def state(self) -> dict[str, Any]:
+        """Returns nothing: every run starts at the first row."""
         return {}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Nothing to restore: every run starts at the first row."""
+        """Does nothing: every run starts at the first row."""
 
 
 def config(model: str, dtype: Dtype = "float32") -> RunConfig:
-    """Clipping is at work in every step, so that a wrong norm shows in the weights. Adam's epsilon
-    is large enough that rounding does not choose the sign of an update."""
+    """Returns a run in which clipping is at work in every step, so that a wrong norm shows in the
+    weights. Adam's epsilon is large enough that rounding does not choose the sign of an update."""
     return RunConfig(
         model=MODELS[model],
         data=DataConfig(vocab=VOCAB, length=LENGTH),

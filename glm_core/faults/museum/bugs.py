@@ -1,4 +1,4 @@
-"""Mistakes that parallel training is known for, planted one at a time."""
+"""Plants the mistakes that parallel training is known for, one at a time."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from glm_core import ops
-from glm_core.distributed import layout, parallel, pipeline, tensor_parallel, vocabulary
+from glm_core.distributed import layout, mesh, parallel, pipeline, tensor_parallel, vocabulary
+from glm_core.distributed.collectives import all_gather
 from glm_core.distributed.parallel import ManyProcesses
+from glm_core.training.optimizer import Optimizer, own_part
 
 Bug = Callable[[], AbstractContextManager[Any]]
 
 
 def mean_over_ranks() -> AbstractContextManager[Any]:
-    """Data parallel averages gradients that are already relative to the global batch."""
+    """Averages gradients over ranks that are already relative to the global batch."""
     right = parallel.add_up
 
     def wrong(grads: list[Tensor], group: Any) -> None:
@@ -32,7 +35,7 @@ def mean_over_ranks() -> AbstractContextManager[Any]:
 
 
 def mean_per_rank() -> AbstractContextManager[Any]:
-    """Each rank divides by its own tokens, as DDP scripts do; rows weigh differently."""
+    """Divides on each rank by its own tokens, as DDP scripts do; rows weigh differently."""
     right = ManyProcesses.forward_backward
 
     def wrong(self: ManyProcesses, batch: Any, token_weight: Tensor) -> Tensor:
@@ -45,14 +48,14 @@ def mean_per_rank() -> AbstractContextManager[Any]:
 
 
 def same_rows() -> AbstractContextManager[Any]:
-    """Every data-parallel rank reads the first rank's rows."""
+    """Gives every data-parallel rank the first rank's rows."""
     return mock.patch.object(
         ManyProcesses, "_rows", lambda self, tokens: slice(0, len(tokens) // self.plan.dp)
     )
 
 
 def bias_per_rank() -> AbstractContextManager[Any]:
-    """The bias of a row-parallel product is added before the sum, once per rank."""
+    """Adds the bias of a row-parallel product before the sum, once per rank."""
 
     def wrong(self: tensor_parallel.RowLinear, x: Tensor) -> Tensor:
         return self.ranks.leave(ops.linear(x, self.weight, self.bias))
@@ -62,7 +65,7 @@ def bias_per_rank() -> AbstractContextManager[Any]:
 
 @contextmanager
 def alpha_of_the_stage() -> Iterator[None]:
-    """DeepNorm's alpha counts the layers of the stage."""
+    """Takes DeepNorm's alpha of the stage's layers alone."""
     right = pipeline.Stage.__init__
 
     def wrong(self: pipeline.Stage, *args: Any) -> None:
@@ -75,12 +78,12 @@ def alpha_of_the_stage() -> Iterator[None]:
 
 
 def norms_not_summed() -> AbstractContextManager[Any]:
-    """Under sequence parallelism each rank keeps its tokens' share of a norm's gradient."""
+    """Leaves each rank its tokens' share of a norm's gradient under sequence parallelism."""
     return mock.patch.object(parallel, "replicated", return_value=False)
 
 
 def halves_cut_together() -> AbstractContextManager[Any]:
-    """The two halves of a gated feed-forward are cut as if they were one matrix."""
+    """Cuts the two halves of a gated feed-forward as if they were one matrix."""
     right = layout.split_of
 
     def wrong(name: str, config: Any, tp: int, rank: int) -> Any:
@@ -93,11 +96,10 @@ def halves_cut_together() -> AbstractContextManager[Any]:
 
 
 def own_logsumexp() -> AbstractContextManager[Any]:
-    """Each rank normalises over its own rows of the vocabulary."""
-    right = vocabulary.all_gather
+    """Normalises on each rank over its own rows of the vocabulary."""
 
     def wrong(x: Tensor, group: Any, dim: int) -> Tensor:
-        every = right(x, group, dim)
+        every = all_gather(x, group, dim)
         every[:, 0] = torch.where(
             torch.arange(len(every))[:, None] == group.rank(), x[0, 0], -math.inf
         )
@@ -107,12 +109,12 @@ def own_logsumexp() -> AbstractContextManager[Any]:
 
 
 def ends_apart() -> AbstractContextManager[Any]:
-    """First and last stage keep their own gradients of the tied embedding."""
-    return mock.patch.object(parallel.meshes, "ends_group", return_value=None)
+    """Leaves first and last stage their own gradients of the tied embedding."""
+    return mock.patch.object(mesh, "ends_group", return_value=None)
 
 
 def zero_averages() -> AbstractContextManager[Any]:
-    """FSDP2's default: the mean over ranks."""
+    """Takes FSDP2's default, the mean over ranks."""
     real = FSDPModule.set_gradient_divide_factor
     return mock.patch.object(
         FSDPModule, "set_gradient_divide_factor", lambda self, _: real(self, 2.0)
@@ -120,10 +122,72 @@ def zero_averages() -> AbstractContextManager[Any]:
 
 
 def norm_of_a_part() -> AbstractContextManager[Any]:
-    """Each process clips by the norm of what it holds."""
+    """Clips in each process by the norm of what it holds."""
     return mock.patch.object(
         ManyProcesses, "norm", lambda self, grads: ops.global_norm(list(grads.values()))
     )
+
+
+def rounded_sums() -> AbstractContextManager[Any]:
+    """Sums gradients over ranks in bfloat16."""
+    right = parallel.add_up
+
+    def wrong(grads: list[Tensor], group: Any) -> None:
+        for g in grads:
+            g.copy_(g.bfloat16())
+        right(grads, group)
+        for g in grads:
+            g.copy_(g.bfloat16())
+
+    return mock.patch.object(parallel, "add_up", wrong)
+
+
+def last_gradient_not_summed() -> AbstractContextManager[Any]:
+    """Drops the last parameter from the messages that sum gradients."""
+    right = parallel.add_up
+    return mock.patch.object(parallel, "add_up", lambda grads, group: right(grads[:-1], group))
+
+
+def gradients_not_summed() -> AbstractContextManager[Any]:
+    """Never sums gradients over ranks."""
+    return mock.patch.object(parallel, "add_up", return_value=None)
+
+
+def copies_count_twice() -> AbstractContextManager[Any]:
+    """Counts in the norm what several ranks hold as often as it is held."""
+    return mock.patch.object(ManyProcesses, "_counts", return_value=True)
+
+
+def shard_not_updated() -> AbstractContextManager[Any]:
+    """Leaves the second rank's shard as it was."""
+    right = Optimizer._update
+
+    def wrong(self: Optimizer, *args: Any) -> None:
+        if dist.get_rank() != 1:
+            right(self, *args)
+
+    return mock.patch.object(Optimizer, "_update", wrong)
+
+
+def stale_parameters() -> AbstractContextManager[Any]:
+    """Computes the first block with the weights of the step before."""
+    right = ManyProcesses.forward_backward
+    before: dict[str, Tensor] = {}
+
+    def wrong(self: ManyProcesses, batch: Any, token_weight: Tensor) -> Tensor:
+        block = {n: own_part(p) for n, p in self.model.named_parameters() if "blocks.0." in n}
+        now = {n: p.detach().clone() for n, p in block.items()}
+        with torch.no_grad():
+            for n, p in block.items():
+                p.copy_(before.get(n, p))
+        loss = right(self, batch, token_weight)
+        with torch.no_grad():
+            for n, p in block.items():
+                p.copy_(now[n])
+        before.update(now)
+        return loss
+
+    return mock.patch.object(ManyProcesses, "forward_backward", wrong)
 
 
 BUGS: dict[str, Bug] = {
@@ -140,5 +204,11 @@ BUGS: dict[str, Bug] = {
         ends_apart,
         zero_averages,
         norm_of_a_part,
+        rounded_sums,
+        last_gradient_not_summed,
+        gradients_not_summed,
+        copies_count_twice,
+        shard_not_updated,
+        stale_parameters,
     )
 }

@@ -1,4 +1,5 @@
-"""The single process, and how far honest rounding drives it: what every plan is held to."""
+"""Trains the single process, and measures how far honest rounding drives it: what every plan is
+held to."""
 
 from __future__ import annotations
 
@@ -7,7 +8,6 @@ import math
 from typing import Any
 
 import numpy as np
-import sample
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from glm_core.align.envelope import envelope, error_bound
 from glm_core.align.gradients import exact_gradients, gradient_errors
 from glm_core.align.training import Run, free_run, moved
 from glm_core.align.verdict import EPS
+from glm_core.sensitivity.plans import sample
 from glm_core.training.parallel import initial_weights
 
 Array = NDArray[np.float64]
@@ -26,35 +27,51 @@ CONTROLS = 5
 
 @dataclasses.dataclass(slots=True)
 class Baseline:
-    """Curves [N] and the controls' [K, N]; the first step's exact gradients; the last weights, and
-    how far each control's are from them, by parameter [K, P]."""
+    """The run of one process, and its bounds. N steps, P parameters in alphabetical order."""
 
     curves: dict[str, tuple[Array, Array]]
+    """loss and norm [N], and the controls' [K, N]"""
     exact: dict[str, Tensor]
+    """the first step's gradients"""
     gradient_bound: Array
     weights: dict[str, Tensor]
+    """after the last step"""
     weight_bound: Array
 
     def ratios(self, curves: dict[str, Any], grads: Any, weights: Any) -> dict[str, float]:
-        """How far a run is from this one, each in units of its bound: above 1 is outside."""
-        found = {
-            name: float(envelope(mine, controls, np.array(curves[name]), RATE).ratio.max())
-            for name, (mine, controls) in self.curves.items()
-        }
-        off = np.array([[distance(grads[n].double(), t) for n, t in sorted(self.exact.items())]])
-        found["gradient"] = float((off / self.gradient_bound).max())
-        off = np.array([distance(weights[n], t) for n, t in sorted(self.weights.items())])
-        found["weight"] = float((off / self.weight_bound).max())
+        """Returns how far a run is from this one, each in units of its bound: above 1 is
+        outside."""
+        found = {name: float(self.curve(name, curves[name]).max()) for name in self.curves}
+        found["gradient"] = float(self.gradients(grads).max())
+        found["weight"] = float(self.last_weights(weights).max())
         return {n: r if math.isfinite(r) else math.inf for n, r in found.items()}
+
+    def curve(self, name: str, values: list[float]) -> Array:
+        """Returns the ratio of every step's loss or norm [N]."""
+        mine, controls = self.curves[name]
+        ratio: Array = envelope(mine, controls, np.array(values), RATE).ratio
+        return ratio
+
+    def gradients(self, grads: Any) -> Array:
+        """Returns the ratio of every parameter's gradient [P]."""
+        off = np.array([[distance(grads[n].double(), t) for n, t in sorted(self.exact.items())]])
+        ratio: Array = (off / self.gradient_bound)[0]
+        return ratio
+
+    def last_weights(self, weights: Any) -> Array:
+        """Returns the ratio of every parameter's last value [P]."""
+        off = np.array([distance(weights[n], t) for n, t in sorted(self.weights.items())])
+        ratio: Array = off / self.weight_bound
+        return ratio.reshape(-1)
 
 
 def distance(x: Tensor, of: Tensor) -> float:
-    """Relative, in norm."""
+    """Returns the relative distance, in norm."""
     return float((x - of).norm() / of.norm().clamp(min=1e-300))
 
 
 def make(model: str, dtype: Any) -> Baseline:
-    """The reference's run of a sample model and its honest variations, as `align` calibrates."""
+    """Trains the reference on a sample model, and its honest variations, as `align` calibrates."""
     config = sample.config(model, dtype)
     weights = initial_weights(config)
     run = Run(config, sample.Text(), "reference", weights)
@@ -63,9 +80,9 @@ def make(model: str, dtype: Any) -> Baseline:
     loss, norm, apart = [], [], []
     for k, (_, mode) in enumerate(control_modes(config, CONTROLS)):
         control = Run(config, sample.Text(), "reference", moved(weights, k), mode)
-        told = free_run(control)
-        loss.append(told.loss)
-        norm.append(told.grad_norm)
+        varied = free_run(control)
+        loss.append(varied.loss)
+        norm.append(varied.grad_norm)
         apart.append([distance(control.optimizer.master[n], w) for n, w in sorted(last.items())])
     exact = exact_gradients(config, curve.snapshots[0])
     benign = [

@@ -1,0 +1,1 @@
+"""Holds the museum: mistakes that public reports describe, planted in our own terms."""

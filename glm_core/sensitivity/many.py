@@ -1,0 +1,71 @@
+"""Judges the museum's exhibits of many processes by the proof of a plan: it trains as one process
+does, and each process has the same copies."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from glm_core.distributed.plan import lacks, parse
+from glm_core.faults.museum.exhibit import Exhibit
+from glm_core.sensitivity.judges import ACQUITTED, Verdict, place
+from glm_core.sensitivity.plans import baseline, jobs
+from glm_core.sensitivity.plans.case import Case
+
+MODEL = "130b"
+PROOF = "plan proof"
+
+
+def proofs(exhibits: list[Exhibit]) -> Iterator[tuple[str, Exhibit | None, Verdict, float]]:
+    """Yields name, exhibit, verdict and the time at which its judging began: each exhibit's, and
+    that of every honest plan among theirs. One job of processes trains all cases of its size."""
+    begin = time.perf_counter()
+    base = baseline.make(MODEL, "float32")
+    entries: list[tuple[str, Exhibit | None, Case]] = [
+        (e.name, e, Case(e.plan, MODEL, bug=e.fault)) for e in exhibits
+    ]
+    plans = dict.fromkeys(e.plan for e in exhibits)
+    entries += [(f"honest-{plan}", None, Case(plan, MODEL)) for plan in plans]
+    able = [entry for entry in entries if not lacks(parse(entry[2].plan))]
+    for world in sorted({case.world for _, _, case in able}):
+        mine = [entry for entry in able if entry[2].world == world]
+        with tempfile.TemporaryDirectory() as folder:
+            reports = jobs.run([case for _, _, case in mine], world, Path(folder) / "job")
+        for (name, exhibit, _), report in zip(mine, reports, strict=True):
+            yield name, exhibit, verdict(base, report), begin
+            begin = time.perf_counter()
+    for name, exhibit, case in entries:
+        if reasons := lacks(parse(case.plan)):
+            yield name, exhibit, Verdict(why="; ".join(reasons)), begin
+
+
+def verdict(base: baseline.Baseline, report: list[dict[str, Any]]) -> Verdict:
+    """Says what the proof finds first: the first loss, the first gradients, their norm, then what
+    the update left."""
+    if errors := [r["error"] for r in report if "error" in r]:
+        return Verdict(PROOF, "error", errors[-1].strip().splitlines()[-1])
+    if not all(report):
+        return Verdict(why="an earlier case of this job failed, or it ran out of time")
+    shapes = {n: w.shape for n, w in base.weights.items()}
+    names = sorted(shapes)
+    grads, apart = jobs.gathered([p for r in report for p in r["gradient"]], shapes)
+    weights, later = jobs.gathered([p for r in report for p in r["weight"]], shapes)
+    loss, norm = (base.curve(kind, report[0][kind]) for kind in ("loss", "norm"))
+    excess, update = base.gradients(grads), base.last_weights(weights)
+    if loss[0] > 1:
+        return Verdict(PROOF, "loss", f"the first loss is {loss[0]:.3g} times its bound")
+    if excess.max() > 1:
+        where = place("gradient", excess, names)
+        return Verdict(PROOF, where, f"{excess.max():.3g} times its bound")
+    if norm[0] > 1:
+        return Verdict(PROOF, "gradient norm", f"{norm[0]:.3g} times its bound")
+    if max(loss.max(), norm.max(), update.max()) > 1:
+        where = "update" if update.max() <= 1 else place("weight", update, names)
+        worst = max(loss.max(), norm.max(), update.max())
+        return Verdict(PROOF, where, f"{worst:.3g} times its bound after the first step")
+    if max(apart, later) > 0:
+        return Verdict(PROOF, "copies", "copies of a tensor differ between processes")
+    return ACQUITTED

@@ -20,9 +20,9 @@ from glm_core.backends.base import Backend
 from glm_core.config import Dtype, RunConfig
 from glm_core.conformance.case import select
 from glm_core.conformance.run import run_case
-from glm_core.data.sampler import Batch
 from glm_core.ops import all_ops
 from glm_core.sensitivity import setups
+from glm_core.sensitivity.plans import sample
 from glm_core.training.checkpoint import FileCheckpoints
 from glm_core.training.parallel import SingleProcess
 from glm_core.training.trainer import Trainer
@@ -70,13 +70,18 @@ def by_conformance(backend: Backend, dtype: Dtype, real: bool = True) -> Verdict
 # an aligned run -----------------------------------------------------------------------
 
 
-def small_run(setup: str, dtype: Dtype, steps: int) -> RunConfig:
-    """Returns the run of one of the campaign's small models, with two micro-batches a step."""
-    run = setups.config(setup, dtype, steps)
-    train = dataclasses.replace(run.train, micro_batch=run.train.global_batch // 2)
+def small_run(dtype: Dtype, steps: int) -> RunConfig:
+    """Returns a run of a tiny GLM-130B, with two micro-batches a step."""
+    run = sample.config("130b", dtype)
+    train = dataclasses.replace(run.train, steps=steps)
     if dtype == "float16":
         train = dataclasses.replace(train, loss_scale=LOSS_SCALE, clip=LIMIT)
     return dataclasses.replace(run, train=train)
+
+
+def drawn(run: RunConfig) -> setups.Drawn:
+    """Returns a sampler over the sequences of a run."""
+    return setups.Drawn(sample.Text().next(run.train.steps * run.train.global_batch))
 
 
 def by_align(
@@ -121,20 +126,20 @@ def place(kind: str, excess: Any, names: list[str]) -> str:
 
 
 def by_resuming(
-    run: RunConfig, rows: Batch, plant: Callable[[], AbstractContextManager[Any]] = nullcontext
+    run: RunConfig, plant: Callable[[], AbstractContextManager[Any]] = nullcontext
 ) -> Verdict:
     """Saves a run half way and resumes it in a trainer of its own: every part of its state, and
     every later loss, must be the uninterrupted run's to the bit."""
     half = run.train.steps // 2
     with tempfile.TemporaryDirectory() as folder, registry.use("reference"):
         checkpoints = FileCheckpoints(Path(folder), 1)
-        first = trainer(run, rows, checkpoints)
+        first = trainer(run, checkpoints)
         losses = [first.step().loss for _ in range(half)]
         tensors, facts = first.state()
         saved = {k: v.clone() for k, v in tensors.items()}
         path = first.save()
         losses += [first.step().loss for _ in range(half)]
-        second = trainer(run, rows, checkpoints)
+        second = trainer(run, checkpoints)
         torch.manual_seed(1)  # another process has drawn other numbers
         with plant():
             second.restore(checkpoints.open(path))
@@ -149,6 +154,6 @@ def by_resuming(
     return ACQUITTED
 
 
-def trainer(run: RunConfig, rows: Batch, checkpoints: FileCheckpoints) -> Trainer:
-    """Returns a trainer of the reference backend on these sequences."""
-    return Trainer(run, setups.Drawn(rows), SingleProcess(run), checkpoints)
+def trainer(run: RunConfig, checkpoints: FileCheckpoints) -> Trainer:
+    """Returns a trainer of the reference backend."""
+    return Trainer(run, drawn(run), SingleProcess(run, registry.get("reference")), checkpoints)

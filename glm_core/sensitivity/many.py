@@ -4,7 +4,6 @@ does, and each process has the same copies."""
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,8 @@ PROOF = "plan proof"
 
 
 def proofs(exhibits: list[Exhibit]) -> Iterator[tuple[str, Exhibit | None, Verdict, float]]:
-    """Yields name, exhibit, verdict and the time at which its judging began: each exhibit's, and
-    that of every honest plan among theirs. One job of processes trains all cases of its size."""
-    begin = time.perf_counter()
+    """Yields name, exhibit, verdict and seconds: of each exhibit, and of every honest plan among
+    theirs. One job of processes trains all cases of its size."""
     base = baseline.make(MODEL, "float32")
     entries: list[tuple[str, Exhibit | None, Case]] = [
         (e.name, e, Case(e.plan, MODEL, bug=e.fault)) for e in exhibits
@@ -35,11 +33,10 @@ def proofs(exhibits: list[Exhibit]) -> Iterator[tuple[str, Exhibit | None, Verdi
         with tempfile.TemporaryDirectory() as folder:
             reports = jobs.run([case for _, _, case in mine], world, Path(folder) / "job")
         for (name, exhibit, _), report in zip(mine, reports, strict=True):
-            yield name, exhibit, verdict(base, report), begin
-            begin = time.perf_counter()
+            yield name, exhibit, verdict(base, report), report[0].get("seconds", 0.0)
     for name, exhibit, case in entries:
         if reasons := lacks(parse(case.plan)):
-            yield name, exhibit, Verdict(why="; ".join(reasons)), begin
+            yield name, exhibit, Verdict(why="; ".join(reasons)), 0.0
 
 
 def verdict(base: baseline.Baseline, report: list[dict[str, Any]]) -> Verdict:

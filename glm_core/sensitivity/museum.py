@@ -7,7 +7,6 @@ import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,25 +14,25 @@ import torch
 from glm_core import align
 from glm_core.backends import registry
 from glm_core.config import Dtype, RunConfig
-from glm_core.data.sampler import Batch
 from glm_core.errors import ConfigError, unknown
 from glm_core.faults.catalogue import BENIGN
 from glm_core.faults.fault import Benign
 from glm_core.faults.museum.exhibit import Exhibit
 from glm_core.faults.museum.hall import HALL
 from glm_core.faults.museum.own_kernels import fault_named
-from glm_core.sensitivity import setups
 from glm_core.sensitivity.detection import Job, run_jobs
 from glm_core.sensitivity.judges import (
     Verdict,
     by_align,
     by_conformance,
     by_resuming,
+    drawn,
     small_run,
 )
 from glm_core.sensitivity.many import proofs
+from glm_core.sensitivity.plans import sample
 
-STEPS = 16
+STEPS = 12
 """of a training exhibit's run"""
 CONTROLS = 4
 GOAL = 0.95
@@ -143,7 +142,6 @@ def museum(
     many: bool = False,
     held_out: bool = False,
     only: Sequence[str] = (),
-    cache_dir: str | Path = ".cache",
     processes: int = 2,
     progress: Any = None,
 ) -> Museum:
@@ -156,8 +154,7 @@ def museum(
     start = time.perf_counter()
     chosen = [hall[n] for n in only] or [e for e in hall.values() if e.held_out == held_out]
     changes = [] if only or held_out or many else [b.name for b in honest()]
-    rows = setups.draw(small_run("130b", "float32", STEPS), cache_dir)
-    jobs = jobs_of(chosen, changes, rows)
+    jobs = jobs_of(chosen, changes)
     total = sum(len(j.names) for j in jobs) + len({e.plan for e in chosen if e.plan})
     found, _ = run_jobs(jobs, processes, total, progress)
     order = {name: i for i, name in enumerate([*hall, *changes])}
@@ -170,7 +167,7 @@ def honest() -> list[Benign]:
     return [b for b in BENIGN if b.kernels and b.op]
 
 
-def jobs_of(chosen: list[Exhibit], changes: list[str], rows: Batch) -> list[Job]:
+def jobs_of(chosen: list[Exhibit], changes: list[str]) -> list[Job]:
     """Splits the work: kernels by op, since they share what is correct; runs by dtype, since they
     share a calibration."""
     groups: dict[tuple[str, Dtype], list[str]] = {}
@@ -186,6 +183,7 @@ def jobs_of(chosen: list[Exhibit], changes: list[str], rows: Batch) -> list[Job]
         for (part, _), names in groups.items():
             if part == "training":
                 names.append(HONEST)
+    rows = sample.Text().next(1)  # a job has some; these make their own
     return [
         Job(group, dtype, STEPS, CONTROLS, rows, tuple(names), outcomes)
         for (group, dtype), names in groups.items()
@@ -197,44 +195,49 @@ def outcomes(job: Job) -> Iterator[Row | float]:
     torch.set_num_threads(1)
     known = {e.name: e for e in HALL}
     if job.setup == "plan":
-        for name, exhibit, verdict, begin in proofs([known[n] for n in job.names]):
-            yield row(name, exhibit, verdict, begin)
+        for name, exhibit, verdict, seconds in proofs([known[n] for n in job.names]):
+            yield row(name, exhibit, verdict, seconds)
         return
     changes = {b.name: b for b in BENIGN}
     dtype: Any = job.dtype
-    run = small_run("130b", dtype, job.steps)
+    run = small_run(dtype, job.steps)
     calibration = None
     if job.setup == "training":
         begin = time.perf_counter()
         calibration = align.calibrate(
             run,
-            sampler=lambda: setups.Drawn(job.rows),
+            sampler=lambda: drawn(run),
             controls=job.controls,
             capture_steps=(job.steps // 2,),
         )
         yield time.perf_counter() - begin
     for name in job.names:
-        begin = time.perf_counter()
-        if name in changes:
+        begin, e = time.perf_counter(), known.get(name)
+        if e is not None:
+            verdict = judge(e, run, calibration)
+        elif name in changes:
             b = changes[name]
-            yield row(name, None, by_conformance(b.backend(), dtype_of(b), real=False), begin)
-        elif name == HONEST:
-            assert calibration is not None
-            train = dataclasses.replace(run.train, micro_batch=run.train.micro_batch // 2)
-            other = dataclasses.replace(run, train=train)
-            yield row(f"{name}-{job.dtype}", None, by_align(other, calibration), begin)
+            verdict = by_conformance(b.backend(), dtype_of(b), real=False)
         else:
-            e = known[name]
-            yield row(name, e, judge(e, run, calibration, job.rows), begin)
+            assert calibration is not None
+            name = f"{name}-{job.dtype}"
+            verdict = by_align(in_halves(run), calibration)
+        yield row(name, e, verdict, time.perf_counter() - begin)
 
 
-def judge(e: Exhibit, run: RunConfig, calibration: Any, rows: Batch) -> Verdict:
+def in_halves(run: RunConfig) -> RunConfig:
+    """Returns the same run in micro-batches of half the size."""
+    train = dataclasses.replace(run.train, micro_batch=run.train.micro_batch // 2)
+    return dataclasses.replace(run, train=train)
+
+
+def judge(e: Exhibit, run: RunConfig, calibration: Any) -> Verdict:
     """Judges an exhibit by the cheapest test that a user would run."""
     if e.part == "kernel":
         return by_conformance(fault_named(e.fault).backend(), e.dtype)
     assert e.plant is not None
     if e.part == "resume":
-        return by_resuming(resumed(run), rows, e.plant)
+        return by_resuming(resumed(run), e.plant)
     return by_align(run, calibration, registry.usable("reference"), e.plant)
 
 
@@ -249,7 +252,7 @@ def dtype_of(change: Benign) -> Dtype:
     return dtype
 
 
-def row(name: str, e: Exhibit | None, verdict: Verdict, begin: float) -> Row:
+def row(name: str, e: Exhibit | None, verdict: Verdict, seconds: float) -> Row:
     """Returns the outcome of an exhibit, or of a benign change."""
     return Row(
         name=name,
@@ -258,5 +261,5 @@ def row(name: str, e: Exhibit | None, verdict: Verdict, begin: float) -> Row:
         by=verdict.by,
         where=verdict.where,
         why=verdict.why or (e.unseen if e and not verdict.by else ""),
-        seconds=time.perf_counter() - begin,
+        seconds=seconds,
     )

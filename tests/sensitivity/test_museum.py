@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from small_runs import rows
 
 from glm_core.errors import ConfigError
 from glm_core.faults.museum.hall import HALL
@@ -36,11 +35,11 @@ def test_what_conformance_does_not_ask_is_missed() -> None:
 
 
 def test_a_forgotten_step_count_is_found_on_resume_and_an_honest_resume_is_not() -> None:
-    run = museum.resumed(small_run("130b", "float32", 4))
+    run = museum.resumed(small_run("float32", 4))
     exhibit = EXHIBITS["step-count-lost-on-resume"]
     assert exhibit.plant is not None
-    assert by_resuming(run, rows(run), exhibit.plant)[:2] == ("resume", "optimizer_steps")
-    assert by_resuming(run, rows(run)) == ACQUITTED
+    assert by_resuming(run, exhibit.plant)[:2] == ("resume", "optimizer_steps")
+    assert by_resuming(run) == ACQUITTED
 
 
 def test_what_is_counted() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -70,10 +71,12 @@ def main(cases: str, out: str) -> None:
     mesh.start(backend, TIMEOUT_S)
     rank = dist.get_rank()
     for number, case in enumerate(json.loads(Path(cases).read_text())):
+        begin = time.perf_counter()
         try:
             report = train(case, backend)
         except Exception:  # the job's other processes are report by their own failure, or time out
             report = {"error": traceback.format_exc()}
+        report["seconds"] = time.perf_counter() - begin
         torch.save(report, Path(out) / f"{number}.{rank}.pt")
         if "error" in report:
             sys.exit(1)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from glm_core.choice import Choice
 from glm_core.decode_step import DecodeStep, Stack
 from glm_core.session import Kernel, KernelProvider, Session
 from glm_core.spec import Cost, OpSpec, Sample, Support, declare, unsupported
@@ -67,6 +68,7 @@ def op(
     cost: Callable[..., Cost],
     differentiable: tuple[str, ...] = (),
     mutates: tuple[str, ...] = (),
+    choice: Choice | None = None,
 ) -> Callable[[Callable[..., Any]], Op]:
     """Declares the decorated function as an op; its body is the reference: plain differentiable
     torch, right on every device and in float64. Arguments: see OpSpec."""
@@ -77,6 +79,7 @@ def op(
             "cost": cost,
             "differentiable": differentiable,
             "mutates": mutates,
+            "choice": choice,
         }
         return REGISTRY.setdefault(reference.__name__, Op(**declare(reference, **facts)))
 

@@ -1,5 +1,4 @@
-"""Defines what an op is: a reference, samples and a cost, declared in one place for all
-backends."""
+"""Defines what an op is: reference, samples and cost, declared once for all backends."""
 
 from __future__ import annotations
 
@@ -10,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from glm_core.choice import Choice
 
 
 class Support(NamedTuple):
@@ -57,8 +58,7 @@ Maker = Callable[[Draw], Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sample:
-    """One set of arguments of an op. Constants are held as they are, tensors as makers, so that a
-    list of samples takes no memory."""
+    """One set of arguments of an op: constants, and makers of tensors, which take no memory."""
 
     id: str
     """readable and unique within the op; selects cases on the command line: `2x5x96-tiny`"""
@@ -132,6 +132,8 @@ class OpSpec:
     parameters: tuple[str, ...]
     doc: str
     """formula, shapes, dtype rule, source: the reference's docstring"""
+    choice: Choice | None = None
+    """how the op's first result is judged if it is a choice"""
 
 
 def declare(reference: Callable[..., Any], **facts: Any) -> dict[str, Any]:

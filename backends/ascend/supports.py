@@ -154,6 +154,9 @@ def attention(
     if width > HEAD_DIM or heads > HEADS:
         limits = f"up to {HEADS} heads of {HEAD_DIM} dimensions"
         return unsupported(f"npu_fusion_attention takes {limits}, received {heads} of {width}")
+    if v.shape[-1] != width:
+        sizes = f"received {width} and {v.shape[-1]}"
+        return unsupported(f"our call of npu_fusion_attention takes one head size, {sizes}")
     ints = exactly(torch.int32, key_start=key_start, key_end=key_end)
     return first(fused("npu_fusion_attention", q, k, v), ints)
 

@@ -104,6 +104,9 @@ def attention(
     layer_scale: float = 1.0,
     pb_relax: float = 0.0,
 ) -> Support:
+    if v.shape[-1] != q.shape[-1]:
+        sizes = f"received {q.shape[-1]} and {v.shape[-1]}"
+        return unsupported(f"kernels take keys and values of one head size, {sizes}")
     return both(takes(q, k, v), exactly(torch.int32, key_start=key_start, key_end=key_end))
 
 

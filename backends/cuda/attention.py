@@ -155,6 +155,9 @@ def supports(takes: Callable[..., Support]) -> Callable[..., Support]:
         pb_relax: float = 0.0,
     ) -> Support:
         support = takes(q, k, v, key_start, key_end, scale, layer_scale, pb_relax)
+        if v.shape[-1] != q.shape[-1]:
+            sizes = f"received {q.shape[-1]} and {v.shape[-1]}"
+            return unsupported(f"kernels take keys and values of one head size, {sizes}")
         reason = trouble(q) if support.ok else ""
         return unsupported(reason) if reason else support
 

@@ -3,6 +3,7 @@ reference runs in the working dtype, which show how much error is honest."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -106,16 +107,19 @@ def tensors_by_name(name: str, value: Any) -> Results:
 
 def backward(op: Op, function: Function, args: Mapping[str, Any], strided: bool) -> Results:
     """Differentiates the function for drawn output gradients. Returns the arguments' gradients by
-    name, `d x`; with several outputs also for each output alone, `d x from out[1]`. `strided` makes
-    the output gradients non-contiguous."""
+    name, `d x`; with several outputs also for each output alone, `d x from out[1]`; and the outputs
+    that are integers. `strided` makes the output gradients non-contiguous."""
     leaves: Results = {}
     args = {k: leaf(k, v, leaves) if k in op.differentiable else v for k, v in args.items()}
-    outputs = tensors_by_name("out", function(**args))
-    drawn = {k: output_gradient(i, y, strided) for i, (k, y) in enumerate(outputs.items())}
+    results = tensors_by_name("out", function(**args))
+    outputs = {k: y for k, y in results.items() if y.is_floating_point()}
+    drawn = {
+        k: output_gradient(i, outputs[k], strided) for i, k in enumerate(results) if k in outputs
+    }
     groups = {"": list(outputs)}
     if len(outputs) > 1:
         groups |= {f" from {k}": [k] for k in outputs}
-    results: Results = {}
+    results = {k: y for k, y in results.items() if k not in outputs}
     for suffix, names in groups.items():
         gradients = torch.autograd.grad(
             [outputs[n] for n in names],
@@ -164,7 +168,7 @@ def compute(case: Case, function: Function, args: Mapping[str, Any]) -> Results:
         return forward(case.op, function, args)
 
 
-def _widened(args: Mapping[str, Any]) -> dict[str, Any]:
+def widened(args: Mapping[str, Any]) -> dict[str, Any]:
     def widen(value: Any) -> Any:
         if isinstance(value, list):
             return [widen(v) for v in value]
@@ -189,10 +193,33 @@ def oracle(case: Case) -> Oracle:
     return kept[key]
 
 
-def _compute_oracle(case: Case) -> Oracle:
-    """Computes the reference in float64, and in the working dtype: plain, then jittered."""
+def oracle_of(case: Case, results: Results) -> Oracle:
+    """Returns the oracle of a case whose results include a choice (see Choice): it has the same
+    choice. Whether the choice is honest is judged apart."""
+    allowed = oracle(case)
+    chosen = results.get(CHOSEN)
+    if case.op.choice is None or chosen is None or _like(chosen.cpu(), allowed[CHOSEN].plain):
+        return allowed
+    return _compute_oracle(case, chosen.cpu())
+
+
+CHOSEN = "out[0]"
+"""the name of an op's choice among its results"""
+
+
+def _like(a: Tensor, b: Tensor) -> bool:
+    """Returns whether the choices are equal, or one is none at all: then its values say nothing."""
+    return a.shape != b.shape or a.dtype != b.dtype or torch.equal(a, b)
+
+
+def _compute_oracle(case: Case, chosen: Tensor | None = None) -> Oracle:
+    """Computes the reference in float64, and in the working dtype: plain, then jittered. Of an op
+    that chooses, all of them choose `chosen`; without it, what the plain run chooses."""
     reference = case.op.reference
     made = case.sample.make(case.dtype)
+    if case.op.choice is not None:
+        chosen = reference(**made)[0] if chosen is None else chosen
+        reference = functools.partial(case.op.choice.given, chosen)
 
     def args() -> dict[str, Any]:
         return case.sample.make(case.dtype) if case.op.mutates else made
@@ -203,5 +230,5 @@ def _compute_oracle(case: Case) -> Oracle:
         inputs = args()
         with Jitter(seed):
             near.append(compute(case, reference, inputs))
-    exact = compute(case, reference, _widened(args()))
+    exact = compute(case, reference, widened(args()))
     return {name: allowance(y, [run[name] for run in near]) for name, y in exact.items()}

@@ -7,12 +7,14 @@ from glm_core.faults import (  # noqa: F401  # imported for what they declare
     activation,
     attention,
     embedding,
+    experts,
     linear,
     loss,
     norm,
     optim,
     quant,
     rope,
+    routing,
     whole_runs,
 )
 from glm_core.faults.fault import BENIGN, FAULTS, Fault

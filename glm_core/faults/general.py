@@ -21,11 +21,13 @@ CUT_OFF = (
     ops.attention,
     ops.geglu,
     ops.gelu,
+    ops.grouped_linear,
     ops.layer_norm,
     ops.quantized_linear,
     ops.rms_norm,
     ops.rope,
     ops.swiglu,
+    ops.unpermute,
 )
 for _op in CUT_OFF:
     cut = rounds(_op, truncated)
@@ -136,6 +138,8 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _noisy(y: Tensor) -> Tensor:
+    if not y.is_floating_point():
+        return y
     up = torch.rand(y.shape, device=y.device) < 0.5
     return torch.where(up, y * (1 + torch.finfo(y.dtype).eps), y)
 

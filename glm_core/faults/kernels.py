@@ -82,7 +82,10 @@ def vjp(op: Op, function: Function) -> Vjp:
         leaves = {n: arguments[n].detach().requires_grad_() for n in names}
         with torch.enable_grad():
             y = function(**arguments | leaves)
-        grads = torch.autograd.grad(y, list(leaves.values()), outputs, allow_unused=True)
+        pairs = zip(y if isinstance(y, tuple) else (y,), outputs, strict=True)
+        used = [(t, g) for t, g in pairs if t.requires_grad]  # integers are not
+        roots, heads = [t for t, _ in used], [g for _, g in used]
+        grads = torch.autograd.grad(roots, list(leaves.values()), heads, allow_unused=True)
         return dict(zip(names, grads, strict=True))
 
     return gradients

@@ -5,7 +5,7 @@ prefix-LM (0, max(i + 1, sep)), packed samples (start, max(i + 1, start + sep)),
 i + 1), and a KV cache (0, position + 1). So a mask takes 8 bytes per query, and no [L, L] matrix
 exists.
 
-Shapes: B batch, L queries, S keys, H heads, K kv heads, E head dim."""
+Shapes: B batch, L queries, S keys, H heads, K kv heads, E head dim, C head dim of the values."""
 
 from __future__ import annotations
 
@@ -67,11 +67,12 @@ def attention_samples() -> Iterator[Sample]:
         std: float = 1.0,
         strided: bool = False,
         cache: bool = False,
+        values: int = 0,
         **rest: Any,
     ) -> Sample:
         keys = keys or n
         q = normal(b, n, h, e, std=std, strided=strided)
-        kv = [normal(b, keys, k, e, std=std, strided=strided) for _ in range(2)]
+        kv = [normal(b, keys, k, d, std=std, strided=strided) for d in (e, values or e)]
         if cache:
             kv = [preallocated(x) for x in kv]
         args = {
@@ -98,6 +99,8 @@ def attention_samples() -> Iterator[Sample]:
     yield make("2x1x2x33-static300", 2, 1, 2, 2, 33, "static", keys=300, cache=True)
     yield make("2x5x4x16-static19", 2, 5, 4, 2, 16, "causal", keys=19, cache=True)
     yield make("4x1x32x128-mqa16-static256", 4, 1, 32, 2, 128, "static", keys=256, cache=True)
+    yield make("2x9x4x12-gqa2-values20-packed", 2, 9, 4, 2, 12, "packed", values=20)
+    yield make("2x3x6x36-mqa-values32-static40", 2, 3, 6, 1, 36, keys=40, cache=True, values=32)
     yield make("1x9x2x16-huge", 1, 9, 2, 2, 16, std=200.0)  # past exp's range: one key takes all
     yield make("1x9x2x16-tiny", 1, 9, 2, 2, 16, std=1e-3)
     yield make("2x9x2x16-scale0.4", 2, 9, 2, 2, 16, scale=0.4)
@@ -126,12 +129,14 @@ def attention_cost(
     """Counts the FLOPs of visible pairs only; of all pairs for meta tensors, whose intervals have
     no values."""
     b, n, h, e = q.shape
+    c = v.shape[-1]
     if q.is_meta:
         pairs = b * n * k.shape[1] * h
     else:
         pairs = int((key_end - key_start).clamp(min=0).sum()) * h
-    moved = num_bytes(q, k, v, key_start, key_end)
-    return Cost(4 * pairs * e, moved + num_bytes(q), 10 * pairs * e, 2 * moved + num_bytes(q))
+    moved, out = num_bytes(q, k, v, key_start, key_end), b * n * h * c * q.element_size()
+    backward = (6 * e + 4 * c) * pairs  # scores again, dq and dk; dv and the probabilities'
+    return Cost(2 * (e + c) * pairs, moved + out, backward, 2 * moved + out)
 
 
 @op(samples=attention_samples, cost=attention_cost, differentiable=("q", "k", "v"))
@@ -149,10 +154,11 @@ def attention(
     sees key j if and only if key_start[b, i] <= j < key_end[b, i]; a query that sees nothing gives
     zeros. KV head h serves the query heads h*H/K ... (h+1)*H/K - 1.
 
-    Shapes: q [B, L, H, E]; k, v [B, S, K, E], possibly views of a larger cache; key_start, key_end
-    [B, L] int32 -> [B, L, H, E]. Computed in float32 and rounded once to q's dtype. Accumulates in
-    float32: scores over E, softmax and y over keys, the gradient of q over keys, those of k and v
-    over queries and the query heads that a kv head serves.
+    Shapes: q [B, L, H, E]; k [B, S, K, E], v [B, S, K, C], possibly views of a larger cache;
+    key_start, key_end [B, L] int32 -> [B, L, H, C]. C is E except in latent attention. Computed in
+    float32 and rounded once to q's dtype. Accumulates in float32: scores over E, softmax and y over
+    keys, the gradient of q over keys, those of k and v over queries and the query heads that a kv
+    head serves.
 
     layer_scale c: scores are formed from q/c and multiplied by c inside the softmax (GLM-130B's
     query-key layer scaling). pb_relax a > 0: the softmax is taken as softmax((s/a - max(s/a)) a).
@@ -172,5 +178,5 @@ def attention(
         scores = scores / pb_relax
         scores = (scores - scores.amax(-1, keepdim=True).detach()) * pb_relax
     probabilities = torch.softmax(scores * layer_scale, -1).masked_fill(hidden, 0.0)
-    y = torch.einsum("bkrls,bske->blkre", probabilities, wide(v))  # [B, L, K, H/K, E]
-    return y.flatten(2, 3).to(q.dtype)  # [B, L, H, E]
+    y = torch.einsum("bkrls,bskc->blkrc", probabilities, wide(v))  # [B, L, K, H/K, C]
+    return y.flatten(2, 3).to(q.dtype)  # [B, L, H, C]

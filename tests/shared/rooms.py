@@ -11,6 +11,7 @@ CHAIN = (
     "versions",
     "environment",
     "config",
+    "choice",
     "spec",
     "decode_step",
     "session",

@@ -25,11 +25,12 @@ FLOORS: tuple[tuple[str, str, dict[str, str]], ...] = (
         "what an op is",
         "#0b5cad",
         {
+            "choice": "how choices are judged",
             "spec": "reference, samples, cost",
             "decode_step": "a model as data",
             "session": "fallbacks and why",
             "dispatch": "who runs an op",
-            "ops": "the fifteen ops",
+            "ops": "the nineteen ops",
         },
     ),
     (

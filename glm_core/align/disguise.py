@@ -113,8 +113,8 @@ class Regrouped(EagerMode):
 class Rounded(EagerMode):
     """Rounds intermediate number `which` (None: all) to `dtype` once more; with `seed` three of
     four, drawn at random. Intermediates are float32 tensors of at least `numel` elements, because a
-    row's statistics and the loss are float32 by contract; inside a matrix product or sum in `dtype`
-    they are its two halves, or the product before the bias."""
+    row's statistics and the loss are float32 by contract; inside a product with a weight, or a sum
+    over its rows, they are its two halves, or the product before the bias."""
 
     def __init__(
         self, dtype: torch.dtype, numel: int, which: int | None = None, seed: int | None = None
@@ -132,35 +132,38 @@ class Rounded(EagerMode):
             return self.random.random() < 0.75
         return self.which in (None, self.seen - 1)
 
+    def rounded(self, x: Tensor) -> Tensor:
+        """Returns x with every value rounded, in its own dtype."""
+        return x.to(self.dtype).to(x.dtype)
+
     def in_parts(self, func: Any, args: Any) -> Callable[[], Tensor] | None:
-        """Returns a product or sum in `dtype` with a rounding inside; None for any other
-        function."""
+        """Returns a product with a weight, or a sum over its rows, with a rounding inside; None for
+        any other function. Attention's products are batched: they are intermediates themselves."""
         if func is aten.addmm.default:
-            return lambda: torch.mm(args[1], args[2]) + args[0]
-        if func in (aten.mm.default, aten.bmm.default) and args[0].shape[-1] > 1:
+            bias, a, b = args
+            return lambda: self.rounded(a @ b) + bias
+        if func is aten.mm.default and args[0].shape[-1] > 1:
             a, b = args
             k = a.shape[-1] // 2
-            return lambda: a[..., :k] @ b[..., :k, :] + a[..., k:] @ b[..., k:, :]
-        if func is aten.sum.dim_IntList and len(args[1]) == 1 and args[0].shape[args[1][0]] > 1:
-            halves = args[0].chunk(2, args[1][0])
-            return lambda: halves[0].sum(*args[1:]) + halves[1].sum(*args[1:])
+            return lambda: self.rounded(a[:, :k] @ b[:k]) + self.rounded(a[:, k:] @ b[k:])
+        if func is aten.sum.dim_IntList and args[0].ndim == 2 and list(args[1]) == [0]:
+            top, bottom = args[0].tensor_split(2)
+            return lambda: self.rounded(top.sum(*args[1:])) + self.rounded(bottom.sum(*args[1:]))
         return None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        first = args[0] if args and isinstance(args[0], Tensor) else None
-        if first is not None and first.dtype == self.dtype:
-            in_parts = self.in_parts(func, args)
-            if in_parts is not None and self.chosen():
-                return in_parts()
+        in_parts = self.in_parts(func, args)
+        if in_parts is not None and not kwargs:
+            return in_parts() if self.chosen() else func(*args)
         out = func(*args, **(kwargs or {}))
         eligible = isinstance(out, Tensor) and out.dtype == torch.float32
         if not eligible or out.numel() < self.numel or func.is_view:
             return out
-        if func is aten._log_softmax.default:
+        if func in (aten._log_softmax.default, aten._to_copy.default):
             return out
         if self.random is not None:
-            return out.to(self.dtype).float() if self.chosen() else out
-        rounded = out.to(self.dtype).float()
+            return self.rounded(out) if self.chosen() else out
+        rounded = self.rounded(out)
         return out if torch.equal(rounded, out) or not self.chosen() else rounded

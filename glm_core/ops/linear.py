@@ -10,7 +10,7 @@ from torch import Tensor
 
 from glm_core.dispatch import op
 from glm_core.ops.layout import gapped
-from glm_core.ops.precision import num_bytes
+from glm_core.ops.precision import num_bytes, product
 from glm_core.spec import Cost, Sample, normal
 
 
@@ -60,6 +60,4 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Shapes: x [..., D], weight [F, D], bias [F] -> [..., F]. Rounded to x's dtype. Accumulates in
     float32 at least: y over D, the gradient of x over F, those of weight and bias over rows.
     Source: torch.nn.functional.linear."""
-    from torch.nn.functional import linear as product
-
     return product(x, weight, bias)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from glm_core.dispatch import op
 from glm_core.ops.layout import gapped
-from glm_core.ops.precision import num_bytes, wide
+from glm_core.ops.precision import num_bytes, product, wide
 from glm_core.spec import Cost, Maker, Sample, exact, integers, normal
 
 
@@ -72,6 +72,6 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, token_weight
     everything after them is float32. Accumulates in float32: logits over D, the loss over V and N,
     the gradient of x over V, that of weight over N. Source: torch.nn.functional.cross_entropy of a
     linear layer, weighted by token."""
-    z = wide(torch.nn.functional.linear(x, weight))  # [N, V]
+    z = wide(product(x, weight))  # [N, V]
     each = torch.nn.functional.cross_entropy(z, labels, reduction="none")
     return (each * token_weight.to(z.dtype)).sum()

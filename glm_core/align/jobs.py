@@ -30,6 +30,7 @@ from glm_core.align.calibration import (
     check_controls,
     gradient_modes,
 )
+from glm_core.align.explanation import headline
 from glm_core.align.recording import record
 from glm_core.align.trace import Trace, load
 from glm_core.align.verdict import FALSE_ALARM_RATE, Pair, Verdict, compare
@@ -62,11 +63,16 @@ class RunResult:
         diverged = any(pair.verdict == "diverged" for pair in self.pairs)
         return "diverged" if diverged else "aligned"
 
+    def trace(self, backend: str, dtype: str) -> Trace:
+        """Returns the trace of one backend in one dtype."""
+        return self.traces[f"{backend}-{dtype}"]
+
     def to_json(self) -> dict[str, Any]:
         """Returns plain values; the curves are in the trace files."""
         pairs = [pair.to_json() for pair in self.pairs]
         files = {name: str(path(self.out_dir, name)) for name in self.traces}
-        return {"verdict": self.verdict, "pairs": pairs, "seconds": self.seconds, "traces": files}
+        plain = {"verdict": self.verdict, "summary": headline(self.pairs), "pairs": pairs}
+        return {**plain, "seconds": self.seconds, "traces": files}
 
 
 def run(

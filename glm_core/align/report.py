@@ -8,8 +8,9 @@ import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from glm_core.align import explanation
 from glm_core.align.charts import Band, Series, chart
 
 if TYPE_CHECKING:
@@ -39,19 +40,19 @@ figure{margin:1.2rem 0}figcaption{font-weight:bold}
 svg{max-width:100%;height:auto}svg text{font:11px sans-serif}
 .legend{font-size:13px;margin:0}
 .legend i{display:inline-block;width:14px;height:8px;margin:0 5px 0 14px}
+.bar{display:block;width:5rem;height:7px;border:1px solid #000}
+.bar i{display:block;height:7px;background:#0b5cad}.bar i.over{background:#b00020}
 .bad{color:#b00020;font-weight:bold}.good{font-weight:bold}
 """
 
 
-def write(result: RunResult, path: str | Path, command: str = "") -> Path:
+def write(
+    result: RunResult, path: str | Path, command: str = "", options: Sequence[str] | None = None
+) -> Path:
     """Writes the report of an `align.run`; returns the path. command: the command line that made
-    it."""
-    sections = [_pair(p, *_traces(result, p)) for p in result.pairs]
-    head = f"<h1>Loss curves across backends: {_verdict(result.verdict)}</h1>"
-    head += _summary(result.pairs)
-    if result.pairs:
-        head += _run(_traces(result, result.pairs[0])[0], command)
-    return save(path, head + "".join(sections))
+    it; options: those of its words that describe the run (default: from the config)."""
+    judged = [Judged(p, *_traces(result, p)) for p in result.pairs]
+    return save(path, _page(judged, command, options))
 
 
 def write_pair(
@@ -59,9 +60,37 @@ def write_pair(
 ) -> Path:
     """Writes the report of one comparison of two trace files; returns the path. command: the
     command line that made it."""
-    names = f"{escape(pair.candidate)} against {escape(pair.reference)}"
-    head = f"<h1>{names}: {_verdict(pair.verdict)}</h1>{_summary([pair])}"
-    return save(path, head + _run(reference, command) + _pair(pair, reference, candidate))
+    return save(path, _page([Judged(pair, reference, candidate)], command))
+
+
+class Judged(NamedTuple):
+    """A verdict and the two traces it is about."""
+
+    pair: Pair
+    reference: Trace
+    candidate: Trace
+
+
+def _page(judged: Sequence[Judged], command: str, options: Sequence[str] | None = None) -> str:
+    """Returns the outcome in one sentence, the table of all comparisons, what is wrong, how to read
+    it, what was run, and the figures of each comparison."""
+    pairs = [j.pair for j in judged]
+    parts = [f"<h1>{_coloured(escape(explanation.headline(pairs)))}</h1>", _summary(pairs)]
+    parts += [_wrong(j, options) for j in judged if j.pair.reasons]
+    if judged:
+        parts.append(_run(judged[0].reference, command))
+    return "".join(parts + [_pair(*j) for j in judged])
+
+
+def _coloured(text: str) -> str:
+    return re.sub(r"\b(aligned|diverged)\b", lambda m: _verdict(m[1]), text)
+
+
+def _wrong(judged: Judged, options: Sequence[str] | None) -> str:
+    """Returns what a reader needs who has to repair the candidate."""
+    pair = judged.pair
+    title = f"<h3>What is wrong: {escape(pair.candidate)}, {escape(pair.dtype)}</h3>"
+    return title + table(("", ""), explanation.details(pair, judged.candidate.config, options))
 
 
 def save(path: str | Path, body: str, title: str = "Alignment") -> Path:
@@ -78,8 +107,8 @@ def save(path: str | Path, body: str, title: str = "Alignment") -> Path:
 
 def _traces(result: RunResult, pair: Pair) -> tuple[Trace, Trace]:
     return (
-        result.traces[f"{pair.reference}-{pair.dtype}"],
-        result.traces[f"{pair.candidate}-{pair.dtype}"],
+        result.trace(pair.reference, pair.dtype),
+        result.trace(pair.candidate, pair.dtype),
     )
 
 
@@ -88,21 +117,29 @@ def _verdict(word: str) -> str:
 
 
 def _summary(pairs: Sequence[Pair]) -> str:
-    rows = [
-        (
-            p.candidate,
-            p.dtype,
-            _verdict(p.verdict),
-            f"{p.max_envelope_ratio:.2f}",
-            f"{p.max_gradient_ratio:.2f}",
-            f"{p.max_op_ratio:.2f}",
-            p.first_step or "",
-            "; ".join(p.reasons),
-        )
-        for p in pairs
-    ]
-    head = ("candidate", "dtype", "verdict", "envelope", "gradients", "ops", "first step", "why")
-    return table(head, rows, markup={2})
+    rows = []
+    for p in pairs:
+        taught = bool(p.gradient_excess.size)
+        ratios = [p.max_envelope_ratio if p.envelope is not None else None]
+        ratios += [p.max_gradient_ratio, p.max_op_ratio] if taught else [None, None]
+        shares = [_share(ratio) for ratio in ratios]
+        rows.append((p.candidate, p.dtype, _verdict(p.verdict), *shares, p.first_step or "-"))
+    head = ("candidate", "dtype", "verdict", "curve", "gradients", "ops", "first step outside")
+    note = (
+        "<p>Curve, gradients and ops: the largest deviation seen, as a share of what honest "
+        "rounding explains. The bar is full at 1, the limit; a candidate with any share above 1 "
+        "diverges. What is not judged has a dash.</p>"
+    )
+    return table(head, rows, markup={2, 3, 4, 5}) + note
+
+
+def _share(ratio: float | None) -> str:
+    """Returns a share as a number and a bar that is full at the limit."""
+    if ratio is None:
+        return "-"
+    word = explanation.times(ratio) if ratio < 1e9 else "not finite"
+    side = ' class="over"' if ratio > 1 else ""
+    return f'{word}<b class="bar"><i{side} style="width:{min(max(ratio, 0), 1):.0%}"></i></b>'
 
 
 def _run(reference: Trace, command: str) -> str:
@@ -123,7 +160,7 @@ def _explanation(steps: int, controls: int) -> str:
         "left to gradients and ops."
     )
     items = {
-        "Envelope": f"the reference is trained {controls} more times with changes that alter "
+        "Curve": f"the reference is trained {controls} more times with changes that alter "
         "nothing but rounding (control runs). The envelope is how far such runs may stray from its "
         "loss curve; the number is the candidate's largest distance from the curve, as a share of "
         "that. First step is the first one outside.",
@@ -133,11 +170,7 @@ def _explanation(steps: int, controls: int) -> str:
         "largest error that has a direction or a size as rounding does not have.",
     }
     listed = "".join(f"<li><strong>{k}</strong>: {text}</li>" for k, text in items.items())
-    return (
-        "<h3>How to read it</h3><p>Envelope, gradients and ops are the largest values measured, "
-        "as shares of what honest rounding explains: above 1 the candidate diverges.</p>"
-        f"<ul>{listed}</ul><p>{proof}</p>"
-    )
+    return f"<h3>How to read it</h3><ul>{listed}</ul><p>{proof}</p>"
 
 
 def _facts(reference: Trace, command: str) -> str:

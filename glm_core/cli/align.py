@@ -26,6 +26,7 @@ from glm_core.cli.progress import ProgressLine
 
 if TYPE_CHECKING:
     from glm_core.align import Pair
+    from glm_core.align.trace import Trace
     from glm_core.config import Dtype, RunConfig
 
 STEPS = 100
@@ -138,9 +139,13 @@ def run_all(args: argparse.Namespace) -> int:
         progress=ProgressLine(),
         timeout_s=args.timeout,
     )
-    page = report.write(result, Path(args.out) / "report.html", args.command_line)
+    words = run_words(args)
+    page = report.write(result, Path(args.out) / "report.html", args.command_line, words)
     left_out = f" (without {', '.join(args.without)})" if args.without else ""
-    text = f"{verdict_table(result.pairs)}\n{result.verdict}{left_out}; report: {page}"
+    table = report_text(
+        result.pairs, [result.trace(pair.candidate, pair.dtype) for pair in result.pairs], words
+    )
+    text = f"{table}\n\n{result.verdict}{left_out}; report: {page}"
     emit(args, {**result.to_json(), "report": str(page)}, text)
     return 0 if result.verdict == "aligned" else EXIT_FAILED
 
@@ -224,7 +229,7 @@ def run_compare(args: argparse.Namespace) -> int:
     pair = align.compare(reference, candidate)
     if args.report:
         report.write_pair(pair, reference, candidate, args.report, args.command_line)
-    emit(args, pair.to_json(), verdict_table([pair]))
+    emit(args, pair.to_json(), report_text([pair], [candidate]))
     return 0 if pair.verdict == "aligned" else EXIT_FAILED
 
 
@@ -274,33 +279,27 @@ def run_sensitivity(args: argparse.Namespace) -> int:
     return 0 if not result.missed and not result.false_alarms else EXIT_FAILED
 
 
-def verdict_table(pairs: list[Pair]) -> str:
-    """Returns one row per comparison, with a sentence that says why, and below the table the
-    details of what diverged. Ratios are shares of what is allowed; `-` was not judged."""
-    rows = [["candidate", "dtype", "verdict", "envelope", "gradients", "ops", "first step", "why"]]
+def report_text(
+    pairs: Sequence[Pair], traces: Sequence[Trace], options: Sequence[str] | None = None
+) -> str:
+    """Returns the outcome in one sentence, a table with a row per comparison, and for each that
+    diverged what to do about it. Ratios are shares of what honest rounding explains; `-` was not
+    judged. `traces` are the candidates', `options` what the command line says about the run."""
+    from glm_core.align import explanation
+
+    rows = [["candidate", "dtype", "verdict", "curve", "gradients", "ops", "first step"]]
     details = []
-    for p in pairs:
-        taught = bool(p.gradient_excess.size)
-        judged = (p.envelope is not None, taught, taught)
-        ratios = (p.max_envelope_ratio, p.max_gradient_ratio, p.max_op_ratio)
+    for pair, trace in zip(pairs, traces, strict=True):
+        taught = bool(pair.gradient_excess.size)
+        judged = (pair.envelope is not None, taught, taught)
+        ratios = (pair.max_envelope_ratio, pair.max_gradient_ratio, pair.max_op_ratio)
         shares = [f"{r:.3f}" if j else "-" for r, j in zip(ratios, judged, strict=True)]
-        first = str(p.first_step or "-")
-        rows.append([p.candidate, p.dtype, p.verdict, *shares, first, why(p)])
-        if p.reasons:
-            details += [f"{p.candidate} {p.dtype}:", *(f"  {reason}" for reason in p.reasons)]
-    return "\n".join([columns(rows), *details])
-
-
-def why(pair: Pair) -> str:
-    """Returns the verdict's reason in a sentence."""
-    beyond = "off by more than honest rounding explains"
-    if pair.findings:
-        f = pair.findings[0]
-        where = f" in layer {f.layer}" if f.layer else ""
-        return f"op {f.op} {f.direction}{where} is {beyond}"
-    if pair.max_gradient_ratio > 1:
-        return f"the ops are right, but a whole step's gradients or its loss are {beyond}"
-    if pair.first_step:
-        return f"the loss is {beyond}, from step {pair.first_step} on"
-    largest = max(pair.max_envelope_ratio, pair.max_gradient_ratio, pair.max_op_ratio)
-    return f"the largest deviation is {largest:.2f} of what honest rounding explains"
+        rows.append(
+            [pair.candidate, pair.dtype, pair.verdict, *shares, str(pair.first_step or "-")]
+        )
+        if pair.reasons:
+            found = explanation.details(pair, trace.config, options)
+            details += ["", f"{explanation.sentence(pair)}:"]
+            details += [f"  {label + ':':17} {text}" for label, text in found]
+    note = "(curve, gradients, ops: largest deviation as a share of what honest rounding explains)"
+    return "\n".join([explanation.headline(pairs), "", columns(rows), note, *details])

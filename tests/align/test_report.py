@@ -26,7 +26,7 @@ def trace(backend: str, loss: np.ndarray, controls: np.ndarray, **changes: objec
         "config": {
             "model": {"num_layers": 4, "hidden": 128, "vocab": 4096, "activation": "geglu"},
             "data": {"length": 16, "path": "text.txt"},
-            "train": {"global_batch": 2, "seed": 11},
+            "train": {"micro_batch": 1, "global_batch": 2, "seed": 11},
         },
         "backend": backend,
         "dtype": "float32",
@@ -107,6 +107,22 @@ def test_verdicts_findings_fallbacks_and_environments_are_on_the_page(page: Path
     assert text.count("<svg") == 6  # curves, deviation, gradients for each of the two
     assert "&lt;b&gt;" in text
     assert "<b>" not in text
+
+
+def test_the_page_and_the_terminal_begin_with_a_sentence_and_say_what_is_wrong(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    words = re.sub("<[^>]*>", "", text.partition("</h1>")[0].partition("<h1>")[2])
+    assert words.startswith("1 of 2 comparisons diverged. float32 on broken: diverged; op gelu")
+    assert text.index("What is wrong") < text.index("How to read it") < text.index("<svg")
+    for words in (
+        "op gelu, forward, layer 0, step 1; result y, float32 [2x16]",
+        "too large by a common factor: 1 part in 100 (1.0e-02) of the result",
+        "shows at most 1 part in 1,000,000 (1.0e-06) here",
+        "--op gelu --direction forward --layer 0 --step 1",
+        "a wrong factor",
+        "known examples",
+    ):
+        assert words in text
 
 
 def test_what_was_run_and_what_it_proves_are_on_the_page(page: Path) -> None:

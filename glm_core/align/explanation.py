@@ -1,0 +1,186 @@
+"""Puts a verdict into words: one sentence first, and for what diverged where it is, what an honest
+kernel would show, the command that reruns it, and what such a deviation usually is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from glm_core.align.verdict import Finding, Pair
+
+HONEST = "what honest rounding does"
+MAX_EXHIBITS = 3
+MEASURED = {
+    "scale": "too {large} by a common factor: {amount} of the result",
+    "offset": "shifted {up} by a constant: {amount} of the result",
+    "sign": "rounded {up} more often than {down}: by {amount} of the roundings that differ",
+    "size": "off by {amount} of the result",
+    "peak": "one element is off by {amount} of the largest",
+}
+"""by statistic: what was seen"""
+USUALLY = {
+    "scale": "a wrong factor: a scale, a mean over the wrong count, a constant rounded too early, "
+    "truncation in place of rounding",
+    "offset": "a wrong constant: an epsilon, a bias that is lost or added twice, an approximation "
+    "that leans to one side",
+    "sign": "a formula that is almost right: an approximate function, an epsilon in the wrong "
+    "place, truncation",
+    "size": "sums in low precision, rows that are dropped or doubled, stale values",
+    "peak": "a single wrong element: the edge of a tile, an index past the end, a race",
+    "row": "a mask, padding, or the rows left over after the last whole tile",
+    "position": "rotary tables, a causal offset, or a cache",
+    "head": "the order of grouped heads, or one head's scale",
+    "channel": "the columns left over after the last whole vector, or a layout",
+    "bin": "something that depends on the value: an approximate function, saturation, an epsilon",
+    "optimizer": "weight decay, bias correction, or where the epsilon stands",
+    "gradients": "something between the ops: a mask, the weights of the loss, accumulation over "
+    "micro-batches, an op that needs the calls before it",
+    "curve": "an update of the weights, or a fault that struck between the captured steps",
+}
+"""by statistic, group of elements or test: what such a deviation usually is"""
+KINDS = {
+    "scale": ("scale", "formula"),
+    "offset": ("eps", "formula"),
+    "sign": ("formula", "eps", "rounding"),
+    "size": ("rows", "stale", "dtype", "mask"),
+    "peak": ("rows", "rare shape", "stale"),
+}
+"""by statistic: the catalogue's kinds of fault that show it first"""
+
+
+def headline(pairs: Sequence[Pair]) -> str:
+    """Returns the outcome of all comparisons in one sentence."""
+    if not pairs:
+        return "Nothing was judged: the reference ran alone."
+    diverged = [p for p in pairs if p.verdict == "diverged"]
+    worst = max(diverged or pairs, key=largest)
+    if len(pairs) == 1:
+        return f"{sentence(worst)}."
+    if diverged:
+        return f"{len(diverged)} of {len(pairs)} comparisons diverged. {sentence(worst)}."
+    return f"All {len(pairs)} comparisons are aligned. The nearest to the limit: {sentence(worst)}."
+
+
+def sentence(pair: Pair) -> str:
+    """Returns the verdict on one candidate in one sentence, without its full stop."""
+    start = f"{pair.dtype} on {pair.candidate}: {pair.verdict}"
+    if pair.verdict == "aligned":
+        return f"{start}; the largest deviation is {times(largest(pair))} of {HONEST}"
+    ratio, subject = largest(pair), _subject(pair)
+    if not ratio < 1e9:
+        return f"{start}; {subject} is not a finite number"
+    return f"{start}; {subject} deviates {times(ratio)} times as far as honest rounding does"
+
+
+def largest(pair: Pair) -> float:
+    """Returns the largest ratio of the test that names the cause: op by op, then the gradients,
+    then the curve; where nothing is outside, of all tests."""
+    for ratio in (pair.max_op_ratio, pair.max_gradient_ratio):
+        if ratio > 1:
+            return ratio
+    return max(pair.max_envelope_ratio, pair.max_gradient_ratio, pair.max_op_ratio)
+
+
+def _subject(pair: Pair) -> str:
+    if pair.findings:
+        f = pair.findings[0]
+        return f"op {f.op} {direction(f)}" + (f" in layer {f.layer}" if f.layer else "")
+    if pair.max_gradient_ratio > 1:
+        return "every op is right, but a whole step's gradients or its loss"
+    if pair.first_step:
+        return f"the loss, from step {pair.first_step} on,"
+    return "the loss scale"
+
+
+def amount(share: float) -> str:
+    """Returns the size of a share in words: `1 part in 1,000 (1.0e-03)`."""
+    size = abs(share)
+    if not size < 1e9:
+        return "no finite share"
+    return f"1 part in {1 / size:,.0f} ({size:.1e})" if 0 < size < 0.5 else f"{size:.2g} times"
+
+
+def times(ratio: float) -> str:
+    """Returns a ratio with two decimals, a large one with none."""
+    return f"{max(ratio, 0.0):.2f}" if ratio < 100 else f"{ratio:,.0f}"
+
+
+def direction(finding: Finding) -> str:
+    """Returns forward, backward, or `optimizer` for an op of the update, which has no gradient."""
+    from glm_core.ops import all_ops  # needs torch, which comparing two traces does not
+
+    return finding.direction if all_ops()[finding.op].differentiable else "optimizer"
+
+
+def details(
+    pair: Pair, config: dict[str, Any], options: Sequence[str] | None = None
+) -> list[tuple[str, str]]:
+    """Returns what a reader needs who has to repair a diverged candidate, as pairs of label and
+    text. `config` is the trace's, `options` the command line's (default: from the config)."""
+    rows = _of_op(pair.findings[0]) if pair.findings else _of_run(pair)
+    rows.insert(-1, ("rerun", rerun(pair, config, options)))
+    if pair.findings and (examples := exhibits(pair.findings[0])):
+        rows.append(("known examples", "; ".join(examples)))
+    return rows
+
+
+def _of_op(f: Finding) -> list[tuple[str, str]]:
+    shape = "x".join(map(str, f.shape)) or "scalar"
+    layer = f"layer {f.layer}, " if f.layer else ""
+    where = f"{layer}step {f.step}" if f.call >= 0 else "all its calls together"
+    statistic, _, group = f.projection.partition(" in ")
+    statistic = statistic.partition(",")[0]
+    group = group.partition(",")[0]
+    high = f.effect > 0
+    measured = MEASURED[statistic].format(
+        large="large" if high else "small",
+        up="up" if high else "down",
+        down="down" if high else "up",
+        amount=amount(f.effect),
+    )
+    kind = group.split(" ")[0]
+    causes = [USUALLY["optimizer"]] if direction(f) == "optimizer" else [USUALLY[statistic]]
+    causes += [USUALLY[kind]] if kind in USUALLY else []
+    return [
+        ("where", f"op {f.op}, {direction(f)}, {where}; result {f.tensor}, {f.dtype} [{shape}]"),
+        ("measured", measured + (f", in {group}" if group else "")),
+        ("an honest kernel", f"shows at most {amount(f.benign)} here"),
+        ("usually", "; or ".join(causes)),
+    ]
+
+
+def _of_run(pair: Pair) -> list[tuple[str, str]]:
+    of_gradients = pair.max_gradient_ratio > 1
+    honest = "leaves no op's error behind: a step's gradients stay within their bound"
+    return [
+        ("where", _subject(pair).rstrip(",")),
+        ("measured", "; ".join(pair.reasons)),
+        ("an honest kernel", honest if of_gradients else "stays inside the grey band"),
+        ("usually", USUALLY["gradients" if of_gradients else "curve"]),
+    ]
+
+
+def rerun(pair: Pair, config: dict[str, Any], options: Sequence[str] | None = None) -> str:
+    """Returns the command that judges the guilty call again, or searches for the guilty op."""
+    from glm_core.align import rerun_command
+    from glm_core.config import RunConfig, from_dict
+
+    run: RunConfig = from_dict(RunConfig, config)
+    words = rerun_command.command(run, pair.candidate, options)
+    if not pair.findings:
+        return rerun_command.join(words, rerun_command.ANY_CALL)
+    f = pair.findings[0]
+    place = (f.layer, f.step) if f.call >= 0 else ("", 0)
+    return rerun_command.join(words, rerun_command.CallFilter(f.op, direction(f), *place))
+
+
+def exhibits(finding: Finding) -> list[str]:
+    """Returns descriptions of the catalogue's faults that look like this finding: of the same op,
+    those that reach its direction, the likeliest kinds first."""
+    from glm_core.faults.catalogue import FAULTS
+
+    kinds = KINDS.get(finding.projection.split(" ")[0].rstrip(","), ())
+    own = ("update",) if direction(finding) == "optimizer" else (finding.direction, "both")
+    alike = [f for f in FAULTS if f.op == finding.op and f.direction in own]
+    alike.sort(key=lambda f: kinds.index(f.kind) if f.kind in kinds else len(kinds))
+    return [f.description for f in alike[:MAX_EXHIBITS]]

@@ -9,18 +9,19 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from glm_core.align import rerun_command, substitution, teacher_forcing, watched_run
+from glm_core.align import rerun_command, substitution, teacher_forcing
 from glm_core.align.calibration import (
     MakeSampler,
     Progress,
     calibrate,
     captured_steps,
+    loss_scales,
     open_data,
     require_captured,
 )
 from glm_core.align.capture import Call
 from glm_core.align.overflow import overflow_check
-from glm_core.align.recording import record, worst_tests
+from glm_core.align.recording import record
 from glm_core.align.replay import replay_on
 from glm_core.align.rerun_command import CallFilter
 from glm_core.align.substitution import OUTSIDE
@@ -29,19 +30,22 @@ from glm_core.align.training import Run, Snapshot, free_run
 from glm_core.align.verdict import (
     FALSE_ALARM_RATE,
     NUM_TESTS,
+    WATCHED,
     Finding,
     compare,
     findings,
     finite,
 )
+from glm_core.align.watched_run import Watch
+from glm_core.align.worst_tests import worst_tests
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
 from glm_core.config import RunConfig
 from glm_core.errors import ConfigError, DeviceError, unknown
 from glm_core.ops import all_ops
 
-RATE = FALSE_ALARM_RATE / NUM_TESTS
-"""the op by op tests' share of the verdict's false-alarm rate"""
+RATE = (1 - WATCHED) * FALSE_ALARM_RATE / NUM_TESTS
+"""the share of the verdict's false-alarm rate that is for captured calls"""
 NOTHING = "nothing guilty: every op call and the whole run are within what honest rounding explains"
 
 
@@ -261,9 +265,8 @@ def _place(worst: Finding, cases: list[Case]) -> dict[str, Any]:
 
 
 def _computed_by(backend: Backend, op: str) -> str:
-    if op not in all_ops():
-        return ""
-    return f"{backend.name}'s kernel" if op in backend.kernels else "its reference on the device"
+    by = f"{backend.name}'s kernel" if op in backend.kernels else "its reference on the device"
+    return by if op in all_ops() else ""
 
 
 def _by_its_error(error: DeviceError, backend: Backend, command: list[str]) -> Bisection:
@@ -293,13 +296,18 @@ def _whole_run(
     """Searches further where every captured op call is right by itself: in the calls of the
     backend's own run, then in a whole step, then in the curve."""
     again = rerun_command.join(command, rerun_command.ANY_CALL)
-    seen = watched_run.watch(config, backend, make, evidence.limits, report)
+    run, total = Run(config, make(), backend), config.train.steps
+    seen = Watch(evidence.limits, run.dtype, total, stop=True)
+    what = f"{backend.name}, call by call"
+    curve = free_run(run, (), lambda step: report(what, step, total), watch=seen)
     if seen.guilty:
         return _once(finding_to_name(seen.guilty), evidence, backend, again)
     steps = [s.step for s in evidence.snapshots]
     full = calibrate(config, sampler=make, capture_steps=steps, progress=report)
     taught = record(config, backend, calibration=full, free_run=False)
-    trace = dataclasses.replace(taught, **seen.curve(config))
+    fields = {"loss": curve.loss, "grad_norm": curve.grad_norm}
+    fields |= {"control_loss": curve.loss[None][:0], **loss_scales(config, curve)}
+    trace = dataclasses.replace(taught, **fields)
     pair = compare(full.reference, trace)
     if pair.verdict == "aligned":
         return Bisection(backend=backend.name)
@@ -339,7 +347,4 @@ def _once(worst: Finding, evidence: Evidence, backend: Backend, again: str) -> B
     )
 
 
-ONCE = (
-    "the captured calls are right: the fault happened once, or it needs the calls before it; "
-    "align run judges captured calls only, and may call this run aligned"
-)
+ONCE = "the captured calls are right: the fault happened once, or it needs the calls before it"

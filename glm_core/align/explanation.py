@@ -3,10 +3,14 @@ kernel would show, the command that reruns it, and what such a deviation usually
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
-from glm_core.align.verdict import Finding, Pair
+from glm_core.align.verdict import AS_IT_HAPPENED, Finding, Pair
+
+if TYPE_CHECKING:
+    from glm_core.align.trace import Trace
 
 HONEST = "what honest rounding does"
 MAX_EXHIBITS = 3
@@ -35,6 +39,8 @@ USUALLY = {
     "optimizer": "weight decay, bias correction, or where the epsilon stands",
     "gradients": "something between the ops: a mask, the weights of the loss, accumulation over "
     "micro-batches, an op that needs the calls before it",
+    "plan": "a collective: gradients that are not summed or averaged twice, the wrong rank's "
+    "rows, a norm of one shard, tied weights of two stages that are not added",
     "curve": "an update of the weights, or a fault that struck between the captured steps",
 }
 """by statistic, group of elements or test: what such a deviation usually is"""
@@ -113,12 +119,14 @@ def direction(finding: Finding) -> str:
 
 
 def details(
-    pair: Pair, config: dict[str, Any], options: Sequence[str] | None = None
+    pair: Pair, trace: Trace, options: Sequence[str] | None = None
 ) -> list[tuple[str, str]]:
     """Returns what a reader needs who has to repair a diverged candidate, as pairs of label and
-    text. `config` is the trace's, `options` the command line's (default: from the config)."""
+    text. `trace` is the candidate's, `options` the command line's (default: the trace's config)."""
     rows = _of_op(pair.findings[0]) if pair.findings else _of_run(pair)
-    rows.insert(-1, ("rerun", rerun(pair, config, options)))
+    if "plan" in trace.environment:
+        rows[-1] = ("usually", USUALLY["plan"])
+    rows.insert(-1, ("rerun", rerun(pair, trace, options)))
     if pair.findings and (examples := exhibits(pair.findings[0])):
         rows.append(("known examples", "; ".join(examples)))
     return rows
@@ -128,6 +136,8 @@ def _of_op(f: Finding) -> list[tuple[str, str]]:
     shape = "x".join(map(str, f.shape)) or "scalar"
     layer = f"layer {f.layer}, " if f.layer else ""
     where = f"{layer}step {f.step}" if f.call >= 0 else "all its calls together"
+    if f.projection.endswith(AS_IT_HAPPENED):
+        where += " of its own run, as it happened"
     statistic, _, group = f.projection.partition(" in ")
     statistic = statistic.partition(",")[0]
     group = group.partition(",")[0]
@@ -160,16 +170,23 @@ def _of_run(pair: Pair) -> list[tuple[str, str]]:
     ]
 
 
-def rerun(pair: Pair, config: dict[str, Any], options: Sequence[str] | None = None) -> str:
-    """Returns the command that judges the guilty call again, or searches for the guilty op."""
+def rerun(pair: Pair, trace: Trace, options: Sequence[str] | None = None) -> str:
+    """Returns the command that judges the guilty call again, or where no captured call is guilty,
+    one that searches for the guilty op."""
     from glm_core.align import rerun_command
     from glm_core.config import RunConfig, from_dict
 
-    run: RunConfig = from_dict(RunConfig, config)
-    words = rerun_command.command(run, pair.candidate, options)
-    if not pair.findings:
+    run: RunConfig = from_dict(RunConfig, trace.config)
+    backend = trace.environment.get("one process", pair.candidate)
+    words = rerun_command.command(run, backend, options)
+    if "plan" in trace.environment:
+        dtype = ["--dtypes", pair.dtype, "--backends", "reference"]
+        words = ["glm-core", "align", "run", *words[3:-4], *dtype]
+        return shlex.join([*words, "--plan", trace.environment["plan"]])
+    captured = [f for f in pair.findings if not f.projection.endswith(AS_IT_HAPPENED)]
+    if not captured:
         return rerun_command.join(words, rerun_command.ANY_CALL)
-    f = pair.findings[0]
+    f = captured[0]
     place = (f.layer, f.step) if f.call >= 0 else ("", 0)
     return rerun_command.join(words, rerun_command.CallFilter(f.op, direction(f), *place))
 

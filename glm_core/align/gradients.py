@@ -55,12 +55,13 @@ def gradient_errors(
     for snapshot, (true_loss, true) in zip(snapshots, oracle, strict=True):
         loss, gradients = load_snapshot(run, snapshot).gradients(snapshot.batches)
         loss_errors.append(abs(loss - true_loss) / max(abs(true_loss), 1e-300))
-        errors.append([_relative(gradients[n] - true[n], true[n]) for n in sorted(true)])
+        errors.append([distance(gradients[n], true[n]) for n in sorted(true)])
     return np.array(loss_errors), np.array(errors).reshape(len(snapshots), -1)
 
 
-def _relative(difference: Tensor, of: Tensor) -> float:
-    return float(difference.norm() / of.norm().clamp(min=1e-300))
+def distance(x: Tensor, of: Tensor) -> float:
+    """Returns |x - of| / |of|, in the Euclidean norm."""
+    return float((x - of).norm() / of.norm().clamp(min=1e-300))
 
 
 def gradient_norms_and_sketches(

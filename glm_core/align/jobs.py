@@ -31,6 +31,7 @@ from glm_core.align.calibration import (
     gradient_modes,
 )
 from glm_core.align.explanation import headline
+from glm_core.align.planned_run import record_plan
 from glm_core.align.recording import record
 from glm_core.align.trace import Trace, load
 from glm_core.align.verdict import FALSE_ALARM_RATE, Pair, Verdict, compare
@@ -38,6 +39,8 @@ from glm_core.backends import registry
 from glm_core.backends.base import Backend
 from glm_core.config import Dtype, RunConfig, from_dict, to_dict
 from glm_core.diagnose import watchdog
+from glm_core.distributed.plan import parse, require_fit
+from glm_core.errors import ConfigError
 
 WAY_OUT = "reset the device; glm-core align bisect waits for every call and names the op"
 """what a message about a step that takes too long advises"""
@@ -83,6 +86,7 @@ def run(
     dtypes: Sequence[Dtype] | None = None,
     controls: int = NUM_CONTROLS,
     without: Sequence[str] = (),
+    plans: Sequence[str] = (),
     capture_steps: Sequence[int] | None = None,
     sampler: MakeSampler | None = None,
     cache_dir: str = ".cache",
@@ -92,7 +96,9 @@ def run(
 ) -> RunResult:
     """Trains `config` on every backend from the same weights, data order and seed, in each of
     `dtypes` (default: the config's), and judges each against the reference, which always runs.
-    Traces go to `out_dir`. `without` names the PARTS that are not judged. Several dtypes run in
+    Traces go to `out_dir`. `without` names the PARTS that are not judged. Under each of `plans`
+    (`dp=2,zero=1`) every backend named by a string, the reference too, also trains in processes on
+    this host. Several dtypes run in
     parallel processes if all backends are named by strings and the data is the config's. A
     backend's step or op call that takes longer than `timeout_s` ends its process (0: never).
     `progress` counts the steps of the whole run. Raises BackendUnavailableError or ConfigError
@@ -101,6 +107,7 @@ def run(
     chosen = {name_of(b): b for b in backends if name_of(b) != REFERENCE}
     dtypes = dtypes or (config.train.dtype,)
     check(list(chosen.values()), dtypes, controls, without)
+    check_plans(config, backends, plans)
     jobs = [
         Job(
             dataclasses.replace(config, train=dataclasses.replace(config.train, dtype=dtype)),
@@ -108,6 +115,7 @@ def run(
             out,
             0 if "curve" in without else controls,
             list(without),
+            [[str(backend), plan] for plan in plans for backend in backends],
             capture_steps,
             cache_dir,
             timeout_s,
@@ -141,13 +149,27 @@ def check(
         for dtype in dtypes:
             registry.require_dtype(usable, dtype)
     if strange := [part for part in without if part not in PARTS]:
-        raise errors.ConfigError(errors.unknown("part", strange[0], PARTS))
+        raise ConfigError(errors.unknown("part", strange[0], PARTS))
     if set(without) == set(PARTS):
-        raise errors.ConfigError(
+        raise ConfigError(
             f"align: without {' and '.join(PARTS)} nothing is judged; leave out one of them at most"
         )
     if "curve" not in without:
         check_controls(controls or 1)
+
+
+def check_plans(config: RunConfig, backends: Sequence[str | Backend], plans: Sequence[str]) -> None:
+    """Raises ConfigError for a plan that the model or the batch does not fit, or a backend that
+    other processes cannot find by its name."""
+    for text in plans:
+        plan = parse(text)
+        batch, length = config.train.global_batch, config.data.length
+        require_fit(plan, config.model, world=plan.world, global_batch=batch, length=length)
+    if plans and (nameless := [b.name for b in backends if not isinstance(b, str)]):
+        raise ConfigError(
+            f"align under a plan: backend {nameless[0]} is an object, which other processes cannot "
+            "have; register it and pass its name"
+        )
 
 
 class WholeRun:
@@ -173,6 +195,8 @@ class Job:
     out_dir: Path
     controls: int
     without: list[str]
+    plans: list[list[str]]
+    """backend and plan of each candidate that trains in several processes"""
     capture_steps: Sequence[int] | None
     cache_dir: str
     timeout_s: float
@@ -181,8 +205,9 @@ class Job:
     def steps(self) -> int:
         """Returns the steps of the parts that report progress: the reference, its controls, the
         captured steps' honest variations, and the candidates."""
-        curves = 1 + self.controls + (0 if "curve" in self.without else len(self.backends))
-        captured = len(self.captured) * (len(gradient_modes(self.config)) + len(self.backends))
+        candidates = len(self.backends) + len(self.plans)
+        curves = 1 + self.controls + (0 if "curve" in self.without else candidates)
+        captured = len(self.captured) * (len(gradient_modes(self.config)) + candidates)
         return curves * self.config.train.steps + captured
 
     @property
@@ -194,7 +219,8 @@ class Job:
     def names(self) -> list[str]:
         """Returns the names of the traces it writes, the reference's first."""
         dtype = self.config.train.dtype
-        return [f"{name}-{dtype}" for name in (REFERENCE, *map(name_of, self.backends))]
+        planned = (f"{backend} under {plan}" for backend, plan in self.plans)
+        return [f"{name}-{dtype}" for name in (REFERENCE, *map(name_of, self.backends), *planned)]
 
     def run(self, sampler: MakeSampler | None, progress: Progress) -> dict[str, Trace]:
         """Records and saves every trace; returns them by name."""
@@ -212,17 +238,32 @@ class Job:
         )
         traces = {self.names[0]: cal.reference}
         cal.reference.save(path(self.out_dir, self.names[0]))
-        for name, backend in zip(self.names[1:], self.backends, strict=True):
+        free, taught = "curve" not in self.without, "ops" not in self.without
+        names = iter(self.names[1:])
+        for backend, name in zip(self.backends, names, strict=False):
             with watchdog.guard(self.timeout_s, f"align: backend {name_of(backend)}", WAY_OUT):
                 traces[name] = record(
                     self.config,
                     backend,
                     calibration=cal,
-                    free_run="curve" not in self.without,
-                    teacher_forcing="ops" not in self.without,
+                    free_run=free,
+                    teacher_forcing=taught,
                     progress=report,
                 )
             traces[name].save(path(self.out_dir, name))
+        for (backend, plan), name in zip(self.plans, names, strict=True):
+            steps = len(self.captured) + (self.config.train.steps if free else 0)
+            report(f"{backend} under {plan}", 0, steps)
+            traces[name] = record_plan(
+                cal,
+                backend,
+                plan,
+                free_run=free,
+                teacher_forcing=taught,
+                timeout_s=self.timeout_s,
+            )
+            traces[name].save(path(self.out_dir, name))
+            report(f"{backend} under {plan}", steps, steps)
         return traces
 
     def to_json(self) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_core.align import statistics, teacher_forcing
+from glm_core.align import teacher_forcing
 from glm_core.align.calibration import (
     Calibration,
     MakeSampler,
@@ -27,10 +27,12 @@ from glm_core.align.gradients import (
 )
 from glm_core.align.machine import machine_facts
 from glm_core.align.replay import Results, replay_on
-from glm_core.align.teacher_forcing import Case, Key, Measures
+from glm_core.align.teacher_forcing import Case
 from glm_core.align.trace import Trace
-from glm_core.align.trace_format import FallbackCount, OpResult, OpTest, fallback_counts
+from glm_core.align.trace_format import FallbackCount, OpResult, fallback_counts
 from glm_core.align.training import Curve, Run, free_run, weights_hash
+from glm_core.align.watched_run import Watch
+from glm_core.align.worst_tests import op_result, worst_tests
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
 from glm_core.config import RunConfig, to_dict
@@ -74,10 +76,13 @@ def record(
     _require_same(cal.config, config)
     begin = time.perf_counter()
     report = progress or (lambda what, done, of: None)
+    watch = Watch(cal.limits, cal.dtype, config.train.steps) if teacher_forcing else None
     with device_errors.explained(chosen.name, "record"):
-        curve = _curve(cal, config, chosen, report) if free_run else None
+        curve = _curve(cal, config, chosen, report, watch) if free_run else None
         fields = _teacher_fields if teacher_forcing else _no_teacher_fields
         taught, replay_fallbacks = fields(cal, config, chosen)
+    if watch:
+        taught = watch.added_to(taught)
     captured = len(taught["capture_steps"])
     report(f"{chosen.name}, op by op", captured, captured)
     weights = initial_weights(config)
@@ -112,9 +117,11 @@ def _require_same(calibrated: RunConfig, candidate: RunConfig) -> None:
         )
 
 
-def _curve(cal: Calibration, config: RunConfig, backend: Backend, report: Progress) -> Curve:
+def _curve(
+    cal: Calibration, config: RunConfig, backend: Backend, report: Progress, watch: Watch | None
+) -> Curve:
     run, steps = Run(config, cal.sampler(), backend), config.train.steps
-    return free_run(run, (), lambda s: report(backend.name, s, steps))
+    return free_run(run, (), lambda s: report(backend.name, s, steps), watch=watch)
 
 
 Fields = tuple[dict[str, Any], list[FallbackCount]]
@@ -170,54 +177,3 @@ def digests(cases: list[Case], results: list[Results | None]) -> tuple[list[OpRe
             names.append(op_result(case, tensor))
             sketches.append(sketch(y))
     return names, np.array(sketches).reshape(-1, NUM_SKETCH)
-
-
-def op_result(case: Case, tensor: str) -> OpResult:
-    """Names one result of the case's call."""
-    call = case.call
-    direction = "backward" if tensor.startswith("d_") else "forward"
-    return {
-        "step": call.step,
-        "call": call.index,
-        "op": call.op.name,
-        "layer": call.layer,
-        "direction": direction,
-        "tensor": tensor,
-    }
-
-
-def worst_tests(
-    measured: Measures, cases: list[Case], limits: dict[Key, float]
-) -> tuple[list[OpTest], Array]:
-    """Returns the test of each family (`Key`) that is furthest outside its benign range, and its
-    effect, standard error and limit [T, 3]."""
-    z = statistics.critical_z(1e-3, 1_000_000)
-    worst: dict[Key, tuple[float, OpTest, list[float]]] = {}
-    by_result = {(c.call.op.name, tensor): c for c in cases for tensor in c.dtypes}
-    for key, effect, error, own_case in measured.by_statistic():
-        case = own_case or by_result[key.op, key.tensor]  # pooled: any case has the dtype and shape
-        dtype = case.dtypes[key.tensor]
-        limit = teacher_forcing.limit(limits, key, dtype, case.terms)
-        outside = statistics.excess(effect, error, limit, z)
-        group = int(np.argmax(outside))
-        if key in worst and worst[key][0] >= outside[group]:
-            continue
-        test: OpTest = {
-            **op_result(case, key.tensor),
-            "dtype": str(dtype).removeprefix("torch."),
-            "shape": list(case.shapes[key.tensor]),
-            "projection": _projection(key, group),
-        }
-        if key.pooled:
-            test |= {"step": 0, "call": -1, "layer": ""}
-        values = [float(effect[group]), float(error[group]), limit]
-        worst[key] = (float(outside[group]), test, values)
-    tests = [test for _, test, _ in worst.values()]
-    return tests, np.array([values for _, _, values in worst.values()]).reshape(-1, 3)
-
-
-def _projection(key: Key, group: int) -> str:
-    """Returns the statistic and its group: `scale`, `offset in row 7`, `sign in bin of half 1 12,
-    all calls`."""
-    where = "" if key.grouping == "all" else f" in {key.grouping} {group}"
-    return key.statistic + where + (", all calls" if key.pooled else "")

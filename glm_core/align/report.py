@@ -75,7 +75,7 @@ def _page(judged: Sequence[Judged], command: str, options: Sequence[str] | None 
     """Returns the outcome in one sentence, the table of all comparisons, what is wrong, how to read
     it, what was run, and the figures of each comparison."""
     pairs = [j.pair for j in judged]
-    parts = [f"<h1>{_coloured(escape(explanation.headline(pairs)))}</h1>", _summary(pairs)]
+    parts = [f"<h1>{_coloured(escape(explanation.headline(pairs)))}</h1>", _summary(judged)]
     parts += [_wrong(j, options) for j in judged if j.pair.reasons]
     if judged:
         parts.append(_run(judged[0].reference, command))
@@ -90,7 +90,7 @@ def _wrong(judged: Judged, options: Sequence[str] | None) -> str:
     """Returns what a reader needs who has to repair the candidate."""
     pair = judged.pair
     title = f"<h3>What is wrong: {escape(pair.candidate)}, {escape(pair.dtype)}</h3>"
-    return title + table(("", ""), explanation.details(pair, judged.candidate.config, options))
+    return title + table(("", ""), explanation.details(pair, judged.candidate, options))
 
 
 def save(path: str | Path, body: str, title: str = "Alignment") -> Path:
@@ -116,12 +116,13 @@ def _verdict(word: str) -> str:
     return f'<span class="{"good" if word == "aligned" else "bad"}">{escape(word)}</span>'
 
 
-def _summary(pairs: Sequence[Pair]) -> str:
+def _summary(judged: Sequence[Judged]) -> str:
     rows = []
-    for p in pairs:
+    for p, _, candidate in judged:
         taught = bool(p.gradient_excess.size)
         ratios = [p.max_envelope_ratio if p.envelope is not None else None]
-        ratios += [p.max_gradient_ratio, p.max_op_ratio] if taught else [None, None]
+        ratios.append(p.max_gradient_ratio if taught else None)
+        ratios.append(p.max_op_ratio if candidate.num_tests else None)
         shares = [_share(ratio) for ratio in ratios]
         rows.append((p.candidate, p.dtype, _verdict(p.verdict), *shares, p.first_step or "-"))
     head = ("candidate", "dtype", "verdict", "curve", "gradients", "ops", "first step outside")

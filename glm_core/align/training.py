@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,8 +23,11 @@ from glm_core.data.sampler import Batch as SampledBatch
 from glm_core.diagnose import device_errors, watchdog
 from glm_core.errors import DeviceError, TrainingError
 from glm_core.training.batches import Batch, Sampler
-from glm_core.training.parallel import SingleProcess
+from glm_core.training.parallel import Parallel, SingleProcess
 from glm_core.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from glm_core.align.watched_run import Watch
 
 Mode = Callable[[], AbstractContextManager[Any]]
 FIELDS = ("tokens", "labels", "loss_weight", "positions", "key_start", "key_end")
@@ -53,11 +56,14 @@ class Run(Trainer):
         backend: str | Backend,
         weights: dict[str, Tensor] | None = None,
         mode: Mode = contextlib.nullcontext,
+        parallel: Parallel | None = None,
     ) -> None:
-        """backend: or its name. weights: to start from instead of the config's seed."""
+        """backend: or its name. weights: to start from instead of the config's seed. parallel: this
+        process's part of a plan, by default one process."""
         if isinstance(backend, str):
             backend = registry.usable(backend)
-        super().__init__(config, sampler, SingleProcess(config, backend, weights=weights))
+        alone = parallel or SingleProcess(config, backend, weights=weights)
+        super().__init__(config, sampler, alone)
         self.mode = mode
         self.hash = hashlib.sha256()
         self.drawn: list[Batch] = []
@@ -122,10 +128,12 @@ def free_run(
     capture_steps: tuple[int, ...] = (),
     progress: Callable[[int], None] | None = None,
     last: int | None = None,
+    watch: Watch | None = None,
 ) -> Curve:
     """Trains `run` to step `last` (default: its last). A step whose gradients overflow is no
     arithmetic to judge: the next one is captured in its place. A TrainingError in a step ends the
-    curve there. Raises DeviceError where the device gives up."""
+    curve there. `watch` sees every step, and may end the run. Raises DeviceError where the device
+    gives up."""
     steps = last or run.config.train.steps
     loss, grad_norm, loss_scale, skipped = np.full((4, steps), np.nan)
     curve = Curve(loss, grad_norm, loss_scale, skipped, [], "", [], [])
@@ -138,12 +146,19 @@ def free_run(
                 if wanted:
                     weights = {n: w.cpu().clone() for n, w in run.optimizer.master.items()}
                     captured = stack.enter_context(capture(run.model, step))
+                if watch is not None:
+                    stack.enter_context(watch.step(run.model, step))
+                result = None
                 try:
                     result = run.step()
                 except DeviceError:
                     raise
                 except TrainingError:
-                    break
+                    pass  # the curve ends here; the step is judged all the same
+            if watch is not None and not (result and result.skipped):
+                watch.judge()
+            if result is None:
+                break
             if wanted and not result.skipped:
                 snapshot = Snapshot(step, weights, run.drawn, result.loss_scale)
                 curve.snapshots.append(snapshot)
@@ -154,6 +169,8 @@ def free_run(
             curve.skipped[step - 1] = result.skipped
             if progress is not None:
                 progress(step)
+            if watch is not None and watch.ends_run:
+                break
     curve.fallbacks = fallback_counts(session.fallbacks + session.compiled)
     curve.data_order = run.hash.hexdigest()
     return curve

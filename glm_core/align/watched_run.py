@@ -1,56 +1,36 @@
-"""Trains a candidate and judges every op call as it happens. A fault that happens once in a run
-does not show when the calls are replayed."""
+"""Judges every op call of a candidate's own run as it happens. A fault that happens once does not
+show when captured calls are replayed. Each result is first compared with the reference's, in the
+working dtype; only a call that is further off than honest kernels is compared with float64."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from glm_core.align import teacher_forcing
-from glm_core.align.calibration import MakeSampler, Progress
 from glm_core.align.capture import Call, Capture, capture
-from glm_core.align.recording import worst_tests
-from glm_core.align.replay import Results, flat, with_change
+from glm_core.align.replay import Results, flat, replay, with_change
 from glm_core.align.teacher_forcing import Case, Key
-from glm_core.align.training import Run
-from glm_core.align.verdict import FALSE_ALARM_RATE, NUM_TESTS, Finding, findings
-from glm_core.backends import registry
-from glm_core.backends.base import Backend
-from glm_core.config import RunConfig
-from glm_core.diagnose import watchdog
+from glm_core.align.verdict import (
+    AS_IT_HAPPENED,
+    FALSE_ALARM_RATE,
+    NUM_TESTS,
+    WATCHED,
+    Finding,
+    findings,
+)
+from glm_core.align.worst_tests import worst_tests
 from glm_core.dispatch import Op
-from glm_core.errors import DeviceError, TrainingError
 
-Array = NDArray[np.float64]
-RATE = FALSE_ALARM_RATE / NUM_TESTS
-"""the op by op tests' share of the verdict's false-alarm rate"""
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class Watched:
-    """What was seen of a candidate's own run; its arrays are those of a `Curve`."""
-
-    loss: Array
-    loss_scale: Array
-    skipped: Array
-    guilty: list[Finding] = dataclasses.field(default_factory=list)
-    """of single calls in the last step, the furthest outside first"""
-    saturated: tuple[Call, str] | None = None
-    """the first call and direction with finite numbers where the correct result is infinite"""
-
-    def curve(self, config: RunConfig) -> dict[str, Any]:
-        """Returns the trace's fields about the curve, but for the gradients' norm."""
-        fields = {"loss": self.loss, "grad_norm": self.loss, "control_loss": self.loss[None][:0]}
-        if config.train.dtype == "float16":
-            fields |= {"loss_scale": self.loss_scale, "skipped": self.skipped}
-            fields["control_loss_scale"] = fields["control_skipped"] = self.loss[None][:0]
-        return fields
+RATE = WATCHED * FALSE_ALARM_RATE / NUM_TESTS
+"""the share of the verdict's false-alarm rate that is for calls judged as they happen"""
 
 
 class ResultCapture(Capture):
@@ -103,40 +83,81 @@ def cpu_copy(value: Any) -> Tensor:
     return flat(value).detach().cpu().clone()
 
 
-def watch(
-    config: RunConfig,
-    backend: Backend,
-    make: MakeSampler,
-    limits: dict[Key, float],
-    report: Progress,
-) -> Watched:
-    """Trains the candidate until single calls of a step are guilty. A step whose gradients overflow
-    is not judged. Arrays are NaN from where the run ended."""
-    run, steps = Run(config, make(), backend), config.train.steps
-    seen = Watched(*np.full((3, steps), np.nan))
-    with registry.use(run.backend):
-        for step in range(1, steps + 1):
-            watchdog.beat(f"step {step}, call by call")
-            captured, broke_off = ResultCapture(step), False
-            with capture(run.model, step, captured):
-                try:
-                    result = run.step()
-                except DeviceError:
-                    raise
-                except TrainingError:
-                    broke_off = True
-            report(f"{backend.name}, call by call", step, steps)
-            if not broke_off:
-                for name in ("loss", "loss_scale", "skipped"):
-                    getattr(seen, name)[step - 1] = getattr(result, name)
-                if result.skipped:
-                    continue
-            cases = list(teacher_forcing.cases(captured.on_cpu()))
-            seen.saturated = seen.saturated or first_saturated(captured, cases)
-            seen.guilty = judge_step(captured, cases, limits, run.dtype, steps)
-            if seen.guilty or broke_off:
-                break
-    return seen
+class Watch:
+    """Watches a candidate's run. After the first step with guilty calls it looks no further."""
+
+    def __init__(
+        self, limits: dict[Key, float], dtype: torch.dtype, steps: int, stop: bool = False
+    ) -> None:
+        """limits: the benign range of the captured steps; steps: of the whole run; stop: whether
+        the run ends with the first guilty step."""
+        self.limits, self.dtype, self.steps, self.stop = limits, dtype, steps, stop
+        self.captured: ResultCapture | None = None
+        """the calls of the step that runs"""
+        self.guilty: list[Finding] = []
+        """of single calls in the last step, the furthest outside first"""
+        self.saturated: tuple[Call, str] | None = None
+        """the first call and direction with finite numbers where infinity is correct"""
+
+    @property
+    def ends_run(self) -> bool:
+        """Says whether the run has shown what it was watched for."""
+        return self.stop and bool(self.guilty)
+
+    @contextmanager
+    def step(self, model: nn.Module, step: int) -> Iterator[None]:
+        """Captures the calls that are made inside the block."""
+        self.captured = None if self.guilty else ResultCapture(step)
+        with capture(model, step, self.captured) if self.captured else nullcontext():
+            yield
+
+    def judge(self) -> None:
+        """Judges the calls of the step that ended."""
+        if self.captured is None:
+            return
+        calls = [c for c in self.captured.on_cpu() if self.suspicious(c)]
+        if not calls:
+            return
+        cases = list(teacher_forcing.cases(calls))
+        self.saturated = self.saturated or first_saturated(self.captured, cases)
+        tests = self.steps * len(self.captured.calls) / len(calls)
+        self.guilty = judge_step(self.captured, cases, self.limits, self.dtype, tests)
+
+    def suspicious(self, call: Call) -> bool:
+        """Is a result of the call further from the reference's than an honest kernel's may be from
+        the correct one? Size and peak of the difference are looked at."""
+        assert self.captured is not None
+        results = self.captured.results_of(call)
+        terms = Case(call, {}, {}, {}).terms
+        for name, correct in replay(call, call.op.reference).items():
+            if name not in results:
+                continue
+            if results[name].shape != correct.shape:
+                return True
+            y, off = correct.double(), results[name].double() - correct.double()
+            for statistic, size in (("size", torch.linalg.vector_norm), ("peak", _largest)):
+                key = Key(call.op.name, name, "all", statistic, pooled=False)
+                limit = teacher_forcing.limit(self.limits, key, correct.dtype, terms)
+                if not size(off) <= limit * size(y):  # NaN, too, is suspicious
+                    return True
+        return False
+
+    def added_to(self, taught: dict[str, Any]) -> dict[str, Any]:
+        """Returns a trace's fields of teacher forcing with the guilty calls of this run added."""
+        names = [field.name for field in dataclasses.fields(Finding)]
+        left_out = ("z", "effect", "benign", "ratio")
+        tests = [{n: getattr(f, n) for n in names if n not in left_out} for f in self.guilty]
+        for test in tests:
+            test["projection"] += AS_IT_HAPPENED
+        values = [[f.effect, f.effect / f.z if f.z else 0.0, f.benign] for f in self.guilty]
+        return taught | {
+            "tests": [*taught["tests"], *tests],
+            "test_values": np.concatenate((taught["test_values"], np.reshape(values, (-1, 3)))),
+        }
+
+
+def _largest(x: Tensor) -> Tensor:
+    return x.abs().max() if x.numel() else x.sum()
 
 
 def first_saturated(captured: ResultCapture, cases: list[Case]) -> tuple[Call, str] | None:
@@ -155,16 +176,16 @@ def judge_step(
     cases: list[Case],
     limits: dict[Key, float],
     dtype: torch.dtype,
-    steps: int,
+    times: float,
 ) -> list[Finding]:
-    """Returns the guilty findings of single calls in one step of `steps`, whose calls are `cases`.
-    `limits` is the benign range of the captured steps; for ops that leave it, it is widened by the
-    range measured in this very step."""
+    """Returns the guilty findings of single calls in one step, whose calls are `cases`. In all,
+    `times` as many tests are made as those of these calls. `limits` is the benign range of the
+    captured steps; for ops that leave it, it is widened by the range measured in this very step."""
     measured, _ = teacher_forcing.measure(cases, captured.results_of)
 
     def outside(limits: dict[Key, float]) -> list[Finding]:
         tests, values = worst_tests(measured, cases, limits)
-        tested = findings(tests, values, measured.count() * steps, RATE)
+        tested = findings(tests, values, round(measured.count() * times), RATE)
         return [f for f in tested if f.ratio > 1 and f.call >= 0]
 
     suspects = {f.op for f in outside(limits)}

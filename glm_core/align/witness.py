@@ -12,10 +12,10 @@ from torch import Tensor
 from glm_core import ops
 from glm_core.align import teacher_forcing, verdict
 from glm_core.align.capture import Call
-from glm_core.align.recording import worst_tests
 from glm_core.align.replay import Results, replay_on, with_change
 from glm_core.align.training import Run, free_run
 from glm_core.align.verdict import Finding
+from glm_core.align.worst_tests import worst_tests
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
 from glm_core.config import Dtype, RunConfig

@@ -66,6 +66,14 @@ def define(parser: argparse.ArgumentParser) -> None:
         "gradients and ops of the captured steps",
     )
     run.add_argument(
+        "--plan",
+        action="append",
+        default=[],
+        metavar="PLAN",
+        help="also train under this plan, in processes on this host, and hold it to one process: "
+        "dp=2,zero=1; may be given more than once; --backends reference judges the plan alone",
+    )
+    run.add_argument(
         "--out",
         default="runs/align",
         metavar="DIR",
@@ -97,6 +105,13 @@ def define(parser: argparse.ArgumentParser) -> None:
     sensitivity.add_argument("--dtype", choices=DTYPES[:2], default="float32", help=DTYPE)
     sensitivity.add_argument(
         "--bisect", action="store_true", help="count the bugs whose op bisect names"
+    )
+    sensitivity.add_argument(
+        "--honest",
+        type=int,
+        default=0,
+        metavar="N",
+        help="judge N honest candidates on small models and say how often one is called diverged",
     )
     sensitivity.set_defaults(run=run_sensitivity)
     museum.define(actions.add_parser("museum", help=museum.HELP))
@@ -135,6 +150,7 @@ def run_all(args: argparse.Namespace) -> int:
         out_dir=args.out,
         controls=args.controls,
         without=args.without,
+        plans=args.plan,
         dtypes=dtypes,
         progress=ProgressLine(),
         timeout_s=args.timeout,
@@ -270,6 +286,12 @@ def run_sensitivity(args: argparse.Namespace) -> int:
         verdict = "diverged" if row.convicted else "aligned"
         line(f"{row.name} {verdict}", done, of, part=row.op or row.kind)
 
+    if args.honest:
+        from glm_core.sensitivity.honest import false_alarms
+
+        honest = false_alarms(args.honest, progress=show)
+        emit(args, honest.to_json(), honest.text())
+        return EXIT_FAILED if any(r.convicted for r in honest.judged) else 0
     if args.bisect:
         named = hits(args.dtype, progress=show)
         emit(args, named.to_json(), named.text())
@@ -291,14 +313,14 @@ def report_text(
     details = []
     for pair, trace in zip(pairs, traces, strict=True):
         taught = bool(pair.gradient_excess.size)
-        judged = (pair.envelope is not None, taught, taught)
+        judged = (pair.envelope is not None, taught, bool(trace.num_tests))
         ratios = (pair.max_envelope_ratio, pair.max_gradient_ratio, pair.max_op_ratio)
         shares = [f"{r:.3f}" if j else "-" for r, j in zip(ratios, judged, strict=True)]
         rows.append(
             [pair.candidate, pair.dtype, pair.verdict, *shares, str(pair.first_step or "-")]
         )
         if pair.reasons:
-            found = explanation.details(pair, trace.config, options)
+            found = explanation.details(pair, trace, options)
             details += ["", f"{explanation.sentence(pair)}:"]
             details += [f"  {label + ':':17} {text}" for label, text in found]
     note = "(curve, gradients, ops: largest deviation as a share of what honest rounding explains)"

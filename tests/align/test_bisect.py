@@ -17,7 +17,7 @@ import torch
 from small_runs import rows
 
 from glm_core import align, ops
-from glm_core.align import substitution
+from glm_core.align import explanation, substitution
 from glm_core.align.bisection import Evidence
 from glm_core.align.training import Run
 from glm_core.backends.base import Backend
@@ -158,6 +158,26 @@ def test_what_happens_once_is_named_in_its_own_run() -> None:
     assert found.how == "in its own run"
     assert "the fault happened once" in found.text()
     assert "--op" not in found.rerun
+
+
+@pytest.mark.parametrize("at", [0, 6])
+def test_a_run_and_its_bisection_agree_on_what_happens_once(at: int) -> None:
+    calls = 0
+
+    def once(**a: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return scaled(1.5 if calls == at else 1.0)(**a)
+
+    cal = markov.calibration("float32")
+    trace = align.record(cal.config, backend("geglu", once), calibration=cal)
+    pair = align.compare(cal.reference, trace)
+    if not at:
+        assert pair.verdict == "aligned"
+        return
+    found = pair.findings[0]
+    assert (found.op, found.layer, found.step) == ("geglu", "1", 3)
+    assert "--op" not in explanation.rerun(pair, trace)
 
 
 def test_what_is_wrong_outside_of_ops_is_no_ops_fault(monkeypatch: pytest.MonkeyPatch) -> None:

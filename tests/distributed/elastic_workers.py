@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from glm_core import ops
+from glm_core.align import planned_run
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
 from glm_core.config import DataConfig, ModelConfig, PolicyConfig, RunConfig, TrainConfig
@@ -33,6 +34,7 @@ from glm_core.distributed.layout import split_of, take
 from glm_core.distributed.parallel import ManyProcesses
 from glm_core.distributed.plan import parse, stage_layers, stages_of
 from glm_core.errors import CheckpointError
+from glm_core.faults.museum.bugs import BUGS
 from glm_core.model.glm import GLM
 from glm_core.training.live import Live
 from glm_core.training.trainer import Trainer
@@ -388,3 +390,9 @@ def measured_stage(plan_text: str) -> None:
     dist.destroy_process_group()
     fake = dry_run.run(STAGES, plan, int(os.environ["RANK"]), backend)
     print(json.dumps([meter.peak, fake.peak_bytes]))
+
+
+def align_with(bug: str, folder: str) -> None:
+    """Does a rank's part of `align run --plan` with a bug planted."""
+    with BUGS[bug]():
+        planned_run.work(folder)

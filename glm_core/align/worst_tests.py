@@ -1,0 +1,63 @@
+"""Chooses from many scores the test of each family that is furthest outside, and names it."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glm_core.align import statistics, teacher_forcing
+from glm_core.align.teacher_forcing import Case, Key, Measures
+from glm_core.align.trace_format import OpResult, OpTest
+
+Array = NDArray[np.float64]
+
+
+def op_result(case: Case, tensor: str) -> OpResult:
+    """Names one result of the case's call."""
+    call = case.call
+    direction = "backward" if tensor.startswith("d_") else "forward"
+    return {
+        "step": call.step,
+        "call": call.index,
+        "op": call.op.name,
+        "layer": call.layer,
+        "direction": direction,
+        "tensor": tensor,
+    }
+
+
+def worst_tests(
+    measured: Measures, cases: list[Case], limits: dict[Key, float]
+) -> tuple[list[OpTest], Array]:
+    """Returns the test of each family (`Key`) that is furthest outside its benign range, and its
+    effect, standard error and limit [T, 3]."""
+    z = statistics.critical_z(1e-3, 1_000_000)
+    worst: dict[Key, tuple[float, OpTest, list[float]]] = {}
+    by_result = {(c.call.op.name, tensor): c for c in cases for tensor in c.dtypes}
+    for key, effect, error, own_case in measured.by_statistic():
+        case = own_case or by_result[key.op, key.tensor]  # pooled: any case has the dtype and shape
+        dtype = case.dtypes[key.tensor]
+        limit = teacher_forcing.limit(limits, key, dtype, case.terms)
+        outside = statistics.excess(effect, error, limit, z)
+        group = int(np.argmax(outside))
+        if key in worst and worst[key][0] >= outside[group]:
+            continue
+        test: OpTest = {
+            **op_result(case, key.tensor),
+            "dtype": str(dtype).removeprefix("torch."),
+            "shape": list(case.shapes[key.tensor]),
+            "projection": _projection(key, group),
+        }
+        if key.pooled:
+            test |= {"step": 0, "call": -1, "layer": ""}
+        values = [float(effect[group]), float(error[group]), limit]
+        worst[key] = (float(outside[group]), test, values)
+    tests = [test for _, test, _ in worst.values()]
+    return tests, np.array([values for _, _, values in worst.values()]).reshape(-1, 3)
+
+
+def _projection(key: Key, group: int) -> str:
+    """Returns the statistic and its group: `scale`, `offset in row 7`, `sign in bin of half 1 12,
+    all calls`."""
+    where = "" if key.grouping == "all" else f" in {key.grouping} {group}"
+    return key.statistic + where + (", all calls" if key.pooled else "")

@@ -31,7 +31,6 @@ from glm_core.align.calibration import (
     gradient_modes,
 )
 from glm_core.align.explanation import headline
-from glm_core.align.planned_run import record_plan
 from glm_core.align.recording import record
 from glm_core.align.trace import Trace, load
 from glm_core.align.verdict import FALSE_ALARM_RATE, Pair, Verdict, compare
@@ -252,6 +251,8 @@ class Job:
                 )
             traces[name].save(path(self.out_dir, name))
         for (backend, plan), name in zip(self.plans, names, strict=True):
+            from glm_core.align.planned_run import record_plan  # loads torch's compiler
+
             steps = len(self.captured) + (self.config.train.steps if free else 0)
             report(f"{backend} under {plan}", 0, steps)
             traces[name] = record_plan(

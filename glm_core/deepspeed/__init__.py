@@ -19,7 +19,7 @@ from glm_core.deepspeed.accelerator import get_accelerator
 from glm_core.deepspeed.comm import init_distributed
 from glm_core.deepspeed.runtime import zero
 from glm_core.deepspeed.runtime.activation_checkpointing import checkpointing
-from glm_core.deepspeed.runtime.config import DeepSpeedConfig
+from glm_core.deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from glm_core.deepspeed.runtime.engine import DeepSpeedEngine
 from glm_core.deepspeed.runtime.pipe.engine import PipelineEngine
 from glm_core.deepspeed.runtime.pipe.module import PipelineModule
@@ -34,6 +34,7 @@ names.install()
 
 __all__ = [
     "DeepSpeedConfig",
+    "DeepSpeedConfigError",
     "DeepSpeedEngine",
     "PipelineEngine",
     "PipelineModule",

@@ -192,9 +192,9 @@ SECTIONS: dict[str, dict[str, Key]] = {
             "allgather_sequential stage3_allgather_sequential round_robin_gradients "
             "parameter_alignment memory_efficient_linear override_module_apply "
             "pipeline_loading_checkpoint log_trace_cache_warnings enable_sanity_checks "
-            "save_muon_momentum_buffer_in_memory cpu_offload_use_pin_memory "
-            "leaf_module",
+            "save_muon_momentum_buffer_in_memory cpu_offload_use_pin_memory",
         ),
+        "leaf_module": OK,
         "offload_param": _HOST,
         "offload_optimizer": _HOST,
         "cpu_offload": _HOST,
@@ -209,7 +209,7 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "zero_quantized_gradients": _error(_QUANT),
         **dict.fromkeys(
             ("mics_shard_size", "mics_hierarchical_params_gather", "zeropp_loco_param"),
-            Key("error", _REMOVED, ()),
+            Key("error", _REMOVED, (-1,)),
         ),
     },
     "torch_autocast": {

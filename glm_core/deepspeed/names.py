@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib
 import sys
-from importlib.abc import Loader, MetaPathFinder
+from collections.abc import Iterable
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
+from importlib.metadata import Distribution, DistributionFinder
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -48,9 +51,6 @@ ABSENT = {
     "ops.sparse_attention": _SPARSE,
     "ops.op_builder": "would compile DeepSpeed's extensions; nothing is compiled here",
     "ops.transformer": "holds GPU kernels; use the model's own layer",
-    "runtime.zero.partition_parameters.zero_wrapper_for_fp_tensor_constructor": (
-        "wraps tensor constructors; they are left alone here: remove it"
-    ),
     "runtime.utils.PartitionedTensor": "splits activations; they are sent whole here: remove it",
     "runtime.utils.all_gather_dp_groups": (
         "gathers the engine's flat buffers; engine.step publishes weights: remove it"
@@ -100,7 +100,19 @@ class _Imported(Loader):
         module.__spec__ = self.spec
 
 
-class Finder(MetaPathFinder):
+class _Installed(Distribution):
+    """Says that DeepSpeed is installed, for packages that look before they import it."""
+
+    def read_text(self, filename: str) -> str | None:
+        version = sys.modules[PACKAGE].version
+        text = f"Metadata-Version: 2.1\nName: deepspeed\nVersion: {version}\n"
+        return text if filename == "METADATA" else None
+
+    def locate_file(self, path: Any) -> Path:
+        return Path(__file__).parent / path
+
+
+class Finder(DistributionFinder):
     """Tells what to do instead where a module of DeepSpeed's is absent."""
 
     in_place = False
@@ -117,6 +129,13 @@ class Finder(MetaPathFinder):
         if under_own_name:
             return None
         return ModuleSpec(name, _Imported(importlib.import_module(f"glm_core.{name}")))
+
+    def find_distributions(
+        self, context: DistributionFinder.Context | None = None
+    ) -> Iterable[Distribution]:
+        """See DistributionFinder."""
+        if self.in_place and (context is None or context.name in (None, "deepspeed")):
+            yield _Installed()
 
 
 FINDER = Finder()

@@ -59,6 +59,8 @@ class Settings:
     """elements reduced by one collective"""
     merge_below: int = 100_000
     """ZeRO 3: layers whose parameters all have at most this many elements are gathered together"""
+    leaves: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """ZeRO 3: `classes`, `names` and `name_suffixes` of modules that are gathered as one"""
     auto_cast: bool = False
     """cast the inputs of `forward` to the working dtype"""
     optimizer: tuple[str, dict[str, Any]] | None = None
@@ -155,6 +157,7 @@ def resolve(config: Mapping[str, Any], ranks: int) -> Settings:
     take("zero_optimization", lambda: _zero(sound))
     take("optimizer/scheduler", lambda: _recipes(sound))
     take("gradients", lambda: _gradients(sound))
+    take("checkpoint", lambda: _checkpoint(sound))
     if bad:
         raise BadConfig("; ".join(bad))
     return Settings(
@@ -162,8 +165,6 @@ def resolve(config: Mapping[str, Any], ranks: int) -> Settings:
         managed=config.get("managed_gradient_accumulation", True) is not False,
         steps_per_print=config.get("steps_per_print"),
         drop_last=bool(config.get("dataloader_drop_last", False)),
-        tag_validation=str(sound.get("checkpoint", {}).get("tag_validation", "warn")).lower(),
-        load_universal=bool(sound.get("checkpoint", {}).get("load_universal", False)),
         raw=dict(config),
     )
 
@@ -310,6 +311,7 @@ def _zero(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "stage": int(stage),
         "merge_below": int(whole[-1]) if whole else 100_000,
+        "leaves": dict(zero.get("leaf_module") or {}),
         "bucket": int(zero.get("reduce_bucket_size", 500_000_000)),
         "load_masters": bool(zero.get("load_from_fp32_weights", True)),
         "gather_on_save": any(zero.get(k) for k in _GATHER_ON_SAVE),
@@ -322,6 +324,16 @@ def _recipes(config: Mapping[str, Any]) -> dict[str, Any]:
         if (kind := config.get(name, {}).get("type")) is not None:
             recipes[name] = (str(kind), dict(config[name].get("params") or {}))
     return recipes
+
+
+def _checkpoint(config: Mapping[str, Any]) -> dict[str, Any]:
+    section = config.get("checkpoint", {})
+    mode = str(section.get("tag_validation", "warn")).lower()
+    if mode not in ("ignore", "warn", "fail"):
+        raise ConfigError(
+            f"checkpoint.tag_validation={section['tag_validation']!r}: use Ignore, Warn or Fail"
+        )
+    return {"tag_validation": mode, "load_universal": bool(section.get("load_universal", False))}
 
 
 def _gradients(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -138,6 +138,7 @@ SUPPORTED: list[tuple[str, Any, dict[str, Any], str]] = [
     ("zero_optimization.reduce_bucket_size", 100, {}, "bucket"),
     ("zero_optimization.param_persistence_threshold", 9, {}, "merge_below"),
     ("zero_optimization.stage3_param_persistence_threshold", 0, {}, "merge_below"),
+    ("zero_optimization.leaf_module", {"classes": ["A"]}, {}, "leaves"),
     ("zero_optimization.load_from_fp32_weights", False, {}, "load_masters"),
     ("zero_optimization.gather_16bit_weights_on_model_save", True, {}, "gather_on_save"),
     ("zero_optimization.stage3_gather_16bit_weights_on_model_save", True, {}, "gather_on_save"),

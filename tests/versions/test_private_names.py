@@ -25,6 +25,7 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     **{f"torch._foreach_{name}": () for name in _FOREACH.split()},
     "torch.Tensor._make_wrapper_subclass": (),
     "torch._C._AutoDispatchBelowAutograd": (),
+    "torch._C._are_functorch_transforms_active": (),
     "torch._assert_async": (),
     "torch.autograd.Variable._execution_engine.queue_callback": (),
     "torch._decomp.core_aten_decompositions": ("",),

@@ -21,6 +21,10 @@ from glm_core.training.checkpoint import LATEST, replace
 FORMAT = "glm-core deepspeed checkpoint 1"
 
 
+class TagMismatch(CheckpointError, AssertionError):
+    """Ranks save under different tags; an AssertionError, as in DeepSpeed."""
+
+
 class SavedSpan(TypedDict):
     """A rank's consecutive elements of one flattened parameter."""
 
@@ -101,7 +105,7 @@ def _write(path: Path, value: Any) -> None:
 
 
 def check_tag(tag: str, mode: str) -> None:
-    """Compares the tag over all ranks. Where they differ, mode `fail` raises CheckpointError,
+    """Compares the tag over all ranks. Where they differ, mode `fail` raises TagMismatch,
     `warn` prints a line and `ignore` does not compare."""
     if mode == "ignore":
         return
@@ -110,7 +114,7 @@ def check_tag(tag: str, mode: str) -> None:
     if len(set(tags)) > 1:
         text = f"checkpoint tag {tag!r}: not the same on all ranks; give one tag"
         if mode == "fail":
-            raise CheckpointError(text)
+            raise TagMismatch(text)
         say_once(text)
 
 

@@ -17,9 +17,14 @@ from glm_core.errors import CheckpointError
 
 def whole_weights(module: nn.Module, round_to: torch.dtype | None) -> dict[str, Any]:
     """Returns the module's state dict with whole tensors on the CPU; floating-point ones in
-    `round_to`, if given. A collective where the module holds DTensors."""
-    state = {}
-    for name, value in module.state_dict().items():
+    `round_to`, if given. Names of one parameter have the same tensor. A collective where the module
+    holds DTensors."""
+    state: dict[str, Any] = {}
+    names: dict[int, str] = {}
+    for name, value in module.state_dict(keep_vars=True).items():
+        if (first := names.setdefault(id(value), name)) != name:
+            state[name] = state[first]
+            continue
         whole = value.full_tensor() if isinstance(value, DTensor) else value
         if round_to is not None and whole.is_floating_point():
             whole = whole.to(round_to)

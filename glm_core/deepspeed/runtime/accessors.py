@@ -106,6 +106,10 @@ class Accessors:
         """Is the ZeRO stage 3?"""
         return self.settings.stage == 3
 
+    def zero_gather_16bit_weights_on_model_save(self) -> bool:
+        """May `save_16bit_model` gather the weights in ZeRO 3?"""
+        return self.settings.gather_on_save
+
     def fp16_enabled(self) -> bool:
         """Are the weights in float16?"""
         return self.settings.precision.compute == torch.float16

@@ -13,6 +13,7 @@ from glm_core.deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from glm_core.deepspeed.settings import BadConfig, batches, read, resolve
 from glm_core.errors import ConfigError
 
+DeepSpeedConfigError = BadConfig
 ADAM_OPTIMIZER, ADAMW_OPTIMIZER, LAMB_OPTIMIZER = "adam", "adamw", "lamb"
 ADAGRAD_OPTIMIZER, LION_OPTIMIZER = "adagrad", "lion"
 """the config's names, for scripts that import them"""

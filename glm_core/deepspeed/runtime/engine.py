@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from glm_core.deepspeed.accelerator import real_accelerator
 from glm_core.deepspeed.checkpoint import layouts, own_layout
 from glm_core.deepspeed.checkpoint.content import COUNTERS, Content
+from glm_core.deepspeed.checkpoint.files import model_file
 from glm_core.deepspeed.checkpoint.training_state import OptimizerShard, whole_weights
 from glm_core.deepspeed.monitor.monitor import Monitor, Progress
 from glm_core.deepspeed.notices import say_once
@@ -22,9 +23,11 @@ from glm_core.deepspeed.profiling.flops_profiler import ForwardFlops
 from glm_core.deepspeed.runtime import lr_schedules
 from glm_core.deepspeed.runtime.accessors import Accessors
 from glm_core.deepspeed.runtime.reduction import Reduction
+from glm_core.deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig
 from glm_core.deepspeed.runtime.zero.partition_parameters import mark
-from glm_core.deepspeed.settings import Settings
+from glm_core.deepspeed.settings import BadConfig, Settings
 from glm_core.deepspeed.utils.timer import PhaseTimer
+from glm_core.deepspeed.utils.z3_leaf_module import zero3_blocks
 from glm_core.distributed.norm import GradientPart, clip_, global_norm
 from glm_core.distributed.placement import FlatStore, MasterStore, ReplicaStore, Zero3Store
 from glm_core.distributed.precision import cast_, cast_buffers_, to_compute
@@ -113,6 +116,7 @@ class DeepSpeedEngine(Accessors, Reduction, nn.Module):
                 mesh,
                 divide=self._divide(),
                 precision=s.precision,
+                blocks=zero3_blocks(self.module, DeepSpeedZeroLeafModuleConfig(**s.leaves)),
                 merge_below=s.merge_below,
             )
         if optimizer is None:
@@ -127,8 +131,19 @@ class DeepSpeedEngine(Accessors, Reduction, nn.Module):
                 group["params"] = self.stores[-1].masters
         optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
         configured: torch.optim.Optimizer = optimizer
-        configured.optimizer = optimizer  # type: ignore[attr-defined]  # DeepSpeed's is a wrapper
+        self._tell(configured, overflow=False)
         return configured
+
+    def _tell(self, optimizer: Any, *, overflow: bool) -> None:
+        """Sets what scripts read from DeepSpeed's optimizer, which is a wrapper of the real one."""
+        optimizer.optimizer, optimizer.overflow = optimizer, overflow
+        optimizer.cur_scale = optimizer.loss_scale = self.scaler.scale
+        optimizer.refresh_fp32_params = self._adopt_weights
+
+    def _adopt_weights(self) -> None:
+        """Sets the masters from the weights."""
+        for store in self.stores:
+            store.adopt()
 
     def _divide(self) -> float:
         return float(self.dp_world_size) if self.settings.divide_by_ranks else 1.0
@@ -220,6 +235,7 @@ class DeepSpeedEngine(Accessors, Reduction, nn.Module):
                 store.publish()
             self._applied = True
         self.scaler.update(overflow)
+        self._tell(self.optimizer, overflow=overflow)
         self.zero_grad()
         if not overflow and self.lr_scheduler is not None:
             self.lr_scheduler.step(**lr_kwargs)
@@ -300,8 +316,7 @@ class DeepSpeedEngine(Accessors, Reduction, nn.Module):
             custom_load_fn(src=state_dict, dst=self.module)
         else:
             self.module.load_state_dict(state_dict, strict=strict)
-        for store in self.stores:
-            store.adopt()
+        self._adopt_weights()
 
     def save_checkpoint(
         self,
@@ -315,9 +330,11 @@ class DeepSpeedEngine(Accessors, Reduction, nn.Module):
         `latest` name it. Call it on all ranks. Such a checkpoint without the frozen parameters is
         loaded with load_module_strict=False. Raises CheckpointError on every rank if any could
         not write."""
+        if not save_dir:
+            raise BadConfig(f"engine.save_checkpoint: save_dir is {save_dir!r}; give a folder")
         tag = tag or f"global_step{self.global_steps}"
         own_layout.check_tag(tag, self.settings.tag_validation)
-        weights = self._whole_weights(exclude_frozen_parameters)
+        model = self._model_file(client_state or {}, exclude_frozen_parameters)
         shard = self._optimizer_shard()
         rank_file: own_layout.RankFile = {
             "format": own_layout.FORMAT,
@@ -325,21 +342,37 @@ class DeepSpeedEngine(Accessors, Reduction, nn.Module):
             "pieces": shard.spans(),
             "groups": shard.groups(),
         }
-        schedule = self.lr_scheduler
-        model = own_layout.model_contents(
-            weights,
-            lr_scheduler=schedule.state_dict() if hasattr(schedule, "state_dict") else None,
-            loss_scale=self.scaler.state(),
-            slice_rank=_slice_rank(self.mpu),
-            stages=self.num_stages,
-            counters={name: getattr(self, name) for name in COUNTERS},
-            client=client_state or {},
-        )
         writes_model = dist.get_rank(self.dp_group) == 0
         own_layout.write(
             Path(save_dir), tag, rank_file, model if writes_model else None, latest=save_latest
         )
         return True
+
+    def _model_file(self, client: dict[str, Any], exclude_frozen: bool = False) -> dict[str, Any]:
+        schedule = self.lr_scheduler
+        return own_layout.model_contents(
+            self._whole_weights(exclude_frozen),
+            lr_scheduler=schedule.state_dict() if hasattr(schedule, "state_dict") else None,
+            loss_scale=self.scaler.state(),
+            slice_rank=_slice_rank(self.mpu),
+            stages=self.num_stages,
+            counters={name: getattr(self, name) for name in COUNTERS},
+            client=client,
+        )
+
+    def _create_checkpoint_file(self, save_dir: str, tag: str, zero_checkpoint: bool) -> str:
+        """Makes the folder of a checkpoint and returns the path of this rank's weights in it.
+        SwissArmyTransformer saves by this and `_save_checkpoint`."""
+        path = Path(save_dir) / tag / model_file(self.get_model_parallel_rank())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return str(path)
+
+    def _save_checkpoint(
+        self, save_dir: str, tag: str, client_state: dict[str, Any] | None = None
+    ) -> None:
+        """Writes this rank's weights without the optimizer; no collective in ZeRO 0 to 2."""
+        path = self._create_checkpoint_file(save_dir, tag, False)
+        torch.save(self._model_file(client_state or {}), path)
 
     def load_checkpoint(
         self,
@@ -366,6 +399,7 @@ class DeepSpeedEngine(Accessors, Reduction, nn.Module):
             )
             if load_optimizer_states and content.loss_scale:
                 self._restore_loss_scale(content.loss_scale)
+                self._tell(self.optimizer, overflow=False)
             for name, value in content.counters.items():
                 setattr(self, name, value)
             schedule = content.lr_scheduler if load_lr_scheduler_states else None
@@ -381,7 +415,7 @@ class DeepSpeedEngine(Accessors, Reduction, nn.Module):
     ) -> bool:
         """Writes the whole module's weights in the working dtype as one file, on rank 0. In ZeRO 3
         it writes nothing and returns False unless the config asks for gathering on saving."""
-        if self.settings.stage == 3 and not self.settings.gather_on_save:
+        if self.settings.stage == 3 and not self.zero_gather_16bit_weights_on_model_save():
             say_once(
                 "save_16bit_model: nothing saved; set "
                 "zero_optimization.stage3_gather_16bit_weights_on_model_save"
@@ -395,6 +429,13 @@ class DeepSpeedEngine(Accessors, Reduction, nn.Module):
         return True
 
     save_fp16_model = save_16bit_model
+
+    def _zero3_consolidated_16bit_state_dict(
+        self, exclude_frozen_parameters: bool = False
+    ) -> dict[str, Any] | None:
+        """Returns the whole weights on rank 0, None elsewhere. Accelerate calls it."""
+        weights = self._whole_weights(exclude_frozen_parameters)
+        return weights if dist.get_rank() == 0 else None
 
     def _whole_weights(self, exclude_frozen: bool = False) -> dict[str, Any]:
         # ZeRO 3's weights are the float32 masters; they are saved in the working dtype

@@ -82,6 +82,8 @@ class Reduction:
 
     def _watch(self, outputs: Any) -> Any:
         """Makes `loss.backward()` of the module's outputs end as `engine.backward(loss)` does."""
+        if torch._C._are_functorch_transforms_active():
+            return outputs  # torch.func.grad is no backward of the run's
         leaves = [t for t in tree_leaves(outputs) if isinstance(t, Tensor)]
         computed = [t for t in leaves if t.grad_fn is not None]  # not a parameter itself
         self._num_outputs = len(computed)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from glm_core.deepspeed.checkpoint import layouts, own_layout
 from glm_core.deepspeed.checkpoint.content import Content
 from glm_core.deepspeed.checkpoint.files import load_file, model_file, zero3_model_file
 from glm_core.errors import CheckpointError
-from glm_core.training.checkpoint import LATEST, replace
+from glm_core.training.checkpoint import LATEST
 
 
 def get_fp32_state_dict_from_zero_checkpoint(
@@ -27,11 +29,18 @@ def get_fp32_state_dict_from_zero_checkpoint(
         except FileNotFoundError:
             raise CheckpointError(f"{folder}: no {LATEST} file; pass tag=") from None
     content = _read(folder / tag)
-    state = content.state
-    return {
-        name: state[name]["fp32"].view(value.shape).clone() if name in state else value
+    masters = {
+        _memory(value): content.state[name]["fp32"].view(value.shape).clone()
         for name, value in content.module.items()
+        if name in content.state
     }
+    return {n: masters.get(_memory(value), value) for n, value in content.module.items()}
+
+
+def _memory(value: Tensor) -> tuple[Any, ...]:
+    """Returns what is equal for names of one parameter only."""
+    start = value.untyped_storage().data_ptr() if value.numel() else id(value)
+    return start, value.storage_offset(), value.shape
 
 
 def _read(place: Path) -> Content:
@@ -58,5 +67,7 @@ def convert_zero_checkpoint_to_fp32_state_dict(
     path = path if path.suffix in (".bin", ".pt") else path / "pytorch_model.bin"
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir, tag)
-    replace(path, lambda part: torch.save(weights, part))
+    scratch = path.with_suffix(f".{os.getpid()}")  # every rank may call this
+    torch.save(weights, scratch)
+    scratch.replace(path)
     return path

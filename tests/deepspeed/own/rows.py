@@ -73,11 +73,15 @@ assert all(torch.equal(a, b) for a, b in zip(before, whole(trained), strict=True
 with deepspeed.zero.GatheredParameters(weight, modifier_rank=1):
     trained.module.head.weight.data.fill_(me + 5.0)
 assert utils.safe_get_full_fp32_param(weight).eq(6.0).all()
-with (
-    pytest.raises(ConfigError, match="held by the script"),
-    deepspeed.zero.GatheredParameters(weight, modifier_rank=0),
-):
+# a parameter that the script holds is whole too: so scripts save ZeRO 3's weights
+with deepspeed.zero.GatheredParameters(weight):
+    kept = weight.data.cpu()
+assert type(kept) is torch.Tensor
+assert kept.shape == (5, 32)
+assert kept.eq(6.0).all()
+with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
     weight.data.zero_()
+assert utils.safe_get_full_fp32_param(weight).eq(0).all()
 
 for stage in (1, 2):
     with pytest.raises(ConfigError, match="safe_get_full"):

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from glm_core.deepspeed.keys import SECTIONS
+from glm_core.deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig
 from glm_core.errors import ConfigError, unknown
 
 KEYS = SECTIONS["zero_optimization"]
@@ -74,6 +75,7 @@ class DeepSpeedZeroConfig:
     def __init__(self, **given: Any) -> None:
         """Raises ConfigError for an unknown key."""
         self.__dict__.update(DEFAULTS)
+        self.leaf_module = DeepSpeedZeroLeafModuleConfig(**(given.pop("leaf_module", None) or {}))
         for key, value in given.items():
             if key not in KEYS:
                 raise ConfigError(unknown("zero_optimization key", key, KEYS))

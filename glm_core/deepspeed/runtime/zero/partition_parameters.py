@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.module import register_module_module_registration_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from glm_core.deepspeed.comm import init_distributed
 from glm_core.deepspeed.notices import say_once
@@ -139,6 +141,15 @@ class Init:
         mark(module.parameters())
 
 
+_orig_torch_arange = torch.arange
+
+
+def zero_wrapper_for_fp_tensor_constructor(fn: Callable[..., Any], *_: Any) -> Callable[..., Any]:
+    """Returns `fn`: inside `Init` tensors are made as the script says. Transformers replaces this
+    function for a while."""
+    return fn
+
+
 def _own(module: nn.Module) -> Iterator[Tensor | None]:
     yield from module._parameters.values()
 
@@ -165,32 +176,44 @@ def GatheredParameters(
     fwd_module: nn.Module | None = None,
     enabled: bool = True,
 ) -> Iterator[None]:
-    """Makes the parameters whole inside the block. After `initialize` they are whole as the
-    module's attributes, while a DTensor that the script holds stays one. Changes last only with
-    modifier_rank, whose values all ranks get. Raises ConfigError where a DTensor itself was
-    changed."""
+    """Makes the parameters whole inside the block, for torch's functions and methods too that a
+    script calls on a parameter it holds. Changes last only with modifier_rank, whose values all
+    ranks get."""
     chosen = [params] if isinstance(params, Tensor) else list(params)
     splits = [p for p in chosen if enabled and isinstance(p, Split)]
     marked = [p for p in chosen if enabled and isinstance(p, Split | DTensor)]
     with gathered(splits, modifier_rank), _available(marked):
         parted = [p for p in chosen if enabled and isinstance(p, DTensor)]
         whole = [nn.Parameter(p.full_tensor().detach(), p.requires_grad) for p in parted]
-        before = [p.to_local().detach().clone() for p in parted]
         for p, full in zip(parted, whole, strict=True):
             _show(p, full)
         try:
-            yield
+            with _Whole(parted, whole):
+                yield
         finally:
             for p in parted:
                 _show(p, p)
-        if not all(torch.equal(a, p.to_local()) for a, p in zip(before, parted, strict=True)):
-            raise ConfigError(
-                "GatheredParameters: a parameter held by the script was changed, not the module's "
-                "attribute; take it from the module inside the block"
-            )
         if modifier_rank is not None:
             for p, full in zip(parted, whole, strict=True):
                 _adopt(p, full.detach(), modifier_rank)
+
+
+class _Whole(TorchFunctionMode):
+    """Gives torch's functions a whole parameter for each DTensor that they are called with."""
+
+    def __init__(self, parted: Sequence[Tensor], whole: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.whole = {id(p): full for p, full in zip(parted, whole, strict=True)}
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function != _GRADIENT:  # it stays the shards'
+            args, kwargs = tree_map(lambda x: self.whole.get(id(x), x), (args, kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+_GRADIENT = Tensor.grad.__get__  # type: ignore[attr-defined]  # a property written in C
 
 
 def _show(param: Tensor, value: Tensor) -> None:

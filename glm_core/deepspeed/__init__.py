@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import Dataset
 
 from glm_core.deepspeed import comm, names, ops, pipe, runtime, utils
 from glm_core.deepspeed.accelerator import get_accelerator
@@ -24,7 +24,7 @@ from glm_core.deepspeed.runtime.engine import DeepSpeedEngine
 from glm_core.deepspeed.runtime.pipe.engine import PipelineEngine
 from glm_core.deepspeed.runtime.pipe.module import PipelineModule
 from glm_core.deepspeed.runtime.reduction import MisplacedCall
-from glm_core.deepspeed.settings import BadConfig, Settings, read, resolve
+from glm_core.deepspeed.settings import BadConfig, read, resolve
 from glm_core.deepspeed.utils import zero_to_fp32 as zero_to_fp32  # utils.zero_to_fp32 for scripts
 from glm_core.errors import ConfigError
 
@@ -107,23 +107,8 @@ def initialize(
     if training_data is not None and isinstance(engine, PipelineEngine):
         engine.set_training_data(training_data, collate_fn)
     elif training_data is not None:
-        engine.training_dataloader = _loader(engine, training_data, collate_fn, settings)
+        engine.training_dataloader = engine.deepspeed_io(training_data, collate_fn=collate_fn)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
-
-
-def _loader(
-    engine: DeepSpeedEngine, data: Dataset[Any], collate: Any, settings: Settings
-) -> DataLoader[Any]:
-    """Returns a loader of this rank's micro-batches, shuffled by torch's DistributedSampler."""
-    rank = dist.get_rank(engine.dp_group)
-    sampler: DistributedSampler[Any] = DistributedSampler(data, engine.dp_world_size, rank)
-    return DataLoader(
-        data,
-        settings.micro_batch,
-        sampler=sampler,
-        collate_fn=collate,
-        drop_last=settings.drop_last,
-    )
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -342,6 +342,7 @@ def default_blocks(module: nn.Module) -> list[nn.Module]:
             continue
         for layer in layers:
             own = list(layer.parameters())
-            if own and all(users[p] == 1 for p in own):
+            runs = type(layer).forward is not nn.Module.forward  # FSDP2 refuses an nn.ModuleDict
+            if own and runs and all(users[p] == 1 for p in own):
                 blocks.append(layer)
     return blocks

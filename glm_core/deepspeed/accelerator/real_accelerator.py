@@ -112,6 +112,10 @@ class Accelerator:
 
     manual_seed_all = manual_seed
 
+    def random(self) -> Any:
+        """Returns torch.random."""
+        return torch.random
+
     def get_rng_state(self, device_index: int | None = None) -> torch.Tensor:
         """Returns the state of the device's random generator."""
         return backend().rng_state()

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from glm_core.deepspeed.accelerator import real_accelerator
 from glm_core.deepspeed.checkpoint import layouts, own_layout
@@ -173,6 +174,30 @@ class DeepSpeedEngine(Accessors, Reduction, nn.Module):
             return lr_schedules.make(*self.settings.scheduler, self.optimizer)
         is_schedule = hasattr(scheduler, "step") or not callable(scheduler)
         return scheduler if is_schedule else scheduler(self.optimizer)
+
+    def deepspeed_io(
+        self,
+        dataset: Dataset[Any],
+        batch_size: int | None = None,
+        route: str = "train",
+        pin_memory: bool = True,
+        data_sampler: Any = None,
+        collate_fn: Any = None,
+        num_local_io_workers: int | None = None,
+    ) -> DataLoader[Any]:
+        """Returns a loader of this rank's part of the data set, shuffled by torch's
+        DistributedSampler for the route `train`. batch_size: None means the config's rows of a
+        micro-batch; pin_memory has no effect."""
+        rank, ranks, shuffle = dist.get_rank(self.dp_group), self.dp_world_size, route == "train"
+        sampler = data_sampler or DistributedSampler(dataset, ranks, rank, shuffle=shuffle)
+        return DataLoader(
+            dataset,
+            batch_size or self.settings.micro_batch,
+            sampler=sampler,
+            collate_fn=collate_fn,
+            drop_last=self.settings.drop_last,
+            num_workers=num_local_io_workers or 0,
+        )
 
     # --- the loop ---
 

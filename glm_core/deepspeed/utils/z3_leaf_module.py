@@ -115,7 +115,7 @@ def _use_all_parameters(module: nn.Module, inputs: Any, outputs: Any) -> Any:
     def use(value: Any) -> Any:
         if not params or not isinstance(value, Tensor) or not value.requires_grad:
             return value
-        used = _Using.apply(value, *params)
+        used = _Using.apply(value, *params)  # type: ignore[no-untyped-call]  # torch's
         params.clear()
         return used
 

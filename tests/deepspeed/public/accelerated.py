@@ -1,5 +1,5 @@
-"""accelerate's DeepSpeedPlugin: trains with accumulation, clips, saves and loads its state. The first
-argument is the ZeRO stage, the second a folder."""
+"""accelerate's DeepSpeedPlugin: `accelerated.py STAGE OUT` trains with accumulation, clips, saves and
+loads its state."""
 
 import os
 import sys

@@ -38,7 +38,9 @@ def images(**_):
 stand_ins.no_gpu()
 stand_ins.module("torchvision.models", AlexNet=AlexNet, vgg19=None)
 stand_ins.module("torchvision.datasets", CIFAR10=images)
-stand_ins.module("torchvision.transforms", **{n: lambda *_, **__: None for n in ("Resize", "Compose", "CenterCrop", "ToTensor", "Normalize")})  # fmt: skip
+changes = ("Resize", "Compose", "CenterCrop", "ToTensor", "Normalize")
+nothing = dict.fromkeys(changes, lambda *_, **__: None)
+stand_ins.module("torchvision.transforms", **nothing)
 folder = checkout / "training/pipeline_parallelism"
 config = json.loads((folder / "ds_config.json").read_text())
 config |= {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 4}

@@ -1,5 +1,5 @@
-"""DeepSpeedExamples' HelloDeepSpeed, its own train_bert_ds.py: `hello.py CHECKOUT OUT` trains a tiny
-model, saves, and goes on from the checkpoint."""
+"""DeepSpeedExamples' own train_bert_ds.py: `hello.py CHECKOUT OUT` trains a tiny model, saves, and
+goes on from the checkpoint."""
 
 import os
 import sys

@@ -1,5 +1,5 @@
-"""transformers' Trainer with a DeepSpeed config: trains, saves, resumes; the first argument is
-the ZeRO stage."""
+"""transformers' Trainer with a DeepSpeed config: `trainer.py STAGE OUT` trains, saves and
+resumes."""
 
 import os
 import sys

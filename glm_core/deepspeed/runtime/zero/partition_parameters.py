@@ -213,7 +213,7 @@ class _Whole(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-_GRADIENT = Tensor.grad.__get__  # type: ignore[attr-defined]  # a property written in C
+_GRADIENT: Any = getattr(Tensor, "grad").__get__  # noqa: B009  # typed as a value, it is a property
 
 
 def _show(param: Tensor, value: Tensor) -> None:

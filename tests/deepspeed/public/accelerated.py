@@ -1,5 +1,5 @@
-"""accelerate's DeepSpeedPlugin: `accelerated.py STAGE OUT` trains with accumulation, clips, saves and
-loads its state."""
+"""accelerate's DeepSpeedPlugin: `accelerated.py STAGE OUT` trains with accumulation, clips, saves,
+and loads its state."""
 
 import os
 import sys

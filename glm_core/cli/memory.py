@@ -59,10 +59,10 @@ def require_memory_options(args: argparse.Namespace) -> None:
         raise ConfigError(
             "--bandwidth: is for --offload alone; leave it out, or add --offload disk"
         )
-    if args.offload and args.adapter:
+    if args.offload and (args.adapter or getattr(args, "lora", None)):
         raise ConfigError(
-            "--offload: cannot be combined with --adapter; merge the adapter into the weights, or "
-            "leave one out"
+            "--offload: cannot be combined with --adapter or --lora; merge the adapter into the "
+            "weights, or leave one out"
         )
 
 

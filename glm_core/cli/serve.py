@@ -5,11 +5,16 @@ from __future__ import annotations
 import argparse
 import socket
 import sys
+from typing import TYPE_CHECKING
 
 from glm_core import environment
 from glm_core.cli.generate import add_model_and_backend, load_chat_model
 from glm_core.cli.memory import require_memory_options
 from glm_core.errors import GlmCoreError
+
+if TYPE_CHECKING:
+    from glm_core.model.loras import LoRAs
+    from glm_core.pretrained.chat_model import ChatModel
 
 SLOTS = 16
 """slots where memory has room for them"""
@@ -30,6 +35,22 @@ def define(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"requests that run at the same time (default: {SLOTS}, or as many as memory has room "
         "for)",
+    )
+    parser.add_argument(
+        "--chunk",
+        type=int,
+        default=512,
+        metavar="N",
+        help="tokens of a prompt that are read at a time; prompts that begin alike share whole "
+        "chunks (default %(default)s)",
+    )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="serve this LoRA too, a folder of the peft package or what --adapter takes; a request "
+        "chooses it by `model`; may be repeated",
     )
     parser.add_argument(
         "--queue",
@@ -80,11 +101,13 @@ def run(args: argparse.Namespace) -> int:
     from glm_core.serve.engine import Engine
 
     slots = SLOTS if args.slots is None else args.slots
-    if min(slots, args.max_tokens, args.max_body) < 1 or args.queue < 0:
+    if min(slots, args.max_tokens, args.max_body, args.chunk) < 1 or args.queue < 0:
         raise GlmCoreError(
-            "serve: --slots, --max-tokens and --max-body must be positive, --queue at least 0"
+            "serve: --slots, --max-tokens, --max-body and --chunk must be positive, --queue at "
+            "least 0"
         )
     require_memory_options(args)
+    paths = lora_paths(args.lora)
     limits = Limits(
         max_tokens=args.max_tokens,
         max_body=args.max_body,
@@ -99,6 +122,8 @@ def run(args: argparse.Namespace) -> int:
             slots=found.slots,
             queue=args.queue,
             length=found.context,
+            chunk=args.chunk,
+            loras=load_loras(paths, chat_model),
         )
         listening.listen()  # whoever reads the address may connect
         print(
@@ -118,6 +143,35 @@ def run(args: argparse.Namespace) -> int:
         finally:
             engine.close()
     return 0
+
+
+def lora_paths(options: list[str]) -> dict[str, str]:
+    """Returns the paths of --lora by name. Raises GlmCoreError for another form, and for a name
+    that comes twice."""
+    pairs = [option.partition("=") for option in options]
+    names = [name for name, _, _ in pairs]
+    for option, (name, _, path) in zip(options, pairs, strict=True):
+        if not name or not path or names.count(name) > 1:
+            raise GlmCoreError(f"serve: --lora {option}; give NAME=PATH, each name once")
+    return {name: path for name, _, path in pairs}
+
+
+def load_loras(paths: dict[str, str], chat_model: ChatModel) -> LoRAs | None:
+    """Returns the adapters of --lora, checked against their base. Raises ConfigError,
+    CheckpointError."""
+    from glm_core.model.loras import LoRAs
+    from glm_core.pretrained.adapters import read, require_fits
+
+    if chat_model.name in paths:
+        raise GlmCoreError(f"serve: --lora {chat_model.name} is the model's name; choose another")
+    if not paths:
+        return None
+    loras, base = LoRAs(chat_model.model), chat_model.model.config
+    for name, path in paths.items():
+        config, state = read(path, base)
+        require_fits(path, base, config, state)
+        loras.add(name, config, state)
+    return loras
 
 
 def bind(host: str, port: int) -> socket.socket:

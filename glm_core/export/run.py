@@ -45,7 +45,7 @@ class Exported(Runner):
     def _device(self) -> torch.device:
         return torch.device("cpu")
 
-    def _whole_step(self, num_rows: int) -> None:
+    def _whole_step(self, num_rows: int, adapted: bool) -> None:
         return None  # ONNX Runtime runs every step whole
 
     def _logits(self, call: Call) -> Tensor:

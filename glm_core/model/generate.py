@@ -13,6 +13,7 @@ import torch
 from glm_core.errors import GenerationError, PromptError
 from glm_core.model.glm import GLM
 from glm_core.model.prompt import Prompt, PromptTokenizer, blank, fill_blank
+from glm_core.model.reuse import Reuse
 from glm_core.model.runner import CHUNK, DecodeRow, Runner, idle
 from glm_core.model.sample import Sampling, TokenLogprob, adjust, choose, report
 
@@ -25,6 +26,8 @@ class Generation:
         self.slot, self.offset = slot, offset
         self.read = 0
         """tokens of the prompt that are in the cache"""
+        self.reused: int | None = None
+        """those of them that an earlier prompt has left there; None before the first is read"""
         self.tokens: list[int] = []
         """tokens generated so far, without the stop token"""
         self.logprobs: list[TokenLogprob] = []
@@ -54,10 +57,7 @@ class Generation:
             self.finish = "length"
 
     def next(self) -> DecodeRow:
-        """Returns the row to feed in the next decode step; an idle one while the prompt is still
-        being read."""
-        if self.reading:
-            return idle(self.read)
+        """Returns the row to feed in the next decode step, once the prompt is read."""
         place = len(self.prompt.tokens) + len(self.tokens) - 1
         return DecodeRow(self.tokens[-1], self.prompt, place, self.offset)
 
@@ -65,7 +65,8 @@ class Generation:
 class Decoder:
     """Up to `slots` sequences that share the model's steps. A Runner in place of the model brings
     its own slots. num_ids: ids that the tokenizer knows; the vocabulary's padding beyond them is
-    never generated."""
+    never generated. reuse: a prompt that begins like an earlier one takes over its keys and values
+    (`Reuse`); the model must not change meanwhile."""
 
     def __init__(
         self,
@@ -74,8 +75,10 @@ class Decoder:
         length: int | None = None,
         num_ids: int | None = None,
         chunk: int = CHUNK,
+        reuse: bool = False,
     ) -> None:
         self.runner = model if isinstance(model, Runner) else Runner(model, slots, length, chunk)
+        self._reuse = Reuse(self.runner, reuse)
         self._reading: list[Generation] = []
         self.num_ids = num_ids or model.config.vocab
         self.live: list[Generation | None] = [None] * self.runner.slots
@@ -88,7 +91,8 @@ class Decoder:
     def begin(self, prompt: Prompt, sampling: Sampling) -> Generation:
         """Starts a sequence whose prompt will be read by the next steps. Raises PromptError."""
         self.runner.require_room(prompt)
-        slot = self.live.index(None)
+        free = [slot for slot, live in enumerate(self.live) if live is None]
+        slot = self._reuse.choose(free, prompt)
         generation = self.live[slot] = Generation(prompt, sampling, slot, 0)
         self._reading.append(generation)
         return generation
@@ -124,9 +128,17 @@ class Decoder:
         going = [g for g in self.live if g and not g.reading]
         if going:
             rows = max(g.slot for g in going) + 1
-            logits = self.runner.decode([g.next() if g else idle(0) for g in self.live[:rows]])
+            logits = self.runner.decode([self._row(slot) for slot in range(rows)])
             self._choose(logits[[g.slot for g in going]], going)
         return going
+
+    def _row(self, slot: int) -> DecodeRow:
+        """Returns what the next decode step feeds to a slot. A row without a token writes behind
+        what the slot holds."""
+        g = self.live[slot]
+        if g and not g.reading:
+            return g.next()
+        return idle(max(g.read if g else 0, self._reuse.num_held(slot)))
 
     def cancel(self, generation: Generation) -> None:
         """Ends a sequence early and frees its slot."""
@@ -135,19 +147,27 @@ class Decoder:
             self._release(generation)
 
     def clear(self) -> None:
-        """Frees all slots."""
+        """Frees all slots, and forgets what they hold."""
         self.live, self._reading = [None] * len(self.live), []
+        for slot in range(len(self.live)):
+            self._reuse.forget(slot)
 
     def _release(self, generation: Generation) -> None:
         self.live[generation.slot] = None
         if generation in self._reading:
             self._reading.remove(generation)
+        if generation.error:  # what is not finite is no one's beginning
+            self._reuse.forget(generation.slot)
 
     def _read(self, generation: Generation) -> int:
         """Reads the next chunk of a sequence's prompt, and after the last chunk generates the first
         token. Returns the number of tokens read."""
-        g, before = generation, generation.read
+        g = generation
+        if g.reused is None:
+            g.reused = g.read = self._reuse.bring(g.slot, g.prompt)
+        before = g.read
         logits, g.read = self.runner.read(g.slot, [g.prompt], before)
+        self._reuse.keep(g.slot, g.prompt, g.read)
         if not g.reading:
             self._reading.remove(g)
             self._choose(logits, [g])

@@ -40,6 +40,8 @@ class Prompt:
     """length of part A, whose tokens all see each other; 0: causal"""
     mask: int | None = None
     """index of the blank in A, at whose position all of B stands; None: positions run on"""
+    adapter: str = ""
+    """the LoRA that continues it (model/loras.py); empty: the model alone"""
 
     def position(self, place: int) -> tuple[int, int]:
         """Returns rows 0 and 1 of the positions of the token at index `place`, in the prompt or

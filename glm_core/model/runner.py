@@ -18,6 +18,7 @@ from glm_core.diagnose import nonfinite
 from glm_core.errors import GenerationError, PromptError
 from glm_core.model.cache import Cache
 from glm_core.model.glm import GLM
+from glm_core.model.loras import LoRAs
 from glm_core.model.prompt import Prompt
 from glm_core.model.stack import angles, stack
 from glm_core.session import KernelProvider
@@ -59,6 +60,8 @@ class Call(NamedTuple):
     places: Tensor
     first: int
     """the slot of row 0; row b uses slot first + b"""
+    adapters: tuple[str, ...]
+    """each row's LoRA; empty: the model alone"""
 
 
 class Runner:
@@ -66,9 +69,15 @@ class Runner:
     chunks of `chunk` tokens. Its caller keeps a backend active (`registry.use`)."""
 
     def __init__(
-        self, model: GLM, slots: int, length: int | None = None, chunk: int = CHUNK
+        self,
+        model: GLM,
+        slots: int,
+        length: int | None = None,
+        chunk: int = CHUNK,
+        loras: LoRAs | None = None,
     ) -> None:
-        weight = model.embedding
+        """loras: the adapters that prompts may name."""
+        weight, self._loras = model.embedding, loras
         self.model, self.config, self.slots = model, model.config, slots
         model.eval()  # adapters apply dropout in training only
         self.length = min(length or model.config.max_length, model.config.max_length)
@@ -122,25 +131,30 @@ class Runner:
         rows = [_padded(prompt, length, start, end) for prompt in prompts]
         tokens, positions, begin, ends = (list(column) for column in zip(*rows, strict=True))
         places = [list(range(start, end))] * len(rows)
-        call = _call(tokens, positions, begin, ends, places, first, self._device)
+        adapters = tuple(prompt.adapter for prompt in prompts)
+        call = _call(tokens, positions, begin, ends, places, first, adapters, self._device)
         return self._logits(call), end
 
     def decode(self, rows: Sequence[DecodeRow]) -> Tensor:
         """Feeds row b's token to slot b and returns the logits [B, V] (float32) after it. The
         backend does it in one call if it can; otherwise op by op, and the session records why."""
-        fed, step = _rows(rows), self._whole_step(len(rows))
+        adapters = tuple(row.prompt.adapter for row in rows)
+        fed, step = _rows(rows), self._whole_step(len(rows), any(adapters))
         if step is None:
-            return self._logits(_step_call(fed, self._device))
-        self._last = lambda: _step_call(fed, self._device)
+            return self._logits(_step_call(fed, adapters, self._device))
+        self._last = lambda: _step_call(fed, adapters, self._device)
         return step(fed, self.cache.memory)
 
-    def _whole_step(self, num_rows: int) -> DecodeStep | None:
+    def _whole_step(self, num_rows: int, adapted: bool) -> DecodeStep | None:
         session = dispatch.session()
         if self._step_backend is not session.backend:
             self._ask(session.backend)
         step = self._step
         if dispatch.intercepted():
             return None  # no fallback: somebody wants to see every op call
+        if adapted:
+            session.decoded_op_by_op("a row has a LoRA of its own")
+            return None
         if isinstance(step, Support):
             session.decoded_op_by_op(step.reason)
             return None
@@ -172,7 +186,7 @@ class Runner:
     def explain(self, call: Call, step: int) -> GenerationError:
         """Returns the error for logits that are not finite: repeats the call and names the first op
         whose results are not."""
-        with torch.no_grad(), nonfinite.watch(self.model) as watch:
+        with torch.no_grad(), nonfinite.watch(self._model_of(call)) as watch:
             self._logits(call)
         return GenerationError(
             f"token {step}: the logits are not finite; first: {watch.op or 'op linear in the head'}"
@@ -183,14 +197,17 @@ class Runner:
     def _device(self) -> torch.device:
         return self.model.embedding.device
 
+    def _model_of(self, call: Call) -> GLM:
+        return self._loras.model_of(call.adapters) if self._loras else self.model
+
     def _logits(self, call: Call) -> Tensor:
-        self._last = lambda: call
+        self._last, model = lambda: call, self._model_of(call)
         window = self.cache.window(call.first, call.places)
         with torch.inference_mode():
-            hidden = self.model(
+            hidden = model(
                 call.tokens, call.positions, call.key_start, call.key_end, window
             )  # [B, L, D]
-            logits = self.model.project(hidden[:, -1].contiguous())  # [B, V]
+            logits = model.project(hidden[:, -1].contiguous())  # [B, V]
         # a copy: a tensor made in inference mode cannot be written to outside of it
         return logits.to(torch.float32, copy=True)
 
@@ -223,7 +240,7 @@ def _rows(rows: Sequence[DecodeRow]) -> Rows:
     )
 
 
-def _step_call(rows: Rows, device: torch.device) -> Call:
+def _step_call(rows: Rows, adapters: tuple[str, ...], device: torch.device) -> Call:
     """Returns the same rows as inputs of the model, one token each."""
     pairs = zip(rows.positions[::2], rows.positions[1::2], strict=True)
     return _call(
@@ -233,6 +250,7 @@ def _step_call(rows: Rows, device: torch.device) -> Call:
         [[k] for k in rows.key_end],
         [[p] for p in rows.places],
         0,
+        adapters,
         device,
     )
 
@@ -244,6 +262,7 @@ def _call(
     end: list[list[int]],
     places: list[list[int]],
     first: int,
+    adapters: tuple[str, ...],
     device: torch.device,
 ) -> Call:
     return Call(
@@ -253,4 +272,5 @@ def _call(
         torch.tensor(end, dtype=torch.int32, device=device),
         torch.tensor(places, device=device),
         first,
+        adapters,
     )

@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from glm_core.errors import ConfigError, DataError, GlmCoreError, PromptError, unknown
+from glm_core.model.prompt import Prompt
 from glm_core.model.sample import Sampling
 from glm_core.pretrained.templates import Message
 from glm_core.serve import objects
@@ -84,31 +85,36 @@ def _add_openai_routes(api: FastAPI, engine: Engine, limits: Limits) -> None:
     chat_model, started = engine.chat_model, int(time.time())
     grammars = Grammars(chat_model)
 
-    def require_model(name: str) -> None:
-        if name != chat_model.name:
-            raise HTTPException(404, unknown("model", name, [chat_model.name]))
+    base = {"id": chat_model.name, "object": "model", "created": started, "owned_by": "glm-core"}
+    loras = {n: base | {"id": n, "parent": chat_model.name} for n in engine.adapters}
+    entries = {chat_model.name: base | {"parent": None}} | loras
 
-    entry = {"id": chat_model.name, "object": "model", "created": started, "owned_by": "glm-core"}
+    def require_model(name: str) -> None:
+        if name not in entries:
+            raise HTTPException(404, unknown("model", name, list(entries)))
+
+    def adapted(prompt: Prompt, name: str) -> Prompt:
+        return dataclasses.replace(prompt, adapter=name if name in loras else "")
 
     @api.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [entry]}
+        return {"object": "list", "data": list(entries.values())}
 
     @api.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         require_model(name)
-        return entry
+        return entries[name]
 
     @api.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         require_model(body.model)
-        prompt = chat_model.completion_prompt(body.prompt)
+        prompt = adapted(chat_model.completion_prompt(body.prompt), body.model)
 
         def queue(index: int) -> Reply:
             sampling = body.sampling(body.max_tokens, limits.max_tokens, chat_model, index)
             return Reply(engine, request, prompt, sampling, body.stop_strings)
 
-        head = objects.head("cmpl", "text_completion", chat_model.name)
+        head = objects.head("cmpl", "text_completion", body.model)
         form = objects.Completion(head, chat_model.tokenizer)
         return await _respond(Choices(queue, body.n), form, body)
 
@@ -116,6 +122,7 @@ def _add_openai_routes(api: FastAPI, engine: Engine, limits: Limits) -> None:
     async def chat(body: ChatRequest, request: Request) -> Response:
         require_model(body.model)
         prompt = chat_model.chat_prompt(body.conversation, body.offered_tools)
+        prompt = adapted(prompt, body.model)
         max_tokens = body.max_completion_tokens or body.max_tokens
         schema = body.response_format.schema_of_reply
 
@@ -126,7 +133,7 @@ def _add_openai_routes(api: FastAPI, engine: Engine, limits: Limits) -> None:
             return Reply(engine, request, prompt, sampling, body.stop_strings, strip_start=True)
 
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
-        head = objects.head("chatcmpl", kind, chat_model.name)
+        head = objects.head("chatcmpl", kind, body.model)
         names = [tool["function"]["name"] for tool in body.offered_tools]
         form = objects.Chat(head, chat_model.tokenizer, chat_model.thought, names)
         return await _respond(Choices(queue, body.n), form, body)
@@ -138,7 +145,7 @@ async def _respond(choices: Choices, form: objects.Form, body: OpenAIRequest) ->
         return _stream(choices, form, body)
     chunks = await choices.whole()
     whole = [form.whole(i, chunk) for i, chunk in enumerate(chunks)]
-    usage = objects.usage(choices.num_prompt_tokens, sum(c.num_tokens for c in chunks))
+    usage = objects.usage(choices.prompt_tokens, sum(c.num_tokens for c in chunks))
     return JSONResponse(form.head | {"choices": whole, "usage": usage})
 
 
@@ -203,7 +210,7 @@ def _stream(choices: Choices, form: objects.Form, body: OpenAIRequest) -> Respon
                 num_tokens[index] = chunk.num_tokens
                 yield _event(form.head | {"choices": [form.part(index, chunk)]})
             if with_usage:
-                usage = objects.usage(choices.num_prompt_tokens, sum(num_tokens.values()))
+                usage = objects.usage(choices.prompt_tokens, sum(num_tokens.values()))
                 yield _event(form.head | {"choices": [], "usage": usage})
         except GlmCoreError as error:
             yield _event(error_body(str(error), "server_error"))

@@ -18,7 +18,9 @@ from glm_core.backends import registry
 from glm_core.backends.base import Backend
 from glm_core.errors import GlmCoreError
 from glm_core.model.generate import Decoder, Generation
+from glm_core.model.loras import LoRAs
 from glm_core.model.prompt import Prompt
+from glm_core.model.runner import CHUNK, Runner
 from glm_core.model.sample import Sampling, TokenLogprob
 from glm_core.pretrained.chat_model import ChatModel
 from glm_core.serve.metrics import Metrics
@@ -74,15 +76,20 @@ class Engine:
         slots: int = 16,
         queue: int = 256,
         length: int | None = None,
+        chunk: int = CHUNK,
+        loras: LoRAs | None = None,
     ) -> None:
-        """length: tokens of a slot, prompt and reply together; None: the model's context."""
+        """length: tokens of a slot, prompt and reply together; None: the model's context. chunk:
+        tokens of a prompt that are read at a time; prompts that begin alike share whole chunks.
+        loras: adapters that a prompt may name."""
         self.chat_model, self._backend, self.queue = chat_model, backend, queue
+        self.adapters = loras.names if loras else []
         self.metrics = Metrics()
         with registry.use(backend):
-            vocab = chat_model.tokenizer.vocab
-            self._decoder = Decoder(chat_model.model, slots, length, vocab)
-        self.slots, self.length = slots, self._decoder.runner.length
-        self.cache_bytes = self._decoder.runner.cache.num_bytes
+            runner = Runner(chat_model.model, slots, length, chunk, loras)
+            self._decoder = Decoder(runner, num_ids=chat_model.tokenizer.vocab, reuse=True)
+        self.slots, self.length = slots, runner.length
+        self.cache_bytes = runner.cache.num_bytes
         self._waiting: deque[Ticket] = deque()
         self._running: list[Ticket] = []
         self._changed = threading.Condition()
@@ -205,6 +212,7 @@ class Engine:
                 if not ticket.num_delivered:
                     waited = time.perf_counter() - ticket.arrived
                     self.metrics.first_token_seconds.observe(waited)
+                    self.metrics.reused_tokens.inc(generation.reused or 0)
                 first, ticket.num_delivered = ticket.num_delivered, len(generation.tokens)
                 self.metrics.tokens.inc(len(new))
                 logprobs = generation.logprobs[first : ticket.num_delivered]

@@ -17,6 +17,9 @@ class Metrics:
         )
         self.tokens = Counter("glm_core_tokens", "tokens generated", registry=r)
         self.prompt_tokens = Counter("glm_core_prompt_tokens", "tokens of prompts", registry=r)
+        self.reused_tokens = Counter(
+            "glm_core_reused_tokens", "tokens of prompts that were in the cache", registry=r
+        )
         self.running = Gauge("glm_core_running", "requests that run in a slot", registry=r)
         self.waiting = Gauge("glm_core_waiting", "requests that wait for a slot", registry=r)
         self.first_token_seconds = Histogram(

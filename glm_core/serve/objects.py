@@ -31,12 +31,15 @@ def head(prefix: str, kind: str, model: str) -> Json:
     }
 
 
-def usage(prompt: int, completion: int) -> Json:
-    """Returns the numbers of tokens."""
+def usage(prompt: tuple[int, int], completion: int) -> Json:
+    """Returns the numbers of tokens. prompt: all of the prompt, and those that were in the
+    cache."""
+    total, cached = prompt
     return {
-        "prompt_tokens": prompt,
+        "prompt_tokens": total,
         "completion_tokens": completion,
-        "total_tokens": prompt + completion,
+        "total_tokens": total + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
     }
 
 

@@ -57,6 +57,12 @@ class Reply:
         engine.metrics.prompt_tokens.inc(self.num_prompt_tokens)
         self._disconnect_watch = asyncio.create_task(self._cancel_on_disconnect())
 
+    @property
+    def num_reused_tokens(self) -> int:
+        """Tokens of the prompt that an earlier one had left in the cache; 0 before it is read."""
+        generation = self._ticket.generation
+        return (generation and generation.reused) or 0
+
     async def chunks(self) -> AsyncIterator[Chunk]:
         """Yields the reply as it is generated, fewer chunks if the client is gone. Raises
         GlmCoreError if the model fails."""
@@ -111,9 +117,10 @@ class Choices:
             raise
 
     @property
-    def num_prompt_tokens(self) -> int:
-        """Tokens of the prompt, which all replies share."""
-        return self.replies[0].num_prompt_tokens
+    def prompt_tokens(self) -> tuple[int, int]:
+        """Tokens of the prompt, which all replies share, and how many of them were in the cache
+        when the first reply began."""
+        return self.replies[0].num_prompt_tokens, self.replies[0].num_reused_tokens
 
     async def whole(self) -> list[Chunk]:
         """Returns all complete replies. Raises GlmCoreError if the model fails."""

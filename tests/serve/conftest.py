@@ -14,7 +14,8 @@ import torch
 from glm_core.config import ModelConfig
 from glm_core.data.tokenizer import Tokenizer, train
 from glm_core.model.glm import GLM
-from glm_core.pretrained.chat_model import BlankFillingModel
+from glm_core.pretrained.chat_model import BlankFillingModel, CausalModel
+from glm_core.pretrained.templates import GLM4, ChatTemplate
 from glm_core.pretrained.tokenizers import FastTokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog. 你好，世界 éà 🙂 again and again it runs. "
@@ -34,6 +35,25 @@ def chat_model() -> BlankFillingModel:
             p.copy_(torch.randn(p.shape, generator=g) * std + name.endswith("norm.weight"))
     stop = (tokenizer.eop, tokenizer.eos)
     return BlankFillingModel(model=model, tokenizer=tokenizer, name="small", stop=stop)
+
+
+@pytest.fixture(scope="session")
+def causal_model(chat_tokenizer: FastTokenizer) -> CausalModel:
+    """A causal model of random weights, with GLM-4's chat template."""
+    config = ModelConfig(
+        num_layers=1, hidden=32, num_heads=2, ffn=32, vocab=352, max_length=512, placement="pre"
+    )
+    model, g = GLM(config).requires_grad_(False), torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        p.copy_(torch.randn(p.shape, generator=g))
+    stop = tuple(chat_tokenizer.special[n] for n in ("<|endoftext|>", "<|user|>"))
+    return CausalModel(
+        model=model,
+        tokenizer=chat_tokenizer,
+        name="glm-4",
+        stop=stop,
+        template=ChatTemplate(source=GLM4),
+    )
 
 
 SPECIAL = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
@@ -79,9 +99,15 @@ def serving(
 
     @contextlib.contextmanager
     def serve(
-        slots: int = 4, queue: int = 16, model: BlankFillingModel = chat_model, **limits: Any
+        slots: int = 4,
+        queue: int = 16,
+        model: Any = chat_model,
+        chunk: int = 512,
+        loras: Any = None,
+        **limits: Any,
     ) -> Iterator[Served]:
-        engine = Engine(model, registry.usable("cpu"), slots=slots, queue=queue)
+        how = {"slots": slots, "queue": queue, "chunk": chunk, "loras": loras}
+        engine = Engine(model, registry.usable("cpu"), **how)
         listening = socket.socket()
         listening.bind(("127.0.0.1", 0))
         started = threading.Event()

@@ -13,11 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from glm_core.config import ModelConfig
-from glm_core.model.glm import GLM
-from glm_core.pretrained.chat_model import CausalModel
-from glm_core.pretrained.templates import GLM4, ChatTemplate
-from glm_core.pretrained.tokenizers import FastTokenizer, GLM4Tokenizer
+from glm_core.pretrained.tokenizers import GLM4Tokenizer
 from glm_core.serve.grammar import Grammars
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
@@ -42,34 +38,9 @@ ASK: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def client(serving: Any, chat_tokenizer: FastTokenizer) -> Iterator[Any]:
-    model, g = (
-        GLM(
-            ModelConfig(
-                num_layers=1,
-                hidden=32,
-                num_heads=2,
-                ffn=32,
-                vocab=352,
-                max_length=512,
-                placement="pre",
-            )
-        ),
-        torch.Generator().manual_seed(0),
-    )
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn(p.shape, generator=g))
-    special = chat_tokenizer.special
-    chat_model = CausalModel(
-        model=model.requires_grad_(False),
-        tokenizer=chat_tokenizer,
-        name="glm-4",
-        stop=(special["<|endoftext|>"], special["<|user|>"]),
-        template=ChatTemplate(source=GLM4),
-    )
+def client(serving: Any, causal_model: Any) -> Iterator[Any]:
     with (
-        serving(model=chat_model, max_tokens=400) as served,
+        serving(model=causal_model, max_tokens=400) as served,
         openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client,
     ):
         yield client

@@ -174,11 +174,11 @@ def load_export(args: argparse.Namespace) -> tuple[ChatModel, Runner]:
     from glm_core.errors import ConfigError
     from glm_core.pretrained.load import from_export
 
-    others = ("adapter", "beams", "head_bits", "context", "memory", "offload")
+    others = ("adapter", "beams", "bits", "head_bits", "context", "memory", "offload")
     if any(getattr(args, name) for name in others):
         raise ConfigError(
-            "generate --onnx: cannot be combined with --adapter, --beams, --head-bits, --context, "
-            "--memory or --offload; leave these out"
+            "generate --onnx: cannot be combined with --adapter, --beams, --bits, --head-bits, "
+            "--context, --memory or --offload; leave these out"
         )
     return from_export(args.onnx)
 

@@ -16,7 +16,14 @@ if TYPE_CHECKING:
 
 
 def add_memory(parser: argparse.ArgumentParser) -> None:
-    """Adds --context, --memory, --offload and --bandwidth."""
+    """Adds --bits, --context, --memory, --offload and --bandwidth."""
+    parser.add_argument(
+        "--bits",
+        type=int,
+        metavar="N",
+        help="8 or 4: quantize the layers' linears while they are read, a scale a row; memory "
+        "holds one layer of the others at a time",
+    )
     parser.add_argument(
         "--context",
         type=int,
@@ -48,7 +55,15 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
 def require_memory_options(args: argparse.Namespace) -> None:
     """Raises ConfigError for values that mean nothing."""
     from glm_core.errors import ConfigError
+    from glm_core.model.quantize import Quantization
 
+    if args.bits is not None:
+        Quantization(bits=args.bits)
+        if args.offload:
+            raise ConfigError(
+                "--bits: cannot be combined with --offload; write a quantized checkpoint first "
+                "(glm-core checkpoint convert --bits), or leave one out"
+            )
     if args.context is not None and args.context < 2:
         raise ConfigError(f"--context {args.context} has no room; give 2 tokens or more")
     for name in ("memory", "bandwidth"):
@@ -83,12 +98,14 @@ def load_within_memory(
     from glm_core.pretrained.weights.streaming import load_streamed
 
     dtype = getattr(torch, args.dtype)
-    size = sizes(weights, dtype, head_bits=args.head_bits)
+    size = sizes(weights, dtype, bits=args.bits, head_bits=args.head_bits)
     found = _fit(args, weights, size, device, slots, most_slots)
     layers = streamed_layers(size.num_layers, found.resident)
     if not layers:
         if args.offload:
             print(f"offload: all {size.num_layers} layers fit into memory", file=sys.stderr)
+        if args.bits is not None:
+            return _quantized(weights, dtype, args.bits).to(device), found
         return weights.load(dtype, device, quantized=True), found
     if args.offload == "disk":
         _say_cost(args, weights, size, layers, found, device)
@@ -98,6 +115,22 @@ def load_within_memory(
     model = weights.load(dtype, quantized=True)
     stream_from_host(model, layers, BUFFERS, device)
     return model, found
+
+
+def _quantized(weights: Checkpoint, dtype: torch.dtype, bits: int) -> GLM:
+    """Returns the model with linears that were quantized as they were read. Raises ConfigError
+    where they are codes already, and for widths that do not fit."""
+    from glm_core.errors import ConfigError
+    from glm_core.model.quantize import Quantization, build_quantized, undivided_widths
+
+    how = Quantization(bits=bits)
+    if weights.bits is not None:
+        raise ConfigError(
+            f"--bits {bits}: the checkpoint holds int{weights.bits} codes already; leave it out"
+        )
+    if undivided := undivided_widths(weights.config, how):
+        raise ConfigError(f"--bits: {undivided}")
+    return build_quantized(weights.config, lambda name, _: weights.dense(name), how, dtype)
 
 
 def _fit(
@@ -121,12 +154,13 @@ def _fit(
             f"--offload cpu: backend {args.backend} computes in main memory; use --offload disk"
         )
     longest, ways = weights.config.max_length, {}
-    half = sizes(weights, torch.bfloat16)
+    half = sizes(weights, torch.bfloat16, bits=args.bits)
     if size.token > half.token:
         ways["--dtype bfloat16"] = half
-    if weights.bits is None:
-        smaller = sizes(weights, torch.bfloat16, bits=4)
-        ways["glm-core checkpoint convert --bits 4, then --dtype bfloat16"] = smaller
+    if weights.bits is None and args.bits != 4:
+        convert = "glm-core checkpoint convert --bits 4, then --dtype bfloat16"
+        way = convert if args.offload else "--bits 4 --dtype bfloat16"
+        ways[way] = sizes(weights, torch.bfloat16, bits=4)
     found = fit(
         size,
         free_bytes(device) if args.memory is None else int(args.memory * 1e9),

@@ -76,9 +76,9 @@ class LoRAs:
         if name in self.names:
             raise ConfigError(f"adapter {name}: the name is taken; choose another")
         self.names.append(name)
-        like = {"device": self._base.embedding.device, "dtype": self._base.embedding.dtype}
+        like = self._base.embedding
         for key in (k.removesuffix(".lora_a") for k in state if k.endswith(".lora_a")):
-            a, b = (state[f"{key}.{leaf}"].to(**like) for leaf in ("lora_a", "lora_b"))
+            a, b = (state[f"{key}.lora_{leaf}"].to(like.device, like.dtype) for leaf in "ab")
             self._wrapped(key).pairs[name] = _Pair(a, b, config.alpha / config.rank)
 
     def model_of(self, adapters: Sequence[str]) -> GLM:

@@ -26,6 +26,7 @@ from glm_core.serve.engine import BusyError, Engine, StoppedError
 from glm_core.serve.grammar import Grammars
 from glm_core.serve.limits import Limits, LimitsMiddleware, error_body
 from glm_core.serve.page import PAGE
+from glm_core.serve.parts import Tools
 from glm_core.serve.reply import Choices, Reply
 from glm_core.serve.schema import ChatRequest, CompletionRequest, LegacyRequest, OpenAIRequest
 
@@ -124,18 +125,19 @@ def _add_openai_routes(api: FastAPI, engine: Engine, limits: Limits) -> None:
         prompt = chat_model.chat_prompt(body.conversation, body.offered_tools)
         prompt = adapted(prompt, body.model)
         max_tokens = body.max_completion_tokens or body.max_tokens
-        schema = body.response_format.schema_of_reply
+        wanted = body.wanted
 
         def queue(index: int) -> Reply:
             sampling = body.sampling(max_tokens, limits.max_tokens, chat_model, index)
-            if schema is not None:
-                sampling = dataclasses.replace(sampling, constraint=grammars.json(schema))
+            if not wanted.is_free:
+                constraint = grammars.constraint(wanted)
+                sampling = dataclasses.replace(sampling, constraint=constraint)
             return Reply(engine, request, prompt, sampling, body.stop_strings, strip_start=True)
 
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
         head = objects.head("chatcmpl", kind, body.model)
-        names = [tool["function"]["name"] for tool in body.offered_tools]
-        form = objects.Chat(head, chat_model.tokenizer, chat_model.thought, names)
+        tools = Tools([t.name for t in body.callable_tools], body.tool_choice.type)
+        form = objects.Chat(head, chat_model.tokenizer, chat_model.thought, tools)
         return await _respond(Choices(queue, body.n), form, body)
 
 

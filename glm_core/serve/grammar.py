@@ -1,4 +1,5 @@
-"""Replies in JSON: a grammar forbids every token after which no JSON of the schema can follow.
+"""Replies in a form that the request gives: a grammar forbids every token after which no JSON of
+the schema, or no call of a tool, can follow.
 
 The grammar is llguidance's, an optional package; the tokenizer must have bytes for its tokens
 (tokenizer.json, or GLM-4's tiktoken file)."""
@@ -6,7 +7,10 @@ The grammar is llguidance's, an optional package; the tokenizer must have bytes 
 from __future__ import annotations
 
 import functools
-from typing import Any
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +21,32 @@ from glm_core.pretrained.tokenizers import FastTokenizer, GLM4Tokenizer
 
 BLANKS = {"whitespace_pattern": r"[ \n\r\t]{1,20}"}
 """blanks between JSON's parts; without a limit a model can write them for ever"""
+SPACE = r"[\s\x1c-\x1f]"
+"""what str.strip takes away around a tool's name (parts.parse_call)"""
 
 
-class JsonConstraint:
+ASKED = "response_format, strict tools or tool_choice"
+"""the fields that need a grammar"""
+Json = dict[str, Any]
+
+
+class Wanted(NamedTuple):
+    """What a reply may be."""
+
+    json: Json | None
+    """JSON of this schema; None: any text"""
+    calls: Mapping[str, Json]
+    """or a call of one of these tools, with arguments of these schemas"""
+    must_call: bool
+    """it must be a call"""
+
+    @property
+    def is_free(self) -> bool:
+        """Whether any text will do."""
+        return self.json is None and not self.calls
+
+
+class Grammar:
     """What one reply may still say."""
 
     def __init__(self, matcher: Any, end: int) -> None:
@@ -51,24 +78,32 @@ class Grammars:
     def __init__(self, chat_model: ChatModel) -> None:
         self._chat_model = chat_model
 
-    def json(self, schema: dict[str, Any]) -> JsonConstraint:
-        """Returns the constraint of a reply that is JSON of this schema. Raises ConfigError where
-        llguidance is missing, or does not take the schema or this model."""
-        library, tokenizer = _library(), self._tokenizer
-        grammar = library.LLMatcher.grammar_from_json_schema(schema, overrides=BLANKS)
-        matcher = library.LLMatcher(tokenizer, grammar, log_level=0)
+    def constraint(self, wanted: Wanted) -> Grammar:
+        """Returns the constraint of one reply. Raises ConfigError where llguidance is missing, or
+        does not take a schema or this model."""
+        matcher = _library().LLMatcher(self._tokenizer, lark(wanted), log_level=0)
         if matcher.is_error():
-            fact = matcher.get_error().splitlines()[0]
-            raise ConfigError(f"response_format: {fact}; correct the schema")
-        return JsonConstraint(matcher, self._chat_model.stop[0])
+            raise ConfigError(self._complaint(wanted))
+        return Grammar(matcher, self._chat_model.stop[0])
+
+    def _complaint(self, wanted: Wanted) -> str:
+        """Returns which schema llguidance does not take, and why."""
+        parts = {f"tools.{n}.parameters": Wanted(s, {}, False) for n, s in wanted.calls.items()}
+        if wanted.json is not None:
+            parts["response_format"] = Wanted(wanted.json, {}, False)
+        for subject, part in parts.items():
+            matcher = _library().LLMatcher(self._tokenizer, lark(part), log_level=0)
+            if matcher.is_error():
+                return f"{subject}: {matcher.get_error().splitlines()[0]}; correct the schema"
+        return "response_format, tools: too large together; make the schemas smaller"
 
     @functools.cached_property
     def _tokenizer(self) -> Any:
         model, library = self._chat_model, _library()
         if model.thought == "opened":
             raise ConfigError(
-                "response_format: not supported for a model whose requests open a thought; ask for "
-                "JSON in the message"
+                f"{ASKED}: not supported for a model whose requests open a thought; ask for the "
+                "form in the message"
             )
         stop = list(model.stop)
         match model.tokenizer:
@@ -83,9 +118,34 @@ class Grammars:
                     n_vocab=glm4.vocab,
                 )
         raise ConfigError(
-            "response_format: needs a tokenizer.json or GLM-4's tiktoken file, this model has "
-            "another tokenizer; ask for JSON in the message"
+            f"{ASKED}: needs a tokenizer.json or GLM-4's tiktoken file, this model has another "
+            "tokenizer; ask for the form in the message"
         )
+
+
+def lark(wanted: Wanted) -> str:
+    """Returns the grammar in llguidance's form of Lark. A call is GLM-4's: the tool's name, a line
+    end, JSON. Free text may not begin like a call, so that a call has no other way."""
+    is_text = wanted.json is None and not wanted.must_call
+    rules: dict[str, str] = {}
+    before, behind = (f"{SPACE}*", rf"[{SPACE}--\n]*") if is_text else ("", "")
+    for i, (name, schema) in enumerate(wanted.calls.items()):
+        head = rf"{before}{re.escape(name)}{behind}\n"
+        rules |= {f"HEAD{i}": f"/{head}/", f"call{i}": f"HEAD{i} {_json(schema)}"}
+    starts = [f"call{i}" for i in range(len(wanted.calls))]
+    if wanted.json is not None and not wanted.must_call:
+        rules["json"] = _json(wanted.json)
+        starts.append("json")
+    elif is_text:
+        heads = " | ".join(f"HEAD{i}" for i in range(len(wanted.calls)))
+        rules |= {"CALL": f"({heads}) /(?s:.*)/", "TEXT": "~CALL & /(?s:.*)/"}
+        starts.append("TEXT")
+    rules = {"start": " | ".join(starts), **rules}
+    return "".join(f"{name}: {rule}\n" for name, rule in rules.items())
+
+
+def _json(schema: Json) -> str:
+    return f"%json {json.dumps(schema | {'x-guidance': BLANKS})}"
 
 
 def _library() -> Any:
@@ -93,7 +153,7 @@ def _library() -> Any:
         import llguidance
     except ImportError:
         raise ConfigError(
-            "response_format: llguidance is not installed on the server; pip install "
+            f"{ASKED}: llguidance is not installed on the server; pip install "
             "'glm-core[structured]'"
         ) from None
     return llguidance

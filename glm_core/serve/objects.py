@@ -12,7 +12,7 @@ from typing import Any
 from glm_core.model.sample import TokenLogprob
 from glm_core.pretrained.templates import Thought
 from glm_core.pretrained.tokenizers import TextTokenizer
-from glm_core.serve.parts import Call, Parts, Splitter
+from glm_core.serve.parts import Call, Parts, Splitter, Tools
 from glm_core.serve.reply import Chunk
 
 Json = dict[str, Any]
@@ -103,10 +103,11 @@ class Chat(Form):
     """/v1/chat/completions. A thought and a tool call have fields of their own."""
 
     def __init__(
-        self, head: Json, tokenizer: TextTokenizer, thought: Thought, tools: Sequence[str]
+        self, head: Json, tokenizer: TextTokenizer, thought: Thought, tools: Tools
     ) -> None:
         """thought, tools: see Splitter."""
         super().__init__(head, tokenizer)
+        self._named = tools.choice == "function"
         self._splitters = collections.defaultdict[int, Splitter](lambda: Splitter(thought, tools))
 
     def whole(self, index: int, chunk: Chunk) -> Json:
@@ -135,7 +136,9 @@ class Chat(Form):
         return self._choice(index, "delta", delta, Chunk("", "", 0), Parts())
 
     def _choice(self, index: int, key: str, message: Json, chunk: Chunk, parts: Parts) -> Json:
-        finish = "tool_calls" if parts.call else chunk.finish_reason or None
+        finish = chunk.finish_reason or None
+        if parts.call and finish == "stop" and not self._named:  # OpenAI's: a named one is no news
+            finish = "tool_calls"
         return {
             "index": index,
             key: message,

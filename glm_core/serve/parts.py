@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from glm_core.pretrained.templates import CLOSING, OPENING, Thought
 
@@ -27,14 +27,31 @@ class Parts(NamedTuple):
     call: Call | None = None
 
 
-def parse_call(text: str, tools: Collection[str]) -> Call | None:
+class Tools(NamedTuple):
+    """What a reply may call."""
+
+    names: Collection[str] = ()
+    choice: Literal["none", "auto", "required", "function"] = "auto"
+    """`required`: any of them must be called; `function`: the one that is named"""
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the reply must be a call."""
+        return self.choice in ("required", "function")
+
+
+NO_TOOLS = Tools()
+
+
+def parse_call(text: str, tools: Tools) -> Call | None:
     """Returns the call that a reply consists of, None if it is none. In GLM-4's format a reply is a
-    tool's name, a newline and its arguments as JSON (tokenization_chatglm.py)."""
-    name, _, arguments = text.strip().partition("\n")
-    if name.strip() not in tools:
+    tool's name, a newline and its arguments as JSON (tokenization_chatglm.py). Where the reply must
+    be a call, one that max_tokens cuts is a call with a part of its arguments."""
+    name, line_end, arguments = text.strip().partition("\n")
+    if name.strip() not in tools.names or (tools.must_call and not line_end):
         return None
     try:
-        is_object = isinstance(json.loads(arguments), dict)
+        is_object = tools.must_call or isinstance(json.loads(arguments), dict)
     except ValueError:
         return None
     return (
@@ -48,8 +65,8 @@ class Splitter:
     """Splits the text of one reply as it comes. Text that may still become a tag or a call is held
     back."""
 
-    def __init__(self, thought: Thought, tools: Collection[str] = ()) -> None:
-        """thought: see ChatModel.thought. tools: names of the tools that the reply may call."""
+    def __init__(self, thought: Thought, tools: Tools = NO_TOOLS) -> None:
+        """thought: see ChatModel.thought."""
         self._phase = {"none": "answer", "possible": "start", "opened": "thought"}[thought]
         self._tools, self._held, self._thinking = tools, "", False
 
@@ -62,19 +79,19 @@ class Splitter:
         if self._phase == "after":
             self._held = self._held.lstrip("\n")
             self._phase = "answer" if self._held or last else "after"
-        if self._phase != "answer" or (self._tools and not last and self._may_call()):
+        if self._phase != "answer" or (self._tools.names and not last and self._may_call()):
             return Parts(reasoning)
-        if self._tools and (call := parse_call(self._held, self._tools)):
+        if self._tools.names and (call := parse_call(self._held, self._tools)):
             return Parts(reasoning, call=call)
-        content, self._held, self._tools = self._held, "", ()
+        content, self._held, self._tools = self._held, "", NO_TOOLS
         return Parts(reasoning, content)
 
     def _may_call(self) -> bool:
         """Whether the reply can still become a call."""
         name, line_ends, _ = self._held.lstrip().partition("\n")
         if line_ends:
-            return name.strip() in self._tools
-        return any(tool.startswith(name.strip()) for tool in self._tools)
+            return name.strip() in self._tools.names
+        return any(tool.startswith(name.strip()) for tool in self._tools.names)
 
     def _begin(self, last: bool) -> None:
         """Decides whether the reply begins with a thought, as soon as that can be told."""

@@ -9,10 +9,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from glm_core.errors import ConfigError
+from glm_core.errors import ConfigError, unknown
 from glm_core.model.sample import Sampling
 from glm_core.pretrained.chat_model import ChatModel
 from glm_core.pretrained.templates import Message
+from glm_core.serve.grammar import Wanted
 from glm_core.serve.neutral import NEUTRAL, Strict, plain_message, without_neutral
 
 ROLES = {"developer": "system", "tool": "observation"}
@@ -145,6 +146,17 @@ class Function(Strict):
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
     description: str | None = None
     parameters: dict[str, Any] | None = None
+    strict: bool = False
+
+    @property
+    def arguments_schema(self) -> dict[str, Any]:
+        """The schema of the arguments, which are an object. Raises ConfigError for another type."""
+        schema = {"type": "object", **(self.parameters or {})}
+        if schema["type"] != "object":
+            raise ConfigError(
+                f"tools.{self.name}.parameters.type: must be 'object'; received {schema['type']!r}"
+            )
+        return schema
 
 
 class OfferedTool(Strict):
@@ -153,14 +165,23 @@ class OfferedTool(Strict):
     type: Literal["function"]
     function: Function
 
+
+class NamedFunction(Strict):
+    """The name of a function."""
+
+    name: str
+
+
+class ToolChoice(Strict):
+    """OpenAI's tool_choice; a word alone is its type."""
+
+    type: Literal["none", "auto", "required", "function"] = "auto"
+    function: NamedFunction | None = None
+
     @model_validator(mode="before")
     @classmethod
-    def _not_strict(cls, body: Any) -> Any:
-        if isinstance(body, dict) and isinstance(function := body.get("function"), dict):
-            if function.get("strict"):
-                raise ConfigError("tools.function.strict: not supported here; leave it out")
-            body = {**body, "function": {k: v for k, v in function.items() if k != "strict"}}
-        return body
+    def _word(cls, body: Any) -> Any:
+        return {"type": body} if isinstance(body, str) else body
 
 
 class CalledFunction(Strict):
@@ -249,15 +270,51 @@ class ChatRequest(OpenAIRequest):
 
     @property
     def offered_tools(self) -> list[dict[str, Any]]:
-        """The tools that the reply may call."""
-        offered = self.tools if self.tool_choice == "auto" else []
-        return [tool.model_dump(exclude_none=True) for tool in offered]
+        """The tools that the prompt shows, as chat templates take them."""
+        offered = [] if self.tool_choice.type == "none" else self.tools
+        hidden = {"function": {"strict"}}
+        return [tool.model_dump(exclude_none=True, exclude=hidden) for tool in offered]
+
+    @property
+    def callable_tools(self) -> list[Function]:
+        """The functions that the reply may call. Raises ConfigError for a choice among none."""
+        offered = {tool.function.name: tool.function for tool in self.tools}
+        choice, names = self.tool_choice, list(offered)
+        if choice.type == "none":
+            return []
+        if choice.type == "function":
+            if choice.function is None:
+                raise ConfigError("tool_choice.function: missing; give its name")
+            if choice.function.name not in offered:
+                fact = unknown("function", choice.function.name, names)
+                raise ConfigError(f"tool_choice: {fact}")
+            return [offered[choice.function.name]]
+        if choice.type == "required" and not offered:
+            raise ConfigError("tool_choice: required needs tools; give some, or leave it out")
+        return list(offered.values())
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the reply must be a call."""
+        return self.tool_choice.type in ("required", "function")
+
+    @property
+    def wanted(self) -> Wanted:
+        """What the reply may be. Where it need not be a call, the arguments of a function that is
+        not `strict` are free."""
+        schema, calls = self.response_format.schema_of_reply, {}
+        for function in self.callable_tools:
+            if function.strict or self.must_call:
+                calls[function.name] = function.arguments_schema
+            elif schema is not None:
+                calls[function.name] = {"type": "object"}
+        return Wanted(schema, calls, self.must_call)
 
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     response_format: ResponseFormat = ResponseFormat(type="text")
     tools: list[OfferedTool] = []
-    tool_choice: Literal["none", "auto"] = "auto"
+    tool_choice: ToolChoice = ToolChoice()
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=20)
 

@@ -82,6 +82,8 @@ def test_generate(run_dir: Path, capsys: Any) -> None:
         (["--backend", "cpx"], 2, "did you mean cpu?"),
         (["--beams", "-1"], 2, "num_beams"),
         (["--head-bits", "3"], 2, "bits=3 must be 8 or 4"),
+        (["--bits", "3"], 2, "bits=3 must be 8 or 4"),
+        (["--bits", "4", "--offload", "disk"], 2, "--bits: cannot be combined with --offload"),
         (["--context", "1"], 2, "--context 1 has no room"),
         (["--memory", "-1"], 2, "--memory -1: must be positive"),
         (["--offload", "cpu"], 2, "backend cpu computes in main memory; use --offload disk"),
@@ -110,6 +112,19 @@ def test_offload(run_dir: Path, capsys: Any) -> None:
         assert "of 4 layers come from disk at every step" in said
         assert "at 2 GB/s (as stated)" in said
     assert "all 4 layers fit" in call(capsys, *command, "--offload", "disk")[2]
+
+
+def test_bits_while_loading(run_dir: Path, capsys: Any, tmp_path: Path) -> None:
+    """The text is that of a checkpoint that was converted before."""
+    command = ["checkpoint", "convert", run_dir, tmp_path / "q", "--to", "glm-core", "--bits", 4]
+    assert call(capsys, *command)[0] == 0
+    ask = ["--prompt", "The fox", "--max-tokens", 6, "--memory", 1]
+    _, converted, _ = call(capsys, "generate", "--run", tmp_path / "q", *ask)
+    code, text, said = call(capsys, "generate", "--run", run_dir, *ask, "--bits", 4)
+    assert (code, text, said) == (0, converted, "")
+    code, _, said = call(capsys, "generate", "--run", tmp_path / "q", *ask, "--bits", 4)
+    assert (code, said.count("\n")) == (2, 1)
+    assert "holds int4 codes already; leave it out" in said
 
 
 def test_a_tokenizer_of_another_run_is_refused(run_dir: Path, capsys: Any, tmp_path: Path) -> None:
@@ -203,7 +218,8 @@ def test_serve_refuses_bad_options(run_dir: Path, capsys: Any) -> None:
             (["--port", 99999], "127.0.0.1:99999 cannot be listened on"),
             (["--host", "no such host"], "cannot be listened on"),
             (["--context", -5], "--context -5 has no room"),
-            (["--slots", 0], "--slots, --max-tokens and --max-body must be positive"),
+            (["--slots", 0], "--slots, --max-tokens, --max-body and --chunk must"),
+            (["--lora", "a"], "--lora a; give NAME=PATH, each name once"),
         ]:
             code, _, err = call(capsys, "serve", "--run", run_dir, *more)
             assert (code, err.count("\n")) == (2, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import sys
 import types
@@ -13,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from glm_core.pretrained.templates import GLM4, ChatTemplate
 from glm_core.pretrained.tokenizers import GLM4Tokenizer
-from glm_core.serve.grammar import Grammars
+from glm_core.serve.grammar import Grammars, Wanted
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 openai = pytest.importorskip("openai", reason="openai's client is not installed")
@@ -37,6 +39,12 @@ ASK: dict[str, Any] = {
 }
 
 
+TOOLS: list[Any] = [
+    {"type": "function", "function": {"name": "find", "parameters": SCHEMA, "strict": True}},
+    {"type": "function", "function": {"name": "a.b"}},
+]
+
+
 @pytest.fixture(scope="module")
 def client(serving: Any, causal_model: Any) -> Iterator[Any]:
     with (
@@ -44,6 +52,12 @@ def client(serving: Any, causal_model: Any) -> Iterator[Any]:
         openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client,
     ):
         yield client
+
+
+def wanted(**more: Any) -> Wanted:
+    from glm_core.serve.schema import ChatRequest
+
+    return ChatRequest(**ASK, **more).wanted
 
 
 def reply(client: Any, **more: Any) -> Any:
@@ -101,6 +115,85 @@ def test_without_the_grammar_library(client: Any, monkeypatch: pytest.MonkeyPatc
     assert reply(client, response_format={"type": "text"}, max_tokens=3).message.content
 
 
+def test_calls_that_must_come(serving: Any, causal_model: Any) -> None:
+    """A model of random weights calls a tool when it must, with arguments of its schema. A call
+    that max_tokens cuts has a part of them."""
+    pytest.importorskip("llguidance", reason="the extra `structured` is not installed")
+    template = "{% for t in tools %}{{ t.function | tojson }}{% endfor %}" + GLM4
+    model = dataclasses.replace(causal_model, template=ChatTemplate(source=template))
+    asked = {**ASK, "tools": TOOLS, "seed": 2}
+    with (
+        serving(model=model, max_tokens=400) as served,
+        openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        ended = {"required": "tool_calls", "find": "stop"}
+        for name, finish in ended.items():
+            named = {"type": "function", "function": {"name": name}}
+            choice = named if name != "required" else name
+            whole = client.chat.completions.create(**asked, tool_choice=choice).choices[0]
+            [call] = whole.message.tool_calls
+            assert (whole.finish_reason, whole.message.content) == (finish, None)
+            assert call.function.name in ("find", "a.b")
+            assert name in ("required", call.function.name)
+            if call.function.name == "find":
+                assert json.loads(call.function.arguments)["word"] in ("fox", "dog")
+            streamed = client.chat.completions.create(**asked, tool_choice=choice, stream=True)
+            calls = [c for p in streamed for c in p.choices[0].delta.tool_calls or []]
+            assert [c.function.model_dump() for c in calls] == [call.function.model_dump()]
+        cut = client.chat.completions.create(**{**asked, "max_tokens": 9}, tool_choice=named)
+        assert cut.choices[0].finish_reason == "length"
+        assert cut.choices[0].message.tool_calls[0].function.name == "find"
+        wrong = {"name": "x", "parameters": {"properties": {"a": {"type": "int?"}}}}
+        bad = {**ASK, "tools": [{"type": "function", "function": wrong}]}
+        with pytest.raises(openai.BadRequestError, match=r"tools\.x\.parameters: .*correct the"):
+            client.chat.completions.create(**bad, tool_choice="required")
+        wrong["parameters"] = {"type": "array"}
+        with pytest.raises(openai.BadRequestError, match="must be 'object'; received 'array'"):
+            client.chat.completions.create(**bad, tool_choice="required")
+
+
+@pytest.mark.parametrize(
+    ("text", "begins"),
+    [
+        ('find\n{"word": "fox", "count": 1, "list": []}', ""),
+        ('find\n{"word": "cat', 'find\n{"word": "'),
+        ("find\n[", "find\n"),
+        (" find \n[", " find \n"),
+        ("\u3000find\n[", "\u3000find\n"),
+        ("find it", ""),
+        ("finds\n[", ""),
+        ("a.b\n[", ""),
+        ("hello\nfind\n[", ""),
+    ],
+)
+def test_strict_functions(causal_model: Any, text: str, begins: str) -> None:
+    """With `auto` a reply is any text, or a call of the schema where the function is strict.
+    begins: what of the text is allowed; empty: all."""
+    pytest.importorskip("llguidance", reason="the extra `structured` is not installed")
+    constraint = Grammars(causal_model).constraint(wanted(tools=TOOLS))
+    said = ""
+    for character in text:
+        for token in causal_model.tokenizer.encode(character):
+            logits = torch.zeros(causal_model.tokenizer.vocab)
+            constraint.restrict(logits)
+            if not logits[token].isfinite():
+                assert said == begins
+                return
+            constraint.accept(token)
+        said += character
+    assert begins == ""
+
+
+def test_json_beside_tools(causal_model: Any) -> None:
+    """With a response_format a reply is JSON or a call, of any arguments where not strict."""
+    asked: dict[str, Any] = {"tools": TOOLS, "response_format": FORMAT}
+    calls: dict[str, Any] = {"find": SCHEMA, "a.b": {"type": "object"}}
+    assert wanted(**asked) == Wanted(SCHEMA, calls, False)
+    assert wanted(**asked, tool_choice="none") == Wanted(SCHEMA, {}, False)
+    assert wanted(**asked, tool_choice="required") == Wanted(SCHEMA, calls, True)
+    assert wanted(tools=TOOLS[1:]).is_free
+
+
 def test_the_tiktoken_file_of_glm_4(tmp_path: Path) -> None:
     """After `true` only the tokens that end a reply are left."""
     pytest.importorskip("llguidance", reason="the extra `structured` is not installed")
@@ -111,7 +204,7 @@ def test_the_tiktoken_file_of_glm_4(tmp_path: Path) -> None:
     tokenizer = GLM4Tokenizer(tmp_path / "tokenizer.model", {})
     stop = (tokenizer.special["<|endoftext|>"], tokenizer.special["<|user|>"])
     chat_model: Any = types.SimpleNamespace(tokenizer=tokenizer, stop=stop, thought="none")
-    constraint = Grammars(chat_model).json({"type": "boolean"})
+    constraint = Grammars(chat_model).constraint(Wanted({"type": "boolean"}, {}, False))
     shown = []
     for token in (256, 257):
         logits = torch.zeros(tokenizer.vocab)

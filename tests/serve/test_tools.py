@@ -16,7 +16,7 @@ from glm_core.model.glm import GLM
 from glm_core.pretrained.chat_model import CausalModel
 from glm_core.pretrained.templates import ChatTemplate
 from glm_core.pretrained.tokenizers import FastTokenizer
-from glm_core.serve.parts import Splitter, parse_call
+from glm_core.serve.parts import Splitter, Tools, parse_call
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 openai = pytest.importorskip("openai", reason="openai's client is not installed")
@@ -120,8 +120,16 @@ def test_tools_that_are_not_asked_for(say: Any) -> None:
     plain = client.chat.completions.create(**asked, tool_choice="none").choices[0]
     assert (plain.message.content, plain.finish_reason) == (CALL, "stop")
     assert "roots" not in prompts[0]
-    with pytest.raises(openai.BadRequestError, match="tool_choice: must be 'none' or 'auto'"):
-        client.chat.completions.create(**asked, tool_choice="required")
+    for choice, fact in (
+        ("maybe", "tool_choice.type: must be 'none', 'auto', 'required' or 'function'"),
+        ({"type": "function", "function": {"name": "root"}}, "unknown function 'root'; known: roo"),
+        ({"type": "function"}, "tool_choice.function: missing; give its name"),
+        ({"type": "allowed_tools"}, "must be 'none', 'auto', 'required' or 'function'"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=fact):
+            client.chat.completions.create(**asked, tool_choice=choice)
+    with pytest.raises(openai.BadRequestError, match="required needs tools; give some"):
+        client.chat.completions.create(**{**asked, "tools": []}, tool_choice="required")
     called = client.chat.completions.create(**asked).choices[0]
     assert called.message.content is None
     assert called.message.tool_calls[0].function.name == "roots"
@@ -176,5 +184,5 @@ def test_any_pieces_give_the_same_parts(
 
 def test_what_is_no_call() -> None:
     for text in ("roots", "roots\n[1]", "roots\n{", "other\n{}", "a\nroots\n{}", "\n{}"):
-        assert parse_call(text, ["roots"]) is None
-    assert parse_call(" roots \n {}\n", ["roots"])[1:] == ("roots", "{}")  # type: ignore[index]  # it is a call
+        assert parse_call(text, Tools(["roots"])) is None
+    assert parse_call(" roots \n {}\n", Tools(["roots"]))[1:] == ("roots", "{}")  # type: ignore[index]  # it is a call

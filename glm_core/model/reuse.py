@@ -75,6 +75,7 @@ class Reuse:
         held, chunk = self._held[slot], self._runner.chunk
         if prompt.sep or held.adapter != prompt.adapter:
             return 0
-        most = min(len(held.tokens), (len(prompt.tokens) - 1) // chunk * chunk)
-        ends = range(most, 0, -chunk)
-        return next((n for n in ends if held.tokens[:n] == prompt.tokens[:n]), 0)
+        pairs = enumerate(zip(held.tokens, prompt.tokens, strict=False))
+        most = min(len(held.tokens), len(prompt.tokens) - 1)
+        alike = next((i for i, (a, b) in pairs if a != b), most)
+        return min(alike, most) // chunk * chunk

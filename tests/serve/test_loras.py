@@ -52,7 +52,7 @@ def client(serving: Any, causal_model: Any) -> Iterator[Any]:
         loras.add(name, config, adapter_state(adapted(causal_model, name).model))
     with (
         serving(model=causal_model, chunk=CHUNK, loras=loras) as served,
-        openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client,
+        openai.OpenAI(base_url=f"{served.url}/v1", api_key="none") as client,
     ):
         yield client
 

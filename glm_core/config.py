@@ -88,6 +88,8 @@ class ModelConfig:
     """tokens the model was trained with before it was stretched; with scaling, 0 = max_length"""
     rope_attention_factor: float = 1.0
     """YaRN's factor on cos and sin"""
+    rope_score_factor: float = 1.0
+    """YaRN's factor on the scores of latent attention (DeepSeek's mscale, squared)"""
     rope_low_rotations: float = 1.0
     """pairs that turn less often over the original length are stretched whole (YaRN's beta_slow,
     Llama 3's low_freq_factor)"""
@@ -102,6 +104,39 @@ class ModelConfig:
     """biases on attention output and feed-forward"""
     qkv_bias: bool = True
     tied_head: bool = True
+    qk_norm: bool = False
+    """RMS norm of every head of q and k before the rotation (GLM-4.5 and later)"""
+    kv_latent: int = 0
+    """width of the latent that keys and values are made from; 0 = no latent attention. With it
+    `head_dim` is that of q and k, and `qkv_bias` stands for biases on the two products down to the
+    latents and on the output (GLM-4.7-Flash: 512)"""
+    q_latent: int = 0
+    """width of the latent that queries are made from; 0 = they are made from the hidden state"""
+    rope_head_dim: int = 0
+    """rotated dimensions at the end of a head of latent attention; all heads share the keys'"""
+    value_head_dim: int = 0
+    """a value head's size in latent attention; 0 = head_dim"""
+    num_experts: int = 0
+    """experts of a sparse layer that the router chooses from; 0 = every layer is dense"""
+    experts_per_token: int = 0
+    """experts that the router chooses for a token"""
+    expert_ffn: int = 0
+    """inner width of one expert"""
+    num_shared_experts: int = 0
+    """experts that every token passes, fused into one"""
+    num_dense_layers: int = 0
+    """dense layers before the first sparse one"""
+    expert_groups: int = 1
+    """groups of experts; the router keeps `top_groups` of them for a token"""
+    top_groups: int = 1
+    expert_scale: float = 1.0
+    """factor on the weights of a token's experts"""
+    normalize_experts: bool = True
+    """whether a token's weights are divided by their sum"""
+    num_mtp_layers: int = 0
+    """layers after the last one, each of which predicts one token further ahead"""
+    mtp_weight: float = 0.3
+    """weight of the further tokens' loss in training (GLM-4.5: 0.3, at the end 0.1)"""
     qk_layer_scaling: bool = False
     """divide scores by the layer's number, and multiply them by it after the mask (GLM-130B,
     ChatGLM-6B)"""
@@ -117,12 +152,16 @@ class ModelConfig:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
         if derived:
             object.__setattr__(self, "head_dim", self.hidden // max(self.num_heads, 1))
+        if self.kv_latent and not self.value_head_dim:
+            object.__setattr__(self, "value_head_dim", self.head_dim)
         sizes = "num_layers hidden num_heads num_kv_heads head_dim ffn vocab max_length"
         if self.rope_scaling != "none" and not self.rope_original_length:
             object.__setattr__(self, "rope_original_length", self.max_length)
         check(
             self,
             positive(f"{sizes} rope_attention_factor"),
+            self._expert_rules() if self.num_experts else self._dense_rules(),
+            self._latent_rules(),
             {
                 "num_heads": not derived
                 or self.hidden % max(self.num_heads, 1) == 0
@@ -140,6 +179,8 @@ class ModelConfig:
                 "init_std": 0 <= self.init_std < math.inf or "must not be negative",
                 "embedding_gradient_shrink": 0 <= self.embedding_gradient_shrink <= 1
                 or "must lie in [0, 1]",
+                "num_mtp_layers": self.num_mtp_layers >= 0 or "must not be negative",
+                "mtp_weight": 0 <= self.mtp_weight < math.inf or "must not be negative",
                 "pb_relax": 0 <= self.pb_relax < math.inf or "must be 0 (off) or positive",
                 "placement": (self.placement, self.norm)
                 not in {("deepnorm", "rms"), ("sandwich", "layer")}
@@ -148,18 +189,84 @@ class ModelConfig:
             },
         )
 
+    def _expert_rules(self) -> dict[str, Any]:
+        """Returns the rules of `check` for sparse layers."""
+        n, g = self.num_experts, max(self.expert_groups, 1)
+        each = n // g
+        left = self.top_groups * each
+        groups = f"top_groups={self.top_groups} of {g} groups of {each}"
+        return {
+            **positive("num_experts expert_ffn"),
+            "expert_groups": (self.expert_groups > 0 and n % g == 0 and each >= 2)
+            or f"must divide num_experts={n} into groups of 2 or more",
+            "top_groups": 0 < self.top_groups <= g or f"must lie in 1 ... expert_groups={g}",
+            "experts_per_token": 0 < self.experts_per_token <= left
+            or f"must lie in 1 ... {left}: {groups} experts are left to choose from",
+            "num_dense_layers": 0 <= self.num_dense_layers <= self.num_layers
+            or f"must lie in 0 ... num_layers={self.num_layers}",
+            "num_shared_experts": self.num_shared_experts >= 0 or "must not be negative",
+            "expert_scale": 0 < self.expert_scale < math.inf or "must be positive",
+            "activation": self.activation != "gelu"
+            or "is not gated, and experts are; use swiglu or geglu",
+        }
+
+    def _dense_rules(self) -> dict[str, Any]:
+        """Returns the rules of `check` for a model without experts."""
+        names = ("experts_per_token", "expert_ffn", "num_shared_experts", "num_dense_layers")
+        return {name: not getattr(self, name) or "needs num_experts" for name in names}
+
+    def _latent_rules(self) -> dict[str, Any]:
+        """Returns the rules of `check` for latent attention, or for attention without it."""
+        if not self.kv_latent:
+            names = ("q_latent", "rope_head_dim", "value_head_dim")
+            scored = {"rope_score_factor": self.rope_score_factor == 1 or "needs kv_latent"}
+            return {n: not getattr(self, n) or "needs kv_latent" for n in names} | scored
+        return {
+            **positive("kv_latent value_head_dim"),
+            "q_latent": self.q_latent >= 0 or "must not be negative",
+            "rope_head_dim": 0 < self.rope_head_dim < self.head_dim
+            or f"must lie in 1 ... head_dim - 1 = {self.head_dim - 1}",
+            "rope_fraction": self.rope_fraction == 1
+            or "must be 1 with kv_latent: rope_head_dim says it",
+            "num_kv_heads": self.num_kv_heads == self.num_heads
+            or f"must be num_heads={self.num_heads} with kv_latent",
+            "rope_score_factor": self.rope_score_factor == 1
+            or (1 < self.rope_score_factor < math.inf and self.rope_scaling == "yarn")
+            or "must be at least 1, and more needs rope_scaling=yarn",
+            "positions": self.positions == "rope" or "must be rope with kv_latent",
+            "qk_norm": not self.qk_norm or "is not defined with kv_latent",
+        }
+
+    @property
+    def key_heads(self) -> int:
+        """Returns the heads that the cache holds of a token: one with latent attention."""
+        return 1 if self.kv_latent else self.num_kv_heads
+
+    @property
+    def key_dim(self) -> int:
+        """Returns the size of a head in the cache. With latent attention it is the latent, which
+        stands for keys and values both, and the rotated part of the key."""
+        return self.kv_latent + self.rope_head_dim if self.kv_latent else self.head_dim
+
+    @property
+    def cache_parts(self) -> int:
+        """Returns the tensors that the cache holds of a layer: keys and values, or latents only."""
+        return 1 if self.kv_latent else 2
+
     @property
     def rotary_dim(self) -> int:
         """Returns the rotated dimensions of a head per position row. An odd number is rotated in
         pairs as the even one above it, as transformers does."""
-        return int(self.head_dim * self.rope_fraction) // (2 if self.positions == "rope_2d" else 1)
+        whole = self.rope_head_dim if self.kv_latent else self.head_dim
+        return int(whole * self.rope_fraction) // (2 if self.positions == "rope_2d" else 1)
 
     def _rotary_rule(self) -> bool | str:
         """Returns the rule of `check` for the rotated dimensions."""
         if self.positions == "learned_2d" or not 0 < self.rope_fraction <= 1:
             return True
         dim, rows = self.rotary_dim, 2 if self.positions == "rope_2d" else 1
-        fits = dim and rows * (dim + dim % 2) <= self.head_dim
+        whole = self.rope_head_dim if self.kv_latent else self.head_dim
+        fits = dim and rows * (dim + dim % 2) <= whole
         if not fits or (rows == 2 and int(self.head_dim * self.rope_fraction) % 4):
             return f"gives {dim} rotated dimensions; they must be even"
         if self.rope_scaling != "none" and (rows == 2 or dim % 2 or dim < 4):
@@ -168,6 +275,17 @@ class ModelConfig:
                 f"rope_scaling={self.rope_scaling} needs one row of an even number, 4 or more"
             )
         return True
+
+
+def require_dense(config: ModelConfig, subject: str) -> None:
+    """Raises ConfigError for a model with experts, latent attention, norms of the heads or
+    multi-token prediction, which the subject cannot do."""
+    names = ("num_experts", "kv_latent", "qk_norm", "num_mtp_layers")
+    if found := [f"{n}={getattr(config, n)}" for n in names if getattr(config, n)]:
+        raise ConfigError(
+            f"{subject}: not possible with {', '.join(found)}; use a model without, for example "
+            "glm-4-9b"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

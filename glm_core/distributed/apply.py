@@ -31,7 +31,8 @@ from glm_core.distributed.pipeline import Stage
 from glm_core.distributed.plan import Plan, stages_of
 from glm_core.distributed.tensor_parallel import Ranks
 from glm_core.distributed.zero import sum_gradients
-from glm_core.model.glm import GLM, initial_value
+from glm_core.model.glm import GLM
+from glm_core.model.initial import initial_value
 
 
 class Share(nn.ModuleList):

@@ -131,6 +131,7 @@ def require_fit(
 
     world: processes there are; global_batch: sequences a step; length: tokens a sequence."""
     rows, t = plan.dp * plan.micro_batches, plan.tp
+    dense = not (model.num_experts or model.kv_latent or model.qk_norm or model.num_mtp_layers)
     rules = {
         f"tp * pp * dp = {plan.world} processes, started {world}; start {plan.world}, or set "
         f"dp={max(1, world // (plan.tp * plan.pp))}": plan.world == world,
@@ -138,6 +139,9 @@ def require_fit(
         + divisors(model.num_heads): model.num_heads % t == 0,
         f"tp={t} does not divide num_kv_heads={model.num_kv_heads}; use "
         + divisors(model.num_kv_heads): model.num_kv_heads % t == 0,
+        f"tp={t}, pp={plan.pp}, zero={plan.zero}: a model with experts, latent attention or "
+        "multi-token prediction is trained by dp only; use tp=1,pp=1,zero=0": dense
+        or (t, plan.pp, plan.zero) == (1, 1, 0),
         f"tp={t} does not divide ffn={model.ffn}; pad ffn": model.ffn % t == 0,
         f"tp={t} does not divide vocab={model.vocab}; pad vocab": model.vocab % t == 0,
         f"pp * virtual = {plan.stages} stages exceed num_layers={model.num_layers}; use "

@@ -16,7 +16,7 @@ from glm_core import ops
 from glm_core.config import ModelConfig
 from glm_core.distributed import collectives
 from glm_core.distributed.vocabulary import parallel_cross_entropy
-from glm_core.model.glm import Block, Linear
+from glm_core.model.glm import MLP, Attention, Block, Linear
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -83,6 +83,8 @@ def part_of(config: ModelConfig, tp: int) -> ModelConfig:
 
 def share(block: Block, ranks: Ranks) -> None:
     """Makes the projections of a block of a rank's sizes communicate."""
+    assert isinstance(block.attention, Attention)  # plan.require_fit refuses the others
+    assert isinstance(block.mlp, MLP)
     block.attention.qkv = ColumnLinear(block.attention.qkv, ranks)
     block.attention.out = RowLinear(block.attention.out, ranks)
     block.mlp.up = ColumnLinear(block.mlp.up, ranks)

@@ -107,6 +107,11 @@ def _require_exportable(model: GLM) -> None:
             "export: rope_scaling=dynamic changes the frequencies with a text's length, and a "
             "graph holds one set; export with linear, yarn or llama3 scaling"
         )
+    if model.config.num_experts or model.config.kv_latent:
+        raise UnsupportedOpError(
+            "export: a graph holds neither experts nor latents yet; export a model with dense "
+            "layers and plain attention"
+        )
     if hasattr(model, "prefix"):
         raise UnsupportedOpError(
             "export: the model has a prefix (P-Tuning); export the base, and feed the prefix as "

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from glm_core import ops
 from glm_core.config import ModelConfig, check, positive
 from glm_core.errors import ConfigError
-from glm_core.model.glm import GLM, LINEARS, normal_draw
+from glm_core.model.glm import GLM, LINEARS
+from glm_core.model.initial import normal_draw
 from glm_core.model.prefix import Prefix, values_width
 
 
@@ -116,6 +117,8 @@ def attach(model: GLM, config: AdapterConfig, seed: int = 0) -> GLM:
 def _attach_prefix(model: GLM, config: AdapterConfig, seed: int) -> None:
     """Adds a prefix. With a projection, table and linear layers start with the variances of torch's
     own Embedding and Linear, as ChatGLM's do."""
+    if model.config.kv_latent:
+        raise ConfigError("adapters: a prefix needs keys and values; with latents use kind=lora")
     width = config.table_width(model.config)
     prefix = Prefix(model.config, config.prefix_length, width, config.dropout)
     for name, parameter in prefix.named_parameters():
@@ -130,9 +133,14 @@ def _attach_prefix(model: GLM, config: AdapterConfig, seed: int) -> None:
 def _attach_lora(model: GLM, config: AdapterConfig, seed: int) -> None:
     with torch.device("meta"):
         shapes = {n: tuple(p.shape) for n, p in GLM(model.config).named_parameters()}
-    for i in range(len(model.blocks)):
-        for target in config.targets.split():
-            name = f"blocks.{i}.{target}"
+    for target in config.targets.split():
+        names = [f"blocks.{i}.{target}" for i in range(model.config.num_layers)]
+        names = [n for n in names if f"{n}.weight" in shapes]
+        if not names:
+            raise ConfigError(
+                f"adapters: no layer of the model has {target}; choose another target"
+            )
+        for name in names:
             rows, columns = shapes[f"{name}.weight"]
             base = model.get_submodule(name)
             lora = LoRA(base, (rows, columns), config)

@@ -1,6 +1,7 @@
 """Holds the keys and values of generated sequences in static memory, one slot per sequence.
 
-Shapes: B rows of a call, L tokens of a row, S tokens that a slot holds, K kv heads, E head dim."""
+Shapes: B rows of a call, L tokens of a row, S tokens that a slot holds, K kv heads, E head dim, Q
+tensors of a layer: keys and values, or the latents of latent attention (K = 1)."""
 
 from __future__ import annotations
 
@@ -11,8 +12,9 @@ from glm_core.config import ModelConfig
 
 
 class Cache:
-    """Keys and values of `slots` sequences of at most `length` tokens, allocated once. Storage is
-    [slots, K, S, E], so that a head's keys are contiguous; attention sees transposed views."""
+    """Keys and values, or latents, of `slots` sequences of at most `length` tokens, allocated once.
+    Storage is [slots, K, S, E], so that a head's keys are contiguous; attention sees transposed
+    views."""
 
     def __init__(
         self,
@@ -23,10 +25,11 @@ class Cache:
         device: torch.device | str = "cpu",
     ) -> None:
         self.slots, self.length = slots, length
-        shape = (config.num_layers, 2, slots, config.num_kv_heads, length, config.head_dim)
+        c = config
+        shape = (c.num_layers, c.cache_parts, slots, c.key_heads, length, c.key_dim)
         # zeros: a reference multiplies what it hides by 0, which leaves a NaN a NaN
         self.memory = torch.zeros(shape, dtype=dtype, device=device)
-        """[layers, 2, slots, K, S, E]: keys, then values"""
+        """[layers, Q, slots, K, S, E]: keys, then values"""
 
     @property
     def num_bytes(self) -> int:
@@ -48,7 +51,7 @@ class Window:
     """A cache as one call of the model sees it."""
 
     def __init__(self, memory: Tensor, places: Tensor) -> None:
-        self._memory = memory  # [layers, 2, B, K, S, E]
+        self._memory = memory  # [layers, Q, B, K, S, E]
         self._places = places  # [B, L]
         self._rows = torch.arange(len(places), device=places.device)[:, None]
 
@@ -64,3 +67,9 @@ class Window:
         keys[self._rows, self._places] = k
         values[self._rows, self._places] = v
         return keys, values
+
+    def append_latent(self, layer: int, latent: Tensor) -> Tensor:
+        """Does the same for latents [B, L, 1, E] -> [B, S, 1, E]."""
+        latents: Tensor = self._memory[layer, 0].transpose(1, 2)  # [B, S, 1, E]
+        latents[self._rows, self._places] = latent
+        return latents

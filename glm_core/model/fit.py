@@ -44,7 +44,8 @@ class Sizes(NamedTuple):
 
 def token_bytes(config: ModelConfig, value_bytes: int) -> int:
     """Returns the cache's bytes for one token of one sequence."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * value_bytes
+    c = config
+    return c.cache_parts * c.num_layers * c.key_heads * c.key_dim * value_bytes
 
 
 class Fit(NamedTuple):

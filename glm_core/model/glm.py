@@ -1,8 +1,11 @@
-"""The one model of the family: GLM, GLM-130B, ChatGLM, GLM-4 and GLM-4-0414, told apart by
-ModelConfig alone.
+"""The one model of the family: GLM, GLM-130B, ChatGLM, GLM-4, GLM-4-0414, and GLM-4.5 to GLM-4.7
+with experts and latent attention, told apart by ModelConfig alone. GLM-5's sparse attention
+(`glm_moe_dsa`) would be a third attention beside `Attention` and `LatentAttention`.
 
 Shapes: B batch, L sequence, D width, H heads, K kv heads, E head dim, F ffn width, V vocabulary,
-G position rows that are rotated, P pairs of rotated dimensions per row.
+G position rows that are rotated, P pairs of rotated dimensions per row. Sparse layers: N tokens of
+the batch, X experts, T experts of a token. Latent attention: C width of the keys' and values'
+latent, R rotated dimensions of a head, U value head dim, S keys.
 
 Between blocks two tensors travel: `delta`, the last branch's output, and `residual`. Their sum
 delta + alpha * residual is the residual stream x of the papers (alpha = 1 except DeepNorm); the
@@ -10,22 +13,35 @@ next norm forms it in one fused op."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
 from glm_core import ops
 from glm_core.config import ModelConfig
-from glm_core.errors import ShapeError
+from glm_core.errors import ConfigError, ShapeError
 from glm_core.model.cache import Window
+from glm_core.model.initial import initial_value
 from glm_core.model.rotary import rotary_angles
+from glm_core.ops.precision import wide
 
 LINEARS = ("attention.qkv", "attention.out", "mlp.up", "mlp.down")
-"""the linear layers of a block, by name below it: GLM-130B and ChatGLM-6B quantise these, and
+"""the linear layers of a dense block, by name below it: GLM-130B and ChatGLM-6B quantise these, and
 adapters sit on them"""
+QUANTIZED = (
+    *LINEARS,
+    *("attention.q", "attention.q_a", "attention.q_b", "attention.kv_a"),
+    *("mlp.shared.up", "mlp.shared.down", "mlp.experts_up", "mlp.experts_down"),
+)
+"""the linear layers of any block that quantisation makes codes of. Decoding from latents needs
+the values of `attention.kv_b`, and a router is float32"""
+LATENT_EPS = 1e-6
+"""of the norms of both latents, whatever `norm_eps` is (transformers, Glm4MoeLiteAttention)"""
+Rotary = tuple[Tensor, Tensor]
+"""cos and sin [B, L, G, P]"""
 
 
 class Linear(nn.Module):
@@ -41,13 +57,15 @@ class Linear(nn.Module):
 
 
 class Norm(nn.Module):
-    """RMS or layer norm, alone or of `delta + alpha * residual`."""
+    """RMS or layer norm over the last dimension, alone or of `delta + alpha * residual`."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, width: int = 0, eps: float = 0.0) -> None:
+        """width and eps: of another norm than that of the hidden state."""
         super().__init__()
-        self.eps = config.norm_eps
-        self.weight = nn.Parameter(torch.empty(config.hidden))
-        self.bias = nn.Parameter(torch.empty(config.hidden)) if config.norm == "layer" else None
+        width = width or config.hidden
+        self.eps = eps or config.norm_eps
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width)) if config.norm == "layer" else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bias is None:
@@ -65,21 +83,23 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Fused QKV projection (rows: all q heads, then k, then v), rotation, attention, output
-    projection."""
+    """Fused QKV projection (rows: all q heads, then k, then v), norms of the heads where the model
+    has them, rotation, attention, output projection."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
         heads = config.num_heads + 2 * config.num_kv_heads
         self.qkv = Linear(config.hidden, heads * config.head_dim, config.qkv_bias)
+        self.q_norm = Norm(config, config.head_dim) if config.qk_norm else None
+        self.k_norm = Norm(config, config.head_dim) if config.qk_norm else None
         self.out = Linear(config.num_heads * config.head_dim, config.hidden, config.linear_bias)
         self.core: Callable[..., Tensor] = ops.attention
 
     def forward(
         self,
         x: Tensor,
-        rotary: tuple[Tensor, Tensor] | None,
+        rotary: Rotary | None,
         key_start: Tensor,
         key_end: Tensor,
         cache: Window | None = None,
@@ -89,6 +109,9 @@ class Attention(nn.Module):
         qk, v = qkv.split_with_sizes(
             (c.num_heads + c.num_kv_heads, c.num_kv_heads), 2
         )  # [B, L, H + K, E], [B, L, K, E]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = qk.split_with_sizes((c.num_heads, c.num_kv_heads), 2)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), 2)  # [B, L, H + K, E]
         if rotary is not None:
             qk = ops.rope(qk, *rotary, c.rope_interleaved)
         q, k = qk.split_with_sizes((c.num_heads, c.num_kv_heads), 2)  # [B, L, H | K, E]
@@ -101,20 +124,191 @@ class Attention(nn.Module):
         return self.out(y.flatten(2))  # [B, L, H * E] -> [B, L, D]
 
 
+class LatentAttention(nn.Module):
+    """Multi-head latent attention (DeepSeek-AI 2024, DeepSeek-V2, section 2.1). Keys and values of
+    all heads are made from one latent of C numbers a token, and one rotated key part of R.
+
+    Without a cache they are made for every head. A cache holds only latent and rotated part, C + R
+    numbers a token. Then the product that makes the keys is applied to the query instead, and the
+    one that makes the values to the result: all heads share one key head of C + R, and its first C
+    numbers are the value."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        c, bias = config, config.qkv_bias
+        self.plain = c.head_dim - c.rope_head_dim  # dimensions of a head that are not rotated
+        heads = c.num_heads * c.head_dim
+        if c.q_latent:
+            self.q_a = Linear(c.hidden, c.q_latent, bias)
+            self.q_a_norm = Norm(c, c.q_latent, LATENT_EPS)
+            self.q_b = Linear(c.q_latent, heads, False)
+        else:
+            self.q = Linear(c.hidden, heads, False)
+        self.kv_a = Linear(c.hidden, c.kv_latent + c.rope_head_dim, bias)
+        self.kv_a_norm = Norm(c, c.kv_latent, LATENT_EPS)
+        self.kv_b = Linear(c.kv_latent, c.num_heads * (self.plain + c.value_head_dim), False)
+        self.out = Linear(c.num_heads * c.value_head_dim, c.hidden, bias)
+        self.core: Callable[..., Tensor] = ops.attention
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: Rotary | None,
+        key_start: Tensor,
+        key_end: Tensor,
+        cache: Window | None = None,
+    ) -> Tensor:
+        c = self.config
+        assert rotary is not None  # ModelConfig: latent attention has rotary positions
+        q = self.q_b(self.q_a_norm(self.q_a(x))) if c.q_latent else self.q(x)
+        q = q.unflatten(-1, (c.num_heads, c.head_dim))  # [B, L, H, E]
+        latent, key = self.kv_a(x).split_with_sizes((c.kv_latent, c.rope_head_dim), -1)
+        latent = self.kv_a_norm(latent.contiguous())  # [B, L, C]
+        q_plain, q_turned = q.split_with_sizes((self.plain, c.rope_head_dim), -1)
+        turned = torch.cat((q_turned, key.unsqueeze(2)), 2)  # [B, L, H + 1, R]
+        turned = ops.rope(turned, *rotary, c.rope_interleaved)
+        q_turned, key = turned.split_with_sizes((c.num_heads, 1), 2)
+        step = self._expanded if cache is None else self._absorbed
+        y = step(q_plain, q_turned, latent, key, key_start, key_end, cache)  # [B, L, H, U]
+        return self.out(y.flatten(2))  # [B, L, H * U] -> [B, L, D]
+
+    def _expanded(
+        self,
+        q_plain: Tensor,
+        q_turned: Tensor,
+        latent: Tensor,
+        key: Tensor,
+        key_start: Tensor,
+        key_end: Tensor,
+        cache: Window | None,
+    ) -> Tensor:
+        """Returns every head's result [B, L, H, U], with keys and values made for every head."""
+        kv = self.kv_b(latent).unflatten(-1, (self.config.num_heads, -1))  # [B, L, H, E - R + U]
+        k, v = kv.split_with_sizes((self.plain, self.config.value_head_dim), -1)
+        k = torch.cat((k, key.expand(-1, -1, k.shape[2], -1)), -1)  # [B, L, H, E]
+        q = torch.cat((q_plain, q_turned), -1)  # [B, L, H, E]
+        return self._attend(q, k, v, key_start, key_end)
+
+    def _absorbed(
+        self,
+        q_plain: Tensor,
+        q_turned: Tensor,
+        latent: Tensor,
+        key: Tensor,
+        key_start: Tensor,
+        key_end: Tensor,
+        cache: Window | None,
+    ) -> Tensor:
+        """Returns the same from the latents that the cache holds, without making keys or values."""
+        assert cache is not None
+        c = self.config
+        weight = self.kv_b.weight.unflatten(0, (c.num_heads, -1))  # [H, E - R + U, C]
+        to_keys, to_values = weight.split_with_sizes((self.plain, c.value_head_dim), 1)
+        q = torch.einsum("blhe,hec->blhc", q_plain, to_keys)  # [B, L, H, C]
+        q = torch.cat((q, q_turned), -1)  # [B, L, H, C + R]
+        own = torch.cat((latent.unsqueeze(2), key), -1)  # [B, L, 1, C + R]
+        k = cache.append_latent(self.layer, own)  # [B, S, 1, C + R]
+        y = self._attend(q, k, k[..., : c.kv_latent], key_start, key_end)  # [B, L, H, C]
+        return torch.einsum("blhc,huc->blhu", y, to_values)  # [B, L, H, U]
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor
+    ) -> Tensor:
+        c = self.config
+        layer_scale = float(self.layer + 1) if c.qk_layer_scaling else 1.0
+        scale = c.head_dim**-0.5 * c.rope_score_factor
+        return self.core(q, k, v, key_start, key_end, scale, layer_scale, c.pb_relax)
+
+
 class MLP(nn.Module):
     """Projection up (both halves fused for the gated kinds), activation, projection down."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, ffn: int = 0) -> None:
+        """ffn: another width than the config's."""
         super().__init__()
-        self.activation = {"gelu": ops.gelu, "geglu": ops.geglu, "swiglu": ops.swiglu}[
-            config.activation
-        ]
-        width = config.ffn * (1 if config.activation == "gelu" else 2)
+        ffn = ffn or config.ffn
+        self.activation = activation(config)
+        width = ffn * (1 if config.activation == "gelu" else 2)
         self.up = Linear(config.hidden, width, config.linear_bias)
-        self.down = Linear(config.ffn, config.hidden, config.linear_bias)
+        self.down = Linear(ffn, config.hidden, config.linear_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.activation(self.up(x)))
+
+
+def activation(config: ModelConfig) -> Callable[[Tensor], Tensor]:
+    """Returns the op of the feed-forward part's activation."""
+    return {"gelu": ops.gelu, "geglu": ops.geglu, "swiglu": ops.swiglu}[config.activation]
+
+
+class Router(nn.Module):
+    """Chooses the experts of a token, in float32 whatever the working dtype. `bias` corrects the
+    choice only; no gradient reaches it, and it is float32 always."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden))
+        self.bias = nn.Parameter(torch.empty(config.num_experts))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the experts of each token, and their weights;  x [N, D] -> [N, T] int64, [N, T]
+        float32."""
+        c = self.config
+        return ops.route(
+            x,
+            wide(self.weight),
+            self.bias,
+            c.experts_per_token,
+            c.expert_groups,
+            c.top_groups,
+            c.expert_scale,
+            c.normalize_experts,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """Keeps the bias in float32 when the working dtype changes."""
+        bias = self.bias.data
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves _apply untyped
+        self.bias.data = bias.to(self.bias.device)
+        return self
+
+
+class GroupedLinear(nn.Module):
+    """Maps rows, sorted by expert, each by its expert's matrix, through the op `grouped_linear`;
+    weight [X, F, D]."""
+
+    def __init__(self, num_experts: int, dim_in: int, dim_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, dim_out, dim_in))
+
+    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
+        return ops.grouped_linear(rows, self.weight, counts)
+
+
+class Experts(nn.Module):
+    """The feed-forward part of a sparse layer: the experts that the router chooses for a token,
+    weighted, and the shared ones."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        c = config
+        self.config = config
+        self.activation = activation(c)
+        self.router = Router(c)
+        self.experts_up = GroupedLinear(c.num_experts, c.hidden, 2 * c.expert_ffn)
+        self.experts_down = GroupedLinear(c.num_experts, c.expert_ffn, c.hidden)
+        shared = c.num_shared_experts * c.expert_ffn
+        self.shared = MLP(c, shared) if shared else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, -2)  # [N, D]
+        experts, weights = self.router(tokens)
+        rows, order, counts = ops.permute(tokens, experts, self.config.num_experts)  # [N * T, D]
+        rows = self.experts_down(self.activation(self.experts_up(rows, counts)), counts)
+        y = ops.unpermute(rows, order, weights).view_as(x)
+        return y if self.shared is None else y + self.shared(x)
 
 
 def residual_scale(config: ModelConfig) -> float:
@@ -132,9 +326,11 @@ class Block(nn.Module):
         self.deepnorm = config.placement == "deepnorm"
         self.alpha = residual_scale(config)
         self.input_norm = Norm(config)
-        self.attention = Attention(config, layer)
+        attention = LatentAttention if config.kv_latent else Attention
+        self.attention: Attention | LatentAttention = attention(config, layer)
         self.mlp_norm = Norm(config)
-        self.mlp = MLP(config)
+        sparse = config.num_experts and layer >= config.num_dense_layers
+        self.mlp: MLP | Experts = Experts(config) if sparse else MLP(config)
         sandwich = config.placement == "sandwich"
         self.post_attention_norm = Norm(config) if sandwich else None
         self.post_mlp_norm = Norm(config) if sandwich else None
@@ -143,7 +339,7 @@ class Block(nn.Module):
         self,
         delta: Tensor | None,
         residual: Tensor,
-        rotary: tuple[Tensor, Tensor] | None,
+        rotary: Rotary | None,
         key_start: Tensor,
         key_end: Tensor,
         cache: Window | None = None,
@@ -160,28 +356,21 @@ class Block(nn.Module):
         return delta, normed if self.deepnorm else total
 
 
-def normal_draw(seed: int, name: str, shape: torch.Size) -> Tensor:
-    """Returns standard normal values, float64, from a CPU generator of the parameter's own."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    # float64: torch's float32 draws differ between instruction sets
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
+class NextToken(Block):
+    """A layer that predicts one token further ahead (multi-token prediction; DeepSeek-AI 2024,
+    DeepSeek-V3, section 2.2). It stands behind the model's last layer, as in published folders."""
 
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.embedding_norm = Norm(config)
+        self.hidden_norm = Norm(config)
+        self.join = Linear(2 * config.hidden, config.hidden, False)
+        self.final_norm = Norm(config)
 
-def initial_value(config: ModelConfig, seed: int, name: str, shape: torch.Size) -> Tensor:
-    """Returns a parameter's starting values, float64, as described at GLM.init_weights. They are a
-    function of the arguments alone, whatever holds the parameter."""
-    if len(shape) == 1:
-        return torch.full(shape, 1.0 if name.endswith("norm.weight") else 0.0, dtype=torch.float64)
-    gain = torch.ones(shape[0], 1)
-    small = 1 / math.sqrt(2 * config.num_layers)
-    if name.endswith(("out.weight", "down.weight")) or (
-        name.endswith("up.weight") and config.placement == "deepnorm"
-    ):
-        gain.fill_(small)
-    elif name.endswith("qkv.weight") and config.placement == "deepnorm":
-        gain[-config.num_kv_heads * config.head_dim :] = small
-    return normal_draw(seed, name, shape) * config.init_std * gain.double()
+    def joined(self, embedded: Tensor, hidden: Tensor) -> Tensor:
+        """Returns the layer's input: the next tokens' embeddings beside the hidden states before
+        them, in this order (transformers' MtpLayer);  both [B, L, D] -> [B, L, D]."""
+        return self.join(torch.cat((self.embedding_norm(embedded), self.hidden_norm(hidden)), -1))
 
 
 Stream = tuple[Tensor, Tensor]
@@ -204,7 +393,13 @@ class GLM(nn.Module):
         self.block_embedding = (
             nn.Parameter(torch.empty(c.max_length + 1, c.hidden)) if learned else None
         )
-        self.blocks = nn.ModuleList(Block(c, i) for i in range(c.num_layers))
+        further = range(c.num_layers, c.num_layers + c.num_mtp_layers)
+        self.blocks = nn.ModuleList(
+            [
+                *(Block(c, i) for i in range(c.num_layers)),
+                *(NextToken(c, i) for i in further),
+            ]
+        )
         self.final_norm: Norm | None = Norm(c)
         self.head = None if c.tied_head else nn.Parameter(torch.empty(c.vocab, c.hidden))
         self.head_codes: nn.Module | None = None  # set by quantize.quantize_head
@@ -259,9 +454,36 @@ class GLM(nn.Module):
     def layers(self) -> Iterable[Callable[..., Stream]]:
         """Returns what is called for each block that is held, in order, with Block.forward's
         arguments."""
-        return self.blocks
+        return islice(self.blocks, self.config.num_layers)
 
-    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def further(
+        self,
+        number: int,
+        tokens: Tensor,
+        hidden: Tensor,
+        positions: Tensor,
+        key_start: Tensor,
+        key_end: Tensor,
+        cache: Window | None = None,
+    ) -> Tensor:
+        """Returns hidden states [B, L, D] that predict one token further ahead, by layer `number`
+        of multi-token prediction, from 0. hidden [B, L, D]: what the model, or the layer before,
+        returns for the L tokens before `tokens` [B, L]; the rest as for `forward`, and belongs to
+        `tokens`. Raises ConfigError if the model has no such layer."""
+        if not 0 <= number < self.config.num_mtp_layers:
+            raise ConfigError(
+                f"num_mtp_layers={self.config.num_mtp_layers}: the model has no multi-token "
+                f"prediction layer {number}; use a checkpoint with it, or decode without"
+            )
+        layer = self.blocks[self.config.num_layers + number]
+        assert isinstance(layer, NextToken)
+        learned = self.config.positions == "learned_2d"
+        x = layer.joined(self.add_positions(self.embed(tokens), positions), hidden)
+        rotary = None if learned else self.rotary(positions)
+        delta, x = layer(None, x, rotary, key_start, key_end, cache)
+        return layer.final_norm.add(delta, x, residual_scale(self.config))[0]
+
+    def rotary(self, positions: Tensor) -> Rotary:
         """Returns cos and sin of this model's rotation."""
         return rotary_angles(self.config, positions)
 
@@ -292,9 +514,21 @@ class GLM(nn.Module):
         """Returns sum(token_weight * cross-entropy), a float32 scalar. labels and token_weight are
         [B, L] and pre-aligned: labels[b, i] is what position i predicts. Divide the weights by
         their sum over the global batch to get GLM's loss (pretrain_glm.py: sum(CE * mask) /
-        sum(mask))."""
+        sum(mask)). Layers of multi-token prediction add their loss, `mtp_weight` times the mean
+        over them."""
         hidden = self(tokens, positions, key_start, key_end)
-        return self.cross_entropy(hidden, labels, token_weight)
+        total = self.cross_entropy(hidden, labels, token_weight)
+        share = self.config.mtp_weight / max(self.config.num_mtp_layers, 1)
+        for number in range(self.config.num_mtp_layers):
+            # place i now holds token i + 1 and what it sees: everything moves one place to the left
+            tokens, labels, token_weight = tokens[:, 1:], labels[:, 1:], token_weight[:, 1:]
+            positions = positions[..., 1:]
+            key_start, key_end = ((x[:, 1:] - 1).clamp(min=0) for x in (key_start, key_end))
+            hidden = self.further(
+                number, tokens, hidden[:, :-1].contiguous(), positions, key_start, key_end
+            )
+            total = total + share * self.cross_entropy(hidden, labels, token_weight)
+        return total
 
     def cross_entropy(self, hidden: Tensor, labels: Tensor, token_weight: Tensor) -> Tensor:
         """Returns the loss of hidden states [B, L, D]; labels and weights as for `loss`."""
@@ -313,6 +547,22 @@ class GLM(nn.Module):
     def num_parameters(self) -> int:
         """Returns the number of parameters; tied weights count once."""
         return sum(p.numel() for p in self.parameters())
+
+    def num_active_parameters(self) -> int:
+        """Returns the parameters that one token's logits are computed with: its own experts of each
+        layer, everything else but the layers of multi-token prediction, and no embedding table
+        that is not the head as well."""
+        c = self.config
+        active = self.num_parameters() - (0 if self.head is None else self.embedding.numel())
+        for i, block in enumerate(self.blocks):
+            sparse = isinstance(block.mlp, Experts)
+            own = sum(p.numel() for p in block.parameters())
+            if i >= c.num_layers:
+                active -= own
+            elif sparse:
+                routed = sum(p.numel() for n, p in block.named_parameters() if ".experts_" in n)
+                active -= routed // c.num_experts * (c.num_experts - c.experts_per_token)
+        return active
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> GLM:

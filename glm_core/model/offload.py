@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from glm_core.dispatch import REGISTRY
+from glm_core.errors import ConfigError
 from glm_core.model.glm import GLM, Attention
 
 Fetch = Callable[[int, nn.Module], None]
@@ -144,6 +145,12 @@ def streamed_layers(num_layers: int, resident: int) -> list[int]:
 def stream(model: GLM, layers: Sequence[int], buffers: Sequence[nn.Module], fetch: Fetch) -> None:
     """Replaces these layers of the model by streamed ones. buffers: hold the first of them, and
     from then on any of them in turn."""
+    c = model.config
+    if c.num_experts and len({i < c.num_dense_layers for i in layers}) > 1:
+        raise ConfigError(
+            "offload: the layers to be streamed differ, some are dense and some have experts; give "
+            "them more memory, or quantize the model"
+        )
     for buffer in buffers:
         buffer.requires_grad_(False)
     source = LayerStream(layers, buffers, fetch)

@@ -1,4 +1,4 @@
-"""Quantises the four linear layers of each block to int8 or int4, one matrix at a time, and counts
+"""Quantises the linear layers of each block to int8 or int4, one matrix at a time, and counts
 the memory that a model takes on each of several devices.
 
 Shapes: D input width, F output width."""
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from glm_core import ops
-from glm_core.config import ModelConfig, check
+from glm_core.config import ModelConfig, check, require_dense
 from glm_core.errors import ShapeError
-from glm_core.model.glm import GLM, LINEARS, Linear
+from glm_core.model.glm import GLM, QUANTIZED, GroupedLinear, Linear
 from glm_core.ops.quant import dequantize, quantize, row_parts
 
 VALUE_BYTES = 2
@@ -56,7 +56,7 @@ class QuantizedLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None, quantization: Quantization) -> None:
         super().__init__()
         self.quantization = quantization
-        codes, scale = quantize(weight, quantization.bits, quantization.group)
+        codes, scale = codes_of(weight, quantization)
         self.register_buffer("weight", codes)
         self.register_buffer("scale", scale)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
@@ -88,8 +88,39 @@ class QuantizedLinear(nn.Module):
         return self
 
     def dequantized(self) -> Tensor:
-        """Returns w [F, D] in float32."""
-        return dequantize(self.weight, self.scale, self.quantization.bits, torch.float32)
+        """Returns w [F, D] in float32, or [X, F, D] of experts."""
+        return values_of(self.weight, self.scale, self.quantization.bits, torch.float32)
+
+
+class QuantizedGroupedLinear(QuantizedLinear):
+    """The same in place of `GroupedLinear`: each expert that has rows computes them by the op
+    `quantized_linear`."""
+
+    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:  # type: ignore[override]  # the rows of each expert come with it
+        q, parts = self.quantization, rows.split(counts.tolist())
+        done = [
+            ops.quantized_linear(
+                part, self.weight[i], self.scale[i], None, q.bits, q.activation_bits
+            )
+            for i, part in enumerate(parts)
+            if len(part)
+        ]
+        return torch.cat(done) if done else rows.new_empty(0, self.weight.shape[1])
+
+
+def codes_of(weight: Tensor, how: Quantization) -> tuple[Tensor, Tensor]:
+    """Returns codes and scales of a matrix [F, D], or of the matrices [X, F, D] of experts."""
+    leading = weight.shape[:-1]
+    codes, scale = quantize(weight.flatten(0, -2), how.bits, how.group)
+    return codes.unflatten(0, leading), scale.unflatten(0, leading)
+
+
+def values_of(codes: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """Returns what `codes_of` stands for."""
+    leading = codes.shape[:-1]
+    rows = math.prod(leading)
+    flat = dequantize(codes.flatten(0, -2), scale.reshape(rows, -1), bits, dtype)
+    return flat.unflatten(0, leading)
 
 
 class Converted(NamedTuple):
@@ -114,7 +145,11 @@ def convert(model: GLM, quantization: Quantization) -> Iterator[Converted]:
 def undivided_widths(config: ModelConfig, how: Quantization) -> str:
     """Returns which widths of a model cannot be quantized so and what to do, "" if all can."""
     c, multiple = config, how.group or 8 // how.bits  # a byte holds 8 // bits codes
-    widths = {"hidden": c.hidden, "num_heads * head_dim": c.num_heads * c.head_dim, "ffn": c.ffn}
+    heads = ("value_head_dim", c.value_head_dim) if c.kv_latent else ("head_dim", c.head_dim)
+    widths = {"hidden": c.hidden, f"num_heads * {heads[0]}": c.num_heads * heads[1], "ffn": c.ffn}
+    shared = c.num_shared_experts * c.expert_ffn
+    widths |= {"expert_ffn": c.expert_ffn, "all shared experts' ffn": shared}
+    widths["q_latent"] = c.q_latent
     undivided = [f"{k}={v}" for k, v in widths.items() if v % multiple]
     groups = f"groups of {how.group}" if how.group else "rows"
     if not undivided:
@@ -134,26 +169,25 @@ def quantize_head(model: GLM, bits: int) -> Converted:
 
 
 def _convert(block: nn.Module, prefix: str, quantization: Quantization) -> Iterator[Converted]:
-    for path in LINEARS:
+    names = [n for n, m in block.named_modules() if isinstance(m, Linear | GroupedLinear)]
+    for path in (n for n in QUANTIZED if n in names):
         part, _, attribute = path.rpartition(".")
         owner = block.get_submodule(part)
         linear = getattr(owner, attribute)
-        assert isinstance(linear, Linear)
-        quantized = QuantizedLinear(linear.weight, linear.bias, quantization)
+        kind = QuantizedLinear if isinstance(linear, Linear) else QuantizedGroupedLinear
+        quantized = kind(linear.weight, getattr(linear, "bias", None), quantization)
         setattr(owner, attribute, quantized)
         yield _converted(f"{prefix}.{path}", linear.weight, quantized)
 
 
 def _converted(name: str, weight: Tensor, quantized: QuantizedLinear) -> Converted:
     change = size = 0.0
-    for rows in row_parts(weight):
-        part = weight[rows].detach().float()
-        back = dequantize(
-            quantized.weight[rows],
-            quantized.scale[rows],
-            quantized.quantization.bits,
-            torch.float32,
-        )
+    bits, matrices = quantized.quantization.bits, weight.detach().flatten(0, -2)
+    codes, scale = quantized.weight.flatten(0, -2), quantized.scale
+    scale = scale.reshape(len(codes), -1)
+    for rows in row_parts(matrices):
+        part = matrices[rows].float()
+        back = dequantize(codes[rows], scale[rows], bits, torch.float32)
         change += float(back.sub_(part).norm()) ** 2
         size += float(part.norm()) ** 2
     error = math.sqrt(change / size) if size else 0.0
@@ -190,7 +224,9 @@ def _fill(
     recurse: bool = True,
 ) -> None:
     for name, parameter in list(module.named_parameters(recurse=recurse)):
-        value = read(f"{prefix}.{name}".lstrip("."), parameter.shape).to(dtype)
+        kept = name.endswith("router.bias")  # float32, whatever the others are
+        value = read(f"{prefix}.{name}".lstrip("."), parameter.shape)
+        value = value.to(torch.float32 if kept else dtype)
         owner = module.get_submodule(name.rpartition(".")[0])
         setattr(owner, name.rpartition(".")[2], nn.Parameter(value, requires_grad=False))
 
@@ -213,7 +249,9 @@ def device_memory(
     """Returns what inference takes on each of `devices`. Everything not quantised takes 2 bytes per
     value. Heads, ffn and vocabulary are split over the devices. Norms are on every device, and so
     are the biases and row scales of the two products that are split along their inputs (each shard
-    has its own, because it is quantised after the split)."""
+    has its own, because it is quantised after the split). Raises ConfigError for a model with
+    experts."""
+    require_dense(config, "memory of each device")
     c, d, n = config, config.hidden, devices
     heads_width = c.num_heads * c.head_dim
     qkv_width = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
@@ -243,7 +281,8 @@ def _matrix_bytes(rows: float, columns: float, quantization: Quantization) -> fl
 
 def model_bytes(model: GLM) -> dict[str, Any]:
     """Returns the bytes of the linear layers and of everything else."""
-    linears = [m for m in model.modules() if isinstance(m, (QuantizedLinear, Linear))]
+    kinds = (QuantizedLinear, Linear, GroupedLinear)
+    linears = [m for m in model.modules() if isinstance(m, kinds)]
     inside = sum(t.nbytes for m in linears for t in (*m.parameters(), *m.buffers()))
     everything = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     return {"linears_bytes": inside, "rest_bytes": everything - inside, "total_bytes": everything}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from glm_core.config import ModelConfig
+from glm_core.config import ModelConfig, require_dense
 from glm_core.planner.cluster import Cluster
 from glm_core.planner.sizing import Sizing
 
@@ -23,6 +23,9 @@ class Work:
     """tokens of a sequence"""
     fused_attention: bool = True
     """no [s, s] matrix of scores is written to memory"""
+
+    def __post_init__(self) -> None:
+        require_dense(self.model, "planner")
 
 
 def layer_parameters(c: ModelConfig) -> int:

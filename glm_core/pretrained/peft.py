@@ -91,7 +91,7 @@ def read(folder: Path, base: ModelConfig) -> tuple[AdapterConfig, State]:
     linears: dict[str, list[tuple[int, Pair]]] = {}
     for name, (_, columns) in _linears(base).items():
         first_row = 0
-        for key, rows in zip(_modules(layout, name), _rows(layout, name, base), strict=True):
+        for key, rows in zip(*_modules(layout, name, base), strict=True):
             if pair := pairs.pop(prefix + key, None):
                 _require_shape(f"{folder}: {prefix}{key}", pair, (rows, columns))
                 linears.setdefault(name, []).append((first_row, pair))
@@ -133,8 +133,8 @@ def write(
         a, b = state[f"{name}.lora_a"], state[f"{name}.lora_b"]
         if layout.qkv == "heads" and name.endswith(".qkv"):
             b = to_heads(b, base.num_heads)
-        parts = b.split(_rows(layout, name, base))
-        for module, part in zip(_modules(layout, name), parts, strict=True):
+        modules, lengths = _modules(layout, name, base)
+        for module, part in zip(modules, b.split(lengths), strict=True):
             leaves.add(module.rpartition(".")[2])
             tensors[f"{ROOT}{module}.lora_A.weight"] = a.clone()
             tensors[f"{ROOT}{module}.lora_B.weight"] = part.contiguous()
@@ -238,20 +238,15 @@ def _linears(base: ModelConfig) -> dict[str, tuple[int, int]]:
     with torch.device("meta"):
         shapes = {n: p.shape for n, p in GLM(base).named_parameters()}
     names = [f"blocks.{i}.{name}" for i in range(base.num_layers) for name in LINEARS]
-    return {n: (shapes[f"{n}.weight"][0], shapes[f"{n}.weight"][1]) for n in names}
+    held = ((n, shapes[f"{n}.weight"]) for n in names if f"{n}.weight" in shapes)
+    return {n: (shape[0], shape[1]) for n, shape in held}
 
 
-def _modules(layout: Layout, name: str) -> list[str]:
-    """Returns the names of the layout's modules that make up our linear layer."""
-    return [key.removesuffix(".weight") for key in layout.keys(f"{name}.weight")]
-
-
-def _rows(layout: Layout, name: str, base: ModelConfig) -> list[int]:
-    """Returns how many rows each of those modules has."""
-    if layout.qkv == "separate" and name.endswith(".qkv"):
-        heads = (base.num_heads, base.num_kv_heads, base.num_kv_heads)
-        return [n * base.head_dim for n in heads]
-    return [_linears(base)[name][0]]
+def _modules(layout: Layout, name: str, base: ModelConfig) -> tuple[list[str], list[int]]:
+    """Returns the names of the layout's modules that make up our linear layer, and how many rows
+    each of them has."""
+    parts = layout.parts(f"{name}.weight", _linears(base)[name], base)
+    return [key.removesuffix(".weight") for key in parts], [shape[0] for shape in parts.values()]
 
 
 def _joined(

@@ -38,8 +38,11 @@ def read_config(layout: Layout, theirs: dict[str, Any], file: Path) -> ModelConf
             value = value * field.unit
         values[field.ours] = value
     if layout.rope_table:
-        rotation, wrong = scaling.read_scaling(theirs, values["max_length"])
+        rotation, wrong = scaling.read_scaling(theirs, values["max_length"], layout.rope_share)
+        if not values.get("kv_latent"):  # only latent attention multiplies its scores
+            rotation.pop("rope_score_factor", None)
         values, problems = values | rotation, problems + wrong
+        problems += _read_experts(values, theirs)
     if not problems:
         if values["ffn"] == 0 and isinstance(values["hidden"], int):
             values["ffn"] = 4 * values["hidden"]
@@ -51,6 +54,25 @@ def read_config(layout: Layout, theirs: dict[str, Any], file: Path) -> ModelConf
         f"{file}: does not describe a model of layout {layout.name}: {'; '.join(problems)}; "
         "check that it belongs to these weights"
     )
+
+
+def _read_experts(values: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Puts our head_dim and number of dense layers in place of what their keys say. Returns the
+    problems."""
+    if values.get("kv_latent") and type(values["head_dim"]) is type(values["rope_head_dim"]) is int:
+        values["head_dim"] += values["rope_head_dim"]
+    kinds = theirs.get("mlp_layer_types")
+    if kinds is None or "num_dense_layers" not in values:
+        return []
+    dense = kinds.count("dense") if isinstance(kinds, list) else 0
+    if kinds != _layer_types(dense, values["num_layers"]):
+        return [f"mlp_layer_types is {kinds!r}, only dense layers before sparse ones are known"]
+    values["num_dense_layers"] = dense
+    return []
+
+
+def _layer_types(dense: int, layers: Any) -> list[str]:
+    return ["dense"] * dense + ["sparse"] * (layers - dense if isinstance(layers, int) else 0)
 
 
 def _foreign_keys(layout: Layout, theirs: dict[str, Any]) -> list[str]:
@@ -76,6 +98,8 @@ def _unknown_keys(layout: Layout, theirs: dict[str, Any]) -> list[str]:
     honoured |= {*layout.required, *layout.header, *keys.DISABLED, "architectures", "model_type"}
     if layout.rope_table:
         honoured |= scaling.TOP_LEVEL
+    if "num_dense_layers" in {f.ours for f in layout.fields}:
+        honoured.add("mlp_layer_types")
     strange = [
         key
         for key, value in theirs.items()
@@ -100,6 +124,10 @@ def write_config(
     for field in layout.fields:
         value = getattr(config, field.ours)
         _put(result, field.theirs[0], value / field.unit if field.unit else value)
+    if "kv_latent" in {f.ours for f in layout.fields} and config.kv_latent and layout.rope_table:
+        result["qk_nope_head_dim"] = config.head_dim - config.rope_head_dim
+        result["q_lora_rank"] = config.q_latent or None
+        result["mlp_layer_types"] = _layer_types(config.num_dense_layers, config.num_layers)
     return result | (scaling.write_scaling(config) if layout.rope_table else {})
 
 
@@ -109,12 +137,13 @@ def _require_expressible(layout: Layout, config: ModelConfig) -> None:
     implied = {
         "head_dim": config.hidden // config.num_heads,
         "num_kv_heads": config.num_heads,
+        "value_head_dim": config.head_dim if config.kv_latent else 0,
         "max_length": config.max_length,
     }
     if layout.rope_table:
         named |= {f.name for f in dataclasses.fields(config) if f.name.startswith("rope_")}
         named -= {"rope_interleaved", "rope_float16"}
-    training_only = {"embedding_gradient_shrink", "init_std"}
+    training_only = {"embedding_gradient_shrink", "init_std", "mtp_weight"}
     inexpressible = [
         f"{f.name}={getattr(config, f.name)}"
         for f in dataclasses.fields(config)

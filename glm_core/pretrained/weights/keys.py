@@ -29,9 +29,16 @@ COMMON = frozenset(f"{_TOKENS} {_GENERATION} {_PROVENANCE} {_DROPOUT}".split())
 """keys of every layout: token ids, generation's defaults, where a file comes from, and dropout"""
 _SHARDS = """model_parallel_size skip_init use_gpu_initialization make_vocab_size_divisible_by
 checkpoint_activations checkpoint_num_layers checkpoint_skip_layers fp16 bf16"""
+# of training, and sizes that follow from others
+_EXPERTS = """initializer_range output_router_logits router_aux_loss_coef aux_loss_alpha seq_aux
+pretraining_tp ep_size qk_head_dim head_dim"""
 _PER_LAYOUT = {
     "glm": "initializer_range",
     "glm4": "initializer_range",
+    "glm4_moe": _EXPERTS,
+    "glm4_moe_fused": _EXPERTS,
+    "glm4_moe_lite": _EXPERTS,
+    "glm4_moe_lite_fused": _EXPERTS,
     # three ways to compute the same, and sizes that other keys give too
     "chatglm2": """bias_dropout_fusion attention_softmax_in_fp32 apply_query_key_layer_scaling
     vocab_size num_hidden_layers use_flash_attn""",

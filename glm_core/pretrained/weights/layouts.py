@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from glm_core.config import ModelConfig
 from glm_core.errors import CheckpointError, unknown
-from glm_core.model.glm import LINEARS
+from glm_core.model.glm import QUANTIZED
+from glm_core.pretrained.weights import expert_names
 
 Sections = Literal["whole", "halves", "qkv"]
 
@@ -63,7 +64,8 @@ class Layout:
     about: str
     """models that are stored so"""
     names: dict[str, str]
-    """our parameter or module -> theirs; {i} is the layer's number, {p} one of q, k, v"""
+    """our parameter or module -> theirs; {i} is the layer's number, {p} one of q, k, v, {g} gate or
+    up, {e} the expert's number"""
     qkv: Literal["blocks", "heads", "separate"]
     """blocks: all rows of q, then k, then v; heads: q, k, v of each head in turn; separate: three
     tensors"""
@@ -90,20 +92,43 @@ class Layout:
     value"""
     rope_table: bool = False
     """whether the rotation is described as in transformers, by `rope_parameters`"""
+    rope_share: float = 0.5
+    """the share of a head that is rotated where `rope_parameters` does not say it"""
     header: dict[str, Any] = dataclasses.field(default_factory=dict)
     """their keys that name the architecture"""
 
-    def keys(self, ours: str) -> tuple[str, ...]:
-        """Returns the keys, without prefix, that hold our parameter: one, or one each for q, k and
-        v."""
+    def keys(self, ours: str, config: ModelConfig) -> tuple[str, ...]:
+        """Returns the keys, without prefix, that hold our parameter: one, or one for each part of
+        its rows, in our order."""
         match = re.match(r"blocks\.(\d+)\.(.*)", ours)
         layer, name = (match[1], "blocks.{i}." + match[2]) if match else ("", ours)
         leaf = ""
         if name not in self.names:
             name, _, leaf = name.rpartition(".")
         theirs = self.names[name] + (f".{leaf}" if leaf else "")
-        parts = "qkv" if "{p}" in theirs else "-"
-        return tuple(theirs.format(i=layer, p=p) for p in parts)
+        return tuple(
+            theirs.format(i=layer, p=p, g=g, e=e)
+            for e in (range(config.num_experts) if "{e}" in theirs else "-")
+            for p in ("qkv" if "{p}" in theirs else "-")
+            for g in (("gate", "up") if "{g}" in theirs else "-")
+        )
+
+    def parts(
+        self, ours: str, shape: tuple[int, ...], config: ModelConfig
+    ) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of what each of a parameter's keys holds. shape: of the parameter, or
+        of one rank's part of it."""
+        keys = self.keys(ours, config)
+        if len(keys) == 1:
+            return {keys[0]: shape}
+        if ".experts_" in ours:
+            each, (_, rows, *columns) = len(keys) // shape[0], shape
+            return dict.fromkeys(keys, (rows // each, *columns))
+        rows, *columns = shape
+        lengths = (
+            [h * config.head_dim for h in _heads(config)] if ".qkv." in ours else [rows // 2] * 2
+        )
+        return {k: (n, *columns) for k, n in zip(keys, lengths, strict=True)}
 
     def recognises(self, key: str) -> bool:
         """Whether a key, without prefix, can belong to this layout."""
@@ -112,7 +137,11 @@ class Layout:
     @property
     def _pattern(self) -> re.Pattern[str]:
         names = (
-            re.escape(t).replace(r"\{i\}", r"\d+").replace(r"\{p\}", "[qkv]")
+            re.escape(t)
+            .replace(r"\{i\}", r"\d+")
+            .replace(r"\{e\}", r"\d+")
+            .replace(r"\{p\}", "[qkv]")
+            .replace(r"\{g\}", "(?:gate|up)")
             for t in self.names.values()
         )
         return re.compile(f"(?:{'|'.join(names)})(?:\\.weight|\\.bias|\\.weight_scale)?")
@@ -210,7 +239,33 @@ _SWIGLU = {
     "linear_bias": False,
 }
 
-_NORMS = ("input", "mlp", "post_attention", "post_mlp")
+_OTHERS = (
+    *("input_norm", "mlp_norm", "post_attention_norm", "post_mlp_norm"),
+    *("attention.q_norm", "attention.k_norm", "attention.q_a_norm", "attention.kv_a_norm"),
+    *("attention.kv_b", "mlp.router", "embedding_norm", "hidden_norm", "join", "final_norm"),
+)
+"""the modules of a block beside those that are quantized"""
+
+
+def _experts(name: str, about: str, *, latent: bool, fused: bool) -> Layout:
+    """Returns a layout of transformers' models with experts."""
+    own = expert_names.LATENT_FIELDS if latent else expert_names.GROUPED_FIELDS
+    kind = name.removesuffix("_fused")
+    architecture = "Glm4MoeLiteForCausalLM" if latent else "Glm4MoeForCausalLM"
+    return Layout(
+        name=name,
+        about=about,
+        names={k: v for k, v in _HF.items() if "{i}" not in k} | expert_names.names(latent, fused),
+        qkv="separate",
+        ignored=rf"(.*\.)?inv_freq|{expert_names.COPIES}",
+        fields=tuple(Field(o, tuple(t.split()), d) for o, t, d in (*expert_names.FIELDS, *own)),
+        rope_table=True,
+        rope_share=1.0 if latent else 0.5,
+        fixed={**_SWIGLU, "placement": "pre", **({} if latent else {"rope_interleaved": False})},
+        required=expert_names.REQUIRED,
+        header={"architectures": [architecture], "model_type": kind},
+    )
+
 
 LAYOUTS = (
     Layout(
@@ -239,6 +294,10 @@ LAYOUTS = (
         required=_HF_REQUIRED,
         header={"architectures": ["Glm4ForCausalLM"], "model_type": "glm4"},
     ),
+    _experts("glm4_moe", "GLM-4.5, GLM-4.6 and GLM-4.7", latent=False, fused=False),
+    _experts("glm4_moe_fused", "the same, all experts in one tensor", latent=False, fused=True),
+    _experts("glm4_moe_lite", "GLM-4.7-Flash", latent=True, fused=False),
+    _experts("glm4_moe_lite_fused", "the same, all experts in one tensor", latent=True, fused=True),
     Layout(
         name="chatglm2",
         about="ChatGLM2, ChatGLM3 and GLM-4 in their authors' code",
@@ -343,10 +402,7 @@ LAYOUTS = (
         names={
             **{n: n for n in ("embedding", "head", "position_embedding", "block_embedding")},
             "final_norm": "final_norm",
-            **{
-                f"blocks.{{i}}.{n}": f"blocks.{{i}}.{n}"
-                for n in (*LINEARS, *(f"{n}_norm" for n in _NORMS))
-            },
+            **{f"blocks.{{i}}.{n}": f"blocks.{{i}}.{n}" for n in (*QUANTIZED, *_OTHERS)},
         },
         qkv="blocks",
         quantized=True,

@@ -15,9 +15,13 @@ from torch import Tensor
 
 from glm_core.config import ModelConfig
 from glm_core.errors import CheckpointError
-from glm_core.model.glm import GLM, LINEARS
-from glm_core.model.quantize import Quantization, QuantizedLinear
-from glm_core.ops.quant import dequantize
+from glm_core.model.glm import GLM, QUANTIZED
+from glm_core.model.quantize import (
+    Quantization,
+    QuantizedGroupedLinear,
+    QuantizedLinear,
+    values_of,
+)
 from glm_core.pretrained.weights.configs import read_config
 from glm_core.pretrained.weights.files import CheckpointFiles, StoredTensor, scan, some
 from glm_core.pretrained.weights.layouts import LAYOUTS, Layout, detect, recognised
@@ -61,7 +65,7 @@ class Checkpoint:
     def stored(self, name: str, rank: int = 0, scale: bool = False) -> list[StoredTensor]:
         """Returns the tensors of one stored rank that hold a parameter, or its scale."""
         suffix = SCALE if scale else ""
-        keys = self.layout.keys(name)
+        keys = self.layout.keys(name, self.config)
         return [self.files.ranks[rank][self.prefix + k + suffix] for k in keys]
 
     def quantized(self, name: str) -> bool:
@@ -84,7 +88,7 @@ class Checkpoint:
         if not self.quantized(name):
             return tensor
         scale = self.scale(name, rank, size)
-        return dequantize(tensor, scale, self.bits or 8, scale.dtype)
+        return values_of(tensor, scale, self.bits or 8, scale.dtype)
 
     def _sliced(self, name: str, rank: int, size: int, scale: bool) -> Tensor:
         stored_ranks, c = self.num_ranks, self.config
@@ -105,6 +109,8 @@ class Checkpoint:
         """Returns what one stored rank holds of a parameter, rows in our order."""
         read = [s.read() for s in self.stored(name, rank, scale)]
         tensor = read[0] if len(read) == 1 else torch.cat(read)
+        if tensor.dim() < len(self.shapes[name]) and ".experts_" in name and not scale:
+            tensor = tensor.unflatten(0, (self.config.num_experts, -1))  # [X, F, D]
         if self.layout.qkv == "heads" and ".qkv." in name:
             tensor = from_heads(tensor, self.config.num_heads // self.num_ranks)
         return tensor
@@ -149,7 +155,9 @@ class Checkpoint:
             owner, _, leaf = name.rpartition(".")
             if owner not in codes_kept:
                 value = self.dense(name)
-                value = value.to(device, dtype or value.dtype, copy=True).contiguous()
+                kept = name.endswith("router.bias")  # float32, whatever the others are
+                wanted = torch.float32 if kept else dtype or value.dtype
+                value = value.to(device, wanted, copy=True).contiguous()
                 setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(value))
         for owner in codes_kept:
             parent, _, leaf = owner.rpartition(".")
@@ -171,18 +179,21 @@ class Checkpoint:
         if f"{owner}.bias" in self.shapes:
             bias = self.tensor(f"{owner}.bias")
             bias = bias.to(device, dtype or bias.dtype, copy=True)
-        group = 0 if scale.dim() == 1 else self.shapes[weight][1] // scale.shape[1]
+        experts = len(self.shapes[weight]) == 3
+        one_a_row = scale.dim() == codes.dim() - 1
+        group = 0 if one_a_row else self.shapes[weight][-1] // scale.shape[-1]
         how = Quantization(
             bits=self.bits or 8,
             group=0 if group % 32 else group,  # the columns of merged ranks need not be a group
             activation_bits=self.files.config.get(ACTIVATION_BITS, 16),
         )
-        return QuantizedLinear.of(codes, scale, bias, how)
+        kind = QuantizedGroupedLinear if experts else QuantizedLinear
+        return kind.of(codes, scale, bias, how)
 
 
 def is_linear(name: str) -> bool:
     """Whether our parameter is a weight that quantized checkpoints store as codes."""
-    return name.startswith("blocks.") and name.endswith(tuple(f"{n}.weight" for n in LINEARS))
+    return name.startswith("blocks.") and name.endswith(tuple(f"{n}.weight" for n in QUANTIZED))
 
 
 def open_checkpoint(path: str | Path, config: ModelConfig | None = None) -> Checkpoint:
@@ -193,6 +204,11 @@ def open_checkpoint(path: str | Path, config: ModelConfig | None = None) -> Chec
     becomes False if a head is stored. Raises CheckpointError with everything that does not fit."""
     files = scan(path)
     keys = set().union(*files.ranks)
+    if files.config.get("model_type") == "glm_moe_dsa":
+        raise CheckpointError(
+            f"{path}: is a glm_moe_dsa (GLM-5), whose attention chooses its keys by an indexer; "
+            "that is not implemented: use a model up to GLM-4.7"
+        )
     detected = detect(keys)
     if detected is None and any(ADAPTER.search(key) for key in keys):
         raise CheckpointError(
@@ -216,10 +232,14 @@ def open_checkpoint(path: str | Path, config: ModelConfig | None = None) -> Chec
     stored_head = "head" in layout.names and prefix + layout.names["head"] in keys
     if config.tied_head and stored_head and prefix + layout.names["embedding"] not in keys:
         layout, stored_head = _embedding_is_head(layout), False
-    config = dataclasses.replace(config, tied_head=config.tied_head and not stored_head)
+    config = dataclasses.replace(
+        config,
+        tied_head=config.tied_head and not stored_head,
+        num_mtp_layers=_num_mtp_layers(config, layout, prefix, keys),
+    )
     require_divides(config, len(files.ranks), str(path))
     shapes = _shapes(config, len(keys), path)
-    bits = _bits(layout, prefix, files, shapes)
+    bits = _bits(layout, prefix, files, config, shapes)
     checkpoint = Checkpoint(files, layout, prefix, config, shapes, bits)
     if problems := list(_mismatches(checkpoint)):
         raise CheckpointError(
@@ -228,6 +248,19 @@ def open_checkpoint(path: str | Path, config: ModelConfig | None = None) -> Chec
             "and are complete"
         )
     return checkpoint
+
+
+def _num_mtp_layers(config: ModelConfig, layout: Layout, prefix: str, keys: set[str]) -> int:
+    """Returns the stored layers of multi-token prediction: all that the config names, or none, as
+    in folders that transformers has written."""
+    layers = range(config.num_layers, config.num_layers + config.num_mtp_layers)
+    needed = (
+        layout.keys(f"blocks.{i}.{n}.weight", config)
+        for i in layers
+        for n in ("join", "input_norm")
+    )
+    stored = any(prefix + key in keys for names in needed for key in names)
+    return config.num_mtp_layers if stored else 0
 
 
 def _embedding_is_head(layout: Layout) -> Layout:
@@ -253,14 +286,20 @@ def _shapes(config: ModelConfig, num_keys: int, path: str | Path) -> dict[str, t
 
 
 def _bits(
-    layout: Layout, prefix: str, files: CheckpointFiles, shapes: dict[str, tuple[int, ...]]
+    layout: Layout,
+    prefix: str,
+    files: CheckpointFiles,
+    config: ModelConfig,
+    shapes: dict[str, tuple[int, ...]],
 ) -> int | None:
     """Returns 8 or 4 if the linears' weights are stored with scales, else None."""
-    [key] = layout.keys("blocks.0.mlp.up.weight")
+    # a product of every model, whose columns ranks do not cut
+    name = f"blocks.0.attention.{'kv_a' if config.kv_latent else 'qkv'}.weight"
+    key = layout.keys(name, config)[0]
     table = files.ranks[0]
     if not layout.quantized or prefix + key + SCALE not in table or prefix + key not in table:
         return None
-    columns = shapes["blocks.0.mlp.up.weight"][1]
+    columns = shapes[name][1]
     return 4 if table[prefix + key].shape[-1:] == (columns // 2,) else 8
 
 
@@ -296,21 +335,18 @@ def _mismatches(c: Checkpoint) -> Iterator[str]:
 def _expected(c: Checkpoint, name: str, rank: int) -> dict[str, tuple[tuple[int, ...], str]]:
     """Returns the keys that a rank must hold for a parameter, with their shapes and dtypes in
     words."""
-    rows, *columns = shard_shape(name, c.shapes[name], c.config, c.num_ranks)
-    keys = [c.prefix + key for key in c.layout.keys(name)]
-    lengths = [rows]
-    if len(keys) == 3:
-        e = c.config.head_dim
-        lengths = [c.config.num_heads * e, *[c.config.num_kv_heads * e] * 2]
+    whole = shard_shape(name, c.shapes[name], c.config, c.num_ranks)
+    parts = c.layout.parts(name, whole, c.config)
     if not c.quantized(name):
-        pairs = zip(keys, lengths, strict=True)
-        return {key: ((n, *columns), "floating point") for key, n in pairs}
-    packed = (rows, columns[0] * (c.bits or 8) // 8)
-    # glm-core stores the scales of merged ranks, one a rank for each row
-    scales = c.files.ranks[rank].get(keys[0] + SCALE)
-    grouped = c.layout.name == "glm-core" and scales is not None and len(scales.shape) == 2
-    shape = scales.shape if grouped and scales and scales.shape[0] == rows else (rows,)
-    return {keys[0]: (packed, "int8"), keys[0] + SCALE: (shape, "floating point")}
+        return {c.prefix + key: (shape, "floating point") for key, shape in parts.items()}
+    [key] = [c.prefix + key for key in parts]
+    *rows, columns = whole
+    packed = (*rows, columns * (c.bits or 8) // 8)
+    # glm-core stores the scales of groups, and of merged ranks, several for each row
+    scales = c.files.ranks[rank].get(key + SCALE)
+    grouped = c.layout.name == "glm-core" and scales is not None
+    shape = scales.shape if grouped and scales and list(scales.shape[:-1]) == rows else tuple(rows)
+    return {key: (packed, "int8"), key + SCALE: (shape, "floating point")}
 
 
 def is_ignored(c: Checkpoint, key: str) -> bool:

@@ -26,9 +26,12 @@ KEYS = {
 """the keys of each rope_type; linear and dynamic scaling take no notice of the original length"""
 
 
-def read_scaling(theirs: dict[str, Any], max_length: Any) -> tuple[dict[str, Any], list[str]]:
+def read_scaling(
+    theirs: dict[str, Any], max_length: Any, share: float
+) -> tuple[dict[str, Any], list[str]]:
     """Returns our fields of rotation, and a message for each key that is unknown or of a wrong
-    type. Names, precedence and defaults are transformers' (modeling_rope_utils)."""
+    type. share: of a head that is rotated where the config does not say it. Names, precedence and
+    other defaults are transformers' (modeling_rope_utils)."""
     where = "rope_scaling" if theirs.get("rope_scaling") else "rope_parameters"
     table = theirs.get(where) or {}
     if not isinstance(table, dict):
@@ -40,7 +43,7 @@ def read_scaling(theirs: dict[str, Any], max_length: Any) -> tuple[dict[str, Any
     problems = [
         f"{where}.{k} is not known for rope_type {kind!r}" for k in given if k not in KEYS[kind]
     ]
-    given = {**given, **_outside(theirs, given, kind)}
+    given = {**given, **_outside(theirs, given, kind, share)}
     problems += [
         f"{where}.{k}: expected a number, received {v!r}"
         for k, v in given.items()
@@ -60,12 +63,14 @@ def read_scaling(theirs: dict[str, Any], max_length: Any) -> tuple[dict[str, Any
         return {}, [f"{where}.{missing.args[0]} is missing"]
 
 
-def _outside(theirs: dict[str, Any], given: dict[str, Any], kind: str) -> dict[str, Any]:
+def _outside(
+    theirs: dict[str, Any], given: dict[str, Any], kind: str, share: float
+) -> dict[str, Any]:
     """Returns what stands beside the table. There, an original length wins; base and share are
     used where the table has none."""
     outside = {
         key: theirs[key] if theirs.get(key) is not None else default
-        for key, default in (("rope_theta", 10000.0), ("partial_rotary_factor", 0.5))
+        for key, default in (("rope_theta", 10000.0), ("partial_rotary_factor", share))
         if key not in given
     }
     if theirs.get(_ORIGINAL) is not None and kind in ("yarn", "llama3"):
@@ -87,6 +92,7 @@ def _scaled(kind: str, given: dict[str, Any], max_length: int) -> dict[str, Any]
             "rope_high_rotations": given.get("beta_fast", 32.0),
             "rope_truncate": given.get("truncate", True),
             "rope_attention_factor": _attention_factor(given, factor),
+            "rope_score_factor": _ramp(given.get("mscale_all_dim", 0.0), factor) ** 2,
         }
     elif kind == "llama3":
         fields["rope_low_rotations"] = given["low_freq_factor"]
@@ -100,12 +106,13 @@ def _attention_factor(given: dict[str, Any], factor: float) -> float:
     if "attention_factor" in given:
         return float(given["attention_factor"])
 
-    def of(scale: float) -> float:
-        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
     if "mscale" in given and "mscale_all_dim" in given:
-        return of(given["mscale"]) / of(given["mscale_all_dim"])
-    return of(1.0)
+        return _ramp(given["mscale"], factor) / _ramp(given["mscale_all_dim"], factor)
+    return _ramp(1.0, factor)
+
+
+def _ramp(scale: float, factor: float) -> float:
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def write_scaling(config: ModelConfig) -> dict[str, Any]:
@@ -130,5 +137,12 @@ def write_scaling(config: ModelConfig) -> dict[str, Any]:
             "truncate": config.rope_truncate,
             "attention_factor": config.rope_attention_factor,
         }
+    if config.rope_score_factor != 1:
+        table["mscale_all_dim"] = _mscale(config)
     length = {"max_position_embeddings": config.rope_original_length} if kind == "dynamic" else {}
     return {"rope_parameters": table, **length}
+
+
+def _mscale(config: ModelConfig) -> float:
+    """Returns the `mscale_all_dim` that `_ramp` makes the root of the factor on scores from."""
+    return (config.rope_score_factor**0.5 - 1) / (0.1 * math.log(config.rope_factor))

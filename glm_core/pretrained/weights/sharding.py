@@ -30,7 +30,11 @@ def to_heads(tensor: Tensor, heads: int) -> Tensor:
 
 def require_divides(config: ModelConfig, size: int, subject: str) -> None:
     """Raises CheckpointError unless `size` ranks divide the heads, the ffn width and the
-    vocabulary."""
+    vocabulary, or for ranks of a model that is not cut yet."""
+    if size > 1 and (config.num_experts or config.kv_latent):
+        raise CheckpointError(
+            f"{subject}: experts and latent attention are not cut for tensor-parallel ranks; use 1"
+        )
     sizes = {
         "num_heads": config.num_heads,
         "num_kv_heads": config.num_kv_heads,

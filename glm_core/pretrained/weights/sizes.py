@@ -20,9 +20,10 @@ def sizes(
     ends = 0
     for name, shape in c.shapes.items():
         size = _bytes(c, name, shape, dtype, bits)
-        if name.startswith("blocks."):
-            by_layer[int(name.split(".")[1])] += size
-        else:
+        layer = int(name.split(".")[1]) if name.startswith("blocks.") else len(by_layer)
+        if layer < len(by_layer):
+            by_layer[layer] += size
+        else:  # layers of multi-token prediction too
             ends += size
     if head_bits:
         values = math.prod(c.shapes["embedding"])

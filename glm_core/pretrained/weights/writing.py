@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from glm_core.errors import CheckpointError
-from glm_core.model.quantize import Quantization, undivided_widths
-from glm_core.ops.quant import quantize
+from glm_core.model.quantize import Quantization, codes_of, undivided_widths
 from glm_core.pretrained.weights.configs import write_config
 from glm_core.pretrained.weights.files import safetensors_header
 from glm_core.pretrained.weights.layouts import Layout, find_layout
@@ -204,13 +203,16 @@ def _plan(source: Checkpoint, target: Target, rank: int) -> Iterator[PlannedTens
 def _parameter(source: Checkpoint, target: Target, name: str, rank: int) -> Iterator[PlannedTensor]:
     """Yields the tensors that hold one of our parameters: one, or q, k and v, or weight and
     scale."""
-    keys = [target.layout.prefixes[0] + key for key in target.layout.keys(name)]
+    shape = shard_shape(name, source.shapes[name], source.config, target.num_ranks)
+    before = target.layout.prefixes[0]
+    parts = {before + k: s for k, s in target.layout.parts(name, shape, source.config).items()}
+    key = next(iter(parts))
     if source.quantized(name) and not target.dequantize:
-        yield from _stored_codes(source, target, name, rank, keys[0])
+        yield from _stored_codes(source, target, name, rank, key)
     elif target.quantize is not None and is_linear(name):
-        yield from _new_codes(source, target, name, rank, keys[0], target.quantize)
+        yield from _new_codes(source, target, name, rank, key, target.quantize)
     else:
-        yield from _floating_point(source, target, name, rank, keys)
+        yield from _floating_point(source, target, name, rank, parts)
 
 
 def _stored_codes(
@@ -218,12 +220,12 @@ def _stored_codes(
 ) -> Iterator[PlannedTensor]:
     """Yields the codes and the scale of a weight as they are stored."""
     size, reorder = target.num_ranks, _reorder(source, target, name)
-    rows, columns = shard_shape(name, source.shapes[name], source.config, size)
+    *rows, columns = shard_shape(name, source.shapes[name], source.config, size)
     scale_shape = tuple(source.scale(name, rank, size).shape)
     scale_dtype = source.stored(name, scale=True)[0].dtype
     yield PlannedTensor(
         key,
-        (rows, columns * (source.bits or 8) // 8),
+        (*rows, columns * (source.bits or 8) // 8),
         torch.int8,
         lambda: reorder(source.tensor(name, rank, size)),
     )
@@ -237,37 +239,42 @@ def _new_codes(
 ) -> Iterator[PlannedTensor]:
     """Yields the codes and the scale of a weight. It is quantized once, when its codes are made."""
     size, reorder = target.num_ranks, _reorder(source, target, name)
-    rows, columns = shard_shape(name, source.shapes[name], source.config, size)
+    *rows, columns = shard_shape(name, source.shapes[name], source.config, size)
     scales: list[Tensor] = []
 
     def make_codes() -> Tensor:
         weight = reorder(source.dense(name, rank, size))
-        codes, scale = quantize(weight, how.bits, how.group)
+        codes, scale = codes_of(weight, how)
         scales.append(scale)
         return codes
 
-    scale_shape = (rows, columns // how.group) if how.group else (rows,)
-    yield PlannedTensor(key, (rows, columns * how.bits // 8), torch.int8, make_codes)
+    scale_shape = (*rows, columns // how.group) if how.group else tuple(rows)
+    yield PlannedTensor(key, (*rows, columns * how.bits // 8), torch.int8, make_codes)
     yield PlannedTensor(key + SCALE, scale_shape, torch.float16, scales.pop)
 
 
 def _floating_point(
-    source: Checkpoint, target: Target, name: str, rank: int, keys: list[str]
+    source: Checkpoint, target: Target, name: str, rank: int, parts: dict[str, tuple[int, ...]]
 ) -> Iterator[PlannedTensor]:
-    """Yields a parameter in floating point, in one tensor or in three."""
+    """Yields a parameter in floating point, in one tensor or in several. It is read once for all of
+    them, and let go of with the last."""
     size, reorder = target.num_ranks, _reorder(source, target, name)
-    rows, *columns = shard_shape(name, source.shapes[name], source.config, size)
     stored_dtype = source.stored(name, scale=source.quantized(name))[0].dtype
-    dtype = target.dtype or stored_dtype
+    dtype = stored_dtype if name.endswith("router.bias") else target.dtype or stored_dtype
+    rest: list[Tensor] = []
 
-    def make(begin: int, end: int) -> Tensor:
-        return reorder(source.dense(name, rank, size))[begin:end].to(dtype)
+    def make(shape: tuple[int, ...], last: bool) -> Tensor:
+        if not rest:
+            whole = reorder(source.dense(name, rank, size))
+            rest.append(whole.flatten(0, -2) if whole.dim() > len(shape) else whole)
+        length = math.prod(shape[:-1]) if len(shape) > 1 else shape[0]
+        value, left = rest[0][:length], rest[0][length:]
+        rest[:] = [] if last else [left]
+        return value.to(dtype).view(shape)
 
-    begin = 0
-    for key, length in zip(keys, _lengths(source, keys, rows), strict=True):
-        end = begin + length
-        yield PlannedTensor(key, (length, *columns), dtype, functools.partial(make, begin, end))
-        begin = end
+    final = list(parts)[-1]
+    for key, shape in parts.items():
+        yield PlannedTensor(key, shape, dtype, functools.partial(make, shape, key == final))
 
 
 def _reorder(source: Checkpoint, target: Target, name: str) -> Callable[[Tensor], Tensor]:
@@ -275,13 +282,6 @@ def _reorder(source: Checkpoint, target: Target, name: str) -> Callable[[Tensor]
     if target.layout.qkv == "heads" and ".qkv." in name:
         return lambda t: to_heads(t, source.config.num_heads // target.num_ranks)
     return lambda t: t
-
-
-def _lengths(source: Checkpoint, keys: list[str], rows: int) -> list[int]:
-    """Returns how many rows each of the keys holds."""
-    c = source.config
-    heads = (c.num_heads, c.num_kv_heads, c.num_kv_heads)
-    return [rows] if len(keys) == 1 else [h * c.head_dim for h in heads]
 
 
 def _packed(planned: list[PlannedTensor], limit: int) -> list[list[PlannedTensor]]:

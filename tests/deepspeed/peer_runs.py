@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 from pathlib import Path
@@ -61,27 +63,21 @@ def run(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    command = [str(python), str(HERE / program), str(out), *scripts]
-    logs = [out.with_suffix(f".log{r}") for r in range(ranks)]
-    processes = []
-    for r, log in enumerate(logs):
-        with log.open("w") as words_of:
-            processes.append(
-                subprocess.Popen(
-                    command,
-                    env={**env, "RANK": str(r), "LOCAL_RANK": str(r)},
-                    stdout=words_of,
-                    stderr=subprocess.STDOUT,
-                )
-            )
+    command = [str(python), str(HERE / "fork_ranks.py"), str(HERE / program), str(out), *scripts]
+    with out.with_suffix(".log").open("w") as log:
+        process = subprocess.Popen(
+            command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
     try:
-        codes = [p.wait(LIMIT_S) for p in processes]
+        code = process.wait(LIMIT_S)
     finally:
-        for p in processes:
-            p.kill()
-            p.wait()
-    words = "\n".join(log.read_text()[-3000:] for log in logs)
-    assert codes == [0] * ranks, f"{peer}: exit codes {codes}\n{words}"
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    words = "\n".join(
+        path.read_text()[-3000:] for path in sorted(out.parent.glob(f"{out.stem}.log*"))
+    )
+    assert code == 0, f"{peer}: exit code {code}\n{words}"
     return [torch.load(f"{out}.{r}") for r in range(ranks)]
 
 

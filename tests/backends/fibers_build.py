@@ -42,6 +42,7 @@ BINDING = [
     "-fPIC",
     "-DGLM_FIBERS",
     f"-I{CSRC}",
+    f"-I{CSRC}/bindings/cuda",
     *FOLDERS,
     f"-I{sysconfig.get_path('include')}",
     f"-I{TORCH}/include",
@@ -49,11 +50,13 @@ BINDING = [
 ]
 
 
-def sources() -> dict[Path, list[str]]:
-    """Returns every source with its flags."""
+def sources(folder: Path) -> dict[Path, list[str]]:
+    """Returns every source with its flags. The bindings are one source, written into `folder`:
+    torch's headers are read once."""
     kernels = [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "fibers" / "fibers.cpp"]
-    bindings = [CSRC / "bindings" / "cuda" / f"{name}.cpp" for name in ("ops", "quant", "training")]
-    return dict.fromkeys(kernels, KERNEL) | dict.fromkeys(bindings, BINDING)
+    bindings = folder / "bindings.cpp"
+    bindings.write_text('#include "ops.cpp"\n#include "quant.cpp"\n#include "training.cpp"\n')
+    return {**dict.fromkeys(kernels, KERNEL), bindings: BINDING}
 
 
 def run(command: list[str]) -> None:
@@ -82,7 +85,7 @@ def library() -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                objects = list(pool.map(lambda s: compiled(*s, folder), sources().items()))
+                objects = list(pool.map(lambda s: compiled(*s, folder), sources(folder).items()))
             link(objects, folder / "new.so").replace(target)
     return target
 

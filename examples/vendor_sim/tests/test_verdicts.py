@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pydoc_data.topics
-import subprocess
+import signal
 import sys
+import time
+import traceback
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
+from vendor_sim import faults
+
+from glm_core.cli import main
 
 CONFIG = """
 [model]
@@ -64,18 +71,52 @@ VERDICTS = [
 ]
 
 
-def command(line: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(autouse=True)
+def sound_device() -> None:
+    """Leaves the device of this process alone: none that is forked from it could start its own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def command(line: str, folder: Path, **environment: str) -> Ended:
+    """Runs a command in a process of its own: a fork of this one, which has imported torch and has
+    launched nothing on the device."""
     (folder / "small.toml").write_text(CONFIG)
     (folder / "text.txt").write_text(" ".join(list(pydoc_data.topics.topics.values())[:12]))
-    return subprocess.run(
-        [sys.executable, "-m", "glm_core.cli", *line.split()],
-        cwd=folder,
-        timeout=120,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    if not (pid := os.fork()):
+        _run(line.split(), folder, environment)
+    deadline = time.monotonic() + 120
+    while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+    out, err = ((folder / name).read_text() for name in ("out", "err"))
+    return Ended(os.waitstatus_to_exitcode(ended[1]), out, err)
+
+
+def _run(words: list[str], folder: Path, environment: dict[str, str]) -> NoReturn:
+    code = 1
+    try:
+        for descriptor, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), descriptor)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        os.chdir(folder)
+        os.environ.update(environment)
+        faults.read_environment()
+        code = main(words)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 @pytest.mark.parametrize(

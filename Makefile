@@ -5,6 +5,8 @@ PY := $(VENV)/bin/python
 # pip compiles Python files on one core; COMPILED does it on all of them, once at the end
 PIP := $(PY) -m pip install -q --no-compile
 COMPILED := ($(PY) -W ignore -m compileall -qq -j 0 $(VENV)/lib || true)
+# plans that every torch of the window can train
+OLD_PLANS := 130b-float32-dp=2 glm4-float32-tp=2 10b-float32-pp=2,micro_batches=4
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
 .PHONY: setup align test matrix oldest lint sanitize bench peers deepspeed openvino npu clean
@@ -28,7 +30,8 @@ matrix: setup ## the whole suite with each torch of the window, each in an envir
 	$(PY) tests/versions/matrix.py
 
 oldest: setup ## a part of the suite with the oldest torch, Python and numpy
-	$(PY) tests/versions/matrix.py --torch 2.7.1 tests/ops tests/model tests/training tests/versions tests/distributed/test_plans.py
+	$(PY) tests/versions/matrix.py --torch 2.7.1 tests/ops tests/model tests/training tests/versions \
+		$(foreach plan,$(OLD_PLANS),"tests/distributed/test_plans.py::test_a_plan_trains_as_one_process[$(plan)]")
 
 lint: setup ## style, types, spelling
 	$(VENV)/bin/ruff format --check && $(VENV)/bin/ruff check && $(VENV)/bin/mypy && $(VENV)/bin/codespell && $(VENV)/bin/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp')

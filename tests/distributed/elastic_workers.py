@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from glm_core import ops
+from glm_core import cli, ops
 from glm_core.align import planned_run
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
@@ -396,3 +396,9 @@ def align_with(bug: str, folder: str) -> None:
     """Does a rank's part of `align run --plan` with a bug planted."""
     with BUGS[bug]():
         planned_run.work(folder)
+
+
+def command(words: list[str]) -> None:
+    """Runs a command of glm-core as one rank of a job."""
+    if code := cli.main(words):
+        raise SystemExit(code)

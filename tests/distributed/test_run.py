@@ -6,14 +6,13 @@ from __future__ import annotations
 import json
 import pydoc_data.topics
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 from plans import needs
+from ranks import Ranks
 
 from glm_core import cli
-from glm_core.sensitivity.plans import jobs
 
 SIZES = (
     "model.num_layers=2",
@@ -46,15 +45,20 @@ def test_a_run_under_one_plan_goes_on_under_another(
     assert cli.main([*words, "--out", "alone"]) == 0
     capfd.readouterr()
 
-    def job(*more: str) -> None:
-        command = [sys.executable, "-m", "glm_core.cli", *words, "--out", "job", "--timeout", "60"]
-        assert jobs.start([*command, *more], 2) == [0, 0]
+    def job(*more: str) -> str:
+        command = [*words, "--out", "job", "--timeout", "60", *more]
+        done = server.run("elastic_workers.command", 2, command, folder=tmp_path)
+        assert done.codes == [0, 0], done.told
+        return done.told
 
-    job("--plan", "tp=2,micro_batches=2")
-    told = capfd.readouterr().out
-    assert told.count("step 4: loss ") == 1  # rank 0 alone
-    shutil.rmtree("job/checkpoints/step-00000004")
-    job("--plan", "dp=2,zero=2", "--resume")
+    server = Ranks()  # after the change of folder, which it inherits
+    try:
+        told = job("--plan", "tp=2,micro_batches=2")
+        assert told.count("step 4: loss ") == 1  # rank 0 alone
+        shutil.rmtree("job/checkpoints/step-00000004")
+        job("--plan", "dp=2,zero=2", "--resume")
+    finally:
+        server.close()
     alone, both = curve(Path("alone")), curve(Path("job"))
     assert [s for s, _, _ in both] == [1, 2, 3, 4]
     for (_, loss, norm), (_, mine, own) in zip(alone, both, strict=True):

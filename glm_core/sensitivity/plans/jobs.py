@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
-from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,6 @@ LIMIT_S = 500.0
 """of a whole job; a collective gives up after 60 s by itself"""
 
 
-def free_port() -> int:
-    """Returns a port nobody listens on now."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
-
-
 def run(cases: list[Case], world: int, out: Path) -> list[list[dict[str, Any]]]:
     """Returns what each process reports of each case; [case][rank]. What is missing because a
     process failed is {}."""
@@ -36,39 +29,31 @@ def run(cases: list[Case], world: int, out: Path) -> list[list[dict[str, Any]]]:
     (out / "cases.json").write_text(json.dumps([dataclasses.asdict(c) for c in cases]))
     strict = ["-W", "error"]  # as pytest
     worker = ["-m", "glm_core.sensitivity.plans.worker", str(out / "cases.json"), str(out)]
-    start([sys.executable, *strict, *worker], world)
+    process = subprocess.Popen(
+        [sys.executable, *strict, *worker], env=_environment(world), start_new_session=True
+    )
+    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(LIMIT_S)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     return [[_report(out / f"{n}.{r}.pt") for r in range(world)] for n in range(len(cases))]
 
 
-def start(command: list[str], world: int) -> list[int | None]:
-    """Runs the command as every rank of a job, with torchrun's variables, and returns the exit
-    codes. The first process that fails ends all."""
-    shared = {
+def _environment(world: int) -> dict[str, str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return {
         **os.environ,
         "WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
+        "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
     }
-    processes = [
-        subprocess.Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(world)
-    ]
-    pool = futures.ThreadPoolExecutor(world)
-    try:
-        waits = [pool.submit(_good, p) for p in processes]
-        futures.wait(waits, LIMIT_S, futures.FIRST_EXCEPTION)
-    finally:
-        for p in processes:
-            p.kill()
-        pool.shutdown()
-    return [p.returncode for p in processes]
-
-
-def _good(process: subprocess.Popen[bytes]) -> None:
-    if process.wait():
-        raise ChildProcessError
 
 
 def _report(path: Path) -> dict[str, Any]:

@@ -1,15 +1,17 @@
-"""Is one process of a job: trains every case it is given under its plan, one after the other, and
-writes what it holds. Started as `worker CASES.json OUT`, with torchrun's variables set."""
+"""Forks the processes of a job, so that torch is imported once for all of them. Each trains every
+case under its plan, one after the other, and writes what it holds. Started as `worker CASES.json
+OUT`, with torchrun's variables set, its rank excepted."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import distributed as dist
@@ -62,7 +64,34 @@ def train(case: dict[str, Any], backend: Any) -> dict[str, Any]:
 
 
 def main(cases: str, out: str) -> None:
-    """Trains all cases and writes a report per case."""
+    """Forks the ranks and waits for them. The first that fails ends all."""
+    pids = set()
+    for rank in map(str, range(int(os.environ["WORLD_SIZE"]))):
+        if not (pid := os.fork()):
+            os.environ.update({"RANK": rank, "LOCAL_RANK": rank})
+            _end(cases, out)
+        pids.add(pid)
+    while pids:
+        pid, status = os.wait()
+        pids.discard(pid)
+        if status:
+            sys.exit(1)  # whoever started this process ends its children
+
+
+def _end(cases: str, out: str) -> NoReturn:
+    code = 1
+    try:
+        train_all(cases, out)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def train_all(cases: str, out: str) -> None:
+    """Trains all cases as one rank and writes a report per case."""
     torch.set_num_threads(1)
     vocabulary.CHUNK = 256  # eight tokens at a time, as a real vocabulary would have it
     parallel.MESSAGE = 1000  # several for these models too
@@ -74,7 +103,7 @@ def main(cases: str, out: str) -> None:
         begin = time.perf_counter()
         try:
             report = train(case, backend)
-        except Exception:  # the job's other processes are report by their own failure, or time out
+        except Exception:  # the job's other processes are told by their own failure, or time out
             report = {"error": traceback.format_exc()}
         report["seconds"] = time.perf_counter() - begin
         torch.save(report, Path(out) / f"{number}.{rank}.pt")

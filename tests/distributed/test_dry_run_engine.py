@@ -48,7 +48,6 @@ CASES = [
     ("glm-base", "dp=4,tp=2,zero=3,sp=true", 5, 8, 512),
     ("glm4-34m", "dp=2,pp=2,zero=3,micro_batches=4", 1, 8, 64),
     ("glm4-34m", "pp=2,schedule=gpipe,micro_batches=4", 1, 8, 64),
-    ("glm-130b", "tp=4,pp=8,dp=24,micro_batches=8,recompute=full", 767, 192, 2048),
     ("glm-130b", "tp=4,pp=8,dp=24,zero=1,micro_batches=8,recompute=full", 100, 192, 2048),
 ]
 
@@ -75,9 +74,9 @@ def test_memory_within_three_percent_and_collectives_exact(case: Any) -> None:
 )
 def test_more_micro_batches_take_no_more_memory(plan: str, rank: int) -> None:
     """A stage of torch would hold receive buffers for every micro-batch."""
-    few, many = (report("glm4-34m", f"{plan},micro_batches={m}", rank, m, 256) for m in (8, 16))
+    few, many = (report("glm4-34m", f"{plan},micro_batches={m}", rank, m, 256) for m in (4, 8))
     more = many.peak_bytes - few.peak_bytes
-    assert 0 <= more < 8 * 256 * 100  # the rows: tokens, positions, ...; no [256, 512] among it
+    assert 0 <= more < 4 * 256 * 100  # the rows: tokens, positions, ...; no [256, 512] among it
 
 
 def test_a_failure_inside_is_the_error_of_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,8 +98,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     size = sizes(weights, BF16)
     layers = streamed_layers(size.num_layers, args.resident)
     files = LayerFiles(weights)
-    disk_gb_s = files.gb_s(layers)
-    model = load_streamed(weights, BF16, CPU, layers, BUFFERS)
+    disk_gb_s = files.gb_s(layers, BF16, cached=args.cached)
+    model = load_streamed(files, BF16, CPU, layers, BUFFERS)
     runner, place = Runner(model, 1, CONTEXT), len(PROMPT.tokens)
     [stream] = {b._stream for b in model.blocks if isinstance(b, StreamedBlock)}
     fetch, buffer = stream._fetch, duplicate(stream._ahead[0].buffer, CPU)

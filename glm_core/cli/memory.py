@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from glm_core.model.fit import Fit, Sizes
     from glm_core.model.glm import GLM
     from glm_core.pretrained.weights.reading import Checkpoint
+    from glm_core.pretrained.weights.streaming import LayerFiles
 
 
 def add_memory(parser: argparse.ArgumentParser) -> None:
@@ -93,9 +94,9 @@ def load_within_memory(
     import torch
 
     from glm_core.model.fit import BUFFERS
-    from glm_core.model.offload import stream_from_host, streamed_layers
+    from glm_core.model.offload import link_gb_s, stream_from_host, streamed_layers
     from glm_core.pretrained.weights.sizes import sizes
-    from glm_core.pretrained.weights.streaming import load_streamed
+    from glm_core.pretrained.weights.streaming import LayerFiles, load_streamed
 
     dtype = getattr(torch, args.dtype)
     size = sizes(weights, dtype, bits=args.bits, head_bits=args.head_bits)
@@ -108,10 +109,12 @@ def load_within_memory(
             return _quantized(weights, dtype, args.bits).to(device), found
         return weights.load(dtype, device, quantized=True), found
     if args.offload == "disk":
-        _say_cost(args, weights, size, layers, found, device)
-        return load_streamed(weights, dtype, device, layers, BUFFERS), found
+        files = LayerFiles(weights)
+        _say_cost(args, size, found, _from_disk(args, files, layers, size, found, device))
+        return load_streamed(files, dtype, device, layers, BUFFERS), found
     _require_host_memory(size)
-    _say_cost(args, weights, size, layers, found, device)
+    gb_s = args.bandwidth or link_gb_s(device)
+    _say_cost(args, size, found, Source("main memory", size.layer * len(layers), gb_s))
     model = weights.load(dtype, quantized=True)
     stream_from_host(model, layers, BUFFERS, device)
     return model, found
@@ -194,27 +197,53 @@ def _require_host_memory(size: Sizes) -> None:
         )
 
 
-def _say_cost(
+class Source(NamedTuple):
+    """Where streamed layers come from."""
+
+    name: str
+    num_bytes: int
+    """fetched at every step"""
+    gb_s: float
+
+
+def _from_disk(
     args: argparse.Namespace,
-    weights: Checkpoint,
-    size: Sizes,
+    files: LayerFiles,
     layers: list[int],
+    size: Sizes,
     found: Fit,
     device: torch.device,
-) -> None:
-    """Prints what fetching the layers costs."""
-    from glm_core.model.offload import link_gb_s
-    from glm_core.planner.offload import OffloadCost
-    from glm_core.pretrained.weights.streaming import LayerFiles
+) -> Source:
+    """Returns how fast layers come from the files: from the system's cache where main memory has
+    room for them beside the model."""
+    import torch
 
-    if args.offload == "disk":
-        files = LayerFiles(weights)
-        num_bytes, source = files.num_bytes(layers), "disk"
-        gb_s = args.bandwidth or files.gb_s(layers)
-    else:
-        num_bytes, source = size.layer * len(layers), "main memory"
-        gb_s = args.bandwidth or link_gb_s(device)
+    from glm_core.measure.memory import host_free_bytes
+    from glm_core.model.fit import SHARE
+    from glm_core.planner.offload import CACHED
+
+    num_bytes, dtype = files.num_bytes(layers), getattr(torch, args.dtype)
+    if args.bandwidth:
+        return Source("disk", num_bytes, args.bandwidth)
+    held = size.layer  # the buffer through which layers reach an accelerator
+    if device.type == "cpu":
+        held = size.least(True) + max(found.resident, 0) * size.layer
+        held += found.slots * found.context * size.token
+    free = host_free_bytes()
+    cached = free is not None and num_bytes <= free * SHARE - held
+    return Source(CACHED if cached else "disk", num_bytes, files.gb_s(layers, dtype, cached=cached))
+
+
+def _say_cost(args: argparse.Namespace, size: Sizes, found: Fit, source: Source) -> None:
+    """Prints what fetching the layers costs."""
+    from glm_core.planner.offload import OffloadCost
+
     cost = OffloadCost(
-        len(layers), size.num_layers, num_bytes, gb_s, source, args.bandwidth is None
+        size.num_layers - found.resident,
+        size.num_layers,
+        source.num_bytes,
+        source.gb_s,
+        source.name,
+        args.bandwidth is None,
     )
     print(cost.text(found.slots), file=sys.stderr)

@@ -29,6 +29,8 @@ from glm_core.model.stack import angles, stack
 from glm_core.spec import Support
 
 V, LENGTH, STEPS = 61, 48, 4
+IDLE = 2
+"""the step in which the first row is idle"""
 PRESETS = ("glm-base", "glm-130b", "chatglm-6b", "glm-4-9b", "glm-4-0414-9b")
 WEIGHTS: dict[str, Quantization | None] = {
     "plain": None,
@@ -132,10 +134,19 @@ def whole_step(model: GLM, backend: Backend) -> Any:
     return parts if isinstance(parts, Support) else backend.decode_step(parts)
 
 
+def prompts(rows: int) -> list[Prompt]:
+    """Returns prompts of different lengths, causal ones and others in turn."""
+    return [
+        Prompt(tuple(range(7, 12 + b)), sep=4, mask=2) if b % 2 else causal(range(9, 15 + 3 * b))
+        for b in range(rows)
+    ]
+
+
 def difference(model: GLM, rows: int) -> str:
     """Returns in words where the active backend's whole steps give other bits than its ops; empty
     where they give the same."""
-    (ours, cache), (expected, expected_cache) = (decoded(model, rows, w) for w in (True, False))
+    runs = (decoded(model, prompts(rows), STEPS, whole=w) for w in (True, False))
+    (ours, cache), (expected, expected_cache) = runs
     for step, (a, b) in enumerate(zip(ours, expected, strict=True), 1):
         for row in range(rows):
             if not torch.equal(a[row], b[row]):
@@ -147,33 +158,30 @@ def difference(model: GLM, rows: int) -> str:
     return ""
 
 
-def decoded(model: GLM, rows: int, whole: bool) -> tuple[list[Tensor], Tensor]:
-    """Runs STEPS steps of `rows` sequences of different lengths, padded on the left to one, one of
-    them idle once: in one call each if `whole`, else op by op. Returns the logits, and what the
-    cache holds at the end."""
-    prompts = [
-        Prompt(tuple(range(7, 12 + b)), sep=4, mask=2) if b % 2 else causal(range(9, 15 + 3 * b))
-        for b in range(rows)
-    ]
-    runner, length = Runner(model, rows), max(len(p.tokens) for p in prompts)
+def decoded(
+    model: GLM, prompts: Sequence[Prompt], steps: int, *, whole: bool
+) -> tuple[list[Tensor], Tensor]:
+    """Runs steps of sequences of different lengths, padded on the left to one; the first is idle in
+    step IDLE. The active backend takes each in one call if `whole`, else op by op. Returns the
+    logits [B, V] of each step, and what the cache holds at the end."""
+    runner, length = Runner(model, len(prompts)), max(len(p.tokens) for p in prompts)
     runner.prefill(0, prompts)
     pads = [length - len(p.tokens) for p in prompts]
-    called = 0
+    called, logits = 0, []
 
     def watch(op: dispatch.Op, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         nonlocal called
         called += 1
         return dispatch.run(op, args, kwargs)
 
-    logits = []
-    for step in range(STEPS):
+    for step in range(steps):
         fed = [
-            DecodeRow(20 + step + b, prompts[b], length - pads[b] + step, pads[b])
-            for b in range(rows)
+            DecodeRow(20 + step + b, prompt, len(prompt.tokens) + step, pads[b])
+            for b, prompt in enumerate(prompts)
         ]
-        if step == 2:
+        if step == IDLE:
             fed[0] = idle(length + step)
         with dispatch.intercept(None if whole else watch):
             logits.append(runner.decode(fed))
-    assert bool(called) is not whole
+    assert whole or called
     return logits, runner.cache.memory

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glm_core import dispatch
 from glm_core.backends.base import Backend
 from glm_core.backends.registry import use
+from glm_core.conformance.decode import IDLE, decoded
 from glm_core.model.glm import GLM
 from glm_core.model.presets import preset
 from glm_core.model.prompt import Prompt, causal
 from glm_core.model.quantize import Quantization, convert
-from glm_core.model.runner import DecodeRow, Runner, idle
 
 STEPS, VOCAB, LENGTH = 6, 512, 512
 MAX_ERROR_RATIO = 2.0
@@ -35,11 +34,11 @@ def check(backend: Backend, dtype: torch.dtype) -> dict[str, Any]:
     for name, how in PRECISIONS.items():
         model = _model(how).double()
         with use("reference"):
-            exact = decoded(model, watch=True)
-            error = _error(decoded(model.to(dtype), watch=True), exact)
+            exact = _logits(model, whole=False)
+            error = _error(_logits(model.to(dtype), whole=False), exact)
         model = model.to(backend.device())
         with use(backend) as session:
-            ops, whole = decoded(model, watch=True), decoded(model, watch=False)
+            ops, whole = _logits(model, whole=False), _logits(model, whole=True)
         differing, ours = int((whole != ops).sum()), _error(whole, exact)
         found[name] = {
             "ok": not differing and ours <= MAX_ERROR_RATIO * error,
@@ -61,22 +60,13 @@ def _model(how: Quantization | None) -> GLM:
     return model
 
 
-def decoded(model: GLM, watch: bool) -> Tensor:
-    """Returns the logits [steps, B, V] of three sequences of different lengths, in float64 on the
-    host; one of them is idle once. watch: the ops are called one by one."""
+def _logits(model: GLM, whole: bool) -> Tensor:
+    """Returns the logits [steps, B, V] of three sequences in float64 on the host, without those of
+    the idle row."""
     prompts = [causal(range(5)), Prompt(tuple(range(90)), sep=60, mask=2), causal(range(300))]
-    runner, logits = Runner(model, len(prompts), LENGTH), []
-    for b, prompt in enumerate(prompts):
-        runner.prefill(b, [prompt])
-    for step in range(STEPS):
-        fed = [DecodeRow(30 + step + b, p, len(p.tokens) + step) for b, p in enumerate(prompts)]
-        if step == 2:
-            fed[0] = idle(len(prompts[0].tokens) + step)
-        with dispatch.intercept(dispatch.run if watch else None):
-            result = runner.decode(fed)
-        # what an idle row gives is ignored
-        logits.append(result[1:].cpu().double() if step == 2 else result.cpu().double())
-    return torch.cat(logits)
+    logits, _ = decoded(model, prompts, STEPS, whole=whole)
+    logits[IDLE] = logits[IDLE][1:]
+    return torch.cat(logits).cpu().double()
 
 
 def _error(logits: Tensor, exact: Tensor) -> float:

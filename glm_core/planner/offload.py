@@ -10,6 +10,9 @@ from glm_core.errors import ConfigError
 from glm_core.model.fit import Sizes, fit, gigabytes, token_bytes
 from glm_core.model.quantize import VALUE_BYTES, Quantization, device_memory
 
+CACHED = "the system's cache of the disk"
+"""the source of layers on disk, after the first step, where memory is free for all of them"""
+
 
 class OffloadCost(NamedTuple):
     """What is fetched at every step, and how fast. A step is one token of each sequence, or a chunk
@@ -23,7 +26,7 @@ class OffloadCost(NamedTuple):
     gb_s: float
     """bandwidth of the disk or of the link"""
     source: str
-    """`disk` or `main memory`"""
+    """`disk`, `main memory`, or CACHED"""
     measured: bool
     """whether the bandwidth was measured now; else it was stated"""
 

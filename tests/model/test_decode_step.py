@@ -19,11 +19,13 @@ from glm_core.conformance import decode
 from glm_core.conformance.decode import (
     LENGTH,
     PRESETS,
+    STEPS,
     WEIGHTS,
     V,
     built,
     decoded,
     difference,
+    prompts,
     whole_step,
 )
 from glm_core.decode_step import DecodeStep, Rows, Stack
@@ -40,7 +42,7 @@ from glm_core.spec import Support, unsupported
 def assert_same(model: GLM, rows: int = 3) -> None:
     with registry.use("cpu", strict=True):
         assert difference(model, rows) == ""
-        logits, _ = decoded(model, rows, True)
+        logits, _ = decoded(model, prompts(rows), STEPS, whole=True)
     assert all(x.dtype == torch.float32 and x.isfinite().all() for x in logits)
 
 
@@ -69,7 +71,7 @@ def test_every_instruction_set_and_number_of_threads() -> None:
                 torch.set_num_threads(count)
                 assert_same(model)
                 with registry.use("cpu", strict=True):
-                    results.append(decoded(model, 3, True)[0])
+                    results.append(decoded(model, prompts(3), STEPS, whole=True)[0])
             for other in results[1:]:
                 assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
     finally:

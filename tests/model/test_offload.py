@@ -78,7 +78,7 @@ def test_tokens_are_those_of_the_whole_model(tmp_path: Path, kind: str, bits: in
     with registry.use("cpu") as session:
         whole, exact = [replies(memory, kind, **way) for way in ways], logits(memory, kind)
         assert len({tuple(t) for t in whole[0]}) > 1
-        built = load_streamed(weights, F32, CPU, range(NUM_LAYERS), 2)
+        built = load_streamed(LayerFiles(weights), F32, CPU, range(NUM_LAYERS), 2)
         assert [replies(built, kind, **way) for way in ways] == whole
         assert torch.equal(logits(built, kind), exact)
         layers = streamed_layers(NUM_LAYERS, 1)
@@ -110,14 +110,15 @@ def test_separate_rows_and_other_dtypes(
         for name, tensor in offload.tensors(block).items():
             assert torch.equal(offload.tensors(buffer)[name], tensor), name
     assert files.num_bytes([0]) == sum(t.numel() for t in offload.tensors(buffer).values()) * 4
-    assert files.gb_s([0, 1]) > 0
+    assert files.gb_s([0, 1], dtype) > 0
+    assert files.gb_s([0, 1], dtype, cached=True) > 0
 
 
 @built
 def test_an_interrupted_step_leaves_the_next_one_right(tmp_path: Path) -> None:
     kind = "glm-130b"
     weights = open_checkpoint(written(tmp_path / "x", kind, None))
-    built = load_streamed(weights, F32, CPU, range(NUM_LAYERS), 2)
+    built = load_streamed(LayerFiles(weights), F32, CPU, range(NUM_LAYERS), 2)
     calls = 0
 
     def interrupt(op: dispatch.Op, args: Any, kwargs: Any) -> Any:
@@ -140,7 +141,7 @@ def test_a_file_that_changes_or_ends_early_is_named(tmp_path: Path, monkeypatch:
     weights = open_checkpoint(folder)
     with registry.use("cpu"):
         expected = replies(weights.load(F32), kind)
-        built = load_streamed(weights, F32, CPU, range(NUM_LAYERS), 2)
+        built = load_streamed(LayerFiles(weights), F32, CPU, range(NUM_LAYERS), 2)
         good, facts = file.read_bytes(), file.stat()
         with file.open("r+b") as handle:  # in place: the open file sees it
             handle.truncate(len(good) // 2)

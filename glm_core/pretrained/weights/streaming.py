@@ -3,6 +3,7 @@ pieces; for models larger than memory (model/offload.py)."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -57,14 +58,14 @@ class LayerFiles:
                 f"{checkpoint.files.path}: its layers cannot be read piece by piece ({fact}); "
                 "glm-core checkpoint convert --to glm-core writes it so that they can"
             )
-        self._checkpoint = checkpoint
+        self.checkpoint = checkpoint
         self._files = {file: _open(file) for file in files}
         weakref.finalize(self, _close, [f.handle for f in self._files.values()])
         self._piece = torch.empty(PIECE_BYTES, dtype=torch.uint8)
 
     def stored(self, layer: int) -> dict[str, list[StoredTensor]]:
         """Returns what is stored for each tensor of a layer, by its name in the block."""
-        c, prefix = self._checkpoint, f"blocks.{layer}."
+        c, prefix = self.checkpoint, f"blocks.{layer}."
         table = {}
         for name in (n for n in c.shapes if n.startswith(prefix)):
             leaf = name.removeprefix(prefix)
@@ -89,32 +90,34 @@ class LayerFiles:
                 self._read(part, values[begin : begin + size])
                 begin += size
 
-    def gb_s(self, layers: Sequence[int]) -> float:
-        """Measures how fast these layers are read, by PROBE_BYTES of the last ones at most; pages
-        that the system has cached are dropped before."""
-        seconds, count = 0.0, 0
-        parts = [p for i in reversed(layers) for x in self.stored(i).values() for p in x]
+    def gb_s(self, layers: Sequence[int], dtype: torch.dtype, *, cached: bool = False) -> float:
+        """Measures how fast `fetch` reads these layers and converts them to `dtype`, by about
+        PROBE_BYTES of the last ones: from disk, or from the pages that the system has cached."""
+        stored = [p for i in reversed(layers) for x in self.stored(i).values() for p in x]
+        total = itertools.accumulate(p.num_bytes for p in stored)
+        parts = [p for p, end in zip(stored, total, strict=True) if end - p.num_bytes < PROBE_BYTES]
+        longest = max(p.num_bytes // p.dtype.itemsize for p in parts)
+        memory, seconds = torch.ones(longest * max(dtype.itemsize, 4), dtype=torch.uint8), 0.0
         for part in parts:
-            if count >= PROBE_BYTES:
-                break
-            self._drop(part)
-            file, start = self._files[part.file], time.perf_counter()
-            for begin in range(0, part.num_bytes, PIECE_BYTES):
-                piece = self._piece[: part.num_bytes - begin]
-                _read_into(file.handle, part, file.offsets[part.key] + begin, piece)
+            kind = dtype if part.dtype.is_floating_point else part.dtype
+            values = memory.view(kind)[: part.num_bytes // part.dtype.itemsize]
+            if cached:
+                self._read(part, values)
+            else:
+                self._drop(part)
+            start = time.perf_counter()
+            self._read(part, values)
             seconds += time.perf_counter() - start
-            count += part.num_bytes
-        return count / max(seconds, 1e-9) / 1e9
+        return sum(p.num_bytes for p in parts) / max(seconds, 1e-9) / 1e9
 
     def _drop(self, part: StoredTensor) -> None:
+        """Makes the system forget the cached pages of a tensor, those too that a file just written
+        still has to bring to the disk."""
         file = self._files[part.file]
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(
-                file.handle.fileno(),
-                file.offsets[part.key],
-                part.num_bytes,
-                os.POSIX_FADV_DONTNEED,
-            )
+            descriptor, begin = file.handle.fileno(), file.offsets[part.key]
+            os.fdatasync(descriptor)
+            os.posix_fadvise(descriptor, begin, part.num_bytes, os.POSIX_FADV_DONTNEED)
 
     def _read(self, part: StoredTensor, values: Tensor) -> None:
         """Reads one stored tensor into flat `values`."""
@@ -178,16 +181,15 @@ def _read_into(handle: FileIO, part: StoredTensor, offset: int, target: Tensor) 
 
 
 def load_streamed(
-    checkpoint: Checkpoint,
+    files: LayerFiles,
     dtype: torch.dtype,
     device: torch.device,
     layers: Sequence[int],
     num_buffers: int,
 ) -> GLM:
     """Returns the model on the device, in `dtype`; these layers are read from the files whenever
-    they compute. Quantized linears stay quantized. Raises CheckpointError as LayerFiles does."""
-    files = LayerFiles(checkpoint)  # opened first: it may refuse
-    model = checkpoint.load(dtype, device, quantized=True, without=layers[num_buffers:])
+    they compute. Quantized linears stay quantized."""
+    model = files.checkpoint.load(dtype, device, quantized=True, without=layers[num_buffers:])
     buffers = [model.blocks[i] for i in layers[:num_buffers]]
     fetch: Fetch = files.fetch
     if device.type != "cpu":

@@ -30,32 +30,38 @@ from glm_core.training.graph import RecordedLoss
 from glm_core.training.optimizer import Optimizer
 
 BATCH, LENGTH = 4, 256
+SIZES = (BATCH, LENGTH)
 DTYPES = ("float32", "bfloat16")
 
 
-def inputs(vocab: int) -> tuple[Tensor, Tensor]:
+def inputs(vocab: int, sizes: tuple[int, int] = SIZES) -> tuple[Tensor, Tensor]:
     """Returns tokens [B, L + 1] from a fixed seed and positions [L]."""
+    batch, length = sizes
     tokens = torch.randint(
-        0, vocab, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0)
+        0, vocab, (batch, length + 1), generator=torch.Generator().manual_seed(0)
     )
-    return tokens, torch.arange(LENGTH)
+    return tokens, torch.arange(length)
 
 
 def ours(
-    config: ModelConfig, dtype: str, backend: str = "cpu", graph: bool = False
+    config: ModelConfig,
+    dtype: str,
+    backend: str = "cpu",
+    graph: bool = False,
+    sizes: tuple[int, int] = SIZES,
 ) -> Callable[[], float]:
     """Returns one step of ours: forward, backward, clip, AdamW. graph: forward and backward are
     recorded and replayed (`train.graph`). Raises ConfigError where the backend records nothing."""
     device = get(backend).device()
-    tokens, position = (x.to(device) for x in inputs(config.vocab))
+    tokens, position = (x.to(device) for x in inputs(config.vocab, sizes))
     model = GLM(config).init_weights(0).to(device, getattr(torch, dtype))
     optimizer = Optimizer(model, TrainConfig(dtype=dtype))  # type: ignore[arg-type]  # checked by TrainConfig
-    rows = position.expand(BATCH, LENGTH)
+    rows = position.expand(sizes)
     where = (
         torch.stack((rows, torch.zeros_like(rows)), 1),
         torch.zeros_like(rows, dtype=torch.int32),
     )
-    weight = torch.full((BATCH, LENGTH), 1 / (BATCH * LENGTH), device=device)
+    weight = torch.full(sizes, 1 / rows.numel(), device=device)
     batch = (tokens[:, :-1], *where, (rows + 1).int(), tokens[:, 1:], weight)
     recorded = None
     if graph:
@@ -78,17 +84,23 @@ def ours(
     return step
 
 
-def transformers_glm(config: ModelConfig, dtype: str, compiled: bool) -> Callable[[], float]:
+def transformers_glm(
+    config: ModelConfig,
+    dtype: str,
+    compiled: bool,
+    device: torch.device = torch.device("cpu"),  # noqa: B008  # a constant
+    sizes: tuple[int, int] = SIZES,
+) -> Callable[[], float]:
     """Returns one step of transformers' GlmForCausalLM with fused torch AdamW."""
-    tokens, _ = inputs(config.vocab)
+    tokens = inputs(config.vocab, sizes)[0].to(device)
     ids, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    model = other.glm(config, use_cache=False)
+    model = other.glm(config, use_cache=False).to(device)
     optimizer = torch.optim.AdamW(
         model.parameters(), 1e-3, (0.9, 0.95), weight_decay=0.1, fused=True
     )
 
     def forward(ids: Tensor, labels: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
             # shift_labels: one label for each position, as ours
             loss: Tensor = model(input_ids=ids, labels=labels, shift_labels=labels).loss
             return loss
@@ -106,7 +118,7 @@ def transformers_glm(config: ModelConfig, dtype: str, compiled: bool) -> Callabl
     return step
 
 
-def matmul_flops(config: ModelConfig) -> int:
+def matmul_flops(config: ModelConfig, sizes: tuple[int, int] = SIZES) -> int:
     """Returns the forward and backward FLOPs of the step's matrix products, from the ops' cost
     functions."""
     total = 0
@@ -119,7 +131,7 @@ def matmul_flops(config: ModelConfig) -> int:
         return run(op, args, kwargs)
 
     with torch.device("meta"), use("null"), intercept(count):
-        rows = torch.zeros(BATCH, LENGTH, dtype=torch.int64)
+        rows = torch.zeros(sizes, dtype=torch.int64)
         mask = rows.int()
         GLM(config).loss(rows, torch.stack((rows, rows), 1), mask, mask, rows, rows.float())
     return total

@@ -24,6 +24,9 @@ MAX_HEAD_SIZE = 256
 TRITON_SINCE = {"gfx900": (3, 8), "gfx906": (3, 8)}
 """chips that older versions of Triton refuse, and the first that we saw to compile for them"""
 
+MATRIX_CORES = ("gfx908", "gfx90a", "gfx940", "gfx941", "gfx942", "gfx950")
+"""AMD's architectures with matrix cores for float32, too"""
+
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor, scale: float

@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 
 from glm_core.backends.cuda import probe
+from glm_core.backends.cuda.attention import MATRIX_CORES
 from glm_core.backends.cuda.attention_backward import grad_keys, grad_rows
 from glm_core.backends.cuda.attention_forward import attend_rows, join_splits
 
@@ -47,10 +48,16 @@ CUTS: dict[str, dict[str, dict[int, Cut]]] = {
             64: Cut(128, 128, 8, 2),
             128: Cut(128, 64, 8, 2),
             256: Cut(64, 32, 8, 2),
+            512: Cut(64, 32, 8, 1),
         },
-        "few_rows": {64: Cut(16, 128, 4, 3), 128: Cut(16, 64, 4, 3), 256: Cut(16, 32, 4, 3)},
-        "grad_rows": {64: Cut(128, 64, 8, 2), 128: Cut(64, 64, 8, 2), 256: Cut(32, 32, 8, 2)},
-        "grad_keys": {32: Cut(64, 128, 8, 2), 128: Cut(64, 32, 8, 2), 256: Cut(32, 32, 8, 2)},
+        "few_rows": {64: Cut(16, 128, 4, 3), 128: Cut(16, 64, 4, 3), 512: Cut(16, 32, 4, 3)},
+        "grad_rows": {
+            64: Cut(128, 64, 8, 2),
+            128: Cut(64, 64, 8, 2),
+            256: Cut(32, 32, 8, 2),
+            512: Cut(32, 32, 8, 1),
+        },
+        "grad_keys": {32: Cut(64, 128, 8, 2), 128: Cut(64, 32, 8, 2), 512: Cut(32, 32, 8, 2)},
     },
     "mfma": {
         "attend_rows": {64: Cut(128, 64, 4, 1), 128: Cut(128, 32, 4, 1), 256: Cut(64, 32, 4, 1)},
@@ -82,11 +89,10 @@ CUTS: dict[str, dict[str, dict[int, Cut]]] = {
         "grad_keys": {128: Cut(16, 16, 4, 1), 256: Cut(8, 16, 4, 1)},
     },
 }
-"""kind of multiplier -> kernel -> largest head size -> cut. `few_rows` is `attend_rows` where a kv
-head has at most 16 rows, as in decoding. Chosen by what compiles without spills, not by speed: no
-GPU has run them (docs/adr/0013-attention-in-triton.md)"""
-MATRIX_CORES = ("gfx908", "gfx90a", "gfx940", "gfx941", "gfx942", "gfx950")
-"""AMD's architectures with matrix cores for float32, too"""
+"""kind of multiplier -> kernel -> largest head size -> cut; above 256 are sizes that `Call.cut`
+doubles. `few_rows` is `attend_rows` where a kv head has at most 16 rows, as in decoding. Chosen by
+what compiles without spills, not by speed: no GPU has run them
+(docs/adr/0013-attention-in-triton.md)"""
 
 
 @functools.cache
@@ -137,7 +143,7 @@ class Call(NamedTuple):
         """Returns the kernel's cut for this head size. Masks and narrow loads of a size that 8 does
         not divide take registers: it is cut like one of twice the size."""
         odd = self.family == "mma" and self.e % 8
-        e = min(2 * self.e, 256) if odd else self.e
+        e = 2 * self.e if odd else self.e
         return next(c for size, c in CUTS[self.family][kernel].items() if e <= size)
 
     def options(self, cut: Cut) -> dict[str, int]:

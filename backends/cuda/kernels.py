@@ -15,7 +15,7 @@ from torch import Tensor
 from glm_core import ops
 from glm_core.backends.base import Backend
 from glm_core.backends.cpu import backend as cpu
-from glm_core.backends.cuda import attention
+from glm_core.backends.cuda import attention, quantized
 from glm_core.backends.cuda.extension import load
 from glm_core.backends.cuda.supports import takes
 
@@ -46,6 +46,9 @@ def equip(backend: Backend, module: str) -> None:
     covered = _in_triton() if trouble else ()
     share(backend, lambda op: "" if op in covered else trouble)
     backend.implements(ops.linear, takes(backend, ops.linear))(linear if trouble else linear_few)
+    if not trouble:
+        needs = takes(backend, ops.quantized_linear)
+        backend.implements(ops.quantized_linear, needs)(quantized.quantized_linear)
     supports = attention.supports(takes(backend, ops.attention))
     backend.implements(ops.attention, supports)(attention.attention)
 

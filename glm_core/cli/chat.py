@@ -15,14 +15,15 @@ def define(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Chats; exits 0 at the end of the conversation, 1 if logits are not finite, 2 on wrong
-    usage."""
+    """Chats; exits 0 at the end of the conversation, 1 if logits are not finite or the device
+    fails, 2 on wrong usage."""
     import sys
 
     from glm_core.backends import registry
+    from glm_core.diagnose.device_errors import GENERATION_MEMORY, explained
     from glm_core.serve import terminal
 
-    with registry.use(args.backend):
+    with explained(args.backend, "chat", GENERATION_MEMORY), registry.use(args.backend):
         chat_model, runner = load_runner(args)
         terminal.chat(chat_model, sampling(args), sys.stdin, sys.stdout, runner)
     return 0

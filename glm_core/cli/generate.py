@@ -198,13 +198,14 @@ def sampling(args: argparse.Namespace, stop: tuple[int, ...] = ()) -> Sampling:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generates; exits 0, 1 if logits are not finite, 2 on wrong usage."""
+    """Generates; exits 0, 1 if logits are not finite or the device fails, 2 on wrong usage."""
     from glm_core.backends import registry
+    from glm_core.diagnose.device_errors import GENERATION_MEMORY, explained
     from glm_core.model import prompt
     from glm_core.pretrained.chat_model import BlankFillingModel
 
-    chat_model, runner = load_export(args) if args.onnx else load_runner(args)
-    with registry.use(args.backend):
+    with explained(args.backend, "generate", GENERATION_MEMORY), registry.use(args.backend):
+        chat_model, runner = load_export(args) if args.onnx else load_runner(args)
         if args.beams:
             _beam_search(args, chat_model, runner)
         elif isinstance(chat_model, BlankFillingModel) and prompt.BLANK.search(args.prompt):

@@ -18,8 +18,13 @@ from glm_core.versions import AcceleratorError, is_accelerator_error
 RUNTIME = (AcceleratorError, torch.OutOfMemoryError, NotImplementedError)
 """the exceptions of torch whose cause is the device"""
 
+TRAINING_MEMORY = "use a smaller train.micro_batch or a smaller model"
+GENERATION_MEMORY = (
+    "use a shorter --context, --offload cpu, or weights in fewer bits (glm-core checkpoint convert "
+    "--bits 4)"
+)
+"""what to do where memory ran out"""
 _WAY_OUT = (
-    (torch.OutOfMemoryError, "use a smaller train.micro_batch or a smaller model"),
     (NotImplementedError, "use another train.dtype, or give the backend a kernel"),
     (
         AcceleratorError,
@@ -36,10 +41,11 @@ def _compiler_errors() -> tuple[type[Exception], ...]:
 
 
 @contextmanager
-def explained(backend: str, subject: str) -> Iterator[None]:
+def explained(backend: str, subject: str, memory: str = TRAINING_MEMORY) -> Iterator[None]:
     """Turns errors of the device inside the block into a DeviceError that names `subject`, the
-    backend, the op if the stack shows one, the device's own message and the way out. A GlmCoreError
-    passes unchanged, even when torch.compile has wrapped it (`strict`)."""
+    backend, the op if the stack shows one, the device's own message and the way out, `memory` where
+    that ran out. A GlmCoreError passes unchanged, even when torch.compile has wrapped it
+    (`strict`)."""
     try:
         yield
     except GlmCoreError:
@@ -53,19 +59,24 @@ def explained(backend: str, subject: str) -> Iterator[None]:
         if not late and not isinstance(error, torch.OutOfMemoryError | NotImplementedError):
             raise  # before torch 2.8 a RuntimeError of another kind
         op = op_of(error.__traceback__)
-        raise device_error(
-            error, subject, backend, f"{'noticed in ' * late}op {op}" if op else ""
-        ) from error
+        where = f"{'noticed in ' * late}op {op}" if op else ""
+        raise device_error(error, subject, backend, where, memory) from error
 
 
 def device_error(
-    error: Exception, subject: str, backend: str, where: str, **place: Any
+    error: Exception,
+    subject: str,
+    backend: str,
+    where: str,
+    memory: str = TRAINING_MEMORY,
+    **place: Any,
 ) -> DeviceError:
     """Returns an error such as `step 3: backend sim, op geglu forward: OutOfMemoryError: ...; use a
     smaller ...`."""
     words = " ".join(str(error).split("\n")[0].split())[:300]
     subject = ", ".join(filter(None, (f"{subject}: backend {backend}", where)))
-    way_out = next((text for kind, text in _WAY_OUT if isinstance(error, kind)), "")
+    ways_out = ((torch.OutOfMemoryError, memory), *_WAY_OUT)
+    way_out = next((text for kind, text in ways_out if isinstance(error, kind)), "")
     text = f"{subject}: {type(error).__name__}: {words}"
     return DeviceError(f"{text}; {way_out}" if way_out else text, **place)
 

@@ -268,10 +268,11 @@ def _utilisation(settings: Examination, evidence: Evidence) -> dict[str, Any]:
 
 
 def _goals(settings: Examination, evidence: Evidence) -> dict[str, Any]:
-    """Measures decoding and prefill against what is asked of them. A goal that is missed is named,
-    and is no fault."""
+    """Measures decoding, prefill and, on a device, training against what is asked of them. A goal
+    that is missed is named, and is no fault."""
     backend = evidence.backend
-    result = goals.measure(backend, goals.config_for(backend), settings.rounds)
+    peers = backend.device_type != "cpu"
+    result = goals.measure(backend, goals.config_for(backend), settings.rounds, peers)
     evidence.add("goals.json", json.dumps(result, indent=1))
     return {"ok": True, **{k: result[k] for k in ("missed", "layers", "fallbacks")}}
 

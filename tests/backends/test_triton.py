@@ -1,5 +1,5 @@
 """Tests the Triton kernels without a device: their numbers in Triton's interpreter by the ordinary
-conformance cases, and that they compile ahead of time for five chips."""
+conformance cases, and that they compile ahead of time for one chip of each maker."""
 
 from __future__ import annotations
 
@@ -74,12 +74,18 @@ def test_attention_spills_nothing_and_takes_lengths_as_data(tmp_path: Path) -> N
         assert used["shared_bytes"] <= 99 * 1024, name
 
 
+def test_products_with_codes_conform_in_the_interpreter(tmp_path: Path) -> None:
+    found = answer(tmp_path, "triton_judge.py", "bfloat16,float16", "products")
+    assert len(found) >= 2 * 6 + 2  # cases of two dtypes; products of several blocks
+    assert not {id: what for id, what in found.items() if what}
+
+
 def test_kernels_build_ahead_of_time(tmp_path: Path) -> None:
-    found = answer(tmp_path, "triton_build.py")
-    known = ["cuda-80", "cuda-90", "hip-gfx90a", "hip-gfx942", "hip-gfx906"]
-    assert set(found) in (set(known[:2]), set(known[:4]), set(known))
-    assert len(found) == 5 or release("triton") < (3, 8)
+    """`python triton_build.py` builds for the other chips."""
+    wanted = ["cuda-90", "hip-gfx90a"] if release("triton") >= (3, 5) else ["cuda-90"]
+    found = answer(tmp_path, "triton_build.py", *wanted)
+    assert list(found) == wanted
     for target, kernels in found.items():
-        assert len(kernels) == 6, target
+        assert len(kernels) == 8, target
         assert all(size for size, _ in kernels.values()), target
         assert not any(faults for _, faults in kernels.values()), (target, kernels)

@@ -1,5 +1,6 @@
-"""Builds the Triton kernels ahead of time for devices that are not here: `python
-triton_build.py` prints {target: {kernel: [bytes of machine code, faults found in it]}}."""
+"""Builds the Triton kernels ahead of time for devices that are not here: `python triton_build.py
+cuda-90 hip-gfx90a` prints {target: {kernel: [bytes of machine code, faults found in it]}}, without
+arguments for all targets that this Triton knows."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from glm_core.backends import triton_ops as ops
-from glm_core.backends.cuda import keep_kernel
+from glm_core.backends.cuda import keep_kernel, quantized_product
 
 TARGETS = {  # the oldest triton that builds for it here; 3.4 and 3.7 were not tried
     ("cuda", 80, 32): (3, 3),
@@ -35,9 +36,12 @@ POINTERS = {
     "angles": "*fp32",
     "positions": "*i64",
     "places": "*i64",
+    "codes": "*i8",
+    "scale": "*fp16",
 }
 NUMBERS = {
     **dict.fromkeys(("known", "heads", "kv_heads", "m_side", "m_slot", "m_head", "m_place"), "i32"),
+    **dict.fromkeys(("outputs", "groups"), "i32"),
     "rows": "i32",
     "width": "i32",
     "size": "i32",
@@ -68,6 +72,26 @@ def built(
     return len(made.asm["cubin" if target[0] == "cuda" else "hsaco"]), faults(made, target[0])
 
 
+def built_product(target: tuple[Any, ...], half: str, bits: int) -> tuple[int, list[str]]:
+    """Returns the same of the product with codes, for sizes that are multiples of 16."""
+    kernel, kind = quantized_product.many_rows, target[0]
+    cut = dict(quantized_product.cut_for(f"sm_{target[1]}" if kind == "cuda" else target[1]))
+    options = {name: cut.pop(name) for name in ("num_warps", "num_stages")}
+    constants = {**cut, "BK": 64, "BIASED": True, "BITS": bits, "PAIRS": kind == "cuda"}
+    given = [n for n in kernel.arg_names if n not in constants]
+    signature = dict.fromkeys(constants, "constexpr")
+    signature |= {n: NUMBERS.get(n) or POINTERS.get(n, half) for n in given}
+    ordered = {n: signature[n] for n in kernel.arg_names}
+    sixteen = {
+        (at,): [["tt.divisibility", 16]]
+        for at, n in enumerate(kernel.arg_names)
+        if n in given and n != "rows"
+    }
+    source = ASTSource(kernel, ordered, constants, sixteen)
+    made = triton.compile(source, target=GPUTarget(*target), options=options)
+    return len(made.asm["cubin" if kind == "cuda" else "hsaco"]), faults(made, kind)
+
+
 def faults(made: Any, kind: str) -> list[str]:
     """Returns the faults in the machine code of a built kernel."""
     return nvidia_faults(made.asm["cubin"]) if kind == "cuda" else amd_faults(made.asm["amdgcn"])
@@ -88,18 +112,24 @@ def amd_faults(assembly: str) -> list[str]:
     return spilled + re.findall(r"\w+_store_byte\w*", assembly)
 
 
-def main() -> None:
+def main(*wanted: str) -> None:
     """Prints what was built, in float16 for one chip of each kind and in bfloat16 for others."""
     found = {}
     release = tuple(map(int, triton.__version__.split(".")[:2]))
     for target in (t for t, since in TARGETS.items() if release >= since):
-        half = "*fp16" if target[1] in (80, "gfx906") else "*bf16"
-        found[f"{target[0]}-{target[1]}"] = {
+        name, half = f"{target[0]}-{target[1]}", "*bf16"
+        if wanted and name not in wanted:
+            continue
+        if target[1] in (80, "gfx906"):
+            half = "*fp16"
+        found[name] = {
             kernel.__name__: built(kernel, constants, target, half)
             for kernel, constants in KERNELS.items()
         }
+        if target[1] != "gfx906":  # it has no matrix cores
+            found[name] |= {f"many_rows{b}": built_product(target, half, b) for b in (4, 8)}
     json.dump(found, sys.stdout)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -1,8 +1,8 @@
 """Runs conformance of the Triton kernels in Triton's interpreter, on the CPU: `python
 triton_judge.py float32,bfloat16 MOST` prints {case: "" or what is wrong}, with at most MOST cases
 per op and mode in each dtype; `python triton_judge.py float32 attention [SAMPLE ...]` does so for
-attention. A process of its own: whether kernels are interpreted is settled when Triton is
-imported."""
+attention, `python triton_judge.py float16 products` for products with codes. A process of its own:
+whether kernels are interpreted is settled when Triton is imported."""
 
 from __future__ import annotations
 
@@ -18,23 +18,26 @@ os.environ["TRITON_INTERPRET"] = "1"
 import numpy as np
 import torch
 import triton.language as tl
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
 from glm_core import ops
 from glm_core.backends import triton_ops
 from glm_core.backends.base import Backend
-from glm_core.backends.cuda import attention_launch
+from glm_core.backends.cuda import attention_launch, quantized_product
 from glm_core.backends.cuda.attention import attention
 from glm_core.backends.cuda.decode_ops import Step, inputs, packed
 from glm_core.backends.cuda.keep_kernel import keep
 from glm_core.backends.cuda.kernels import share
 from glm_core.conformance.case import Case, CaseFailure, dtype_name, select
 from glm_core.conformance.check import judge
+from glm_core.conformance.tolerance import allowance, deviation
 from glm_core.decode_step import Rows, Stack
 from glm_core.model.glm import GLM
 from glm_core.model.presets import preset
 from glm_core.model.stack import angles, stack
+from glm_core.spec import SUPPORTED, Support, unsupported
 
 _converted = interpreter._convert_float
 
@@ -128,6 +131,57 @@ def judged_attention(dtypes: str, samples: tuple[str, ...]) -> dict[str, str]:
     return {c.id: complaint(c, backend) for c in cases} | split_errors() | keep_errors()
 
 
+def judged_products(dtypes: str) -> dict[str, str]:
+    """Judges products with codes, whatever their number of rows, and one of several blocks."""
+    backend = Backend(name="triton", device_type="cpu", verified="executed on the CPU")
+
+    def supports(
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None = None,
+        bits: int = 8,
+        activation_bits: int = 16,
+    ) -> Support:
+        group = x.shape[-1] // (1 if scale.ndim == 1 else scale.shape[1])
+        takes = activation_bits == 16 and group % 32 == 0 and len(x) > 0
+        return SUPPORTED if takes else unsupported("not for this kernel")
+
+    def product(
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None = None,
+        bits: int = 8,
+        activation_bits: int = 16,
+    ) -> Tensor:
+        return quantized_product.product(x, weight, scale, bias, bits)
+
+    backend.implements(ops.quantized_linear, supports)(product)
+    found, wanted = {}, dtypes.split(",")
+    for case in select(backend, op="quantized_linear", real=False):
+        if dtype_name(case.dtype) in wanted and case.mode == "test" and not case.raises:
+            found[case.id] = complaint(case, backend)
+    return {k: v for k, v in found.items() if "not for this kernel" not in v} | block_errors()
+
+
+def block_errors() -> dict[str, str]:
+    """Compares products of more rows and outputs than a block has with float64, by the rule of
+    conformance."""
+    g, errors = torch.Generator().manual_seed(0), {}
+    for bits, group, dtype in ((4, 96, torch.bfloat16), (8, 64, torch.float16)):
+        x = torch.randn(2, 131, 192, generator=g).to(dtype)
+        codes = torch.randint(-128, 128, (70, 192 * bits // 8), generator=g).to(torch.int8)
+        scale = torch.rand(70, 192 // group, generator=g) / 2**bits
+        bias = torch.randn(70, generator=g).to(dtype)
+        y = quantized_product.product(x, codes, scale, bias, bits)
+        reference = ops.quantized_linear.reference
+        exact = reference(x.double(), codes, scale.double(), bias.double(), bits)
+        found = deviation(y, allowance(exact, [reference(x, codes, scale, bias, bits)]))
+        errors[f"blocks-int{bits}"] = "" if found.ratio <= 2 else f"{found.ratio} {found.where}"
+    return errors
+
+
 def keep_errors() -> dict[str, str]:
     """Compares rotated queries, and the cache, with those that the ops give: for models without
     rotation, with both kinds of pairs, and with two rows of positions."""
@@ -176,6 +230,8 @@ def main(dtypes: str, what: str, *samples: str) -> None:
     with InTriton():  # type: ignore[no-untyped-call]  # torch's own
         if what == "attention":
             found = judged_attention(dtypes, samples)
+        elif what == "products":
+            found = judged_products(dtypes)
         else:
             found = judged(dtypes, int(what))
     json.dump(found, sys.stdout)

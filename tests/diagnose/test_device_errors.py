@@ -70,6 +70,13 @@ def test_no_checkpoint_is_said_too(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         run(toy.config(), tmp_path, sampler=toy.Sampler())
 
 
+def test_generation_that_runs_out_of_memory_says_what_to_do() -> None:
+    memory = device_errors.GENERATION_MEMORY
+    with pytest.raises(DeviceError) as caught, device_errors.explained("weak", "chat", memory):
+        raise torch.OutOfMemoryError("1 GiB wanted")
+    assert str(caught.value) == f"chat: backend weak: OutOfMemoryError: 1 GiB wanted; {memory}"
+
+
 @pytest.mark.parametrize(
     "error",
     [UnsupportedOpError("strict"), ConfigError("bad"), ValueError("x"), RuntimeError("shapes")],

@@ -279,9 +279,9 @@ def text(result: dict[str, Any]) -> str:
         lines.append(f"{name:46} {row['ms']:9.3f} ms  {', '.join(peers)}".rstrip())
     for name, figure, least in result["goals"]:
         reached = result["rows"][name].get(figure)
-        told = "not measured" if reached is None else f"{reached:.2f}"
-        told += ", MISSED" if reached is not None and reached < least else ""
-        lines.append(f"goal: {name}: {figure} at least {least:.2f}: {told}")
+        words = "not measured" if reached is None else f"{reached:.2f}"
+        words += ", MISSED" if reached is not None and reached < least else ""
+        lines.append(f"goal: {name}: {figure} at least {least:.2f}: {words}")
     lines.append(str(result["fallbacks"] or "no fallbacks"))
     return "\n".join([*lines, str(result["machine"])])
 

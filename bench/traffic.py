@@ -38,7 +38,7 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        name = func._opname
+        name = str(func.overloadpacket).rpartition(".")[2]
         if name == "_local_scalar_dense":
             return 1.0
         result = func(*args, **(kwargs or {}))

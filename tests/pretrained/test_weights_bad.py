@@ -214,7 +214,7 @@ def test_a_file_of_before_torch_1_6(tmp_path: Path) -> None:
     shard = torch.load(folder / SHARD, weights_only=True)
     torch.save(shard, folder / SHARD, _use_new_zipfile_serialization=False)
     checkpoint = open_checkpoint(folder)
-    key = checkpoint.layout.keys("embedding")[0]
+    key = checkpoint.layout.keys("embedding", checkpoint.config)[0]
     assert torch.equal(checkpoint.tensor("embedding")[48:], shard["module"][key])
 
 

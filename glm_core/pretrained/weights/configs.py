@@ -65,14 +65,15 @@ def _read_experts(values: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     if kinds is None or "num_dense_layers" not in values:
         return []
     dense = kinds.count("dense") if isinstance(kinds, list) else 0
-    if kinds != _layer_types(dense, values["num_layers"]):
+    known = isinstance(kinds, list) and len(kinds) == values["num_layers"]
+    if not known or kinds != _layer_types(dense, len(kinds)):
         return [f"mlp_layer_types is {kinds!r}, only dense layers before sparse ones are known"]
     values["num_dense_layers"] = dense
     return []
 
 
-def _layer_types(dense: int, layers: Any) -> list[str]:
-    return ["dense"] * dense + ["sparse"] * (layers - dense if isinstance(layers, int) else 0)
+def _layer_types(dense: int, layers: int) -> list[str]:
+    return ["dense"] * dense + ["sparse"] * (layers - dense)
 
 
 def _foreign_keys(layout: Layout, theirs: dict[str, Any]) -> list[str]:

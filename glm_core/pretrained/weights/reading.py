@@ -232,13 +232,14 @@ def open_checkpoint(path: str | Path, config: ModelConfig | None = None) -> Chec
     stored_head = "head" in layout.names and prefix + layout.names["head"] in keys
     if config.tied_head and stored_head and prefix + layout.names["embedding"] not in keys:
         layout, stored_head = _embedding_is_head(layout), False
+    _require_plausible(config, layout, len(keys), path)
     config = dataclasses.replace(
         config,
         tied_head=config.tied_head and not stored_head,
         num_mtp_layers=_num_mtp_layers(config, layout, prefix, keys),
     )
     require_divides(config, len(files.ranks), str(path))
-    shapes = _shapes(config, len(keys), path)
+    shapes = _shapes(config, path)
     bits = _bits(layout, prefix, files, config, shapes)
     checkpoint = Checkpoint(files, layout, prefix, config, shapes, bits)
     if problems := list(_mismatches(checkpoint)):
@@ -269,14 +270,26 @@ def _embedding_is_head(layout: Layout) -> Layout:
     return dataclasses.replace(layout, names={**others, "embedding": layout.names["head"]})
 
 
-def _shapes(config: ModelConfig, num_keys: int, path: str | Path) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of every parameter. Refuses sizes that no files of this many tensors
-    have."""
-    if config.num_layers > num_keys:
-        raise CheckpointError(
-            f"{path}: config says {config.num_layers} layers, but the files hold only {num_keys} "
-            "tensors; check that they belong together and are complete"
-        )
+def _require_plausible(
+    config: ModelConfig, layout: Layout, num_keys: int, path: str | Path
+) -> None:
+    """Refuses numbers of layers or experts that no files of this many tensors hold."""
+    numbers = {
+        "layers": config.num_layers,
+        "layers of multi-token prediction": config.num_mtp_layers,
+    }
+    if any("{e}" in theirs for theirs in layout.names.values()):
+        numbers["experts"] = config.num_experts
+    for what, number in numbers.items():
+        if number > num_keys:
+            raise CheckpointError(
+                f"{path}: config says {number} {what}, but the files hold only {num_keys} tensors; "
+                "check that they belong together and are complete"
+            )
+
+
+def _shapes(config: ModelConfig, path: str | Path) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every parameter. Refuses sizes that no machine has."""
     try:
         with torch.device("meta"):
             model = GLM(config)

@@ -45,6 +45,7 @@ def run(
     (0: never). Raises GlmCoreError; whatever happens, the newest whole checkpoint stays."""
     out, t = Path(out_dir), config.train
     start = checkpoint.starting_point(out, resume)
+    registry.require_dtype(registry.usable(t.backend), t.dtype)  # before the data is tokenized
     if sampler is None:
         # here, so that a sampler of the caller's own needs no sentencepiece
         from glm_core.data.open import open_sampler

@@ -20,6 +20,7 @@ from glm_core.align.calibration import (
     require_captured,
 )
 from glm_core.align.capture import Call
+from glm_core.align.explanation import direction_of, finding_to_name
 from glm_core.align.overflow import overflow_check
 from glm_core.align.recording import record
 from glm_core.align.replay import replay_on
@@ -136,12 +137,6 @@ class Evidence:
         return [f for f in tested if only.direction in ("", direction_of(f))]
 
 
-def direction_of(finding: Finding) -> str:
-    """Returns the finding's direction, or `optimizer` for an op of the update, which is not
-    differentiated."""
-    return finding.direction if all_ops()[finding.op].differentiable else "optimizer"
-
-
 def bisect(
     config: RunConfig,
     backend: str | Backend,
@@ -204,15 +199,6 @@ def gather(
 def _choices(calls: list[Call]) -> str:
     ops, steps = sorted({c.op.name for c in calls}), sorted({c.step for c in calls})
     return f"captured steps are {steps}, ops {', '.join(ops)}"
-
-
-def finding_to_name(guilty: list[Finding]) -> Finding:
-    """Returns the finding to name, for the op furthest outside. A forward finding comes before a
-    backward one, since a wrong forward spoils the backward too; a finding in a single call comes
-    before one that all calls show together."""
-    same_op = [f for f in guilty if f.op == guilty[0].op]
-    candidates = [f for f in same_op if direction_of(f) != "backward"] or same_op
-    return next((f for f in candidates if f.call >= 0), candidates[0])
 
 
 def _op_by_op(

@@ -89,8 +89,8 @@ def largest(pair: Pair) -> float:
 
 def _subject(pair: Pair) -> str:
     if pair.findings:
-        f = pair.findings[0]
-        return f"op {f.op} {direction(f)}" + (f" in layer {f.layer}" if f.layer else "")
+        f = finding_to_name(pair.findings)
+        return f"op {f.op} {direction_of(f)}" + (f" in layer {f.layer}" if f.layer else "")
     if pair.max_gradient_ratio > 1:
         return "every op is right, but a whole step's gradients or its loss"
     if pair.first_step:
@@ -111,7 +111,16 @@ def times(ratio: float) -> str:
     return f"{max(ratio, 0.0):.2f}" if ratio < 100 else f"{ratio:,.0f}"
 
 
-def direction(finding: Finding) -> str:
+def finding_to_name(guilty: list[Finding]) -> Finding:
+    """Returns the finding to name, for the op furthest outside. A forward finding comes before a
+    backward one, since a wrong forward spoils the backward too; a finding in a single call comes
+    before one that all calls show together."""
+    same_op = [f for f in guilty if f.op == guilty[0].op]
+    candidates = [f for f in same_op if direction_of(f) != "backward"] or same_op
+    return next((f for f in candidates if f.call >= 0), candidates[0])
+
+
+def direction_of(finding: Finding) -> str:
     """Returns forward, backward, or `optimizer` for an op of the update, which has no gradient."""
     from glm_core.ops import all_ops  # needs torch, which comparing two traces does not
 
@@ -123,11 +132,12 @@ def details(
 ) -> list[tuple[str, str]]:
     """Returns what a reader needs who has to repair a diverged candidate, as pairs of label and
     text. `trace` is the candidate's, `options` the command line's (default: the trace's config)."""
-    rows = _of_op(pair.findings[0]) if pair.findings else _of_run(pair)
+    named = finding_to_name(pair.findings) if pair.findings else None
+    rows = _of_op(named) if named else _of_run(pair)
     if "plan" in trace.environment:
         rows[-1] = ("usually", USUALLY["plan"])
     rows.insert(-1, ("rerun", rerun(pair, trace, options)))
-    if pair.findings and (examples := exhibits(pair.findings[0])):
+    if named and (examples := exhibits(named)):
         rows.append(("known examples", "; ".join(examples)))
     return rows
 
@@ -149,10 +159,10 @@ def _of_op(f: Finding) -> list[tuple[str, str]]:
         amount=amount(f.effect),
     )
     kind = group.split(" ")[0]
-    causes = [USUALLY["optimizer"]] if direction(f) == "optimizer" else [USUALLY[statistic]]
+    causes = [USUALLY["optimizer"]] if direction_of(f) == "optimizer" else [USUALLY[statistic]]
     causes += [USUALLY[kind]] if kind in USUALLY else []
     return [
-        ("where", f"op {f.op}, {direction(f)}, {where}; result {f.tensor}, {f.dtype} [{shape}]"),
+        ("where", f"op {f.op}, {direction_of(f)}, {where}; result {f.tensor}, {f.dtype} [{shape}]"),
         ("measured", measured + (f", in {group}" if group else "")),
         ("an honest kernel", f"shows at most {amount(f.benign)} here"),
         ("usually", "; or ".join(causes)),
@@ -186,9 +196,9 @@ def rerun(pair: Pair, trace: Trace, options: Sequence[str] | None = None) -> str
     captured = [f for f in pair.findings if not f.projection.endswith(AS_IT_HAPPENED)]
     if not captured:
         return rerun_command.join(words, rerun_command.ANY_CALL)
-    f = captured[0]
+    f = finding_to_name(captured)
     place = (f.layer, f.step) if f.call >= 0 else ("", 0)
-    return rerun_command.join(words, rerun_command.CallFilter(f.op, direction(f), *place))
+    return rerun_command.join(words, rerun_command.CallFilter(f.op, direction_of(f), *place))
 
 
 def exhibits(finding: Finding) -> list[str]:
@@ -197,7 +207,7 @@ def exhibits(finding: Finding) -> list[str]:
     from glm_core.faults.catalogue import FAULTS
 
     kinds = KINDS.get(finding.projection.split(" ")[0].rstrip(","), ())
-    own = ("update",) if direction(finding) == "optimizer" else (finding.direction, "both")
+    own = ("update",) if direction_of(finding) == "optimizer" else (finding.direction, "both")
     alike = [f for f in FAULTS if f.op == finding.op and f.direction in own]
     alike.sort(key=lambda f: kinds.index(f.kind) if f.kind in kinds else len(kinds))
     return [f.description for f in alike[:MAX_EXHIBITS]]

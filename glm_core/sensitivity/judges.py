@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from glm_core import align
-from glm_core.align.bisection import direction_of, finding_to_name
+from glm_core.align.explanation import direction_of, finding_to_name
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
 from glm_core.config import Dtype, RunConfig

@@ -10,8 +10,10 @@ import site
 import subprocess
 import sys
 import venv
+from collections.abc import Iterator
 from pathlib import Path
 
+import command_server
 import pytest
 
 import glm_core
@@ -22,27 +24,34 @@ FAILING = re.compile(r"^! (.*)$", re.MULTILINE)
 
 
 @pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
-    """Returns the environment of a shell whose Python is new, sees this one's packages and installs
-    offline."""
-    home = tmp_path / "python"
+def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """Gives the environment of a shell whose Python is new, sees this one's packages and installs
+    offline, and whose glm-core is a client of the command server."""
+    home, path = tmp_path / "python", str(tmp_path / "commands")
     venv.create(home, symlinks=True)
     [packages] = (home / "lib").glob("python*/site-packages")
     lines = [f"import site; site.addsitedir({p!r})" for p in site.getsitepackages()]
     (packages / "outer.pth").write_text("\n".join(lines))
     command = home / "bin" / "glm-core"
-    command.write_text(
-        f"#!{home}/bin/python\nimport sys\nfrom glm_core.cli import main\nsys.exit(main())\n"
-    )
+    command.write_text(command_server.CLIENT.format(python=home / "bin" / "python", socket=path))
     command.chmod(0o755)
     offline = {"PIP_NO_INDEX": "1", "PIP_NO_DEPS": "1", "PIP_NO_BUILD_ISOLATION": "0"}
-    return {
+    environment = {
         **os.environ,
         **offline,
         "PATH": f"{home}/bin{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(Path(glm_core.__file__).parents[1]),
         "PYTHONWARNINGS": "ignore",
     }
+    words = [str(home / "bin" / "python"), command_server.__file__, path, str(packages)]
+    server = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout
+        assert server.stdout.readline() == "ready\n"
+        yield environment
+    finally:
+        server.kill()
+        server.communicate()
 
 
 def script(page: str) -> str:

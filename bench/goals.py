@@ -32,6 +32,7 @@ from glm_core.model.prompt import causal
 from glm_core.model.quantize import Quantization, convert
 from glm_core.model.runner import DecodeRow, Runner
 from glm_core.model.sample import Sampling
+from glm_core.session import Session
 
 Call = Callable[[], Any]
 PROMPT, LONG_PROMPT, SEQUENCES = 64, 1024, 64
@@ -48,13 +49,14 @@ GOALS = {
 }
 """work -> the figure that is judged and the least that is asked of it. `half` is bfloat16, or
 float16 where the device has no bfloat16"""
+BESIDE = "decode half, beside transformers"
 PEER_GOALS = {
-    "decode half": ("times_compiled", 1.5),
+    BESIDE: ("times_compiled", 1.5),
     goals_peers.WIDE: ("times_compiled", 1.25),
     f"{goals_peers.WIDE}, products": ("gemm_share", 0.72),
     goals_peers.NARROW: ("times_compiled", 4.5),
 }
-"""the same beside transformers. The shares stand for 540 TFLOP/s where a large product reached 747,
+"""the same of `measure_beside`. The shares stand for 540 TFLOP/s where a large product reached 747,
 and for 5 ms where the compiled peer took 22.5"""
 KINDS = ("eager", "compiled")
 Rows = dict[str, dict[str, Any]]
@@ -76,45 +78,59 @@ def config_for(backend: Backend) -> ModelConfig:
     return preset("glm-4-9b", max_length=2 * LONG_PROMPT, num_layers=layers)
 
 
-def measure(
-    backend: Backend, config: ModelConfig, rounds: int, peers: bool = False
-) -> dict[str, Any]:
-    """Returns a row for each work, and the goals that were missed. peers: transformers and the
-    training steps too."""
+def measure(backend: Backend, config: ModelConfig, rounds: int) -> dict[str, Any]:
+    """Returns a row for each work of GOALS, and the goals that were missed."""
     rows: Rows = {}
-    goals = list(GOALS.items())
-    if peers:
-        rows |= _training(backend, rounds)
-        goals += PEER_GOALS.items()
     with use(backend, strict=False) as session:
         _products(backend, config, rounds, rows)
         model = _model(config, backend)
-        _model_rows(backend, model, "half", rounds, rows, peers)
+        _model_rows(backend, model, "half", rounds, rows)
         for _ in convert(model, Quantization(bits=4, group=_group(config))):
             pass
         _model_rows(backend, model, "int4", rounds, rows)
-        fallbacks = {f"{f.op}: {f.reason}": n for f, n in session.fallbacks.items()}
     _compare(rows)
-    half = str(_half(backend)).removeprefix("torch.")
-    missed = [name for name, (figure, least) in goals if rows[name].get(figure, least) < least]
-    unmeasured = [f"{n}: {f}" for n, (f, _) in goals if f not in rows[n]]
-    facts = {
-        "goals": [[name, figure, least] for name, (figure, least) in goals],
-        "unmeasured": unmeasured,
-        "peers": goals_peers.MISSING or "transformers" if peers else "",
-        "half": half,
+    return _judged(backend, config, rows, GOALS, session)
+
+
+def measure_beside(backend: Backend, config: ModelConfig, rounds: int) -> dict[str, Any]:
+    """Returns a row for each work of PEER_GOALS, timed in turn with transformers, eager and
+    compiled, and the goals that were missed, or have no peer because transformers is not
+    installed."""
+    half, device = _half(backend), backend.device()
+    room = min(4 * PROMPT, config.max_length)
+    with use(backend, strict=False) as session:
+        calls = {"decode": _decoding(_model(config, backend), 1)}
+        if not goals_peers.MISSING:
+            calls |= goals_peers.decoders(config, half, device, room, TURN)
+        timing, _ = _timed(backend, calls, rounds, "memory read")
+        each = {k: timing[k].median_s / TURN * 1e3 for k in calls}
+        row = {"ms": each.pop("decode"), **{f"{k}_ms": ms for k, ms in each.items()}}
+        rows: Rows = {BESIDE: row | goals_peers.against_peers(timing, "decode")}
+        calls.clear()
+    rows |= goals_peers.training_rows(backend, str(half).removeprefix("torch."), rounds)
+    rows[f"{goals_peers.WIDE}, products"] = rows[goals_peers.WIDE]
+    return _judged(backend, config, rows, PEER_GOALS, session)
+
+
+def _judged(
+    backend: Backend,
+    config: ModelConfig,
+    rows: Rows,
+    goals: dict[str, tuple[str, float]],
+    session: Session,
+) -> dict[str, Any]:
+    """Returns the rows with what was missed, and with the facts of the measurement."""
+    reached = {name: rows[name].get(figure) for name, (figure, _) in goals.items()}
+    return {
+        "rows": rows,
+        "goals": goals,
+        "missed": [n for n, x in reached.items() if x is not None and x < goals[n][1]],
+        "unmeasured": [n for n, x in reached.items() if x is None],
+        "half": str(_half(backend)).removeprefix("torch."),
         "layers": config.num_layers,
-        "fallbacks": fallbacks,
+        "fallbacks": {f"{f.op}: {f.reason}": n for f, n in session.fallbacks.items()},
         "machine": machine(),
     }
-    return {"rows": rows, "missed": missed, **facts}
-
-
-def _training(backend: Backend, rounds: int) -> Rows:
-    """Returns the rows of training, in half precision."""
-    dtype = str(_half(backend)).removeprefix("torch.")
-    rows = goals_peers.training_rows(backend, dtype, rounds)
-    return rows | {f"{goals_peers.WIDE}, products": rows[goals_peers.WIDE]}
 
 
 def _compare(rows: Rows) -> None:
@@ -184,27 +200,18 @@ def _products(backend: Backend, config: ModelConfig, rounds: int, rows: Rows) ->
         rows[f"product {name}, one row"] = {"ms": seconds * 1e3, **figures}
 
 
-def _model_rows(
-    backend: Backend, model: GLM, dtype: str, rounds: int, rows: Rows, peers: bool = False
-) -> None:
+def _model_rows(backend: Backend, model: GLM, dtype: str, rounds: int, rows: Rows) -> None:
     """Times decode steps of one and of many sequences, and the reading of a long prompt."""
     sequences = (1, SEQUENCES) if dtype == "half" else (1,)
     size = decode.read_weights(model)
     for n in sequences:
-        calls = {"decode": _decoding(model, n)}
-        if peers and n == 1 and not goals_peers.MISSING:
-            room = min(4 * PROMPT, model.config.max_length)
-            half, device = _half(backend), backend.device()
-            calls |= goals_peers.decoders(model.config, half, device, room, TURN)
-        timing, read = _timed(backend, calls, rounds, "memory read")
+        timing, read = _timed(backend, {"decode": _decoding(model, n)}, rounds, "memory read")
         seconds = timing["decode"].median_s / TURN
         rows[f"decode {dtype}" + (f", {n} sequences" if n > 1 else "")] = {
             "ms": seconds * 1e3,
             "tokens_s": n / seconds,
             "read_share": size / seconds / read,
             "spread": timing["decode"].spread,
-            **{f"{k}_ms": timing[k].median_s / TURN * 1e3 for k in calls if k != "decode"},
-            **goals_peers.against_peers(timing, "decode"),
         }
     timing, read = _timed(backend, {"generate": _generating(model)}, rounds, "memory read")
     seconds = timing["generate"].median_s / TURN
@@ -266,8 +273,10 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     backend = usable(args.backend)
-    result = measure(backend, config_for(backend), args.rounds, args.peers)
-    print(json.dumps(result) if args.json else text(result))
+    measures = (measure, measure_beside) if args.peers else (measure,)
+    for each in measures:
+        result = each(backend, config_for(backend), args.rounds)
+        print(json.dumps(result) if args.json else text(result))
     return 0
 
 
@@ -277,7 +286,7 @@ def text(result: dict[str, Any]) -> str:
     for name, row in result["rows"].items():
         peers = [f"transformers {k} {row[f'{k}_ms']:.3f}" for k in KINDS if f"{k}_ms" in row]
         lines.append(f"{name:46} {row['ms']:9.3f} ms  {', '.join(peers)}".rstrip())
-    for name, figure, least in result["goals"]:
+    for name, (figure, least) in result["goals"].items():
         reached = result["rows"][name].get(figure)
         words = "not measured" if reached is None else f"{reached:.2f}"
         words += ", MISSED" if reached is not None and reached < least else ""

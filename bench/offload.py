@@ -16,6 +16,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -114,14 +115,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for layer in layers:
             fetch(layer, buffer)
 
+    def decode() -> None:
+        runner.decode([DecodeRow(7, PROMPT, place)])
+        wait([ahead.done for ahead in stream._ahead])  # the next step's first layers
+
     def step() -> None:
         drop()
         stream._fetch = fetch
-        runner.decode([DecodeRow(7, PROMPT, place)])
+        decode()
 
     def compute() -> None:
         stream._fetch = lambda layer, block: None
-        runner.decode([DecodeRow(7, PROMPT, place)])
+        decode()
 
     with registry.use("cpu"):
         runner.prefill(0, [PROMPT])

@@ -32,7 +32,8 @@ from glm_core.model.glm import GLM
 from glm_core.spec import Support
 
 MODEL = {"num_layers": 1, "hidden": 32, "num_heads": 2, "ffn": 48, "vocab": 512, "max_length": 256}
-PARTS = ["conformance", "step", "decoding", "utilisation", "goals", "alignment", "published"]
+TIMED = ["utilisation", "goals", "alignment", "peers", "published"]
+PARTS = ["conformance", "step", "decoding", *TIMED]
 
 
 @pytest.fixture
@@ -216,7 +217,7 @@ def test_on_a_device_of_its_own_curves_run_beside_what_is_not_timed(
     summary = examined("simulated", small, tmp_path / "doctor")
     assert summary["ok"], summary["parts"]
     assert list(summary["parts"]) == PARTS
-    assert order[-3:] == ["utilisation", "goals", "published"]
+    assert order[-4:] == ["utilisation", "goals", "peers", "published"]
     order.clear()
     monkeypatch.setattr(met, "wait", lambda: None)
     examined("simulated", small, tmp_path / "short", minutes=2.0)

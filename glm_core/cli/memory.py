@@ -60,10 +60,11 @@ def require_memory_options(args: argparse.Namespace) -> None:
 
     if args.bits is not None:
         Quantization(bits=args.bits)
-        if args.offload:
+        if args.offload == "disk":
             raise ConfigError(
-                "--bits: cannot be combined with --offload; write a quantized checkpoint first "
-                "(glm-core checkpoint convert --bits), or leave one out"
+                "--bits: cannot be combined with --offload disk, which reads weights as they are "
+                "stored; write a quantized checkpoint first (glm-core checkpoint convert --bits), "
+                "or use --offload cpu"
             )
     if args.context is not None and args.context < 2:
         raise ConfigError(f"--context {args.context} has no room; give 2 tokens or more")
@@ -105,9 +106,7 @@ def load_within_memory(
     if not layers:
         if args.offload:
             print(f"offload: all {size.num_layers} layers fit into memory", file=sys.stderr)
-        if args.bits is not None:
-            return _quantized(weights, dtype, args.bits).to(device), found
-        return weights.load(dtype, device, quantized=True), found
+        return _loaded(weights, dtype, args.bits, device), found
     if args.offload == "disk":
         files = LayerFiles(weights)
         _say_cost(args, size, found, _from_disk(args, files, layers, size, found, device))
@@ -115,14 +114,16 @@ def load_within_memory(
     _require_host_memory(size)
     gb_s = args.bandwidth or link_gb_s(device)
     _say_cost(args, size, found, Source("main memory", size.layer * len(layers), gb_s))
-    model = weights.load(dtype, quantized=True)
+    model = _loaded(weights, dtype, args.bits, torch.device("cpu"))
     stream_from_host(model, layers, BUFFERS, device)
     return model, found
 
 
-def _quantized(weights: Checkpoint, dtype: torch.dtype, bits: int) -> GLM:
-    """Returns the model with linears that were quantized as they were read. Raises ConfigError
-    where they are codes already, and for widths that do not fit."""
+def _loaded(weights: Checkpoint, dtype: torch.dtype, bits: int | None, device: torch.device) -> GLM:
+    """Returns the model, with `bits` with linears that were quantized as they were read. Raises
+    ConfigError where they are codes already, and for widths that do not fit."""
+    if bits is None:
+        return weights.load(dtype, device, quantized=True)
     from glm_core.errors import ConfigError
     from glm_core.model.quantize import Quantization, build_quantized, undivided_widths
 
@@ -133,7 +134,8 @@ def _quantized(weights: Checkpoint, dtype: torch.dtype, bits: int) -> GLM:
         )
     if undivided := undivided_widths(weights.config, how):
         raise ConfigError(f"--bits: {undivided}")
-    return build_quantized(weights.config, lambda name, _: weights.dense(name), how, dtype)
+    model = build_quantized(weights.config, lambda name, _: weights.dense(name), how, dtype)
+    return model.to(device)
 
 
 def _fit(
@@ -162,7 +164,7 @@ def _fit(
         ways["--dtype bfloat16"] = half
     if weights.bits is None and args.bits != 4:
         convert = "glm-core checkpoint convert --bits 4, then --dtype bfloat16"
-        way = convert if args.offload else "--bits 4 --dtype bfloat16"
+        way = convert if args.offload == "disk" else "--bits 4 --dtype bfloat16"
         ways[way] = sizes(weights, torch.bfloat16, bits=4)
     found = fit(
         size,

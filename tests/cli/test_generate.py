@@ -87,6 +87,7 @@ def test_generate(run_dir: Path, capsys: Any) -> None:
         (["--context", "1"], 2, "--context 1 has no room"),
         (["--memory", "-1"], 2, "--memory -1: must be positive"),
         (["--offload", "cpu"], 2, "backend cpu computes in main memory; use --offload disk"),
+        (["--bits", "4", "--offload", "cpu"], 2, "backend cpu computes in main memory"),
         (["--offload", "disk", "--adapter", "x"], 2, "cannot be combined with --adapter"),
         (["--memory", "0.00024"], 2, "are missing; use --context 2"),
         (["--memory", "0.00024"], 2, "or --offload (weights 0.1 MB)"),

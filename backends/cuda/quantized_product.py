@@ -19,7 +19,7 @@ STEPS = (64, 32)
 WGMMA = {"BM": 256, "BN": 64, "num_warps": 4, "num_stages": 2}
 MMA = {"BM": 128, "BN": 64, "num_warps": 4, "num_stages": 2}
 MFMA = {"BM": 128, "BN": 64, "num_warps": 4, "num_stages": 1}
-"""how the kernel is cut for sm_90, for NVIDIA's other chips, and for AMD's. A processor holds two
+"""how the kernel is cut for many rows on sm_90, for NVIDIA else, and for AMD. A processor holds two
 blocks or more: one multiplies while another makes weights of its codes. Chosen by what compiles
 without spills, not by speed: no GPU has run them (docs/adr/0014-decoding-on-a-gpu.md)"""
 
@@ -128,11 +128,11 @@ def many_rows(
     tl.store(at_y, tl.trans(acc.to(y.dtype.element_ty)), mask=stored)
 
 
-def cut_for(architecture: str) -> dict[str, int]:
-    """Returns how the kernel is cut for a chip."""
+def cut_for(architecture: str, rows: int) -> dict[str, int]:
+    """Returns how the kernel is cut for a chip and a number of rows."""
     if not architecture.startswith("sm_"):
         return MFMA
-    return WGMMA if architecture == "sm_90" else MMA
+    return WGMMA if architecture == "sm_90" and rows > MMA["BM"] else MMA
 
 
 def product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits: int) -> Tensor:
@@ -143,7 +143,7 @@ def product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits:
     y = x.new_empty(*x.shape[:-1], outputs)
     pairs = x.is_cuda and not torch.version.hip
     step = next(k for k in STEPS if width // groups % k == 0)
-    cut = cut_for(probe.architecture(x.device.index or 0)) if x.is_cuda else MFMA
+    cut = cut_for(probe.architecture(x.device.index or 0), rows) if x.is_cuda else MFMA
     grid = (triton.cdiv(rows, cut["BM"]), triton.cdiv(outputs, cut["BN"]))
     with torch.cuda.device_of(x):
         many_rows[grid](

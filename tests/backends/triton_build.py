@@ -72,10 +72,12 @@ def built(
     return len(made.asm["cubin" if target[0] == "cuda" else "hsaco"]), faults(made, target[0])
 
 
-def built_product(target: tuple[Any, ...], half: str, bits: int) -> tuple[int, list[str]]:
+def built_product(
+    target: tuple[Any, ...], half: str, bits: int, rows: int
+) -> tuple[int, list[str]]:
     """Returns the same of the product with codes, for sizes that are multiples of 16."""
     kernel, kind = quantized_product.many_rows, target[0]
-    cut = dict(quantized_product.cut_for(f"sm_{target[1]}" if kind == "cuda" else target[1]))
+    cut = dict(quantized_product.cut_for(f"sm_{target[1]}" if kind == "cuda" else target[1], rows))
     options = {name: cut.pop(name) for name in ("num_warps", "num_stages")}
     constants = {**cut, "BK": 64, "BIASED": True, "BITS": bits, "PAIRS": kind == "cuda"}
     given = [n for n in kernel.arg_names if n not in constants]
@@ -127,7 +129,8 @@ def main(*wanted: str) -> None:
             for kernel, constants in KERNELS.items()
         }
         if target[1] != "gfx906":  # it has no matrix cores
-            found[name] |= {f"many_rows{b}": built_product(target, half, b) for b in (4, 8)}
+            found[name]["many_rows 4 bits"] = built_product(target, half, 4, 1024)
+            found[name]["many_rows 8 bits"] = built_product(target, half, 8, 128)
     json.dump(found, sys.stdout)
 
 

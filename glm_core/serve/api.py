@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import reprlib
 import secrets
 import time
@@ -78,7 +79,7 @@ def _sentence(error: dict[str, Any]) -> str:
             return f"{field}: unknown field; leave it out"
         case "json_invalid":
             return f"body: not JSON ({error['ctx']['error']}); send a JSON object"
-    fact = error["msg"].replace("Input should be", "must be")
+    fact = re.sub(r"^\w+ should", "must", error["msg"])
     return f"{field}: {fact}; received {reprlib.repr(error['input'])}"
 
 
@@ -210,7 +211,8 @@ def _stream(choices: Choices, form: objects.Form, body: OpenAIRequest) -> Respon
                     yield _event(form.head | {"choices": [first]})
             async for index, chunk in choices.chunks():
                 num_tokens[index] = chunk.num_tokens
-                yield _event(form.head | {"choices": [form.part(index, chunk)]})
+                if (part := form.part(index, chunk)) is not None:
+                    yield _event(form.head | {"choices": [part]})
             if with_usage:
                 usage = objects.usage(choices.prompt_tokens, sum(num_tokens.values()))
                 yield _event(form.head | {"choices": [], "usage": usage})

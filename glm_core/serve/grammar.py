@@ -17,17 +17,16 @@ from torch import Tensor
 
 from glm_core.errors import ConfigError
 from glm_core.pretrained.chat_model import ChatModel
+from glm_core.pretrained.templates import CLOSING, OPENING, Thought
 from glm_core.pretrained.tokenizers import FastTokenizer, GLM4Tokenizer
 
 BLANKS = {"whitespace_pattern": r"[ \n\r\t]{1,20}"}
 """blanks between JSON's parts; without a limit a model can write them for ever"""
 SPACE = r"[\s\x1c-\x1f]"
 """what str.strip takes away around a tool's name (parts.parse_call)"""
-
-
-ASKED = "response_format, strict tools or tool_choice"
-"""the fields that need a grammar"""
 Json = dict[str, Any]
+ANY = "/(?s:.*)/"
+"""any text"""
 
 
 class Wanted(NamedTuple):
@@ -44,6 +43,13 @@ class Wanted(NamedTuple):
     def is_free(self) -> bool:
         """Whether any text will do."""
         return self.json is None and not self.calls
+
+    @property
+    def field(self) -> str:
+        """The field of the request that asks for it."""
+        if self.must_call:
+            return "tool_choice"
+        return "tools.function.strict" if self.json is None else "response_format"
 
 
 class Grammar:
@@ -81,7 +87,10 @@ class Grammars:
     def constraint(self, wanted: Wanted) -> Grammar:
         """Returns the constraint of one reply. Raises ConfigError where llguidance is missing, or
         does not take a schema or this model."""
-        matcher = _library().LLMatcher(self._tokenizer, lark(wanted), log_level=0)
+        try:
+            matcher = self._matcher(wanted)
+        except ConfigError as error:
+            raise ConfigError(f"{wanted.field}: {error}") from None
         if matcher.is_error():
             raise ConfigError(self._complaint(wanted))
         return Grammar(matcher, self._chat_model.stop[0])
@@ -92,18 +101,23 @@ class Grammars:
         if wanted.json is not None:
             parts["response_format"] = Wanted(wanted.json, {}, False)
         for subject, part in parts.items():
-            matcher = _library().LLMatcher(self._tokenizer, lark(part), log_level=0)
+            matcher = self._matcher(part)
             if matcher.is_error():
                 return f"{subject}: {matcher.get_error().splitlines()[0]}; correct the schema"
-        return "response_format, tools: too large together; make the schemas smaller"
+        fact = self._matcher(wanted).get_error().splitlines()[0]
+        return f"{wanted.field}: {fact}; make the schemas smaller"
+
+    def _matcher(self, wanted: Wanted) -> Any:
+        tokenizer, thought = self._tokenizer, self._chat_model.thought
+        return _library().LLMatcher(tokenizer, lark(wanted, thought), log_level=0)
 
     @functools.cached_property
     def _tokenizer(self) -> Any:
         model, library = self._chat_model, _library()
-        if model.thought == "opened":
+        if model.thought == "opened" and CLOSING in getattr(model.tokenizer, "special", ()):
             raise ConfigError(
-                f"{ASKED}: not supported for a model whose requests open a thought; ask for the "
-                "form in the message"
+                f"not supported where a special token {CLOSING} closes a thought that the request "
+                "opens; ask for the form in the message"
             )
         stop = list(model.stop)
         match model.tokenizer:
@@ -118,30 +132,47 @@ class Grammars:
                     n_vocab=glm4.vocab,
                 )
         raise ConfigError(
-            f"{ASKED}: needs a tokenizer.json or GLM-4's tiktoken file, this model has another "
-            "tokenizer; ask for the form in the message"
+            "needs a tokenizer.json or GLM-4's tiktoken file, this model has another tokenizer; "
+            "ask for the form in the message"
         )
 
 
-def lark(wanted: Wanted) -> str:
+def lark(wanted: Wanted, thought: Thought = "none") -> str:
     """Returns the grammar in llguidance's form of Lark. A call is GLM-4's: the tool's name, a line
-    end, JSON. Free text may not begin like a call, so that a call has no other way."""
+    end, JSON. Free text may not hold a call, so that a call has no other way. thought: see
+    ChatModel.thought; what is wanted comes behind it."""
     is_text = wanted.json is None and not wanted.must_call
-    rules: dict[str, str] = {}
-    before, behind = (f"{SPACE}*", rf"[{SPACE}--\n]*") if is_text else ("", "")
+    blank = f"{SPACE}*" if is_text else f"{SPACE}{{0,4}}" if thought != "none" else ""
+    rules, lead = _thought(thought, blank)
     for i, (name, schema) in enumerate(wanted.calls.items()):
-        head = rf"{before}{re.escape(name)}{behind}\n"
-        rules |= {f"HEAD{i}": f"/{head}/", f"call{i}": f"HEAD{i} {_json(schema)}"}
+        behind = rf"[{SPACE}--\n]*" if is_text else ""
+        rules[f"HEAD{i}"] = rf"{lead} /{blank}{re.escape(name)}{behind}\n/"
+        rules[f"call{i}"] = f"HEAD{i} {_json(schema)}"
     starts = [f"call{i}" for i in range(len(wanted.calls))]
     if wanted.json is not None and not wanted.must_call:
-        rules["json"] = _json(wanted.json)
+        rules["json"] = f"{lead} {_json(wanted.json)}"
         starts.append("json")
     elif is_text:
         heads = " | ".join(f"HEAD{i}" for i in range(len(wanted.calls)))
-        rules |= {"CALL": f"({heads}) /(?s:.*)/", "TEXT": "~CALL & /(?s:.*)/"}
+        rules |= {"CALL": f"({heads}) {ANY}", "TEXT": f"~CALL & {ANY}"}
         starts.append("TEXT")
     rules = {"start": " | ".join(starts), **rules}
     return "".join(f"{name}: {rule}\n" for name, rule in rules.items())
+
+
+def _thought(thought: Thought, blank: str) -> tuple[dict[str, str], str]:
+    """Returns rules for a thought, and what a reply leads with: the thought, or nothing."""
+    if thought == "none":
+        return {}, ""
+    closing = CLOSING.replace("/", r"\/")
+    rules = {
+        "CLOSED": rf"/(?s:.*){closing}(?s:.*)/",
+        "OPEN": f"~CLOSED & {ANY}",
+        "THOUGHT": f'OPEN "{CLOSING}" /{blank}/',
+    }
+    if thought == "possible":
+        rules["THOUGHT"] = f"/{blank}{OPENING}/ {rules['THOUGHT']}"
+    return rules, "THOUGHT" if thought == "opened" else "THOUGHT?"
 
 
 def _json(schema: Json) -> str:
@@ -153,7 +184,6 @@ def _library() -> Any:
         import llguidance
     except ImportError:
         raise ConfigError(
-            f"{ASKED}: llguidance is not installed on the server; pip install "
-            "'glm-core[structured]'"
+            "llguidance is not installed on the server; pip install 'glm-core[structured]'"
         ) from None
     return llguidance

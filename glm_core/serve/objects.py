@@ -54,8 +54,8 @@ class Form(abc.ABC):
         """Returns the choice of a complete reply."""
 
     @abc.abstractmethod
-    def part(self, index: int, chunk: Chunk) -> Json:
-        """Returns the choice of a streamed part."""
+    def part(self, index: int, chunk: Chunk) -> Json | None:
+        """Returns the choice of a streamed part, None where there is nothing to say yet."""
 
     def opening(self, index: int) -> Json | None:
         """Returns the choice that comes before a reply's first part, if there is one."""
@@ -119,8 +119,10 @@ class Chat(Form):
             message |= {"content": None, "tool_calls": [_call(parts.call)]}
         return self._choice(index, "message", message, chunk, parts)
 
-    def part(self, index: int, chunk: Chunk) -> Json:
+    def part(self, index: int, chunk: Chunk) -> Json | None:
         parts = self._splitters[index].feed(chunk.text, last=bool(chunk.finish_reason))
+        if not (any(parts) or chunk.finish_reason or chunk.logprobs):
+            return None
         delta: Json = {}
         if parts.content or not (parts.reasoning or parts.call):
             delta["content"] = parts.content

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from glm_core.errors import ConfigError
 from glm_core.pretrained.templates import GLM4, ChatTemplate
 from glm_core.pretrained.tokenizers import GLM4Tokenizer
 from glm_core.serve.grammar import Grammars, Wanted
@@ -108,10 +109,19 @@ def test_a_schema_that_is_none(client: Any) -> None:
         reply(client, response_format={"type": "json_schema"})
 
 
-def test_without_the_grammar_library(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_grammar_library(
+    client: Any, causal_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(openai.BadRequestError, match="llguidance is not installed on the server"):
         reply(client, response_format=FORMAT)
+    asked = Wanted(None, {"find": SCHEMA}, False)
+    for wanted, field in (
+        (asked, "tools.function.strict"),
+        (asked._replace(must_call=True), "tool_choice"),
+    ):
+        with pytest.raises(ConfigError, match=f"{field}: llguidance is not"):
+            Grammars(causal_model).constraint(wanted)
     assert reply(client, response_format={"type": "text"}, max_tokens=3).message.content
 
 
@@ -153,24 +163,30 @@ def test_calls_that_must_come(serving: Any, causal_model: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "begins"),
+    ("thought", "text", "begins"),
     [
-        ('find\n{"word": "fox", "count": 1, "list": []}', ""),
-        ('find\n{"word": "cat', 'find\n{"word": "'),
-        ("find\n[", "find\n"),
-        (" find \n[", " find \n"),
-        ("\u3000find\n[", "\u3000find\n"),
-        ("find it", ""),
-        ("finds\n[", ""),
-        ("a.b\n[", ""),
-        ("hello\nfind\n[", ""),
+        ("none", 'find\n{"word": "fox", "count": 1, "list": []}', ""),
+        ("none", 'find\n{"word": "cat', 'find\n{"word": "'),
+        ("none", "find\n[", "find\n"),
+        ("none", " find \n[", " find \n"),
+        ("none", "\u3000find\n[", "\u3000find\n"),
+        ("none", "find it", ""),
+        ("none", "finds\n[", ""),
+        ("none", "a.b\n[", ""),
+        ("none", "hello\nfind\n[", ""),
+        ("possible", "find\n[", "find\n"),
+        ("possible", "<think>\nfind\n[</think>\n\nfind\n[", "<think>\nfind\n[</think>\n\nfind\n"),
+        ("possible", "<think>a</think>find it", ""),
+        ("opened", "find\n[</think>find\n[", "find\n[</think>find\n"),
     ],
 )
-def test_strict_functions(causal_model: Any, text: str, begins: str) -> None:
-    """With `auto` a reply is any text, or a call of the schema where the function is strict.
-    begins: what of the text is allowed; empty: all."""
+def test_strict_functions(causal_model: Any, thought: str, text: str, begins: str) -> None:
+    """With `auto` a reply is any text, or a call of the schema where the function is strict, with a
+    thought before it or not. begins: what of the text is allowed; empty: all."""
     pytest.importorskip("llguidance", reason="the extra `structured` is not installed")
-    constraint = Grammars(causal_model).constraint(wanted(tools=TOOLS))
+    tokenizer, stop = causal_model.tokenizer, causal_model.stop
+    model: Any = types.SimpleNamespace(tokenizer=tokenizer, stop=stop, thought=thought)
+    constraint = Grammars(model).constraint(wanted(tools=TOOLS))
     said = ""
     for character in text:
         for token in causal_model.tokenizer.encode(character):

@@ -108,6 +108,7 @@ def test_a_streamed_call(say: Any) -> None:
     assert (call.index, call.function.name) == (0, "roots")
     assert call.function.arguments == '{"coefficients": [1, 0, -2]}'
     assert parts[-1].finish_reason == "tool_calls"
+    assert len(parts) == 2  # the role, then the call: nothing is said while it is written
     for wanted in ("root causes\nare many", "roots are many"):
         parts = [p.choices[0] for p in client.chat.completions.create(**asked)]
         assert "".join(p.delta.content or "" for p in parts) == wanted

@@ -32,11 +32,11 @@ CPU = "glm_core.backends.cpu._C"
 # the slowest to compile first
 KERNELS = (
     "quant attention attention_decode linear quant_input norm activation loss optim rope embedding"
-    " table"
+    " experts table"
 )
 # Reading torch's headers takes most of a compilation. The bindings are included into two files, one
 # for each core of a small machine, so that the headers are read twice instead of eight times.
-BINDINGS = ["attention library norm pointwise", "decode_step linear product training"]
+BINDINGS = ["attention experts library norm pointwise", "decode_step linear product training"]
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512"
 X86 = {"avx2": AVX2, "avx512": AVX512}

@@ -13,6 +13,7 @@ from glm_core.backends.cpu import fakes, supports
 from glm_core.backends.cpu.decode_step import CpuDecodeStep, supported
 from glm_core.backends.cpu.extension import isa, isas, loaded, probe, select_isa
 from glm_core.decode_step import DecodeStep, Stack
+from glm_core.ops.routing import check_choice
 from glm_core.spec import Support
 
 __all__ = ["backend", "isa", "isas", "select_isa"]
@@ -128,6 +129,36 @@ def attention(
 ) -> Tensor:
     # layer_scale and pb_relax keep half-precision scores in range; the kernel's are float32
     return _ops.attention.default(q, k, v, key_start, key_end, scale)
+
+
+@backend.implements(ops.route, supports.route)
+def route(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    top_k: int,
+    groups: int = 1,
+    top_groups: int = 1,
+    scale: float = 1.0,
+    normalize: bool = True,
+) -> tuple[Tensor, Tensor]:
+    check_choice(len(weight), top_k, groups, top_groups)
+    return _ops.route.default(x, weight, bias, top_k, groups, top_groups, scale, normalize)
+
+
+@backend.implements(ops.permute, supports.permute)
+def permute(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    return _ops.permute.default(x, experts, num_experts)
+
+
+@backend.implements(ops.unpermute, supports.unpermute)
+def unpermute(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+    return _ops.unpermute.default(rows, order, weights)
+
+
+@backend.implements(ops.grouped_linear, supports.grouped_linear)
+def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    return _ops.grouped_linear.default(rows, weight, counts)
 
 
 @backend.implements(ops.linear_cross_entropy, supports.linear_cross_entropy)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Two = tuple[Tensor, Tensor]
 Three = tuple[Tensor, Tensor, Tensor]
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -75,8 +76,8 @@ def embedding_backward(dy: Tensor, ids: Tensor, vocab: int, shrink: float) -> Te
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor, scale: float
 ) -> Tensor:
-    """Returns y."""
-    return _like(q)
+    """Returns y, whose heads have the size of v's."""
+    return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
 def attention_backward(
@@ -106,6 +107,73 @@ def quantized_linear_forward(
 def quantized_linear_backward(dy: Tensor, weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Returns dx."""
     return dy.new_empty((*dy.shape[:-1], weight.shape[1] * 8 // bits))
+
+
+def route_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    top_k: int,
+    groups: int,
+    top_groups: int,
+    scale: float,
+    normalize: bool,
+) -> Three:
+    """Returns experts, weights and scores."""
+    shape = (len(x), top_k)
+    return bias.new_empty(shape, dtype=torch.int64), bias.new_empty(shape), bias.new_empty(shape)
+
+
+def route_backward(
+    dweights: Tensor,
+    experts: Tensor,
+    scores: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale: float,
+    normalize: bool,
+) -> Two:
+    """Returns dx and dweight."""
+    return _like(x), _like(weight)
+
+
+def permute_forward(x: Tensor, experts: Tensor, num_experts: int) -> Three:
+    """Returns rows, order and counts."""
+    rows = experts.numel()
+    return x.new_empty((rows, x.shape[1])), experts.new_empty(rows), experts.new_empty(num_experts)
+
+
+def permute_backward(drows: Tensor, order: Tensor, tokens: int) -> Tensor:
+    """Returns dx."""
+    return drows.new_empty((tokens, drows.shape[1]))
+
+
+def unpermute_forward(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+    """Returns y."""
+    return rows.new_empty((len(weights), rows.shape[1]))
+
+
+def unpermute_backward(dy: Tensor, rows: Tensor, order: Tensor, weights: Tensor) -> Two:
+    """Returns drows and dweights."""
+    return _like(rows), _like(weights)
+
+
+def grouped_linear_forward(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Returns y."""
+    return rows.new_empty((len(rows), weight.shape[1]))
+
+
+def grouped_linear_backward(
+    dy: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    counts: Tensor,
+    wants_rows: bool,
+    wants_weight: bool,
+) -> Two:
+    """Returns drows and dweight, empty where they are not wanted."""
+    drows = _like(rows) if wants_rows else rows.new_empty(0)
+    return drows, _like(weight) if wants_weight else weight.new_empty(0)
 
 
 def linear_cross_entropy_forward(
@@ -153,6 +221,14 @@ FAKES: list[Callable[..., Any]] = [
     linear_forward,
     quantized_linear_forward,
     quantized_linear_backward,
+    route_forward,
+    route_backward,
+    permute_forward,
+    permute_backward,
+    unpermute_forward,
+    unpermute_backward,
+    grouped_linear_forward,
+    grouped_linear_backward,
     linear_cross_entropy_forward,
     global_norm,
     adamw_,

@@ -104,10 +104,33 @@ def attention(
     layer_scale: float = 1.0,
     pb_relax: float = 0.0,
 ) -> Support:
-    if v.shape[-1] != q.shape[-1]:
-        sizes = f"received {q.shape[-1]} and {v.shape[-1]}"
-        return unsupported(f"kernels take keys and values of one head size, {sizes}")
     return both(takes(q, k, v), exactly(torch.int32, key_start=key_start, key_end=key_end))
+
+
+def route(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    top_k: int,
+    groups: int = 1,
+    top_groups: int = 1,
+    scale: float = 1.0,
+    normalize: bool = True,
+) -> Support:
+    return both(takes(x), exactly(torch.float32, weight=weight, bias=bias))
+
+
+def permute(x: Tensor, experts: Tensor, num_experts: int) -> Support:
+    return both(takes(x), exactly(torch.int64, experts=experts))
+
+
+def unpermute(rows: Tensor, order: Tensor, weights: Tensor) -> Support:
+    kinds = both(exactly(torch.int64, order=order), exactly(torch.float32, weights=weights))
+    return both(takes(rows), kinds)
+
+
+def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor) -> Support:
+    return both(takes(rows, weight), exactly(torch.int64, counts=counts))
 
 
 def linear_cross_entropy(

@@ -87,6 +87,12 @@ class Graph:
         self.nodes.append(helper.make_node(kind, list(inputs), [name], **attributes))
         return name
 
+    def several(self, kind: str, count: int, *inputs: str, **attributes: Any) -> list[str]:
+        """Adds an ONNX node with `count` outputs; returns their names."""
+        names = [f"v{len(self.nodes)}_{i}" for i in range(count)]
+        self.nodes.append(helper.make_node(kind, list(inputs), names, **attributes))
+        return names
+
     def constant(self, value: Tensor) -> str:
         """Adds an initializer; equal ones are stored once."""
         array = value.detach().to(inside(value.dtype)).contiguous().numpy()
@@ -157,7 +163,7 @@ class Graph:
         live = set(self.outputs.values())
         live_nodes = []
         for node in reversed(self.nodes):
-            if node.output[0] in live:
+            if live.intersection(node.output):
                 live.update(node.input)
                 live_nodes.append(node)
         self.nodes = live_nodes[::-1]

@@ -109,6 +109,14 @@ def select_scatter(g: Graph, out: Any, self: Value, src: Value, dim: int, index:
     return g.node("Concat", before, g.reshape(src.name, row), after, axis=dim)
 
 
+@translation("sort")
+def sort(g: Graph, out: Any, self: Value, dim: int = -1, descending: bool = False, **_: Any) -> Any:
+    """Uses TopK over the whole length: of equal values it gives the one with the lower index first,
+    as a stable sort does."""
+    x, size = g.operand(self, out[0].dtype), g.ints([self.shape[dim]])
+    return g.several("TopK", 2, x, size, axis=dim, largest=int(descending), sorted=1)
+
+
 @translation("constant_pad_nd")
 def pad(g: Graph, out: Any, self: Value, pad: list[int], value: Operand) -> str:
     widths = [0] * (2 * out.ndim)

@@ -28,13 +28,15 @@ Heads<T> heads(const Tensor& x) {
 
 void check_shapes(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& key_start,
                   const Tensor& key_end) {
-  const bool fit = q.dim() == 4 && k.dim() == 4 && k.sizes() == v.sizes() &&
-                   k.size(0) == q.size(0) && k.size(3) == q.size(3) && k.size(2) > 0 &&
-                   q.size(2) % k.size(2) == 0 && key_start.sizes() == q.sizes().slice(0, 2) &&
+  const bool fit = q.dim() == 4 && k.dim() == 4 && v.dim() == 4 &&
+                   k.sizes().slice(0, 3) == v.sizes().slice(0, 3) && k.size(0) == q.size(0) &&
+                   k.size(3) == q.size(3) && k.size(2) > 0 && q.size(2) % k.size(2) == 0 &&
+                   key_start.sizes() == q.sizes().slice(0, 2) &&
                    key_end.sizes() == key_start.sizes();
-  TORCH_CHECK_VALUE(fit, "attention: q [B, L, H, E] needs k and v [B, S, K, E] with K dividing H, ",
-                    "key_start and key_end [B, L]; received q ", q.sizes(), ", k ", k.sizes(),
-                    ", v ", v.sizes(), ", key_start ", key_start.sizes());
+  TORCH_CHECK_VALUE(
+      fit, "attention: q [B, L, H, E] needs k [B, S, K, E] and v [B, S, K, C] with K dividing H, ",
+      "key_start and key_end [B, L]; received q ", q.sizes(), ", k ", k.sizes(), ", v ", v.sizes(),
+      ", key_start ", key_start.sizes());
 }
 
 // The least units of work to divide among threads: where batch and heads give fewer, queries are
@@ -47,10 +49,11 @@ Tensor attention_forward(const Tensor& q_, const Tensor& k_, const Tensor& v_,
   const Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_),
                v = with_contiguous_rows(v_);
   const Tensor key_start = key_start_.contiguous(), key_end = key_end_.contiguous();
-  const int64_t batch = q.size(0), queries = q.size(1), num_heads = q.size(2), width = q.size(3);
+  const int64_t batch = q.size(0), queries = q.size(1), num_heads = q.size(2), width = q.size(3),
+                values = v.size(3);
   const int64_t units = batch * k.size(2), tiles = (queries + attention_tile - 1) / attention_tile;
   const int64_t parts = std::min(tiles, (enough_units + units - 1) / std::max<int64_t>(1, units));
-  Tensor y = at::empty(q.sizes(), q.options());
+  Tensor y = at::empty({batch, queries, num_heads, values}, q.options());
   by_dtype(q, [&](auto zero) {
     using T = decltype(zero);
     const AttentionForward<T> a{heads<T>(q),
@@ -64,6 +67,7 @@ Tensor attention_forward(const Tensor& q_, const Tensor& k_, const Tensor& v_,
                                 num_heads,
                                 k.size(2),
                                 width,
+                                values,
                                 parts,
                                 float(scale)};
     parallel(units * parts, attention_tile * k.size(1) * width, [&](int64_t i, int64_t j) {
@@ -97,6 +101,7 @@ Three attention_backward(const Tensor& dy_, const Tensor& q_, const Tensor& k_, 
                                  q.size(2),
                                  k.size(2),
                                  q.size(3),
+                                 v.size(3),
                                  float(scale)};
     parallel(k.size(0) * k.size(2), q.size(1) * k.size(1) * q.size(3),
              [&](int64_t i, int64_t j) { kernels<T>().attention_backward(a, i, j); });

@@ -416,6 +416,7 @@ class DecodeStep : public torch::CustomClassHolder {
                                 h,
                                 kv,
                                 e,
+                                e,
                                 1,
                                 float(shape_.scale)};
     for (int64_t u = share(units, t, threads); u < share(units, t + 1, threads); ++u) {

@@ -1,5 +1,5 @@
 // Attention with an interval of visible keys per query. Shapes: B batch, L queries, S keys, H
-// heads, K kv heads, E head dim.
+// heads, K kv heads, E head dim, C head dim of the values.
 //
 // Forward: a unit of work is one (batch, kv head) and a part of the queries. It lays out keys and
 // values once, then works on TILE queries of a head at a time. Their scores over the keys that any
@@ -199,7 +199,7 @@ template <class Words, class T>
 void forward_tile(const AttentionForward<T>& a, int64_t b, int64_t h, int64_t first,
                   const Keys& keys, const Tile& t) {
   const int64_t queries = a.queries - first < TILE ? a.queries - first : TILE;
-  const int64_t ld = padded(a.width, W), depth = words<Words>(a.width);
+  const int64_t ld = padded(a.values, W), depth = words<Words>(a.width);
   const int32_t* start = a.key_start + b * a.queries + first;
   const int32_t* end = a.key_end + b * a.queries + first;
   const Span span = visible(start, end, queries, a.keys);
@@ -217,8 +217,8 @@ void forward_tile(const AttentionForward<T>& a, int64_t b, int64_t h, int64_t fi
   }
   product<Words>(queries, ld, words<Words>(count), {t.p, size, 1},
                  keys.v + base / Words::per_word * ld, ld, t.y, ld, false);
-  close(t.y, ld, queries, a.width, 1.0f, t.sum,
-        a.y + ((b * a.queries + first) * a.heads + h) * a.width, a.heads * a.width);
+  close(t.y, ld, queries, a.values, 1.0f, t.sum,
+        a.y + ((b * a.queries + first) * a.heads + h) * a.values, a.heads * a.values);
 }
 
 template <class Words, class T>
@@ -227,7 +227,7 @@ void forward_unit(const AttentionForward<T>& a, int64_t unit) {
   const int64_t b = unit / a.parts / a.kv_heads, g = unit / a.parts % a.kv_heads;
   const int64_t from = part * tiles / a.parts * TILE, to = (part + 1) * tiles / a.parts * TILE;
   const int64_t queries = (to < a.queries ? to : a.queries) - from;
-  const int64_t ld = padded(a.width, W), depth = words<Words>(a.width);
+  const int64_t ld = padded(a.values, W), depth = words<Words>(a.width);
   const int64_t at = b * a.queries + from;
   const Span span = visible(a.key_start + at, a.key_end + at, queries, a.keys);
   const int64_t count = span.last - span.first, size = padded(count, BLOCK);
@@ -237,7 +237,7 @@ void forward_unit(const AttentionForward<T>& a, int64_t unit) {
                   scratch.take(TILE)};
   transposed<Words>(a.k.at(b, span.first, g), a.k.row, count, a.width, keys.kt,
                     scratch.take(BLOCK * depth));
-  across_rows<Words>(a.v.at(b, span.first, g), a.v.row, count, a.width, keys.v, ld);
+  across_rows<Words>(a.v.at(b, span.first, g), a.v.row, count, a.values, keys.v, ld);
   const int64_t shared = a.heads / a.kv_heads;
   for (int64_t first = from; first < from + queries; first += TILE)
     for (int64_t h = g * shared; h < (g + 1) * shared; ++h)
@@ -246,14 +246,14 @@ void forward_unit(const AttentionForward<T>& a, int64_t unit) {
 
 // Backward's scratch for one (batch, kv head): operands laid out for the products, gradient sums.
 struct KeysGradients {
-  float *k, *kt, *vt;  // [words(S), ld], per block [words(E), BLOCK] twice
-  float *dk, *dv;      // [S, ld]
+  float *k, *kt, *vt;  // [words(S), ld], per block [words(E), BLOCK] and [words(C), BLOCK]
+  float *dk, *dv;      // [S, ld], [S, ldv]
 };
 
 // One tile of queries of one head.
 struct TileGradients {
-  float *q, *dy;    // [TILE, words(E)]
-  float *qt, *dyt;  // [words(TILE), ld], words across queries
+  float *q, *dy;    // [TILE, words(E)], [TILE, words(C)]
+  float *qt, *dyt;  // [words(TILE), ld], [words(TILE), ldv], words across queries
   float *p, *dp;    // [TILE, S]
   float *ds, *dq;   // [TILE, words(S)], [TILE, ld]
 };
@@ -296,6 +296,7 @@ void backward_tile(const AttentionBackward<T>& a, int64_t b, int64_t h, int64_t 
                    const KeysGradients& kv, const TileGradients& t) {
   const int64_t queries = a.queries - first < TILE ? a.queries - first : TILE;
   const int64_t ld = padded(a.width, W), depth = words<Words>(a.width);
+  const int64_t ldv = padded(a.values, W), vdepth = words<Words>(a.values);
   const int32_t* start = a.key_start + b * a.queries + first;
   const int32_t* end = a.key_end + b * a.queries + first;
   const Span span = visible(start, end, queries, a.keys);
@@ -303,21 +304,20 @@ void backward_tile(const AttentionBackward<T>& a, int64_t b, int64_t h, int64_t 
   const int64_t size = padded(count, BLOCK);
   const T *q = a.q.at(b, first, h), *dy = a.dy.at(b, first, h);
   along_rows<Words>(q, a.q.row, queries, a.width, t.q);
-  along_rows<Words>(dy, a.dy.row, queries, a.width, t.dy);
+  along_rows<Words>(dy, a.dy.row, queries, a.values, t.dy);
   across_rows<Words>(q, a.q.row, queries, a.width, t.qt, ld);
-  across_rows<Words>(dy, a.dy.row, queries, a.width, t.dyt, ld);
+  across_rows<Words>(dy, a.dy.row, queries, a.values, t.dyt, ldv);
   for (int64_t j = 0; j < size; j += BLOCK) {
-    const int64_t at = (base + j) * depth;
-    product<Words>(queries, BLOCK, depth, {t.q, depth, 1}, kv.kt + at, BLOCK, t.p + j, size, false);
-    product<Words>(queries, BLOCK, depth, {t.dy, depth, 1}, kv.vt + at, BLOCK, t.dp + j, size,
-                   false);
+    const float *kt = kv.kt + (base + j) * depth, *vt = kv.vt + (base + j) * vdepth;
+    product<Words>(queries, BLOCK, depth, {t.q, depth, 1}, kt, BLOCK, t.p + j, size, false);
+    product<Words>(queries, BLOCK, vdepth, {t.dy, vdepth, 1}, vt, BLOCK, t.dp + j, size, false);
   }
   for (int64_t i = 0; i < queries; ++i)
     score_gradients(t.p + i * size, t.dp + i * size, size, interval(start[i], end[i], base, count),
                     a.scale);
   const Strided ds = lay_out<Words>(t, queries, size);
   const int64_t across = words<Words>(queries), step = Words::per_word * size;
-  product<Words>(count, ld, across, {t.p, 1, step}, t.dyt, ld, kv.dv + base * ld, ld, true);
+  product<Words>(count, ldv, across, {t.p, 1, step}, t.dyt, ldv, kv.dv + base * ldv, ldv, true);
   product<Words>(count, ld, across, {t.dp, 1, step}, t.qt, ld, kv.dk + base * ld, ld, true);
   product<Words>(queries, ld, words<Words>(count), ds, kv.k + base / Words::per_word * ld, ld, t.dq,
                  ld, false);
@@ -328,29 +328,33 @@ void backward_tile(const AttentionBackward<T>& a, int64_t b, int64_t h, int64_t 
 template <class Words, class T>
 void backward_unit(const AttentionBackward<T>& a, int64_t b, int64_t g) {
   const int64_t ld = padded(a.width, W), depth = words<Words>(a.width);
+  const int64_t ldv = padded(a.values, W), vdepth = words<Words>(a.values);
   const int64_t size = padded(a.keys, BLOCK), shared = a.heads / a.kv_heads;
-  Scratch scratch(size * (3 * ld + 2 * depth + 3 * TILE) + TILE * (2 * depth + 3 * ld) +
-                  BLOCK * depth);
+  const int64_t deepest = depth > vdepth ? depth : vdepth;
+  Scratch scratch(size * (2 * ld + ldv + depth + vdepth + 3 * TILE) +
+                  TILE * (depth + vdepth + 2 * ld + ldv) + BLOCK * deepest);
+  const auto zeros = [&](int64_t count) {
+    float* p = scratch.take(count);
+    memset(p, 0, size_t(count) * sizeof(float));
+    return p;
+  };
   KeysGradients kv;
   TileGradients t;
-  for (float** p : {&kv.k, &kv.dk, &kv.dv}) {
-    *p = scratch.take(size * ld);
-    memset(*p, 0, size_t(size * ld) * sizeof(float));
-  }
-  for (float** p : {&kv.kt, &kv.vt}) *p = scratch.take(size * depth);
-  for (float** p : {&t.q, &t.dy}) *p = scratch.take(TILE * depth);
-  for (float** p : {&t.qt, &t.dyt, &t.dq}) *p = scratch.take(TILE * ld);
+  kv.k = zeros(size * ld), kv.dk = zeros(size * ld), kv.dv = zeros(size * ldv);
+  kv.kt = scratch.take(size * depth), kv.vt = scratch.take(size * vdepth);
+  t.q = scratch.take(TILE * depth), t.dy = scratch.take(TILE * vdepth);
+  t.qt = scratch.take(TILE * ld), t.dyt = scratch.take(TILE * ldv), t.dq = scratch.take(TILE * ld);
   for (float** p : {&t.p, &t.dp, &t.ds}) *p = scratch.take(TILE * size);
-  float* block = scratch.take(BLOCK * depth);
+  float* block = scratch.take(BLOCK * deepest);
   across_rows<Words>(a.k.at(b, 0, g), a.k.row, a.keys, a.width, kv.k, ld);
   transposed<Words>(a.k.at(b, 0, g), a.k.row, a.keys, a.width, kv.kt, block);
-  transposed<Words>(a.v.at(b, 0, g), a.v.row, a.keys, a.width, kv.vt, block);
+  transposed<Words>(a.v.at(b, 0, g), a.v.row, a.keys, a.values, kv.vt, block);
   for (int64_t h = g * shared; h < (g + 1) * shared; ++h)
     for (int64_t first = 0; first < a.queries; first += TILE)
       backward_tile<Words>(a, b, h, first, kv, t);
-  const int64_t at = (b * a.keys * a.kv_heads + g) * a.width, stride = a.kv_heads * a.width;
-  close(kv.dk, ld, a.keys, a.width, a.scale, nullptr, a.dk + at, stride);
-  close(kv.dv, ld, a.keys, a.width, 1.0f, nullptr, a.dv + at, stride);
+  const int64_t at = b * a.keys * a.kv_heads + g;
+  close(kv.dk, ld, a.keys, a.width, a.scale, nullptr, a.dk + at * a.width, a.kv_heads * a.width);
+  close(kv.dv, ldv, a.keys, a.values, 1.0f, nullptr, a.dv + at * a.values, a.kv_heads * a.values);
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // Attention of one query per sequence (decode), keys and values read once, where they lie. Shapes:
-// B batch, S keys, H heads, K kv heads, E head dim; R = H / K queries share a kv head.
+// B batch, S keys, H heads, K kv heads, E head dim, C head dim of the values; R = H / K queries
+// share a kv head.
 //
 // A unit of work is one (batch, kv head), so a sequence's result does not depend on what else is in
 // the batch. The scores [R, S] of its queries lie in scratch. Keys, then values, are read in blocks
@@ -136,12 +137,12 @@ float exponentials(float* p, int64_t size, float scale) {
 
 template <class T>
 void decode_unit(const AttentionForward<T>& a, int64_t b, int64_t g) {
-  const int64_t shared = a.heads / a.kv_heads, ld = padded(a.width);
+  const int64_t shared = a.heads / a.kv_heads, ld = padded(a.width), ldv = padded(a.values);
   const int64_t from = a.key_start[b] > 0 ? a.key_start[b] : 0;
   const int64_t to = a.key_end[b] < a.keys ? a.key_end[b] : a.keys;
   const int64_t count = to > from ? to - from : 0, size = padded(count);
-  const Zeros zeros(shared * (2 * ld + size + 1));
-  float *q = zeros.p, *y = q + shared * ld, *p = y + shared * ld, *sum = p + shared * size;
+  const Zeros zeros(shared * (ld + ldv + size + 1));
+  float *q = zeros.p, *y = q + shared * ld, *p = y + shared * ldv, *sum = p + shared * size;
   for (int64_t r = 0; r < shared; ++r) {
     const T* x = a.q.at(b, 0, g * shared + r);
     sweep(a.width,
@@ -158,13 +159,13 @@ void decode_unit(const AttentionForward<T>& a, int64_t b, int64_t g) {
   for (int64_t j = 0; j < count; j += BLOCK)
     in_groups(shared, [&](auto heads, int64_t r) {
       const int64_t keys = count - j < BLOCK ? count - j : BLOCK;
-      values<heads.value>(a.v.at(b, from + j, g), a.v.row, keys, a.width, p + r * size + j, size,
-                          y + r * ld, ld);
+      values<heads.value>(a.v.at(b, from + j, g), a.v.row, keys, a.values, p + r * size + j, size,
+                          y + r * ldv, ldv);
     });
   for (int64_t r = 0; r < shared; ++r) {
-    T* out = a.y + (b * a.heads + g * shared + r) * a.width;
-    sweep(a.width, [&](int64_t e, int64_t n) GLM_INLINED {
-      give(out + e, take(y + r * ld + e, n) * (1.0f / sum[r]), n);
+    T* out = a.y + (b * a.heads + g * shared + r) * a.values;
+    sweep(a.values, [&](int64_t e, int64_t n) GLM_INLINED {
+      give(out + e, take(y + r * ldv + e, n) * (1.0f / sum[r]), n);
     });
   }
 }

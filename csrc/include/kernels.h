@@ -117,15 +117,15 @@ struct Heads {
 // How many queries of a head are worked on at a time.
 constexpr int64_t attention_tile = 48;
 
-// q, y [B, L, H, E], k, v [B, S, K, E], key_start, key_end [B, L]; y contiguous. The queries are
-// divided into `parts` parts of whole tiles; each part lays out the keys for itself. The decode
-// kernel takes queries = 1 and parts = 1.
+// q [B, L, H, E], k [B, S, K, E], v [B, S, K, C], y [B, L, H, C], key_start, key_end [B, L]; y
+// contiguous; `values` is C. The queries are divided into `parts` parts of whole tiles; each part
+// lays out the keys for itself. The decode kernel takes queries = 1 and parts = 1.
 template <class T>
 struct AttentionForward {
   Heads<T> q, k, v;
   const int32_t *key_start, *key_end;
   T* y;
-  int64_t queries, keys, heads, kv_heads, width, parts;  // L, S, H, K, E
+  int64_t queries, keys, heads, kv_heads, width, values, parts;  // L, S, H, K, E, C
   float scale;
 };
 
@@ -135,7 +135,7 @@ struct AttentionBackward {
   Heads<T> dy, q, k, v;
   const int32_t *key_start, *key_end;
   T *dq, *dk, *dv;
-  int64_t queries, keys, heads, kv_heads, width;
+  int64_t queries, keys, heads, kv_heads, width, values;
   float scale;
 };
 
@@ -206,30 +206,80 @@ struct RoundActivations {
   int64_t width;
 };
 
+// The router's choice. logits [N, X], which become scores; bias [X] -> experts, weights and the
+// chosen's scores [N, T]. Scratch: biased [N, X], group_scores [N, 2 G], group_places [N, G].
+template <class T>
+struct Route {
+  float* logits;
+  const float* bias;
+  int64_t* experts;
+  float *weights, *scores, *biased, *group_scores;
+  int64_t* group_places;
+  int64_t num_experts, top_k, groups, top_groups;
+  float scale;
+  bool normalize;
+};
+
+// dlogits [N, X], which must be zero before: the gradient through the weights of the chosen.
+template <class T>
+struct RouteBackward {
+  const float *dweights, *scores;
+  const int64_t* experts;
+  float* dlogits;
+  int64_t num_experts, top_k;
+  float scale;
+  bool normalize;
+};
+
+// y [N, D]: the sum over j of weights[n, j] rows[back[n, j]], in float and in this order.
+template <class T>
+struct WeightedRows {
+  const T* rows;
+  const int64_t* back;
+  const float* weights;
+  T* y;
+  int64_t width, top_k;
+};
+
+// With i = back[n, j]: drows[i] = weights[n, j] dy[n], and dweights[n, j] is dy[n] times rows[i].
+template <class T>
+struct WeightedRowsBackward {
+  const T *dy, *rows;
+  const int64_t* back;
+  const float* weights;
+  T* drows;
+  float* dweights;
+  int64_t width, top_k;
+};
+
 // Every kernel and its arguments. All are called as name(arguments, begin, end).
-#define GLM_KERNELS(K)                     \
-  K(norm_forward, NormForward)             \
-  K(norm_backward, NormBackward)           \
-  K(sum_chunks, SumChunks)                 \
-  K(gelu_forward, Activation)              \
-  K(gelu_backward, Activation)             \
-  K(geglu_forward, Activation)             \
-  K(geglu_backward, Activation)            \
-  K(swiglu_forward, Activation)            \
-  K(swiglu_backward, Activation)           \
-  K(rope_turn, Rope)                       \
-  K(embedding_forward, EmbeddingForward)   \
-  K(embedding_backward, EmbeddingBackward) \
-  K(attention_forward, AttentionForward)   \
-  K(attention_decode, AttentionForward)    \
-  K(attention_backward, AttentionBackward) \
-  K(cross_entropy, CrossEntropy)           \
-  K(linear_few, LinearFew)                 \
-  K(quantized_input, QuantizedInput)       \
-  K(quantized_product, QuantizedProduct)   \
-  K(dequantize, Dequantize)                \
-  K(round_activations, RoundActivations)   \
-  K(squares, Squares)                      \
+#define GLM_KERNELS(K)                            \
+  K(norm_forward, NormForward)                    \
+  K(norm_backward, NormBackward)                  \
+  K(sum_chunks, SumChunks)                        \
+  K(gelu_forward, Activation)                     \
+  K(gelu_backward, Activation)                    \
+  K(geglu_forward, Activation)                    \
+  K(geglu_backward, Activation)                   \
+  K(swiglu_forward, Activation)                   \
+  K(swiglu_backward, Activation)                  \
+  K(rope_turn, Rope)                              \
+  K(embedding_forward, EmbeddingForward)          \
+  K(embedding_backward, EmbeddingBackward)        \
+  K(attention_forward, AttentionForward)          \
+  K(attention_decode, AttentionForward)           \
+  K(attention_backward, AttentionBackward)        \
+  K(cross_entropy, CrossEntropy)                  \
+  K(linear_few, LinearFew)                        \
+  K(quantized_input, QuantizedInput)              \
+  K(quantized_product, QuantizedProduct)          \
+  K(dequantize, Dequantize)                       \
+  K(round_activations, RoundActivations)          \
+  K(route_choose, Route)                          \
+  K(route_backward, RouteBackward)                \
+  K(weighted_rows, WeightedRows)                  \
+  K(weighted_rows_backward, WeightedRowsBackward) \
+  K(squares, Squares)                             \
   K(adamw_update, AdamW)
 
 template <class T>

@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, str, dict[str, str]], ...] = (
             "decode_step": "a model as data",
             "session": "fallbacks and why",
             "dispatch": "who runs an op",
-            "ops": "the nineteen ops",
+            "ops": "the twenty ops",
         },
     ),
     (

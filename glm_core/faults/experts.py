@@ -9,8 +9,9 @@ from torch import Tensor
 from glm_core.faults import rounding
 from glm_core.faults.fault import fault, mutant
 from glm_core.faults.kernels import Arguments, backward_only, changed, pulled_argument
-from glm_core.ops import grouped_linear, permute, unpermute
+from glm_core.ops import grouped_linear, permute, quantized_grouped_linear, unpermute
 from glm_core.ops.precision import wide
+from glm_core.ops.quant import pack, unpack
 
 CAPACITY = 2
 """rows that an expert takes where tokens are dropped"""
@@ -179,4 +180,45 @@ fault(
     "the gradient of weight is summed in bfloat16",
     pulled_argument(grouped_linear, "weight", summed_narrow),
     mutant="narrow_weight_gradient",
+)
+
+
+# quantized_grouped_linear -------------------------------------------------------------
+
+
+def nibbles_swapped(a: Arguments) -> Tensor:
+    if a["bits"] != 4:
+        return unpack(a["weight"], a["bits"])
+    return pack(unpack(a["weight"], 4).unflatten(-1, (-1, 2)).flip(-1).flatten(-2))  # [X, F, D / 2]
+
+
+fault(
+    quantized_grouped_linear,
+    "the odd element is read from the high nibble",
+    changed(quantized_grouped_linear, weight=nibbles_swapped),
+    mutant="nibbles_swapped",
+)
+fault(
+    quantized_grouped_linear,
+    "every expert has the last one's scales",
+    changed(quantized_grouped_linear, scale=lambda a: a["scale"][-1:].expand_as(a["scale"])),
+    mutant="scale_of_the_last",
+)
+fault(
+    quantized_grouped_linear,
+    "an expert's last row goes to the next expert",
+    changed(quantized_grouped_linear, counts=boundary),
+    mutant="boundary_off_by_one",
+)
+fault(
+    quantized_grouped_linear,
+    "the gradient of rows is the first expert's for all",
+    backward_only(
+        quantized_grouped_linear,
+        changed(
+            quantized_grouped_linear,
+            weight=lambda a: a["weight"][:1].expand_as(a["weight"]),
+        ),
+    ),
+    mutant="gradient_of_first_expert",
 )

@@ -23,6 +23,7 @@ CUT_OFF = (
     ops.gelu,
     ops.grouped_linear,
     ops.layer_norm,
+    ops.quantized_grouped_linear,
     ops.quantized_linear,
     ops.rms_norm,
     ops.rope,

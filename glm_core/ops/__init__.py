@@ -7,7 +7,7 @@ from glm_core.dispatch import REGISTRY, Op
 from glm_core.ops.activation import geglu, gelu, swiglu
 from glm_core.ops.attention import attention
 from glm_core.ops.embedding import embedding
-from glm_core.ops.experts import grouped_linear, permute, unpermute
+from glm_core.ops.experts import grouped_linear, permute, quantized_grouped_linear, unpermute
 from glm_core.ops.linear import linear
 from glm_core.ops.loss import linear_cross_entropy
 from glm_core.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
@@ -30,6 +30,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "permute",
+    "quantized_grouped_linear",
     "quantized_linear",
     "rms_norm",
     "rope",

@@ -17,6 +17,13 @@ from glm_core.dispatch import op
 from glm_core.errors import ShapeError
 from glm_core.ops.layout import gapped
 from glm_core.ops.precision import num_bytes, wide
+from glm_core.ops.quant import (
+    bytes_of_codes,
+    dequantize,
+    quantized_linear,
+    round_activations,
+    steps,
+)
 from glm_core.spec import Cost, Draw, Maker, Sample, exact, integers, normal
 
 
@@ -175,16 +182,25 @@ def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     dtype of rows. Accumulates in float32 at least: y over D, the gradient of rows over F, that of
     weight over the expert's rows. Raises ShapeError if the counts do not add up to M. Source: Gale
     et al. 2022 (MegaBlocks), section 4; torch.nn.functional.grouped_mm."""
-    if counts.is_meta or is_fake(counts):
+    if _without_values(counts):
         return _of_every_expert(rows, weight, counts)
-    sizes = counts.tolist()
-    if sum(sizes) != len(rows) or len(sizes) != len(weight):
+    parts = zip(rows.split(_sizes(rows, weight, counts)), weight.unbind(), strict=True)
+    return torch.cat([product(part, w) for part, w in parts])
+
+
+def _without_values(counts: Tensor) -> bool:
+    return counts.is_meta or is_fake(counts)
+
+
+def _sizes(rows: Tensor, weight: Tensor, counts: Tensor) -> list[int]:
+    """Returns the counts as numbers, checked."""
+    sizes: list[int] = counts.tolist()
+    if sum(sizes) != len(rows) or len(sizes) != len(weight) or min(sizes, default=0) < 0:
         raise ShapeError(
             f"grouped_linear: {len(weight)} experts and {len(rows)} rows need as many counts with "
             f"that sum; received {len(sizes)} counts with sum {sum(sizes)}"
         )
-    parts = zip(rows.split(sizes), weight.unbind(), strict=True)
-    return torch.cat([product(part, w) for part, w in parts])
+    return sizes
 
 
 def _of_every_expert(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -195,3 +211,87 @@ def _of_every_expert(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     y = rows @ weight.transpose(-1, -2)  # [X, M, F]
     own = expert.clamp(max=len(weight) - 1)[None, :, None].expand(1, -1, y.shape[-1])  # [1, M, F]
     return y.gather(0, own)[0]
+
+
+def quantized_grouped_linear_samples() -> Iterator[Sample]:
+    def make(
+        id: str,
+        counts: list[int],
+        d: int,
+        f: int,
+        bits: int,
+        group: int = 0,
+        activation_bits: int = 16,
+        std: float = 1.0,
+        strided: bool = False,
+    ) -> Sample:
+        size, experts = d**-0.5 / 2 ** (bits - 2), len(counts)
+        args = {
+            "rows": normal(sum(counts), d, std=std, strided=strided),
+            "weight": bytes_of_codes(bits, experts, f, d * bits // 8),
+            "scale": steps(size, experts, f, d // group) if group else steps(size, experts, f),
+            "counts": exact(counts, torch.int64),
+            "bits": bits,
+            "activation_bits": activation_bits,
+        }
+        return Sample(id, args, real="2048" in id)
+
+    yield make("9x96-17-3experts-int4", [4, 2, 3], 96, 17, 4)
+    yield make("7x33-17-4experts-empty-int8-strided", [0, 4, 0, 3], 33, 17, 8, strided=True)
+    yield make("5x96-33-3experts-int4-group32", [1, 0, 4], 96, 33, 4, group=32)
+    yield make("5x256-9-3experts-int8-group128-a8", [1, 1, 3], 256, 9, 8, 128, activation_bits=8)
+    yield Sample("5x34-7-4experts-int4-gapped", gapped(make("", [3, 2, 0, 0], 34, 7, 4).args))
+    yield make("1x1-1-1expert-int8", [1], 1, 1, 8)
+    yield make("0x32-8-3experts-int4", [0, 0, 0], 32, 8, 4)
+    yield make("5x34-17-2experts-int8-tiny", [2, 3], 34, 17, 8, std=1e-4)
+    yield make("5x34-17-2experts-int8-huge", [2, 3], 34, 17, 8, std=1e3)
+    large = make("", [37, 0, 1, 21], 160, 129, 4, group=32).args
+    yield Sample("59x160-129-4experts-int4-group32", large, large=True)
+    yield make("4x384-2048-4experts-int4-group128", [2, 0, 1, 1], 384, 2048, 4, group=128)
+
+
+def quantized_grouped_linear_cost(
+    rows: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    counts: Tensor,
+    bits: int = 8,
+    activation_bits: int = 16,
+) -> Cost:
+    """Counts the weights of as many experts as may have rows."""
+    flops, out = 2 * rows.numel() * weight.shape[1], len(rows) * weight.shape[1]
+    used = min(len(rows), len(weight)) * num_bytes(weight, scale) // max(len(weight), 1)
+    moved = num_bytes(rows, counts) + used + out * rows.element_size()
+    return Cost(flops, moved, flops, moved)
+
+
+@op(
+    samples=quantized_grouped_linear_samples,
+    cost=quantized_grouped_linear_cost,
+    differentiable=("rows",),
+)
+def quantized_grouped_linear(
+    rows: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    counts: Tensor,
+    bits: int = 8,
+    activation_bits: int = 16,
+) -> Tensor:
+    """Computes grouped_linear with w = code * scale, each expert's product as quantized_linear
+    defines it. Weight and scale are frozen: only rows have a gradient.
+
+    Shapes: rows [M, D]; weight int8 [X, F, D], or for bits = 4 [X, F, D / 2]; scale float16 or
+    float32 [X, F] or [X, F, G]; counts [X] int64 with sum M -> [M, F]. Neither w nor the rounded
+    rows are rounded to the working dtype. Accumulates in float32 at least: y over D, the gradient
+    of rows over F; each is rounded once to the dtype of rows. Source: Zeng et al. 2022 (GLM-130B),
+    section 5; Gale et al. 2022 (MegaBlocks), section 4."""
+    if _without_values(counts):
+        a = wide(rows)
+        a = round_activations(a) if activation_bits == 8 else a
+        w = dequantize(weight.flatten(0, 1), scale.flatten(0, 1), bits, a.dtype)
+        return _of_every_expert(a, w.unflatten(0, weight.shape[:2]), counts).to(rows.dtype)
+    parts = rows.split(_sizes(rows, weight, counts))
+    each = zip(parts, weight.unbind(), scale.unbind(), strict=True)
+    fixed = {"bits": bits, "activation_bits": activation_bits}
+    return torch.cat([quantized_linear.reference(x, w, s, **fixed) for x, w, s in each])

@@ -129,7 +129,8 @@ def _choose(scores: Tensor, top_k: int, groups: int, top_groups: int) -> Tensor:
     return _ranked(scores)[1][..., :top_k]
 
 
-def _check(experts: int, top_k: int, groups: int, top_groups: int) -> None:
+def check_choice(experts: int, top_k: int, groups: int, top_groups: int) -> None:
+    """Raises ShapeError where so many experts, in such groups, cannot be chosen from."""
     if groups < 1 or experts % groups:
         raise ShapeError(f"route: groups={groups} must divide the {experts} experts")
     if not 1 <= top_groups <= groups:
@@ -226,7 +227,7 @@ def route(
     float32: logits over D, the gradient of x over experts, that of weight over tokens. Raises
     ShapeError for a top_k or groups that the experts do not have. Source: DeepSeek-AI 2024
     (DeepSeek-V3), eq. 12 to 16; Wang et al. 2024 (loss-free balancing); transformers' glm4_moe."""
-    _check(len(weight), top_k, groups, top_groups)
+    check_choice(len(weight), top_k, groups, top_groups)
     scores = _scores(x, weight)
     experts = _choose((scores + bias.to(scores.dtype)).detach(), top_k, groups, top_groups)
     return experts, _weights(scores, experts, scale, normalize)

@@ -63,6 +63,12 @@ def grouped(draw: Draw, rows: int, d: int, f: int) -> dict[str, Any]:
     return {"rows": draw(rows, d), "weight": draw(3, f, d), "counts": counts}
 
 
+def quantized_groups(draw: Draw, rows: int, d: int, f: int) -> dict[str, Any]:
+    counts, codes = torch.tensor([0, rows]), torch.full((2, f, d), 3, dtype=torch.int8)
+    scale = torch.full((2, f), 0.25).half()
+    return {"rows": draw(rows, d), "weight": codes, "scale": scale, "counts": counts}
+
+
 def spread(draw: Draw) -> dict[str, Any]:
     return {"x": draw(2, 3), "experts": torch.arange(2 * N).reshape(2, N) % 3, "num_experts": 3}
 
@@ -85,6 +91,9 @@ LONG: dict[str, list[Callable[[Draw], dict[str, Any]]]] = {
     "route": [lambda draw, s=s: routed(draw, *s) for s in ((N, 2, 3), (2, N, 3))],
     "permute": [spread],
     "unpermute": [lambda draw, s=s: gathered(draw, *s) for s in ((2, 3, N), (2, N, 3))],
+    "quantized_grouped_linear": [
+        lambda draw, s=s: quantized_groups(draw, *s) for s in ((2, N, 3), (2, 3, N))
+    ],
     "grouped_linear": [
         lambda draw, s=s: grouped(draw, *s) for s in ((N, 2, 3), (2, N, 3), (2, 3, N))
     ],

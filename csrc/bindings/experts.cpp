@@ -1,0 +1,435 @@
+// Bindings of route, permute, unpermute and grouped_linear. Shapes: N tokens, X experts, T chosen
+// for a token, M = N T rows, D in, F out.
+#include <ATen/ops/arange.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "product.h"
+
+namespace glm {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using Two = std::tuple<Tensor, Tensor>;
+
+constexpr int64_t few_rows = 8;  // the most for which our own product reads a weight once
+
+// y [N, F] = x weight^T, with a weight that is read once; all contiguous, y as x's dtype says.
+void times_few(const Tensor& x, const Tensor& weight, const Tensor& y) {
+  const Tensor floats = x.to(at::kFloat);
+  by_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    const LinearFew<T> a{data<float>(floats), data<T>(x), data<T>(weight), nullptr,
+                         data<T>(y),          x.size(0),  x.size(1),       weight.size(0)};
+    parallel(weight.size(0), x.size(1),
+             [&](int64_t i, int64_t j) { kernels<T>().linear_few(a, i, j); });
+  });
+}
+
+// route --------------------------------------------------------------------------------
+
+using RouteSignature = Three(const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t, int64_t,
+                             double, bool);
+using RouteBackwardSignature = Two(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                   const Tensor&, double, bool);
+
+// Returns experts, weights and scores, each [N, T].
+Three route_forward(const Tensor& x_, const Tensor& weight_, const Tensor& bias_, int64_t top_k,
+                    int64_t groups, int64_t top_groups, double scale, bool normalize) {
+  const Tensor x = x_.to(at::kFloat).contiguous(), weight = weight_.contiguous();
+  const Tensor bias = bias_.contiguous();
+  const int64_t tokens = x.size(0), experts = weight.size(0);
+  TORCH_CHECK_VALUE(
+      x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1) && bias.numel() == experts,
+      "route: x [N, D] needs weight [X, D] and bias [X]; received x ", x.sizes(), ", weight ",
+      weight.sizes(), ", bias ", bias.sizes());
+  const auto floats = x.options(), ints = x.options().dtype(at::kLong);
+  Tensor logits;
+  if (tokens <= few_rows) {
+    logits = at::empty({tokens, experts}, floats);
+    times_few(x, weight, logits);
+  } else {
+    logits = product(x, weight);
+  }
+  const Tensor chosen = at::empty({tokens, top_k}, ints),
+               weights = at::empty({tokens, top_k}, floats);
+  const Tensor scores = at::empty_like(weights), biased = at::empty_like(logits);
+  const Tensor group_scores = at::empty({tokens, 2 * groups}, floats);
+  const Tensor group_places = at::empty({tokens, groups}, ints);
+  const Route<float> a{data<float>(logits),
+                       data<float>(bias),
+                       data<int64_t>(chosen),
+                       data<float>(weights),
+                       data<float>(scores),
+                       data<float>(biased),
+                       data<float>(group_scores),
+                       data<int64_t>(group_places),
+                       experts,
+                       top_k,
+                       groups,
+                       top_groups,
+                       float(scale),
+                       normalize};
+  parallel(tokens, 8 * experts,
+           [&](int64_t i, int64_t j) { kernels<float>().route_choose(a, i, j); });
+  return {chosen, weights, scores};
+}
+
+// Returns dx and dweight.
+Two route_backward(const Tensor& dweights_, const Tensor& experts, const Tensor& scores,
+                   const Tensor& x, const Tensor& weight, double scale, bool normalize) {
+  const Tensor dweights = dweights_.contiguous();
+  const Tensor dlogits = at::zeros({x.size(0), weight.size(0)}, weight.options());
+  const RouteBackward<float> a{
+      data<float>(dweights), data<float>(scores), data<int64_t>(experts), data<float>(dlogits),
+      weight.size(0),        scores.size(1),      float(scale),           normalize};
+  parallel(x.size(0), 8 * scores.size(1),
+           [&](int64_t i, int64_t j) { kernels<float>().route_backward(a, i, j); });
+  const Tensor dx = at::mm(dlogits, weight).to(x.scalar_type());
+  return {dx, at::mm(dlogits.t(), x.to(at::kFloat))};
+}
+
+Three call_route(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t top_k,
+                 int64_t groups, int64_t top_groups, double scale, bool normalize) {
+  static const auto forward = op<RouteSignature>("glm_core::route_forward");
+  return forward.call(x, weight, bias, top_k, groups, top_groups, scale, normalize);
+}
+
+struct RouteGrad : torch::autograd::Function<RouteGrad> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
+                               const Tensor& bias, int64_t top_k, int64_t groups,
+                               int64_t top_groups, double scale, bool normalize) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [experts, weights, scores] =
+        call_route(x, weight, bias, top_k, groups, top_groups, scale, normalize);
+    ctx->save_for_backward({experts, scores, x, weight});
+    ctx->saved_data["scale"] = scale;
+    ctx->saved_data["normalize"] = normalize;
+    ctx->mark_non_differentiable({experts});
+    return {experts, weights};
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static const auto back = op<RouteBackwardSignature>("glm_core::route_backward");
+    const variable_list s = ctx->get_saved_variables();
+    auto [dx, dweight] =
+        back.call(grads[1], s[0], s[1], s[2], s[3], ctx->saved_data["scale"].toDouble(),
+                  ctx->saved_data["normalize"].toBool());
+    return {dx, dweight, Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
+  }
+};
+
+Two route(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t top_k, int64_t groups,
+          int64_t top_groups, double scale, bool normalize) {
+  if (wants_gradient(x, weight)) {
+    const variable_list out =
+        RouteGrad::apply(x, weight, bias, top_k, groups, top_groups, scale, normalize);
+    return {out[0], out[1]};
+  }
+  auto [experts, weights, scores] =
+      call_route(x, weight, bias, top_k, groups, top_groups, scale, normalize);
+  return {experts, weights};
+}
+
+// permute ------------------------------------------------------------------------------
+
+using PermuteSignature = Three(const Tensor&, const Tensor&, c10::SymInt);
+
+// Where each place of a permutation went: out[order[i]] = i.
+Tensor inverse(const Tensor& order) {
+  const Tensor back = at::zeros(order.sizes(), order.options());
+  const int64_t* from = data<int64_t>(order);
+  int64_t* to = data<int64_t>(back);
+  for (int64_t i = 0; i < order.numel(); ++i) to[from[i]] = i;
+  return back;
+}
+
+// Returns rows [M, D], order [M] and counts [X].
+Three permute_forward(const Tensor& x_, const Tensor& experts_, int64_t num_experts) {
+  const Tensor x = x_.contiguous(), experts = experts_.contiguous();
+  const int64_t rows = experts.numel(), top_k = experts.size(1), width = x.size(1);
+  TORCH_CHECK_VALUE(x.dim() == 2 && experts.dim() == 2 && x.size(0) == experts.size(0),
+                    "permute: x [N, D] needs experts [N, T]; received x ", x.sizes(), ", experts ",
+                    experts.sizes());
+  check_indices(experts, num_experts, "permute: expert");
+  const auto ints = experts.options();
+  const Tensor order = at::empty({rows}, ints), token = at::empty({rows}, ints);
+  const Tensor counts = at::zeros({num_experts}, ints);
+  const int64_t* of = data<int64_t>(experts);
+  int64_t *count = data<int64_t>(counts), *places = data<int64_t>(order);
+  for (int64_t i = 0; i < rows; ++i) ++count[of[i]];
+  std::vector<int64_t> next(size_t(num_experts), 0);
+  for (int64_t e = 1; e < num_experts; ++e) next[size_t(e)] = next[size_t(e - 1)] + count[e - 1];
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t at = next[size_t(of[i])]++;
+    places[at] = i;
+    data<int64_t>(token)[at] = i / top_k;
+  }
+  const Tensor y = at::empty({rows, width}, x.options());
+  by_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    const EmbeddingForward<T> a{data<int64_t>(token), data<T>(x), data<T>(y), width, width};
+    parallel(rows, width, [&](int64_t i, int64_t j) { kernels<T>().embedding_forward(a, i, j); });
+  });
+  return {y, order, counts};
+}
+
+// Returns dx [N, D]: a token's rows, summed in the order of its choices.
+Tensor permute_backward(const Tensor& drows_, const Tensor& order, int64_t tokens) {
+  const Tensor drows = drows_.contiguous(), back = inverse(order);
+  const int64_t width = drows.size(1), top_k = tokens ? order.numel() / tokens : 0;
+  const Tensor starts =
+      at::arange(0, (tokens + 1) * top_k + !top_k, std::max<int64_t>(1, top_k), order.options());
+  const Tensor dx = at::empty({tokens, width}, drows.options());
+  by_dtype(drows, [&](auto zero) {
+    using T = decltype(zero);
+    const EmbeddingBackward<T> a{
+        data<T>(drows), data<int64_t>(back), data<int64_t>(starts), data<T>(dx), width, 1.0f};
+    parallel(tokens, top_k * width,
+             [&](int64_t i, int64_t j) { kernels<T>().embedding_backward(a, i, j); });
+  });
+  return dx;
+}
+
+Three call_permute(const Tensor& x, const Tensor& experts, int64_t num_experts) {
+  static const auto forward = op<PermuteSignature>("glm_core::permute_forward");
+  return forward.call(x, experts, num_experts);
+}
+
+struct PermuteGrad : torch::autograd::Function<PermuteGrad> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& experts,
+                               int64_t num_experts) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [rows, order, counts] = call_permute(x, experts, num_experts);
+    ctx->save_for_backward({order});
+    ctx->saved_data["tokens"] = x.sym_size(0);
+    ctx->mark_non_differentiable({order, counts});
+    return {rows, order, counts};
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static const auto back =
+        op<Tensor(const Tensor&, const Tensor&, c10::SymInt)>("glm_core::permute_backward");
+    const Tensor order = ctx->get_saved_variables()[0];
+    return {back.call(grads[0], order, ctx->saved_data["tokens"].toSymInt()), Tensor(), Tensor()};
+  }
+};
+
+Three permute(const Tensor& x, const Tensor& experts, int64_t num_experts) {
+  if (!wants_gradient(x)) return call_permute(x, experts, num_experts);
+  const variable_list out = PermuteGrad::apply(x, experts, num_experts);
+  return {out[0], out[1], out[2]};
+}
+
+// unpermute ----------------------------------------------------------------------------
+
+using Rows = Tensor(const Tensor&, const Tensor&, const Tensor&);
+using RowsBackward = Two(const Tensor&, const Tensor&, const Tensor&, const Tensor&);
+
+// Returns y [N, D].
+Tensor unpermute_forward(const Tensor& rows_, const Tensor& order_, const Tensor& weights_) {
+  const Tensor rows = rows_.contiguous(), order = order_.contiguous();
+  const Tensor weights = weights_.contiguous();
+  const int64_t tokens = weights.size(0), top_k = weights.size(1), width = rows.size(1);
+  TORCH_CHECK_VALUE(rows.size(0) == weights.numel() && order.numel() == weights.numel(),
+                    "unpermute: weights [N, T] need N T rows and places; received rows ",
+                    rows.sizes(), ", order ", order.sizes(), ", weights ", weights.sizes());
+  check_indices(order, rows.size(0), "unpermute: place");
+  const Tensor back = inverse(order), y = at::empty({tokens, width}, rows.options());
+  by_dtype(rows, [&](auto zero) {
+    using T = decltype(zero);
+    const WeightedRows<T> a{
+        data<T>(rows), data<int64_t>(back), data<float>(weights), data<T>(y), width, top_k};
+    parallel(tokens, top_k * width,
+             [&](int64_t i, int64_t j) { kernels<T>().weighted_rows(a, i, j); });
+  });
+  return y;
+}
+
+// Returns drows and dweights.
+Two unpermute_backward(const Tensor& dy_, const Tensor& rows_, const Tensor& order_,
+                       const Tensor& weights_) {
+  const Tensor dy = dy_.contiguous(), rows = rows_.contiguous();
+  const Tensor weights = weights_.contiguous(), back = inverse(order_.contiguous());
+  const int64_t top_k = weights.size(1), width = rows.size(1);
+  const Tensor drows = at::empty_like(rows), dweights = at::empty_like(weights);
+  by_dtype(rows, [&](auto zero) {
+    using T = decltype(zero);
+    const WeightedRowsBackward<T> a{data<T>(dy),
+                                    data<T>(rows),
+                                    data<int64_t>(back),
+                                    data<float>(weights),
+                                    data<T>(drows),
+                                    data<float>(dweights),
+                                    width,
+                                    top_k};
+    parallel(weights.size(0), top_k * width,
+             [&](int64_t i, int64_t j) { kernels<T>().weighted_rows_backward(a, i, j); });
+  });
+  return {drows, dweights};
+}
+
+Tensor call_unpermute(const Tensor& rows, const Tensor& order, const Tensor& weights) {
+  static const auto forward = op<Rows>("glm_core::unpermute_forward");
+  return forward.call(rows, order, weights);
+}
+
+struct UnpermuteGrad : torch::autograd::Function<UnpermuteGrad> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& rows, const Tensor& order,
+                        const Tensor& weights) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward({rows, order, weights});
+    return call_unpermute(rows, order, weights);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static const auto back = op<RowsBackward>("glm_core::unpermute_backward");
+    const variable_list s = ctx->get_saved_variables();
+    auto [drows, dweights] = back.call(grads[0], s[0], s[1], s[2]);
+    return {drows, Tensor(), dweights};
+  }
+};
+
+Tensor unpermute(const Tensor& rows, const Tensor& order, const Tensor& weights) {
+  if (wants_gradient(rows, weights)) return UnpermuteGrad::apply(rows, order, weights);
+  return call_unpermute(rows, order, weights);
+}
+
+// grouped_linear -----------------------------------------------------------------------
+
+// Calls f(expert, first row, rows) for each expert with rows. Raises ValueError where the counts do
+// not fit.
+template <class F>
+void each_expert(const Tensor& counts_, int64_t rows, int64_t experts, F f) {
+  const Tensor counts = counts_.contiguous();
+  const int64_t* count = data<int64_t>(counts);
+  int64_t total = 0;
+  for (int64_t e = 0; e < counts.numel(); ++e) {
+    TORCH_CHECK_VALUE(count[e] >= 0, "grouped_linear: counts must not be negative");
+    total += count[e];
+  }
+  TORCH_CHECK_VALUE(counts.numel() == experts && total == rows, "grouped_linear: ", experts,
+                    " experts and ", rows, " rows need as many counts with that sum; received ",
+                    counts.numel(), " counts with sum ", total);
+  for (int64_t e = 0, first = 0; e < experts; first += count[e++])
+    if (count[e]) f(e, first, count[e]);
+}
+
+Tensor grouped_linear_forward(const Tensor& rows_, const Tensor& weight_, const Tensor& counts) {
+  const Tensor rows = rows_.contiguous(), weight = weight_.contiguous();
+  TORCH_CHECK_VALUE(rows.dim() == 2 && weight.dim() == 3 && rows.size(1) == weight.size(2),
+                    "grouped_linear: rows [M, D] need weight [X, F, D]; received rows ",
+                    rows.sizes(), ", weight ", weight.sizes());
+  const Tensor y = at::empty({rows.size(0), weight.size(1)}, rows.options());
+  each_expert(counts, rows.size(0), weight.size(0), [&](int64_t e, int64_t first, int64_t count) {
+    const Tensor x = rows.narrow(0, first, count), out = y.narrow(0, first, count);
+    if (count <= few_rows)
+      times_few(x, weight[e], out);
+    else
+      out.copy_(product(x, weight[e]));
+  });
+  return y;
+}
+
+// out = a b, rounded once.
+void times_into(const Tensor& out, const Tensor& a_, const Tensor& b_) {
+  const Tensor a = multiplied(a_), b = multiplied(b_);
+  if (a.scalar_type() != out.scalar_type()) {
+    out.copy_(at::mm(a, b));
+    return;
+  }
+  Tensor target = out;
+  at::mm_out(target, a, b);
+}
+
+// Returns drows [M, D] and dweight [X, F, D], empty where they are not wanted.
+Two grouped_linear_backward(const Tensor& dy_, const Tensor& rows_, const Tensor& weight_,
+                            const Tensor& counts, bool wants_rows, bool wants_weight) {
+  const Tensor dy = dy_.contiguous(), rows = rows_.contiguous(), weight = weight_.contiguous();
+  const Tensor drows = wants_rows ? at::empty_like(rows) : at::empty({0}, rows.options());
+  const Tensor dweight =
+      wants_weight ? at::zeros(weight.sizes(), weight.options()) : at::empty({0}, weight.options());
+  each_expert(counts, rows.size(0), weight.size(0), [&](int64_t e, int64_t first, int64_t count) {
+    const Tensor g = dy.narrow(0, first, count);
+    if (wants_rows) times_into(drows.narrow(0, first, count), g, weight[e]);
+    if (wants_weight) times_into(dweight[e], g.t(), rows.narrow(0, first, count));
+  });
+  return {drows, dweight};
+}
+
+Tensor call_grouped_linear(const Tensor& rows, const Tensor& weight, const Tensor& counts) {
+  static const auto forward = op<Rows>("glm_core::grouped_linear_forward");
+  return forward.call(rows, weight, counts);
+}
+
+using GroupedBackward = Two(const Tensor&, const Tensor&, const Tensor&, const Tensor&, bool, bool);
+
+struct GroupedLinearGrad : torch::autograd::Function<GroupedLinearGrad> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& rows, const Tensor& weight,
+                        const Tensor& counts) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward({rows, weight, counts});
+    return call_grouped_linear(rows, weight, counts);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static const auto back = op<GroupedBackward>("glm_core::grouped_linear_backward");
+    const variable_list s = ctx->get_saved_variables();
+    const bool wants_rows = ctx->needs_input_grad(0), wants_weight = ctx->needs_input_grad(1);
+    auto [drows, dweight] = back.call(grads[0], s[0], s[1], s[2], wants_rows, wants_weight);
+    return {wants_rows ? drows : Tensor(), wants_weight ? dweight : Tensor(), Tensor()};
+  }
+};
+
+Tensor grouped_linear(const Tensor& rows, const Tensor& weight, const Tensor& counts) {
+  if (wants_gradient(rows, weight)) return GroupedLinearGrad::apply(rows, weight, counts);
+  return call_grouped_linear(rows, weight, counts);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(glm_core, m) {
+  m.def(
+      "route(Tensor x, Tensor weight, Tensor bias, int top_k, int groups, int top_groups, "
+      "float scale, bool normalize) -> (Tensor experts, Tensor weights)",
+      route);
+  m.def(
+      "route_forward(Tensor x, Tensor weight, Tensor bias, int top_k, int groups, "
+      "int top_groups, float scale, bool normalize) -> (Tensor experts, Tensor weights, "
+      "Tensor scores)");
+  m.def(
+      "route_backward(Tensor dweights, Tensor experts, Tensor scores, Tensor x, Tensor weight, "
+      "float scale, bool normalize) -> (Tensor dx, Tensor dweight)");
+  m.def(
+      "permute(Tensor x, Tensor experts, int num_experts) -> (Tensor rows, Tensor order, "
+      "Tensor counts)",
+      permute);
+  m.def(
+      "permute_forward(Tensor x, Tensor experts, SymInt num_experts) -> (Tensor rows, "
+      "Tensor order, Tensor counts)");
+  m.def("permute_backward(Tensor drows, Tensor order, SymInt tokens) -> Tensor");
+  m.def("unpermute(Tensor rows, Tensor order, Tensor weights) -> Tensor", unpermute);
+  m.def("unpermute_forward(Tensor rows, Tensor order, Tensor weights) -> Tensor");
+  m.def(
+      "unpermute_backward(Tensor dy, Tensor rows, Tensor order, Tensor weights) -> "
+      "(Tensor drows, Tensor dweights)");
+  m.def("grouped_linear(Tensor rows, Tensor weight, Tensor counts) -> Tensor", grouped_linear);
+  m.def("grouped_linear_forward(Tensor rows, Tensor weight, Tensor counts) -> Tensor");
+  m.def(
+      "grouped_linear_backward(Tensor dy, Tensor rows, Tensor weight, Tensor counts, "
+      "bool wants_rows, bool wants_weight) -> (Tensor drows, Tensor dweight)");
+}
+
+TORCH_LIBRARY_IMPL(glm_core, CPU, m) {
+  m.impl("route_forward", route_forward);
+  m.impl("route_backward", route_backward);
+  m.impl("permute_forward", permute_forward);
+  m.impl("permute_backward", permute_backward);
+  m.impl("unpermute_forward", unpermute_forward);
+  m.impl("unpermute_backward", unpermute_backward);
+  m.impl("grouped_linear_forward", grouped_linear_forward);
+  m.impl("grouped_linear_backward", grouped_linear_backward);
+}
+
+}  // namespace glm

@@ -161,6 +161,18 @@ def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return _ops.grouped_linear.default(rows, weight, counts)
 
 
+@backend.implements(ops.quantized_grouped_linear, supports.quantized_grouped_linear)
+def quantized_grouped_linear(
+    rows: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    counts: Tensor,
+    bits: int = 8,
+    activation_bits: int = 16,
+) -> Tensor:
+    return _ops.quantized_grouped_linear.default(rows, weight, scale, counts, bits, activation_bits)
+
+
 @backend.implements(ops.linear_cross_entropy, supports.linear_cross_entropy)
 def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, token_weight: Tensor) -> Tensor:
     return _ops.linear_cross_entropy.default(x, weight, labels, token_weight)

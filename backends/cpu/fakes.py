@@ -176,6 +176,20 @@ def grouped_linear_backward(
     return drows, _like(weight) if wants_weight else weight.new_empty(0)
 
 
+def quantized_grouped_linear_forward(
+    rows: Tensor, weight: Tensor, scale: Tensor, counts: Tensor, bits: int, activation_bits: int
+) -> Tensor:
+    """Returns y."""
+    return rows.new_empty((len(rows), weight.shape[1]))
+
+
+def quantized_grouped_linear_backward(
+    dy: Tensor, weight: Tensor, scale: Tensor, counts: Tensor, bits: int
+) -> Tensor:
+    """Returns drows."""
+    return dy.new_empty((len(dy), weight.shape[2] * 8 // bits))
+
+
 def linear_cross_entropy_forward(
     x: Tensor, weight: Tensor, labels: Tensor, token_weight: Tensor, gradients: bool
 ) -> Three:
@@ -229,6 +243,8 @@ FAKES: list[Callable[..., Any]] = [
     unpermute_backward,
     grouped_linear_forward,
     grouped_linear_backward,
+    quantized_grouped_linear_forward,
+    quantized_grouped_linear_backward,
     linear_cross_entropy_forward,
     global_norm,
     adamw_,

@@ -133,6 +133,18 @@ def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor) -> Support:
     return both(takes(rows, weight), exactly(torch.int64, counts=counts))
 
 
+def quantized_grouped_linear(
+    rows: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    counts: Tensor,
+    bits: int = 8,
+    activation_bits: int = 16,
+) -> Support:
+    one = quantized_linear(rows, weight, scale.flatten(0, 1), None, bits, activation_bits)
+    return both(one, exactly(torch.int64, counts=counts))
+
+
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, labels: Tensor, token_weight: Tensor
 ) -> Support:

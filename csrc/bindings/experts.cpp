@@ -1,5 +1,5 @@
-// Bindings of route, permute, unpermute and grouped_linear. Shapes: N tokens, X experts, T chosen
-// for a token, M = N T rows, D in, F out.
+// Bindings of route, permute, unpermute, grouped_linear and quantized_grouped_linear. Shapes: N
+// tokens, X experts, T chosen for a token, M = N T rows, D in, F out.
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -387,6 +387,72 @@ Tensor grouped_linear(const Tensor& rows, const Tensor& weight, const Tensor& co
   return call_grouped_linear(rows, weight, counts);
 }
 
+// quantized_grouped_linear -------------------------------------------------------------
+
+using QuantizedGroups = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t,
+                               int64_t);
+using QuantizedGroupsBackward = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                       int64_t);
+
+// Each expert's product is that of quantized_linear.
+Tensor quantized_grouped_linear_forward(const Tensor& rows, const Tensor& weight,
+                                        const Tensor& scale, const Tensor& counts, int64_t bits,
+                                        int64_t activation_bits) {
+  static const auto one =
+      op<Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, int64_t,
+                int64_t)>("glm_core::quantized_linear_forward");
+  const Tensor y = at::empty({rows.size(0), weight.size(1)}, rows.options());
+  each_expert(counts, rows.size(0), weight.size(0), [&](int64_t e, int64_t first, int64_t count) {
+    const Tensor x = rows.narrow(0, first, count);
+    y.narrow(0, first, count)
+        .copy_(one.call(x, weight[e], scale[e], std::nullopt, bits, activation_bits));
+  });
+  return y;
+}
+
+Tensor quantized_grouped_linear_backward(const Tensor& dy, const Tensor& weight,
+                                         const Tensor& scale, const Tensor& counts, int64_t bits) {
+  static const auto one = op<Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t)>(
+      "glm_core::quantized_linear_backward");
+  const Tensor drows = at::empty({dy.size(0), weight.size(2) * 8 / bits}, dy.options());
+  each_expert(counts, dy.size(0), weight.size(0), [&](int64_t e, int64_t first, int64_t count) {
+    drows.narrow(0, first, count)
+        .copy_(one.call(dy.narrow(0, first, count).contiguous(), weight[e], scale[e], bits));
+  });
+  return drows;
+}
+
+Tensor call_quantized_groups(const Tensor& rows, const Tensor& weight, const Tensor& scale,
+                             const Tensor& counts, int64_t bits, int64_t activation_bits) {
+  static const auto forward = op<QuantizedGroups>("glm_core::quantized_grouped_linear_forward");
+  return forward.call(rows, weight, scale, counts, bits, activation_bits);
+}
+
+struct QuantizedGroupsGrad : torch::autograd::Function<QuantizedGroupsGrad> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& rows, const Tensor& weight,
+                        const Tensor& scale, const Tensor& counts, int64_t bits,
+                        int64_t activation_bits) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward({weight, scale, counts});
+    ctx->saved_data["bits"] = bits;
+    return call_quantized_groups(rows, weight, scale, counts, bits, activation_bits);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static const auto back =
+        op<QuantizedGroupsBackward>("glm_core::quantized_grouped_linear_backward");
+    const variable_list s = ctx->get_saved_variables();
+    const Tensor drows = back.call(grads[0], s[0], s[1], s[2], ctx->saved_data["bits"].toInt());
+    return {drows, Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
+  }
+};
+
+Tensor quantized_grouped_linear(const Tensor& rows, const Tensor& weight, const Tensor& scale,
+                                const Tensor& counts, int64_t bits, int64_t activation_bits) {
+  if (wants_gradient(rows))
+    return QuantizedGroupsGrad::apply(rows, weight, scale, counts, bits, activation_bits);
+  return call_quantized_groups(rows, weight, scale, counts, bits, activation_bits);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(glm_core, m) {
@@ -419,6 +485,16 @@ TORCH_LIBRARY_FRAGMENT(glm_core, m) {
   m.def(
       "grouped_linear_backward(Tensor dy, Tensor rows, Tensor weight, Tensor counts, "
       "bool wants_rows, bool wants_weight) -> (Tensor drows, Tensor dweight)");
+  m.def(
+      "quantized_grouped_linear(Tensor rows, Tensor weight, Tensor scale, Tensor counts, int bits, "
+      "int activation_bits) -> Tensor",
+      quantized_grouped_linear);
+  m.def(
+      "quantized_grouped_linear_forward(Tensor rows, Tensor weight, Tensor scale, Tensor counts, "
+      "int bits, int activation_bits) -> Tensor");
+  m.def(
+      "quantized_grouped_linear_backward(Tensor dy, Tensor weight, Tensor scale, Tensor counts, "
+      "int bits) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(glm_core, CPU, m) {
@@ -430,6 +506,8 @@ TORCH_LIBRARY_IMPL(glm_core, CPU, m) {
   m.impl("unpermute_backward", unpermute_backward);
   m.impl("grouped_linear_forward", grouped_linear_forward);
   m.impl("grouped_linear_backward", grouped_linear_backward);
+  m.impl("quantized_grouped_linear_forward", quantized_grouped_linear_forward);
+  m.impl("quantized_grouped_linear_backward", quantized_grouped_linear_backward);
 }
 
 }  // namespace glm

@@ -19,7 +19,9 @@ from glm_core.errors import GlmCoreError
 
 Results = dict[str, Tensor]
 """by name: outputs `y` (or `y0`, `y1`, ...), gradients `d_ARGUMENT`, arguments written in place,
-and `change`"""
+and `change`; integers in float64"""
+CHOSEN = "y0"
+"""the result of an op that chooses, see `glm_core.choice`"""
 
 LOW = (torch.bfloat16, torch.float16)
 """the dtypes below float32"""
@@ -55,7 +57,7 @@ def replay(
         if differentiate:
             results |= _backward(outputs, gradients, {n: args[n] for n in names})
     results |= {n: args[n] for n in call.op.mutates if args.get(n) is not None}
-    return with_change(call, {n: flat(x).detach().cpu() for n, x in results.items()})
+    return with_change(call, {n: real(flat(x).detach().cpu()) for n, x in results.items()})
 
 
 def replay_on(call: Call, backend: Backend) -> Results:
@@ -108,15 +110,21 @@ def _backward(
     return {f"d_{n}": torch.zeros_like(x) if g is None else g for (n, x), g in pairs}
 
 
+def real(x: Tensor) -> Tensor:
+    """Returns floating-point values unchanged, integers in float64."""
+    return x if x.is_floating_point() else x.double()
+
+
 def flat(x: Any) -> Tensor:
     """Returns a tensor unchanged, a list of tensors as one flat tensor."""
     return x if isinstance(x, Tensor) else torch.cat([t.flatten() for t in x])
 
 
-def exact(call: Call, like: Results) -> Results:
-    """Computes the call in float64 and rounds once to the dtypes of `like`: the best any kernel can
-    return. Roundings that the op's contract asks for are kept; autograd's own, of the gradient of a
-    sum that is also an output, are not."""
+def exact(call: Call, like: Results, function: Callable[..., Any] | None = None) -> Results:
+    """Computes the call, by the reference or `function`, in float64 and rounds once to the dtypes
+    of `like`: the best any kernel can return. Roundings that the op's contract asks for are kept;
+    autograd's own, of the gradient of a sum that is also an output, are not."""
     passed_on = len(call.output_gradients) > 1  # an output is the op's own input further on
-    wide = replay(call, call.op.reference, Exact(passed_on), widen=True)
-    return with_change(call, {n: x.to(like[n].dtype) for n, x in wide.items()})
+    wide = replay(call, function or call.op.reference, Exact(passed_on), widen=True)
+    rounded = {n: x.to(like[n].dtype) if n in like else x for n, x in wide.items()}
+    return with_change(call, rounded)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from glm_core import ops
-from glm_core.align import statistics
+from glm_core.align import choices, statistics
 from glm_core.align.capture import Call
 from glm_core.align.disguise import Regrouped, Rounded
 from glm_core.align.replay import LOW, Results, exact, replay
@@ -169,8 +169,13 @@ def measure(
     order and scores the results that changed, so that a kernel which keeps state shows. Returns the
     scores and the results of the first pass."""
     items = list(items)
-    first_pass = [(case, runner(case.call)) for case in items]
-    second_pass = [(case, runner(case.call)) for case in reversed(items)] if twice else []
+
+    def run(case: Case) -> Results | None:
+        results = runner(case.call)
+        return None if results is None else choices.settled(case.call, results)
+
+    first_pass = [(case, run(case)) for case in items]
+    second_pass = [(case, run(case)) for case in reversed(items)] if twice else []
     measured = Measures([])
     pool = measured.pool
     for case, results in first_pass:
@@ -229,7 +234,7 @@ def _flash(call: Call, kernel: Callable[..., Tensor]) -> Results | None:
 
 
 def _rounded(call: Call, dtype: torch.dtype, which: int | None) -> Results | None:
-    if call.op.mutates or not call.op.differentiable:
+    if call.op.mutates or not call.op.differentiable or call.op.choice is not None:
         return None  # float32 by contract
     first = next(t for t in _tensors(call) if t.is_floating_point())
     mode = Rounded(dtype, first.numel() // 2, which)

@@ -52,7 +52,8 @@ def _expected(scores: Tensor, slack: Tensor, best: Tensor) -> float:
     gaps = (ranked[:, :-1] - ranked[:, 1:]).clamp(min=0.0)  # [N, T]
     near = gaps.quantile(NEAR, dim=0).clamp(min=1e-300)
     spread = 2**0.5 * float(slack.median()) / MAX_ERROR_RATIO / 2
-    return float((len(best) * NEAR / near * spread / (2 * math.pi) ** 0.5).sum())
+    shares = NEAR / near * spread / (2 * math.pi) ** 0.5
+    return len(best) * float(shares.sum().clamp(max=1.0))
 
 
 NEAR = 0.05

@@ -11,12 +11,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
-from torch.nn.functional import linear as product
 
 from glm_core.dispatch import op
 from glm_core.errors import ShapeError
 from glm_core.ops.layout import gapped
-from glm_core.ops.precision import num_bytes, wide
+from glm_core.ops.precision import num_bytes, product, wide
 from glm_core.ops.quant import (
     bytes_of_codes,
     dequantize,
@@ -185,7 +184,8 @@ def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     if _without_values(counts):
         return _of_every_expert(rows, weight, counts)
     parts = zip(rows.split(_sizes(rows, weight, counts)), weight.unbind(), strict=True)
-    return torch.cat([product(part, w) for part, w in parts])
+    used = [product(part, w) for part, w in parts if len(part) or not len(rows)]
+    return torch.cat(used)
 
 
 def _without_values(counts: Tensor) -> bool:
@@ -294,4 +294,5 @@ def quantized_grouped_linear(
     parts = rows.split(_sizes(rows, weight, counts))
     each = zip(parts, weight.unbind(), scale.unbind(), strict=True)
     fixed = {"bits": bits, "activation_bits": activation_bits}
-    return torch.cat([quantized_linear.reference(x, w, s, **fixed) for x, w, s in each])
+    used = [item for item in each if len(item[0]) or not len(rows)]
+    return torch.cat([quantized_linear.reference(x, w, s, **fixed) for x, w, s in used])

@@ -262,3 +262,8 @@ def _adamw(
     torch._foreach_add_(scale, eps)
     torch._foreach_mul_(p, 1 - lr * weight_decay)
     torch._foreach_addcdiv_(p, m, scale, -lr / (1 - beta1**step))
+
+
+for _name in supports.NO_CALL:
+    _op = ops.all_ops()[_name]
+    backend.implements(_op, supports.refusal(_name))(_op.reference)

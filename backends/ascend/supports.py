@@ -6,7 +6,7 @@ A tensor on the host is no reason to fall back: torch_npu refuses it with an err
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,15 @@ HEAD_DIM, HEADS = 768, 256
 """the largest head dim and number of heads that npu_fusion_attention takes"""
 QUANTISED_WIDTH = 65535
 """the most inputs or outputs that npu_weight_quant_batchmatmul takes"""
+NO_CALL = {
+    "route": "npu_moe_gating_top_k is for inference, says nothing of ties, and takes no groups of "
+    "two experts; torch's own operators route on the device",
+    "permute": "this backend has no call of npu_moe_token_permute yet",
+    "unpermute": "this backend has no call of npu_moe_token_unpermute yet",
+    "grouped_linear": "this backend has no call of npu_grouped_matmul yet",
+    "quantized_grouped_linear": "this backend has no call of npu_grouped_matmul yet",
+}
+"""by op of a mixture of experts: why none of torch_npu's operators runs it"""
 ROTATED, ROTATED_HEADS = 896, 1000
 """npu_rotary_mul takes fewer rotated dimensions and fewer heads than these"""
 
@@ -194,3 +203,8 @@ def adamw(
     if any(g.dtype not in DTYPES for g in grads):
         return unsupported(f"operators take {DTYPES}, received {[g.dtype for g in grads]}")
     return SUPPORTED
+
+
+def refusal(op: str) -> Callable[..., Support]:
+    """Returns the predicate of an op in NO_CALL."""
+    return lambda *args, **kwargs: unsupported(NO_CALL[op])

@@ -95,6 +95,10 @@ def _add_openai_routes(api: FastAPI, engine: Engine, limits: Limits) -> None:
         if name not in entries:
             raise HTTPException(404, unknown("model", name, list(entries)))
 
+    def require_possible(body: OpenAIRequest) -> None:
+        require_model(body.model)
+        engine.require_places(body.n)
+
     def adapted(prompt: Prompt, name: str) -> Prompt:
         return dataclasses.replace(prompt, adapter=name if name in loras else "")
 
@@ -109,7 +113,7 @@ def _add_openai_routes(api: FastAPI, engine: Engine, limits: Limits) -> None:
 
     @api.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        require_model(body.model)
+        require_possible(body)
         prompt = adapted(chat_model.completion_prompt(body.prompt), body.model)
 
         def queue(index: int) -> Reply:
@@ -122,7 +126,7 @@ def _add_openai_routes(api: FastAPI, engine: Engine, limits: Limits) -> None:
 
     @api.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
-        require_model(body.model)
+        require_possible(body)
         prompt = chat_model.chat_prompt(body.conversation, body.offered_tools)
         prompt = adapted(prompt, body.model)
         max_tokens = body.max_completion_tokens or body.max_tokens

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
-from glm_core.errors import GlmCoreError
+from glm_core.errors import ConfigError, GlmCoreError
 from glm_core.model.generate import Decoder, Generation
 from glm_core.model.loras import LoRAs
 from glm_core.model.prompt import Prompt
@@ -127,6 +127,14 @@ class Engine:
                 self._waiting.remove(ticket)
                 self.metrics.waiting.set(len(self._waiting))
             self._changed.notify()
+
+    def require_places(self, number: int) -> None:
+        """Raises ConfigError for more requests at once than run and wait, however idle it is."""
+        if number > self.slots + self.queue:
+            raise ConfigError(
+                f"n={number}: {self.slots} replies run here and {self.queue} wait; ask for "
+                f"{self.slots + self.queue} at most"
+            )
 
     @property
     def load(self) -> tuple[int, int]:

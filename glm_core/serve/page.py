@@ -21,7 +21,7 @@ PAGE = """<!doctype html>
   input { font: inherit; width: 6rem; }
 </style>
 <h1>glm-core</h1>
-<p id="model"></p>
+<p><select id="model" aria-label="Model"></select></p>
 <details><summary>Settings</summary>
   <label>temperature <input id="temperature" type="number" value="0.95" min="0" max="2"
     step="0.05"></label>
@@ -38,7 +38,7 @@ PAGE = """<!doctype html>
 "use strict";
 const get = id => document.getElementById(id);
 const messages = [];
-let model = "", abort = null;  // abort: of the reply under way
+let abort = null;  // of the reply under way
 
 const headers = () => {
   const key = get("key").value;
@@ -69,14 +69,13 @@ async function request(path, more) {
 
 async function connect() {
   const body = await (await request("/v1/models")).json();
-  model = body.data[0].id;
-  get("model").textContent = model;
+  get("model").replaceChildren(...body.data.map(model => new Option(model.id)));
 }
 
 async function ask(box) {
   const response = await request("/v1/chat/completions", {
     method: "POST",
-    body: JSON.stringify({ model, messages, stream: true,
+    body: JSON.stringify({ model: get("model").value, messages, stream: true,
       temperature: Number(get("temperature").value), top_p: Number(get("top_p").value) }),
   });
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -106,7 +105,7 @@ async function send(question) {
   const asked = show("user", question), box = show("assistant", "");
   let state = "answered";
   try {
-    if (!model) await connect();
+    if (!get("model").value) await connect();
     await ask(box);
   } catch (error) {
     state = error.name === "AbortError" ? "stopped" : "failed";

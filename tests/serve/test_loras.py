@@ -13,9 +13,14 @@ from typing import Any
 import pytest
 import torch
 
+from glm_core.backends import registry
 from glm_core.errors import ConfigError, GlmCoreError
 from glm_core.model.adapters import AdapterConfig, adapter_state, attach
+from glm_core.model.generate import Decoder
 from glm_core.model.loras import LoRAs
+from glm_core.model.prompt import Prompt
+from glm_core.model.runner import Runner
+from glm_core.model.sample import Sampling
 from glm_core.pretrained import peft
 from glm_core.pretrained.weights.layouts import LAYOUTS
 
@@ -117,6 +122,20 @@ def test_prompts_that_begin_alike(client: Any, serving: Any, causal_model: Any) 
     assert numbers[:3] == [0, 0, 0]
     assert min(numbers[3:]) > CHUNK
     assert [r.choices for r in replies[:1]] == [first.choices]
+
+
+def test_steps_without_an_adapter_stay_whole(causal_model: Any) -> None:
+    """One call of the backend, although the model has adapters; with an adapter's row the session
+    says why not."""
+    loras = LoRAs(causal_model.model)
+    loras.add("fox", KINDS["fox"], adapter_state(adapted(causal_model, "fox").model))
+    with registry.use("cpu") as session:
+        decoder = Decoder(Runner(causal_model.model, 2, loras=loras))
+        for adapter, reasons in (("", []), ("fox", ["a row has a LoRA of its own"])):
+            decoder.add(Prompt((1, 2, 3), adapter=adapter), Sampling(max_tokens=3))
+            while any(decoder.live):
+                decoder.step()
+            assert [f.reason for f in session.fallbacks if f.op == "decode_step"] == reasons
 
 
 def test_what_is_refused(causal_model: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shlex
@@ -13,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from glm_core.model.adapters import AdapterConfig, adapter_state, attach
+from glm_core.model.loras import LoRAs
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 
@@ -130,6 +134,26 @@ def test_a_conversation(server: Any, browser: Browser) -> None:
     assert all(replies)
     assert browser.run("messages.map(m => m.role)") == ["user", "assistant"] * 2
     assert browser.run("messages.map(m => m.content)")[1::2] == replies
+
+
+def test_an_adapter_is_chosen(
+    serving: Any, chat_model: Any, browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = AdapterConfig(rank=1, targets="attention.out")
+    loras = LoRAs(chat_model.model)
+    loras.add("fox", how, adapter_state(attach(copy.deepcopy(chat_model.model), how)))
+    with serving(loras=loras) as served:
+        submit, asked = served.engine.submit, []
+        monkeypatch.setattr(
+            served.engine, "submit", lambda p, *more: (asked.append(p.adapter), submit(p, *more))[1]
+        )
+        browser.open(served.url)
+        browser.until("get('model').options.length === 2")
+        for name in ("small", "fox"):
+            browser.run(f"get('model').value = '{name}'")
+            ask(browser, "the dog")
+            browser.until("document.body.dataset.state")
+    assert asked == ["", "fox"]
 
 
 def test_a_question_in_the_address(server: Any, browser: Browser) -> None:

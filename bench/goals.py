@@ -285,7 +285,8 @@ def text(result: dict[str, Any]) -> str:
     lines = []
     for name, row in result["rows"].items():
         peers = [f"transformers {k} {row[f'{k}_ms']:.3f}" for k in KINDS if f"{k}_ms" in row]
-        lines.append(f"{name:46} {row['ms']:9.3f} ms  {', '.join(peers)}".rstrip())
+        facts = ", ".join(filter(None, (row.get("model"), *peers)))
+        lines.append(f"{name:36} {row['ms']:9.3f} ms  {facts}".rstrip())
     for name, (figure, least) in result["goals"].items():
         reached = result["rows"][name].get(figure)
         words = "not measured" if reached is None else f"{reached:.2f}"

@@ -20,7 +20,8 @@ from glm_core.spec import Support
 
 Call = Callable[[], Any]
 Sizes = tuple[int, int]
-WIDE, NARROW = "train 4 layers of glm-4-9b, 4 x 2048", "train 34M, 4 x 256"
+WIDE, NARROW = "train, wide layers", "train, small model"
+"""4 layers of GLM-4-9B with 4 x 2,048 tokens, and 34M parameters with 4 x 256, but for the CPU"""
 MISSING = "" if importlib.util.find_spec("transformers") else "pip install transformers"
 """what to do before there are peers; empty where there are"""
 
@@ -117,6 +118,7 @@ def _training_row(
     row = {
         "ms": timing[best].median_s * 1e3,
         "fastest": best,
+        "model": f"{config.num_layers} x {config.hidden}, {sizes[0]} x {sizes[1]} tokens",
         "tflops": reached / 1e12,
         "gemm_share": reached / (product_flops / timing[gemm].median_s),
         **{f"{n}_ms": t.median_s * 1e3 for n, t in timing.items()},

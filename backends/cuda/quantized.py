@@ -18,6 +18,8 @@ from glm_core.backends.cuda.attention import HAS_TRITON, MATRIX_CORES
 
 MANY_ROWS = 64
 """csrc/cuda has kernels of its own for so many rows, which wait for memory alone"""
+TRITON_SINCE = (3, 6)
+"""the oldest Triton whose code for the kernel was seen to spill no registers; that of 3.3 does"""
 LEAST_GROUP = 32
 """inputs; a group is a multiple of it"""
 
@@ -80,12 +82,15 @@ def in_one_kernel(x: Tensor, scale: Tensor) -> bool:
     if not (many and HAS_TRITON and x.shape[-1] // groups % LEAST_GROUP == 0):
         return False
     known = x.is_cuda and not torch.compiler.is_compiling() and not is_fake(x)
-    return not known or has_tensor_cores(x.device.index or 0)
+    return not known or suits(x.device.index or 0)
 
 
 @functools.cache
-def has_tensor_cores(index: int) -> bool:
-    """Returns whether the chip multiplies both halves by tensor cores, and Triton compiles for
+def suits(index: int) -> bool:
+    """Returns whether the chip multiplies both halves by tensor cores, and Triton compiles well for
     it."""
+    import triton
+
     chip = probe.architecture(index)
-    return int(chip[3:]) >= 80 if chip.startswith("sm_") else chip in MATRIX_CORES
+    cores = int(chip[3:]) >= 80 if chip.startswith("sm_") else chip in MATRIX_CORES
+    return cores and tuple(map(int, triton.__version__.split(".")[:2])) >= TRITON_SINCE

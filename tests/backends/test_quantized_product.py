@@ -96,5 +96,9 @@ def test_takes_many_rows_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> N
     ("chip", "takes"), [("sm_75", False), ("sm_80", True), ("sm_120", True), ("gfx906", False)]
 )
 def test_chips_with_tensor_cores(monkeypatch: pytest.MonkeyPatch, chip: str, takes: bool) -> None:
+    triton = pytest.importorskip("triton")
     monkeypatch.setattr(quantized.probe, "architecture", lambda index: chip)
-    assert quantized.has_tensor_cores.__wrapped__(0) is takes
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    assert quantized.suits.__wrapped__(0) is takes
+    monkeypatch.setattr(triton, "__version__", "3.5.1")
+    assert not quantized.suits.__wrapped__(0)

@@ -86,6 +86,6 @@ def test_kernels_build_ahead_of_time(tmp_path: Path) -> None:
     found = answer(tmp_path, "triton_build.py", *wanted)
     assert list(found) == wanted
     for target, kernels in found.items():
-        assert len(kernels) == 8, target
+        assert len(kernels) == (8 if release("triton") >= (3, 6) else 6), target
         assert all(size for size, _ in kernels.values()), target
         assert not any(faults for _, faults in kernels.values()), (target, kernels)

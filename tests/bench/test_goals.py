@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import pytest
 
-from glm_core.backends.registry import get
+from glm_core.backends.registry import get, probe
 from glm_core.bench import goals, goals_peers, traffic
 from glm_core.measure import ceilings
 from glm_core.model.glm import GLM
 from glm_core.model.presets import preset
 
+pytestmark = pytest.mark.skipif(not probe("cpu").ok, reason=probe("cpu").reason)
 NARROW = {"hidden": 32, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "ffn": 48}
 SMALL = preset("glm-4-9b", num_layers=2, vocab=64, max_length=64, **NARROW)
 

@@ -467,7 +467,7 @@ def native(up: Edit) -> Function:
         q = up(a["q"]).transpose(1, 2)  # [B, H, L, E]
         k, v = (up(a[n]).repeat_interleave(repeats, 2).transpose(1, 2) for n in "kv")
         y = F.scaled_dot_product_attention(q, k, v, ~hidden_keys(a)[:, 0], scale=a["scale"])
-        return y.transpose(1, 2).to(a["q"].dtype)  # [B, L, H, E]
+        return y.transpose(1, 2).contiguous().to(a["q"].dtype)  # [B, L, H, E]
 
     return kernel
 

@@ -40,8 +40,8 @@ def proofs(exhibits: list[Exhibit]) -> Iterator[tuple[str, Exhibit | None, Verdi
 
 
 def verdict(base: baseline.Baseline, report: list[dict[str, Any]]) -> Verdict:
-    """Says what the proof finds first: the first loss, the first gradients, their norm, then what
-    the update left."""
+    """Says what the proof finds first: the first step's loss, gradients, norm and weights, then
+    the curve's and the last weights."""
     if errors := [r["error"] for r in report if "error" in r]:
         return Verdict(PROOF, "error", errors[-1].strip().splitlines()[-1])
     if not all(report):
@@ -50,19 +50,21 @@ def verdict(base: baseline.Baseline, report: list[dict[str, Any]]) -> Verdict:
     names = sorted(shapes)
     grads, apart = jobs.gathered([p for r in report for p in r["gradient"]], shapes)
     weights, later = jobs.gathered([p for r in report for p in r["weight"]], shapes)
+    first, _ = jobs.gathered([p for r in report for p in r["first"]], shapes)
     loss, norm = (base.curve(kind, report[0][kind]) for kind in ("loss", "norm"))
-    excess, update = base.gradients(grads), base.last_weights(weights)
-    if loss[0] > 1:
-        return Verdict(PROOF, "loss", f"the first loss is {loss[0]:.3g} times its bound")
-    if excess.max() > 1:
-        where = place("gradient", excess, names)
-        return Verdict(PROOF, where, f"{excess.max():.3g} times its bound")
-    if norm[0] > 1:
-        return Verdict(PROOF, "gradient norm", f"{norm[0]:.3g} times its bound")
-    if max(loss.max(), norm.max(), update.max()) > 1:
-        where = "update" if update.max() <= 1 else place("weight", update, names)
-        worst = max(loss.max(), norm.max(), update.max())
-        return Verdict(PROOF, where, f"{worst:.3g} times its bound after the first step")
+    gradient, one_step = base.gradients(grads), base.first_weights(first)
+    last = base.last_weights(weights)
+    for when, excess, where in (
+        ("the first step", loss[:1], "loss"),
+        ("the first step", gradient, place("gradient", gradient, names)),
+        ("the first step", norm[:1], "gradient norm"),
+        ("the first step", one_step, place("weight", one_step, names)),
+        ("later steps", loss, "loss"),
+        ("later steps", norm, "gradient norm"),
+        ("the last step", last, place("weight", last, names)),
+    ):
+        if excess.max() > 1:
+            return Verdict(PROOF, where, f"{when}: {excess.max():.3g} times its bound")
     if max(apart, later) > 0:
         return Verdict(PROOF, "copies", "copies of a tensor differ between processes")
     return ACQUITTED

@@ -128,7 +128,7 @@ many(
     "stale-parameters-gathered",
     "stale_parameters",
     "dp=2,zero=3",
-    "update",
+    "loss",
     "NVIDIA/Megatron-LM/issues/950",
     "a layer ran before its parameters were gathered, with those of the step before",
     "loss",

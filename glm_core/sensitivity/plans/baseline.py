@@ -18,6 +18,7 @@ from glm_core.align.training import Run, free_run, moved
 from glm_core.align.verdict import EPS
 from glm_core.sensitivity.plans import sample
 from glm_core.training.parallel import initial_weights
+from glm_core.training.trainer import StepResult
 
 Array = NDArray[np.float64]
 RATE = 1e-3 / 4
@@ -34,6 +35,9 @@ class Baseline:
     exact: dict[str, Tensor]
     """the first step's gradients"""
     gradient_bound: Array
+    first: dict[str, Tensor]
+    """weights after the first step"""
+    first_bound: Array
     weights: dict[str, Tensor]
     """after the last step"""
     weight_bound: Array
@@ -58,6 +62,12 @@ class Baseline:
         ratio: Array = (off / self.gradient_bound)[0]
         return ratio
 
+    def first_weights(self, weights: Any) -> Array:
+        """Returns the ratio of every parameter's value after the first step [P]."""
+        off = np.array([distance(weights[n], t) for n, t in sorted(self.first.items())])
+        ratio: Array = off / self.first_bound
+        return ratio.reshape(-1)
+
     def last_weights(self, weights: Any) -> Array:
         """Returns the ratio of every parameter's last value [P]."""
         off = np.array([distance(weights[n], t) for n, t in sorted(self.weights.items())])
@@ -70,19 +80,33 @@ def distance(x: Tensor, of: Tensor) -> float:
     return float((x - of).norm() / of.norm().clamp(min=1e-300))
 
 
+class Kept(Run):
+    """A run that keeps its weights after the first step."""
+
+    first: dict[str, Tensor]
+
+    def step(self) -> StepResult:
+        """Does a step."""
+        result = super().step()
+        if self.steps_done == 1:
+            self.first = {n: w.clone() for n, w in self.optimizer.master.items()}
+        return result
+
+
 def make(model: str, dtype: Any) -> Baseline:
     """Trains the reference on a sample model, and its honest variations, as `align` calibrates."""
     config = sample.config(model, dtype)
     weights = initial_weights(config)
-    run = Run(config, sample.Text(), "reference", weights)
+    run = Kept(config, sample.Text(), "reference", weights)
     curve = free_run(run, (1,))
     last = {n: w.clone() for n, w in run.optimizer.master.items()}
-    loss, norm, apart = [], [], []
+    loss, norm, apart, apart_first = [], [], [], []
     for k, (_, mode) in enumerate(control_modes(config, CONTROLS)):
-        control = Run(config, sample.Text(), "reference", moved(weights, k), mode)
+        control = Kept(config, sample.Text(), "reference", moved(weights, k), mode)
         varied = free_run(control)
         loss.append(varied.loss)
         norm.append(varied.grad_norm)
+        apart_first.append([distance(control.first[n], w) for n, w in sorted(run.first.items())])
         apart.append([distance(control.optimizer.master[n], w) for n, w in sorted(last.items())])
     exact = exact_gradients(config, curve.snapshots[0])
     benign = [
@@ -96,6 +120,8 @@ def make(model: str, dtype: Any) -> Baseline:
         {"loss": (curve.loss, np.array(loss)), "norm": (curve.grad_norm, np.array(norm))},
         exact[1],
         error_bound(np.array([b[1] for b in benign]), eps, RATE),
+        run.first,
+        error_bound(np.array(apart_first), EPS["float32"], RATE),
         last,
         error_bound(np.array(apart), EPS["float32"], RATE),
     )

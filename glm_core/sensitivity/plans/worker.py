@@ -59,6 +59,7 @@ def train(case: dict[str, Any], backend: Any) -> dict[str, Any]:
                 named = dict(here.model.named_parameters())
                 grads = {n: own_part(p.grad) for n, p in named.items() if p.grad is not None}
                 report["gradient"] = held(here, grads)
+                report["first"] = held(here, trainer.optimizer.master)
         report["weight"] = held(here, trainer.optimizer.master)
     return report
 

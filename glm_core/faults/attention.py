@@ -527,7 +527,9 @@ benign_attention(
 benign_attention("native", "torch's kernel in the working dtype", native(lambda t: t))
 benign_attention("native-float32", "torch's kernel in float32", native(wide))
 benign_attention("exp2", "base 2", attend(binary_softmax))
-benign_attention("no-maximum", "exp without the maximum", attend(softmax_without_max))
+benign_attention(
+    "no-maximum", "exp without the maximum", attend(softmax_without_max), ordinary=True
+)
 benign_attention("late-scale", "scaled after the product", attend(binary_softmax, late=True))
 benign_attention(
     "padded-keys",

@@ -107,6 +107,9 @@ class Benign:
     by_library: bool = False
     """it only asks the CPU's matrix library in another way; on some CPUs the library then sums in
     the same order, and no bit changes"""
+    ordinary: bool = False
+    """it is right for arguments of ordinary size only; conformance, which asks for extreme ones
+    too, rejects it rightly"""
     neutral: bool = False
     """it changes no bit in a model this small: it runs, but is no evidence and is not counted"""
 

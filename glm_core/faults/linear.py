@@ -274,7 +274,7 @@ def stacked(total: rounding.Sum) -> Callable[[list[Tensor]], Tensor]:
 
 
 def transposed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y = (weight @ x.flatten(0, -2).t()).t().unflatten(0, x.shape[:-1])
+    y = (weight @ x.flatten(0, -2).t()).t().contiguous().unflatten(0, x.shape[:-1])
     return y if bias is None else y + bias
 
 

@@ -469,7 +469,7 @@ benign_layer_norm("blocked-16", "sums in blocks of 16", layer_norm_by(rounding.b
 benign_layer_norm("pairwise", "pairwise sums", layer_norm_by(rounding.pairwise))
 benign_layer_norm("kahan", "compensated sums", layer_norm_by(rounding.kahan))
 benign_layer_norm("float64", "float64 inside", rounding.precise(layer_norm))
-benign_layer_norm("one-pass", "E[x^2] - E[x]^2, affine folded", one_pass_folded)
+benign_layer_norm("one-pass", "E[x^2] - E[x]^2, affine folded", one_pass_folded, ordinary=True)
 benign_layer_norm("native", "torch's own kernel", native_layer_norm, dtypes=FLOAT32)
 benign_layer_norm("sqrt-division", "1 / sqrt for rsqrt", layer_norm_by(root=lambda t: 1 / t.sqrt()))
 benign_layer_norm(
@@ -490,7 +490,7 @@ benign(
     dtypes=FLOAT32,
 )
 benign_rms_norm("blocked-8", "sum in blocks of 8", rms_norm_by(rounding.blocked(8)))
-benign_rms_norm("kahan", "compensated sum", rms_norm_by(rounding.kahan))
+benign_rms_norm("kahan", "compensated sum", rms_norm_by(rounding.kahan), ordinary=True)
 benign_rms_norm("float64", "float64 inside", rounding.precise(rms_norm))
 benign_rms_norm(
     "rounded-before-weight",

@@ -267,6 +267,8 @@ def foreach_adamw(**a: Any) -> None:
     """Does the arithmetic of torch.optim.AdamW's foreach path: corrections folded into step size
     and root."""
     ps, gs, ms, vs = (list(a[n]) for n in ("params", "grads", "exp_avgs", "exp_avg_sqs"))
+    if not ps:
+        return  # torch's foreach functions refuse empty lists
     grads = [g.to(p.dtype) * a["grad_scale"] for p, g in zip(ps, gs, strict=True)]
     torch._foreach_mul_(ps, 1 - a["lr"] * a["weight_decay"])
     torch._foreach_lerp_(ms, grads, 1 - a["beta1"])

@@ -204,12 +204,19 @@ fault(
 )
 
 benign("swiglu-float64", swiglu, "float64 inside", precise(swiglu))
-benign("swiglu-exp", swiglu, "g / (1 + exp(-g))", gated(lambda g: g / (1 + torch.exp(-g)), 0))
+benign(
+    "swiglu-exp",
+    swiglu,
+    "g / (1 + exp(-g))",
+    gated(lambda g: g / (1 + torch.exp(-g)), 0),
+    ordinary=True,
+)
 benign(
     "swiglu-tanh",
     swiglu,
     "g/2 (1 + tanh(g/2))",
     gated(lambda g: 0.5 * g * (1 + torch.tanh(0.5 * g)), 0),
+    ordinary=True,
 )
 benign(
     "swiglu-rounded-before-product",

@@ -310,7 +310,7 @@ fault(
 
 def native_residual(x: Tensor, residual: Tensor, alpha: float, **rest: Any) -> Pair:
     """Adds the residual by torch in the working dtype, with a fused multiply-add or without."""
-    total = torch.add(x, residual, alpha=alpha)
+    total = torch.add(x.contiguous(), residual.contiguous(), alpha=alpha)
     return layer_norm.reference(total, **rest), total
 
 

@@ -253,7 +253,8 @@ wrong_adamw(
 
 
 def flat_norm(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([wide(t).flatten() for t in tensors]).square().sum().sqrt()
+    flat = [wide(t).flatten() for t in tensors] or [torch.zeros(0)]
+    return torch.cat(flat).square().sum().sqrt()
 
 
 def reversed_norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -27,6 +27,7 @@ from glm_core.faults.kernels import (
     changed,
     edited,
     forward_only,
+    pulled,
     pulled_argument,
     vjp,
     with_gradients,
@@ -274,6 +275,7 @@ def stacked(total: rounding.Sum) -> Callable[[list[Tensor]], Tensor]:
 
 
 def transposed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    x = pulled(x, torch.Tensor.contiguous)
     y = (weight @ x.flatten(0, -2).t()).t().contiguous().unflatten(0, x.shape[:-1])
     return y if bias is None else y + bias
 

@@ -31,6 +31,7 @@ from glm_core.faults.kernels import (
     changed,
     edited,
     forward_only,
+    pulled,
     pulled_argument,
 )
 from glm_core.ops import add_layer_norm, add_rms_norm, all_ops, layer_norm, rms_norm
@@ -310,7 +311,7 @@ fault(
 
 def native_residual(x: Tensor, residual: Tensor, alpha: float, **rest: Any) -> Pair:
     """Adds the residual by torch in the working dtype, with a fused multiply-add or without."""
-    total = torch.add(x.contiguous(), residual.contiguous(), alpha=alpha)
+    total = torch.add(x, pulled(residual, Tensor.contiguous), alpha=alpha)
     return layer_norm.reference(total, **rest), total
 
 

@@ -88,8 +88,8 @@ kernel(
     "weight-gradient-overwritten",
     "linear/weight_gradient_overwritten",
     "linear backward",
-    "NVIDIA/TransformerEngine/pull/545",
-    "a fused product wrote a shared weight's gradient where it should have been added",
+    "karpathy/llm.c/pull/408",
+    "a backward (there a layer norm's) did not accumulate gradients; planted in a product",
 )
 kernel(
     "bfloat16-cut-off",
@@ -246,7 +246,6 @@ kernel(
     "adamw",
     "ml-explore/mlx/pull/1640",
     "AdamW had no bias correction; a small model trained otherwise than in PyTorch",
-    "loss",
 )
 kernel(
     "adam-step-off-by-one",

@@ -122,7 +122,6 @@ many(
     "*weight*",
     "pytorch/pytorch/issues/149205",
     "an optimizer held other tensors than those the sharded model trained with",
-    "neither",
 )
 many(
     "stale-parameters-gathered",

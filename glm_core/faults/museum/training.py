@@ -221,7 +221,7 @@ TRAINING = [
         lambda: shared_head(torch.Tensor.detach),
         "gradient of embedding",
         "paiml/entrenar/issues/314",
-        "the tied embedding never received the head's gradient; perplexity stayed at 115, not 50",
+        "a tied embedding never received the head's gradient; perplexity was 115, not 50",
         shown="loss",
     ),
     training(
@@ -229,7 +229,7 @@ TRAINING = [
         lambda: shared_head(lambda w: pulled(w, lambda g: 2 * g)),
         "gradient of embedding",
         "NVIDIA/TransformerEngine/pull/545",
-        "a shared weight got again what a fused product had added already; planted as twice",
+        "garbage was added to a tied weight's gradient; planted as the head's share counted twice",
     ),
     training(
         "rotary-frequencies-in-bfloat16",

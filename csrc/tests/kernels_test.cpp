@@ -204,70 +204,126 @@ void cross_entropy(int64_t rows, int64_t vocab) {
 }
 
 struct Sizes {
-  int64_t queries, keys, heads, kv_heads, width;
+  int64_t queries, keys, heads, kv_heads, width, values;
 };
 
 template <class T>
 void attention(Sizes n) {
-  const int64_t batch = 2, kv = batch * n.keys * n.kv_heads * n.width;
-  const int64_t qs = batch * n.queries * n.heads * n.width;
-  Buffer<T> q(qs), k(kv), v(kv), y(qs), dy(qs), dq(qs), dk(kv), dv(kv);
+  const int64_t batch = 2, rows = batch * n.queries * n.heads, places = batch * n.keys * n.kv_heads;
+  const int64_t qs = rows * n.width, ks = places * n.width, vs = places * n.values;
+  const int64_t ys = rows * n.values;
+  Buffer<T> q(qs), k(ks), v(vs), y(ys), dy(ys), dq(qs), dk(ks), dv(vs);
   std::vector<int32_t> start, end;
   for (int64_t i = 0; i < batch * n.queries; ++i) {  // every fifth query sees nothing
     start.push_back(int32_t(i * 3 % n.keys));
     end.push_back(i % 5 == 4 ? start.back() : int32_t(start.back() + i * 11 % n.keys + 1));
     if (end.back() > n.keys) end.back() = int32_t(n.keys);
   }
-  auto view = [&](Buffer<T>& x, int64_t length, int64_t heads) {
-    return Heads<T>{x.p(), length * heads * n.width, heads * n.width, n.width};
+  auto view = [&](Buffer<T>& x, int64_t length, int64_t heads, int64_t width) {
+    return Heads<T>{x.p(), length * heads * width, heads * width, width};
   };
-  const Heads<T> hq = view(q, n.queries, n.heads), hk = view(k, n.keys, n.kv_heads),
-                 hv = view(v, n.keys, n.kv_heads), hd = view(dy, n.queries, n.heads);
+  const Heads<T> hq = view(q, n.queries, n.heads, n.width),
+                 hk = view(k, n.keys, n.kv_heads, n.width),
+                 hv = view(v, n.keys, n.kv_heads, n.values),
+                 hd = view(dy, n.queries, n.heads, n.values);
   const float scale = 0.3f;
   const int64_t parts = n.queries > attention_tile ? 2 : 1;
   kernels<T>().attention_forward({hq, hk, hv, start.data(), end.data(), y.p(), n.queries, n.keys,
-                                  n.heads, n.kv_heads, n.width, parts, scale},
+                                  n.heads, n.kv_heads, n.width, n.values, parts, scale},
                                  0, batch * n.kv_heads * parts);
-  Buffer<T> alone(qs);
+  Buffer<T> alone(ys);
   if (n.queries == 1)
     kernels<T>().attention_decode({hq, hk, hv, start.data(), end.data(), alone.p(), 1, n.keys,
-                                   n.heads, n.kv_heads, n.width, 1, scale},
+                                   n.heads, n.kv_heads, n.width, n.values, 1, scale},
                                   0, batch * n.kv_heads);
-  kernels<T>().attention_backward({hd, hq, hk, hv, start.data(), end.data(), dq.p(), dk.p(), dv.p(),
-                                   n.queries, n.keys, n.heads, n.kv_heads, n.width, scale},
-                                  0, batch * n.kv_heads);
-  Doubles ey(qs), eq(qs), ek(kv), ev(kv);
+  kernels<T>().attention_backward(
+      {hd, hq, hk, hv, start.data(), end.data(), dq.p(), dk.p(), dv.p(), n.queries, n.keys, n.heads,
+       n.kv_heads, n.width, n.values, scale},
+      0, batch * n.kv_heads);
+  Doubles ey(ys), eq(qs), ek(ks), ev(vs);
   for (int64_t row = 0; row < batch * n.queries * n.heads; ++row) {
     const int64_t h = row % n.heads, i = row / n.heads, b = i / n.queries;
-    auto at = [&](int64_t j) {
-      return ((b * n.keys + j) * n.kv_heads + h * n.kv_heads / n.heads) * n.width;
+    auto place = [&](int64_t j) {
+      return (b * n.keys + j) * n.kv_heads + h * n.kv_heads / n.heads;
     };
     double sum = 0, mean = 0;
     Doubles p(n.keys), dp(n.keys);
     for (int64_t j = start[i]; j < end[i]; ++j) {
       double s = 0;
-      for (int64_t e = 0; e < n.width; ++e) s += q[row * n.width + e] * k[at(j) + e];
+      for (int64_t e = 0; e < n.width; ++e) s += q[row * n.width + e] * k[place(j) * n.width + e];
       sum += p[j] = std::exp(double(scale) * s);
     }
     for (int64_t j = start[i]; j < end[i]; ++j) {
       p[j] /= sum;
-      for (int64_t e = 0; e < n.width; ++e) {
-        ey[row * n.width + e] += p[j] * v[at(j) + e];
-        ev[at(j) + e] += p[j] * dy[row * n.width + e];
-        dp[j] += dy[row * n.width + e] * v[at(j) + e];
+      for (int64_t e = 0; e < n.values; ++e) {
+        const int64_t of_key = place(j) * n.values + e, of_query = row * n.values + e;
+        ey[of_query] += p[j] * v[of_key];
+        ev[of_key] += p[j] * dy[of_query];
+        dp[j] += dy[of_query] * v[of_key];
       }
       mean += p[j] * dp[j];
     }
     for (int64_t j = start[i]; j < end[i]; ++j)
       for (int64_t e = 0; e < n.width; ++e) {
         const double ds = double(scale) * p[j] * (dp[j] - mean);
-        eq[row * n.width + e] += ds * k[at(j) + e];
-        ek[at(j) + e] += ds * q[row * n.width + e];
+        eq[row * n.width + e] += ds * k[place(j) * n.width + e];
+        ek[place(j) * n.width + e] += ds * q[row * n.width + e];
       }
   }
   if (n.queries == 1) expect("attention decode", alone, ey, 1, 2);
   expect("attention y", y, ey, 1, 2), expect("attention dq", dq, eq, 1, 2);
   expect("attention dk", dk, ek, 1, 2), expect("attention dv", dv, ev, 1, 2);
+}
+
+template <class T>
+void routing(int64_t experts, int64_t groups) {
+  const int64_t tokens = 3, top_k = 2, kept = groups > 1 ? 2 : 1;
+  Buffer<float> x(tokens * experts), bias(experts), w(tokens * top_k), s(tokens * top_k);
+  Buffer<float> biased(tokens * experts), sums(tokens * 2 * groups), g(tokens * top_k);
+  Buffer<float> dx(tokens * experts);
+  std::vector<int64_t> chosen(tokens * top_k), places(tokens * groups);
+  for (float& each : dx.at) each = 0;
+  const Buffer<float> logits = x;
+  kernels<T>().route_choose({x.p(), bias.p(), chosen.data(), w.p(), s.p(), biased.p(), sums.p(),
+                             places.data(), experts, top_k, groups, kept, 1.5f, true},
+                            0, tokens);
+  kernels<T>().route_backward({g.p(), s.p(), chosen.data(), dx.p(), experts, top_k, 1.5f, true}, 0,
+                              tokens);
+  Doubles ew, ex(tokens * experts);
+  for (int64_t n = 0; n < tokens; ++n) {
+    double score[2], total = 0, mean = 0;
+    for (int64_t j = 0; j < top_k; ++j) {
+      score[j] = 1 / (1 + std::exp(-double(logits[n * experts + chosen[n * top_k + j]])));
+      total += score[j];
+    }
+    for (int64_t j = 0; j < top_k; ++j) {
+      ew.push_back(1.5 * score[j] / total);
+      mean += 1.5 * g[n * top_k + j] * score[j] / total;
+    }
+    for (int64_t j = 0; j < top_k; ++j)
+      ex[n * experts + chosen[n * top_k + j]] =
+          (1.5 * g[n * top_k + j] - mean) / total * score[j] * (1 - score[j]);
+  }
+  expect("route weights", w, ew, 1, 2), expect("route dlogits", dx, ex, 1, 2);
+}
+
+template <class T>
+void weighted(int64_t d) {
+  const std::vector<int64_t> back = {2, 0, 3, 1};
+  Buffer<T> rows(4 * d), y(2 * d), dy(2 * d), drows(4 * d);
+  Buffer<float> w(4), dw(4);
+  kernels<T>().weighted_rows({rows.p(), back.data(), w.p(), y.p(), d, 2}, 0, 2);
+  kernels<T>().weighted_rows_backward(
+      {dy.p(), rows.p(), back.data(), w.p(), drows.p(), dw.p(), d, 2}, 0, 2);
+  Doubles ey(2 * d), er(4 * d), ew(4);
+  for (int64_t j = 0; j < 4; ++j)
+    for (int64_t i = 0; i < d; ++i) {
+      ey[j / 2 * d + i] += w[j] * rows[back[j] * d + i];
+      er[back[j] * d + i] = w[j] * dy[j / 2 * d + i];
+      ew[j] += double(dy[j / 2 * d + i]) * rows[back[j] * d + i];
+    }
+  expect("weighted rows", y, ey), expect("weighted drows", drows, er);
+  expect("weighted dweights", dw, ew, 1, 2);
 }
 
 template <class T>
@@ -375,18 +431,22 @@ void all() {
     activation<T>("geglu", k.geglu_forward, k.geglu_backward, erf_gelu, 1, 3, f);
     activation<T>("swiglu", k.swiglu_forward, k.swiglu_backward, silu, 0, 3, f);
     embedding<T>(f);
+    weighted<T>(f);
   }
   for (bool interleaved : {false, true})
     for (int64_t sections : {1, 2})
       for (int64_t pairs : {1, 5, 16, 19}) rope<T>(interleaved, sections, pairs, pairs % 3);
   for (int64_t vocab : {1, 5, 64, 517}) cross_entropy<T>(5, vocab);
-  for (Sizes n : {Sizes{1, 1, 1, 1, 1},
-                  {5, 5, 2, 2, 3},
-                  {49, 49, 2, 1, 16},
-                  {97, 131, 4, 2, 33},
-                  {1, 130, 4, 2, 64},
-                  {1, 300, 7, 1, 33},
-                  {48, 64, 1, 1, 64}})
+  routing<T>(8, 1), routing<T>(37, 1), routing<T>(36, 4);
+  for (Sizes n : {Sizes{1, 1, 1, 1, 1, 1},
+                  {5, 5, 2, 2, 3, 3},
+                  {49, 49, 2, 1, 16, 16},
+                  {97, 131, 4, 2, 33, 33},
+                  {1, 130, 4, 2, 64, 64},
+                  {1, 300, 7, 1, 33, 33},
+                  {48, 64, 1, 1, 64, 64},
+                  {5, 7, 2, 1, 9, 21},
+                  {1, 9, 4, 1, 36, 32}})
     attention<T>(n);
   for (int64_t n : {1, 15, 16, 1037}) optimizer<T>(n);
   for (int64_t n : {1, 3, 6}) linear<T>(n, 517, 7);

@@ -5,6 +5,7 @@ Each outcome is a line of JSON in the file THEIR_OUTCOMES."""
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import multiprocessing as mp
@@ -13,36 +14,19 @@ import sys
 import time
 import traceback
 from collections import defaultdict
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch.multiprocessing
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 LIMIT_S = float(os.environ.get("THEIR_LIMIT_S", "60"))
 """for all ranks of one test"""
 GRACE_S = 3.0
 """for the other ranks, once one has failed"""
-UNUSED = {
-    "moe.layer": ["MoE"],
-    "ops.op_builder": [
-        "CPUAdamBuilder",
-        "FusedAdamBuilder",
-        "FusedLambBuilder",
-        "AsyncIOBuilder",
-        "QuantizerBuilder",
-    ],
-    "ops.aio": ["AsyncIOBuilder"],
-    "runtime.fp16.unfused_optimizer": ["FP16_UnfusedOptimizer"],
-    "runtime.fp16.fused_optimizer": ["FP16_Optimizer"],
-    "runtime.bf16_optimizer": ["BF16_Optimizer"],
-    "runtime.zero.stage3": ["DeepSpeedZeroOptimizer_Stage3"],
-    "runtime.zero.stage_1_and_2": ["DeepSpeedZeroOptimizer"],
-    "runtime.fp16.onebit.lamb": ["OnebitLamb"],
-    "runtime.base_optimizer": ["ZeROOptimizer"],
-}
-"""classes that the helpers import and most tests do not use: nothing is an instance of them"""
 OPS = {"CPUAdamBuilder": True, "FusedAdamBuilder": True}
 """the extensions whose optimizers are here; by class, since NAME is the class's name"""
 
@@ -54,14 +38,42 @@ def _absent_class(name: str) -> type:
     return type(name, (), {"__init__": refuse, "NAME": name})
 
 
-def _add_module(path: str, names: dict[str, Any]) -> None:
+def _add_module(path: str, names: dict[str, Any]) -> ModuleType:
     module = ModuleType(f"deepspeed.{path}")
     module.__dict__.update(names)
     module.__path__ = []
     for package in ("deepspeed", "glm_core.deepspeed"):
         sys.modules[f"{package}.{path}"] = module
     head, _, tail = path.rpartition(".")
-    setattr(importlib.import_module(f"deepspeed.{head}" if head else "deepspeed"), tail, module)
+    parent = _module(f"deepspeed.{head}") if head else importlib.import_module("deepspeed")
+    setattr(parent, tail, module)
+    return module
+
+
+def _module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return _add_module(name.removeprefix("deepspeed."), {})
+
+
+def _add_names(source: Path) -> None:
+    """Adds what a file imports from DeepSpeed and is absent here, as classes that cannot be made:
+    most tests of a file do not use it."""
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("deepspeed."):
+            module = _module(str(node.module))
+            for name in (alias.name for alias in node.names):
+                if not hasattr(module, name) and not _is_module(f"{node.module}.{name}"):
+                    setattr(module, name, _absent_class(name))
+
+
+def _is_module(name: str) -> bool:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return False
+    return True
 
 
 def _put_us_in_place() -> None:
@@ -71,11 +83,6 @@ def _put_us_in_place() -> None:
     info = dict.fromkeys(("version", "cuda_version", "nccl_version", "hip_version"), "0.0")
     _add_module("git_version_info", {"torch_info": info})
     _add_module("utils.torch", {"required_torch_version": lambda **_: True})
-    _add_module("runtime.swap_tensor", {"MIN_SWAPPABLE_BYTES": 1})
-    for path in ("runtime.fp16", "runtime.fp16.onebit"):
-        _add_module(path, {})
-    for path, names in UNUSED.items():
-        _add_module(path, {name: _absent_class(name) for name in names})
     deepspeed.ops.__compatible_ops__ = defaultdict(bool, OPS)
     sys.modules.setdefault("hjson", json)
     # what checkpoint/common.py looks at
@@ -83,11 +90,43 @@ def _put_us_in_place() -> None:
     deepspeed.DeepSpeedEngine._get_optimizer_ckpt_name = None
 
 
+class _Adam(torch.optim.AdamW):
+    """DeepSpeed's Adam classes without the extensions that each would compile for minutes."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        adam_w_mode: bool = True,
+        weight_decay: float = 0.0,
+        **_: Any,
+    ) -> None:
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+
+def _spare_extensions() -> None:
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    adam = importlib.import_module("deepspeed.ops.adam")
+    for name in ("FusedAdam", "DeepSpeedCPUAdam"):
+        setattr(adam, name, type(name, (_Adam,), {}))
+
+
+def _allclose(a: Any, b: Any, **tolerances: Any) -> bool:
+    """Compares this rank's elements where DTensors are compared, which torch.allclose refuses."""
+    parts = [x.to_local() if isinstance(x, DTensor) else x for x in (a, b)]
+    return bool(_torch_allclose(*parts, **tolerances))
+
+
 if os.environ["THEIR_PEER"] == "ours":
     _put_us_in_place()
+    for helper in (*Path("unit").glob("*.py"), Path("unit/checkpoint/common.py")):
+        _add_names(helper)
+    _torch_allclose, torch.allclose = torch.allclose, _allclose  # type: ignore[assignment]
 else:
-    # else every rank would compile an extension for sums in shared memory
-    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+    _spare_extensions()
 mp.set_start_method("fork", force=True)
 torch.multiprocessing.set_start_method = lambda *_, **__: None
 
@@ -165,6 +204,8 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
     """Makes fixtures of DistributedFixture classes, which this pytest would not see."""
     if not isinstance(collector, pytest.Module):
         return
+    if os.environ["THEIR_PEER"] == "ours":
+        _add_names(collector.path)
     common = importlib.import_module("unit.common")
     try:
         module = collector.obj

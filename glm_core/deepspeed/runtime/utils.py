@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from glm_core.deepspeed.accelerator.real_accelerator import backend
+from glm_core.deepspeed.runtime.pipe.partition import balanced, sums, uniform
 from glm_core.deepspeed.utils.logging import logger
 
 
@@ -31,6 +32,9 @@ def move_to_device(item: Any, device: torch.device | str, criterion_func: Any = 
     if isinstance(item, list | tuple):
         return type(item)(move_to_device(v, device, criterion_func) for v in item)
     return item
+
+
+prefix_sum_inc, partition_uniform, partition_balanced = sums, uniform, balanced
 
 
 def set_random_seed(seed: int) -> None:

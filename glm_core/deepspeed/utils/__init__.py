@@ -3,7 +3,7 @@
 
 from glm_core.deepspeed.runtime.dataloader import RepeatingLoader
 from glm_core.deepspeed.utils import groups, logging
-from glm_core.deepspeed.utils.logging import log_dist, logger
+from glm_core.deepspeed.utils.logging import log_dist, logger, set_log_level_from_string
 from glm_core.deepspeed.utils.tensor_fragment import (
     safe_get_full_fp32_param,
     safe_get_full_grad,
@@ -49,6 +49,7 @@ __all__ = [
     "safe_set_local_grad",
     "safe_set_local_optimizer_state",
     "safe_update_full_grad_vectorized",
+    "set_log_level_from_string",
     "set_z3_leaf_module",
     "set_z3_leaf_modules",
     "set_z3_leaf_modules_by_name",

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch.distributed as dist
 
+from glm_core.errors import ConfigError
+
 logger = logging.getLogger("glm_core.deepspeed")
+
+
+def set_log_level_from_string(log_level_str: str, custom_logger: Any = None) -> None:
+    """Sets the level of the logger by name: debug, info, warning, error or critical."""
+    level = getattr(logging, log_level_str.upper(), None)
+    if not isinstance(level, int):
+        raise ConfigError(f"log level {log_level_str!r}: use debug, info, warning, error, critical")
+    (custom_logger or logger).setLevel(level)
 
 
 def log_dist(message: str, ranks: list[int] | None = None, level: int = logging.INFO) -> None:

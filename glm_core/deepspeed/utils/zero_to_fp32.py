@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from glm_core.deepspeed.checkpoint import layouts, own_layout
 from glm_core.deepspeed.checkpoint.content import Content
@@ -56,6 +56,14 @@ def _read(place: Path) -> Content:
             "DeepSpeed's pipeline into a PipelineModule and save that"
         )
     return layouts.read(place, 0, [])
+
+
+def load_state_dict_from_zero_checkpoint(
+    model: nn.Module, checkpoint_dir: str | Path, tag: str | None = None
+) -> nn.Module:
+    """Returns the model, on the CPU, with the checkpoint's float32 weights in it."""
+    model.cpu().load_state_dict(get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir, tag))
+    return model
 
 
 def convert_zero_checkpoint_to_fp32_state_dict(

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
+
+
+def sums(weights: Sequence[int]) -> list[int]:
+    """Returns the running sums."""
+    return list(itertools.accumulate(weights))
 
 
 def uniform(count: int, parts: int) -> list[int]:
@@ -21,9 +27,7 @@ def balanced(weights: Sequence[int], parts: int) -> list[int]:
     extends its best predecessor, and of equally good cuts the last one is taken."""
     if len(weights) <= parts:
         return uniform(len(weights), parts)
-    total = [0]
-    for weight in weights:
-        total.append(total[-1] + weight)
+    total = [0, *sums(weights)]
     # best: for each prefix the heaviest and lightest part of its best cut
     # cuts: where that cut's last part begins, by prefix, for each number of parts
     best = {0: (0.0, math.inf)}

@@ -6,6 +6,7 @@ from glm_core.deepspeed.runtime.zero.partition_parameters import (
     ZeroParamStatus,
     register_external_parameter,
     unregister_external_parameter,
+    unwrap_model_for_generation,
 )
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "ZeroParamStatus",
     "register_external_parameter",
     "unregister_external_parameter",
+    "unwrap_model_for_generation",
 ]

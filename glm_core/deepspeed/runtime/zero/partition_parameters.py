@@ -198,6 +198,13 @@ def GatheredParameters(
                 _adopt(p, full.detach(), modifier_rank)
 
 
+@contextmanager
+def unwrap_model_for_generation(model: nn.Module) -> Iterator[nn.Module]:
+    """Yields the model with whole parameters, for the block."""
+    with GatheredParameters(model.parameters()):
+        yield model
+
+
 class _Whole(TorchFunctionMode):
     """Gives torch's functions a whole parameter for each DTensor that they are called with."""
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from glm_core.deepspeed.accelerator import real_accelerator
@@ -61,6 +62,8 @@ class DeepSpeedEngine(Accessors, Reduction, nn.Module):
             _world() if mpu is None else mpu.get_data_parallel_group()
         )
         self.dp_world_size = dist.get_world_size(self.dp_group)
+        if any(isinstance(p, DTensor) for p in module.parameters()):
+            raise ConfigError("initialize: an engine has cut this model already; build a new one")
         self._joined = {} if settings.stage == 3 else join_module(module)
         move_(module, self.device)
         self._broadcast_start()

@@ -25,7 +25,10 @@ class Quiet:
     """Accepts any call, and returns itself."""
 
     def __getattr__(self, name: str) -> Any:
-        return lambda *args, **kwargs: self
+        return self
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        return self
 
 
 class Rows(list):  # type: ignore[type-arg]

@@ -62,7 +62,10 @@ def load_state_dict_from_zero_checkpoint(
     model: nn.Module, checkpoint_dir: str | Path, tag: str | None = None
 ) -> nn.Module:
     """Returns the model, on the CPU, with the checkpoint's float32 weights in it."""
-    model.cpu().load_state_dict(get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir, tag))
+    weights = get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir, tag)
+    if any(p.device.type != "cpu" for p in model.parameters()):
+        model.cpu()
+    model.load_state_dict(weights)
     return model
 
 

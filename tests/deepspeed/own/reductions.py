@@ -162,8 +162,10 @@ trained.backward(trained(**data[0]))
 trained.step()
 assert torch.equal(weight.ds_tensor, deepspeed.utils.safe_get_local_fp32_param(weight))
 assert not torch.equal(weight.ds_tensor, before)
-with deepspeed.zero.Init():
+with deepspeed.zero.Init(), deepspeed.zero.Init():
     layers = torch.nn.Sequential(torch.nn.Linear(6, 4))
+    alone = torch.nn.Linear(6, 4)
+assert alone.weight.ds_tensor.numel() == 12
 assert layers[0].weight.ds_tensor.numel() == 12
 assert layers[0].weight.ds_status is deepspeed.zero.ZeroParamStatus.NOT_AVAILABLE
 

@@ -42,10 +42,10 @@ class Rows(list):  # type: ignore[type-arg]
 
 
 class Words:
-    """A tokenizer of 64 tokens."""
+    """A tokenizer of letters."""
 
-    bos_token_id, pad_token_id, eos_token_id, mask_token_id, vocab_size = 0, 1, 2, 3, 50265
-    all_special_ids = (0, 1, 2, 3)
+    bos_token_id, pad_token_id, eos_token_id, mask_token_id = all_special_ids = [0, 1, 2, 3]
+    vocab_size = 50265
 
     @staticmethod
     def from_pretrained(name: str) -> Any:

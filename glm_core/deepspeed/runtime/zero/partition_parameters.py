@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -72,9 +73,10 @@ def _available(params: Sequence[Tensor]) -> Iterator[None]:
 
 class Init:
     """Inside the block a module's parameters are partitioned over the data-parallel ranks as soon
-    as it becomes part of another module, so a rank holds its share of the model and one layer
-    whole. Values are the first rank's, the same as without the block. See distributed.split.Split
-    for what may be done with such a parameter before `initialize`."""
+    as it becomes part of another module, and those of the others at the block's end. So a rank
+    holds its share of the model and one layer whole. Values are the first rank's, the same as
+    without the block. See distributed.split.Split for what may be done with such a parameter before
+    `initialize`."""
 
     _open: ClassVar[list[Init]] = []
 
@@ -113,9 +115,11 @@ class Init:
 
     def __enter__(self) -> Init:
         if self.enabled and not Init._open:
-            self._parents: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+            # in the order of their making, which is the same on all ranks
+            self._made: list[weakref.ref[nn.Module]] = []
             self._hook = register_module_module_registration_hook(self._registered)
-            self._apply = nn.Module.apply
+            self._init, self._apply = nn.Module.__init__, nn.Module.apply
+            nn.Module.__init__ = self._noting(self._init)  # type: ignore[method-assign]  # until exit
             nn.Module.apply = _gathering(self._apply)  # type: ignore[method-assign]  # until exit
         if self.enabled:
             Init._open.append(self)
@@ -127,12 +131,22 @@ class Init:
         Init._open.remove(self)
         if not Init._open:
             self._hook.remove()
+            nn.Module.__init__ = self._init  # type: ignore[method-assign]  # torch's own again
             nn.Module.apply = self._apply  # type: ignore[method-assign]  # torch's own again
-            for module in self._parents:
-                self._partition(module)
+            gc.collect()  # else a dead module might live on some ranks only
+            for made in self._made:
+                if (module := made()) is not None:
+                    self._partition(module)
+
+    def _noting(self, init: Callable[..., None]) -> Callable[..., None]:
+        def noted(module: nn.Module, *args: Any, **kwargs: Any) -> None:
+            self._made.append(weakref.ref(module))
+            init(module, *args, **kwargs)
+
+        return noted
 
     def _registered(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
-        self._parents.add(parent)
+        self._made.append(weakref.ref(parent))  # it may be older than the block
         if child is not None:
             self._partition(child)
 

@@ -156,6 +156,7 @@ assert len({p.ds_id for p in trained.module.parameters()}) == len(list(trained.m
 assert weight.ds_status is deepspeed.zero.ZeroParamStatus.NOT_AVAILABLE
 with deepspeed.zero.GatheredParameters(weight):
     assert weight.ds_status is deepspeed.zero.ZeroParamStatus.AVAILABLE
+    assert trained.module.head.weight.ds_id == weight.ds_id
 assert weight.ds_status is deepspeed.zero.ZeroParamStatus.NOT_AVAILABLE
 before = weight.ds_tensor.clone()
 trained.backward(trained(**data[0]))

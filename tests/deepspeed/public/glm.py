@@ -16,6 +16,7 @@ stand_ins.no_gpu()
 stand_ins.module("apex.optimizers", FusedAdam=torch.optim.AdamW)
 stand_ins.module("apex.normalization.fused_layer_norm", FusedLayerNorm=torch.nn.LayerNorm)
 stand_ins.module("tensorboardX", SummaryWriter=stand_ins.Quiet())
+stand_ins.module("torch._six", inf=torch.inf)  # torch 1
 stand_ins.module("data_utils.file_utils", cached_path=None)
 sys.path.insert(0, str(checkout))
 deepspeed.init_distributed("gloo")

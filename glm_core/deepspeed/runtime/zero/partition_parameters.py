@@ -200,6 +200,7 @@ def GatheredParameters(
         parted = [p for p in chosen if enabled and isinstance(p, DTensor)]
         whole = [nn.Parameter(p.full_tensor().detach(), p.requires_grad) for p in parted]
         for p, full in zip(parted, whole, strict=True):
+            full.__dict__.update({k: v for k, v in vars(p).items() if k.startswith("ds_")})
             _show(p, full)
         try:
             with _Whole(parted, whole):

@@ -7,6 +7,7 @@ import base64
 import binascii
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -89,17 +90,12 @@ class Settings:
         f = self.fp16
         if f.get("loss_scale", 0):
             return LossScale(scale=float(f["loss_scale"]))
-        window, least = int(f.get("loss_scale_window", 1000)), float(f.get("min_loss_scale", 1))
-        if window <= 0 or least <= 0:
-            raise ConfigError(
-                f"fp16: loss_scale_window={window}, min_loss_scale={least:g}; both must be positive"
-            )
         return LossScale(
             scale=2.0 ** f.get("initial_scale_power", 16),
-            window=window,
+            window=int(f.get("loss_scale_window", 1000)),
             hysteresis=int(f.get("hysteresis", 2)),
             consecutive_hysteresis=bool(f.get("consecutive_hysteresis", False)),
-            minimum=least,
+            minimum=float(f.get("min_loss_scale", 1)),
             stop_at_minimum=True,
             uncounted=1,
         )
@@ -247,6 +243,7 @@ def _precision(config: Mapping[str, Any]) -> dict[str, Any]:
     fp16, bf16 = config.get("fp16", {}), config.get("bf16", config.get("bfloat16", {}))
     if fp16.get("enabled") and bf16.get("enabled"):
         raise ConfigError("fp16 and bf16 are both enabled; enable one")
+    _check_loss_scale(fp16)
     compute = torch.float32
     if fp16.get("enabled") or bf16.get("enabled"):
         compute = torch.float16 if fp16.get("enabled") else torch.bfloat16
@@ -273,6 +270,24 @@ def _precision(config: Mapping[str, Any]) -> dict[str, Any]:
         "auto_cast": bool(fp16.get("auto_cast", False)),
         "skip_overflow": low and bool(bf16.get("check_grad_overflow", True)),
     }
+
+
+def _check_loss_scale(fp16: Mapping[str, Any]) -> None:
+    """Raises ConfigError where a number of the loss scale is none, or cannot be one."""
+    try:
+        given = fp16.get("loss_scale", 0)
+        fixed = math.nan if isinstance(given, bool) else float(0 if given is None else given)
+    except (TypeError, ValueError):
+        fixed = math.nan
+    if not 0 <= fixed < math.inf:
+        raise ConfigError(
+            f"fp16.loss_scale={fp16['loss_scale']!r}: must be a number; use 0 for a dynamic one"
+        )
+    for name in ("loss_scale_window", "min_loss_scale"):
+        value = fp16.get(name, 1)
+        whole = isinstance(value, int | float) and not isinstance(value, bool)
+        if not whole or not math.isfinite(value) or (fp16.get("enabled") and value <= 0 == fixed):
+            raise ConfigError(f"fp16.{name}={value!r}: use a positive number")
 
 
 def _check_sums(config: Mapping[str, Any], compute: torch.dtype) -> None:

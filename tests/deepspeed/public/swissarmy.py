@@ -1,5 +1,5 @@
-"""SwissArmyTransformer's own `training_main`: `sat.py OUT STAGE` trains a tiny model of its base
-class and saves it."""
+"""SwissArmyTransformer's own `training_main`: `swissarmy.py OUT STAGE` trains a tiny model of its
+base class and saves it."""
 
 import sys
 from pathlib import Path

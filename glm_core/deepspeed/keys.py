@@ -16,6 +16,8 @@ class Key(NamedTuple):
     harmless: tuple[Any, ...] = (None, False)
     """error: values that ask for nothing and so are accepted; for every key so are None, False, an
     empty section and one with `"enabled": false`"""
+    empty_is_on: bool = False
+    """error: an empty section asks for its defaults, and is an error too"""
 
 
 OK = Key("supported")
@@ -199,7 +201,7 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "offload_optimizer": _HOST,
         "cpu_offload": _HOST,
         "cpu_offload_param": _HOST,
-        "zenflow": _error(_ZENFLOW),
+        "zenflow": _error(_ZENFLOW)._replace(empty_is_on=True),
         "legacy_stage1": _error("was removed from DeepSpeed itself; remove it"),
         "zero_hpz_partition_size": _error(
             "would keep a second copy per node; use a replicate x shard mesh in the plan", 1

@@ -174,7 +174,7 @@ def judge(config: Mapping[str, Any], table: Mapping[str, Key], prefix: str, bad:
             bad.append(unknown("config key", path, (f"{prefix}{k}" for k in table)))
         elif value == "auto" and "auto" not in key.harmless:
             bad.append(f'{path}: "auto" is filled in by the Hugging Face Trainer; give a value')
-        elif key.state == "error" and not (disabled(value) or value in key.harmless):
+        elif key.state == "error" and not _harmless(key, value):
             bad.append(f"{path}={value!r}: {key.reason}")
         elif key.state == "host":
             _judge_host(path, value, key.reason, bad)
@@ -185,6 +185,12 @@ def judge(config: Mapping[str, Any], table: Mapping[str, Key], prefix: str, bad:
                 judge(value, SECTIONS[name], f"{path}.", bad)
             else:
                 bad.append(f"{path}: expected an object, received {value!r}")
+
+
+def _harmless(key: Key, value: Any) -> bool:
+    if key.empty_is_on and value == {}:
+        return False
+    return disabled(value) or value in key.harmless
 
 
 def disabled(value: Any) -> bool:

@@ -61,8 +61,10 @@ def test_an_error_says_the_way_out(path: tuple[str, ...]) -> None:
         resolve({**BASE, **nested(path, 3)}, 2)
     assert ".".join(path) + "=3: " + key.reason in str(raised.value)
     assert ";" in key.reason
-    for harmless in (*key.harmless, None, False, {}, {"enabled": False, "opt_level": "O1"}):
+    for harmless in (*key.harmless, None, False, {"enabled": False, "opt_level": "O1"}):
         resolve({**BASE, **nested(path, harmless)}, 2)
+    with pytest.raises(ConfigError) if key.empty_is_on else nullcontext():
+        resolve({**BASE, **nested(path, {})}, 2)
 
 
 @pytest.mark.parametrize("path", keys("host"), ids=".".join)

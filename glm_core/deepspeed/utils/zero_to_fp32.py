@@ -61,11 +61,17 @@ def _read(place: Path) -> Content:
 def load_state_dict_from_zero_checkpoint(
     model: nn.Module, checkpoint_dir: str | Path, tag: str | None = None
 ) -> nn.Module:
-    """Returns the model, on the CPU, with the checkpoint's float32 weights in it."""
+    """Returns the model, on the CPU, with the checkpoint's float32 weights in it. Call it inside
+    GatheredParameters for a model of ZeRO 3. Raises CheckpointError."""
     weights = get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir, tag)
     if any(p.device.type != "cpu" for p in model.parameters()):
         model.cpu()
-    model.load_state_dict(weights)
+    own = model.state_dict(keep_vars=True)
+    if odd := sorted(own.keys() ^ weights.keys()):
+        raise CheckpointError(f"{checkpoint_dir}: does not fit the model; only one has {odd[:5]}")
+    with torch.no_grad():  # not load_state_dict: FSDP2's hooks fail inside GatheredParameters
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
     return model
 
 

@@ -9,13 +9,13 @@ import torch
 
 
 def module(name: str, **names: Any) -> types.ModuleType:
-    """Adds a module with these names, and the packages above it."""
+    """Adds a module with these names; unless `alone` is one of them, the packages above it too."""
     made = types.ModuleType(name)
     made.__dict__.update(names)
     made.__path__ = []  # type: ignore[attr-defined]
     sys.modules[name] = made
     head, _, tail = name.rpartition(".")
-    if head:
+    if head and "alone" not in names:
         parent = sys.modules.get(head) or module(head)
         setattr(parent, tail, made)
     return made

@@ -282,7 +282,7 @@ def shard_parameters(
     over ranks / divide, in float32. Micro-batches accumulate in the shards. Blocks whose parameters
     all have at most `merge_below` elements are gathered in one collective with what is in no block.
     Returns the new parameters, which the optimizer must take, by the old ones."""
-    old = dict(module.named_parameters())
+    old = dict(nn.Module.named_parameters(module))
     split = to_meta(module)
     for p in old.values():
         if p not in split and p.is_floating_point() and p.dtype != torch.float32:
@@ -333,7 +333,7 @@ def default_blocks(module: nn.Module) -> list[nn.Module]:
     """Returns the layers of the outermost nn.ModuleLists that share no parameter with other layers
     (FSDP2 cannot share one between blocks)."""
     users: dict[nn.Parameter, int] = {}
-    for _, p in module.named_parameters(remove_duplicate=False):
+    for _, p in nn.Module.named_parameters(module, remove_duplicate=False):
         users[p] = users.get(p, 0) + 1
     blocks: list[nn.Module] = []
     lists = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.ModuleList)]

@@ -112,6 +112,9 @@ def _spare_extensions() -> None:
     adam = importlib.import_module("deepspeed.ops.adam")
     for name in ("FusedAdam", "DeepSpeedCPUAdam"):
         setattr(adam, name, type(name, (_Adam,), {}))
+        importlib.import_module("deepspeed.runtime.zero.utils").ZERO_SUPPORTED_OPTIMIZERS.append(
+            getattr(adam, name)
+        )
 
 
 def _allclose(a: Any, b: Any, **tolerances: Any) -> bool:

@@ -76,9 +76,9 @@ class DeepSpeedEngine(Accessors, Reduction, nn.Module):
         self.stores: list[MasterStore] = []
         self.optimizer = self._configure(optimizer, model_parameters)
         self.names = {p: n for n, p in module.named_parameters()}
-        self.aliases = {
-            n: self.names[p] for n, p in module.named_parameters(remove_duplicate=False)
-        }
+        # not the module's own method: THUDM/GLM's wrapper has one without this argument
+        every = nn.Module.named_parameters(module, remove_duplicate=False)
+        self.aliases = {path: self.names[p] for path, p in every}
         self.lr_scheduler = self._schedule(lr_scheduler)
         self.global_steps = self.global_samples = self.micro_steps = self.skipped_steps = 0
         self.training_dataloader: Any = None
@@ -329,9 +329,12 @@ class DeepSpeedEngine(Accessors, Reduction, nn.Module):
 
     def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any]:
         """Returns the module's weights as they are on this rank (ZeRO 3: DTensors)."""
-        named = self.module.named_parameters(remove_duplicate=False)
-        frozen = {n for n, p in named if exclude_frozen_parameters and not p.requires_grad}
+        frozen = self._frozen() if exclude_frozen_parameters else set()
         return {n: w for n, w in self.module.state_dict().items() if n not in frozen}
+
+    def _frozen(self) -> set[str]:
+        frozen = {n for p, n in self.names.items() if not p.requires_grad}
+        return {n for pair in self.aliases.items() for n in pair if pair[1] in frozen}
 
     def load_module_state_dict(
         self,
@@ -469,8 +472,7 @@ class DeepSpeedEngine(Accessors, Reduction, nn.Module):
         # ZeRO 3's weights are the float32 masters; they are saved in the working dtype
         s = self.settings
         weights = whole_weights(self.module, s.precision.compute if s.stage == 3 else None)
-        named = self.module.named_parameters(remove_duplicate=False)
-        frozen = {n for n, p in named if exclude_frozen and not p.requires_grad}
+        frozen = self._frozen() if exclude_frozen else set()
         return {n: w for n, w in weights.items() if n not in frozen}
 
     def _set_weights(

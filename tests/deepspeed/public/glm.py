@@ -33,7 +33,10 @@ config["optimizer"]["params"]["lr"] = 0.01
 (out / "config.json").write_text(json.dumps(config))
 switches = "pretrained_bert transformer_xl freeze_transformer masked_lm adapet finetune no_save_rng"
 args = Namespace(
-    **dict.fromkeys(f"{switches} no_load_optim no_load_rng no_deepspeed_load".split(), False),
+    **dict.fromkeys(
+        f"{switches} no_load_optim no_load_rng no_load_lr_scheduler no_deepspeed_load".split(),
+        False,
+    ),
     **dict.fromkeys(("block_lm", "fp16", "deepspeed", "checkpoint_activations"), True),
     deepspeed_config=str(out / "config.json"),
     num_layers=2,

@@ -11,8 +11,9 @@ out, stage = Path(sys.argv[1]), sys.argv[2]
 stand_ins.no_gpu()
 for name in ("wandb", "tensorboardX", "einops", "requests", "cpm_kernels"):
     stand_ins.module(name, SummaryWriter=stand_ins.Quiet(), rearrange=None, repeat=None)
-kinds = ("SimpleDistributedWebDataset", "MetaDistributedWebDataset")
-stand_ins.module("sat.data_utils.webds", alone=True, **{k: type(k, (), {}) for k in kinds})
+names = "SimpleDistributedWebDataset MetaDistributedWebDataset ConfiguredResampledShards"
+classes = {name: type(name, (), {}) for name in f"{names} DataPipeline".split()}
+stand_ins.module("sat.data_utils.webds", alone=True, **classes)
 from sat import get_args, mpu  # noqa: E402
 from sat.model import BaseModel  # noqa: E402
 from sat.training.deepspeed_training import training_main  # noqa: E402

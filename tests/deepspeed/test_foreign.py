@@ -7,6 +7,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -57,6 +58,17 @@ def test_foreign_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
     with pytest.raises(CheckpointError, match=r"print|safely"):
         load_file(tmp_path / "a.pt")
     assert "ran" not in capsys.readouterr().out
+
+
+def test_numpys_random_state_is_read_but_no_array_of_objects(tmp_path: Path) -> None:
+    state = np.random.RandomState(3).get_state()
+    torch.save({"module": {}, "random": state, "mean": np.float64(2)}, tmp_path / "a.pt")
+    loaded = load_file(tmp_path / "a.pt")
+    assert np.array_equal(loaded["random"][1], state[1])
+    assert loaded["mean"] == 2
+    torch.save({"module": {}, "x": np.array([Evil()], dtype=object)}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"print|safely"):
+        load_file(tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", pickle.dumps([1])])

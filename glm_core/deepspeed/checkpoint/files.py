@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from glm_core.errors import CheckpointError
@@ -21,6 +22,17 @@ def model_file(mp_rank: int) -> str:
 def zero3_model_file(dp_rank: int, mp_rank: int) -> str:
     """Returns the name of a model file in ZeRO 3, where every data-parallel rank has its own."""
     return f"zero_pp_rank_{dp_rank}_{model_file(mp_rank)}"
+
+
+_ARRAY, _SCALAR = np.zeros(1).__reduce__()[0], np.float64(1).__reduce__()[0]
+NUMPY = {
+    "numpy.ndarray": np.ndarray,
+    "numpy.dtype": np.dtype,
+    **{f"numpy.{core}.multiarray._reconstruct": _ARRAY for core in ("core", "_core")},
+    **{f"numpy.{core}.multiarray.scalar": _SCALAR for core in ("core", "_core")},
+}
+"""what makes an array of numbers: scripts save numpy's random state in the client state"""
+DTYPES = [type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"]
 
 
 class _Inert:
@@ -45,19 +57,20 @@ def load_file(path: Path) -> dict[str, Any]:
 
 
 def load_object(path: Path) -> Any:
-    """Loads what torch.save wrote, with tensors on the CPU. Only tensors, containers and numbers
-    are built; DeepSpeed's own classes become inert and any other class is refused. Raises
-    CheckpointError."""
+    """Loads what torch.save wrote, with tensors on the CPU. Only tensors, numpy's arrays of numbers,
+    containers and numbers are built; DeepSpeed's own classes become inert and any other class is
+    refused. Raises CheckpointError."""
     try:
         classes = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        if foreign := [name for name in classes if not name.startswith("deepspeed.")]:
+        if foreign := [n for n in classes if n not in NUMPY and not n.startswith("deepspeed.")]:
             raise CheckpointError(
                 f"{path}: holds objects of {', '.join(sorted(foreign))}; only tensors, containers "
                 "and DeepSpeed's own are read: save it again without them in the client state"
             )
         # one stand-in class for each name: torch keeps one name per class
-        allowed: list[Any] = [(type("Inert", (_Inert,), {}), name) for name in classes]
-        with torch.serialization.safe_globals(allowed):
+        made = {name: NUMPY.get(name) or type("Inert", (_Inert,), {}) for name in classes}
+        allowed: list[Any] = [(kind, name) for name, kind in made.items()]
+        with torch.serialization.safe_globals([*allowed, *DTYPES]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise

@@ -9,8 +9,17 @@ import torch
 
 out, stage = Path(sys.argv[1]), sys.argv[2]
 stand_ins.no_gpu()
-for name in ("wandb", "tensorboardX", "einops", "requests", "cpm_kernels"):
-    stand_ins.module(name, SummaryWriter=stand_ins.Quiet(), rearrange=None, repeat=None)
+absent = ("SummaryWriter", "rearrange", "repeat", "load_dataset")
+for name in ("wandb", "datasets", "tensorboardX", "einops", "requests", "cpm_kernels"):
+    stand_ins.module(
+        name,
+        SummaryWriter=stand_ins.Quiet(),
+        rearrange=None,
+        repeat=None,
+        load_dataset=None,
+        concatenate_datasets=None,
+        interleave_datasets=None,
+    )
 names = "SimpleDistributedWebDataset MetaDistributedWebDataset ConfiguredResampledShards"
 classes = {name: type(name, (), {}) for name in f"{names} DataPipeline".split()}
 stand_ins.module("sat.data_utils.webds", alone=True, **classes)

@@ -57,9 +57,9 @@ def load_file(path: Path) -> dict[str, Any]:
 
 
 def load_object(path: Path) -> Any:
-    """Loads what torch.save wrote, with tensors on the CPU. Only tensors, numpy's arrays of numbers,
-    containers and numbers are built; DeepSpeed's own classes become inert and any other class is
-    refused. Raises CheckpointError."""
+    """Loads what torch.save wrote, with tensors on the CPU. Only tensors, numpy's arrays of
+    numbers, containers and numbers are built; DeepSpeed's own classes become inert and any other
+    class is refused. Raises CheckpointError."""
     try:
         classes = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         if foreign := [n for n in classes if n not in NUMPY and not n.startswith("deepspeed.")]:

@@ -50,10 +50,11 @@ def forward_step(data, model, args, timers):
 words = f"""
 --num-layers 2 --hidden-size 32 --num-attention-heads 2 --vocab-size 32 --max-sequence-length 16
 --batch-size 2 --gradient-accumulation-steps 2 --train-iters 4 --lr 0.01 --mode pretrain --bf16
---log-interval 2 --distributed-backend gloo --device cpu --zero-stage {stage} --num-workers 0
+--log-interval 2 --distributed-backend gloo --zero-stage {stage} --num-workers 0
 --train-data numbers --split 1 --save {out} --save-interval 4
 """
 args = get_args(words.split())
+args.device = "cpu"  # SAT itself takes a GPU only
 model = training_main(
     args, model_cls=BaseModel, forward_step_function=forward_step,
     create_dataset_function=lambda path, args: Numbers(),

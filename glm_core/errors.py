@@ -25,6 +25,10 @@ class UnsupportedOpError(GlmCoreError, NotImplementedError):
     """Under `strict=True`, the backend has no kernel for an op or for its arguments."""
 
 
+class NoRoomError(GlmCoreError):
+    """What was asked for does not fit into the memory of its device."""
+
+
 class ShapeError(GlmCoreError, ValueError):
     """Shapes or dtypes do not fit the op's contract."""
 

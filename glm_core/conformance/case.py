@@ -14,6 +14,7 @@ from glm_core.backends.base import Backend
 from glm_core.dispatch import Op
 from glm_core.errors import GlmCoreError, unknown
 from glm_core.ops import all_ops
+from glm_core.ops.layout import far
 from glm_core.spec import Draw, Maker, Sample, realize
 
 MODES = ("test", "grad", "perf", "support")
@@ -67,6 +68,10 @@ def every_case(backend: Backend) -> Iterator[Case]:
                 for sample in samples:
                     if _applies(op, sample, mode):
                         yield Case(op, sample, dtype, mode, plain=sample is samples[0])
+            if mode in ("test", "grad") and backend.device_type != "meta":
+                for sample in _far(op, samples[0]):
+                    if _applies(op, sample, mode):
+                        yield Case(op, sample, _smallest(backend.dtypes), mode)
             if mode == "test" and backend.device_type != "meta":
                 for sample in _out_of_range(op, samples[0]):
                     yield Case(op, sample, backend.dtypes[0], mode, raises=True)
@@ -76,6 +81,18 @@ def _applies(op: Op, sample: Sample, mode: str) -> bool:
     if mode == "grad":
         return bool(op.differentiable)
     return sample.real if mode == "perf" else True
+
+
+def _far(op: Op, sample: Sample) -> Iterator[Sample]:
+    """Yields the sample with its first differentiable argument past 2^31 elements, if it has
+    rows."""
+    for name in op.differentiable[:1]:
+        if (shape := sample.make(torch.float32, "meta")[name].shape)[:-1] and shape[0] > 1:
+            yield Sample(f"{sample.id}-{name}-far", far(sample.args, name), large=True)
+
+
+def _smallest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    return min(dtypes, key=lambda dtype: dtype.itemsize)
 
 
 def _out_of_range(op: Op, sample: Sample) -> Iterator[Sample]:

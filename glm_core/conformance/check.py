@@ -18,6 +18,7 @@ from glm_core.conformance import autograd, choices
 from glm_core.conformance.case import Case, CaseFailure
 from glm_core.conformance.oracle import Results, compute, oracle, oracle_of, tensors_by_name
 from glm_core.conformance.tolerance import MAX_ERROR_RATIO, deviation
+from glm_core.ops.layout import FAR
 
 
 class Judgement(NamedTuple):
@@ -143,7 +144,9 @@ def compare(case: Case, results: Results) -> Judgement:
 
 def _bits(t: Tensor) -> Tensor:
     """Returns the bytes of a tensor's whole storage, in which NaN equals itself and the gaps of a
-    view are included."""
+    view are included; where the gaps are past 2^31 elements, those of its elements."""
+    if t.untyped_storage().nbytes() > FAR:
+        return _bytes(t).cpu()
     whole = torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.detach().untyped_storage())
     return whole.cpu().clone()
 

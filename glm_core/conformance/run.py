@@ -17,6 +17,7 @@ from glm_core.conformance.known_failures import KnownFailure, known_for, load, u
 from glm_core.conformance.perf import measure
 from glm_core.conformance.report import Report, Result
 from glm_core.diagnose import watchdog
+from glm_core.errors import NoRoomError
 from glm_core.measure.timing import machine
 
 WAY_OUT = "reset the device; --skip ID leaves the case out"
@@ -108,6 +109,8 @@ def _outcome(case: Case, backend: Backend, keep: Keep | None) -> Outcome:
         if case.mode == "perf":
             return "pass", None, "", measure(case, backend)
         judgement = judge(case, backend, keep, args)
+    except NoRoomError as lack:
+        return "unsupported", None, str(lack), {}
     except CaseFailure as failure:
         return "fail", None, str(failure), {}
     except Exception as error:  # a vendor's kernel may raise anything; the report carries it

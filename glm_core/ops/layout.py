@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glm_core.errors import NoRoomError
 from glm_core.spec import Draw, Maker, realize
 
 
@@ -29,3 +30,30 @@ def _gapped(value: Any) -> Any:
         return torch.stack((x, torch.zeros_like(x)), -1)[..., 0]
 
     return make
+
+
+FAR = 2**31
+"""elements: one more than a 32-bit index can count"""
+
+
+def far(args: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Returns the same arguments, the tensor `name` as a view whose last row begins past FAR
+    elements. Only its rows are touched: a CPU gives the memory between them no pages. Making it
+    raises NoRoomError where there is no room."""
+    maker: Maker = args[name]
+
+    def make(draw: Draw) -> Tensor:
+        x: Tensor = realize(maker, draw)
+        stride = FAR // (len(x) - 1) + x[0].numel()
+        span = stride * (len(x) - 1) + x[0].numel()
+        try:
+            room = torch.empty(span, dtype=x.dtype, device=x.device)
+        except RuntimeError:  # torch's own out-of-memory errors are of this class
+            size = f"{span * x.element_size() / 1e9:.1f} GB"
+            raise NoRoomError(
+                f"{name}: {size} do not fit on {x.device}; use a larger device"
+            ) from None
+        packed = x.contiguous()
+        return room.as_strided(x.shape, (stride, *packed.stride()[1:])).copy_(packed)
+
+    return {**args, name: make}

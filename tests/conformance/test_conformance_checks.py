@@ -17,6 +17,7 @@ from glm_core.conformance.case import CaseFailure
 from glm_core.conformance.check import check_raises_alone
 from glm_core.conformance.report import Report, Result
 from glm_core.conformance.run import run
+from glm_core.ops import layout
 from glm_core.spec import SUPPORTED, Support, unsupported
 
 ROOT = Path(__file__).parents[2]
@@ -49,6 +50,25 @@ def test_unsupported_carries_the_backends_own_reason() -> None:
     assert {(r.outcome, r.reason) for r in without.results} == {
         ("unsupported", "no kernel for this op")
     }
+
+
+def test_an_index_of_32_bits_fails_past_them_and_a_lack_of_room_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backend = toy()
+
+    @backend.implements(ops.gelu)
+    def gelu(x: Tensor) -> Tensor:
+        narrow = [stride & 0x7FFFFFFF for stride in x.stride()]
+        return ops.gelu.reference(x.as_strided(x.shape, narrow))
+
+    id = "gelu-float32-2x5x48-x-far-test"
+    assert only(run(backend, id="gelu-float32-2x5x48-test")).outcome == "pass"
+    assert only(run(backend, id=id)).outcome == "fail"
+    monkeypatch.setattr(layout, "FAR", 2**60)
+    found = only(run(backend, id=id))
+    assert found.outcome == "unsupported"
+    assert "do not fit on cpu" in found.reason
 
 
 def test_a_kernel_that_raises_is_a_failure_not_a_crash() -> None:

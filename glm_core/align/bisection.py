@@ -38,7 +38,7 @@ from glm_core.align.verdict import (
     finite,
 )
 from glm_core.align.watched_run import Watch
-from glm_core.align.worst_tests import worst_tests
+from glm_core.align.worst_tests import fair_tests
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
 from glm_core.config import RunConfig
@@ -133,7 +133,7 @@ class Evidence:
             measured, _ = teacher_forcing.measure(
                 cases, functools.partial(replay_on, backend=backend), twice=True
             )
-        tested = findings(*worst_tests(measured, cases, self.limits), measured.count(), RATE)
+        tested = findings(*fair_tests(measured, cases, self.limits), measured.count(), RATE)
         return [f for f in tested if only.direction in ("", direction_of(f))]
 
 

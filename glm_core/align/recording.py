@@ -32,7 +32,7 @@ from glm_core.align.trace import Trace
 from glm_core.align.trace_format import FallbackCount, OpResult, fallback_counts
 from glm_core.align.training import Curve, Run, free_run, weights_hash
 from glm_core.align.watched_run import Watch
-from glm_core.align.worst_tests import op_result, worst_tests
+from glm_core.align.worst_tests import fair_tests, op_result
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
 from glm_core.config import RunConfig, to_dict
@@ -153,7 +153,7 @@ def _teacher_fields(cal: Calibration, config: RunConfig, backend: Backend) -> Fi
         measured, results = teacher_forcing.measure(
             cal.cases, functools.partial(replay_on, backend=run.backend), twice=True
         )
-    tests, test_values = worst_tests(measured, cal.cases, cal.limits)
+    tests, test_values = fair_tests(measured, cal.cases, cal.limits)
     calls, digest = digests(cal.cases, results)
     fields = {
         "capture_steps": reference.capture_steps,

@@ -5,6 +5,7 @@ working dtype; only a call that is further off than honest kernels is compared w
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -134,11 +135,13 @@ class Watch:
                 continue
             if results[name].shape != correct.shape:
                 return True
-            y, off = correct.double(), results[name].double() - correct.double()
-            for statistic, size in (("size", torch.linalg.vector_norm), ("peak", _largest)):
+            y = correct.to(torch.promote_types(correct.dtype, torch.float32))
+            off = results[name].to(y.dtype) - y
+            for statistic, order in (("size", 2.0), ("peak", torch.inf)):
                 key = Key(call.op.name, name, "all", statistic, pooled=False)
                 limit = teacher_forcing.limit(self.limits, key, correct.dtype, terms)
-                if not size(off) <= limit * size(y):  # NaN, too, is suspicious
+                norm = functools.partial(torch.linalg.vector_norm, ord=order)
+                if y.numel() and not norm(off) <= limit * norm(y):  # NaN, too, is suspicious
                     return True
         return False
 
@@ -154,10 +157,6 @@ class Watch:
             "tests": [*taught["tests"], *tests],
             "test_values": np.concatenate((taught["test_values"], np.reshape(values, (-1, 3)))),
         }
-
-
-def _largest(x: Tensor) -> Tensor:
-    return x.abs().max() if x.numel() else x.sum()
 
 
 def first_saturated(captured: ResultCapture, cases: list[Case]) -> tuple[Call, str] | None:

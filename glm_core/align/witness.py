@@ -15,7 +15,7 @@ from glm_core.align.capture import Call
 from glm_core.align.replay import Results, replay_on, with_change
 from glm_core.align.training import Run, free_run
 from glm_core.align.verdict import Finding
-from glm_core.align.worst_tests import worst_tests
+from glm_core.align.worst_tests import fair_tests
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
 from glm_core.config import Dtype, RunConfig
@@ -161,5 +161,5 @@ def _judge(pairs: list[tuple[Call, Results]], dtype: str, rate: float) -> list[F
     cases = list(teacher_forcing.cases(call for call, _ in pairs))
     limits = teacher_forcing.benign_limits(cases, getattr(torch, dtype))
     measured, _ = teacher_forcing.measure(cases, lambda call: results[call.index])
-    tests, values = worst_tests(measured, cases, limits)
+    tests, values = fair_tests(measured, cases, limits)
     return verdict.findings(tests, values, measured.count(), rate / verdict.NUM_TESTS)

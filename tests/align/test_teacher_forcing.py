@@ -15,8 +15,10 @@ from glm_core.align import teacher_forcing
 from glm_core.align.capture import Call, capture, copied
 from glm_core.align.disguise import Exact, Regrouped, Rounded
 from glm_core.align.replay import exact, replay
+from glm_core.align.teacher_forcing import measure
 from glm_core.align.training import Run
 from glm_core.align.verdict import Pair
+from glm_core.align.worst_tests import fair_tests, outside_first, worst_tests
 from glm_core.backends import registry
 from glm_core.config import Dtype
 
@@ -328,6 +330,17 @@ def test_bugs_are_convicted_by_name(name: str, dtype: Dtype) -> None:
 
 def shapes(case: teacher_forcing.Case) -> tuple[torch.Size, ...]:
     return tuple(t.shape for t in case.call.args.values() if isinstance(t, Tensor))
+
+
+def test_what_a_sample_did_not_show_is_measured_on_the_call_itself() -> None:
+    """A norm rounds before its affine part, and the sampled calls showed nothing of it."""
+    kernel = norm(lambda y: y.bfloat16())
+    cal = markov.calibration("bfloat16")
+    blind = {k: v if k.pooled or k.op != "add_layer_norm" else 0.0 for k, v in cal.limits.items()}
+    own = [c for c in cal.cases if c.call.op is ops.add_layer_norm]
+    measured, _ = measure(own, lambda call: replay(call, kernel))
+    assert outside_first(*worst_tests(measured, own, blind))
+    assert not outside_first(*fair_tests(measured, own, blind))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

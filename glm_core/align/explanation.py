@@ -203,11 +203,17 @@ def rerun(pair: Pair, trace: Trace, options: Sequence[str] | None = None) -> str
 
 def exhibits(finding: Finding) -> list[str]:
     """Returns descriptions of the catalogue's faults that look like this finding: of the same op,
-    those that reach its direction, the likeliest kinds first."""
+    those that reach its direction, the likeliest kinds first. Where the museum knows a public
+    report of one, its project is added."""
     from glm_core.faults.catalogue import FAULTS
+    from glm_core.faults.museum import attention  # noqa: F401  # imported for what it lists
+    from glm_core.faults.museum.kernels import KERNELS
 
+    shipped = {exhibit.fault: f" (reported: {exhibit.project})" for exhibit in KERNELS}
     kinds = KINDS.get(finding.projection.split(" ")[0].rstrip(","), ())
     own = ("update",) if direction_of(finding) == "optimizer" else (finding.direction, "both")
     alike = [f for f in FAULTS if f.op == finding.op and f.direction in own]
-    alike.sort(key=lambda f: kinds.index(f.kind) if f.kind in kinds else len(kinds))
-    return [f.description for f in alike[:MAX_EXHIBITS]]
+    project = {f: shipped.get(f.planted) or shipped.get(f.id, "") for f in alike}
+    likely = {f: kinds.index(f.kind) if f.kind in kinds else len(kinds) for f in alike}
+    alike.sort(key=lambda f: (likely[f], not project[f]))
+    return [f.description + project[f] for f in alike[:MAX_EXHIBITS]]

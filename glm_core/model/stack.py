@@ -74,6 +74,8 @@ def _layer(block: nn.Module, name: str) -> Layer:
     block = _plain(block, glm.Block, name)
     attention = _plain(block.attention, glm.Attention, f"{name}.attention")
     mlp = _plain(block.mlp, glm.MLP, f"{name}.mlp")
+    if attention.q_norm is not None:
+        raise _NotPlain(f"{name}.attention norms its heads")
     if attention.core is not ops.attention:
         raise _NotPlain(f"{name}.attention.core is not the op attention")
     after = {n: getattr(block, n) for n in ("post_attention_norm", "post_mlp_norm")}

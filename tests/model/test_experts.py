@@ -14,14 +14,18 @@ from torch import Tensor
 from glm_core.backends import registry
 from glm_core.config import ModelConfig
 from glm_core.errors import ConfigError
+from glm_core.model.cache import Cache
+from glm_core.model.fit import token_bytes
 from glm_core.model.generate import generate
 from glm_core.model.glm import GLM
 from glm_core.model.presets import PRESETS, preset
 from glm_core.model.prompt import causal
 from glm_core.model.quantize import Quantization, convert
 from glm_core.model.sample import Sampling
+from glm_core.model.stack import stack
 from glm_core.pretrained.weights import writing
 from glm_core.pretrained.weights.reading import open_checkpoint
+from glm_core.spec import unsupported
 
 SMALL = dataclasses.replace(
     preset("tiny-moe"), num_layers=2, hidden=32, ffn=32, expert_ffn=32, vocab=64, max_length=32
@@ -78,6 +82,12 @@ def test_published_sizes(name: str) -> None:
 
 def test_every_preset_with_experts_is_counted() -> None:
     assert set(COUNTS) == {n for n, fields in PRESETS.items() if "num_experts" in fields}
+
+
+def test_a_cache_of_latents_holds_576_numbers_a_token() -> None:
+    flash = dataclasses.replace(preset("glm-4.7-flash"), num_layers=1)
+    assert Cache(flash, 2, 3, torch.bfloat16).memory.shape == (1, 1, 2, 1, 3, 576)
+    assert token_bytes(preset("glm-4.7-flash"), 2) == 47 * 576 * 2
 
 
 @pytest.mark.parametrize("config", [SMALL, LATENT], ids=["grouped", "latent"])
@@ -176,6 +186,21 @@ def test_multi_token_prediction_of_a_model_without_it() -> None:
     tokens, positions, start, end = batch()[:4]
     with pytest.raises(ConfigError, match="num_mtp_layers=0: the model has no multi-token"):
         model.further(0, tokens, torch.zeros(2, 12, 32), positions, start, end)
+
+
+def test_a_whole_decode_step_is_not_taken_where_it_would_leave_something_out() -> None:
+    """A backend's step knows neither experts nor latents, nor norms of the heads."""
+    normed = dataclasses.replace(
+        ModelConfig(num_layers=1, hidden=32, norm="rms", placement="pre"), qk_norm=True
+    )
+    for config, reason in (
+        (SMALL, "blocks.0.attention norms its heads"),
+        (LATENT, "blocks.0.attention is a LatentAttention, not a Attention"),
+        (dataclasses.replace(SMALL, qk_norm=False), "blocks.1.mlp is a Experts, not a MLP"),
+        (normed, "blocks.0.attention norms its heads"),
+    ):
+        model = GLM(config)
+        assert stack(model, lambda: None) == unsupported(reason)
 
 
 def test_glm5_is_refused_by_name() -> None:

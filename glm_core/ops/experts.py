@@ -208,7 +208,8 @@ def _of_every_expert(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     of which its own is kept."""
     row = torch.arange(len(rows), device=rows.device)[:, None]
     expert = (row >= counts.cumsum(0)).sum(-1)  # [M]
-    y = rows @ weight.transpose(-1, -2)  # [X, M, F]
+    # contiguous, and with it the gradient
+    y = rows.contiguous() @ weight.contiguous().transpose(-1, -2)  # [X, M, F]
     own = expert.clamp(max=len(weight) - 1)[None, :, None].expand(1, -1, y.shape[-1])  # [1, M, F]
     return y.gather(0, own)[0]
 

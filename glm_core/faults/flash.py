@@ -1,6 +1,7 @@
 """Computes attention as flash kernels do (Dao et al. 2022): an online softmax over blocks of keys,
 and a backward that forms the probabilities again.
-Shapes: B batch, L queries, S keys, H heads, K kv heads, R = H/K heads per kv head, E head dim."""
+Shapes: B batch, L queries, S keys, H heads, K kv heads, R = H/K heads per kv head, E head dim, C
+that of the values."""
 
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ def flash(block: int, rounding: bool) -> Function:
         hidden = hidden_keys(a)
         m = torch.full_like(qs[..., :1], -1e30).permute(0, 2, 3, 1, 4)  # [B, K, R, L, 1]
         total = torch.zeros_like(m)
-        out = torch.zeros_like(qs).permute(0, 2, 3, 1, 4)  # [B, K, R, L, E]
+        out = m.new_zeros((*m.shape[:-1], v.shape[-1]))  # [B, K, R, L, C]
         for at in range(0, k.shape[1], block):
             part, unseen = slice(at, at + block), hidden[..., at : at + block]
             s = torch.einsum("blkre,bske->bkrls", qs, k[:, part]).masked_fill(unseen, -1e30)

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from glm_core import ops
 from glm_core.backends.cuda import quantized
+from glm_core.backends.registry import probe
 
 HALVES = {"f16": torch.float16, "bf16": torch.bfloat16}
 FMA = re.compile(r"fma\.rn\.(b?f16)x2")
@@ -90,6 +92,33 @@ def test_takes_many_rows_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> N
         codes = torch.empty(8, 128, dtype=torch.int8)
         y = torch.ops.glm_core_gpu.quantized_product(x[None], codes, scale, None, 4)
     assert y.shape == (1, 65, 8)
+
+
+@pytest.mark.skipif(not probe("cpu").ok, reason=probe("cpu").reason)
+def test_a_call_and_its_gradient_reach_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel is replaced by the reference; what lies around it is tested."""
+    monkeypatch.setattr(quantized, "HAS_TRITON", True)
+    library, calls = torch.library.Library("glm_core_gpu", "IMPL"), []
+
+    def kernel(*args: Any) -> Tensor:
+        calls.append(args)
+        return ops.quantized_linear.reference(*args)
+
+    library.impl("quantized_product", kernel, "CPU")
+    try:
+        g = torch.Generator().manual_seed(0)
+        x = torch.randn(65, 64, generator=g).bfloat16().requires_grad_()
+        codes = torch.randint(-128, 128, (8, 32), generator=g).to(torch.int8)
+        scale, dy = torch.rand(8, generator=g).half(), torch.randn(65, 8, generator=g).bfloat16()
+        quantized.quantized_linear(x, codes, scale, None, 4).backward(dy)
+    finally:
+        library._destroy()
+    assert len(calls) == 1
+    wide = x.detach().double().requires_grad_()
+    exact = ops.quantized_linear.reference(wide, codes, scale.double(), None, 4)
+    (right,) = torch.autograd.grad(exact, wide, dy.double())
+    assert x.grad is not None
+    assert (x.grad - right).abs().max() <= 2**-6 * right.abs().max()
 
 
 @pytest.mark.parametrize(

@@ -174,9 +174,9 @@ def attention(
     if layer_scale != 1.0:
         scores = scores * layer_scale
     share = g.node("Where", seen, g.node("Softmax", scores.name, axis=-1), g.number(0.0))
-    y = qt.like(g.node("MatMul", share, vt.name), qt.shape)  # [B, K, R, L, E]
+    y = qt.like(g.node("MatMul", share, vt.name), (*qt.shape[:-1], v.shape[-1]))  # [B, K, R, L, C]
     y = y.permute(0, 3, 1, 2, 4)  # [B, L, K, R, E]
-    return y.flatten(2).unflatten(2, q.shape[2:])  # [B, L, H, E]
+    return y.flatten(2).unflatten(2, (q.shape[2], v.shape[-1]))  # [B, L, H, C]
 
 
 def visible(k: Value, key_start: Value, key_end: Value) -> Value:

@@ -244,7 +244,7 @@ def activation(config: ModelConfig) -> Callable[[Tensor], Tensor]:
 
 class Router(nn.Module):
     """Chooses the experts of a token, in float32 whatever the working dtype. `bias` corrects the
-    choice only; no gradient reaches it, and it is float32 always."""
+    choice only; no gradient reaches it, and it is float32 at least."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -268,10 +268,11 @@ class Router(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        """Keeps the bias in float32 when the working dtype changes."""
+        """Keeps the bias in float32 when the working dtype changes to a lower one."""
         bias = self.bias.data
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves _apply untyped
-        self.bias.data = bias.to(self.bias.device)
+        if self.bias.dtype != torch.float64:
+            self.bias.data = bias.to(self.bias.device)
         return self
 
 

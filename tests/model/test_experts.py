@@ -107,6 +107,7 @@ def test_multi_token_prediction_is_part_of_the_loss(config: ModelConfig) -> None
     torch.testing.assert_close(both, alone + config.mtp_weight * far)
     bias = {n for n, p in model.named_parameters() if p.grad is None}
     assert bias == {n for n, _ in model.named_parameters() if n.endswith("router.bias")}
+    assert {p.dtype for p in plain.double().parameters()} == {torch.float64}  # as oracles need it
     assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.grad is not None)
 
 

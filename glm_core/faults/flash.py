@@ -60,7 +60,7 @@ def flash(block: int, rounding: bool) -> Function:
             p = p.to(q.dtype).float() if rounding else p
             out = out * rescale + torch.einsum("bkrls,bske->bkrle", p, v[:, part])
         y = normalised(out, lambda _: total).permute(0, 3, 1, 2, 4)  # [B, L, K, R, E]
-        return y.flatten(2, 3).to(q.dtype)  # [B, L, H, E]
+        return y.flatten(2, 3).contiguous().to(q.dtype)  # [B, L, H, C]
 
     return kernel
 

@@ -281,7 +281,7 @@ def transposed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def separate_bias(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y = F.linear(x, weight)
+    y = F.linear(x, pulled(weight, torch.Tensor.contiguous))
     return y if bias is None else y + bias
 
 

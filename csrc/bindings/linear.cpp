@@ -62,6 +62,8 @@ struct Quantized {
       : weight(weight_.contiguous()), scale(scale_.contiguous()) {
     const int64_t features = weight.size(0);
     TORCH_CHECK_VALUE(bits == 4 || bits == 8, "quantized_linear: bits must be 8 or 4");
+    TORCH_CHECK_VALUE(scale.scalar_type() == at::kHalf,
+                      "quantized_linear: scale must be float16, received ", scale.scalar_type());
     TORCH_CHECK_VALUE(scale.size(0) == features, "quantized_linear: scale must have ", features,
                       " rows, received ", scale.size(0));
     codes = {data<int8_t>(weight), data<uint16_t>(scale), weight.size(1) * 8 / bits,

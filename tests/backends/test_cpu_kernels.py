@@ -247,6 +247,12 @@ def test_quantised_shapes_that_do_not_fit_are_refused(width: int, rows: int, wor
         torch.ops.glm_core.quantized_linear(torch.ones(1, width), weight, scale, None, 4, 16)
 
 
+def test_scales_that_are_not_float16_are_refused() -> None:
+    weight, scale = torch.ones(3, 32).char(), torch.ones(3)
+    with pytest.raises(ValueError, match="scale must be float16, received Float"):
+        torch.ops.glm_core.quantized_linear_backward(torch.ones(1, 3), weight, scale, 4)
+
+
 def test_an_unknown_instruction_set_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"instruction set 'avx1024': this CPU has scalar"):
         cpu.select_isa("avx1024")

@@ -84,9 +84,10 @@ def attempt(mutant: Fault) -> Trial:
     order = [s.id for s in all_ops()[mutant.op].samples()]
 
     def sort_key(case: Case) -> tuple[bool, int]:
-        """Orders cases sample by sample, then indexes out of range, the large shapes last."""
-        large = case.sample.real or case.sample.large
-        return large, len(order) if case.raises else order.index(case.sample.id)
+        """Orders cases sample by sample, then indexes out of range, the large shapes last, tensors
+        past 2^31 elements behind them."""
+        large, name = case.sample.real or case.sample.large, case.sample.id
+        return large, len(order) if case.raises or name not in order else order.index(name)
 
     for case in sorted(select(backend, op=mutant.op), key=sort_key):
         result = run_case(case, backend)

@@ -26,7 +26,9 @@ def run(cases: list[Case], world: int, out: Path) -> list[list[dict[str, Any]]]:
     """Returns what each process reports of each case; [case][rank]. What is missing because a
     process failed is {}."""
     out.mkdir()
-    (out / "cases.json").write_text(json.dumps([dataclasses.asdict(c) for c in cases]))
+    (out / "cases.json").write_text(
+        json.dumps([dataclasses.asdict(c) for c in cases]), encoding="utf-8"
+    )
     strict = ["-W", "error"]  # as pytest
     worker = ["-m", "glm_core.sensitivity.plans.worker", str(out / "cases.json"), str(out)]
     process = subprocess.Popen(

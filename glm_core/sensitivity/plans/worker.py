@@ -100,7 +100,7 @@ def train_all(cases: str, out: str) -> None:
     backend = backend if backend.probe().ok else registry.get("reference")
     mesh.start(backend, TIMEOUT_S)
     rank = dist.get_rank()
-    for number, case in enumerate(json.loads(Path(cases).read_text())):
+    for number, case in enumerate(json.loads(Path(cases).read_text(encoding="utf-8"))):
         begin = time.perf_counter()
         try:
             report = train(case, backend)

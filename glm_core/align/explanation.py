@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 HONEST = "what honest rounding does"
 MAX_EXHIBITS = 3
+NOT_FINITE = 1e30
+"""stands for infinity and NaN in a trace"""
 MEASURED = {
     "scale": "too {large} by a common factor: {amount} of the result",
     "offset": "shifted {up} by a constant: {amount} of the result",
@@ -73,8 +75,8 @@ def sentence(pair: Pair) -> str:
     if pair.verdict == "aligned":
         return f"{start}; the largest deviation is {times(largest(pair))} of {HONEST}"
     ratio, subject = largest(pair), _subject(pair)
-    if not ratio < 1e9:
-        return f"{start}; {subject} is not a finite number"
+    if not ratio < NOT_FINITE:
+        return f"{start}; {subject} is infinite, NaN, or so far off that its error overflows"
     return f"{start}; {subject} deviates {times(ratio)} times as far as honest rounding does"
 
 
@@ -108,7 +110,9 @@ def amount(share: float) -> str:
 
 def times(ratio: float) -> str:
     """Returns a ratio with two decimals, a large one with none."""
-    return f"{max(ratio, 0.0):.2f}" if ratio < 100 else f"{ratio:,.0f}"
+    if ratio < 100:
+        return f"{max(ratio, 0.0):.2f}"
+    return f"{ratio:,.0f}" if ratio < 1e9 else f"{ratio:.1e}"
 
 
 def finding_to_name(guilty: list[Finding]) -> Finding:

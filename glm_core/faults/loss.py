@@ -22,7 +22,7 @@ from glm_core.faults.kernels import (
 )
 from glm_core.faults.rounding import Edit, bf16, precise
 from glm_core.ops import linear_cross_entropy as op
-from glm_core.ops.precision import wide
+from glm_core.ops.precision import product, wide
 
 F = torch.nn.functional
 LossPerToken = Callable[[Tensor, Tensor], Tensor]
@@ -36,7 +36,7 @@ def cross_entropy(
     """Returns a kernel whose logits pass through `logits` and whose loss per token is `each`."""
 
     def kernel(x: Tensor, weight: Tensor, labels: Tensor, token_weight: Tensor) -> Tensor:
-        z = logits(wide(F.linear(x, weight)))
+        z = logits(wide(product(x, weight)))
         return (each(z, labels) * token_weight).sum()
 
     return kernel

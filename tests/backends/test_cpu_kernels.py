@@ -32,8 +32,10 @@ CASES = [
 ]
 # their order of summation is torch's business
 TORCH_PRODUCTS = {
-    *itertools.product(("linear", "linear_cross_entropy"), ("test", "grad")),
-    ("quantized_linear", "grad"),
+    *itertools.product(
+        ("linear", "linear_cross_entropy", "route", "grouped_linear"), ("test", "grad")
+    ),
+    *itertools.product(("quantized_linear", "quantized_grouped_linear"), ("grad",)),
 }
 ISAS = cpu.isas() if probe("cpu").ok else []
 

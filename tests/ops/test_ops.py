@@ -98,7 +98,8 @@ def test_samples_are_the_same_every_time(op: Op, sample: Sample) -> None:
     ]
     tensors = [[t for t in f if isinstance(t, torch.Tensor)] for f in flat]
     assert all(torch.equal(a, b) for a, b in zip(*tensors[:2], strict=True))
-    if sum(t.numel() for t in tensors[0] if t.is_floating_point()) > 8:
+    drawn = not sample.id.endswith("-tied")  # of scores that are equal on purpose
+    if drawn and sum(t.numel() for t in tensors[0] if t.is_floating_point()) > 8:
         assert not all(torch.equal(a, b) for a, b in zip(tensors[0], tensors[2], strict=True))
 
 

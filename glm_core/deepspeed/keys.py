@@ -173,7 +173,8 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "reduce_bucket_size": OK,
         "reduce_scatter": _no_effect("gradients of stages 1 and 2 are always reduce-scattered"),
         "overlap_comm": _no_effect("torch decides what overlaps; results are the same"),
-        "ignore_unused_parameters": _no_effect("a parameter without gradient counts as zero"),
+        "ignore_unused_parameters": OK,
+        "enable_sanity_checks": OK,
         "compute_grad_norm": _no_effect("the norm is always computed"),
         "load_from_fp32_weights": OK,
         "param_persistence_threshold": OK,
@@ -193,7 +194,7 @@ SECTIONS: dict[str, dict[str, Key]] = {
             "use_all_reduce_for_fetch_params stage3_use_all_reduce_for_fetch_params "
             "allgather_sequential stage3_allgather_sequential round_robin_gradients "
             "parameter_alignment memory_efficient_linear override_module_apply "
-            "pipeline_loading_checkpoint log_trace_cache_warnings enable_sanity_checks "
+            "pipeline_loading_checkpoint log_trace_cache_warnings "
             "save_muon_momentum_buffer_in_memory cpu_offload_use_pin_memory",
         ),
         "leaf_module": OK,

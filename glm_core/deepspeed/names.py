@@ -51,7 +51,6 @@ ABSENT = {
     "ops.sparse_attention": _SPARSE,
     "ops.op_builder": "would compile DeepSpeed's extensions; nothing is compiled here",
     "ops.transformer": "holds GPU kernels; use the model's own layer",
-    "runtime.utils.PartitionedTensor": "splits activations; they are sent whole here: remove it",
     "runtime.utils.all_gather_dp_groups": (
         "gathers the engine's flat buffers; engine.step publishes weights: remove it"
     ),

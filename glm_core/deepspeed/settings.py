@@ -62,6 +62,10 @@ class Settings:
     """ZeRO 3: layers whose parameters all have at most this many elements are gathered together"""
     leaves: dict[str, Any] = dataclasses.field(default_factory=dict)
     """ZeRO 3: `classes`, `names` and `name_suffixes` of modules that are gathered as one"""
+    all_used: bool = False
+    """an update is an error where a parameter got no gradient"""
+    sanity_checks: bool = False
+    """ZeRO 3: a change inside GatheredParameters that would be lost is an error"""
     auto_cast: bool = False
     """cast the inputs of `forward` to the working dtype"""
     optimizer: tuple[str, dict[str, Any]] | None = None
@@ -323,6 +327,12 @@ _GATHER_ON_SAVE = (
 _MERGE_BELOW = ("param_persistence_threshold", "stage3_param_persistence_threshold")
 
 
+def _offloads_optimizer(zero: Mapping[str, Any]) -> bool:
+    """Is the optimizer kept on the host? Only then DeepSpeed looks for unused parameters."""
+    section = zero.get("offload_optimizer") or {}
+    return bool(zero.get("cpu_offload")) or section.get("device", "none") == "cpu"
+
+
 def _zero(config: Mapping[str, Any]) -> dict[str, Any]:
     zero = config.get("zero_optimization", {})
     stage = zero.get("stage", 0)
@@ -333,6 +343,10 @@ def _zero(config: Mapping[str, Any]) -> dict[str, Any]:
         "stage": int(stage),
         "merge_below": int(whole[-1]) if whole else 100_000,
         "leaves": dict(zero.get("leaf_module") or {}),
+        "all_used": zero.get("ignore_unused_parameters", True) is False
+        and stage in (1, 2)
+        and _offloads_optimizer(zero),
+        "sanity_checks": bool(zero.get("enable_sanity_checks", False)),
         "bucket": int(zero.get("reduce_bucket_size", 500_000_000)),
         "load_masters": bool(zero.get("load_from_fp32_weights", True)),
         "gather_on_save": any(zero.get(k) for k in _GATHER_ON_SAVE),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from glm_core.errors import GlmCoreError
 from glm_core.versions import all_gather_single
@@ -117,11 +118,11 @@ def split(param: nn.Parameter, group: dist.ProcessGroup) -> nn.Parameter:
 
 def split_module(module: nn.Module, group: dist.ProcessGroup) -> None:
     """Partitions every plain parameter inside, in place; scalars, which cannot be cut, stay
-    whole."""
+    whole, and DTensors are cut already."""
     new: dict[nn.Parameter, nn.Parameter] = {}
     for owner in module.modules():
         for name, p in owner._parameters.items():
-            if p is not None and not isinstance(p, Split) and p.ndim:
+            if p is not None and not isinstance(p, Split | DTensor) and p.ndim:
                 if p not in new:
                     new[p] = split(p, group)
                     new[p].__dict__.update(p.__dict__)

@@ -108,6 +108,7 @@ def test_the_dtype_of_sums_is_taken_where_it_changes_nothing() -> None:
         resolve({**summed, "data_types": {"grad_accum_dtype": "bf16"}}, 2)
 
 
+OFFLOADED = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
 SUPPORTED: list[tuple[str, Any, dict[str, Any], str]] = [
     ("train_batch_size", 8, {}, "accumulation"),
     ("train_micro_batch_size_per_gpu", 5, {}, "micro_batch"),
@@ -145,6 +146,8 @@ SUPPORTED: list[tuple[str, Any, dict[str, Any], str]] = [
     ("zero_optimization.gather_16bit_weights_on_model_save", True, {}, "gather_on_save"),
     ("zero_optimization.stage3_gather_16bit_weights_on_model_save", True, {}, "gather_on_save"),
     ("zero_optimization.stage3_gather_fp16_weights_on_model_save", True, {}, "gather_on_save"),
+    ("zero_optimization.ignore_unused_parameters", False, OFFLOADED, "all_used"),
+    ("zero_optimization.enable_sanity_checks", True, {}, "sanity_checks"),
     ("checkpoint.tag_validation", "Fail", {}, "tag_validation"),
     ("checkpoint.load_universal", True, {}, "load_universal"),
 ]

@@ -89,7 +89,7 @@ class DeepSpeedEngine(Accessors, Reduction, nn.Module):
         self._start_reduction()
         self._applied = False
         if settings.stage == 3:
-            mark(module.parameters())
+            mark(module.parameters(), settings.sanity_checks)
         for name, p in module.named_parameters():
             p.glm_core_place = (self, name)  # type: ignore[attr-defined]  # for safe_get_full_*
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_leaves
@@ -27,6 +28,11 @@ class UnscaledBackward(TrainingError, RuntimeError):
     """A backward without the loss scale that the run needs; a RuntimeError, as in DeepSpeed."""
 
 
+class UnusedParameter(TrainingError, AssertionError):
+    """A parameter without gradient where the config wants one of each; an AssertionError, as in
+    DeepSpeed."""
+
+
 class Reduction:
     """The part of the engine that counts micro-batches and reduces gradients."""
 
@@ -35,6 +41,8 @@ class Reduction:
     stores: list[MasterStore]
     scaler: LossScale
     micro_steps: int
+    names: dict[nn.Parameter, str]
+    dp_group: dist.ProcessGroup
 
     def _start_reduction(self) -> None:
         self._boundary: bool | None = None
@@ -47,6 +55,11 @@ class Reduction:
         self._backwards = 0
         """since the last update"""
         self._set_sync(self.settings.managed)
+        self._used: set[nn.Parameter] = set()
+        """got a gradient since the last update; empty unless settings.all_used"""
+        if self.settings.all_used:
+            for param in (p for store in self.stores for p in store.params):
+                param.register_post_accumulate_grad_hook(self._used.add)
 
     def _set_sync(self, sync: bool) -> None:
         for store in self.stores:
@@ -185,7 +198,23 @@ class Reduction:
                 "engine.step: the gradients are not reduced over the ranks; end with a backward "
                 "outside no_sync, or call engine.allreduce_gradients()"
             )
-        return not self.settings.managed or self.is_gradient_accumulation_boundary()
+        ends = not self.settings.managed or self.is_gradient_accumulation_boundary()
+        if ends and self.settings.all_used:
+            self._check_use()
+        return ends
+
+    def _check_use(self) -> None:
+        """Raises UnusedParameter on all ranks if a parameter got no gradient on one of them."""
+        every = [p for store in self.stores for p in store.params]
+        unused = [self.names[p] for p in every if p not in self._used]
+        self._used.clear()
+        lacking = torch.tensor(len(unused), device=every[0].device)
+        dist.all_reduce(lacking, dist.ReduceOp.MAX, self.dp_group)
+        if lacking:
+            raise UnusedParameter(
+                f"engine.step: no gradient for {', '.join(unused) or 'a parameter of other ranks'}"
+                "; use it in the loss, or remove zero_optimization.ignore_unused_parameters=false"
+            )
 
     # --- blocks ---
 

@@ -95,7 +95,35 @@ for stage in (1, 3):
             seen.append([p.detach().clone() for p in trained.module.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True)), stage
 
-del whole, parted, model, client, trained, seen
+# a nested block's modules are in parts at its end, and may be trained before the outer one's
+torch.manual_seed(23)
+plain, inputs = nn.Linear(7, 5), torch.randn(4, 7)
+config = {
+    "train_micro_batch_size_per_gpu": 4,
+    "zero_optimization": {"stage": 3, "enable_sanity_checks": True},
+}
+with deepspeed.zero.Init(config_dict_or_path=config):
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        tiled = deepspeed.zero.TiledLinear(7, 5, in_splits=2, out_splits=3, init_linear=plain)
+        alone = nn.Linear(4, 4)
+    assert isinstance(alone.weight, Split)
+    trained, *_ = deepspeed.initialize(model=tiled, config=config)
+error = (trained(inputs) - plain(inputs)).abs().max()
+assert error <= 64 * torch.finfo(torch.float32).eps * plain(inputs).abs().max(), error
+# with sanity checks a change that would be lost is an error on all ranks, before and after
+for weight in (alone.weight, tiled.linears[0][0].weight):
+    with deepspeed.zero.GatheredParameters(weight), torch.no_grad():
+        weight.norm()
+    gathered = deepspeed.zero.GatheredParameters(weight)
+    gathered.__enter__()
+    if dist.get_rank() == 1:
+        weight.detach().add_(1)
+    with pytest.raises(RuntimeError, match="in-place modification"):
+        gathered.__exit__(None, None, None)
+with pytest.raises(RuntimeError, match="in_splits=8; use 1 to 7"):
+    deepspeed.zero.TiledLinear(7, 5, in_splits=8)
+
+del whole, parted, model, client, trained, seen, tiled, alone, weight
 ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: what is freed leaves the process at once
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
 before = peak_bytes()

@@ -147,6 +147,17 @@ trained.scale(trained(**half)).backward()
 trained.step()
 assert trained.was_step_applied()
 
+# where the config wants all parameters used, one that is not on one rank is an error on both
+zero = {"offload_optimizer": {"device": "cpu"}, "ignore_unused_parameters": False}
+for stage in (1, 2):
+    trained = make(stage, zero_optimization={"stage": stage, **zero})
+    trained.backward(trained(**data[0]))
+    trained.step()
+    unused = deepspeed.comm.get_rank() == 1
+    trained.backward(trained.module.head.weight.sum() if unused else trained(**data[0]))
+    with pytest.raises(AssertionError, match="first.weight" if unused else "other ranks"):
+        trained.step()
+
 trained = make(3)
 assert trained.optimizer.optimizer is trained.optimizer
 trained.empty_partition_cache()

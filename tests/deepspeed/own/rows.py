@@ -8,7 +8,8 @@ from small import Classifier, batches
 
 import glm_core.deepspeed as deepspeed
 from glm_core.deepspeed import utils
-from glm_core.errors import ConfigError
+from glm_core.deepspeed.runtime.utils import PartitionedTensor
+from glm_core.errors import ConfigError, ShapeError
 
 me, data = dist.get_rank(), batches(6)
 
@@ -82,6 +83,15 @@ assert kept.eq(6.0).all()
 with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
     weight.data.zero_()
 assert utils.safe_get_full_fp32_param(weight).eq(0).all()
+
+# a tensor in shares, here of 8 and 7 elements
+tensor = torch.arange(15.0).view(5, 3)
+shares = PartitionedTensor(tensor, dist.group.WORLD)
+assert shares.local_size() == (8 - me,)
+again = PartitionedTensor.from_meta(shares.to_meta(), shares.data(), dist.group.WORLD)
+assert torch.equal(again.full(), tensor)
+with pytest.raises(ShapeError, match="not"):
+    PartitionedTensor.from_meta(shares.to_meta(), shares.data()[1:], dist.group.WORLD)
 
 for stage in (1, 2):
     with pytest.raises(ConfigError, match="safe_get_full"):

@@ -8,10 +8,13 @@ from glm_core.deepspeed.runtime.zero.partition_parameters import (
     unregister_external_parameter,
     unwrap_model_for_generation,
 )
+from glm_core.deepspeed.runtime.zero.tiling import TiledLinear, TiledLinearReturnBias
 
 __all__ = [
     "GatheredParameters",
     "Init",
+    "TiledLinear",
+    "TiledLinearReturnBias",
     "ZeroParamStatus",
     "register_external_parameter",
     "unregister_external_parameter",

@@ -8,6 +8,7 @@ from typing import Any
 
 from glm_core.deepspeed.keys import SECTIONS
 from glm_core.deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig
+from glm_core.deepspeed.utils.logging import logger
 from glm_core.errors import ConfigError, unknown
 
 KEYS = SECTIONS["zero_optimization"]
@@ -81,6 +82,11 @@ class DeepSpeedZeroConfig:
                 raise ConfigError(unknown("zero_optimization key", key, KEYS))
             self._set(key, value)
         self.__dict__.setdefault("overlap_comm", self.stage == 3)
+        if self.stage == 3 and given.get("elastic_checkpoint"):
+            logger.warning(
+                "zero_optimization.elastic_checkpoint: elastic checkpointing is deprecated in ZeRO "
+                "3; remove it, checkpoints resume on any number of ranks"
+            )
 
     def _set(self, key: str, value: Any) -> None:
         name = key.removeprefix("stage3_").replace("gather_fp16", "gather_16bit")

@@ -24,7 +24,7 @@ from glm_core.deepspeed.comm import init_distributed
 from glm_core.deepspeed.notices import say_once
 from glm_core.deepspeed.settings import read
 from glm_core.distributed.split import Split, gathered, split_module
-from glm_core.errors import ConfigError
+from glm_core.errors import ConfigError, GlmCoreError
 
 
 class ZeroParamStatus(Enum):
@@ -39,10 +39,14 @@ class ZeroParamStatus(Enum):
 _ids = itertools.count()
 
 
-def mark(params: Iterable[Tensor]) -> None:
+class LostChange(GlmCoreError, RuntimeError):
+    """A change of a gathered parameter that no rank would keep; a RuntimeError, as in DeepSpeed."""
+
+
+def mark(params: Iterable[Tensor], sanity_checks: bool) -> None:
     """Gives partitioned parameters the attributes by which scripts know DeepSpeed's: ds_id,
-    ds_shape, ds_numel, ds_status, ds_tensor (this rank's elements, as a vector) and ds_persist
-    (False: none stays whole between layers)."""
+    ds_shape, ds_numel, ds_status, ds_tensor (this rank's elements, as a vector), ds_persist (False:
+    none stays whole between layers) and ds_enable_sanity_checks."""
     for p in params:
         if isinstance(p, Split | DTensor) and not hasattr(p, "ds_id"):
             own = p.part if isinstance(p, Split) else p.to_local()
@@ -53,6 +57,7 @@ def mark(params: Iterable[Tensor]) -> None:
                 "ds_status": ZeroParamStatus.NOT_AVAILABLE,
                 "ds_tensor": own.detach().view(-1),
                 "ds_persist": False,
+                "ds_enable_sanity_checks": sanity_checks,
             }
             for name, value in values.items():
                 setattr(p, name, value)
@@ -73,8 +78,9 @@ def _available(params: Sequence[Tensor]) -> Iterator[None]:
 
 class Init:
     """Inside the block a module's parameters are partitioned over the data-parallel ranks as soon
-    as it becomes part of another module, and those of the others at the block's end. So a rank
-    holds its share of the model and one layer whole. Values are the first rank's, the same as
+    as it becomes part of another module, and those of the others at the block's end (where blocks
+    are nested, that of the block in which it was made). So a rank holds its share of the model and
+    one layer whole. Values are the first rank's, the same as
     without the block. See distributed.split.Split for what may be done with such a parameter before
     `initialize`."""
 
@@ -102,8 +108,9 @@ class Init:
                 f"zero.Init: remote_device={remote_device!r}: nothing is offloaded here; remove it"
             )
         config = config if config_dict_or_path is None else config_dict_or_path
-        stage = 3 if config is None else read(config).get("zero_optimization", {}).get("stage", 0)
-        self.enabled = enabled and stage == 3
+        zero = {"stage": 3} if config is None else read(config).get("zero_optimization", {})
+        self.enabled = enabled and zero.get("stage", 0) == 3
+        self.sanity_checks = bool(zero.get("enable_sanity_checks", False))
         if not self.enabled:
             return
         init_distributed()
@@ -117,26 +124,30 @@ class Init:
         if self.enabled and not Init._open:
             # in the order of their making, which is the same on all ranks
             self._made: list[weakref.ref[nn.Module]] = []
+            self._parents: list[weakref.ref[nn.Module]] = []
             self._hook = register_module_module_registration_hook(self._registered)
             self._init, self._apply = nn.Module.__init__, nn.Module.apply
             nn.Module.__init__ = self._noting(self._init)  # type: ignore[method-assign]  # until exit
             nn.Module.apply = _gathering(self._apply)  # type: ignore[method-assign]  # until exit
         if self.enabled:
             Init._open.append(self)
+            self._first = len(Init._open[0]._made)
         return self
 
     def __exit__(self, *error: object) -> None:
         if not self.enabled:
             return
+        whole = Init._open[0]._made[self._first :]
         Init._open.remove(self)
         if not Init._open:
             self._hook.remove()
             nn.Module.__init__ = self._init  # type: ignore[method-assign]  # torch's own again
             nn.Module.apply = self._apply  # type: ignore[method-assign]  # torch's own again
-            gc.collect()  # else a dead module might live on some ranks only
-            for made in self._made:
-                if (module := made()) is not None:
-                    self._partition(module)
+            whole += self._parents
+        gc.collect()  # else a dead module might live on some ranks only
+        for made in whole:
+            if (module := made()) is not None:
+                self._partition(module)
 
     def _noting(self, init: Callable[..., None]) -> Callable[..., None]:
         def noted(module: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -146,13 +157,13 @@ class Init:
         return noted
 
     def _registered(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
-        self._made.append(weakref.ref(parent))  # it may be older than the block
+        self._parents.append(weakref.ref(parent))  # it may be older than the block
         if child is not None:
             self._partition(child)
 
     def _partition(self, module: nn.Module) -> None:
         split_module(module, self.group)
-        mark(module.parameters())
+        mark(module.parameters(), self.sanity_checks)
 
 
 _orig_torch_arange = torch.arange
@@ -192,7 +203,7 @@ def GatheredParameters(
 ) -> Iterator[None]:
     """Makes the parameters whole inside the block, for torch's functions and methods too that a
     script calls on a parameter it holds. Changes last only with modifier_rank, whose values all
-    ranks get."""
+    ranks get; without it they are a LostChange where the config's enable_sanity_checks is on."""
     chosen = [params] if isinstance(params, Tensor) else list(params)
     splits = [p for p in chosen if enabled and isinstance(p, Split)]
     marked = [p for p in chosen if enabled and isinstance(p, Split | DTensor)]
@@ -202,8 +213,9 @@ def GatheredParameters(
         for p, full in zip(parted, whole, strict=True):
             full.__dict__.update({k: v for k, v in vars(p).items() if k.startswith("ds_")})
             _show(p, full)
+        checked = [] if modifier_rank is not None else [*splits, *whole]
         try:
-            with _Whole(parted, whole):
+            with _unchanged(checked, marked), _Whole(parted, whole):
                 yield
         finally:
             for p in parted:
@@ -218,6 +230,30 @@ def unwrap_model_for_generation(model: nn.Module) -> Iterator[nn.Module]:
     """Yields the model with whole parameters, for the block."""
     with GatheredParameters(model.parameters()):
         yield model
+
+
+@contextmanager
+def _unchanged(shown: Sequence[Tensor], params: Sequence[Tensor]) -> Iterator[None]:
+    """Raises LostChange on every rank if one of them changes a tensor of `shown` in the block and
+    the config asks for it."""
+    if not any(getattr(t, "ds_enable_sanity_checks", False) for t in shown):
+        yield
+        return
+
+    def versions() -> list[tuple[int, int]]:
+        return [(t._version, 0 if isinstance(t, Split) else t.data_ptr()) for t in shown]
+
+    before = versions()
+    yield
+    first: Any = params[0]
+    group = first.device_mesh.get_group() if isinstance(first, DTensor) else first.group
+    changed = torch.tensor(int(versions() != before), device=first.device)
+    dist.all_reduce(changed, dist.ReduceOp.MAX, group)
+    if changed:
+        raise LostChange(
+            "zero.GatheredParameters: in-place modification without modifier_rank, which no rank "
+            "keeps; pass modifier_rank=0"
+        )
 
 
 class _Whole(TorchFunctionMode):

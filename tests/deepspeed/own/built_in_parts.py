@@ -54,6 +54,13 @@ class Layer(nn.Module):
         self.linear = nn.Linear(WIDTH, WIDTH, bias=False)
 
 
+class BiasApart(nn.Linear):
+    """Leaves the sum with the bias to its caller, as Megatron-LM's layers do."""
+
+    def forward(self, inputs):
+        return nn.functional.linear(inputs, self.weight), self.bias
+
+
 def build(enabled):
     torch.manual_seed(21)
     with deepspeed.zero.Init(enabled=enabled):
@@ -108,8 +115,12 @@ with deepspeed.zero.Init(config_dict_or_path=config):
         alone = nn.Linear(4, 4)
     assert isinstance(alone.weight, Split)
     trained, *_ = deepspeed.initialize(model=tiled, config=config)
-error = (trained(inputs) - plain(inputs)).abs().max()
-assert error <= 64 * torch.finfo(torch.float32).eps * plain(inputs).abs().max(), error
+apart = deepspeed.zero.TiledLinearReturnBias(
+    7, 5, in_splits=2, out_splits=3, linear_cls=BiasApart, init_linear=plain
+)
+for result in (trained(inputs), sum(apart(inputs))):
+    error = (result - plain(inputs)).abs().max()
+    assert error <= 64 * torch.finfo(torch.float32).eps * plain(inputs).abs().max(), error
 # with sanity checks a change that would be lost is an error on all ranks, before and after
 for weight in (alone.weight, tiled.linears[0][0].weight):
     with deepspeed.zero.GatheredParameters(weight), torch.no_grad():

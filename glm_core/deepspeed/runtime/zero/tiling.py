@@ -66,12 +66,13 @@ class TiledLinear(nn.Module):
 
     def forward(self, input_: Any) -> Any:
         """Returns the layer's result, or a list with that of each part of its features."""
-        inputs = input_ if self.input_is_already_split else input_.split(_sizes(self.in_parts), -1)
+        split = self.input_is_already_split and self.in_splits > 1  # one input needs no list
+        inputs = input_ if split else input_.split(_sizes(self.in_parts), -1)
         if len(inputs) != self.in_splits:
             raise BadSplit(f"TiledLinear: {len(inputs)} inputs; pass in_splits={self.in_splits}")
         outputs = [
             self._sum([tile(x) for tile, x in zip(row, inputs, strict=True)])
-            for row in self.linears
+            for row in self._rows()
         ]
         return self._join(outputs) if self.combine_out_splits else outputs
 
@@ -92,11 +93,14 @@ class TiledLinear(nn.Module):
                 f"TiledLinear: a layer of shape {tuple(weight.shape)} with bias={bias is not None} "
                 f"for {self.out_features} x {self.in_features}, bias={self.use_bias}; pass its like"
             )
-        for row, rows in zip(self.linears, _slices(self.out_parts), strict=True):
+        for row, rows in zip(self._rows(), _slices(self.out_parts), strict=True):
             for tile, columns in zip(row, _slices(self.in_parts), strict=True):
-                _copy(tile.weight, weight[rows, columns])
+                _copy(tile.get_parameter("weight"), weight[rows, columns])
             if bias is not None:
-                _copy(tile.bias, bias[rows])
+                _copy(row[-1].get_parameter("bias"), bias[rows])
+
+    def _rows(self) -> list[list[nn.Module]]:
+        return [list(row.children()) for row in self.linears]
 
 
 class TiledLinearReturnBias(TiledLinear):

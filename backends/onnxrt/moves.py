@@ -112,9 +112,16 @@ def select_scatter(g: Graph, out: Any, self: Value, src: Value, dim: int, index:
 @translation("sort")
 def sort(g: Graph, out: Any, self: Value, dim: int = -1, descending: bool = False, **_: Any) -> Any:
     """Uses TopK over the whole length: of equal values it gives the one with the lower index first,
-    as a stable sort does."""
-    x, size = g.operand(self, out[0].dtype), g.ints([self.shape[dim]])
-    return g.several("TopK", 2, x, size, axis=dim, largest=int(descending), sorted=1)
+    as a stable sort does. OpenVINO's does not: integers are made distinct first."""
+    n, x = self.shape[dim], g.operand(self, out[0].dtype)
+    how = {"axis": dim, "largest": int(descending), "sorted": 1}
+    if out[0].is_floating_point() or not n:
+        return g.several("TopK", 2, x, g.ints([n]), **how)
+    place = torch.arange(n).flip(0) if descending else torch.arange(n)
+    shape = [n if d == dim % out[0].ndim else 1 for d in range(out[0].ndim)]
+    distinct = g.node("Add", g.node("Mul", x, g.ints([n])), g.constant(place.view(shape)))
+    order = g.several("TopK", 2, distinct, g.ints([n]), **how)[1]
+    return [g.node("GatherElements", x, order, axis=dim), order]
 
 
 @translation("constant_pad_nd")

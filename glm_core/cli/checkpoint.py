@@ -14,7 +14,10 @@ from glm_core.cli.options import add_json, add_quantization, emit, quantization
 if TYPE_CHECKING:
     from glm_core.pretrained.weights.reading import Checkpoint
 
-LAYOUTS = "chatglm2, chatglm-6b, glm, glm4, glm-130b, glm-block, glm-core, sat-chatglm-6b"
+LAYOUTS = (
+    "chatglm2, chatglm-6b, glm, glm4, glm4_moe, glm4_moe_fused, glm4_moe_lite, "
+    "glm4_moe_lite_fused, glm-130b, glm-block, glm-core, sat-chatglm-6b"
+)
 """names of the layouts, written out because --help imports no torch; a test compares them"""
 ADAPTER = "adapter.safetensors, a run that has one, a folder of the peft package"
 

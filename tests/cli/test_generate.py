@@ -251,7 +251,7 @@ def test_export(run_dir: Path, tmp_path: Path, capsys: Any) -> None:
         (
             tmp_path / "plain",
             ["--beams", 2],
-            "cannot be combined with --adapter, --beams, --head-bits",
+            "cannot be combined with --adapter, --beams, --bits, --head-bits",
         ),
     ]:
         code, _, error = call(capsys, *generate, folder, *more)

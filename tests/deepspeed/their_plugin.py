@@ -82,6 +82,7 @@ def _put_us_in_place() -> None:
 
     info = dict.fromkeys(("version", "cuda_version", "nccl_version", "hip_version"), "0.0")
     _add_module("git_version_info", {"torch_info": info})
+    _add_module("runtime.swap_tensor", {"MIN_SWAPPABLE_BYTES": 2**20})  # a size of their models
     _add_module("utils.torch", {"required_torch_version": lambda **_: True})
     deepspeed.ops.__compatible_ops__ = defaultdict(bool, OPS)
     sys.modules.setdefault("hjson", json)

@@ -8,27 +8,19 @@ import importlib
 import os
 import runpy
 import sys
-import traceback
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "shared"))
+from forked import work_and_exit
 
 
 def child(rank: int, program: str, out: str, arguments: list[str]) -> None:
     """Runs the program as one rank and ends the process."""
-    log = os.open(Path(out).with_suffix(f".log{rank}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
     os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank)})
     sys.argv = [program, out, *arguments]
-    code = 1
-    try:
-        runpy.run_path(program, run_name="__main__")
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    work_and_exit(
+        Path(out).with_suffix(f".log{rank}"), lambda: runpy.run_path(program, run_name="__main__")
+    )
 
 
 def main(program: str, out: str, *arguments: str) -> None:

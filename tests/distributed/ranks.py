@@ -13,9 +13,10 @@ import socket
 import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Any
+
+from forked import work_and_exit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Ranks:
 
     def __init__(self) -> None:
         here = str(Path(__file__).parent)
-        paths = [here, str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+        shared = str(Path(__file__).parents[1] / "shared")
+        paths = [here, shared, str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
         self.process = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
@@ -94,22 +96,11 @@ def fork(request: dict[str, Any]) -> list[int | None]:
 
 
 def _child(request: dict[str, Any], rank: int) -> None:
-    out = os.open(
-        Path(request["folder"]) / f"rank-{rank}.out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    module, _, name = request["function"].rpartition(".")
+    work_and_exit(
+        Path(request["folder"]) / f"rank-{rank}.out",
+        lambda: getattr(importlib.import_module(module), name)(*request["args"]),
     )
-    os.dup2(out, 1)
-    os.dup2(out, 2)
-    code = 1
-    try:
-        module, _, name = request["function"].rpartition(".")
-        getattr(importlib.import_module(module), name)(*request["args"])
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
 
 
 def _reap(pids: list[int], deadline: float) -> list[int | None]:

@@ -3,6 +3,7 @@ backends that differ from the reference in one kernel."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from glm_core import align, ops
 from glm_core.backends.base import Backend
 from glm_core.config import DataConfig, Dtype, ModelConfig, RunConfig, TrainConfig
 from glm_core.data.sampler import Batch
+from glm_core.sensitivity.plans.sample import batch_of
 from glm_core.session import Kernel
 
 VOCAB, LENGTH = 64, 32
@@ -26,16 +28,10 @@ class Markov:
 
     def next(self, micro_batch: int) -> Batch:
         """Sequences one by one, so that their order knows no micro-batch."""
-        rows = [self.sequence() for _ in range(micro_batch)]
-        tokens, sep = torch.stack([t for t, _ in rows]), torch.tensor([[s] for _, s in rows])
-        place = torch.arange(LENGTH).expand(micro_batch, LENGTH)
-        return Batch(
-            tokens=tokens[:, :-1].contiguous(),
-            labels=tokens[:, 1:].contiguous(),
-            loss_weight=(place >= sep).float(),
-            positions=torch.stack((place, torch.zeros_like(place)), 1),
-            key_start=torch.zeros_like(place, dtype=torch.int32),
-            key_end=torch.maximum(place + 1, sep).int(),
+        batch = batch_of([self.sequence() for _ in range(micro_batch)])
+        place = batch.positions[:, 0]
+        return dataclasses.replace(
+            batch, positions=torch.stack((place, torch.zeros_like(place)), 1)
         )
 
     def sequence(self) -> tuple[torch.Tensor, int]:

@@ -40,17 +40,7 @@ class Text:
 
     def next(self, micro_batch: int) -> Batch:
         """Draws row by row, so that the order knows no micro-batch."""
-        rows = [self._row() for _ in range(micro_batch)]
-        tokens, sep = torch.stack([t for t, _ in rows]), torch.tensor([[s] for _, s in rows])
-        place = torch.arange(LENGTH).expand(micro_batch, LENGTH)
-        return Batch(
-            tokens=tokens[:, :-1].contiguous(),
-            labels=tokens[:, 1:].contiguous(),
-            loss_weight=(place >= sep).float(),
-            positions=torch.stack((place, (place - sep + 1).clamp(min=0)), 1),
-            key_start=torch.zeros_like(place, dtype=torch.int32),
-            key_end=torch.maximum(place + 1, sep).int(),
-        )
+        return batch_of([self._row() for _ in range(micro_batch)])
 
     def _row(self) -> tuple[torch.Tensor, int]:
         draws = torch.randint(0, 1 << 20, (LENGTH + 2,), generator=self.generator).tolist()
@@ -66,6 +56,21 @@ class Text:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Does nothing: every run starts at the first row."""
+
+
+def batch_of(rows: list[tuple[torch.Tensor, int]]) -> Batch:
+    """Returns a batch of rows: L + 1 tokens each, and the length of a prefix that is seen as a
+    whole and not learned."""
+    tokens, sep = torch.stack([t for t, _ in rows]), torch.tensor([[s] for _, s in rows])
+    place = torch.arange(tokens.shape[1] - 1).expand(len(rows), -1)
+    return Batch(
+        tokens=tokens[:, :-1].contiguous(),
+        labels=tokens[:, 1:].contiguous(),
+        loss_weight=(place >= sep).float(),
+        positions=torch.stack((place, (place - sep + 1).clamp(min=0)), 1),
+        key_start=torch.zeros_like(place, dtype=torch.int32),
+        key_end=torch.maximum(place + 1, sep).int(),
+    )
 
 
 def config(model: str, dtype: Dtype = "float32") -> RunConfig:

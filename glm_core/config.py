@@ -257,16 +257,20 @@ class ModelConfig:
     def rotary_dim(self) -> int:
         """Returns the rotated dimensions of a head per position row. An odd number is rotated in
         pairs as the even one above it, as transformers does."""
-        whole = self.rope_head_dim if self.kv_latent else self.head_dim
-        return int(whole * self.rope_fraction) // (2 if self.positions == "rope_2d" else 1)
+        rows = 2 if self.positions == "rope_2d" else 1
+        return int(self._rotated_part * self.rope_fraction) // rows
+
+    @property
+    def _rotated_part(self) -> int:
+        """Returns the part of a head of which `rope_fraction` is rotated."""
+        return self.rope_head_dim if self.kv_latent else self.head_dim
 
     def _rotary_rule(self) -> bool | str:
         """Returns the rule of `check` for the rotated dimensions."""
         if self.positions == "learned_2d" or not 0 < self.rope_fraction <= 1:
             return True
         dim, rows = self.rotary_dim, 2 if self.positions == "rope_2d" else 1
-        whole = self.rope_head_dim if self.kv_latent else self.head_dim
-        fits = dim and rows * (dim + dim % 2) <= whole
+        fits = dim and rows * (dim + dim % 2) <= self._rotated_part
         if not fits or (rows == 2 and int(self.head_dim * self.rope_fraction) % 4):
             return f"gives {dim} rotated dimensions; they must be even"
         if self.rope_scaling != "none" and (rows == 2 or dim % 2 or dim < 4):

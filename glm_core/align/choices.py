@@ -12,7 +12,7 @@ from torch import Tensor
 
 from glm_core.align.capture import Call
 from glm_core.align.replay import CHOSEN, Results, exact
-from glm_core.conformance.choices import exact_scores
+from glm_core.conformance.choices import exact_scores, without_tensors
 from glm_core.conformance.tolerance import MAX_ERROR_RATIO
 
 
@@ -30,14 +30,19 @@ class Flips(NamedTuple):
 
 def flips(call: Call, chosen: Tensor) -> Flips:
     """Returns how `chosen` differs from what float64 chooses for this call."""
-    choice = call.op.choice
-    assert choice is not None, "only for ops that choose"
-    scores, slack = exact_scores(choice, call.args)
-    others = {k: v for k, v in call.args.items() if not isinstance(v, Tensor)}
-    wrong = choice.shortfall(scores, slack, chosen, **others) > 1
+    scores, slack, wrong = _judged(call, chosen)
     best = exact(call, {})[CHOSEN].long()
     differ = (best != chosen).any(-1)
     return Flips(len(chosen), _expected(scores, slack, best), int(differ.sum()), wrong)
+
+
+def _judged(call: Call, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the scores in float64, the error that each may have, and which rows chose wrong."""
+    choice = call.op.choice
+    assert choice is not None, "only for ops that choose"
+    scores, slack = exact_scores(choice, call.args)
+    short = choice.shortfall(scores, slack, chosen, **without_tensors(call.args))
+    return scores, slack, short > 1
 
 
 def _expected(scores: Tensor, slack: Tensor, best: Tensor) -> float:
@@ -71,7 +76,7 @@ def settled(call: Call, results: Results) -> Results:
         return results
     given = exact(call, results, functools.partial(call.op.choice.given, chosen))
     moved = {n: y + (right[n] - given[n]) for n, y in results.items() if n != CHOSEN}
-    wrong = flips(call, chosen).wrong[:, None]
+    wrong = _judged(call, chosen)[2][:, None]
     return {CHOSEN: torch.where(wrong, results[CHOSEN], right[CHOSEN]), **moved}
 
 

@@ -7,15 +7,13 @@ import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from glm_core.align.verdict import AS_IT_HAPPENED, Finding, Pair
+from glm_core.align.verdict import AS_IT_HAPPENED, NOT_FINITE, Finding, Pair
 
 if TYPE_CHECKING:
     from glm_core.align.trace import Trace
 
 HONEST = "what honest rounding does"
 MAX_EXHIBITS = 3
-NOT_FINITE = 1e30
-"""stands for infinity and NaN in a trace"""
 MEASURED = {
     "scale": "too {large} by a common factor: {amount} of the result",
     "offset": "shifted {up} by a constant: {amount} of the result",
@@ -78,6 +76,13 @@ def sentence(pair: Pair) -> str:
     if not ratio < NOT_FINITE:
         return f"{start}; {subject} is infinite, NaN, or so far off that its error overflows"
     return f"{start}; {subject} deviates {times(ratio)} times as far as honest rounding does"
+
+
+def shares(pair: Pair, candidate: Trace) -> list[float | None]:
+    """Returns the largest ratios of curve, gradients and ops; None for what is not judged."""
+    judged = (pair.envelope is not None, pair.gradient_excess.size, candidate.num_tests)
+    ratios = (pair.max_envelope_ratio, pair.max_gradient_ratio, pair.max_op_ratio)
+    return [ratio if here else None for ratio, here in zip(ratios, judged, strict=True)]
 
 
 def largest(pair: Pair) -> float:
@@ -210,10 +215,9 @@ def exhibits(finding: Finding) -> list[str]:
     those that reach its direction, the likeliest kinds first. Where the museum knows a public
     report of one, its project is added."""
     from glm_core.faults.catalogue import FAULTS
-    from glm_core.faults.museum import attention  # noqa: F401  # imported for what it lists
-    from glm_core.faults.museum.kernels import KERNELS
+    from glm_core.faults.museum.hall import HALL
 
-    shipped = {exhibit.fault: f" (reported: {exhibit.project})" for exhibit in KERNELS}
+    shipped = {e.fault: f" (reported: {e.project})" for e in HALL if e.part == "kernel"}
     kinds = KINDS.get(finding.projection.split(" ")[0].rstrip(","), ())
     own = ("update",) if direction_of(finding) == "optimizer" else (finding.direction, "both")
     alike = [f for f in FAULTS if f.op == finding.op and f.direction in own]

@@ -22,14 +22,12 @@ from glm_core.align.training import Run, Snapshot, free_run, split
 from glm_core.backends import registry
 from glm_core.config import RunConfig, from_dict, to_dict
 from glm_core.data.sampler import Batch
-from glm_core.distributed import apply, launch, layout, mesh
-from glm_core.distributed.parallel import ManyProcesses
+from glm_core.distributed import apply, launch, mesh
+from glm_core.distributed.parallel import Chunk, ManyProcesses
 from glm_core.distributed.plan import parse
 from glm_core.errors import TrainingError
 from glm_core.training.optimizer import own_part
 
-Chunk = tuple[str, tuple[int, ...], Tensor]
-"""a parameter's name, the place of the values in the whole parameter, and the values"""
 Start = Callable[[int, Path], None]
 """starts so many processes that call `work` on the folder, and waits for them"""
 TIMEOUT_S = 600.0
@@ -192,14 +190,11 @@ def _captured(run: Run, here: ManyProcesses, snapshot: Snapshot) -> dict[str, An
     run.optimizer.load_masters({n: w.to(here.device) for n, w in weights.items()})
     with registry.use(here.backend):
         loss = float(run.backward(split(snapshot.batches, here.config.train.global_batch)))
-    tp, rank = here.plan.tp, here.mesh.get_local_rank("tp")
-    chunks: list[Chunk] = []
+    gradients: dict[str, Tensor] = {}
     for name, p in here.model.named_parameters():
         own = own_part(p if p.grad is None else p.grad).detach().cpu().double()
-        own = own * 0 if p.grad is None else own / snapshot.loss_scale
-        cut = layout.split_of(name, here.config.model, tp, rank)
-        chunks += [(name, at, x.clone()) for at, x in layout.chunks(own, cut, apply.own_rows(p)[0])]
-    return {"loss": loss, "chunks": chunks}
+        gradients[name] = own * 0 if p.grad is None else own / snapshot.loss_scale
+    return {"loss": loss, "chunks": here.held(gradients)}
 
 
 if __name__ == "__main__":

@@ -119,11 +119,7 @@ def _verdict(word: str) -> str:
 def _summary(judged: Sequence[Judged]) -> str:
     rows = []
     for p, _, candidate in judged:
-        taught = bool(p.gradient_excess.size)
-        ratios = [p.max_envelope_ratio if p.envelope is not None else None]
-        ratios.append(p.max_gradient_ratio if taught else None)
-        ratios.append(p.max_op_ratio if candidate.num_tests else None)
-        shares = [_share(ratio) for ratio in ratios]
+        shares = [_share(ratio) for ratio in explanation.shares(p, candidate)]
         rows.append((p.candidate, p.dtype, _verdict(p.verdict), *shares, p.first_step or "-"))
     head = ("candidate", "dtype", "verdict", "curve", "gradients", "ops", "first step outside")
     note = (

@@ -26,6 +26,8 @@ FALSE_ALARM_RATE = 1e-3
 """the default probability that an honest candidate is called diverged"""
 NUM_TESTS = 3
 """envelope, gradients and op by op; each gets an equal share of the rate"""
+NOT_FINITE = 1e30
+"""stands for infinity and NaN, which JSON does not have"""
 WATCHED = 0.1
 """the share of the ops' rate that is for calls judged as they happen, see `watched_run`"""
 AS_IT_HAPPENED = ", as it happened"
@@ -109,8 +111,8 @@ class Pair:
 
 
 def finite(value: Any) -> Any:
-    """Returns 1e30 for infinity and NaN, which JSON does not have; any other value unchanged."""
-    return 1e30 if isinstance(value, float) and not math.isfinite(value) else value
+    """Returns NOT_FINITE for infinity and NaN, any other value unchanged."""
+    return NOT_FINITE if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @np.errstate(all="ignore")  # what overflows is infinite, and what is NaN counts as infinite

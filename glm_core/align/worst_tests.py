@@ -11,6 +11,8 @@ from glm_core.align.teacher_forcing import Case, Key, Measures
 from glm_core.align.trace_format import OpResult, OpTest
 
 Array = NDArray[np.float64]
+CRITICAL = statistics.critical_z(1e-3, 1_000_000)
+"""standard errors that are left out when tests are compared with each other"""
 MAX_SUSPECTS, MAX_MEASURED = 2, 12
 """calls outside whose own range is measured: of an op at a time, and in all"""
 
@@ -34,14 +36,13 @@ def worst_tests(
 ) -> tuple[list[OpTest], Array]:
     """Returns the test of each family (`Key`) that is furthest outside its benign range, and its
     effect, standard error and limit [T, 3]."""
-    z = statistics.critical_z(1e-3, 1_000_000)
     worst: dict[Key, tuple[float, OpTest, list[float]]] = {}
     by_result = {(c.call.op.name, tensor): c for c in cases for tensor in c.dtypes}
     for key, effect, error, own_case in measured.by_statistic():
         case = own_case or by_result[key.op, key.tensor]  # pooled: any case has the dtype and shape
         dtype = case.dtypes[key.tensor]
         limit = teacher_forcing.limit(limits, key, dtype, case.terms)
-        outside = statistics.excess(effect, error, limit, z)
+        outside = statistics.excess(effect, error, limit, CRITICAL)
         group = int(np.argmax(outside))
         if key in worst and worst[key][0] >= outside[group]:
             continue
@@ -89,9 +90,8 @@ def fair_tests(
 
 def outside_first(tests: list[OpTest], values: Array) -> list[OpTest]:
     """Returns the tests outside their limit, the furthest first."""
-    z = statistics.critical_z(1e-3, 1_000_000)
     ratios = [
-        float(statistics.excess(effect[None], error[None], float(limit), z)[0])
+        float(statistics.excess(effect[None], error[None], float(limit), CRITICAL)[0])
         for effect, error, limit in values
     ]
     order = sorted(range(len(tests)), key=lambda i: -ratios[i])

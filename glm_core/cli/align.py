@@ -312,10 +312,8 @@ def report_text(
     rows = [["candidate", "dtype", "verdict", "curve", "gradients", "ops", "first step"]]
     details = []
     for pair, trace in zip(pairs, traces, strict=True):
-        taught = bool(pair.gradient_excess.size)
-        judged = (pair.envelope is not None, taught, bool(trace.num_tests))
-        ratios = (pair.max_envelope_ratio, pair.max_gradient_ratio, pair.max_op_ratio)
-        shares = [f"{r:.3f}" if j else "-" for r, j in zip(ratios, judged, strict=True)]
+        ratios = explanation.shares(pair, trace)
+        shares = ["-" if ratio is None else f"{ratio:.3f}" for ratio in ratios]
         rows.append(
             [pair.candidate, pair.dtype, pair.verdict, *shares, str(pair.first_step or "-")]
         )

@@ -4,6 +4,7 @@ where the scores lie within rounding, and wrong anywhere else."""
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -28,7 +29,7 @@ def deviation(case: Case, name: str, got: Tensor) -> Deviation | None:
     last = scores.shape[-1] - 1
     if not bool(((got >= 0) & (got <= last)).all()):
         return Deviation(math.inf, f"chosen indexes must lie in 0 ... {last}")
-    short = choice.shortfall(scores, slack, got, **_others(args))
+    short = choice.shortfall(scores, slack, got, **without_tensors(args))
     worst = int(short.argmax())
     where = f"row {worst} chose {got[worst].tolist()}, but others score higher or come first"
     return Deviation(MAX_ERROR_RATIO * float(short[worst]), where)
@@ -44,5 +45,6 @@ def exact_scores(choice: Choice, args: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return exact, MAX_ERROR_RATIO * allowed.error.reshape(exact.shape)
 
 
-def _others(args: dict[str, Any]) -> dict[str, Any]:
+def without_tensors(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns an op's other arguments, such as the number of experts of a token."""
     return {k: v for k, v in args.items() if not isinstance(v, Tensor)}

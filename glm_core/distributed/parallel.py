@@ -3,7 +3,7 @@ parameters are held more than once, and one norm covers everything."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from glm_core.distributed import apply, schedule
 from glm_core.distributed import mesh as meshes
 from glm_core.distributed.checkpoint import shards_of
 from glm_core.distributed.collectives import all_reduce
-from glm_core.distributed.layout import split_of
+from glm_core.distributed.layout import chunks, split_of
 from glm_core.distributed.plan import Plan, require_fit
 from glm_core.distributed.tensor_parallel import replicated
 from glm_core.errors import ConfigError
@@ -28,6 +28,8 @@ from glm_core.training.optimizer import Optimizer, own_part, sum_in_float32
 
 MESSAGE = 2**25
 """elements that one collective of `add_up` sums"""
+Chunk = tuple[str, tuple[int, ...], Tensor]
+"""a parameter's name, the place of the values in the whole parameter, and the values"""
 FIELDS = ("positions", "key_start", "key_end", "labels")
 
 
@@ -62,6 +64,17 @@ class ManyProcesses:
         self.work = schedule.Work(
             self.model.stages, plan, mesh, config.model, self.device, self.dtype
         )
+
+    def held(self, tensors: Mapping[str, Tensor]) -> list[Chunk]:
+        """Returns copies of what this process holds of such tensors; by name: its part of each
+        parameter, or of the parameter's gradient."""
+        tp, rank = self.plan.tp, self.mesh.get_local_rank("tp")
+        found: list[Chunk] = []
+        for name, p in self.model.named_parameters():
+            cut = split_of(name, self.config.model, tp, rank)
+            for place, part in chunks(tensors[name], cut, apply.own_rows(p)[0]):
+                found.append((name, place, part.detach().clone()))
+        return found
 
     @property
     def is_reporter(self) -> bool:

@@ -169,8 +169,10 @@ class LatentAttention(nn.Module):
         turned = torch.cat((q_turned, key.unsqueeze(2)), 2)  # [B, L, H + 1, R]
         turned = ops.rope(turned, *rotary, c.rope_interleaved)
         q_turned, key = turned.split_with_sizes((c.num_heads, 1), 2)
-        step = self._expanded if cache is None else self._absorbed
-        y = step(q_plain, q_turned, latent, key, key_start, key_end, cache)  # [B, L, H, U]
+        if cache is None:
+            y = self._expanded(q_plain, q_turned, latent, key, key_start, key_end)  # [B, L, H, U]
+        else:
+            y = self._absorbed(q_plain, q_turned, latent, key, key_start, key_end, cache)
         return self.out(y.flatten(2))  # [B, L, H * U] -> [B, L, D]
 
     def _expanded(
@@ -181,7 +183,6 @@ class LatentAttention(nn.Module):
         key: Tensor,
         key_start: Tensor,
         key_end: Tensor,
-        cache: Window | None,
     ) -> Tensor:
         """Returns every head's result [B, L, H, U], with keys and values made for every head."""
         kv = self.kv_b(latent).unflatten(-1, (self.config.num_heads, -1))  # [B, L, H, E - R + U]
@@ -198,10 +199,9 @@ class LatentAttention(nn.Module):
         key: Tensor,
         key_start: Tensor,
         key_end: Tensor,
-        cache: Window | None,
+        cache: Window,
     ) -> Tensor:
         """Returns the same from the latents that the cache holds, without making keys or values."""
-        assert cache is not None
         c = self.config
         weight = self.kv_b.weight.unflatten(0, (c.num_heads, -1))  # [H, E - R + U, C]
         to_keys, to_values = weight.split_with_sizes((self.plain, c.value_head_dim), 1)

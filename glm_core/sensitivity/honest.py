@@ -49,11 +49,12 @@ class Honest:
         alarms = [r for r in judged if r.convicted]
         groups = sorted(Counter(group(r) for r in judged).items())
         tests = ("envelope_ratio", "gradient_ratio", "op_ratio")
+        low, high = interval(len(alarms), len(judged))
         return {
             "judged": len(judged),
             "alarms": len(alarms),
-            "rate_low": interval(len(alarms), len(judged))[0],
-            "rate_high": interval(len(alarms), len(judged))[1],
+            "rate_low": low,
+            "rate_high": high,
             "convicted": [f"{r.setup}: {r.name}" for r in alarms],
             "by_kind": dict(groups),
             "largest": {t: finite(max((getattr(r, t) for r in judged), default=0)) for t in tests},

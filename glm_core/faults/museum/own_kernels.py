@@ -3,6 +3,7 @@ the catalogue."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -23,11 +24,10 @@ from glm_core.faults.kernels import (
 )
 from glm_core.faults.optim import adam
 from glm_core.faults.rounding import bf16
+from glm_core.ops.layout import FAR
 from glm_core.ops.precision import wide
 
 F = torch.nn.functional
-FAR = 2**31
-"""the first offset, in elements, that 32 bits with a sign cannot hold"""
 
 
 # mistakes that are not among the catalogue's --------------------------------------------
@@ -184,5 +184,9 @@ OWN = [
 
 def fault_named(name: str) -> Fault:
     """Returns the fault with this name or id, of the catalogue or of the museum alone."""
-    found = {f.id: f for f in every_mutant()} | {f.name: f for f in (*FAULTS, *OWN)}
-    return found[name]
+    return _faults()[name]
+
+
+@functools.cache
+def _faults() -> dict[str, Fault]:
+    return {f.id: f for f in every_mutant()} | {f.name: f for f in (*FAULTS, *OWN)}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from glm_core.align.calibration import control_modes, gradient_modes
 from glm_core.align.envelope import envelope, error_bound
-from glm_core.align.gradients import exact_gradients, gradient_errors
+from glm_core.align.gradients import distance, exact_gradients, gradient_errors
 from glm_core.align.training import Run, free_run, moved
 from glm_core.align.verdict import EPS
 from glm_core.sensitivity.plans import sample
@@ -73,11 +73,6 @@ class Baseline:
         off = np.array([distance(weights[n], t) for n, t in sorted(self.weights.items())])
         ratio: Array = off / self.weight_bound
         return ratio.reshape(-1)
-
-
-def distance(x: Tensor, of: Tensor) -> float:
-    """Returns the relative distance, in norm."""
-    return float((x - of).norm() / of.norm().clamp(min=1e-300))
 
 
 class Kept(Run):

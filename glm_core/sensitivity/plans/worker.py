@@ -17,8 +17,7 @@ import torch
 from torch import distributed as dist
 
 from glm_core.backends import registry
-from glm_core.distributed import layout, mesh, parallel, vocabulary
-from glm_core.distributed.apply import own_rows
+from glm_core.distributed import mesh, parallel, vocabulary
 from glm_core.distributed.parallel import ManyProcesses
 from glm_core.distributed.plan import parse
 from glm_core.faults.museum import bugs
@@ -27,19 +26,6 @@ from glm_core.training.optimizer import own_part
 from glm_core.training.trainer import Trainer
 
 TIMEOUT_S = 60.0
-
-
-def held(
-    here: ManyProcesses, tensors: dict[str, torch.Tensor]
-) -> list[tuple[str, tuple[int, ...], Any]]:
-    """Returns (name, place in the whole, values) of what this process holds of these tensors."""
-    tp, rank = here.plan.tp, here.mesh.get_local_rank("tp")
-    found = []
-    for name, p in here.model.named_parameters():
-        split = layout.split_of(name, here.config.model, tp, rank)
-        for place, piece in layout.chunks(tensors[name], split, own_rows(p)[0]):
-            found.append((name, place, piece.detach().clone()))
-    return found
 
 
 def train(case: dict[str, Any], backend: Any) -> dict[str, Any]:
@@ -58,9 +44,9 @@ def train(case: dict[str, Any], backend: Any) -> dict[str, Any]:
             if step == 0:
                 named = dict(here.model.named_parameters())
                 grads = {n: own_part(p.grad) for n, p in named.items() if p.grad is not None}
-                report["gradient"] = held(here, grads)
-                report["first"] = held(here, trainer.optimizer.master)
-        report["weight"] = held(here, trainer.optimizer.master)
+                report["gradient"] = here.held(grads)
+                report["first"] = here.held(trainer.optimizer.master)
+        report["weight"] = here.held(trainer.optimizer.master)
     return report
 
 

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from glm_core.cli.generate import add_model_and_backend, add_sampling, load_runner, sampling
+from glm_core.cli.generate import (
+    add_model_and_backend,
+    add_sampling,
+    load_runner,
+    report_drafts,
+    sampling,
+)
 
 
 def define(parser: argparse.ArgumentParser) -> None:
@@ -26,4 +32,5 @@ def run(args: argparse.Namespace) -> int:
     with explained(args.backend, "chat", GENERATION_MEMORY), registry.use(args.backend):
         chat_model, runner = load_runner(args)
         terminal.chat(chat_model, sampling(args), sys.stdin, sys.stdout, runner)
+        report_drafts(runner)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING
 
 from glm_core.cli.memory import add_memory, load_within_memory, require_memory_options
@@ -80,6 +81,14 @@ def add_model_and_backend(
         metavar="N",
         help="8 or 4: compute logits with a copy of the head in 8 or 4 bits; faster with large "
         "vocabularies",
+    )
+    parser.add_argument(
+        "--speculate",
+        type=int,
+        default=0,
+        metavar="N",
+        help="draft N tokens at a time with the model's layer of multi-token prediction and check "
+        "them in one step; the tokens stay the same (default %(default)s: no drafts)",
     )
     add_memory(parser)
 
@@ -166,7 +175,8 @@ def load_runner(args: argparse.Namespace) -> tuple[ChatModel, Runner]:
 
     slots = max(getattr(args, "beams", None) or 1, 1)
     chat_model, found = load_chat_model(args, slots)
-    return chat_model, Runner(chat_model.model, slots, found.context)
+    runner = Runner(chat_model.model, slots, found.context, speculate=args.speculate)
+    return chat_model, runner
 
 
 def load_export(args: argparse.Namespace) -> tuple[ChatModel, Runner]:
@@ -174,13 +184,22 @@ def load_export(args: argparse.Namespace) -> tuple[ChatModel, Runner]:
     from glm_core.errors import ConfigError
     from glm_core.pretrained.load import from_export
 
-    others = ("adapter", "beams", "bits", "head_bits", "context", "memory", "offload")
+    others = ("adapter", "beams", "bits", "head_bits", "context", "memory", "offload", "speculate")
     if any(getattr(args, name) for name in others):
         raise ConfigError(
             "generate --onnx: cannot be combined with --adapter, --beams, --bits, --head-bits, "
-            "--context, --memory or --offload; leave these out"
+            "--context, --memory, --offload or --speculate; leave these out"
         )
     return from_export(args.onnx)
+
+
+def report_drafts(runner: Runner) -> None:
+    """Prints how many drafts were right, where there were any."""
+    if runner.drafted:
+        print(
+            f"speculate: {runner.accepted} of {runner.drafted} drafted tokens were right",
+            file=sys.stderr,
+        )
 
 
 def sampling(args: argparse.Namespace, stop: tuple[int, ...] = ()) -> Sampling:
@@ -212,6 +231,7 @@ def run(args: argparse.Namespace) -> int:
             _fill_blanks(args, chat_model, runner)
         else:
             _continue_text(args, chat_model, runner)
+        report_drafts(runner)
     return 0
 
 

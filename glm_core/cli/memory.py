@@ -76,6 +76,8 @@ def require_memory_options(args: argparse.Namespace) -> None:
         raise ConfigError(
             "--bandwidth: is for --offload alone; leave it out, or add --offload disk"
         )
+    if args.speculate and getattr(args, "beams", None):
+        raise ConfigError("--speculate: cannot be combined with --beams; leave one out")
     if args.offload and (args.adapter or getattr(args, "lora", None)):
         raise ConfigError(
             "--offload: cannot be combined with --adapter or --lora; merge the adapter into the "
@@ -96,11 +98,13 @@ def load_within_memory(
 
     from glm_core.model.fit import BUFFERS
     from glm_core.model.offload import link_gb_s, stream_from_host, streamed_layers
+    from glm_core.model.runner import require_draft_layer
     from glm_core.pretrained.weights.sizes import sizes
     from glm_core.pretrained.weights.streaming import LayerFiles, load_streamed
 
-    dtype = getattr(torch, args.dtype)
-    size = sizes(weights, dtype, bits=args.bits, head_bits=args.head_bits)
+    require_draft_layer(weights.config, args.speculate)
+    dtype, speculate = getattr(torch, args.dtype), args.speculate > 0
+    size = sizes(weights, dtype, args.bits, args.head_bits, speculate)
     found = _fit(args, weights, size, device, slots, most_slots)
     layers = streamed_layers(size.num_layers, found.resident)
     if not layers:

@@ -124,6 +124,7 @@ def run(args: argparse.Namespace) -> int:
             length=found.context,
             chunk=args.chunk,
             loras=load_loras(paths, chat_model),
+            speculate=args.speculate,
         )
         listening.listen()  # whoever reads the address may connect
         print(

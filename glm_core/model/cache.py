@@ -23,10 +23,12 @@ class Cache:
         length: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        further: int = 0,
     ) -> None:
+        """further: layers of multi-token prediction that keep keys and values too."""
         self.slots, self.length = slots, length
         c = config
-        shape = (c.num_layers, c.cache_parts, slots, c.key_heads, length, c.key_dim)
+        shape = (c.num_layers + further, c.cache_parts, slots, c.key_heads, length, c.key_dim)
         # zeros: a reference multiplies what it hides by 0, which leaves a NaN a NaN
         self.memory = torch.zeros(shape, dtype=dtype, device=device)
         """[layers, Q, slots, K, S, E]: keys, then values"""
@@ -36,10 +38,11 @@ class Cache:
         """Returns the bytes of the whole cache, which never grows."""
         return self.memory.numel() * self.memory.element_size()
 
-    def window(self, first: int, places: Tensor) -> Window:
+    def window(self, first: int, places: Tensor, shared: bool = False) -> Window:
         """Returns the cache as one call sees it: row b uses slot `first` + b, and its tokens go to
-        `places` [B, L]."""
-        return Window(self.memory[:, :, first : first + len(places)], places)
+        `places` [B, L]. shared: all rows use slot `first`, at places of their own."""
+        slots = 1 if shared else len(places)
+        return Window(self.memory[:, :, first : first + slots], places)
 
     def copy(self, sources: list[int], targets: list[int], length: int) -> None:
         """Copies the first `length` tokens of the slots `sources` into the slots `targets`, all at
@@ -51,9 +54,11 @@ class Window:
     """A cache as one call of the model sees it."""
 
     def __init__(self, memory: Tensor, places: Tensor) -> None:
-        self._memory = memory  # [layers, Q, B, K, S, E]
-        self._places = places  # [B, L]
-        self._rows = torch.arange(len(places), device=places.device)[:, None]
+        """memory [layers, Q, B, K, S, E] with a slot for each row of places [B, L], or with one
+        slot for all of them: then a row sees what the others write in the same call."""
+        self._memory, self._places = memory, places
+        slots = memory.shape[2]
+        self._rows = torch.arange(len(places), device=places.device)[:, None].clamp(max=slots - 1)
 
     @property
     def num_keys(self) -> int:
@@ -66,10 +71,11 @@ class Window:
         keys, values = self._memory[layer].transpose(2, 3)  # [B, S, K, E]
         keys[self._rows, self._places] = k
         values[self._rows, self._places] = v
-        return keys, values
+        rows = len(self._places)
+        return keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1)
 
     def append_latent(self, layer: int, latent: Tensor) -> Tensor:
         """Does the same for latents [B, L, 1, E] -> [B, S, 1, E]."""
         latents: Tensor = self._memory[layer, 0].transpose(1, 2)  # [B, S, 1, E]
         latents[self._rows, self._places] = latent
-        return latents
+        return latents.expand(len(self._places), -1, -1, -1)

@@ -42,10 +42,11 @@ class Sizes(NamedTuple):
         return self.ends + self.layer * min(self.num_layers, BUFFERS if offload else 1 << 30)
 
 
-def token_bytes(config: ModelConfig, value_bytes: int) -> int:
-    """Returns the cache's bytes for one token of one sequence."""
+def token_bytes(config: ModelConfig, value_bytes: int, further: int = 0) -> int:
+    """Returns the cache's bytes for one token of one sequence. further: layers of multi-token
+    prediction that keep keys and values too."""
     c = config
-    return c.cache_parts * c.num_layers * c.key_heads * c.key_dim * value_bytes
+    return c.cache_parts * (c.num_layers + further) * c.key_heads * c.key_dim * value_bytes
 
 
 class Fit(NamedTuple):

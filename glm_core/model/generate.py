@@ -11,62 +11,21 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from glm_core.errors import GenerationError, PromptError
+from glm_core.model.generation import Generation
 from glm_core.model.glm import GLM
 from glm_core.model.prompt import Prompt, PromptTokenizer, blank, fill_blank
 from glm_core.model.reuse import Reuse
 from glm_core.model.runner import CHUNK, DecodeRow, Runner, idle
-from glm_core.model.sample import Sampling, TokenLogprob, adjust, choose, report
-
-
-class Generation:
-    """One sequence: its prompt, settings, slot, and the tokens so far."""
-
-    def __init__(self, prompt: Prompt, sampling: Sampling, slot: int, offset: int) -> None:
-        self.prompt, self.sampling = prompt, sampling
-        self.slot, self.offset = slot, offset
-        self.read = 0
-        """tokens of the prompt that are in the cache"""
-        self.reused: int | None = None
-        """those of them that an earlier prompt has left there; None before the first is read"""
-        self.tokens: list[int] = []
-        """tokens generated so far, without the stop token"""
-        self.logprobs: list[TokenLogprob] = []
-        """one for each token, and for the stop token, where the sampling asks for them"""
-        self.finish = ""
-        """why the sequence ended: `stop` (a stop token came), `length` (max_tokens or the context
-        is used up), `error` or `cancelled`; empty while it runs"""
-        self.error: GenerationError | None = None
-        self._generator = torch.Generator().manual_seed(sampling.seed)
-
-    @property
-    def reading(self) -> bool:
-        """Returns whether a part of the prompt is still to be read."""
-        return self.read < len(self.prompt.tokens)
-
-    def draw(self) -> float:
-        """Returns the next uniform number of this sequence's own generator."""
-        return float(torch.rand((), dtype=torch.float64, generator=self._generator))
-
-    def take(self, token: int, room: int) -> None:
-        """Adds a token, or ends the sequence. room: new tokens that fit into the context."""
-        if token in self.sampling.stop:
-            self.finish = "stop"
-            return
-        self.tokens.append(token)
-        if len(self.tokens) >= min(self.sampling.max_tokens, room):
-            self.finish = "length"
-
-    def next(self) -> DecodeRow:
-        """Returns the row to feed in the next decode step, once the prompt is read."""
-        place = len(self.prompt.tokens) + len(self.tokens) - 1
-        return DecodeRow(self.tokens[-1], self.prompt, place, self.offset)
+from glm_core.model.sample import Sampling, adjust, choose, report
+from glm_core.model.speculate import Drafter
 
 
 class Decoder:
     """Up to `slots` sequences that share the model's steps. A Runner in place of the model brings
     its own slots. num_ids: ids that the tokenizer knows; the vocabulary's padding beyond them is
     never generated. reuse: a prompt that begins like an earlier one takes over its keys and values
-    (`Reuse`); the model must not change meanwhile."""
+    (`Reuse`); the model must not change meanwhile. A runner that speculates drafts for a sequence
+    that is alone."""
 
     def __init__(
         self,
@@ -81,6 +40,7 @@ class Decoder:
         self._reuse = Reuse(self.runner, reuse)
         self._reading: list[Generation] = []
         self.num_ids = num_ids or model.config.vocab
+        self._drafter = Drafter(self.runner, self.num_ids) if self.runner.speculate else None
         self.live: list[Generation | None] = [None] * self.runner.slots
 
     @property
@@ -119,18 +79,46 @@ class Decoder:
 
     def step(self) -> list[Generation]:
         """Reads about `chunk` tokens of waiting prompts, in the order they came, then generates one
-        token for every sequence whose prompt is read. Returns those sequences; finished ones have
-        left their slots."""
+        token for every sequence whose prompt is read, or several where drafts were right. Returns
+        those sequences; finished ones have left their slots."""
         room, begun = self.runner.chunk, list(self._reading)
         for g in begun:
             while g.reading and room > 0:
                 room -= self._read(g)
         going = [g for g in self.live if g and not g.reading]
-        if going:
+        if self._drafter is not None and len(going) == 1:
+            self._speculate(going[0], self._drafter)
+        elif going:
+            for g in going:
+                self._forget_drafts(g.slot)
             rows = max(g.slot for g in going) + 1
             logits = self.runner.decode([self._row(slot) for slot in range(rows)])
             self._choose(logits[[g.slot for g in going]], going)
         return going
+
+    def _speculate(self, g: Generation, drafter: Drafter) -> None:
+        """Drafts tokens, lets the model check them, and takes those that it chooses too, and the
+        one that it chooses after them."""
+        left = min(g.sampling.max_tokens, self._room(g)) - len(g.tokens)
+        drafts = drafter.propose(g, min(self.runner.speculate, left - 1))
+        [last] = g.latest(1)
+        fed = [last._replace(token=t, place=last.place + i + 1) for i, t in enumerate(drafts)]
+        logits = self.runner.verify(g.slot, [last, *fed])
+        self.runner.drafted += len(drafts)
+        for i in range(len(logits)):
+            self._choose(logits[i : i + 1], [g])
+            if g.finish or i == len(drafts) or g.tokens[-1] != drafts[i]:
+                break
+            self.runner.accepted += 1
+        drafter.keep(g.slot, i + 1)
+
+    def _forget_drafts(self, slot: int) -> None:
+        if self._drafter is not None:
+            self._drafter.forget(slot)
+
+    def _room(self, g: Generation) -> int:
+        """Returns how many new tokens fit into the context."""
+        return self.runner.length - len(g.prompt.tokens) - g.offset
 
     def _row(self, slot: int) -> DecodeRow:
         """Returns what the next decode step feeds to a slot. A row without a token writes behind
@@ -165,8 +153,11 @@ class Decoder:
         g = generation
         if g.reused is None:
             g.reused = g.read = self._reuse.bring(g.slot, g.prompt)
+            self._forget_drafts(g.slot)
         before = g.read
         logits, g.read = self.runner.read(g.slot, [g.prompt], before)
+        if self._drafter is not None:
+            self._drafter.read_prompt(g.slot)
         self._reuse.keep(g.slot, g.prompt, g.read)
         if not g.reading:
             self._reading.remove(g)
@@ -211,7 +202,7 @@ class Decoder:
                 g.logprobs.append(report(plain[i], token, g.sampling.logprobs))
             if g.sampling.constraint is not None:
                 g.sampling.constraint.accept(token)
-            g.take(token, self.runner.length - len(g.prompt.tokens) - g.offset)
+            g.take(token, self._room(g))
         for g in going:
             if g.finish:
                 self._release(g)

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from glm_core import dispatch
+from glm_core.config import ModelConfig
 from glm_core.decode_step import DecodeStep, Rows
 from glm_core.diagnose import nonfinite
-from glm_core.errors import GenerationError, PromptError
+from glm_core.errors import ConfigError, GenerationError, PromptError
 from glm_core.model.cache import Cache
 from glm_core.model.glm import GLM
 from glm_core.model.loras import LoRAs
@@ -26,6 +27,8 @@ from glm_core.spec import Support, unsupported
 
 CHUNK = 512
 """tokens of a prompt read by one call"""
+MOST_DRAFTS = 7
+"""tokens that may be drafted at a time: the `cpu` backend keeps the bits of up to 8 rows a call"""
 
 
 class DecodeRow(NamedTuple):
@@ -62,11 +65,17 @@ class Call(NamedTuple):
     """the slot of row 0; row b uses slot first + b"""
     adapters: tuple[str, ...]
     """each row's LoRA; empty: the model alone"""
+    shared: bool = False
+    """all rows use slot `first`"""
 
 
 class Runner:
     """A model with a cache for `slots` sequences of at most `length` tokens; reads prompts in
     chunks of `chunk` tokens. Its caller keeps a backend active (`registry.use`)."""
+
+    speculate = 0
+    drafted = accepted = 0
+    """tokens that were drafted, and those of them that the model chose too"""
 
     def __init__(
         self,
@@ -75,16 +84,23 @@ class Runner:
         length: int | None = None,
         chunk: int = CHUNK,
         loras: LoRAs | None = None,
+        speculate: int = 0,
     ) -> None:
-        """loras: the adapters that prompts may name."""
+        """loras: the adapters that prompts may name. speculate: the tokens that are drafted at a
+        time (model/speculate.py); 0: none. Raises ConfigError for a model that cannot draft."""
+        require_draft_layer(model.config, speculate)
+        self.speculate = speculate
         weight, self._loras = model.embedding, loras
         self.model, self.config, self.slots = model, model.config, slots
         model.eval()  # adapters apply dropout in training only
         self.length = min(length or model.config.max_length, model.config.max_length)
         # with dynamic scaling all keys of a prompt are rotated by frequencies of its whole length
         self.chunk = self.length if model.config.rope_scaling == "dynamic" else chunk
-        self.cache = Cache(model.config, slots, self.length, weight.dtype, weight.device)
+        further = int(speculate > 0)
+        self.cache = Cache(model.config, slots, self.length, weight.dtype, weight.device, further)
         self._last: Callable[[], Call]
+        self.hidden: Tensor
+        """hidden states [B, L, D] of the latest call, unless a backend took it whole"""
         self._step: DecodeStep | Support = unsupported("not asked for yet")
         self._step_made_for: object = None
         self._step_backend: object = None
@@ -145,6 +161,24 @@ class Runner:
         self._last = lambda: _step_call(fed, adapters, self._device)
         return step(fed, self.cache.memory)
 
+    def verify(self, slot: int, rows: Sequence[DecodeRow]) -> Tensor:
+        """Feeds successive tokens of one sequence to its slot in one call and returns the logits
+        [B, V] (float32) after each. Each token is a row of its own, as in `decode`, so with kernels
+        whose rows do not depend on one another the bits are those of one step after another."""
+        adapters = tuple(row.prompt.adapter for row in rows)
+        return self._logits(_step_call(_rows(rows), adapters, self._device, slot))
+
+    def read_further(self, slot: int, rows: Sequence[DecodeRow], hidden: Tensor) -> Tensor:
+        """Feeds tokens of one sequence to the first layer of multi-token prediction, with the
+        hidden states [B, 1, D] of the tokens before them. Returns its hidden states [B, 1, D]."""
+        return self._further(_step_call(_rows(rows), (), self._device, slot), hidden)
+
+    def read_prompt_further(self, before: Tensor) -> Tensor:
+        """Lets that layer read the prompt's chunk that was read just now. before [1, 1, D]: the
+        hidden state of the token in front. Returns the chunk's last hidden state [1, 1, D]."""
+        self._further(self.last, torch.cat((before, self.hidden[:, :-1]), 1))
+        return self.hidden[:, -1:]
+
     def _whole_step(self, num_rows: int, adapted: bool) -> DecodeStep | None:
         session = dispatch.session()
         if self._step_backend is not session.backend:
@@ -202,14 +236,34 @@ class Runner:
 
     def _logits(self, call: Call) -> Tensor:
         self._last, model = lambda: call, self._model_of(call)
-        window = self.cache.window(call.first, call.places)
+        window = self.cache.window(call.first, call.places, call.shared)
         with torch.inference_mode():
-            hidden = model(
+            self.hidden = hidden = model(
                 call.tokens, call.positions, call.key_start, call.key_end, window
             )  # [B, L, D]
             logits = model.project(hidden[:, -1].contiguous())  # [B, V]
         # a copy: a tensor made in inference mode cannot be written to outside of it
         return logits.to(torch.float32, copy=True)
+
+    @torch.inference_mode()
+    def _further(self, call: Call, hidden: Tensor) -> Tensor:
+        window = self.cache.window(call.first, call.places, call.shared)
+        # the first token of a sequence has no hidden state before it, and no token sees it
+        start = call.key_start + 1
+        return self.model.further(
+            0, call.tokens, hidden, call.positions, start, call.key_end, window
+        )
+
+
+def require_draft_layer(config: ModelConfig, speculate: int) -> None:
+    """Raises ConfigError where so many tokens cannot be drafted."""
+    if not 0 <= speculate <= MOST_DRAFTS:
+        raise ConfigError(f"speculate={speculate}: must lie in 0 ... {MOST_DRAFTS}")
+    if speculate and not config.num_mtp_layers:
+        raise ConfigError(
+            f"speculate={speculate}: the model has no layer of multi-token prediction "
+            "(num_mtp_layers=0); use a checkpoint with one, or decode without"
+        )
 
 
 def _padded(
@@ -240,8 +294,10 @@ def _rows(rows: Sequence[DecodeRow]) -> Rows:
     )
 
 
-def _step_call(rows: Rows, adapters: tuple[str, ...], device: torch.device) -> Call:
-    """Returns the same rows as inputs of the model, one token each."""
+def _step_call(
+    rows: Rows, adapters: tuple[str, ...], device: torch.device, slot: int | None = None
+) -> Call:
+    """Returns the same rows as inputs of the model, one token each. slot: of all rows."""
     pairs = zip(rows.positions[::2], rows.positions[1::2], strict=True)
     return _call(
         [[t] for t in rows.tokens],
@@ -249,9 +305,10 @@ def _step_call(rows: Rows, adapters: tuple[str, ...], device: torch.device) -> C
         [[k] for k in rows.key_start],
         [[k] for k in rows.key_end],
         [[p] for p in rows.places],
-        0,
+        slot or 0,
         adapters,
         device,
+        slot is not None,
     )
 
 
@@ -264,6 +321,7 @@ def _call(
     first: int,
     adapters: tuple[str, ...],
     device: torch.device,
+    shared: bool = False,
 ) -> Call:
     return Call(
         torch.tensor(tokens, device=device),
@@ -273,4 +331,5 @@ def _call(
         torch.tensor(places, device=device),
         first,
         adapters,
+        shared,
     )

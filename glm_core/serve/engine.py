@@ -17,7 +17,8 @@ from typing import NamedTuple
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
 from glm_core.errors import ConfigError, GlmCoreError
-from glm_core.model.generate import Decoder, Generation
+from glm_core.model.generate import Decoder
+from glm_core.model.generation import Generation
 from glm_core.model.loras import LoRAs
 from glm_core.model.prompt import Prompt
 from glm_core.model.runner import CHUNK, Runner
@@ -78,15 +79,17 @@ class Engine:
         length: int | None = None,
         chunk: int = CHUNK,
         loras: LoRAs | None = None,
+        speculate: int = 0,
     ) -> None:
         """length: tokens of a slot, prompt and reply together; None: the model's context. chunk:
         tokens of a prompt that are read at a time; prompts that begin alike share whole chunks.
-        loras: adapters that a prompt may name."""
+        loras: adapters that a prompt may name. speculate: tokens that are drafted at a time for a
+        request that runs alone."""
         self.chat_model, self._backend, self.queue = chat_model, backend, queue
         self.adapters = loras.names if loras else []
         self.metrics = Metrics()
         with registry.use(backend):
-            runner = Runner(chat_model.model, slots, length, chunk, loras)
+            runner = Runner(chat_model.model, slots, length, chunk, loras, speculate)
             self._decoder = Decoder(runner, num_ids=chat_model.tokenizer.vocab, reuse=True)
         self.slots, self.length = slots, runner.length
         self.cache_bytes = runner.cache.num_bytes

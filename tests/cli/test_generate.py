@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -16,8 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 
 from glm_core import cli, config
+from glm_core.model.glm import GLM
+from glm_core.model.presets import preset
 from glm_core.training.run import run
 
 
@@ -82,6 +87,8 @@ def test_generate(run_dir: Path, capsys: Any) -> None:
         (["--backend", "cpx"], 2, "did you mean cpu?"),
         (["--beams", "-1"], 2, "num_beams"),
         (["--head-bits", "3"], 2, "bits=3 must be 8 or 4"),
+        (["--speculate", "2"], 2, "speculate=2: the model has no layer of multi-token prediction"),
+        (["--speculate", "2", "--beams", "2"], 2, "--speculate: cannot be combined with --beams"),
         (["--bits", "3"], 2, "bits=3 must be 8 or 4"),
         (["--bits", "4", "--offload", "disk"], 2, "--bits: cannot be combined with --offload"),
         (["--context", "1"], 2, "--context 1 has no room"),
@@ -99,6 +106,25 @@ def test_bad_usage(run_dir: Path, capsys: Any, change: list[str], code: int, mes
     assert done == code
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_speculate(run_dir: Path, capsys: Any, tmp_path: Path) -> None:
+    """The text is the same, and a line says what the drafts were worth."""
+    model = GLM(
+        dataclasses.replace(
+            preset("tiny-moe"), num_layers=2, hidden=32, ffn=32, expert_ffn=32, vocab=512
+        )
+    ).init_weights(0)
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
+    facts = {"model_type": "glm-core", **dataclasses.asdict(model.config)}
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    shutil.copy(run_dir / "tokenizer.model", tmp_path)
+    command = ["generate", "--model", tmp_path, "--prompt", "The fox", "--max-tokens", 8]
+    for more in ([], ["--temperature", 0.9]):
+        _, plain, said = call(capsys, *command, *more, "--context", 64)
+        code, text, drafts = call(capsys, *command, *more, "--context", 64, "--speculate", 2)
+        assert (code, text, said) == (0, plain, "")
+        assert re.fullmatch(r"speculate: \d+ of \d+ drafted tokens were right\n", drafts)
 
 
 def test_offload(run_dir: Path, capsys: Any) -> None:

@@ -11,7 +11,8 @@ import torch
 from kinds import model, prompts
 
 from glm_core.backends import registry
-from glm_core.model.generate import Decoder, Generation, generate
+from glm_core.model.generate import Decoder, generate
+from glm_core.model.generation import Generation
 from glm_core.model.prompt import Prompt, causal
 from glm_core.model.sample import Sampling
 

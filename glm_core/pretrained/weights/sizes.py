@@ -12,10 +12,15 @@ from glm_core.pretrained.weights.reading import Checkpoint, is_linear
 
 
 def sizes(
-    c: Checkpoint, dtype: torch.dtype, bits: int | None = None, head_bits: int | None = None
+    c: Checkpoint,
+    dtype: torch.dtype,
+    bits: int | None = None,
+    head_bits: int | None = None,
+    speculate: bool = False,
 ) -> Sizes:
     """Returns the sizes of the model that `c.load(dtype, quantized=True)` makes. bits: as if its
-    linears were quantised so, a scale a row. head_bits: with a quantised copy of the head."""
+    linears were quantised so, a scale a row. head_bits: with a quantised copy of the head.
+    speculate: the cache holds keys and values of a layer of multi-token prediction too."""
     by_layer = [0] * c.config.num_layers
     ends = 0
     for name, shape in c.shapes.items():
@@ -28,7 +33,7 @@ def sizes(
     if head_bits:
         values = math.prod(c.shapes["embedding"])
         ends += values * head_bits // 8 + values // 32 * VALUE_BYTES
-    token = token_bytes(c.config, dtype.itemsize)
+    token = token_bytes(c.config, dtype.itemsize, int(speculate))
     return Sizes(ends, max(by_layer), c.config.num_layers, token)
 
 
@@ -39,5 +44,5 @@ def _bytes(
         ranks = range(c.num_ranks)
         return sum(s.num_bytes for r in ranks for k in (False, True) for s in c.stored(name, r, k))
     if bits is not None and is_linear(name):
-        return math.prod(shape) * bits // 8 + VALUE_BYTES * shape[0]
+        return math.prod(shape) * bits // 8 + VALUE_BYTES * math.prod(shape[:-1])
     return math.prod(shape) * dtype.itemsize

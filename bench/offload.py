@@ -10,31 +10,25 @@ dropped before every turn, so that the disk is read, unless --cached."""
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import math
 import os
 import sys
-from collections.abc import Iterator
 from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from glm_core.backends import registry
-from glm_core.config import ModelConfig
+from glm_core.bench.folders import write
 from glm_core.measure.memory import resident_peak_bytes
 from glm_core.measure.timing import interleave, machine, ratio
 from glm_core.model.fit import BUFFERS
-from glm_core.model.glm import GLM
 from glm_core.model.offload import StreamedBlock, duplicate, streamed_layers
 from glm_core.model.presets import preset
 from glm_core.model.prompt import causal
 from glm_core.model.runner import DecodeRow, Runner
-from glm_core.pretrained.weights.files import safetensors_header
-from glm_core.pretrained.weights.reading import is_linear, open_checkpoint
+from glm_core.pretrained.weights.reading import open_checkpoint
 from glm_core.pretrained.weights.sizes import sizes
 from glm_core.pretrained.weights.streaming import LayerFiles, load_streamed
 
@@ -42,51 +36,6 @@ CPU = torch.device("cpu")
 BF16 = torch.bfloat16
 PROMPT = causal(list(range(1, 9)))
 CONTEXT = 256
-DRAWN = 1 << 22
-"""random values, repeated in every tensor"""
-
-
-def write(folder: Path, config: ModelConfig, bits: int) -> None:
-    """Writes a checkpoint of layout glm-core in bfloat16, its linears quantized if bits are given;
-    no tensor is in memory whole."""
-    folder.mkdir(parents=True)
-    described = {"model_type": "glm-core", "quantization_bit": bits or None}
-    described |= dataclasses.asdict(config)
-    text = json.dumps({k: v for k, v in described.items() if v is not None})
-    (folder / "config.json").write_text(text, encoding="utf-8")
-    with torch.device("meta"):
-        model = GLM(config)
-    entries: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
-    for name, p in model.named_parameters():
-        if bits and is_linear(name):
-            entries.append((name, torch.int8, (p.shape[0], p.shape[1] * bits // 8)))
-            entries.append((name + "_scale", torch.float16, (p.shape[0],)))
-        else:
-            entries.append((name, BF16, tuple(p.shape)))
-    drawn = torch.randn(DRAWN)
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(safetensors_header(entries, {"format": "pt"}))
-        for name, dtype, shape in entries:
-            for part in _values(name, dtype, shape, drawn, bits):
-                file.write(part.view(torch.uint8).numpy().data)
-
-
-def _values(
-    name: str, dtype: torch.dtype, shape: tuple[int, ...], drawn: Tensor, bits: int
-) -> Iterator[Tensor]:
-    """Yields a tensor's values, piece after piece."""
-    count, std = math.prod(shape), shape[-1] ** -0.5
-    if name.endswith("_scale"):
-        piece = torch.full((count,), 1 / 64 / 2**bits, dtype=dtype)
-    elif dtype == torch.int8:
-        piece = (drawn * 60).clamp(-127, 127).to(dtype)
-    elif len(shape) == 1:
-        piece = torch.full((count,), float(name.endswith("norm.weight")), dtype=dtype)
-    else:
-        piece = (drawn * std).to(dtype)
-    while count:
-        yield piece[:count]
-        count -= min(count, len(piece))
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

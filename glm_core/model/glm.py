@@ -36,8 +36,8 @@ QUANTIZED = (
     *("attention.q", "attention.q_a", "attention.q_b", "attention.kv_a"),
     *("mlp.shared.up", "mlp.shared.down", "mlp.experts_up", "mlp.experts_down"),
 )
-"""the linear layers of any block that quantisation makes codes of. Decoding from latents needs
-the values of `attention.kv_b`, and a router is float32"""
+"""the linear layers of any block that quantisation makes codes of; `attention.kv_b` in two parts
+(`quantize.QuantizedHeads`). A router is float32"""
 LATENT_EPS = 1e-6
 """of the norms of both latents, whatever `norm_eps` is (transformers, Glm4MoeLiteAttention)"""
 Rotary = tuple[Tensor, Tensor]
@@ -124,6 +124,35 @@ class Attention(nn.Module):
         return self.out(y.flatten(2))  # [B, L, H * E] -> [B, L, D]
 
 
+def head_matrices(weight: Tensor, widths: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Returns each head's matrices, of widths E - R and U, in a weight [H (E - R + U), C]."""
+    keys, values = weight.unflatten(0, (-1, sum(widths))).split_with_sizes(widths, 1)
+    return keys, values
+
+
+class HeadsLinear(Linear):
+    """Maps latents to the keys and values of all heads, by weight [H (E - R + U), C]; or applies
+    the same matrices to queries and results, which spares making keys and values."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        c = config
+        self.widths = (c.head_dim - c.rope_head_dim, c.value_head_dim)
+        super().__init__(c.kv_latent, c.num_heads * sum(self.widths), False)
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """Returns each head's matrix of keys [H, E - R, C] and of values [H, U, C]."""
+        return head_matrices(self.weight, self.widths)
+
+    def to_latent(self, q: Tensor) -> Tensor:
+        """Maps queries [B, L, H, E - R] to [B, L, H, C], whose products with latents are those of
+        the queries with the keys."""
+        return torch.einsum("blhe,hec->blhc", q, self.matrices()[0])
+
+    def from_latent(self, y: Tensor) -> Tensor:
+        """Maps weighted sums of latents [B, L, H, C] to those of the values [B, L, H, U]."""
+        return torch.einsum("blhc,huc->blhu", y, self.matrices()[1])
+
+
 class LatentAttention(nn.Module):
     """Multi-head latent attention (DeepSeek-AI 2024, DeepSeek-V2, section 2.1). Keys and values of
     all heads are made from one latent of C numbers a token, and one rotated key part of R.
@@ -147,7 +176,7 @@ class LatentAttention(nn.Module):
             self.q = Linear(c.hidden, heads, False)
         self.kv_a = Linear(c.hidden, c.kv_latent + c.rope_head_dim, bias)
         self.kv_a_norm = Norm(c, c.kv_latent, LATENT_EPS)
-        self.kv_b = Linear(c.kv_latent, c.num_heads * (self.plain + c.value_head_dim), False)
+        self.kv_b = HeadsLinear(c)
         self.out = Linear(c.num_heads * c.value_head_dim, c.hidden, bias)
         self.core: Callable[..., Tensor] = ops.attention
 
@@ -203,14 +232,11 @@ class LatentAttention(nn.Module):
     ) -> Tensor:
         """Returns the same from the latents that the cache holds, without making keys or values."""
         c = self.config
-        weight = self.kv_b.weight.unflatten(0, (c.num_heads, -1))  # [H, E - R + U, C]
-        to_keys, to_values = weight.split_with_sizes((self.plain, c.value_head_dim), 1)
-        q = torch.einsum("blhe,hec->blhc", q_plain, to_keys)  # [B, L, H, C]
-        q = torch.cat((q, q_turned), -1)  # [B, L, H, C + R]
+        q = torch.cat((self.kv_b.to_latent(q_plain), q_turned), -1)  # [B, L, H, C + R]
         own = torch.cat((latent.unsqueeze(2), key), -1)  # [B, L, 1, C + R]
         k = cache.append_latent(self.layer, own)  # [B, S, 1, C + R]
         y = self._attend(q, k, k[..., : c.kv_latent], key_start, key_end)  # [B, L, H, C]
-        return torch.einsum("blhc,huc->blhu", y, to_values)  # [B, L, H, U]
+        return self.kv_b.from_latent(y)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor

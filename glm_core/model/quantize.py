@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from glm_core import ops
 from glm_core.config import ModelConfig, check, require_dense
 from glm_core.errors import ShapeError
-from glm_core.model.glm import GLM, QUANTIZED, GroupedLinear, Linear
+from glm_core.model.glm import GLM, QUANTIZED, GroupedLinear, HeadsLinear, Linear, head_matrices
 from glm_core.ops.quant import dequantize, quantize, row_parts
 
+HEADS = "attention.kv_b"
+"""the layer that is quantised in two parts"""
 VALUE_BYTES = 2
 """size of a value that is not quantised: bfloat16 or float16"""
 
@@ -93,19 +95,70 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedGroupedLinear(QuantizedLinear):
-    """The same in place of `GroupedLinear`: each expert that has rows computes them by the op
-    `quantized_linear`."""
+    """The same in place of `GroupedLinear`, by the op `quantized_grouped_linear`."""
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:  # type: ignore[override]  # the rows of each expert come with it
-        q, parts = self.quantization, rows.split(counts.tolist())
-        done = [
-            ops.quantized_linear(
-                part, self.weight[i], self.scale[i], None, q.bits, q.activation_bits
-            )
-            for i, part in enumerate(parts)
-            if len(part)
-        ]
-        return torch.cat(done) if done else rows.new_empty(0, self.weight.shape[1])
+        q = self.quantization
+        return ops.quantized_grouped_linear(
+            rows, self.weight, self.scale, counts, q.bits, q.activation_bits
+        )
+
+
+class QuantizedHeads(nn.Module):
+    """In place of `HeadsLinear`: codes of each head's matrix of keys, transposed as queries are
+    multiplied by it, and of values."""
+
+    def __init__(self, keys: QuantizedLinear, values: QuantizedLinear) -> None:
+        """keys [H, C, E - R] and values [H, U, C], of all heads, as QuantizedGroupedLinear."""
+        super().__init__()
+        self.keys, self.values = keys, values
+
+    @classmethod
+    def of(cls, linear: HeadsLinear, how: Quantization) -> QuantizedHeads:
+        """Quantises the matrices of a linear layer."""
+        parts = split_heads(linear.weight, linear.widths, how)
+        return cls(*(QuantizedGroupedLinear(w, None, each) for w, each in parts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps latents [B, L, C] to keys and values [B, L, H (E - R + U)]; only a call without a
+        cache needs it."""
+        both = (self.keys.dequantized().transpose(1, 2), self.values.dequantized())
+        return ops.linear(x, torch.cat(both, 1).flatten(0, 1).to(x.dtype))
+
+    def to_latent(self, q: Tensor) -> Tensor:
+        """Maps queries as `HeadsLinear.to_latent` does."""
+        return _by_head(self.keys, q)
+
+    def from_latent(self, y: Tensor) -> Tensor:
+        """Maps sums as `HeadsLinear.from_latent` does."""
+        return _by_head(self.values, y)
+
+
+def _by_head(linear: nn.Module, x: Tensor) -> Tensor:
+    """Maps x [B, L, H, D] to [B, L, H, F], each head by its own matrix."""
+    heads = x.shape[2]
+    rows = x.flatten(0, 1).transpose(0, 1)  # [H, B L, D]
+    counts = torch.full((heads,), rows.shape[1], device=x.device)
+    y: Tensor = linear(rows.flatten(0, 1), counts).unflatten(0, (heads, -1))  # [H, B L, F]
+    return y.transpose(0, 1).unflatten(0, x.shape[:2])
+
+
+def split_heads(
+    weight: Tensor, widths: tuple[int, int], how: Quantization
+) -> list[tuple[Tensor, Quantization]]:
+    """Returns the two parts that `QuantizedHeads` keeps of a weight of `HeadsLinear`, and how each
+    is quantised."""
+    keys, values = head_matrices(weight, widths)
+    parts = (keys.transpose(1, 2), values)
+    return [(w, heads_quantization(w.shape[-1], how)) for w in parts]
+
+
+def heads_quantization(width: int, how: Quantization) -> Quantization:
+    """Returns how a head's matrix of this input width is quantised: groups that do not divide it
+    become groups of 32, or one scale a row."""
+    if not how.group or width % how.group == 0:
+        return how
+    return dataclasses.replace(how, group=0 if width % 32 else 32)
 
 
 def codes_of(weight: Tensor, how: Quantization) -> tuple[Tensor, Tensor]:
@@ -149,8 +202,11 @@ def undivided_widths(config: ModelConfig, how: Quantization) -> str:
     widths = {"hidden": c.hidden, f"num_heads * {heads[0]}": c.num_heads * heads[1], "ffn": c.ffn}
     shared = c.num_shared_experts * c.expert_ffn
     widths |= {"expert_ffn": c.expert_ffn, "all shared experts' ffn": shared}
-    widths["q_latent"] = c.q_latent
+    widths |= {"q_latent": c.q_latent, "kv_latent": c.kv_latent}
     undivided = [f"{k}={v}" for k, v in widths.items() if v % multiple]
+    plain = c.head_dim - c.rope_head_dim
+    if c.kv_latent and how.bits == 4 and plain % 2:
+        undivided.append(f"head_dim - rope_head_dim={plain}")
     groups = f"groups of {how.group}" if how.group else "rows"
     if not undivided:
         return ""
@@ -170,6 +226,8 @@ def quantize_head(model: GLM, bits: int) -> Converted:
 
 def _convert(block: nn.Module, prefix: str, quantization: Quantization) -> Iterator[Converted]:
     names = [n for n, m in block.named_modules() if isinstance(m, Linear | GroupedLinear)]
+    if HEADS in names:
+        yield from _convert_heads(block.get_submodule("attention"), prefix, quantization)
     for path in (n for n in QUANTIZED if n in names):
         part, _, attribute = path.rpartition(".")
         owner = block.get_submodule(part)
@@ -178,6 +236,16 @@ def _convert(block: nn.Module, prefix: str, quantization: Quantization) -> Itera
         quantized = kind(linear.weight, getattr(linear, "bias", None), quantization)
         setattr(owner, attribute, quantized)
         yield _converted(f"{prefix}.{path}", linear.weight, quantized)
+
+
+def _convert_heads(attention: nn.Module, prefix: str, how: Quantization) -> Iterator[Converted]:
+    """Replaces `attention.kv_b`."""
+    linear = attention.kv_b
+    assert isinstance(linear, HeadsLinear)
+    attention.kv_b = both = QuantizedHeads.of(linear, how)
+    (keys, _), (values, _) = split_heads(linear.weight, linear.widths, how)
+    yield _converted(f"{prefix}.{HEADS}.keys", keys, both.keys)
+    yield _converted(f"{prefix}.{HEADS}.values", values, both.values)
 
 
 def _converted(name: str, weight: Tensor, quantized: QuantizedLinear) -> Converted:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from glm_core.config import ModelConfig
 from glm_core.errors import CheckpointError, unknown
 from glm_core.model.glm import QUANTIZED
+from glm_core.model.quantize import HEADS
 from glm_core.pretrained.weights import expert_names
 
 Sections = Literal["whole", "halves", "qkv"]
@@ -402,7 +403,10 @@ LAYOUTS = (
         names={
             **{n: n for n in ("embedding", "head", "position_embedding", "block_embedding")},
             "final_norm": "final_norm",
-            **{f"blocks.{{i}}.{n}": f"blocks.{{i}}.{n}" for n in (*QUANTIZED, *_OTHERS)},
+            **{
+                f"blocks.{{i}}.{n}": f"blocks.{{i}}.{n}"
+                for n in (*QUANTIZED, *_OTHERS, f"{HEADS}.keys", f"{HEADS}.values")
+            },
         },
         qkv="blocks",
         quantized=True,

@@ -19,9 +19,11 @@ from glm_core.model.glm import GLM, QUANTIZED
 from glm_core.model.quantize import (
     Quantization,
     QuantizedGroupedLinear,
+    QuantizedHeads,
     QuantizedLinear,
     values_of,
 )
+from glm_core.pretrained.weights import heads
 from glm_core.pretrained.weights.configs import read_config
 from glm_core.pretrained.weights.files import CheckpointFiles, StoredTensor, scan, some
 from glm_core.pretrained.weights.layouts import LAYOUTS, Layout, detect, recognised
@@ -65,12 +67,24 @@ class Checkpoint:
     def stored(self, name: str, rank: int = 0, scale: bool = False) -> list[StoredTensor]:
         """Returns the tensors of one stored rank that hold a parameter, or its scale."""
         suffix = SCALE if scale else ""
-        keys = self.layout.keys(name, self.config)
+        names = heads.part_names(name) if self.in_parts(name) else [name]
+        keys = [key for n in names for key in self.layout.keys(n, self.config)]
         return [self.files.ranks[rank][self.prefix + k + suffix] for k in keys]
 
     def quantized(self, name: str) -> bool:
         """Whether a parameter is stored as int8 or int4 codes."""
-        return self.bits is not None and is_linear(name)
+        return self.bits is not None and (is_linear(name) or self.in_parts(name))
+
+    def in_parts(self, name: str) -> bool:
+        """Whether a parameter is stored as the codes of its two parts (weights/heads.py)."""
+        if self.bits is None or not heads.is_heads(name):
+            return False
+        return self.prefix + heads.part_names(name)[0] in self.files.ranks[0]
+
+    def parts(self, name: str) -> list[tuple[Tensor, Tensor]]:
+        """Returns codes and scales of each of the two."""
+        both = zip(self.stored(name), self.stored(name, scale=True), strict=True)
+        return [(codes.read(), scale.read()) for codes, scale in both]
 
     def tensor(self, name: str, rank: int = 0, size: int = 1) -> Tensor:
         """Returns a part of a parameter in its stored dtype, packed codes if it is quantized. Reads
@@ -84,6 +98,9 @@ class Checkpoint:
 
     def dense(self, name: str, rank: int = 0, size: int = 1) -> Tensor:
         """Returns a part of a parameter in floating point."""
+        if self.in_parts(name):
+            bits = self.bits or 8
+            return heads.joined(*(values_of(c, s, bits, s.dtype) for c, s in self.parts(name)))
         tensor = self.tensor(name, rank, size)
         if not self.quantized(name):
             return tensor
@@ -117,7 +134,7 @@ class Checkpoint:
 
     def require_equal_copies(self) -> None:
         """Raises CheckpointError if ranks differ in a parameter that each of them holds whole."""
-        for name, shape in self.shapes.items():
+        for name, shape in self.shapes.items() if self.num_ranks > 1 else ():
             if shard_shape(name, shape, self.config, 2) != shape:
                 continue
             first = self._part(name, 0, False)
@@ -171,23 +188,28 @@ class Checkpoint:
 
     def _quantized_linear(
         self, owner: str, dtype: torch.dtype | None, device: str | torch.device
-    ) -> QuantizedLinear:
+    ) -> torch.nn.Module:
         weight, bias = f"{owner}.weight", None
-        codes, scale = (
-            t.to(device, copy=True).contiguous() for t in (self.tensor(weight), self.scale(weight))
-        )
+        if self.in_parts(weight):
+            each = [self._linear_of(c, s, None, device) for c, s in self.parts(weight)]
+            return QuantizedHeads(*each)
         if f"{owner}.bias" in self.shapes:
             bias = self.tensor(f"{owner}.bias")
             bias = bias.to(device, dtype or bias.dtype, copy=True)
-        experts = len(self.shapes[weight]) == 3
-        one_a_row = scale.dim() == codes.dim() - 1
-        group = 0 if one_a_row else self.shapes[weight][-1] // scale.shape[-1]
+        return self._linear_of(self.tensor(weight), self.scale(weight), bias, device)
+
+    def _linear_of(
+        self, codes: Tensor, scale: Tensor, bias: Tensor | None, device: str | torch.device
+    ) -> QuantizedLinear:
+        codes, scale = (t.to(device, copy=True).contiguous() for t in (codes, scale))
+        width = codes.shape[-1] * 8 // (self.bits or 8)
+        group = 0 if scale.dim() < codes.dim() else width // scale.shape[-1]
         how = Quantization(
             bits=self.bits or 8,
             group=0 if group % 32 else group,  # the columns of merged ranks need not be a group
             activation_bits=self.files.config.get(ACTIVATION_BITS, 16),
         )
-        kind = QuantizedGroupedLinear if experts else QuantizedLinear
+        kind = QuantizedGroupedLinear if codes.dim() == 3 else QuantizedLinear
         return kind.of(codes, scale, bias, how)
 
 
@@ -348,18 +370,28 @@ def _mismatches(c: Checkpoint) -> Iterator[str]:
 def _expected(c: Checkpoint, name: str, rank: int) -> dict[str, tuple[tuple[int, ...], str]]:
     """Returns the keys that a rank must hold for a parameter, with their shapes and dtypes in
     words."""
+    if c.in_parts(name):
+        pairs = zip(heads.part_names(name), heads.part_shapes(c.config), strict=True)
+        return {k: v for n, shape in pairs for k, v in _codes(c, c.prefix + n, shape, rank).items()}
     whole = shard_shape(name, c.shapes[name], c.config, c.num_ranks)
     parts = c.layout.parts(name, whole, c.config)
     if not c.quantized(name):
         return {c.prefix + key: (shape, "floating point") for key, shape in parts.items()}
     [key] = [c.prefix + key for key in parts]
-    *rows, columns = whole
+    return _codes(c, key, whole, rank)
+
+
+def _codes(
+    c: Checkpoint, key: str, shape: tuple[int, ...], rank: int
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Returns the same for the codes of a matrix of this shape, and their scales."""
+    *rows, columns = shape
     packed = (*rows, columns * (c.bits or 8) // 8)
     # glm-core stores the scales of groups, and of merged ranks, several for each row
     scales = c.files.ranks[rank].get(key + SCALE)
     grouped = c.layout.name == "glm-core" and scales is not None
-    shape = scales.shape if grouped and scales and list(scales.shape[:-1]) == rows else tuple(rows)
-    return {key: (packed, "int8"), key + SCALE: (shape, "floating point")}
+    of_scales = scales.shape if grouped and scales and list(scales.shape[:-1]) == rows else rows
+    return {key: (packed, "int8"), key + SCALE: (tuple(of_scales), "floating point")}
 
 
 def is_ignored(c: Checkpoint, key: str) -> bool:

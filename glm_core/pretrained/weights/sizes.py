@@ -8,6 +8,7 @@ import torch
 
 from glm_core.model.fit import Sizes, token_bytes
 from glm_core.model.quantize import VALUE_BYTES
+from glm_core.pretrained.weights.heads import is_heads
 from glm_core.pretrained.weights.reading import Checkpoint, is_linear
 
 
@@ -43,6 +44,6 @@ def _bytes(
     if c.quantized(name):
         ranks = range(c.num_ranks)
         return sum(s.num_bytes for r in ranks for k in (False, True) for s in c.stored(name, r, k))
-    if bits is not None and is_linear(name):
+    if bits is not None and (is_linear(name) or is_heads(name)):
         return math.prod(shape) * bits // 8 + VALUE_BYTES * math.prod(shape[:-1])
     return math.prod(shape) * dtype.itemsize

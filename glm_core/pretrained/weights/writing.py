@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 
 from glm_core.errors import CheckpointError
-from glm_core.model.quantize import Quantization, codes_of, undivided_widths
+from glm_core.model.quantize import (
+    Quantization,
+    codes_of,
+    heads_quantization,
+    split_heads,
+    undivided_widths,
+)
+from glm_core.pretrained.weights import heads
 from glm_core.pretrained.weights.configs import write_config
 from glm_core.pretrained.weights.files import safetensors_header
 from glm_core.pretrained.weights.layouts import Layout, find_layout
@@ -207,7 +214,13 @@ def _parameter(source: Checkpoint, target: Target, name: str, rank: int) -> Iter
     before = target.layout.prefixes[0]
     parts = {before + k: s for k, s in target.layout.parts(name, shape, source.config).items()}
     key = next(iter(parts))
-    if source.quantized(name) and not target.dequantize:
+    if heads.is_heads(name) and target.quantize is not None:
+        yield from _new_head_codes(source, name, before, target.quantize)
+    elif source.in_parts(name) and not target.dequantize:
+        for part, codes in zip(source.stored(name), source.stored(name, scale=True), strict=True):
+            for s in (part, codes):
+                yield PlannedTensor(s.key, s.shape, s.dtype, s.read)
+    elif source.quantized(name) and not target.dequantize:
         yield from _stored_codes(source, target, name, rank, key)
     elif target.quantize is not None and is_linear(name):
         yield from _new_codes(source, target, name, rank, key, target.quantize)
@@ -237,14 +250,39 @@ def _stored_codes(
 def _new_codes(
     source: Checkpoint, target: Target, name: str, rank: int, key: str, how: Quantization
 ) -> Iterator[PlannedTensor]:
-    """Yields the codes and the scale of a weight. It is quantized once, when its codes are made."""
+    """Yields the codes and the scale of a weight."""
     size, reorder = target.num_ranks, _reorder(source, target, name)
-    *rows, columns = shard_shape(name, source.shapes[name], source.config, size)
+    shape = shard_shape(name, source.shapes[name], source.config, size)
+    yield from _codes(key, shape, lambda: reorder(source.dense(name, rank, size)), how)
+
+
+def _new_head_codes(
+    source: Checkpoint, name: str, before: str, how: Quantization
+) -> Iterator[PlannedTensor]:
+    """Yields the same of each of the two parts that a parameter is stored in. before: stands before
+    every key."""
+    c = source.config
+    widths = (c.head_dim - c.rope_head_dim, c.value_head_dim)
+    for i, (part, shape) in enumerate(
+        zip(heads.part_names(name), heads.part_shapes(c), strict=True)
+    ):
+
+        def make(i: int = i) -> Tensor:
+            return split_heads(source.dense(name), widths, how)[i][0]
+
+        yield from _codes(before + part, shape, make, heads_quantization(shape[-1], how))
+
+
+def _codes(
+    key: str, shape: tuple[int, ...], make: Callable[[], Tensor], how: Quantization
+) -> Iterator[PlannedTensor]:
+    """Yields the codes and the scale of what `make` returns. It is quantized once, when its codes
+    are made."""
+    *rows, columns = shape
     scales: list[Tensor] = []
 
     def make_codes() -> Tensor:
-        weight = reorder(source.dense(name, rank, size))
-        codes, scale = codes_of(weight, how)
+        codes, scale = codes_of(make(), how)
         scales.append(scale)
         return codes
 

@@ -1,0 +1,123 @@
+"""Decodes GLM-4.7-Flash's shapes in int4, beside reading memory, in turn: `python -m
+glm_core.bench.flash FOLDER`.
+
+The checkpoint in FOLDER is made there if it is absent, part by part, with random values and as many
+of the 47 layers as requested; the first is dense, the others have 64 experts. A token reads 4 of
+them. `read` is what the faster of two readers of a large buffer takes. A token of all 47 layers is
+extrapolated: from that of these layers, another sparse layer's time for each that is missing."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from glm_core.backends import registry
+from glm_core.bench import folders
+from glm_core.bench.decode import READ_BYTES, readers
+from glm_core.measure.memory import resident_peak_bytes
+from glm_core.measure.timing import Timing, interleave, machine
+from glm_core.model.glm import GLM
+from glm_core.model.presets import preset
+from glm_core.model.prompt import causal
+from glm_core.model.quantize import quantize_head
+from glm_core.model.runner import DecodeRow, Runner
+from glm_core.pretrained.weights.reading import open_checkpoint
+
+WHOLE = preset("glm-4.7-flash")
+PROMPT = causal(range(64))
+TURN = 4
+"""tokens of a turn"""
+
+
+def read_bytes(part: torch.nn.Module) -> float:
+    """Returns the bytes of a part's weights that one token reads."""
+    share = WHOLE.experts_per_token / WHOLE.num_experts
+    tensors = [*part.named_parameters(), *part.named_buffers()]
+    return sum(t.nbytes * (share if ".experts_" in n else 1) for n, t in tensors)
+
+
+def token_bytes(model: GLM, num_layers: int) -> float:
+    """Returns the bytes that a token of a model with so many layers reads: sparse ones are alike,
+    and the last layer is one."""
+    assert model.head_codes is not None
+    blocks = [read_bytes(b) for b in model.blocks]
+    return read_bytes(model.head_codes) + sum(blocks) + (num_layers - len(blocks)) * blocks[-1]
+
+
+def stepper(runner: Runner) -> Any:
+    """Returns a call that decodes TURN tokens."""
+    place = itertools.count(len(PROMPT.tokens))
+
+    def turn() -> None:
+        for _ in range(TURN):
+            n = next(place)
+            runner.decode([DecodeRow(7 + n % 64, PROMPT, n)])
+
+    runner.prefill(0, [PROMPT])
+    return turn
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measures, and returns the figures."""
+    folder = Path(args.folder)
+    if not folder.exists():
+        config = preset("glm-4.7-flash", num_layers=args.layers, num_mtp_layers=0)
+        folders.write(folder, config, bits=4, group=args.group, activation_bits=8)
+    model = open_checkpoint(folder).load(torch.bfloat16, quantized=True).requires_grad_(False)
+    quantize_head(model, 4)
+    layers = len(model.blocks)
+    with registry.use("cpu", strict=True):
+        turns = {"all": stepper(Runner(model, 1, args.context))}
+        one = copy.copy(model)  # without its last layer
+        one._modules = {**model._modules, "blocks": model.blocks[:-1]}
+        one.config = dataclasses.replace(model.config, num_layers=layers - 1)
+        turns["but one"] = stepper(Runner(one, 1, args.context))
+        took = interleave({**turns, **readers()}, args.rounds)
+    return {"machine": machine(), **figures(model, layers, took)}
+
+
+def figures(model: GLM, layers: int, took: dict[str, Timing]) -> dict[str, Any]:
+    """Returns the figures of the least times: other processes only add to them."""
+    least = {name: min(t.seconds) for name, t in took.items()}
+    gb_s = READ_BYTES / min(least["sum"], least["product"]) / 1e9
+    token, layer = least["all"] / TURN, (least["all"] - least["but one"]) / TURN
+    whole = token + (WHOLE.num_layers - layers) * layer
+    here, there = (token_bytes(model, n) for n in (layers, WHOLE.num_layers))
+    return {
+        "layers": layers,
+        "read_gb_s": gb_s,
+        "token_ms": token * 1e3,
+        "layer_ms": layer * 1e3,
+        "token_bytes": here,
+        "share_of_read": here / token / 1e9 / gb_s,
+        "layer_share_of_read": read_bytes(model.blocks[-1]) / layer / 1e9 / gb_s,
+        "whole_token_bytes": there,
+        "whole_token_ms_extrapolated": whole * 1e3,
+        "whole_share_of_read_extrapolated": there / whole / 1e9 / gb_s,
+        "spread": {name: t.spread for name, t in took.items()},
+        "resident_peak_bytes": resident_peak_bytes(),
+    }
+
+
+def main() -> int:
+    """Prints the figures as JSON."""
+    parser = argparse.ArgumentParser(prog="python -m glm_core.bench.flash", description=__doc__)
+    parser.add_argument("folder", metavar="FOLDER")
+    parser.add_argument("--layers", type=int, default=4, metavar="N", help="default %(default)s")
+    parser.add_argument("--group", type=int, default=128, metavar="N", help="default %(default)s")
+    parser.add_argument("--context", type=int, default=4096, metavar="N")
+    parser.add_argument("--rounds", type=int, default=20, metavar="N", help="default %(default)s")
+    print(json.dumps(run(parser.parse_args()), indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

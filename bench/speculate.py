@@ -16,12 +16,14 @@ from typing import Any
 from glm_core.backends import registry
 from glm_core.measure.timing import interleave, machine, ratio
 from glm_core.model.generate import generate
+from glm_core.model.glm import GLM
 from glm_core.model.prompt import Prompt
 from glm_core.model.runner import Runner
 from glm_core.model.sample import Sampling
 from glm_core.pretrained.load import from_path
 
-SETTINGS = {"greedy": {"temperature": 0.0}, "sampled": {"temperature": 0.8, "top_p": 0.95}}
+TEMPERATURES = {"greedy": 0.0, "sampled": 0.8}
+ROUNDS = 5
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -30,17 +32,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     lines = [x for x in Path(args.text).read_text(encoding="utf-8").splitlines() if len(x) > 40]
     spaced = lines[:: max(len(lines) // args.prompts, 1)][: args.prompts]
     prompts = [chat_model.completion_prompt(x[:40]) for x in spaced]
+    model = chat_model.model
     with registry.use("cpu"):
         rows = [
-            measured(chat_model.model, prompts, Sampling(max_tokens=args.tokens, **how), drafts)
+            measured(model, prompts, Sampling(max_tokens=args.tokens, temperature=t), drafts)
             | {"sampling": name}
-            for name, how in SETTINGS.items()
+            for name, t in TEMPERATURES.items()
             for drafts in args.drafts
         ]
     return {"machine": machine(), "prompts": len(prompts), "rows": rows}
 
 
-def measured(model: Any, prompts: list[Prompt], sampling: Sampling, drafts: int) -> dict[str, Any]:
+def measured(model: GLM, prompts: list[Prompt], sampling: Sampling, drafts: int) -> dict[str, Any]:
     """Returns the figures of one setting. A turn continues every prompt."""
     plain, drafting = Runner(model, 1), Runner(model, 1, speculate=drafts)
     tokens: dict[str, list[list[int]]] = {}
@@ -50,10 +53,10 @@ def measured(model: Any, prompts: list[Prompt], sampling: Sampling, drafts: int)
 
     took = interleave(
         {"plain": lambda: turn("plain", plain), "drafts": lambda: turn("drafts", drafting)},
-        rounds=5,
+        ROUNDS,
         warmup=1,
     )
-    count, turns = sum(map(len, tokens["plain"])), 6
+    count, turns = sum(map(len, tokens["plain"])), ROUNDS + 1
     return {
         "drafts": drafts,
         "same_tokens": tokens["plain"] == tokens["drafts"],

@@ -252,7 +252,9 @@ def lower_bound(effect: Array, error: Array, deviations: float) -> Array:
     return np.abs(effect) - deviations * error
 
 
-def excess(effect: Array, error: Array, limit: float, z: float, caution: float = 4.0) -> Array:
+def excess(
+    effect: Array, error: Array, limit: float | Array, z: float, caution: float = 4.0
+) -> Array:
     """Returns how far outside each effect is: above 1 where it is significant (|effect| / error >
     z) and its lower bound exceeds the benign limit. It is the smaller of the two ratios; infinite
     where one is NaN. `caution` is the number of standard errors of the lower bound."""

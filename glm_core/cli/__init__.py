@@ -20,6 +20,7 @@ COMMANDS = {
     "chat": "chat with a trained model in the terminal",
     "serve": "serve a trained model through OpenAI's API and a web page",
     "align": "compare loss curves across backends: run, record, compare, bisect, sensitivity",
+    "verdict": "judge any PyTorch script: is every operator of a training step computed right?",
     "checkpoint": "inspect checkpoints of other projects; convert them, merge or cut shards",
     "quantize": "quantize a trained model to int8 or int4: size, error, perplexity",
     "export": "write a trained model as an ONNX file with a KV cache, int8 or int4 on request",

@@ -30,6 +30,7 @@ CHAIN = (
     "conformance",
     "align",
     "sensitivity",
+    "verdict",
     "planner",
     "serve",
     "deepspeed",

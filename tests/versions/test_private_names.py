@@ -25,10 +25,13 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     **{f"torch._foreach_{name}": () for name in _FOREACH.split()},
     "torch.Tensor._make_wrapper_subclass": (),
     "torch._C._AutoDispatchBelowAutograd": (),
+    "torch._C._current_autograd_node": (),
     "torch._C._are_functorch_transforms_active": (),
     "torch._assert_async": (),
+    "torch.autograd._get_sequence_nr": (),
     "torch.autograd.Variable._execution_engine.queue_callback": (),
     "torch._decomp.core_aten_decompositions": ("",),
+    "torch._decomp.decomposition_table": (),
     "torch._decomp.get_decompositions": ("aten_ops type",),
     "torch._ops.OpOverload": ("overloadpacket op op_dk schema tags",),
     f"{_FAKE}.FakeTensor": (),  # only for isinstance
@@ -61,6 +64,7 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "torch.testing._internal.distributed.fake_pg.FakeStore": (),
     "torch.utils._python_dispatch.TorchDispatchMode": ("_dispatch_key",),
     "torch.utils._python_dispatch.TorchDispatchMode._should_skip_dynamo": ("",),
+    "torch.utils._python_dispatch._disable_current_modes": ("",),
     "torch.utils._pytree.tree_leaves": ("tree is_leaf",),
     "torch.utils._pytree.tree_map": ("func tree rests is_leaf",),
 }
@@ -72,6 +76,7 @@ OWNERS: dict[str, Any] = {
     "._forward_pre_hooks": torch.nn.Module(),
     "._get_sequence_number_for_group": private_names.resolved("torch.distributed.ProcessGroup"),
     "._is_view": torch.zeros(1),
+    "._sequence_nr": torch.ones(1, requires_grad=True).exp().grad_fn,
     "._schema": torch.ops.aten.add.Tensor,
     "._version": torch.zeros(1),
 }

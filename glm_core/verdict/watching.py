@@ -1,0 +1,233 @@
+"""Watches a training program: captures every ATen operator of chosen optimizer steps, below
+autograd, and has it judged at once, so that no more than one call is kept."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import flop_registry
+
+from glm_core.align.verdict import FALSE_ALARM_RATE
+from glm_core.conformance.oracle import EagerMode
+from glm_core.errors import ConfigError, TrainingError
+from glm_core.verdict import oracle, references
+from glm_core.verdict.docket import Docket
+from glm_core.verdict.judge import judge
+from glm_core.verdict.oracle import Call
+from glm_core.verdict.places import Places
+from glm_core.verdict.report import Report
+
+MAX_ELEMENTS = 1 << 26
+"""a call with more elements in one tensor is not judged: float64 copies of it would not fit"""
+
+
+class Capture(EagerMode):
+    """The mode that is active during captured steps."""
+
+    def __init__(self, docket: Docket, places: Places) -> None:
+        super().__init__()
+        self.docket, self.places = docket, places
+        self.step = 0
+        self.process = os.getpid()
+
+    supports_higher_order_operators = True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if os.getpid() != self.process:  # a worker of a data loader
+            return func(*args, **kwargs)
+        if any(t.__torch_dispatch__ is not Tensor.__torch_dispatch__ for t in types):
+            return NotImplemented  # the subclass is asked first; what it calls comes here
+        if not isinstance(func, torch._ops.OpOverload):
+            self.docket.leave_out(str(func), "higher-order operator; no reference", 0.0)
+            return func(*args, **kwargs)
+        if not _computes(func):
+            return func(*args, **kwargs)
+        reason = references.why_not(func) or _unfit(args, kwargs)
+        call = None if reason else _kept(func, args, kwargs)
+        out = func(*args, **kwargs)
+        with oracle.alone():
+            flops = _flops(func, args, kwargs, out)
+            if call is None:
+                self.docket.leave_out(func._schema.name, reason, flops)
+            else:
+                self._judge(call, oracle.results(func, args, kwargs, out), flops)
+        return out
+
+    def _judge(self, call: Call, actual: oracle.Results, flops: float) -> None:
+        name = call.func._schema.name
+        place = self.places.here()
+        self.docket.devices.add(call.device_type)
+        try:
+            judgement = judge(call, actual, self.docket.least_z)
+        except Exception as error:  # the host has no kernel for it, or too little memory
+            text = str(error).strip().splitlines() or [type(error).__name__]
+            reason = f"the host cannot compute it in float64: {text[0]:.100}"
+            self.docket.leave_out(name, reason, flops)
+            return
+        self.docket.add(name, place, self.step, judgement, flops)
+
+
+def _computes(func: Any) -> bool:
+    """Says whether an operator computes values of tensors: it is no view and no allocation."""
+    if func.is_view or func._schema.name in references.NO_VALUES:
+        return False
+    new = any(r.alias_info is None and "Tensor" in str(r.type) for r in func._schema.returns)
+    return new or bool(oracle.written(func))
+
+
+def _unfit(args: Any, kwargs: dict[str, Any]) -> str:
+    """Returns why these arguments cannot be judged, "" where they can."""
+    for x in tree_leaves((args, kwargs)):
+        if not isinstance(x, Tensor):
+            continue
+        if x.is_meta or x.layout != torch.strided or x.is_quantized:
+            return "its tensors have no values, are sparse or quantized"
+        if x.numel() > MAX_ELEMENTS:
+            return f"a tensor of more than {MAX_ELEMENTS} elements"
+    return ""
+
+
+def _kept(func: Any, args: Any, kwargs: dict[str, Any]) -> Call:
+    """Returns the call with copies of what the operator writes, and of what shares memory with
+    it."""
+    names = oracle.written(func)
+    leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    device_type = leaves[0].device.type if leaves else str(kwargs.get("device") or "cpu")
+    if names:
+        given = [oracle.argument(func, args, kwargs, n) for n in names]
+        owned = {t.untyped_storage().data_ptr() for t in tree_leaves(given) if _is_tensor(t)}
+
+        def copy(x: Any) -> Any:
+            shares = _is_tensor(x) and x.untyped_storage().data_ptr() in owned
+            return x.detach().clone() if shares else x
+
+        with oracle.alone():
+            args, kwargs = tree_map(copy, args), tree_map(copy, kwargs)
+    return Call(func, args, kwargs, device_type.partition(":")[0])
+
+
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, Tensor)
+
+
+def _flops(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> float:
+    """Returns the FLOPs of a call as torch counts them, one per element of the results where torch
+    has no count."""
+    count = flop_registry.get(func.overloadpacket)
+    if count is not None:
+        return float(count(*args, **kwargs, out_val=out))
+    values = out if out is not None else args
+    return float(sum(t.numel() for t in tree_leaves(values) if isinstance(t, Tensor)))
+
+
+class watch:
+    """Watches the steps of an optimizer inside a `with` block. Captured steps are slow, the others
+    run as they are. `report` gives the verdict after the block.
+
+    model: gives the modules' names; the default is the outermost module that runs. optimizer: whose
+    steps count; the default is the first one that makes a step. steps: the numbers of the captured
+    steps, from 1; step 1 begins with the block."""
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
+        steps: Sequence[int] = (2,),
+        *,
+        false_alarm_rate: float = FALSE_ALARM_RATE,
+        program: str = "",
+    ) -> None:
+        if not steps or min(steps) < 1:
+            raise ConfigError(f"verdict: steps={list(steps)}; pass numbers from 1, such as 2,5")
+        self.steps = sorted(set(steps))
+        self.optimizer = optimizer
+        self.program = program or (type(model).__name__ if model is not None else "program")
+        self.docket, self.places = Docket(false_alarm_rate), Places(model)
+        self.mode = Capture(self.docket, self.places)
+        self.done = 0
+        """optimizer steps so far"""
+        self.captured: list[int] = []
+        self.seconds = 0.0
+        self._begin: float | None = None
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> watch:
+        self._hooks = [
+            register_optimizer_step_pre_hook(self._before),
+            register_optimizer_step_post_hook(self._after),
+        ]
+        self._start_or_not()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._stop()
+
+    def _start_or_not(self) -> None:
+        self.mode.step = self.done + 1
+        if self.mode.step in self.steps:
+            self._begin = time.perf_counter()
+            self.captured.append(self.mode.step)
+            self.places.start()
+            self.mode.__enter__()
+
+    def _stop(self) -> None:
+        if self._begin is None:
+            return
+        self.mode.__exit__(None, None, None)
+        self.places.stop()
+        self.seconds += time.perf_counter() - self._begin
+        self._begin = None
+
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.optimizer = self.optimizer if self.optimizer is not None else optimizer
+        self.places.optimizer = optimizer
+
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.places.optimizer = None
+        if optimizer is not self.optimizer:
+            return
+        self._stop()
+        self.done += 1
+        self._start_or_not()
+
+    def report(self, context: str = "") -> Report:
+        """Returns the verdict on the captured steps. Raises TrainingError where none was
+        reached."""
+        if not self.docket.calls and not self.docket.unjudged:
+            steps = ", ".join(map(str, self.steps))
+            raise TrainingError(
+                f"verdict: {self.program} made {self.done} optimizer steps, none of {steps} was "
+                "captured; pass smaller numbers with --steps, or let the program run longer"
+            )
+        findings = self.docket.findings()
+        return Report(
+            program=self.program,
+            devices=sorted(self.docket.devices),
+            steps=self.captured,
+            findings=findings,
+            operators=self.docket.rows(findings),
+            not_judged=self.docket.not_judged(),
+            num_tests=self.docket.num_tests,
+            false_alarm_rate=self.docket.rate,
+            seconds=self.seconds,
+            peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            context=context,
+            torch=torch.__version__,
+        )

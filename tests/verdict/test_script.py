@@ -1,0 +1,113 @@
+"""Scripts under the watch: what the command prints and writes, and how scripts fail."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from glm_core.errors import BackendUnavailableError, ConfigError, TrainingError
+from glm_core.verdict import render, worker
+from glm_core.verdict.report import Report, from_json
+from glm_core.verdict.script import Request, judge_script
+
+TRAIN = """
+import sys, torch
+model = torch.nn.Linear(8, 4)
+adam = torch.optim.SGD(model.parameters(), lr=0.1)
+for step in range(3):
+    model(torch.ones(2, 8)).square().mean().backward()
+    adam.step()
+    if sys.argv[1:] == [str(step)]:
+        raise ValueError("bad batch")
+raise RuntimeError("ran on after the last captured step")
+"""
+CONTEXT = """
+from glm_core.faults.aten import Planted, aten_fault
+wrong = lambda: Planted(aten_fault("addmm: the bias is left out"))
+number = 3
+"""
+
+
+@pytest.fixture(autouse=True)
+def untouched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+
+
+def request_for(folder: Path, text: str = TRAIN, *args: str, **options: object) -> Request:
+    (folder / "train.py").write_text(text)
+    (folder / "contexts_of_a_test.py").write_text(CONTEXT)
+    fields = {"steps": [2], "false_alarm_rate": 1e-3} | options
+    return Request(script=str(folder / "train.py"), args=list(args), **fields)  # type: ignore[arg-type]
+
+
+def result_of(request: Request, folder: Path) -> Report:
+    worker.run(request, folder / "result.json")
+    return from_json(json.loads((folder / "result.json").read_text())["report"])
+
+
+def test_a_script_is_judged_up_to_its_last_captured_step(tmp_path: Path) -> None:
+    report = result_of(request_for(tmp_path), tmp_path)
+    assert report.ok
+    assert (report.program, report.steps, report.devices) == ("train.py", [2], ["cpu"])
+    assert "all" in report.sentence()
+    assert report.sentence() in render.text(report)
+
+
+def test_a_context_that_computes_wrong_is_named_at_its_line(tmp_path: Path) -> None:
+    request = request_for(tmp_path, context="contexts_of_a_test:wrong")
+    report = result_of(request, tmp_path)
+    [finding] = report.findings
+    assert finding.operator == "aten::addmm"
+    assert finding.line == f"{tmp_path / 'train.py'}:6"
+    assert "with contexts_of_a_test:wrong" in report.sentence()
+    [run] = json.loads(render.sarif(report))["runs"]
+    [result] = run["results"]
+    region = result["locations"][0]["physicalLocation"]["region"]
+    assert (result["ruleId"], region["startLine"]) == ("aten::addmm", 6)
+    suite = ElementTree.fromstring(render.junit(report))
+    failed = [c.get("name") for c in suite if c.find("failure") is not None]
+    assert failed == ["aten::addmm"]
+    assert f"WRONG {finding}" in render.text(report)
+
+
+@pytest.mark.parametrize(
+    ("text", "args", "options", "error", "message"),
+    [
+        (TRAIN, ["0"], {}, TrainingError, "after 1 optimizer steps, failed: ValueError: bad batch"),
+        ("raise SystemExit(5)", [], {}, TrainingError, "exited: 5"),
+        ("x = 1", [], {}, TrainingError, "made 0 optimizer steps, none of 2 was captured"),
+        (TRAIN, [], {"context": "contexts_of_a_test:no"}, ConfigError, "MODULE:CONTEXT"),
+        (TRAIN, [], {"context": "contexts_of_a_test:number"}, ConfigError, "no context manager"),
+        (TRAIN, [], {"device": "acme"}, BackendUnavailableError, "--on acme"),
+    ],
+)
+def test_a_script_without_a_verdict_says_why(
+    tmp_path: Path,
+    text: str,
+    args: list[str],
+    options: dict[str, object],
+    error: type,
+    message: str,
+) -> None:
+    request = request_for(tmp_path, text, *args, **options)
+    with pytest.raises(error, match=message):
+        worker.run(request, tmp_path / "result.json")
+
+
+def test_a_script_that_ends_its_process_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        judge_script(Request(script="no.py", args=[], steps=[2], false_alarm_rate=1e-3))
+    for program, message in (("false", "exit code 1 before"), ("kill", "SIGKILL.*smaller batch")):
+        stand_in = tmp_path / program
+        stand_in.write_text("#!/bin/sh\n" + ("exit 1\n" if program == "false" else "kill -9 $$\n"))
+        stand_in.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(stand_in))
+        with pytest.raises(TrainingError, match=message):
+            judge_script(request_for(tmp_path))

@@ -33,6 +33,7 @@ def text(report: Report) -> str:
         f"{u.reason}"
         for u in report.not_judged
     ]
+    lines += [f"note: {note}" for note in report.notes]
     size = report.peak_memory_bytes / 2**20
     lines.append(f"captured steps: {report.seconds:.1f} s, {size:.0f} MiB at most")
     return "\n".join(lines)

@@ -93,6 +93,8 @@ class Report:
     context: str = ""
     """the context manager that was active"""
     torch: str = ""
+    notes: list[str] = dataclasses.field(default_factory=list)
+    """what else limits the verdict"""
 
     @property
     def ok(self) -> bool:

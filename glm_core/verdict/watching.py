@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import resource
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -28,9 +29,11 @@ from glm_core.verdict.judge import judge
 from glm_core.verdict.oracle import Call
 from glm_core.verdict.places import Places
 from glm_core.verdict.report import Report
+from glm_core.verdict.slices import part, too_large
 
 MAX_ELEMENTS = 1 << 26
-"""a call with more elements in one tensor is not judged: float64 copies of it would not fit"""
+"""a call with more elements in one tensor, of which no rows can be judged alone, is left out: its
+float64 copies would not fit"""
 
 
 class Capture(EagerMode):
@@ -72,8 +75,12 @@ class Capture(EagerMode):
         name = call.func._schema.name
         place = self.places.here()
         self.docket.devices.add(call.device_type)
+        if too_large(call, MAX_ELEMENTS):
+            reason = f"a tensor of more than {MAX_ELEMENTS} elements, and no rows of their own"
+            self.docket.leave_out(name, reason, flops)
+            return
         try:
-            judgement = judge(call, actual, self.docket.least_z)
+            judgement = judge(*part(call, actual, self.docket.num_tests), self.docket.least_z)
         except Exception as error:  # the host has no kernel for it, or too little memory
             text = str(error).strip().splitlines() or [type(error).__name__]
             reason = f"the host cannot compute it in float64: {text[0]:.100}"
@@ -97,8 +104,6 @@ def _unfit(args: Any, kwargs: dict[str, Any]) -> str:
             continue
         if x.is_meta or x.layout != torch.strided or x.is_quantized:
             return "its tensors have no values, are sparse or quantized"
-        if x.numel() > MAX_ELEMENTS:
-            return f"a tensor of more than {MAX_ELEMENTS} elements"
     return ""
 
 
@@ -135,6 +140,12 @@ def _flops(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> float:
     return float(sum(t.numel() for t in tree_leaves(values) if isinstance(t, Tensor)))
 
 
+def _num_compiled() -> int:
+    """Returns how many frames torch.compile has looked at so far."""
+    module = sys.modules.get("torch._dynamo.utils")
+    return int(module.counters["frames"]["total"]) if module is not None else 0
+
+
 class watch:
     """Watches the steps of an optimizer inside a `with` block. Captured steps are slow, the others
     run as they are. `report` gives the verdict after the block.
@@ -163,7 +174,10 @@ class watch:
         """optimizer steps so far"""
         self.captured: list[int] = []
         self.seconds = 0.0
+        self.notes: list[str] = []
         self._begin: float | None = None
+        self._stance: Any = None
+        self._compiled = 0
         self._hooks: list[Any] = []
 
     def __enter__(self) -> watch:
@@ -185,6 +199,9 @@ class watch:
             self._begin = time.perf_counter()
             self.captured.append(self.mode.step)
             self.places.start()
+            self._compiled = _num_compiled()
+            if "torch._dynamo" in sys.modules:  # else nothing is compiled, and it loads for seconds
+                self._stance = torch.compiler.set_stance("force_eager")
             self.mode.__enter__()
 
     def _stop(self) -> None:
@@ -192,8 +209,24 @@ class watch:
             return
         self.mode.__exit__(None, None, None)
         self.places.stop()
+        if self._stance is not None:
+            self._stance.__exit__(None, None, None)
+            self._stance = None
+        self._note_compiled()
         self.seconds += time.perf_counter() - self._begin
         self._begin = None
+
+    def _note_compiled(self) -> None:
+        if _num_compiled() > self._compiled:
+            self.notes.append(
+                f"functions were compiled in step {self.mode.step}: what ran inside them was not "
+                "judged; judge a later step"
+            )
+        elif self._compiled and len(self.notes) == 0:
+            self.notes.append(
+                "compiled functions ran without the compiler in the captured steps: its kernels "
+                "were not judged"
+            )
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.optimizer = self.optimizer if self.optimizer is not None else optimizer
@@ -230,4 +263,5 @@ class watch:
             peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             context=context,
             torch=torch.__version__,
+            notes=self.notes,
         )

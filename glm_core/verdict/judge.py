@@ -120,8 +120,13 @@ class _Result:
         return self.correct.errors(_array(self._plain(other.to(self.dtype))))
 
 
+def _structure(shape: tuple[int, ...]) -> list[Grouping]:
+    """Returns the groupings of a shape; a flat result has one, because single elements are none."""
+    return statistics.structure(shape)[: 1 if len(shape) < 2 else None]
+
+
 def _groupings(shape: tuple[int, ...], y: Any) -> list[Grouping]:
-    groupings = statistics.structure(shape)
+    groupings = _structure(shape)
     if y.size >= 32 * statistics.NUM_BINS:
         bins = statistics.quantile_bins(y)
         groupings.append(Grouping("bin of result", statistics.NUM_BINS, 1, bins))
@@ -165,7 +170,7 @@ def judge(call: Call, actual: Results, z: float) -> Judgement:
                 judgement.outside.append(_wrong(name, value, "values differ"))
             continue
         result = _Result(name, value, y, terms(call, value))
-        judgement.num_tests += 4 * sum(g.groups for g in statistics.structure(result.shape))
+        judgement.num_tests += 4 * sum(g.groups for g in _structure(result.shape))
         if result.equal:
             continue
         if result.special_differs(value):

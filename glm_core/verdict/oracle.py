@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._decomp import decomposition_table
+from torch._decomp import get_decompositions
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -173,7 +173,7 @@ def variations(call: Call, dtype: torch.dtype) -> Iterator[Results]:
     intermediates rounded; by the host's own kernel, where it is not the one on trial. A way that
     this operator does not have is left out."""
     wide = None if dtype not in LOW else torch.float32
-    steps = decomposition_table.get(call.func)
+    steps = get_decompositions([call.func]).get(call.func)
     own = call.device_type != "cpu" or call.func._schema.name in references.LOW_SUMS
     ways: list[Callable[[], Results]] = [
         lambda: compute(call, torch.float64, moved(1)),

@@ -83,7 +83,7 @@ class Places:
 
     def here(self) -> Place:
         """Returns the place of the operator that is running now."""
-        node = torch._C._current_autograd_node()
+        node: Any = torch._C._current_autograd_node()
         if node is not None:
             place = self.forward.get(node._sequence_nr())
             if place is not None:

@@ -91,7 +91,8 @@ class Capture(EagerMode):
 
 def _computes(func: Any) -> bool:
     """Says whether an operator computes values of tensors: it is no view and no allocation."""
-    if func.is_view or func._schema.name in references.NO_VALUES:
+    moves_nothing = func.is_view or torch.Tag.inplace_view in func.tags
+    if moves_nothing or func._schema.name in references.NO_VALUES:
         return False
     new = any(r.alias_info is None and "Tensor" in str(r.type) for r in func._schema.returns)
     return new or bool(oracle.written(func))

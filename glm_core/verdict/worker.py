@@ -73,7 +73,7 @@ def context(name: str) -> AbstractContextManager[Any]:
         ) from None
     if not hasattr(value, "__enter__"):
         raise ConfigError(f"verdict: --with {name}: this is no context manager; pass one")
-    return value  # type: ignore[no-any-return]  # it has __enter__
+    return value
 
 
 def use_device(name: str) -> None:

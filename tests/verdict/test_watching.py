@@ -108,7 +108,8 @@ def test_writes_in_place_are_judged_once_and_on_what_was_there_before() -> None:
     def writes(x: Tensor) -> None:
         x[1:].add_(x[0])  # a view is written
         x.mul_(x)  # the argument is read and written
-        x.exp_().t_().view(-1)
+        x.exp_().view(-1)
+        x.t_()
 
     x = torch.randn(4, 3)
     before = x.clone()

@@ -165,7 +165,9 @@ def train(name: str, dtype: torch.dtype, variant: str, trial: bool) -> dict[str,
     torch.set_num_threads(2 if variant == "threads" else 1)
     model, batch = model_of(name).to(dtype), batch_of(name, dtype)
     if variant == "channels_last":
-        model = model.to(memory_format=torch.channels_last)
+        for weight in model.parameters():
+            if weight.ndim == 4:
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     adam = torch.optim.AdamW(
         model.parameters(), lr=1e-3, fused=variant == "fused", foreach=variant == "threads"
     )

@@ -42,7 +42,7 @@ class Call:
 def alone() -> ExitStack:
     """Returns a context in which no mode of the program, no autograd and no autocast is active."""
     stack = ExitStack()
-    stack.enter_context(_disable_current_modes())  # type: ignore[no-untyped-call]
+    stack.enter_context(_disable_current_modes())
     stack.enter_context(torch.no_grad())
     stack.enter_context(torch.autocast("cpu", enabled=False))
     stack.enter_context(torch._C.DisableTorchFunction())

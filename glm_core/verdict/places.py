@@ -93,7 +93,7 @@ class Places:
             return Place(type(self.optimizer).__name__, source_line(), "optimizer")
         place = Place(self.stack[-1] if self.stack else "", source_line(), "forward")
         # autograd made the operator's node already, if it makes one at all
-        self.forward.setdefault(torch.autograd._get_sequence_nr() - 1, place)
+        self.forward.setdefault(torch._C._autograd._get_sequence_nr() - 1, place)
         return place
 
 

@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -177,7 +178,7 @@ class watch:
         self.seconds = 0.0
         self.notes: list[str] = []
         self._begin: float | None = None
-        self._stance: Any = None
+        self._active = ExitStack()
         self._compiled = 0
         self._hooks: list[Any] = []
 
@@ -202,17 +203,14 @@ class watch:
             self.places.start()
             self._compiled = _num_compiled()
             if "torch._dynamo" in sys.modules:  # else nothing is compiled, and it loads for seconds
-                self._stance = torch.compiler.set_stance("force_eager")
-            self.mode.__enter__()
+                self._active.enter_context(torch.compiler.set_stance("force_eager"))
+            self._active.enter_context(self.mode)
 
     def _stop(self) -> None:
         if self._begin is None:
             return
-        self.mode.__exit__(None, None, None)
+        self._active.close()
         self.places.stop()
-        if self._stance is not None:
-            self._stance.__exit__(None, None, None)
-            self._stance = None
         self._note_compiled()
         self.seconds += time.perf_counter() - self._begin
         self._begin = None

@@ -59,7 +59,7 @@ def headline(pairs: Sequence[Pair]) -> str:
     if not pairs:
         return "Nothing was judged: the reference ran alone."
     diverged = [p for p in pairs if p.verdict == "diverged"]
-    worst = max(diverged or pairs, key=largest)
+    worst = max(diverged or pairs, key=stated_ratio)
     if len(pairs) == 1:
         return f"{sentence(worst)}."
     if diverged:
@@ -71,8 +71,8 @@ def sentence(pair: Pair) -> str:
     """Returns the verdict on one candidate in one sentence, without its full stop."""
     start = f"{pair.dtype} on {pair.candidate}: {pair.verdict}"
     if pair.verdict == "aligned":
-        return f"{start}; the largest deviation is {times(largest(pair))} of {HONEST}"
-    ratio, subject = largest(pair), _subject(pair)
+        return f"{start}; the largest deviation is {times(stated_ratio(pair))} of {HONEST}"
+    ratio, subject = stated_ratio(pair), _subject(pair)
     if not ratio < NOT_FINITE:
         return f"{start}; {subject} is infinite, NaN, or so far off that its error overflows"
     return f"{start}; {subject} deviates {times(ratio)} times as far as honest rounding does"
@@ -85,12 +85,13 @@ def shares(pair: Pair, candidate: Trace) -> list[float | None]:
     return [ratio if here else None for ratio, here in zip(ratios, judged, strict=True)]
 
 
-def largest(pair: Pair) -> float:
-    """Returns the largest ratio of the test that names the cause: op by op, then the gradients,
-    then the curve; where nothing is outside, of all tests."""
-    for ratio in (pair.max_op_ratio, pair.max_gradient_ratio):
-        if ratio > 1:
-            return ratio
+def stated_ratio(pair: Pair) -> float:
+    """Returns the ratio of what the sentence names: the named finding of an op, else the gradients,
+    else the curve; where nothing is outside, the largest of all tests."""
+    if pair.findings:
+        return finding_to_name(pair.findings).ratio
+    if pair.max_gradient_ratio > 1:
+        return pair.max_gradient_ratio
     return max(pair.max_envelope_ratio, pair.max_gradient_ratio, pair.max_op_ratio)
 
 

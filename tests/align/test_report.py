@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from chromium import CHROMIUM, colors
 
-from glm_core.align import report
+from glm_core.align import explanation, report
 from glm_core.align.charts import Axis, Band, Series, chart
 from glm_core.align.jobs import RunResult
 from glm_core.align.trace import Trace
@@ -215,3 +215,17 @@ def test_axis_ticks_are_round_and_inside() -> None:
 def test_band_is_drawn_between_its_curves() -> None:
     figure = chart("t", [], [Band("b", [0, 1], [0.0, 0.0], [1.0, 2.0])])
     assert figure.count("<polygon") == 1
+
+
+def test_the_sentence_gives_the_ratio_of_the_finding_that_it_names() -> None:
+    """The backward is further off, since the wrong forward spoils it; the forward is named."""
+    wave = np.linspace(5, 4, STEPS)
+    controls = wave + 1e-6 * np.sin(np.arange(CONTROLS * STEPS).reshape(CONTROLS, STEPS))
+    [forward] = trace("reference", wave, controls).tests
+    size = {**forward, "projection": "size"}
+    backward = {**size, "direction": "backward", "tensor": "d_x"}
+    values = np.array([[3e-6, 0.0, 1e-6], [5e-4, 0.0, 1e-6]])
+    candidate = trace("cpu", wave, controls[:0], tests=[size, backward], test_values=values)
+    pair = compare(trace("reference", wave, controls), candidate)
+    assert pair.max_op_ratio == pytest.approx(500)
+    assert "op gelu forward in layer 0 deviates 3.00 times" in explanation.sentence(pair)

@@ -376,6 +376,8 @@ class TrainConfig:
     graph: bool = False
     """record forward and backward of a micro-batch once as a graph of the device, and replay it;
     cuda and rocm, one process"""
+    offload_optimizer: bool = False
+    """keep masters and moments in main memory and update them there; nothing changes on the CPU"""
 
     def __post_init__(self) -> None:
         m = max(self.micro_batch, 1)

@@ -39,6 +39,11 @@ def define(parser: argparse.ArgumentParser) -> None:
         help="record a micro-batch's kernels once and replay them (cuda, rocm)",
     )
     parser.add_argument(
+        "--offload-optimizer",
+        action="store_true",
+        help="keep masters and moments in main memory and update them there (no effect on the CPU)",
+    )
+    parser.add_argument(
         "--tensorboard", action="store_true", help="write event files into DIR/tensorboard"
     )
     parser.add_argument(
@@ -102,9 +107,8 @@ def define(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Trains; exits 0 if it finished, 1 if training had to stop, 130 if it was interrupted with a
     checkpoint written."""
-    flags = {
-        k: getattr(args, k) or None for k in ("backend", "dtype", "strict", "compile", "graph")
-    }
+    options = ("backend", "dtype", "strict", "compile", "graph", "offload_optimizer")
+    flags = {k: getattr(args, k) or None for k in options}
     config = run_config(args, **flags)
     if args.plan is not None:
         return run_plan(args, config)

@@ -30,6 +30,7 @@ FREE = {
     "train.strict",
     "train.compile",
     "train.graph",
+    "train.offload_optimizer",
     "train.save_every",
     "train.keep",
     "data.path",

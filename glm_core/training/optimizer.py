@@ -72,15 +72,20 @@ class Optimizer:
         self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.named = {n: own_part(p) for n, p in self.trained.items()}
         self.low_precision = any(p.dtype != torch.float32 for p in self.named.values())
-        self.master: dict[str, Tensor] = {}
-        for name, p in self.named.items():
-            self.master[name] = p.detach().float().clone() if self.low_precision else p.detach()
+        own = {name: p.detach() for name, p in self.named.items()}
+        self.master = {n: p.float().clone() for n, p in own.items()} if self.low_precision else own
+        self.low: dict[str, Tensor] = own if self.low_precision else {}
+        """what an update rounds the masters to"""
+        self._place()
         self.exp_avg = {n: torch.zeros_like(p) for n, p in self.master.items()}
         self.exp_avg_sq = {n: torch.zeros_like(p) for n, p in self.master.items()}
         self.groups = (
             [n for n, p in self.master.items() if p.ndim > 1],
             [n for n, p in self.master.items() if p.ndim <= 1],
         )
+
+    def _place(self) -> None:
+        """Puts the masters and what they are rounded to where they are to stay: they do already."""
 
     def load_masters(self, values: dict[str, Tensor]) -> None:
         """Starts from these float32 weights; the model's own copies are rounded from them."""
@@ -115,7 +120,7 @@ class Optimizer:
         def pick(table: dict[str, Tensor]) -> list[Tensor]:
             return [table[n] for n in names]
 
-        low = [self.named[n].detach() for n in names] if self.low_precision else []
+        low = [self.low[n] for n in names] if self.low else []
         # kernels round to the copies where these have the gradients' dtype
         fused = bool(low) and grads[names[0]].dtype == low[0].dtype
         ops.adamw(

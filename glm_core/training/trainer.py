@@ -19,6 +19,7 @@ from glm_core.training.batches import Batch, Sampler, global_batch
 from glm_core.training.checkpoint import Checkpoints, Saved, require_same
 from glm_core.training.loss_scale import LossScale, initial_loss_scale
 from glm_core.training.metrics import Metrics
+from glm_core.training.offload import make_optimizer
 from glm_core.training.optimizer import Optimizer, learning_rate
 from glm_core.training.parallel import Parallel, SingleProcess
 from glm_core.training.policy import Policy
@@ -75,7 +76,7 @@ class Trainer:
         self.parallel = parallel = parallel or SingleProcess(config)
         self.backend, self.device, self.dtype = parallel.backend, parallel.device, parallel.dtype
         self.model = parallel.model
-        self.optimizer = Optimizer(self.model, config.train, parallel.norm)
+        self.optimizer = make_optimizer(self.model, config.train, parallel.norm)
         self.optimizer.load_masters(parallel.initial_weights())
         self.loss_scale = initial_loss_scale(config.train)
         self.policy = Policy(config.policy, parallel.is_reporter)

@@ -9,8 +9,9 @@ class Key(NamedTuple):
     """What becomes of one config key."""
 
     state: str
-    """`supported`, `no effect` (mentioned once on stderr), `error`, `host` (an error unless the run
-    is on the CPU, where it has no effect), or `section` (of further keys)"""
+    """`supported`, `no effect` (mentioned once on stderr), `error`, `host` (asks for main memory:
+    without effect on the CPU, elsewhere an error but for the optimizer), or `section` (of further
+    keys)"""
     reason: str = ""
     """no effect: why none is needed; error: what the key would change, and what to do instead"""
     harmless: tuple[Any, ...] = (None, False)
@@ -37,6 +38,7 @@ _LOGS = "it decides what DeepSpeed logs; glm_core has its own measurements"
 _MONITOR = "it is not supported; use csv_monitor or tensorboard, or log from the script"
 _OFFLOAD = "would keep this on the host or on NVMe; use ZeRO 3 on more devices, or remove it"
 _HOST = Key("host", _OFFLOAD)
+OPTIMIZER_ON_HOST = Key("host", "would keep the optimizer on NVMe; use cpu, or remove it")
 _QUANT = "would round what is communicated (ZeRO++), changing the loss; remove it"
 _REMOVED = "was removed from DeepSpeed itself (0.19); remove it"
 _AUTOTP = "would split layers over ranks by name; use glm_core.distributed's plan (tp=)"
@@ -65,7 +67,7 @@ TOP: dict[str, Key] = {
     "communication_data_type": OK,
     "seq_parallel_communication_data_type": _no_effect("this engine has no sequence parallelism"),
     "zero_allow_untested_optimizer": _no_effect("any element-wise torch optimizer is accepted"),
-    "zero_force_ds_cpu_optimizer": _no_effect("there is no offload, so no special optimizer"),
+    "zero_force_ds_cpu_optimizer": _no_effect("any optimizer updates in main memory"),
     "steps_per_print": OK,
     "wall_clock_breakdown": OK,
     "memory_breakdown": _no_effect(_LOGS),
@@ -195,12 +197,13 @@ SECTIONS: dict[str, dict[str, Key]] = {
             "allgather_sequential stage3_allgather_sequential round_robin_gradients "
             "parameter_alignment memory_efficient_linear override_module_apply "
             "pipeline_loading_checkpoint log_trace_cache_warnings "
-            "save_muon_momentum_buffer_in_memory cpu_offload_use_pin_memory",
+            "save_muon_momentum_buffer_in_memory",
         ),
+        "cpu_offload_use_pin_memory": OK,
         "leaf_module": OK,
         "offload_param": _HOST,
-        "offload_optimizer": _HOST,
-        "cpu_offload": _HOST,
+        "offload_optimizer": OPTIMIZER_ON_HOST,
+        "cpu_offload": OPTIMIZER_ON_HOST,
         "cpu_offload_param": _HOST,
         "zenflow": _error(_ZENFLOW)._replace(empty_is_on=True),
         "legacy_stage1": _error("was removed from DeepSpeed itself; remove it"),

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from glm_core.deepspeed.accelerator.real_accelerator import backend
-from glm_core.deepspeed.keys import SECTIONS, TOP, Key
+from glm_core.deepspeed.keys import OPTIMIZER_ON_HOST, SECTIONS, TOP, Key
 from glm_core.deepspeed.notices import say_once
 from glm_core.distributed.precision import Precision
 from glm_core.errors import ConfigError, unknown
@@ -58,6 +58,10 @@ class Settings:
     """the factor by which gradients are divided before they are summed over ranks"""
     bucket: int = 500_000_000
     """elements reduced by one collective"""
+    offload: bool = False
+    """masters and the optimizer's state are in main memory, and the weights are not"""
+    pin_memory: bool = False
+    """what travels between main memory and the device is page-locked"""
     merge_below: int = 100_000
     """ZeRO 3: layers whose parameters all have at most this many elements are gathered together"""
     leaves: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -181,7 +185,7 @@ def judge(config: Mapping[str, Any], table: Mapping[str, Key], prefix: str, bad:
         elif key.state == "error" and not _harmless(key, value):
             bad.append(f"{path}={value!r}: {key.reason}")
         elif key.state == "host":
-            _judge_host(path, value, key.reason, bad)
+            _judge_host(path, value, key, bad)
         elif key.state == "no effect":
             say_once(f"config key {path} has no effect here: {key.reason}")
         elif key.state == "section":
@@ -204,8 +208,9 @@ def disabled(value: Any) -> bool:
     return value is None or value is False
 
 
-def _judge_host(path: str, value: Any, reason: str, bad: list[str]) -> None:
+def _judge_host(path: str, value: Any, key: Key, bad: list[str]) -> None:
     """Judges a request to keep something in the host's memory: on the CPU it is there already."""
+    reason = key.reason
     place = value.get("device") if isinstance(value, Mapping) else value
     if place is None or place is False or place == "none":
         return
@@ -213,6 +218,8 @@ def _judge_host(path: str, value: Any, reason: str, bad: list[str]) -> None:
         kind = backend().device_type
         if kind == "cpu":
             say_once(f"config key {path} has no effect here: the run is on the CPU already")
+            return
+        if key is OPTIMIZER_ON_HOST:
             return
         reason = f"{reason} (the run is on {kind})"
     bad.append(f"{path}={value!r}: {reason}")
@@ -339,8 +346,17 @@ def _zero(config: Mapping[str, Any]) -> dict[str, Any]:
     if stage not in (0, 1, 2, 3):
         raise ConfigError(f"zero_optimization.stage={stage!r}: use 0, 1, 2 or 3")
     whole = [zero[k] for k in _MERGE_BELOW if zero.get(k) is not None]
+    offload = _offloads_optimizer(zero) and backend().device_type != "cpu"
+    if offload and stage == 3:
+        raise ConfigError(
+            "zero_optimization.offload_optimizer: ZeRO 3 keeps its shards on the device here; use "
+            "stage 1 or 2, or remove it"
+        )
+    section = zero.get("offload_optimizer") or {}
     return {
         "stage": int(stage),
+        "offload": offload,
+        "pin_memory": bool(section.get("pin_memory") or zero.get("cpu_offload_use_pin_memory")),
         "merge_below": int(whole[-1]) if whole else 100_000,
         "leaves": dict(zero.get("leaf_module") or {}),
         "all_used": zero.get("ignore_unused_parameters", True) is False

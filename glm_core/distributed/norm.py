@@ -52,9 +52,9 @@ def global_norm(
 ) -> Tensor:
     """Returns sqrt(sum of all squares), a float32 scalar that is the same on every rank of `group`
     (None: all). It takes one all-reduce, in which each element is weighted by 1 / copies, so ranks
-    may hold different numbers of parts, or none. `device`: where a rank without parts makes its
-    zero. The norm is not finite if any element is not. Outside a process group it is the norm of
-    this process."""
+    may hold different numbers of parts, or none. `device`: where ranks sum, wherever the parts are.
+    The norm is not finite if any element is not. Outside a process group it is the norm of this
+    process."""
     sums: dict[int, list[Tensor]] = {}
     for tensor, copies in parts:
         if tensor.numel():
@@ -64,7 +64,7 @@ def global_norm(
     # float64: squares of float32 norms overflow and cancel in float32
     total = torch.zeros((), dtype=torch.float64, device=device)
     for copies, norms in sums.items():
-        total = total.to(norms[0].device) + torch.stack(norms).double().square().sum() / copies
+        total += (torch.stack(norms).double().square().sum() / copies).to(total.device)
     if dist.is_initialized():
         dist.all_reduce(total, group=group)
     return total.sqrt().float()
@@ -77,4 +77,4 @@ def clip_(parts: Iterable[GradientPart], norm: Tensor, max_norm: float) -> None:
     if max_norm > 0:
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for tensor, _ in parts:
-            tensor.mul_(factor.to(tensor.dtype))
+            tensor.mul_(factor.to(tensor))

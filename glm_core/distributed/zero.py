@@ -17,11 +17,7 @@ from glm_core.distributed.precision import Precision
 from glm_core.distributed.split import Split, to_meta
 from glm_core.errors import ConfigError
 from glm_core.training.optimizer import own_part
-from glm_core.versions import (
-    all_gather_single,
-    lack_of,
-    reduce_scatter_single,
-)
+from glm_core.versions import all_gather_single, lack_of, reduce_scatter_single
 
 BUCKET = 2**25
 """elements reduced by one collective"""
@@ -85,7 +81,7 @@ class Shards:
         self.buckets = list(self._fill(bucket))
         self.device = own_part(self.params[0]).device
         last = self.buckets[-1]
-        self.master = nn.Parameter(torch.empty(last.start + last.part, device=self.device))
+        self.master = nn.Parameter(self._empty(last.start + last.part))
         self.master.grad = None
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._seen: set[nn.Parameter] = set()
@@ -97,6 +93,10 @@ class Shards:
         if stage == 2:
             for p in self.params:
                 p.register_post_accumulate_grad_hook(self._arrived)
+
+    def _empty(self, size: int) -> Tensor:
+        """Returns float32 memory where the masters are to be."""
+        return torch.empty(size, device=self.device)
 
     def _fill(self, most: int) -> Iterator[_Bucket]:
         """Yields buckets of at most `most` elements (or one parameter), roughly in the order in
@@ -211,9 +211,13 @@ class Shards:
         if self.predivide != 1:
             flat /= self.predivide
         own = self._sum_over_ranks(flat, bucket.part).float() / (self.divide / self.predivide)
+        self._keep(own, slice(bucket.start, bucket.start + bucket.part))
+
+    def _keep(self, own: Tensor, place: slice) -> None:
+        """Adds this rank's part of a bucket's gradient to the gradient of the masters."""
         if self.master.grad is None:
             self.master.grad = torch.zeros_like(self.master)
-        self.master.grad[bucket.start : bucket.start + bucket.part] += own
+        self.master.grad[place] += own
 
     def _sum_over_ranks(self, flat: Tensor, part: int) -> Tensor:
         if self.ranks == 1:
@@ -251,11 +255,15 @@ class Shards:
             for p, values in self._gathered(bucket, flat.detach(), flat.dtype)
         }
 
+    def _rounded(self, flat: Tensor, place: slice, dtype: torch.dtype) -> Tensor:
+        """Returns elements of a vector laid out like `master`, on the parameters' device."""
+        return flat[place].to(dtype)
+
     def _gathered(
         self, bucket: _Bucket, flat: Tensor, dtype: torch.dtype
     ) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Yields each of the bucket's parameters with its elements, gathered from all ranks."""
-        own = flat[bucket.start : bucket.start + bucket.part].to(dtype)
+        own = self._rounded(flat, slice(bucket.start, bucket.start + bucket.part), dtype)
         if self.shards > 1:
             whole = own.new_empty(bucket.part * self.shards)
             all_gather_single(whole, own, group=self.group)

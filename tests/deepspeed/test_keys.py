@@ -148,6 +148,7 @@ SUPPORTED: list[tuple[str, Any, dict[str, Any], str]] = [
     ("zero_optimization.stage3_gather_fp16_weights_on_model_save", True, {}, "gather_on_save"),
     ("zero_optimization.ignore_unused_parameters", False, OFFLOADED, "all_used"),
     ("zero_optimization.enable_sanity_checks", True, {}, "sanity_checks"),
+    ("zero_optimization.cpu_offload_use_pin_memory", True, {}, "pin_memory"),
     ("checkpoint.tag_validation", "Fail", {}, "tag_validation"),
     ("checkpoint.load_universal", True, {}, "load_universal"),
 ]

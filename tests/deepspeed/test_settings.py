@@ -8,6 +8,8 @@ import pytest
 import torch
 from recipes import PATTERN, WEIGHTS
 
+from glm_core.backends import registry
+from glm_core.deepspeed import settings
 from glm_core.deepspeed.checkpoint import own_layout
 from glm_core.deepspeed.keys import SECTIONS, TOP
 from glm_core.deepspeed.runtime.pipe import partition
@@ -73,7 +75,7 @@ def test_states_are_known_and_errors_say_a_way_out() -> None:
         ({"train_batch_sise": 8}, "did you mean train_batch_size"),
         ({"zero_optimization": {"stag": 1}}, r"did you mean zero_optimization\.stage"),
         ({"zero_optimization": {"stage": 4}}, "use 0, 1, 2 or 3"),
-        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "host"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "NVMe"),
         ({"data_types": {"grad_accum_dtype": "int8"}}, "fp32, bf16 or fp16"),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, "in float32; use fp32"),
         ({"zero_optimization": True}, "expected an object"),
@@ -93,6 +95,27 @@ def test_states_are_known_and_errors_say_a_way_out() -> None:
 def test_bad_configs_say_what_and_how_else(config: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         resolve({**GOOD, **config}, 2)
+
+
+def test_on_an_accelerator_only_the_optimizer_is_offloaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(settings, "backend", lambda: registry.get("cuda"))
+
+    def zero(**section: Any) -> dict[str, Any]:
+        return {**GOOD, "zero_optimization": section}
+
+    cpu = {"device": "cpu", "pin_memory": True}
+    taken = resolve(zero(stage=2, offload_optimizer=cpu), 2)
+    assert (taken.offload, taken.pin_memory) == (True, True)
+    assert not resolve(zero(stage=2, offload_optimizer={"device": "none"}), 2).offload
+    for section, says in (
+        ({"stage": 3, "offload_optimizer": cpu}, "use stage 1 or 2"),
+        ({"stage": 2, "offload_optimizer": {"device": "nvme"}}, "use cpu"),
+        ({"stage": 2, "offload_param": cpu}, "the run is on cuda"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            resolve(zero(**section), 2)
 
 
 def test_all_complaints_come_at_once() -> None:

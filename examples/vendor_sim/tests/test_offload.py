@@ -4,14 +4,19 @@ beside one on the device."""
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import test_glm
 import torch
+from torch import nn
 
+from glm_core import deepspeed
 from glm_core.backends import registry
+from glm_core.deepspeed.accelerator import real_accelerator
+from glm_core.distributed import norm
 from glm_core.training import offload
 from glm_core.training.checkpoint import FileCheckpoints
 from glm_core.training.trainer import Trainer
@@ -82,3 +87,82 @@ def test_the_device_holds_no_masters() -> None:
 
     number = sum(p.numel() for p in trainer("bfloat16", True).model.parameters())
     assert bytes_of(False) - bytes_of(True) == pytest.approx(12 * number, rel=0.02)
+
+
+# --- DeepSpeed's offload_optimizer ---------------------------------------------------------------
+
+
+@pytest.fixture
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A job of one rank on the device, which gloo does not know: one rank's sum is itself."""
+    monkeypatch.setattr(real_accelerator, "_chosen", [registry.usable("sim")])
+    monkeypatch.setattr(norm.dist, "all_reduce", lambda *_, **__: None)
+    yield
+    norm.dist.destroy_process_group()
+
+
+def engine(stage: int, offloads: bool, low: bool, optimizer: Any = None) -> Any:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 32), nn.Tanh(), nn.Linear(32, 5))
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": 200}
+    if offloads:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 0.1,
+        "zero_optimization": zero,
+        "bf16": {"enabled": low},
+    }
+    if optimizer is None:
+        config["optimizer"] = {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.1}}
+    return deepspeed.initialize(model=model, config=config, optimizer=optimizer)[0]
+
+
+def updates(run: Any, first: int, last: int) -> list[float]:
+    """Returns the losses of these micro-batches, two of which are an update."""
+    losses = []
+    for number in range(first, last):
+        x = torch.randn(4, 7, generator=torch.Generator().manual_seed(number)).to("sim")
+        loss = run(x.to(next(run.module.parameters()).dtype)).float().square().mean()
+        run.backward(loss)
+        run.step()
+        losses.append(loss.item())
+    return losses
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize(
+    ("stage", "low", "optimizer"),
+    [(0, False, sgd), (1, True, None), (2, True, sgd), (2, False, None)],
+)
+@pytest.mark.usefixtures("one_rank")
+def test_a_deepspeed_script_trains_the_same_in_main_memory(
+    stage: int, low: bool, optimizer: Callable[..., Any] | None
+) -> None:
+    there, here = (engine(stage, offloads, low, optimizer) for offloads in (False, True))
+    # torch's AdamW and the host's kernel round differently
+    exact = optimizer is sgd
+    expected, received = updates(there, 0, 6), updates(here, 0, 6)
+    assert received == (expected if exact else pytest.approx(expected, rel=1e-6))
+    assert max(expected) > 1.5 * min(expected)
+    assert here.get_global_grad_norm() == pytest.approx(there.get_global_grad_norm(), rel=1e-6)
+    masters = [m for store in here.stores for m in store.masters]
+    state = [t for m in masters for t in here.optimizer.state[m].values()]
+    assert {t.device.type for t in (*masters, *state)} == {"cpu"}
+    assert {p.device.type for p in here.module.parameters()} == {"sim"}
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.usefixtures("one_rank")
+def test_a_deepspeed_checkpoint_loads_both_ways(first: bool, tmp_path: Path) -> None:
+    expected = updates(engine(2, False, True), 0, 6)
+    begun = engine(2, first, True)
+    losses = updates(begun, 0, 4)
+    begun.save_checkpoint(str(tmp_path))
+    resumed = engine(2, not first, True)
+    resumed.load_checkpoint(str(tmp_path))
+    assert losses + updates(resumed, 4, 6) == pytest.approx(expected, rel=1e-6)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from glm_core import dispatch, ops
+from glm_core.backends import registry
 from glm_core.deepspeed.notices import say_once
 from glm_core.errors import ConfigError
 
 
 class FusedAdam(torch.optim.Adam):
     """torch's Adam, or with adam_w_mode (the default) its AdamW."""
+
+    on_host = False
+    """parameters and gradients are in main memory: the host's AdamW kernel updates them"""
 
     def __init__(
         self,
@@ -44,9 +50,49 @@ class FusedAdam(torch.optim.Adam):
             decoupled_weight_decay=adam_w_mode,
         )
 
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates every parameter that has a gradient, as torch's Adam does."""
+        if not self.on_host or closure is not None or not all(map(_is_adamw, self.param_groups)):
+            return super().step(closure)
+        outer = dispatch.session()
+        with torch.no_grad(), registry.use("cpu", outer.strict) as session:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        _update(p, p.grad, self.state[p], group)
+        outer.fallbacks.update(session.fallbacks)
+        return None
+
+
+def _is_adamw(group: dict[str, Any]) -> bool:
+    """Says whether the op `adamw` is what the group asks for."""
+    decoupled = group["decoupled_weight_decay"] or not group["weight_decay"]
+    return decoupled and not group["amsgrad"] and not group["maximize"]
+
+
+def _update(p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    if not state:  # as torch's Adam begins
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        state |= {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+    state["step"] += 1
+    beta1, beta2 = group["betas"]
+    ops.adamw(
+        [p],
+        [grad],
+        [state["exp_avg"]],
+        [state["exp_avg_sq"]],
+        torch.ones(()),
+        int(state["step"]),
+        float(group["lr"]),
+        float(beta1),
+        float(beta2),
+        group["eps"],
+        group["weight_decay"],
+    )
+
 
 class DeepSpeedCPUAdam(FusedAdam):
-    """FusedAdam on whatever device the weights are; nothing is offloaded here."""
+    """FusedAdam wherever the masters are: in main memory with `offload_optimizer`."""
 
     def __init__(
         self,

@@ -56,15 +56,18 @@ def _adam(name: str, params: dict[str, Any], groups: Iterable[Any]) -> torch.opt
     return adam.FusedAdam(groups, adam_w_mode=decoupled, **params)
 
 
-def check_stage(optimizer: torch.optim.Optimizer, stage: int, *, low: bool) -> None:
+def check_stage(
+    optimizer: torch.optim.Optimizer, stage: int, *, low: bool, offload: bool = False
+) -> None:
     """Raises ConfigError where the optimizer needs whole parameters and would see only parts of
-    them. low: the weights are in 16 bit."""
+    them. low: the weights are in 16 bit; offload: the optimizer is in main memory."""
     name = type(optimizer).__name__
     stages = WHOLE.get(name)
-    if stages is None or (stage in stages and not (low and stage == 0)):
+    if stages is None or (stage in stages and not ((low or offload) and stage == 0)):
         return
     where = " or ".join(f"{s}{' in float32' if s == 0 else ''}" for s in stages) or "none"
     raise ConfigError(
-        f"{name}: needs whole parameters, which ZeRO {stage}{' in 16 bit' if low else ''} cuts; "
+        f"{name}: needs whole parameters, which ZeRO {stage}{' in 16 bit' if low else ''}"
+        f"{' with offload_optimizer' if offload else ''} cuts; "
         f"use a ZeRO stage that leaves them whole ({where}), or an optimizer such as AdamW"
     )

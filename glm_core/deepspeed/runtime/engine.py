@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from glm_core.deepspeed.checkpoint.training_state import OptimizerShard, whole_w
 from glm_core.deepspeed.monitor.monitor import Monitor, Progress
 from glm_core.deepspeed.notices import say_once
 from glm_core.deepspeed.ops import from_config
+from glm_core.deepspeed.ops.adam import FusedAdam
 from glm_core.deepspeed.profiling.flops_profiler import ForwardFlops
 from glm_core.deepspeed.runtime import lr_schedules
 from glm_core.deepspeed.runtime.accessors import Accessors
@@ -31,6 +33,7 @@ from glm_core.deepspeed.settings import BadConfig, Settings
 from glm_core.deepspeed.utils.timer import PhaseTimer
 from glm_core.deepspeed.utils.z3_leaf_module import zero3_blocks
 from glm_core.distributed.norm import GradientPart, clip_, global_norm
+from glm_core.distributed.offload import HostStore
 from glm_core.distributed.placement import FlatStore, MasterStore, ReplicaStore, Zero3Store
 from glm_core.distributed.precision import cast_, cast_buffers_, to_compute
 from glm_core.distributed.split import Split, join_module, move_, round_
@@ -125,7 +128,7 @@ class DeepSpeedEngine(Accessors, Reduction, nn.Module):
             )
         if optimizer is None:
             return None
-        from_config.check_stage(optimizer, s.stage, low=s.precision.low)
+        from_config.check_stage(optimizer, s.stage, low=s.precision.low, offload=s.offload)
         if optimizer.state:
             raise ConfigError("optimizer: has stepped already; initialize must get it before")
         for group in optimizer.param_groups:
@@ -134,6 +137,8 @@ class DeepSpeedEngine(Accessors, Reduction, nn.Module):
                 self.stores.append(self._store(trainable))
                 group["params"] = self.stores[-1].masters
         optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
+        if isinstance(optimizer, FusedAdam):
+            optimizer.on_host = s.offload
         configured: torch.optim.Optimizer = optimizer
         self._tell(configured, overflow=False)
         return configured
@@ -156,11 +161,12 @@ class DeepSpeedEngine(Accessors, Reduction, nn.Module):
         s, divide = self.settings, self._divide()
         if s.stage == 3:
             return Zero3Store(params)
-        if s.stage == 0 and not s.precision.low:
+        flat = functools.partial(HostStore, pin=s.pin_memory) if s.offload else FlatStore
+        if s.stage == 0 and not s.precision.low and not s.offload:
             return ReplicaStore(
                 params, self.dp_group, divide=divide, predivide=s.predivide, bucket=s.bucket
             )
-        return FlatStore(
+        return flat(
             params,
             self.dp_group,
             stage=s.stage,

@@ -41,6 +41,10 @@ class TraceError(GlmCoreError):
     """A trace file is truncated or foreign, or cannot be compared with the other one."""
 
 
+class RolloutError(GlmCoreError):
+    """A file of log probabilities is truncated or foreign, or does not match the other one."""
+
+
 class WitnessError(GlmCoreError):
     """A witness file is truncated, changed or foreign."""
 

@@ -62,6 +62,7 @@ FLOORS: tuple[tuple[str, str, dict[str, str]], ...] = (
             "conformance": "is a kernel right?",
             "align": "are two loss curves the same?",
             "sensitivity": "how sharp is the verdict?",
+            "rollout": "do sampler and trainer agree?",
             "verdict": "any PyTorch program",
         },
     ),

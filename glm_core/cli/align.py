@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from glm_core.align import NUM_CONTROLS
-from glm_core.cli import museum
+from glm_core.cli import museum, rollout
 from glm_core.cli.exits import EXIT_FAILED
 from glm_core.cli.options import (
     RESET,
@@ -115,6 +115,7 @@ def define(parser: argparse.ArgumentParser) -> None:
     )
     sensitivity.set_defaults(run=run_sensitivity)
     museum.define(actions.add_parser("museum", help=museum.HELP))
+    rollout.define(actions.add_parser("rollout", help=rollout.HELP))
     bisect = actions.add_parser(
         "bisect", help="name the guilty op with its direction, dtype, shape and layer"
     )

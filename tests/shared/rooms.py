@@ -30,6 +30,7 @@ CHAIN = (
     "conformance",
     "align",
     "sensitivity",
+    "rollout",
     "verdict",
     "planner",
     "serve",

@@ -1,0 +1,161 @@
+"""Implements `glm-core align rollout`: do the engine that samples and the one that trains give the
+same tokens the same probabilities?"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from glm_core.cli.exits import EXIT_FAILED, EXIT_USAGE
+from glm_core.cli.options import add_json, emit
+from glm_core.cli.progress import ProgressLine
+
+if TYPE_CHECKING:
+    from glm_core.model.glm import GLM
+    from glm_core.rollout.files import Rollout
+    from glm_core.rollout.report import Report
+
+HELP = "judge the log probabilities of an engine that samples against those of the trainer"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def define(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    parser.add_argument(
+        "files",
+        nargs="*",
+        metavar="FILE",
+        help="the trainer's log probabilities, then the sampler's; one file: the sampler's, and "
+        "the trainer's are computed with --model",
+    )
+    parser.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="[STEP=]DIR",
+        help="weights that drew the tokens of a step (default step 0); may be given more than once",
+    )
+    parser.add_argument(
+        "--before", metavar="DIR", help="weights before the first step's update, to find stale ones"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="dtype of weights and arithmetic (default: the files')"
+    )
+    parser.add_argument(
+        "--control",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="without weights: the same tokens from an honest engine; may be given more than once",
+    )
+    parser.add_argument(
+        "--backend",
+        metavar="NAME",
+        help="also compare this backend's prefill and decode with the training forward, op by op",
+    )
+    parser.add_argument(
+        "--planted",
+        action="store_true",
+        help="judge planted mistakes and honest differences instead of files",
+    )
+    add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs `align rollout`. Returns 0 for identical and aligned, 1 for diverged, 2 where nothing
+    could be judged."""
+    from glm_core.errors import ConfigError
+
+    if args.planted:
+        return run_planted(args)
+    if len(args.files) not in (1, 2) or (len(args.files) == 1 and not args.model):
+        raise ConfigError(
+            f"align rollout: {len(args.files)} files; give the trainer's and the sampler's, or the "
+            "sampler's with --model"
+        )
+    result = judged(args)
+    emit(args, result.to_json(), result.text())
+    codes = {"diverged": EXIT_FAILED, "not judged": EXIT_USAGE}
+    return codes.get(result.verdict, 0)
+
+
+def judged(args: argparse.Namespace) -> Report:
+    """Reads the files and the weights and judges them."""
+    import dataclasses
+
+    from glm_core.rollout import evidence, formats, report
+
+    read = [formats.load(f) for f in args.files]
+    dtype = args.dtype or read[-1].settings.dtype or "float32"
+    read = [
+        dataclasses.replace(r, settings=dataclasses.replace(r.settings, dtype=dtype)) for r in read
+    ]
+    sampler = read[-1]
+    if not args.model:
+        found = None
+        if args.control:
+            found = report.from_controls(read[0], [formats.load(f) for f in args.control])
+        return report.compare(read[0], sampler, found, [sampler.name])
+    models = weights(args.model, dtype)
+    before = load_model(args.before, dtype) if args.before else None
+    known = evidence.gather(models, sampler.replies, sampler.settings, before, ProgressLine())
+    trainer = read[0] if len(read) == 2 else recomputed(sampler, known.controls[0])
+    result = report.compare(trainer, sampler, known, args.files)
+    if not args.backend:
+        return result
+    from glm_core.rollout.paths import bisect
+
+    place = bisect(models, sampler.replies, args.backend)
+    return dataclasses.replace(result, place=place.text())
+
+
+def recomputed(sampler: Rollout, logprobs: object) -> Rollout:
+    """Returns the trainer's side, computed by the training forward pass."""
+    import numpy as np
+
+    return sampler.given(np.asarray(logprobs), engine="training forward")
+
+
+def weights(names: list[str], dtype: str) -> dict[int, GLM]:
+    """Returns the models of `STEP=DIR`. Raises ConfigError for a step given twice."""
+    from glm_core.errors import ConfigError
+
+    found: dict[int, GLM] = {}
+    for name in names:
+        head, sign, tail = name.partition("=")
+        numbered = bool(sign) and head.isdigit()
+        step = int(head) if numbered else 0
+        if step in found:
+            raise ConfigError(f"--model: step {step} is given twice; write STEP=DIR for each")
+        found[step] = load_model(tail if numbered else name, dtype)
+    return found
+
+
+def load_model(path: str, dtype: str) -> GLM:
+    """Returns the model of a training run or of a checkpoint of any layout."""
+    from pathlib import Path
+
+    import torch
+
+    from glm_core.errors import CheckpointError
+    from glm_core.pretrained.load import load_run_model
+    from glm_core.pretrained.weights.reading import open_checkpoint
+    from glm_core.training import checkpoint
+
+    working: torch.dtype = getattr(torch, dtype)
+    try:
+        file = checkpoint.find(Path(path))
+    except CheckpointError:
+        return open_checkpoint(path).load(working)
+    return load_run_model(file)[0].to(working)
+
+
+def run_planted(args: argparse.Namespace) -> int:
+    """Judges the planted mistakes. Returns 0 where enough are named and nothing honest is
+    convicted."""
+    from glm_core.rollout.planted import campaign
+
+    result = campaign(progress=ProgressLine())
+    emit(args, result.to_json(), result.text())
+    return 0 if result.reached else EXIT_FAILED

@@ -1,0 +1,58 @@
+"""Finds the range of honest rounding for these weights and tokens: the same log probabilities,
+computed in the working dtype in ways that all are right."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from glm_core.align.disguise import Regrouped, Rounded
+from glm_core.model.glm import GLM
+from glm_core.rollout.distribution import Shaping, collect
+from glm_core.rollout.engine import generated, trained
+from glm_core.rollout.files import Array, Reply
+
+Way = tuple[str, Callable[[], AbstractContextManager[object]], Callable[..., Iterator[Tensor]]]
+ROUNDED_ELEMENTS = 1024
+"""the smallest intermediate that a control rounds once more"""
+
+
+def ways(dtype: torch.dtype) -> list[Way]:
+    """Returns the honest ways by name: by the training forward pass in two batches, in two other
+    orders of summation and, below float32, with intermediates rounded once more; and as a
+    generator does, with two sizes of chunks and batches."""
+    none = nullcontext
+    found: list[Way] = [
+        ("training forward", none, trained),
+        ("other batches", none, partial(trained, rows=5)),
+        ("regrouped", partial(Regrouped, 1), trained),
+        ("regrouped again", partial(Regrouped, 2), trained),
+        ("prefill and decode", none, partial(generated, slots=32)),
+        ("small chunks", none, partial(generated, chunk=16, slots=12)),
+    ]
+    if dtype in (torch.bfloat16, torch.half):
+        for seed in (1, 2):
+            rounded = partial(Rounded, dtype, ROUNDED_ELEMENTS, seed=seed)
+            found.append((f"rounded {seed}", rounded, trained))
+    return found
+
+
+def wide(model: GLM) -> GLM:
+    """Returns the model in a dtype beyond its own: float64 for float32, else float32."""
+    own = model.embedding.dtype
+    return copy.deepcopy(model).to(torch.float64 if own == torch.float32 else torch.float32)
+
+
+def controls(model: GLM, replies: Sequence[Reply], how: Shaping) -> Array:
+    """Returns the log probabilities [controls, tokens] that honest engines report."""
+    found = []
+    for _, context, logits in ways(model.embedding.dtype):
+        with context():
+            found.append(collect(logits(model, replies), replies, [how])[0])
+    return np.stack(found)

@@ -1,0 +1,160 @@
+"""Rollouts are read in every kind that docs/rollout.md lists; what does not fit is refused in one
+line with the first difference."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from glm_core.errors import RolloutError
+from glm_core.rollout import files
+from glm_core.rollout.files import Reply, Rollout, Settings, require_same
+from glm_core.rollout.formats import from_transformers, load
+
+PROMPT, TOKENS, LOGPROBS = (5, 6, 7), (8, 9), (-0.5, -1.25)
+REPLY = Reply(PROMPT, TOKENS, LOGPROBS, step=3, cached=2)
+
+
+def written(folder: Path, *lines: Any) -> Path:
+    path = folder / "file.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
+    return path
+
+
+def test_our_own_kind_comes_back_as_it_was(tmp_path: Path) -> None:
+    first = Rollout(Settings(temperature=0.7, tokenizer="abc"), (REPLY, REPLY))
+    files.save(first, tmp_path / "a.jsonl")
+    again = load(tmp_path / "a.jsonl")
+    assert again == dataclasses.replace(first, name=str(tmp_path / "a.jsonl"))
+
+
+def chat(names: list[str], **choice: Any) -> dict[str, Any]:
+    content = [{"token": n, "logprob": p} for n, p in zip(names, LOGPROBS, strict=True)]
+    return {
+        "prompt_token_ids": list(PROMPT),
+        "usage": {"prompt_tokens_details": {"cached_tokens": 2}},
+        "choices": [{"index": 0, "logprobs": {"content": content}, **choice}],
+        "step": 3,
+    }
+
+
+def completion(**choice: Any) -> dict[str, Any]:
+    logprobs = {"tokens": ["a", "b"], "token_logprobs": list(LOGPROBS)}
+    body = {"logprobs": logprobs, "prompt_token_ids": list(PROMPT), **choice}
+    details = {"prompt_tokens_details": {"cached_tokens": 2}}
+    return {"model": "glm", "choices": [body], "usage": details, "step": 3}
+
+
+SGLANG = {
+    "text": "ab",
+    "step": 3,
+    "meta_info": {
+        "cached_tokens": 2,
+        "input_token_logprobs": [[None, 5, None], [-1.0, 6, None], [-2.0, 7, None]],
+        "output_token_logprobs": [[-0.5, 8, None], [-1.25, 9, None]],
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(chat(["a", "b"], token_ids=[8, 9]), id="chat-token_ids"),
+        pytest.param(chat(["token_id:8", "token_id:9"]), id="chat-token_id-names"),
+        pytest.param(completion(token_ids=[8, 9]), id="completion"),
+        pytest.param(SGLANG, id="sglang-generate"),
+    ],
+)
+def test_answers_of_engines_are_read(tmp_path: Path, answer: dict[str, Any]) -> None:
+    assert load(written(tmp_path, answer, answer)).replies == (REPLY, REPLY)
+    assert load(written(tmp_path, [answer])).replies == (REPLY,)
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_what_transformers_generates_is_written(raw: bool) -> None:
+    logits = tuple(torch.randn(1, 12) for _ in range(3))
+    output = SimpleNamespace(
+        sequences=torch.tensor([[*PROMPT, 8, 9, 1]]),
+        logits=logits if raw else None,
+        scores=logits,
+    )
+    found = from_transformers(output, [PROMPT], stop=[9], temperature=0.5)
+    [reply] = found.replies
+    assert (reply.prompt, reply.tokens) == (PROMPT, TOKENS)
+    assert reply.logprobs[1] == float(logits[1][0].log_softmax(-1)[9])
+    assert found.settings.processed is not raw
+    assert found.settings.temperature == 0.5
+
+
+HEAD = {"format": files.FORMAT}
+BODY = {"prompt": [1], "tokens": [2], "logprobs": [-1.0]}
+
+
+@pytest.mark.parametrize(
+    ("lines", "fact"),
+    [
+        pytest.param([{"format": "other"}], "not a rollout of a known kind", id="format"),
+        pytest.param([{**HEAD, "temperatur": 1}], "did you mean temperature", id="setting"),
+        pytest.param([HEAD, {"prompt": [1]}], "line 2: not a reply", id="keys"),
+        pytest.param([HEAD, {**BODY, "tokens": ["a"]}], "'a' is no token id", id="text"),
+        pytest.param([HEAD, {**BODY, "tokens": [2, 3]}], "2 tokens and 1 logprobs", id="length"),
+        pytest.param([HEAD, {**BODY, "logprobs": [0.5]}], "it must be a finite", id="positive"),
+        pytest.param([HEAD, {**BODY, "logprobs": [None]}], "is None", id="none"),
+        pytest.param([HEAD, {**BODY, "prompt": []}], "must not be empty", id="empty"),
+        pytest.param([chat(["a", "b"])], "names its tokens by text", id="tokens-as-text"),
+        pytest.param([{"choices": [{}]}], "no prompt_token_ids", id="no-prompt"),
+        pytest.param([{"meta_info": {}}], "return_logprob=true", id="sglang"),
+        pytest.param([3], "holds no JSON objects", id="number"),
+    ],
+)
+def test_a_bad_file_is_refused_in_one_line(tmp_path: Path, lines: list[Any], fact: str) -> None:
+    with pytest.raises(RolloutError) as caught:
+        load(written(tmp_path, *lines))
+    assert fact in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "cut.jsonl"
+    path.write_text(json.dumps(HEAD) + '\n{"prompt": [1', encoding="utf-8")
+    with pytest.raises(RolloutError, match=r"truncated or no JSON"):
+        load(path)
+
+
+def other(**changes: Any) -> Rollout:
+    fields = [f.name for f in dataclasses.fields(Reply)]
+    reply = dataclasses.replace(REPLY, **{k: v for k, v in changes.items() if k in fields})
+    settings = Settings(
+        **{"tokenizer": "a", **{k: v for k, v in changes.items() if k not in fields}}
+    )
+    return Rollout(settings, (REPLY, reply), "b.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("changes", "fact"),
+    [
+        ({"tokens": (8, 4)}, "reply 1: token 1 of tokens is 9 and 4"),
+        ({"prompt": (5, 6)}, "reply 1: prompt of 3 and 2 tokens"),
+        ({"step": 4}, "reply 1: step 3 and 4"),
+        ({"tokenizer": "b"}, "tokenizer is 'a' and 'b'"),
+        ({"temperature": 0.5}, "temperature is 1.0 and 0.5"),
+        ({"processed": True}, "processed is False and True"),
+    ],
+)
+def test_the_first_difference_is_named(changes: dict[str, Any], fact: str) -> None:
+    require_same(other(), other(tokenizer=""))  # unknown: no difference
+    with pytest.raises(RolloutError) as caught:
+        require_same(other(), other(**changes))
+    assert fact in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_replies_of_another_number_do_not_match() -> None:
+    with pytest.raises(RolloutError, match="2 and 1 replies"):
+        require_same(other(), dataclasses.replace(other(), replies=(REPLY,)))

@@ -104,10 +104,11 @@ def judged(args: argparse.Namespace) -> Report:
     result = report.compare(trainer, sampler, known, args.files)
     if not args.backend:
         return result
-    from glm_core.rollout.paths import bisect
+    from glm_core.rollout.paths import Paths
 
-    place = bisect(models, sampler.replies, args.backend)
-    return dataclasses.replace(result, place=place.text())
+    parting = Paths(models, sampler.replies).part(args.backend)
+    verdict = "diverged" if parting.op else result.verdict
+    return dataclasses.replace(result, verdict=verdict, place=parting.text())
 
 
 def recomputed(sampler: Rollout, logprobs: object) -> Rollout:
@@ -154,7 +155,7 @@ def load_model(path: str, dtype: str) -> GLM:
 def run_planted(args: argparse.Namespace) -> int:
     """Judges the planted mistakes. Returns 0 where enough are named and nothing honest is
     convicted."""
-    from glm_core.rollout.planted import campaign
+    from glm_core.rollout.campaign import campaign
 
     result = campaign(progress=ProgressLine())
     emit(args, result.to_json(), result.text())

@@ -31,7 +31,7 @@ MOST_VALUES = 2**22
 
 def sampled_from(settings: Settings) -> Shaping:
     """Returns what the tokens were drawn from, as the settings state it."""
-    return Shaping(settings.temperature, settings.top_p, settings.repetition_penalty)
+    return Shaping(settings.temperature or 1.0, settings.top_p, settings.repetition_penalty)
 
 
 def reported(settings: Settings) -> Shaping:

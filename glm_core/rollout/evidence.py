@@ -66,7 +66,9 @@ def _of_step(
     require_known(model, replies)
     how, exact = reported(settings), wide(model)
     base = collect(trained(exact, replies), replies, [how])[0]
-    drawn = draws(trained(exact, replies), replies, sampled_from(settings))
+    drawn = None
+    if settings.temperature:  # unknown, or greedy: no draws
+        drawn = draws(trained(exact, replies), replies, sampled_from(settings))
     known = list(causes(exact, replies, settings, how, base, before))
     return Evidence(base, controls(model, replies, how), known, drawn)
 
@@ -110,7 +112,9 @@ def _joined(parts: Sequence[Evidence], order: Array) -> Evidence:
         for key, c in known.items()
     ]
     drawn = [p.drawn for p in parts if p.drawn is not None]
-    total = Draws(*(float(sum(v) / len(drawn) ** 0.5) for v in zip(*drawn, strict=True)))
+    total = None
+    if drawn:
+        total = Draws(*(float(sum(v) / len(drawn) ** 0.5) for v in zip(*drawn, strict=True)))
     return Evidence(
         np.concatenate([p.base for p in parts])[order],
         np.concatenate([p.controls for p in parts], 1)[:, order],

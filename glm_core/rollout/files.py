@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_core.errors import RolloutError, unknown
+from glm_core.config import check
+from glm_core.errors import ConfigError, RolloutError, unknown
 
 Array = NDArray[np.float64]
 FORMAT = "glm-core rollout 1"
@@ -31,7 +32,8 @@ class Settings:
     """dtype of the weights and the arithmetic"""
     tokenizer: str = ""
     """a name or checksum of the tokenizer"""
-    temperature: float = 1.0
+    temperature: float | None = None
+    """None = unknown, which counts as 1; 0 = always the most likely token"""
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     processed: bool = False
@@ -39,6 +41,19 @@ class Settings:
     top-p; False: to the model's own"""
     chunk: int = 0
     """tokens of a prompt that the engine reads at once; 0 = unknown"""
+
+    def __post_init__(self) -> None:
+        temperature = self.temperature
+        check(
+            self,
+            {
+                "temperature": temperature is None
+                or (0 < temperature or (temperature == 0 and not self.processed))
+                or "must be positive; 0 only where the log probabilities are not processed",
+                "top_p": 0 < self.top_p <= 1 or "must lie in (0, 1]",
+                "repetition_penalty": self.repetition_penalty > 0 or "must be positive",
+            },
+        )
 
 
 MUST_AGREE = ("tokenizer", "temperature", "top_p", "repetition_penalty", "processed")
@@ -126,7 +141,11 @@ def parsed(lines: list[Any], where: str) -> Rollout:
     known = [f.name for f in dataclasses.fields(Settings)]
     if strange := [k for k in head if k not in known]:
         raise RolloutError(f"{where}, line 1: {unknown('setting', strange[0], known)}")
-    return Rollout(Settings(**head), tuple(_replies(lines[1:], where)), where)
+    try:
+        settings = Settings(**head)
+    except (ConfigError, TypeError) as error:
+        raise RolloutError(f"{where}, line 1: {error}") from None
+    return Rollout(settings, tuple(_replies(lines[1:], where)), where)
 
 
 def _replies(lines: list[Any], where: str) -> Iterator[Reply]:
@@ -169,8 +188,8 @@ def require_same(a: Rollout, b: Rollout) -> None:
     names = (a.name or "A", b.name or "B")
     for field in MUST_AGREE:
         own, other = getattr(a.settings, field), getattr(b.settings, field)
-        known = field != "tokenizer" or (own and other)
-        if known and own != other:
+        is_known = "" not in (own, other) and None not in (own, other)
+        if is_known and own != other:
             raise _mismatch(names, f"{field} is {own!r} and {other!r}")
     if len(a.replies) != len(b.replies):
         raise _mismatch(names, f"{len(a.replies)} and {len(b.replies)} replies")

@@ -83,19 +83,29 @@ class Parting:
         return f"the paths part at {place}: {words}"
 
 
+Limits = dict[tuple[Key, str], float]
+"""how far honest engines deviate, by call and argument or result"""
+
+
 class Recorder:
     """Keeps every op call of forward passes over one reply."""
 
     def __init__(self, reply: Reply, inner: Interceptor | None = None) -> None:
         self.calls: list[Call] = []
         self.reply, self._inner = reply, inner
-        self._layer, self._start, self._size, self._outside = "", 0, 0, False
+        self._layer, self._start, self._size = "", 0, 0
+        self._outside, self._ignored = False, False
         self._numbers: Counter[str] = Counter()
 
     def begin(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         """Notes that a forward pass over the next tokens begins."""
         self._start, self._size = self._start + self._size, args[0].shape[1]
-        self._outside, self._numbers = False, Counter()
+        self._outside, self._ignored, self._numbers = False, False, Counter()
+
+    def ignore(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        """Notes that another model reads the next tokens: its calls were those of another time."""
+        self.begin(_, args)
+        self._ignored = True
 
     def end(self, *_: Any) -> None:
         """Notes that it ends: what follows computes logits."""
@@ -107,6 +117,8 @@ class Recorder:
 
     def __call__(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the call as the engine does, and keeps it."""
+        if self._ignored:
+            return (self._inner or dispatch.run)(op, args, kwargs)
         layer = "head" if self._outside else self._layer
         named = {**dict(zip(op.parameters, args, strict=False)), **kwargs}
         kept = {k: copied(v) for k, v in named.items()}
@@ -124,14 +136,18 @@ class Recorder:
 
 
 @contextmanager
-def recording(models: Sequence[GLM], reply: Reply, inner: Interceptor | None) -> Iterator[Recorder]:
-    """Records the op calls of these models inside the block."""
+def recording(
+    model: GLM, other: GLM | None, reply: Reply, inner: Interceptor | None
+) -> Iterator[Recorder]:
+    """Records the op calls of a model inside the block. other: a model that reads the prompt, whose
+    calls are left out."""
     recorder = Recorder(reply, inner)
     with ExitStack() as stack:
-        for model in models:
-            stack.callback(model.register_forward_pre_hook(recorder.begin).remove)
-            stack.callback(model.register_forward_hook(recorder.end).remove)
-            stack.enter_context(layers(model, recorder.enter))
+        if other is not None:
+            stack.callback(other.register_forward_pre_hook(recorder.ignore).remove)
+        stack.callback(model.register_forward_pre_hook(recorder.begin).remove)
+        stack.callback(model.register_forward_hook(recorder.end).remove)
+        stack.enter_context(layers(model, recorder.enter))
         stack.enter_context(dispatch.intercept(recorder))
         yield recorder
 
@@ -139,35 +155,46 @@ def recording(models: Sequence[GLM], reply: Reply, inner: Interceptor | None) ->
 def recorded(model: GLM, reply: Reply, how: Variant, engine: bool) -> list[Call]:
     """Returns the op calls of the training forward pass over a reply, or those of an engine."""
     own = how.of(model)
-    models = [own] if how.reads_prompts is None else [own, how.reads_prompts]
     plain = dataclasses.replace(how, model=None, interceptor=None)
-    with recording(models, reply, how.interceptor) as recorder:
+    with recording(own, how.reads_prompts, reply, how.interceptor) as recorder:
         run = functools.partial(generated, chunk=CHUNK) if engine else trained
         for _ in run(own, [reply], plain):
             pass
     return recorder.calls
 
 
-def bisect(
-    models: Mapping[int, GLM],
-    replies: Sequence[Reply],
-    backend: str = "reference",
-    how: Variant = PLAIN,
-) -> Parting:
-    """Returns where prefill with decode on `backend` parts from the training forward pass of the
-    reference. how: what the engine does otherwise."""
-    for number in _chosen(replies):
-        reply, model = replies[number], models[replies[number].step]
-        reference = {c.key: c for c in recorded(model, reply, PLAIN, engine=False)}
-        with Regrouped(1):
-            honest = [recorded(model, reply, PLAIN, engine) for engine in (False, True)]
-        limits = _limits(reference, honest)
-        with registry.use(backend):
-            calls = recorded(model, reply, how, engine=True)
-        found = _first(calls, reference, limits)
-        if found is not None:
-            return dataclasses.replace(found, reply=number)
-    return Parting()
+class Paths:
+    """The training forward pass over some replies, call by call, and how far honest engines deviate
+    from it."""
+
+    def __init__(self, models: Mapping[int, GLM], replies: Sequence[Reply]) -> None:
+        """models: by the step of the replies they drew."""
+        self._chosen = [
+            (number, models[replies[number].step], replies[number]) for number in _chosen(replies)
+        ]
+
+    @functools.cached_property
+    def _right(self) -> list[tuple[dict[Key, Call], Limits]]:
+        found = []
+        for _, model, reply in self._chosen:
+            reference = {c.key: c for c in recorded(model, reply, PLAIN, engine=False)}
+            with Regrouped(1):
+                honest = [recorded(model, reply, PLAIN, engine) for engine in (False, True)]
+            found.append((reference, _limits(reference, honest)))
+        return found
+
+    def part(self, backend: str = "reference", how: Variant = PLAIN) -> Parting:
+        """Returns where prefill with decode on `backend` parts from the training forward pass of
+        the reference. how: what the engine does otherwise."""
+        for (number, model, reply), (reference, limits) in zip(
+            self._chosen, self._right, strict=True
+        ):
+            with registry.use(backend):
+                calls = recorded(model, reply, how, engine=True)
+            found = _first(calls, reference, limits)
+            if found is not None:
+                return dataclasses.replace(found, reply=number)
+        return Parting()
 
 
 def _chosen(replies: Sequence[Reply]) -> list[int]:
@@ -228,9 +255,6 @@ def _own_error(call: Call, result: str) -> float:
     if call.op.choice is not None and not x.is_floating_point():
         return 0.0  # which experts: near ties are honest; their weights are judged
     return float(_errors(x.reshape(1, -1), y.reshape(1, -1)).max())
-
-
-Limits = dict[tuple[Key, str], float]
 
 
 def _limits(reference: Mapping[Key, Call], honest: Sequence[Sequence[Call]]) -> Limits:

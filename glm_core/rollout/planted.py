@@ -1,12 +1,12 @@
-"""Measures the verdict on rollouts: how many planted mistakes of engines are found and named, and
-how many honest differences are acquitted."""
+"""Lists the mistakes of engines that are planted to measure the verdict, and honest differences;
+makes the models and replies that they are planted in."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,13 +20,9 @@ from glm_core.model.sample import Sampling
 from glm_core.rollout import mistakes
 from glm_core.rollout.distribution import Shaping, collect, sampled_from
 from glm_core.rollout.engine import PLAIN, Variant, generated
-from glm_core.rollout.evidence import Evidence, Progress, gather
+from glm_core.rollout.evidence import Evidence, gather
 from glm_core.rollout.files import Array, Reply, Settings
-from glm_core.rollout.paths import bisect
-from glm_core.rollout.verdict import judge
 
-TARGET = 0.95
-"""share of the planted mistakes that must be found, and of those found that must be named"""
 NUM_REPLIES, NUM_TOKENS, PREFIX = 32, 12, 16
 UPDATE = 1e-3
 """an update before which a cache or a head is stale: each weight moves by this much, as in a step
@@ -88,6 +84,8 @@ class Plant(NamedTuple):
     engine: Engine
     how: Callable[[Case], Variant] | None = None
     """what differs inside the model; None where only the report differs"""
+    op: str = ""
+    """the op at which the two paths part"""
     only: tuple[str, ...] = ()
     """kinds of models and dtypes that it is planted in; empty: all"""
 
@@ -95,77 +93,74 @@ class Plant(NamedTuple):
 def _inside(
     label: str,
     cause: str,
+    op: str,
     how: Callable[[Case], Variant],
     *only: str,
     chunk: int = 64,
 ) -> Plant:
-    return Plant(label, cause, lambda case: case.engine(how(case), chunk=chunk), how, only)
+    return Plant(label, cause, lambda case: case.engine(how(case), chunk=chunk), how, op, only)
 
 
-def _reported(label: str, cause: str, shaping: Shaping, *only: str) -> Plant:
-    return Plant(label, cause, lambda case: case.engine(shaping=shaping), None, only)
+def _reported(label: str, cause: str, shaping: Shaping) -> Plant:
+    return Plant(label, cause, lambda case: case.engine(shaping=shaping))
 
 
 def plants() -> list[Plant]:
     """Returns every planted mistake."""
-    m = mistakes
-    rope = "rope offset"
-    mask = "mask at a prefix hit"
+    m, rope, mask, codes = mistakes, "rope offset", "mask at a prefix hit", "quantized_linear"
     return [
+        _inside("prompts' cache of older weights", "stale cache", "attention", _old_cache),
+        _inside("all weights of before an update", "stale weights", "embedding", _old_weights),
+        _inside("tied head not refreshed", "stale head", "linear", _old_head),
+        _inside("head in bfloat16", "head", "linear", lambda c: m.low_head(), "float32"),
+        _inside("router in bfloat16", "router", "route", lambda c: m.low_router(), "experts"),
+        _inside("rope one short, chunks of 16", rope, "rope", lambda c: m.turned(16, -1), chunk=16),
         _inside(
-            "prompts' cache from before an update", "stale cache", lambda c: m.stale_cache(c.before)
+            "rope one too far, chunks of 32", rope, "rope", lambda c: m.turned(32, 1), chunk=32
         ),
-        _inside(
-            "all weights from before an update",
-            "stale weights",
-            lambda c: m.stale_weights(c.before),
-        ),
-        _inside("tied head not refreshed", "stale head", lambda c: m.stale_head(c.before)),
-        _inside("head in bfloat16", "head", lambda c: m.low_head(), "float32"),
-        _inside("router in bfloat16", "router", lambda c: m.low_router(), "experts"),
-        _inside(
-            "rope one short from the second chunk of 16", rope, lambda c: m.turned(16, -1), chunk=16
-        ),
-        _inside(
-            "rope one too far from the second chunk of 32",
-            rope,
-            lambda c: m.turned(32, 1),
-            chunk=32,
-        ),
-        _inside("rope from 0 again in each chunk of 16", rope, lambda c: m.turned(16, 0), chunk=16),
-        _inside("mask one key short behind a prefix hit", mask, lambda c: m.hidden_key()),
-        _inside("mask one key long behind a prefix hit", mask, lambda c: m.seen_key()),
-        _inside(
-            "experts' weights in reverse",
-            "expert pairing",
-            lambda c: m.other_pairing("reversed"),
-            "experts",
-        ),
-        _inside(
-            "experts added up in bfloat16",
-            "expert sums",
-            lambda c: m.other_order(torch.bfloat16),
-            "experts",
-            "float32",
-        ),
-        _inside("int8, a scale per row", "8-bit weights", lambda c: m.quantised(8, 0)),
-        _inside("int8, groups of 32", "8-bit weights", lambda c: m.quantised(8, 32)),
-        _inside("int4, groups of 32", "4-bit weights", lambda c: m.quantised(4, 32)),
+        _inside("rope from 0 in chunks of 16", rope, "rope", lambda c: m.turned(16, 0), chunk=16),
+        _inside("mask one key short at a hit", mask, "attention", lambda c: m.hidden_key()),
+        _inside("mask one key long at a hit", mask, "attention", lambda c: m.seen_key()),
+        _inside("experts' weights reversed", "expert pairing", "unpermute", _reversed, "experts"),
+        _inside("experts added in bfloat16", "expert sums", "unpermute", _low_sums, "experts"),
+        _inside("int8, a scale per row", "8-bit weights", codes, lambda c: m.quantised(8, 0)),
+        _inside("int8, groups of 32", "8-bit weights", codes, lambda c: m.quantised(8, 32)),
+        _inside("int4, groups of 32", "4-bit weights", codes, lambda c: m.quantised(4, 32)),
         _reported("temperature 0.9 folded in", "temperature", Shaping(0.9)),
-        _reported("temperature 1.03 folded in", "temperature", Shaping(1.03)),
+        _reported("temperature 1.1 folded in", "temperature", Shaping(1.1)),
         _reported("top-p 0.9 folded in", "top-p", Shaping(top_p=0.9)),
         _reported("top-p 0.95 folded in", "top-p", Shaping(top_p=0.95)),
         _reported("penalty 1.1 in the report alone", "penalty", Shaping(repetition_penalty=1.1)),
     ]
 
 
+def _old_cache(case: Case) -> Variant:
+    return mistakes.stale_cache(case.before)
+
+
+def _old_weights(case: Case) -> Variant:
+    return mistakes.stale_weights(case.before)
+
+
+def _old_head(case: Case) -> Variant:
+    return mistakes.stale_head(case.before)
+
+
+def _reversed(case: Case) -> Variant:
+    return mistakes.other_pairing("reversed")
+
+
+def _low_sums(case: Case) -> Variant:
+    return mistakes.other_order(torch.bfloat16)
+
+
 def honest() -> list[Plant]:
     """Returns every honest difference."""
     on_cpu: Engine = lambda case: _on("cpu", case)  # noqa: E731
     return [
-        _inside("chunks of 16", "", lambda c: PLAIN, chunk=16),
-        _inside("chunks of 24", "", lambda c: PLAIN, chunk=24),
-        Plant("one reply at a time", "", lambda c: _alone(c)),
+        _inside("chunks of 16", "", "", lambda c: PLAIN, chunk=16),
+        _inside("chunks of 24", "", "", lambda c: PLAIN, chunk=24),
+        Plant("one reply at a time", "", _alone),
         Plant("kernels of the cpu backend", "", on_cpu),
         _inside(
             "experts added from the last to the first",
@@ -182,71 +177,8 @@ def _on(backend: str, case: Case) -> Array:
 
 
 def _alone(case: Case) -> Array:
-    logits = generated(case.model, case.replies[:NUM_REPLIES], PLAIN, 64, 1)
+    logits = generated(case.model, case.replies, PLAIN, 64, 1)
     return collect(logits, case.replies)[0]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Row:
-    """The outcome of one plant in one case."""
-
-    case: str
-    label: str
-    cause: str
-    found: bool
-    named: str
-    share: float
-    place: str
-    """where the two paths part"""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Campaign:
-    """All outcomes."""
-
-    rows: list[Row]
-
-    @property
-    def planted(self) -> list[Row]:
-        """Returns the rows of mistakes."""
-        return [r for r in self.rows if r.cause]
-
-    @property
-    def reached(self) -> bool:
-        """Whether enough are found and named, and nothing honest is convicted."""
-        rows = self.planted
-        found = sum(r.found for r in rows)
-        named = sum(r.named == r.cause for r in rows)
-        alarms = [r for r in self.rows if not r.cause and r.found]
-        return min(found, named) >= TARGET * len(rows) and not alarms
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns plain values."""
-        return {"rows": [dataclasses.asdict(r) for r in self.rows], "reached": self.reached}
-
-    def text(self) -> str:
-        """Returns a line for each plant, with how often it was found and named, and a summary."""
-        lines = []
-        for label in dict.fromkeys(r.label for r in self.rows):
-            rows = [r for r in self.rows if r.label == label]
-            found = sum(r.found for r in rows)
-            outcome = f"{found} of {len(rows)} found"
-            if rows[0].cause:
-                outcome += f", {sum(r.named == r.cause for r in rows)} named"
-                parts = sum(bool(r.place) for r in rows)
-                outcome += f", {parts} placed" if parts else ""
-            else:
-                outcome = f"{len(rows) - found} of {len(rows)} acquitted"
-            lines.append(f"{label:48} {outcome}")
-        rows = self.planted
-        found, named = sum(r.found for r in rows), sum(r.named == r.cause for r in rows)
-        alarms = sum(r.found for r in self.rows if not r.cause)
-        total = len(self.rows) - len(rows)
-        lines.append(
-            f"{found} of {len(rows)} planted mistakes found, {named} named; "
-            f"{alarms} of {total} honest differences convicted"
-        )
-        return "\n".join(lines)
 
 
 def make_case(
@@ -255,6 +187,7 @@ def make_case(
     seed: int,
     settings: Settings | None = None,
     drawn: Sampling | None = None,
+    num_replies: int = NUM_REPLIES,
 ) -> Case:
     """Returns a model with random weights and replies drawn from it: half of the prompts begin
     alike and behind a prefix hit. drawn: how the tokens are drawn, else as the settings state."""
@@ -269,77 +202,19 @@ def make_case(
     model, before = model.to(working), before.to(working)
     prefix = [source.randrange(config.vocab) for _ in range(PREFIX)]
     prompts = []
-    for i in range(NUM_REPLIES):
+    for i in range(num_replies):
         tail = [source.randrange(config.vocab) for _ in range(source.randrange(4, 30))]
         prompts.append(tuple(prefix + tail if i % 2 else tail))
-    s = settings or Settings(dtype=dtype)
-    base = drawn or Sampling(
-        temperature=s.temperature, top_p=s.top_p, repetition_penalty=s.repetition_penalty
-    )
+    s = settings or Settings(dtype=dtype, temperature=1.0)
+    base = drawn or Sampling(repetition_penalty=s.repetition_penalty)
     how = [
         dataclasses.replace(base, max_tokens=NUM_TOKENS, seed=seed * 1000 + i, logprobs=1)
-        for i in range(NUM_REPLIES)
+        for i in range(num_replies)
     ]
-    done = generate(model, [causal(p) for p in prompts], how, slots=NUM_REPLIES)
+    done = generate(model, [causal(p) for p in prompts], how, slots=num_replies)
     replies = tuple(
         Reply(p, tuple(g.tokens), tuple(x.logprob for x in g.logprobs), 0, PREFIX if i % 2 else 0)
         for i, (p, g) in enumerate(zip(prompts, done, strict=True))
     )
     evidence = gather({0: model}, replies, s, before)
     return Case(f"{kind}-{dtype}-{seed}", dtype, model, before, replies, s, evidence)
-
-
-def judged(case: Case, plant: Plant, with_paths: bool = False) -> Row:
-    """Returns the outcome of one plant."""
-    e = case.evidence
-    outcome = judge(plant.engine(case), e.base, e.controls, case.replies, e.causes, e.drawn)
-    place = ""
-    if with_paths and plant.how is not None:
-        place = bisect({0: case.model}, case.replies, how=plant.how(case)).text()
-        place = "" if "every op call agrees" in place else place
-    return Row(
-        case.name,
-        plant.label,
-        plant.cause,
-        outcome.verdict == "diverged",
-        outcome.cause,
-        outcome.share,
-        place,
-    )
-
-
-def penalised(kind: str, dtype: str, seed: int) -> Iterator[Row]:
-    """Yields outcomes where the settings state a penalty of 1.2: reported without it, and drawn
-    without it."""
-    stated = Settings(dtype=dtype, repetition_penalty=1.2, processed=True)
-    case = make_case(kind, dtype, seed, stated)
-    yield judged(case, Plant("as stated, with a penalty", "", lambda c: c.engine()))
-    raw = Plant(
-        "reported from logits before a penalty", "processing", lambda c: c.engine(shaping=Shaping())
-    )
-    yield judged(case, raw)
-    case = make_case(kind, dtype, seed, stated, Sampling())
-    yield judged(case, Plant("sampled from logits before a penalty", "draws", lambda c: c.engine()))
-
-
-def campaign(
-    kinds: Sequence[str] = tuple(MODELS),
-    dtypes: Sequence[str] = ("float32", "bfloat16"),
-    seeds: Sequence[int] = (1, 2),
-    with_paths: bool = True,
-    progress: Progress | None = None,
-) -> Campaign:
-    """Judges every plant in every case it applies to."""
-    rows: list[Row] = []
-    cases = [(k, d, s) for s in seeds for k in kinds for d in dtypes]
-    for number, (kind, dtype, seed) in enumerate(cases):
-        if progress:
-            progress(f"{kind} {dtype}", number, len(cases))
-        case = make_case(kind, dtype, seed)
-        rows += [
-            judged(case, plant, with_paths)
-            for plant in [*plants(), *honest()]
-            if all(only in (kind, dtype) for only in plant.only)
-        ]
-        rows += penalised(kind, dtype, seed)
-    return Campaign(rows)

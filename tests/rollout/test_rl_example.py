@@ -1,0 +1,46 @@
+"""examples/rl trains a tiny version: rewards rise, on-policy ratios are near 1, and the page is
+written."""
+
+from __future__ import annotations
+
+import dataclasses
+import runpy
+from pathlib import Path
+
+import pytest
+from rooms import ROOT
+
+EXAMPLE = runpy.run_path(str(ROOT / "examples" / "rl" / "grpo.py"))
+
+
+def test_a_policy_learns_from_rewards_alone() -> None:
+    task = EXAMPLE["Task"](digits=1, prompts=8, group=8)
+    task = dataclasses.replace(task, train=dataclasses.replace(task.train, steps=25, lr=1e-2))
+    steps, _, _ = EXAMPLE["train"](task, "float32", 1)
+    assert steps[-1].reward > steps[0].reward + 0.15
+    assert max(s.max_ratio for s in steps) < 1e-4  # float32 rounding, no more
+    assert min(s.late_ratio for s in steps) > 1e-3  # the second update is off-policy
+
+
+@pytest.mark.parametrize(
+    ("reply", "share"), [((3, 2, 1), 1.0), ((3, 1, 2), 1 / 3), ((1, 3, 2), 0.0)]
+)
+def test_the_reward_counts_right_digits(reply: tuple[int, ...], share: float) -> None:
+    prompt = (EXAMPLE["BEGIN"], 1, 2, 3, EXAMPLE["EQUALS"])
+    assert EXAMPLE["reward"](prompt, reply) == pytest.approx(share)
+
+
+def test_advantages_compare_replies_to_one_prompt() -> None:
+    import torch
+
+    task = EXAMPLE["Task"](prompts=2, group=2)
+    found = EXAMPLE["advantages"](task, torch.tensor([1.0, 0.0, 0.5, 0.5]))
+    assert found[0] == -found[1] > 0
+    assert not found[2:].any()
+
+
+def test_the_page_shows_every_run(tmp_path: Path) -> None:
+    step = EXAMPLE["Step"](0.5, 1e-6, 2e-6, 0.25, 0.1)
+    page = EXAMPLE["page"]({"float32, seed 1": [step, step]})
+    assert page.count("<figure>") == 4
+    assert "float32, seed 1" in page

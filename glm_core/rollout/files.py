@@ -48,7 +48,7 @@ class Settings:
             self,
             {
                 "temperature": temperature is None
-                or (0 < temperature or (temperature == 0 and not self.processed))
+                or (temperature > 0 or (temperature == 0 and not self.processed))
                 or "must be positive; 0 only where the log probabilities are not processed",
                 "top_p": 0 < self.top_p <= 1 or "must lie in (0, 1]",
                 "repetition_penalty": self.repetition_penalty > 0 or "must be positive",

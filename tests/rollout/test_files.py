@@ -101,6 +101,8 @@ BODY = {"prompt": [1], "tokens": [2], "logprobs": [-1.0]}
     [
         pytest.param([{"format": "other"}], "not a rollout of a known kind", id="format"),
         pytest.param([{**HEAD, "temperatur": 1}], "did you mean temperature", id="setting"),
+        pytest.param([{**HEAD, "top_p": 0}], "top_p=0 must lie in (0, 1]", id="top_p"),
+        pytest.param([{**HEAD, "temperature": "hot"}], "line 1: ", id="temperature"),
         pytest.param([HEAD, {"prompt": [1]}], "line 2: not a reply", id="keys"),
         pytest.param([HEAD, {**BODY, "tokens": ["a"]}], "'a' is no token id", id="text"),
         pytest.param([HEAD, {**BODY, "tokens": [2, 3]}], "2 tokens and 1 logprobs", id="length"),
@@ -130,9 +132,8 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
 def other(**changes: Any) -> Rollout:
     fields = [f.name for f in dataclasses.fields(Reply)]
     reply = dataclasses.replace(REPLY, **{k: v for k, v in changes.items() if k in fields})
-    settings = Settings(
-        **{"tokenizer": "a", **{k: v for k, v in changes.items() if k not in fields}}
-    )
+    rest = {k: v for k, v in changes.items() if k not in fields}
+    settings = Settings(**{"tokenizer": "a", "temperature": 1.0, **rest})
     return Rollout(settings, (REPLY, reply), "b.jsonl")
 
 

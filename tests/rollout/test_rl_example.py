@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import runpy
-from pathlib import Path
 
 import pytest
 from rooms import ROOT
@@ -39,7 +38,7 @@ def test_advantages_compare_replies_to_one_prompt() -> None:
     assert not found[2:].any()
 
 
-def test_the_page_shows_every_run(tmp_path: Path) -> None:
+def test_the_page_shows_every_run() -> None:
     step = EXAMPLE["Step"](0.5, 1e-6, 2e-6, 0.25, 0.1)
     page = EXAMPLE["page"]({"float32, seed 1": [step, step]})
     assert page.count("<figure>") == 4

@@ -1,5 +1,5 @@
-"""The judge on a small model with experts: planted mistakes are named and placed, honest differences
-acquitted; and the command reads files and gives exit codes."""
+"""The judge on a small model with experts: planted mistakes are named and placed, honest
+differences acquitted; and the command reads files and gives exit codes."""
 
 from __future__ import annotations
 

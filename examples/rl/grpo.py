@@ -40,8 +40,8 @@ COLORS = ("#b00020", "#00796b", "#1a4f8b", "#9a5b00", "#6a4c93", "#2d3748")
 class Task:
     """How much is drawn and learned."""
 
-    digits: int = 3
-    prompts: int = 16
+    digits: int = 2
+    prompts: int = 8
     """different prompts of a step"""
     group: int = 8
     """replies to each of them, which are compared with each other"""
@@ -49,7 +49,7 @@ class Task:
     """optimizer steps on each step's replies: the first is on-policy"""
     train: TrainConfig = dataclasses.field(
         default_factory=lambda: TrainConfig(
-            steps=150, lr=2e-3, min_lr=2e-4, warmup_steps=5, weight_decay=0.0
+            steps=120, lr=3e-3, min_lr=2e-4, warmup_steps=5, weight_decay=0.0
         )
     )
 
@@ -211,7 +211,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--backend", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("runs/rl"))
     args = parser.parse_args(words)

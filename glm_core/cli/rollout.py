@@ -42,6 +42,14 @@ def define(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=DTYPES, help="dtype of weights and arithmetic (default: the files')"
     )
     parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SETTING=VALUE",
+        help="what the files do not say: temperature=0.7, processed=true, chunk=512 "
+        "(docs/rollout.md)",
+    )
+    parser.add_argument(
         "--control",
         action="append",
         default=[],
@@ -84,18 +92,17 @@ def judged(args: argparse.Namespace) -> Report:
     """Reads the files and the weights and judges them."""
     import dataclasses
 
-    from glm_core.rollout import evidence, formats, report
+    from glm_core.rollout import evidence, files, formats, report
 
-    read = [formats.load(f) for f in args.files]
+    read = [files.stated(formats.load(f), args.set) for f in args.files]
     dtype = args.dtype or read[-1].settings.dtype or "float32"
-    read = [
-        dataclasses.replace(r, settings=dataclasses.replace(r.settings, dtype=dtype)) for r in read
-    ]
+    read = [files.stated(r, [f"dtype={dtype}"]) for r in read]
     sampler = read[-1]
     if not args.model:
         found = None
         if args.control:
-            found = report.from_controls(read[0], [formats.load(f) for f in args.control])
+            others = [files.stated(formats.load(f), args.set) for f in args.control]
+            found = report.from_controls(read[0], others)
         return report.compare(read[0], sampler, found, [sampler.name])
     models = weights(args.model, dtype)
     before = load_model(args.before, dtype) if args.before else None

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from glm_core.ops.precision import wide as _wide
 from glm_core.rollout.files import Array, Reply, Settings
 
 
@@ -68,8 +69,11 @@ def drawn(logits: Iterable[Tensor], replies: Sequence[Reply]) -> Iterator[Drawn]
 
 
 def shaped(tokens: Drawn, how: Shaping) -> Tensor:
-    """Returns the log probabilities [L, V] of the shaped distribution, in float64; -inf for tokens
-    that top-p leaves out."""
+    """Returns the log probabilities [L, V] of the shaped distribution; -inf for tokens that top-p
+    leaves out. The model's own are computed as the generator computes them, in float32 for logits
+    below float64, so that equal logits give equal bits; others in float64."""
+    if how == OWN:
+        return _wide(tokens.logits).log_softmax(-1)
     x = tokens.logits.double()
     if how.repetition_penalty != 1:
         p = how.repetition_penalty
@@ -90,7 +94,7 @@ def of_tokens(tokens: Drawn, how: Shaping = OWN) -> Array:
     if how.top_p < 1 and not bool(torch.isfinite(values).all()):
         whole = shaped(tokens, how._replace(top_p=1.0)).gather(-1, tokens.ids[:, None])[:, 0]
         values = torch.where(torch.isfinite(values), values, whole)
-    return values.cpu().numpy()
+    return values.double().cpu().numpy()
 
 
 def collect(
@@ -119,7 +123,7 @@ def draws(logits: Iterable[Tensor], replies: Sequence[Reply], how: Shaping) -> D
     term has mean zero given those before it, so the sums are martingales."""
     sums = np.zeros(4)
     for part in drawn(logits, replies):
-        logp = shaped(part, how)  # [L, V]
+        logp = shaped(part, how).double()  # [L, V]
         p, finite = logp.exp(), logp.nan_to_num(neginf=0.0)
         entropy = -(p * finite).sum(-1)
         variance = (p * finite.square()).sum(-1) - entropy.square()

@@ -148,6 +148,26 @@ def parsed(lines: list[Any], where: str) -> Rollout:
     return Rollout(settings, tuple(_replies(lines[1:], where)), where)
 
 
+def stated(rollout: Rollout, assignments: Sequence[str]) -> Rollout:
+    """Returns the rollout with settings of the form `temperature=0.7`, for files that hold none.
+    Raises ConfigError."""
+    known = [field.name for field in dataclasses.fields(Settings)]
+    values = {}
+    for item in assignments:
+        name, _, raw = item.partition("=")
+        if name not in known:
+            raise ConfigError(unknown("setting", name, known))
+        try:
+            values[name] = json.loads(raw)
+        except ValueError:
+            values[name] = raw
+    try:
+        settings = dataclasses.replace(rollout.settings, **values)
+    except TypeError as error:
+        raise ConfigError(f"settings: {error}; write numbers as temperature=0.7") from None
+    return dataclasses.replace(rollout, settings=settings)
+
+
 def _replies(lines: list[Any], where: str) -> Iterator[Reply]:
     known = {f.name for f in dataclasses.fields(Reply)}
     for number, line in enumerate(lines, 2):

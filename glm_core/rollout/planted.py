@@ -162,12 +162,7 @@ def honest() -> list[Plant]:
         _inside("chunks of 24", "", "", lambda c: PLAIN, chunk=24),
         Plant("one reply at a time", "", _alone),
         Plant("kernels of the cpu backend", "", on_cpu),
-        _inside(
-            "experts added from the last to the first",
-            "",
-            lambda c: mistakes.other_order(),
-            "experts",
-        ),
+        _inside("experts added backwards", "", "", lambda c: mistakes.other_order(), "experts"),
     ]
 
 

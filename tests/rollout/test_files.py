@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from glm_core.errors import RolloutError
+from glm_core.errors import ConfigError, RolloutError
 from glm_core.rollout import files
 from glm_core.rollout.files import Reply, Rollout, Settings, require_same
 from glm_core.rollout.formats import from_transformers, load
@@ -154,6 +154,19 @@ def test_the_first_difference_is_named(changes: dict[str, Any], fact: str) -> No
         require_same(other(), other(**changes))
     assert fact in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_command_line_states_what_a_file_does_not(tmp_path: Path) -> None:
+    first = load(written(tmp_path, SGLANG))
+    found = files.stated(first, ["temperature=0.5", "processed=true", "dtype=bfloat16"]).settings
+    assert (found.temperature, found.processed, found.dtype) == (0.5, True, "bfloat16")
+    for words, fact in {
+        "heat=1": "unknown setting",
+        "top_p=2": "top_p",
+        "top_p=x": "numbers",
+    }.items():
+        with pytest.raises(ConfigError, match=fact):
+            files.stated(first, [words])
 
 
 def test_replies_of_another_number_do_not_match() -> None:

@@ -114,8 +114,9 @@ def judged(args: argparse.Namespace) -> Report:
     from glm_core.rollout.paths import Paths
 
     parting = Paths(models, sampler.replies).part(args.backend)
-    verdict = "diverged" if parting.op else result.verdict
-    return dataclasses.replace(result, verdict=verdict, place=parting.text())
+    if parting.op and result.verdict != "diverged":  # in the range of rounding, and wrong
+        result = dataclasses.replace(result, verdict="diverged", sentence=parting.text())
+    return dataclasses.replace(result, place=parting.text())
 
 
 def recomputed(sampler: Rollout, logprobs: object) -> Rollout:

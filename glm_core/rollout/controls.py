@@ -18,17 +18,17 @@ from glm_core.rollout.distribution import Shaping, collect
 from glm_core.rollout.engine import generated, trained
 from glm_core.rollout.files import Array, Reply
 
-Way = tuple[str, Callable[[], AbstractContextManager[object]], Callable[..., Iterator[Tensor]]]
+_Way = tuple[str, Callable[[], AbstractContextManager[object]], Callable[..., Iterator[Tensor]]]
 ROUNDED_ELEMENTS = 1024
 """the smallest intermediate that a control rounds once more"""
 
 
-def ways(dtype: torch.dtype) -> list[Way]:
+def _ways(dtype: torch.dtype) -> list[_Way]:
     """Returns the honest ways by name: by the training forward pass in two batches, in two other
     orders of summation and, below float32, with intermediates rounded once more; and as a
     generator does, with two sizes of chunks and batches."""
     none = nullcontext
-    found: list[Way] = [
+    found: list[_Way] = [
         ("training forward", none, trained),
         ("other batches", none, partial(trained, rows=5)),
         ("regrouped", partial(Regrouped, 1), trained),
@@ -52,7 +52,7 @@ def wide(model: GLM) -> GLM:
 def controls(model: GLM, replies: Sequence[Reply], how: Shaping) -> Array:
     """Returns the log probabilities [controls, tokens] that honest engines report."""
     found = []
-    for _, context, logits in ways(model.embedding.dtype):
+    for _, context, logits in _ways(model.embedding.dtype):
         with context():
             found.append(collect(logits(model, replies), replies, [how])[0])
     return np.stack(found)

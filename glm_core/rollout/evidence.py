@@ -63,7 +63,7 @@ def gather(
 def _of_step(
     model: GLM, replies: Sequence[Reply], settings: Settings, before: GLM | None
 ) -> Evidence:
-    require_known(model, replies)
+    _require_known(model, replies)
     how, exact = reported(settings), wide(model)
     base = collect(trained(exact, replies), replies, [how])[0]
     drawn = None
@@ -73,7 +73,7 @@ def _of_step(
     return Evidence(base, controls(model, replies, how), known, drawn)
 
 
-def require_known(model: GLM, replies: Sequence[Reply]) -> None:
+def _require_known(model: GLM, replies: Sequence[Reply]) -> None:
     """Raises a RolloutError for tokens or a length that the model does not have."""
     c = model.config
     for number, r in enumerate(replies):

@@ -6,6 +6,7 @@ the same tokens, and its results against the op's reference on its own arguments
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections import Counter
@@ -121,10 +122,12 @@ class Recorder:
             return (self._inner or dispatch.run)(op, args, kwargs)
         layer = "head" if self._outside else self._layer
         named = {**dict(zip(op.parameters, args, strict=False)), **kwargs}
-        kept = {k: copied(v) for k, v in named.items()}
+        kept = {k: _on_host(copied(v)) for k, v in named.items()}
         result = (self._inner or dispatch.run)(op, args, kwargs)
         outputs = result if isinstance(result, tuple) else (result,)
-        results = {f"result {i}" if i else "result": y.clone() for i, y in enumerate(outputs)}
+        results = {
+            f"result {i}" if i else "result": _on_host(y).clone() for i, y in enumerate(outputs)
+        }
         start, size = self._start, self._size
         if layer == "head":  # the engine's head sees the last token, the trainer's all of a reply
             size = outputs[0].numel() // outputs[0].shape[-1]
@@ -133,6 +136,10 @@ class Recorder:
         self._numbers[layer] += 1
         self.calls.append(Call(key, op, start, size, kept, results))
         return result
+
+
+def _on_host(x: Any) -> Any:
+    return x.cpu() if isinstance(x, Tensor) else x
 
 
 @contextmanager
@@ -189,8 +196,10 @@ class Paths:
         for (number, model, reply), (reference, limits) in zip(
             self._chosen, self._right, strict=True
         ):
+            device = registry.usable(backend).device()
+            own = model if device.type == "cpu" else copy.deepcopy(model).to(device)
             with registry.use(backend):
-                calls = recorded(model, reply, how, engine=True)
+                calls = recorded(own, reply, how, engine=True)
             found = _first(calls, reference, limits)
             if found is not None:
                 return dataclasses.replace(found, reply=number)
@@ -232,9 +241,8 @@ def _compared(call: Call, reference: Call) -> Iterator[tuple[str, Tensor, Tensor
         own, whole = rows(x, call), rows(other, reference)
         if own is not None and whole is not None and own.shape[1:] == whole.shape[1:]:
             first = call.start - reference.start
-            part = whole[first : first + call.size]
-            if len(part) == len(own):
-                yield name, own, part, call.start
+            if first >= 0:  # the trainer computes no logits inside a prompt
+                yield name, own, whole[first : first + call.size], call.start
 
 
 def _errors(x: Tensor, y: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import numpy as np
 from glm_core.errors import RolloutError
 from glm_core.rollout.evidence import Evidence
 from glm_core.rollout.files import Rollout, require_same
-from glm_core.rollout.verdict import Figures, Judgement, figures, judge
+from glm_core.rollout.verdict import Check, Figures, Judgement, figures, judge
 
 UNJUDGED = (
     "not judged: what honest rounding may do is not known; give the weights with --model, or the "
@@ -52,11 +52,11 @@ class Report:
         ]
         for name, side in self.sides.items():
             lines += [f"  {name}: {_words(side, self.dtype)}"]
-            lines += [f"    {t.group}: {_test(t)}" for t in side.tests[:3]]
+            lines += [f"    {t.group}: {_check(t)}" for t in side.tests[:3]]
         return "\n".join([*lines, *([f"  {self.place}"] if self.place else [])])
 
 
-def _test(t: Any) -> str:
+def _check(t: Check) -> str:
     return f"{t.statistic} {t.effect:.2e}, honest up to {t.allowed:.1e}"
 
 

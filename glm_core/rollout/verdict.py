@@ -1,5 +1,5 @@
 """Decides whether log probabilities deviate by more than honest rounding: by the size and the lean
-of their deviations in groups of tokens, and by their likeness to known mistakes. Pure numpy."""
+of their deviations in groups of tokens, and by their likeness to known mistakes."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ Verdict = Literal["identical", "aligned", "diverged"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Test:
-    """One test; guilty where its ratio is above 1."""
+class Check:
+    """One check; guilty where its ratio is above 1."""
 
     group: str
     statistic: str
@@ -102,7 +102,7 @@ class Judgement:
     """largest mean |d logprob| of the controls"""
     mean: float
     """mean |d logprob| against the same base"""
-    tests: list[Test] = dataclasses.field(default_factory=list)
+    tests: list[Check] = dataclasses.field(default_factory=list)
     """the guilty ones, worst first"""
 
     def to_json(self) -> dict[str, Any]:
@@ -110,7 +110,7 @@ class Judgement:
         return dataclasses.asdict(self)
 
 
-def groups(replies: Sequence[Reply], base: Array) -> dict[str, Array]:
+def _groups(replies: Sequence[Reply], base: Array) -> dict[str, Array]:
     """Returns partitions of the tokens by name: the number of each token's group. None of them
     looks at the deviations."""
     facts = per_token(replies)
@@ -143,7 +143,7 @@ def judge(
     [controls, tokens]: what honest engines report; drawn: whether the tokens can be draws."""
     d, honest = reported - base, controls - base
     known = list(causes)
-    parts = groups(replies, base)
+    parts = _groups(replies, base)
     count = 2 * sum(len(np.unique(g)) for g in parts.values()) + len(known) + 3
     z = critical_z(rate, count)
     blocks = _blocks(replies)
@@ -154,11 +154,11 @@ def judge(
     ]
     peak = PEAK_FACTOR * float(np.abs(honest).max()) + FLOOR
     tests.append(
-        Test("all tokens", "peak", float(np.abs(d).max()), peak, float(np.abs(d).max() / peak))
+        Check("all tokens", "peak", float(np.abs(d).max()), peak, float(np.abs(d).max() / peak))
     )
     if drawn is not None:
         for name, value in zip(drawn._fields, drawn, strict=True):
-            tests.append(Test(name, "draws", value, z, abs(value) / z))
+            tests.append(Check(name, "draws", value, z, abs(value) / z))
     fits = [(c, *_likeness(c, d, honest, blocks, z)) for c in known]
     tests += [test for _, _, test in fits]
     guilty = sorted((t for t in tests if t.ratio > 1), key=lambda t: -t.ratio)
@@ -197,7 +197,7 @@ def _z(terms: Array, blocks: Array) -> float:
 
 def _group_tests(
     name: str, group: Array, d: Array, honest: Array, blocks: Array, z: float
-) -> Iterable[Test]:
+) -> Iterable[Check]:
     for number in np.unique(group):
         inside = group == number
         if inside.sum() < LEAST_TOKENS:
@@ -206,14 +206,14 @@ def _group_tests(
         own, other = d[inside], honest[:, inside]
         size = float(np.sqrt((own**2).mean()))
         allowed = SAFETY_FACTOR * float(np.sqrt((other**2).mean(1)).max()) + FLOOR
-        yield Test(label, "size", size, allowed, size / allowed)
+        yield Check(label, "size", size, allowed, size / allowed)
         lean = float(abs(own.mean()))
         allowed = SAFETY_FACTOR * float(np.abs(other.mean(1)).max()) + FLOOR
         ratio = min(lean / allowed, _z(own, blocks[inside]) / z)
-        yield Test(label, "lean", lean, allowed, ratio)
+        yield Check(label, "lean", lean, allowed, ratio)
 
 
-def _likeness(cause: Cause, d: Array, honest: Array, blocks: Array, z: float) -> tuple[Fit, Test]:
+def _likeness(cause: Cause, d: Array, honest: Array, blocks: Array, z: float) -> tuple[Fit, Check]:
     """Returns the best fit of a cause, and the test of its gain: it must be beyond that of honest
     rounding, and carried by many blocks of tokens."""
     own = fit(cause, d)
@@ -224,14 +224,14 @@ def _likeness(cause: Cause, d: Array, honest: Array, blocks: Array, z: float) ->
     terms = 2 * d * own.deviation - own.deviation**2
     # a few tokens that are far off and fit are as good as many that each fit a little
     certain = max(_z(terms, blocks) / z, gain / max(EXPLAINED * float(d @ d), 1e-300))
-    return own, Test(cause.name, "likeness", effect, allowed, min(effect / allowed, certain))
+    return own, Check(cause.name, "likeness", effect, allowed, min(effect / allowed, certain))
 
 
 def _named(
-    fits: Sequence[tuple[Cause, Fit, Test]],
+    fits: Sequence[tuple[Cause, Fit, Check]],
     d: Array,
     honest: Array,
-    guilty: Sequence[Test],
+    guilty: Sequence[Check],
     parts: dict[str, Array],
 ) -> tuple[str, str]:
     """Returns name and sentence of the mistake that explains most, if it explains half of what

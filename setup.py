@@ -34,6 +34,9 @@ KERNELS = (
     "quant attention attention_decode linear quant_input norm activation loss optim rope embedding"
     " experts table"
 )
+# compiled once more per instruction set, with vectors of 16 lanes: the exact kernels (docs/exact.md)
+EXACT = "attention exact attention_decode linear norm activation loss optim rope embedding experts"
+EXACT_FLAGS = "-DGLM_EXACT -Wno-psabi"
 # Reading torch's headers takes most of a compilation. The bindings are included into two files, one
 # for each core of a small machine, so that the headers are read twice instead of eight times.
 BINDINGS = ["attention experts library norm pointwise", "decode_step linear product training"]
@@ -97,11 +100,13 @@ def cpu_jobs(folder: Path) -> list[list[str]]:
     ]
     kernel_compiler = [*compiling.compiler(), *FLAGS.split(), f"-I{CSRC}/include"]
     jobs.append([*kernel_compiler, "-c", f"{CSRC}/cpu/isa.cpp", "-o", f"{folder}/isa.o"])
-    for kernel in KERNELS.split():
-        for isa, isa_flags in ISAS.items():
-            flags = [*isa_flags.split(), *KERNEL_FLAGS.get(kernel, "").split(), f"-DGLM_ISA={isa}"]
-            target = f"{folder}/{kernel}_{isa}.o"
-            jobs.append([*kernel_compiler, *flags, "-c", f"{CSRC}/cpu/{kernel}.cpp", "-o", target])
+    variants = [(kernel, isa, "") for kernel in KERNELS.split() for isa in ISAS]
+    variants += [(kernel, isa, "_exact") for kernel in f"{EXACT} table".split() for isa in ISAS]
+    for kernel, isa, kind in variants:
+        exact = f"{EXACT_FLAGS} -DGLM_FAST={isa}" if kind else ""
+        flags = f"{ISAS[isa]} {KERNEL_FLAGS.get(kernel, '')} {exact} -DGLM_ISA={isa}{kind}".split()
+        target = f"{folder}/{kernel}_{isa}{kind}.o"
+        jobs.append([*kernel_compiler, *flags, "-c", f"{CSRC}/cpu/{kernel}.cpp", "-o", target])
     return jobs
 
 

@@ -80,6 +80,10 @@ Three route_forward(const Tensor& x_, const Tensor& weight_, const Tensor& bias_
   return {chosen, weights, scores};
 }
 
+Tensor times_floats(const Tensor& a, const Tensor& b) {
+  return exact() ? exact_times(a, b) : at::mm(a, b);
+}
+
 // Returns dx and dweight.
 Two route_backward(const Tensor& dweights_, const Tensor& experts, const Tensor& scores,
                    const Tensor& x, const Tensor& weight, double scale, bool normalize) {
@@ -90,8 +94,8 @@ Two route_backward(const Tensor& dweights_, const Tensor& experts, const Tensor&
       weight.size(0),        scores.size(1),      float(scale),           normalize};
   parallel(x.size(0), 8 * scores.size(1),
            [&](int64_t i, int64_t j) { kernels<float>().route_backward(a, i, j); });
-  const Tensor dx = at::mm(dlogits, weight).to(x.scalar_type());
-  return {dx, at::mm(dlogits.t(), x.to(at::kFloat))};
+  const Tensor dx = times_floats(dlogits, weight).to(x.scalar_type());
+  return {dx, times_floats(dlogits.t(), x.to(at::kFloat))};
 }
 
 Three call_route(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t top_k,
@@ -335,6 +339,10 @@ Tensor grouped_linear_forward(const Tensor& rows_, const Tensor& weight_, const 
 
 // out = a b, rounded once.
 void times_into(const Tensor& out, const Tensor& a_, const Tensor& b_) {
+  if (exact()) {
+    out.copy_(exact_times(a_, b_));
+    return;
+  }
   const Tensor a = multiplied(a_), b = multiplied(b_);
   if (a.scalar_type() != out.scalar_type()) {
     out.copy_(at::mm(a, b));

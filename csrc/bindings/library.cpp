@@ -29,6 +29,10 @@ void set_isa(std::string name) {
   TORCH_CHECK_VALUE(false, "instruction set '", name, "': this CPU has ", c10::Join(", ", isas()));
 }
 
+bool exact() { return glm::exact(); }
+
+void set_exact(bool on) { glm::set_exact(on); }
+
 // Returns how many threads ran a parallel loop over `size` indices. A build without OpenMP runs
 // every loop on one thread, and its results are right all the same.
 int64_t threads_used(int64_t size) {
@@ -45,6 +49,8 @@ TORCH_LIBRARY(glm_core, m) {
   m.def("isa() -> str", isa);
   m.def("isas() -> str[]", isas);
   m.def("set_isa(str name) -> ()", set_isa);
+  m.def("exact() -> bool", exact);
+  m.def("set_exact(bool on) -> ()", set_exact);
   m.def("threads_used(int size) -> int", threads_used);
 }
 

@@ -154,7 +154,7 @@ Tensor quantized_linear_forward(const Tensor& x_, const Tensor& weight, const Te
   const Quantized q(weight, scale, bits);
   const bool rounded = activation_bits == 8;
   check_sizes("quantized_linear", x, q.codes.width, weight.size(0), bias);
-  if (num_rows(x) <= fused_rows(rounded)) return fused(x, q, bias, rounded);
+  if (exact() || num_rows(x) <= fused_rows(rounded)) return fused(x, q, bias, rounded);
   return dequantised_first(x, q, bias, rounded);
 }
 

@@ -11,6 +11,10 @@ Tensor product(const Tensor& x, const Tensor& weight, const OptionalTensor& bias
 // a b, [N, K] x [K, M] -> [N, M].
 Tensor times(const Tensor& a, const Tensor& b);
 
+// The same as `product` and `times` with the exact kernels (docs/exact.md), whatever the strides.
+Tensor exact_product(const Tensor& x, const Tensor& weight, const OptionalTensor& bias = {});
+Tensor exact_times(const Tensor& a, const Tensor& b);
+
 // Whether a tensor has values: it is neither fake nor being traced.
 inline bool concrete(const Tensor& x) {
   constexpr c10::DispatchKeySet traced{c10::DispatchKey::Python, c10::DispatchKey::Functionalize};

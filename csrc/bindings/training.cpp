@@ -28,6 +28,11 @@ int64_t loss_chunk(int64_t rows, int64_t vocab, int64_t element_size) {
 
 // dweight [V, D] += dz^T x; bfloat16 products are summed in float32.
 void accumulate(const Tensor& sum, const Tensor& dz_, const Tensor& x_, bool first) {
+  if (exact()) {
+    const Tensor part = exact_times(dz_.t(), x_);
+    first ? sum.copy_(part) : sum.add_(part);
+    return;
+  }
   const Tensor dz = multiplied(dz_), x = multiplied(x_);
   if (sum.scalar_type() != x.scalar_type())
     first ? sum.copy_(dz.t().mm(x)) : sum.add_(dz.t().mm(x));

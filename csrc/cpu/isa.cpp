@@ -1,5 +1,7 @@
 // Chooses the instruction set: at first the best of those compiled in that this CPU has. On Arm the
 // operating system tells what the CPU has; a program may not ask the CPU itself.
+#include <atomic>
+
 #include "kernels.h"
 
 #if defined(__aarch64__) && defined(__linux__)
@@ -10,11 +12,14 @@
 
 namespace glm {
 
-#define GLM_TABLES(isa)                    \
+#define GLM_DECLARE_TABLES(isa)            \
   namespace isa {                          \
   extern const Kernels<float> table_float; \
   extern const Kernels<bf16> table_bf16;   \
   }
+#define GLM_TABLES(isa)   \
+  GLM_DECLARE_TABLES(isa) \
+  GLM_DECLARE_TABLES(isa##_exact)
 GLM_ISAS(GLM_TABLES)
 
 namespace {
@@ -25,7 +30,8 @@ struct Tables {
 };
 
 #define GLM_TABLE(isa) {&isa::table_float, &isa::table_bf16},
-const Tables tables[num_isas] = {GLM_ISAS(GLM_TABLE)};
+#define GLM_EXACT_TABLE(isa) {&isa##_exact::table_float, &isa##_exact::table_bf16},
+const Tables tables[2][num_isas] = {{GLM_ISAS(GLM_TABLE)}, {GLM_ISAS(GLM_EXACT_TABLE)}};
 
 #if defined(__aarch64__)
 struct Features {
@@ -60,6 +66,7 @@ Isa best() {
 }
 
 Isa active = best();
+std::atomic<bool> wants_exact{false};
 
 }  // namespace
 
@@ -84,14 +91,17 @@ bool available(Isa isa) {
 Isa active_isa() { return active; }
 void activate(Isa isa) { active = isa; }
 
+bool exact() { return wants_exact.load(std::memory_order_relaxed); }
+void set_exact(bool on) { wants_exact = on; }
+
 template <>
 const Kernels<float>& kernels<float>() {
-  return *tables[int(active)].of_float;
+  return *tables[exact()][int(active)].of_float;
 }
 
 template <>
 const Kernels<bf16>& kernels<bf16>() {
-  return *tables[int(active)].of_bf16;
+  return *tables[exact()][int(active)].of_bf16;
 }
 
 }  // namespace glm

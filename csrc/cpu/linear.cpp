@@ -1,7 +1,7 @@
 // Product of few rows with a weight. Reading the weight takes the time, so it is read once. Shapes:
 // N rows, D in, F features out.
-#include "codes.h"
 #include "kernels.h"
+#include "vec.h"
 
 namespace glm::GLM_ISA {
 
@@ -47,8 +47,8 @@ GLM_INLINE void add(vf (&part)[R][M], const LinearFew<T>& a, const T* const (&w)
 template <bool PAIRS, int R, int M, class T>
 void tile(const LinearFew<T>& a, int64_t f, int64_t apart, int64_t n) {
   constexpr int64_t step = PAIRS ? 2 * W : W;
-  // a block is summed by itself, so that rounding errors stay small
-  constexpr int64_t block = 32 * SUMS * step;
+  // a block is summed by itself, so that rounding errors stay small; exact: one chain in each lane
+  constexpr int64_t block = EXACT ? int64_t(1) << 40 : 32 * SUMS * step;
   const T* w[R];
   for (int r = 0; r < R; ++r) w[r] = a.weight + (f + r * apart) * a.width;
   vf total[R][M] = {};
@@ -104,7 +104,7 @@ void fitting(const LinearFew<T>& a, int64_t begin, int64_t end) {
 
 template <class T>
 void linear_few(const LinearFew<T>& a, int64_t begin, int64_t end) {
-  if constexpr (sizeof(T) == sizeof(bf16))
+  if constexpr (pair_products && sizeof(T) == sizeof(bf16))
     if (has_pair_products()) return fitting<true>(a, begin, end);
   fitting<false>(a, begin, end);
 }

@@ -34,6 +34,23 @@ float exponentials(T* z, int64_t size, float top) {
   return total[0];
 }
 
+// The logarithm of x >= 1, infinity or NaN, in arithmetic that is the same everywhere.
+float exact_log(float x) {
+  if (!(x <= 3.4e38f)) return x;
+  const uint32_t bits = bits_as<uint32_t>(x);
+  double exponent = double(int32_t(bits >> 23) - 127);
+  double m = double(bits_as<float>((bits & 0x7fffff) | 0x3f800000));
+  if (m > 1.4142135623730951) m *= 0.5, exponent += 1.0;
+  const double s = (m - 1.0) / (m + 1.0), square = s * s;  // log(m) = 2 atanh(s)
+  double series = 0.0;
+  for (int k = 19; k > 0; k -= 2) series = series * square + 1.0 / double(k);
+  return float(exponent * 0.6931471805599453 + 2.0 * s * series);
+}
+
+// The C library's functions differ from one release and machine to the next.
+float log_of(float x) { return EXACT ? exact_log(x) : std::log(x); }
+float exp_of(float x) { return EXACT ? exp(all(x))[0] : std::exp(x); }
+
 }  // namespace
 
 template <class T>
@@ -41,14 +58,14 @@ void cross_entropy(const CrossEntropy<T>& a, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     T *z = a.logits + row * a.vocab, *hit = z + a.labels[row];
     const float weight = a.token_weight[row], logit = get(hit), top = row_max(z, a.vocab);
-    const float total = exponentials(z, a.vocab, top), lse = top + std::log(total);
+    const float total = exponentials(z, a.vocab, top), lse = top + log_of(total);
     a.loss[row] = (lse - logit) * weight;
     if (!a.gradient) continue;
     sweep(a.vocab, [&](int64_t i, int64_t n) GLM_INLINED {
       const vf x = take(z + i, n);
       give(z + i, keeps<T> ? x * (weight / total) : exp(x - lse) * weight, n);
     });
-    put(hit, weight * (std::exp(logit - lse) - 1.0f));
+    put(hit, weight * (exp_of(logit - lse) - 1.0f));
   }
 }
 

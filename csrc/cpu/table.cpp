@@ -1,15 +1,31 @@
-// The table of one instruction set's kernels; compiled once per set, like the kernels.
+// The table of one instruction set's kernels, fast or exact; compiled once for each, like the
+// kernels. The exact table's code kernels are those of the fast one, GLM_FAST.
 #include "kernels.h"
 
-namespace glm::GLM_ISA {
+namespace glm {
 
+#if defined(GLM_EXACT)
+namespace GLM_FAST {
+GLM_CODE_KERNELS(GLM_DECLARE)
+}
+#define GLM_CODE_ENTRY(name, Args) GLM_FAST::name<T>,
+#define GLM_EXACT_ENTRY(name, Args) name<T>,
+#else
+#define GLM_CODE_ENTRY(name, Args) name<T>,
+#define GLM_EXACT_ENTRY(name, Args) nullptr,
+#endif
 #define GLM_ENTRY(name, Args) name<T>,
+
+namespace GLM_ISA {
+
 template <class T>
-constexpr Kernels<T> gathered{GLM_KERNELS(GLM_ENTRY)};
+constexpr Kernels<T> gathered{GLM_LANE_KERNELS(GLM_ENTRY) GLM_CODE_KERNELS(GLM_CODE_ENTRY)
+                                  GLM_EXACT_KERNELS(GLM_EXACT_ENTRY)};
 
 extern const Kernels<float> table_float;
 extern const Kernels<bf16> table_bf16;
 const Kernels<float> table_float = gathered<float>;
 const Kernels<bf16> table_bf16 = gathered<bf16>;
 
-}  // namespace glm::GLM_ISA
+}  // namespace GLM_ISA
+}  // namespace glm

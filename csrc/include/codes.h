@@ -12,12 +12,6 @@ namespace glm::GLM_ISA {
 // Codes in a vector of weights.
 constexpr int64_t per_vector(int bits) { return bits == 4 ? 8 * W : 4 * W; }
 
-GLM_INLINE vi load_words(const void* p) {
-  vi x;
-  memcpy(&x, p, sizeof x);
-  return x;
-}
-
 GLM_INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 
 GLM_INLINE float from_half(uint16_t h) {

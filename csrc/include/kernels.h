@@ -150,6 +150,36 @@ struct LinearFew {
   int64_t rows, width, features;
 };
 
+// Rows x [N, D] of any strides, laid out for exact_product: float, sorted by the lane that sums
+// them, padded with zeros [N, exact_depth(D)]. The range is one of rows.
+template <class T>
+struct ExactRows {
+  const T* x;
+  int64_t row, step;  // strides of N and D
+  float* out;
+  int64_t depth;
+};
+
+constexpr int64_t exact_lanes = 16, exact_panel = 64;
+
+// D, a multiple of the lanes.
+constexpr int64_t exact_depth(int64_t depth) {
+  return (depth + exact_lanes - 1) / exact_lanes * exact_lanes;
+}
+
+// y [N, F] = a b^T + bias, contiguous: the lanes' sums of D, added up as `sum` adds lanes. `a` is
+// the result of exact_rows. b [F, D] has any strides. The columns are divided into panels, the rows
+// into `parts`; units: panels * parts.
+template <class T>
+struct ExactProduct {
+  const float* a;
+  const T* b;
+  int64_t column, step;  // strides of F and D
+  const T* bias;         // null: none
+  T* y;
+  int64_t rows, columns, depth, parts;
+};
+
 // Quantised weights in memory: int8 codes [F, D], or 4-bit codes [F, D / 2] with the even element
 // in the high nibble; scale is float16 [F, groups].
 struct Codes {
@@ -252,8 +282,10 @@ struct WeightedRowsBackward {
   int64_t width, top_k;
 };
 
-// Every kernel and its arguments. All are called as name(arguments, begin, end).
-#define GLM_KERNELS(K)                            \
+// Every kernel and its arguments. All are called as name(arguments, begin, end). First those whose
+// vectors have W lanes; then those that the exact tables share with the fast ones, since only the
+// layout of codes decides how many lanes they have; then those that only the exact tables have.
+#define GLM_LANE_KERNELS(K)                       \
   K(norm_forward, NormForward)                    \
   K(norm_backward, NormBackward)                  \
   K(sum_chunks, SumChunks)                        \
@@ -271,16 +303,24 @@ struct WeightedRowsBackward {
   K(attention_backward, AttentionBackward)        \
   K(cross_entropy, CrossEntropy)                  \
   K(linear_few, LinearFew)                        \
-  K(quantized_input, QuantizedInput)              \
-  K(quantized_product, QuantizedProduct)          \
-  K(dequantize, Dequantize)                       \
-  K(round_activations, RoundActivations)          \
   K(route_choose, Route)                          \
   K(route_backward, RouteBackward)                \
   K(weighted_rows, WeightedRows)                  \
   K(weighted_rows_backward, WeightedRowsBackward) \
   K(squares, Squares)                             \
   K(adamw_update, AdamW)
+#define GLM_CODE_KERNELS(K)              \
+  K(quantized_input, QuantizedInput)     \
+  K(quantized_product, QuantizedProduct) \
+  K(dequantize, Dequantize)              \
+  K(round_activations, RoundActivations)
+#define GLM_EXACT_KERNELS(K) \
+  K(exact_rows, ExactRows)   \
+  K(exact_product, ExactProduct)
+#define GLM_KERNELS(K) \
+  GLM_LANE_KERNELS(K)  \
+  GLM_CODE_KERNELS(K)  \
+  GLM_EXACT_KERNELS(K)
 
 template <class T>
 struct Kernels {
@@ -295,7 +335,6 @@ namespace GLM_ISA {
   template <class T>            \
   void name(const Args<T>&, int64_t begin, int64_t end);
 GLM_KERNELS(GLM_DECLARE)
-#undef GLM_DECLARE
 #define GLM_INSTANTIATE(name, Args)                                \
   template void name<float>(const Args<float>&, int64_t, int64_t); \
   template void name<bf16>(const Args<bf16>&, int64_t, int64_t);
@@ -326,6 +365,11 @@ bool available(Isa isa);
 // called while kernels run.
 Isa active_isa();
 void activate(Isa isa);
+
+// Whether `kernels` returns the exact ones (docs/exact.md): every sum has an order that depends on
+// the length of the sum alone. At first it does not.
+bool exact();
+void set_exact(bool on);
 
 template <class T>
 const Kernels<T>& kernels();

@@ -1,5 +1,7 @@
-// The lanes of every CPU kernel's vectors: W floats. The compiler flags of a file set W: 16 with
-// AVX-512, 8 with AVX2, else 4, which any 64-bit machine has.
+// The lanes of every CPU kernel's vectors: W floats. The compiler flags of a file set NATIVE, the
+// floats in one of the machine's vectors: 16 with AVX-512, 8 with AVX2, else 4, which any 64-bit
+// machine has. W is as many, except in the exact kernels (GLM_EXACT, docs/exact.md): theirs is 16
+// on every machine, so that their sums have one order everywhere.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +15,7 @@
 
 // The instruction set `scalar` uses the compiler's portable vectors alone, whatever the machine.
 #define GLM_PORTABLE_scalar 1
+#define GLM_PORTABLE_scalar_exact 1
 #define GLM_JOINED(a, b) a##b
 #define GLM_PORTABLE_OF(isa) GLM_JOINED(GLM_PORTABLE_, isa)
 #if defined(__aarch64__) && !GLM_PORTABLE_OF(GLM_ISA)
@@ -22,13 +25,27 @@
 namespace glm::GLM_ISA {
 
 #if defined(__AVX512F__)
-constexpr int W = 16;
+constexpr int NATIVE = 16;
 #elif defined(__AVX2__)
-constexpr int W = 8;
+constexpr int NATIVE = 8;
 #else
-constexpr int W = 4;
+constexpr int NATIVE = 4;
 #endif
 
+#if defined(GLM_EXACT)
+constexpr bool EXACT = true;
+constexpr int W = 16;
+#if !defined(__AVX512F__)
+#define GLM_WIDE 1  // a vector is several of the machine's
+#endif
+#else
+constexpr bool EXACT = false;
+constexpr int W = NATIVE;
+#endif
+
+typedef float nf __attribute__((vector_size(NATIVE * 4)));
+typedef int32_t ni __attribute__((vector_size(NATIVE * 4)));
+typedef uint32_t nu __attribute__((vector_size(NATIVE * 4)));
 typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));

@@ -1,4 +1,4 @@
-// Small matrix products on the vector type, for operands that lie in the cache.
+// Small matrix products on the machine's own vectors, for operands that lie in the cache.
 //
 // Operands consist of 4-byte words along the dimension that is summed over (the depth). A word is
 // one float (Single), or two neighbouring bfloat16 (Pair: one instruction of AVX512_BF16, or Arm's
@@ -13,20 +13,20 @@ namespace glm::GLM_ISA {
 
 struct Single {
   static constexpr int64_t per_word = 1;
-  __attribute__((always_inline)) static vf add(vf sum, vf a, vf b) { return fma(a, b, sum); }
+  __attribute__((always_inline)) static nf add(nf sum, nf a, nf b) { return fma(a, b, sum); }
 };
 
 struct TwoBf16 {
   static constexpr int64_t per_word = 2;
-  __attribute__((always_inline)) static vf add(vf sum, vf a, vf b) {
-    return add_pairs(sum, bits_as<vi>(a), bits_as<vi>(b));
+  __attribute__((always_inline)) static nf add(nf sum, nf a, nf b) {
+    return add_pairs(sum, bits_as<ni>(a), bits_as<ni>(b));
   }
 };
 using Pair = std::conditional_t<pair_products, TwoBf16, Single>;  // where has_pair_products
 
-// A register tile: ROWS x (COLUMNS * W) sums, one broadcast and COLUMNS loads per step.
-// Six rows of W = 4 would leave no registers for the broadcasts, of which Arm has one a row.
-constexpr int COLUMNS = REGISTERS == 32 ? 4 : 2, ROWS = W == 4 && REGISTERS == 32 ? 4 : 6;
+// A register tile: ROWS x (COLUMNS * NATIVE) sums, one broadcast and COLUMNS loads per step.
+// Six rows of NATIVE = 4 would leave no registers for the broadcasts, of which Arm has one a row.
+constexpr int COLUMNS = REGISTERS == 32 ? 4 : 2, ROWS = NATIVE == 4 && REGISTERS == 32 ? 4 : 6;
 
 // A matrix of words with any strides, read word by word: rows by depth.
 struct Strided {
@@ -38,22 +38,22 @@ struct Strided {
 template <class Words, int M, int V>
 static void product_tile(int64_t depth, Strided a, const float* b, int64_t ldb, float* c,
                          int64_t ldc, bool add) {
-  vf acc[M][V];
+  nf acc[M][V];
   GLM_UNROLLED
   for (int m = 0; m < M; ++m)
-    for (int v = 0; v < V; ++v) acc[m][v] = add ? load(c + m * ldc + v * W) : all(0.0f);
+    for (int v = 0; v < V; ++v) acc[m][v] = add ? load<nf>(c + m * ldc + v * NATIVE) : native(0.0f);
   for (int64_t k = 0; k < depth; ++k) {
-    vf row[V];
-    for (int v = 0; v < V; ++v) row[v] = load(b + k * ldb + v * W);
+    nf row[V];
+    for (int v = 0; v < V; ++v) row[v] = load<nf>(b + k * ldb + v * NATIVE);
     GLM_UNROLLED
     for (int m = 0; m < M; ++m) {
-      const vf x = all(a.p[m * a.row + k * a.depth]);
+      const nf x = native(a.p[m * a.row + k * a.depth]);
       for (int v = 0; v < V; ++v) acc[m][v] = Words::add(acc[m][v], x, row[v]);
     }
   }
   GLM_UNROLLED
   for (int m = 0; m < M; ++m)
-    for (int v = 0; v < V; ++v) store(c + m * ldc + v * W, acc[m][v]);
+    for (int v = 0; v < V; ++v) store(c + m * ldc + v * NATIVE, acc[m][v]);
 }
 
 template <class Words, int V>
@@ -79,14 +79,14 @@ static void product_columns(int64_t rows, int64_t depth, Strided a, const float*
 }
 
 // c [rows, columns] = a b, or += with `add`;  a [rows, depth], b [depth, columns], depth in words.
-// columns is a multiple of W; b and c have contiguous rows.
+// columns is a multiple of NATIVE; b and c have contiguous rows.
 template <class Words>
 static void product(int64_t rows, int64_t columns, int64_t depth, Strided a, const float* b,
                     int64_t ldb, float* c, int64_t ldc, bool add) {
   int64_t n = 0;
-  for (; n + COLUMNS * W <= columns; n += COLUMNS * W)
+  for (; n + COLUMNS * NATIVE <= columns; n += COLUMNS * NATIVE)
     product_columns<Words, COLUMNS>(rows, depth, a, b + n, ldb, c + n, ldc, add);
-  for (; n < columns; n += W)
+  for (; n < columns; n += NATIVE)
     product_columns<Words, 1>(rows, depth, a, b + n, ldb, c + n, ldc, add);
 }
 

@@ -13,18 +13,27 @@
 #include "vec_portable.h"
 #endif
 
+#if defined(GLM_WIDE)
+#include "vec_wide.h"
+#endif
+
 namespace glm {
 
 namespace GLM_ISA {
 
-GLM_INLINE vf load(const float* p) {
-  vf x;
+#if !defined(GLM_WIDE)
+GLM_INLINE vf all(float x) { return native(x); }
+#endif
+
+template <class V = vf>
+GLM_INLINE V load(const float* p) {
+  V x;
   memcpy(&x, p, sizeof x);
   return x;
 }
 
 GLM_INLINE vf load(const bf16* p) {
-#if defined(GLM_ARM)
+#if defined(GLM_ARM) && !defined(GLM_WIDE)
   return upper_halves(p);
 #else
   vh h;
@@ -33,7 +42,10 @@ GLM_INLINE vf load(const bf16* p) {
 #endif
 }
 
-GLM_INLINE void store(float* p, vf x) { memcpy(p, &x, sizeof x); }
+template <class V>
+GLM_INLINE void store(float* p, V x) {
+  memcpy(p, &x, sizeof x);
+}
 
 // The upper halves, rounded to nearest even, as integers; a NaN stays a NaN. Integer arithmetic,
 // because vcvtneps2bf16 flushes denormals and torch does not.
@@ -43,12 +55,18 @@ GLM_INLINE vu rounded(vf x) {
 }
 
 GLM_INLINE void store(bf16* p, vf x) {
-#if defined(GLM_ARM)
+#if defined(GLM_ARM) && !defined(GLM_WIDE)
   store_lower_halves(p, rounded(x));
 #else
   vh h = __builtin_convertvector(rounded(x), vh);
   memcpy(p, &h, sizeof h);
 #endif
+}
+
+GLM_INLINE vi load_words(const void* p) {
+  vi x;
+  memcpy(&x, p, sizeof x);
+  return x;
 }
 
 GLM_INLINE float get(const float* p) { return *p; }

@@ -13,33 +13,33 @@ constexpr int REGISTERS = 32;
 constexpr int REGISTERS = 16;
 #endif
 
-GLM_INLINE vf all(float x) {
+GLM_INLINE nf native(float x) {
 #if defined(__AVX512F__)
-  return bits_as<vf>(_mm512_set1_ps(x));
+  return bits_as<nf>(_mm512_set1_ps(x));
 #else
-  return bits_as<vf>(_mm256_set1_ps(x));
+  return bits_as<nf>(_mm256_set1_ps(x));
 #endif
 }
 
 // a * b + c, rounded once.
-GLM_INLINE vf fma(vf a, vf b, vf c) {
+GLM_INLINE nf fma(nf a, nf b, nf c) {
 #if defined(__AVX512F__)
-  return bits_as<vf>(_mm512_fmadd_ps(bits_as<__m512>(a), bits_as<__m512>(b), bits_as<__m512>(c)));
+  return bits_as<nf>(_mm512_fmadd_ps(bits_as<__m512>(a), bits_as<__m512>(b), bits_as<__m512>(c)));
 #else
-  return bits_as<vf>(_mm256_fmadd_ps(bits_as<__m256>(a), bits_as<__m256>(b), bits_as<__m256>(c)));
+  return bits_as<nf>(_mm256_fmadd_ps(bits_as<__m256>(a), bits_as<__m256>(b), bits_as<__m256>(c)));
 #endif
 }
 
-GLM_INLINE vf root(vf x) {
+GLM_INLINE nf root(nf x) {
 #if defined(__AVX512F__)
-  return bits_as<vf>(_mm512_maskz_sqrt_ps(0xffff, bits_as<__m512>(x)));
+  return bits_as<nf>(_mm512_maskz_sqrt_ps(0xffff, bits_as<__m512>(x)));
 #else
-  return bits_as<vf>(_mm256_sqrt_ps(bits_as<__m256>(x)));
+  return bits_as<nf>(_mm256_sqrt_ps(bits_as<__m256>(x)));
 #endif
 }
 
 // The lanes halved to four.
-GLM_INLINE __m128 sum_to_four(vf x) {
+GLM_INLINE __m128 sum_to_four(nf x) {
 #if defined(__AVX512F__)
   const __m512 z = bits_as<__m512>(x);
   const __m256 half = _mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, z, 0),
@@ -51,13 +51,13 @@ GLM_INLINE __m128 sum_to_four(vf x) {
 }
 
 // Sum of the lanes in a fixed order: halves, quarters, ...
-GLM_INLINE float sum(vf x) {
+GLM_INLINE float sum(nf x) {
   const __m128 four = sum_to_four(x), two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
 // out[k] = sum(x[k]), the same bits.
-GLM_INLINE void sums(const vf (&x)[4], float* out) {
+GLM_INLINE void sums(const nf (&x)[4], float* out) {
   const __m128 s = sum_to_four(x[0]), t = sum_to_four(x[1]);
   const __m128 u = sum_to_four(x[2]), v = sum_to_four(x[3]);
   const __m128 st = _mm_add_ps(_mm_movelh_ps(s, t), _mm_movehl_ps(t, s));
@@ -65,7 +65,7 @@ GLM_INLINE void sums(const vf (&x)[4], float* out) {
   _mm_storeu_ps(out, _mm_add_ps(_mm_shuffle_ps(st, uv, 0x88), _mm_shuffle_ps(st, uv, 0xdd)));
 }
 
-GLM_INLINE int32_t largest(vi x) {
+GLM_INLINE int32_t largest(ni x) {
 #if defined(__AVX512F__)
   const __m512i z = bits_as<__m512i>(x);
   const __m256i half = _mm256_max_epi32(_mm512_maskz_extracti32x8_epi32(0xff, z, 0),
@@ -79,10 +79,10 @@ GLM_INLINE int32_t largest(vi x) {
 }
 
 // sum += the products of each lane's two bf16, in float. Denormals count as 0.
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && !defined(GLM_EXACT)
 constexpr bool pair_products = true;  // where has_pair_products
 GLM_INLINE bool has_pair_products() { return __builtin_cpu_supports("avx512bf16"); }
-GLM_INLINE vf add_pairs(vf sum, vi a, vi b) {
+GLM_INLINE nf add_pairs(nf sum, ni a, ni b) {
   // assembly, since this file must compile for CPUs that lack the instruction
   asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
   return sum;
@@ -90,7 +90,7 @@ GLM_INLINE vf add_pairs(vf sum, vi a, vi b) {
 #else
 constexpr bool pair_products = false;
 GLM_INLINE bool has_pair_products() { return false; }
-GLM_INLINE vf add_pairs(vf sum, vi, vi) { return sum; }
+GLM_INLINE nf add_pairs(nf sum, ni, ni) { return sum; }
 #endif
 
 }  // namespace glm::GLM_ISA

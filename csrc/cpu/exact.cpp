@@ -1,0 +1,163 @@
+// Matrix products whose sums have an order that depends on the depth alone (docs/exact.md): element
+// k belongs to lane k % 16, each lane is one chain of fused multiply-adds, and the lanes are added
+// up by halves. That is what linear_few does along a row; here the lanes come one after another,
+// and a vector holds columns. Shapes: N rows, F columns, D depth.
+#include <cstdlib>
+#include <new>
+
+#include "kernels.h"
+#include "vec.h"
+
+namespace glm::GLM_ISA {
+
+namespace {
+
+constexpr int64_t LANES = exact_lanes, PANEL = exact_panel;
+// A register tile: ROWS x COLUMNS vectors of sums.
+constexpr int COLUMNS = REGISTERS == 32 ? 4 : 2, ROWS = NATIVE == 4 && REGISTERS == 32 ? 4 : 6;
+constexpr int64_t STRIP = COLUMNS * NATIVE;  // columns of a tile; divides PANEL
+
+// The order in which lanes come: neighbours in it are the lanes that are added to each other first.
+constexpr int64_t lane_at(int64_t i) {
+  return (i & 1) * 8 + (i >> 1 & 1) * 4 + (i >> 2 & 1) * 2 + (i >> 3);
+}
+
+// One panel's columns of b: [lane][D / 16][PANEL] floats, zero where there is nothing.
+class Panel {
+ public:
+  explicit Panel(int64_t depth)
+      : steps_(exact_depth(depth) / LANES),
+        values_(static_cast<float*>(aligned_alloc(64, size_t(steps_ * LANES * PANEL + 16) * 4))) {
+    if (!values_) throw std::bad_alloc();
+  }
+  ~Panel() { free(values_); }
+  Panel(const Panel&) = delete;
+  Panel& operator=(const Panel&) = delete;
+
+  template <class T>
+  void fill(const T* b, int64_t column, int64_t step, int64_t columns, int64_t depth) {
+    const bool along_columns = column == 1;
+    if (!along_columns || columns < PANEL || depth % LANES)
+      memset(values_, 0, size_t(steps_ * LANES * PANEL) * sizeof(float));
+    for (int64_t k = 0; along_columns && k < depth; ++k) {
+      float* out = at(k);
+      sweep(columns,
+            [&](int64_t f, int64_t n) GLM_INLINED { give(out + f, take(b + k * step + f, n), n); });
+    }
+    if (along_columns) return;
+    // a few columns at a time fill whole cache lines of the panel
+    for (int64_t f = 0; f < columns; f += LANES) {
+      const int64_t last = f + LANES < columns ? f + LANES : columns;
+      for (int64_t k = 0; k < depth; ++k) {
+        float* out = at(k);
+        for (int64_t c = f; c < last; ++c) out[c] = get(b + c * column + k * step);
+      }
+    }
+  }
+  const float* values() const { return values_; }
+  int64_t steps() const { return steps_; }
+
+ private:
+  float* at(int64_t k) { return values_ + (lane_at(k % LANES) * steps_ + k / LANES) * PANEL; }
+  int64_t steps_;
+  float* values_;
+};
+
+// out [M, STRIP] = the products of M rows with a strip of a panel. A lane's sums are kept until
+// those that they are added to are there.
+template <int M>
+void tile(const float* a, int64_t lda, const float* b, int64_t steps, float* out) {
+  alignas(64) float kept[4][M * STRIP];
+  int64_t top = 0;
+  for (int64_t lane = 0; lane < LANES; ++lane) {
+    nf acc[M][COLUMNS];
+    for (int m = 0; m < M; ++m)
+      for (int c = 0; c < COLUMNS; ++c) acc[m][c] = native(0.0f);
+    const float *x = a + lane * steps, *y = b + lane * steps * PANEL;
+    for (int64_t k = 0; k < steps; ++k) {
+      nf column[COLUMNS];
+      for (int c = 0; c < COLUMNS; ++c) column[c] = load<nf>(y + k * PANEL + c * NATIVE);
+      GLM_UNROLLED
+      for (int m = 0; m < M; ++m) {
+        const nf value = native(x[m * lda + k]);
+        for (int c = 0; c < COLUMNS; ++c) acc[m][c] = fma(value, column[c], acc[m][c]);
+      }
+    }
+    for (int64_t bits = lane; bits & 1; bits >>= 1) {
+      const float* before = kept[--top];
+      for (int m = 0; m < M; ++m)
+        for (int c = 0; c < COLUMNS; ++c) acc[m][c] += load<nf>(before + m * STRIP + c * NATIVE);
+    }
+    float* place = lane + 1 == LANES ? out : kept[top++];
+    for (int m = 0; m < M; ++m)
+      for (int c = 0; c < COLUMNS; ++c) store(place + m * STRIP + c * NATIVE, acc[m][c]);
+  }
+}
+
+template <int M, class T>
+void rows(const ExactProduct<T>& a, int64_t n, const Panel& panel, int64_t first, int64_t strip) {
+  alignas(64) float out[M * STRIP];
+  const int64_t depth = panel.steps() * LANES, at = first + strip;
+  tile<M>(a.a + n * depth, depth, panel.values() + strip, panel.steps(), out);
+  const int64_t columns = a.columns - at < STRIP ? a.columns - at : STRIP;
+  for (int m = 0; m < M; ++m)
+    sweep(columns, [&](int64_t c, int64_t count) GLM_INLINED {
+      const vf bias = a.bias ? take(a.bias + at + c, count) : all(0.0f);
+      give(a.y + (n + m) * a.columns + at + c, take(out + m * STRIP + c, count) + bias, count);
+    });
+}
+
+template <int M, class T>
+void rest_of_rows(int64_t left, const ExactProduct<T>& a, int64_t n, const Panel& panel,
+                  int64_t first, int64_t strip) {
+  if (left == M) return rows<M>(a, n, panel, first, strip);
+  if constexpr (M > 1) rest_of_rows<M - 1>(left, a, n, panel, first, strip);
+}
+
+template <class T>
+void unit(const ExactProduct<T>& a, Panel& panel, int64_t first, int64_t part) {
+  const int64_t left = a.columns - first, columns = left < PANEL ? left : PANEL;
+  panel.fill(a.b + first * a.column, a.column, a.step, columns, a.depth);
+  const int64_t begin = a.rows * part / a.parts, end = a.rows * (part + 1) / a.parts;
+  for (int64_t n = begin; n < end; n += ROWS)
+    for (int64_t strip = 0; strip < columns; strip += STRIP)
+      if (end - n >= ROWS)
+        rows<ROWS>(a, n, panel, first, strip);
+      else
+        rest_of_rows<ROWS - 1>(end - n, a, n, panel, first, strip);
+}
+
+}  // namespace
+
+template <class T>
+void exact_rows(const ExactRows<T>& a, int64_t begin, int64_t end) {
+  const int64_t padded = exact_depth(a.depth), steps = padded / LANES;
+  constexpr int64_t together = 16;  // rows: of a transposed matrix they share cache lines
+  for (int64_t n = begin; n < end; n += together) {
+    const int64_t last = n + together < end ? n + together : end;
+    if (a.depth < padded)
+      memset(a.out + n * padded, 0, size_t((last - n) * padded) * sizeof(float));
+    const auto copy = [&](int64_t row, int64_t k) GLM_INLINED {
+      a.out[row * padded + lane_at(k % LANES) * steps + k / LANES] =
+          get(a.x + row * a.row + k * a.step);
+    };
+    if (a.step == 1)
+      for (int64_t row = n; row < last; ++row)
+        for (int64_t lane = 0; lane < LANES; ++lane)
+          for (int64_t k = lane; k < a.depth; k += LANES) copy(row, k);
+    else
+      for (int64_t k = 0; k < a.depth; ++k)
+        for (int64_t row = n; row < last; ++row) copy(row, k);
+  }
+}
+
+template <class T>
+void exact_product(const ExactProduct<T>& a, int64_t begin, int64_t end) {
+  Panel panel(a.depth);
+  for (int64_t i = begin; i < end; ++i) unit(a, panel, i / a.parts * PANEL, i % a.parts);
+}
+
+GLM_INSTANTIATE(exact_rows, ExactRows)
+GLM_INSTANTIATE(exact_product, ExactProduct)
+
+}  // namespace glm::GLM_ISA

@@ -34,7 +34,7 @@ KERNELS = (
     "quant attention attention_decode linear quant_input norm activation loss optim rope embedding"
     " experts table"
 )
-# compiled once more per instruction set, with vectors of 16 lanes: the exact kernels (docs/exact.md)
+# compiled once more per instruction set, with vectors of 16 lanes (docs/exact.md)
 EXACT = "attention exact attention_decode linear norm activation loss optim rope embedding experts"
 EXACT_FLAGS = "-DGLM_EXACT -Wno-psabi"
 # Reading torch's headers takes most of a compilation. The bindings are included into two files, one

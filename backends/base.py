@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -64,6 +65,8 @@ class Backend:
     """the backend has no kernels by design, so a reference that runs here is no fallback"""
     deterministic: bool = True
     """equal calls give equal bits; conformance checks a backend that claims it"""
+    exact: Callable[[], AbstractContextManager[None]] | None = None
+    """opens a block in which sums have the order of docs/exact.md; None: the backend has none"""
 
     def implements(
         self, op: Op, supports: Callable[..., Support] | None = None
@@ -111,11 +114,8 @@ class Backend:
 
     def device(self, index: int = 0) -> torch.device:
         """Returns the device that holds this backend's tensors."""
-        return (
-            torch.device("cpu")
-            if self.device_type == "cpu"
-            else torch.device(self.device_type, index)
-        )
+        is_cpu = self.device_type == "cpu"
+        return torch.device("cpu") if is_cpu else torch.device(self.device_type, index)
 
     def synchronize(self) -> None:
         """Waits until all queued work is done."""

@@ -7,7 +7,7 @@ import importlib
 import pkgutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import metadata
 
 from glm_core import dispatch
@@ -132,15 +132,26 @@ def require_dtype(backend: Backend, dtype: str) -> None:
 
 
 @contextmanager
-def use(name: str | Backend, strict: bool = False) -> Iterator[Session]:
+def use(name: str | Backend, strict: bool = False, exact: bool = False) -> Iterator[Session]:
     """Runs every op of this thread on the backend. The session's `fallbacks` counts each op that
     ran as its reference, with the reason; under `strict` that is an error.
+
+    exact: every sum has an order that depends on its length alone (docs/exact.md), so a token's
+    result has the same bits alone, in a batch, in training and in decoding. A reference in a
+    kernel's place is an error then too. Raises ConfigError for a backend that cannot.
 
     torch.compile compiles a function again in each session in which one of its ops falls back, so
     that every session records it, but at most 8 times (torch's recompile_limit). Keep one session
     open around all calls of a compiled function."""
     backend = usable(name) if isinstance(name, str) else name
-    with dispatch.activate(backend, strict) as session:
+    if exact and backend.exact is None:
+        raise ConfigError(
+            f"exact: backend {backend.name} sums in no fixed order; use backend cpu, or leave "
+            "exact out"
+        )
+    ordered = backend.exact() if exact and backend.exact is not None else nullcontext()
+    with ordered, dispatch.activate(backend, strict or exact) as session:
+        session.exact = exact
         yield session
 
 

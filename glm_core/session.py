@@ -67,6 +67,8 @@ class Session:
         _BY_KEY[self.key] = self
         self.strict = strict
         """whether a reference in a kernel's place is an error"""
+        self.exact = False
+        """whether sums have the order of docs/exact.md"""
         self.fallbacks: Counter[Fallback] = Counter()
         """calls that fell back, outside of compiled code"""
         self.compiled: Counter[Fallback] = Counter()
@@ -84,9 +86,10 @@ class Session:
     def record(self, counter: Counter[Fallback], op: str, reason: str) -> None:
         """Adds one fallback to `counter`. Raises UnsupportedOpError under `strict`."""
         if self.strict:
+            option = "exact" if self.exact else "strict"
             raise UnsupportedOpError(
                 f"op {op} on backend {self.backend.name}: {reason}; "
-                "drop strict to allow the reference"
+                f"drop {option} to allow the reference"
             )
         counter[Fallback(self.backend.name, op, reason)] += 1
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -10,6 +13,7 @@ import torch
 from glm_core import environment
 from glm_core.backends.base import Probe
 from glm_core.backends.cpu import built, fakes
+from glm_core.errors import BackendUnavailableError
 
 BUILD = "pip install --no-build-isolation -e ."
 REBUILD = f"rebuild with: {BUILD}"
@@ -56,6 +60,32 @@ def select_isa(name: str) -> None:
     """Runs the kernels of another instruction set from now on, in every thread. Raises ValueError
     where this CPU does not have it."""
     torch.ops.glm_core.set_isa(name)
+
+
+_exact_lock = threading.Lock()
+_exact_users = 0
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """Runs the exact kernels (docs/exact.md) in the block, in every thread of the process. Raises
+    BackendUnavailableError where the extension has none."""
+    if not hasattr(torch.ops.glm_core, "set_exact"):
+        raise BackendUnavailableError(
+            f"exact: the C++ extension is older than its sources; {REBUILD}"
+        )
+    _count_exact(1)
+    try:
+        yield
+    finally:
+        _count_exact(-1)
+
+
+def _count_exact(change: int) -> None:
+    global _exact_users
+    with _exact_lock:
+        _exact_users += change
+        torch.ops.glm_core.set_exact(_exact_users > 0)
 
 
 _trouble = _load()

@@ -56,6 +56,16 @@ double eps() {
   return sizeof(T) == 2 ? 1.0 / 128 : 1.0 / 8388608;
 }
 
+// A number of all bits of exact results (FNV-1a), the same for every instruction set and machine.
+uint64_t exact_bits = 0;
+template <class T>
+void fold(T x) {
+  const float f = float(value(x));
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  exact_bits = (exact_bits ^ (f == f ? u : 0)) * 0x100000001b3;
+}
+
 // The tolerance: so many roundings to T, and float arithmetic on sums of up to a few hundred terms
 // of order `scale` or more, which may cancel.
 template <class T>
@@ -67,6 +77,8 @@ void expect(const char* name, const Buffer<T>& got, const Doubles& want, double 
     const double error = std::fabs(got[int64_t(i)] - want[i]);
     if (!(error <= worst)) worst = error;
   }
+  if (exact())
+    for (T x : got.at) fold(x);
   if (worst <= scale * (0.5 * roundings * eps<T>() + 64 * eps<float>())) return;
   ++failures;
   std::printf("FAILED %s %s: error %g at scale %g\n", where, name, worst, scale);
@@ -415,6 +427,30 @@ void linear(int64_t rows, int64_t d, int64_t f) {
   expect("linear_few", y, want, std::sqrt(double(d)) * 8);
 }
 
+// The product of many rows, and the bits of linear_few.
+template <class T>
+void exact_linear(int64_t rows, int64_t d, int64_t f, int64_t parts, bool transposed) {
+  const Kernels<T>& k = kernels<T>();
+  Buffer<T> x(rows * d), w(f * d), b(f), y(rows * f), few(rows * f);
+  Buffer<float> wide(rows * d), laid_out(rows * exact_depth(d));
+  for (int64_t i = 0; i < rows * d; ++i) wide.at[size_t(i)] = float(x[i]);
+  Buffer<T> turned(f * d);  // [D, F]
+  for (int64_t i = 0; i < f * d; ++i) turned.at[size_t(i % d * f + i / d)] = w.at[size_t(i)];
+  const T* weight = transposed ? turned.p() : w.p();
+  k.exact_rows({x.p(), d, 1, laid_out.p(), d}, 0, rows);
+  k.exact_product({laid_out.p(), weight, transposed ? 1 : d, transposed ? f : 1, b.p(), y.p(), rows,
+                   f, d, parts},
+                  0, (f + exact_panel - 1) / exact_panel * parts);
+  k.linear_few({wide.p(), x.p(), w.p(), b.p(), few.p(), rows, d, f}, 0, f);
+  Doubles want;
+  for (int64_t i = 0; i < rows * f; ++i) want.push_back(few[i]);
+  expect("exact product", y, want);
+  if (memcmp(y.p(), few.p(), size_t(rows * f) * sizeof(T)) == 0) return;
+  ++failures;
+  std::printf("FAILED %s: rows %d, depth %d: bits differ from linear_few's\n", where, int(rows),
+              int(d));
+}
+
 double silu(double x) { return x / (1 + std::exp(-x)); }
 double erf_gelu(double x) { return x / 2 * (1 + std::erf(x / std::sqrt(2))); }
 double tanh_gelu(double x) {
@@ -450,6 +486,11 @@ void all() {
     attention<T>(n);
   for (int64_t n : {1, 15, 16, 1037}) optimizer<T>(n);
   for (int64_t n : {1, 3, 6}) linear<T>(n, 517, 7);
+  if (exact()) {  // its kernels for codes are the fast ones
+    for (int64_t d : {1, 16, 517})
+      for (bool transposed : {false, true}) exact_linear<T>(15, d, 67, 1 + transposed, transposed);
+    return;
+  }
   for (bool rounded : {false, true})
     for (int bits : {4, 8}) {
       for (int64_t d : {2, 34, 96, 328}) quantized<T>(bits, 0, rounded, 5, d, 7);
@@ -470,6 +511,7 @@ int main(int count, char** names) {
     std::printf("FAILED: chosen at first: %s\n", isa_names[int(active_isa())]);
     return 1;
   }
+  uint64_t first_bits = 0;
   for (const std::string& name : wanted) {
     int i = 0;
     while (i < num_isas && name != isa_names[i]) ++i;
@@ -478,12 +520,24 @@ int main(int count, char** names) {
       return 1;
     }
     activate(Isa(i));
-    const std::string of_float = name + " float32", of_bf16 = name + " bfloat16";
-    where = of_float.c_str();
-    all<float>();
-    where = of_bf16.c_str();
-    all<bf16>();
-    std::printf("%s: done\n", name.c_str());
+    for (bool on : {false, true}) {
+      set_exact(on);
+      state = 1;
+      const std::string kind = on ? name + " exact" : name;
+      const std::string of_float = kind + " float32", of_bf16 = kind + " bfloat16";
+      where = of_float.c_str();
+      all<float>();
+      where = of_bf16.c_str();
+      all<bf16>();
+    }
+    std::printf("%s: done, exact results %016llx\n", name.c_str(), (unsigned long long)exact_bits);
+    if (name != wanted.front() && exact_bits != first_bits) {
+      ++failures;
+      std::printf("FAILED %s: exact results differ from those of %s\n", name.c_str(),
+                  wanted.front().c_str());
+    }
+    first_bits = exact_bits;
+    exact_bits = 0;
   }
   return failures ? 1 : 0;
 }

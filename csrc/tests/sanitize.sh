@@ -1,5 +1,5 @@
 #!/bin/sh
-# Builds the kernels, once per instruction set, with AddressSanitizer and UBSan, and runs their
+# Builds the kernels, fast and exact, once per instruction set, with AddressSanitizer and UBSan, and runs their
 # test. Then does so for other machines, emulated: with AddressSanitizer every instruction set of
 # 64-bit Arm, on a CPU that has no better one; without sanitizers the portable one on RISC-V, POWER
 # and big-endian s390x (AddressSanitizer finds no room there, and UBSan has seen the same sources
@@ -37,8 +37,13 @@ build_test() { # machine, compiler, flags
   for isa in $(isas_of "$1"); do
     for source in cpu/*.cpp; do
       name=$(basename "$source" .cpp)
-      [ "$name" = isa ] && continue
-      echo "$common $3 $(flags_of "$isa") -DGLM_ISA=$isa -c $source -o $at/${name}_$isa.o"
+      flags="$common $3 $(flags_of "$isa") -c $source"
+      case $name in isa) continue ;; exact) ;; *)
+        echo "$flags -DGLM_ISA=$isa -o $at/${name}_$isa.o" ;;
+      esac
+      case $name in quant*) ;; *)
+        echo "$flags -DGLM_EXACT -DGLM_FAST=$isa -DGLM_ISA=${isa}_exact -o $at/${name}_${isa}_exact.o" ;;
+      esac
     done
   done | xargs -P "$(getconf _NPROCESSORS_ONLN)" -L 1 "$2"
   $2 $common $3 cpu/isa.cpp tests/kernels_test.cpp "$at"/*_*.o -o "$at/kernels_test"

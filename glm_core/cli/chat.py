@@ -29,7 +29,10 @@ def run(args: argparse.Namespace) -> int:
     from glm_core.diagnose.device_errors import GENERATION_MEMORY, explained
     from glm_core.serve import terminal
 
-    with explained(args.backend, "chat", GENERATION_MEMORY), registry.use(args.backend):
+    with (
+        explained(args.backend, "chat", GENERATION_MEMORY),
+        registry.use(args.backend, exact=args.exact),
+    ):
         chat_model, runner = load_runner(args)
         terminal.chat(chat_model, sampling(args), sys.stdin, sys.stdout, runner)
         report_drafts(runner)

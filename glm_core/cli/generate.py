@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from glm_core.cli.memory import add_memory, load_within_memory, require_memory_options
-from glm_core.cli.options import add_json, emit
+from glm_core.cli.options import add_exact, add_json, emit
 
 if TYPE_CHECKING:
     from glm_core.model.fit import Fit
@@ -75,6 +75,7 @@ def add_model_and_backend(
         choices=["float32", "bfloat16", "float16"],
         help="dtype of weights and arithmetic (default %(default)s)",
     )
+    add_exact(parser)
     parser.add_argument(
         "--head-bits",
         type=int,
@@ -223,7 +224,10 @@ def run(args: argparse.Namespace) -> int:
     from glm_core.model import prompt
     from glm_core.pretrained.chat_model import BlankFillingModel
 
-    with explained(args.backend, "generate", GENERATION_MEMORY), registry.use(args.backend):
+    with (
+        explained(args.backend, "generate", GENERATION_MEMORY),
+        registry.use(args.backend, exact=args.exact),
+    ):
         chat_model, runner = load_export(args) if args.onnx else load_runner(args)
         if args.beams:
             _beam_search(args, chat_model, runner)

@@ -16,6 +16,16 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
+def add_exact(parser: argparse.ArgumentParser) -> None:
+    """Adds --exact."""
+    parser.add_argument(
+        "--exact",
+        action="store_true",
+        help="give a token the same bits alone, in a batch, in training and in decoding "
+        "(docs/exact.md; backend cpu)",
+    )
+
+
 def add_run(parser: argparse.ArgumentParser) -> None:
     """Adds the options that determine a training run."""
     parser.add_argument("--config", metavar="FILE", help="TOML run file")

@@ -125,6 +125,7 @@ def run(args: argparse.Namespace) -> int:
             chunk=args.chunk,
             loras=load_loras(paths, chat_model),
             speculate=args.speculate,
+            exact=args.exact,
         )
         listening.listen()  # whoever reads the address may connect
         print(

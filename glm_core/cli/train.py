@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm_core.cli.exits import EXIT_INTERRUPTED
-from glm_core.cli.options import add_json, add_run, add_timeout, emit, run_config
+from glm_core.cli.options import add_exact, add_json, add_run, add_timeout, emit, run_config
 
 if TYPE_CHECKING:
     from glm_core.config import RunConfig
@@ -32,6 +32,7 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strict", action="store_true", help="make a fallback to a reference an error"
     )
+    add_exact(parser)
     parser.add_argument("--compile", action="store_true", help="torch.compile the whole model")
     parser.add_argument(
         "--graph",
@@ -107,7 +108,7 @@ def define(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Trains; exits 0 if it finished, 1 if training had to stop, 130 if it was interrupted with a
     checkpoint written."""
-    options = ("backend", "dtype", "strict", "compile", "graph", "offload_optimizer")
+    options = ("backend", "dtype", "strict", "exact", "compile", "graph", "offload_optimizer")
     flags = {k: getattr(args, k) or None for k in options}
     config = run_config(args, **flags)
     if args.plan is not None:

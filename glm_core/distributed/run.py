@@ -55,7 +55,7 @@ def run(
     where there is no checkpoint yet. live: of rank 0. timeout_s: a step that takes longer ends the
     job and names the rank that holds it up (0: never). Raises GlmCoreError."""
     out, t = Path(out_dir), config.train
-    if chosen := [option for option in ("compile", "graph") if getattr(t, option)]:
+    if chosen := [option for option in ("compile", "graph", "exact") if getattr(t, option)]:
         raise ConfigError(
             f"train --plan: cannot be combined with train.{chosen[0]}=true, which is not proved "
             "under plans; leave it out"

@@ -80,15 +80,17 @@ class Engine:
         chunk: int = CHUNK,
         loras: LoRAs | None = None,
         speculate: int = 0,
+        exact: bool = False,
     ) -> None:
         """length: tokens of a slot, prompt and reply together; None: the model's context. chunk:
         tokens of a prompt that are read at a time; prompts that begin alike share whole chunks.
         loras: adapters that a prompt may name. speculate: tokens that are drafted at a time for a
-        request that runs alone."""
+        request that runs alone. exact: as in `registry.use`."""
         self.chat_model, self._backend, self.queue = chat_model, backend, queue
+        self._exact = exact
         self.adapters = loras.names if loras else []
         self.metrics = Metrics()
-        with registry.use(backend):
+        with registry.use(backend, exact=exact):
             runner = Runner(chat_model.model, slots, length, chunk, loras, speculate)
             self._decoder = Decoder(runner, num_ids=chat_model.tokenizer.vocab, reuse=True)
         self.slots, self.length = slots, runner.length
@@ -165,7 +167,7 @@ class Engine:
         self._thread.join()
 
     def _run(self) -> None:
-        with registry.use(self._backend):
+        with registry.use(self._backend, exact=self._exact):
             while not self._stopping:
                 try:
                     self._step()

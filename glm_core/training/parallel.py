@@ -20,6 +20,7 @@ from glm_core.spec import Support
 from glm_core.training.batches import Batch, Sampler
 from glm_core.training.graph import RecordedLoss
 from glm_core.training.optimizer import Optimizer, sum_in_float32
+from glm_core.training.row_tree import RowTree
 from glm_core.versions import lack_of
 
 
@@ -99,8 +100,9 @@ class SingleProcess:
         _require_static(config, prefix=hasattr(model, "prefix"))
         self._weights = {} if model is not None else weights
         self.model = (model or GLM(config.model)).to(self.device, self.dtype)
-        if t.global_batch > t.micro_batch:
+        if t.global_batch > t.micro_batch or t.exact:
             sum_in_float32(self.model)
+        self._tree = RowTree(self.model) if t.exact else None
         self.loss: Callable[..., Tensor] = self.model.loss
         if t.compile:
             self.loss = torch.compile(self.model.loss, fullgraph=True)
@@ -130,15 +132,31 @@ class SingleProcess:
         inputs = tuple(x.to(self.device) for x in on_host)
         if self.recorded is not None and not dispatch.intercepted():
             return self.recorded(inputs)
+        if self._tree is not None:
+            return self._row_by_row(self._tree, inputs)
         loss = self.loss(*inputs)
         loss.backward()
         return loss.detach()
 
+    def _row_by_row(self, tree: RowTree, inputs: tuple[Tensor, ...]) -> Tensor:
+        """Adds each sequence to the tree; `sum_loss` returns the loss of all."""
+        if not dispatch.session().exact:
+            raise ConfigError(
+                "train.exact=True: the session is not exact; open registry.use(NAME, exact=True)"
+            )
+        for i in range(len(inputs[0])):
+            loss = self.loss(*(x[i : i + 1] for x in inputs))
+            loss.backward()
+            tree.add(loss.detach())
+        return torch.zeros((), device=self.device)
+
     def sum_gradients(self) -> None:
-        """Every gradient is whole."""
+        """Every gradient is whole, but those of an exact run wait in its tree."""
+        if self._tree is not None:
+            self._exact_loss = self._tree.finish()
 
     def sum_loss(self, loss: Tensor) -> Tensor:
-        return loss
+        return loss if self._tree is None else self._exact_loss
 
     def norm(self, grads: dict[str, Tensor]) -> Tensor:
         return ops.global_norm(list(grads.values()))
@@ -176,6 +194,12 @@ class SingleProcess:
 def _require_static(config: RunConfig, prefix: bool) -> None:
     """Raises ConfigError for what torch.compile or a graph cannot follow from step to step."""
     t = config.train
+    if t.exact and (t.compile or t.graph):
+        option, other = "compile" if t.compile else "graph", "exact"
+        raise ConfigError(
+            f"train.{option}=True: not together with train.{other}=True, whose order of sums "
+            f"torch.compile may change; leave {option} out"
+        )
     for option, what in (("compile", "torch.compile cannot trace"), ("graph", "no graph follows")):
         if prefix and getattr(t, option):
             raise ConfigError(

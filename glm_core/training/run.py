@@ -61,7 +61,7 @@ def run(
         remedy = f"reset the device, then resume from {checkpoints.folder}"
         with (
             watchdog.guard(timeout_s, f"backend {t.backend}", remedy),
-            registry.use(trainer.backend, strict=t.strict) as session,
+            registry.use(trainer.backend, strict=t.strict, exact=t.exact) as session,
             reporting(trainer, out, tensorboard, live),
             stop_requests() as requests,
         ):

@@ -28,6 +28,7 @@ TOKENIZER = "tokenizer.model"
 FREE = {
     "train.backend",
     "train.strict",
+    "train.exact",
     "train.compile",
     "train.graph",
     "train.offload_optimizer",

@@ -73,7 +73,7 @@ def assert_exact(model: GLM, rows: Sequence[Prompt], read: int, chunk: int) -> N
         assert torch.equal(logits, expected), f"row {row}: prefill and decoding"
 
 
-@settings(max_examples=12, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(
     name=st.sampled_from(PRESETS),
     dtype=st.sampled_from(DTYPES),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from glm_core.dispatch import Op
 from glm_core.errors import UnsupportedOpError
+from glm_core.export import experts
 from glm_core.export.graph import CONTRIB
 from glm_core.export.value import Value
 from glm_core.ops.quant import unpack
@@ -82,6 +83,18 @@ def quantized_linear(
     name = g.node("MatMulNBits", *inputs, domain=CONTRIB, **facts, **level)
     y = x.like(name, (*x.shape[:-1], len(weight)))
     return y if bias is None else y + bias.float()
+
+
+def quantized_grouped_linear(
+    rows: Value, weight: Tensor, scale: Tensor, counts: Value, bits: int, activation_bits: int
+) -> Value:
+    """Multiplies each expert's rows as quantized_linear does."""
+    parts = [(w, s) for w, s in zip(weight.unbind(), scale.unbind(), strict=True)]
+
+    def product(part: Value, e: int) -> str:
+        return quantized_linear(part, *parts[e], None, bits, activation_bits).name
+
+    return experts.by_expert(rows, counts, weight.shape[1], product)
 
 
 def packed(codes: Tensor, bits: int, count: int, block: int) -> Tensor:
@@ -221,5 +234,10 @@ TABLE: dict[str, Translation] = {
         gelu,
         geglu,
         swiglu,
+        experts.route,
+        experts.permute,
+        experts.unpermute,
+        experts.grouped_linear,
+        quantized_grouped_linear,
     )
 }

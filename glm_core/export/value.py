@@ -6,10 +6,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from types import EllipsisType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from glm_core.errors import UnsupportedOpError
 from glm_core.export.graph import ELEMENT, Graph
 
 Index = int | slice | EllipsisType | None
@@ -30,6 +32,18 @@ class Value:
         """Returns another value of the same graph, by default with this one's dtype."""
         return Value(self.graph, name, shape, dtype or self.dtype)
 
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Value:
+        """Joins values by torch.cat, the one function of torch that takes them."""
+        if function is not torch.cat:
+            raise UnsupportedOpError(
+                f"export: torch.{function.__name__} has no translation to ONNX; add it to "
+                "glm_core/export/value.py"
+            )
+        return _joined(*args, **(kwargs or {}))
+
     def reshape(self, *shape: int) -> Value:
         """Returns the value in another shape. A size of 0 is copied from the same place of this
         shape."""
@@ -42,10 +56,20 @@ class Value:
         whole = [self.shape[dim] // known if n == -1 else n for n in sizes]
         return self.reshape(*self.shape[:dim], *whole, *self.shape[dim + 1 :])
 
-    def flatten(self, start: int) -> Value:
-        """Joins all dimensions from `start` on."""
-        start %= len(self.shape)
-        return self.reshape(*self.shape[:start], math.prod(self.shape[start:]))
+    def flatten(self, start: int, end: int = -1) -> Value:
+        """Joins the dimensions from `start` to `end`."""
+        start, end = start % len(self.shape), end % len(self.shape)
+        joined = self.shape[start : end + 1]
+        shape = (*self.shape[:start], math.prod(joined), *self.shape[end + 1 :])
+        if all(joined):
+            return self.reshape(*shape)
+        sizes = self.graph.ints(*self.shape[:start], -1, *self.shape[end + 1 :])
+        return self.like(self.graph.node("Reshape", self.name, sizes), shape)
+
+    def view_as(self, other: Value) -> Value:
+        """Returns the value in the shape of another one."""
+        shape = self.graph.node("Shape", other.name)
+        return self.like(self.graph.node("Reshape", self.name, shape), other.shape)
 
     def split_with_sizes(self, sizes: Sequence[int], dim: int) -> list[Value]:
         """Returns consecutive parts along a dimension."""
@@ -156,6 +180,14 @@ def operand(like: Value, x: Operand) -> str:
         return x.name
     value = x if isinstance(x, Tensor) else torch.tensor(x, dtype=like.dtype)
     return like.graph.tensor(value)
+
+
+def _joined(parts: Sequence[Value], dim: int) -> Value:
+    """Returns the parts one after the other along a dimension of known size."""
+    first = parts[0]
+    shape = list(first.shape)
+    shape[dim] = sum(p.shape[dim] for p in parts)
+    return first.like(first.graph.node("Concat", *(p.name for p in parts), axis=dim), shape)
 
 
 def _span(item: slice, size: int) -> tuple[int, int]:

@@ -107,10 +107,9 @@ def _require_exportable(model: GLM) -> None:
             "export: rope_scaling=dynamic changes the frequencies with a text's length, and a "
             "graph holds one set; export with linear, yarn or llama3 scaling"
         )
-    if model.config.num_experts or model.config.kv_latent:
+    if model.config.kv_latent:
         raise UnsupportedOpError(
-            "export: a graph holds neither experts nor latents yet; export a model with dense "
-            "layers and plain attention"
+            "export: a graph holds no latent attention yet; export a model with plain attention"
         )
     if hasattr(model, "prefix"):
         raise UnsupportedOpError(

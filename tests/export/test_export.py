@@ -33,7 +33,22 @@ YARN: dict[str, Any] = {
     "rope_original_length": 8,
     "rope_attention_factor": 1.2,
 }
-FAMILY = [*((kind, {}) for kind in KINDS), ("glm-4", {"placement": "sandwich", **YARN})]
+MOE = {
+    "num_experts": 6,
+    "experts_per_token": 2,
+    "expert_ffn": 16,
+    "num_dense_layers": 1,
+    "num_shared_experts": 1,
+    "expert_groups": 3,
+    "top_groups": 2,
+    "expert_scale": 1.8,
+    "qk_norm": True,
+}
+FAMILY = [
+    *((kind, {}) for kind in KINDS),
+    ("glm-4", {"placement": "sandwich", **YARN}),
+    ("glm-4", MOE),
+]
 EPS = torch.finfo(torch.float32).eps
 DOCS = Path(__file__).parents[2] / "docs/export.md"
 
@@ -89,7 +104,7 @@ def margin(logits: torch.Tensor) -> float:
     return float((first - second) / logits.abs().max())
 
 
-@pytest.mark.parametrize(("kind", "changes"), FAMILY, ids=[*KINDS, "glm-4-0414"])
+@pytest.mark.parametrize(("kind", "changes"), FAMILY, ids=[*KINDS, "glm-4-0414", "glm-4.5"])
 def test_tokens_and_logits_are_those_of_our_generation(
     kind: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -152,6 +152,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return functional.linear(x, weight, bias)
 
 
+@backend.implements(ops.grouped_linear, supports.grouped_linear)
+def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    return autograd.GroupedLinear.apply(  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+        rows.contiguous(), weight.contiguous(), counts
+    )
+
+
 @backend.implements(ops.quantized_linear, supports.quantized_linear)
 def quantized_linear(
     x: Tensor,

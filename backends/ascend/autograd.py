@@ -1,5 +1,6 @@
-"""Defines gradients that torch_npu lacks: residual + RMS norm, the shrunk embedding, and the
-product with a quantised weight. Shapes: D width, F features, G groups, M rows."""
+"""Defines gradients that torch_npu lacks: residual + RMS norm, the shrunk embedding, and products
+with a quantised weight and with the experts' weights. Shapes: D width, F features, G groups, M
+rows, X experts."""
 
 from __future__ import annotations
 
@@ -96,3 +97,38 @@ class QuantizedLinear(torch.autograd.Function):
         weight, scale = ctx.saved_tensors
         dx = dy.float() @ dequantize(weight, scale, ctx.bits, torch.float32)
         return dx.to(dy.dtype), None, None, None, None
+
+
+def _by_expert(x: Tensor, weight: Tensor, ends: Tensor, group_type: int) -> Tensor:
+    """Calls npu_grouped_matmul for one tensor on each side. group_type 0: each expert's rows of x
+    [M, K] times its matrix of weight [X, K, N]. 2: each expert's columns of x [N, M] times its rows
+    of weight [M, K], [X, N, K]; x must be a transposed view (ops-transformer
+    docs/aclnnGroupedMatmulV4.md)."""
+    (y,) = _npu.npu_grouped_matmul(
+        [x], [weight], group_list=ends, split_item=3, group_type=group_type, group_list_type=0
+    )
+    return y
+
+
+class GroupedLinear(torch.autograd.Function):
+    """Computes rows [M, D] times the weight [X, F, D] of each row's expert, [M, F]."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        ends = counts.cumsum(0)
+        ctx.save_for_backward(rows, weight, counts, ends)
+        return _by_expert(rows, weight.transpose(1, 2), ends, 0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, counts, ends = ctx.saved_tensors
+        drows = dweight = None
+        dy = dy.contiguous()
+        if ctx.needs_input_grad[0]:
+            drows = _by_expert(dy, weight, ends, 0)
+        if ctx.needs_input_grad[1]:
+            dweight = _by_expert(dy.t(), rows, ends, 2)  # [X, F, D]
+            # the page does not say what an expert without rows leaves in the result
+            dweight = dweight.masked_fill((counts == 0)[:, None, None], 0.0)
+        return drows, dweight, None

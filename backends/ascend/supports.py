@@ -22,12 +22,17 @@ QUANTISED_WIDTH = 65535
 NO_CALL = {
     "route": "npu_moe_gating_top_k is for inference, says nothing of ties, and takes no groups of "
     "two experts; torch's own operators route on the device",
-    "permute": "this backend has no call of npu_moe_token_permute yet",
-    "unpermute": "this backend has no call of npu_moe_token_unpermute yet",
-    "grouped_linear": "this backend has no call of npu_grouped_matmul yet",
-    "quantized_grouped_linear": "this backend has no call of npu_grouped_matmul yet",
+    "permute": "npu_moe_token_permute says nothing of the order of one expert's rows; torch's own "
+    "operators sort on the device",
+    "unpermute": "npu_moe_token_unpermute does not say whether it takes weights in float32 with "
+    "rows in half precision; torch's own operators add the rows on the device",
+    "quantized_grouped_linear": "npu_grouped_matmul takes codes with offsets, int8 without groups; "
+    "this backend has no call of it with codes yet",
 }
 """by op of a mixture of experts: why none of torch_npu's operators runs it"""
+MOST_EXPERTS, GROUPED_WIDTH = 1024, 65535
+"""the most matrices that npu_grouped_matmul takes, and their most rows or columns
+(ops-transformer docs/aclnnGroupedMatmulV4.md)"""
 ROTATED, ROTATED_HEADS = 896, 1000
 """npu_rotary_mul takes fewer rotated dimensions and fewer heads than these"""
 
@@ -122,6 +127,14 @@ def embedding(ids: Tensor, weight: Tensor, shrink: float = 1.0) -> Support:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Support:
     return takes(x, weight, bias)
+
+
+def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor) -> Support:
+    if len(weight) > MOST_EXPERTS or max(weight.shape[1:]) > GROUPED_WIDTH:
+        limits = f"up to {MOST_EXPERTS} matrices of {GROUPED_WIDTH} rows and columns"
+        return unsupported(f"npu_grouped_matmul takes {limits}, received {tuple(weight.shape)}")
+    operator = "npu_grouped_matmul of bfloat16 and float32"
+    return first(fused(operator, rows, weight), exactly(torch.int64, counts=counts))
 
 
 def quantized_linear(

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import npu_grouped_model
 import npu_model
 import torch
 from torch import Tensor
@@ -191,7 +192,8 @@ def register() -> None:
         library.define(schema)
         name, _, overload = schema.partition("(")[0].partition(".")
         operator = getattr(getattr(_npu, name), overload or "default")
-        module = npu_model if hasattr(npu_model, name) else sys.modules[__name__]
+        modules = (npu_model, npu_grouped_model, sys.modules[__name__])
+        module = next(m for m in modules if hasattr(m, name))
         kernel = _filled(operator, getattr(module, name))
         library.impl(f"{name}.{overload}" if overload else name, kernel, "CPU")
     for name, derivative in DERIVATIVES.items():

@@ -2,7 +2,7 @@
 torch.compile see them like any other. No mask is built and no length or scale leads to another
 compilation (docs/adr/0013-attention-in-triton.md).
 
-Shapes: B batch, L queries, S keys, H heads, K kv heads, E head dim."""
+Shapes: B batch, L queries, S keys, H heads, K kv heads, E head dim, C head dim of the values."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ from glm_core.spec import Support, unsupported
 Three = tuple[Tensor, Tensor, Tensor]
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 MAX_HEAD_SIZE = 256
+LATENT = (576, 512)
+"""the largest head sizes of keys and values without gradients, in half precision: those of latent
+attention that is absorbed"""
 TRITON_SINCE = {"gfx900": (3, 8), "gfx906": (3, 8)}
 """chips that older versions of Triton refuse, and the first that we saw to compile for them"""
 
@@ -31,7 +34,7 @@ MATRIX_CORES = ("gfx908", "gfx90a", "gfx940", "gfx941", "gfx942", "gfx950")
 def forward(
     q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor, scale: float
 ) -> Three:
-    """Returns y [B, L, H, E], and per row of scores the maximum and the reciprocal sum [B, H, L]
+    """Returns y [B, L, H, C], and per row of scores the maximum and the reciprocal sum [B, H, L]
     float32."""
     from glm_core.backends.cuda import attention_launch
 
@@ -66,7 +69,7 @@ def _fake_forward(
     tops, shares = (
         q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32) for _ in range(2)
     )
-    return _like(q), tops, shares
+    return q.new_empty(*q.shape[:3], v.shape[-1]), tops, shares
 
 
 def _fake_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Three:
@@ -133,14 +136,27 @@ def chip_trouble(architecture: str) -> str:
     return f"Triton {here} does not compile for {architecture}; install triton {need} or newer"
 
 
-def trouble(q: Tensor) -> str:
-    """Says why the kernels cannot run for these queries; '' where they can."""
+def trouble(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """Says why the kernels cannot run for these tensors; '' where they can."""
     if not HAS_TRITON:
         return "attention's kernels need Triton, which is not installed; pip install triton"
-    if q.shape[-1] > MAX_HEAD_SIZE:
-        return f"head size {q.shape[-1]}: the kernels take 1 to {MAX_HEAD_SIZE}"
+    if max(q.shape[-1], v.shape[-1]) > MAX_HEAD_SIZE and (reason := _wide(q, k, v)):
+        return reason
     if q.is_cuda and not torch.compiler.is_compiling() and not is_fake(q):
         return chip_trouble(probe.architecture(q.device.index or 0))
+    return ""
+
+
+def _wide(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """Says why heads wider than MAX_HEAD_SIZE have no kernel; '' where they have."""
+    sizes = f"head sizes {q.shape[-1]} and {v.shape[-1]}"
+    if q.shape[-1] > LATENT[0] or v.shape[-1] > LATENT[1] or q.shape[-1] % 8 or v.shape[-1] % 8:
+        most = "multiples of 8 up to {} and {}".format(*LATENT)
+        return f"{sizes}: the kernels take 1 to {MAX_HEAD_SIZE}, and {most} without gradients"
+    if q.dtype == torch.float32 or torch.version.hip:
+        return f"{sizes}: above {MAX_HEAD_SIZE} the kernels need half precision on NVIDIA's chips"
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return f"{sizes}: above {MAX_HEAD_SIZE} the kernels have no gradient; expand the latents"
     return ""
 
 
@@ -158,10 +174,7 @@ def supports(takes: Callable[..., Support]) -> Callable[..., Support]:
         pb_relax: float = 0.0,
     ) -> Support:
         support = takes(q, k, v, key_start, key_end, scale, layer_scale, pb_relax)
-        if v.shape[-1] != q.shape[-1]:
-            sizes = f"received {q.shape[-1]} and {v.shape[-1]}"
-            return unsupported(f"kernels take keys and values of one head size, {sizes}")
-        reason = trouble(q) if support.ok else ""
+        reason = trouble(q, k, v) if support.ok else ""
         return unsupported(reason) if reason else support
 
     return attention

@@ -7,8 +7,9 @@ The largest product m of a row and the reciprocal r of its sum are kept apart. B
 p = exp2((s - m) c) r, with c = scale log2(e), is then exact for a key that takes all;
 exp2(s c - logsum) is not where the scores are near 1e5.
 
-Shapes: B batch, L queries, S keys, H heads, K kv heads, R = H / K (`group`), E head dim, EP the
-power of two that holds E, N splits of the keys; BM rows and BN keys in a block."""
+Shapes: B batch, L queries, S keys, H heads, K kv heads, R = H / K (`group`), E head dim, C head dim
+of the values, EP and CP the powers of two that hold E and C, N splits of the keys; BM rows and BN
+keys in a block."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def products(a, at_a, b, at_b, CHUNK: tl.constexpr, E: tl.constexpr, EP: tl.cons
     if CHUNK == EP:
         return tl.dot(a, tl.trans(b), input_precision="ieee")
     s = tl.zeros((at_a.shape[0], at_b.shape[0]), tl.float32)
-    for first in range(0, EP, CHUNK):
+    for first in range(0, E, CHUNK):
         x = load_rows(at_a, first, CHUNK, E)
         s = tl.dot(x, tl.trans(load_rows(at_b, first, CHUNK, E)), s, input_precision="ieee")
     return s
@@ -71,6 +72,8 @@ def softmax_step(
     BN: tl.constexpr,
     E: tl.constexpr,
     EP: tl.constexpr,
+    C: tl.constexpr,
+    CP: tl.constexpr,
 ):
     """Takes BN keys from n on into the running maximum, sum and weighted values. MASKED: some rows
     do not see some of them."""
@@ -87,7 +90,7 @@ def softmax_step(
     base = tl.where(new == float("-inf"), 0.0, new)
     p = tl.exp2((s - base[:, None]) * c)
     shrink = tl.exp2((top - base) * c)
-    values = load_rows(v + real.to(tl.int64) * v_s, 0, EP, E)
+    values = load_rows(v + real.to(tl.int64) * v_s, 0, CP, C)
     acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
     return new, total * shrink + tl.sum(p, 1), acc
 
@@ -123,9 +126,11 @@ def attend_rows(
     BN: tl.constexpr,
     E: tl.constexpr,
     EP: tl.constexpr,
+    C: tl.constexpr,
+    CP: tl.constexpr,
 ):
-    """Writes y [B, L, H, E] of BM rows and their maxima and reciprocal sums [B, H, L]. SPLIT: what
-    one share of the keys contributes, weighted values [B K, N, rows, E], maxima and sums."""
+    """Writes y [B, L, H, C] of BM rows and their maxima and reciprocal sums [B, H, L]. SPLIT: what
+    one share of the keys contributes, weighted values [B K, N, rows, C], maxima and sums."""
     rows = queries * group
     blocks = tl.cdiv(rows, BM)
     bk = tl.program_id(0) // blocks
@@ -135,7 +140,6 @@ def attend_rows(
     row = tl.minimum(row, rows - 1)
     i = row // group
     head = bk % kv_heads * group + row % group
-    e = tl.arange(0, EP)
     start, end = intervals(key_start + b * queries, key_end + b * queries, i, keys)
     low = tl.min(tl.where(end > 0, start, keys), 0)
     high = tl.max(end, 0)
@@ -150,7 +154,7 @@ def attend_rows(
     v += b * v_b + h * v_h
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
-    acc = tl.zeros((BM, EP), tl.float32)
+    acc = tl.zeros((BM, CP), tl.float32)
     # every row sees the blocks in [first, last) whole; the others are masked
     ceiling = low + tl.cdiv(tl.maximum(high - low, 0), BN) * BN
     first = tl.minimum(low + tl.cdiv(tl.maximum(tl.max(start, 0) - low, 0), BN) * BN, ceiling)
@@ -177,6 +181,8 @@ def attend_rows(
             BN,
             E,
             EP,
+            C,
+            CP,
         )
     for n in range(first, last, BN):
         top, total, acc = softmax_step(
@@ -199,6 +205,8 @@ def attend_rows(
             BN,
             E,
             EP,
+            C,
+            CP,
         )
     if SPLIT:
         at = (bk.to(tl.int64) * splits + tl.program_id(1)) * rows + row
@@ -212,8 +220,9 @@ def attend_rows(
         tl.store(tops + at, tl.where(top == float("-inf"), 0.0, top), mask=stored)
         tl.store(shares + at, total, mask=stored)
         acc *= total[:, None]
-    at = y + out[:, None] * E + e[None, :]
-    tl.store(at, acc.to(y.dtype.element_ty), mask=stored[:, None] & (e < E)[None, :])
+    e = tl.arange(0, CP)
+    at = y + out[:, None] * C + e[None, :]
+    tl.store(at, acc.to(y.dtype.element_ty), mask=stored[:, None] & (e < C)[None, :])
 
 
 @triton.jit(do_not_specialize=DATA)
@@ -230,15 +239,15 @@ def join_splits(
     splits,
     c,
     BLOCK: tl.constexpr,
-    E: tl.constexpr,
-    EP: tl.constexpr,
+    C: tl.constexpr,
+    CP: tl.constexpr,
 ):
     """Writes what `attend_rows` would have written for one row, from the contributions of the
     splits."""
     rows = queries * group
     bk = (tl.program_id(0) // rows).to(tl.int64)
     row = tl.program_id(0) % rows
-    e = tl.arange(0, EP)
+    e = tl.arange(0, CP)
     n = tl.arange(0, BLOCK)
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     for first in range(0, splits, BLOCK):
@@ -247,15 +256,15 @@ def join_splits(
     largest = tl.max(top, 0)
     largest = tl.where(largest == float("-inf"), 0.0, largest)
     total = tl.zeros((BLOCK,), tl.float32)
-    acc = tl.zeros((EP,), tl.float32)
+    acc = tl.zeros((CP,), tl.float32)
     for first in range(0, splits, BLOCK):
         at = (bk * splits + first + n) * rows + row
         inside = first + n < splits
         top = tl.load(maxima + at, mask=inside, other=float("-inf"))
         weight = tl.exp2((top - largest) * c)
         total += weight * tl.load(sums + at, mask=inside, other=0.0)
-        at = values + at[:, None] * E + e[None, :]
-        part = tl.load(at, mask=inside[:, None] & (e < E)[None, :], other=0.0)
+        at = values + at[:, None] * C + e[None, :]
+        part = tl.load(at, mask=inside[:, None] & (e < C)[None, :], other=0.0)
         acc += tl.sum(weight[:, None] * part, 0)
     share = tl.sum(total, 0)
     share = tl.where(share == 0.0, 0.0, 1.0 / share)
@@ -264,5 +273,5 @@ def join_splits(
     at = (b * kv_heads * group + head) * queries + row // group
     tl.store(tops + at, largest)
     tl.store(shares + at, share)
-    at = y + ((b * queries + row // group) * kv_heads * group + head) * E + e
-    tl.store(at, (acc * share).to(y.dtype.element_ty), mask=e < E)
+    at = y + ((b * queries + row // group) * kv_heads * group + head) * C + e
+    tl.store(at, (acc * share).to(y.dtype.element_ty), mask=e < C)

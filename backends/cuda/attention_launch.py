@@ -14,9 +14,10 @@ from typing import NamedTuple
 import torch
 import triton
 from torch import Tensor
+from torch.nn import functional
 
 from glm_core.backends.cuda import probe
-from glm_core.backends.cuda.attention import MATRIX_CORES
+from glm_core.backends.cuda.attention import MATRIX_CORES, MAX_HEAD_SIZE
 from glm_core.backends.cuda.attention_backward import grad_keys, grad_rows
 from glm_core.backends.cuda.attention_forward import attend_rows, join_splits
 
@@ -49,8 +50,14 @@ CUTS: dict[str, dict[str, dict[int, Cut]]] = {
             128: Cut(128, 64, 8, 2),
             256: Cut(64, 32, 8, 2),
             512: Cut(64, 32, 8, 1),
+            1024: Cut(32, 32, 8, 2),
         },
-        "few_rows": {64: Cut(16, 128, 4, 3), 128: Cut(16, 64, 4, 3), 512: Cut(16, 32, 4, 3)},
+        "few_rows": {
+            64: Cut(16, 128, 4, 3),
+            128: Cut(16, 64, 4, 3),
+            512: Cut(16, 32, 4, 3),
+            1024: Cut(16, 32, 4, 2),
+        },
         "grad_rows": {
             64: Cut(128, 64, 8, 2),
             128: Cut(64, 64, 8, 2),
@@ -89,7 +96,7 @@ CUTS: dict[str, dict[str, dict[int, Cut]]] = {
         "grad_keys": {128: Cut(16, 16, 4, 1), 256: Cut(8, 16, 4, 1)},
     },
 }
-"""kind of multiplier -> kernel -> largest head size -> cut; above 256 are sizes that `Call.cut`
+"""kind of multiplier -> kernel -> largest head size -> cut; 512 is for sizes that `Call.cut`
 doubles. `few_rows` is `attend_rows` where a kv head has at most 16 rows, as in decoding. Chosen by
 what compiles without spills, not by speed: no GPU has run them
 (docs/adr/0013-attention-in-triton.md)"""
@@ -114,12 +121,17 @@ def _factor(scale: float) -> float:
 
 
 @functools.cache
-def _family(device: torch.device, itemsize: int) -> str:
+def family(device: torch.device, itemsize: int) -> str:
     """Returns which entry of CUTS serves the device: `mma` for NVIDIA's tensor cores, `mfma` for
     AMD's, `fma` and `vector` where there are none for the dtype."""
     if torch.version.hip:
         return "mfma" if probe.architecture(device.index or 0) in MATRIX_CORES else "vector"
     return "mma" if itemsize < 4 else "fma"
+
+
+LATENT_CUT, LATENT_COLUMNS = 1024, 64
+"""the entry of CUTS for heads wider than 256, and the columns of a product's factors that are read
+at a time there"""
 
 
 class Call(NamedTuple):
@@ -131,6 +143,7 @@ class Call(NamedTuple):
     kv_heads: int
     group: int
     e: int
+    c: int
     family: str
     processors: int
 
@@ -142,28 +155,36 @@ class Call(NamedTuple):
     def cut(self, kernel: str) -> Cut:
         """Returns the kernel's cut for this head size. Masks and narrow loads of a size that 8 does
         not divide take registers: it is cut like one of twice the size."""
-        odd = self.family == "mma" and self.e % 8
-        e = 2 * self.e if odd else self.e
-        return next(c for size, c in CUTS[self.family][kernel].items() if e <= size)
+        larger = max(self.e, self.c)
+        odd = self.family == "mma" and (self.e % 8 or self.c % 8)
+        e = LATENT_CUT if larger > MAX_HEAD_SIZE else 2 * larger if odd else larger
+        return next(cut for size, cut in CUTS[self.family][kernel].items() if e <= size)
 
     def options(self, cut: Cut) -> dict[str, int]:
         """Returns what a kernel is compiled for."""
-        width = max(16, triton.next_power_of_2(self.e))
+        width = _power(self.e)
+        columns = LATENT_COLUMNS if self.e > MAX_HEAD_SIZE else width
         return {
             "BM": cut.rows,
             "BN": cut.keys,
             "E": self.e,
             "EP": width,
-            "CHUNK": min(width, COLUMNS.get(self.family, width)),
+            "CHUNK": min(columns, COLUMNS.get(self.family, width)),
             "num_warps": cut.warps,
             "num_stages": cut.stages,
         }
 
 
-def _call(q: Tensor, k: Tensor) -> Call:
+def _power(size: int) -> int:
+    """Returns the least power of two that holds a head size, which tensor cores take."""
+    return int(max(16, triton.next_power_of_2(size)))
+
+
+def _call(q: Tensor, k: Tensor, v: Tensor) -> Call:
     (b, queries, h, e), (_, keys, kv_heads, _) = q.shape, k.shape
-    family = _family(q.device, q.element_size())
-    return Call(b, queries, keys, kv_heads, h // kv_heads, e, family, _processors(q.device))
+    kind = family(q.device, q.element_size())
+    sizes = (h // kv_heads, e, v.shape[-1])
+    return Call(b, queries, keys, kv_heads, *sizes, kind, _processors(q.device))
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -175,23 +196,23 @@ def forward(
 ) -> Three:
     """Returns y [B, L, H, E], and the maximum and the reciprocal sum of every row [B, H, L], which
     `backward` takes."""
-    y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    y = q.new_empty(*q.shape[:3], v.shape[-1])
     tops, shares = (
         q.new_empty((len(q), q.shape[2], q.shape[1]), dtype=torch.float32) for _ in range(2)
     )
     if not q.numel():
         return y, tops, shares
     q, k, v = _in_rows(q), _in_rows(k), _in_rows(v)
-    call, c = _call(q, k), _factor(scale)
+    call, c = _call(q, k, v), _factor(scale)
     b, queries, keys, kv_heads, group, *_ = call
     cut = call.cut("few_rows" if call.rows <= 16 else "attend_rows")
-    options = call.options(cut)
+    options = call.options(cut) | {"C": call.c, "CP": _power(call.c)}
     blocks = triton.cdiv(call.rows, cut.rows) * b * kv_heads
     splits = max(1, min(2 * call.processors // blocks, triton.cdiv(keys, MIN_KEYS), MAX_SPLITS))
     parts = (y, tops, shares)
     if splits > 1:
         shape = (b * kv_heads, splits, call.rows)
-        sizes = ((*shape, call.e), shape, shape)
+        sizes = ((*shape, call.c), shape, shape)
         parts = tuple(q.new_empty(s, dtype=torch.float32) for s in sizes)  # type: ignore[assignment]
     with torch.cuda.device_of(q):
         attend_rows[blocks, splits](
@@ -201,10 +222,9 @@ def forward(
             **options,
         )
         if splits > 1:
-            width = options["EP"]
             join_splits[(b * kv_heads * call.rows,)](
                 *(*parts, y, tops, shares, queries, kv_heads, group, splits, c),
-                *(JOINED, call.e, width),
+                *(JOINED, call.c, options["CP"]),
             )
     return y, tops, shares
 
@@ -221,8 +241,15 @@ def backward(
     shares: Tensor,
     scale: float,
 ) -> Three:
-    """Returns dq, dk and dv."""
-    call, c = _call(q, k), _factor(scale)
+    """Returns dq, dk and dv. The kernels take one head size: the smaller is filled with zeros,
+    which change no product."""
+    e, values = q.shape[-1], v.shape[-1]
+    if e != values:
+        dy, q, k, v, y = (_filled(t, max(e, values)) for t in (dy, q, k, v, y))
+        grads = backward(dy, q, k, v, key_start, key_end, y, tops, shares, scale)
+        dq, dk, dv = (g[..., :n] for g, n in zip(grads, (e, e, values), strict=True))
+        return dq.contiguous(), dk.contiguous(), dv.contiguous()
+    call, c = _call(q, k, v), _factor(scale)
     b, queries, keys, kv_heads, group, *_ = call
     by_rows, by_keys = call.cut("grad_rows"), call.cut("grad_keys")
     blocks = triton.cdiv(keys, by_keys.keys) * b * kv_heads
@@ -247,6 +274,10 @@ def backward(
             **call.options(by_keys),
         )
     return dq, _summed(dk, q.dtype), _summed(dv, q.dtype)
+
+
+def _filled(x: Tensor, size: int) -> Tensor:
+    return functional.pad(x, (0, size - x.shape[-1]))
 
 
 def _summed(parts: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,5 +1,6 @@
 """Gives a GPU backend, CUDA or ROCm, its kernels. Most are the operators of csrc/, whose device
-half torch picks by the tensors' device; attention is ours in Triton, matrix products are torch's.
+half torch picks by the tensors' device; attention and the ops of experts are ours in Triton, matrix
+products are torch's.
 Where csrc/ is not built, Triton kernels stand in for the ops that have them."""
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from glm_core import ops
 from glm_core.backends.base import Backend
 from glm_core.backends.cpu import backend as cpu
-from glm_core.backends.cuda import attention, quantized
+from glm_core.backends.cuda import attention, experts, quantized
 from glm_core.backends.cuda.extension import load
 from glm_core.backends.cuda.supports import takes
 
@@ -51,6 +52,7 @@ def equip(backend: Backend, module: str) -> None:
         backend.implements(ops.quantized_linear, needs)(quantized.quantized_linear)
     supports = attention.supports(takes(backend, ops.attention))
     backend.implements(ops.attention, supports)(attention.attention)
+    experts.equip(backend)
 
 
 _registrations: list[Any] = []

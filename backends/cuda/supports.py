@@ -20,6 +20,15 @@ FIXED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "linear_cross_entropy": {"token_weight": _float32, "labels": _int64},
     "adamw": dict.fromkeys(("params", "exp_avgs", "exp_avg_sqs", "grad_scale"), _float32),
     "quantized_linear": {"weight": (torch.int8,), "scale": (torch.float16, torch.float32)},
+    "route": dict.fromkeys(("weight", "bias"), _float32),
+    "permute": {"experts": _int64},
+    "unpermute": {"order": _int64, "weights": _float32},
+    "grouped_linear": {"counts": _int64},
+    "quantized_grouped_linear": {
+        "weight": (torch.int8,),
+        "scale": (torch.float16, torch.float32),
+        "counts": _int64,
+    },
 }
 """op -> parameters whose dtype is not the working dtype -> the dtypes each may have"""
 

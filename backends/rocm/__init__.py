@@ -1,6 +1,6 @@
 """Declares the backend for AMD GPUs and Hygon DCUs. It uses the CUDA sources compiled by hipcc,
-attention in Triton, and RCCL for collectives (torch calls it nccl). torch presents HIP devices
-as `cuda`.
+attention and layers of experts in Triton, and RCCL for collectives (torch calls it nccl). torch
+presents HIP devices as `cuda`.
 
 Verified: the kernels compile for gfx906, gfx908 and gfx90a, each was executed on the CPU with waves
 of 64, training steps were dry-run, and recorded decode steps simulated. We never ran it on

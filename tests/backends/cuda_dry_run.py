@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from glm_core import dispatch
 from glm_core.backends import registry
-from glm_core.backends.cuda import attention
+from glm_core.backends.cuda import attention, experts
 from glm_core.backends.cuda.decode_ops import Step, inputs, packed
 from glm_core.backends.cuda.kernels import share
 from glm_core.config import TrainConfig
@@ -26,6 +26,9 @@ from glm_core.model.stack import angles, stack
 from glm_core.training.optimizer import Optimizer
 
 B, L = 2, 32
+SIZES: dict[str, Any] = {"num_layers": 2, "vocab": 512, "max_length": 64}
+SMALL = {"glm-4.7-flash": {"num_experts": 8}}
+"""preset with experts -> what is smaller in it"""
 INPUTS: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
     "tokens": (torch.int64, (B, L)),
     "positions": (torch.int64, (B, 2, L)),
@@ -42,7 +45,7 @@ def train(name: str, dtype: str, stray: str) -> list[str]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, dtype))
     with torch.device("cuda"):  # .to() cannot move fake parameters
-        model = GLM(preset(name, num_layers=2, vocab=512, max_length=64))
+        model = GLM(preset(name, **SIZES, **SMALL.get(name, {})))
     torch.set_default_dtype(before)
     optimizer = Optimizer(model, TrainConfig(dtype=dtype))
     inputs = {
@@ -58,6 +61,8 @@ def train(name: str, dtype: str, stray: str) -> list[str]:
         for n, p in model.named_parameters()
         if p.grad is None or (p.grad.dtype, p.grad.device) != (p.dtype, p.device)
     ]
+    if name in SMALL:
+        return wrong  # a layer of experts has no recorded steps yet
     logits = decode(model)
     return wrong + ["logits"] * ((logits.dtype, logits.device.type) != (torch.float32, "cuda"))
 
@@ -73,7 +78,7 @@ def decode(model: GLM) -> torch.Tensor:
         return Step(parts)(inputs(packed(rows).to("cuda")), cache)
 
 
-FAMILY = ("glm-base", "glm-130b", "chatglm-6b", "chatglm2-6b", "glm-4-9b")
+FAMILY = ("glm-base", "glm-130b", "chatglm-6b", "chatglm2-6b", "glm-4-9b", "glm-4.7-flash")
 
 
 def main(backend: str, dtype: str, stray: str = "") -> None:
@@ -81,7 +86,7 @@ def main(backend: str, dtype: str, stray: str = "") -> None:
     reason."""
     chosen = registry.get(backend)
     share(chosen)  # as if the kernels were built: nothing is computed
-    attention.HAS_TRITON = True
+    attention.HAS_TRITON = experts.HAS_TRITON = True
     answer = {}
     for name in FAMILY:
         counted: Counter[str] = Counter()

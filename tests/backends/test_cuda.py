@@ -23,6 +23,7 @@ from glm_core import ops
 from glm_core.backends import cuda, rocm
 from glm_core.backends.base import Backend
 from glm_core.backends.cuda import attention, extension, peaks, probe
+from glm_core.backends.cuda.experts import MODULES
 from glm_core.backends.cuda.kernels import SHARED, share
 from glm_core.backends.cuda.supports import takes
 from glm_core.backends.registry import get, use
@@ -67,26 +68,37 @@ def test_attention_and_its_predicate_compile_whole() -> None:
 def test_fakes_of_attention_s_operators_are_what_they_return() -> None:
     q = torch.randn(2, 5, 4, 16)
     k = torch.randn(2, 2, 9, 16).transpose(1, 2)  # a cache's layout
+    v = torch.randn(2, 2, 9, 12).transpose(1, 2)
     end = torch.full((2, 5), 9).int()
-    args = (q, k, k, torch.zeros_like(end), end, 0.25)
+    args = (q, k, v, torch.zeros_like(end), end, 0.25)
     real = torch.ops.glm_core_gpu.attention(*args)
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in args]
         made = torch.ops.glm_core_gpu.attention(*fakes)
-        grads = torch.ops.glm_core_gpu.attention_backward(fakes[0], *fakes[:5], *made, 0.25)
+        grads = torch.ops.glm_core_gpu.attention_backward(made[0], *fakes[:5], *made, 0.25)
     for fake, tensor in zip(
-        (*made, *grads), (*real, q, k.contiguous(), k.contiguous()), strict=True
+        (*made, *grads), (*real, q, k.contiguous(), v.contiguous()), strict=True
     ):
         assert (fake.shape, fake.dtype) == (tensor.shape, tensor.dtype)
         assert fake.is_contiguous()
 
 
 def test_attention_s_reasons_name_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert attention.trouble(meta(1, 4, 2, 257)) == "head size 257: the kernels take 1 to 256"
-    assert not attention.trouble(meta(1, 4, 2, 1))
-    assert not attention.trouble(meta(0, 4, 2, 33))
+    def trouble(e: int, c: int, dtype: torch.dtype = torch.float16) -> str:
+        q = meta(1, 4, 2, e, dtype=dtype)
+        return attention.trouble(q, q, meta(1, 4, 2, c, dtype=dtype))
+
+    monkeypatch.setattr(attention, "HAS_TRITON", True)
+    assert not trouble(1, 1)
+    assert not trouble(33, 20, torch.float32)
+    with torch.no_grad():
+        assert not trouble(576, 512)
+    assert trouble(257, 257).startswith("head sizes 257 and 257: the kernels take 1 to 256, and")
+    assert "need half precision on NVIDIA's chips" in trouble(576, 512, torch.float32)
+    q = meta(1, 4, 2, 576, dtype=torch.float16).requires_grad_()
+    assert "have no gradient; expand the latents" in attention.trouble(q, q, q[..., :512])
     monkeypatch.setattr(attention, "HAS_TRITON", False)
-    assert "pip install triton" in attention.trouble(meta(1, 4, 2, 16))
+    assert "pip install triton" in trouble(16, 16)
 
 
 @pytest.mark.skipif(not attention.HAS_TRITON, reason="pip install triton")
@@ -196,7 +208,8 @@ def test_peaks_are_the_named_chips() -> None:
 def test_every_op_has_a_kernel_and_every_operator_a_device_half() -> None:
     bindings = "".join(p.read_text() for p in (ROOT / "csrc" / "bindings" / "cuda").glob("*.cpp"))
     for backend in (cuda.backend, rocm.backend):
-        assert set(backend.kernels) == {*SHARED, "linear", "attention"} & {*get("cpu").kernels}
+        every = {*SHARED, *MODULES, "linear", "attention"}
+        assert set(backend.kernels) == every & {*get("cpu").kernels}
     for leaf in LEAVES:
         assert f'm.impl("{leaf}", {leaf})' in bindings
 
@@ -253,6 +266,8 @@ def test_training_steps_on_fake_cuda(fake_cuda: Path, backend: str, dtype: str) 
         assert {"attention", "linear", "linear_cross_entropy", "global_norm", "adamw"} <= set(
             found["ops"]
         )
+        experts = {"route", "permute", "grouped_linear", "unpermute"}
+        assert experts.isdisjoint(found["ops"]) != (name == "glm-4.7-flash")
 
 
 @pytest.mark.skipif(not probe_backend("cpu").ok, reason=probe_backend("cpu").reason)

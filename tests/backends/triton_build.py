@@ -94,6 +94,15 @@ def built_product(
     return len(made.asm["cubin" if kind == "cuda" else "hsaco"]), faults(made, kind)
 
 
+def built_experts(kernel: str, target: str, half: str) -> tuple[int, list[str]]:
+    """Returns the registers of a product by experts, and its faults, spills among them."""
+    from expert_build import HALVES, build
+
+    used = build(kernel, target, next(name for name, kind in HALVES.items() if kind == half))
+    spilled = [f"{used['spilled_bytes']} bytes spilled"] if used["spilled_bytes"] else []
+    return used["registers"], used["faults"] + spilled
+
+
 def faults(made: Any, kind: str) -> list[str]:
     """Returns the faults in the machine code of a built kernel."""
     return nvidia_faults(made.asm["cubin"]) if kind == "cuda" else amd_faults(made.asm["amdgcn"])
@@ -128,6 +137,8 @@ def main(*wanted: str) -> None:
             kernel.__name__: built(kernel, constants, target, half)
             for kernel, constants in KERNELS.items()
         }
+        for kernel in ("many", "weight"):
+            found[name][f"experts {kernel}"] = built_experts(kernel, name, half)
         if target[1] != "gfx906" and release >= quantized.TRITON_SINCE:  # gfx906: no matrix cores
             found[name]["many_rows 4 bits"] = built_product(target, half, 4, 1024)
             found[name]["many_rows 8 bits"] = built_product(target, half, 8, 128)

@@ -1,8 +1,10 @@
 """Runs conformance of the Triton kernels in Triton's interpreter, on the CPU: `python
 triton_judge.py float32,bfloat16 MOST` prints {case: "" or what is wrong}, with at most MOST cases
 per op and mode in each dtype; `python triton_judge.py float32 attention [SAMPLE ...]` does so for
-attention, `python triton_judge.py float16 products` for products with codes. A process of its own:
-whether kernels are interpreted is settled when Triton is imported."""
+attention, `python triton_judge.py float16 products [CASE ...]` for products with codes
+and these cases of the parts of a layer of experts, `python triton_judge.py - experts [CASE ...]`
+for those alone. A process of its own: whether kernels are interpreted is settled when Triton is
+imported."""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -25,9 +28,11 @@ from triton.runtime import interpreter
 from glm_core import ops
 from glm_core.backends import triton_ops
 from glm_core.backends.base import Backend
+from glm_core.backends.cpu import backend as cpu
 from glm_core.backends.cuda import attention_launch, quantized_product
 from glm_core.backends.cuda.attention import attention
 from glm_core.backends.cuda.decode_ops import Step, inputs, packed
+from glm_core.backends.cuda.experts import MODULES
 from glm_core.backends.cuda.keep_kernel import keep
 from glm_core.backends.cuda.kernels import share
 from glm_core.conformance.case import Case, CaseFailure, dtype_name, select
@@ -76,17 +81,27 @@ ATTENTION = {
 }
 
 
+OPERATORS = {
+    **triton_ops.OPERATORS,
+    **{
+        f"{op}_{way}": getattr(import_module(f"glm_core.backends.cuda.{module}"), f"{op}_{way}")
+        for op, module in MODULES.items()
+        for way in ("forward", "backward")
+    },
+}
+
+
 class InTriton(TorchDispatchMode):
     """Sends the operators of glm_core to the Triton kernels."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func.namespace == "glm_core" and func._opname not in triton_ops.OPERATORS:
+        if func.namespace == "glm_core" and func._opname not in OPERATORS:
             with self:  # made of others, which it calls; seen in inference mode
                 return func.decompose(*args, **(kwargs or {}))
         if func.namespace == "glm_core":
-            func = triton_ops.OPERATORS[func._opname]
+            func = OPERATORS[func._opname]
         elif func.namespace == "glm_core_gpu":
             func = ATTENTION[func._opname]
         return func(*args, **(kwargs or {}))
@@ -129,6 +144,15 @@ def judged_attention(dtypes: str, samples: tuple[str, ...]) -> dict[str, str]:
         if dtype_name(c.dtype) in dtypes.split(",") and (not samples or c.sample.id in samples)
     ]
     return {c.id: complaint(c, backend) for c in cases} | split_errors() | keep_errors()
+
+
+def judged_experts(ids: tuple[str, ...]) -> dict[str, str]:
+    """Judges these cases of the parts of a layer of experts, or all small ones."""
+    backend = Backend(name="triton", device_type="cpu", verified="executed on the CPU")
+    for name in MODULES:
+        backend.implements(ops.all_ops()[name])(cpu.kernels[name].function)
+    every = [c for name in MODULES for c in select(backend, op=name, real=False)]
+    return {c.id: complaint(c, backend) for c in every if not ids or c.id in ids}
 
 
 def judged_products(dtypes: str) -> dict[str, str]:
@@ -226,12 +250,14 @@ def split_errors() -> dict[str, str]:
     return found
 
 
-def main(dtypes: str, what: str, *samples: str) -> None:
+def main(dtypes: str, what: str, *names: str) -> None:
     with InTriton():  # type: ignore[no-untyped-call]  # torch's own
         if what == "attention":
-            found = judged_attention(dtypes, samples)
+            found = judged_attention(dtypes, names)
         elif what == "products":
-            found = judged_products(dtypes)
+            found = judged_products(dtypes) | (judged_experts(names) if names else {})
+        elif what == "experts":
+            found = judged_experts(names)
         else:
             found = judged(dtypes, int(what))
     json.dump(found, sys.stdout)

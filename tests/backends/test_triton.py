@@ -77,9 +77,8 @@ def test_attention_spills_nothing_and_takes_lengths_as_data(tmp_path: Path) -> N
 EXPERTS = (
     "permute-float32-5x33-9-top3-strided-grad",
     "unpermute-bfloat16-5x7-top2-gapped-grad",
-    "route-float32-4x2-12-top3-groups4of2-tied-grad",
+    "route-float32-4x2-12-top3-groups4of2-tied-test",
     "grouped_linear-bfloat16-5x9-7-4experts-gapped-grad",
-    "quantized_grouped_linear-float16-5x34-7-4experts-int4-gapped-grad",
     "quantized_grouped_linear-float32-5x96-33-3experts-int4-group32-test",
 )
 """cases of the parts of a layer of experts, ties, groups and experts without rows among them;
@@ -99,6 +98,6 @@ def test_kernels_build_ahead_of_time(tmp_path: Path) -> None:
     found = answer(tmp_path, "triton_build.py", *wanted)
     assert list(found) == wanted
     for target, kernels in found.items():
-        assert len(kernels) == (10 if release("triton") >= (3, 6) else 8), target
+        assert len(kernels) == (9 if release("triton") >= (3, 6) else 7), target
         assert all(size for size, _ in kernels.values()), target
         assert not any(faults for _, faults in kernels.values()), (target, kernels)

@@ -137,8 +137,7 @@ def main(*wanted: str) -> None:
             kernel.__name__: built(kernel, constants, target, half)
             for kernel, constants in KERNELS.items()
         }
-        for kernel in ("many", "weight"):
-            found[name][f"experts {kernel}"] = built_experts(kernel, name, half)
+        found[name]["rows of experts"] = built_experts("many", name, half)
         if target[1] != "gfx906" and release >= quantized.TRITON_SINCE:  # gfx906: no matrix cores
             found[name]["many_rows 4 bits"] = built_product(target, half, 4, 1024)
             found[name]["many_rows 8 bits"] = built_product(target, half, 8, 128)

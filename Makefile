@@ -9,7 +9,7 @@ COMPILED := ($(PY) -W ignore -m compileall -qq -j 0 $(VENV)/lib || true)
 OLD_PLANS := 130b-float32-dp=2 glm4-float32-tp=2 10b-float32-pp=2,micro_batches=4
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: setup align test matrix oldest lint sanitize bench peers deepspeed openvino npu clean
+.PHONY: setup align test matrix oldest oldest-ready lint sanitize bench peers deepspeed openvino npu clean
 .DEFAULT_GOAL := setup
 
 $(VENV)/torch.stamp:
@@ -28,6 +28,9 @@ test: setup peers deepspeed openvino npu ## the whole suite
 
 matrix: setup ## the whole suite with each torch of the window, each in an environment of its own (20 GB)
 	$(PY) tests/versions/matrix.py
+
+oldest-ready: setup ## the environment of `oldest`, as good as it can be made; that target tells what is wrong with it
+	-nice $(PY) tests/versions/matrix.py --torch 2.7.1 --prepare
 
 oldest: setup ## a part of the suite with the oldest torch, Python and numpy
 	$(PY) tests/versions/matrix.py --torch 2.7.1 tests/ops tests/model tests/training tests/versions \

@@ -1,6 +1,6 @@
 """Runs the suite with each torch of the window, in an environment of its own, and prints a table.
 
-Usage: python tests/versions/matrix.py [--torch VERSION] [TEST ...]
+Usage: python tests/versions/matrix.py [--torch VERSION] [--prepare] [TEST ...]
 
 Every row has a folder build/matrix/torch-VERSION with an environment, a clone of the last commit
 and the log of its run. An environment takes about 5 GB, because the registry's torch for x86-64
@@ -154,6 +154,7 @@ def facts(row: Row) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--torch", help="run this row only, such as 2.7.1")
+    parser.add_argument("--prepare", action="store_true", help="make the environments, no more")
     parser.add_argument("tests", nargs="*", help="what pytest runs; by default everything")
     options = parser.parse_args()
     rows = [row for row in ROWS if options.torch in (None, row.torch)]
@@ -163,9 +164,13 @@ def main() -> int:
     table, good = [], True
     for row in rows:
         prepare(row)
+        if options.prepare:
+            continue
         count = test(row, options.tests)
         good &= count["passed"] > 0 and not count["failures"] + count["errors"]
         table.append([*facts(row), *(str(count[name]) for name in OUTCOMES)])
+    if options.prepare:
+        return 0
     commit = output("git", "rev-parse", "--short", "HEAD")
     print(f"\n{date.today()}, commit {commit}, {' '.join(options.tests) or 'the whole suite'}\n")
     print(f"| torch | Python | numpy | {' | '.join(OUTCOMES)} |\n|{'---|' * 7}")

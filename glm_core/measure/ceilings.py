@@ -135,13 +135,25 @@ def machine_with_device(backend: Backend) -> dict[str, Any]:
     return machine() | {"device": device_name() if device_name else backend.device_type}
 
 
+def _slow(backend: Backend, dtype: torch.dtype) -> bool:
+    """Tells by small matrices whether products of the dtype take more than twice float32's time:
+    large ones would take seconds, as bfloat16 does on a CPU without units for it."""
+    side, calls = sizes(backend)[0] // 8, {}
+    for kind in (torch.float32, dtype):
+        a, b = (torch.randn(side, side, device=backend.device()).to(kind) for _ in range(2))
+        calls[str(kind)] = finished(backend, functools.partial(torch.mm, a, b))
+    best = [min(t.seconds) for t in interleave(calls, 3).values()]
+    return best[-1] > 2 * best[0]
+
+
 def peak(backend: Backend, dtype: torch.dtype, rounds: int = 9) -> Peak:
     """Returns the published peak, else the best of a matrix product and a memory read, measured
     now. A dtype that the device multiplies more slowly than float32 (float16 on most CPUs) has
     float32's peak, because a kernel may convert."""
     if known := backend.peak(dtype):
         return known
-    calls = contestants(backend, dict.fromkeys((torch.float32, dtype)))
+    dtypes = (torch.float32,) if _slow(backend, dtype) else (torch.float32, dtype)
+    calls = contestants(backend, dict.fromkeys(dtypes))
     chosen = {k: c for k, c in calls.items() if k.startswith("gemm") or k == "memory read"}
     timing = interleave({k: finished(backend, c) for k, (c, _, _) in chosen.items()}, rounds)
     best = {k: min(t.seconds) for k, t in timing.items()}

@@ -2,9 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-# pip compiles Python files on one core; COMPILED does it on all of them, once at the end
+# pip would compile every Python file; what is imported is compiled as it is imported
 PIP := $(PY) -m pip install -q --no-compile
-COMPILED := ($(PY) -W ignore -m compileall -qq -j 0 $(VENV)/lib || true)
 # plans that every torch of the window can train
 OLD_PLANS := 130b-float32-dp=2 glm4-float32-tp=2 10b-float32-pp=2,micro_batches=4
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
@@ -16,7 +15,7 @@ $(VENV)/torch.stamp:
 	$(PYTHON) -m venv $(VENV) && $(PIP) -U pip setuptools wheel ninja && $(PIP) torch==2.13.0 && touch $@
 
 $(VENV)/ready.stamp: $(VENV)/torch.stamp $(SOURCES)
-	$(PIP) --no-build-isolation -e '.[onnx,train,structured,dev]' && $(COMPILED) && touch $@
+	$(PIP) --no-build-isolation -e '.[onnx,train,structured,dev]' && touch $@
 
 setup: $(VENV)/ready.stamp ## everything the other targets need
 

@@ -3,6 +3,7 @@ torch 2.7 to 2.15, so that the torch that changes one is found here and not by a
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -88,15 +89,20 @@ FIRST = {
 """by name: the first torch of those tried that has it"""
 UNTIL = {name: (2, 15) for name in SIGNATURES if name.startswith(_PREPARE)}
 """by name: the first torch for which we do without it"""
-USED = private_names.used()
 RUNNING = tuple(map(int, torch_version().split(".")[:2]))
+
+
+@functools.cache
+def used() -> dict[str, set[str]]:
+    """Returns the files that use each private name; read once, and not while tests are collected."""
+    return private_names.used()
 
 
 def test_the_table_holds_every_private_name_in_use() -> None:
     known = {*SIGNATURES, *OWNERS}
-    new = {name: sorted(USED[name]) for name in USED.keys() - known}
+    new = {name: sorted(used()[name]) for name in used().keys() - known}
     assert not new, f"private names of torch's: {new}; use a public one, or add it to the table"
-    gone = {name for name in known - USED.keys() if in_use(name)}
+    gone = {name for name in known - used().keys() if in_use(name)}
     assert not gone, f"private names of torch's that nothing uses: {gone}; delete their lines"
 
 
@@ -109,8 +115,9 @@ def in_use(name: str) -> bool:
 def test_torch_still_has_the_name_as_it_was(name: str) -> None:
     if not in_use(name):
         pytest.skip(f"not used on torch {torch_version()}")
-    users = sorted(USED.get(name, ()))
-    assert not (fault := changed(name)), f"torch {torch_version()}: {fault}; used by {users}"
+    if fault := changed(name):
+        users = sorted(used().get(name, ()))
+        pytest.fail(f"torch {torch_version()}: {fault}; used by {users}")
 
 
 def test_a_constant_is_marked_as_torch_marks_it() -> None:

@@ -94,7 +94,7 @@ RUNNING = tuple(map(int, torch_version().split(".")[:2]))
 
 @functools.cache
 def used() -> dict[str, set[str]]:
-    """Returns the files that use each private name; read once, and not while tests are collected."""
+    """Returns the files that use each private name; read once, not at collection."""
     return private_names.used()
 
 

@@ -171,7 +171,8 @@ def work(folder: str) -> None:
     try:
         axes = mesh.make(parse(request["plan"]), device.type, timeout_s)
         with registry.use(backend):
-            parallel = ManyProcesses(config, parse(request["plan"]), axes, backend, device)
+            plan = parse(request["plan"])
+            parallel = ManyProcesses(config, plan, axes, backend, device, timeout_s)
             run = Run(config, Drawn(request["batches"]), backend, parallel=parallel)
         curve = free_run(run) if request["batches"] else None
         captured = [_captured(run, parallel, snapshot) for snapshot in request["snapshots"]]
@@ -184,7 +185,7 @@ def work(folder: str) -> None:
 def _captured(run: Run, here: ManyProcesses, snapshot: Snapshot) -> dict[str, Any]:
     """Returns the loss of a captured step and this process's part of its gradients."""
     weights = apply.own_values(
-        here.model, here.config.model, here.mesh, lambda name, shape: snapshot.weights[name]
+        here.model, here.config.model, here.place, lambda name, shape: snapshot.weights[name]
     )
     run.loss_scale.scale = snapshot.loss_scale
     run.optimizer.load_masters({n: w.to(here.device) for n, w in weights.items()})

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from glm_core.planner.cluster import Cluster
     from glm_core.planner.search import Candidate, Outcome
 
-FIXED = ("tp", "pp", "dp", "zero", "virtual", "micro_batch")
+FIXED = ("tp", "pp", "dp", "ep", "zero", "virtual", "micro_batch")
 CARDS = ((8, 40, "A100"), (8, 32, "V100"), (4, 24, "RTX 3090"), (8, 11, "RTX 2080 Ti"))
 """(cards, GiB of a card, name): the machines that GLM-130B is published for (its README, hardware
 requirements)"""

@@ -5,23 +5,27 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import asdict, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from glm_core.cli.exits import EXIT_FAILED
 from glm_core.cli.options import columns, emit
 
+if TYPE_CHECKING:
+    from glm_core.config import ModelConfig
+    from glm_core.distributed.plan import Plan
+
 
 def run_dry(args: argparse.Namespace) -> int:
-    """Does one rank's step without memory and prints what it takes next to the prediction. Exits 1
-    where the rank needs more memory than the chip has, 2 where a real rank would fail."""
+    """Does one rank's step without memory and prints what it takes, for a dense model next to the
+    prediction. Exits 1 where the rank needs more memory than the chip has, 2 where a real rank
+    would fail."""
     from glm_core.backends.registry import usable
     from glm_core.config import DataConfig, RunConfig, TrainConfig
     from glm_core.distributed import dry_run
     from glm_core.distributed.plan import parse
     from glm_core.errors import ConfigError
     from glm_core.model.presets import preset
-    from glm_core.planner import cluster, rank_memory, rank_messages
-    from glm_core.planner.rank import planned_rank
+    from glm_core.planner import cluster
 
     if not args.plan:
         raise ConfigError("plan dry-run: no plan; pass --plan tp=4,pp=8,dp=24,micro_batches=176")
@@ -35,32 +39,52 @@ def run_dry(args: argparse.Namespace) -> int:
         ),
     )
     report = dry_run.run(config, plan, args.rank, usable(args.backend))
-    rank = planned_rank(model, plan, args.rank, args.seq, args.global_batch)
-    memory = rank_memory.memory(rank)
     fits = report.peak_bytes <= chip.memory
     result = asdict(report) | {
         "plan": plan.label(),
         "backend": args.backend,
         "chip_bytes": chip.memory,
-        "predicted_memory": memory,
-        "predicted_collectives": rank_messages.collectives(rank),
-        "predicted_peak_bytes": sum(memory.values()),
         "fits": fits,
+        **_prediction(args, plan, model),
     }
     emit(args, result, dry_text(result, chip.name))
     return 0 if fits else EXIT_FAILED
 
 
+def _prediction(args: argparse.Namespace, plan: Plan, model: ModelConfig) -> dict[str, Any]:
+    """Returns what the planner predicts for the rank; nulls where it knows no such model."""
+    from glm_core.errors import ConfigError
+    from glm_core.planner import rank_memory, rank_messages
+    from glm_core.planner.rank import planned_rank
+
+    try:
+        rank = planned_rank(model, plan, args.rank, args.seq, args.global_batch)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        keys = ("predicted_memory", "predicted_collectives", "predicted_peak_bytes")
+        return dict.fromkeys(keys)
+    memory = rank_memory.memory(rank)
+    return {
+        "predicted_memory": memory,
+        "predicted_collectives": rank_messages.collectives(rank),
+        "predicted_peak_bytes": sum(memory.values()),
+    }
+
+
 def dry_text(result: dict[str, Any], chip: str) -> str:
     """Returns tables for people: parameters, messages, the rank's place, memory."""
     place = ", ".join(f"{axis} {n}" for axis, n in result["place"].items())
-    peak, predicted, room = (
-        result[k] / 1e9 for k in ("peak_bytes", "predicted_peak_bytes", "chip_bytes")
-    )
+    peak, room = result["peak_bytes"] / 1e9, result["chip_bytes"] / 1e9
+    predicted = ""
+    if result["predicted_peak_bytes"] is not None:
+        forecast_gb = result["predicted_peak_bytes"] / 1e9
+        predicted = f", predicted {forecast_gb:.3f} GB ({forecast_gb / peak - 1:+.2%})"
     memory = ", ".join(f"{k} {v / 1e9:.2f}" for k, v in result["memory"].items() if v)
     messages = [["collective", "count", "bytes", "predicted count", "predicted bytes"]]
     for name, real in result["collectives"].items():
-        forecast = result["predicted_collectives"].get(name, {"count": 0, "bytes": 0})
+        forecasts = result["predicted_collectives"]
+        unknown = {"count": "-", "bytes": "-"}
+        forecast = unknown if forecasts is None else forecasts.get(name, dict.fromkeys(unknown, 0))
         messages.append([name, *(str(d[k]) for d in (real, forecast) for k in ("count", "bytes"))])
     parameters = [["parameter", "shape", "of the whole"]] + [
         [n, "x".join(map(str, shape)), result["placement"][n]]
@@ -74,8 +98,7 @@ def dry_text(result: dict[str, Any], chip: str) -> str:
             columns(parameters),
             columns(messages),
             f"rank {result['rank']} ({place}) of {result['plan']}",
-            f"peak {peak:.3f} GB, predicted {predicted:.3f} GB ({predicted / peak - 1:+.2%}); "
-            f"{memory}",
+            f"peak {peak:.3f} GB{predicted}; {memory}",
             f"{chip}: {fits}; {result['seconds']:.1f} s",
         ]
     )

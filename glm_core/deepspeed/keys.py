@@ -42,7 +42,7 @@ OPTIMIZER_ON_HOST = Key("host", "would keep the optimizer on NVMe; use cpu, or r
 _QUANT = "would round what is communicated (ZeRO++), changing the loss; remove it"
 _REMOVED = "was removed from DeepSpeed itself (0.19); remove it"
 _AUTOTP = "would split layers over ranks by name; use glm_core.distributed's plan (tp=)"
-_MOE = "would place experts on ranks; there is no expert parallelism here"
+_MOE = "would place experts on ranks; use glm_core.distributed's plan (ep=)"
 _COMPILE = "would compile the step with DeepCompile; call torch.compile(model) before initialize"
 _ZENFLOW = "would update only the largest gradients at once, changing the loss; remove it"
 _DATA = "would reorder or shorten samples, changing the loss; do so in your data loader"

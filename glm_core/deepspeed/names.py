@@ -41,7 +41,7 @@ ABSENT = {
     "compile": "would compile the step with DeepCompile; call torch.compile(model)",
     **dict.fromkeys(
         ("moe.layer", "moe.experts", "moe.sharded_moe", "moe.mappings"),
-        "would place experts on ranks; there is no expert parallelism here",
+        "would place a script's own experts on ranks; use glm_core.distributed's plan (ep=)",
     ),
     "sequence": _SEQUENCE,
     "runtime.sequence_parallel": _SEQUENCE,

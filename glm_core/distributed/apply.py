@@ -1,12 +1,13 @@
 """Turns a plan into modules, here alone and in this order:
 
 1. pipeline: each stage holds its layers of the one model;
-2. tensor and sequence parallel: a layer's matrices have a rank's size, and its projections
-   communicate;
+2. tensor, sequence and expert parallel: a layer's matrices have a rank's size, and its
+   projections, or the rows of its experts, communicate;
 3. recompute: which parts of a stage are not kept for the backward pass;
 4. device and dtype: parameters get memory here, not before (under ZeRO layer by layer), and no
    values yet;
-5. ZeRO: what is left is shared out over the data-parallel ranks;
+5. ZeRO: what is left is shared out over the data-parallel ranks, experts over those of them that
+   hold the same ones;
 6. values: from (seed, name), the same as on one process.
 
 The reverse order would be wrong: ZeRO shares out what tensor parallelism left of a matrix, and
@@ -31,7 +32,7 @@ from glm_core.distributed.pipeline import Stage
 from glm_core.distributed.plan import Plan, stages_of
 from glm_core.distributed.tensor_parallel import Ranks
 from glm_core.distributed.zero import sum_gradients
-from glm_core.model.glm import GLM
+from glm_core.model.glm import GLM, Block, Experts, Router
 from glm_core.model.initial import initial_value
 
 
@@ -51,17 +52,25 @@ class Share(nn.ModuleList):
 
 
 def build(
-    config: ModelConfig, plan: Plan, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype
+    config: ModelConfig,
+    plan: Plan,
+    mesh: DeviceMesh,
+    experts: DeviceMesh | None,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Share:
     """Returns this process's stages under the plan, with memory but without values. Nothing of the
-    size of the whole model is ever allocated; under FakeTensorMode nothing is."""
+    size of the whole model is ever allocated; under FakeTensorMode nothing is. experts: the mesh
+    that `mesh.make_for_experts` made."""
     ranks = Ranks(mesh.get_group("tp"), plan.sp) if plan.tp > 1 else None
     stages = []
     for number in stages_of(plan, mesh.get_local_rank("pp")):
-        stage = Stage(config, number, plan.stages, ranks)
+        group = experts.get_group("ep") if experts is not None else None
+        stage = Stage(config, number, plan.stages, ranks, group)
         stage.recompute(plan.recompute)
         if plan.zero:
-            shard(stage, plan.zero, mesh["dp"], device, dtype)
+            copies = experts["expert_dp"] if experts is not None else None
+            shard(stage, plan.zero, mesh["dp"], copies, device, dtype)
         else:
             give_memory(stage, device, dtype)
         stages.append(stage)
@@ -72,44 +81,60 @@ def build(
 
 
 def give_memory(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Replaces parameters on the meta device by uninitialised ones. Does what nn.Module.to_empty
-    does, which fails under FakeTensorMode."""
+    """Replaces parameters on the meta device by uninitialised ones; a router's bias is float32 at
+    least. Does what nn.Module.to_empty does, which fails under FakeTensorMode."""
     for part in module.modules():
         for name, p in list(part.named_parameters(recurse=False)):
             if p.is_meta:
-                memory = torch.empty(p.shape, dtype=dtype, device=device)
+                is_bias = isinstance(part, Router) and name == "bias"
+                own = torch.promote_types(dtype, torch.float32) if is_bias else dtype
+                memory = torch.empty(p.shape, dtype=own, device=device)
                 part.register_parameter(name, nn.Parameter(memory))
 
 
 def shard(
-    stage: Stage, zero: int, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype
+    stage: Stage,
+    zero: int,
+    mesh: DeviceMesh,
+    copies: DeviceMesh | None,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> None:
     """Applies ZeRO by FSDP2, layer by layer; each layer gets its memory just before. A rank's
     shards are float32 and serve as the masters; weights are gathered in `dtype`. Between steps
     everything is sharded. During a step ZeRO 1 and 2 keep the gathered weights, ZeRO 3 gathers them
     again for every use. Gradients are SUMS over dp, and over micro-batches, in float32: every
-    token's weight is already relative to the global batch."""
+    token's weight is already relative to the global batch. copies: the ranks that hold the same
+    experts, where the plan splits them. A router's bias stays whole, in float32."""
     # a block's outputs may be views; nothing in the model writes into them
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     policy = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    options: dict[str, Any] = {"reshard_after_forward": zero == 3, "mp_policy": policy}
     for module in (*stage.own_blocks(), stage):
         give_memory(module, device, torch.float32)
-        fully_shard(module, mesh=mesh, reshard_after_forward=zero == 3, mp_policy=policy)
+        experts = module.mlp if isinstance(module, Block) else None
+        if isinstance(experts, Experts):
+            options["ignored_params"] = {experts.router.bias}
+            for own in (experts.experts_up, experts.experts_down) if copies is not None else ():
+                fully_shard(own, mesh=copies, **options)
+        fully_shard(module, mesh=mesh, **options)
     sum_gradients(stage, 1.0)
 
 
 def own_values(
-    share: Share, config: ModelConfig, mesh: DeviceMesh, value: Callable[[str, torch.Size], Tensor]
+    share: Share,
+    config: ModelConfig,
+    place: layout.Place,
+    value: Callable[[str, torch.Size], Tensor],
 ) -> dict[str, Tensor]:
     """Returns this process's part of the whole tensors `value(name, shape)`, by name. One whole
     tensor exists at a time."""
     shapes = whole_shapes(config)
-    tp, rank = mesh["tp"].size(), mesh.get_local_rank("tp")
     found = {}
     for name, p in share.named_parameters():
-        part = layout.take(value(name, shapes[name]), layout.split_of(name, config, tp, rank))
+        part = layout.take(value(name, shapes[name]), layout.splits_of(name, config, place))
         start, rows = own_rows(p)
         found[name] = part[start : start + rows]
     return found
@@ -132,9 +157,9 @@ def own_rows(p: Tensor, mesh: DeviceMesh | None = None) -> tuple[int, int]:
 
 
 def initial_values(
-    share: Share, config: ModelConfig, mesh: DeviceMesh, seed: int
+    share: Share, config: ModelConfig, place: layout.Place, seed: int
 ) -> dict[str, Tensor]:
     """Returns this process's float32 starting weights, bit for bit those of a single process."""
     return own_values(
-        share, config, mesh, lambda name, shape: initial_value(config, seed, name, shape).float()
+        share, config, place, lambda name, shape: initial_value(config, seed, name, shape).float()
     )

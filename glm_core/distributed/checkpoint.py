@@ -52,7 +52,7 @@ from glm_core.distributed.dcp_reader import (
     file_sha256,
     single_process_allowed,
 )
-from glm_core.distributed.layout import Split, chunks
+from glm_core.distributed.layout import Splits, chunks
 from glm_core.distributed.mesh import connecting
 from glm_core.errors import CheckpointError
 from glm_core.training.checkpoint import LATEST, flush, replace
@@ -104,13 +104,11 @@ State = Mapping[str, Tensor | Shards]
 """by name; DTensors, and tensors that every rank holds whole, are converted to Shards here"""
 
 
-def shards_of(
-    tensor: Tensor, split: Split | None = None, tp: int = 1, own: Tensor | None = None
-) -> Shards:
-    """Returns this rank's shards of a tensor. `tensor` is this tensor-parallel rank's part, which
-    `split` places in the whole; it is a DTensor where data-parallel ranks share its rows. `own`,
-    where given, holds the values instead: this rank's part of a tensor with the same layout, for
-    example of its moments."""
+def shards_of(tensor: Tensor, splits: Splits = (), own: Tensor | None = None) -> Shards:
+    """Returns this rank's shards of a tensor. `tensor` is this rank's part, which `splits` place in
+    the whole; it is a DTensor where data-parallel ranks share its rows. `own`, where given, holds
+    the values instead: this rank's part of a tensor with the same layout, for example of its
+    moments."""
     shape, place = list(tensor.shape), (0,) * tensor.ndim
     local = tensor if own is None else own
     if isinstance(tensor, DTensor):
@@ -118,12 +116,12 @@ def shards_of(
         _, place = compute_local_shape_and_global_offset(
             tensor.shape, tensor.device_mesh, tensor.placements
         )
-    if split is None:
+    if not splits:
         return Shards(torch.Size(shape), [(place, local.detach())])
-    assert not any(place[1:]), "under tensor parallelism ZeRO shards rows"
-    shape[split.dim] *= tp
-    first_row = place[0] if place else 0
-    return Shards(torch.Size(shape), chunks(local.detach(), split, first_row))
+    assert not any(place[1:]), "with other splits ZeRO shards rows"
+    for split in splits:
+        shape[split.dim] *= split.ranks
+    return Shards(torch.Size(shape), chunks(local.detach(), splits, place[0]))
 
 
 class _SavePlanner(DefaultSavePlanner):

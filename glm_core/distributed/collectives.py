@@ -1,7 +1,7 @@
 """Defines the collectives between tensor-parallel ranks with their gradients: the conjugate
 pairs of Megatron-LM (Shoeybi et al. 2019, section 3; Korthikanti et al. 2022, section 4.2), on
-torch's functional collectives. Shapes: B batch, L sequence, D width; L/t a sequence-parallel
-rank's part."""
+torch's functional collectives; and the exchange of rows between ranks that share experts. Shapes: B
+batch, L sequence, D width; L/t a sequence-parallel rank's part."""
 
 from __future__ import annotations
 
@@ -33,6 +33,34 @@ def reduce_scatter(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
     gradient."""
     summed = functional_reduce_scatter(x.contiguous(), "sum", dim, group)
     return functional.wait_tensor(summed)
+
+
+def all_to_all(x: Tensor, received: list[int], sent: list[int], group: ProcessGroup) -> Tensor:
+    """Sends the first sent[0] rows of x to rank 0, the next sent[1] to rank 1, and so on. Returns
+    the rows that the ranks sent here, in the ranks' order, received[r] of them from rank r. It has
+    no gradient."""
+    return functional.wait_tensor(
+        functional.all_to_all_single(x.contiguous(), received, sent, group)
+    )
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, received: list[int], sent: list[int], group: ProcessGroup
+    ) -> Tensor:
+        ctx.received, ctx.sent, ctx.group = received, sent, group
+        return all_to_all(x, received, sent, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return all_to_all(grads[0], ctx.sent, ctx.received, ctx.group), None, None, None
+
+
+def exchange(x: Tensor, received: list[int], sent: list[int], group: ProcessGroup) -> Tensor:
+    """Returns what `all_to_all` does, with the gradient sent back the same way."""
+    y: Tensor = _Exchange.apply(x, received, sent, group)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+    return y
 
 
 class _Copy(torch.autograd.Function):

@@ -40,6 +40,7 @@ COLLECTIVES = {
     "_allgather_base_": "all_gather",
     "reduce_scatter_tensor": "reduce_scatter",
     "_reduce_scatter_base_": "reduce_scatter",
+    "all_to_all_single": "all_to_all",
     "broadcast_": "broadcast",
     "send": "send",
     "recv_": "recv",
@@ -48,6 +49,8 @@ COLLECTIVES = {
 }
 """by torch's operator: the name it is counted under. Its bytes are those of its largest tensor, the
 whole array, as nccl-tests counts"""
+DIMS = {-3: "experts", -2: "rows", -1: "columns"}
+"""what a matrix is split into, by dim from the last"""
 Phase = str
 """what a storage holds: weights, optimizer, activations (of a forward pass), gradients,
 temporary"""
@@ -165,13 +168,16 @@ def _report(config: RunConfig, plan: Plan, backend: Backend, begin: float) -> Re
     device = backend.device()
     axes = mesh.make(plan, device.type)
     meter = Meter()
-    ends = mesh.ends_group(axes) if plan.pp > 1 else None  # reads ranks: not possible on fakes
+    # both read ranks: not possible on fakes
+    ends = mesh.ends_group(axes) if plan.pp > 1 else None
+    experts = mesh.make_for_experts(plan, axes)
     with FakeTensorMode(allow_non_fake_inputs=True), use(backend), _resizing(meter):
         # values are not needed; torch 2.13 cannot convert a fake parameter in place
         with (
             mock.patch.object(apply, "own_values", return_value={}),
             mock.patch.object(nn.Module, "_apply", _converted),
             mock.patch.object(mesh, "ends_group", return_value=ends),
+            mock.patch.object(mesh, "make_for_experts", return_value=experts),
         ):
             parallel = ManyProcesses(config, plan, axes, backend, device)
             trainer = Trainer(config, Zeros(config.data.length), parallel)
@@ -186,7 +192,7 @@ def _report(config: RunConfig, plan: Plan, backend: Backend, begin: float) -> Re
         place={a: axes.get_local_rank(a) for a in mesh.AXES},
         memory=dict(meter.at_peak),
         parameters={n: tuple(own_part(p).shape) for n, p in named.items()},
-        placement={n: _place(n, p, config, axes) for n, p in named.items()},
+        placement={n: _place(n, p, parallel) for n, p in named.items()},
         collectives={k: dict(v) for k, v in sorted(meter.sent.items())},
         seconds=time.perf_counter() - begin,
     )
@@ -290,15 +296,19 @@ def _resizing(meter: Meter) -> Iterator[None]:
         yield
 
 
-def _place(name: str, p: Tensor, config: RunConfig, axes: Any) -> str:
+def _place(name: str, p: Tensor, parallel: ManyProcesses) -> str:
     """Says which part a rank holds: `rows 0:3072, 12288:15360; of these rows 0:100 (ZeRO)`."""
-    split = layout.split_of(name, config.model, axes["tp"].size(), axes.get_local_rank("tp"))
-    words = "whole"
-    if split is not None:
+    parts = []
+    for split in layout.splits_of(name, parallel.config.model, parallel.place):
         spans = ", ".join(f"{start}:{start + length}" for start, length in split.spans)
-        words = f"{'columns' if split.dim else 'rows'} {spans}"
+        parts.append(f"{DIMS[split.dim - p.ndim]} {spans}")
+    words = "; ".join(parts) or "whole"
     if not isinstance(p, DTensor):
         return words
     # DTensor keeps results by mesh without its rank: an earlier dry run's mesh may be in p
-    first, rows = apply.own_rows(p, axes["dp"])
-    return f"{words}; of these rows {first}:{first + rows} (ZeRO)"
+    own = parallel.mesh["dp"]
+    if parallel.experts is not None and layout.is_expert(name):
+        own = parallel.experts["expert_dp"]
+    first, rows = apply.own_rows(p, own)
+    unit = DIMS[-p.ndim] if p.ndim > 1 else "rows"
+    return f"{words}; of these {unit} {first}:{first + rows} (ZeRO)"

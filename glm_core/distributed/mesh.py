@@ -13,12 +13,16 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from glm_core.backends.base import Backend
+from glm_core.distributed.layout import Place
 from glm_core.distributed.plan import Plan
 from glm_core.errors import ConfigError
 from glm_core.versions import set_timeout, torch_has
 
 AXES = ("pp", "dp", "tp")
 """outermost first, so that tensor-parallel neighbours have neighbouring ranks, on one node"""
+EXPERT_AXES = ("pp", "expert_dp", "ep", "tp")
+"""the data-parallel ranks cut in two: those that hold copies of the same experts, and those that
+share the experts"""
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -81,6 +85,28 @@ def make(plan: Plan, device_type: str, timeout_s: float | None = None) -> Device
         for axis in AXES:
             set_timeout(timedelta(seconds=timeout_s), mesh.get_group(axis))
     return mesh
+
+
+def make_for_experts(
+    plan: Plan, mesh: DeviceMesh, timeout_s: float | None = None
+) -> DeviceMesh | None:
+    """Returns the mesh [pp, expert_dp, ep, tp] over the ranks of `make`'s; None for a plan that
+    does not split experts. Every process must call it."""
+    if plan.ep == 1:
+        return None
+    sizes = (plan.pp, plan.dp // plan.ep, plan.ep, plan.tp)
+    with connecting():
+        experts = init_device_mesh(mesh.device_type, sizes, mesh_dim_names=EXPERT_AXES)
+    if timeout_s is not None:
+        for axis in EXPERT_AXES:
+            set_timeout(timedelta(seconds=timeout_s), experts.get_group(axis))
+    return experts
+
+
+def place(plan: Plan, mesh: DeviceMesh) -> Place:
+    """Returns this rank's place among those that split a layer's tensors."""
+    ep_rank = mesh.get_local_rank("dp") % plan.ep
+    return Place(tp=plan.tp, tp_rank=mesh.get_local_rank("tp"), ep=plan.ep, ep_rank=ep_rank)
 
 
 def ends_group(mesh: DeviceMesh) -> dist.ProcessGroup | None:

@@ -19,16 +19,16 @@ from glm_core.distributed import apply, schedule
 from glm_core.distributed import mesh as meshes
 from glm_core.distributed.checkpoint import shards_of
 from glm_core.distributed.collectives import all_reduce
-from glm_core.distributed.layout import chunks, split_of
+from glm_core.distributed.layout import chunks, is_expert, splits_of
 from glm_core.distributed.plan import Plan, require_fit
-from glm_core.distributed.tensor_parallel import replicated
+from glm_core.distributed.tensor_parallel import partial, replicated
 from glm_core.errors import ConfigError
 from glm_core.training.batches import Batch, Sampler
 from glm_core.training.optimizer import Optimizer, own_part, sum_in_float32
 
 MESSAGE = 2**25
 """elements that one collective of `add_up` sums"""
-Chunk = tuple[str, tuple[int, ...], Tensor]
+NamedChunk = tuple[str, tuple[int, ...], Tensor]
 """a parameter's name, the place of the values in the whole parameter, and the values"""
 FIELDS = ("positions", "key_start", "key_end", "labels")
 
@@ -44,9 +44,10 @@ class ManyProcesses:
         mesh: DeviceMesh,
         backend: Backend,
         device: torch.device | None = None,
+        timeout_s: float | None = None,
     ) -> None:
-        """Weights start from config.train.seed, as on one process. Raises ConfigError where plan,
-        model and job do not fit."""
+        """Weights start from config.train.seed, as on one process. timeout_s: that of the mesh.
+        Raises ConfigError where plan, model and job do not fit."""
         require_fit(
             plan,
             config.model,
@@ -57,7 +58,9 @@ class ManyProcesses:
         self.config, self.plan, self.mesh, self.backend = config, plan, mesh, backend
         self.device = device or torch.device(mesh.device_type)
         self.dtype: torch.dtype = getattr(torch, config.train.dtype)
-        self.model = apply.build(config.model, plan, mesh, self.device, self.dtype)
+        self.experts = meshes.make_for_experts(plan, mesh, timeout_s)
+        self.place = meshes.place(plan, mesh)
+        self.model = apply.build(config.model, plan, mesh, self.experts, self.device, self.dtype)
         if plan.micro_batches > 1:
             sum_in_float32(self.model)
         self.ends = meshes.ends_group(mesh) if plan.pp > 1 and plan.schedule != "zbv" else None
@@ -65,14 +68,13 @@ class ManyProcesses:
             self.model.stages, plan, mesh, config.model, self.device, self.dtype
         )
 
-    def held(self, tensors: Mapping[str, Tensor]) -> list[Chunk]:
+    def held(self, tensors: Mapping[str, Tensor]) -> list[NamedChunk]:
         """Returns copies of what this process holds of such tensors; by name: its part of each
         parameter, or of the parameter's gradient."""
-        tp, rank = self.plan.tp, self.mesh.get_local_rank("tp")
-        found: list[Chunk] = []
+        found: list[NamedChunk] = []
         for name, p in self.model.named_parameters():
-            cut = split_of(name, self.config.model, tp, rank)
-            for place, part in chunks(tensors[name], cut, apply.own_rows(p)[0]):
+            splits = splits_of(name, self.config.model, self.place)
+            for place, part in chunks(tensors[name], splits, apply.own_rows(p)[0]):
                 found.append((name, place, part.detach().clone()))
         return found
 
@@ -82,7 +84,7 @@ class ManyProcesses:
 
     def initial_weights(self) -> dict[str, Tensor]:
         c = self.config
-        return apply.initial_values(self.model, c.model, self.mesh, c.train.seed)
+        return apply.initial_values(self.model, c.model, self.place, c.train.seed)
 
     def batches(self, sampler: Sampler, sequences: int) -> list[Batch]:
         return [sampler.next(sequences)]
@@ -110,12 +112,23 @@ class ManyProcesses:
         grads = {
             n: own_part(p.grad) for n, p in self.model.named_parameters() if p.grad is not None
         }
-        if self.plan.sp:
-            add_up([g for n, g in grads.items() if replicated(n)], self.mesh.get_group("tp"))
+        if self.plan.tp > 1:
+            shares = replicated if self.plan.sp else partial
+            add_up([g for n, g in grads.items() if shares(n)], self.mesh.get_group("tp"))
         if self.ends is not None and self.config.model.tied_head and "embedding" in grads:
             add_up([grads["embedding"]], self.ends)
         if self.plan.dp > 1 and not self.plan.zero:
-            add_up(list(grads.values()), self.mesh.get_group("dp"))
+            for group, own in self._copies(grads):
+                add_up(own, group)
+
+    def _copies(self, grads: dict[str, Tensor]) -> Iterator[tuple[Any, list[Tensor]]]:
+        """Yields groups of data-parallel ranks with the gradients of which each rank has a share:
+        all of these ranks hold the same parameters, but not the same experts."""
+        if self.experts is None:
+            yield self.mesh.get_group("dp"), list(grads.values())
+            return
+        yield self.mesh.get_group("dp"), [g for n, g in grads.items() if not is_expert(n)]
+        yield self.experts.get_group("expert_dp"), [g for n, g in grads.items() if is_expert(n)]
 
     def sum_loss(self, loss: Tensor) -> Tensor:
         for axis, size in (("dp", self.plan.dp), ("pp", self.plan.pp)):
@@ -134,11 +147,15 @@ class ManyProcesses:
         ):
             if sharded:
                 squares = all_reduce(squares, self.mesh.get_group(axis))
+        if self.experts is not None and not self.plan.zero:
+            squares = all_reduce(squares, self.experts.get_group("ep"))
         return squares.sqrt()
 
     def _counts(self, name: str) -> bool:
         """Whether this process counts a parameter that several processes hold: one of them does."""
-        if replicated(name) and self.mesh.get_local_rank("tp") != 0:
+        if replicated(name) and self.place.tp_rank != 0:
+            return False
+        if not (self.plan.zero or is_expert(name)) and self.place.ep_rank != 0:
             return False
         return name != "embedding" or self.model.stages[0].is_first
 
@@ -157,12 +174,11 @@ class ManyProcesses:
     def tensors(self, optimizer: Optimizer) -> dict[str, Any]:
         """Views of this process's part, each with its place in the whole, so that a run under any
         other plan goes on from them."""
-        tp, rank = self.plan.tp, self.mesh.get_local_rank("tp")
         found = {}
         for key, own in optimizer.state()["tensors"].items():
             name = key.partition(".")[2]
-            split = split_of(name, self.config.model, tp, rank) if tp > 1 else None
-            found[key] = shards_of(optimizer.trained[name], split, tp, own)
+            splits = splits_of(name, self.config.model, self.place)
+            found[key] = shards_of(optimizer.trained[name], splits, own)
         return found
 
     def restore_random_state(self, tensors: dict[str, Any]) -> None:

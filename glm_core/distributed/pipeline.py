@@ -13,14 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from glm_core import dispatch, ops
 from glm_core.config import ModelConfig
 from glm_core.distributed import tensor_parallel as tensor
+from glm_core.distributed.expert_parallel import SplitExperts
 from glm_core.distributed.plan import Recompute, stage_layers
 from glm_core.distributed.tensor_parallel import Ranks
-from glm_core.model.glm import GLM, Block, Stream
+from glm_core.model.glm import GLM, Block, Experts, NextToken, Stream
 
 
 class Stage(GLM):
@@ -29,9 +31,15 @@ class Stage(GLM):
     uninitialised, on the meta device."""
 
     def __init__(
-        self, config: ModelConfig, number: int, stages: int, ranks: Ranks | None = None
+        self,
+        config: ModelConfig,
+        number: int,
+        stages: int,
+        ranks: Ranks | None = None,
+        experts: ProcessGroup | None = None,
     ) -> None:
-        """config: of the whole model. ranks: the tensor-parallel group, where there is one."""
+        """config: of the whole model. ranks, experts: the tensor- and the expert-parallel group,
+        where there is one."""
         with torch.device("meta"):
             # DeepNorm's alpha and the layer scale of the scores count all layers: built from the
             # whole, then cut
@@ -39,7 +47,10 @@ class Stage(GLM):
         self.config, self.ranks = config, ranks
         self.is_first, self.is_last = number == 0, number == stages - 1
         self._recompute: Recompute = "none"
-        held = {str(i): self.blocks[i] for i in stage_layers(config.num_layers, stages)[number]}
+        layers = [*stage_layers(config.num_layers, stages)[number]]
+        if self.is_first and self.is_last:  # plan.require_fit refuses pipelines of the others
+            layers += range(config.num_layers, config.num_layers + config.num_mtp_layers)
+        held = {str(i): self.blocks[i] for i in layers}
         self.register_module("blocks", nn.ModuleDict(held))
         if not self.is_first:
             self.position_embedding = self.block_embedding = None
@@ -51,9 +62,11 @@ class Stage(GLM):
             self.register_parameter("embedding", None)
         if not self.is_last:
             self.final_norm = self.head = None
-        if ranks:
-            for block in self.own_blocks():
+        for block in self.own_blocks():
+            if ranks:
                 tensor.share(block, ranks)
+            if (ranks or experts) and isinstance(block.mlp, Experts):
+                block.mlp = SplitExperts(block.mlp, ranks, experts)
 
     def own_blocks(self) -> list[Block]:
         """Returns the stage's blocks in order."""
@@ -62,9 +75,10 @@ class Stage(GLM):
     def layers(self) -> list[Callable[..., Stream]]:
         """Returns the blocks as `forward` calls them, computed again in the backward pass or
         not."""
+        held = [b for b in self.own_blocks() if not isinstance(b, NextToken)]
         if self._recompute == "full":
-            return [functools.partial(recomputed, block) for block in self.own_blocks()]
-        return list(self.own_blocks())
+            return [functools.partial(recomputed, block) for block in held]
+        return list(held)
 
     def recompute(self, what: Recompute) -> None:
         """Sets what is computed again in the backward pass rather than kept: whole blocks ("full"),
@@ -89,7 +103,10 @@ class Stage(GLM):
         begin = carried[0] if self.is_first else (carried[0], carried[1])
         out = super().forward(begin, positions, key_start, key_end)
         if isinstance(out, Tensor):
-            return self.cross_entropy(out, labels, token_weight)[None]  # [1]
+            if not self.is_first:
+                return self.cross_entropy(out, labels, token_weight)[None]  # [1]
+            mask = (key_start, key_end)
+            return self.loss_of(out, carried[0], positions, *mask, labels, token_weight)[None]
         delta, residual = out
         return own_storage(delta), own_storage(residual)
 

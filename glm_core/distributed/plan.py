@@ -16,7 +16,8 @@ Recompute = Literal["none", "selective", "full"]
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """How a global batch and a model are split over tp x pp x dp processes; words as in the
-    planner. Ranks are numbered with tp fastest, then dp, then pp."""
+    planner. Ranks are numbered with tp fastest, then dp, then pp. Of the dp ranks, each ep
+    neighbours share the experts, as in Megatron-LM and DeepSpeed."""
 
     tp: int = 1
     """tensor parallel: processes that share every matrix"""
@@ -24,6 +25,9 @@ class Plan:
     """pipeline parallel: processes that share the layers"""
     dp: int = 1
     """data parallel: processes that share the global batch's rows"""
+    ep: int = 1
+    """expert parallel: of the data-parallel processes, so many share every layer's experts, and
+    send each other the tokens"""
     zero: int = 0
     """what data-parallel ranks share: 0 nothing, 1 optimizer, 2 gradients too, 3 weights too"""
     sp: bool = False
@@ -42,8 +46,11 @@ class Plan:
         looped = self.schedule in ("interleaved", "zero-bubble")
         check(
             self,
-            positive("tp pp dp micro_batches virtual"),
+            positive("tp pp dp ep micro_batches virtual"),
             {
+                "ep": self.dp % max(self.ep, 1) == 0
+                or f"does not divide dp={self.dp}, whose processes share the experts; use dp="
+                f"{self.ep} or a multiple",
                 "zero": self._zero_rule(),
                 "sp": not self.sp or self.tp > 1 or "needs tp > 1; leave it out",
                 "virtual": self._virtual_rule(looped),
@@ -131,7 +138,6 @@ def require_fit(
 
     world: processes there are; global_batch: sequences a step; length: tokens a sequence."""
     rows, t = plan.dp * plan.micro_batches, plan.tp
-    dense = not (model.num_experts or model.kv_latent or model.qk_norm or model.num_mtp_layers)
     rules = {
         f"tp * pp * dp = {plan.world} processes, started {world}; start {plan.world}, or set "
         f"dp={max(1, world // (plan.tp * plan.pp))}": plan.world == world,
@@ -139,9 +145,6 @@ def require_fit(
         + divisors(model.num_heads): model.num_heads % t == 0,
         f"tp={t} does not divide num_kv_heads={model.num_kv_heads}; use "
         + divisors(model.num_kv_heads): model.num_kv_heads % t == 0,
-        f"tp={t}, pp={plan.pp}, zero={plan.zero}: a model with experts, latent attention or "
-        "multi-token prediction is trained by dp only; use tp=1,pp=1,zero=0": dense
-        or (t, plan.pp, plan.zero) == (1, 1, 0),
         f"tp={t} does not divide ffn={model.ffn}; pad ffn": model.ffn % t == 0,
         f"tp={t} does not divide vocab={model.vocab}; pad vocab": model.vocab % t == 0,
         f"pp * virtual = {plan.stages} stages exceed num_layers={model.num_layers}; use "
@@ -154,10 +157,32 @@ def require_fit(
         or not model.tied_head,
         f"dp * micro_batches = {rows} does not divide global_batch={global_batch}; use a "
         "multiple": global_batch % rows == 0,
+        **_sparse_rules(plan, model),
     }
     broken = [fact for fact, kept in rules.items() if not kept]
     if broken := broken + lacks(plan):
         raise ConfigError(f"plan {plan.label()}: " + "; ".join(broken))
+
+
+def _sparse_rules(plan: Plan, model: ModelConfig) -> dict[str, bool]:
+    """Returns the rules of `require_fit` for experts, latent attention and multi-token
+    prediction."""
+    t, num_experts = plan.tp, model.num_experts
+    return {
+        f"ep={plan.ep} needs a model with experts; leave it out": plan.ep == 1 or num_experts > 0,
+        f"ep={plan.ep} does not divide num_experts={num_experts}; use "
+        + divisors(num_experts): num_experts % plan.ep == 0,
+        f"tp={t} does not divide expert_ffn={model.expert_ffn}; use "
+        + divisors(model.expert_ffn): model.expert_ffn % t == 0,
+        f"tp={t}: latent attention is not split over tensor-parallel ranks; use tp=1 and more dp": t
+        == 1
+        or not model.kv_latent,
+        f"tp={t}, pp={plan.pp}, zero={plan.zero}: multi-token prediction is trained by dp and ep "
+        "only; use tp=1,pp=1,zero=0, or num_mtp_layers=0": not model.num_mtp_layers
+        or (t, plan.pp, plan.zero) == (1, 1, 0),
+        f"schedule={plan.schedule}: experts' rows would be sent twice in its split backward pass; "
+        "use 1f1b or interleaved": not num_experts or plan.schedule not in ("zero-bubble", "zbv"),
+    }
 
 
 def lacks(plan: Plan) -> list[str]:

@@ -74,7 +74,7 @@ def run(
                 axes = mesh.make(plan, device.type, timeout_s or None)
                 if sampler is None:
                     sampler = _open_data(config, cache_dir)
-                parallel = ManyProcesses(config, plan, axes, backend, device)
+                parallel = ManyProcesses(config, plan, axes, backend, device, timeout_s or None)
                 checkpoints = Checkpoints(folder, t.keep, timeout_s or 600.0)
                 trainer = Trainer(config, sampler, parallel, checkpoints)
                 if start is not None:

@@ -77,18 +77,20 @@ def part_of(config: ModelConfig, tp: int) -> ModelConfig:
         num_heads=config.num_heads // tp,
         num_kv_heads=config.num_kv_heads // tp,
         ffn=config.ffn // tp,
+        expert_ffn=config.expert_ffn // tp,
         vocab=config.vocab // tp,
     )
 
 
 def share(block: Block, ranks: Ranks) -> None:
-    """Makes the projections of a block of a rank's sizes communicate."""
-    assert isinstance(block.attention, Attention)  # plan.require_fit refuses the others
-    assert isinstance(block.mlp, MLP)
+    """Makes the projections of a block of a rank's sizes communicate; experts are
+    `expert_parallel`'s."""
+    assert isinstance(block.attention, Attention)  # plan.require_fit refuses latent attention
     block.attention.qkv = ColumnLinear(block.attention.qkv, ranks)
     block.attention.out = RowLinear(block.attention.out, ranks)
-    block.mlp.up = ColumnLinear(block.mlp.up, ranks)
-    block.mlp.down = RowLinear(block.mlp.down, ranks)
+    if isinstance(block.mlp, MLP):
+        block.mlp.up = ColumnLinear(block.mlp.up, ranks)
+        block.mlp.down = RowLinear(block.mlp.down, ranks)
 
 
 def embed(tokens: Tensor, table: Tensor, shrink: float, ranks: Ranks) -> Tensor:
@@ -115,8 +117,14 @@ def replicated(name: str) -> bool:
     """Returns whether every rank holds this parameter whole. Under sequence parallelism each rank
     then has only its tokens' share of the gradient, and the shares must be summed."""
     table = name in ("embedding", "head")
-    matrix = any(f".{part}." in name for part in ("qkv", "up"))
+    matrix = any(f".{part}." in name for part in ("qkv", "up", "experts_up", "experts_down"))
     return not (table or matrix or name.endswith(("out.weight", "down.weight")))
+
+
+def partial(name: str) -> bool:
+    """Returns whether every rank holds this parameter whole and has only its heads' or features'
+    share of the gradient, with or without sequence parallelism: norms of heads, and routers."""
+    return any(f".{part}." in name for part in ("q_norm", "k_norm", "router"))
 
 
 def own_tokens(x: Tensor, ranks: Ranks | None) -> Tensor:

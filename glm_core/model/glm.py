@@ -330,12 +330,20 @@ class Experts(nn.Module):
         self.shared = MLP(c, shared) if shared else None
 
     def forward(self, x: Tensor) -> Tensor:
+        y = self.routed(x)
+        return y if self.shared is None else y + self.shared(x)
+
+    def routed(self, x: Tensor) -> Tensor:
+        """Returns the weighted sum of what the chosen experts make of each token;  [..., D]."""
         tokens = x.flatten(0, -2)  # [N, D]
         experts, weights = self.router(tokens)
         rows, order, counts = ops.permute(tokens, experts, self.config.num_experts)  # [N * T, D]
-        rows = self.experts_down(self.activation(self.experts_up(rows, counts)), counts)
-        y = ops.unpermute(rows, order, weights).view_as(x)
-        return y if self.shared is None else y + self.shared(x)
+        return ops.unpermute(self.of_rows(rows, counts), order, weights).view_as(x)
+
+    def of_rows(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """Returns what the experts make of rows that are sorted by expert;  rows [N * T, D], counts
+        [X], the rows of each expert -> [N * T, D]."""
+        return self.experts_down(self.activation(self.experts_up(rows, counts)), counts)
 
 
 def residual_scale(config: ModelConfig) -> float:
@@ -502,8 +510,7 @@ class GLM(nn.Module):
                 f"num_mtp_layers={self.config.num_mtp_layers}: the model has no multi-token "
                 f"prediction layer {number}; use a checkpoint with it, or decode without"
             )
-        layer = self.blocks[self.config.num_layers + number]
-        assert isinstance(layer, NextToken)
+        layer = [b for b in self.blocks.children() if isinstance(b, NextToken)][number]
         learned = self.config.positions == "learned_2d"
         x = layer.joined(self.add_positions(self.embed(tokens), positions), hidden)
         rotary = None if learned else self.rotary(positions)
@@ -544,6 +551,19 @@ class GLM(nn.Module):
         sum(mask)). Layers of multi-token prediction add their loss, `mtp_weight` times the mean
         over them."""
         hidden = self(tokens, positions, key_start, key_end)
+        return self.loss_of(hidden, tokens, positions, key_start, key_end, labels, token_weight)
+
+    def loss_of(
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        positions: Tensor,
+        key_start: Tensor,
+        key_end: Tensor,
+        labels: Tensor,
+        token_weight: Tensor,
+    ) -> Tensor:
+        """Returns `loss` of hidden states [B, L, D] that are computed already."""
         total = self.cross_entropy(hidden, labels, token_weight)
         share = self.config.mtp_weight / max(self.config.num_mtp_layers, 1)
         for number in range(self.config.num_mtp_layers):

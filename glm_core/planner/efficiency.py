@@ -55,7 +55,7 @@ def stack_of(plan: Sizing) -> str:
 
 def terms(x: Ideal) -> tuple[float, ...]:
     """Returns the ideal seconds by factor, in the order of FLOORS."""
-    communication = x.tensor_parallel + x.pipeline + x.data_parallel
+    communication = x.tensor_parallel + x.expert_parallel + x.pipeline + x.data_parallel
     return x.matmul, x.elementwise + x.optimizer, communication, x.launches
 
 
@@ -103,13 +103,15 @@ def predict(plan: Sizing, work: Work, cluster: Cluster, stack: str = "") -> Step
         "matrix products": x.matmul * f.matmul * busy,
         "elementwise": x.elementwise * f.elementwise * busy,
         "tensor parallel": x.tensor_parallel * f.communication * busy,
+        "expert parallel": x.expert_parallel * f.communication * busy,
         "pipeline": x.pipeline * f.communication,
         "data parallel": x.data_parallel * f.communication,
         "optimizer": x.optimizer * f.elementwise,
         "launches": x.launches * f.launches * busy,
     }
     computing = x.matmul * f.matmul + x.elementwise * f.elementwise + x.launches * f.launches
-    parts["bubble"] = x.bubble * (computing + x.tensor_parallel * f.communication)
+    communicating = (x.tensor_parallel + x.expert_parallel) * f.communication
+    parts["bubble"] = x.bubble * (computing + communicating)
     seconds = sum(parts.values())
     available = seconds * cluster.chips * cluster.peak / plan.global_batch
     hfu = hardware_flops(work, plan.recompute) / available

@@ -3,7 +3,8 @@
 FORMULAS: tuple[tuple[str, str, str], ...] = (
     (
         "model FLOPs a sequence",
-        "3 (l (2 s W + 4 s^2 H E) + 2 s h V), W the weights of a layer",
+        "3 (l (2 s W + 4 s^2 H E) + 2 s h V), W the weights of a layer that a token passes: of X "
+        "experts T",
         "Narayanan et al. 2021, appendix; Korthikanti et al. 2022, eq. 7; masked pairs count",
     ),
     (
@@ -18,7 +19,8 @@ FORMULAS: tuple[tuple[str, str, str], ...] = (
     ),
     (
         "weights, gradients, optimizer",
-        "2 n, 4 n, 12 n bytes on a chip, n its parameters; divided by d from ZeRO 3, 2, 1 on",
+        "2 n, 4 n, 12 n bytes on a chip, n its parameters, of the experts 1/e; divided by d from "
+        "ZeRO 3, 2, 1 on, experts by d/e",
         "Rajbhandari et al. 2020, section 3, with float32 gradients",
     ),
     (
@@ -54,6 +56,12 @@ FORMULAS: tuple[tuple[str, str, str], ...] = (
         "4 all-reduces a layer (6 with full recomputation) of 2 b s h bytes, "
         "2 (t - 1)/t of it sent",
         "Shoeybi et al. 2019, section 3; ring all-reduce",
+    ),
+    (
+        "expert parallel",
+        "4 all-to-alls of a sparse layer (6 with full recomputation) of 2 b s T h bytes, "
+        "(e - 1)/e of it sent; every expert as many rows, none dropped",
+        "Lepikhin et al. 2021 (GShard), section 3; own count of links",
     ),
     ("pipeline", "m x 4 b s h v / t bytes between stages", "Narayanan et al. 2021, section 4.1"),
     (

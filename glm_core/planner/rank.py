@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from glm_core.config import ModelConfig
+from glm_core.config import ModelConfig, require_dense
 from glm_core.distributed.plan import Plan, stage_layers, stages_of
 
 BF16, FP32 = 2, 4
@@ -30,6 +30,9 @@ class Rank:
     """tokens of a sequence"""
     micro_batch: int
     """sequences of one micro-batch"""
+
+    def __post_init__(self) -> None:
+        require_dense(self.model, "prediction of a step of our own trainer")
 
     @property
     def tokens(self) -> int:

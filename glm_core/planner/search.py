@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -150,7 +151,8 @@ def plans(
         dp = fixed.get("dp", cluster.chips // (tp * pp))
         if tp * pp * dp != cluster.chips:
             continue
-        for zero, sp, mb, recompute, virtual in itertools.product(
+        for ep, zero, sp, mb, recompute, virtual in itertools.product(
+            choices("ep", expert_ranks(work, dp)),
             choices("zero", (0, 1) if pp > 1 else (0, 1, 2, 3)),
             choices("sp", (False, True) if tp > 1 else (False,)),
             choices("micro_batch", MICRO_BATCHES),
@@ -161,6 +163,7 @@ def plans(
                 tp=tp,
                 pp=pp,
                 dp=dp,
+                ep=ep,
                 zero=zero,
                 sp=sp,
                 micro_batch=mb,
@@ -168,6 +171,12 @@ def plans(
                 virtual=virtual,
                 global_batch=global_batch,
             )
+
+
+def expert_ranks(work: Work, dp: int) -> tuple[int, ...]:
+    """Returns the usual sizes of an expert-parallel group: those that divide both."""
+    both = math.gcd(work.model.num_experts, dp) if work.model.num_experts else 1
+    return tuple(n for n in range(1, both + 1) if both % n == 0)
 
 
 def nearest_feasible(wanted: Mapping[str, Any], feasible: list[Candidate]) -> Candidate | None:

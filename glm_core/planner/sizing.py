@@ -19,6 +19,8 @@ class Sizing:
     tp: int = 1
     pp: int = 1
     dp: int = 1
+    ep: int = 1
+    """expert parallel: of the data-parallel chips, so many share every layer's experts"""
     virtual: int = 1
     """pipeline chunks of a chip; more than 1 is the interleaved schedule"""
     zero: int = 0
@@ -51,7 +53,8 @@ class Sizing:
         schedule = "" if self.pp == 1 else "1F1B" if self.virtual == 1 else f"1F1Bx{self.virtual}"
         zero = f"ZeRO{self.zero}" if self.zero else ""
         sp = "SP" if self.sp else ""
-        parts = [f"TP{self.tp} PP{self.pp} DP{self.dp}", zero, sp, f"mb{self.micro_batch}"]
+        experts = f"EP{self.ep}" if self.ep > 1 else ""
+        parts = [f"TP{self.tp} PP{self.pp} DP{self.dp}", experts, zero, sp, f"mb{self.micro_batch}"]
         return " ".join(p for p in [*parts, self.recompute, schedule] if p)
 
 
@@ -64,6 +67,10 @@ def broken_rules(plan: Sizing, model: ModelConfig) -> list[str]:
             model.num_kv_heads % t == 0 or t % model.num_kv_heads == 0
         ),
         f"tp={t} does not divide ffn={model.ffn}": model.ffn % t == 0,
+        f"tp={t} does not divide expert_ffn={model.expert_ffn}": model.expert_ffn % t == 0,
+        f"ep={plan.ep} does not divide num_experts={model.num_experts}": plan.ep == 1
+        or (model.num_experts > 0 and model.num_experts % plan.ep == 0),
+        f"ep={plan.ep} does not divide dp={plan.dp}": plan.dp % plan.ep == 0,
         f"pp={p} exceeds num_layers={model.num_layers}": p <= model.num_layers,
         f"virtual={plan.virtual} needs pp > 1 and num_layers={model.num_layers} divisible by "
         f"pp * virtual = {p * plan.virtual}": plan.virtual == 1

@@ -30,7 +30,7 @@ from glm_core.diagnose import watchdog
 from glm_core.distributed import checkpoint, dry_run, mesh, straggler, watch
 from glm_core.distributed import run as planned
 from glm_core.distributed.checkpoint import Checkpoints, Shards, newest_checkpoint, shards_of
-from glm_core.distributed.layout import split_of, take
+from glm_core.distributed.layout import splits_of, take
 from glm_core.distributed.parallel import ManyProcesses
 from glm_core.distributed.plan import parse, stage_layers, stages_of
 from glm_core.errors import CheckpointError
@@ -48,6 +48,16 @@ MODEL = ModelConfig(
     vocab=64,
     max_length=16,
     activation="geglu",
+)
+SPARSE = dataclasses.replace(
+    MODEL,
+    num_layers=2,
+    norm="rms",
+    placement="pre",
+    num_experts=6,
+    experts_per_token=2,
+    expert_ffn=8,
+    num_dense_layers=1,
 )
 TABLES = ("master", "exp_avg", "exp_avg_sq")
 
@@ -75,7 +85,7 @@ def held(plan_text: str, values: dict[str, Tensor]) -> tuple[dict[str, Tensor], 
     """This rank's tensors of a plan, and where they lie in the whole."""
     plan = parse(plan_text)
     grid = mesh.make(plan, "cpu")
-    pp, _, tp = grid.get_coordinate() or (0, 0, 0)
+    pp, place = grid.get_local_rank("pp"), mesh.place(plan, grid)
     layers = stage_layers(MODEL.num_layers, plan.stages)
     mine = stages_of(plan, pp)
     tensors, placed = {}, {}
@@ -83,12 +93,12 @@ def held(plan_text: str, values: dict[str, Tensor]) -> tuple[dict[str, Tensor], 
         name = key.partition(".")[2]
         if not _stage_holds(name, [layers[s] for s in mine], 0 in mine, plan.stages - 1 in mine):
             continue
-        split = split_of(name, MODEL, plan.tp, tp)
-        part = take(value, split).clone()
+        splits = splits_of(name, MODEL, place)
+        part = take(value, splits).clone()
         if plan.zero:
             part = distribute_tensor(part, grid["dp"], [Shard(0)])
         tensors[key] = part
-        placed[key] = shards_of(part, split, plan.tp)
+        placed[key] = shards_of(part, splits)
     return tensors, placed
 
 
@@ -278,14 +288,14 @@ def rows(index: int, count: int) -> Batch:
     )
 
 
-def engine_steps(plan_text: str, start: str, out: str, steps: int) -> None:
+def engine_steps(plan_text: str, start: str, out: str, steps: int, sparse: bool = False) -> None:
     """Goes on from the checkpoint `start` ("" for a new run), saves at once and after the steps."""
     plan = parse(plan_text)
     join()
-    batch = 8
+    batch, model = 8, SPARSE if sparse else MODEL
     config = RunConfig(
-        model=MODEL,
-        data=DataConfig(vocab=MODEL.vocab, length=MODEL.max_length),
+        model=model,
+        data=DataConfig(vocab=model.vocab, length=model.max_length),
         train=TrainConfig(backend="reference", steps=9, global_batch=batch, warmup_steps=1),
     )
     parallel = ManyProcesses(config, plan, mesh.make(plan, "cpu"), registry.get("reference"))

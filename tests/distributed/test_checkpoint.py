@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from elastic_workers import MODEL, shapes
+from elastic_workers import MODEL, SPARSE, shapes
 from plans import needs
 from ranks import Ranks
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
@@ -25,6 +25,7 @@ from glm_core.distributed.checkpoint import (
 )
 from glm_core.distributed.dcp_reader import METADATA, SafeReader, single_process_allowed
 from glm_core.distributed.layout import Split
+from glm_core.distributed.plan import parse
 from glm_core.errors import CheckpointError
 
 
@@ -85,6 +86,28 @@ def test_a_run_goes_on_under_another_plan_and_back_bit_for_bit(
         assert all(v.any() for k, v in before.items() if k.startswith("exp_avg."))
     assert read_facts(find_checkpoint(tmp_path / "c"))["sampler"] == {"index": 40}
     assert first + second + third == pytest.approx(go(grid, "", "d", 5), rel=1e-5)
+
+
+def test_experts_go_on_over_another_number_of_ranks_bit_for_bit(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    """Experts split over 2 ranks -> all on each, their features split -> split over 2 again."""
+
+    def bits(folder: str) -> dict[str, torch.Tensor]:
+        tensors = {k: torch.zeros(s) for k, s in shapes(SPARSE).items()}
+        Checkpoints(tmp_path).load(tmp_path / folder, tensors)
+        return tensors
+
+    plans = [("", "dp=2,ep=2", 1), ("a", "tp=2", 0), ("b", "dp=2,ep=2", 0)]
+    for (start, plan, steps), out in zip(plans, "abc", strict=True):
+        world, folder = parse(plan).world, str(tmp_path / start) if start else ""
+        words = (plan, folder, str(tmp_path / out), steps, True)
+        job = ranks.run(f"{WORKERS}.engine_steps", world, *words, folder=tmp_path)
+        assert job.codes == [0] * world, job.told
+    first = bits("a")
+    assert all(v.any() for k, v in first.items() if k.startswith("exp_avg.") and ".experts_" in k)
+    for other in (bits("b"), bits("c")):
+        assert [k for k, v in first.items() if not torch.equal(v, other[k])] == []
 
 
 def test_full_disk_names_the_rank_and_leaves_the_step_before(ranks: Ranks, tmp_path: Path) -> None:
@@ -182,8 +205,8 @@ def test_bytes_that_dcp_would_unpickle_are_refused(tmp_path: Path) -> None:
 
 def test_shards_of_fused_rows_lie_apart() -> None:
     part = torch.arange(12.0).reshape(6, 2)
-    split = Split(0, ((2, 2), (8, 4)))
-    placed: Shards = shards_of(part, split, tp=2)
+    split = Split(0, ((2, 2), (8, 4)), ranks=2)
+    placed: Shards = shards_of(part, (split,))
     assert placed.size() == (12, 2)
     assert {tuple(k): v.tolist() for k, v in placed.shards.items()} == {
         (2, 0): part[:2].tolist(),

@@ -99,6 +99,20 @@ def test_report_says_where_the_rank_stands_and_what_it_holds() -> None:
     assert other.placement["embedding"] == "rows 4096:8192; of these rows 0:2048 (ZeRO)"
 
 
+def test_experts_are_split_and_their_rows_are_counted() -> None:
+    model, sequences, length = preset("tiny-moe"), 4, 32
+    found = report("tiny-moe", "dp=4,ep=2,micro_batches=2", 1, 4 * 2 * sequences, length)
+    assert found.parameters["blocks.1.mlp.experts_up.weight"] == (8, 2 * 88, 128)
+    assert found.placement["blocks.1.mlp.experts_up.weight"] == "experts 8:16"
+    assert found.placement["blocks.1.mlp.router.weight"] == "whole"
+    # each layer sends the numbers of rows, and rows four times; the layer of multi-token prediction
+    # has a token less of each sequence
+    tokens = 3 * sequences * length + sequences * (length - 1)
+    rows = tokens * model.experts_per_token * model.hidden * 2
+    numbers = 4 * model.num_experts * 8
+    assert found.collectives["all_to_all"] == {"count": 2 * 20, "bytes": 2 * (4 * rows + numbers)}
+
+
 def test_meter_counts_a_storage_once_and_forgets_it() -> None:
     meter = Meter()
     meter.phase = "activations"

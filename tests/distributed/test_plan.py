@@ -8,7 +8,7 @@ import torch
 
 from glm_core import versions
 from glm_core.config import ModelConfig
-from glm_core.distributed.layout import chunks, split_of, take
+from glm_core.distributed.layout import Place, chunks, splits_of, take
 from glm_core.distributed.plan import Plan, parse, require_fit, stage_layers, stages_of
 from glm_core.errors import ConfigError
 from glm_core.model.glm import GLM
@@ -24,6 +24,8 @@ from glm_core.model.presets import preset
         ("sp=true", "sp=True needs tp > 1"),
         ("zero=4,dp=2", "zero=4 must be 0, 1, 2 or 3"),
         ("zero=1", "zero=1 needs dp > 1"),
+        ("ep=2", "ep=2 does not divide dp=1, whose processes share the experts; use dp=2"),
+        ("dp=4,ep=3", "ep=3 does not divide dp=4"),
         ("dp=2,pp=2,zero=3,schedule=zero-bubble,micro_batches=2", "zero=3 does not go with"),
         ("schedule=gpipe", "needs pp > 1"),
         ("pp=2,schedule=1f1bb", "schedule must be one of gpipe, 1f1b"),
@@ -59,6 +61,36 @@ def test_every_misfit_is_listed_at_once() -> None:
     ):
         assert fact in str(caught.value)
     assert "num_heads=4;" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "reason"),
+    [
+        ("dp=3,ep=3", {}, "ep=3 does not divide num_experts=16; use 1, 2, 4, 8, 16"),
+        ("dp=2,ep=2", {"num_experts": 0}, "ep=2 needs a model with experts; leave it out"),
+        ("tp=2", {"expert_ffn": 87}, "tp=2 does not divide expert_ffn=87"),
+        ("pp=2,schedule=zero-bubble,micro_batches=2", {}, "sent twice in its split backward pass"),
+        ("dp=2,zero=1", {"num_mtp_layers": 1}, "zero=1: multi-token prediction is trained by dp"),
+        ("tp=2", {"kv_latent": 32}, "latent attention is not split"),
+    ],
+)
+@pytest.mark.usefixtures("new_torch")
+def test_a_sparse_model_that_a_plan_cannot_train(
+    text: str, changes: dict[str, int], reason: str
+) -> None:
+    dense = {"experts_per_token": 0, "expert_ffn": 0, "num_shared_experts": 0}
+    dense |= {"num_dense_layers": 0, "expert_groups": 1, "top_groups": 1}
+    latent = {"rope_head_dim": 8, "num_kv_heads": 4, "qk_norm": False, "rope_fraction": 1.0}
+    more = dense if "num_experts" in changes else latent if "kv_latent" in changes else {}
+    plan = parse(text)
+    with pytest.raises(ConfigError, match=reason):
+        require_fit(
+            plan,
+            preset("tiny-moe", **more, **changes),
+            world=plan.world,
+            global_batch=6,
+            length=32,
+        )
 
 
 @pytest.fixture
@@ -102,45 +134,45 @@ def test_processes_hold_every_stage_once(schedule: str) -> None:
     assert held[0] == ([0, 7] if schedule == "zbv" else [0, 4])
 
 
+SPARSE = {"num_experts": 4, "experts_per_token": 2, "expert_ffn": 6, "num_shared_experts": 1}
+
+
+@pytest.mark.parametrize("ep", [1, 2])
 @pytest.mark.parametrize("activation", ["gelu", "geglu"])
-def test_parts_of_all_ranks_cover_the_whole_once(activation: str) -> None:
+def test_parts_of_all_ranks_cover_the_whole_once(activation: str, ep: int) -> None:
+    sizes: dict[str, int] = {"num_heads": 4, "num_kv_heads": 2, "ffn": 8, "vocab": 12}
+    sparse = SPARSE if activation == "geglu" else {}
     config = ModelConfig(
-        num_layers=1,
-        hidden=16,
-        num_heads=4,
-        num_kv_heads=2,
-        ffn=8,
-        vocab=12,
-        activation=activation,
-        tied_head=False,
+        num_layers=1, hidden=16, **sizes, **sparse, activation=activation, tied_head=False
     )
     model = GLM(config)
     for name, p in model.named_parameters():
         whole = torch.arange(p.numel()).reshape(p.shape)
         built = torch.full_like(whole, -1)
-        for rank in range(2):
-            split = split_of(name, config, 2, rank)
-            part = take(whole, split)
+        for rank in range(2 * ep):
+            place = Place(tp=2, tp_rank=rank % 2, ep=ep, ep_rank=rank // 2)
+            splits = splits_of(name, config, place)
+            part = take(whole, splits)
             cut = len(part) // 3  # the rows of two data-parallel ranks
             for first, half in ((0, part[:cut]), (cut, part[cut:])):
-                for at, piece in chunks(half, split, first):
+                for at, piece in chunks(half, splits, first):
                     spans = tuple(slice(a, a + n) for a, n in zip(at, piece.shape, strict=True))
-                    assert split is None or (built[spans] == -1).all()
+                    held_by_all = len(splits) < (ep > 1) + 1
+                    assert held_by_all or (built[spans] == -1).all()
                     built[spans] = piece
         assert torch.equal(built, whole), name
 
 
 def test_heads_stay_whole_and_gates_stay_paired() -> None:
     config = ModelConfig(hidden=16, num_heads=4, num_kv_heads=2, ffn=8)  # E = 4
-    qkv, up = (
-        split_of(f"blocks.0.{n}", config, 2, 1) for n in ("attention.qkv.bias", "mlp.up.bias")
+    second = Place(tp=2, tp_rank=1)
+    [qkv], [up] = (
+        splits_of(f"blocks.0.{n}", config, second) for n in ("attention.qkv.bias", "mlp.up.bias")
     )
-    assert qkv is not None
-    assert up is not None
     assert qkv.spans == ((8, 8), (20, 4), (28, 4))
     assert up.spans == ((4, 4), (12, 4))
-    assert split_of("position_embedding", config, 2, 1) is None
-    assert split_of("blocks.0.attention.out.bias", config, 2, 1) is None
+    assert splits_of("position_embedding", config, second) == ()
+    assert splits_of("blocks.0.attention.out.bias", config, second) == ()
 
 
 @pytest.mark.parametrize(

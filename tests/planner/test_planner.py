@@ -89,12 +89,53 @@ def test_every_wrong_field_is_reported_at_once(tmp_path: Path) -> None:
         cluster.load(tmp_path / "broken.json")
 
 
-@pytest.mark.parametrize("name", ["glm-130b", "chatglm2-6b", "glm-4-9b", "glm-base"])
+@pytest.mark.parametrize(
+    "name",
+    ["glm-130b", "chatglm2-6b", "glm-4-9b", "glm-base", "glm-4.5", "glm-4.5-air", "glm-4.7-flash"],
+)
 def test_parameters_are_the_models(name: str) -> None:
     config = preset(name)
     with torch.device("meta"):
         real = GLM(config).num_parameters()
     assert cost.parameters(config) == pytest.approx(real, rel=0.005)
+
+
+@pytest.mark.parametrize("name", ["glm-4.5", "glm-4.7-flash"])
+def test_a_token_costs_its_own_experts_only(name: str) -> None:
+    config = preset(name, num_mtp_layers=0)
+    with torch.device("meta"):
+        active = GLM(config).num_active_parameters()
+    work = cost.Work(model=config, seq=4096)
+    products = config.num_layers * cost.layer_flops(work) + cost.head_flops(work)
+    assert products / (2 * 4096) == pytest.approx(active, rel=0.005)
+
+
+def test_experts_are_split_over_data_parallel_chips() -> None:
+    work = cost.Work(model=preset("glm-4.5-air"), seq=4096)
+    whole, split = (Sizing(dp=64, ep=ep, zero=1, global_batch=64) for ep in (1, 8))
+    experts = 46 * 3 * 4096 * 1408 * 128  # 45 sparse layers and that of multi-token prediction
+    less = cost.memory(whole, work)["weights"] - cost.memory(split, work)["weights"]
+    assert less == pytest.approx(2 * experts * 7 / 8)
+    # ZeRO 1 has shared all of them out already
+    assert cost.memory(whole, work)["optimizer"] == cost.memory(split, work)["optimizer"]
+
+
+def test_rows_of_experts_travel_within_a_node_or_across() -> None:
+    work, one = cost.Work(model=preset("glm-4.5-air"), seq=4096), cluster.preset("H100", 64)
+    rows = 4 * 2 * 4096 * 8 * 4096 * 46 / 47  # four exchanges of a sparse layer
+    plans = [Sizing(dp=64, ep=ep, global_batch=64) for ep in (1, 8, 16)]
+    times = [cost.expert_parallel_seconds(p, work, one) for p in plans]
+    across = rows * 8 / 16 / one.link_between_nodes
+    assert times == pytest.approx([0.0, rows * 7 / 8 / one.link_within_node, across])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rule"),
+    [({"dp": 8, "ep": 3}, "divide num_experts=128"), ({"dp": 4, "ep": 8}, "divide dp=4")],
+)
+def test_experts_that_do_not_divide(sizes: dict[str, int], rule: str) -> None:
+    plan = Sizing(**sizes, global_batch=8)
+    assert rule in broken_rules(plan, preset("glm-4.5-air"))[0]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,15 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from glm_core import ops
-from glm_core.distributed import layout, mesh, parallel, pipeline, tensor_parallel, vocabulary
+from glm_core.distributed import (
+    collectives,
+    layout,
+    mesh,
+    parallel,
+    pipeline,
+    tensor_parallel,
+    vocabulary,
+)
 from glm_core.distributed.collectives import all_gather
 from glm_core.distributed.parallel import ManyProcesses
 from glm_core.training.optimizer import Optimizer, own_part
@@ -84,15 +92,17 @@ def norms_not_summed() -> AbstractContextManager[Any]:
 
 def halves_cut_together() -> AbstractContextManager[Any]:
     """Cuts the two halves of a gated feed-forward as if they were one matrix."""
-    right = layout.split_of
+    right = layout.splits_of
 
-    def wrong(name: str, config: Any, tp: int, rank: int) -> Any:
-        split = right(name, config, tp, rank)
-        if ".up." in name and split is not None:
-            return layout.Split(0, ((rank * split.length, split.length),))
-        return split
+    def wrong(name: str, config: Any, place: layout.Place) -> Any:
+        splits = right(name, config, place)
+        if ".up." in name and splits:
+            [split] = splits
+            length = sum(length for _, length in split.spans)
+            return (layout.Split(0, ((place.tp_rank * length, length),), split.ranks),)
+        return splits
 
-    return mock.patch.object(layout, "split_of", wrong)
+    return mock.patch.object(layout, "splits_of", wrong)
 
 
 def own_logsumexp() -> AbstractContextManager[Any]:
@@ -190,6 +200,32 @@ def stale_parameters() -> AbstractContextManager[Any]:
     return mock.patch.object(ManyProcesses, "forward_backward", wrong)
 
 
+def experts_over_all_ranks() -> AbstractContextManager[Any]:
+    """Averages the gradients of experts over all data-parallel ranks, which hold different ones."""
+
+    def wrong(self: ManyProcesses, grads: dict[str, Tensor]) -> Iterator[tuple[Any, list[Tensor]]]:
+        group = self.mesh.get_group("dp")
+        yield group, list(grads.values())
+        for name, grad in grads.items():
+            if layout.is_expert(name):
+                grad /= group.size()
+
+    return mock.patch.object(ManyProcesses, "_copies", wrong)
+
+
+def rows_to_the_wrong_rank() -> AbstractContextManager[Any]:
+    """Sends what the experts made of the ranks' rows back in the reverse order of the ranks."""
+    right, before = collectives.exchange, [0]
+
+    def wrong(x: Tensor, received: list[int], sent: list[int], group: Any) -> Tensor:
+        before[0] += 1
+        if before[0] % 2 == 0:  # every second exchange is a way back
+            x = torch.cat(x.split(sent)[::-1])
+        return right(x, received, sent, group)
+
+    return mock.patch.object(collectives, "exchange", wrong)
+
+
 BUGS: dict[str, Bug] = {
     f.__name__: f
     for f in (
@@ -210,5 +246,7 @@ BUGS: dict[str, Bug] = {
         copies_count_twice,
         shard_not_updated,
         stale_parameters,
+        experts_over_all_ranks,
+        rows_to_the_wrong_rank,
     )
 }

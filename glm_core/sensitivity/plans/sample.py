@@ -1,4 +1,4 @@
-"""Makes tiny models of three GLMs and a text they can learn, the same in every process."""
+"""Makes tiny models of four GLMs and a text they can learn, the same in every process."""
 
 from __future__ import annotations
 
@@ -27,6 +27,24 @@ MODELS = {
     ),
     "10b": ModelConfig(
         **SIZES, ffn=64, placement="pre", activation="gelu", positions="learned_2d", max_length=32
+    ),
+    "moe": ModelConfig(
+        **SIZES,
+        ffn=48,
+        num_kv_heads=2,
+        norm="rms",
+        placement="pre",
+        activation="swiglu",
+        rope_fraction=0.5,
+        linear_bias=False,
+        tied_head=False,
+        qk_norm=True,
+        num_experts=8,
+        experts_per_token=2,
+        expert_ffn=24,
+        num_shared_experts=1,
+        num_dense_layers=1,
+        expert_scale=1.8,
     ),
 }
 

@@ -35,7 +35,7 @@ def train(case: dict[str, Any], backend: Any) -> dict[str, Any]:
     planted = bugs.BUGS[case["bug"]]() if case["bug"] else contextlib.nullcontext()
     report: dict[str, Any] = {"loss": [], "norm": []}
     with planted, registry.use(backend):
-        here = ManyProcesses(config, plan, axes, backend)
+        here = ManyProcesses(config, plan, axes, backend, timeout_s=TIMEOUT_S)
         trainer = Trainer(config, sample.Text(), here)
         for step in range(sample.STEPS):
             result = trainer.step()
@@ -43,7 +43,10 @@ def train(case: dict[str, Any], backend: Any) -> dict[str, Any]:
             report["norm"].append(result.grad_norm)
             if step == 0:
                 named = dict(here.model.named_parameters())
-                grads = {n: own_part(p.grad) for n, p in named.items() if p.grad is not None}
+                grads = {
+                    n: torch.zeros_like(own_part(p)) if p.grad is None else own_part(p.grad)
+                    for n, p in named.items()  # a router's bias has none
+                }
                 report["gradient"] = here.held(grads)
                 report["first"] = here.held(trainer.optimizer.master)
         report["weight"] = here.held(trainer.optimizer.master)

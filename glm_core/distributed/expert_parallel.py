@@ -1,0 +1,95 @@
+"""Splits the experts of a sparse layer over ranks: whole experts over an expert-parallel group,
+whose ranks have different tokens, and each expert's inner width over a tensor-parallel group.
+
+A token's row travels to the rank that holds its expert, and back. No row is dropped: there is no
+capacity, and ranks receive different numbers of rows. Shapes: M rows of this rank's tokens, sorted
+by expert; m rows received; X experts of the model, r ranks, X/r experts of a rank; D width."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
+from torch.distributed import ProcessGroup
+
+from glm_core import ops
+from glm_core.distributed import collectives
+from glm_core.distributed.tensor_parallel import ColumnLinear, Ranks, RowLinear
+from glm_core.model.glm import Experts, GroupedLinear
+
+
+class SplitExperts(Experts):
+    """The feed-forward part of a sparse layer of which a rank holds some of the experts, or some
+    features of each."""
+
+    def __init__(self, whole: Experts, ranks: Ranks | None, group: ProcessGroup | None) -> None:
+        """whole: of the rank's features, all experts. ranks: the tensor-parallel group. group: the
+        expert-parallel one."""
+        nn.Module.__init__(self)
+        self.config, self.activation = whole.config, whole.activation
+        self.ranks, self.group = ranks, group
+        self.router = whole.router
+        self.experts_up = _own(whole.experts_up, group)
+        self.experts_down = _own(whole.experts_down, group)
+        self.shared = whole.shared
+        if self.shared is not None and ranks is not None:
+            self.shared.up = ColumnLinear(self.shared.up, ranks)
+            self.shared.down = RowLinear(self.shared.down, ranks)
+
+    def routed(self, x: Tensor) -> Tensor:
+        """Does as Experts.routed; where the features are split over ranks, their results are
+        summed, and so the router's gradient is a rank's share."""
+        if self.ranks is None:
+            return super().routed(x)
+        return self.ranks.leave(super().routed(self.ranks.enter(x)))
+
+    def of_rows(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """Does as Experts.of_rows, wherever the experts are."""
+        if self.group is None:
+            return super().of_rows(rows, counts)
+        return _dispatched(rows, counts, self.group, super().of_rows)
+
+
+def _own(experts: GroupedLinear, group: ProcessGroup | None) -> GroupedLinear:
+    """Keeps the first X/r experts of a module without memory."""
+    if group is not None:
+        weight = experts.weight
+        assert weight.is_meta
+        experts.weight = nn.Parameter(torch.empty_like(weight[: len(weight) // group.size()]))
+    return experts
+
+
+def _dispatched(
+    rows: Tensor,
+    counts: Tensor,
+    group: ProcessGroup,
+    compute: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Returns what the experts of all ranks make of this rank's rows, in their order;  rows [M, D],
+    counts [X] -> [M, D]. Rank i holds experts i X/r ... (i + 1) X/r - 1, which `compute` applies.
+    The rows of an expert are in the order of the ranks they come from, as one process has them."""
+    sent = counts.unflatten(0, (group.size(), -1))  # [r, X/r]
+    ones = [1] * group.size()
+    arrived = collectives.all_to_all(sent, ones, ones, group)  # [r, X/r], from each rank
+    num_sent, num_arrived = _sizes(sent, rows), _sizes(arrived, rows)
+    here = collectives.exchange(rows, num_arrived, num_sent, group)  # [m, D]
+    own = sent.shape[1]
+    expert = (
+        torch.arange(own, device=rows.device)
+        .repeat(group.size())
+        .repeat_interleave(arrived.flatten(), output_size=len(here))
+    )  # [m]
+    by_expert, order, num_rows = ops.permute(here, expert[:, None], own)
+    y = compute(by_expert, num_rows)
+    once = torch.ones(len(here), 1, device=rows.device)  # exact: each row is a token of one choice
+    return collectives.exchange(ops.unpermute(y, order, once), num_sent, num_arrived, group)
+
+
+def _sizes(counts: Tensor, rows: Tensor) -> list[int]:
+    """Returns the number of rows for each rank;  counts [r, X/r]. Without values, as in a dry run,
+    every rank sends as many rows to each."""
+    if is_fake(counts):
+        return [len(part) for part in rows.tensor_split(len(counts))]
+    return counts.sum(1).tolist()  # type: ignore[no-any-return]  # a list of int, as the sum is 1-D

@@ -60,8 +60,8 @@ def gradient_errors(
 
 
 def distance(x: Tensor, of: Tensor) -> float:
-    """Returns |x - of| / |of|, in the Euclidean norm."""
-    return float((x - of).norm() / of.norm().clamp(min=1e-300))
+    """Returns |x - of| / |of|, in the Euclidean norm; 0 where both are zero."""
+    return float((x - of).norm() / of.norm().clamp(min=torch.finfo(of.dtype).tiny))
 
 
 def gradient_norms_and_sketches(

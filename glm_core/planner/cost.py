@@ -143,12 +143,16 @@ def stage_shared(plan: Sizing, c: ModelConfig, stage: int = 0) -> float:
     return (num_layers(c) / plan.pp * shared_parameters(c) + tables) / plan.tp
 
 
+def shard_parameters(plan: Sizing, c: ModelConfig, stage: int = 0) -> float:
+    """Returns a chip's share of them where ZeRO shares them out: over d chips, experts over d/e."""
+    return (stage_shared(plan, c, stage) + stage_experts(plan, c) * plan.ep) / plan.dp
+
+
 def memory(plan: Sizing, work: Work, stage: int = 0) -> dict[str, float]:
     """Returns the bytes by part on a chip of a stage. Stage i keeps the activations of p - i
     micro-batches (1F1B), or of p (1 + (p - 1)/(p v)) when interleaved."""
     c, p = work.model, plan.pp
-    shared, experts = stage_shared(plan, c, stage), stage_experts(plan, c)
-    whole, part = shared + experts, shared / plan.dp + experts * plan.ep / plan.dp
+    whole, part = stage_parameters(plan, c, stage), shard_parameters(plan, c, stage)
     in_flight = p - stage if plan.virtual == 1 else p * (1 + (p - 1) / (p * plan.virtual))
     layers = num_layers(c) / p * min(plan.micro_batches, in_flight)
     kept = layers * layer_activations(plan, work, plan.recompute)
@@ -251,7 +255,7 @@ def ideal(plan: Sizing, work: Work, cluster: Cluster) -> Ideal:
     if plan.tp > cluster.chips_per_node:
         link = cluster.link_between_nodes
     sent = 4.0 * b * work.seq * c.hidden / plan.tp * plan.virtual if plan.pp > 1 else 0.0
-    updated = OPTIMIZER_BYTES * stage_parameters(plan, c) / (plan.dp if plan.zero else 1)
+    updated = shard_parameters(plan, c) if plan.zero else stage_parameters(plan, c)
     return Ideal(
         matmul=rounds * flops / cluster.peak,
         elementwise=rounds * traffic / cluster.memory_bandwidth,
@@ -259,7 +263,7 @@ def ideal(plan: Sizing, work: Work, cluster: Cluster) -> Ideal:
         expert_parallel=rounds * layers * expert_parallel_seconds(plan, work, cluster),
         pipeline=m * sent / cluster.link_between_nodes,
         data_parallel=data_parallel_seconds(plan, work, cluster),
-        optimizer=updated / cluster.memory_bandwidth,
+        optimizer=OPTIMIZER_BYTES * updated / cluster.memory_bandwidth,
         launches=rounds * layers * attention_passes,
         bubble=plan.bubble,
     )

@@ -8,11 +8,14 @@ import torch
 
 from glm_core import versions
 from glm_core.config import ModelConfig
+from glm_core.distributed.apply import give_memory
 from glm_core.distributed.layout import Place, chunks, splits_of, take
+from glm_core.distributed.pipeline import Stage
 from glm_core.distributed.plan import Plan, parse, require_fit, stage_layers, stages_of
 from glm_core.errors import ConfigError
 from glm_core.model.glm import GLM
 from glm_core.model.presets import preset
+from glm_core.sensitivity.plans.sample import batch_of
 
 
 @pytest.mark.parametrize(
@@ -192,3 +195,18 @@ def test_a_plan_that_needs_a_newer_torch_is_refused_before_the_work(
     monkeypatch.setattr(versions, "torch_version", lambda: "2.7.1+das.opt1")
     with pytest.raises(ConfigError, match=rf"{needed} or newer; here is 2\.7\.1\+das\.opt1"):
         require_fit(parse(text), preset("tiny"), world=2, global_batch=4, length=32)
+
+
+def test_a_stage_of_all_layers_predicts_further_tokens() -> None:
+    config = preset("tiny-moe", num_layers=2, hidden=32, ffn=32, vocab=64, max_length=32)
+    whole, stage = GLM(config).init_weights(0), Stage(config, 0, 1)
+    give_memory(stage, torch.device("cpu"), torch.float32)
+    stage.load_state_dict(whole.state_dict())
+    batch = batch_of([(torch.arange(13) * k % 64, 3) for k in (5, 7)])
+    mask = {"key_start": batch.key_start, "key_end": batch.key_end}
+    learned = {"labels": batch.labels, "token_weight": batch.loss_weight / batch.loss_weight.sum()}
+    rest = {"positions": batch.positions, **mask, **learned}
+    loss = stage(batch.tokens, **rest)
+    assert torch.equal(loss[0], whole.loss(batch.tokens, **rest))
+    alone = whole.cross_entropy(whole(batch.tokens, batch.positions, *mask.values()), **learned)
+    assert loss > alone  # and the further token's loss is in it

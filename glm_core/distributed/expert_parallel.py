@@ -92,4 +92,4 @@ def _sizes(counts: Tensor, rows: Tensor) -> list[int]:
     every rank sends as many rows to each."""
     if is_fake(counts):
         return [len(part) for part in rows.tensor_split(len(counts))]
-    return counts.sum(1).tolist()  # type: ignore[no-any-return]  # a list of int, as the sum is 1-D
+    return counts.sum(1).tolist()

@@ -28,7 +28,7 @@ from glm_core.training.optimizer import Optimizer, own_part, sum_in_float32
 
 MESSAGE = 2**25
 """elements that one collective of `add_up` sums"""
-NamedChunk = tuple[str, tuple[int, ...], Tensor]
+Chunk = tuple[str, tuple[int, ...], Tensor]
 """a parameter's name, the place of the values in the whole parameter, and the values"""
 FIELDS = ("positions", "key_start", "key_end", "labels")
 
@@ -68,10 +68,10 @@ class ManyProcesses:
             self.model.stages, plan, mesh, config.model, self.device, self.dtype
         )
 
-    def held(self, tensors: Mapping[str, Tensor]) -> list[NamedChunk]:
+    def held(self, tensors: Mapping[str, Tensor]) -> list[Chunk]:
         """Returns copies of what this process holds of such tensors; by name: its part of each
         parameter, or of the parameter's gradient."""
-        found: list[NamedChunk] = []
+        found: list[Chunk] = []
         for name, p in self.model.named_parameters():
             splits = splits_of(name, self.config.model, self.place)
             for place, part in chunks(tensors[name], splits, apply.own_rows(p)[0]):

@@ -41,6 +41,7 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     ),
     f"{_FAKE}.is_fake": ("x",),
     f"{_REDUCE}.all_reduce": ("self reduceOp group tag",),
+    f"{_REDUCE}.all_to_all_single": ("self output_split_sizes input_split_sizes group tag",),
     f"{_REDUCE}.wait_tensor": ("tensor",),
     "torch.distributed.distributed_c10d._world.pg_map": (),
     "torch.distributed.pipelining.schedules._batch_p2p": ("p2p_ops desc",),

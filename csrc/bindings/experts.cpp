@@ -402,13 +402,19 @@ using QuantizedGroups = Tensor(const Tensor&, const Tensor&, const Tensor&, cons
 using QuantizedGroupsBackward = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                        int64_t);
 
-// Each expert's product is that of quantized_linear.
+// Each expert's product is that of quantized_linear, bit for bit.
 Tensor quantized_grouped_linear_forward(const Tensor& rows, const Tensor& weight,
                                         const Tensor& scale, const Tensor& counts, int64_t bits,
                                         int64_t activation_bits) {
   static const auto one =
       op<Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, int64_t,
                 int64_t)>("glm_core::quantized_linear_forward");
+  int64_t most = 0;
+  each_expert(counts, rows.size(0), weight.size(0),
+              [&](int64_t, int64_t, int64_t count) { most = std::max(most, count); });
+  if (most <= fused_rows(activation_bits == 8))
+    return fused_groups(rows, weight, scale, data<int64_t>(counts.contiguous()), bits,
+                        activation_bits == 8);
   const Tensor y = at::empty({rows.size(0), weight.size(1)}, rows.options());
   each_expert(counts, rows.size(0), weight.size(0), [&](int64_t e, int64_t first, int64_t count) {
     const Tensor x = rows.narrow(0, first, count);

@@ -44,11 +44,6 @@ Tensor linear_few(const Tensor& x_, const Tensor& weight_, const OptionalTensor&
   return y;
 }
 
-// The most rows that the fused product is used for; for more, weights are dequantised first. On two
-// cores with AVX-512 both took the same time for 36 to 90 rows with rounded activations, for 13 to
-// 18 rows without (widths 1536 and 4096, int4 and int8).
-constexpr int64_t fused_rows(bool rounded) { return rounded ? 32 : 16; }
-
 // How many features are dequantised at a time: enough for an efficient product.
 int64_t features_at_a_time(int64_t width) {
   constexpr int64_t budget = 4 << 20;
@@ -86,34 +81,61 @@ struct Quantized {
   }
 };
 
+// Rows as the product from codes takes them; x must be contiguous.
+struct Input {
+  int64_t places, lanes;  // of a row
+  bool rounded;
+  Tensor values, codes, steps, excess;
+
+  Input(const Tensor& x, int64_t bits, bool rounded_) : rounded(rounded_) {
+    const int64_t rows = num_rows(x), width = x.size(-1);
+    places = padded(width), lanes = places / (bits == 4 ? 8 : 4);
+    const auto ints = x.options().dtype(at::kInt), floats = x.options().dtype(at::kFloat);
+    values = at::empty({rounded ? 0 : rows, places}, floats);
+    codes = at::empty({rounded ? rows : 0, places}, x.options().dtype(at::kChar));
+    steps = at::empty({rounded ? rows : 0, lanes}, floats);
+    excess = at::empty({rounded ? rows : 0, lanes}, ints);
+    by_dtype(x, [&](auto zero) {
+      using T = decltype(zero);
+      const QuantizedInput<T> in{data<T>(x),
+                                 data<float>(values),
+                                 rounded ? data<int8_t>(codes) : nullptr,
+                                 data<float>(steps),
+                                 data<int32_t>(excess),
+                                 width,
+                                 places,
+                                 int(bits)};
+      parallel(rows, places, [&](int64_t i, int64_t j) { kernels<T>().quantized_input(in, i, j); });
+    });
+  }
+
+  // The product of rows from `first` on with a weight.
+  template <class T>
+  QuantizedProduct<T> product(const Codes& w, const T* bias, T* y, int64_t first, int64_t rows,
+                              int64_t features) const {
+    const float* step = rounded ? data<float>(steps) + first * lanes : nullptr;
+    return {w,
+            bias,
+            rounded ? nullptr : data<float>(values) + first * places,
+            rounded ? data<int8_t>(codes) + first * places : nullptr,
+            step,
+            rounded ? data<int32_t>(excess) + first * lanes : nullptr,
+            y,
+            rows,
+            features,
+            places};
+  }
+};
+
 // The product straight from the codes; x must be contiguous.
 Tensor fused(const Tensor& x, const Quantized& q, const OptionalTensor& bias, bool rounded) {
-  const int64_t rows = num_rows(x), width = q.codes.width, features = q.weight.size(0);
-  const int64_t places = padded(width), lanes = places / (q.codes.bits == 4 ? 8 : 4);
-  const auto ints = x.options().dtype(at::kInt), floats = x.options().dtype(at::kFloat);
-  const Tensor values = at::empty({rounded ? 0 : rows, places}, floats);
-  const Tensor codes = at::empty({rounded ? rows : 0, places}, x.options().dtype(at::kChar));
-  const Tensor steps = at::empty({rounded ? rows : 0, lanes}, floats);
-  const Tensor excess = at::empty({rounded ? rows : 0, lanes}, ints);
+  const int64_t rows = num_rows(x), features = q.weight.size(0);
+  const Input in(x, q.codes.bits, rounded);
   Tensor y = at::empty(result_sizes(x, features), x.options());
   by_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    int8_t* of_codes = rounded ? data<int8_t>(codes) : nullptr;
-    const QuantizedInput<T> in{
-        data<T>(x), data<float>(values), of_codes, data<float>(steps), data<int32_t>(excess), width,
-        places,     q.codes.bits};
-    parallel(rows, places, [&](int64_t i, int64_t j) { kernels<T>().quantized_input(in, i, j); });
-    const QuantizedProduct<T> a{q.codes,
-                                data<T>(bias),
-                                data<float>(values),
-                                of_codes,
-                                data<float>(steps),
-                                data<int32_t>(excess),
-                                data<T>(y),
-                                rows,
-                                features,
-                                places};
-    parallel(features, width,
+    const auto a = in.product<T>(q.codes, data<T>(bias), data<T>(y), 0, rows, features);
+    parallel(features, q.codes.width,
              [&](int64_t i, int64_t j) { kernels<T>().quantized_product(a, i, j); });
   });
   return y;
@@ -198,6 +220,37 @@ Tensor quantized_linear(const Tensor& x, const Tensor& weight, const Tensor& sca
 }
 
 }  // namespace
+
+// One range of all experts' features is shared among the threads: an expert alone is too little.
+Tensor fused_groups(const Tensor& rows_, const Tensor& weight, const Tensor& scale,
+                    const int64_t* counts, int64_t bits, bool rounded) {
+  const Tensor rows = rows_.contiguous();
+  const Quantized q(weight.flatten(0, 1), scale.flatten(0, 1), bits);
+  check_sizes("quantized_grouped_linear", rows, q.codes.width, weight.size(1), std::nullopt);
+  const int64_t features = weight.size(1);
+  const Input in(rows, bits, rounded);
+  const Tensor y = at::empty({rows.size(0), features}, rows.options());
+  by_dtype(rows, [&](auto zero) {
+    using T = decltype(zero);
+    std::vector<QuantizedProduct<T>> products;
+    for (int64_t e = 0, first = 0; e < weight.size(0); first += counts[e++]) {
+      Codes w = q.codes;
+      w.weight += e * features * weight.size(2);
+      w.scale += e * features * w.groups;
+      T* out = data<T>(y) + first * features;
+      if (counts[e]) products.push_back(in.product<T>(w, nullptr, out, first, counts[e], features));
+    }
+    parallel(int64_t(products.size()) * features, q.codes.width, [&](int64_t i, int64_t j) {
+      for (int64_t end; i < j; i = end) {
+        const int64_t before = i / features * features;
+        end = std::min(j, before + features);
+        kernels<T>().quantized_product(products[size_t(before / features)], i - before,
+                                       end - before);
+      }
+    });
+  });
+  return y;
+}
 
 TORCH_LIBRARY_FRAGMENT(glm_core, m) {
   m.def("linear_few(Tensor x, Tensor weight, Tensor? bias) -> Tensor");

@@ -43,6 +43,17 @@ void check_shapes(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
 // divided too. A constant, so that results do not depend on the number of threads.
 constexpr int64_t enough_units = 32;
 
+// Into how many shares the queries of a lone key head are divided where there is one token, so that
+// all threads have work: latent attention has 20 queries a key. A share reads the keys for itself.
+// The bits of a query do not depend on the others of its share.
+int64_t shares_of_a_head(int64_t batch, int64_t queries, int64_t kv_heads, int64_t num_heads) {
+  if (queries > 1 || kv_heads > 1) return 1;
+  const int64_t rows = std::max<int64_t>(1, batch);
+  int64_t shares = std::min<int64_t>(num_heads, (at::get_num_threads() + rows - 1) / rows);
+  while (num_heads % shares) ++shares;
+  return shares;
+}
+
 Tensor attention_forward(const Tensor& q_, const Tensor& k_, const Tensor& v_,
                          const Tensor& key_start_, const Tensor& key_end_, double scale) {
   check_shapes(q_, k_, v_, key_start_, key_end_);
@@ -51,21 +62,24 @@ Tensor attention_forward(const Tensor& q_, const Tensor& k_, const Tensor& v_,
   const Tensor key_start = key_start_.contiguous(), key_end = key_end_.contiguous();
   const int64_t batch = q.size(0), queries = q.size(1), num_heads = q.size(2), width = q.size(3),
                 values = v.size(3);
-  const int64_t units = batch * k.size(2), tiles = (queries + attention_tile - 1) / attention_tile;
+  const int64_t kv_heads = k.size(2) * shares_of_a_head(batch, queries, k.size(2), num_heads);
+  const int64_t units = batch * kv_heads, tiles = (queries + attention_tile - 1) / attention_tile;
   const int64_t parts = std::min(tiles, (enough_units + units - 1) / std::max<int64_t>(1, units));
   Tensor y = at::empty({batch, queries, num_heads, values}, q.options());
   by_dtype(q, [&](auto zero) {
     using T = decltype(zero);
+    Heads<T> keys = heads<T>(k), of_values = heads<T>(v);
+    if (kv_heads > k.size(2)) keys.head = of_values.head = 0;
     const AttentionForward<T> a{heads<T>(q),
-                                heads<T>(k),
-                                heads<T>(v),
+                                keys,
+                                of_values,
                                 data<int32_t>(key_start),
                                 data<int32_t>(key_end),
                                 data<T>(y),
                                 queries,
                                 k.size(1),
                                 num_heads,
-                                k.size(2),
+                                kv_heads,
                                 width,
                                 values,
                                 parts,

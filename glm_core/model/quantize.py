@@ -136,6 +136,9 @@ class QuantizedHeads(nn.Module):
 
 def _by_head(linear: nn.Module, x: Tensor) -> Tensor:
     """Maps x [B, L, H, D] to [B, L, H, F], each head by its own matrix."""
+    if x.shape[:2] == (1, 1):  # one token: nothing has to be rearranged
+        alone: Tensor = linear(x[0, 0], torch.ones(x.shape[2], dtype=torch.long, device=x.device))
+        return alone[None, None]
     heads = x.shape[2]
     rows = x.flatten(0, 1).transpose(0, 1)  # [H, B L, D]
     counts = torch.full((heads,), rows.shape[1], device=x.device)

@@ -4,7 +4,9 @@ glm_core.bench.flash FOLDER`.
 The checkpoint in FOLDER is made there if it is absent, part by part, with random values and as many
 of the 47 layers as requested; the first is dense, the others have 64 experts. A token reads 4 of
 them. `read` is what the faster of two readers of a large buffer takes. A token of all 47 layers is
-extrapolated: from that of these layers, another sparse layer's time for each that is missing."""
+extrapolated: from that of these layers, another sparse layer's time for each that is missing.
+
+Nothing is extrapolated with `--layers 47`: 17 GB on disk and as much in memory."""
 
 from __future__ import annotations
 
@@ -102,6 +104,11 @@ def figures(model: GLM, layers: int, took: dict[str, Timing]) -> dict[str, Any]:
         "whole_token_bytes": there,
         "whole_token_ms_extrapolated": whole * 1e3,
         "whole_share_of_read_extrapolated": there / whole / 1e9 / gb_s,
+        "whole_weights_bytes_extrapolated": sum(
+            t.nbytes for t in (*model.parameters(), *model.buffers())
+        )
+        + (WHOLE.num_layers - layers)
+        * sum(t.nbytes for t in model.blocks[-1].state_dict().values()),
         "spread": {name: t.spread for name, t in took.items()},
         "resident_peak_bytes": resident_peak_bytes(),
     }

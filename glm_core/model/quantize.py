@@ -295,7 +295,7 @@ def _fill(
     recurse: bool = True,
 ) -> None:
     for name, parameter in list(module.named_parameters(recurse=recurse)):
-        kept = name.endswith("router.bias")  # float32, whatever the others are
+        kept = ".router." in name  # float32, whatever the others are
         value = read(f"{prefix}.{name}".lstrip("."), parameter.shape)
         value = value.to(torch.float32 if kept else dtype)
         owner = module.get_submodule(name.rpartition(".")[0])

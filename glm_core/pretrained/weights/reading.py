@@ -172,7 +172,7 @@ class Checkpoint:
             owner, _, leaf = name.rpartition(".")
             if owner not in codes_kept:
                 value = self.dense(name)
-                kept = name.endswith("router.bias")  # float32, whatever the others are
+                kept = ".router." in name  # float32, whatever the others are
                 wanted = torch.float32 if kept else dtype or value.dtype
                 value = value.to(device, wanted, copy=True).contiguous()
                 setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(value))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from glm_core.config import ModelConfig, from_dict
 from glm_core.errors import CheckpointError, ConfigError, GenerationError, UnsupportedOpError
-from glm_core.export.write import FORMAT, MODEL
+from glm_core.export.write import FORMAT, MODEL, cache_names
 from glm_core.model.runner import CHUNK, Call, Runner
 
 
@@ -28,9 +28,8 @@ class Exported(Runner):
         """the file's metadata: tokenizer, stop, name, ..."""
         self.config = _config(Path(folder) / MODEL, self.facts)
         self.length, self.chunk, self.slots = self.config.max_length, CHUNK, 1
-        layers = range(self.config.num_layers)
-        self._names = [f"{i}.{kind}" for i in layers for kind in ("key", "value")]
-        empty = np.zeros((1, self.config.num_kv_heads, 0, self.config.head_dim), np.float32)
+        self._names = cache_names(self.config)
+        empty = np.zeros((1, self.config.key_heads, 0, self.config.key_dim), np.float32)
         self._past = [empty] * len(self._names)  # [1, K, S, E]
 
     def explain(self, call: Call, step: int) -> GenerationError:

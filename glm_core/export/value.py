@@ -36,13 +36,13 @@ class Value:
     def __torch_function__(
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Value:
-        """Joins values by torch.cat, the one function of torch that takes them."""
-        if function is not torch.cat:
+        """Translates the functions of torch that the model calls with values."""
+        if function not in _FUNCTIONS:
             raise UnsupportedOpError(
                 f"export: torch.{function.__name__} has no translation to ONNX; add it to "
                 "glm_core/export/value.py"
             )
-        return _joined(*args, **(kwargs or {}))
+        return _FUNCTIONS[function](*args, **(kwargs or {}))
 
     def reshape(self, *shape: int) -> Value:
         """Returns the value in another shape. A size of 0 is copied from the same place of this
@@ -188,6 +188,22 @@ def _joined(parts: Sequence[Value], dim: int) -> Value:
     shape = list(first.shape)
     shape[dim] = sum(p.shape[dim] for p in parts)
     return first.like(first.graph.node("Concat", *(p.name for p in parts), axis=dim), shape)
+
+
+def _by_head(equation: str, x: Value, weight: Tensor) -> Value:
+    """Multiplies each head of x [B, L, H, D] by its own matrix, as latent attention does."""
+    forms = {"blhe,hec->blhc": weight, "blhc,huc->blhu": weight.transpose(1, 2)}
+    if equation not in forms:
+        raise UnsupportedOpError(
+            f"export: torch.einsum({equation!r}) has no translation to ONNX; add it to "
+            "glm_core/export/value.py"
+        )
+    by_head, matrices = x.transpose(1, 2), forms[equation]  # [B, H, L, D], [H, D, F]
+    name = x.graph.node("MatMul", by_head.name, x.graph.tensor(matrices))
+    return x.like(name, (*by_head.shape[:-1], matrices.shape[-1])).transpose(1, 2)
+
+
+_FUNCTIONS = {torch.cat: _joined, torch.einsum: _by_head}
 
 
 def _span(item: slice, size: int) -> tuple[int, int]:

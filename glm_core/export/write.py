@@ -15,21 +15,28 @@ from typing import Any
 import torch
 
 from glm_core import dispatch, ops
-from glm_core.config import to_dict
+from glm_core.config import ModelConfig, to_dict
 from glm_core.errors import CheckpointError, UnsupportedOpError
 from glm_core.export.graph import Graph
 from glm_core.export.translate import translate
 from glm_core.export.value import Value
 from glm_core.model.cache import Window
 from glm_core.model.glm import GLM
-from glm_core.model.quantize import QuantizedLinear
+from glm_core.model.quantize import QuantizedHeads, QuantizedLinear
 
 FORMAT = "glm-core onnx 1"
 MODEL = "model.onnx"
 
 
+def cache_names(config: ModelConfig) -> list[str]:
+    """Returns the names of the cache's tensors: each layer's keys and values, or latents."""
+    kinds = ("latent",) if config.kv_latent else ("key", "value")
+    return [f"{layer}.{kind}" for layer in range(config.num_layers) for kind in kinds]
+
+
 class Past(Window):
-    """The cache as inputs and outputs of the graph: keys and values [B, K, S, E] of each layer."""
+    """The cache as inputs and outputs of the graph: keys and values [B, K, S, E] of each layer, or
+    its latents, of one head."""
 
     def __init__(self, graph: Graph, heads: int, width: int) -> None:
         self._graph, self._heads, self._width = graph, heads, width
@@ -37,6 +44,10 @@ class Past(Window):
     def append(self, layer: int, k: Any, v: Any) -> tuple[Any, Any]:
         """Does what Window.append does, with values of the graph."""
         return self._grown(f"{layer}.key", k), self._grown(f"{layer}.value", v)
+
+    def append_latent(self, layer: int, latent: Any) -> Any:
+        """Does what Window.append_latent does, with values of the graph."""
+        return self._grown(f"{layer}.latent", latent)
 
     def _grown(self, name: str, new: Value) -> Value:
         g, past, present = self._graph, f"past_key_values.{name}", f"present.{name}"
@@ -60,7 +71,8 @@ def export(
     Inputs: input_ids [B, L] int64, positions [B, 2, L] int64, key_start and key_end [B, L] int64
     (the mask, see ops.attention; keys are counted from the first of the cache),
     past_key_values.I.key and .value [B, K, S, E] float32, with S = 0 at first. Outputs: logits [B,
-    V] float32 of the last token, present.I.key and .value [B, K, S + L, E].
+    V] float32 of the last token, present.I.key and .value [B, K, S + L, E]. Latent attention has
+    one tensor a layer instead, .latent [B, 1, S, C + R].
 
     Raises CheckpointError if FOLDER exists or cannot be written, UnsupportedOpError for a model
     that cannot be exported."""
@@ -107,9 +119,9 @@ def _require_exportable(model: GLM) -> None:
             "export: rope_scaling=dynamic changes the frequencies with a text's length, and a "
             "graph holds one set; export with linear, yarn or llama3 scaling"
         )
-    if model.config.kv_latent:
+    if any(isinstance(m, QuantizedHeads) for m in model.modules()):
         raise UnsupportedOpError(
-            "export: a graph holds no latent attention yet; export a model with plain attention"
+            "export: a graph holds no latent attention in codes yet; export the model in float32"
         )
     if hasattr(model, "prefix"):
         raise UnsupportedOpError(
@@ -152,7 +164,7 @@ def _trace(model: GLM, graph: Graph) -> None:
         sizes = [n if isinstance(n, int) else 0 for n in shape]
         inputs.append(Value(graph, name, sizes, torch.int64))
     with dispatch.intercept(translate):
-        hidden = model(*inputs, Past(graph, c.num_kv_heads, c.head_dim))  # [B, L, D]
+        hidden = model(*inputs, Past(graph, c.key_heads, c.key_dim))  # [B, L, D]
         logits = ops.linear(hidden[:, -1], model.head_weight)
     graph.name_output(logits.name, "logits")
     graph.port("output", "logits", torch.float32, ("batch", c.vocab))

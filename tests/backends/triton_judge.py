@@ -1,9 +1,9 @@
 """Runs conformance of the Triton kernels in Triton's interpreter, on the CPU: `python
 triton_judge.py float32,bfloat16 MOST` prints {case: "" or what is wrong}, with at most MOST cases
-per op and mode in each dtype; `python triton_judge.py float32 attention [SAMPLE ...]` does so for
-attention, `python triton_judge.py float16 products [CASE ...]` for products with codes
-and these cases of the parts of a layer of experts, `python triton_judge.py - experts [CASE ...]`
-for those alone. A process of its own: whether kernels are interpreted is settled when Triton is
+per op and mode in each dtype. `python triton_judge.py float32 attention [SAMPLE or CASE ...]` does
+so for attention, `python triton_judge.py float16 products [CASE ...]` for products with codes and
+these cases of the parts of a layer of experts, `python triton_judge.py - experts [CASE ...]` for
+those alone. A process of its own: whether kernels are interpreted is settled when Triton is
 imported."""
 
 from __future__ import annotations
@@ -141,7 +141,8 @@ def judged_attention(dtypes: str, samples: tuple[str, ...]) -> dict[str, str]:
     cases = [
         c
         for c in select(backend, op="attention")
-        if dtype_name(c.dtype) in dtypes.split(",") and (not samples or c.sample.id in samples)
+        if dtype_name(c.dtype) in dtypes.split(",")
+        and (not samples or not {c.sample.id, c.id}.isdisjoint(samples))
     ]
     return {c.id: complaint(c, backend) for c in cases} | split_errors() | keep_errors()
 

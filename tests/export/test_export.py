@@ -25,7 +25,7 @@ from glm_core.model.quantize import Quantization, convert
 pytest.importorskip("onnx", reason="the extra `onnx` is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
 
-from glm_core.export.write import export  # noqa: E402  # imports onnx
+from glm_core.export.write import cache_names, export  # noqa: E402  # imports onnx
 
 YARN: dict[str, Any] = {
     "rope_scaling": "yarn",
@@ -44,10 +44,20 @@ MOE = {
     "expert_scale": 1.8,
     "qk_norm": True,
 }
+LATENT = {
+    "kv_latent": 20,
+    "q_latent": 12,
+    "rope_head_dim": 4,
+    "value_head_dim": 6,
+    "head_dim": 10,
+    "num_kv_heads": 4,
+    "rope_fraction": 1.0,
+}
 FAMILY = [
     *((kind, {}) for kind in KINDS),
     ("glm-4", {"placement": "sandwich", **YARN}),
     ("glm-4", MOE),
+    ("glm-4", LATENT),
 ]
 EPS = torch.finfo(torch.float32).eps
 DOCS = Path(__file__).parents[2] / "docs/export.md"
@@ -88,8 +98,8 @@ class File:
             )
         names = ("input_ids", "positions", "key_start", "key_end")
         feed = {n: np.array(v) for n, v in zip(names, zip(*built, strict=True), strict=True)}
-        kinds = [f"{i}.{w}" for i in range(c["num_layers"]) for w in ("key", "value")]
-        empty = np.zeros((len(rows), c["num_kv_heads"], 0, c["head_dim"]), np.float32)
+        kinds = cache_names(config := from_dict(ModelConfig, c))
+        empty = np.zeros((len(rows), config.key_heads, 0, config.key_dim), np.float32)
         past = {f"past_key_values.{k}": self.cache.get(k, empty) for k in kinds}
         logits, *cache = self.session.run(
             ["logits", *(f"present.{k}" for k in kinds)], {**feed, **past}
@@ -104,7 +114,9 @@ def margin(logits: torch.Tensor) -> float:
     return float((first - second) / logits.abs().max())
 
 
-@pytest.mark.parametrize(("kind", "changes"), FAMILY, ids=[*KINDS, "glm-4-0414", "glm-4.5"])
+@pytest.mark.parametrize(
+    ("kind", "changes"), FAMILY, ids=[*KINDS, "glm-4-0414", "glm-4.5", "glm-4.7-flash"]
+)
 def test_tokens_and_logits_are_those_of_our_generation(
     kind: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:

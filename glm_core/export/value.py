@@ -4,7 +4,7 @@ ONNX node for it. The model can use only the operations defined here."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import EllipsisType
 from typing import Any
 
@@ -203,7 +203,7 @@ def _by_head(equation: str, x: Value, weight: Tensor) -> Value:
     return x.like(name, (*by_head.shape[:-1], matrices.shape[-1])).transpose(1, 2)
 
 
-_FUNCTIONS = {torch.cat: _joined, torch.einsum: _by_head}
+_FUNCTIONS: dict[Any, Callable[..., Value]] = {torch.cat: _joined, torch.einsum: _by_head}
 
 
 def _span(item: slice, size: int) -> tuple[int, int]:

@@ -133,6 +133,9 @@ class ModelConfig:
     """factor on the weights of a token's experts"""
     normalize_experts: bool = True
     """whether a token's weights are divided by their sum"""
+    balance_weight: float = 0.0
+    """weight of the auxiliary loss that evens the experts' loads within a sequence, in training
+    (GLM-4.5: 0.0001); 0 = off"""
     num_mtp_layers: int = 0
     """layers after the last one, each of which predicts one token further ahead"""
     mtp_weight: float = 0.3
@@ -205,6 +208,7 @@ class ModelConfig:
             "num_dense_layers": 0 <= self.num_dense_layers <= self.num_layers
             or f"must lie in 0 ... num_layers={self.num_layers}",
             "num_shared_experts": self.num_shared_experts >= 0 or "must not be negative",
+            "balance_weight": 0 <= self.balance_weight < math.inf or "must not be negative",
             "expert_scale": 0 < self.expert_scale < math.inf or "must be positive",
             "activation": self.activation != "gelu"
             or "is not gated, and experts are; use swiglu or geglu",
@@ -213,6 +217,7 @@ class ModelConfig:
     def _dense_rules(self) -> dict[str, Any]:
         """Returns the rules of `check` for a model without experts."""
         names = ("experts_per_token", "expert_ffn", "num_shared_experts", "num_dense_layers")
+        names += ("balance_weight",)
         return {name: not getattr(self, name) or "needs num_experts" for name in names}
 
     def _latent_rules(self) -> dict[str, Any]:
@@ -366,6 +371,9 @@ class TrainConfig:
     weight_decay: float = 0.1
     clip: float = 1.0
     """limit of the global gradient norm; 0 = no clipping"""
+    balance_rate: float = 1e-3
+    """step of the bias by which a router evens its experts' loads (GLM-4.5: 0.001); 0 = the bias
+    stays. Without experts it does nothing"""
     loss_scale: float = 65536.0
     """initial dynamic loss scale, float16 only"""
     loss_scale_window: int = 2000
@@ -411,7 +419,7 @@ class TrainConfig:
             },
             {
                 k: 0 <= getattr(self, k) < math.inf or "must not be negative"
-                for k in ("weight_decay", "clip", "warmup_steps", "save_every")
+                for k in ("weight_decay", "clip", "warmup_steps", "save_every", "balance_rate")
             },
         )
 

@@ -136,6 +136,9 @@ class ManyProcesses:
                 loss = all_reduce(loss, self.mesh.get_group(axis))
         return loss
 
+    def sum_counts(self, counts: Tensor) -> Tensor:
+        return all_reduce(counts, self.mesh.get_group("dp")) if self.plan.dp > 1 else counts
+
     def norm(self, grads: dict[str, Tensor]) -> Tensor:
         """Counts every element once, wherever it is held."""
         own = [g for n, g in grads.items() if self._counts(n)]

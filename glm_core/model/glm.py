@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from glm_core import ops
 from glm_core.config import ModelConfig
 from glm_core.errors import ConfigError, ShapeError
+from glm_core.model.balance import sequence_balance
 from glm_core.model.cache import Window
 from glm_core.model.initial import initial_value
 from glm_core.model.rotary import rotary_angles
@@ -318,6 +319,9 @@ class Experts(nn.Module):
     """The feed-forward part of a sparse layer: the experts that the router chooses for a token,
     weighted, and the shared ones."""
 
+    balance: Tensor | None = None
+    """the auxiliary loss of each sequence [B], until `GLM.balanced` takes it"""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         c = config
@@ -337,6 +341,9 @@ class Experts(nn.Module):
         """Returns the weighted sum of what the chosen experts make of each token;  [..., D]."""
         tokens = x.flatten(0, -2)  # [N, D]
         experts, weights = self.router(tokens)
+        if self.config.balance_weight and self.training and torch.is_grad_enabled():
+            by_sequence = experts.view(*x.shape[:-1], -1)  # [B, L, T]
+            self.balance = sequence_balance(x, self.router.weight, by_sequence)
         rows, order, counts = ops.permute(tokens, experts, self.config.num_experts)  # [N * T, D]
         return ops.unpermute(self.of_rows(rows, counts), order, weights).view_as(x)
 
@@ -549,7 +556,7 @@ class GLM(nn.Module):
         [B, L] and pre-aligned: labels[b, i] is what position i predicts. Divide the weights by
         their sum over the global batch to get GLM's loss (pretrain_glm.py: sum(CE * mask) /
         sum(mask)). Layers of multi-token prediction add their loss, `mtp_weight` times the mean
-        over them."""
+        over them; in training, sparse layers add theirs (`balanced`)."""
         hidden = self(tokens, positions, key_start, key_end)
         return self.loss_of(hidden, tokens, positions, key_start, key_end, labels, token_weight)
 
@@ -564,6 +571,7 @@ class GLM(nn.Module):
         token_weight: Tensor,
     ) -> Tensor:
         """Returns `loss` of hidden states [B, L, D] that are computed already."""
+        whole_weight = token_weight
         total = self.cross_entropy(hidden, labels, token_weight)
         share = self.config.mtp_weight / max(self.config.num_mtp_layers, 1)
         for number in range(self.config.num_mtp_layers):
@@ -575,7 +583,18 @@ class GLM(nn.Module):
                 number, tokens, hidden[:, :-1].contiguous(), positions, key_start, key_end
             )
             total = total + share * self.cross_entropy(hidden, labels, token_weight)
-        return total
+        return self.balanced(total, whole_weight)
+
+    def balanced(self, loss: Tensor, token_weight: Tensor) -> Tensor:
+        """Returns the loss of a forward pass with the auxiliary loss of its sparse layers: each
+        sequence's counts by its share of token_weight [B, L], times `balance_weight`."""
+        for block in self.blocks.children():
+            experts = block.mlp
+            if isinstance(experts, Experts) and experts.balance is not None:
+                share = token_weight.sum(-1)  # [B]
+                loss = loss + self.config.balance_weight * (share * experts.balance).sum()
+                experts.balance = None
+        return loss
 
     def cross_entropy(self, hidden: Tensor, labels: Tensor, token_weight: Tensor) -> Tensor:
         """Returns the loss of hidden states [B, L, D]; labels and weights as for `loss`."""

@@ -25,6 +25,8 @@ GAUGES = {
     "last_step_timestamp_seconds": "when the last step ended, Unix time",
 }
 COUNTERS = {"tokens": "tokens trained on by this call", "skipped_steps": "updates left out"}
+EXPERTS = {"expert_load_ratio": "largest load of an expert in the last step, over the mean"}
+"""gauges of a model with experts"""
 RANKS = {
     "slowest_rank": "of the last timed step, by own time: without waiting for others",
     "slowest_rank_ratio": "its own time over the median of the others'",
@@ -63,12 +65,13 @@ class Live:
         }
         if self._endpoint is not None:
             self._endpoint.set({**values, "step_seconds": seconds, **derived})
+            self._endpoint.some({n: values[n] for n in EXPERTS if n in values})
         return derived
 
     def ranks(self, values: dict[str, float]) -> None:
         """Serves the comparison of the ranks in a timed step, by the names of `RANKS`."""
         if self._endpoint is not None:
-            self._endpoint.ranks(values)
+            self._endpoint.some(values)
 
     def close(self) -> None:
         """Frees the port."""
@@ -95,7 +98,7 @@ class Endpoint:
             ) from None
         registry = prometheus.CollectorRegistry()
         self._gauge = functools.partial(prometheus.Gauge, registry=registry)
-        self._ranks: dict[str, Any] = {}
+        self._some: dict[str, Any] = {}
         self._gauges = {name: self._gauge(PREFIX + name, text) for name, text in GAUGES.items()}
         self._counters = {
             name: prometheus.Counter(PREFIX + name, text, registry=registry)
@@ -116,12 +119,12 @@ class Endpoint:
         self._counters["tokens"].inc(values["tokens"])
         self._counters["skipped_steps"].inc(values["skipped"])
 
-    def ranks(self, values: dict[str, float]) -> None:
-        """Takes the comparison of the ranks in a timed step; it is served from the first one on."""
+    def some(self, values: dict[str, float]) -> None:
+        """Takes gauges that only some runs have; each is served from its first value on."""
         for name, value in values.items():
-            if name not in self._ranks:
-                self._ranks[name] = self._gauge(PREFIX + name, RANKS[name])
-            self._ranks[name].set(value)
+            if name not in self._some:
+                self._some[name] = self._gauge(PREFIX + name, (EXPERTS | RANKS)[name])
+            self._some[name].set(value)
 
     def close(self) -> None:
         """Stops the server."""

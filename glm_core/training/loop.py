@@ -57,7 +57,7 @@ def loop(
             tokens, seconds = tokens + result.tokens, seconds + took
         first = False
         if metrics is not None:
-            metrics.write({**dataclasses.asdict(result), "step_ms": round(took * 1e3, 3)})
+            metrics.write({**result.figures(), "step_ms": round(took * 1e3, 3)})
             speed = tokens / seconds if seconds else 0.0
             line = f"loss {loss:.4f}  lr {result.lr:.2e}  {speed:.0f} tokens/s"
             progress.update(result.step, line)

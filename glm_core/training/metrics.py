@@ -40,7 +40,7 @@ class Metrics:
         shown = plain | (self.live.update(values) if self.live is not None else {})
         if self.writer is not None:
             for key, value in shown.items():
-                if key != "step" and value is not None:
+                if key != "step" and value is not None and not isinstance(value, list):
                     self.writer.add_scalar(key, value, values["step"])
 
     def ranks(self, step: int, values: dict[str, float]) -> None:

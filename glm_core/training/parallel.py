@@ -58,6 +58,9 @@ class Parallel(Protocol):
     def sum_loss(self, loss: Tensor) -> Tensor:
         """Adds up the parts of a loss that several processes have."""
 
+    def sum_counts(self, counts: Tensor) -> Tensor:
+        """Adds up what the processes with other sequences have counted in the same layers."""
+
     def norm(self, grads: dict[str, Tensor]) -> Tensor:
         """The norm of the whole gradient, from this process's part by parameter."""
 
@@ -157,6 +160,9 @@ class SingleProcess:
 
     def sum_loss(self, loss: Tensor) -> Tensor:
         return loss if self._tree is None else self._exact_loss
+
+    def sum_counts(self, counts: Tensor) -> Tensor:
+        return counts
 
     def norm(self, grads: dict[str, Tensor]) -> Tensor:
         return ops.global_norm(list(grads.values()))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from glm_core.backends.base import Backend
 from glm_core.config import RunConfig, to_dict
 from glm_core.diagnose import device_errors, nonfinite
+from glm_core.training.balance import Balance
 from glm_core.training.batches import Batch, Sampler, global_batch
 from glm_core.training.checkpoint import Checkpoints, Saved, require_same
 from glm_core.training.loss_scale import LossScale, initial_loss_scale
@@ -37,6 +38,17 @@ class StepResult:
     global_batch: int
     loss_scale: float
     skipped: bool
+    expert_load: list[list[float]]
+    """of each sparse layer's experts, over the mean; empty without experts"""
+
+    def figures(self) -> dict[str, Any]:
+        """Returns them by name. `expert_load`, and the largest of all, are there with experts
+        only."""
+        plain = dataclasses.asdict(self)
+        if not self.expert_load:
+            del plain["expert_load"]
+            return plain
+        return plain | {"expert_load_ratio": max(map(max, self.expert_load))}
 
 
 class Trainer:
@@ -53,6 +65,7 @@ class Trainer:
     model: nn.Module
     sampler: Sampler
     optimizer: Optimizer
+    balance: Balance
     loss_scale: LossScale
     policy: Policy
     checkpoints: Checkpoints | None
@@ -78,6 +91,7 @@ class Trainer:
         self.model = parallel.model
         self.optimizer = make_optimizer(self.model, config.train, parallel.norm)
         self.optimizer.load_masters(parallel.initial_weights())
+        self.balance = Balance(self.model, self.optimizer, config.train.balance_rate)
         self.loss_scale = initial_loss_scale(config.train)
         self.policy = Policy(config.policy, parallel.is_reporter)
         self.metrics = None
@@ -106,14 +120,16 @@ class Trainer:
             elif not self._loss_scale_explains(skipped):
                 what = f"gradient norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
                 self.policy.decide(number, "nonfinite", self._locate(batches, f"the {what}"))
+            loads = self.balance.loads(self.parallel.sum_counts)
             if not skipped:
+                self.balance.move_biases()
                 self.policy.good(number, loss)
 
         sequences = sum(len(b.tokens) for b in batches)
         tokens = sum(b.tokens.numel() for b in batches)
         self.steps_done = number
         self.samples_seen += sequences
-        return StepResult(number, loss, norm, lr, tokens, sequences, scale, skipped)
+        return StepResult(number, loss, norm, lr, tokens, sequences, scale, skipped, loads)
 
     def batches(self) -> list[Batch]:
         """Draws the sequences of the next step, on the CPU: micro-batches on one process, the
@@ -126,6 +142,7 @@ class Trainer:
         batch, multiplied by the loss scale. Returns the loss over the global batch, a float32
         scalar: the same for every split into micro-batches and over processes."""
         self.model.zero_grad(set_to_none=True)
+        self.balance.counts.zero_()
         scale = self.loss_scale.scale
         total = sum(float(b.loss_weight.sum()) for b in batches)
         loss = torch.zeros((), device=self.device)

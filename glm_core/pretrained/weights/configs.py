@@ -144,7 +144,7 @@ def _require_expressible(layout: Layout, config: ModelConfig) -> None:
     if layout.rope_table:
         named |= {f.name for f in dataclasses.fields(config) if f.name.startswith("rope_")}
         named -= {"rope_interleaved", "rope_float16"}
-    training_only = {"embedding_gradient_shrink", "init_std", "mtp_weight"}
+    training_only = {"embedding_gradient_shrink", "init_std", "mtp_weight", "balance_weight"}
     inexpressible = [
         f"{f.name}={getattr(config, f.name)}"
         for f in dataclasses.fields(config)

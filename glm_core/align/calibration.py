@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from glm_core.align import MIN_CONTROLS, NUM_CONTROLS, teacher_forcing
 from glm_core.align.disguise import Regrouped, Rounded
 from glm_core.align.gradients import (
     NUM_SKETCH,
+    GradientErrors,
+    Oracle,
     exact_gradients,
     gradient_errors,
     gradient_norms_and_sketches,
@@ -52,7 +53,7 @@ class Calibration:
     reference: Trace
     snapshots: list[Snapshot]
     """the captured steps"""
-    oracle: list[tuple[float, dict[str, Tensor]]]
+    oracle: list[Oracle]
     """per captured step: loss and gradients in float64"""
     cases: list[Case]
     """every op call of the captured steps with its correct results"""
@@ -98,7 +99,7 @@ def calibrate(
     for number, mode in enumerate(modes.values()):
         report("captured steps", number * len(captured), len(modes) * len(captured))
         run = Run(config, make(), "reference", None, mode)
-        none = (np.zeros(0), np.zeros((0, len(weights))))
+        none = GradientErrors(np.zeros(0), np.zeros((0, len(weights))), np.zeros(0))
         rows.append(gradient_errors(run, curve.snapshots, oracle) if captured else none)
     report("captured steps", len(modes) * len(captured), len(modes) * len(captured))
     items = list(teacher_forcing.cases(curve.calls))
@@ -117,8 +118,9 @@ def calibrate(
         capture_steps=[s.step for s in curve.snapshots],
         parameters=names,
         **gradient_norms_and_sketches(plain, curve.snapshots, names),
-        loss_error=np.stack([rows[0][0], *(r[0] for r in rows)]),
-        gradient_error=np.stack([rows[0][1], *(r[1] for r in rows)]),
+        loss_error=np.stack([r.loss for r in (rows[0], *rows)]),
+        gradient_error=np.stack([r.gradient for r in (rows[0], *rows)]),
+        moved_tokens=np.stack([r.moved for r in (rows[0], *rows)]),
         disguises=list(modes),
         calls=[],
         digest=np.zeros((0, NUM_SKETCH)),

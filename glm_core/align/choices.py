@@ -5,15 +5,21 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from glm_core import dispatch
 from glm_core.align.capture import Call
 from glm_core.align.replay import CHOSEN, Results, exact
+from glm_core.align.trace_format import Routing
 from glm_core.conformance.choices import exact_scores, without_tensors
 from glm_core.conformance.tolerance import MAX_ERROR_RATIO
+from glm_core.dispatch import Op
+from glm_core.model.glm import Router
 
 
 class Flips(NamedTuple):
@@ -41,8 +47,11 @@ def _judged(call: Call, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     choice = call.op.choice
     assert choice is not None, "only for ops that choose"
     scores, slack = exact_scores(choice, call.args)
-    short = choice.shortfall(scores, slack, chosen, **without_tensors(call.args))
-    return scores, slack, short > 1
+    last = scores.shape[-1] - 1
+    strange = ((chosen < 0) | (chosen > last)).any(-1)
+    held = chosen.clamp(0, last)
+    short = choice.shortfall(scores, slack, held, **without_tensors(call.args))
+    return scores, slack, (short > 1) | strange
 
 
 def _expected(scores: Tensor, slack: Tensor, best: Tensor) -> float:
@@ -74,12 +83,85 @@ def settled(call: Call, results: Results) -> Results:
     right, chosen = exact(call, results), results[CHOSEN].long()
     if torch.equal(right[CHOSEN].long(), chosen) or chosen.shape != right[CHOSEN].shape:
         return results
-    given = exact(call, results, functools.partial(call.op.choice.given, chosen))
+    scores, _, wrong = _judged(call, chosen)
+    wrong = wrong[:, None]
+    known = ((chosen >= 0) & (chosen < scores.shape[-1])).all(-1, keepdim=True)
+    held = torch.where(known, chosen, right[CHOSEN].long())
+    given = exact(call, results, functools.partial(call.op.choice.given, held))
     moved = {n: y + (right[n] - given[n]) for n, y in results.items() if n != CHOSEN}
-    wrong = _judged(call, chosen)[2][:, None]
     return {CHOSEN: torch.where(wrong, results[CHOSEN], right[CHOSEN]), **moved}
 
 
-def per_million(rows: int, count: float) -> float:
-    """Returns flips per million rows; NaN of none."""
-    return 1e6 * count / rows if rows else math.nan
+class Figures:
+    """Collects how a candidate's choices differ from float64's, one row per captured call."""
+
+    def __init__(self) -> None:
+        self.rows: dict[tuple[int, int], Routing] = {}
+
+    def seen(self, call: Call, results: Results) -> Results:
+        """Takes the results of a call of an op that chooses, the first time that it runs. Returns
+        them."""
+        place = (call.step, call.index)
+        if call.op.choice is not None and place not in self.rows:
+            best = exact(call, {})[CHOSEN]
+            chosen = results[CHOSEN].long()
+            if chosen.shape == best.shape:
+                self.rows[place] = _row(call, flips(call, chosen))
+        return results
+
+
+def _row(call: Call, found: Flips) -> Routing:
+    return {
+        "step": call.step,
+        "layer": call.layer,
+        "rows": found.rows,
+        "expected": float(found.expected),
+        "seen": found.seen,
+        "wrong": int(found.wrong.sum()),
+    }
+
+
+# a whole step -------------------------------------------------------------------------
+
+
+@contextmanager
+def recorded(model: torch.nn.Module) -> Iterator[list[Tensor]]:
+    """Collects the experts that the model's routers choose in the block, call by call."""
+    chosen: list[Tensor] = []
+
+    def keep(router: torch.nn.Module, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+        chosen.append(output[0].detach().cpu())
+
+    handles = [m.register_forward_hook(keep) for m in model.modules() if isinstance(m, Router)]
+    try:
+        yield chosen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def by_layer(model: torch.nn.Module, chosen: Sequence[Tensor]) -> list[Tensor]:
+    """Returns each router's choices of a whole step, its micro-batches one after another."""
+    count = sum(isinstance(m, Router) for m in model.modules())
+    return [torch.cat(list(chosen[i::count])) for i in range(count)]
+
+
+@contextmanager
+def imposed(layers: list[Tensor], batches: int) -> Iterator[None]:
+    """Makes the routers choose in the block what `by_layer` returned, in so many micro-batches."""
+    parts = [layer.chunk(batches) for layer in layers]
+    following = iter([part[i] for i in range(batches) for part in parts])
+
+    def give(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if op.choice is None:
+            return dispatch.run(op, args, kwargs)
+        named = dict(zip(op.parameters, args, strict=False)) | kwargs
+        return op.choice.given(next(following), **named)
+
+    with dispatch.intercept(give):
+        yield
+
+
+def moved_tokens(layers: list[Tensor], right: list[Tensor]) -> int:
+    """Returns how many tokens have other experts, in the layer where most have."""
+    return max(int((a != b).any(-1).sum()) for a, b in zip(layers, right, strict=True))

@@ -20,6 +20,7 @@ MEASURED = {
     "sign": "rounded {up} more often than {down}: by {amount} of the roundings that differ",
     "size": "off by {amount} of the result",
     "peak": "one element is off by {amount} of the largest",
+    "differ": "other whole numbers than the reference's: {amount} of them",
 }
 """by statistic: what was seen"""
 USUALLY = {
@@ -31,6 +32,7 @@ USUALLY = {
     "place, truncation",
     "size": "sums in low precision, rows that are dropped or doubled, stale values",
     "peak": "a single wrong element: the edge of a tile, an index past the end, a race",
+    "differ": "another order of sorting, another tie, or a choice outside its margin",
     "row": "a mask, padding, or the rows left over after the last whole tile",
     "position": "rotary tables, a causal offset, or a cache",
     "head": "the order of grouped heads, or one head's scale",
@@ -50,6 +52,7 @@ KINDS = {
     "sign": ("formula", "eps", "rounding"),
     "size": ("rows", "stale", "dtype", "mask"),
     "peak": ("rows", "rare shape", "stale"),
+    "differ": ("formula", "rows"),
 }
 """by statistic: the catalogue's kinds of fault that show it first"""
 
@@ -69,13 +72,22 @@ def headline(pairs: Sequence[Pair]) -> str:
 
 def sentence(pair: Pair) -> str:
     """Returns the verdict on one candidate in one sentence, without its full stop."""
-    start = f"{pair.dtype} on {pair.candidate}: {pair.verdict}"
+    start = f"{pair.dtype} on {pair.candidate}: {pair.verdict}{_routing(pair)}"
     if pair.verdict == "aligned":
         return f"{start}; the largest deviation is {times(stated_ratio(pair))} of {HONEST}"
     ratio, subject = stated_ratio(pair), _subject(pair)
     if not ratio < NOT_FINITE:
         return f"{start}; {subject} is infinite, NaN, or so far off that its error overflows"
     return f"{start}; {subject} deviates {times(ratio)} times as far as honest rounding does"
+
+
+def _routing(pair: Pair) -> str:
+    """Returns what the routers chose, as a part of the sentence; empty without experts."""
+    if not (r := pair.routing):
+        return ""
+    margin = "each inside its margin" if not r["wrong"] else f"{r['wrong']:.0f} outside the margin"
+    flips = f"{r['seen']:.0f} of {r['rows']:,.0f} choices of experts differ from float64's"
+    return f"; {flips} ({r['expected']:.2g} expected), " + (margin if r["seen"] else "none wrong")
 
 
 def shares(pair: Pair, candidate: Trace) -> list[float | None]:

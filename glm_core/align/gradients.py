@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from glm_core import dispatch
+from glm_core.align import choices
 from glm_core.align.training import Run, Snapshot
 from glm_core.backends import registry
 from glm_core.config import RunConfig
@@ -18,9 +21,20 @@ NUM_SKETCH = 8
 """numbers in a sketch"""
 
 
-def exact_gradients(config: RunConfig, snapshot: Snapshot) -> tuple[float, dict[str, Tensor]]:
-    """Returns loss and gradients in float64, the oracle. The weights are first rounded to the
-    working dtype."""
+class Oracle(NamedTuple):
+    """What float64 gives for a captured step."""
+
+    loss: float
+    gradients: dict[str, Tensor]
+    chosen: list[Tensor]
+    """the experts that each router chooses for every token; empty without experts"""
+
+
+def exact_gradients(
+    config: RunConfig, snapshot: Snapshot, chosen: list[Tensor] | None = None
+) -> Oracle:
+    """Returns loss and gradients in float64. The weights are first rounded to the working dtype.
+    chosen: what the routers choose, in place of what float64 would."""
     dtype: torch.dtype = getattr(torch, config.train.dtype)
     model = GLM(config.model).double()
     with torch.no_grad():
@@ -28,15 +42,17 @@ def exact_gradients(config: RunConfig, snapshot: Snapshot) -> tuple[float, dict[
             p.copy_(snapshot.weights[name].to(dtype))
     total = sum(float(b.loss_weight.sum()) for b in snapshot.batches)
     loss = 0.0
-    with dispatch.intercept(None), registry.use("reference"):
+    told = choices.imposed(chosen, len(snapshot.batches)) if chosen else dispatch.intercept(None)
+    with told, registry.use("reference"), choices.recorded(model) as own:
         for b in snapshot.batches:
             weight = b.loss_weight.double() / total
             part = model.loss(b.tokens, b.positions, b.key_start, b.key_end, b.labels, weight)
             part.backward()
             loss += float(part.detach())
-    return loss, {
+    gradients = {
         n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()
     }
+    return Oracle(loss, gradients, choices.by_layer(model, own))
 
 
 def load_snapshot(run: Run, snapshot: Snapshot) -> Run:
@@ -46,17 +62,38 @@ def load_snapshot(run: Run, snapshot: Snapshot) -> Run:
     return run
 
 
-def gradient_errors(
-    run: Run, snapshots: list[Snapshot], oracle: list[tuple[float, dict[str, Tensor]]]
-) -> tuple[Array, Array]:
-    """Returns relative errors against float64: of the loss [S] and of each parameter's gradient
-    [S, P]. `oracle` holds the loss and the gradients of `exact_gradients` per captured step."""
-    loss_errors, errors = [], []
-    for snapshot, (true_loss, true) in zip(snapshots, oracle, strict=True):
-        loss, gradients = load_snapshot(run, snapshot).gradients(snapshot.batches)
-        loss_errors.append(abs(loss - true_loss) / max(abs(true_loss), 1e-300))
+class GradientErrors(NamedTuple):
+    """How far captured steps are from float64."""
+
+    loss: Array
+    """relative error of the loss [S]"""
+    gradient: Array
+    """relative error of each parameter's gradient [S, P]"""
+    moved: Array
+    """tokens that have other experts, see `choices.moved_tokens` [S]; 0 without experts"""
+
+
+def gradient_errors(run: Run, snapshots: list[Snapshot], oracle: list[Oracle]) -> GradientErrors:
+    """Returns the errors of a run's captured steps; `oracle` holds the `exact_gradients` of each.
+    Where the run chooses other experts, float64 follows it: what then follows from the choice is no
+    error. The choices themselves are counted, and judged one by one where each op is."""
+    losses, errors, moved = [], [], []
+    for snapshot, exact in zip(snapshots, oracle, strict=True):
+        load_snapshot(run, snapshot)
+        with choices.recorded(run.model) as own:
+            loss, gradients = run.gradients(snapshot.batches)
+        tokens = 0
+        if exact.chosen:
+            layers = choices.by_layer(run.model, own)
+            tokens = choices.moved_tokens(layers, exact.chosen)
+        if tokens:
+            exact = exact_gradients(run.config, snapshot, layers)
+        moved.append(float(tokens))
+        losses.append(abs(loss - exact.loss) / max(abs(exact.loss), 1e-300))
+        true = exact.gradients
         errors.append([distance(gradients[n], true[n]) for n in sorted(true)])
-    return np.array(loss_errors), np.array(errors).reshape(len(snapshots), -1)
+    shape = (len(snapshots), -1)
+    return GradientErrors(np.array(losses), np.array(errors).reshape(shape), np.array(moved))
 
 
 def distance(x: Tensor, of: Tensor) -> float:
@@ -66,7 +103,7 @@ def distance(x: Tensor, of: Tensor) -> float:
 
 def gradient_norms_and_sketches(
     run: Run, snapshots: list[Snapshot], names: list[str]
-) -> dict[str, Array]:
+) -> dict[str, Any]:
     """Returns the trace's norm [S, P] and sketch [S, P, W] of every parameter's gradient."""
     norms = np.zeros((len(snapshots), len(names)))
     sketches = np.zeros((len(snapshots), len(names), NUM_SKETCH))

@@ -105,7 +105,7 @@ def _gradients(cal: Calibration, ranks: list[Any], judged: bool) -> dict[str, An
     norms, sketches = np.zeros((steps, p)), np.zeros((steps, p, NUM_SKETCH))
     losses, errors = np.zeros((j, steps)), np.zeros((j, steps, p))
     for s in range(steps):
-        true_loss, true = cal.oracle[s]
+        true_loss, true, _ = cal.oracle[s]
         chunks = [chunk for rank in ranks for chunk in rank["captured"][s]["chunks"]]
         whole = assembled(chunks, {n: true[n].shape for n in names})
         losses[0, s] = abs(ranks[0]["captured"][s]["loss"] - true_loss) / max(

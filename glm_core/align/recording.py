@@ -3,7 +3,6 @@ from the reference."""
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +18,7 @@ from glm_core.align.calibration import (
     calibrate,
     loss_scales,
 )
+from glm_core.align.choices import Figures
 from glm_core.align.gradients import (
     NUM_SKETCH,
     gradient_errors,
@@ -147,19 +147,24 @@ def _no_teacher_fields(cal: Calibration, config: RunConfig, backend: Backend) ->
 
 def _teacher_fields(cal: Calibration, config: RunConfig, backend: Backend) -> Fields:
     run = Run(config, cal.sampler(), backend)
-    loss_error, gradient_error = gradient_errors(run, cal.snapshots, cal.oracle)
-    reference = cal.reference
+    own, reference, routing = (
+        gradient_errors(run, cal.snapshots, cal.oracle),
+        cal.reference,
+        Figures(),
+    )
     with registry.use(run.backend) as session:
         measured, results = teacher_forcing.measure(
-            cal.cases, functools.partial(replay_on, backend=run.backend), twice=True
+            cal.cases, lambda call: routing.seen(call, replay_on(call, run.backend)), twice=True
         )
     tests, test_values = fair_tests(measured, cal.cases, cal.limits)
     calls, digest = digests(cal.cases, results)
     fields = {
         "capture_steps": reference.capture_steps,
         **gradient_norms_and_sketches(run, cal.snapshots, reference.parameters),
-        "loss_error": np.concatenate((loss_error[None], reference.loss_error[1:])),
-        "gradient_error": np.concatenate((gradient_error[None], reference.gradient_error[1:])),
+        "loss_error": np.concatenate((own.loss[None], reference.loss_error[1:])),
+        "gradient_error": np.concatenate((own.gradient[None], reference.gradient_error[1:])),
+        "moved_tokens": np.concatenate((own.moved[None], reference.moved_tokens[1:])),
+        "routing": list(routing.rows.values()),
         "calls": calls,
         "digest": digest,
         "tests": tests,

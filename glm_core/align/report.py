@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from glm_core.align import explanation
 from glm_core.align.charts import Band, Series, chart
+from glm_core.align.trace_format import per_million
 
 if TYPE_CHECKING:
     from glm_core.align.jobs import RunResult
@@ -191,7 +192,8 @@ def _facts(reference: Trace, command: str) -> str:
 def _pair(pair: Pair, reference: Trace, candidate: Trace) -> str:
     title = f"<h2>{escape(pair.candidate)}, {escape(pair.dtype)}: {_verdict(pair.verdict)}</h2>"
     parts = [title, _curves(pair, reference, candidate), _deviation(pair, reference)]
-    parts += [_gradients(pair, candidate), _findings(pair), _fallbacks(candidate)]
+    parts += [_gradients(pair, candidate), _routing(candidate), _findings(pair)]
+    parts += [_fallbacks(candidate)]
     return "".join(parts) + _environments(reference, candidate)
 
 
@@ -242,6 +244,22 @@ def _gradients(pair: Pair, candidate: Trace) -> str:
     worst = sorted(zip(excess.max(0), candidate.parameters, strict=True), reverse=True)[:5]
     rows = [(name, f"{share:.3f}") for share, name in worst]
     return figure + table(("largest errors", "share of the bound"), rows)
+
+
+def _routing(candidate: Trace) -> str:
+    if not candidate.routing:
+        return ""
+    rows = [
+        (r["step"], r["layer"], r["rows"], f"{per_million(r):.2g}", r["seen"], r["wrong"])
+        for r in candidate.routing
+    ]
+    expected = "flips expected per million tokens"
+    head = ("step", "layer", "tokens", expected, "flips seen", "outside their margin")
+    note = (
+        "<p>A flip is a token that has other experts than in float64. Rounding may flip a token "
+        "where two scores lie within it: inside the margin. Any other flip is wrong.</p>"
+    )
+    return "<h3>Choice of experts</h3>" + table(head, rows) + note
 
 
 def _findings(pair: Pair) -> str:

@@ -123,7 +123,7 @@ def search(cal: Calibration, trace: Trace, backend: Backend, report: Progress) -
 
     def ratio(op: str = "", direction: str = "", layer: str | None = None) -> float:
         with substituted(run, op, direction, layer):
-            losses, gradients = gradient_errors(run, cal.snapshots, cal.oracle)
+            losses, gradients, _ = gradient_errors(run, cal.snapshots, cal.oracle)
         mended = dataclasses.replace(
             trace,
             loss_error=np.concatenate((losses[None], trace.loss_error[1:])),

@@ -22,7 +22,7 @@ from glm_core.align.replay import LOW, Results, exact, replay
 from glm_core.align.statistics import CorrectResult, Grouping, Scores, Sums, quantile_bins
 from glm_core.faults.flash import flash_attention
 
-SAFETY_FACTOR = {"scale": 3.0, "offset": 3.0, "sign": 2.0, "size": 3.0, "peak": 4.0}
+SAFETY_FACTOR = {"scale": 3.0, "offset": 3.0, "sign": 2.0, "size": 3.0, "peak": 4.0, "differ": 1.0}
 """by statistic: a candidate may show so many times the benign range, because a kernel may combine
 changes that the range was measured with one by one"""
 ROW_SAFETY_FACTOR = 6.0
@@ -30,6 +30,8 @@ ROW_SAFETY_FACTOR = 6.0
 because their terms cancel"""
 MAX_ROUNDED = 24
 """at most so many intermediates of a call are rounded one by one"""
+DIFFER = 1e-12
+"""the floor of whole numbers that differ: none may"""
 CALLS_PER_SHAPE = 4
 """the benign range is measured on so many calls per op and shape"""
 
@@ -42,7 +44,7 @@ class Key(NamedTuple):
     """the op's result, see `trace_format.OpResult`"""
     grouping: str
     statistic: str
-    """scale, offset, sign, size or peak"""
+    """scale, offset, sign, size or peak; of whole numbers `differ`, the share that does"""
     pooled: bool
     """over all calls of the op"""
 
@@ -75,6 +77,8 @@ class Case:
     dtypes: dict[str, torch.dtype]
     overflowed: list[str] = dataclasses.field(default_factory=list)
     """results that are infinite or NaN when correct: there is no arithmetic to judge"""
+    whole: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """results that are whole numbers, such as an order or counts, and must be exact"""
 
     @property
     def terms(self) -> int:
@@ -92,14 +96,15 @@ def cases(calls: Iterable[Call]) -> Iterator[Case]:
     for call in calls:
         results = exact(call, replay(call, call.op.reference))
         finite = {n: y for n, y in results.items() if y.isfinite().all()}
-        # integers, such as a router's choice, are not rounded: their errors have no distribution
-        rounded = {n: y for n, y in finite.items() if y.is_floating_point()}
+        # replay returns integers in float64: they are not rounded, and any error in one is wrong
+        whole = [n for n, y in finite.items() if n.startswith("y") and y.dtype == torch.float64]
         yield Case(
             call,
-            {n: _correct_result(call, n, y) for n, y in rounded.items()},
+            {n: _correct_result(call, n, y) for n, y in finite.items() if n not in whole},
             {n: tuple(y.shape) for n, y in results.items()},
-            {n: y.dtype for n, y in results.items()},
+            {n: torch.int64 if n in whole else y.dtype for n, y in results.items()},
             [n for n in results if n not in finite],
+            {n: _array(results[n]) for n in whole},
         )
 
 
@@ -192,6 +197,12 @@ def measure(
 
 
 def _score(measured: Measures, case: Case, results: Results, pool: Pool) -> None:
+    for name in (n for n in case.whole if n in results):
+        right, given = case.whole[name], _array(results[name].double())
+        share = float((given != right).mean()) if given.size == right.size else 1.0
+        if right.size:
+            scores = {"differ": (np.array([share]), np.zeros(1))}
+            measured.scored.append(Scored(case.call.op.name, name, "all", scores, case))
     for name in (n for n in case.correct if n in results):
         correct = case.correct[name]
         errors = correct.errors(_array(results[name]))
@@ -290,7 +301,8 @@ def floor(statistic: str, dtype: torch.dtype, terms: int) -> float:
     whose longest sum has so many terms."""
     # 4: a row that is small because two sums cancel has the rounding of both
     eps = torch.finfo(dtype).eps if dtype in LOW else 4 * statistics.EPS * max(1.0, terms**0.5)
-    return {"sign": 0.5, "size": eps, "peak": 4 * eps}.get(statistic, statistics.FLOOR)
+    floors = {"sign": 0.5, "size": eps, "peak": 4 * eps, "differ": DIFFER}
+    return floors.get(statistic, statistics.FLOOR)
 
 
 def limit(limits: dict[Key, float], key: Key, dtype: torch.dtype, terms: int) -> float:

@@ -31,6 +31,7 @@ ARRAYS: dict[str, tuple[str, ...]] = {
     "skipped": ("M",),
     "control_loss_scale": ("Q", "M"),
     "control_skipped": ("Q", "M"),
+    "moved_tokens": ("E", "U"),
     "gradient_norm": ("S", "P"),
     "gradient_sketch": ("S", "P", "W"),
     "loss_error": ("J1", "S"),
@@ -39,8 +40,8 @@ ARRAYS: dict[str, tuple[str, ...]] = {
     "test_values": ("T", "3"),
 }
 """each array and the names of its axes; equal names mean equal sizes"""
-LATER = ("loss_scale", "skipped", "control_loss_scale", "control_skipped")
-"""arrays that traces from before November 2026 lack; they are empty there"""
+LATER = ("loss_scale", "skipped", "control_loss_scale", "control_skipped", "moved_tokens")
+"""arrays that older traces lack; they are empty there"""
 
 
 class OpResult(TypedDict):
@@ -81,6 +82,26 @@ class FallbackCount(TypedDict):
     count: int
 
 
+class Routing(TypedDict):
+    """Says how the choices of one captured router call differ from float64's."""
+
+    step: int
+    layer: str
+    rows: int
+    """tokens"""
+    expected: float
+    """tokens that rounding alone is expected to send elsewhere"""
+    seen: int
+    """tokens sent elsewhere"""
+    wrong: int
+    """those of them whose scores do not lie within rounding"""
+
+
+def per_million(call: Routing) -> float:
+    """Returns the flips that are expected in a million tokens."""
+    return 1e6 * call["expected"] / max(call["rows"], 1)
+
+
 def fallback_counts(counts: Mapping[Fallback, int]) -> list[FallbackCount]:
     """Returns a session's fallbacks as rows."""
     return [{"op": f.op, "reason": f.reason, "count": n} for f, n in counts.items()]
@@ -105,6 +126,7 @@ PLAIN: dict[str, Any] = {
     "tests": [_kinds(OpTest)],
     "num_tests": int,
     "fallbacks": [_kinds(FallbackCount)],
+    "routing": [_kinds(Routing)],
     "environment": dict,
     "data_order": str,
     "initial_weights": str,
@@ -222,6 +244,14 @@ def _fields(text: str) -> dict[str, Any]:
     try:
         values = json.loads(text)
         json.dumps(values, ensure_ascii=False).encode()  # fails on half of a surrogate pair
+        values.setdefault("routing", [])  # older traces have none
         return {name: values[name] for name in PLAIN} | {"seconds": float(values["seconds"])}
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise TraceError(f"malformed fields ({error!r}); record the run again") from None

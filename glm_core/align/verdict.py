@@ -26,6 +26,9 @@ FALSE_ALARM_RATE = 1e-3
 """the default probability that an honest candidate is called diverged"""
 NUM_TESTS = 3
 """envelope, gradients and op by op; each gets an equal share of the rate"""
+FEW = 3.0
+"""tokens of a step that may have other experts though no disguise of the reference showed one: one
+flip moves others after it"""
 NOT_FINITE = 1e30
 """stands for infinity and NaN, which JSON does not have"""
 WATCHED = 0.1
@@ -101,6 +104,10 @@ class Pair:
     """[S, P]: error of each parameter's gradient / that of the plain reference"""
     gradient_excess: Array
     """[S, P]: error of each parameter's gradient / its bound"""
+    routing: dict[str, float] = dataclasses.field(default_factory=dict)
+    """tokens that routers chose experts for in the captured steps (`rows`), those that rounding was
+    `expected` to send elsewhere, those `seen` elsewhere, and those `wrong`: outside their margin;
+    empty without experts"""
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values; the curves are in the traces."""
@@ -128,17 +135,21 @@ def compare(
     curve = None
     if candidate.loss.size:
         curve = envelope(reference.loss, reference.control_loss, candidate.loss, rate)
-    ratio, excess, loss_excess = gradient_check(candidate, rate)
+    moved_excess = moved_check(candidate, rate)
+    # where experts are chosen, their choice takes a third of the gradients' share of the rate
+    shared = rate * 2 / 3 if moved_excess.size else rate
+    ratio, excess, loss_excess = gradient_check(candidate, shared)
     captured_rate = (1 - WATCHED) * rate
     tested = findings(candidate.tests, candidate.test_values, candidate.num_tests, captured_rate)
     guilty = [f for f in tested if f.ratio > 1]
     overflow_ratio, overflow_reason = overflow_check(reference, candidate)
     envelope_ratio = max(float(curve.ratio.max()) if curve else 0.0, overflow_ratio)
-    gradient_ratio = float(max(excess.max(initial=0.0), loss_excess.max(initial=0.0)))
+    gradient_ratio = float(max(x.max(initial=0.0) for x in (excess, loss_excess, moved_excess)))
     reasons = [
         *_envelope_reason(curve),
         *overflow_reason,
         *_gradient_reason(candidate, excess, loss_excess),
+        *_moved_reason(candidate, moved_excess),
         *(str(f) for f in guilty[:3]),
     ]
     return Pair(
@@ -156,6 +167,7 @@ def compare(
         envelope=curve,
         gradient_ratio=ratio,
         gradient_excess=excess,
+        routing=_sums(candidate),
     )
 
 
@@ -201,6 +213,36 @@ def gradient_check(trace: Trace, rate: float) -> tuple[Array, Array, Array]:
     loss_excess = losses[0] / error_bound(losses[2:], loss_floor, rate / 2)
     excess, loss_excess = (np.where(np.isnan(x), np.inf, x) for x in (excess, loss_excess))
     return ratio, excess, loss_excess
+
+
+def moved_check(trace: Trace, rate: float) -> Array:
+    """Returns the tokens that have other experts than in float64, over their bound [S]; empty where
+    no disguise was counted. They take a third of the rate."""
+    moved = trace.moved_tokens
+    if len(moved) < 4 or not trace.routing:
+        return np.zeros(0)
+    return moved[0] / error_bound(moved[2:], FEW, rate / 3)
+
+
+def _sums(trace: Trace) -> dict[str, float]:
+    calls = trace.routing
+    sums = {
+        "rows": sum(r["rows"] for r in calls),
+        "expected": sum(r["expected"] for r in calls),
+        "seen": sum(r["seen"] for r in calls),
+        "wrong": sum(r["wrong"] for r in calls),
+    }
+    return sums if calls else {}
+
+
+def _moved_reason(trace: Trace, excess: Array) -> list[str]:
+    if not (excess.size and excess.max() > 1):
+        return []
+    at = int(np.argmax(excess))
+    return [
+        f"step {trace.capture_steps[at]}: {trace.moved_tokens[0, at]:.0f} tokens of a layer have "
+        f"other experts than in float64, {excess[at]:.3g} times the bound"
+    ]
 
 
 def findings(tests: list[OpTest], values: Array, num_tests: int, rate: float) -> list[Finding]:

@@ -15,6 +15,7 @@ from glm_core.faults import (  # noqa: F401  # imported for what they declare
     quant,
     rope,
     routing,
+    sparse_steps,
     whole_runs,
 )
 from glm_core.faults.fault import BENIGN, FAULTS, Fault

@@ -3,16 +3,22 @@ products. Shapes: N tokens, T experts of a token, M = N T rows, D in, F out, X e
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from glm_core.faults import rounding
-from glm_core.faults.fault import fault, mutant
+from glm_core.faults.fault import fault, mutant, planted
 from glm_core.faults.kernels import Arguments, backward_only, changed, pulled_argument
 from glm_core.ops import grouped_linear, permute, quantized_grouped_linear, unpermute
 from glm_core.ops.precision import wide
 from glm_core.ops.quant import pack, unpack
 
+RESULT_IS_NARROW: dict[str, Any] = {
+    "dtypes": ("float32",),
+    "reason": "in bfloat16 the gradient is a bfloat16 number in the end",
+}
 CAPACITY = 2
 """rows that an expert takes where tokens are dropped"""
 
@@ -26,7 +32,9 @@ def not_stable(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Te
     return rows, experts.numel() - 1 - order, counts
 
 
-@mutant(permute, "an expert takes two rows, the others are zero")
+@mutant(
+    permute, "an expert takes two rows, the others are zero", **planted("permute-dropped", "rows")
+)
 def tokens_dropped(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     rows, order, counts = permute.reference(x, experts, num_experts)
     starts = (counts.cumsum(0) - counts).repeat_interleave(counts)  # [M]
@@ -34,7 +42,7 @@ def tokens_dropped(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor
     return rows.masked_fill(late[:, None], 0.0), order, counts
 
 
-@mutant(permute, "order is the inverse: where each place went")
+@mutant(permute, "order is the inverse: where each place went", **planted("permute-order"))
 def order_inverted(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     rows, order, counts = permute.reference(x, experts, num_experts)
     return rows, order.argsort(), counts
@@ -60,6 +68,7 @@ fault(
     "the gradient is that of a token's first row alone",
     backward_only(permute, first_copy),
     mutant="gradient_of_one_copy",
+    **planted("permute-one-gradient", "gradient", "backward"),
 )
 
 
@@ -80,7 +89,7 @@ def narrow_sum(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
     return total
 
 
-@mutant(unpermute, "a token's last row is dropped")
+@mutant(unpermute, "a token's last row is dropped", **planted("unpermute-last-dropped", "rows"))
 def last_dropped(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
     kept = torch.arange(weights.shape[-1]) < max(weights.shape[-1] - 1, 1)
     return unpermute.reference(rows, order, weights * kept)
@@ -97,6 +106,7 @@ fault(
     "weights are taken in the rows' order",
     changed(unpermute, weights=in_sorted_order),
     mutant="weights_in_sorted_order",
+    **planted("unpermute-weights-sorted"),
 )
 fault(
     unpermute,
@@ -158,6 +168,7 @@ fault(
     "an expert's last row goes to the next expert",
     changed(grouped_linear, counts=boundary),
     mutant="boundary_off_by_one",
+    **planted("grouped-boundary", "rows"),
 )
 fault(
     grouped_linear,
@@ -180,6 +191,7 @@ fault(
     "the gradient of weight is summed in bfloat16",
     pulled_argument(grouped_linear, "weight", summed_narrow),
     mutant="narrow_weight_gradient",
+    **planted("grouped-narrow-gradient", "gradient", "backward", **RESULT_IS_NARROW),
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 from glm_core.backends import registry
@@ -70,6 +71,8 @@ class Fault:
     """working dtypes in which the campaign counts it as a fault"""
     reason: str = ""
     """why it is none in the other dtype"""
+    plant: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """is active around the candidate's run; for a mistake of a training step outside its ops"""
 
     @property
     def name(self) -> str:
@@ -135,6 +138,13 @@ def fault(op: Op, description: str, kernel: Function | Kernels, **rest: Any) -> 
 def stateful_fault(op: Op, description: str, make: Callable[[], Function], **rest: Any) -> None:
     """Declares a fault whose kernel remembers earlier calls; `make` makes a new one."""
     FAULTS.append(Fault(op.name, description, lambda: {op.name: make()}, **rest))
+
+
+def planted_in_step(
+    name: str, description: str, plant: Callable[[], AbstractContextManager[Any]], **rest: Any
+) -> None:
+    """Declares a mistake of a training step outside its ops: every kernel is the reference."""
+    FAULTS.append(Fault("", description, dict, planted=name, plant=plant, **rest))
 
 
 def mutant(op: Op, description: str, **rest: Any) -> Callable[[Function], Function]:

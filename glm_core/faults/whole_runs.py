@@ -14,6 +14,7 @@ from glm_core.faults.loss import chunked
 from glm_core.faults.norm import both, layer_norm_by, native_rms_norm
 from glm_core.faults.optim import foreach_adamw, precise_adamw
 from glm_core.faults.rounding import pairwise, precise
+from glm_core.faults.routing import precise_route
 
 IN_FLOAT64 = (
     ops.linear,
@@ -24,6 +25,8 @@ IN_FLOAT64 = (
     ops.attention,
     ops.linear_cross_entropy,
     ops.global_norm,
+    ops.grouped_linear,
+    ops.unpermute,
 )
 PRECISE: Kernels = {
     **{op.name: precise(op) for op in IN_FLOAT64},
@@ -31,6 +34,7 @@ PRECISE: Kernels = {
     **both("rms", precise(ops.rms_norm)),
     "adamw": precise_adamw,
     "embedding": precise_embedding,
+    "route": precise_route,
 }
 REORDERED: Kernels = {
     "attention": flash(32, True),
@@ -53,6 +57,8 @@ for setup in ("130b", "glm4", "glm"):
     whole_run(f"all-float64-{setup}", "every op in float64 inside", PRECISE, setup=setup)
     for name in ("cpu", "onnxrt"):
         whole_run(f"{name}-{setup}", f"the {name} backend", registered=name, setup=setup)
+whole_run("all-float64-moe", "every op in float64 inside", PRECISE, setup="moe")
+whole_run("cpu-moe", "the cpu backend", registered="cpu", setup="moe")
 for setup in ("130b", "glm4"):
     text = "flash attention, other norms, loss, AdamW"
     whole_run(f"all-reordered-{setup}", text, REORDERED, setup=setup)

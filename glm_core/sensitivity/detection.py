@@ -295,8 +295,10 @@ def judge(variant: Variant, run: RunConfig, calibration: align.Calibration) -> R
         micro_batch = variant.micro_batch or run.train.micro_batch
         train = dataclasses.replace(run.train, micro_batch=micro_batch)
         run = dataclasses.replace(run, train=train)
+    plant = variant.plant if isinstance(variant, Fault) else contextlib.nullcontext
     start = time.perf_counter()
-    forced = align.record(run, backend, calibration=calibration, free_run=False)
+    with plant():
+        forced = align.record(run, backend, calibration=calibration, free_run=False)
     pair = align.compare(calibration.reference, forced)
     seconds = time.perf_counter() - start
     free = align.record(run, variant.backend(), calibration=calibration, teacher_forcing=False)

@@ -25,6 +25,8 @@ from glm_core.sensitivity.setups import DTYPES, SETUPS, Drawn, draw, setup_of
 Progress = Callable[[int, int, Row], None]
 SHAPES = ((2, 32, 64, 24), (2, 48, 96, 33), (3, 64, 128, 17))
 """layers, width, feed-forward and tokens a sequence of the small models, taken in turn"""
+MODELS = ("130b", "glm4", "glm")
+"""the setups that the small models are cut from; none of them has experts"""
 STEPS, CONTROLS, SEQUENCES = 10, 4, 4
 PER_MODEL = 14
 """honest changes judged on each model, backends and ways to run included"""
@@ -137,7 +139,7 @@ def of_model(seed: int, cache_dir: str | Path) -> Iterator[Row]:
 
 def model_of(seed: int) -> RunConfig:
     """Returns the run of model number `seed`: setups, shapes and dtypes in turn."""
-    names = list(SETUPS)
+    names = MODELS
     model, _ = SETUPS[names[seed % len(names)]]
     layers, hidden, ffn, length = SHAPES[seed // len(names) % len(SHAPES)]
     sizes: dict[str, Any] = {"num_layers": layers, "hidden": hidden, "ffn": ffn}
@@ -162,7 +164,7 @@ def model_of(seed: int) -> RunConfig:
 def changes(seed: int, dtype: str) -> list[Benign]:
     """Returns the honest changes that model number `seed` is judged with: every backend and way to
     run, and kernels drawn at random."""
-    setup = list(SETUPS)[seed % len(SETUPS)]
+    setup = MODELS[seed % len(MODELS)]
     known = [b for b in BENIGN if dtype in b.dtypes and not b.neutral]
     backends = [b for b in known if b.registered and setup_of(b) == setup]
     whole = backends + [b for b in known if b.threads > 1 or 0 < b.micro_batch < SEQUENCES]

@@ -1,4 +1,4 @@
-"""Chooses the three small models in which faults are planted and benign changes run, and says
+"""Chooses the four small models in which faults are planted and benign changes run, and says
 which of them each one gets."""
 
 from __future__ import annotations
@@ -59,8 +59,32 @@ SETUPS: dict[str, tuple[ModelConfig, int]] = {
         ),
         64,
     ),
+    "moe": (
+        ModelConfig(
+            **_SMALL,
+            ffn=128,
+            norm="rms",
+            placement="pre",
+            activation="swiglu",
+            num_kv_heads=2,
+            rope_fraction=0.5,
+            linear_bias=False,
+            tied_head=False,
+            qk_norm=True,
+            num_experts=8,
+            experts_per_token=3,
+            expert_ffn=32,
+            num_shared_experts=1,
+            num_dense_layers=1,
+            expert_groups=4,
+            top_groups=2,
+            expert_scale=1.8,
+            balance_weight=0.01,
+        ),
+        64,
+    ),
 }
-"""three small models that together call every op, with their sequence lengths L"""
+"""four small models that together call every op, with their sequence lengths L"""
 
 _SETUP_OF = {
     "rms_norm": "glm4",
@@ -71,6 +95,10 @@ _SETUP_OF = {
     "linear_cross_entropy": "glm4",
     "global_norm": "glm4",
     "adamw": "glm4",
+    "route": "moe",
+    "permute": "moe",
+    "grouped_linear": "moe",
+    "unpermute": "moe",
 }
 
 

@@ -37,7 +37,7 @@ def test_axes_are_those_that_are_checked() -> None:
 
 def test_keys_of_rows() -> None:
     table = rows("Fields")
-    for name in ("calls", "fallbacks"):
+    for name in ("calls", "fallbacks", "routing"):
         [keys] = trace_format.PLAIN[name]
         assert re.findall(r"`?(\w+)`?[,:]", f"{table[name][1]}")[: len(keys)] == list(keys)
     [keys] = trace_format.PLAIN["tests"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
-from small_runs import differs, outcomes, step_calls
+from small_runs import differs, outcomes, step_calls, two_steps
 
 from glm_core import ops
 from glm_core.align.replay import replay
@@ -13,12 +15,27 @@ from glm_core.faults.catalogue import PLANTED
 from glm_core.faults.fault import BOTH, Fault
 from glm_core.sensitivity import setups
 
-CASES = [(fault, dtype) for fault in PLANTED for dtype in fault.dtypes]
+CASES = [(fault, dtype) for fault in PLANTED for dtype in fault.dtypes if fault.kernels()]
+IN_STEP = [fault for fault in PLANTED if not fault.kernels()]
 
 
 @pytest.mark.parametrize(("fault", "dtype"), CASES, ids=[f"{f.name}-{d}" for f, d in CASES])
 def test_a_fault_changes_a_bit(fault: Fault, dtype: str) -> None:
     assert differs(fault.backend(), step_calls(setups.setup_of(fault), dtype))
+
+
+@pytest.mark.parametrize("fault", IN_STEP, ids=lambda f: f.name)
+def test_a_fault_outside_the_ops_changes_weights(fault: Fault) -> None:
+    right = weights(setups.setup_of(fault))
+    with fault.plant():
+        wrong = two_steps(setups.setup_of(fault)).optimizer.master
+    assert any(not torch.equal(w, wrong[n]) for n, w in right.items())
+
+
+@functools.cache
+def weights(setup: str) -> dict[str, torch.Tensor]:
+    """Returns a setup's weights after two steps without a fault."""
+    return two_steps(setup).optimizer.master
 
 
 @pytest.mark.parametrize("fault", [f for f in PLANTED if f.kind == "stale"], ids=lambda f: f.name)
@@ -29,16 +46,8 @@ def test_a_fresh_backend_remembers_nothing(fault: Fault) -> None:
         assert all(torch.equal(a[n], b[n]) for n in a)
 
 
-# quantized_linear has a frozen weight: no step that trains a whole model calls it; no setup has
-# experts yet
-UNCALLED = (
-    "quantized_linear",
-    "quantized_grouped_linear",
-    "route",
-    "permute",
-    "grouped_linear",
-    "unpermute",
-)
+# they have a frozen weight: no step that trains a whole model calls them
+UNCALLED = ("quantized_linear", "quantized_grouped_linear")
 TRAINED = [n for n in ops.all_ops() if n in ops.__all__ and n not in UNCALLED]
 
 

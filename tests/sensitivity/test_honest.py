@@ -6,7 +6,6 @@ import pytest
 
 from glm_core.faults.catalogue import BENIGN
 from glm_core.sensitivity import honest
-from glm_core.sensitivity.setups import SETUPS
 
 
 @pytest.mark.parametrize(
@@ -28,4 +27,4 @@ def test_every_model_is_judged_with_backends_ways_to_run_and_kernels() -> None:
         assert {b.registered for b in chosen} == {"", "cpu", "onnxrt"}
         assert all(b in BENIGN for b in chosen)
         seen.add((run.model.norm, run.train.dtype))
-    assert len(seen) == len(SETUPS) + 1  # three setups in two dtypes, two of the same norm
+    assert len(seen) == len(honest.MODELS) + 1  # three setups in two dtypes, two of the same norm

@@ -52,6 +52,14 @@ def step_calls(setup: str, dtype: str) -> list[Call]:
     return free_run(run, tuple(range(1, STEPS + 1))).calls
 
 
+def two_steps(setup: str) -> Run:
+    """Returns a setup's reference run in float32 after two steps."""
+    config = setups.config(setup, "float32", 2)
+    run = Run(config, setups.Drawn(rows(config)), "reference")
+    free_run(run)
+    return run
+
+
 def outcomes(backend: Backend, calls: list[Call]) -> list[Results]:
     """Returns the backend's results of the calls for whose ops it has kernels, both directions."""
     with dispatch.activate(backend):

@@ -22,6 +22,22 @@ from glm_core.training import checkpoint
 from glm_core.training.run import run
 
 V, L = 64, 16
+SPARSE: dict[str, Any] = {
+    "norm": "rms",
+    "placement": "pre",
+    "activation": "swiglu",
+    "linear_bias": False,
+    "tied_head": False,
+    "num_experts": 8,
+    "experts_per_token": 2,
+    "expert_ffn": 8,
+    "num_shared_experts": 1,
+    "num_dense_layers": 1,
+    "num_mtp_layers": 1,
+    "expert_groups": 2,
+    "init_std": 0.2,
+}
+"""changes the toy's model into one with two sparse layers, one for multi-token prediction"""
 
 
 class Sampler:

@@ -24,21 +24,6 @@ from glm_core.training.run import run
 from glm_core.training.trainer import Trainer
 
 N, D, X, T = 256, 16, 8, 2
-SPARSE = {
-    "norm": "rms",
-    "placement": "pre",
-    "activation": "swiglu",
-    "linear_bias": False,
-    "tied_head": False,
-    "num_experts": X,
-    "experts_per_token": T,
-    "expert_ffn": 8,
-    "num_shared_experts": 1,
-    "num_dense_layers": 1,
-    "num_mtp_layers": 1,
-    "expert_groups": 2,
-    "init_std": 0.2,
-}
 RATE = 0.01
 
 
@@ -110,7 +95,7 @@ def test_a_step_down_the_loss_evens_the_loads() -> None:
 
 def config(dtype: str = "float32", rate: float = RATE, weight: float = 0.1, **k: Any) -> RunConfig:
     fixed = {"steps": 4, "ramp_from": 0, "save_every": 0}
-    model: dict[str, Any] = SPARSE | {"balance_weight": weight}
+    model: dict[str, Any] = toy.SPARSE | {"balance_weight": weight}
     return toy.config(model, dtype=dtype, balance_rate=rate, **fixed | k)
 
 

@@ -113,8 +113,8 @@ def make(model: str, dtype: Any) -> Baseline:
     eps = max(EPS[dtype], EPS["float32"] * (sample.ROWS * sample.LENGTH) ** 0.5)
     return Baseline(
         {"loss": (curve.loss, np.array(loss)), "norm": (curve.grad_norm, np.array(norm))},
-        exact[1],
-        error_bound(np.array([b[1] for b in benign]), eps, RATE),
+        exact.gradients,
+        error_bound(np.array([b.gradient for b in benign]), eps, RATE),
         run.first,
         error_bound(np.array(apart_first), EPS["float32"], RATE),
         last,

@@ -216,9 +216,8 @@ class ModelConfig:
 
     def _dense_rules(self) -> dict[str, Any]:
         """Returns the rules of `check` for a model without experts."""
-        names = ("experts_per_token", "expert_ffn", "num_shared_experts", "num_dense_layers")
-        names += ("balance_weight",)
-        return {name: not getattr(self, name) or "needs num_experts" for name in names}
+        names = "experts_per_token expert_ffn num_shared_experts num_dense_layers balance_weight"
+        return {n: not getattr(self, n) or "needs num_experts" for n in names.split()}
 
     def _latent_rules(self) -> dict[str, Any]:
         """Returns the rules of `check` for latent attention, or for attention without it."""

@@ -42,8 +42,8 @@ def exact_gradients(
             p.copy_(snapshot.weights[name].to(dtype))
     total = sum(float(b.loss_weight.sum()) for b in snapshot.batches)
     loss = 0.0
-    following = choices.imposed(chosen, len(snapshot.batches)) if chosen else dispatch.intercept(None)
-    with following, registry.use("reference"), choices.recorded(model) as own:
+    choice = choices.imposed(chosen, len(snapshot.batches)) if chosen else dispatch.intercept(None)
+    with choice, registry.use("reference"), choices.recorded(model) as own:
         for b in snapshot.batches:
             weight = b.loss_weight.double() / total
             part = model.loss(b.tokens, b.positions, b.key_start, b.key_end, b.labels, weight)

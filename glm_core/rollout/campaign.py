@@ -17,6 +17,8 @@ from glm_core.rollout.verdict import judge
 
 TARGET = 0.95
 """share of the planted mistakes that must be found, and that must be named"""
+PENALTY = 1.5
+"""repetition penalty that a sampler leaves out"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -123,15 +125,13 @@ def judged(case: Case, plant: Plant, paths: Paths | None = None) -> Row:
 
 
 def penalised(kind: str, dtype: str, seed: int) -> Iterator[Row]:
-    """Yields outcomes where the settings state a penalty of 1.2: reported without it, and drawn
-    without it."""
-    stated = Settings(dtype=dtype, temperature=1.0, repetition_penalty=1.2, processed=True)
+    """Yields outcomes where the settings state a penalty: reported without it, and drawn without
+    it."""
+    stated = Settings(dtype=dtype, temperature=1.0, repetition_penalty=PENALTY, processed=True)
     case = make_case(kind, dtype, seed, stated)
     yield judged(case, Plant("as stated, with a penalty", "", lambda c: c.engine()))
-    raw = Plant(
-        "reported from logits before a penalty", "processing", lambda c: c.engine(shaping=Shaping())
-    )
-    yield judged(case, raw)
+    label = "reported from logits before a penalty"
+    yield judged(case, Plant(label, "penalty", lambda c: c.engine(shaping=Shaping())))
     case = make_case(kind, dtype, seed, stated, Sampling())
     yield judged(case, Plant("sampled from logits before a penalty", "draws", lambda c: c.engine()))
 

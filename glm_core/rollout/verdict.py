@@ -15,6 +15,8 @@ from glm_core.rollout.distribution import Draws
 from glm_core.rollout.files import Array, Reply, per_token
 
 FALSE_ALARM_RATE = 1e-3
+DRAWS_SHARE = 0.25
+"""share of this rate that is for whether the tokens can be draws"""
 SAFETY_FACTOR = 2.0
 """a size or a lean may be this many times the largest of the controls"""
 PEAK_FACTOR = 4.0
@@ -144,8 +146,8 @@ def judge(
     d, honest = reported - base, controls - base
     known = list(causes)
     parts = _groups(replies, base)
-    count = 2 * sum(len(np.unique(g)) for g in parts.values()) + len(known) + 3
-    z = critical_z(rate, count)
+    count = 2 * sum(len(np.unique(g)) for g in parts.values()) + len(known)
+    z = critical_z((1 - DRAWS_SHARE) * rate, count)
     blocks = _blocks(replies)
     tests = [
         test
@@ -157,8 +159,9 @@ def judge(
         Check("all tokens", "peak", float(np.abs(d).max()), peak, float(np.abs(d).max() / peak))
     )
     if drawn is not None:
+        own_z = critical_z(DRAWS_SHARE * rate, len(drawn))
         for name, value in zip(drawn._fields, drawn, strict=True):
-            tests.append(Check(name, "draws", value, z, abs(value) / z))
+            tests.append(Check(name, "draws", value, own_z, abs(value) / own_z))
     fits = [(c, *_likeness(c, d, honest, blocks, z)) for c in known]
     tests += [test for _, _, test in fits]
     guilty = sorted((t for t in tests if t.ratio > 1), key=lambda t: -t.ratio)

@@ -13,7 +13,7 @@ import torch
 from glm_core import cli
 from glm_core.cli import rollout as command
 from glm_core.errors import RolloutError
-from glm_core.rollout import files, mistakes
+from glm_core.rollout import evidence, files, mistakes
 from glm_core.rollout.campaign import Campaign, Row, judged
 from glm_core.rollout.distribution import Drawn, Shaping, of_tokens, shaped
 from glm_core.rollout.evidence import gather
@@ -24,7 +24,7 @@ from glm_core.rollout.planted import Case, honest, make_case, plants
 
 @pytest.fixture(scope="module")
 def case() -> Case:
-    return make_case("experts", "float32", 1, num_replies=16)
+    return make_case("experts", "float32", 1, num_replies=12)
 
 
 @pytest.fixture(scope="module")
@@ -32,19 +32,16 @@ def paths(case: Case) -> Paths:
     return Paths({0: case.model}, case.replies)
 
 
-NAMED = (
+PLACED = (
     "prompts' cache of older weights",
-    "tied head not refreshed",
-    "head in bfloat16",
     "router in bfloat16",
     "rope one short, chunks of 16",
     "mask one key short at a hit",
-    "experts' weights reversed",
     "int8, groups of 32",
 )
 
 
-@pytest.mark.parametrize("label", NAMED)
+@pytest.mark.parametrize("label", PLACED)
 def test_a_planted_mistake_is_named_and_placed(case: Case, paths: Paths, label: str) -> None:
     [plant] = [p for p in plants() if p.label == label]
     row = judged(case, plant, paths)
@@ -52,7 +49,14 @@ def test_a_planted_mistake_is_named_and_placed(case: Case, paths: Paths, label: 
     assert row.placed, row.place
 
 
-@pytest.mark.parametrize("label", ["chunks of 16", "experts added backwards"])
+@pytest.mark.parametrize("label", ["tied head not refreshed", "top-p 0.9 folded in"])
+def test_a_planted_mistake_is_named_without_the_paths(case: Case, label: str) -> None:
+    [plant] = [p for p in plants() if p.label == label]
+    row = judged(case, plant)
+    assert (row.diverged, row.named) == (True, plant.cause)
+
+
+@pytest.mark.parametrize("label", ["experts added backwards"])
 def test_an_honest_difference_is_acquitted(case: Case, paths: Paths, label: str) -> None:
     [plant] = [p for p in honest() if p.label == label]
     row = judged(case, plant, paths)
@@ -77,11 +81,12 @@ def test_the_command_judges_files(
     own = written(case, tmp_path / "own.jsonl")
     folded = written(case, tmp_path / "folded.jsonl", Shaping(0.9))
     monkeypatch.setattr(command, "load_model", lambda path, dtype: case.model)
+    monkeypatch.setattr(evidence, "gather", lambda *args: case.evidence)
     words = ["align", "rollout", own, folded]
     assert cli.main(words) == 2
     assert "not judged" in capsys.readouterr().out
     assert cli.main([*words, "--control", own, "--json"]) == 1
-    assert json.loads(capsys.readouterr().out)["figures"]["tokens"] == 16 * 12
+    assert json.loads(capsys.readouterr().out)["figures"]["tokens"] == 12 * 12
     assert cli.main([*words, "--model", "DIR"]) == 1
     shown = capsys.readouterr().out
     assert "temperature 0.9 is folded into the reported log probabilities" in shown

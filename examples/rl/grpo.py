@@ -19,14 +19,14 @@ from torch import Tensor
 
 from glm_core.align.charts import Series, chart
 from glm_core.backends import registry
-from glm_core.config import ModelConfig, TrainConfig
+from glm_core.config import DataConfig, ModelConfig, RunConfig, TrainConfig, to_dict
 from glm_core.model.generate import generate
 from glm_core.model.glm import GLM
 from glm_core.model.prompt import causal
 from glm_core.model.sample import Sampling
-from glm_core.rollout.evidence import gather
+from glm_core.rollout import files
 from glm_core.rollout.files import Reply, Rollout, Settings
-from glm_core.rollout.verdict import figures, judge
+from glm_core.training import checkpoint
 from glm_core.training.optimizer import Optimizer, learning_rate
 
 DIGITS, BEGIN, EQUALS, VOCAB = 10, 10, 11, 16
@@ -61,7 +61,7 @@ class Task:
             num_heads=4,
             ffn=128,
             vocab=VOCAB,
-            max_length=2 + 2 * self.digits,
+            max_length=max(16, 2 + 2 * self.digits),
             norm="rms",
             placement="pre",
             activation="swiglu",
@@ -132,11 +132,18 @@ def advantages(task: Task, rewards: Tensor) -> Tensor:
     return (centred / (by_group.std(1, keepdim=True) + 1e-4)).flatten()
 
 
-def train(
-    task: Task, dtype: str, seed: int, backend: str = "cpu"
-) -> tuple[list[Step], GLM, tuple[Reply, ...]]:
-    """Trains one model. Returns the figures of each step, the model, and the replies that its last
-    weights drew."""
+class Trained(NamedTuple):
+    """What one run leaves behind."""
+
+    steps: list[Step]
+    masters: dict[str, Tensor]
+    """the last weights in float32"""
+    replies: tuple[Reply, ...]
+    """replies that these weights drew, in the working dtype"""
+
+
+def train(task: Task, dtype: str, seed: int, backend: str = "cpu") -> Trained:
+    """Trains one model from random weights."""
     torch.manual_seed(seed)
     source = random.Random(seed)
     model = GLM(task.model()).init_weights(seed)
@@ -170,19 +177,18 @@ def train(
                     float((late - 1).abs().max()),
                 )
             )
-        return steps, model, draw(model, task, source, 0)
+        return Trained(steps, optimizer.master, draw(model, task, source, 0))
 
 
-def verdict(model: GLM, replies: tuple[Reply, ...], dtype: str) -> str:
-    """Returns what `align rollout` says about the sampler's log probabilities."""
-    known = gather({0: model}, replies, Settings(dtype=dtype))
-    rollout = Rollout(Settings(dtype=dtype), replies)
-    found = judge(rollout.logprobs, known.base, known.controls, replies, known.causes, known.drawn)
-    shown = figures(known.controls[0], rollout.logprobs, replies)
-    return (
-        f"{found.verdict}; mean |d logprob| {shown.mean:.2e}, max {shown.max:.2e}, "
-        f"k3 {shown.k3:.2e}, equal to the bit {shown.equal:.1%}; {found.sentence}"
-    )
+def save(folder: Path, task: Task, trained: Trained, dtype: str) -> None:
+    """Writes the last weights as a checkpoint, and the replies they drew as a rollout, both as
+    `glm-core align rollout` reads them."""
+    data = DataConfig(length=task.model().max_length, vocab=VOCAB)  # rewards take its place
+    facts = {"config": to_dict(RunConfig(model=task.model(), train=task.train, data=data))}
+    tensors = {f"master.{name}": value for name, value in trained.masters.items()}
+    checkpoint.save(folder / checkpoint.FOLDER, task.train.steps, tensors, facts, keep=1)
+    settings = Settings(engine="glm_core", dtype=dtype, temperature=1.0)
+    files.save(Rollout(settings, trained.replies), folder / "rollout.jsonl")
 
 
 def page(runs: dict[str, list[Step]]) -> str:
@@ -206,6 +212,20 @@ def page(runs: dict[str, list[Step]]) -> str:
     return f"<!doctype html><meta charset=utf-8><style>{style}</style>{''.join(charts)}"
 
 
+def summary(steps: Sequence[Step]) -> str:
+    """Returns a run's figures in words."""
+
+    def mean(field: str) -> float:
+        return sum(getattr(s, field) for s in steps) / len(steps)
+
+    last = [s.reward for s in steps[-10:]]
+    return (
+        f"reward {steps[0].reward:.2f} -> {sum(last) / len(last):.2f}; on-policy mean |d logprob| "
+        f"{mean('mean_deviation'):.1e}, largest |ratio - 1| {max(s.max_ratio for s in steps):.1e}, "
+        f"{mean('equal'):.0%} of ratios are 1 to the bit"
+    )
+
+
 def main(words: Sequence[str] | None = None) -> None:
     """Trains every dtype with every seed, and writes the figures and the page."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -220,17 +240,12 @@ def main(words: Sequence[str] | None = None) -> None:
     runs: dict[str, list[Step]] = {}
     for dtype in args.dtypes.split(","):
         for seed in range(1, args.seeds + 1):
-            steps, model, replies = train(task, dtype, seed, args.backend)
-            name = f"{dtype}, seed {seed}"
-            runs[name] = steps
-            last = steps[-10:]
-            print(
-                f"{name}: reward {steps[0].reward:.2f} -> "
-                f"{sum(s.reward for s in last) / len(last):.2f}; on-policy largest |ratio - 1| "
-                f"{max(s.max_ratio for s in steps):.2e}, mean |d logprob| "
-                f"{sum(s.mean_deviation for s in steps) / len(steps):.2e}"
-            )
-            print(f"  last weights: {verdict(model, replies, dtype)}")
+            trained = train(task, dtype, seed, args.backend)
+            folder = args.out / f"{dtype}-{seed}"
+            save(folder, task, trained, dtype)
+            runs[f"{dtype}, seed {seed}"] = steps = trained.steps
+            judge = f"glm-core align rollout {folder / 'rollout.jsonl'} --model {folder}"
+            print(f"{dtype}, seed {seed}: {summary(steps)}\n  judge it: {judge}")
     args.out.mkdir(parents=True, exist_ok=True)
     plain = {name: [s._asdict() for s in steps] for name, steps in runs.items()}
     (args.out / "steps.json").write_text(json.dumps(plain), encoding="utf-8")

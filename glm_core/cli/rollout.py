@@ -142,22 +142,21 @@ def weights(names: list[str], dtype: str) -> dict[int, GLM]:
 
 
 def load_model(path: str, dtype: str) -> GLM:
-    """Returns the model of a training run or of a checkpoint of any layout."""
+    """Returns the model of a checkpoint of any layout, which has a config.json, or of a training
+    run."""
     from pathlib import Path
 
     import torch
 
-    from glm_core.errors import CheckpointError
     from glm_core.pretrained.load import load_run_model
     from glm_core.pretrained.weights.reading import open_checkpoint
     from glm_core.training import checkpoint
 
     working: torch.dtype = getattr(torch, dtype)
-    try:
-        file = checkpoint.find(Path(path))
-    except CheckpointError:
+    place = Path(path)
+    if ((place if place.is_dir() else place.parent) / "config.json").is_file():
         return open_checkpoint(path).load(working)
-    return load_run_model(file)[0].to(working)
+    return load_run_model(checkpoint.find(place))[0].to(working)
 
 
 def run_planted(args: argparse.Namespace) -> int:

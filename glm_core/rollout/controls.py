@@ -19,27 +19,29 @@ from glm_core.rollout.engine import generated, trained
 from glm_core.rollout.files import Array, Reply
 
 _Way = tuple[str, Callable[[], AbstractContextManager[object]], Callable[..., Iterator[Tensor]]]
+NUM_ROUNDED = 6
+"""controls below float32 whose intermediates are rounded once more, three of four, drawn anew"""
 ROUNDED_ELEMENTS = 1024
 """the smallest intermediate that a control rounds once more"""
 
 
 def _ways(dtype: torch.dtype) -> list[_Way]:
-    """Returns the honest ways by name: by the training forward pass in two batches, in two other
-    orders of summation and, below float32, with intermediates rounded once more; and as a
-    generator does, with two sizes of chunks and batches."""
+    """Returns the honest ways by name: by the training forward pass, as a generator does with two
+    sizes of chunks and batches, in other orders of summation, and below float32 with intermediates
+    rounded once more."""
     none = nullcontext
     found: list[_Way] = [
         ("training forward", none, trained),
-        ("other batches", none, partial(trained, rows=5)),
-        ("regrouped", partial(Regrouped, 1), trained),
-        ("regrouped again", partial(Regrouped, 2), trained),
         ("prefill and decode", none, partial(generated, slots=32)),
         ("small chunks", none, partial(generated, chunk=16, slots=12)),
+        ("regrouped", partial(Regrouped, 1), trained),
     ]
-    if dtype in (torch.bfloat16, torch.half):
-        for seed in (1, 2):
-            rounded = partial(Rounded, dtype, ROUNDED_ELEMENTS, seed=seed)
-            found.append((f"rounded {seed}", rounded, trained))
+    if dtype not in (torch.bfloat16, torch.half):
+        more: _Way = ("regrouped again", partial(Regrouped, 2), trained)
+        return [*found, more, ("other batches", none, partial(trained, rows=5))]
+    for seed in range(NUM_ROUNDED):
+        rounded = partial(Rounded, dtype, ROUNDED_ELEMENTS, seed=seed)
+        found.append((f"rounded {seed}", rounded, trained))
     return found
 
 

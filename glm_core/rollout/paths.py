@@ -30,6 +30,8 @@ SAFETY_FACTOR = 4.0
 """a deviation may be this many times the largest honest one"""
 CHUNK = 16
 """tokens of a prompt that the engine reads at once, so that short prompts have several chunks"""
+NUM_TOKENS = 12
+"""tokens of a reply that are bisected"""
 NUM_REPLIES = 3
 """replies that are bisected: those with the longest prompts, and one behind a prefix hit"""
 
@@ -176,9 +178,8 @@ class Paths:
 
     def __init__(self, models: Mapping[int, GLM], replies: Sequence[Reply]) -> None:
         """models: by the step of the replies they drew."""
-        self._chosen = [
-            (number, models[replies[number].step], replies[number]) for number in _chosen(replies)
-        ]
+        chosen = [(number, _begun(replies[number])) for number in _chosen(replies)]
+        self._chosen = [(number, models[r.step], r) for number, r in chosen]
 
     @functools.cached_property
     def _right(self) -> list[tuple[dict[Key, Call], Limits]]:
@@ -204,6 +205,12 @@ class Paths:
             if found is not None:
                 return dataclasses.replace(found, reply=number)
         return Parting()
+
+
+def _begun(reply: Reply) -> Reply:
+    """Returns a reply with its first tokens alone."""
+    first = slice(NUM_TOKENS)
+    return dataclasses.replace(reply, tokens=reply.tokens[first], logprobs=reply.logprobs[first])
 
 
 def _chosen(replies: Sequence[Reply]) -> list[int]:

@@ -23,7 +23,7 @@ from glm_core.rollout.engine import PLAIN, Variant, generated
 from glm_core.rollout.evidence import Evidence, gather
 from glm_core.rollout.files import Array, Reply, Settings
 
-NUM_REPLIES, NUM_TOKENS, PREFIX = 32, 12, 16
+NUM_REPLIES, NUM_TOKENS, PREFIX = 32, 24, 16
 UPDATE = 1e-3
 """an update before which a cache or a head is stale: each weight moves by this much, as in a step
 of Adam with this rate"""
@@ -122,7 +122,9 @@ def plants() -> list[Plant]:
         _inside("mask one key short at a hit", mask, "attention", lambda c: m.hidden_key()),
         _inside("mask one key long at a hit", mask, "attention", lambda c: m.seen_key()),
         _inside("experts' weights reversed", "expert pairing", "unpermute", _reversed, "experts"),
-        _inside("experts added in bfloat16", "expert sums", "unpermute", _low_sums, "experts"),
+        _inside(
+            "experts added in bfloat16", "expert sums", "unpermute", _low_sums, "experts", "float32"
+        ),
         _inside("int8, a scale per row", "8-bit weights", codes, lambda c: m.quantised(8, 0)),
         _inside("int8, groups of 32", "8-bit weights", codes, lambda c: m.quantised(8, 32)),
         _inside("int4, groups of 32", "4-bit weights", codes, lambda c: m.quantised(4, 32)),
@@ -163,7 +165,15 @@ def honest() -> list[Plant]:
         Plant("one reply at a time", "", _alone),
         Plant("kernels of the cpu backend", "", on_cpu),
         _inside("experts added backwards", "", "", lambda c: mistakes.other_order(), "experts"),
+        _inside(
+            "experts added in bfloat16, as in bfloat16", "", "", _low_sums, "experts", "bfloat16"
+        ),
+        Plant("head in bfloat16, as in bfloat16", "", _low_head, only=("bfloat16",)),
     ]
+
+
+def _low_head(case: Case) -> Array:
+    return case.engine(mistakes.low_head())
 
 
 def _on(backend: str, case: Case) -> Array:

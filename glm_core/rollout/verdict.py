@@ -247,7 +247,8 @@ def _named(
             return cause.name, cause.sentence.format(best.value)
     if all(t.statistic == "draws" for t in guilty):
         return "draws", "the tokens were not drawn from the distribution that the settings state"
-    if beyond <= 0 or _unevenness(d, parts) > UNEVEN:
+    clear = float(d @ d) > SAFETY_FACTOR**2 * float((honest**2).sum(1).max())
+    if not clear or _unevenness(d, parts) > UNEVEN:
         return "", ""
     sizes = {c.name: _distance(beyond, c) for c, _, _ in fits if c.noise}
     name = min(sizes, key=lambda n: sizes[n], default="")

@@ -4,10 +4,14 @@ written."""
 from __future__ import annotations
 
 import dataclasses
+import re
 import runpy
+from pathlib import Path
 
 import pytest
 from rooms import ROOT
+
+from glm_core import cli
 
 EXAMPLE = runpy.run_path(str(ROOT / "examples" / "rl" / "grpo.py"))
 
@@ -15,10 +19,20 @@ EXAMPLE = runpy.run_path(str(ROOT / "examples" / "rl" / "grpo.py"))
 def test_a_policy_learns_from_rewards_alone() -> None:
     task = EXAMPLE["Task"](digits=1, prompts=4, group=8, updates=2)
     task = dataclasses.replace(task, train=dataclasses.replace(task.train, steps=16, lr=2e-2))
-    steps, _, _ = EXAMPLE["train"](task, "float32", 1)
+    trained = EXAMPLE["train"](task, "float32", 1)
+    steps = trained.steps
     assert steps[-1].reward > steps[0].reward + 0.15
     assert max(s.max_ratio for s in steps) < 1e-4  # float32 rounding, no more
     assert min(s.late_ratio for s in steps) > 1e-3  # the second update is off-policy
+
+
+def test_what_a_run_leaves_is_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--steps", "1", "--seeds", "1", "--dtypes", "bfloat16", "--out", str(tmp_path)]
+    EXAMPLE["main"](words)
+    [command] = re.findall(r"judge it: glm-core (.+)", capsys.readouterr().out)
+    assert cli.main(command.split()) == 0
+    assert "aligned: honest rounding explains all" in capsys.readouterr().out
+    assert (tmp_path / "report.html").is_file()
 
 
 @pytest.mark.parametrize(

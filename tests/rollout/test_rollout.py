@@ -24,7 +24,7 @@ from glm_core.rollout.planted import Case, honest, make_case, plants
 
 @pytest.fixture(scope="module")
 def case() -> Case:
-    return make_case("experts", "float32", 1, num_replies=12)
+    return make_case("experts", "float32", 1, num_replies=8)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_the_command_judges_files(
     assert cli.main(words) == 2
     assert "not judged" in capsys.readouterr().out
     assert cli.main([*words, "--control", own, "--json"]) == 1
-    assert json.loads(capsys.readouterr().out)["figures"]["tokens"] == 12 * 12
+    assert json.loads(capsys.readouterr().out)["figures"]["tokens"] == 8 * 24
     assert cli.main([*words, "--model", "DIR"]) == 1
     shown = capsys.readouterr().out
     assert "temperature 0.9 is folded into the reported log probabilities" in shown

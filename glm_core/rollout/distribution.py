@@ -109,27 +109,33 @@ def collect(
 
 class Draws(NamedTuple):
     """Whether tokens can have been drawn from a distribution: two sums that are standard normal if
-    they were."""
+    they were. They are the scores of its temperature and of a repetition penalty, and so the
+    sharpest tests of a small change of either."""
 
-    surprise: float
+    temperature: float
     """sum of (-log p - entropy) / its standard deviation: positive where the tokens are less likely
     than those that the distribution draws"""
-    repeats: float
-    """the same for how often a token stood in prompt or reply before"""
+    penalty: float
+    """the same for the size of the logits of tokens that stood in prompt or reply before: positive
+    where such tokens are drawn too often"""
 
 
 def draws(logits: Iterable[Tensor], replies: Sequence[Reply], how: Shaping) -> Draws:
     """Returns how the tokens of replies deviate from draws of the shaped distribution. Each token's
     term has mean zero given those before it, so the sums are martingales."""
-    sums = np.zeros(4)
+    sums = np.zeros((2, 2))
     for part in drawn(logits, replies):
         logp = shaped(part, how).double()  # [L, V]
-        p, finite = logp.exp(), logp.nan_to_num(neginf=0.0)
-        entropy = -(p * finite).sum(-1)
-        variance = (p * finite.square()).sum(-1) - entropy.square()
-        own = torch.from_numpy(of_tokens(part, how)).to(p.device)
-        share = (p * part.seen).sum(-1)
-        hit = part.seen.gather(-1, part.ids[:, None])[:, 0].double()
-        terms = (-own - entropy, variance.clamp(min=0), hit - share, share * (1 - share))
-        sums += [float(t.sum()) for t in terms]
-    return Draws(*(float(s / max(v, 1e-300) ** 0.5) for s, v in (sums[:2], sums[2:])))
+        repeated = part.logits.double().abs() * part.seen
+        for row, score in enumerate((-logp.nan_to_num(neginf=0.0), repeated)):
+            sums[row] += _deviation(score, logp.exp(), part.ids)
+    return Draws(*(float(s / max(v, 1e-300) ** 0.5) for s, v in sums))
+
+
+def _deviation(score: Tensor, p: Tensor, ids: Tensor) -> tuple[float, float]:
+    """Returns the sum of the drawn tokens' scores minus their means, and the sum of their
+    variances;  score and p [L, V]."""
+    mean = (p * score).sum(-1)
+    variance = (p * score.square()).sum(-1) - mean.square()
+    own = score.gather(-1, ids[:, None])[:, 0]
+    return float((own - mean).sum()), float(variance.clamp(min=0).sum())

@@ -1,12 +1,14 @@
 """GRPO on a toy task: a small GLM learns to write digits backwards, from rewards alone.
 
 Rollouts come from our generator, updates from our optimizer, and both use the same weights in
-memory. What is watched: on the weights that drew the tokens, every importance ratio should be 1."""
+memory. What is watched: on the weights that drew the tokens, every importance ratio should be 1. In
+exact arithmetic (docs/exact.md) it is, to the bit, which is asserted in every step."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import random
 import sys
@@ -33,7 +35,7 @@ DIGITS, BEGIN, EQUALS, VOCAB = 10, 10, 11, 16
 """tokens 0 to 9 are digits"""
 CLIP = 0.2
 """ratios beyond 1 +- CLIP have no gradient (Schulman et al. 2017, eq. 7)"""
-COLORS = ("#b00020", "#00796b", "#1a4f8b", "#9a5b00", "#6a4c93", "#2d3748")
+COLORS = ("#b00020", "#00796b", "#1a4f8b", "#9a5b00")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,8 +144,9 @@ class Trained(NamedTuple):
     """replies that these weights drew, in the working dtype"""
 
 
-def train(task: Task, dtype: str, seed: int, backend: str = "cpu") -> Trained:
-    """Trains one model from random weights."""
+def train(task: Task, dtype: str, seed: int, exact: bool = False) -> Trained:
+    """Trains one model from random weights. exact: in exact arithmetic, where every on-policy ratio
+    must be 1 to the bit."""
     torch.manual_seed(seed)
     source = random.Random(seed)
     model = GLM(task.model()).init_weights(seed)
@@ -152,7 +155,7 @@ def train(task: Task, dtype: str, seed: int, backend: str = "cpu") -> Trained:
     optimizer = Optimizer(model, task.train)
     optimizer.load_masters(masters)
     steps = []
-    with registry.use(backend):
+    with registry.use("cpu", exact=exact):
         for number in range(1, task.train.steps + 1):
             replies = draw(model, task, source, number)
             drawn = torch.tensor([r.logprobs for r in replies])  # [B, R]
@@ -168,6 +171,7 @@ def train(task: Task, dtype: str, seed: int, backend: str = "cpu") -> Trained:
                 optimizer.step(learning_rate(task.train, number))
                 found.append((deviation.detach(), ratio.detach()))
             (first, ratio), (_, late) = found[0], found[-1]
+            assert not exact or bool((ratio == 1).all()), f"step {number}: a ratio is not 1"
             steps.append(
                 Step(
                     float(rewards.mean()),
@@ -180,24 +184,31 @@ def train(task: Task, dtype: str, seed: int, backend: str = "cpu") -> Trained:
         return Trained(steps, optimizer.master, draw(model, task, source, 0))
 
 
-def save(folder: Path, task: Task, trained: Trained, dtype: str) -> None:
+def save(folder: Path, task: Task, trained: Trained, settings: Settings) -> None:
     """Writes the last weights as a checkpoint, and the replies they drew as a rollout, both as
     `glm-core align rollout` reads them."""
     data = DataConfig(length=task.model().max_length, vocab=VOCAB)  # rewards take its place
     facts = {"config": to_dict(RunConfig(model=task.model(), train=task.train, data=data))}
     tensors = {f"master.{name}": value for name, value in trained.masters.items()}
     checkpoint.save(folder / checkpoint.FOLDER, task.train.steps, tensors, facts, keep=1)
-    settings = Settings(engine="glm_core", dtype=dtype, temperature=1.0)
     files.save(Rollout(settings, trained.replies), folder / "rollout.jsonl")
 
 
-def page(runs: dict[str, list[Step]]) -> str:
-    """Returns an HTML page with reward, ratio and drift of all runs."""
+def page(runs: dict[str, list[list[Step]]]) -> str:
+    """Returns an HTML page with reward, ratio and drift of all runs; the seeds of one way to
+    compute have one colour."""
 
     def of(field: str) -> list[Series]:
         return [
-            Series(name, range(1, len(steps) + 1), [getattr(s, field) for s in steps], color)
-            for (name, steps), color in zip(runs.items(), COLORS * len(runs), strict=False)
+            Series(
+                "" if seed else name,
+                range(1, len(steps) + 1),
+                [getattr(s, field) for s in steps],
+                color,
+                width=1.0,
+            )
+            for (name, seeds), color in zip(runs.items(), COLORS, strict=False)
+            for seed, steps in enumerate(seeds)
         ]
 
     charts = [
@@ -227,27 +238,28 @@ def summary(steps: Sequence[Step]) -> str:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Trains every dtype with every seed, and writes the figures and the page."""
+    """Trains with every dtype, arithmetic and seed, and writes the figures and the page."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--arithmetic", default="fast,exact", help="fast, exact (docs/exact.md)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--backend", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("runs/rl"))
     args = parser.parse_args(words)
     base = Task()
     task = dataclasses.replace(base, train=dataclasses.replace(base.train, steps=args.steps))
-    runs: dict[str, list[Step]] = {}
-    for dtype in args.dtypes.split(","):
+    runs: dict[str, list[list[Step]]] = {}
+    for dtype, how in itertools.product(args.dtypes.split(","), args.arithmetic.split(",")):
         for seed in range(1, args.seeds + 1):
-            trained = train(task, dtype, seed, args.backend)
-            folder = args.out / f"{dtype}-{seed}"
-            save(folder, task, trained, dtype)
-            runs[f"{dtype}, seed {seed}"] = steps = trained.steps
+            trained = train(task, dtype, seed, exact=how == "exact")
+            runs.setdefault(f"{dtype} {how}", []).append(trained.steps)
+            folder = args.out / f"{dtype}-{how}-{seed}"
+            save(folder, task, trained, Settings(engine=how, dtype=dtype, temperature=1.0))
             judge = f"glm-core align rollout {folder / 'rollout.jsonl'} --model {folder}"
-            print(f"{dtype}, seed {seed}: {summary(steps)}\n  judge it: {judge}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    plain = {name: [s._asdict() for s in steps] for name, steps in runs.items()}
+            judge += " --exact" if how == "exact" else ""
+            text = f"{dtype} {how}, seed {seed}: {summary(trained.steps)}\n  judge it: {judge}"
+            print(text, flush=True)
+    plain = {n: [[s._asdict() for s in steps] for steps in seeds] for n, seeds in runs.items()}
     (args.out / "steps.json").write_text(json.dumps(plain), encoding="utf-8")
     (args.out / "report.html").write_text(page(runs), encoding="utf-8")
     print(f"wrote {args.out / 'report.html'}", file=sys.stderr)

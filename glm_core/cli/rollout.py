@@ -7,7 +7,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from glm_core.cli.exits import EXIT_FAILED, EXIT_USAGE
-from glm_core.cli.options import add_json, emit
+from glm_core.cli.options import add_exact, add_json, emit
 from glm_core.cli.progress import ProgressLine
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def define(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="judge planted mistakes and honest differences instead of files",
     )
+    add_exact(parser)
     add_json(parser)
     parser.set_defaults(run=run)
 
@@ -107,7 +108,7 @@ def judged(args: argparse.Namespace) -> Report:
     models = weights(args.model, dtype)
     before = load_model(args.before, dtype) if args.before else None
     known = evidence.gather(models, sampler.replies, sampler.settings, before, ProgressLine())
-    trainer = read[0] if len(read) == 2 else recomputed(sampler, known.controls[0])
+    trainer = read[0] if len(read) == 2 else recomputed(sampler, models, args.exact)
     result = report.compare(trainer, sampler, known, args.files)
     if not args.backend:
         return result
@@ -119,11 +120,15 @@ def judged(args: argparse.Namespace) -> Report:
     return dataclasses.replace(result, place=parting.text())
 
 
-def recomputed(sampler: Rollout, logprobs: object) -> Rollout:
-    """Returns the trainer's side, computed by the training forward pass."""
-    import numpy as np
+def recomputed(sampler: Rollout, models: dict[int, GLM], exact: bool) -> Rollout:
+    """Returns the trainer's side, computed by the training forward pass: by the reference, or in
+    exact arithmetic."""
+    from glm_core.backends import registry
+    from glm_core.rollout.evidence import trained_logprobs
 
-    return sampler.given(np.asarray(logprobs), engine="training forward")
+    with registry.use("cpu" if exact else "reference", exact=exact):
+        found = trained_logprobs(models, sampler.replies, sampler.settings)
+    return sampler.given(found, engine="training forward")
 
 
 def weights(names: list[str], dtype: str) -> dict[int, GLM]:

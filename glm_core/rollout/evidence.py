@@ -42,13 +42,8 @@ def gather(
     weights before an update are those of the step before, where they are given, or `before`.
     Raises RolloutError for a step without weights, and for tokens that the model does not know."""
     show = progress or (lambda what, done, of: None)
-    steps = sorted({r.step for r in replies})
-    if missing := [s for s in steps if s not in models]:
-        raise RolloutError(
-            f"step {missing[0]}: no weights are given for it; known are those of "
-            f"{', '.join(map(str, sorted(models)))}"
-        )
-    members = {s: [i for i, r in enumerate(replies) if r.step == s] for s in steps}
+    members = _members(models, replies)
+    steps = list(members)
     parts = []
     for number, step in enumerate(steps):
         show(f"weights of step {step}", number, len(steps))
@@ -58,6 +53,31 @@ def gather(
     show("evidence", len(steps), len(steps))
     order = _order(replies, [i for s in steps for i in members[s]])
     return _joined(parts, order)
+
+
+def trained_logprobs(
+    models: Mapping[int, GLM], replies: Sequence[Reply], settings: Settings
+) -> Array:
+    """Returns the log probabilities of the training forward pass on the active backend. Raises
+    RolloutError as `gather` does."""
+    members = _members(models, replies)
+    parts = []
+    for step, numbers in members.items():
+        own = [replies[i] for i in numbers]
+        parts.append(collect(trained(models[step], own), own, [reported(settings)])[0])
+    return np.concatenate(parts)[_order(replies, [i for n in members.values() for i in n])]
+
+
+def _members(models: Mapping[int, GLM], replies: Sequence[Reply]) -> dict[int, list[int]]:
+    """Returns the numbers of each step's replies. Raises RolloutError for a step without
+    weights."""
+    steps = sorted({r.step for r in replies})
+    if missing := [s for s in steps if s not in models]:
+        raise RolloutError(
+            f"step {missing[0]}: no weights are given for it; known are those of "
+            f"{', '.join(map(str, sorted(models)))}"
+        )
+    return {s: [i for i, r in enumerate(replies) if r.step == s] for s in steps}
 
 
 def _of_step(

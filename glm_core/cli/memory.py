@@ -96,6 +96,7 @@ def load_within_memory(
     happens is decided, said on stderr, and refused (ConfigError) before any weight is read."""
     import torch
 
+    from glm_core.config import require_dense
     from glm_core.model.fit import BUFFERS
     from glm_core.model.offload import link_gb_s, stream_from_host, streamed_layers
     from glm_core.model.runner import require_draft_layer
@@ -103,6 +104,8 @@ def load_within_memory(
     from glm_core.pretrained.weights.streaming import LayerFiles, load_streamed
 
     require_draft_layer(weights.config, args.speculate)
+    if args.offload:
+        require_dense(weights.config, "--offload")  # its buffers hold layers of one kind
     dtype, speculate = getattr(torch, args.dtype), args.speculate > 0
     size = sizes(weights, dtype, args.bits, args.head_bits, speculate)
     found = _fit(args, weights, size, device, slots, most_slots)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from glm_core.dispatch import REGISTRY
 from glm_core.errors import ConfigError
-from glm_core.model.glm import GLM, Attention, LatentAttention
+from glm_core.model.glm import GLM, Attention
 
 Fetch = Callable[[int, nn.Module], None]
 """writes the weights of a layer into a block of the same tensors; called from a thread"""
@@ -63,7 +63,7 @@ class LayerStream:
             self._restart(layer)
         self._ahead[0].done.result()
         block = self._ahead.popleft().buffer
-        assert isinstance(block.attention, Attention | LatentAttention)
+        assert isinstance(block.attention, Attention)
         block.attention.layer = layer
         return block
 

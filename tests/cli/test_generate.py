@@ -125,6 +125,9 @@ def test_speculate(run_dir: Path, capsys: Any, tmp_path: Path) -> None:
         code, text, drafts = call(capsys, *command, *more, "--context", 64, "--speculate", 2)
         assert (code, text, said) == (0, plain, "")
         assert re.fullmatch(r"speculate: \d+ of \d+ drafted tokens were right\n", drafts)
+    code, _, said = call(capsys, *command, "--offload", "disk")
+    assert code == 2
+    assert "--offload: not possible with num_experts=16" in said
 
 
 def test_offload(run_dir: Path, capsys: Any) -> None:

@@ -48,14 +48,6 @@ def any_isa() -> Iterator[Callable[[str], None]]:
     cpu.select_isa(before)
 
 
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    """Sets torch's threads for one test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 ELEMENTWISE = {"adamw", "embedding"}
 """a published model's millions of elements run the same code as the small samples"""
 

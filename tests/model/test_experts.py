@@ -13,7 +13,7 @@ from torch import Tensor
 
 from glm_core.backends import registry
 from glm_core.config import ModelConfig
-from glm_core.errors import ConfigError
+from glm_core.errors import ConfigError, ShapeError
 from glm_core.model.cache import Cache
 from glm_core.model.fit import token_bytes
 from glm_core.model.generate import generate
@@ -130,8 +130,15 @@ def test_quantised_in_place_and_by_folder(tmp_path: Path, config: ModelConfig, b
         assert again.state_dict().keys() == model.state_dict().keys()
         for name, value in model.state_dict().items():
             assert torch.equal(again.state_dict()[name], value), name
+        writing.convert(stored, tmp_path / "back", writing.target("glm-core", dequantize=True))
+        values = open_checkpoint(tmp_path / "back").load().state_dict()
+        for name, value in stored.load().state_dict().items():
+            assert torch.equal(values[name], value), name
         inputs = batch()[:4]
-        logits, truth = again.logits(*inputs), exact.logits(*inputs)
+        logits = again.logits(*inputs)
+        dense = stored.load(torch.float32).logits(*inputs)  # values were rounded to float16
+        assert (dense - logits).norm() < 0.01 * logits.norm()
+        truth = exact.logits(*inputs)
         assert 0 < (logits - truth).norm() < (0.05 if bits == 8 else 0.8) * truth.norm()
         row = batch()[0][0].tolist()
         [done] = generate(again, [causal(row)], Sampling(max_tokens=3, temperature=0.0))
@@ -139,6 +146,14 @@ def test_quantised_in_place_and_by_folder(tmp_path: Path, config: ModelConfig, b
             one = batch_of(row)
             assert int(again.logits(*one)[0, -1].argmax()) == token
             row.append(token)
+
+
+def test_int4_needs_keys_of_an_even_width() -> None:
+    """The codes of the keys are those of the transposed matrix."""
+    odd = built(dataclasses.replace(LATENT, head_dim=25))
+    with pytest.raises(ShapeError, match=r"4 bits .* do not divide head_dim - rope_head_dim=17"):
+        list(convert(odd, Quantization(bits=4)))
+    assert list(convert(odd, Quantization(bits=8)))
 
 
 def batch_of(tokens: list[int]) -> tuple[Tensor, ...]:

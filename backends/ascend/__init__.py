@@ -159,6 +159,20 @@ def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     )
 
 
+@backend.implements(ops.quantized_grouped_linear, supports.quantized_grouped_linear)
+def quantized_grouped_linear(
+    rows: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    counts: Tensor,
+    bits: int = 8,
+    activation_bits: int = 16,
+) -> Tensor:
+    return autograd.QuantizedGroupedLinear.apply(  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+        rows.contiguous(), weight.contiguous(), scale.flatten(1).contiguous(), counts
+    )
+
+
 @backend.implements(ops.quantized_linear, supports.quantized_linear)
 def quantized_linear(
     x: Tensor,

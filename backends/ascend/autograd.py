@@ -99,14 +99,15 @@ class QuantizedLinear(torch.autograd.Function):
         return dx.to(dy.dtype), None, None, None, None
 
 
-def _by_expert(x: Tensor, weight: Tensor, ends: Tensor, group_type: int) -> Tensor:
+def _by_expert(
+    x: Tensor, weight: Tensor, ends: Tensor, group_type: int = 0, **codes: list[Tensor]
+) -> Tensor:
     """Calls npu_grouped_matmul for one tensor on each side. group_type 0: each expert's rows of x
     [M, K] times its matrix of weight [X, K, N]. 2: each expert's columns of x [N, M] times its rows
     of weight [M, K], [X, N, K]; x must be a transposed view (ops-transformer
-    docs/aclnnGroupedMatmulV4.md)."""
-    (y,) = _npu.npu_grouped_matmul(
-        [x], [weight], group_list=ends, split_item=3, group_type=group_type, group_list_type=0
-    )
+    docs/aclnnGroupedMatmulV4.md). codes: scales and offsets of a weight in int8."""
+    how = {"split_item": 3, "group_type": group_type, "group_list_type": 0}
+    (y,) = _npu.npu_grouped_matmul([x], [weight], group_list=ends, **how, **codes)
     return y
 
 
@@ -117,7 +118,7 @@ class GroupedLinear(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         ends = counts.cumsum(0)
         ctx.save_for_backward(rows, weight, counts, ends)
-        return _by_expert(rows, weight.transpose(1, 2), ends, 0)
+        return _by_expert(rows, weight.transpose(1, 2), ends)
 
     @staticmethod
     @once_differentiable
@@ -126,9 +127,28 @@ class GroupedLinear(torch.autograd.Function):
         drows = dweight = None
         dy = dy.contiguous()
         if ctx.needs_input_grad[0]:
-            drows = _by_expert(dy, weight, ends, 0)
+            drows = _by_expert(dy, weight, ends)
         if ctx.needs_input_grad[1]:
             dweight = _by_expert(dy.t(), rows, ends, 2)  # [X, F, D]
             # the page does not say what an expert without rows leaves in the result
             dweight = dweight.masked_fill((counts == 0)[:, None, None], 0.0)
         return drows, dweight, None
+
+
+class QuantizedGroupedLinear(torch.autograd.Function):
+    """Computes the same with int8 codes [X, F, D] and their scales [X, F]; only rows have a
+    gradient. The page wants offsets of codes, which are zero here."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, scale: Tensor, counts: Tensor) -> Tensor:
+        ends = counts.cumsum(0)
+        ctx.save_for_backward(weight, scale, ends)
+        codes = {"antiquant_scale": [scale], "antiquant_offset": [torch.zeros_like(scale)]}
+        return _by_expert(rows, weight.transpose(1, 2), ends, **codes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        weight, scale, ends = ctx.saved_tensors
+        wide = weight.float() * scale.float()[..., None]  # [X, F, D]
+        return _by_expert(dy.float().contiguous(), wide, ends).to(dy.dtype), None, None, None

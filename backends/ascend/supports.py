@@ -26,8 +26,6 @@ NO_CALL = {
     "operators sort on the device",
     "unpermute": "npu_moe_token_unpermute does not say whether it takes weights in float32 with "
     "rows in half precision; torch's own operators add the rows on the device",
-    "quantized_grouped_linear": "npu_grouped_matmul takes codes with offsets, int8 without groups; "
-    "this backend has no call of it with codes yet",
 }
 """by op of a mixture of experts: why none of torch_npu's operators runs it"""
 MOST_EXPERTS, GROUPED_WIDTH = 1024, 65535
@@ -130,11 +128,38 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Support:
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor) -> Support:
+    return first(takes(rows, weight), _by_expert(rows, weight, counts))
+
+
+def _by_expert(rows: Tensor, weight: Tensor, counts: Tensor) -> Support:
+    """Requires what npu_grouped_matmul takes, whatever the dtype of the weight is."""
     if len(weight) > MOST_EXPERTS or max(weight.shape[1:]) > GROUPED_WIDTH:
         limits = f"up to {MOST_EXPERTS} matrices of {GROUPED_WIDTH} rows and columns"
         return unsupported(f"npu_grouped_matmul takes {limits}, received {tuple(weight.shape)}")
     operator = "npu_grouped_matmul of bfloat16 and float32"
-    return first(fused(operator, rows, weight), exactly(torch.int64, counts=counts))
+    return first(fused(operator, rows), exactly(torch.int64, counts=counts))
+
+
+def quantized_grouped_linear(
+    rows: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    counts: Tensor,
+    bits: int = 8,
+    activation_bits: int = 16,
+) -> Support:
+    operator = "npu_grouped_matmul"
+    if bits == 4:
+        return unsupported(f"{operator} packs 4-bit codes along the outputs, ours lie along inputs")
+    if scale.dim() == 3 and scale.shape[2] > 1:
+        return unsupported(f"{operator} takes one scale a row of 8-bit codes, not groups")
+    if activation_bits == 8:
+        return unsupported(f"{operator} does not round activations; npu_dynamic_quant does by row")
+    if rows.dtype != torch.float16:  # its scales have the dtype of the rows
+        return unsupported(
+            f"{operator} keeps float16 scales for float16 only, received {rows.dtype}"
+        )
+    return first(_by_expert(rows, weight, counts), exactly(torch.float16, scale=scale))
 
 
 def quantized_linear(

@@ -170,7 +170,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 CASES = [
     c
     for c in select(BACKEND, modes=("test", "grad"))
-    if (c.dtype in DTYPES or c.op is ops.quantized_linear)
+    if (c.dtype in DTYPES or c.op in (ops.quantized_linear, ops.quantized_grouped_linear))
     and not c.raises
     and (c.op.name, c.sample.id) != ("global_norm", "none")  # has no device
 ]

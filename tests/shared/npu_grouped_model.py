@@ -22,11 +22,23 @@ def npu_grouped_matmul(
     split_item: int,
     group_type: int,
     group_list_type: int,
+    antiquant_scale: list[Tensor] | None,
+    antiquant_offset: list[Tensor] | None,
     **rest: Any,
 ) -> list[Tensor]:
     """Returns one tensor: the rows of x [M, K] by group times weight [G, K, N] (type 0), or the
-    columns of x [M, K], a transposed view, by group times the rows of weight [K, N] (type 2)."""
+    columns of x [M, K], a transposed view, by group times the rows of weight [K, N] (type 2). A
+    weight in int8 has scales and offsets [G, N] of the dtype of x, to which it is rounded."""
     (a,), (b,) = x, weight
+    if antiquant_scale is not None:
+        assert antiquant_offset is not None
+        assert (b.dtype, group_type) == (torch.int8, 0)
+        (scale,), (offset,) = antiquant_scale, antiquant_offset
+        assert scale.shape == offset.shape == (len(b), b.shape[2])
+        one_dtype(a, scale, offset)
+        assert a.dtype != torch.float32
+        made = (b.float() + offset[:, None].float()) * scale[:, None].float()
+        b = made.to(a.dtype).mT.contiguous().mT if not b.is_contiguous() else made.to(a.dtype)
     dtype = one_dtype(a, b)
     assert not any(rest.values())
     assert (split_item, group_list_type) == (3, 0)

@@ -67,7 +67,7 @@ class Graph:
         key = (str(array.dtype), array.shape, array.tobytes()) if small else id(value)
         if key not in self._known:
             name = self._names.get(id(value)) or f"c{len(self._initializers)}"
-            self._kept.append(value)  # an id is its own while the tensor lives
+            self._kept.append(value)  # as in `derived`
             self._known[key] = name
             make = numpy_helper.from_array if small else self._outside
             self._initializers.append(make(array, name))
@@ -78,6 +78,7 @@ class Graph:
         key = (how, id(of))
         if key not in self._known:
             name = f"{self._names.get(id(of), f'c{len(self._initializers)}')}.{how}"
+            self._kept.append(of)  # an id is its own while the tensor lives
             self._known[key] = name
             self._initializers.append(self._outside(make().detach().contiguous().numpy(), name))
         return self._known[key]

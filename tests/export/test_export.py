@@ -197,6 +197,17 @@ def test_the_quantized_file_has_the_quantized_models_weights(
     assert from_dict(ModelConfig, json.loads(facts["config"])) == built.config
 
 
+def test_experts_in_codes_are_those_of_their_own_layer(tmp_path: Path) -> None:
+    sizes = {"num_layers": 3, "hidden": 64, "ffn": 64, "expert_ffn": 32}
+    built = model("glm-4", **{**MOE, **sizes})  # two sparse layers
+    [*_] = convert(built, Quantization(bits=4, group=32))
+    path = export(built, tmp_path / "out")
+    for prompt in prompts("glm-4"):
+        truth = whole(built, prompt, [])
+        logits = File(path).feed([(prompt, 0, 0, list(prompt.tokens))])[0]
+        assert float((logits - truth).abs().max()) <= 64 * EPS * float(truth.abs().max())
+
+
 def onnx_graph(path: Path) -> Any:
     import onnx
 

@@ -143,8 +143,10 @@ class QuantizedGroupedLinear(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, weight: Tensor, scale: Tensor, counts: Tensor) -> Tensor:
         ends = counts.cumsum(0)
         ctx.save_for_backward(weight, scale, ends)
-        codes = {"antiquant_scale": [scale], "antiquant_offset": [torch.zeros_like(scale)]}
-        return _by_expert(rows, weight.transpose(1, 2), ends, **codes)
+        zeros = [torch.zeros_like(scale)]
+        return _by_expert(
+            rows, weight.transpose(1, 2), ends, antiquant_scale=[scale], antiquant_offset=zeros
+        )
 
     @staticmethod
     @once_differentiable

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -148,6 +149,7 @@ def measure(config: ModelConfig, dtype: str, rounds: int) -> list[dict[str, Any]
         figures = ratio(timing["exact"], timing["fast"])
         times = {f"{k}_ms": round(t.median_s * 1e3, 3) for k, t in timing.items()}
         rows.append({"work": name, "dtype": dtype, **times, **figures})
+        print(json.dumps(rows[-1]), file=sys.stderr)
     return rows
 
 

@@ -102,7 +102,8 @@ Tensor exact_product(const Tensor& x, const Tensor& weight, const OptionalTensor
   std::vector<int64_t> sizes = x.sizes().vec();
   sizes.back() = features;
   Tensor y = at::empty(sizes, x.options());
-  const Tensor laid_out = at::empty({rows, exact_depth(depth)}, x.options().dtype(at::kFloat));
+  const Tensor laid_out = at::empty({exact_groups(rows) * exact_group, exact_depth(depth)},
+                                    x.options().dtype(at::kFloat));
   const int64_t panels = (features + exact_panel - 1) / exact_panel;
   constexpr int64_t enough_units = 32, least_rows = 96;  // each unit lays out a panel for itself
   const int64_t parts =
@@ -110,8 +111,9 @@ Tensor exact_product(const Tensor& x, const Tensor& weight, const OptionalTensor
   by_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const Kernels<T>& k = kernels<T>();
-    const ExactRows<T> in{data<T>(a), a.stride(0), a.stride(1), data<float>(laid_out), depth};
-    parallel(rows, depth, [&](int64_t i, int64_t j) { k.exact_rows(in, i, j); });
+    const ExactRows<T> in{data<T>(a), a.stride(0), a.stride(1), data<float>(laid_out), rows, depth};
+    parallel(exact_groups(rows), exact_group * depth,
+             [&](int64_t i, int64_t j) { k.exact_rows(in, i, j); });
     const ExactProduct<T> p{data<float>(laid_out),
                             data<T>(weight),
                             weight.stride(0),

@@ -7,6 +7,9 @@
 
 #include "kernels.h"
 #include "vec.h"
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
 
 namespace glm::GLM_ISA {
 
@@ -14,12 +17,25 @@ namespace {
 
 constexpr int64_t LANES = exact_lanes, PANEL = exact_panel;
 // A register tile: ROWS x COLUMNS vectors of sums.
-constexpr int COLUMNS = REGISTERS == 32 ? 4 : 2, ROWS = NATIVE == 4 && REGISTERS == 32 ? 4 : 6;
+constexpr int COLUMNS = NATIVE == 16 ? 4 : 2, ROWS = exact_group;
 constexpr int64_t STRIP = COLUMNS * NATIVE;  // columns of a tile; divides PANEL
 
 // The order in which lanes come: neighbours in it are the lanes that are added to each other first.
 constexpr int64_t lane_at(int64_t i) {
   return (i & 1) * 8 + (i >> 1 & 1) * 4 + (i >> 2 & 1) * 2 + (i >> 3);
+}
+
+// out[j][c] = x[c][j] of 4 by 4.
+GLM_INLINE void transpose(const float* x, int64_t stride, float* const (&out)[4]) {
+#if defined(__SSE__)
+  __m128 row[4];
+  for (int c = 0; c < 4; ++c) row[c] = _mm_loadu_ps(x + c * stride);
+  _MM_TRANSPOSE4_PS(row[0], row[1], row[2], row[3]);
+  for (int j = 0; j < 4; ++j) _mm_storeu_ps(out[j], row[j]);
+#else
+  for (int j = 0; j < 4; ++j)
+    for (int c = 0; c < 4; ++c) out[j][c] = x[c * stride + j];
+#endif
 }
 
 // One panel's columns of b: [lane][D / 16][PANEL] floats, zero where there is nothing.
@@ -36,23 +52,36 @@ class Panel {
 
   template <class T>
   void fill(const T* b, int64_t column, int64_t step, int64_t columns, int64_t depth) {
-    const bool along_columns = column == 1;
-    if (!along_columns || columns < PANEL || depth % LANES)
+    if (columns < PANEL || depth % LANES)
       memset(values_, 0, size_t(steps_ * LANES * PANEL) * sizeof(float));
-    for (int64_t k = 0; along_columns && k < depth; ++k) {
-      float* out = at(k);
-      sweep(columns,
-            [&](int64_t f, int64_t n) GLM_INLINED { give(out + f, take(b + k * step + f, n), n); });
-    }
-    if (along_columns) return;
-    // a few columns at a time fill whole cache lines of the panel
-    for (int64_t f = 0; f < columns; f += LANES) {
-      const int64_t last = f + LANES < columns ? f + LANES : columns;
+    if (column == 1) {
       for (int64_t k = 0; k < depth; ++k) {
         float* out = at(k);
-        for (int64_t c = f; c < last; ++c) out[c] = get(b + c * column + k * step);
+        sweep(columns, [&](int64_t f, int64_t n)
+                           GLM_INLINED { give(out + f, take(b + k * step + f, n), n); });
       }
+      return;
     }
+    // blocks of 16 by 16: each cache line of b and of the panel is touched once
+    for (int64_t f = 0; f < columns; f += W)
+      for (int64_t k = 0; k < depth; k += LANES) {
+        const int64_t width = columns - f < W ? columns - f : W;
+        const int64_t height = depth - k < LANES ? depth - k : LANES;
+        alignas(64) float block[W][LANES] = {};
+        for (int64_t c = 0; c < width; ++c) {
+          const T* from = b + (f + c) * column + k * step;
+          if (step == 1)
+            give(block[c], take(from, height), height);
+          else
+            for (int64_t i = 0; i < height; ++i) block[c][i] = get(from + i * step);
+        }
+        for (int64_t i = 0; i < height; i += 4)
+          for (int64_t c = 0; c < W; c += 4) {
+            float* out[4];
+            for (int64_t j = 0; j < 4; ++j) out[j] = at(k + i + j) + f + c;
+            transpose(block[c] + i, LANES, out);
+          }
+      }
   }
   const float* values() const { return values_; }
   int64_t steps() const { return steps_; }
@@ -66,20 +95,20 @@ class Panel {
 // out [M, STRIP] = the products of M rows with a strip of a panel. A lane's sums are kept until
 // those that they are added to are there.
 template <int M>
-void tile(const float* a, int64_t lda, const float* b, int64_t steps, float* out) {
+void tile(const float* a, const float* b, int64_t steps, float* out) {
   alignas(64) float kept[4][M * STRIP];
   int64_t top = 0;
   for (int64_t lane = 0; lane < LANES; ++lane) {
     nf acc[M][COLUMNS];
     for (int m = 0; m < M; ++m)
       for (int c = 0; c < COLUMNS; ++c) acc[m][c] = native(0.0f);
-    const float *x = a + lane * steps, *y = b + lane * steps * PANEL;
+    const float *x = a + lane * steps * ROWS, *y = b + lane * steps * PANEL;
     for (int64_t k = 0; k < steps; ++k) {
       nf column[COLUMNS];
       for (int c = 0; c < COLUMNS; ++c) column[c] = load<nf>(y + k * PANEL + c * NATIVE);
       GLM_UNROLLED
       for (int m = 0; m < M; ++m) {
-        const nf value = native(x[m * lda + k]);
+        const nf value = native(x[k * ROWS + m]);
         for (int c = 0; c < COLUMNS; ++c) acc[m][c] = fma(value, column[c], acc[m][c]);
       }
     }
@@ -97,8 +126,8 @@ void tile(const float* a, int64_t lda, const float* b, int64_t steps, float* out
 template <int M, class T>
 void rows(const ExactProduct<T>& a, int64_t n, const Panel& panel, int64_t first, int64_t strip) {
   alignas(64) float out[M * STRIP];
-  const int64_t depth = panel.steps() * LANES, at = first + strip;
-  tile<M>(a.a + n * depth, depth, panel.values() + strip, panel.steps(), out);
+  const int64_t at = first + strip;
+  tile<M>(a.a + n * panel.steps() * LANES, panel.values() + strip, panel.steps(), out);
   const int64_t columns = a.columns - at < STRIP ? a.columns - at : STRIP;
   for (int m = 0; m < M; ++m)
     sweep(columns, [&](int64_t c, int64_t count) GLM_INLINED {
@@ -118,7 +147,8 @@ template <class T>
 void unit(const ExactProduct<T>& a, Panel& panel, int64_t first, int64_t part) {
   const int64_t left = a.columns - first, columns = left < PANEL ? left : PANEL;
   panel.fill(a.b + first * a.column, a.column, a.step, columns, a.depth);
-  const int64_t begin = a.rows * part / a.parts, end = a.rows * (part + 1) / a.parts;
+  const int64_t groups = exact_groups(a.rows), last = groups * (part + 1) / a.parts * ROWS;
+  const int64_t begin = groups * part / a.parts * ROWS, end = last < a.rows ? last : a.rows;
   for (int64_t n = begin; n < end; n += ROWS)
     for (int64_t strip = 0; strip < columns; strip += STRIP)
       if (end - n >= ROWS)
@@ -132,22 +162,15 @@ void unit(const ExactProduct<T>& a, Panel& panel, int64_t first, int64_t part) {
 template <class T>
 void exact_rows(const ExactRows<T>& a, int64_t begin, int64_t end) {
   const int64_t padded = exact_depth(a.depth), steps = padded / LANES;
-  constexpr int64_t together = 16;  // rows: of a transposed matrix they share cache lines
-  for (int64_t n = begin; n < end; n += together) {
-    const int64_t last = n + together < end ? n + together : end;
-    if (a.depth < padded)
-      memset(a.out + n * padded, 0, size_t((last - n) * padded) * sizeof(float));
-    const auto copy = [&](int64_t row, int64_t k) GLM_INLINED {
-      a.out[row * padded + lane_at(k % LANES) * steps + k / LANES] =
-          get(a.x + row * a.row + k * a.step);
-    };
-    if (a.step == 1)
-      for (int64_t row = n; row < last; ++row)
-        for (int64_t lane = 0; lane < LANES; ++lane)
-          for (int64_t k = lane; k < a.depth; k += LANES) copy(row, k);
-    else
-      for (int64_t k = 0; k < a.depth; ++k)
-        for (int64_t row = n; row < last; ++row) copy(row, k);
+  for (int64_t group = begin; group < end; ++group) {
+    const int64_t n = group * ROWS, count = a.rows - n < ROWS ? a.rows - n : ROWS;
+    float* out = a.out + n * padded;
+    if (a.depth < padded || count < ROWS) memset(out, 0, size_t(padded * ROWS) * sizeof(float));
+    for (int64_t k = 0; k < a.depth; ++k) {
+      float* to = out + (lane_at(k % LANES) * steps + k / LANES) * ROWS;
+      const T* from = a.x + n * a.row + k * a.step;
+      for (int64_t m = 0; m < count; ++m) to[m] = get(from + m * a.row);
+    }
   }
 }
 

@@ -151,16 +151,19 @@ struct LinearFew {
 };
 
 // Rows x [N, D] of any strides, laid out for exact_product: float, sorted by the lane that sums
-// them, padded with zeros [N, exact_depth(D)]. The range is one of rows.
+// them, padded with zeros: [groups, lanes, exact_depth(D) / lanes, exact_group]. The range is one
+// of groups.
 template <class T>
 struct ExactRows {
   const T* x;
   int64_t row, step;  // strides of N and D
   float* out;
-  int64_t depth;
+  int64_t rows, depth;
 };
 
-constexpr int64_t exact_lanes = 16, exact_panel = 64;
+constexpr int64_t exact_lanes = 16, exact_panel = 64, exact_group = 6;
+
+constexpr int64_t exact_groups(int64_t rows) { return (rows + exact_group - 1) / exact_group; }
 
 // D, a multiple of the lanes.
 constexpr int64_t exact_depth(int64_t depth) {

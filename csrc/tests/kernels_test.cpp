@@ -432,12 +432,12 @@ template <class T>
 void exact_linear(int64_t rows, int64_t d, int64_t f, int64_t parts, bool transposed) {
   const Kernels<T>& k = kernels<T>();
   Buffer<T> x(rows * d), w(f * d), b(f), y(rows * f), few(rows * f);
-  Buffer<float> wide(rows * d), laid_out(rows * exact_depth(d));
+  Buffer<float> wide(rows * d), laid_out(exact_groups(rows) * exact_group * exact_depth(d));
   for (int64_t i = 0; i < rows * d; ++i) wide.at[size_t(i)] = float(x[i]);
   Buffer<T> turned(f * d);  // [D, F]
   for (int64_t i = 0; i < f * d; ++i) turned.at[size_t(i % d * f + i / d)] = w.at[size_t(i)];
   const T* weight = transposed ? turned.p() : w.p();
-  k.exact_rows({x.p(), d, 1, laid_out.p(), d}, 0, rows);
+  k.exact_rows({x.p(), d, 1, laid_out.p(), rows, d}, 0, exact_groups(rows));
   k.exact_product({laid_out.p(), weight, transposed ? 1 : d, transposed ? f : 1, b.p(), y.p(), rows,
                    f, d, parts},
                   0, (f + exact_panel - 1) / exact_panel * parts);

@@ -17,6 +17,7 @@ from glm_core.config import RunConfig
 from glm_core.diagnose import device_errors
 from glm_core.distributed import mesh, straggler
 from glm_core.distributed.checkpoint import Checkpoints, newest_checkpoint
+from glm_core.distributed.exact import ExactProcesses
 from glm_core.distributed.parallel import ManyProcesses
 from glm_core.distributed.plan import Plan
 from glm_core.distributed.watch import watched
@@ -55,7 +56,7 @@ def run(
     where there is no checkpoint yet. live: of rank 0. timeout_s: a step that takes longer ends the
     job and names the rank that holds it up (0: never). Raises GlmCoreError."""
     out, t = Path(out_dir), config.train
-    if chosen := [option for option in ("compile", "graph", "exact") if getattr(t, option)]:
+    if chosen := [option for option in ("compile", "graph") if getattr(t, option)]:
         raise ConfigError(
             f"train --plan: cannot be combined with train.{chosen[0]}=true, which is not proved "
             "under plans; leave it out"
@@ -68,13 +69,14 @@ def run(
         with (
             remedies(out, lambda: newest_checkpoint(folder)),
             watched(out / WATCH, dist.get_rank(), dist.get_world_size(), timeout_s),
-            registry.use(backend, strict=t.strict) as session,
+            registry.use(backend, strict=t.strict, exact=t.exact) as session,
         ):
             with device_errors.explained(backend.name, "start"):
                 axes = mesh.make(plan, device.type, timeout_s or None)
                 if sampler is None:
                     sampler = _open_data(config, cache_dir)
-                parallel = ManyProcesses(config, plan, axes, backend, device, timeout_s or None)
+                kind = ExactProcesses if t.exact else ManyProcesses
+                parallel = kind(config, plan, axes, backend, device, timeout_s or None)
                 checkpoints = Checkpoints(folder, t.keep, timeout_s or 600.0)
                 trainer = Trainer(config, sampler, parallel, checkpoints)
                 if start is not None:

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glm_core import dispatch
 from glm_core.backends.base import Backend
 from glm_core.config import RunConfig, to_dict
 from glm_core.diagnose import device_errors, nonfinite
+from glm_core.errors import ConfigError
 from glm_core.training.balance import Balance
 from glm_core.training.batches import Batch, Sampler, global_batch
 from glm_core.training.checkpoint import Checkpoints, Saved, require_same
@@ -104,6 +106,10 @@ class Trainer:
         decides: TrainingError, RollBack or a skipped update, weights untouched. Raises DeviceError
         where the device gives up."""
         t, number = self.config.train, self.steps_done + 1
+        if t.exact and not dispatch.session().exact:
+            raise ConfigError(
+                "train.exact=True: the session is not exact; open registry.use(NAME, exact=True)"
+            )
         scale, lr = self.loss_scale.scale, learning_rate(t, number)
         with device_errors.explained(self.backend.name, f"step {number}"), self.timed(number):
             self.model.train()

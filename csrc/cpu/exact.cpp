@@ -17,7 +17,7 @@ namespace {
 
 constexpr int64_t LANES = exact_lanes, PANEL = exact_panel;
 // A register tile: ROWS x COLUMNS vectors of sums.
-constexpr int COLUMNS = NATIVE == 16 ? 4 : 2, ROWS = exact_group;
+constexpr int COLUMNS = NATIVE == 8 ? 1 : 2, ROWS = exact_group;
 constexpr int64_t STRIP = COLUMNS * NATIVE;  // columns of a tile; divides PANEL
 
 // The order in which lanes come: neighbours in it are the lanes that are added to each other first.
@@ -38,7 +38,49 @@ GLM_INLINE void transpose(const float* x, int64_t stride, float* const (&out)[4]
 #endif
 }
 
-// One panel's columns of b: [lane][D / 16][PANEL] floats, zero where there is nothing.
+// Lays `count` rows or columns out for the tiles: out [lane][depth / 16][WIDTH], floats, zero where
+// there is nothing. across and along: strides of the rows and of the depth.
+template <int64_t WIDTH, class T>
+void lay_out(const T* x, int64_t across, int64_t along, int64_t count, int64_t depth, float* out) {
+  const int64_t steps = exact_depth(depth) / LANES;
+  const auto at = [&](int64_t k) GLM_INLINED {
+    return out + (lane_at(k % LANES) * steps + k / LANES) * WIDTH;
+  };
+  if (count < WIDTH || depth % LANES) memset(out, 0, size_t(steps * LANES * WIDTH) * sizeof(float));
+  if (across == 1) {
+    for (int64_t k = 0; k < depth; ++k) {
+      float* to = at(k);
+      const T* from = x + k * along;
+      if (count == WIDTH)
+        for (int64_t i = 0; i < WIDTH; ++i) to[i] = get(from + i);
+      else
+        for (int64_t i = 0; i < count; ++i) to[i] = get(from + i);
+    }
+    return;
+  }
+  // in blocks, so that each cache line is touched once
+  constexpr int64_t wide = WIDTH % 16 ? WIDTH : 16;
+  for (int64_t i = 0; i < count; i += wide)
+    for (int64_t k = 0; k < depth; k += LANES) {
+      const int64_t height = depth - k < LANES ? depth - k : LANES;
+      alignas(64) float block[wide][LANES] = {};
+      for (int64_t c = 0; c < wide && i + c < count; ++c) {
+        const T* from = x + (i + c) * across + k * along;
+        if (along == 1 && W == LANES)
+          give(block[c], take(from, height), height);
+        else
+          for (int64_t j = 0; j < height; ++j) block[c][j] = get(from + j * along);
+      }
+      for (int64_t j = 0; j < LANES; j += 4)
+        for (int64_t c = 0; c < wide; c += 4) {
+          float* to[4];
+          for (int64_t l = 0; l < 4; ++l) to[l] = at(k + j + l) + i + c;
+          transpose(block[c] + j, LANES, to);
+        }
+    }
+}
+
+// One panel's columns of b, laid out.
 class Panel {
  public:
   explicit Panel(int64_t depth)
@@ -49,45 +91,10 @@ class Panel {
   ~Panel() { free(values_); }
   Panel(const Panel&) = delete;
   Panel& operator=(const Panel&) = delete;
-
-  template <class T>
-  void fill(const T* b, int64_t column, int64_t step, int64_t columns, int64_t depth) {
-    if (columns < PANEL || depth % LANES)
-      memset(values_, 0, size_t(steps_ * LANES * PANEL) * sizeof(float));
-    if (column == 1) {
-      for (int64_t k = 0; k < depth; ++k) {
-        float* out = at(k);
-        sweep(columns, [&](int64_t f, int64_t n)
-                           GLM_INLINED { give(out + f, take(b + k * step + f, n), n); });
-      }
-      return;
-    }
-    // blocks of 16 by 16: each cache line of b and of the panel is touched once
-    for (int64_t f = 0; f < columns; f += W)
-      for (int64_t k = 0; k < depth; k += LANES) {
-        const int64_t width = columns - f < W ? columns - f : W;
-        const int64_t height = depth - k < LANES ? depth - k : LANES;
-        alignas(64) float block[W][LANES] = {};
-        for (int64_t c = 0; c < width; ++c) {
-          const T* from = b + (f + c) * column + k * step;
-          if (step == 1)
-            give(block[c], take(from, height), height);
-          else
-            for (int64_t i = 0; i < height; ++i) block[c][i] = get(from + i * step);
-        }
-        for (int64_t i = 0; i < height; i += 4)
-          for (int64_t c = 0; c < W; c += 4) {
-            float* out[4];
-            for (int64_t j = 0; j < 4; ++j) out[j] = at(k + i + j) + f + c;
-            transpose(block[c] + i, LANES, out);
-          }
-      }
-  }
-  const float* values() const { return values_; }
+  float* values() const { return values_; }
   int64_t steps() const { return steps_; }
 
  private:
-  float* at(int64_t k) { return values_ + (lane_at(k % LANES) * steps_ + k / LANES) * PANEL; }
   int64_t steps_;
   float* values_;
 };
@@ -146,7 +153,7 @@ void rest_of_rows(int64_t left, const ExactProduct<T>& a, int64_t n, const Panel
 template <class T>
 void unit(const ExactProduct<T>& a, Panel& panel, int64_t first, int64_t part) {
   const int64_t left = a.columns - first, columns = left < PANEL ? left : PANEL;
-  panel.fill(a.b + first * a.column, a.column, a.step, columns, a.depth);
+  lay_out<PANEL>(a.b + first * a.column, a.column, a.step, columns, a.depth, panel.values());
   const int64_t groups = exact_groups(a.rows), last = groups * (part + 1) / a.parts * ROWS;
   const int64_t begin = groups * part / a.parts * ROWS, end = last < a.rows ? last : a.rows;
   for (int64_t n = begin; n < end; n += ROWS)
@@ -161,17 +168,9 @@ void unit(const ExactProduct<T>& a, Panel& panel, int64_t first, int64_t part) {
 
 template <class T>
 void exact_rows(const ExactRows<T>& a, int64_t begin, int64_t end) {
-  const int64_t padded = exact_depth(a.depth), steps = padded / LANES;
-  for (int64_t group = begin; group < end; ++group) {
-    const int64_t n = group * ROWS, count = a.rows - n < ROWS ? a.rows - n : ROWS;
-    float* out = a.out + n * padded;
-    if (a.depth < padded || count < ROWS) memset(out, 0, size_t(padded * ROWS) * sizeof(float));
-    for (int64_t k = 0; k < a.depth; ++k) {
-      float* to = out + (lane_at(k % LANES) * steps + k / LANES) * ROWS;
-      const T* from = a.x + n * a.row + k * a.step;
-      for (int64_t m = 0; m < count; ++m) to[m] = get(from + m * a.row);
-    }
-  }
+  for (int64_t n = begin * ROWS; n < end * ROWS; n += ROWS)
+    lay_out<ROWS>(a.x + n * a.row, a.row, a.step, a.rows - n < ROWS ? a.rows - n : ROWS, a.depth,
+                  a.out + n * exact_depth(a.depth));
 }
 
 template <class T>

@@ -161,7 +161,7 @@ struct ExactRows {
   int64_t rows, depth;
 };
 
-constexpr int64_t exact_lanes = 16, exact_panel = 64, exact_group = 6;
+constexpr int64_t exact_lanes = 16, exact_panel = 64, exact_group = 12;
 
 constexpr int64_t exact_groups(int64_t rows) { return (rows + exact_group - 1) / exact_group; }
 

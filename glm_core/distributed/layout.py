@@ -79,12 +79,17 @@ def _sections(name: str, config: ModelConfig) -> tuple[int, tuple[int, ...]] | N
     if ".shared." in name:
         ffn = c.num_shared_experts * c.expert_ffn
     halves = 1 if c.activation == "gelu" else 2
+    if ".q." in name or ".q_b." in name:
+        return 0, (c.num_heads * e,)
+    value = c.value_head_dim or e
+    if ".kv_b." in name:
+        return 0, (c.num_heads * (e - c.rope_head_dim + value),)
     if ".qkv." in name:
         return 0, (c.num_heads * e, c.num_kv_heads * e, c.num_kv_heads * e)
     if ".up." in name:
         return 0, (ffn,) * halves
     if name.endswith("attention.out.weight"):
-        return 1, (c.num_heads * e,)
+        return 1, (c.num_heads * value,)
     if name.endswith(".down.weight"):
         return 1, (ffn,)
     if ".experts_up." in name:

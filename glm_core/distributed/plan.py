@@ -174,9 +174,6 @@ def _sparse_rules(plan: Plan, model: ModelConfig) -> dict[str, bool]:
         + divisors(num_experts): num_experts % plan.ep == 0,
         f"tp={t} does not divide expert_ffn={model.expert_ffn}; use "
         + divisors(model.expert_ffn): model.expert_ffn % t == 0,
-        f"tp={t}: latent attention is not split over tensor-parallel ranks; use tp=1 and more dp": t
-        == 1
-        or not model.kv_latent,
         f"tp={t}, pp={plan.pp}, zero={plan.zero}: multi-token prediction is trained by dp and ep "
         "only; use tp=1,pp=1,zero=0, or num_mtp_layers=0": not model.num_mtp_layers
         or (t, plan.pp, plan.zero) == (1, 1, 0),

@@ -85,8 +85,10 @@ def part_of(config: ModelConfig, tp: int) -> ModelConfig:
 def share(block: Block, ranks: Ranks) -> None:
     """Makes the projections of a block of a rank's sizes communicate; experts are
     `expert_parallel`'s."""
-    assert isinstance(block.attention, Attention)  # plan.require_fit refuses latent attention
-    block.attention.qkv = ColumnLinear(block.attention.qkv, ranks)
+    if isinstance(block.attention, Attention):
+        block.attention.qkv = ColumnLinear(block.attention.qkv, ranks)
+    else:  # every rank makes the latents whole, for its own heads
+        block.attention.register_forward_pre_hook(lambda _, args: (ranks.enter(args[0]), *args[1:]))
     block.attention.out = RowLinear(block.attention.out, ranks)
     if isinstance(block.mlp, MLP):
         block.mlp.up = ColumnLinear(block.mlp.up, ranks)
@@ -117,14 +119,17 @@ def replicated(name: str) -> bool:
     """Returns whether every rank holds this parameter whole. Under sequence parallelism each rank
     then has only its tokens' share of the gradient, and the shares must be summed."""
     table = name in ("embedding", "head")
-    matrix = any(f".{part}." in name for part in ("qkv", "up", "experts_up", "experts_down"))
+    split = ("qkv", "q", "q_b", "kv_b", "up", "experts_up", "experts_down")
+    matrix = any(f".{part}." in name for part in split)
     return not (table or matrix or name.endswith(("out.weight", "down.weight")))
 
 
 def partial(name: str) -> bool:
     """Returns whether every rank holds this parameter whole and has only its heads' or features'
-    share of the gradient, with or without sequence parallelism: norms of heads, and routers."""
-    return any(f".{part}." in name for part in ("q_norm", "k_norm", "router"))
+    share of the gradient, with or without sequence parallelism: norms of heads, routers, and what
+    makes the latents."""
+    latent = ("q_a", "q_a_norm", "kv_a", "kv_a_norm")
+    return any(f".{part}." in name for part in ("q_norm", "k_norm", "router", *latent))
 
 
 def own_tokens(x: Tensor, ranks: Ranks | None) -> Tensor:

@@ -52,6 +52,11 @@ MODEL = ModelConfig(
 SPARSE = dataclasses.replace(
     MODEL,
     num_layers=2,
+    num_kv_heads=4,
+    head_dim=8,
+    kv_latent=12,
+    q_latent=12,
+    rope_head_dim=4,
     norm="rms",
     placement="pre",
     num_experts=6,

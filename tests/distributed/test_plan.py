@@ -74,7 +74,6 @@ def test_every_misfit_is_listed_at_once() -> None:
         ("tp=2", {"expert_ffn": 87}, "tp=2 does not divide expert_ffn=87"),
         ("pp=2,schedule=zero-bubble,micro_batches=2", {}, "sent twice in its split backward pass"),
         ("dp=2,zero=1", {"num_mtp_layers": 1}, "zero=1: multi-token prediction is trained by dp"),
-        ("tp=2", {"kv_latent": 32}, "latent attention is not split"),
     ],
 )
 @pytest.mark.usefixtures("new_torch")
@@ -83,8 +82,7 @@ def test_a_sparse_model_that_a_plan_cannot_train(
 ) -> None:
     dense = {"experts_per_token": 0, "expert_ffn": 0, "num_shared_experts": 0}
     dense |= {"num_dense_layers": 0, "expert_groups": 1, "top_groups": 1}
-    latent = {"rope_head_dim": 8, "num_kv_heads": 4, "qk_norm": False, "rope_fraction": 1.0}
-    more = dense if "num_experts" in changes else latent if "kv_latent" in changes else {}
+    more = dense if "num_experts" in changes else {}
     plan = parse(text)
     with pytest.raises(ConfigError, match=reason):
         require_fit(
@@ -138,15 +136,17 @@ def test_processes_hold_every_stage_once(schedule: str) -> None:
 
 
 SPARSE = {"num_experts": 4, "experts_per_token": 2, "expert_ffn": 6, "num_shared_experts": 1}
+LATENT = {"num_kv_heads": 4, "head_dim": 6, "kv_latent": 8, "q_latent": 5, "rope_head_dim": 2}
+LATENT["value_head_dim"] = 7
 
 
 @pytest.mark.parametrize("ep", [1, 2])
 @pytest.mark.parametrize("activation", ["gelu", "geglu"])
 def test_parts_of_all_ranks_cover_the_whole_once(activation: str, ep: int) -> None:
     sizes: dict[str, int] = {"num_heads": 4, "num_kv_heads": 2, "ffn": 8, "vocab": 12}
-    sparse = SPARSE if activation == "geglu" else {}
+    sparse = SPARSE | LATENT if activation == "geglu" else {}
     config = ModelConfig(
-        num_layers=1, hidden=16, **sizes, **sparse, activation=activation, tied_head=False
+        num_layers=1, hidden=16, **{**sizes, **sparse}, activation=activation, tied_head=False
     )
     model = GLM(config)
     for name, p in model.named_parameters():

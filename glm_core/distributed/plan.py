@@ -177,10 +177,8 @@ def _sparse_rules(plan: Plan, model: ModelConfig) -> dict[str, bool]:
         f"tp={t}, pp={plan.pp}, zero={plan.zero}: multi-token prediction is trained by dp and ep "
         "only; use tp=1,pp=1,zero=0, or num_mtp_layers=0": not model.num_mtp_layers
         or (t, plan.pp, plan.zero) == (1, 1, 0),
-        f"tp={t}, pp={plan.pp}: the experts' auxiliary loss is not split over tp or pp ranks; "
-        "use tp=1,pp=1, or balance_weight=0": not model.balance_weight or (t, plan.pp) == (1, 1),
-        f"schedule={plan.schedule}: experts' rows would be sent twice in its split backward pass; "
-        "use 1f1b or interleaved": not num_experts or plan.schedule not in ("zero-bubble", "zbv"),
+        f"schedule={plan.schedule}: torch cannot split the backward pass of experts; use 1f1b or "
+        "interleaved": not num_experts or plan.schedule not in ("zero-bubble", "zbv"),
     }
 
 

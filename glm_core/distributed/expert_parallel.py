@@ -40,10 +40,15 @@ class SplitExperts(Experts):
 
     def routed(self, x: Tensor) -> Tensor:
         """Does as Experts.routed; where the features are split over ranks, their results are
-        summed, and so the router's gradient is a rank's share."""
+        summed, and so the router's gradient is a rank's share. Every rank computes the auxiliary
+        loss whole, and takes its share of the gradient."""
         if self.ranks is None:
             return super().routed(x)
-        return self.ranks.leave(super().routed(self.ranks.enter(x)))
+        y = self.ranks.leave(super().routed(self.ranks.enter(x)))
+        if self.balance is not None:
+            share = self.balance / self.ranks.size
+            self.balance = share + (self.balance - share).detach()
+        return y
 
     def of_rows(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Does as Experts.of_rows, wherever the experts are."""

@@ -91,7 +91,8 @@ class ManyProcesses:
 
     def forward_backward(self, batch: Batch, token_weight: Tensor) -> Tensor:
         """Takes this data-parallel rank's rows of the global batch; gradients are ZeRO shards where
-        there is ZeRO. Returns the rows' loss where the last stage is held, else 0."""
+        there is ZeRO. Returns the rows' loss where the last stage is held, else what the
+        stages add to it."""
         mine = self._rows(batch.tokens)
         inputs = {f: getattr(batch, f)[mine].to(self.device) for f in FIELDS}
         inputs["token_weight"] = token_weight[mine].to(self.device)

@@ -30,6 +30,10 @@ class Stage(GLM):
     last one norm, head and loss. Parameters have the names of the whole model and are
     uninitialised, on the meta device."""
 
+    own_loss: Tensor | float = 0.0
+    """the auxiliary losses of the experts of a stage that is not the last, since they were taken;
+    float32"""
+
     def __init__(
         self,
         config: ModelConfig,
@@ -104,11 +108,21 @@ class Stage(GLM):
         out = super().forward(begin, positions, key_start, key_end)
         if isinstance(out, Tensor):
             if not self.is_first:
-                return self.cross_entropy(out, labels, token_weight)[None]  # [1]
+                loss = self.cross_entropy(out, labels, token_weight)
+                return self.balanced(loss, token_weight)[None]  # [1]
             mask = (key_start, key_end)
             return self.loss_of(out, carried[0], positions, *mask, labels, token_weight)[None]
         delta, residual = out
+        own = self.balanced(token_weight.new_zeros(()), token_weight)
+        if own.requires_grad:
+            self.own_loss = own.detach() + self.own_loss
+            delta = _WithLoss.apply(delta, own)  # type: ignore[no-untyped-call]  # torch's apply
         return own_storage(delta), own_storage(residual)
+
+    def take_own_loss(self) -> Tensor | float:
+        """Returns `own_loss`, and begins a new sum."""
+        own, self.own_loss = self.own_loss, 0.0
+        return own
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Does as GLM.embed, with a table whose rows the ranks share out."""
@@ -126,6 +140,20 @@ class Stage(GLM):
         if self.ranks is None:
             return super().cross_entropy(hidden, labels, token_weight)
         return tensor.loss(hidden, self.head_weight, labels, token_weight, self.ranks)
+
+
+class _WithLoss(torch.autograd.Function):
+    """Returns x, whose backward pass also is that of a loss: a stage that is not the last returns
+    none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        ctx.one = torch.ones_like(loss)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0], ctx.one
 
 
 def own_storage(x: Tensor) -> Tensor:

@@ -159,7 +159,7 @@ class Work:
 
     def run(self, tokens: Tensor, inputs: dict[str, Any]) -> Tensor:
         """Does forward and backward of this data-parallel rank's rows. Returns their loss where the
-        last stage is held, else 0; a float32 scalar."""
+        last stage is held, and the auxiliary losses of the stages that are; a float32 scalar."""
         if self.plan.pp == 1:
             return self._accumulate(tokens, inputs)
         rows, length = tokens.shape
@@ -171,7 +171,10 @@ class Work:
         first = (tokens,) if any(s.is_first for s in self.stages) else ()
         options: Any = {"return_outputs": False} if torch_has("return_outputs") else {}
         self.schedule.step(*first, target=inputs["labels"], losses=losses, **options, **inputs)
-        return torch.stack(losses).sum().detach() if losses else self._zero()
+        loss = torch.stack(losses).sum().detach() if losses else self._zero()
+        for stage in self.stages:
+            loss = loss + stage.take_own_loss()
+        return loss
 
     def _zero(self) -> Tensor:
         return torch.zeros((), device=self.device)

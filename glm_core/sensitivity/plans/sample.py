@@ -45,6 +45,7 @@ MODELS = {
         num_shared_experts=1,
         num_dense_layers=1,
         expert_scale=1.8,
+        balance_weight=0.01,
     ),
 }
 

@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from glm_core.backends import registry
@@ -87,28 +88,32 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def figures(model: GLM, layers: int, took: dict[str, Timing]) -> dict[str, Any]:
-    """Returns the figures of the least times: other processes only add to them."""
-    least = {name: min(t.seconds) for name, t in took.items()}
-    gb_s = READ_BYTES / min(least["sum"], least["product"]) / 1e9
-    token, layer = least["all"] / TURN, (least["all"] - least["but one"]) / TURN
-    whole = token + (WHOLE.num_layers - layers) * layer
+    """Returns medians over the rounds. A share is that of a round, whose machine was the same."""
+    missing = WHOLE.num_layers - layers
+    token = np.array(took["all"].seconds) / TURN
+    layer = token - np.array(took["but one"].seconds) / TURN
+    whole = token + missing * layer
+    gb_s = READ_BYTES / 1e9 / np.minimum(took["sum"].seconds, took["product"].seconds)
     here, there = (token_bytes(model, n) for n in (layers, WHOLE.num_layers))
-    return {
-        "layers": layers,
+    last = model.blocks[-1]
+    tensors = (*model.parameters(), *model.buffers())
+    held = sum(t.nbytes for t in tensors)
+    held += missing * sum(t.nbytes for t in (*last.parameters(), *last.buffers()))
+    medians = {
         "read_gb_s": gb_s,
         "token_ms": token * 1e3,
         "layer_ms": layer * 1e3,
-        "token_bytes": here,
         "share_of_read": here / token / 1e9 / gb_s,
-        "layer_share_of_read": read_bytes(model.blocks[-1]) / layer / 1e9 / gb_s,
-        "whole_token_bytes": there,
+        "layer_share_of_read": read_bytes(last) / layer / 1e9 / gb_s,
         "whole_token_ms_extrapolated": whole * 1e3,
         "whole_share_of_read_extrapolated": there / whole / 1e9 / gb_s,
-        "whole_weights_bytes_extrapolated": sum(
-            t.nbytes for t in (*model.parameters(), *model.buffers())
-        )
-        + (WHOLE.num_layers - layers)
-        * sum(t.nbytes for t in model.blocks[-1].state_dict().values()),
+    }
+    return {
+        "layers": layers,
+        "token_bytes": here,
+        "whole_token_bytes": there,
+        "whole_weights_bytes_extrapolated": held,
+        **{name: float(np.median(values)) for name, values in medians.items()},
         "spread": {name: t.spread for name, t in took.items()},
         "resident_peak_bytes": resident_peak_bytes(),
     }

@@ -7,7 +7,13 @@ import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from glm_core.align.verdict import AS_IT_HAPPENED, NOT_FINITE, Finding, Pair
+from glm_core.align.verdict import (
+    AS_IT_HAPPENED,
+    BETWEEN_UPDATES,
+    NOT_FINITE,
+    Finding,
+    Pair,
+)
 
 if TYPE_CHECKING:
     from glm_core.align.trace import Trace
@@ -39,6 +45,8 @@ USUALLY = {
     "channel": "the columns left over after the last whole vector, or a layout",
     "bin": "something that depends on the value: an approximate function, saturation, an epsilon",
     "optimizer": "weight decay, bias correction, or where the epsilon stands",
+    "carried": "masters or moments that are kept in a lower precision, lost, or written by "
+    "something other than the update",
     "gradients": "something between the ops: a mask, the weights of the loss, accumulation over "
     "micro-batches, an op that needs the calls before it",
     "plan": "a collective: gradients that are not summed or averaged twice, the wrong rank's "
@@ -110,6 +118,8 @@ def stated_ratio(pair: Pair) -> float:
 def _subject(pair: Pair) -> str:
     if pair.findings:
         f = finding_to_name(pair.findings)
+        if BETWEEN_UPDATES in f.projection:
+            return "no op, but the optimizer's state between two updates,"
         return f"op {f.op} {direction_of(f)}" + (f" in layer {f.layer}" if f.layer else "")
     if pair.max_gradient_ratio > 1:
         return "every op is right, but a whole step's gradients or its loss"
@@ -159,7 +169,8 @@ def details(
     if "plan" in trace.environment:
         rows[-1] = ("usually", USUALLY["plan"])
     rows.insert(-1, ("rerun", rerun(pair, trace, options)))
-    if named and (examples := exhibits(named)):
+    outside_ops = named is not None and BETWEEN_UPDATES in named.projection
+    if named and not outside_ops and (examples := exhibits(named)):
         rows.append(("known examples", "; ".join(examples)))
     return rows
 
@@ -183,6 +194,8 @@ def _of_op(f: Finding) -> list[tuple[str, str]]:
     kind = group.split(" ")[0]
     causes = [USUALLY["optimizer"]] if direction_of(f) == "optimizer" else [USUALLY[statistic]]
     causes += [USUALLY[kind]] if kind in USUALLY else []
+    if BETWEEN_UPDATES in f.projection:
+        causes = [USUALLY["carried"]]
     return [
         ("where", f"op {f.op}, {direction_of(f)}, {where}; result {f.tensor}, {f.dtype} [{shape}]"),
         ("measured", measured + (f", in {group}" if group else "")),
@@ -215,6 +228,9 @@ def rerun(pair: Pair, trace: Trace, options: Sequence[str] | None = None) -> str
         dtype = ["--dtypes", pair.dtype, "--backends", "reference"]
         words = ["glm-core", "align", "run", *words[3:-4], *dtype]
         return shlex.join([*words, "--plan", trace.environment["plan"]])
+    if pair.findings and BETWEEN_UPDATES in finding_to_name(pair.findings).projection:
+        candidate = ["--dtypes", pair.dtype, "--backends", backend]
+        return shlex.join(["glm-core", "align", "run", *words[3:-4], *candidate])
     captured = [f for f in pair.findings if not f.projection.endswith(AS_IT_HAPPENED)]
     if not captured:
         return rerun_command.join(words, rerun_command.ANY_CALL)

@@ -18,6 +18,7 @@ from glm_core.align.calibration import (
     calibrate,
     loss_scales,
 )
+from glm_core.align.carried import Carried
 from glm_core.align.choices import Figures
 from glm_core.align.gradients import (
     NUM_SKETCH,
@@ -77,12 +78,14 @@ def record(
     begin = time.perf_counter()
     report = progress or (lambda what, done, of: None)
     watch = Watch(cal.limits, cal.dtype, config.train.steps) if teacher_forcing else None
+    carried = Carried()
     with device_errors.explained(chosen.name, "record"):
-        curve = _curve(cal, config, chosen, report, watch) if free_run else None
+        curve = _curve(cal, config, chosen, report, watch, carried) if free_run else None
         fields = _teacher_fields if teacher_forcing else _no_teacher_fields
         taught, replay_fallbacks = fields(cal, config, chosen)
     if watch:
         taught = watch.added_to(taught)
+    taught = carried.added_to(taught)
     captured = len(taught["capture_steps"])
     report(f"{chosen.name}, op by op", captured, captured)
     weights = initial_weights(config)
@@ -118,10 +121,16 @@ def _require_same(calibrated: RunConfig, candidate: RunConfig) -> None:
 
 
 def _curve(
-    cal: Calibration, config: RunConfig, backend: Backend, report: Progress, watch: Watch | None
+    cal: Calibration,
+    config: RunConfig,
+    backend: Backend,
+    report: Progress,
+    watch: Watch | None,
+    carried: Carried,
 ) -> Curve:
     run, steps = Run(config, cal.sampler(), backend), config.train.steps
-    return free_run(run, (), lambda s: report(backend.name, s, steps), watch=watch)
+    with carried.watching(run.optimizer):
+        return free_run(run, (), lambda s: report(backend.name, s, steps), watch=watch)
 
 
 Fields = tuple[dict[str, Any], list[FallbackCount]]

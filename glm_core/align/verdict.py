@@ -33,6 +33,8 @@ NOT_FINITE = 1e30
 """stands for infinity and NaN, which JSON does not have"""
 WATCHED = 0.1
 """the share of the ops' rate that is for calls judged as they happen, see `watched_run`"""
+BETWEEN_UPDATES = ", between two updates"
+"""in the projection of a finding about state that changed after an update and before the next"""
 AS_IT_HAPPENED = ", as it happened"
 """ends the projection of a finding in the candidate's own run, which no captured call shows"""
 

@@ -5,7 +5,6 @@ working dtype; only a call that is further off than honest kernels is compared w
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -139,10 +138,9 @@ class Watch:
                 return True  # a choice, an order or counts: all or nothing
             y = correct.to(torch.promote_types(correct.dtype, torch.float32))
             off = results[name].to(y.dtype) - y
-            for statistic, order in (("size", 2.0), ("peak", torch.inf)):
+            for statistic, norm in (("size", _length), ("peak", _largest)):
                 key = Key(call.op.name, name, "all", statistic, pooled=False)
                 limit = teacher_forcing.limit(self.limits, key, correct.dtype, terms)
-                norm = functools.partial(torch.linalg.vector_norm, ord=order)
                 if y.numel() and not norm(off) <= limit * norm(y):  # NaN, too, is suspicious
                     return True
         return False
@@ -159,6 +157,18 @@ class Watch:
             "tests": [*taught["tests"], *tests],
             "test_values": np.concatenate((taught["test_values"], np.reshape(values, (-1, 3)))),
         }
+
+
+def _length(x: Tensor) -> Tensor:
+    """Returns the root of the sum of squares; torch's own norm takes seven times as long."""
+    v = x.flatten()
+    return torch.dot(v, v).sqrt()
+
+
+def _largest(x: Tensor) -> Tensor:
+    """Returns the largest absolute value, NaN where there is one."""
+    low, high = torch.aminmax(x)
+    return torch.maximum(-low, high)
 
 
 def first_saturated(captured: ResultCapture, cases: list[Case]) -> tuple[Call, str] | None:

@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from glm_core.conformance.case import Case
 from glm_core.conformance.tolerance import Allowance, allowance
 from glm_core.dispatch import Op
+from glm_core.faults.flash import stored_elsewhere
+from glm_core.ops import attention
 
 Results = dict[str, Tensor]
 Function = Callable[..., Any]
@@ -230,5 +232,8 @@ def _compute_oracle(case: Case, chosen: Tensor | None = None) -> Oracle:
         inputs = args()
         with Jitter(seed):
             near.append(compute(case, reference, inputs))
+        # a flash backward reads its result, which is rounded: derived in docs/alignment.md
+        if case.op is attention and case.mode == "grad" and case.dtype.itemsize < 4:
+            near.append(compute(case, stored_elsewhere(seed), inputs))
     exact = compute(case, reference, widened(args()))
     return {name: allowance(y, [run[name] for run in near]) for name, y in exact.items()}

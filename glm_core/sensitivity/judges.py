@@ -107,7 +107,8 @@ def by_align(
         free = align.record(run, chosen, calibration=calibration, teacher_forcing=False)
     curve = align.compare(calibration.reference, free)
     if curve.verdict == "diverged":
-        return Verdict("curve", "update", curve.reasons[0])
+        by = "update by update" if curve.findings else "curve"
+        return Verdict(by, "update", curve.reasons[0])
     return ACQUITTED
 
 

@@ -16,9 +16,11 @@ import pytest
 import torch
 
 from glm_core import align, ops
+from glm_core.align import explanation
 from glm_core.align.trace import Trace, load
 from glm_core.align.training import moved
 from glm_core.errors import TraceError
+from glm_core.faults.museum.training import low_masters
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +81,21 @@ def test_an_optimizer_bug_leaves_gradients_alone() -> None:
     assert pair.verdict == "diverged"
     assert pair.max_gradient_ratio < 1
     assert {f.op for f in pair.findings} == {"adamw"}
+
+
+def test_masters_in_a_lower_precision_are_seen_between_two_updates() -> None:
+    """Every op is right, and the curve of a few steps is too."""
+    cal, run = markov.calibration("float32"), markov.config("float32")
+    with low_masters():
+        candidate = align.record(run, "reference", calibration=cal, teacher_forcing=False)
+    pair = align.compare(cal.reference, candidate)
+    [state] = pair.findings
+    assert (state.op, state.tensor, state.step) == ("adamw", "params", 2)
+    assert 1e-4 < state.effect < 2**-8
+    assert "the optimizer's state between two updates, deviates" in explanation.sentence(pair)
+    facts = dict(explanation.details(pair, candidate))
+    assert facts["rerun"].startswith("glm-core align run ")
+    assert "lower precision" in facts["usually"]
 
 
 def test_a_run_that_broke_off_diverges(honest: Trace) -> None:

@@ -13,8 +13,12 @@ from torch.nn import functional
 
 from glm_core import ops
 from glm_core.backends.base import Backend
-from glm_core.conformance.run import run
+from glm_core.conformance.case import select
+from glm_core.conformance.run import run, run_case
 from glm_core.dispatch import Op
+from glm_core.faults.fault import Benign
+from glm_core.faults.flash import flash as flash_forward
+from glm_core.faults.flash import flash_backward
 from glm_core.ops.precision import wide
 
 HONEST: list[Any] = []
@@ -164,3 +168,17 @@ def test_honest_kernels_pass(op: Op, kernel: Callable[..., Any]) -> None:
     report = run(backend, op=op.name, real=False)
     assert report.count("pass") > 20
     assert not [(r.id, r.reason) for r in report.failed]
+
+
+@pytest.mark.parametrize("sample", ["1x1x1x1", "2x6x2x8-empty-rows", "1x9x2x16-huge"])
+def test_attentions_gradients_may_cancel_as_a_rounded_result_lets_them(sample: str) -> None:
+    """Where a query sees one key, or one key takes all, the right gradient is zero and P dO v^T,
+    rounded, does not cancel with its row sum. A row sum that is lost is another matter."""
+    kernels = {"attention": flash_forward(32, rounding=True)}
+    honest = Benign("here", "attention", "flash, differentiated through its roundings", kernels)
+    lost = flash_backward(lambda do, o: torch.zeros_like(do[..., :1]))
+    wrong = Benign("here", "attention", "no row sum", {"attention": lost})
+    for change, outcome in ((honest, "pass"), (wrong, "fail")):
+        backend = change.backend()
+        [case] = select(backend, id=f"attention-bfloat16-{sample}-grad")
+        assert run_case(case, backend).outcome == outcome

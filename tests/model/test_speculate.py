@@ -20,6 +20,7 @@ from glm_core.model.quantize import Quantization, convert
 from glm_core.model.runner import Runner
 from glm_core.model.sample import Sampling
 
+pytestmark = pytest.mark.skipif(not registry.probe("cpu").ok, reason="backend cpu is not built")
 GROUPED = dataclasses.replace(
     preset("tiny-moe"), num_layers=2, hidden=32, ffn=32, expert_ffn=32, vocab=64, max_length=48
 )

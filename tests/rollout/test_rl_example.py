@@ -12,7 +12,9 @@ import pytest
 from rooms import ROOT
 
 from glm_core import cli
+from glm_core.backends import registry
 
+pytestmark = pytest.mark.skipif(not registry.probe("cpu").ok, reason="backend cpu is not built")
 EXAMPLE = runpy.run_path(str(ROOT / "examples" / "rl" / "grpo.py"))
 
 

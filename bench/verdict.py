@@ -213,7 +213,11 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for name in args.only.split(",") if args.only else MODELS:
         for dtype in args.dtypes.split(","):
             for variant in args.variants.split(","):
-                yield train(name, getattr(torch, dtype), variant, variant == "plain")
+                try:
+                    yield train(name, getattr(torch, dtype), variant, variant == "plain")
+                except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+                    run = {"model": name, "dtype": dtype, "variant": variant}
+                    yield run | {"error": f"{type(error).__name__}: {error}"}
 
 
 def main() -> None:

@@ -24,6 +24,9 @@ LEAST = 0.03
 HUGE = 1e30
 """larger values stand for minus infinity in masks: they are compared one by one"""
 
+SHARE = 1e-3
+"""a generator's share of ones may be off by so much: its numbers have few bits"""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Outside:
@@ -179,6 +182,26 @@ def judge(call: Call, actual: Results, z: float) -> Judgement:
             later.append((result, result.scores(result.errors)))
     for result, scores in later:
         _search(call, result, scores, judgement, z)
+    return judgement
+
+
+def judge_drawn(probability: float, drawn: Tensor) -> Judgement:
+    """Judges zeros and ones that were drawn: their share must be the probability."""
+    judgement, share = Judgement(num_tests=1), float(drawn.double().mean())
+    if not bool(((drawn == 0) | (drawn == 1)).all()):
+        judgement.outside.append(_wrong("self", drawn, "other values than 0 and 1"))
+    error = math.sqrt(probability * (1 - probability) / max(drawn.numel(), 1))
+    off = Outside(
+        "self",
+        f"a share of {share:.4f} ones for a probability of {probability:g}",
+        share - probability,
+        error,
+        SHARE,
+        str(drawn.dtype).removeprefix("torch."),
+        tuple(drawn.shape),
+    )
+    if off.ratio(1.0) > 1:
+        judgement.outside.append(off)
     return judgement
 
 

@@ -155,6 +155,16 @@ def exact(call: Call) -> Results:
     return {n: _real(y) for n, y in compute(call, torch.float64).items()}
 
 
+def _with_rounded_numbers(call: Call, dtype: torch.dtype) -> Call:
+    """Rounds the call's numbers to `dtype`, as kernels do that convert them to their tensors'."""
+
+    def rounded(x: Any) -> Any:
+        return torch.tensor(x, dtype=dtype, device="cpu").item() if type(x) is float else x
+
+    args, kwargs = tree_map(rounded, call.args), tree_map(rounded, call.kwargs)
+    return dataclasses.replace(call, args=args, kwargs=kwargs)
+
+
 def moved(seed: int) -> Change:
     """Returns a change that moves every element by -1, 0 or 1 unit in float32's last place, as a
     rounding of the argument would: how far the result moves is the operator's condition."""
@@ -169,16 +179,18 @@ def moved(seed: int) -> Change:
 
 def variations(call: Call, dtype: torch.dtype) -> Iterator[Results]:
     """Yields the results of honest ways to compute a call whose results have this dtype: float64 on
-    arguments that were moved by a rounding; in float32; sums cut in two; below float32 with
-    intermediates rounded; by the host's own kernel, where it is not the one on trial. A way that
+    arguments that were moved by a rounding; sums cut in two; below float32 in float32, with rounded
+    numbers or intermediates; by the host's own kernel, where it is not the one on trial. A way that
     this operator does not have is left out."""
     wide = None if dtype not in LOW else torch.float32
     steps = get_decompositions([call.func]).get(call.func)
-    own = call.device_type != "cpu" or call.func._schema.name in references.LOW_SUMS
+    rounds = wide is not None and call.func._schema.name in references.HOST_ROUNDS
+    own = call.device_type != "cpu" or rounds
     ways: list[Callable[[], Results]] = [
         lambda: compute(call, torch.float64, moved(1)),
         lambda: compute(call, torch.float64, moved(2)),
         *([lambda: compute(call, torch.float32)] if wide else []),
+        *([lambda: compute(_with_rounded_numbers(call, dtype), torch.float32)] if wide else []),
         *([lambda: compute(call, None)] if own else []),
     ]
     by_steps = references.given(call.func) or steps

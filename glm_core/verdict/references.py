@@ -48,7 +48,7 @@ NO_VALUES = {
     "aten::record_stream",
 }
 """operators that compute no tensor's values"""
-LOW_SUMS = {
+HOST_ROUNDS = {
     "aten::embedding_dense_backward",
     "aten::index_put",
     "aten::index_put_",
@@ -61,8 +61,14 @@ LOW_SUMS = {
     "aten::_foreach_norm",
     "aten::native_layer_norm_backward",
     "aten::native_group_norm_backward",
+    "aten::native_batch_norm",
+    "aten::native_batch_norm_backward",
+    "aten::max_pool2d_with_indices_backward",
+    "aten::_log_softmax",
+    "aten::pow",
 }
-"""operators whose kernels on the CPU add in the dtype of the result, below float32 too"""
+"""operators whose kernels on the CPU round inside to the dtype of the result, below float32: sums,
+a row's statistics, powers"""
 
 
 def why_not(func: Any) -> str:
@@ -165,6 +171,27 @@ def attention_of_the_cpu_backward(
 def _summed(x: Tensor, like: Tensor) -> Tensor:
     """Sums over the query heads that share a head."""
     return x.unflatten(1, (like.shape[1], -1)).sum(2) if x.shape[1] != like.shape[1] else x
+
+
+@reference("aten::_grouped_mm")
+def grouped_product(
+    a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Mask = None, out_dtype: Any = None
+) -> Tensor:
+    """Multiplies group by group. `offs` [E] are the ends of the groups along the dimension that a
+    flat argument divides: [M, K] x [E, K, N] -> [M, N], [E, M, K] x [K, N] -> [M, N], [M, K] x
+    [K, N] -> [E, M, N]."""
+    if offs is None:
+        return a @ b
+    ends = offs.tolist()
+    cuts = [slice(i, j) for i, j in zip([0, *ends], ends, strict=False)]
+    if a.ndim == 2 and b.ndim == 2:
+        return torch.stack([a[:, c] @ b[c] for c in cuts])
+    if a.ndim == 2:
+        out = a.new_zeros(a.shape[0], b.shape[-1])
+        for c, own in zip(cuts, b, strict=True):
+            out[c] = a[c] @ own
+        return out
+    return torch.cat([own @ b[:, c] for c, own in zip(cuts, a, strict=True)], -1)
 
 
 @reference("aten::_scaled_dot_product_flash_attention")

@@ -26,7 +26,7 @@ from glm_core.conformance.oracle import EagerMode
 from glm_core.errors import ConfigError, TrainingError
 from glm_core.verdict import oracle, references
 from glm_core.verdict.docket import Docket
-from glm_core.verdict.judge import judge
+from glm_core.verdict.judge import judge, judge_drawn
 from glm_core.verdict.oracle import Call
 from glm_core.verdict.places import Places
 from glm_core.verdict.report import Report
@@ -35,6 +35,10 @@ from glm_core.verdict.slices import part, too_large
 MAX_ELEMENTS = 1 << 26
 """a call with more elements in one tensor, of which no rows can be judged alone, is left out: its
 float64 copies would not fit"""
+
+
+DRAWN = torch.ops.aten.bernoulli_.float
+"""draws dropout's mask; its results have a distribution to be judged by"""
 
 
 class Capture(EagerMode):
@@ -61,7 +65,8 @@ class Capture(EagerMode):
             return func(*args, **kwargs)
         if not _computes(func):
             return func(*args, **kwargs)
-        reason = references.why_not(func) or _unfit(args, kwargs)
+        drawn = func is DRAWN and len(args) > 1
+        reason = ("" if drawn else references.why_not(func)) or _unfit(args, kwargs)
         call = None if reason else _kept(func, args, kwargs)
         out = func(*args, **kwargs)
         with oracle.alone():
@@ -81,7 +86,10 @@ class Capture(EagerMode):
             self.docket.leave_out(name, reason, flops)
             return
         try:
-            judgement = judge(*part(call, actual, self.docket.num_tests), self.docket.least_z)
+            if call.func is DRAWN:
+                judgement = judge_drawn(float(call.args[1]), actual["self"])
+            else:
+                judgement = judge(*part(call, actual, self.docket.num_tests), self.docket.least_z)
         except Exception as error:  # the host has no kernel for it, or too little memory
             text = str(error).strip().splitlines() or [type(error).__name__]
             reason = f"the host cannot compute it in float64: {text[0]:.100}"

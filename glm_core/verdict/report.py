@@ -4,12 +4,13 @@ judged."""
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from typing import Any
 
-from glm_core.align.verdict import finite
-
 MAX_FINDINGS = 20
+NOT_FINITE = 1e30
+"""stands for infinity, which JSON does not have"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +45,7 @@ class Finding:
     def __str__(self) -> str:
         shape = "x".join(map(str, self.shape)) or "scalar"
         off = self.test
-        if self.effect < 1e30:
+        if self.effect < NOT_FINITE:
             off += f" {self.effect:.2e}, benign up to {self.limit:.1e}"
         return f"{self.operator} {self.where()}: {self.result} [{shape}] {self.dtype}: {off}"
 
@@ -128,14 +129,19 @@ class Report:
             return "; nothing was left out"
         calls = sum(u.calls for u in self.not_judged)
         share = 100 * sum(u.flops_share for u in self.not_judged)
-        return f"; {calls} calls ({share:.2g} % of the FLOPs) were not judged"
+        number = "1 call was" if calls == 1 else f"{calls} calls were"
+        return f"; {number} not judged ({share:.2g} % of the FLOPs)"
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values; what is not finite becomes 1e30."""
         plain = dataclasses.asdict(self)
         for row in plain["findings"] + plain["operators"]:
-            row.update({k: finite(v) for k, v in row.items()})
+            row.update({k: NOT_FINITE for k, v in row.items() if _overflows(v)})
         return {"verdict": "honest" if self.ok else "guilty", "sentence": self.sentence(), **plain}
+
+
+def _overflows(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def from_json(value: dict[str, Any]) -> Report:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from rooms import ROOT
 
+from glm_core import cli
 from glm_core.errors import BackendUnavailableError, ConfigError, TrainingError
-from glm_core.verdict import render, worker
+from glm_core.verdict import render, script, worker
 from glm_core.verdict.report import Report, from_json
 from glm_core.verdict.script import Request, judge_script
 
@@ -73,6 +77,30 @@ def test_a_context_that_computes_wrong_is_named_at_its_line(tmp_path: Path) -> N
     failed = [c.get("name") for c in suite if c.find("failure") is not None]
     assert failed == ["aten::addmm"]
     assert f"WRONG {finding}" in render.text(report)
+
+
+def test_the_command_judges_plain_and_with_the_context(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(script, "judge_script", lambda request: result_of(request, tmp_path))
+    path = request_for(tmp_path).script
+    files = {f"--{kind}": str(tmp_path / f"out.{kind}") for kind in ("junit", "sarif")}
+    words = [w for option in files.items() for w in option]
+    context = ["--with", "contexts_of_a_test:wrong"]
+    assert cli.main(["verdict", *words, *context, "--json", "--", path]) == 1
+    result = json.loads(capsys.readouterr().out)
+    assert (result["verdict"], result["plain"]["verdict"]) == ("guilty", "honest")
+    assert all(Path(file).stat().st_size for file in files.values())
+    assert cli.main(["verdict", "--steps", "2", path]) == 0
+    assert cli.main(["verdict", "--steps", "two", path]) == cli.main(["verdict"]) == 2
+
+
+def test_the_commands_of_the_page_are_commands() -> None:
+    page = (ROOT / "docs" / "verdict.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^\s*(?:run: )?glm-core (verdict .*)$", page, re.M)
+    assert len(commands) >= 4
+    for words in map(shlex.split, commands):
+        assert "train.py" in cli.parser().parse_args(words).command_words
 
 
 @pytest.mark.parametrize(

@@ -19,5 +19,8 @@ class Choice(NamedTuple):
     """takes the exact `scores`, the error `slack` that each of them may have, what was `chosen`,
     and the op's arguments. Returns for each row how far the choice is from the best one, in units
     of the slack: up to 1 is honest; infinite where an exact tie went to the wrong side"""
+    gaps: Callable[..., Tensor]
+    """takes the exact `scores` and the op's arguments. Returns for each row the distances between
+    neighbours in the order that the choice follows: a row may flip where one is within rounding"""
     given: Callable[..., Any]
     """the reference, told by `chosen` what it chooses"""

@@ -39,7 +39,7 @@ def flips(call: Call, chosen: Tensor) -> Flips:
     scores, slack, wrong = _judged(call, chosen)
     best = exact(call, {})[CHOSEN].long()
     differ = (best != chosen).any(-1)
-    return Flips(len(chosen), _expected(scores, slack, best), int(differ.sum()), wrong)
+    return Flips(len(chosen), _expected(call, scores, slack), int(differ.sum()), wrong)
 
 
 def _judged(call: Call, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,20 +54,19 @@ def _judged(call: Call, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return scores, slack, (short > 1) | strange
 
 
-def _expected(scores: Tensor, slack: Tensor, best: Tensor) -> float:
+def _expected(call: Call, scores: Tensor, slack: Tensor) -> float:
     """Returns how many rows the reference's rounding flips. Two neighbours in the order change
     places where the difference of two errors exceeds their gap: at a density f of gaps near zero
     and a standard deviation s of the difference, in f s / sqrt(2 pi) of the rows. An error is taken
     as normal, the largest of several runs as twice its standard deviation."""
-    if not len(best):
+    if not len(scores):
         return 0.0
-    rest = scores.scatter(-1, best, -torch.inf).amax(-1, keepdim=True)
-    ranked = torch.cat((scores.gather(-1, best), rest), -1)  # [N, T + 1]
-    gaps = (ranked[:, :-1] - ranked[:, 1:]).clamp(min=0.0)  # [N, T]
+    assert call.op.choice is not None
+    gaps = call.op.choice.gaps(scores, **without_tensors(call.args))  # [N, K]
     near = gaps.quantile(NEAR, dim=0).clamp(min=1e-300)
     spread = 2**0.5 * float(slack.median()) / MAX_ERROR_RATIO / 2
     shares = NEAR / near * spread / (2 * math.pi) ** 0.5
-    return len(best) * float(shares.sum().clamp(max=1.0))
+    return len(scores) * float(shares.sum().clamp(max=1.0))
 
 
 NEAR = 0.05

@@ -187,6 +187,19 @@ def _kept(scores: Tensor, slack: Tensor, groups: int, top_groups: int) -> tuple[
     return surely.repeat_interleave(size, -1), maybe.repeat_interleave(size, -1)
 
 
+def _gaps(scores: Tensor, top_k: int, groups: int = 1, top_groups: int = 1, **_: Any) -> Tensor:
+    """Returns for each token the distances [N, K] between neighbouring scores, down to the first
+    expert that is left out, and that between the last group kept and the next, over sqrt(2): its
+    scores are sums of two. See Choice."""
+    kept = _kept(scores, torch.zeros_like(scores), groups, top_groups)[0]
+    ranked = _ranked(scores.masked_fill(~kept, -torch.inf))[0][..., : top_k + 1]
+    found = [ranked[..., :-1] - ranked[..., 1:]]
+    if top_groups < groups:
+        sums = _ranked(_group_scores(scores, groups))[0]
+        found.append((sums[..., top_groups - 1, None] - sums[..., top_groups, None]) / 2**0.5)
+    return torch.cat(found, -1).clamp(max=1e9)  # beyond the last expert it is infinite
+
+
 def _given(chosen: Tensor, x: Tensor, weight: Tensor, **a: Any) -> tuple[Tensor, Tensor]:
     scores = _scores(x, weight)
     return chosen, _weights(scores, chosen, a.get("scale", 1.0), a.get("normalize", True))
@@ -203,7 +216,7 @@ def _weights(scores: Tensor, experts: Tensor, scale: float, normalize: bool) -> 
     samples=route_samples,
     cost=route_cost,
     differentiable=("x", "weight"),
-    choice=Choice(_biased, shortfall, _given),
+    choice=Choice(_biased, shortfall, _gaps, _given),
 )
 def route(
     x: Tensor,

@@ -79,8 +79,11 @@ def test_a_router_in_bfloat16_is_convicted_and_the_reference_is_not(mutant: str)
     assert worst > 100 if mutant else worst <= 1
 
 
-def test_rounding_is_expected_to_flip_a_few_rows_in_a_million() -> None:
-    found = choices.flips(call(), replay(call(), ops.route.reference)[CHOSEN].long())
+@pytest.mark.parametrize("groups", [(1, 1), (4, 2)])
+def test_rounding_is_expected_to_flip_a_few_rows_in_a_million(groups: tuple[int, int]) -> None:
+    case = call()
+    case.args |= {"groups": groups[0], "top_groups": groups[1]}
+    found = choices.flips(case, replay(case, ops.route.reference)[CHOSEN].long())
     assert found.seen == 0
     assert 0.1 < 1e6 * found.expected / found.rows < 100
 

@@ -28,7 +28,7 @@ __all__ = [
     "run",
 ]
 
-NUM_CONTROLS = 8
+NUM_CONTROLS = 6
 """control runs of the reference, unless another number is asked for"""
 MIN_CONTROLS = 4
 """the fewest from which the spread of honest runs can be estimated"""

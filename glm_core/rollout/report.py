@@ -13,6 +13,8 @@ from glm_core.rollout.evidence import Evidence
 from glm_core.rollout.files import Rollout, require_same
 from glm_core.rollout.verdict import Check, Figures, Judgement, figures, judge
 
+MOST_STEPS = 10
+"""steps whose deviations are printed; --json has all"""
 UNJUDGED = (
     "not judged: what honest rounding may do is not known; give the weights with --model, or the "
     "same tokens from an honest engine with --control"
@@ -42,7 +44,8 @@ class Report:
         """Returns some lines to read."""
         f = self.figures
         low, *inner, high = (f"{r:.6g}" for r in f.ratio)
-        steps = "  ".join(f"{s}: {x:.2e}" for s, x in f.by_step.items())
+        every = -(-len(f.by_step) // MOST_STEPS)
+        steps = "  ".join(f"{s}: {x:.2e}" for s, x in [*f.by_step.items()][::every])
         lines = [
             f"{self.verdict}: {self.sentence}",
             f"  {f.tokens} tokens, {f.equal:.1%} equal to the bit; |d logprob| mean {f.mean:.3e}, "

@@ -80,7 +80,7 @@ def figures(trainer: Array, sampler: Array, replies: Sequence[Reply]) -> Figures
         equal=float((d == 0).mean()),
         mean=float(np.abs(d).mean()),
         max=float(np.abs(d).max()),
-        k1=float(-d.mean()),
+        k1=float(0.0 - d.mean()),
         k3=float((r - 1 - d).mean()),
         ratio=(float(r.min()), *map(float, inner), float(r.max())),
         by_step={int(s): float(np.abs(d[steps == s]).mean()) for s in np.unique(steps)},

@@ -62,8 +62,8 @@ def test_attention_conforms_in_the_interpreter(tmp_path: Path) -> None:
     samples = ("2x1x4x16-cache13", "2x6x2x8-empty-rows", "1x9x2x16-huge")
     values = "attention-float32-2x3x6x36-mqa-values32-static40-test"  # of another head size
     found = answer(tmp_path, "triton_judge.py", "float32,float16", "attention", *samples, values)
-    # dtypes, modes, samples; ways to split the keys; models whose keys are kept
-    assert len(found) == 2 * 2 * len(samples) + 1 + 3 + 4
+    # dtypes, modes, samples; ways to split the keys; models whose keys are kept; latents
+    assert len(found) == 2 * 2 * len(samples) + 1 + 3 + 4 + 1
     assert not {id: what for id, what in found.items() if what}
 
 

@@ -144,7 +144,12 @@ def judged_attention(dtypes: str, samples: tuple[str, ...]) -> dict[str, str]:
         if dtype_name(c.dtype) in dtypes.split(",")
         and (not samples or not {c.sample.id, c.id}.isdisjoint(samples))
     ]
-    return {c.id: complaint(c, backend) for c in cases} | split_errors() | keep_errors()
+    return (
+        {c.id: complaint(c, backend) for c in cases}
+        | split_errors()
+        | keep_errors()
+        | latent_errors()
+    )
 
 
 def judged_experts(ids: tuple[str, ...]) -> dict[str, str]:
@@ -249,6 +254,20 @@ def split_errors() -> dict[str, str]:
         error = float((attention(q, k, v, *intervals, 0.2) - exact).abs().max())
         found[f"processors-{processors}"] = "" if error < 1e-6 else f"off by {error:.2e}"
     return found
+
+
+def latent_errors() -> dict[str, str]:
+    """Compares absorbed latent attention, a query of 20 heads over latents of 512 + 64, with
+    float64, by the rule of conformance."""
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 1, 20, 576, generator=g).bfloat16()
+    k = torch.randn(1, 37, 1, 576, generator=g).bfloat16()
+    rest = (torch.tensor([[3]]).int(), torch.tensor([[36]]).int(), 256**-0.5)
+    y = attention_launch.forward(q, k, k[..., :512], *rest)[0]
+    reference = ops.attention.reference
+    exact = reference(q.double(), k.double(), k[..., :512].double(), *rest)
+    found = deviation(y, allowance(exact, [reference(q, k, k[..., :512], *rest)]))
+    return {"latent": "" if found.ratio <= 2 else f"{found.ratio} {found.where}"}
 
 
 def main(dtypes: str, what: str, *names: str) -> None:

@@ -48,14 +48,16 @@ void lay_out(const T* x, int64_t across, int64_t along, int64_t count, int64_t d
   };
   if (count < WIDTH || depth % LANES) memset(out, 0, size_t(steps * LANES * WIDTH) * sizeof(float));
   if (across == 1) {
-    for (int64_t k = 0; k < depth; ++k) {
-      float* to = at(k);
-      const T* from = x + k * along;
-      if (count == WIDTH)
-        for (int64_t i = 0; i < WIDTH; ++i) to[i] = get(from + i);
-      else
-        for (int64_t i = 0; i < count; ++i) to[i] = get(from + i);
-    }
+    // lane by lane, since lanes that lie a power of two apart would evict each other
+    for (int64_t lane = 0; lane < LANES; ++lane)
+      for (int64_t k = lane; k < depth; k += LANES) {
+        float* to = at(k);
+        const T* from = x + k * along;
+        if (count == WIDTH)
+          for (int64_t i = 0; i < WIDTH; ++i) to[i] = get(from + i);
+        else
+          for (int64_t i = 0; i < count; ++i) to[i] = get(from + i);
+      }
     return;
   }
   // in blocks, so that each cache line is touched once

@@ -48,7 +48,7 @@ void lay_out(const T* x, int64_t across, int64_t along, int64_t count, int64_t d
   };
   if (count < WIDTH || depth % LANES) memset(out, 0, size_t(steps * LANES * WIDTH) * sizeof(float));
   if (across == 1) {
-    // lane by lane, since lanes that lie a power of two apart would evict each other
+    // lane by lane: what one pass writes lies together
     for (int64_t lane = 0; lane < LANES; ++lane)
       for (int64_t k = lane; k < depth; k += LANES) {
         float* to = at(k);

@@ -336,8 +336,13 @@ _MERGE_BELOW = ("param_persistence_threshold", "stage3_param_persistence_thresho
 
 def _offloads_optimizer(zero: Mapping[str, Any]) -> bool:
     """Is the optimizer kept on the host? Only then DeepSpeed looks for unused parameters."""
-    section = zero.get("offload_optimizer") or {}
-    return bool(zero.get("cpu_offload")) or section.get("device", "none") == "cpu"
+    return bool(zero.get("cpu_offload")) or _on_host(zero).get("device", "none") == "cpu"
+
+
+def _on_host(zero: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the section; {} where there is none or something else, which is refused elsewhere."""
+    section = zero.get("offload_optimizer")
+    return section if isinstance(section, Mapping) else {}
 
 
 def _zero(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -352,11 +357,12 @@ def _zero(config: Mapping[str, Any]) -> dict[str, Any]:
             "zero_optimization.offload_optimizer: ZeRO 3 keeps its shards on the device here; use "
             "stage 1 or 2, or remove it"
         )
-    section = zero.get("offload_optimizer") or {}
     return {
         "stage": int(stage),
         "offload": offload,
-        "pin_memory": bool(section.get("pin_memory") or zero.get("cpu_offload_use_pin_memory")),
+        "pin_memory": bool(
+            _on_host(zero).get("pin_memory") or zero.get("cpu_offload_use_pin_memory")
+        ),
         "merge_below": int(whole[-1]) if whole else 100_000,
         "leaves": dict(zero.get("leaf_module") or {}),
         "all_used": zero.get("ignore_unused_parameters", True) is False

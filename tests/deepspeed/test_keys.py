@@ -3,6 +3,7 @@ once, an error says what the key would have changed and what to do instead."""
 
 from __future__ import annotations
 
+import re
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from glm_core.deepspeed import settings
-from glm_core.deepspeed.keys import SECTIONS, TOP, Key
+from glm_core.deepspeed.keys import OPTIMIZER_ON_HOST, SECTIONS, TOP, Key
 from glm_core.deepspeed.settings import Settings, resolve
 from glm_core.errors import ConfigError
 
@@ -74,12 +75,16 @@ def test_what_is_kept_on_the_host_is_there_already_on_the_cpu(
     given = nested(path, True if "cpu" in path[1] else {"device": "cpu", "pin_memory": True})
     resolve({**BASE, **given}, 2)
     assert f"{'.'.join(path)} has no effect here: the run is on the CPU" in capsys.readouterr().err
+    key: Key = KEYS[path]
     for bad in (3, {"device": "nvme"}):
-        with pytest.raises(ConfigError, match="on the host or on NVMe"):
+        with pytest.raises(ConfigError, match=re.escape(key.reason)):
             resolve({**BASE, **nested(path, bad)}, 2)
     for nothing in (None, False, {}, {"device": "none"}):
         resolve({**BASE, **nested(path, nothing)}, 2)
     monkeypatch.setattr(settings, "backend", lambda: SimpleNamespace(device_type="cuda"))
+    if key is OPTIMIZER_ON_HOST:
+        assert resolve({**BASE, **given}, 2).offload
+        return
     with pytest.raises(ConfigError, match="the run is on cuda"):
         resolve({**BASE, **given}, 2)
 

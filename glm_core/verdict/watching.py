@@ -4,7 +4,6 @@ autograd, and has it judged at once, so that no more than one call is kept."""
 from __future__ import annotations
 
 import os
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from glm_core.align.verdict import FALSE_ALARM_RATE
 from glm_core.conformance.oracle import EagerMode
 from glm_core.errors import ConfigError, TrainingError
+from glm_core.measure import memory
 from glm_core.verdict import oracle, references
 from glm_core.verdict.docket import Docket
 from glm_core.verdict.judge import judge, judge_drawn
@@ -267,7 +267,7 @@ class watch:
             num_tests=self.docket.num_tests,
             false_alarm_rate=self.docket.rate,
             seconds=self.seconds,
-            peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            peak_memory_bytes=memory.resident_peak_bytes(),
             context=context,
             torch=torch.__version__,
             notes=self.notes,

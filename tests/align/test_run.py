@@ -154,7 +154,7 @@ def test_a_backend_that_is_not_there_is_refused_before_anything_runs(
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"controls": 1}, "controls=1: the envelope needs at least 4 control runs; use 8"),
+        ({"controls": 1}, "controls=1: the envelope needs at least 4 control runs; use 6"),
         ({"controls": 0}, "the envelope needs at least 4"),
         ({"dtypes": ("float32", "float16")}, "backend narrow computes in float32, bfloat16; use"),
         ({"without": ("curves",)}, "unknown part 'curves'; known: curve, ops"),

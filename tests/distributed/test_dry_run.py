@@ -23,7 +23,7 @@ LENGTH = 8
 
 def dry(config: ModelConfig, plan: Plan, made: DeviceMesh) -> tuple[Share, tuple[Tensor, Tensor]]:
     """A stage between the first and the last, forward and backward."""
-    share = apply.build(config, plan, made, torch.device("cpu"), torch.float16)
+    share = apply.build(config, plan, made, None, torch.device("cpu"), torch.float16)
     shape = (1, LENGTH // 4 if plan.sp else LENGTH, config.hidden)
     carried = (torch.empty(shape, dtype=torch.float16, requires_grad=True) for _ in range(2))
     rows = torch.zeros(1, LENGTH, dtype=torch.int64)

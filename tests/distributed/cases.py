@@ -40,7 +40,6 @@ HONEST = [
     Case("dp=2,ep=2,micro_batches=2,recompute=full", "moe"),
     Case("dp=2,ep=2,zero=1,micro_batches=2", "moe"),
     Case("tp=2,sp=true", "moe"),
-    Case("dp=4,ep=2", "moe"),
     Case("dp=4,ep=2,zero=3,micro_batches=2", "moe"),
     Case("tp=2,dp=2,ep=2,zero=2", "moe"),
     Case("pp=2,dp=2,ep=2,micro_batches=2", "moe"),

@@ -42,13 +42,20 @@ def sum_in_float32(model: nn.Module) -> None:
 
 
 def _widen(p: Tensor) -> None:
-    """Makes `.grad` float32, and torch adds what comes next to it as it is. Torch compares the two
-    dtypes only where `.grad` is assigned, so the values are float32 for that moment."""
-    if p.grad is None or p.grad.dtype == torch.float32:
+    """Makes `.grad` float32, and torch adds what comes next to it as it is."""
+    if p.grad is not None and p.grad.dtype != torch.float32:
+        assign_gradient(p, p.grad.float())
+
+
+def assign_gradient(p: Tensor, grad: Tensor | None) -> None:
+    """Assigns `.grad`, of whatever dtype. Torch before 2.11 compares it with that of the values,
+    but only here, so the values are of the gradient's for that moment."""
+    if grad is None or torch_has("grad_dtype"):
+        p.grad = grad
         return
-    wide, values, p.grad = p.grad.float(), p.data, None
-    p.data = wide
-    p.grad = wide
+    values, p.grad = p.data, None
+    p.data = grad
+    p.grad = grad
     p.data = values
 
 

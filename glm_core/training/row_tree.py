@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from glm_core.training.optimizer import assign_gradient
+
 
 class RowTree:
     """Adds up the gradients and losses of single sequences: neighbours first, then pairs of
@@ -31,7 +33,7 @@ class RowTree:
         ((_, (*grads, loss)),) = self._held
         self._held = []
         for p, grad in zip(self._trained, grads, strict=True):
-            p.grad = grad
+            assign_gradient(p, grad)
         assert loss is not None
         return loss
 

@@ -100,7 +100,7 @@ BODY = {"prompt": [1], "tokens": [2], "logprobs": [-1.0]}
     ("lines", "fact"),
     [
         pytest.param([{"format": "other"}], "not a rollout of a known kind", id="format"),
-        pytest.param([{**HEAD, "temperatur": 1}], "did you mean temperature", id="setting"),
+        pytest.param([{**HEAD, "temperature_": 1}], "did you mean temperature", id="setting"),
         pytest.param([{**HEAD, "top_p": 0}], "top_p=0 must lie in (0, 1]", id="top_p"),
         pytest.param([{**HEAD, "temperature": "hot"}], "line 1: ", id="temperature"),
         pytest.param([HEAD, {"prompt": [1]}], "line 2: not a reply", id="keys"),

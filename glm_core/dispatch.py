@@ -57,6 +57,10 @@ class Op(OpSpec):
         interceptor = _active.interceptor
         return run(self, args, kwargs) if interceptor is None else interceptor(self, args, kwargs)
 
+    def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Returns the given arguments of a call by name."""
+        return dict(zip(self.parameters, args, strict=False)) | kwargs
+
 
 REGISTRY: dict[str, Op] = {}
 """every declared op by name"""
@@ -107,8 +111,7 @@ def run(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 @contextmanager
 def activate(backend: KernelProvider, strict: bool = False) -> Iterator[Session]:
-    """Makes `backend` active in this thread for the block; afterwards the outer one is active
-    again."""
+    """Makes `backend` active in this thread for the block, and the outer one again afterwards."""
     with resume(Session(backend, strict)) as session:
         yield session
 

@@ -75,7 +75,7 @@ class Capture:
 
     def __call__(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The interceptor: records the call, runs it, and hooks the outputs' gradients."""
-        named = {**dict(zip(op.parameters, args, strict=False)), **kwargs}
+        named = op.named(args, kwargs)
         call = Call(
             op=op,
             index=len(self.calls),

@@ -154,7 +154,7 @@ def imposed(layers: list[Tensor], batches: int) -> Iterator[None]:
     def give(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if op.choice is None:
             return dispatch.run(op, args, kwargs)
-        named = dict(zip(op.parameters, args, strict=False)) | kwargs
+        named = op.named(args, kwargs)
         return op.choice.given(next(following), **named)
 
     with dispatch.intercept(give):

@@ -38,7 +38,7 @@ class Watch:
         }
         outputs = dispatch.run(op, tuple(positional), named)
         if not self.op and not finite(outputs):
-            inputs = dict(zip(op.parameters, args, strict=False)) | kwargs
+            inputs = op.named(args, kwargs)
             bad = [name for name, value in inputs.items() if not finite(value)]
             cause = f" (its {', '.join(bad)} is not finite either)" if bad else ""
             when = f", forward, micro-batch {self._micro_batch}" if torch.is_grad_enabled() else ""

@@ -63,7 +63,7 @@ class Saturate(torch.autograd.Function):
 
 def saturating(op: Any) -> Any:
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        named = dict(zip(op.parameters, args, strict=False)) | kwargs
+        named = op.named(args, kwargs)
         for name in op.differentiable:
             if isinstance(named.get(name), Tensor) and named[name].requires_grad:
                 named[name] = Saturate.apply(named[name])  # type: ignore[no-untyped-call]  # torch leaves apply untyped

@@ -225,7 +225,7 @@ def changed(op: Any, **arguments: Any) -> Kernel:
     argument that was passed."""
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        named = {**dict(zip(op.parameters, args, strict=False)), **kwargs}
+        named = op.named(args, kwargs)
         for key, value in arguments.items():
             named[key] = value(named[key]) if callable(value) else value
         return op.reference(**named)

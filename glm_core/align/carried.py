@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from glm_core.align.statistics import EPS
 from glm_core.align.verdict import AS_IT_HAPPENED, BETWEEN_UPDATES
+from glm_core.align.worst_tests import with_tests
 from glm_core.training.optimizer import Optimizer
 
 KINDS = {"master": "params", "exp_avg": "exp_avgs", "exp_avg_sq": "exp_avg_sqs"}
@@ -75,7 +75,4 @@ class Carried:
             for table, (step, size, _) in self.changes.items()
         ]
         values = [[change, 0.0, EPS] for _, _, change in self.changes.values()]
-        return taught | {
-            "tests": [*taught["tests"], *tests],
-            "test_values": np.concatenate((taught["test_values"], np.reshape(values, (-1, 3)))),
-        }
+        return with_tests(taught, tests, values)

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -26,7 +25,7 @@ from glm_core.align.verdict import (
     Finding,
     findings,
 )
-from glm_core.align.worst_tests import worst_tests
+from glm_core.align.worst_tests import with_tests, worst_tests
 from glm_core.dispatch import Op
 
 RATE = WATCHED * FALSE_ALARM_RATE / NUM_TESTS
@@ -44,7 +43,7 @@ class ResultCapture(Capture):
         """The interceptor: runs the call and keeps its results."""
         results: Results = {}
         self.results.append(results)
-        named = dict(zip(op.parameters, args, strict=False)) | kwargs
+        named = op.named(args, kwargs)
         for name in op.differentiable:
             if isinstance(named.get(name), Tensor) and named[name].requires_grad:
                 named[name] = named[name].view_as(named[name])  # its gradient is this call's alone
@@ -153,10 +152,7 @@ class Watch:
         for test in tests:
             test["projection"] += AS_IT_HAPPENED
         values = [[f.effect, f.effect / f.z if f.z else 0.0, f.benign] for f in self.guilty]
-        return taught | {
-            "tests": [*taught["tests"], *tests],
-            "test_values": np.concatenate((taught["test_values"], np.reshape(values, (-1, 3)))),
-        }
+        return with_tests(taught, tests, values)
 
 
 def _length(x: Tensor) -> Tensor:

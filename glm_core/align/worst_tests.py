@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -28,6 +30,15 @@ def op_result(case: Case, tensor: str) -> OpResult:
         "layer": call.layer,
         "direction": direction,
         "tensor": tensor,
+    }
+
+
+def with_tests(taught: dict[str, Any], tests: list[Any], values: list[Any]) -> dict[str, Any]:
+    """Returns a trace's fields of teacher forcing with further tests, and their effect, standard
+    error and limit [T, 3]."""
+    return taught | {
+        "tests": [*taught["tests"], *tests],
+        "test_values": np.concatenate((taught["test_values"], np.reshape(values, (-1, 3)))),
     }
 
 

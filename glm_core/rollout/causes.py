@@ -150,7 +150,7 @@ def _variants(
     if model.config.num_experts:
         yield "router", "the router computes in bfloat16", mistakes.low_router(), False
         for how in ("reversed", "rolled"):
-            words = "experts are added with the weights of others ({})".replace("{}", how)
+            words = f"experts are added with the weights of others ({how})"
             yield "expert pairing", words, mistakes.other_pairing(how), False
         if own == torch.float64:
             words = "experts are added up in bfloat16"
@@ -183,7 +183,6 @@ def _of_prompts(
             sentence = f"rotary positions count {words} from the prompt's place {chunk} on"
             yield "rope offset", sentence, mistakes.turned(chunk, by), False
     if per_token(replies)["cached"].any():
-        words = "behind a prefix hit the mask ends one key early"
-        yield "mask at a prefix hit", words, mistakes.hidden_key(), False
-        words = "behind a prefix hit the mask ends one key late"
-        yield "mask at a prefix hit", words, mistakes.seen_key(), False
+        for by, when in ((-1, "early"), (1, "late")):
+            words = f"behind a prefix hit the mask ends one key {when}"
+            yield "mask at a prefix hit", words, mistakes.moved_end(by), False

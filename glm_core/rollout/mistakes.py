@@ -101,7 +101,7 @@ def _one_op(name: str, kernel: Callable[[Op, dict[str, Any]], Any]) -> Variant:
     def replace(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if op.name != name:
             return dispatch.run(op, args, kwargs)
-        return kernel(op, {**dict(zip(op.parameters, args, strict=False)), **kwargs})
+        return kernel(op, op.named(args, kwargs))
 
     return Variant(interceptor=replace)
 
@@ -118,24 +118,14 @@ def turned(chunk: int, by: int) -> Variant:
     return Variant(position=position)
 
 
-def hidden_key() -> Variant:
-    """Hides each token from itself in the part of a prompt that follows what the prefix cache
-    held."""
+def moved_end(by: int) -> Variant:
+    """Ends the mask `by` keys late in the part of a prompt that follows what the prefix cache held:
+    -1 hides each token from itself, 1 shows it the next one, where the prompt has one."""
 
     def key_end(r: Reply, place: int) -> int:
-        behind_hit = r.cached and r.cached <= place < len(r.prompt)
-        return place if behind_hit else plain_end(r, place)
-
-    return Variant(key_end=key_end)
-
-
-def seen_key() -> Variant:
-    """Shows each token the next one in the part of a prompt that follows what the prefix cache
-    held."""
-
-    def key_end(r: Reply, place: int) -> int:
-        behind_hit = r.cached and r.cached <= place < len(r.prompt) - 1
-        return place + 2 if behind_hit else plain_end(r, place)
+        end = plain_end(r, place)
+        behind_hit = r.cached and r.cached <= place and max(end, end + by) <= len(r.prompt)
+        return end + by if behind_hit else end
 
     return Variant(key_end=key_end)
 

@@ -123,7 +123,7 @@ class Recorder:
         if self._ignored:
             return (self._inner or dispatch.run)(op, args, kwargs)
         layer = "head" if self._outside else self._layer
-        named = {**dict(zip(op.parameters, args, strict=False)), **kwargs}
+        named = op.named(args, kwargs)
         kept = {k: _on_host(copied(v)) for k, v in named.items()}
         result = (self._inner or dispatch.run)(op, args, kwargs)
         outputs = result if isinstance(result, tuple) else (result,)
@@ -261,15 +261,15 @@ def _errors(x: Tensor, y: Tensor) -> Tensor:
     return ((a - b).norm(dim=1) / size.clamp(min=1e-300)).nan_to_num(nan=1e30)
 
 
-def _own_error(call: Call, result: str) -> float:
-    """Returns the deviation of a result from the reference on the call's own arguments."""
+def _own_errors(call: Call) -> Iterator[tuple[str, Tensor, float]]:
+    """Yields each result with its deviation from the reference on the call's own arguments."""
     right = call.op.reference(**call.args)
     outputs = right if isinstance(right, tuple) else (right,)
-    y = dict(zip(call.results, outputs, strict=True))[result]
-    x = call.results[result]
-    if call.op.choice is not None and not x.is_floating_point():
-        return 0.0  # which experts: near ties are honest; their weights are judged
-    return float(_errors(x.reshape(1, -1), y.reshape(1, -1)).max())
+    for (name, x), y in zip(call.results.items(), outputs, strict=True):
+        if call.op.choice is not None and not x.is_floating_point():
+            yield name, x, 0.0  # which experts: near ties are honest; their weights are judged
+        else:
+            yield name, x, float(_errors(x.reshape(1, -1), y.reshape(1, -1)).max())
 
 
 def _limits(reference: Mapping[Key, Call], honest: Sequence[Sequence[Call]]) -> Limits:
@@ -281,9 +281,9 @@ def _limits(reference: Mapping[Key, Call], honest: Sequence[Sequence[Call]]) -> 
             for name, x, y, _ in _compared(call, reference[call.key]):
                 place = (call.key, name)
                 limits[place] = max(limits.get(place, 0.0), float(_errors(x, y).max()))
-            for name in call.results:
+            for name, _, error in _own_errors(call):
                 place = (call.key, name)
-                limits[place] = max(limits.get(place, 0.0), _own_error(call, name))
+                limits[place] = max(limits.get(place, 0.0), error)
     return limits
 
 
@@ -313,8 +313,8 @@ def _first(calls: Sequence[Call], reference: Mapping[Key, Call], limits: Limits)
             if float(errors.max()) > allowed:
                 at = first + int((errors > allowed).nonzero()[0, 0])
                 return _parting(place | {"place": at}, name, float(errors.max()), allowed)
-        for name, x in call.results.items():
-            error, allowed = _own_error(call, name), _allowed(limits, call.key, name, x)
+        for name, x, error in _own_errors(call):
+            allowed = _allowed(limits, call.key, name, x)
             if error > allowed:
                 return _parting(place, name, error, allowed)
     if calls and not any(c.key.layer == "head" for c in calls):

@@ -119,8 +119,8 @@ def plants() -> list[Plant]:
             "rope one too far, chunks of 32", rope, "rope", lambda c: m.turned(32, 1), chunk=32
         ),
         _inside("rope from 0 in chunks of 16", rope, "rope", lambda c: m.turned(16, 0), chunk=16),
-        _inside("mask one key short at a hit", mask, "attention", lambda c: m.hidden_key()),
-        _inside("mask one key long at a hit", mask, "attention", lambda c: m.seen_key()),
+        _inside("mask one key short at a hit", mask, "attention", lambda c: m.moved_end(-1)),
+        _inside("mask one key long at a hit", mask, "attention", lambda c: m.moved_end(1)),
         _inside("experts' weights reversed", "expert pairing", "unpermute", _reversed, "experts"),
         _inside(
             "experts added in bfloat16", "expert sums", "unpermute", _low_sums, "experts", "float32"

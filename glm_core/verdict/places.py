@@ -33,11 +33,6 @@ class Place:
     phase: str
     """forward, backward or optimizer"""
 
-    def __str__(self) -> str:
-        where = f" in {self.module}" if self.module else ""
-        file, _, number = self.line.rpartition(":")
-        return f"{self.phase}{where} ({os.path.basename(file)}:{number})"
-
 
 class Places:
     """Follows the program through its modules while it is active."""

@@ -4,13 +4,12 @@ judged."""
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from typing import Any
 
+from glm_core.align.verdict import NOT_FINITE, finite
+
 MAX_FINDINGS = 20
-NOT_FINITE = 1e30
-"""stands for infinity, which JSON does not have"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,12 +135,8 @@ class Report:
         """Returns plain values; what is not finite becomes 1e30."""
         plain = dataclasses.asdict(self)
         for row in plain["findings"] + plain["operators"]:
-            row.update({k: NOT_FINITE for k, v in row.items() if _overflows(v)})
+            row.update({k: finite(v) for k, v in row.items()})
         return {"verdict": "honest" if self.ok else "guilty", "sentence": self.sentence(), **plain}
-
-
-def _overflows(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
 
 
 def from_json(value: dict[str, Any]) -> Report:

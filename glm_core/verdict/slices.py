@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from glm_core.verdict.oracle import Call, Results
 
@@ -75,5 +75,5 @@ def part(call: Call, actual: Results, seed: int) -> tuple[Call, Results]:
 
 def too_large(call: Call, most: int) -> bool:
     """Says whether a call has a tensor of more than `most` elements and cannot be divided."""
-    large = any(t.numel() > most for t in tree_leaves(call.tensors()))
+    large = any(t.numel() > most for t in call.tensors())
     return large and not divisible(call)

@@ -122,8 +122,8 @@ class QuantizedHeads(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps latents [B, L, C] to keys and values [B, L, H (E - R + U)]; only a call without a
         cache needs it."""
-        both = (self.keys.dequantized().transpose(1, 2), self.values.dequantized())
-        return ops.linear(x, torch.cat(both, 1).flatten(0, 1).to(x.dtype))
+        both = join_heads(self.keys.dequantized(), self.values.dequantized())
+        return ops.linear(x, both.to(x.dtype))
 
     def to_latent(self, q: Tensor) -> Tensor:
         """Maps queries as `HeadsLinear.to_latent` does."""
@@ -154,6 +154,12 @@ def split_heads(
     keys, values = head_matrices(weight, widths)
     parts = (keys.transpose(1, 2), values)
     return [(w, heads_quantization(w.shape[-1], how)) for w in parts]
+
+
+def join_heads(keys: Tensor, values: Tensor) -> Tensor:
+    """Returns the weight [H (E - R + U), C] of both parts, keys [H, C, E - R] and values [H, U, C],
+    in floating point."""
+    return torch.cat((keys.transpose(1, 2), values), 1).flatten(0, 1)
 
 
 def heads_quantization(width: int, how: Quantization) -> Quantization:

@@ -5,9 +5,6 @@ Shapes: H heads, E head dim without the rotated part, U value head dim, C width 
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from glm_core.config import ModelConfig
 from glm_core.model.quantize import HEADS
 
@@ -29,8 +26,3 @@ def part_shapes(c: ModelConfig) -> list[tuple[int, int, int]]:
     """Returns [H, C, E] of the keys, transposed, and [H, U, C] of the values."""
     keys = (c.num_heads, c.kv_latent, c.head_dim - c.rope_head_dim)
     return [keys, (c.num_heads, c.value_head_dim, c.kv_latent)]
-
-
-def joined(keys: Tensor, values: Tensor) -> Tensor:
-    """Returns the parameter [H (E + U), C] of both parts' values."""
-    return torch.cat((keys.transpose(1, 2), values), 1).flatten(0, 1)

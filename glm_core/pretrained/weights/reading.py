@@ -21,6 +21,7 @@ from glm_core.model.quantize import (
     QuantizedGroupedLinear,
     QuantizedHeads,
     QuantizedLinear,
+    join_heads,
     values_of,
 )
 from glm_core.pretrained.weights import heads
@@ -100,7 +101,7 @@ class Checkpoint:
         """Returns a part of a parameter in floating point."""
         if self.in_parts(name):
             bits = self.bits or 8
-            return heads.joined(*(values_of(c, s, bits, s.dtype) for c, s in self.parts(name)))
+            return join_heads(*(values_of(c, s, bits, s.dtype) for c, s in self.parts(name)))
         tensor = self.tensor(name, rank, size)
         if not self.quantized(name):
             return tensor

@@ -13,6 +13,7 @@ from glm_core.data.open import open_sampler
 from glm_core.data.sampler import Batch
 from glm_core.faults.catalogue import BENIGN, PLANTED
 from glm_core.faults.fault import Benign, Fault
+from glm_core.sensitivity.plans.sample import SPARSE
 
 Variant = Fault | Benign
 DTYPES = ("float32", "bfloat16")
@@ -62,24 +63,12 @@ SETUPS: dict[str, tuple[ModelConfig, int]] = {
     "moe": (
         ModelConfig(
             **_SMALL,
+            **SPARSE,
             ffn=128,
-            norm="rms",
-            placement="pre",
-            activation="swiglu",
-            num_kv_heads=2,
-            rope_fraction=0.5,
-            linear_bias=False,
-            tied_head=False,
-            qk_norm=True,
-            num_experts=8,
             experts_per_token=3,
             expert_ffn=32,
-            num_shared_experts=1,
-            num_dense_layers=1,
             expert_groups=4,
             top_groups=2,
-            expert_scale=1.8,
-            balance_weight=0.01,
         ),
         64,
     ),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_experts import LATENT, SMALL
 from torch import Tensor
 
 from glm_core.backends import registry
@@ -27,20 +28,6 @@ from glm_core.pretrained.weights import writing
 from glm_core.pretrained.weights.reading import open_checkpoint
 from glm_core.spec import unsupported
 
-SMALL = dataclasses.replace(
-    preset("tiny-moe"), num_layers=2, hidden=32, ffn=32, expert_ffn=32, vocab=64, max_length=32
-)
-LATENT = dataclasses.replace(
-    SMALL,
-    num_kv_heads=4,
-    head_dim=24,
-    qk_norm=False,
-    rope_fraction=1.0,
-    kv_latent=32,
-    q_latent=32,
-    rope_head_dim=8,
-    value_head_dim=16,
-)
 COUNTS = {
     # all parameters, and those a token's logits are computed with. Published: 355 B and 32 B
     # without embedding and head but with the layer of multi-token prediction; 106 B and 12 B;

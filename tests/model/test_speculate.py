@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 
 import pytest
+import small_experts
 import torch
 
 from glm_core.backends import registry
@@ -14,27 +15,13 @@ from glm_core.errors import ConfigError
 from glm_core.model.generate import Decoder, generate
 from glm_core.model.generation import Generation
 from glm_core.model.glm import GLM
-from glm_core.model.presets import preset
 from glm_core.model.prompt import Prompt, causal
 from glm_core.model.quantize import Quantization, convert
 from glm_core.model.runner import Runner
 from glm_core.model.sample import Sampling
 
 pytestmark = pytest.mark.skipif(not registry.probe("cpu").ok, reason="backend cpu is not built")
-GROUPED = dataclasses.replace(
-    preset("tiny-moe"), num_layers=2, hidden=32, ffn=32, expert_ffn=32, vocab=64, max_length=48
-)
-LATENT = dataclasses.replace(
-    GROUPED,
-    num_kv_heads=4,
-    head_dim=24,
-    qk_norm=False,
-    rope_fraction=1.0,
-    kv_latent=32,
-    q_latent=32,
-    rope_head_dim=8,
-    value_head_dim=16,
-)
+GROUPED, LATENT = (dataclasses.replace(m, max_length=48) for m in small_experts.BOTH)
 PROMPTS = [causal(range(2, 11)), Prompt((5, 9, 3, 7, 1), sep=4, mask=2), causal([4])]
 SETTINGS = {
     "greedy": Sampling(max_tokens=20, temperature=0.0),

@@ -11,6 +11,22 @@ from glm_core.data.sampler import Batch
 
 VOCAB, LENGTH, ROWS, STEPS = 64, 16, 8, 4
 SIZES: dict[str, Any] = {"num_layers": 4, "hidden": 32, "num_heads": 4, "vocab": VOCAB}
+SPARSE: dict[str, Any] = {
+    "num_kv_heads": 2,
+    "norm": "rms",
+    "placement": "pre",
+    "activation": "swiglu",
+    "rope_fraction": 0.5,
+    "linear_bias": False,
+    "tied_head": False,
+    "qk_norm": True,
+    "num_experts": 8,
+    "num_shared_experts": 1,
+    "num_dense_layers": 1,
+    "expert_scale": 1.8,
+    "balance_weight": 0.01,
+}
+"""a model with experts in the style of GLM-4.5"""
 MODELS = {
     "130b": ModelConfig(**SIZES, ffn=64, qk_layer_scaling=True, embedding_gradient_shrink=0.1),
     "glm4": ModelConfig(
@@ -28,25 +44,7 @@ MODELS = {
     "10b": ModelConfig(
         **SIZES, ffn=64, placement="pre", activation="gelu", positions="learned_2d", max_length=32
     ),
-    "moe": ModelConfig(
-        **SIZES,
-        ffn=48,
-        num_kv_heads=2,
-        norm="rms",
-        placement="pre",
-        activation="swiglu",
-        rope_fraction=0.5,
-        linear_bias=False,
-        tied_head=False,
-        qk_norm=True,
-        num_experts=8,
-        experts_per_token=2,
-        expert_ffn=24,
-        num_shared_experts=1,
-        num_dense_layers=1,
-        expert_scale=1.8,
-        balance_weight=0.01,
-    ),
+    "moe": ModelConfig(**SIZES, **SPARSE, ffn=48, experts_per_token=2, expert_ffn=24),
 }
 
 

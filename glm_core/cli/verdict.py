@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from glm_core.align import NUM_CONTROLS
 from glm_core.cli.exits import EXIT_FAILED
 from glm_core.cli.options import add_json, emit
-
-if TYPE_CHECKING:
-    from glm_core.verdict.report import Report
 
 
 def define(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +35,31 @@ def define(parser: argparse.ArgumentParser) -> None:
         metavar="RATE",
         help="probability that an honest run is called wrong (default %(default)g)",
     )
+    parser.add_argument(
+        "--record", default="", metavar="FILE", help="write a sample of the calls, to compare with"
+    )
+    parser.add_argument(
+        "--against",
+        default="",
+        metavar="FILE",
+        help="compute the calls of a record of another machine again, and judge both machines",
+    )
+    parser.add_argument(
+        "--curve",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also judge the loss of N steps, with control runs of the script "
+        "(with --with or --record)",
+    )
+    parser.add_argument(
+        "--controls",
+        type=int,
+        default=NUM_CONTROLS,
+        metavar="K",
+        help="control runs for --curve (default %(default)s)",
+    )
+    parser.add_argument("--report", metavar="FILE", help="HTML report to write")
     parser.add_argument("--junit", metavar="FILE", help="JUnit XML report to write")
     parser.add_argument("--sarif", metavar="FILE", help="SARIF report to write")
     add_json(parser)
@@ -46,8 +70,9 @@ def define(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command. Returns 0 where every judged operator is honest, 1 where one is guilty;
     raises where the script gives no verdict."""
-    from glm_core.verdict import render
-    from glm_core.verdict.script import Request, judge_script
+    from glm_core.verdict import page, render
+    from glm_core.verdict.outcome import judge_all
+    from glm_core.verdict.script import Request
 
     script, words = _script(args.command_words)
     request = Request(
@@ -55,24 +80,22 @@ def run(args: argparse.Namespace) -> int:
         args=words,
         steps=_steps(args.steps),
         device=args.on,
+        context=args.context,
         false_alarm_rate=args.false_alarm_rate,
+        record=args.record,
+        against=args.against,
+        curve_steps=args.curve,
     )
-    reports = [judge_script(request)]
-    if args.context:
-        import dataclasses
-
-        reports.append(judge_script(dataclasses.replace(request, context=args.context)))
-    last = reports[-1]
-    for path, write in ((args.junit, render.junit), (args.sarif, render.sarif)):
-        if path:
-            Path(path).write_text(write(last), encoding="utf-8")
-    value = last.to_json() | ({"plain": reports[0].to_json()} if args.context else {})
-    emit(args, value, "\n".join([*_plain(reports[:-1]), render.text(last)]))
-    return EXIT_FAILED if any(not r.ok for r in reports) else 0
-
-
-def _plain(reports: list[Report]) -> list[str]:
-    return [f"without the context: {r.sentence()}" for r in reports]
+    outcome = judge_all(request, args.controls, lambda text: print(text, file=sys.stderr))
+    report, comparison, curve = outcome.report, outcome.comparison, outcome.curve
+    if args.junit:
+        Path(args.junit).write_text(render.junit(report, comparison, curve), encoding="utf-8")
+    if args.sarif:
+        Path(args.sarif).write_text(render.sarif(report, comparison), encoding="utf-8")
+    if args.report:
+        page.write(outcome, args.report, "glm-core verdict -- " + shlex.join([script, *words]))
+    emit(args, outcome.to_json(), render.text(report, comparison, outcome.sentences()))
+    return 0 if outcome.ok else EXIT_FAILED
 
 
 def _script(words: list[str]) -> tuple[str, list[str]]:

@@ -55,6 +55,15 @@ def written(func: Any) -> list[str]:
     return [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
 
 
+def computes(func: Any) -> bool:
+    """Says whether an operator computes values of tensors: it is no view and no allocation."""
+    moves_nothing = func.is_view or torch.Tag.inplace_view in func.tags
+    if moves_nothing or func._schema.name in references.NO_VALUES:
+        return False
+    new = any(r.alias_info is None and "Tensor" in str(r.type) for r in func._schema.returns)
+    return new or bool(written(func))
+
+
 def argument(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
     """Returns an argument by its name, None where it was not passed."""
     names = [a.name for a in func._schema.arguments]

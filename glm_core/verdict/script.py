@@ -9,11 +9,20 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from glm_core.errors import BackendUnavailableError, ConfigError, TrainingError
+from glm_core.errors import (
+    BackendUnavailableError,
+    ConfigError,
+    TraceError,
+    TrainingError,
+)
 from glm_core.verdict.report import Report, from_json
 
-ERRORS = {error.__name__: error for error in (ConfigError, TrainingError, BackendUnavailableError)}
+ERRORS = {
+    error.__name__: error
+    for error in (ConfigError, TrainingError, BackendUnavailableError, TraceError)
+}
 """what a script's process may report, by name"""
 
 
@@ -29,12 +38,28 @@ class Request:
     context: str = ""
     """MODULE:CONTEXT, a context manager that is active while the script runs"""
     false_alarm_rate: float
+    record: str = ""
+    """file to write the captured calls to"""
+    against: str = ""
+    """record whose calls are computed here again"""
+    curve_steps: int = 0
+    """optimizer steps whose loss is followed"""
+    control: int = 0
+    """number of a control run, in which nothing is captured; 0: no control run"""
+    unit: float = 0.0
+    """see `Curve`"""
 
 
 def judge_script(request: Request) -> Report:
-    """Runs the script until its last captured step and returns the verdict. What the script prints
-    goes to standard error. Raises ConfigError where it cannot be started, TrainingError where it
-    fails or ends before any captured step, BackendUnavailableError where the device is missing."""
+    """Returns the verdict of `run_script`."""
+    return from_json(run_script(request)["report"])
+
+
+def run_script(request: Request) -> dict[str, Any]:
+    """Runs the script until its last captured step and returns what `worker` wrote. What the script
+    prints goes to standard error. Raises ConfigError where it cannot be started, TrainingError
+    where it fails or ends before any captured step, BackendUnavailableError where the device is
+    missing, TraceError for a record that cannot be read or written."""
     if not Path(request.script).is_file():
         raise ConfigError(f"verdict: {request.script}: no such file; pass a script after --")
     with tempfile.TemporaryDirectory() as folder:
@@ -42,11 +67,12 @@ def judge_script(request: Request) -> Report:
         words = [sys.executable, "-m", "glm_core.verdict.worker", str(path)]
         words.append(json.dumps(dataclasses.asdict(request)))
         code = subprocess.run(words, stdout=sys.stderr, check=False).returncode
-        result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        text = path.read_text(encoding="utf-8") if path.is_file() else "{}"
+        result: dict[str, Any] = json.loads(text)
     if "error" in result:
         raise ERRORS.get(result["kind"], TrainingError)(result["error"])
-    if "report" in result:
-        return from_json(result["report"])
+    if "report" in result or (request.control and "curve" in result):
+        return result
     raise TrainingError(f"verdict: {request.script} {_end(code)}")
 
 

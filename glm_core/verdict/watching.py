@@ -29,6 +29,7 @@ from glm_core.verdict.docket import Docket
 from glm_core.verdict.judge import judge, judge_drawn
 from glm_core.verdict.oracle import Call
 from glm_core.verdict.places import Places
+from glm_core.verdict.record import Recorder
 from glm_core.verdict.report import Report
 from glm_core.verdict.slices import part, too_large
 
@@ -49,6 +50,9 @@ class Capture(EagerMode):
         self.docket, self.places = docket, places
         self.step = 0
         self.process = os.getpid()
+        self.recorder: Recorder | None = None
+        self.unit = 0.0
+        """the unit in the last place of the coarsest dtype that the program multiplies in"""
 
     supports_higher_order_operators = True
 
@@ -63,7 +67,7 @@ class Capture(EagerMode):
         if not isinstance(func, torch._ops.OpOverload):
             self.docket.leave_out(str(func), "higher-order operator; no reference", 0.0)
             return func(*args, **kwargs)
-        if not _computes(func):
+        if not oracle.computes(func):
             return func(*args, **kwargs)
         drawn = func is DRAWN and len(args) > 1
         reason = ("" if drawn else references.why_not(func)) or _unfit(args, kwargs)
@@ -81,6 +85,9 @@ class Capture(EagerMode):
         name = call.func._schema.name
         place = self.places.here()
         self.docket.devices.add(call.device_type)
+        if call.func.overloadpacket in flop_registry:
+            dtypes = [y.dtype for y in actual.values() if y.is_floating_point()]
+            self.unit = max([self.unit, *(torch.finfo(d).eps for d in dtypes)])
         if too_large(call, MAX_ELEMENTS):
             reason = f"a tensor of more than {MAX_ELEMENTS} elements, and no rows of their own"
             self.docket.leave_out(name, reason, flops)
@@ -89,22 +96,16 @@ class Capture(EagerMode):
             if call.func is DRAWN:
                 judgement = judge_drawn(float(call.args[1]), actual["self"])
             else:
-                judgement = judge(*part(call, actual, self.docket.num_tests), self.docket.least_z)
+                call, actual = part(call, actual, self.docket.num_tests)
+                judgement = judge(call, actual, self.docket.least_z)
         except Exception as error:  # the host has no kernel for it, or too little memory
             text = str(error).strip().splitlines() or [type(error).__name__]
             reason = f"the host cannot compute it in float64: {text[0]:.100}"
             self.docket.leave_out(name, reason, flops)
             return
         self.docket.add(name, place, self.step, judgement, flops)
-
-
-def _computes(func: Any) -> bool:
-    """Says whether an operator computes values of tensors: it is no view and no allocation."""
-    moves_nothing = func.is_view or torch.Tag.inplace_view in func.tags
-    if moves_nothing or func._schema.name in references.NO_VALUES:
-        return False
-    new = any(r.alias_info is None and "Tensor" in str(r.type) for r in func._schema.returns)
-    return new or bool(oracle.written(func))
+        if self.recorder is not None and call.func is not DRAWN:
+            self.recorder.add(call, actual, place, self.step, wrong=bool(judgement.outside))
 
 
 def _unfit(args: Any, kwargs: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@ RESULT REQUEST`."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
@@ -16,8 +17,14 @@ from typing import Any
 import torch
 
 from glm_core.errors import BackendUnavailableError, ConfigError, GlmCoreError, TrainingError
+from glm_core.verdict.against import compare
+from glm_core.verdict.curve import Curve
+from glm_core.verdict.record import Record, Recorder, read
 from glm_core.verdict.script import Request
 from glm_core.verdict.watching import watch
+
+NEVER = 1 << 60
+"""the number of a step that no program reaches"""
 
 
 class Complete(BaseException):
@@ -26,25 +33,74 @@ class Complete(BaseException):
 
 
 class WatchedScript(watch):
-    """Writes the verdict after each captured step, because a script may end its process."""
+    """Writes the verdict after each captured step, because a script may end its process. `record`
+    is another machine's, whose calls are computed again after the last captured step."""
 
-    def __init__(self, request: Request, result: Path) -> None:
+    def __init__(self, request: Request, result: Path, record: Record | None = None) -> None:
+        parts = 1 + bool(record) + bool(request.curve_steps)
+        self.rate = request.false_alarm_rate / parts  # one for the whole run
         super().__init__(
-            steps=request.steps,
-            false_alarm_rate=request.false_alarm_rate,
+            steps=[NEVER] if request.control else request.steps,
+            false_alarm_rate=self.rate,
             program=os.path.basename(request.script),
         )
-        self.request, self.result = request, result
+        self.request, self.path, self.record = request, result, record
+        self.curve = Curve(request.control, request.unit) if request.curve_steps else None
+        self.last = max(request.curve_steps, 0 if request.control else self.steps[-1])
+        self.result: dict[str, Any] = {}
+        self.failure: GlmCoreError | None = None
+        self.finished = False
+        if request.record:
+            self.mode.recorder = Recorder()
+
+    def __enter__(self) -> watch:
+        if self.curve is not None:
+            self._followed = self.curve.followed()
+            self._followed.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self.finished |= error[0] is not None  # a script that failed leaves no record
+        super().__exit__(*error)
+        if self.curve is not None:
+            self._followed.__exit__(None, None, None)
 
     def _stop(self) -> None:
         captured = self._begin is not None
         super()._stop()
         if captured and self.docket.calls:
-            report = self.report(self.request.context).to_json()
-            write(self.result, {"report": report})
+            self.result["report"] = self.report(self.request.context).to_json()
+            self.result["unit"] = self.mode.unit
+            if self.mode.step >= self.steps[-1]:
+                self.finish()
+            write(self.path, self.result)
+
+    def finish(self) -> None:
+        """Judges the record's calls and writes an own record, once."""
+        if self.finished or not self.docket.calls:
+            return
+        self.finished = True
+        try:
+            if self.mode.recorder is not None:
+                report = self.report(self.request.context)
+                self.mode.recorder.save(Path(self.request.record), report)
+            if self.record is not None:
+                comparison = compare(self.record, self._device(), self.rate)
+                self.result["comparison"] = comparison.to_json()
+        except GlmCoreError as error:
+            self.failure = error
+            raise Complete from None
+
+    def _device(self) -> str:
+        others = sorted(self.docket.devices - {"cpu"})
+        return self.request.device or (others[0] if others else "cpu")
 
     def _start_or_not(self) -> None:
-        if self.done >= self.steps[-1]:
+        if self.curve is not None and self.done > len(self.curve.loss):
+            self.curve.end_step()
+            self.result["curve"] = self.curve.to_json()
+            write(self.path, self.result)
+        if self.done >= self.last:
             raise Complete
         super()._start_or_not()
 
@@ -92,15 +148,31 @@ def run(request: Request, result: Path) -> None:
     """Runs the script under the watch. Raises GlmCoreError."""
     sys.path.insert(0, os.path.dirname(os.path.abspath(request.script)))
     sys.argv = [request.script, *request.args]
+    record = read(request.against) if request.against else None
+    if record is not None and record.curve:
+        steps = len(record.curve["reference"]["loss"])
+        request = dataclasses.replace(request, curve_steps=steps)
     manager = context(request.context)
     if request.device:
         use_device(request.device)
-    watched = WatchedScript(request, result)
+    watched = WatchedScript(request, result, record)
+    watched.result["recorded_curve"] = record.curve if record is not None else {}
     try:
         with manager, watched:
-            runpy.run_path(request.script, run_name="__main__")
+            _run(request, watched)
+            watched.finish()
     except Complete:
+        if watched.failure is not None:
+            raise watched.failure from None
         return
+    if not request.control:
+        watched.report()  # raises where nothing was captured
+        write(result, watched.result)
+
+
+def _run(request: Request, watched: WatchedScript) -> None:
+    try:
+        runpy.run_path(request.script, run_name="__main__")
     except SystemExit as end:
         if end.code not in (None, 0):
             raise TrainingError(
@@ -113,7 +185,6 @@ def run(request: Request, result: Path) -> None:
             f"verdict: {_name(request, watched)} failed: {type(error).__name__}: {error}; its "
             "traceback is above; run it alone until it works"
         ) from None
-    watched.report()  # raises where nothing was captured
 
 
 def _name(request: Request, watched: watch) -> str:

@@ -1,0 +1,129 @@
+"""Follows the loss curve of a program that knows nothing of it, and makes control runs of it: runs
+whose weights are moved by a unit in the last place."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils._pytree import tree_leaves
+
+from glm_core.verdict import oracle
+
+SAMPLED = 1 << 16
+"""a sketch looks at so many evenly spaced elements of a tensor at most"""
+
+
+class Curve:
+    """The loss of each optimizer step so far: what `backward` was called on, summed over the step.
+
+    control: 0, or the seed of a control run. unit: a control run moves the weights it starts with
+    by this share of themselves: a unit in the last place of the dtype that the program multiplies
+    in. Before each later step it moves float32 and float64 weights by a unit of their own."""
+
+    def __init__(self, control: int = 0, unit: float = 0.0) -> None:
+        self.control, self.unit = control, unit
+        self.loss: list[float] = []
+        self.weights: list[list[float]] = []
+        """sketches of the weights before the first step, by module that ran first"""
+        self.batch: list[float] = []
+        """sketch of the first tensors that a module got"""
+        self.modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self.roots: list[nn.Module] = []
+        self.sum: Tensor | None = None
+        self.hook: Any = None
+
+    @contextlib.contextmanager
+    def followed(self) -> Iterator[None]:
+        """Returns a context in which the program's losses are seen."""
+        plain = torch.autograd.backward
+
+        def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
+            self._add(tensors)
+            plain(tensors, *args, **kwargs)
+
+        with ExitStack() as stack:
+            self.hook = register_module_forward_pre_hook(self._first)
+            stack.callback(self._unhook)
+            stack.callback(setattr, torch.autograd, "backward", plain)
+            torch.autograd.backward = backward  # Tensor.backward looks it up there
+            yield
+
+    def _unhook(self) -> None:
+        if self.hook is not None:
+            self.hook.remove()
+            self.hook = None
+
+    def _add(self, tensors: Any) -> None:
+        scalars = [t for t in tree_leaves(tensors) if isinstance(t, Tensor) and t.numel() == 1]
+        with oracle.alone():
+            for t in scalars:
+                value = t.detach().double().reshape(())
+                self.sum = value if self.sum is None else self.sum + value.to(self.sum.device)
+
+    def _first(self, module: nn.Module, args: Any) -> None:
+        """Sketches what the program begins with, and moves the weights of a control run."""
+        tensors = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
+        with oracle.alone():
+            if tensors and not self.batch:
+                self.batch = sketch(tensors)
+            if module in self.modules:
+                return
+            self.modules.update(module.modules())
+            self.roots.append(module)
+            self.weights.append(sketch(list(module.parameters())))
+            if self.control:
+                move(module, self.control, self.unit)
+
+    def end_step(self) -> None:
+        """Closes a step."""
+        self._unhook()
+        self.loss.append(float(self.sum) if self.sum is not None else float("nan"))
+        self.sum = None
+        if self.control:
+            with oracle.alone():
+                for root in self.roots:
+                    move(root, self.control + 1000 * len(self.loss), 0.0)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values; a loss that is not finite is null."""
+        loss = [x if abs(x) < float("inf") else None for x in self.loss]
+        return {"loss": loss, "weights": self.weights, "batch": self.batch}
+
+
+def sketch(tensors: list[Tensor]) -> list[float]:
+    """Returns three numbers that stay as they are where the tensors differ by rounding, and change
+    by about 1 where they are others."""
+    total, square = torch.zeros(3, dtype=torch.float64, device="cpu"), 0.0
+    for i, t in enumerate(tensors):
+        if t.is_meta or t.is_complex() or t.layout != torch.strided or not t.numel():
+            continue
+        flat = t.detach().reshape(-1)
+        x = flat[:: max(1, flat.numel() // SAMPLED)].cpu().double().nan_to_num()
+        at = torch.arange(1, len(x) + 1, dtype=torch.float64, device="cpu") + 0.618 * i
+        waves = [torch.cos(at * at * frequency) for frequency in (0.1234, 0.2718, 0.5772)]
+        total += torch.stack([x @ wave for wave in waves])
+        square += float(x @ x)
+    return [float(v) for v in total / max(square, 1e-300) ** 0.5]
+
+
+def move(module: nn.Module, seed: int, unit: float) -> None:
+    """Moves every weight by -1, 0 or 1 unit: `unit` times itself, but at least one unit in the last
+    place of its own dtype. Without `unit`, weights below float32 stay: their own unit is more than
+    an update."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    for weight in module.parameters():
+        if not weight.is_floating_point() or weight.is_meta or weight.layout != torch.strided:
+            continue
+        own = torch.finfo(weight.dtype).eps
+        if not unit and own > torch.finfo(torch.float32).eps:
+            continue
+        steps = torch.randint(-1, 2, weight.shape, generator=generator, device="cpu")
+        factor = 1 + max(unit, own) * steps.to(weight.device, torch.float64)
+        weight.data.copy_((weight.data.double() * factor).to(weight.dtype))

@@ -1,0 +1,119 @@
+"""Runs what one `glm-core verdict` asks for: the script, perhaps again in a context, perhaps
+control runs, and returns all verdicts on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from glm_core.errors import ConfigError, GlmCoreError
+from glm_core.verdict import comparison, header, report, script
+from glm_core.verdict.comparison import Comparison
+from glm_core.verdict.envelope import CurveVerdict, judge_curve, why_not
+from glm_core.verdict.report import Report
+from glm_core.verdict.script import Request
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Outcome:
+    """All verdicts of one command."""
+
+    report: Report
+    """on the last run: in the context where there is one"""
+    plain: Report | None = None
+    """on the run without the context"""
+    comparison: Comparison | None = None
+    curve: CurveVerdict | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Says whether no verdict is guilty."""
+        parts = (self.report, self.plain, self.comparison, self.curve)
+        return all(part is None or part.ok for part in parts)
+
+    def sentences(self) -> list[str]:
+        """Returns each verdict in one sentence."""
+        plain = [f"without the context: {self.plain.sentence()}"] if self.plain else []
+        others = [p.sentence() for p in (self.comparison, self.curve) if p is not None]
+        return [*plain, self.report.sentence(), *others]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values: those of the report, and `plain`, `comparison`, `curve` where there
+        are any."""
+        others = {"plain": self.plain, "comparison": self.comparison, "curve": self.curve}
+        return self.report.to_json() | {n: x.to_json() for n, x in others.items() if x is not None}
+
+
+def judge_all(request: Request, controls: int, say: Callable[[str], None]) -> Outcome:
+    """Judges a script; the request's context is judged after a run without it. `say` gets each
+    sentence as soon as it is known. Raises what `run_script` raises."""
+    plain: dict[str, Any] = {}
+    if request.context and request.record:
+        raise ConfigError("verdict: --with and --record; pass one: a record is of one run")
+    if request.curve_steps and not (request.context or request.record):
+        raise ConfigError(
+            "verdict: --curve has no second curve to compare with; pass --with, or --record here "
+            "and --against there"
+        )
+    if request.context:
+        plain = script.run_script(dataclasses.replace(request, context="", record="", against=""))
+        say(report.from_json(plain["report"]).sentence())
+    last = script.run_script(request)
+    own = report.from_json(last["report"])
+    say(own.sentence())
+    curve = None
+    if request.curve_steps:
+        curve = _with_controls(request, controls, plain, last, say)
+    elif "recorded_curve" in last and request.against:
+        curve = _against(last["recorded_curve"], last, request)
+    return Outcome(
+        own,
+        report.from_json(plain["report"]) if plain else None,
+        comparison.from_json(last["comparison"]) if "comparison" in last else None,
+        curve,
+    )
+
+
+def _against(recorded: dict[str, Any], last: dict[str, Any], request: Request) -> CurveVerdict:
+    if not recorded:
+        return CurveVerdict(missing="the record holds none; record with --curve STEPS")
+    rate = request.false_alarm_rate / 3
+    return judge_curve(recorded["reference"], recorded["controls"], last.get("curve", _NONE), rate)
+
+
+_NONE: dict[str, Any] = {"loss": [], "weights": [], "batch": []}
+
+
+def _with_controls(
+    request: Request,
+    controls: int,
+    plain: dict[str, Any],
+    last: dict[str, Any],
+    say: Callable[[str], None],
+) -> CurveVerdict:
+    """Makes the control runs of the reference: the plain run, or the one that is recorded."""
+    reference = plain or last
+    base = dataclasses.replace(request, record="", against="", unit=float(reference["unit"]))
+    base = dataclasses.replace(base, context="") if plain else base
+    curves: list[dict[str, Any]] = []
+    first = reference.get("curve", _NONE)
+    try:
+        for number in range(1, controls + 1):
+            run = script.run_script(dataclasses.replace(base, control=number))
+            curves.append(run["curve"])
+            say(f"control run {number} of {controls} is complete")
+            if reason := why_not(first, curves, first):
+                return CurveVerdict(missing=reason)  # the others would show the same
+    except GlmCoreError as error:
+        return CurveVerdict(missing=f"a control run gave no curve: {error}")
+    if request.record:
+        recorded = {"reference": first, "controls": curves}
+        header.add(Path(request.record), "curve", json.dumps(recorded))
+    if not plain:
+        reason = why_not(first, curves, first)
+        return CurveVerdict(missing=reason or "it is recorded here, and judged by --against")
+    rate = request.false_alarm_rate / 2
+    return judge_curve(first, curves, last.get("curve", _NONE), rate)

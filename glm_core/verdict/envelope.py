@@ -42,6 +42,8 @@ class CurveVerdict:
         if self.missing:
             return f"the loss curve is not judged: {self.missing}"
         what = f"{len(self.loss)} steps, {len(self.controls)} control runs"
+        if self.loss == self.reference:
+            return f"the loss curve is the reference's to the bit ({what})"
         if self.first_step is None:
             return (
                 f"the loss curve stays in its envelope ({what}): at most {self.ratio:.2g} of what "

@@ -63,7 +63,6 @@ def judge_all(request: Request, controls: int, say: Callable[[str], None]) -> Ou
         say(report.from_json(plain["report"]).sentence())
     last = script.run_script(request)
     own = report.from_json(last["report"])
-    say(own.sentence())
     curve = None
     if request.curve_steps:
         curve = _with_controls(request, controls, plain, last, say)
@@ -98,6 +97,7 @@ def _with_controls(
     reference = plain or last
     base = dataclasses.replace(request, record="", against="", unit=float(reference["unit"]))
     base = dataclasses.replace(base, context="") if plain else base
+    say(report.from_json(last["report"]).sentence())
     curves: list[dict[str, Any]] = []
     first = reference.get("curve", _NONE)
     try:

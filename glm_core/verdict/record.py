@@ -60,7 +60,10 @@ class Recorder:
     def add(
         self, call: Call, actual: Results, place: Place, step: int, *, wrong: bool = False
     ) -> None:
-        """Keeps a call, or notes why it is not kept. A call like one that is kept is neither."""
+        """Keeps a call, or notes why it is not kept. Neither is done for a call like one that is
+        kept, and for one without tensors, such as `ones`."""
+        if not call.tensors():
+            return
         name = call.func._schema.name
         leaves = tree_leaves((call.args, call.kwargs))
         like = [(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else None for x in leaves]

@@ -17,7 +17,6 @@ from glm_core.errors import (
     TraceError,
     TrainingError,
 )
-from glm_core.verdict.report import Report, from_json
 
 ERRORS = {
     error.__name__: error
@@ -48,11 +47,6 @@ class Request:
     """number of a control run, in which nothing is captured; 0: no control run"""
     unit: float = 0.0
     """see `Curve`"""
-
-
-def judge_script(request: Request) -> Report:
-    """Returns the verdict of `run_script`."""
-    return from_json(run_script(request)["report"])
 
 
 def run_script(request: Request) -> dict[str, Any]:

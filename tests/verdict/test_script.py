@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -16,7 +17,7 @@ from glm_core import cli
 from glm_core.errors import BackendUnavailableError, ConfigError, TrainingError
 from glm_core.verdict import render, script, worker
 from glm_core.verdict.report import Report, from_json
-from glm_core.verdict.script import Request, judge_script
+from glm_core.verdict.script import Request, run_script
 
 TRAIN = """
 import sys, torch
@@ -49,9 +50,14 @@ def request_for(folder: Path, text: str = TRAIN, *args: str, **options: object) 
     return Request(script=str(folder / "train.py"), args=list(args), **fields)  # type: ignore[arg-type]
 
 
-def result_of(request: Request, folder: Path) -> Report:
+def run_here(request: Request, folder: Path) -> dict[str, Any]:
     worker.run(request, folder / "result.json")
-    return from_json(json.loads((folder / "result.json").read_text())["report"])
+    result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return result
+
+
+def result_of(request: Request, folder: Path) -> Report:
+    return from_json(run_here(request, folder)["report"])
 
 
 def test_a_script_is_judged_up_to_its_last_captured_step(tmp_path: Path) -> None:
@@ -82,9 +88,9 @@ def test_a_context_that_computes_wrong_is_named_at_its_line(tmp_path: Path) -> N
 def test_the_command_judges_plain_and_with_the_context(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(script, "judge_script", lambda request: result_of(request, tmp_path))
+    monkeypatch.setattr(script, "run_script", lambda request: run_here(request, tmp_path))
     path = request_for(tmp_path).script
-    files = {f"--{kind}": str(tmp_path / f"out.{kind}") for kind in ("junit", "sarif")}
+    files = {f"--{kind}": str(tmp_path / f"out.{kind}") for kind in ("junit", "sarif", "report")}
     words = [w for option in files.items() for w in option]
     context = ["--with", "contexts_of_a_test:wrong"]
     assert cli.main(["verdict", *words, *context, "--json", "--", path]) == 1
@@ -131,11 +137,11 @@ def test_a_script_that_ends_its_process_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ConfigError, match="no such file"):
-        judge_script(Request(script="no.py", args=[], steps=[2], false_alarm_rate=1e-3))
+        run_script(Request(script="no.py", args=[], steps=[2], false_alarm_rate=1e-3))
     for program, message in (("false", "exit code 1 before"), ("kill", "SIGKILL.*smaller batch")):
         stand_in = tmp_path / program
         stand_in.write_text("#!/bin/sh\n" + ("exit 1\n" if program == "false" else "kill -9 $$\n"))
         stand_in.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(stand_in))
         with pytest.raises(TrainingError, match=message):
-            judge_script(request_for(tmp_path))
+            run_script(request_for(tmp_path))

@@ -118,7 +118,7 @@ def row(recorded: Recorded, tensors: Tensors) -> dict[str, Any]:
     call = recorded.call
     return {
         "operator": call.func._schema.name,
-        "overload": call.func._overloadname,
+        "overload": call.func._schema.overload_name or "default",
         "device": call.device_type,
         "args": encode(list(call.args), tensors),
         "kwargs": {n: encode(x, tensors) for n, x in call.kwargs.items()},

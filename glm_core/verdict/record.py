@@ -67,7 +67,7 @@ class Recorder:
         name = call.func._schema.name
         leaves = tree_leaves((call.args, call.kwargs))
         like = [(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else None for x in leaves]
-        kind = (name, call.func._overloadname, wrong, *like)
+        kind = (name, call.func._schema.overload_name, wrong, *like)
         self.seen[kind] += 1
         if self.seen[kind] > PER_SHAPE:
             return

@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import is_fake
 
 from glm_core import ops
 from glm_core.backends.cuda.attention import HAS_TRITON
-from glm_core.decode_step import Layer, Norm, Product, Rows, Stack
+from glm_core.decode_step import MLP, Attention, Norm, Product, Rows, Stack
+from glm_core.spec import SUPPORTED, Support, unsupported
 
 ACTIVATIONS = {"gelu": ops.gelu, "geglu": ops.geglu, "swiglu": ops.swiglu}
 
@@ -51,6 +52,16 @@ def inputs(memory: Tensor) -> Inputs:
     return Inputs(memory, tokens[:, None], memory[1:3], places, start, end)
 
 
+def recordable(stack: Stack) -> Support:
+    """Returns whether `Step` knows every part of the model."""
+    for i, layer in enumerate(stack.layers):
+        plain = isinstance(layer.attention, Attention) and layer.attention.q_norm is None
+        if not plain or not isinstance(layer.mlp, MLP):
+            parts = "experts, latent attention or norms of the heads"
+            return unsupported(f"layer {i} has {parts}, which are not recorded")
+    return SUPPORTED
+
+
 class Step:
     """The ops of one model's steps."""
 
@@ -70,13 +81,16 @@ class Step:
         delta, residual = None, self._embedded(fed)  # [B, 1, D]
         for layer, memory in zip(s.layers, cache, strict=True):
             normed, total = self._add(layer.input_norm, delta, residual)
-            delta = self._attention(layer, normed, fed, memory)
+            attention, mlp = layer.attention, layer.mlp
+            assert isinstance(attention, Attention)  # `recordable`
+            assert isinstance(mlp, MLP)
+            delta = self._attention(attention, normed, fed, memory)
             if layer.post_attention_norm is not None:
                 delta = self._norm(layer.post_attention_norm, delta)
             residual = normed if s.deepnorm else total
             normed, total = self._add(layer.mlp_norm, delta, residual)
-            hidden = ACTIVATIONS[s.activation](product(layer.up, normed))
-            delta = product(layer.down, hidden)
+            hidden = ACTIVATIONS[s.activation](product(mlp.up, normed))
+            delta = product(mlp.down, hidden)
             if layer.post_mlp_norm is not None:
                 delta = self._norm(layer.post_mlp_norm, delta)
             residual = normed if s.deepnorm else total
@@ -92,18 +106,18 @@ class Step:
 
     def _attention(
         self,
-        layer: Layer,
+        attention: Attention,
         x: Tensor,
         fed: Inputs,
         memory: Tensor,
     ) -> Tensor:
         """memory: the layer's keys and values [2, slots, K, S, E]."""
         s = self.stack
-        qkv = product(layer.qkv, x).unflatten(-1, (-1, s.head_dim))  # [B, 1, H + 2K, E]
+        qkv = product(attention.qkv, x).unflatten(-1, (-1, s.head_dim))  # [B, 1, H + 2K, E]
         q = self._kept(qkv, fed, memory)
         keys, values = memory[:, : len(x)].transpose(2, 3)  # [B, S, K, E]
         y = ops.attention(q, keys, values, fed.key_start, fed.key_end, s.head_dim**-0.5)
-        return product(layer.out, y.flatten(2))  # [B, 1, H * E] -> [B, 1, D]
+        return product(attention.out, y.flatten(2))  # [B, 1, H * E] -> [B, 1, D]
 
     def _kept(self, qkv: Tensor, fed: Inputs, memory: Tensor) -> Tensor:
         """Returns the rotated queries [B, 1, H, E]; writes rotated keys, and values, to the rows'
@@ -129,9 +143,9 @@ class Step:
     def _norm(self, norm: Norm, x: Tensor) -> Tensor:
         y: Tensor
         if norm.bias is None:
-            y = ops.rms_norm(x, norm.weight, self.stack.norm_eps)
+            y = ops.rms_norm(x, norm.weight, norm.eps)
         else:
-            y = ops.layer_norm(x, norm.weight, norm.bias, self.stack.norm_eps)
+            y = ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
         return y
 
     def _add(self, norm: Norm, delta: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,9 +155,9 @@ class Step:
             return self._norm(norm, residual), residual
         pair: tuple[Tensor, Tensor]
         if norm.bias is None:
-            pair = ops.add_rms_norm(delta, residual, norm.weight, s.norm_eps, s.alpha)
+            pair = ops.add_rms_norm(delta, residual, norm.weight, norm.eps, s.alpha)
         else:
-            pair = ops.add_layer_norm(delta, residual, norm.weight, norm.bias, s.norm_eps, s.alpha)
+            pair = ops.add_layer_norm(delta, residual, norm.weight, norm.bias, norm.eps, s.alpha)
         return pair
 
 

@@ -7,6 +7,7 @@ import torch
 from glm_core.backends.base import Backend, Peak
 from glm_core.backends.cuda import peaks
 from glm_core.backends.cuda.decode_graph import CudaGraphs, GraphDecodeStep
+from glm_core.backends.cuda.decode_ops import recordable
 from glm_core.backends.graphs import Graphs
 from glm_core.decode_step import DecodeStep, Stack
 from glm_core.spec import Support
@@ -17,7 +18,10 @@ class GpuBackend(Backend):
     events and graphs apply to them."""
 
     def decode_step(self, stack: Stack) -> DecodeStep | Support:
-        """Returns the model's steps, to be recorded as graphs."""
+        """Returns the model's steps, to be recorded as graphs, or why they are not recorded."""
+        support = recordable(stack)
+        if not support.ok:
+            return support
         return GraphDecodeStep(stack, self.graphs(stack.embedding.device))
 
     def graphs(self, device: torch.device) -> Graphs:

@@ -31,7 +31,12 @@ from glm_core.spec import Support
 V, LENGTH, STEPS = 61, 48, 4
 IDLE = 2
 """the step in which the first row is idle"""
-PRESETS = ("glm-base", "glm-130b", "chatglm-6b", "glm-4-9b", "glm-4-0414-9b")
+PRESETS = (
+    *("glm-base", "glm-130b", "chatglm-6b", "glm-4-9b", "glm-4-0414-9b"),
+    *("glm-4.7", "glm-4.7-flash"),
+)
+SPARSE = {"num_experts": 8, "expert_ffn": 384, "num_dense_layers": 1, "num_mtp_layers": 0}
+LATENT = {"kv_latent": 128, "q_latent": 128, "rope_head_dim": 16, "value_head_dim": 32}
 WEIGHTS: dict[str, Quantization | None] = {
     "plain": None,
     "int4": Quantization(bits=4),
@@ -61,8 +66,9 @@ class DecodeCase:
 
 def built(name: str, dtype: torch.dtype = torch.float32, how: Quantization | None = None) -> GLM:
     """Returns a small model in the shapes of a published one: two layers, grouped heads if it has
-    them, and an ffn width that is no multiple of a vector."""
-    kv = 2 if preset(name).num_kv_heads != preset(name).num_heads else 4
+    them, and an ffn width that is no multiple of a vector. With experts, the first is dense."""
+    published = preset(name)
+    kv = 2 if published.num_kv_heads != published.num_heads else 4
     small = preset(
         name,
         num_layers=2,
@@ -73,6 +79,8 @@ def built(name: str, dtype: torch.dtype = torch.float32, how: Quantization | Non
         ffn=384,
         vocab=V,
         max_length=LENGTH,
+        **(SPARSE if published.num_experts else {}),
+        **(LATENT if published.kv_latent else {}),
     )
     model = GLM(small).init_weights(3).to(dtype).requires_grad_(False)
     for p in model.parameters():

@@ -168,6 +168,7 @@ class LatentAttention(nn.Module):
         self.config, self.layer = config, layer
         c, bias = config, config.qkv_bias
         self.plain = c.head_dim - c.rope_head_dim  # dimensions of a head that are not rotated
+        self.scale = c.head_dim**-0.5 * c.rope_score_factor
         heads = c.num_heads * c.head_dim
         if c.q_latent:
             self.q_a = Linear(c.hidden, c.q_latent, bias)
@@ -244,8 +245,7 @@ class LatentAttention(nn.Module):
     ) -> Tensor:
         c = self.config
         layer_scale = float(self.layer + 1) if c.qk_layer_scaling else 1.0
-        scale = c.head_dim**-0.5 * c.rope_score_factor
-        return self.core(q, k, v, key_start, key_end, scale, layer_scale, c.pb_relax)
+        return self.core(q, k, v, key_start, key_end, self.scale, layer_scale, c.pb_relax)
 
 
 class MLP(nn.Module):

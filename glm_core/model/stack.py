@@ -5,15 +5,26 @@ Shapes: L positions, G position rows that are rotated, P pairs of rotated dimens
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from glm_core import ops
-from glm_core.decode_step import Layer, Norm, Product, Stack
+from glm_core.decode_step import (
+    MLP,
+    Attention,
+    Experts,
+    LatentAttention,
+    Layer,
+    Norm,
+    Product,
+    Stack,
+)
 from glm_core.model import glm
-from glm_core.model.quantize import QuantizedLinear
+from glm_core.model.quantize import QuantizedGroupedLinear, QuantizedHeads, QuantizedLinear
+from glm_core.ops.precision import wide
 from glm_core.spec import Support, unsupported
 
 Angles = Callable[[], tuple[Tensor, Tensor] | None]
@@ -56,13 +67,15 @@ def _stack(model: glm.GLM, rotary: Angles) -> Stack:
         embedding=model.embedding,
         position_embeddings=(model.position_embedding, model.block_embedding),
         rotary=rotary,
-        layers=tuple(_layer(b, f"blocks.{i}") for i, b in enumerate(model.blocks)),
+        # layers of multi-token prediction stand behind
+        layers=tuple(
+            _layer(b, f"blocks.{i}") for i, b in enumerate(islice(model.blocks, c.num_layers))
+        ),
         final_norm=_norm(model.final_norm, "final_norm"),
         head=Product(model.head_weight, None) if codes is None else _product(codes, "the head"),
         num_heads=c.num_heads,
         num_kv_heads=c.num_kv_heads,
         head_dim=c.head_dim,
-        norm_eps=c.norm_eps,
         alpha=glm.residual_scale(c),
         deepnorm=c.placement == "deepnorm",
         rope_interleaved=c.rope_interleaved,
@@ -72,35 +85,88 @@ def _stack(model: glm.GLM, rotary: Angles) -> Stack:
 
 def _layer(block: nn.Module, name: str) -> Layer:
     block = _plain(block, glm.Block, name)
-    attention = _plain(block.attention, glm.Attention, f"{name}.attention")
-    mlp = _plain(block.mlp, glm.MLP, f"{name}.mlp")
-    if attention.q_norm is not None:
-        raise _NotPlain(f"{name}.attention norms its heads")
-    if attention.core is not ops.attention:
-        raise _NotPlain(f"{name}.attention.core is not the op attention")
     after = {n: getattr(block, n) for n in ("post_attention_norm", "post_mlp_norm")}
     return Layer(
-        qkv=_product(attention.qkv, f"{name}.attention.qkv"),
-        out=_product(attention.out, f"{name}.attention.out"),
-        up=_product(mlp.up, f"{name}.mlp.up"),
-        down=_product(mlp.down, f"{name}.mlp.down"),
+        attention=_attention(block.attention, f"{name}.attention"),
+        mlp=_mlp(block.mlp, f"{name}.mlp"),
         input_norm=_norm(block.input_norm, f"{name}.input_norm"),
         mlp_norm=_norm(block.mlp_norm, f"{name}.mlp_norm"),
         **{n: None if m is None else _norm(m, f"{name}.{n}") for n, m in after.items()},
     )
 
 
+def _attention(module: nn.Module, name: str) -> Attention | LatentAttention:
+    if isinstance(module, glm.LatentAttention):
+        return _latent(_plain(module, glm.LatentAttention, name), name)
+    attention = _plain(module, glm.Attention, name)
+    _with_own_core(attention, name)
+    norms = {n: getattr(attention, n) for n in ("q_norm", "k_norm")}
+    return Attention(
+        qkv=_product(attention.qkv, f"{name}.qkv"),
+        out=_product(attention.out, f"{name}.out"),
+        **{n: None if m is None else _norm(m, f"{name}.{n}") for n, m in norms.items()},
+    )
+
+
+def _with_own_core(attention: glm.Attention | glm.LatentAttention, name: str) -> None:
+    if attention.core is not ops.attention:
+        raise _NotPlain(f"{name}.core is not the op attention")
+
+
+def _latent(attention: glm.LatentAttention, name: str) -> LatentAttention:
+    _with_own_core(attention, name)
+    c = attention.config
+    heads = _plain(attention.get_submodule("kv_b"), QuantizedHeads, f"{name}.kv_b")
+    return LatentAttention(
+        q_a=_product(attention.q_a, f"{name}.q_a") if c.q_latent else None,
+        q_a_norm=_norm(attention.q_a_norm, f"{name}.q_a_norm") if c.q_latent else None,
+        q_b=_product(attention.q_b if c.q_latent else attention.q, f"{name}.q"),
+        kv_a=_product(attention.kv_a, f"{name}.kv_a"),
+        kv_a_norm=_norm(attention.kv_a_norm, f"{name}.kv_a_norm"),
+        to_latent=_product(heads.keys, f"{name}.kv_b.keys"),
+        from_latent=_product(heads.values, f"{name}.kv_b.values"),
+        out=_product(attention.out, f"{name}.out"),
+        scale=attention.scale,
+    )
+
+
+def _mlp(module: nn.Module, name: str) -> MLP | Experts:
+    if not isinstance(module, glm.Experts):
+        mlp = _plain(module, glm.MLP, name)
+        return MLP(_product(mlp.up, f"{name}.up"), _product(mlp.down, f"{name}.down"))
+    experts = _plain(module, glm.Experts, name)
+    router = _plain(experts.router, glm.Router, f"{name}.router")
+    shared = None if experts.shared is None else _mlp(experts.shared, f"{name}.shared")
+    assert not isinstance(shared, Experts)
+    c = experts.config
+    return Experts(
+        router=Product(wide(router.weight), router.bias),
+        up=_product(experts.experts_up, f"{name}.experts_up"),
+        down=_product(experts.experts_down, f"{name}.experts_down"),
+        shared=shared,
+        top_k=c.experts_per_token,
+        groups=c.expert_groups,
+        top_groups=c.top_groups,
+        scale=c.expert_scale,
+        normalize=c.normalize_experts,
+    )
+
+
 def _product(module: nn.Module, name: str) -> Product:
-    if type(module) is QuantizedLinear:
+    if isinstance(module, QuantizedLinear):
+        grouped = isinstance(module, QuantizedGroupedLinear)
+        module = _plain(module, QuantizedGroupedLinear if grouped else QuantizedLinear, name)
         q = module.quantization
         return Product(module.weight, module.bias, module.scale, q.bits, q.activation_bits)
+    if isinstance(module, glm.GroupedLinear):
+        return Product(_plain(module, glm.GroupedLinear, name).weight, None)
     linear = _plain(module, glm.Linear, name)
     return Product(linear.weight, linear.bias)
 
 
 def _norm(module: nn.Module | None, name: str) -> Norm:
     norm = _plain(module, glm.Norm, name)
-    return Norm(norm.weight, norm.bias)
+    return Norm(norm.weight, norm.bias, norm.eps)
 
 
 def _plain(module: nn.Module | None, kind: type[M], name: str) -> M:

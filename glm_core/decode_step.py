@@ -72,7 +72,7 @@ class MLP(NamedTuple):
 
 
 class Experts(NamedTuple):
-    """A sparse feed-forward part; names as in `model.glm.Experts`, settings as of the op `route`."""
+    """A sparse feed-forward part; names as in `model.glm.Experts`, settings of the op `route`."""
 
     router: Product
     """in float32; its bias corrects the choice only"""

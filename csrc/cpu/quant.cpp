@@ -214,8 +214,13 @@ void tile(const Kind& kind, const Product& a, int64_t f, int64_t apart, int64_t 
     }
   }
   if (G != LARGE && whole < width) {
-    int8_t rest[R][SPAN * BITS / 8] = {};
-    for (int r = 0; r < R; ++r) {
+    // Inputs behind the width are zeros, so any weights do there: those of the next features, where
+    // the matrix goes on for long enough.
+    constexpr int64_t bytes = SPAN * BITS / 8;
+    int8_t rest[R][bytes];
+    const bool inside = (a.features - 1 - f - (R - 1) * apart) * row_bytes >= bytes;
+    for (int r = 0; !inside && r < R; ++r) {
+      memset(rest[r], 0, bytes);
       memcpy(rest[r], w[r], size_t(row_bytes - whole * BITS / 8));
       w[r] = rest[r];
     }

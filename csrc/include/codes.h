@@ -157,30 +157,33 @@ GLM_INLINE vi add_signed(vi sum, vi a, vi b) {
 #endif
 }
 
-// Spreads scales over the lanes, LANES lanes each. Of the `left` scales at p, the last one repeats.
+// Spreads scales over the lanes, LANES lanes each. Behind the `left` scales at p, which belong to
+// inputs, any value will do: the inputs are zeros there.
 template <int LANES>
 GLM_INLINE vf spread(const uint16_t* p, int64_t left) {
   constexpr int count = W / LANES > 0 ? W / LANES : 1;
   if (count == 1) return all(from_half(*p));
 #if defined(__AVX2__)
-  if (left >= count) {
-    uint64_t halves = 0;
+  uint64_t halves = 0;
+  if (left >= count)
     memcpy(&halves, p, count * sizeof *p);
-    const __m128 few = _mm_cvtph_ps(_mm_cvtsi64_si128(int64_t(halves)));
-    vi lanes;
-    for (int i = 0; i < W; ++i) lanes[i] = i / LANES;
+  else
+    for (int64_t i = 0; i < left; ++i) halves |= uint64_t(p[i]) << (16 * i);
+  const __m128 few = _mm_cvtph_ps(_mm_cvtsi64_si128(int64_t(halves)));
+  vi lanes;
+  for (int i = 0; i < W; ++i) lanes[i] = i / LANES;
 #if defined(__AVX512F__)
-    return bits_as<vf>(
-        _mm512_maskz_permutexvar_ps(0xffff, bits_as<__m512i>(lanes), _mm512_zextps128_ps512(few)));
+  return bits_as<vf>(
+      _mm512_maskz_permutexvar_ps(0xffff, bits_as<__m512i>(lanes), _mm512_zextps128_ps512(few)));
 #else
-    return bits_as<vf>(
-        _mm256_permutevar8x32_ps(_mm256_zextps128_ps256(few), bits_as<__m256i>(lanes)));
+  return bits_as<vf>(
+      _mm256_permutevar8x32_ps(_mm256_zextps128_ps256(few), bits_as<__m256i>(lanes)));
 #endif
-  }
-#endif
+#else
   float lane[W];
   for (int i = 0; i < W; ++i) lane[i] = from_half(p[i / LANES < left ? i / LANES : left - 1]);
   return load(lane);
+#endif
 }
 
 }  // namespace glm::GLM_ISA

@@ -35,7 +35,8 @@ PRESETS = (
     *("glm-base", "glm-130b", "chatglm-6b", "glm-4-9b", "glm-4-0414-9b"),
     *("glm-4.7", "glm-4.7-flash"),
 )
-SPARSE = {"num_experts": 8, "expert_ffn": 384, "num_dense_layers": 1, "num_mtp_layers": 0}
+SPARSE = {"num_experts": 8, "experts_per_token": 3, "expert_ffn": 384, "num_dense_layers": 1}
+SPARSE |= {"num_mtp_layers": 0}
 LATENT = {"kv_latent": 128, "q_latent": 128, "rope_head_dim": 16, "value_head_dim": 32}
 WEIGHTS: dict[str, Quantization | None] = {
     "plain": None,
@@ -64,24 +65,22 @@ class DecodeCase:
         return built(self.preset, self.dtype, WEIGHTS[self.weights])
 
 
-def built(name: str, dtype: torch.dtype = torch.float32, how: Quantization | None = None) -> GLM:
-    """Returns a small model in the shapes of a published one: two layers, grouped heads if it has
-    them, and an ffn width that is no multiple of a vector. With experts, the first is dense."""
+def built(
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    how: Quantization | None = None,
+    **changes: int,
+) -> GLM:
+    """Returns a small model in the shapes of a published one, with `changes`: two layers, grouped
+    heads if it has them, and an ffn width that is no multiple of a vector. With experts, the first
+    layer is dense."""
     published = preset(name)
     kv = 2 if published.num_kv_heads != published.num_heads else 4
-    small = preset(
-        name,
-        num_layers=2,
-        hidden=128,
-        num_heads=4,
-        num_kv_heads=kv,
-        head_dim=32,
-        ffn=384,
-        vocab=V,
-        max_length=LENGTH,
-        **(SPARSE if published.num_experts else {}),
-        **(LATENT if published.kv_latent else {}),
-    )
+    sizes = {"num_layers": 2, "hidden": 128, "num_heads": 4, "num_kv_heads": kv, "head_dim": 32}
+    sizes |= {"ffn": 384, "vocab": V, "max_length": LENGTH}
+    sizes |= SPARSE if published.num_experts else {}
+    sizes |= LATENT if published.kv_latent else {}
+    small = preset(name, **(sizes | changes))
     model = GLM(small).init_weights(3).to(dtype).requires_grad_(False)
     for p in model.parameters():
         if p.ndim == 1:  # biases of zero and norms of one would hide one left out

@@ -49,8 +49,12 @@ def assert_same(model: GLM, rows: int = 3) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", PRESETS)
 def test_bits_are_those_of_the_ops(name: str, dtype: str) -> None:
-    found = decode.run(registry.get("cpu"), id=f"decode_step-{dtype}-{name}-*")
-    assert [r.outcome for r in found.results] == ["pass"] * len(WEIGHTS)
+    cpu, case = registry.get("cpu"), f"decode_step-{dtype}-{name}"
+    found = {w: decode.run(cpu, id=f"{case}-{w}").results[0] for w in WEIGHTS}
+    if name == "glm-4.7-flash":  # torch's einsum multiplies there, with bits of its own
+        refused = "blocks.0.attention.kv_b is a HeadsLinear, not a QuantizedHeads"
+        assert found.pop("plain").reason == refused
+    assert {r.outcome for r in found.values()} == {"pass"}
 
 
 @pytest.mark.parametrize("rows", [1, 8])
@@ -60,14 +64,15 @@ def test_any_number_of_rows_it_takes(rows: int) -> None:
     assert_same(model, rows)
 
 
-def test_every_instruction_set_and_number_of_threads() -> None:
-    model = built("glm-130b", how=WEIGHTS["int4-group32-a8"])
+@pytest.mark.parametrize("name", ["glm-130b", "glm-4.7-flash"])
+def test_every_instruction_set_and_number_of_threads(name: str) -> None:
+    model = built(name, how=WEIGHTS["int4-group32-a8"])
     threads, best = torch.get_num_threads(), isas()[-1]
     try:
         for isa in isas():
             select_isa(isa)
             results = []
-            for count in (1, 2, 3):
+            for count in (1, 3):
                 torch.set_num_threads(count)
                 assert_same(model)
                 with registry.use("cpu", strict=True):
@@ -77,6 +82,31 @@ def test_every_instruction_set_and_number_of_threads() -> None:
     finally:
         select_isa(best)
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", ["glm-4.7", "glm-4.7-flash"])
+def test_layers_of_multi_token_prediction_are_left_alone(name: str) -> None:
+    """They stand behind the layers of the model and of the cache."""
+    model = built(name, how=WEIGHTS["int4"], num_mtp_layers=1)
+    logits = []
+    for whole in (True, False):
+        runner, prompt = Runner(model, 1, speculate=1), causal(range(6))
+        with registry.use("cpu", strict=True), dispatch.intercept(None if whole else called):
+            runner.prefill(0, [prompt])
+            logits.append(runner.decode([DecodeRow(7, prompt, 6)]))
+        assert not runner.cache.memory[-1].any()
+    assert torch.equal(*logits)
+
+
+def called(op: dispatch.Op, args: Any, kwargs: Any) -> object:
+    """Lets an op run; a step is not taken whole where somebody watches."""
+    return dispatch.run(op, args, kwargs)
+
+
+@pytest.mark.parametrize("change", [{"expert_groups": 4, "top_groups": 2}, {"q_latent": 0}])
+def test_the_switches_of_routers_and_latents(change: dict[str, Any]) -> None:
+    name = "glm-4.7-flash" if "q_latent" in change else "glm-4.7"
+    assert_same(built(name, torch.bfloat16, WEIGHTS["int8-group128-a8"], **change), 2)
 
 
 def step_of(model: GLM) -> Any:

@@ -23,6 +23,7 @@ from glm_core.model.quantize import Quantization
 from glm_core.model.runner import DecodeRow, Runner
 
 DTYPES = (torch.float32, torch.bfloat16)
+DENSE = [name for name in PRESETS if not preset(name).num_experts]
 CODES = (Quantization(bits=4, group=32, activation_bits=8), Quantization(bits=8))
 
 
@@ -75,7 +76,7 @@ def assert_exact(model: GLM, rows: Sequence[Prompt], read: int, chunk: int) -> N
 
 @settings(max_examples=8, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(
-    name=st.sampled_from(PRESETS),
+    name=st.sampled_from(DENSE),
     dtype=st.sampled_from(DTYPES),
     lengths=st.lists(st.integers(6, LENGTH - 1), min_size=1, max_size=10),
     read=st.integers(2, 6),

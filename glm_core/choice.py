@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -22,5 +22,8 @@ class Choice(NamedTuple):
     gaps: Callable[..., Tensor]
     """takes the exact `scores` and the op's arguments. Returns for each row the distances between
     neighbours in the order that the choice follows: a row may flip where one is within rounding"""
+    others: Callable[..., Iterable[Tensor]]
+    """takes the exact `scores` and the op's arguments. Returns the best choice of every row, then
+    those that a row may flip to where a few scores come close; `shortfall` judges them"""
     given: Callable[..., Any]
     """the reference, told by `chosen` what it chooses"""

@@ -6,6 +6,7 @@ Shapes: N tokens, D width, X experts, G groups of X / G experts, T experts chose
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from glm_core.ops.layout import gapped
 from glm_core.ops.precision import num_bytes, wide
 from glm_core.spec import Cost, Sample, exact, normal
 
+EDGE = 2
+"""ranks on each side of the last chosen expert whose scores may all come close at once"""
 TINY = 1e-20
 """added to the sum that weights are divided by, as in DeepSeek-V3's code"""
 
@@ -121,12 +124,36 @@ def _group_scores(scores: Tensor, groups: int) -> Tensor:
 def _choose(scores: Tensor, top_k: int, groups: int, top_groups: int) -> Tensor:
     """Returns the experts [N, T] of each token, the best first."""
     if top_groups < groups:
-        kept = _ranked(_group_scores(scores, groups))[1][..., :top_groups]
-        dropped = torch.ones(len(scores), groups, dtype=torch.bool, device=scores.device)
-        dropped = dropped.scatter(-1, kept, torch.zeros_like(kept, dtype=torch.bool))  # [N, G]
-        by_group = scores.unflatten(-1, (groups, -1))  # [N, G, X / G]
-        scores = by_group.masked_fill(dropped[..., None], -torch.inf).flatten(-2)  # [N, X]
+        scores = _within(
+            scores, _ranked(_group_scores(scores, groups))[1][..., :top_groups], groups
+        )
     return _ranked(scores)[1][..., :top_k]
+
+
+def _within(scores: Tensor, kept: Tensor, groups: int) -> Tensor:
+    """Returns the scores [N, X], -inf for experts outside the groups `kept`."""
+    dropped = torch.ones(len(scores), groups, dtype=torch.bool, device=scores.device)
+    dropped = dropped.scatter(-1, kept, torch.zeros_like(kept, dtype=torch.bool))  # [N, G]
+    by_group = scores.unflatten(-1, (groups, -1))  # [N, G, X / G]
+    return by_group.masked_fill(dropped[..., None], -torch.inf).flatten(-2)  # [N, X]
+
+
+def _others(
+    scores: Tensor, top_k: int, groups: int = 1, top_groups: int = 1, **_: Any
+) -> Iterator[Tensor]:
+    """Yields choices [N, T] in which the last one or two experts give way to the next ones, within
+    the best groups and with the next group in place of the last. See Choice."""
+    ranked = [_ranked(scores)[1]]
+    if top_groups < groups:
+        order = _ranked(_group_scores(scores, groups))[1]
+        following = torch.cat((order[..., : top_groups - 1], order[..., top_groups, None]), -1)
+        within = [_within(scores, kept, groups) for kept in (order[..., :top_groups], following)]
+        ranked = [_ranked(own)[1] for own in within]
+    last = min(EDGE, top_k)
+    window = range(top_k - last, min(top_k + EDGE, scores.shape[-1]))
+    for own in ranked:
+        for places in combinations(window, last):
+            yield torch.cat((own[..., : top_k - last], own[..., list(places)]), -1)
 
 
 def check_choice(experts: int, top_k: int, groups: int, top_groups: int) -> None:
@@ -216,7 +243,7 @@ def _weights(scores: Tensor, experts: Tensor, scale: float, normalize: bool) -> 
     samples=route_samples,
     cost=route_cost,
     differentiable=("x", "weight"),
-    choice=Choice(_biased, shortfall, _gaps, _given),
+    choice=Choice(_biased, shortfall, _gaps, _others, _given),
 )
 def route(
     x: Tensor,

@@ -106,7 +106,9 @@ class Campaign:
 def judged(case: Case, plant: Plant, paths: Paths | None = None) -> Row:
     """Returns the outcome of one plant."""
     e = case.evidence
-    outcome = judge(plant.engine(case), e.base, e.controls, case.replies, e.causes, e.drawn)
+    outcome = judge(
+        plant.engine(case), e.base, e.controls, case.replies, e.causes, e.others, e.drawn
+    )
     parting = Parting()
     if paths is not None and plant.how is not None:
         parting = paths.part(how=plant.how(case))

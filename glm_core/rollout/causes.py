@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from glm_core.errors import ShapeError
 from glm_core.model.glm import GLM
@@ -20,6 +21,7 @@ from glm_core.rollout import mistakes
 from glm_core.rollout.distribution import OWN, Shaping, collect, sampled_from
 from glm_core.rollout.engine import Variant, trained
 from glm_core.rollout.files import Array, Reply, Settings, per_token
+from glm_core.rollout.ties import Reading, settled
 
 TEMPERATURES = np.exp(np.linspace(-0.7, 0.7, 29))
 TOP_P = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99)
@@ -39,6 +41,9 @@ class Cause:
     """`{}` stands for the value of the parameter"""
     deviations: Array
     """[values, tokens]"""
+    others: Array
+    """[alternatives, tokens]: what is added where routers that make the mistake choose otherwise at
+    near ties"""
     values: tuple[float, ...] = (0.0,)
     between: bool = False
     """whether values between two rows are tried as well"""
@@ -55,12 +60,13 @@ class Fit(NamedTuple):
     """[tokens]"""
 
 
-def fit(cause: Cause, deviation: Array) -> Fit:
+def fit(cause: Cause, deviation: Array, others: Array) -> Fit:
     """Returns the value of the parameter that leaves the smallest sum of squares, at first among
-    the rows, then between the best one and its neighbours."""
+    the rows, then between the best one and its neighbours. others: what routers' honest choices
+    add without the mistake."""
     rows = cause.deviations
-    total = float(deviation @ deviation)
-    left = ((deviation - rows) ** 2).sum(1)
+    total = float((settled(deviation, others) ** 2).sum())
+    left = (settled(deviation - rows, cause.others) ** 2).sum(1)
     best = int(left.argmin())
     found = Fit(total - float(left[best]), cause.values[best], rows[best])
     if not cause.between:
@@ -69,9 +75,10 @@ def fit(cause: Cause, deviation: Array) -> Fit:
         if not 0 <= other < len(rows):
             continue
         slope = rows[other] - rows[best]
-        share = float(np.clip((deviation - rows[best]) @ slope / max(slope @ slope, 1e-300), 0, 1))
+        rest = settled(deviation - rows[best], cause.others)
+        share = float(np.clip(rest @ slope / max(slope @ slope, 1e-300), 0, 1))
         between = rows[best] + share * slope
-        gain = total - float(((deviation - between) ** 2).sum())
+        gain = total - float((settled(deviation - between, cause.others) ** 2).sum())
         if gain > found.gain:
             value = cause.values[best] + share * (cause.values[other] - cause.values[best])
             found = Fit(gain, value, between)
@@ -84,21 +91,30 @@ def causes(
     settings: Settings,
     how: Shaping,
     base: Array,
+    others: Array,
+    slack: Sequence[Tensor],
     before: GLM | None,
 ) -> Iterator[Cause]:
     """Yields every known mistake that can happen here. model: in a dtype beyond the working one;
-    base: its log probabilities; before: the weights before the last update."""
-    yield from _shapings(model, replies, settings, how, base)
+    base: its log probabilities; others: what they may be at near ties; slack: see `slack_of`;
+    before: the weights before the last update."""
+    yield from _shapings(model, replies, settings, how, base, others)
     for name, sentence, variant, noise in _variants(model, replies, settings, before):
         try:
-            logprobs = collect(trained(model, replies, variant), replies, [how])
+            wrong = Reading(model, replies, how, variant)
         except ShapeError:
             continue  # widths that these codes do not divide
-        yield Cause(name, sentence, logprobs - base, noise=noise)
+        rows = (wrong.logprobs - base)[None]
+        yield Cause(name, sentence, rows, wrong.others(slack), noise=noise)
 
 
 def _shapings(
-    model: GLM, replies: Sequence[Reply], settings: Settings, how: Shaping, base: Array
+    model: GLM,
+    replies: Sequence[Reply],
+    settings: Settings,
+    how: Shaping,
+    base: Array,
+    others: Array,
 ) -> Iterator[Cause]:
     """Yields what temperature, top-p and penalty do to the reported log probabilities, each tried
     by itself on what the settings state."""
@@ -137,7 +153,7 @@ def _shapings(
     table = collect(trained(model, replies), replies, shapings) - base
     for name, sentence, values, between, _ in tried:
         rows, table = table[: len(values)], table[len(values) :]
-        yield Cause(name, sentence, rows, tuple(values), between)
+        yield Cause(name, sentence, rows, others, tuple(values), between)
 
 
 def _variants(
@@ -167,7 +183,7 @@ def _variants(
     for bits, group in CODES:
         if undivided_widths(model.config, Quantization(bits=bits, group=group)):
             continue
-        words = f"the weights have {bits} bits"
+        words = f"the weights have {bits} bits, a scale for each {group or 'row'}"
         yield f"{bits}-bit weights", words, mistakes.quantised(bits, group), True
 
 

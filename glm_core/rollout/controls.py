@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from glm_core import dispatch
 from glm_core.align.disguise import Regrouped, Rounded
 from glm_core.model.glm import GLM
 from glm_core.rollout.distribution import Shaping, collect
 from glm_core.rollout.engine import generated, trained
 from glm_core.rollout.files import Array, Reply
+from glm_core.rollout.ties import Scored, Scoring
 
 _Way = tuple[str, Callable[[], AbstractContextManager[object]], Callable[..., Iterator[Tensor]]]
 NUM_ROUNDED = 6
@@ -51,10 +53,15 @@ def wide(model: GLM) -> GLM:
     return copy.deepcopy(model).to(torch.float64 if own == torch.float32 else torch.float32)
 
 
-def controls(model: GLM, replies: Sequence[Reply], how: Shaping) -> Array:
-    """Returns the log probabilities [controls, tokens] that honest engines report."""
-    found = []
+def controls(
+    model: GLM, replies: Sequence[Reply], how: Shaping
+) -> tuple[Array, list[list[Scored]]]:
+    """Returns the log probabilities [controls, tokens] that honest engines report, and the calls
+    in which each of them chose experts."""
+    found, calls = [], []
     for _, context, logits in _ways(model.embedding.dtype):
-        with context():
+        scoring = Scoring()
+        with context(), dispatch.intercept(scoring):
             found.append(collect(logits(model, replies), replies, [how])[0])
-    return np.stack(found)
+        calls.append(scoring.calls)
+    return np.stack(found), calls

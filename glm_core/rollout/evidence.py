@@ -13,8 +13,9 @@ from glm_core.model.glm import GLM
 from glm_core.rollout.causes import Cause, causes
 from glm_core.rollout.controls import controls, wide
 from glm_core.rollout.distribution import Draws, collect, draws, reported, sampled_from
-from glm_core.rollout.engine import trained
+from glm_core.rollout.engine import ROWS, trained
 from glm_core.rollout.files import Array, Reply, Settings
+from glm_core.rollout.ties import Reading, slack_of
 
 Progress = Callable[[str, int, int], None]
 
@@ -28,6 +29,9 @@ class Evidence:
     controls: Array
     """[controls, tokens]: those of honest engines"""
     causes: list[Cause]
+    others: Array
+    """[alternatives, tokens]: changes of the correct log probabilities where routers choose
+    otherwise at near ties, as honest engines may"""
     drawn: Draws | None = None
 
 
@@ -85,12 +89,15 @@ def _of_step(
 ) -> Evidence:
     _require_known(model, replies)
     how, exact = reported(settings), wide(model)
-    base = collect(trained(exact, replies), replies, [how])[0]
+    right = Reading(exact, replies, how)
+    found, moved = controls(model, replies, how)
+    slack = slack_of(right.calls, moved)
+    others = right.others(slack, layers=len(slack) // -(-len(replies) // ROWS))
     drawn = None
     if settings.temperature:  # unknown, or greedy: no draws
         drawn = draws(trained(exact, replies), replies, sampled_from(settings))
-    known = list(causes(exact, replies, settings, how, base, before))
-    return Evidence(base, controls(model, replies, how), known, drawn)
+    known = list(causes(exact, replies, settings, how, right.logprobs, others, slack, before))
+    return Evidence(right.logprobs, found, known, others, drawn)
 
 
 def _require_known(model: GLM, replies: Sequence[Reply]) -> None:
@@ -122,13 +129,19 @@ def _joined(parts: Sequence[Evidence], order: Array) -> Evidence:
     nothing there; z-scores of draws are added up."""
     known = {(c.name, c.sentence): c for p in parts for c in p.causes}
     tables: dict[tuple[str, str], list[Array]] = {key: [] for key in known}
+    flips: dict[tuple[str, str], list[Array]] = {key: [] for key in known}
     for part in parts:
-        own = {(c.name, c.sentence): c.deviations for c in part.causes}
+        own = {(c.name, c.sentence): c for c in part.causes}
         for key, cause in known.items():
             nothing = np.zeros((len(cause.values), part.base.size))
-            tables[key].append(own.get(key, nothing))
+            tables[key].append(own[key].deviations if key in own else nothing)
+            flips[key].append(own[key].others if key in own else nothing[:0])
     joined = [
-        dataclasses.replace(c, deviations=np.concatenate(tables[key], 1)[:, order])
+        dataclasses.replace(
+            c,
+            deviations=np.concatenate(tables[key], 1)[:, order],
+            others=_padded(flips[key])[:, order],
+        )
         for key, c in known.items()
     ]
     drawn = [p.drawn for p in parts if p.drawn is not None]
@@ -139,5 +152,12 @@ def _joined(parts: Sequence[Evidence], order: Array) -> Evidence:
         np.concatenate([p.base for p in parts])[order],
         np.concatenate([p.controls for p in parts], 1)[:, order],
         joined,
+        _padded([p.others for p in parts])[:, order],
         total,
     )
+
+
+def _padded(tables: Sequence[Array]) -> Array:
+    """Returns tables [A, tokens] side by side, with rows of zeros where one has fewer."""
+    most = max(map(len, tables))
+    return np.concatenate([np.pad(x, ((0, most - len(x)), (0, 0))) for x in tables], 1)

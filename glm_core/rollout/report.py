@@ -70,6 +70,8 @@ def _words(side: Judgement, dtype: str) -> str:
         f"mean |d logprob| {side.mean:.2e}, {times:.3g} times what honest {dtype or 'rounding'} "
         f"gives for these weights and tokens ({side.honest:.1e} at most)"
     )
+    if side.ties:
+        size += f", {side.ties} tokens at a router's near tie"
     if side.verdict != "diverged":
         return f"{side.verdict}: {size}"
     return (
@@ -95,6 +97,7 @@ def compare(a: Rollout, b: Rollout, evidence: Evidence | None, names: Sequence[s
             evidence.controls,
             r.replies,
             evidence.causes,
+            evidence.others,
             evidence.drawn,
         )
         for r in (a, b)
@@ -121,4 +124,6 @@ def from_controls(a: Rollout, others: Sequence[Rollout]) -> Evidence:
         raise RolloutError("controls: there are none; give at least one file of an honest engine")
     for other in others:
         require_same(a, other)
-    return Evidence(a.logprobs, np.stack([o.logprobs for o in others]), [])
+    return Evidence(
+        a.logprobs, np.stack([o.logprobs for o in others]), [], np.zeros((0, a.logprobs.size))
+    )

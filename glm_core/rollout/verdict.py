@@ -13,6 +13,7 @@ from glm_core.align.statistics import EPS, critical_z
 from glm_core.rollout.causes import Cause, Fit, fit
 from glm_core.rollout.distribution import Draws
 from glm_core.rollout.files import Array, Reply, per_token
+from glm_core.rollout.ties import settled
 
 FALSE_ALARM_RATE = 1e-3
 DRAWS_SHARE = 0.25
@@ -104,6 +105,8 @@ class Judgement:
     """largest mean |d logprob| of the controls"""
     mean: float
     """mean |d logprob| against the same base"""
+    ties: int = 0
+    """tokens that lie nearer to what another honest choice of experts gives"""
     tests: list[Check] = dataclasses.field(default_factory=list)
     """the guilty ones, worst first"""
 
@@ -138,12 +141,16 @@ def judge(
     controls: Array,
     replies: Sequence[Reply],
     causes: Iterable[Cause] = (),
+    others: Array | None = None,
     drawn: Draws | None = None,
     rate: float = FALSE_ALARM_RATE,
 ) -> Judgement:
     """Returns the verdict on reported log probabilities [tokens]. base: the correct ones; controls
-    [controls, tokens]: what honest engines report; drawn: whether the tokens can be draws."""
-    d, honest = reported - base, controls - base
+    [controls, tokens]: what honest engines report; others: see Evidence; drawn: whether the tokens
+    can be draws."""
+    others = np.zeros((0, base.size)) if others is None else others
+    raw, raw_honest = reported - base, controls - base
+    d, honest = settled(raw, others), settled(raw_honest, others)
     known = list(causes)
     parts = _groups(replies, base)
     count = 2 * sum(len(np.unique(g)) for g in parts.values()) + len(known)
@@ -162,17 +169,18 @@ def judge(
         own_z = critical_z(DRAWS_SHARE * rate, len(drawn))
         for name, value in zip(drawn._fields, drawn, strict=True):
             tests.append(Check(name, "draws", value, own_z, abs(value) / own_z))
-    fits = [(c, *_likeness(c, d, honest, blocks, z)) for c in known]
+    fits = [(c, *_likeness(c, raw, raw_honest, others, blocks, z)) for c in known]
     tests += [test for _, _, test in fits]
     guilty = sorted((t for t in tests if t.ratio > 1), key=lambda t: -t.ratio)
     facts: dict[str, Any] = {
-        "honest": float(np.abs(honest).mean(1).max()),
-        "mean": float(np.abs(d).mean()),
+        "honest": float(np.abs(raw_honest).mean(1).max()),
+        "mean": float(np.abs(raw).mean()),
         "share": max(t.ratio for t in tests),
+        "ties": int((d != raw).sum()),
     }
     if not guilty:
-        return Judgement(verdict="identical" if not d.any() else "aligned", **facts)
-    cause, sentence = _named(fits, d, honest, guilty, parts)
+        return Judgement(verdict="identical" if not raw.any() else "aligned", **facts)
+    cause, sentence = _named(fits, d, honest, others, guilty, parts)
     return Judgement(
         verdict="diverged",
         cause=cause,
@@ -216,17 +224,20 @@ def _group_tests(
         yield Check(label, "lean", lean, allowed, ratio)
 
 
-def _likeness(cause: Cause, d: Array, honest: Array, blocks: Array, z: float) -> tuple[Fit, Check]:
+def _likeness(
+    cause: Cause, d: Array, honest: Array, others: Array, blocks: Array, z: float
+) -> tuple[Fit, Check]:
     """Returns the best fit of a cause, and the test of its gain: it must be beyond that of honest
     rounding, and carried by many blocks of tokens."""
-    own = fit(cause, d)
-    range_ = max(0.0, *(fit(cause, h).gain for h in honest)) + FLOOR**2 * d.size
+    own = fit(cause, d, others)
+    range_ = max(0.0, *(fit(cause, h, others).gain for h in honest)) + FLOOR**2 * d.size
     gain = max(own.gain, 0.0)
     # amplitudes, as the other tests: gains are squares
     effect, allowed = gain**0.5, SAFETY_FACTOR * range_**0.5
-    terms = 2 * d * own.deviation - own.deviation**2
+    squares = settled(d, others) ** 2
+    terms = squares - settled(d - own.deviation, cause.others) ** 2
     # a few tokens that are far off and fit are as good as many that each fit a little
-    certain = max(_z(terms, blocks) / z, gain / max(EXPLAINED * float(d @ d), 1e-300))
+    certain = max(_z(terms, blocks) / z, gain / max(EXPLAINED * float(squares.sum()), 1e-300))
     return own, Check(cause.name, "likeness", effect, allowed, min(effect / allowed, certain))
 
 
@@ -234,6 +245,7 @@ def _named(
     fits: Sequence[tuple[Cause, Fit, Check]],
     d: Array,
     honest: Array,
+    others: Array,
     guilty: Sequence[Check],
     parts: dict[str, Array],
 ) -> tuple[str, str]:
@@ -250,17 +262,17 @@ def _named(
     clear = float(d @ d) > SAFETY_FACTOR**2 * float((honest**2).sum(1).max())
     if not clear or _unevenness(d, parts) > UNEVEN:
         return "", ""
-    sizes = {c.name: _distance(beyond, c) for c, _, _ in fits if c.noise}
+    sizes = {c.name: _distance(beyond, c, others) for c, _, _ in fits if c.noise}
     name = min(sizes, key=lambda n: sizes[n], default="")
     if not name or sizes[name] > np.log(UNEVEN):
         return "", ""
     return name, f"the deviations have the size that {name} give, everywhere alike"
 
 
-def _distance(beyond: float, cause: Cause) -> float:
+def _distance(beyond: float, cause: Cause, others: Array) -> float:
     """Returns how far apart two sums of squares are, as the logarithm of their ratio."""
-    own = max(float(cause.deviations[0] @ cause.deviations[0]), 1e-300)
-    return abs(float(np.log(beyond / own)))
+    own = float((settled(cause.deviations[0], others) ** 2).sum())
+    return abs(float(np.log(beyond / max(own, 1e-300))))
 
 
 def _unevenness(d: Array, parts: dict[str, Array]) -> float:

@@ -19,13 +19,16 @@ REPLIES = [
 BASE = np.random.default_rng(0).uniform(-4, -0.1, NUM * LENGTH)
 
 
+NO_TIES = np.zeros((0, BASE.size))
+
+
 def noise(seed: int, size: int = 1) -> np.ndarray:
     return NOISE * np.random.default_rng(seed).standard_normal((size, BASE.size))
 
 
 def verdict(deviation: np.ndarray, causes: tuple[Cause, ...] = (), drawn: Draws | None = None):
     controls = BASE + noise(1, 6)
-    return judge(BASE + deviation, BASE, controls, REPLIES, causes, drawn)
+    return judge(BASE + deviation, BASE, controls, REPLIES, causes, drawn=drawn)
 
 
 @pytest.mark.parametrize("seed", range(2, 12))
@@ -63,7 +66,7 @@ def test_a_deviation_of_some_replies_alone_names_their_group_and_beginning() -> 
 
 def test_a_mistake_below_the_noise_is_found_by_its_likeness() -> None:
     shape = np.random.default_rng(5).standard_normal(BASE.size) * NOISE
-    cause = Cause("known", "it is known", shape[None])
+    cause = Cause("known", "it is known", shape[None], NO_TIES)
     found = verdict(noise(2)[0] + shape, (cause,))
     assert (found.verdict, found.cause) == ("diverged", "known")
     assert verdict(noise(2)[0], (cause,)).verdict == "aligned"
@@ -71,10 +74,12 @@ def test_a_mistake_below_the_noise_is_found_by_its_likeness() -> None:
 
 
 def test_the_parameter_lies_between_two_rows() -> None:
-    rows = np.outer([1.0, 2.0, 3.0], np.ones(4))
-    found = fit(Cause("c", "", rows, (10.0, 20.0, 30.0), between=True), np.full(4, 2.25))
+    rows, zero = np.outer([1.0, 2.0, 3.0], np.ones(4)), np.zeros((0, 4))
+    found = fit(
+        Cause("c", "", rows, zero, (10.0, 20.0, 30.0), between=True), np.full(4, 2.25), none
+    )
     assert found.value == pytest.approx(22.5)
-    assert fit(Cause("c", "", rows, (10.0, 20.0, 30.0)), np.full(4, 2.25)).value == 20.0
+    assert fit(Cause("c", "", rows, zero, (10.0, 20.0, 30.0)), np.full(4, 2.25), zero).value == 20.0
 
 
 def test_tokens_that_are_no_draws_are_convicted() -> None:

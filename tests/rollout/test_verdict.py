@@ -76,7 +76,7 @@ def test_a_mistake_below_the_noise_is_found_by_its_likeness() -> None:
 def test_the_parameter_lies_between_two_rows() -> None:
     rows, zero = np.outer([1.0, 2.0, 3.0], np.ones(4)), np.zeros((0, 4))
     found = fit(
-        Cause("c", "", rows, zero, (10.0, 20.0, 30.0), between=True), np.full(4, 2.25), none
+        Cause("c", "", rows, zero, (10.0, 20.0, 30.0), between=True), np.full(4, 2.25), zero
     )
     assert found.value == pytest.approx(22.5)
     assert fit(Cause("c", "", rows, zero, (10.0, 20.0, 30.0)), np.full(4, 2.25), zero).value == 20.0

@@ -15,7 +15,9 @@ from torch import Tensor
 from glm_core.errors import RolloutError
 from glm_core.rollout.files import Reply, Rollout, Settings, parsed, reply
 
-IDS = "ask vLLM with return_token_ids=true, or SGLang's /generate with return_logprob=true"
+IDS = "ask vLLM or SGLang with return_token_ids=true, or SGLang's /generate"
+NO_LOGPROB = -9999.0
+"""what vLLM writes in place of minus infinity"""
 
 
 def load(path: str | Path) -> Rollout:
@@ -56,18 +58,26 @@ def _answer(answer: dict[str, Any], where: str, number: int) -> Iterator[Reply]:
     place = f"{where}, answer {number}"
     step = answer.get("step", 0)
     if "meta_info" in answer:
-        yield _sglang(answer, place, step)
+        yield _generated(answer["meta_info"], place, step)
         return
-    if not isinstance(answer.get("choices"), list):
+    choices = answer.get("choices")
+    if not isinstance(choices, list):
         raise RolloutError(f"{place}: not a rollout of a known kind; docs/rollout.md lists them")
+    if any("delta" in c for c in choices) or str(answer.get("object", "")).endswith(".chunk"):
+        raise RolloutError(f"{place}: is a part of a stream; ask with stream=false")
     usage = (answer.get("usage") or {}).get("prompt_tokens_details") or {}
-    for choice in answer["choices"]:
+    # vLLM counts the last prompt's hits, SGLang all of them: for one reply that is the same
+    cached = usage.get("cached_tokens") or 0 if len(choices) == 1 else 0
+    for choice in choices:
         prompt = choice.get("prompt_token_ids") or answer.get("prompt_token_ids")
         if not prompt:
             raise RolloutError(f"{place}: has no prompt_token_ids; {IDS}")
-        ids, logprobs = _openai(choice, place)
-        cached = usage.get("cached_tokens") or 0
-        yield reply(place, prompt, ids, logprobs, step, cached)
+        facts = choice.get("meta_info") or {}  # SGLang with return_meta_info
+        if "output_token_logprobs" in facts:
+            ids, logprobs = _pairs(facts["output_token_logprobs"])
+        else:
+            ids, logprobs = _openai(choice, place)
+        yield reply(place, prompt, ids, logprobs, step, facts.get("cached_tokens") or cached)
 
 
 def _openai(choice: dict[str, Any], where: str) -> tuple[list[int], list[float]]:
@@ -80,27 +90,44 @@ def _openai(choice: dict[str, Any], where: str) -> tuple[list[int], list[float]]
         logprobs = [entry["logprob"] for entry in held["content"]]
     else:
         names, logprobs = held["tokens"], held["token_logprobs"]
+    if NO_LOGPROB in logprobs:
+        raise RolloutError(
+            f"{where}: a log probability is {NO_LOGPROB:g}, which stands for minus infinity; no "
+            "token of it can be drawn: leave this answer out"
+        )
     ids = choice.get("token_ids")
-    if ids is None:  # vLLM with return_tokens_as_token_ids: "token_id:123"
-        parts = [str(name).partition("token_id:") for name in names]
-        if any(before or not id.isdigit() for before, _, id in parts):
-            raise RolloutError(f"{where}: names its tokens by text; {IDS}")
-        ids = [int(id) for _, _, id in parts]
-    return ids, logprobs
+    if ids is not None:  # with echo=true the prompt's log probabilities come first
+        return ids, logprobs[max(len(logprobs) - len(ids), 0) :]
+    # vLLM with return_tokens_as_token_ids: "token_id:123"
+    parts = [str(name).partition("token_id:") for name in names]
+    if any(before or not id.isdigit() for before, _, id in parts):
+        raise RolloutError(f"{where}: names its tokens by text; {IDS}")
+    if None in logprobs:
+        raise RolloutError(f"{where}: holds the prompt's tokens too; ask with echo=false")
+    return [int(id) for _, _, id in parts], logprobs
 
 
-def _sglang(answer: dict[str, Any], where: str, step: int) -> Reply:
-    """Returns the reply of SGLang's `/generate`, whose lists hold [logprob, id, text]."""
-    facts = answer["meta_info"]
+def _generated(facts: dict[str, Any], where: str, step: int) -> Reply:
+    """Returns the reply of SGLang's `/generate`."""
     if "output_token_logprobs" not in facts or "input_token_logprobs" not in facts:
         raise RolloutError(
             f"{where}: has no output_token_logprobs and input_token_logprobs; ask with "
             "return_logprob=true and logprob_start_len=0"
         )
-    prompt = [entry[1] for entry in facts["input_token_logprobs"]]
-    tokens = [entry[1] for entry in facts["output_token_logprobs"]]
-    logprobs = [entry[0] for entry in facts["output_token_logprobs"]]
+    prompt, _ = _pairs(facts["input_token_logprobs"])
+    count = facts.get("prompt_tokens", len(prompt))
+    if len(prompt) != count:
+        raise RolloutError(
+            f"{where}: input_token_logprobs holds {len(prompt)} of the prompt's {count} tokens; "
+            "ask with logprob_start_len=0"
+        )
+    tokens, logprobs = _pairs(facts["output_token_logprobs"])
     return reply(where, prompt, tokens, logprobs, step, facts.get("cached_tokens") or 0)
+
+
+def _pairs(entries: list[list[Any]]) -> tuple[list[int], list[float]]:
+    """Returns ids and log probabilities of SGLang's lists, which hold [logprob, id, text]."""
+    return [entry[1] for entry in entries], [entry[0] for entry in entries]
 
 
 def from_transformers(

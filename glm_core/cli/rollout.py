@@ -66,6 +66,14 @@ def define(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="judge planted mistakes and honest differences instead of files",
     )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[1, 2],
+        metavar="N",
+        help="with --planted: seeds of the models and replies (default: 1 2)",
+    )
     add_exact(parser)
     add_json(parser)
     parser.set_defaults(run=run)
@@ -169,6 +177,6 @@ def run_planted(args: argparse.Namespace) -> int:
     convicted."""
     from glm_core.rollout.campaign import campaign
 
-    result = campaign(progress=ProgressLine())
+    result = campaign(seeds=args.seeds, progress=ProgressLine())
     emit(args, result.to_json(), result.text())
     return 0 if result.reached else EXIT_FAILED

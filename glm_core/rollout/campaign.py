@@ -93,12 +93,14 @@ class Campaign:
             table.append([label, *map(str, counts)])
         rows = self.planted
         found, named = sum(r.is_found for r in rows), sum(r.is_named for r in rows)
-        honest_rows = len(self.rows) - len(rows)
         lines = [f"| {' | '.join(row)} |" for row in table]
         lines.insert(1, "|---|" + "---|" * (len(table[0]) - 1))
+        alone = sum(r.named == r.cause for r in rows)
+        honest = len(self.rows) - len(rows)
         summary = (
-            f"{found} of {len(rows)} planted mistakes found, {named} named or placed; "
-            f"{len(self.alarms)} of {honest_rows} honest differences convicted"
+            f"{found} of {len(rows)} planted mistakes found, {named} named or placed, {alone} "
+            f"named by log probabilities alone; {len(self.alarms)} of {honest} honest differences "
+            "convicted"
         )
         return "\n".join([*lines, "", summary])
 

@@ -105,7 +105,7 @@ def causes(
         except ShapeError:
             continue  # widths that these codes do not divide
         rows = (wrong.logprobs - base)[None]
-        yield Cause(name, sentence, rows, wrong.others(slack), noise=noise)
+        yield Cause(name, sentence, rows, wrong.flipped(slack), noise=noise)
 
 
 def _shapings(

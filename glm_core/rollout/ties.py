@@ -9,6 +9,7 @@ Shapes: N rows of a call, X experts, K chosen of them, T tokens of all replies, 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +28,8 @@ from glm_core.rollout.files import Array, Reply
 
 SAFETY_FACTOR = 2.0
 """a score may be moved this many times as far as the controls move it"""
+Way = tuple[Tensor, Tensor]
+"""another choice of a call's rows [N, K], and which rows may make it, bool [N]"""
 
 
 def settled(deviations: Array, others: Array) -> Array:
@@ -48,9 +51,9 @@ class Scored(NamedTuple):
     args: dict[str, Any]
     """the op's other arguments"""
 
-    def ways(self, slack: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Returns what else its rows may choose [N, K], and which rows may [N], where each score
-        may be moved by `slack` [N], as long as any row has another way."""
+    def ways(self, slack: Tensor) -> list[Way]:
+        """Returns what else its rows may choose, the nearest first, where each score may be moved
+        by `slack` [N]."""
         best, *others = self.choice.others(self.scores, **self.args)
         moved = slack[:, None].expand_as(self.scores)
         found = []
@@ -82,9 +85,7 @@ class Scoring:
 class _Flipping:
     """Runs op calls, and tells some rows of those that choose what they choose."""
 
-    def __init__(
-        self, ways: Mapping[int, tuple[Tensor, Tensor]], inner: Interceptor | None
-    ) -> None:
+    def __init__(self, ways: Mapping[int, Way], inner: Interceptor | None) -> None:
         self._ways, self._inner, self._calls = ways, inner or dispatch.run, 0
 
     def __call__(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -132,19 +133,34 @@ class Reading:
         how = dataclasses.replace(self._how, interceptor=interceptor)
         return collect(trained(self._model, self._replies, how), self._replies, [self._shaping])[0]
 
-    def others(self, slack: Sequence[Tensor], layers: int = 1) -> Array:
-        """Returns by how much the log probabilities change [A, T] where tokens with near ties go
-        another way, for each way that any token has. slack: see `slack_of`; where the calls are
-        others, its largest value counts. layers: how many flip each by itself; 1: all at once."""
-        if [len(s) for s in slack] != [len(x.scores) for x in self.calls]:
-            most = max(float(s.max()) for s in slack)
-            slack = [torch.full((len(x.scores),), most, dtype=torch.float64) for x in self.calls]
+    def others(self, slack: Sequence[Tensor], layers: int) -> Array:
+        """Returns by how much the log probabilities change [A, T] where tokens with near ties in
+        one of so many layers go another way, for each way that any token has. slack: of each call,
+        see `slack_of`."""
         found = []
         for layer in range(layers):
             numbers = range(layer, len(self.calls), layers)
             ways = {i: self.calls[i].ways(slack[i]) for i in numbers}
             for way in range(max(map(len, ways.values()), default=0)):
-                own = {i: w[way] for i, w in ways.items() if way < len(w)}
-                flipped = self._read(_Flipping(own, self._how.interceptor))
-                found.append(flipped - self.logprobs)
+                found.append(self._change({i: w[way] for i, w in ways.items() if way < len(w)}))
         return np.stack(found) if found else np.zeros((0, self.logprobs.size))
+
+    def flipped(self, slack: Sequence[Tensor]) -> Array:
+        """Returns by how much the log probabilities change [A, T] where every token with near ties,
+        in whatever layer, goes its nearest other way; A = 0 where there are none. slack: see
+        `slack_of`; where the calls there were others, its largest value counts."""
+        if [len(s) for s in slack] != [len(x.scores) for x in self.calls]:
+            most = max(float(s.max()) for s in slack)
+            slack = [torch.full((len(x.scores),), most, dtype=torch.float64) for x in self.calls]
+        ways = [call.ways(moved) for call, moved in zip(self.calls, slack, strict=True)]
+        nearest = {number: functools.reduce(_first, w) for number, w in enumerate(ways) if w}
+        found = [self._change(nearest)] if nearest else []
+        return np.stack(found) if found else np.zeros((0, self.logprobs.size))
+
+    def _change(self, ways: Mapping[int, Way]) -> Array:
+        return self._read(_Flipping(ways, self._how.interceptor)) - self.logprobs
+
+
+def _first(a: Way, b: Way) -> Way:
+    """Returns the first way where rows have it, else the second."""
+    return torch.where(a[1][:, None], a[0], b[0]), a[1] | b[1]

@@ -153,7 +153,8 @@ def judge(
     d, honest = settled(raw, others), settled(raw_honest, others)
     known = list(causes)
     parts = _groups(replies, base)
-    count = 2 * sum(len(np.unique(g)) for g in parts.values()) + len(known)
+    count = 2 * sum(len(np.unique(g)) for g in parts.values())
+    count += sum(len(c.values) for c in known)
     z = critical_z((1 - DRAWS_SHARE) * rate, count)
     blocks = _blocks(replies)
     tests = [
@@ -234,10 +235,11 @@ def _likeness(
     gain = max(own.gain, 0.0)
     # amplitudes, as the other tests: gains are squares
     effect, allowed = gain**0.5, SAFETY_FACTOR * range_**0.5
-    squares = settled(d, others) ** 2
-    terms = squares - settled(d - own.deviation, cause.others) ** 2
+    without, left = settled(d, others), settled(d - own.deviation, cause.others)
+    # honest rounding takes no side for or against what the mistake adds: the mean of this is zero
+    terms = without * (without - left)
     # a few tokens that are far off and fit are as good as many that each fit a little
-    certain = max(_z(terms, blocks) / z, gain / max(EXPLAINED * float(squares.sum()), 1e-300))
+    certain = max(_z(terms, blocks) / z, gain / max(EXPLAINED * float(without @ without), 1e-300))
     return own, Check(cause.name, "likeness", effect, allowed, min(effect / allowed, certain))
 
 

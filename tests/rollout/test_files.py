@@ -34,48 +34,6 @@ def test_our_own_kind_comes_back_as_it_was(tmp_path: Path) -> None:
     assert again == dataclasses.replace(first, name=str(tmp_path / "a.jsonl"))
 
 
-def chat(names: list[str], **choice: Any) -> dict[str, Any]:
-    content = [{"token": n, "logprob": p} for n, p in zip(names, LOGPROBS, strict=True)]
-    return {
-        "prompt_token_ids": list(PROMPT),
-        "usage": {"prompt_tokens_details": {"cached_tokens": 2}},
-        "choices": [{"index": 0, "logprobs": {"content": content}, **choice}],
-        "step": 3,
-    }
-
-
-def completion(**choice: Any) -> dict[str, Any]:
-    logprobs = {"tokens": ["a", "b"], "token_logprobs": list(LOGPROBS)}
-    body = {"logprobs": logprobs, "prompt_token_ids": list(PROMPT), **choice}
-    details = {"prompt_tokens_details": {"cached_tokens": 2}}
-    return {"model": "glm", "choices": [body], "usage": details, "step": 3}
-
-
-SGLANG = {
-    "text": "ab",
-    "step": 3,
-    "meta_info": {
-        "cached_tokens": 2,
-        "input_token_logprobs": [[None, 5, None], [-1.0, 6, None], [-2.0, 7, None]],
-        "output_token_logprobs": [[-0.5, 8, None], [-1.25, 9, None]],
-    },
-}
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        pytest.param(chat(["a", "b"], token_ids=[8, 9]), id="chat-token_ids"),
-        pytest.param(chat(["token_id:8", "token_id:9"]), id="chat-token_id-names"),
-        pytest.param(completion(token_ids=[8, 9]), id="completion"),
-        pytest.param(SGLANG, id="sglang-generate"),
-    ],
-)
-def test_answers_of_engines_are_read(tmp_path: Path, answer: dict[str, Any]) -> None:
-    assert load(written(tmp_path, answer, answer)).replies == (REPLY, REPLY)
-    assert load(written(tmp_path, [answer])).replies == (REPLY,)
-
-
 @pytest.mark.parametrize("raw", [True, False])
 def test_what_transformers_generates_is_written(raw: bool) -> None:
     logits = tuple(torch.randn(1, 12) for _ in range(3))
@@ -109,7 +67,6 @@ BODY = {"prompt": [1], "tokens": [2], "logprobs": [-1.0]}
         pytest.param([HEAD, {**BODY, "logprobs": [0.5]}], "it must be a finite", id="positive"),
         pytest.param([HEAD, {**BODY, "logprobs": [None]}], "is None", id="none"),
         pytest.param([HEAD, {**BODY, "prompt": []}], "must not be empty", id="empty"),
-        pytest.param([chat(["a", "b"])], "names its tokens by text", id="tokens-as-text"),
         pytest.param([{"choices": [{}]}], "no prompt_token_ids", id="no-prompt"),
         pytest.param([{"meta_info": {}}], "return_logprob=true", id="sglang"),
         pytest.param([3], "holds no JSON objects", id="number"),
@@ -157,7 +114,7 @@ def test_the_first_difference_is_named(changes: dict[str, Any], fact: str) -> No
 
 
 def test_the_command_line_states_what_a_file_does_not(tmp_path: Path) -> None:
-    first = load(written(tmp_path, SGLANG))
+    first = load(written(tmp_path, HEAD, BODY))
     found = files.stated(first, ["temperature=0.5", "processed=true", "dtype=bfloat16"]).settings
     assert (found.temperature, found.processed, found.dtype) == (0.5, True, "bfloat16")
     for words, fact in {

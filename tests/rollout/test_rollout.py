@@ -131,6 +131,12 @@ def test_a_distribution_is_shaped_as_the_sampler_shapes_it() -> None:
     assert of_tokens(tokens, Shaping(0.5, 0.9, 2.0))[0] == pytest.approx(float(top[1]))
 
 
+def test_no_two_known_mistakes_have_the_same_words(case: Case) -> None:
+    words = [(c.name, c.sentence) for c in case.evidence.causes]  # steps are joined by them
+    assert len(words) == len(set(words))
+    assert sum("8 bits" in sentence for _, sentence in words) == 2
+
+
 def test_a_shared_model_with_another_head_has_the_same_tensors(case: Case) -> None:
     head = torch.zeros_like(case.model.embedding)
     other = mistakes.sharing(case.model, head)

@@ -10,6 +10,7 @@ SGLang: python/sglang/srt/entrypoints/openai/protocol.py at 004c82e0, utils.py a
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -216,7 +217,7 @@ ECHO = {
 )
 def test_an_answer_is_read(tmp_path: Path, answer: dict[str, Any]) -> None:
     assert read(tmp_path, answer, answer) == (REPLY, REPLY)
-    assert read(tmp_path, [answer]) == (REPLY,)
+    assert read(tmp_path, [answer | {"step": 3}]) == (dataclasses.replace(REPLY, step=3),)
 
 
 @pytest.mark.parametrize("answer", [VLLM_COMPLETION, SGLANG_COMPLETION], ids=["vllm", "sglang"])

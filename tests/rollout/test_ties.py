@@ -88,8 +88,9 @@ def test_a_flip_is_measured_from_what_the_other_choice_gives(mistake: Variant) -
     flipped = dataclasses.replace(mistake, interceptor=moved_router(1))
     found = Reading(model, REPLIES, OWN, flipped).logprobs - right.logprobs
     assert np.abs(found).max() > 1e-3
-    assert np.abs(settled(found, right.others(slack))).max() < 1e-9
-    assert np.abs(settled(found, right.others([x * 1e-3 for x in slack]))).max() > 1e-3
+    assert np.abs(settled(found, right.others(slack, 1))).max() < 1e-9
+    assert (np.abs(settled(found, right.flipped(slack))) > 1e-9).sum() <= 2  # three close scores
+    assert np.abs(settled(found, right.others([x * 1e-3 for x in slack], 1))).max() > 1e-3
 
 
 def test_only_controls_that_read_alike_say_how_far_scores_move() -> None:

@@ -124,6 +124,12 @@ def batch_of(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
+def halves(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Cuts a batch in two."""
+    cut = {name: x.chunk(2) for name, x in batch.items()}
+    return [{name: x[i] for name, x in cut.items()} for i in range(2)]
+
+
 class Trial(Capture):
     """Judges as the watch does, and tries the planted faults on the same calls."""
 
@@ -156,12 +162,16 @@ class Trial(Capture):
             self.shown.add(fault.name)
 
 
-VARIANTS = ("plain", "fused", "math", "threads", "channels_last")
+VARIANTS = ("plain", "fused", "foreach", "math", "threads", "split", "channels_last")
+"""honest ways to run a step: AdamW in one kernel or by lists, attention by its formula, 2 threads,
+the batch in two halves, images with their channels last"""
 
 
-def train(name: str, dtype: torch.dtype, variant: str, trial: bool) -> dict[str, Any]:
+def train(
+    name: str, dtype: torch.dtype, variant: str, trial: bool, seed: int = 1
+) -> dict[str, Any]:
     """Trains two steps and judges the second. Returns the figures."""
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     torch.set_num_threads(2 if variant == "threads" else 1)
     model, batch = model_of(name).to(dtype), batch_of(name, dtype)
     if variant == "channels_last":
@@ -169,7 +179,7 @@ def train(name: str, dtype: torch.dtype, variant: str, trial: bool) -> dict[str,
             if weight.ndim == 4:
                 weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     adam = torch.optim.AdamW(
-        model.parameters(), lr=1e-3, fused=variant == "fused", foreach=variant == "threads"
+        model.parameters(), lr=1e-3, fused=variant == "fused", foreach=variant == "foreach"
     )
     begin = time.process_time()
     watched = watch(model, adam, steps=(2,), program=name)
@@ -183,7 +193,8 @@ def train(name: str, dtype: torch.dtype, variant: str, trial: bool) -> dict[str,
     with kernel, watched:
         for _ in range(2):
             first = time.process_time()
-            model(**batch).loss.backward()
+            for part in halves(batch) if variant == "split" else [batch]:
+                model(**part).loss.backward()
             adam.step()
             adam.zero_grad()
             plain = plain or time.process_time() - first

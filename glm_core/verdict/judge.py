@@ -165,19 +165,19 @@ def judge(call: Call, actual: Results, z: float) -> Judgement:
             continue  # the reference leaves this result out
         value = torch.view_as_real(raw.resolve_conj()) if raw.is_complex() else raw
         if value.shape != y.shape:
-            judgement.outside.append(_wrong(name, value, "shape"))
+            judgement.outside.append(wrong(name, value, "shape"))
             continue
         if not value.is_floating_point():
             judgement.num_tests += 1
             if not _same_integers(call, name, value, y, plain):
-                judgement.outside.append(_wrong(name, value, "values differ"))
+                judgement.outside.append(wrong(name, value, "values differ"))
             continue
         result = _Result(name, value, y, terms(call, value))
         judgement.num_tests += 4 * sum(g.groups for g in _structure(result.shape))
         if result.equal:
             continue
         if result.special_differs(value):
-            judgement.outside.append(_wrong(name, value, "infinite or NaN elsewhere"))
+            judgement.outside.append(wrong(name, value, "infinite or NaN elsewhere"))
         elif result.correct is not None:
             later.append((result, result.scores(result.errors)))
     for result, scores in later:
@@ -189,7 +189,7 @@ def judge_drawn(probability: float, drawn: Tensor) -> Judgement:
     """Judges zeros and ones that were drawn: their share must be the probability."""
     judgement, share = Judgement(num_tests=1), float(drawn.double().mean())
     if not bool(((drawn == 0) | (drawn == 1)).all()):
-        judgement.outside.append(_wrong("self", drawn, "other values than 0 and 1"))
+        judgement.outside.append(wrong("self", drawn, "other values than 0 and 1"))
     error = math.sqrt(probability * (1 - probability) / max(drawn.numel(), 1))
     off = Outside(
         "self",
@@ -205,7 +205,8 @@ def judge_drawn(probability: float, drawn: Tensor) -> Judgement:
     return judgement
 
 
-def _wrong(name: str, value: Tensor, test: str) -> Outside:
+def wrong(name: str, value: Tensor, test: str) -> Outside:
+    """Returns a test that says in words what is wrong."""
     dtype = str(value.dtype).removeprefix("torch.")
     return Outside(name, test, math.inf, 0.0, 1.0, dtype, tuple(value.shape))
 

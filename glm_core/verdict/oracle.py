@@ -186,6 +186,13 @@ def moved(seed: int) -> Change:
     return change
 
 
+def _short_logarithms(call: Call, sign: float) -> Results:
+    """Returns an operator's logarithms of sums of exponentials, all of these with a relative error
+    as kernels have that round them to 16 bits afterwards."""
+    name = references.LOGARITHMS[call.func._schema.name]
+    return {name: compute(call, torch.float64)[name] + sign * references.SHORT_EXPONENTIAL}
+
+
 def variations(call: Call, dtype: torch.dtype) -> Iterator[Results]:
     """Yields the results of honest ways to compute a call whose results have this dtype: float64 on
     arguments that were moved by a rounding; sums cut in two; below float32 in float32, with rounded
@@ -219,6 +226,8 @@ def variations(call: Call, dtype: torch.dtype) -> Iterator[Results]:
         ways += [under(Rounded(dtype, numel, seed=s), by_steps) for s in (1, 2)]
     if by_steps is not None and not wide:
         ways.append(lambda: compute(call, None, None, by_steps))
+    if any(t.dtype in LOW for t in call.tensors()):
+        ways += [lambda: _short_logarithms(call, 1.0), lambda: _short_logarithms(call, -1.0)]
     for way in ways:
         try:
             yield {n: _real(y) for n, y in way().items()}

@@ -22,9 +22,10 @@ from torch.utils.flop_counter import flop_registry
 
 from glm_core.align.verdict import FALSE_ALARM_RATE
 from glm_core.conformance.oracle import EagerMode
+from glm_core.distributed.messages import MessagesError, rank_in_words
 from glm_core.errors import ConfigError, TrainingError
 from glm_core.measure import memory
-from glm_core.verdict import oracle, references
+from glm_core.verdict import collectives, oracle, references
 from glm_core.verdict.docket import Docket
 from glm_core.verdict.judge import judge, judge_drawn
 from glm_core.verdict.oracle import Call
@@ -38,6 +39,8 @@ MAX_ELEMENTS = 1 << 26
 float64 copies would not fit"""
 
 
+COLLECTIVES = ("c10d", "_c10d_functional")
+"""namespaces of the operators that pass tensors between ranks"""
 DRAWN = torch.ops.aten.bernoulli_.float
 """draws dropout's mask; its results have a distribution to be judged by"""
 
@@ -67,6 +70,8 @@ class Capture(EagerMode):
         if not isinstance(func, torch._ops.OpOverload):
             self.docket.leave_out(str(func), "higher-order operator; no reference", 0.0)
             return func(*args, **kwargs)
+        if func.namespace in COLLECTIVES and func._schema.name not in references.NO_VALUES:
+            return self._collective(func, args, kwargs)
         if not oracle.computes(func):
             return func(*args, **kwargs)
         drawn = func is DRAWN and len(args) > 1
@@ -79,6 +84,25 @@ class Capture(EagerMode):
                 self.docket.leave_out(func._schema.name, reason, flops)
             else:
                 self._judge(call, oracle.results(func, args, kwargs, out), flops)
+        return out
+
+    def _collective(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Runs a collective and judges it by what the ranks sent."""
+        name = func._schema.name
+        with oracle.alone():
+            shown = collectives.begin(func, args, kwargs)
+        out = func(*args, **kwargs)
+        with oracle.alone():
+            flops = _flops(func, args, kwargs, out)
+            try:
+                if isinstance(shown, str):
+                    raise MessagesError(shown)
+                judgement = collectives.judge_collective(shown, out, self.docket.least_z)
+            except MessagesError as error:
+                self.docket.leave_out(name, str(error), flops)
+            else:
+                self.docket.devices.add(shown.device_type)
+                self.docket.add(name, self.places.here(), self.step, judgement, flops)
         return out
 
     def _judge(self, call: Call, actual: oracle.Results, flops: float) -> None:
@@ -259,7 +283,7 @@ class watch:
             )
         findings = self.docket.findings()
         return Report(
-            program=self.program,
+            program=", ".join(filter(None, (self.program, rank_in_words()))),
             devices=sorted(self.docket.devices),
             steps=self.captured,
             findings=findings,

@@ -25,6 +25,7 @@ _FOREACH = "add_ addcdiv_ addcmul_ copy_ div div_ lerp_ mul_ sqrt sqrt_ zero_"
 SIGNATURES: dict[str, tuple[str, ...]] = {
     **{f"torch._foreach_{name}": () for name in _FOREACH.split()},
     "torch.Tensor._make_wrapper_subclass": (),
+    "torch._C._distributed_c10d._resolve_process_group": (),
     "torch._C._AutoDispatchBelowAutograd": (),
     "torch._C.DisableTorchFunction": (),
     "torch._C._autograd._get_sequence_nr": (),
@@ -43,6 +44,7 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     f"{_REDUCE}.all_reduce": ("self reduceOp group tag",),
     f"{_REDUCE}.all_to_all_single": ("self output_split_sizes input_split_sizes group tag",),
     f"{_REDUCE}.wait_tensor": ("tensor",),
+    "torch.distributed.distributed_c10d._get_default_store": ("",),
     "torch.distributed.distributed_c10d._world.pg_map": (),
     "torch.distributed.pipelining.schedules._batch_p2p": ("p2p_ops desc",),
     f"{_PREPARE}._get_init_p2p_neighbors_ops": ("self",),

@@ -56,7 +56,7 @@ class Collective:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Asked:
+class _Arguments:
     """The arguments of a collective."""
 
     values: dict[str, Any]
@@ -87,32 +87,32 @@ def _chunks(x: Tensor, world: int) -> list[Tensor]:
     return list(x.reshape(-1).chunk(world)) if x.numel() else [x.reshape(-1)] * world
 
 
-def _reduce(a: _Asked, sent: Any, received: Any) -> Side:
+def _reduce(a: _Arguments, sent: Any, received: Any) -> Side:
     tensors = _listed(sent)
     return tensors, received, [a.every(j) for j in range(len(tensors))]
 
 
-def _gather(a: _Asked, sent: Any, received: Any) -> Side:
+def _gather(a: _Arguments, sent: Any, received: Any) -> Side:
     tensors = _listed(sent)
     return tensors, received, [[(q, j)] for j in range(len(tensors)) for q in range(a.world)]
 
 
-def _reduce_scatter(a: _Asked, sent: list[Tensor], received: Any) -> Side:
+def _reduce_scatter(a: _Arguments, sent: list[Tensor], received: Any) -> Side:
     count = len(sent) // a.world
     return sent, received, [a.every(j * a.world + a.rank) for j in range(count)]
 
 
-def _exchange(a: _Asked, sent: Sequence[Tensor], received: Any) -> Side:
+def _exchange(a: _Arguments, sent: Sequence[Tensor], received: Any) -> Side:
     return sent, received, [[source] for source in a.every(a.rank)]
 
 
-def _broadcast(a: _Asked, sent: Any, received: Any) -> Side:
+def _broadcast(a: _Arguments, sent: Any, received: Any) -> Side:
     tensors = _listed(sent)
     root = a.values["root_rank"] if "root_rank" in a.values else a.values["src"]
     return tensors, received, [[(root, j)] for j in range(len(tensors))]
 
 
-def _cut(a: _Asked, tensors: Any) -> list[Tensor]:
+def _cut(a: _Arguments, tensors: Any) -> list[Tensor]:
     """Cuts each tensor in one chunk per rank."""
     return [chunk for x in _listed(tensors) for chunk in _chunks(x, a.world)]
 
@@ -122,13 +122,13 @@ def _split(x: Tensor, sizes: Sequence[int], world: int) -> Sequence[Tensor]:
     return x.split(list(sizes) or [x.shape[0] // world] * world)
 
 
-def _only_root(a: _Asked, side: Side) -> Side:
+def _only_root(a: _Arguments, side: Side) -> Side:
     sent, received, sources = side
     mine = a.rank == a.values["root_rank"]
     return sent, received if mine else lambda _: (), sources if mine else []
 
 
-def _scatter(a: _Asked) -> Side:
+def _scatter(a: _Arguments) -> Side:
     given, root = a.values["input_tensors"], a.values["root_rank"]
     sent = given[0] if given else []
     return sent, lambda _: a.values["output_tensors"], [[(root, a.rank)]]
@@ -138,7 +138,7 @@ def _out(out: Any) -> list[Tensor]:
     return _listed(out)
 
 
-_SIDES: dict[str, Callable[[_Asked], Side]] = {
+_SIDES: dict[str, Callable[[_Arguments], Side]] = {
     "c10d::allreduce_": lambda a: _reduce(a, a.values["tensors"], lambda _: a.values["tensors"]),
     "c10d::reduce_": lambda a: _only_root(
         a, _reduce(a, a.values["tensors"], lambda _: a.values["tensors"])
@@ -185,7 +185,7 @@ _SIDES: dict[str, Callable[[_Asked], Side]] = {
 _SIDES["c10d::allreduce_coalesced_"] = _SIDES["c10d::allreduce_"]
 
 
-def _functional(kind: str, side: Callable[[_Asked, Any], Side]) -> None:
+def _functional(kind: str, side: Callable[[_Arguments, Any], Side]) -> None:
     for name in (kind, f"{kind}_", f"{kind}_out", f"{kind}_coalesced", f"{kind}_coalesced_"):
         _SIDES[f"_c10d_functional::{name}"] = lambda a: side(
             a, a.values["input"] if "input" in a.values else a.values["inputs"]
@@ -209,8 +209,8 @@ def collective(func: Any, args: Any, kwargs: dict[str, Any]) -> Collective:
     names = [a.name for a in func._schema.arguments]
     values = dict(zip(names, args, strict=False)) | kwargs
     group = _group(values)
-    asked = _Asked(values, group)
-    sent, received, sources = _SIDES[name](asked)
+    arguments = _Arguments(values, group)
+    sent, received, sources = _SIDES[name](arguments)
     reduction = _reduction(values["reduce_op"]) if "reduce_op" in values else ""
     return Collective(name, group, group.rank(), list(sent), received, sources, reduction)
 

@@ -29,17 +29,15 @@ except errors.ConfigError as error:
     raise SystemExit(str(error)) from None
 
 CPU = "glm_core.backends.cpu._C"
-# the slowest to compile first
-KERNELS = (
-    "quant attention attention_decode linear quant_input norm activation loss optim rope embedding"
-    " experts table"
-)
+# Each string is compiled as one file, since reading the headers takes long. Those that stand alone use
+# names that others use too, or come out otherwise in company.
+SHARED = "attention experts activation embedding norm linear optim rope"
+KERNELS = ("quant", f"{SHARED} quant_input table", "attention_decode", "loss")
 # compiled once more per instruction set, with vectors of 16 lanes (docs/exact.md)
-EXACT = "attention exact attention_decode linear norm activation loss optim rope embedding experts"
+EXACT = (f"{SHARED} table", "attention_decode", "exact", "loss")
 EXACT_FLAGS = "-DGLM_EXACT -Wno-psabi"
-# Reading torch's headers takes most of a compilation. The bindings are included into two files, one
-# for each core of a small machine, so that the headers are read twice instead of eight times.
-BINDINGS = ["attention experts library norm pointwise", "decode_step linear product training"]
+# torch's headers take most of a compilation
+BINDINGS = "attention decode_step experts library linear norm pointwise product training"
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512"
 X86 = {"avx2": AVX2, "avx512": AVX512}
@@ -93,32 +91,30 @@ class Build(build_ext):
 
 def cpu_jobs(folder: Path) -> list[list[str]]:
     """Returns the compiler's commands; each ends in the object file it writes."""
-    binding = compiling.binding_command()
     jobs = [
-        [*binding, "-c", binding_unit(folder, names), "-o", f"{folder}/bindings_{i}.o"]
-        for i, names in enumerate(BINDINGS)
+        [*compiling.binding_command(), *unit("bindings", BINDINGS), "-o", f"{folder}/bindings.o"]
     ]
     kernel_compiler = [*compiling.compiler(), *FLAGS.split(), f"-I{CSRC}/include"]
     jobs.append([*kernel_compiler, "-c", f"{CSRC}/cpu/isa.cpp", "-o", f"{folder}/isa.o"])
-    variants = [(kernel, isa, "") for kernel in KERNELS.split() for isa in ISAS]
-    variants += [(kernel, isa, "_exact") for kernel in f"{EXACT} table".split() for isa in ISAS]
-    for kernel, isa, kind in variants:
+    variants = [(names, isa, "") for names in KERNELS for isa in ISAS]
+    variants += [(names, isa, "_exact") for names in EXACT for isa in ISAS]
+    for names, isa, kind in variants:
+        first = names.split()[0]
         exact = f"{EXACT_FLAGS} -DGLM_FAST={isa}" if kind else ""
-        flags = f"{ISAS[isa]} {KERNEL_FLAGS.get(kernel, '')} {exact} -DGLM_ISA={isa}{kind}".split()
-        target = f"{folder}/{kernel}_{isa}{kind}.o"
-        jobs.append([*kernel_compiler, *flags, "-c", f"{CSRC}/cpu/{kernel}.cpp", "-o", target])
+        flags = f"{ISAS[isa]} {KERNEL_FLAGS.get(first, '')} {exact} -DGLM_ISA={isa}{kind}".split()
+        target = f"{folder}/{first}_{isa}{kind}.o"
+        jobs.append([*kernel_compiler, *flags, *unit("cpu", names), "-o", target])
     return jobs
 
 
-def binding_unit(folder: Path, names: str) -> str:
-    """Writes a source file that includes these bindings; returns its path."""
-    path = folder / f"bindings_{names.replace(' ', '_')}.cpp"
-    path.write_text("".join(f'#include "{CSRC}/bindings/{name}.cpp"\n' for name in names.split()))
-    return str(path)
+def unit(room: str, names: str) -> list[str]:
+    """Returns the compiler's arguments that compile these sources of a folder as one file."""
+    *before, last = [f"{CSRC}/{room}/{name}.cpp" for name in names.split()]
+    return [*(word for path in before for word in ("-include", path)), "-c", last]
 
 
 # the sources are listed for the sdist and for pip; Build has the commands
-sources = [f"csrc/bindings/{name}.cpp" for names in BINDINGS for name in names.split()]
+sources = [f"csrc/bindings/{name}.cpp" for name in BINDINGS.split()]
 extensions = [] if CHOICE == "off" else [Extension(CPU, sources, optional=CHOICE == "auto")]
 if CHOICE in gpu.COMPILERS:
     extensions.append(Extension(f"glm_core.backends.{CHOICE}._C", gpu.SOURCES))

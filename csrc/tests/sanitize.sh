@@ -31,22 +31,34 @@ flags_of() { # instruction set
   esac
 }
 
+unit() { # sources: the arguments that compile them as one file, since headers take long to read
+  while [ $# -gt 1 ]; do
+    echo "-include $1"
+    shift
+  done
+  echo "-c $1"
+}
+
 build_test() { # machine, compiler, flags
   at="$build/$1"
   mkdir -p "$at"
+  # these use names that others use too
+  alone="cpu/quant.cpp cpu/attention_decode.cpp cpu/loss.cpp cpu/exact.cpp cpu/isa.cpp"
+  shared=$(ls cpu/*.cpp | grep -vxF "$(echo "$alone" | tr ' ' '\n')")
   for isa in $(isas_of "$1"); do
-    for source in cpu/*.cpp; do
-      name=$(basename "$source" .cpp)
-      flags="$common $3 $(flags_of "$isa") -c $source"
-      case $name in isa) continue ;; exact) ;; *)
-        echo "$flags -DGLM_ISA=$isa -o $at/${name}_$isa.o" ;;
-      esac
+    fast="$common $3 $(flags_of "$isa") -DGLM_ISA=$isa"
+    exact="$common $3 $(flags_of "$isa") -DGLM_EXACT -DGLM_FAST=$isa -DGLM_ISA=${isa}_exact"
+    # shellcheck disable=SC2046,SC2086 # the sources are words of their own
+    {
+      echo "$fast -c cpu/quant.cpp -o $at/quant_$isa.o"
+      echo "$fast $(unit $shared) -o $at/shared_$isa.o"
+      echo "$fast -c cpu/attention_decode.cpp -o $at/decode_$isa.o"
+      echo "$fast -c cpu/loss.cpp -o $at/loss_$isa.o"
       # UBSan sees these sources above; exact.cpp only here
-      case $name in exact) ;; *) flags="$flags -fno-sanitize=undefined" ;; esac
-      case $name in quant*) ;; *)
-        echo "$flags -DGLM_EXACT -DGLM_FAST=$isa -DGLM_ISA=${isa}_exact -o $at/${name}_${isa}_exact.o" ;;
-      esac
-    done
+      echo "$exact -fno-sanitize=undefined $(unit $(echo "$shared" | grep -v quant)) -o $at/shared_${isa}_exact.o"
+      echo "$exact $(unit cpu/attention_decode.cpp cpu/exact.cpp) -o $at/decode_${isa}_exact.o"
+      echo "$exact -fno-sanitize=undefined -c cpu/loss.cpp -o $at/loss_${isa}_exact.o"
+    } | tr '\n' ' ' | sed 's/\.o /.o\n/g'
   done | xargs -P "$(getconf _NPROCESSORS_ONLN)" -L 1 "$2"
   $2 $common $3 cpu/isa.cpp tests/kernels_test.cpp "$at"/*_*.o -o "$at/kernels_test"
 }

@@ -32,7 +32,8 @@ oldest-ready: setup ## the environment of `oldest`, as good as it can be made; t
 	-nice $(PY) tests/versions/matrix.py --torch 2.7.1 --prepare
 
 oldest: setup ## a part of the suite with the oldest torch, Python and numpy
-	$(PY) tests/versions/matrix.py --torch 2.7.1 tests/ops tests/model tests/training tests/versions \
+	$(PY) tests/versions/matrix.py --torch 2.7.1 tests/ops tests/model tests/versions \
+		$(foreach t,balance checkpoint exact graph optimizer train,tests/training/test_$(t).py) \
 		$(foreach plan,$(OLD_PLANS),"tests/distributed/test_plans.py::test_a_plan_trains_as_one_process[$(plan)]")
 
 lint: setup ## style, types, spelling

@@ -29,8 +29,8 @@ except errors.ConfigError as error:
     raise SystemExit(str(error)) from None
 
 CPU = "glm_core.backends.cpu._C"
-# Each string is compiled as one file, since reading the headers takes long. Those that stand alone use
-# names that others use too, or come out otherwise in company.
+# Each string is compiled as one file, since reading the headers takes long. Those that stand alone
+# use names that others use too, or come out otherwise in company.
 SHARED = "attention experts activation embedding norm linear optim rope"
 KERNELS = ("quant", f"{SHARED} quant_input table", "attention_decode", "loss")
 # compiled once more per instruction set, with vectors of 16 lanes (docs/exact.md)

@@ -10,7 +10,7 @@ class Key(NamedTuple):
 
     state: str
     """`supported`, `no effect` (mentioned once on stderr), `error`, `host` (asks for main memory:
-    without effect on the CPU, elsewhere an error but for the optimizer), or `section` (of further
+    without effect on the CPU), or `section` (of further
     keys)"""
     reason: str = ""
     """no effect: why none is needed; error: what the key would change, and what to do instead"""
@@ -36,9 +36,7 @@ def _error(reason: str, *harmless: Any) -> Key:
 _BUFFERS = "it sizes DeepSpeed's own buffers; results are the same"
 _LOGS = "it decides what DeepSpeed logs; glm_core has its own measurements"
 _MONITOR = "it is not supported; use csv_monitor or tensorboard, or log from the script"
-_OFFLOAD = "would keep this on the host or on NVMe; use ZeRO 3 on more devices, or remove it"
-_HOST = Key("host", _OFFLOAD)
-OPTIMIZER_ON_HOST = Key("host", "would keep the optimizer on NVMe; use cpu, or remove it")
+_HOST = Key("host", "would keep this on NVMe; use cpu, or remove it")
 _QUANT = "would round what is communicated (ZeRO++), changing the loss; remove it"
 _REMOVED = "was removed from DeepSpeed itself (0.19); remove it"
 _AUTOTP = "would split layers over ranks by name; use glm_core.distributed's plan (tp=)"
@@ -202,8 +200,8 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "cpu_offload_use_pin_memory": OK,
         "leaf_module": OK,
         "offload_param": _HOST,
-        "offload_optimizer": OPTIMIZER_ON_HOST,
-        "cpu_offload": OPTIMIZER_ON_HOST,
+        "offload_optimizer": _HOST,
+        "cpu_offload": _HOST,
         "cpu_offload_param": _HOST,
         "zenflow": _error(_ZENFLOW)._replace(empty_is_on=True),
         "legacy_stage1": _error("was removed from DeepSpeed itself; remove it"),

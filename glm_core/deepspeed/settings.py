@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from glm_core.deepspeed.accelerator.real_accelerator import backend
-from glm_core.deepspeed.keys import OPTIMIZER_ON_HOST, SECTIONS, TOP, Key
+from glm_core.deepspeed.keys import SECTIONS, TOP, Key
 from glm_core.deepspeed.notices import say_once
 from glm_core.distributed.precision import Precision
 from glm_core.errors import ConfigError, unknown
@@ -59,7 +59,9 @@ class Settings:
     bucket: int = 500_000_000
     """elements reduced by one collective"""
     offload: bool = False
-    """masters and the optimizer's state are in main memory, and the weights are not"""
+    """masters and the optimizer's state are in main memory, which is not the device's"""
+    offload_param: bool = False
+    """ZeRO 3: so are the weights, which are the masters"""
     pin_memory: bool = False
     """what travels between main memory and the device is page-locked"""
     merge_below: int = 100_000
@@ -210,19 +212,14 @@ def disabled(value: Any) -> bool:
 
 def _judge_host(path: str, value: Any, key: Key, bad: list[str]) -> None:
     """Judges a request to keep something in the host's memory: on the CPU it is there already."""
-    reason = key.reason
     place = value.get("device") if isinstance(value, Mapping) else value
     if place is None or place is False or place == "none":
         return
     if place is True or place == "cpu":
-        kind = backend().device_type
-        if kind == "cpu":
+        if backend().device_type == "cpu":
             say_once(f"config key {path} has no effect here: the run is on the CPU already")
-            return
-        if key is OPTIMIZER_ON_HOST:
-            return
-        reason = f"{reason} (the run is on {kind})"
-    bad.append(f"{path}={value!r}: {reason}")
+        return
+    bad.append(f"{path}={value!r}: {key.reason}")
 
 
 def batches(config: Mapping[str, Any], ranks: int) -> dict[str, int]:
@@ -334,15 +331,32 @@ _GATHER_ON_SAVE = (
 _MERGE_BELOW = ("param_persistence_threshold", "stage3_param_persistence_threshold")
 
 
-def _offloads_optimizer(zero: Mapping[str, Any]) -> bool:
-    """Is the optimizer kept on the host? Only then DeepSpeed looks for unused parameters."""
-    return bool(zero.get("cpu_offload")) or _on_host(zero).get("device", "none") == "cpu"
+_OLD_SWITCH = {"offload_optimizer": "cpu_offload", "offload_param": "cpu_offload_param"}
 
 
-def _on_host(zero: Mapping[str, Any]) -> Mapping[str, Any]:
+def _offloads(zero: Mapping[str, Any], what: str) -> bool:
+    """Does the config keep the optimizer, or the weights, on the host?"""
+    return bool(zero.get(_OLD_SWITCH[what])) or _section(zero, what).get("device") == "cpu"
+
+
+def _section(zero: Mapping[str, Any], what: str) -> Mapping[str, Any]:
     """Returns the section; {} where there is none or something else, which is refused elsewhere."""
-    section = zero.get("offload_optimizer")
+    section = zero.get(what)
     return section if isinstance(section, Mapping) else {}
+
+
+def _host(zero: Mapping[str, Any], stage: int) -> dict[str, bool]:
+    """Returns what is kept in main memory beside a device. Without ZeRO 3 the weights never are."""
+    if backend().device_type == "cpu":
+        return {}
+    weights = _offloads(zero, "offload_param")
+    if weights and stage < 3:
+        say_once(
+            "config key zero_optimization.offload_param has no effect here: only ZeRO 3 has it, as "
+            "in DeepSpeed"
+        )
+    weights = weights and stage == 3
+    return {"offload": weights or _offloads(zero, "offload_optimizer"), "offload_param": weights}
 
 
 def _zero(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -351,23 +365,16 @@ def _zero(config: Mapping[str, Any]) -> dict[str, Any]:
     if stage not in (0, 1, 2, 3):
         raise ConfigError(f"zero_optimization.stage={stage!r}: use 0, 1, 2 or 3")
     whole = [zero[k] for k in _MERGE_BELOW if zero.get(k) is not None]
-    offload = _offloads_optimizer(zero) and backend().device_type != "cpu"
-    if offload and stage == 3:
-        raise ConfigError(
-            "zero_optimization.offload_optimizer: ZeRO 3 keeps its shards on the device here; use "
-            "stage 1 or 2, or remove it"
-        )
     return {
         "stage": int(stage),
-        "offload": offload,
-        "pin_memory": bool(
-            _on_host(zero).get("pin_memory") or zero.get("cpu_offload_use_pin_memory")
-        ),
+        **_host(zero, stage),
+        "pin_memory": bool(zero.get("cpu_offload_use_pin_memory"))
+        or any(_section(zero, what).get("pin_memory") for what in _OLD_SWITCH),
         "merge_below": int(whole[-1]) if whole else 100_000,
         "leaves": dict(zero.get("leaf_module") or {}),
         "all_used": zero.get("ignore_unused_parameters", True) is False
         and stage in (1, 2)
-        and _offloads_optimizer(zero),
+        and _offloads(zero, "offload_optimizer"),  # as in DeepSpeed
         "sanity_checks": bool(zero.get("enable_sanity_checks", False)),
         "bucket": int(zero.get("reduce_bucket_size", 500_000_000)),
         "load_masters": bool(zero.get("load_from_fp32_weights", True)),

@@ -28,10 +28,10 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from glm_core.config import ModelConfig
 from glm_core.distributed import layout
+from glm_core.distributed.fsdp import sum_gradients
 from glm_core.distributed.pipeline import Stage
 from glm_core.distributed.plan import Plan, stages_of
 from glm_core.distributed.tensor_parallel import Ranks
-from glm_core.distributed.zero import sum_gradients
 from glm_core.model.glm import GLM, Block, Experts, Router
 from glm_core.model.initial import initial_value
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from glm_core.distributed.fsdp import whole
 from glm_core.distributed.norm import GradientPart, gradient_parts
 from glm_core.distributed.zero import Shards
 from glm_core.training.optimizer import own_part
@@ -178,11 +179,16 @@ class ReplicaStore:
 
 
 class Zero3Store:
-    """The DTensors that `zero.shard_parameters` made; FSDP2 reduces their gradients itself."""
+    """The DTensors that `fsdp.shard_parameters` made; FSDP2 reduces their gradients itself."""
 
     def __init__(self, params: Sequence[nn.Parameter]) -> None:
         self.masters = self.params = list(params)
         self.sync = True
+
+    def master(self, param: nn.Parameter) -> nn.Parameter:
+        """Returns what the optimizer updates for a parameter, with the gradient of all backwards so
+        far."""
+        return param
 
     def backward_done(self, last: bool) -> None:
         """Does nothing: FSDP2 has reduced the gradients."""
@@ -196,19 +202,19 @@ class Zero3Store:
         """Raises GlmCoreError for gradients still to be summed."""
         return [
             part
-            for p in self.masters
+            for p in self.params
             if p.grad is not None
             for part in gradient_parts([p.grad], copies(p))
         ]
 
     def zero_grad(self) -> None:
-        for p in self.masters:
+        for p in self.params:
             p.grad = None
 
     def spans(self, every_rank: bool = False) -> Iterator[Span]:
         """Yields one span per parameter: it is sharded over dimension 0, so a rank's rows are
         consecutive elements."""
-        for p in self.masters:
+        for p in self.params:
             assert isinstance(p, DTensor)
             shard_dim = p.device_mesh.ndim - 1
             ranks, rank = p.device_mesh.size(shard_dim), p.device_mesh.get_local_rank(shard_dim)
@@ -216,11 +222,12 @@ class Zero3Store:
             if num_local:
                 rows_per_rank = -(-p.shape[0] // ranks) if p.ndim else 1
                 row_elements = p.numel() // p.shape[0]
-                yield Span(p, rank * rows_per_rank * row_elements, p, slice(0, num_local))
+                start = rank * rows_per_rank * row_elements
+                yield Span(p, start, self.master(p), slice(0, num_local))
 
     def full(self, param: nn.Parameter, select: Select) -> Tensor | None:
-        value = select(param)
-        return value.full_tensor().detach() if isinstance(value, DTensor) else value
+        value = select(self.master(param))
+        return whole(value).detach() if isinstance(value, DTensor) else value
 
 
 def flat(tensor: Tensor) -> Tensor:

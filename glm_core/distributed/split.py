@@ -29,15 +29,19 @@ class Split(Tensor):
     part: Tensor
     """this rank's rows"""
     group: dist.ProcessGroup
+    via: torch.device
+    """where ranks exchange rows, wherever they keep them"""
     whole: Tensor | None
     """all rows, inside `gathered`"""
 
     @staticmethod
-    def __new__(cls, part: Tensor, shape: torch.Size, group: dist.ProcessGroup) -> Split:
+    def __new__(
+        cls, part: Tensor, shape: torch.Size, group: dist.ProcessGroup, via: torch.device
+    ) -> Split:
         tensor: Split = Tensor._make_wrapper_subclass(
             cls, shape, dtype=part.dtype, device=part.device
         )
-        tensor.part, tensor.group, tensor.whole = part, group, None
+        tensor.part, tensor.group, tensor.via, tensor.whole = part, group, via, None
         return tensor
 
     def __repr__(self) -> str:  # type: ignore[override]  # torch's has a keyword of its own
@@ -56,11 +60,11 @@ class Split(Tensor):
             return self.whole
         ranks = dist.get_world_size(self.group)
         each, rest = -(-self.shape[0] // ranks), self.shape[1:]
-        padded = self.part.new_zeros(each, *rest)
+        padded = torch.zeros(each, *rest, dtype=self.part.dtype, device=self.via)
         padded[: len(self.part)] = self.part
         whole = padded.new_empty(ranks * each, *rest)
         all_gather_single(whole, padded, group=self.group)
-        return whole[: self.shape[0]]
+        return whole[: self.shape[0]].to(self.part.device)
 
     @torch.no_grad()
     def keep(self, whole: Tensor) -> None:
@@ -73,7 +77,7 @@ class Split(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         if func in _PASSED_ON and args[0].whole is None:
-            return Split(args[0].part, args[0].shape, args[0].group)
+            return Split(args[0].part, args[0].shape, args[0].group, args[0].via)
         gathered_splits: list[tuple[Split, Tensor]] = []
 
         def whole(value: Any) -> Any:
@@ -107,24 +111,32 @@ def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> Iterator[Split]:
             yield from (v for v in leaves if isinstance(v, Split))
 
 
-def split(param: nn.Parameter, group: dist.ProcessGroup) -> nn.Parameter:
+def broadcast_(values: Tensor, source: int, group: dist.ProcessGroup, via: torch.device) -> None:
+    """Sets a tensor on every rank to that of rank `source`; it travels through the device `via`."""
+    sent = values.to(via)
+    dist.broadcast(sent, source, group)
+    if sent is not values:
+        values.copy_(sent)
+
+
+def split(param: nn.Parameter, group: dist.ProcessGroup, via: torch.device) -> nn.Parameter:
     """Returns `param` partitioned, with the values of the group's first rank. A collective."""
     values = param.detach()
-    dist.broadcast(values, dist.get_global_rank(group, 0), group)
-    partitioned = Split(values[:0], values.shape, group)
+    broadcast_(values, dist.get_global_rank(group, 0), group, via)
+    partitioned = Split(values[:0], values.shape, group, via)
     partitioned.part = values[partitioned.rows()].clone()
     return nn.Parameter(partitioned, param.requires_grad)
 
 
-def split_module(module: nn.Module, group: dist.ProcessGroup) -> None:
+def split_module(module: nn.Module, group: dist.ProcessGroup, via: torch.device) -> None:
     """Partitions every plain parameter inside, in place; scalars, which cannot be cut, stay
-    whole, and DTensors are cut already."""
+    whole, and DTensors are cut already. via: the device over which the group communicates."""
     new: dict[nn.Parameter, nn.Parameter] = {}
     for owner in module.modules():
         for name, p in owner._parameters.items():
             if p is not None and not isinstance(p, Split | DTensor) and p.ndim:
                 if p not in new:
-                    new[p] = split(p, group)
+                    new[p] = split(p, group, via)
                     new[p].__dict__.update(p.__dict__)
                 owner._parameters[name] = new[p]
 
@@ -157,7 +169,7 @@ def gathered(params: Iterable[Split], modifier: int | None) -> Iterator[None]:
             whole, p.whole = p.whole, None
             assert whole is not None
             if modifier is not None:
-                dist.broadcast(whole, modifier, p.group)
+                broadcast_(whole, modifier, p.group, p.via)
                 p.keep(whole)
 
 
@@ -197,7 +209,7 @@ def to_meta(module: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
                     empty = torch.empty(p.shape, dtype=dtype, device="meta")
                     new[p] = nn.Parameter(empty, p.requires_grad)
                     new[p].__dict__.update(
-                        {k: v for k, v in p.__dict__.items() if k not in ("part", "group", "whole")}
+                        {k: v for k, v in p.__dict__.items() if k not in Split.__annotations__}
                     )
                 owner._parameters[name] = new[p]
     return new

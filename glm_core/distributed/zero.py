@@ -1,5 +1,5 @@
-"""Decides what each data-parallel rank keeps of the masters, gradients and optimizer state: ZeRO 0
-to 2 in flat shards, ZeRO 3 by FSDP2 (Rajbhandari et al. 2020, section 5)."""
+"""Decides what each data-parallel rank keeps of the masters, gradients and optimizer state in ZeRO
+0 to 2: flat shards (Rajbhandari et al. 2020, section 5). ZeRO 3 is in `fsdp`."""
 
 from __future__ import annotations
 
@@ -9,15 +9,11 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from glm_core.distributed.norm import GradientPart
 from glm_core.distributed.precision import Precision
-from glm_core.distributed.split import Split, to_meta
-from glm_core.errors import ConfigError
 from glm_core.training.optimizer import own_part
-from glm_core.versions import all_gather_single, lack_of, reduce_scatter_single
+from glm_core.versions import all_gather_single, reduce_scatter_single
 
 BUCKET = 2**25
 """elements reduced by one collective"""
@@ -272,85 +268,3 @@ class Shards:
         for p in bucket.params:
             yield p, own[start : start + own_part(p).numel()]
             start += own_part(p).numel()
-
-
-def shard_parameters(
-    module: nn.Module,
-    mesh: DeviceMesh,
-    *,
-    divide: float,
-    precision: Precision = Precision(),  # noqa: B008
-    blocks: Sequence[nn.Module] | None = None,
-    reshard_after_forward: bool = True,
-    merge_below: int = 0,
-) -> dict[nn.Parameter, nn.Parameter]:
-    """Applies ZeRO 3 in place: FSDP2 over the data-parallel mesh (1-D, or 2-D replicate x shard).
-    The module's parameters become float32 DTensor shards, which are the masters. `blocks` (None:
-    see `default_blocks`) are gathered one at a time, in `precision.compute`. Gradients are sums
-    over ranks / divide, in float32. Micro-batches accumulate in the shards. Blocks whose parameters
-    all have at most `merge_below` elements are gathered in one collective with what is in no block.
-    Returns the new parameters, which the optimizer must take, by the old ones."""
-    old = dict(nn.Module.named_parameters(module))
-    split = to_meta(module)
-    for p in old.values():
-        if p not in split and p.is_floating_point() and p.dtype != torch.float32:
-            p.data = p.data.float()
-    policy = MixedPrecisionPolicy(
-        param_dtype=precision.compute if precision.low else None,
-        reduce_dtype=precision.reduce,
-        cast_forward_inputs=precision.low,
-    )
-    every = default_blocks(module) if blocks is None else blocks
-    large = [b for b in every if any(p.numel() > merge_below for p in b.parameters())]
-    for block in (*large, module):
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    sum_gradients(module, divide)
-    if split:
-        device = torch.device(mesh.device_type)
-        module._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
-        _fill(module, old)
-    return {p: module.get_parameter(name) for name, p in old.items()}
-
-
-def _fill(module: nn.Module, old: dict[str, nn.Parameter]) -> None:
-    """Copies the rows that each rank kept of partitioned parameters into FSDP2's shards."""
-    with torch.no_grad():
-        for name, p in old.items():
-            if isinstance(p, Split):
-                own_part(module.get_parameter(name)).copy_(p.part)
-
-
-def lack() -> str:
-    """Returns why this torch cannot do the ZeRO stages that are built on FSDP, or ""."""
-    return lack_of("fsdp_sums", "ZeRO on FSDP")
-
-
-def sum_gradients(module: nn.Module, divide: float) -> None:
-    """Makes the gradients of every FSDP2 module inside sums over the ranks / divide. Raises
-    ConfigError where torch is too old for it."""
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            if reason := lack():
-                raise ConfigError(reason)
-            # gloo has no PREMUL_SUM; sum, then divide, is the same everywhere
-            part.set_force_sum_reduction_for_comms(True)
-            part.set_gradient_divide_factor(divide)
-
-
-def default_blocks(module: nn.Module) -> list[nn.Module]:
-    """Returns the layers of the outermost nn.ModuleLists that share no parameter with other layers
-    (FSDP2 cannot share one between blocks)."""
-    users: dict[nn.Parameter, int] = {}
-    for _, p in nn.Module.named_parameters(module, remove_duplicate=False):
-        users[p] = users.get(p, 0) + 1
-    blocks: list[nn.Module] = []
-    lists = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.ModuleList)]
-    for name, layers in lists:
-        if any(name.startswith(outer + ".") for outer, m in lists if m is not layers):
-            continue
-        for layer in layers:
-            own = list(layer.parameters())
-            runs = type(layer).forward is not nn.Module.forward  # FSDP2 refuses an nn.ModuleDict
-            if own and runs and all(users[p] == 1 for p in own):
-                blocks.append(layer)
-    return blocks

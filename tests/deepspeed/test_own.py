@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from peer_runs import LACK, OWN, run
 
-from glm_core.distributed import zero
+from glm_core.distributed import fsdp
 
 
-@pytest.mark.skipif(bool(zero.lack()), reason=zero.lack())
+@pytest.mark.skipif(bool(fsdp.lack()), reason=fsdp.lack())
 def test_own_scripts(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     # DeepSpeed's checkpoints are read too where it can run
     theirs = request.getfixturevalue("real")[1] if not LACK else tmp_path / "none"

@@ -97,25 +97,29 @@ def test_bad_configs_say_what_and_how_else(config: dict[str, Any], says: str) ->
         resolve({**GOOD, **config}, 2)
 
 
-def test_on_an_accelerator_only_the_optimizer_is_offloaded(
-    monkeypatch: pytest.MonkeyPatch,
+def test_on_an_accelerator_optimizer_and_weights_are_offloaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(settings, "backend", lambda: registry.get("cuda"))
 
     def zero(**section: Any) -> dict[str, Any]:
         return {**GOOD, "zero_optimization": section}
 
-    cpu = {"device": "cpu", "pin_memory": True}
-    taken = resolve(zero(stage=2, offload_optimizer=cpu), 2)
-    assert (taken.offload, taken.pin_memory) == (True, True)
-    assert not resolve(zero(stage=2, offload_optimizer={"device": "none"}), 2).offload
-    for section, says in (
-        ({"stage": 3, "offload_optimizer": cpu}, "use stage 1 or 2"),
-        ({"stage": 2, "offload_optimizer": {"device": "nvme"}}, "use cpu"),
-        ({"stage": 2, "offload_param": cpu}, "the run is on cuda"),
+    cpu, nvme = {"device": "cpu", "pin_memory": True}, {"device": "nvme", "nvme_path": "/tmp"}
+    for section, expected in (
+        ({"stage": 2, "offload_optimizer": cpu}, (True, False, True)),
+        ({"stage": 2, "offload_optimizer": {"device": "none"}}, (False, False, False)),
+        ({"stage": 3, "offload_optimizer": {"device": "cpu"}}, (True, False, False)),
+        ({"stage": 3, "offload_param": cpu}, (True, True, True)),
+        ({"stage": 3, "cpu_offload_param": True}, (True, True, False)),
+        ({"stage": 2, "offload_param": cpu}, (False, False, True)),
     ):
-        with pytest.raises(ConfigError, match=says):
-            resolve(zero(**section), 2)
+        taken = resolve(zero(**section), 2)
+        assert (taken.offload, taken.offload_param, taken.pin_memory) == expected, section
+    assert "only ZeRO 3 has it" in capsys.readouterr().err
+    for what in ("offload_optimizer", "offload_param"):
+        with pytest.raises(ConfigError, match="use cpu"):
+            resolve(zero(stage=3, **{what: nvme}), 2)
 
 
 def test_all_complaints_come_at_once() -> None:

@@ -2,6 +2,7 @@
 // the op is queued, and the executor runs it on the storage behind the device addresses. An op
 // whose result's shape depends on values waits for the queue instead.
 #include <ATen/EmptyTensor.h>
+#include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <ATen/ops/_local_scalar_dense.h>
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/empty.h>
@@ -196,23 +197,22 @@ const at::Tensor& resize_(const at::Tensor& self, at::IntArrayRef size,
   auto* impl = self.unsafeGetTensorImpl();
   impl->set_sizes_contiguous(size);
   const auto bytes = (impl->numel() + impl->storage_offset()) * impl->itemsize();
-  const auto& storage = impl->storage();
-  if (bytes > storage.nbytes()) {
-    auto data = c10::GetAllocator(kSim)->allocate(bytes);
-    if (storage.nbytes() > 0)
-      c10::GetAllocator(kSim)->copy_data(data.mutable_get(), storage.data(), storage.nbytes());
-    storage.set_data_ptr_noswap(std::move(data));
-    storage.set_nbytes(bytes);
-  }
+  if (const auto& storage = impl->storage(); bytes > storage.nbytes())
+    at::detail::getPrivateUse1Hooks().resizePrivateUse1Bytes(storage, bytes);
   return self;
 }
 
-at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool) {
+// Page-locked memory of the host is read and written by the queue, when its turn comes.
+at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool non_blocking) {
   if (on_sim(from) && on_sim(to)) {
     launch("aten::copy_", {resolved(to)}, [a = resolved(to), b = resolved(from)] { a.copy_(b); });
-  } else if (on_sim(to)) {  // staged, since the host may change its tensor at once
-    auto staged = at::empty(from.sizes(), to.options().device(c10::kCPU)).copy_(from);
-    launch("sim::to_device", {resolved(to)}, [a = resolved(to), staged] { a.copy_(staged); });
+  } else if (on_sim(to)) {
+    auto host = from;
+    if (!non_blocking || !from.is_pinned())  // staged, since the host may change its tensor at once
+      host = at::empty(from.sizes(), to.options().device(c10::kCPU)).copy_(from);
+    launch("sim::to_device", {resolved(to)}, [a = resolved(to), host] { a.copy_(host); });
+  } else if (non_blocking && to.is_pinned()) {
+    launch("sim::to_host", {to}, [to, b = resolved(from)] { to.copy_(b); });
   } else {
     wait();
     to.copy_(resolved(from));

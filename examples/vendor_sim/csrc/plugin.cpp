@@ -7,7 +7,11 @@
 #include <c10/core/Allocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
+#include <algorithm>
 #include <cstring>
+#include <iterator>
+#include <map>
+#include <mutex>
 
 #include "torch_sim.h"
 
@@ -35,6 +39,48 @@ struct Allocator final : c10::Allocator {
 };
 Allocator allocator;
 REGISTER_ALLOCATOR(kSim, &allocator);
+
+// Page-locked memory: the host's own, in which the device knows its way.
+struct Pinned final : c10::Allocator {
+  c10::DataPtr allocate(std::size_t bytes) override {
+    auto data = c10::GetAllocator(c10::kCPU)->allocate(bytes);
+    void* address = data.get();
+    if (bytes == 0) return data;
+    std::lock_guard lock(mutex());
+    blocks().insert_or_assign(address, Block{std::move(data), bytes});
+    return {address, address, &release, c10::kCPU};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }
+  void copy_data(void* to, const void* from, std::size_t bytes) const override {
+    std::memcpy(to, from, bytes);
+  }
+  static bool holds(const void* address) {
+    std::lock_guard lock(mutex());
+    const auto next = blocks().upper_bound(const_cast<void*>(address));
+    if (next == blocks().begin()) return false;
+    const auto& [start, block] = *std::prev(next);
+    return address < static_cast<char*>(start) + block.bytes;
+  }
+
+ private:
+  struct Block {
+    c10::DataPtr data;
+    std::size_t bytes;
+  };
+  static void release(void* address) {
+    std::lock_guard lock(mutex());
+    blocks().erase(address);
+  }
+  static std::map<void*, Block>& blocks() {
+    static auto* all = new std::map<void*, Block>;
+    return *all;
+  }
+  static std::mutex& mutex() {
+    static auto* own = new std::mutex;
+    return *own;
+  }
+};
+Pinned pinned;
 
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::DeviceType type() const override { return kSim; }
@@ -95,6 +141,15 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
   c10::DeviceIndex deviceCount() const override { return 1; }
   c10::DeviceIndex getCurrentDevice() const override { return 0; }
+  void resizePrivateUse1Bytes(const c10::Storage& storage, std::size_t bytes) const override {
+    auto data = allocator.allocate(bytes);
+    if (const auto both = std::min(bytes, storage.nbytes()); both > 0)
+      allocator.copy_data(data.mutable_get(), storage.data(), both);
+    storage.set_data_ptr_noswap(std::move(data));
+    storage.set_nbytes(bytes);
+  }
+  bool isPinnedPtr(const void* address) const override { return Pinned::holds(address); }
+  at::Allocator* getPinnedMemoryAllocator() const override { return &pinned; }
   const at::Generator& getDefaultGenerator(c10::DeviceIndex) const override {
     return default_generator();
   }

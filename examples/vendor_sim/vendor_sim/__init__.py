@@ -12,10 +12,10 @@ from torch.utils import backend_registration
 
 torch.ops.load_library(str(Path(__file__).with_name("_C" + machinery.EXTENSION_SUFFIXES[0])))
 
-from vendor_sim import device, faults  # noqa: E402  # both need the library's ops
+from vendor_sim import comm, device, faults  # noqa: E402  # these need the library's ops
 from vendor_sim.faults import clear_faults, fault  # noqa: E402
 
-__all__ = ["clear_faults", "device", "fault"]
+__all__ = ["clear_faults", "comm", "device", "fault"]
 
 backend_registration.rename_privateuse1_backend("sim")
 torch._register_device_module("sim", device)

@@ -29,6 +29,7 @@ class SimBackend(Backend):
 backend = SimBackend(
     name="sim",
     device_type="sim",
+    collective="simccl",
     verified="run on the simulated device",
     dtypes=tuple(d for d in _DTYPES if not faults.missing(d)),
 )

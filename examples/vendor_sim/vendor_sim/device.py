@@ -51,6 +51,54 @@ def synchronize(device: object = None) -> None:
     _calls.synchronize()
 
 
+class Event:
+    """A point in the device's queue."""
+
+    def record(self, stream: Stream | None = None) -> None:
+        """Marks what is queued now; the queue has one order, so waiting for all of it will do."""
+
+    def wait(self, stream: Stream | None = None) -> None:
+        """Does nothing: what is queued later runs later."""
+
+    def synchronize(self) -> None:
+        """Waits on the host."""
+        synchronize()
+
+
+class Stream:
+    """The device's one queue, under as many names as a program makes."""
+
+    def __init__(self, device: object = None, priority: int = 0) -> None:
+        """Takes what a stream of other devices takes; neither makes a difference."""
+
+    def record_event(self, event: Event | None = None) -> Event:
+        """Returns an event behind what is queued now."""
+        return event or Event()
+
+    def wait_event(self, event: Event) -> None:
+        """Does nothing: what is queued later runs later."""
+
+    def wait_stream(self, stream: Stream) -> None:
+        """Does nothing: it is the same queue."""
+
+    def synchronize(self) -> None:
+        """Waits on the host."""
+        synchronize()
+
+
+def current_stream(device: object = None) -> Stream:
+    """Returns the queue."""
+    return Stream()
+
+
+default_stream = current_stream
+
+
+def stream(_: object) -> contextlib.nullcontext[None]:
+    """Serves `with torch.sim.stream(s):`; there is nothing to switch."""
+    return contextlib.nullcontext()
+
+
 def set_timeout(seconds: float) -> None:
     """Sets how long a wait may take before the device counts as lost (default 30 s)."""
     _calls.set_timeout(seconds)

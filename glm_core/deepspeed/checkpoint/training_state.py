@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from glm_core.deepspeed.checkpoint.own_layout import SavedSpan
+from glm_core.distributed.fsdp import whole
 from glm_core.distributed.placement import MasterStore, Span, flat
 from glm_core.errors import CheckpointError
 
@@ -25,10 +26,10 @@ def whole_weights(module: nn.Module, round_to: torch.dtype | None) -> dict[str, 
         if (first := names.setdefault(id(value), name)) != name:
             state[name] = state[first]
             continue
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
-        if round_to is not None and whole.is_floating_point():
-            whole = whole.to(round_to)
-        state[name] = whole.detach().cpu()
+        values = whole(value) if isinstance(value, DTensor) else value
+        if round_to is not None and values.is_floating_point():
+            values = values.to(round_to)
+        state[name] = values.detach().cpu()
     return state
 
 
@@ -108,7 +109,7 @@ class OptimizerShard:
         for name, target in own.items():
             if name in weights and isinstance(target, DTensor):
                 rows = distribute_tensor(
-                    weights[name].detach().to(target.device, target.dtype),
+                    weights[name].detach().to(target.device_mesh.device_type, target.dtype),
                     target.device_mesh,
                     target.placements,
                     src_data_rank=None,

@@ -12,6 +12,7 @@ from glm_core import dispatch, ops
 from glm_core.backends import registry
 from glm_core.deepspeed.notices import say_once
 from glm_core.errors import ConfigError
+from glm_core.training.optimizer import own_part
 
 
 class FusedAdam(torch.optim.Adam):
@@ -77,10 +78,10 @@ def _update(p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any
     state["step"] += 1
     beta1, beta2 = group["betas"]
     ops.adamw(
-        [p],
-        [grad],
-        [state["exp_avg"]],
-        [state["exp_avg_sq"]],
+        [own_part(p)],
+        [own_part(grad)],
+        [own_part(state["exp_avg"])],
+        [own_part(state["exp_avg_sq"])],
         torch.ones(()),
         int(state["step"]),
         float(group["lr"]),

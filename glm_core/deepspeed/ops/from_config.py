@@ -63,7 +63,7 @@ def check_stage(
     them. low: the weights are in 16 bit; offload: the optimizer is in main memory."""
     name = type(optimizer).__name__
     stages = WHOLE.get(name)
-    if stages is None or (stage in stages and not ((low or offload) and stage == 0)):
+    if stages is None or (stage in stages and not offload and not (low and stage == 0)):
         return
     where = " or ".join(f"{s}{' in float32' if s == 0 else ''}" for s in stages) or "none"
     raise ConfigError(

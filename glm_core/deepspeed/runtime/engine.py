@@ -32,12 +32,12 @@ from glm_core.deepspeed.runtime.zero.partition_parameters import mark
 from glm_core.deepspeed.settings import BadConfig, Settings
 from glm_core.deepspeed.utils.timer import PhaseTimer
 from glm_core.deepspeed.utils.z3_leaf_module import zero3_blocks
+from glm_core.distributed.fsdp import shard_parameters
 from glm_core.distributed.norm import GradientPart, clip_, global_norm
-from glm_core.distributed.offload import HostStore
+from glm_core.distributed.offload import HostStore, HostZero3Store
 from glm_core.distributed.placement import FlatStore, MasterStore, ReplicaStore, Zero3Store
 from glm_core.distributed.precision import cast_, cast_buffers_, to_compute
-from glm_core.distributed.split import Split, join_module, move_, round_
-from glm_core.distributed.zero import shard_parameters
+from glm_core.distributed.split import Split, broadcast_, join_module, move_, round_
 from glm_core.errors import ConfigError, TrainingError
 
 
@@ -68,7 +68,8 @@ class DeepSpeedEngine(Accessors, Reduction, nn.Module):
         if any(isinstance(p, DTensor) for p in module.parameters()):
             raise ConfigError("initialize: an engine has cut this model already; build a new one")
         self._joined = {} if settings.stage == 3 else join_module(module)
-        move_(module, self.device)
+        if not settings.offload_param:  # a layer at a time: the device need not hold the model
+            move_(module, self.device)
         self._broadcast_start()
         if settings.precision.low:
             # ZeRO 3 keeps float32 shards; like all masters they start from 16-bit weights
@@ -103,7 +104,7 @@ class DeepSpeedEngine(Accessors, Reduction, nn.Module):
             first = dist.get_global_rank(self.dp_group, 0)
             for t in (*self.module.parameters(), *self.module.buffers()):
                 if not isinstance(t, Split):  # these are the first rank's already
-                    dist.broadcast(t.detach(), first, self.dp_group)
+                    broadcast_(t.detach(), first, self.dp_group, self.device)
 
     def _configure(self, optimizer: Any, parameters: Any) -> torch.optim.Optimizer | None:
         """Makes the optimizer, and the store of each of its parameter groups."""
@@ -125,6 +126,8 @@ class DeepSpeedEngine(Accessors, Reduction, nn.Module):
                 precision=s.precision,
                 blocks=zero3_blocks(self.module, DeepSpeedZeroLeafModuleConfig(**s.leaves)),
                 merge_below=s.merge_below,
+                on_host=s.offload_param,
+                pin=s.pin_memory,
             )
         if optimizer is None:
             return None
@@ -147,9 +150,9 @@ class DeepSpeedEngine(Accessors, Reduction, nn.Module):
         """Sets what scripts read from DeepSpeed's optimizer, which is a wrapper of the real one."""
         optimizer.optimizer, optimizer.overflow = optimizer, overflow
         optimizer.cur_scale = optimizer.loss_scale = self.scaler.scale
-        optimizer.refresh_fp32_params = self._adopt_weights
+        optimizer.refresh_fp32_params = self.adopt_weights
 
-    def _adopt_weights(self) -> None:
+    def adopt_weights(self) -> None:
         """Sets the masters from the weights."""
         for store in self.stores:
             store.adopt()
@@ -159,6 +162,8 @@ class DeepSpeedEngine(Accessors, Reduction, nn.Module):
 
     def _store(self, params: list[nn.Parameter]) -> MasterStore:
         s, divide = self.settings, self._divide()
+        if s.stage == 3 and s.offload and not s.offload_param:
+            return HostZero3Store(params, pin=s.pin_memory)
         if s.stage == 3:
             return Zero3Store(params)
         flat = functools.partial(HostStore, pin=s.pin_memory) if s.offload else FlatStore
@@ -353,7 +358,7 @@ class DeepSpeedEngine(Accessors, Reduction, nn.Module):
             custom_load_fn(src=state_dict, dst=self.module)
         else:
             self.module.load_state_dict(state_dict, strict=strict)
-        self._adopt_weights()
+        self.adopt_weights()
 
     def save_checkpoint(
         self,
@@ -486,6 +491,7 @@ class DeepSpeedEngine(Accessors, Reduction, nn.Module):
     ) -> None:
         if self.settings.stage == 3 and custom is None:
             self._optimizer_shard().set_zero3_weights(self.module, weights, strict=strict)
+            self.adopt_weights()
         else:
             self.load_module_state_dict(weights, strict, custom)
 

@@ -111,7 +111,7 @@ def _local(param: nn.Parameter, call: str, select: Callable[[Any], Select]) -> T
     engine, store = _engine_and_store(param, call)
     if engine.settings.stage != 3:
         raise ConfigError(f"{call}: only ZeRO 3 has parts of parameters; use safe_get_full_*")
-    value = None if store is None else select(engine)(param)
+    value = None if store is None else select(engine)(store.master(param))  # type: ignore[attr-defined]  # Zero3Store's
     return None if value is None else flat(value)
 
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from glm_core.deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig
 from glm_core.deepspeed.settings import BadConfig
-from glm_core.distributed.zero import default_blocks
+from glm_core.distributed.fsdp import default_blocks
 
 
 def z3_leaf_module(model: nn.Module) -> bool:
@@ -93,7 +93,7 @@ def _mark(
 
 
 def zero3_blocks(model: nn.Module, section: DeepSpeedZeroLeafModuleConfig) -> list[nn.Module]:
-    """Marks the modules that the config names, and returns the blocks for `zero.shard_parameters`:
+    """Marks the modules that the config names, and returns the blocks for `fsdp.shard_parameters`:
     the default ones, but a marked module is cut no further. Its parameters get a gradient of zero
     on a rank that does not use them, since otherwise ranks would sum different ones."""
     set_z3_leaf_modules(model, section.classes, raise_if_not_found=False)

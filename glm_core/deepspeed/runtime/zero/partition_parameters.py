@@ -20,9 +20,11 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from glm_core.deepspeed.accelerator import real_accelerator
 from glm_core.deepspeed.comm import init_distributed
 from glm_core.deepspeed.notices import say_once
 from glm_core.deepspeed.settings import read
+from glm_core.distributed import fsdp
 from glm_core.distributed.split import Split, gathered, split_module
 from glm_core.errors import ConfigError, GlmCoreError
 
@@ -105,7 +107,7 @@ class Init:
         other than the CPU."""
         if remote_device not in (None, "none", "cpu"):
             raise ConfigError(
-                f"zero.Init: remote_device={remote_device!r}: nothing is offloaded here; remove it"
+                f"zero.Init: remote_device={remote_device!r}: would keep rows on NVMe; remove it"
             )
         config = config if config_dict_or_path is None else config_dict_or_path
         zero = {"stage": 3} if config is None else read(config).get("zero_optimization", {})
@@ -162,7 +164,7 @@ class Init:
             self._partition(child)
 
     def _partition(self, module: nn.Module) -> None:
-        split_module(module, self.group)
+        split_module(module, self.group, real_accelerator.device())
         mark(module.parameters(), self.sanity_checks)
 
 
@@ -209,7 +211,7 @@ def GatheredParameters(
     marked = [p for p in chosen if enabled and isinstance(p, Split | DTensor)]
     with gathered(splits, modifier_rank), _available(marked):
         parted = [p for p in chosen if enabled and isinstance(p, DTensor)]
-        whole = [nn.Parameter(p.full_tensor().detach(), p.requires_grad) for p in parted]
+        whole = [nn.Parameter(fsdp.whole(p).detach(), p.requires_grad) for p in parted]
         for p, full in zip(parted, whole, strict=True):
             full.__dict__.update({k: v for k, v in vars(p).items() if k.startswith("ds_")})
             _show(p, full)
@@ -223,6 +225,8 @@ def GatheredParameters(
         if modifier_rank is not None:
             for p, full in zip(parted, whole, strict=True):
                 _adopt(p, full.detach(), modifier_rank)
+            for engine in {p.glm_core_place[0] for p in parted}:  # type: ignore[attr-defined]  # the engine set it
+                engine.adopt_weights()
 
 
 @contextmanager
@@ -247,7 +251,7 @@ def _unchanged(shown: Sequence[Tensor], params: Sequence[Tensor]) -> Iterator[No
     yield
     first: Any = params[0]
     group = first.device_mesh.get_group() if isinstance(first, DTensor) else first.group
-    changed = torch.tensor(int(versions() != before), device=first.device)
+    changed = torch.tensor(int(versions() != before), device=real_accelerator.device())
     dist.all_reduce(changed, dist.ReduceOp.MAX, group)
     if changed:
         raise LostChange(

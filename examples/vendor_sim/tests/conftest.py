@@ -8,7 +8,7 @@ import pytest
 import torch
 import vendor_sim
 
-# importlib mode leaves sys.path alone; test_offload uses the small model of test_glm
+# importlib mode leaves sys.path alone; tests use small_glm
 sys.path.insert(0, str(Path(__file__).parent))
 
 

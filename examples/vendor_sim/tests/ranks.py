@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import small_glm
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -26,7 +27,6 @@ from glm_core.distributed import mesh
 from glm_core.distributed.parallel import ManyProcesses
 from glm_core.distributed.plan import parse
 from glm_core.training import offload
-from glm_core.training.checkpoint import FileCheckpoints
 from glm_core.training.trainer import Trainer
 
 CPU = {"device": "cpu", "pin_memory": True}
@@ -58,7 +58,7 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1)
 
 
-def engine(stage: int, place: str, dtype: str, optimizer: Any = sgd) -> Any:
+def engine(stage: int, place: str, dtype: str, optimizer: Any) -> Any:
     torch.manual_seed(dist.get_rank())  # rank 0's weights are those of all
     config = {
         "train_micro_batch_size_per_gpu": 4,
@@ -109,18 +109,22 @@ def digest(tensors: Iterable[torch.Tensor]) -> str:
     return hashlib.sha256(b"".join(t.detach().cpu().numpy().tobytes() for t in tensors)).hexdigest()
 
 
-def script(stage: int, place: str, dtype: str, folder: Path) -> dict[str, Any]:
-    """Returns what runs that differ in `place` are compared by, and where its parts are."""
+def script(stage: int, place: str, saved: Path | None = None) -> dict[str, Any]:
+    """Returns what runs that differ in `place` are compared by, and where their parts are. saved:
+    after two updates the run saves a checkpoint, and goes on from this one."""
     gc.collect()
     before = torch.sim.memory_allocated()
-    run = engine(stage, place, dtype)
+    run = engine(stage, place, "bfloat16", sgd)
     losses = updates(run, 0, 4)
-    run.save_checkpoint(str(folder / f"{stage}{place}{dtype}"))
+    if saved is not None:
+        run.save_checkpoint(str(saved.with_name(place)))
+        updates(run, 10, 12)  # which loading undoes
+        run.load_checkpoint(str(saved))
     losses += updates(run, 4, 6)
-    gc.collect()
     parameters = list(run.module.parameters())
     state = [v for m in masters(run) for v in run.optimizer.state[m].values()]
     read = deepspeed.utils.safe_get_full_optimizer_state
+    gc.collect()
     return {
         "losses": losses,
         "norm": run.get_global_grad_norm(),
@@ -131,32 +135,22 @@ def script(stage: int, place: str, dtype: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def resumed(place: str, saved: str, folder: Path) -> list[float]:
-    """Returns the last losses of a run that goes on from another's checkpoint."""
-    run = engine(3, place, "bfloat16")
-    run.load_checkpoint(str(folder / f"3{saved}bfloat16"))
-    return updates(run, 4, 6)
-
-
-def plan(zero: int, offloads: bool, folder: Path) -> dict[str, Any]:
-    """Returns figures of the trainer under a plan, that of the second half of a resumed run too."""
-    import test_glm
-
-    c = test_glm.config("reference:sim", "bfloat16")
+def plan(zero: int, offloads: bool) -> dict[str, Any]:
+    """Returns the same of the trainer under a plan."""
+    c = small_glm.config("reference:sim", "bfloat16")
     c = dataclasses.replace(c, train=dataclasses.replace(c.train, offload_optimizer=offloads))
-    label = parse(f"dp=2,zero={zero}")
-    backend = registry.usable("reference:sim")
-    axes = mesh.make(label, "sim", 60.0)
-    run = Trainer(c, test_glm.Sampler(), ManyProcesses(c, label, axes, backend))
-    with registry.use(run.backend):
-        results = [run.step() for _ in range(3)]
-    tensors = run.optimizer.state()["tensors"]
+    made, backend = parse(f"dp=2,zero={zero}"), registry.usable("reference:sim")
+    many = ManyProcesses(c, made, mesh.make(made, "sim"), backend)
+    run = Trainer(c, small_glm.Sampler(), many)
+    with registry.use(backend):
+        results = [run.step() for _ in range(2)]
+    tensors = run.optimizer.state()["tensors"].values()
     return {
         "losses": [r.loss for r in results],
-        "norms": [r.grad_norm for r in results],
-        "state": digest(tensors.values()),
+        "norm": results[-1].grad_norm,
         "weights": digest(p.to_local() for p in run.model.parameters()),
-        "places": sorted({t.device.type for t in tensors.values()}),
+        "moments": digest(tensors),
+        "places": sorted({t.device.type for t in tensors}),
     }
 
 
@@ -167,15 +161,16 @@ def work(rank: int, port: str, folder: Path) -> dict[str, Any]:
     real_accelerator._chosen = [registry.usable("sim")]
     offload.HOST = "reference"  # as the device's, for equal bits
     deepspeed.init_distributed()
-    found: dict[str, Any] = {"3": {}}
-    for dtype in ("float32", "bfloat16"):
-        found["3"][dtype] = {p: script(3, p, dtype, folder) for p in PLACES}
-    found["1"] = {p: script(1, p, "bfloat16", folder) for p in ("device", "optimizer")}
-    pairs = [("optimizer", "device"), ("both", "optimizer"), ("device", "both")]
-    found["resumed"] = [resumed(place, saved, folder) for place, saved in pairs]
-    found["adamw"] = [updates(engine(3, p, "float32", None), 0, 6) for p in PLACES]
-    found["plans"] = {z: [plan(z, o, folder) for o in (False, True)] for z in (1, 2, 3)}
-    return found
+    after = {"device": "device", "optimizer": "device", "both": "optimizer"}
+    return {
+        "zero 2": {p: script(2, p) for p in ("device", "optimizer")},
+        "zero 3": {p: script(3, p, folder / saved) for p, saved in after.items()},
+        "adamw": [updates(engine(3, p, "float32", None), 0, 4) for p in PLACES],
+        **{
+            f"plan {zero}": {p: plan(zero, p == "optimizer") for p in ("device", "optimizer")}
+            for zero in (1, 2, 3)
+        },
+    }
 
 
 def main(port: str, folder: str) -> None:

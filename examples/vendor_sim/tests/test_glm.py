@@ -3,67 +3,22 @@ CPU."""
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import vendor_sim
+from small_glm import STEPS, Sampler, config
 
 from glm_core.align import fallbacks
 from glm_core.backends import registry
-from glm_core.config import DataConfig, RunConfig, TrainConfig
 from glm_core.conformance.run import run
-from glm_core.model.presets import preset
 from glm_core.model.sample import Sampling, choose
 from glm_core.session import Session
 from glm_core.training.checkpoint import FileCheckpoints
 from glm_core.training.trainer import Trainer
 
-STEPS, L, V = 4, 24, 256
 KERNELS = {"add_layer_norm", "adamw", "geglu", "linear"}
-MODEL = {"num_layers": 2, "hidden": 64, "num_heads": 4, "ffn": 96, "vocab": V, "max_length": L}
-
-
-@dataclasses.dataclass
-class Batch:
-    """Returns random tokens [B, L], each of which predicts the next."""
-
-    tokens: torch.Tensor
-
-    def __post_init__(self) -> None:
-        b = len(self.tokens)
-        self.labels = self.tokens.roll(-1, 1)
-        self.loss_weight = torch.ones(b, L)
-        self.positions = torch.arange(L).expand(b, 2, L)
-        self.key_start = torch.zeros(b, L, dtype=torch.int32)
-        self.key_end = torch.arange(1, L + 1, dtype=torch.int32).expand(b, L)
-
-
-class Sampler:
-    """Yields the same batches in every run; its state is how many it has yielded."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def next(self, micro_batch: int) -> Batch:
-        self.count += 1
-        generator = torch.Generator().manual_seed(self.count)
-        return Batch(torch.randint(0, V, (micro_batch, L), generator=generator))
-
-    def state(self) -> dict[str, Any]:
-        return {"count": self.count}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self.count = state["count"]
-
-
-def config(backend: str = "sim", dtype: str = "float32") -> RunConfig:
-    train = TrainConfig(
-        backend=backend, dtype=dtype, steps=STEPS, micro_batch=2, global_batch=4, warmup_steps=1
-    )  # type: ignore[arg-type]  # checked when it is set
-    return RunConfig(model=preset("tiny", **MODEL), data=DataConfig(length=L, vocab=V), train=train)
 
 
 def train(backend: str, dtype: str = "float32") -> tuple[list[float], Session]:

@@ -4,28 +4,34 @@ beside one on the device."""
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import test_glm
+import small_glm
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from glm_core import deepspeed
 from glm_core.backends import registry
 from glm_core.deepspeed.accelerator import real_accelerator
-from glm_core.distributed import norm
+from glm_core.distributed import fsdp
 from glm_core.training import offload
 from glm_core.training.checkpoint import FileCheckpoints
 from glm_core.training.trainer import Trainer
 
 
 def trainer(dtype: str, offloads: bool, backend: str = "reference:sim", **rest: Any) -> Trainer:
-    c = test_glm.config(backend, dtype)
+    c = small_glm.config(backend, dtype)
     changed = dataclasses.replace(c.train, offload_optimizer=offloads, **rest)
-    return Trainer(dataclasses.replace(c, train=changed), test_glm.Sampler())
+    return Trainer(dataclasses.replace(c, train=changed), small_glm.Sampler())
 
 
 def weights(run: Trainer) -> list[torch.Tensor]:
@@ -94,11 +100,10 @@ def test_the_device_holds_no_masters() -> None:
 
 @pytest.fixture
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A job of one rank on the device, which gloo does not know: one rank's sum is itself."""
+    """Lets scripts run on the device, in a job of one rank."""
     monkeypatch.setattr(real_accelerator, "_chosen", [registry.usable("sim")])
-    monkeypatch.setattr(norm.dist, "all_reduce", lambda *_, **__: None)
     yield
-    norm.dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
 def engine(stage: int, offloads: bool, low: bool, optimizer: Any = None) -> Any:
@@ -158,6 +163,7 @@ def test_a_deepspeed_script_trains_the_same_in_main_memory(
 
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.usefixtures("one_rank")
+@pytest.mark.filterwarnings("ignore:barrier")  # the device is not named; there is only one
 def test_a_deepspeed_checkpoint_loads_both_ways(first: bool, tmp_path: Path) -> None:
     expected = updates(engine(2, False, True), 0, 6)
     begun = engine(2, first, True)
@@ -166,3 +172,60 @@ def test_a_deepspeed_checkpoint_loads_both_ways(first: bool, tmp_path: Path) -> 
     resumed = engine(2, not first, True)
     resumed.load_checkpoint(str(tmp_path))
     assert losses + updates(resumed, 4, 6) == pytest.approx(expected, rel=1e-6)
+
+
+# --- two ranks, whose devices exchange tensors by the device's own library ------------------------
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Returns what `ranks.py` reports of each rank."""
+    if reason := fsdp.lack():
+        pytest.skip(reason)
+    with socket.create_server(("localhost", 0)) as free:
+        port = str(free.getsockname()[1])
+    command = [sys.executable, str(Path(__file__).with_name("ranks.py")), port]
+    done = subprocess.run(
+        [*command, str(tmp_path_factory.mktemp("ranks"))],
+        env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},  # it starts the device
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("run", ["zero 2", "zero 3", "plan 1", "plan 2", "plan 3"])
+def test_two_ranks_train_to_the_same_bits(run: str, two_ranks: list[dict[str, Any]]) -> None:
+    for rank in two_ranks:
+        expected = rank[run]["device"]
+        assert len(set(expected["losses"])) == len(expected["losses"])
+        for place, received in rank[run].items():
+            for figure in ("losses", "norm", "weights", "moments"):
+                assert received[figure] == expected[figure], (place, figure)
+            assert received["places"] == (["sim"] if place == "device" else ["cpu"])
+
+
+def test_two_ranks_with_the_hosts_kernel_train_as_with_torchs(
+    two_ranks: list[dict[str, Any]],
+) -> None:
+    for rank in two_ranks:
+        expected, *others = rank["adamw"]
+        for received in others:
+            assert received == pytest.approx(expected, rel=1e-6)
+
+
+def test_between_steps_a_device_holds_only_what_is_not_in_main_memory(
+    two_ranks: list[dict[str, Any]],
+) -> None:
+    """SGD has a moment of 4 bytes a weight; gradients are there during a step only."""
+    weights = 3 * (64 * 64 + 64) + 5 * 64 + 5
+    per_weight = {
+        "zero 2": {"device": 2 + (4 + 4) / 2, "optimizer": 2},
+        "zero 3": {"device": (4 + 4) / 2, "optimizer": 4 / 2, "both": 0},
+    }
+    for rank in two_ranks:
+        for run, expected in per_weight.items():
+            received = {place: rank[run][place]["bytes"] / weights for place in expected}
+            assert received == pytest.approx(expected, rel=0.02), run

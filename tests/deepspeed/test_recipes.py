@@ -192,6 +192,10 @@ def test_optimizers_of_whole_parameters_are_refused_where_these_are_cut() -> Non
         else:
             with pytest.raises(ConfigError, match="whole parameters"):
                 from_config.check_stage(optimizer, stage, low=low)
+    for stage in (0, 3):
+        with pytest.raises(ConfigError, match="without offload"):
+            from_config.check_stage(FusedLamb([weight]), stage, low=False, offload=True)
+    from_config.check_stage(FusedLion([weight]), 3, low=True, offload=True)
 
 
 @pytest.mark.parametrize(

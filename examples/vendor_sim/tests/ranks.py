@@ -58,11 +58,11 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1)
 
 
-def engine(stage: int, place: str, dtype: str, optimizer: Any) -> Any:
+def engine(stage: int, place: str, dtype: str, optimizer: Any, accumulation: int = 2) -> Any:
     torch.manual_seed(dist.get_rank())  # rank 0's weights are those of all
     config = {
         "train_micro_batch_size_per_gpu": 4,
-        "gradient_accumulation_steps": 2,
+        "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 0.1,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.1}},
         "zero_optimization": {
@@ -79,12 +79,15 @@ def engine(stage: int, place: str, dtype: str, optimizer: Any) -> Any:
     with deepspeed.zero.GatheredParameters([model.head.bias], modifier_rank=0):
         if dist.get_rank() == 0:
             model.head.bias.data.add_(1.0)
+    if stage == 3:
+        bias, utils = model.blocks[0].bias, deepspeed.utils
+        utils.safe_set_local_fp32_param(bias, utils.safe_get_local_fp32_param(bias) + 1.0)
     return run
 
 
 def updates(run: Any, first: int, last: int) -> list[float]:
-    """Returns the losses of these micro-batches, two of which are an update. In the second update
-    the last block gets no gradient."""
+    """Returns the losses of these micro-batches, two of which are an update unless the engine is
+    made otherwise. In the second update of two the last block gets no gradient."""
     losses = []
     dtype = torch.bfloat16 if run.bfloat16_enabled() else torch.float32
     for number in range(first, last):
@@ -165,7 +168,7 @@ def work(rank: int, port: str, folder: Path) -> dict[str, Any]:
     return {
         "zero 2": {p: script(2, p) for p in ("device", "optimizer")},
         "zero 3": {p: script(3, p, folder / saved) for p, saved in after.items()},
-        "adamw": [updates(engine(3, p, "float32", None), 0, 4) for p in PLACES],
+        "adamw": [updates(engine(3, p, "float32", None, 1), 0, 4) for p in PLACES],
         **{
             f"plan {zero}": {p: plan(zero, p == "optimizer") for p in ("device", "optimizer")}
             for zero in (1, 2, 3)

@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 import small_glm
 import torch
 import torch.distributed as dist
+import vendor_sim
 from torch import nn
 
 from glm_core import deepspeed
@@ -172,6 +174,21 @@ def test_a_deepspeed_checkpoint_loads_both_ways(first: bool, tmp_path: Path) -> 
     resumed = engine(2, not first, True)
     resumed.load_checkpoint(str(tmp_path))
     assert losses + updates(resumed, 4, 6) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.skipif(bool(fsdp.lack()), reason=fsdp.lack())
+@pytest.mark.usefixtures("one_rank")
+def test_zero_3_waits_for_gradients_that_are_on_their_way() -> None:
+    run = engine(3, True, True, sgd)
+    vendor_sim.fault("hang", op="sim::to_host")
+    run.backward(run(torch.ones(4, 7, dtype=torch.bfloat16).to("sim")).float().sum())
+    assert torch.sim.pending()
+    clock = threading.Timer(0.1, vendor_sim.clear_faults)
+    clock.start()
+    parts = [part.tensor for part in run.stores[0].gradient_parts(lambda p: 1)]
+    sizes = [int(part.count_nonzero()) for part in parts]
+    clock.join()
+    assert sizes == [32 * 7, 32, 5 * 32, 5]
 
 
 # --- two ranks, whose devices exchange tensors by the device's own library ------------------------

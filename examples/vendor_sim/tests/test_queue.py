@@ -46,6 +46,18 @@ def test_host_may_change_its_tensor_right_after_the_copy() -> None:
     assert result.cpu().eq(2).all()
 
 
+def test_a_copy_to_page_locked_memory_does_not_wait() -> None:
+    x, host = torch.ones(4, device="sim"), torch.zeros(4).pin_memory()
+    assert host.is_pinned()
+    assert not torch.zeros(4).is_pinned()
+    vendor_sim.fault("hang", op="sim::to_host")
+    host.copy_(x, non_blocking=True)
+    assert host.tolist() == [0.0] * 4
+    vendor_sim.clear_faults()
+    torch.sim.current_stream().record_event().synchronize()
+    assert host.tolist() == [1.0] * 4
+
+
 def test_order_is_kept() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(50, 50, generator=generator)

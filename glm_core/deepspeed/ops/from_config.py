@@ -60,7 +60,8 @@ def check_stage(
     optimizer: torch.optim.Optimizer, stage: int, *, low: bool, offload: bool = False
 ) -> None:
     """Raises ConfigError where the optimizer needs whole parameters and would see only parts of
-    them. low: the weights are in 16 bit; offload: the optimizer is in main memory."""
+    them. low: the weights are in 16 bit; offload: the optimizer is in main memory, where no
+    rank sees more than its part."""
     name = type(optimizer).__name__
     stages = WHOLE.get(name)
     if stages is None or (stage in stages and not offload and not (low and stage == 0)):
@@ -68,6 +69,6 @@ def check_stage(
     where = " or ".join(f"{s}{' in float32' if s == 0 else ''}" for s in stages) or "none"
     raise ConfigError(
         f"{name}: needs whole parameters, which ZeRO {stage}{' in 16 bit' if low else ''}"
-        f"{' with offload_optimizer' if offload else ''} cuts; "
-        f"use a ZeRO stage that leaves them whole ({where}), or an optimizer such as AdamW"
+        f"{' with offload' if offload else ''} cuts; use a ZeRO stage that leaves them whole "
+        f"({where}{', without offload' if offload else ''}), or an optimizer such as AdamW"
     )

@@ -147,6 +147,9 @@ def safe_get_local_optimizer_state(param: nn.Parameter, optim_state_key: str) ->
 def safe_set_local_fp32_param(param: nn.Parameter, value: Tensor) -> None:
     """Sets the rows that safe_get_local_fp32_param returns."""
     _set_local(param, value, "safe_set_local_fp32_param", _master)
+    store = _engine_and_store(param, "safe_set_local_fp32_param")[1]
+    assert store is not None  # else there were no rows to set
+    store.publish()
 
 
 def safe_set_local_grad(param: nn.Parameter, value: Tensor) -> None:

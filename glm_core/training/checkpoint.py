@@ -265,8 +265,9 @@ def _others(path: Path) -> str:
 
 
 def require_same(saved: dict[str, Any], config: RunConfig, path: Path) -> None:
-    """Raises CheckpointError naming every key whose change would make this another run."""
-    before, now = _flat(saved), _flat(to_dict(config))
+    """Raises CheckpointError naming every key whose change would make this another run. A key that
+    was not saved is younger than the checkpoint and had its default's meaning."""
+    before, now = _flat(to_dict(RunConfig())) | _flat(saved), _flat(to_dict(config))
     changed = [
         f"{key}={before.get(key, 'absent')} (now {now.get(key, 'absent')})"
         for key in sorted(before.keys() | now.keys())

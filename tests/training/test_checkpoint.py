@@ -208,6 +208,16 @@ def test_where_a_run_computes_and_stores_may_change(saved: Path) -> None:
         assert name in config.to_dict(changed)[table], f"{key} is no longer a key"
 
 
+def test_settings_younger_than_the_checkpoint_had_their_default(saved: Path) -> None:
+    tensors, facts = checkpoint.load(saved)
+    for table, key in (("train", "balance_rate"), ("model", "num_experts")):
+        del facts["config"][table][key]
+    older = checkpoint.save(saved.parent, 1, tensors, facts, 2)
+    Trainer(toy.config(), toy.Sampler()).restore(checkpoint.open_checkpoint(older))
+    with pytest.raises(CheckpointError, match=r"train\.balance_rate=0\.001 \(now 0\.5\)"):
+        checkpoint.require_same(facts["config"], toy.config(balance_rate=0.5), older)
+
+
 def test_tensors_that_do_not_fit(saved: Path) -> None:
     loaded, facts = checkpoint.load(saved)
     del loaded["master.embedding"]

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from torch.distributed import ProcessGroup
 
-from glm_core import ops
+from glm_core import dispatch, ops
 from glm_core.distributed import collectives
-from glm_core.distributed.tensor_parallel import ColumnLinear, Ranks, RowLinear
+from glm_core.distributed.exact_tensor import copies
+from glm_core.distributed.tensor_parallel import Ranks, share_mlp
 from glm_core.model.glm import Experts, GroupedLinear
 
 
@@ -35,8 +36,7 @@ class SplitExperts(Experts):
         self.experts_down = _own(whole.experts_down, group)
         self.shared = whole.shared
         if self.shared is not None and ranks is not None:
-            self.shared.up = ColumnLinear(self.shared.up, ranks)
-            self.shared.down = RowLinear(self.shared.down, ranks)
+            share_mlp(self.shared, ranks)
 
     def routed(self, x: Tensor) -> Tensor:
         """Does as Experts.routed; where the features are split over ranks, their results are
@@ -57,13 +57,27 @@ class SplitExperts(Experts):
         return _dispatched(rows, counts, self.group, super().of_rows)
 
 
+class OwnExperts(GroupedLinear):
+    """A rank's experts. Exact runs keep apart what comes from different ranks: one process sums a
+    weight's gradient over the rows of one sequence, and then adds sequences."""
+
+    def __init__(self, whole: GroupedLinear, ranks: int) -> None:
+        """Keeps the first X/r experts of a module without memory."""
+        nn.Module.__init__(self)
+        assert whole.weight.is_meta
+        self.weight = nn.Parameter(torch.empty_like(whole.weight[: len(whole.weight) // ranks]))
+
+    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """Does as GroupedLinear; or, with counts [r, X/r], to the rows of each rank."""
+        if counts.ndim == 1:
+            return super().forward(rows, counts)
+        weights = copies(self.weight, len(counts))
+        parts = zip(rows.split(counts.sum(1).tolist()), weights, counts, strict=True)
+        return torch.cat([ops.grouped_linear(*part) for part in parts])
+
+
 def _own(experts: GroupedLinear, group: ProcessGroup | None) -> GroupedLinear:
-    """Keeps the first X/r experts of a module without memory."""
-    if group is not None:
-        weight = experts.weight
-        assert weight.is_meta
-        experts.weight = nn.Parameter(torch.empty_like(weight[: len(weight) // group.size()]))
-    return experts
+    return experts if group is None else OwnExperts(experts, group.size())
 
 
 def _dispatched(
@@ -74,12 +88,15 @@ def _dispatched(
 ) -> Tensor:
     """Returns what the experts of all ranks make of this rank's rows, in their order;  rows [M, D],
     counts [X] -> [M, D]. Rank i holds experts i X/r ... (i + 1) X/r - 1, which `compute` applies.
-    The rows of an expert are in the order of the ranks they come from, as one process has them."""
+    The rows of an expert are in the order of the ranks they come from, as one process has them.
+    Exact: `compute` gets each rank's rows and counts [r, X/r]."""
     sent = counts.unflatten(0, (group.size(), -1))  # [r, X/r]
     ones = [1] * group.size()
     arrived = collectives.all_to_all(sent, ones, ones, group)  # [r, X/r], from each rank
     num_sent, num_arrived = _sizes(sent, rows), _sizes(arrived, rows)
     here = collectives.exchange(rows, num_arrived, num_sent, group)  # [m, D]
+    if dispatch.session().exact:
+        return collectives.exchange(compute(here, arrived), num_sent, num_arrived, group)
     own = sent.shape[1]
     expert = (
         torch.arange(own, device=rows.device)

@@ -115,6 +115,16 @@ def take(whole: Tensor, splits: Splits) -> Tensor:
     return whole
 
 
+def joined(parts: list[Tensor], splits: list[Splits], whole: torch.Size) -> Tensor:
+    """Returns the tensor of which ranks hold these parts: what `take` undoes."""
+    joint = parts[0].new_empty(whole)
+    for part, own in zip(parts, splits, strict=True):
+        for place, view in chunks(part, own):
+            lengths = zip(place, view.shape, strict=True)
+            joint[tuple(slice(at, at + length) for at, length in lengths)] = view
+    return joint
+
+
 Chunk = tuple[tuple[int, ...], Tensor]
 """(offsets in the whole, view)"""
 

@@ -64,8 +64,11 @@ class ManyProcesses:
         if plan.micro_batches > 1:
             sum_in_float32(self.model)
         self.ends = meshes.ends_group(mesh) if plan.pp > 1 and plan.schedule != "zbv" else None
-        self.work = schedule.Work(
-            self.model.stages, plan, mesh, config.model, self.device, self.dtype
+        self.work = self._work()
+
+    def _work(self) -> schedule.Work:
+        return schedule.Work(
+            self.model.stages, self.plan, self.mesh, self.config.model, self.device, self.dtype
         )
 
     def held(self, tensors: Mapping[str, Tensor]) -> list[Chunk]:

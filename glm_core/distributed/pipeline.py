@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from glm_core import dispatch, ops
 from glm_core.config import ModelConfig
 from glm_core.distributed import tensor_parallel as tensor
+from glm_core.distributed.exact_tensor import SequenceNorm
 from glm_core.distributed.expert_parallel import SplitExperts
 from glm_core.distributed.plan import Recompute, stage_layers
 from glm_core.distributed.tensor_parallel import Ranks
@@ -66,6 +67,8 @@ class Stage(GLM):
             self.register_parameter("embedding", None)
         if not self.is_last:
             self.final_norm = self.head = None
+        elif ranks and ranks.sp and self.final_norm is not None:
+            self.final_norm = SequenceNorm(self.final_norm, ranks.group)
         for block in self.own_blocks():
             if ranks:
                 tensor.share(block, ranks)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -91,6 +92,16 @@ def _move_buffers(recv_infos: Any, device: torch.device) -> None:
 STAGE: type[PipelineStage] = PipelineStage if torch_has("lean_receive_buffers") else Lean
 
 
+class Followed(STAGE):  # type: ignore[misc, valid-type]  # chosen by the version of torch
+    """A stage that calls `followed` after the backward pass of each micro-batch."""
+
+    followed: Callable[[], None]
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        self.followed()
+
+
 class FewMicroBatches(PipelineScheduleSingle):
     """A schedule that also takes fewer micro-batches than stages: torch's loops can, but its
     constructors refuse."""
@@ -143,6 +154,9 @@ MULTI: dict[str, type[PipelineScheduleMulti]] = {
 class Work:
     """Runs a process's stages over a step's micro-batches; gradients are summed, not averaged."""
 
+    losses: list[Tensor]
+    """of the latest run, of each micro-batch; empty where the last stage is not held"""
+
     def __init__(
         self,
         stages: list[Stage],
@@ -151,7 +165,11 @@ class Work:
         config: ModelConfig,
         device: torch.device,
         dtype: torch.dtype,
+        followed: Callable[[Stage], None] = lambda stage: None,
     ) -> None:
+        """followed: is called after each micro-batch's backward pass through a stage, with the
+        gradients in `.grad`; under ZeRO 2 and 3 they are summed over the ranks by then."""
+        self.followed = followed
         self.stages, self.plan, self.mesh = stages, plan, mesh
         self.config, self.device, self.dtype = config, device, dtype
         self.shape: tuple[int, int] = (0, 0)
@@ -167,11 +185,12 @@ class Work:
             # the size of what travels is agreed once; a growing batch changes it
             self.shape = (rows, length)
             self.schedule = self._schedule(rows // self.plan.micro_batches, length)
-        losses: list[Tensor] = []
+        self.losses = []
         first = (tokens,) if any(s.is_first for s in self.stages) else ()
         options: Any = {"return_outputs": False} if torch_has("return_outputs") else {}
-        self.schedule.step(*first, target=inputs["labels"], losses=losses, **options, **inputs)
-        loss = torch.stack(losses).sum().detach() if losses else self._zero()
+        self.schedule.step(*first, target=inputs["labels"], losses=self.losses, **options, **inputs)
+        self.losses = [loss.detach() for loss in self.losses]
+        loss = torch.stack(self.losses).sum() if self.losses else self._zero()
         for stage in self.stages:
             loss = loss + stage.take_own_loss()
         return loss
@@ -185,22 +204,24 @@ class Work:
         [stage] = self.stages
         m = self.plan.micro_batches
         parts = {name: x.chunk(m) for name, x in inputs.items()}
-        loss = self._zero()
+        self.losses = []
         for i, part in enumerate(tokens.chunk(m)):
             if isinstance(stage, FSDPModule):
                 last = i == m - 1
                 stage.set_requires_gradient_sync(last or self.plan.zero > 1)
                 stage.set_reshard_after_backward(last or self.plan.zero == 3)
             out: Tensor = stage(part, **{name: x[i] for name, x in parts.items()})
-            out.sum().backward()
-            loss += out.detach().sum()
-        return loss
+            loss = out.sum()
+            loss.backward()
+            self.losses.append(loss.detach())
+            self.followed(stage)
+        return torch.stack(self.losses).sum()
 
     def _schedule(self, rows: int, length: int) -> PipelineScheduleSingle | PipelineScheduleMulti:
         """Returns torch's schedule for micro-batches of rows x length tokens."""
         numbers = stages_of(self.plan, self.mesh.get_local_rank("pp"))
         stages = [
-            STAGE(
+            Followed(
                 stage,
                 number,
                 self.plan.stages,
@@ -211,6 +232,8 @@ class Work:
             )
             for stage, number in zip(self.stages, numbers, strict=True)
         ]
+        for stage in stages:
+            stage.followed = functools.partial(self.followed, stage.submod)
         options: dict[str, Any] = {"loss_fn": _loss, "scale_grads": False}
         if self.plan.schedule in SINGLE:
             one = SINGLE[self.plan.schedule]

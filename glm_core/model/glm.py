@@ -20,7 +20,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from glm_core import ops
+from glm_core import dispatch, ops
 from glm_core.config import ModelConfig
 from glm_core.errors import ConfigError, ShapeError
 from glm_core.model.balance import sequence_balance
@@ -69,18 +69,30 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.empty(width)) if config.norm == "layer" else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.bias is None:
-            return ops.rms_norm(x, self.weight, self.eps)
-        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+        return self.add(None, x, 1.0)[0]
 
     def add(self, delta: Tensor | None, residual: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
         """Returns (norm(s), s) with s = delta + alpha * residual, or s = residual where there is no
         delta yet."""
-        if delta is None:
-            return self(residual), residual
-        if self.bias is None:
-            return ops.add_rms_norm(delta, residual, self.weight, self.eps, alpha)
-        return ops.add_layer_norm(delta, residual, self.weight, self.bias, self.eps, alpha)
+        return normed(delta, residual, alpha, self.weight, self.bias, self.eps)
+
+
+def normed(
+    delta: Tensor | None,
+    residual: Tensor,
+    alpha: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Returns what `Norm.add` does, by an RMS norm where there is no bias."""
+    if delta is None:
+        if bias is None:
+            return ops.rms_norm(residual, weight, eps), residual
+        return ops.layer_norm(residual, weight, bias, eps), residual
+    if bias is None:
+        return ops.add_rms_norm(delta, residual, weight, eps, alpha)
+    return ops.add_layer_norm(delta, residual, weight, bias, eps, alpha)
 
 
 class Attention(nn.Module):
@@ -161,7 +173,8 @@ class LatentAttention(nn.Module):
     Without a cache they are made for every head. A cache holds only latent and rotated part, C + R
     numbers a token. Then the product that makes the keys is applied to the query instead, and the
     one that makes the values to the result: all heads share one key head of C + R, and its first C
-    numbers are the value."""
+    numbers are the value. An exact session makes keys and values of all that the cache holds, in
+    every call: that is the order of training, and dear."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -200,10 +213,15 @@ class LatentAttention(nn.Module):
         turned = torch.cat((q_turned, key.unsqueeze(2)), 2)  # [B, L, H + 1, R]
         turned = ops.rope(turned, *rotary, c.rope_interleaved)
         q_turned, key = turned.split_with_sizes((c.num_heads, 1), 2)
-        if cache is None:
-            y = self._expanded(q_plain, q_turned, latent, key, key_start, key_end)  # [B, L, H, U]
-        else:
-            y = self._absorbed(q_plain, q_turned, latent, key, key_start, key_end, cache)
+        if cache is not None:
+            own = torch.cat((latent.unsqueeze(2), key), -1)  # [B, L, 1, C + R]
+            seen = cache.append_latent(self.layer, own)  # [B, S, 1, C + R]
+            if not dispatch.session().exact:
+                y = self._absorbed(q_plain, q_turned, seen, key_start, key_end)
+                return self.out(y.flatten(2))  # [B, L, H * U] -> [B, L, D]
+            seen = seen[:, : max(1, int(key_end.max()))]
+            latent, key = seen[:, :, 0, : c.kv_latent].contiguous(), seen[..., c.kv_latent :]
+        y = self._expanded(q_plain, q_turned, latent, key, key_start, key_end)  # [B, L, H, U]
         return self.out(y.flatten(2))  # [B, L, H * U] -> [B, L, D]
 
     def _expanded(
@@ -223,22 +241,13 @@ class LatentAttention(nn.Module):
         return self._attend(q, k, v, key_start, key_end)
 
     def _absorbed(
-        self,
-        q_plain: Tensor,
-        q_turned: Tensor,
-        latent: Tensor,
-        key: Tensor,
-        key_start: Tensor,
-        key_end: Tensor,
-        cache: Window,
+        self, q_plain: Tensor, q_turned: Tensor, k: Tensor, key_start: Tensor, key_end: Tensor
     ) -> Tensor:
-        """Returns the same from the latents that the cache holds, without making keys or values."""
-        c = self.config
+        """Returns the same from the latents and rotated parts k [B, S, 1, C + R] that the cache
+        holds, without making keys or values."""
         q = torch.cat((self.kv_b.to_latent(q_plain), q_turned), -1)  # [B, L, H, C + R]
-        own = torch.cat((latent.unsqueeze(2), key), -1)  # [B, L, 1, C + R]
-        k = cache.append_latent(self.layer, own)  # [B, S, 1, C + R]
-        y = self._attend(q, k, k[..., : c.kv_latent], key_start, key_end)  # [B, L, H, C]
-        return self.kv_b.from_latent(y)
+        v = k[..., : self.config.kv_latent]
+        return self.kv_b.from_latent(self._attend(q, k, v, key_start, key_end))
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor

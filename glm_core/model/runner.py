@@ -90,11 +90,6 @@ class Runner:
         time (model/speculate.py); 0: none. Raises ConfigError for a model that cannot draft."""
         require_draft_layer(model.config, speculate)
         self.speculate = speculate
-        if dispatch.session().exact and model.config.kv_latent:
-            raise ConfigError(
-                f"exact: kv_latent={model.config.kv_latent}: attention from cached latents sums in "
-                "another order than training; leave exact out"
-            )
         weight, self._loras = model.embedding, loras
         self.model, self.config, self.slots = model, model.config, slots
         model.eval()  # adapters apply dropout in training only

@@ -20,7 +20,7 @@ from glm_core.spec import Support
 from glm_core.training.batches import Batch, Sampler
 from glm_core.training.graph import RecordedLoss
 from glm_core.training.optimizer import Optimizer, sum_in_float32
-from glm_core.training.row_tree import RowTree
+from glm_core.training.row_tree import RowTree, norm_of_all, sum_of_rows
 from glm_core.versions import lack_of
 
 
@@ -106,6 +106,8 @@ class SingleProcess:
         if t.global_batch > t.micro_batch or t.exact:
             sum_in_float32(self.model)
         self._tree = RowTree(self.model) if t.exact else None
+        self._losses: list[Tensor] = []
+        """of an exact step's sequences"""
         self.loss: Callable[..., Tensor] = self.model.loss
         if t.compile:
             self.loss = torch.compile(self.model.loss, fullgraph=True)
@@ -146,22 +148,28 @@ class SingleProcess:
         for i in range(len(inputs[0])):
             loss = self.loss(*(x[i : i + 1] for x in inputs))
             loss.backward()
-            tree.add(loss.detach())
+            tree.add()
+            self._losses.append(loss.detach())
         return torch.zeros((), device=self.device)
 
     def sum_gradients(self) -> None:
         """Every gradient is whole, but those of an exact run wait in its tree."""
         if self._tree is not None:
-            self._exact_loss = self._tree.finish()
+            self._tree.finish()
 
     def sum_loss(self, loss: Tensor) -> Tensor:
-        return loss if self._tree is None else self._exact_loss
+        if self._tree is None:
+            return loss
+        losses, self._losses = self._losses, []
+        return sum_of_rows(losses)
 
     def sum_counts(self, counts: Tensor) -> Tensor:
         return counts
 
     def norm(self, grads: dict[str, Tensor]) -> Tensor:
-        return ops.global_norm(list(grads.values()))
+        if self._tree is None:
+            return ops.global_norm(list(grads.values()))
+        return norm_of_all(ops.global_norm([grad]) for grad in grads.values())
 
     @contextmanager
     def eager(self) -> Iterator[None]:

@@ -1,48 +1,81 @@
-"""Sums a step's sequences up by one tree, whatever micro-batches they come in (docs/exact.md)."""
+"""Sums a step's sequences up by one tree, however they are cut into micro-batches and spread over
+processes, and the norm over them (docs/exact.md)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from glm_core.training.optimizer import assign_gradient
 
+Summands = list[Tensor | None]
+"""None: a parameter that was not used"""
 
-class RowTree:
-    """Adds up the gradients and losses of single sequences: neighbours first, then pairs of
-    neighbours, and so on. What is not a whole pair at the end is added from the right."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._trained = [p for p in model.parameters() if p.requires_grad]
-        self._held: list[tuple[int, list[Tensor | None]]] = []
-        """subtrees that wait for their right neighbour: number of sequences, sums"""
+class Tree:
+    """Adds up lists of tensors, element by element: neighbours first, then pairs of neighbours, and
+    so on. What is not a whole pair at the end is added from the right."""
 
-    def add(self, loss: Tensor) -> None:
-        """Takes over the gradients that lie in `.grad`, of one sequence, and its loss."""
-        self._held.append((1, [*(p.grad for p in self._trained), loss]))
-        for p in self._trained:
-            p.grad = None
+    def __init__(self) -> None:
+        self._held: list[tuple[int, Summands]] = []
+        """subtrees that wait for their right neighbour: number of leaves, sums"""
+
+    def add(self, leaf: Summands) -> None:
+        """Takes the next leaf over: its tensors may be overwritten."""
+        self._held.append((1, leaf))
         while len(self._held) > 1 and self._held[-1][0] == self._held[-2][0]:
             self._join()
 
-    def finish(self) -> Tensor:
-        """Puts the sums into `.grad` and returns the loss. The tree is empty afterwards."""
+    def finish(self) -> Summands:
+        """Returns the sums. The tree is empty afterwards."""
         while len(self._held) > 1:
             self._join()
-        ((_, (*grads, loss)),) = self._held
-        self._held = []
-        for p, grad in zip(self._trained, grads, strict=True):
-            assign_gradient(p, grad)
-        assert loss is not None
-        return loss
+        return self._held.pop()[1]
 
     def _join(self) -> None:
         right, left = self._held.pop(), self._held.pop()
         self._held.append((left[0] + right[0], _sums(left[1], right[1])))
 
 
-def _sums(left: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Returns the sums, written over the left ones. None: a parameter that was not used."""
+def _sums(left: Summands, right: Summands) -> Summands:
+    """Returns the sums, written over the left ones."""
     pairs = zip(left, right, strict=True)
     return [b if a is None else a if b is None else a.add_(b) for a, b in pairs]
+
+
+class RowTree:
+    """Adds up the gradients of single sequences by a tree."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+        self._tree = Tree()
+
+    def add(self) -> None:
+        """Takes over the gradients that lie in `.grad`, of one sequence."""
+        self._tree.add([p.grad for p in self._trained])
+        for p in self._trained:
+            p.grad = None
+
+    def finish(self) -> None:
+        """Puts the sums into `.grad`. The tree is empty afterwards."""
+        for p, grad in zip(self._trained, self._tree.finish(), strict=True):
+            assign_gradient(p, grad)
+
+
+def sum_of_rows(losses: Sequence[Tensor]) -> Tensor:
+    """Returns the sum of the sequences' losses, by the tree."""
+    tree = Tree()
+    for loss in losses:
+        tree.add([loss.clone()])
+    [total] = tree.finish()
+    assert total is not None
+    return total
+
+
+def norm_of_all(norms: Iterable[Tensor]) -> Tensor:
+    """Returns the global norm, given that of each parameter's gradient. The sum of squares is
+    rounded once, so that it has no order; zeros do not change it."""
+    return torch.tensor(math.sqrt(math.fsum(float(norm) ** 2 for norm in norms)))

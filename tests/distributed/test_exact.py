@@ -1,46 +1,118 @@
-"""Exact runs under dp have the losses, norms and weights of one process, to the bit."""
+"""Exact runs under plans have the losses, norms and weights of one process, to the bit."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import functools
 from pathlib import Path
 
 import pytest
 import torch
-from exact_workers import config, figures
+from exact_workers import MODELS, config, curve
 from ranks import Ranks
+from torch import Tensor
 from toy import Sampler
 
 from glm_core.distributed import exact
-from glm_core.distributed.plan import parse
+from glm_core.distributed.plan import lacks, parse
 from glm_core.errors import ConfigError
 from glm_core.training.trainer import Trainer
+from glm_core.versions import lack_of
+
+STEPS = 2
+RUNS = {
+    2: [
+        ("dp=2,micro_batches=2", "tied", "bfloat16"),
+        ("dp=2,zero=1", "tied", "float32"),
+        ("dp=2,zero=2", "untied", "bfloat16"),
+        ("pp=2", "tied", "float32"),
+        ("dp=2,zero=3>pp=2", "experts", "float32"),
+        ("tp=2", "untied", "float32"),
+        ("dp=2,ep=2", "experts", "float32"),
+    ],
+    4: [
+        ("dp=4", "untied", "float32"),
+        ("dp=4,zero=3", "tied", "float32"),
+        ("dp=2,pp=2", "tied", "bfloat16"),
+        ("dp=2,tp=2", "tied", "bfloat16"),
+    ],
+}
+"""by number of processes: plan, before and after a checkpoint; model; dtype"""
+
+
+def reason_to_skip(labels: str, model: str, dtype: str) -> str:
+    """Returns why this torch cannot do a run, or ""."""
+    plans = [parse(label) for label in labels.split(">")]
+    split = any(plan.pp > 1 for plan in plans) and MODELS[model].tied_head
+    lack = lack_of("grad_dtype", labels) if split and dtype == "bfloat16" else ""
+    return "; ".join(filter(None, [*(r for plan in plans for r in lacks(plan)), lack]))
+
+
+@functools.cache
+def alone(model: str, dtype: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """Returns the curve and the weights of one process."""
+    trainer = Trainer(config(model, dtype, STEPS), Sampler())
+    return curve(trainer, STEPS), trainer.optimizer.master
 
 
 @pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    server = Ranks()
-    yield server
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Does all runs of a number of processes in one job; returns its folder."""
+    server, found = Ranks(), {}
+    for world, runs in RUNS.items():
+        able = [None if reason_to_skip(*run) else run for run in runs]
+        folder = found[world] = tmp_path_factory.mktemp(f"exact-{world}")
+        job = server.run("exact_workers.train", world, able, STEPS, str(folder), folder=folder)
+        if job.codes != [0] * world:
+            server.close()
+            pytest.fail(job.told)
     server.close()
+    return found
 
 
-@pytest.mark.parametrize(("label", "world"), [("dp=2,micro_batches=2", 2), ("dp=4", 4)])
-def test_data_parallel(ranks: Ranks, tmp_path: Path, label: str, world: int) -> None:
-    job = ranks.run("exact_workers.train", world, label, str(tmp_path), folder=tmp_path)
-    assert job.codes == [0] * world, job.told
-    expected = figures(Trainer(config(), Sampler()))
+@pytest.mark.parametrize(
+    ("world", "run"),
+    [
+        pytest.param(world, run, id="-".join(words))
+        for world, runs in RUNS.items()
+        for run, words in enumerate(runs)
+    ],
+)
+def test_plans(folders: dict[int, Path], world: int, run: int) -> None:
+    if reason := reason_to_skip(*RUNS[world][run]):
+        pytest.skip(reason)
+    expected, weights = alone(*RUNS[world][run][1:])
+    seen = set()
     for rank in range(world):
-        found = torch.load(tmp_path / f"{rank}.pt")
-        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True)), rank
+        found, parts = torch.load(folders[world] / f"{run}-{rank}.pt")
+        assert torch.equal(found, expected), rank
+        for name, place, part in parts:
+            index = tuple(slice(at, at + n) for at, n in zip(place, part.shape, strict=True))
+            assert torch.equal(weights[name][index], part), (rank, name)
+            seen.add(name)
+    assert seen == set(weights)
 
 
 def test_refused_by_name() -> None:
-    alone = "under dp and micro_batches alone"
-    for label, fact in (("pp=2", alone), ("zero=1,dp=2", alone), ("dp=3", "dp=3")):
-        with pytest.raises(ConfigError, match=f"train.exact=True .*{fact}"):
-            exact.ExactProcesses(config(), parse(label))
+    job = config("tied", "float32")
+    for label, fact in (
+        ("tp=2,sp=true", "sp cuts the sums"),
+        ("dp=2,pp=2,zero=1", "ZeRO under a pipeline"),
+        ("pp=2,schedule=zbv,virtual=2", "schedule=zbv"),
+        ("dp=3", "dp=3"),
+    ):
+        with pytest.raises(ConfigError, match=f"train.exact=True.*{fact}"):
+            exact.ExactProcesses(job, parse(label))
     growth = {"ramp_from": 8, "ramp_increment": 8, "ramp_samples": 1, "global_batch": 16}
-    grown = dataclasses.replace(config().train, **growth)
+    grown = dataclasses.replace(job, train=dataclasses.replace(job.train, **growth))
     with pytest.raises(ConfigError, match="do not grow"):
-        exact.ExactProcesses(dataclasses.replace(config(), train=grown), parse("dp=2"))
+        exact.ExactProcesses(grown, parse("dp=2"))
+    with pytest.raises(ConfigError, match="tied head"):
+        exact.ExactProcesses(config("tied", "bfloat16"), parse("dp=2,zero=1"))
+    with pytest.raises(ConfigError, match="tp cuts sums over heads"):
+        exact.ExactProcesses(config("experts", "float32"), parse("tp=2"))
+    with pytest.raises(ConfigError, match="ep adds an expert's gradients"):
+        exact.ExactProcesses(config("experts", "bfloat16"), parse("dp=2,ep=2"))
+    balanced = dataclasses.replace(MODELS["experts"], balance_weight=0.1)
+    with pytest.raises(ConfigError, match="auxiliary loss"):
+        exact.ExactProcesses(dataclasses.replace(job, model=balanced), parse("pp=2"))

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from glm_core.backends import registry
 from glm_core.backends.cpu import isas, select_isa
-from glm_core.config import ModelConfig
 from glm_core.conformance.decode import LENGTH, PRESETS, V, built
 from glm_core.errors import ConfigError, UnsupportedOpError
 from glm_core.model.glm import GLM
@@ -65,6 +64,15 @@ def generated(model: GLM, rows: Sequence[Prompt], read: int, chunk: int) -> list
     return list(torch.stack(logits, 1))
 
 
+def verified(model: GLM, prompt: Prompt, read: int) -> Tensor:
+    """Returns the logits of one sequence from the token before `read` on: the tokens after a prompt
+    of `read` are checked in one call, as drafts are."""
+    runner = Runner(model, 1)
+    first = runner.prefill(0, [Prompt(prompt.tokens[:read], prompt.sep, prompt.mask)])
+    drafts = [DecodeRow(t, prompt, at) for at, t in enumerate(prompt.tokens) if at >= read]
+    return torch.cat((first, runner.verify(0, drafts)))
+
+
 def assert_exact(model: GLM, rows: Sequence[Prompt], read: int, chunk: int) -> None:
     together = trained(model, rows)
     for row, prompt in enumerate(rows):
@@ -72,6 +80,7 @@ def assert_exact(model: GLM, rows: Sequence[Prompt], read: int, chunk: int) -> N
     for row, logits in enumerate(generated(model, rows, read, chunk)):
         expected = together[row][read - 1 : read - 1 + len(logits)]
         assert torch.equal(logits, expected), f"row {row}: prefill and decoding"
+    assert torch.equal(verified(model, rows[0], read), together[0][read - 1 :]), "drafts"
 
 
 @settings(max_examples=8, deadline=None, database=None, suppress_health_check=list(HealthCheck))
@@ -88,13 +97,30 @@ def test_situations_of_dense_models(
     assert_exact(built(name, dtype), sequences(lengths), read, chunk)
 
 
-def sparse() -> ModelConfig:
-    return preset("tiny-moe", num_layers=2, hidden=64, vocab=V, max_length=LENGTH, num_mtp_layers=0)
+SMALL = {"num_layers": 2, "hidden": 64, "vocab": V, "max_length": LENGTH, "num_mtp_layers": 0}
+SPARSE = {
+    "grouped": preset("tiny-moe", **SMALL),
+    "latent": preset(
+        "glm-4.7-flash",
+        **SMALL,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=24,
+        kv_latent=32,
+        q_latent=48,
+        rope_head_dim=8,
+        value_head_dim=20,
+        ffn=96,
+        num_experts=8,
+        expert_ffn=32,
+    ),
+}
 
 
+@pytest.mark.parametrize("name", SPARSE)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_experts(dtype: torch.dtype) -> None:
-    model = GLM(sparse()).init_weights(1).to(dtype)
+def test_experts(name: str, dtype: torch.dtype) -> None:
+    model = GLM(SPARSE[name]).init_weights(1).to(dtype)
     assert_exact(model, sequences([40, 9, 23]), 6, 4)
 
 
@@ -143,6 +169,3 @@ def test_refused_by_name() -> None:
         pass
     with pytest.raises(UnsupportedOpError, match="float16; drop exact"):
         trained(built("glm-4-9b").half(), sequences([4]))
-    latent = preset("glm-4.7-flash", num_layers=1, hidden=64, vocab=V, max_length=LENGTH)
-    with torch.device("meta"), pytest.raises(ConfigError, match="exact: kv_latent=512"):
-        Runner(GLM(latent), 1)

@@ -189,6 +189,9 @@ class Runner:
         if adapted:
             session.decoded_op_by_op("a row has a LoRA of its own")
             return None
+        if session.exact and self.config.kv_latent:
+            session.decoded_op_by_op("exact: keys and values are made of the latents again")
+            return None
         if isinstance(step, Support):
             session.decoded_op_by_op(step.reason)
             return None

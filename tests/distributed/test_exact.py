@@ -27,7 +27,7 @@ RUNS = {
         ("dp=2,zero=2", "untied", "bfloat16"),
         ("pp=2", "tied", "float32"),
         ("dp=2,zero=3>pp=2", "experts", "float32"),
-        ("tp=2", "untied", "float32"),
+        ("tp=2,sp=true", "untied", "float32"),
         ("dp=2,ep=2", "experts", "float32"),
     ],
     4: [

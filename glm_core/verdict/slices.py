@@ -1,5 +1,5 @@
 """Takes a random part of a large call: rows of the results with the rows of the arguments that they
-depend on, columns of a product, or some elements of lists, where the operator allows it."""
+depend on, columns of a product, or elements of lists of tensors, where the operator allows it."""
 
 from __future__ import annotations
 

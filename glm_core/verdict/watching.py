@@ -23,16 +23,17 @@ from torch.utils.flop_counter import flop_registry
 from glm_core.align.verdict import FALSE_ALARM_RATE
 from glm_core.conformance.oracle import EagerMode
 from glm_core.distributed.messages import MessagesError, rank_in_words
-from glm_core.errors import ConfigError, TrainingError
+from glm_core.errors import ConfigError, NoRoomError, TrainingError
 from glm_core.measure import memory
-from glm_core.verdict import collectives, oracle, references
+from glm_core.verdict import collectives, graphs, oracle, references
 from glm_core.verdict.docket import Docket
-from glm_core.verdict.judge import judge, judge_drawn
+from glm_core.verdict.judge import judge_drawn
 from glm_core.verdict.oracle import Call
 from glm_core.verdict.places import Places
 from glm_core.verdict.record import Recorder
 from glm_core.verdict.report import Report
-from glm_core.verdict.slices import part, too_large
+from glm_core.verdict.room import judge_in_room, out_of_memory
+from glm_core.verdict.slices import too_large
 
 MAX_ELEMENTS = 1 << 26
 """a call with more elements in one tensor, of which no rows can be judged alone, is left out: its
@@ -54,6 +55,8 @@ class Capture(EagerMode):
         self.step = 0
         self.process = os.getpid()
         self.recorder: Recorder | None = None
+        self.num_short = 0
+        """calls of which smaller parts than usual were judged"""
         self.unit = 0.0
         """the unit in the last place of the coarsest dtype that the program multiplies in"""
 
@@ -76,7 +79,12 @@ class Capture(EagerMode):
             return func(*args, **kwargs)
         drawn = func is DRAWN and len(args) > 1
         reason = ("" if drawn else references.why_not(func)) or _unfit(args, kwargs)
-        call = None if reason else _kept(func, args, kwargs)
+        try:
+            call = None if reason else _kept(func, args, kwargs)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            call, reason = None, "no memory on its device for a copy of what it writes"
         out = func(*args, **kwargs)
         with oracle.alone():
             flops = _flops(func, args, kwargs, out)
@@ -120,9 +128,13 @@ class Capture(EagerMode):
             if call.func is DRAWN:
                 judgement = judge_drawn(float(call.args[1]), actual["self"])
             else:
-                call, actual = part(call, actual, self.docket.num_tests)
-                judgement = judge(call, actual, self.docket.least_z)
-        except Exception as error:  # the host has no kernel for it, or too little memory
+                seed, z = self.docket.num_tests, self.docket.least_z
+                judgement, smaller = judge_in_room(call, actual, seed, z)
+                self.num_short += smaller
+        except NoRoomError as error:
+            self.docket.leave_out(name, str(error), flops)
+            return
+        except Exception as error:  # the host has no kernel for it
             text = str(error).strip().splitlines() or [type(error).__name__]
             reason = f"the host cannot compute it in float64: {text[0]:.100}"
             self.docket.leave_out(name, reason, flops)
@@ -139,6 +151,8 @@ def _unfit(args: Any, kwargs: dict[str, Any]) -> str:
             continue
         if x.is_meta or x.layout != torch.strided or x.is_quantized:
             return "its tensors have no values, are sparse or quantized"
+        if x.device.type != "cpu" and graphs.captured(x.device.type):
+            return "it is captured into a graph and has no values yet"
     return ""
 
 
@@ -237,6 +251,7 @@ class watch:
             self._compiled = _num_compiled()
             if "torch._dynamo" in sys.modules:  # else nothing is compiled, and it loads for seconds
                 self._active.enter_context(torch.compiler.set_stance("force_eager"))
+            self._active.enter_context(graphs.replays(self._note_replay))
             self._active.enter_context(self.mode)
 
     def _stop(self) -> None:
@@ -245,8 +260,20 @@ class watch:
         self._active.close()
         self.places.stop()
         self._note_compiled()
+        if self.mode.num_short:
+            self._note("memory was short: of some calls, smaller parts than usual were judged")
         self.seconds += time.perf_counter() - self._begin
         self._begin = None
+
+    def _note_replay(self) -> None:
+        self._note(
+            f"a CUDA graph was replayed in step {self.mode.step}: what runs inside was not judged, "
+            "only what its results are given to; judge a run without graphs"
+        )
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
 
     def _note_compiled(self) -> None:
         if _num_compiled() > self._compiled:

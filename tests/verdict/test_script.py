@@ -30,7 +30,18 @@ for step in range(3):
         raise ValueError("bad batch")
 raise RuntimeError("ran on after the last captured step")
 """
+SEEDED = """
+import torch
+torch.manual_seed(0)
+model = torch.nn.Linear(8, 4)
+adam = torch.optim.AdamW(model.parameters(), lr=0.1)
+for step in range(20):
+    model(torch.randn(2, 8)).square().mean().backward()
+    adam.step()
+    adam.zero_grad()
+"""
 CONTEXT = """
+from contextlib import nullcontext as nothing
 from glm_core.faults.aten import Planted, aten_fault
 wrong = lambda: Planted(aten_fault("addmm: the bias is left out"))
 number = 3
@@ -101,12 +112,26 @@ def test_the_command_judges_plain_and_with_the_context(
     assert cli.main(["verdict", "--steps", "two", path]) == cli.main(["verdict"]) == 2
 
 
-def test_the_commands_of_the_page_are_commands() -> None:
+def test_the_commands_of_the_page_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the CPU, with a context of ours in place of FlagGems."""
+    monkeypatch.setattr(script, "run_script", lambda request: run_here(request, tmp_path))
+    monkeypatch.chdir(tmp_path)
+    request_for(tmp_path, SEEDED)
     page = (ROOT / "docs" / "verdict.md").read_text(encoding="utf-8")
-    commands = re.findall(r"^\s*(?:run: )?glm-core (verdict .*)$", page, re.M)
-    assert len(commands) >= 4
-    for words in map(shlex.split, commands):
-        assert "train.py" in cli.parser().parse_args(words).command_words
+    commands = re.findall(r"^\s*(?:- )?(?:run: )?glm-core (verdict .*)$", page, re.M)
+    assert len(commands) >= 7
+    here = {"cuda": "cpu", "flag_gems:use_gems": "contexts_of_a_test:nothing"}
+    for words in dict.fromkeys(commands):
+        assert cli.main([here.get(word, word) for word in shlex.split(words)]) == 0, words
+    out = capsys.readouterr().out
+    assert "on cpu with contexts_of_a_test:nothing" in out
+    assert "the loss curve is the reference's to the bit (20 steps, 6 control runs)" in out
+    written = [p.name for p in tmp_path.iterdir() if p.name.startswith(("verdict.", "there."))]
+    assert sorted(written) == sorted(
+        set(re.findall(r"(?:verdict|there)\.[a-z]+", " ".join(commands)))
+    )
 
 
 @pytest.mark.parametrize(

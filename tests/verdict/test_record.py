@@ -44,14 +44,35 @@ def recorded(path: Path, fault: str = "", recorder: Recorder | None = None) -> R
     return read(path)
 
 
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The content of an honest record."""
+    path = tmp_path_factory.mktemp("records") / "there"
+    recorded(path)
+    return path.read_bytes()
+
+
+@pytest.fixture
+def path(tmp_path: Path, honest: bytes) -> Path:
+    """A copy of the honest record."""
+    (tmp_path / "there").write_bytes(honest)
+    return tmp_path / "there"
+
+
+@pytest.fixture(scope="module")
+def wrong(tmp_path_factory: pytest.TempPathFactory) -> Record:
+    """The record of a machine whose gelu is wrong."""
+    return recorded(tmp_path_factory.mktemp("records") / "wrong", GELU)
+
+
 @pytest.mark.parametrize(
     ("there", "here", "where"),
-    [("", "", {}), (GELU, "", {"aten::gelu": "there"}), ("", GELU, {"aten::gelu": "here"})],
+    [(GELU, "", {"aten::gelu": "there"}), ("", GELU, {"aten::gelu": "here"})],
 )
 def test_the_machine_that_is_wrong_is_named(
-    tmp_path: Path, there: str, here: str, where: dict[str, str]
+    path: Path, wrong: Record, there: str, here: str, where: dict[str, str]
 ) -> None:
-    record = recorded(tmp_path / "there", there)
+    record = wrong if there else read(path)
     with Planted(aten_fault(here)) if here else nullcontext():
         result = compare(record, "cpu", 1e-3)
     assert result.sides() == where
@@ -63,15 +84,14 @@ def test_the_machine_that_is_wrong_is_named(
     assert comparison.from_json(json.loads(json.dumps(result.to_json()))) == result
 
 
-def test_a_mistake_of_both_machines_is_named(tmp_path: Path) -> None:
-    record = recorded(tmp_path / "there", GELU)
+def test_a_mistake_of_both_machines_is_named(wrong: Record) -> None:
     with Planted(aten_fault(GELU)):
-        result = compare(record, "cpu", 1e-3)
+        result = compare(wrong, "cpu", 1e-3)
     assert "aten::gelu is wrong on both machines" in result.sentence()
 
 
-def test_honest_rounding_of_another_machine_is_acquitted(tmp_path: Path) -> None:
-    record = recorded(tmp_path / "there")
+def test_honest_rounding_of_another_machine_is_acquitted(path: Path) -> None:
+    record = read(path)
     [product] = [
         c for n, c in record.calls if n == "aten::addmm" and c and c.call.args[1].shape[1] == 16
     ]
@@ -82,9 +102,7 @@ def test_honest_rounding_of_another_machine_is_acquitted(tmp_path: Path) -> None
     assert "1 differ by honest rounding" in result.sentence()
 
 
-def test_an_operator_that_is_missing_here_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "there"
-    recorded(path)
+def test_an_operator_that_is_missing_here_is_named(path: Path) -> None:
     rewrite(path, lambda fields: fields["calls"][0].update(operator="aten::of_later_times"))
     result = compare(read(path), "cpu", 1e-3)
     assert [u.operator for u in result.not_compared] == ["aten::of_later_times"]
@@ -93,10 +111,10 @@ def test_an_operator_that_is_missing_here_is_named(tmp_path: Path) -> None:
     assert "nothing was compared" in nothing.sentence()
 
 
-def test_a_record_is_bounded(tmp_path: Path) -> None:
+def test_a_record_is_bounded(path: Path) -> None:
     recorder = Recorder(max_kept=8 * 600)
-    everything = recorded(tmp_path / "all")
-    record = recorded(tmp_path / "some", recorder=recorder)
+    everything = read(path)
+    record = recorded(path, recorder=recorder)
     assert 0 < len(record.calls) < len(everything.calls)
     assert {why for _, why, _ in record.left_out} == {"its tensors are too large for a record"}
     recorder = Recorder()
@@ -154,9 +172,7 @@ FIRST: dict[str, Callable[[dict[str, Any]], object]] = {
 }
 
 
-def test_bad_files_are_refused_in_one_line(tmp_path: Path) -> None:
-    path = tmp_path / "record"
-    recorded(path)
+def test_bad_files_are_refused_in_one_line(path: Path) -> None:
     good = path.read_bytes()
     cases: list[tuple[str, bytes]] = [
         ("cannot be read", good[:-100]),
@@ -181,13 +197,11 @@ def test_bad_files_are_refused_in_one_line(tmp_path: Path) -> None:
     path.write_bytes(good)
     header.add(path, "curve", '{"reference": 3}')
     refused(path, "malformed fields")
-    refused(tmp_path / "nowhere", "no such file")
+    refused(path / "nowhere", "no such file")
 
 
 @pytest.mark.parametrize("message", FIRST)
-def test_calls_that_a_record_must_not_hold_are_refused(tmp_path: Path, message: str) -> None:
-    path = tmp_path / "record"
-    recorded(path)
+def test_calls_that_a_record_must_not_hold_are_refused(path: Path, message: str) -> None:
     rewrite(path, lambda fields: FIRST[message](fields["calls"][0]))
     refused(path, message if message != "aten::from_file" else "record again")
 

@@ -7,15 +7,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from glm_core.verdict.graphs import eager
     from glm_core.verdict.references import reference
     from glm_core.verdict.watching import watch
 
-__all__ = ["reference", "watch"]
+__all__ = ["eager", "reference", "watch"]
 
 
 def __getattr__(name: str) -> Any:
     """Imports what needs torch when it is first used; the command's own process needs none."""
-    where = {"reference": "references", "watch": "watching"}.get(name)
+    where = {"eager": "graphs", "reference": "references", "watch": "watching"}.get(name)
     if where is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"glm_core.verdict.{where}"), name)

@@ -4,14 +4,12 @@ whose weights are moved by a unit in the last place."""
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Iterator
-from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from glm_core.verdict import oracle
@@ -23,21 +21,19 @@ SAMPLED = 1 << 16
 class Curve:
     """The loss of each optimizer step so far: what `backward` was called on, summed over the step.
 
-    control: 0, or the seed of a control run. unit: a control run moves the weights it starts with
-    by this share of themselves: a unit in the last place of the dtype that the program multiplies
-    in. Before each later step it moves float32 and float64 weights by a unit of their own."""
+    control: 0, or the seed of a control run. unit: a control run moves the weights after its first
+    step by this share of themselves: a unit in the last place of the dtype that the program
+    multiplies in. After each later step it moves float32 and float64 weights by a unit of their
+    own. Nothing is hooked to modules, so that a compiler sees the program as it is."""
 
     def __init__(self, control: int = 0, unit: float = 0.0) -> None:
         self.control, self.unit = control, unit
         self.loss: list[float] = []
-        self.weights: list[list[float]] = []
-        """sketches of the weights before the first step, by module that ran first"""
-        self.batch: list[float] = []
-        """sketch of the first tensors that a module got"""
-        self.modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self.roots: list[nn.Module] = []
+        self.weights: list[float] = []
+        """sketch of the optimizer's weights before its first step"""
+        self.gradients: list[float] = []
+        """sketch of their gradients then"""
         self.sum: Tensor | None = None
-        self.hook: Any = None
 
     @contextlib.contextmanager
     def followed(self) -> Iterator[None]:
@@ -48,17 +44,11 @@ class Curve:
             self._add(tensors)
             plain(tensors, *args, **kwargs)
 
-        with ExitStack() as stack:
-            self.hook = register_module_forward_pre_hook(self._first)
-            stack.callback(self._unhook)
-            stack.callback(setattr, torch.autograd, "backward", plain)
-            torch.autograd.backward = backward  # Tensor.backward looks it up there
+        torch.autograd.backward = backward  # Tensor.backward looks it up there
+        try:
             yield
-
-    def _unhook(self) -> None:
-        if self.hook is not None:
-            self.hook.remove()
-            self.hook = None
+        finally:
+            torch.autograd.backward = plain
 
     def _add(self, tensors: Any) -> None:
         scalars = [t for t in tree_leaves(tensors) if isinstance(t, Tensor) and t.numel() == 1]
@@ -67,34 +57,34 @@ class Curve:
                 value = t.detach().double().reshape(())
                 self.sum = value if self.sum is None else self.sum + value.to(self.sum.device)
 
-    def _first(self, module: nn.Module, args: Any) -> None:
-        """Sketches what the program begins with, and moves the weights of a control run."""
-        tensors = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
+    def begin_step(self, optimizer: Optimizer) -> None:
+        """Sketches what the program begins with."""
+        if self.weights:
+            return
+        weights = parameters(optimizer)
         with oracle.alone():
-            if tensors and not self.batch:
-                self.batch = sketch(tensors)
-            if module in self.modules:
-                return
-            self.modules.update(module.modules())
-            self.roots.append(module)
-            self.weights.append(sketch(list(module.parameters())))
-            if self.control:
-                move(module, self.control, self.unit)
+            self.weights = sketch(weights)
+            self.gradients = sketch([w.grad for w in weights if w.grad is not None])
 
-    def end_step(self) -> None:
-        """Closes a step."""
-        self._unhook()
+    def end_step(self, optimizer: Optimizer | None) -> None:
+        """Closes a step; moves the weights of a control run."""
         self.loss.append(float(self.sum) if self.sum is not None else float("nan"))
         self.sum = None
-        if self.control:
+        if self.control and optimizer is not None:
+            number = len(self.loss)
+            unit = self.unit if number == 1 else 0.0
             with oracle.alone():
-                for root in self.roots:
-                    move(root, self.control + 1000 * len(self.loss), 0.0)
+                move(parameters(optimizer), self.control + 1000 * number, unit)
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values; a loss that is not finite is null."""
         loss = [x if abs(x) < float("inf") else None for x in self.loss]
-        return {"loss": loss, "weights": self.weights, "batch": self.batch}
+        return {"loss": loss, "weights": self.weights, "gradients": self.gradients}
+
+
+def parameters(optimizer: Optimizer) -> list[Tensor]:
+    """Returns the weights of an optimizer, in order."""
+    return [w for group in optimizer.param_groups for w in group["params"]]
 
 
 def sketch(tensors: list[Tensor]) -> list[float]:
@@ -113,12 +103,12 @@ def sketch(tensors: list[Tensor]) -> list[float]:
     return [float(v) for v in total / max(square, 1e-300) ** 0.5]
 
 
-def move(module: nn.Module, seed: int, unit: float) -> None:
+def move(weights: list[Tensor], seed: int, unit: float) -> None:
     """Moves every weight by -1, 0 or 1 unit: `unit` times itself, but at least one unit in the last
     place of its own dtype. Without `unit`, weights below float32 stay: their own unit is more than
     an update."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    for weight in module.parameters():
+    for weight in weights:
         if not weight.is_floating_point() or weight.is_meta or weight.layout != torch.strided:
             continue
         own = torch.finfo(weight.dtype).eps

@@ -12,8 +12,9 @@ from glm_core.align import MIN_CONTROLS
 from glm_core.align.envelope import envelope
 from glm_core.align.verdict import finite
 
-SAME = 0.01
-"""sketches that differ by more are of other weights or other batches"""
+SAME, SAME_DATA = 0.01, 0.1
+"""sketches that differ by more are of other weights, or of gradients of other data: runs on one
+machine, before any weight is moved"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,8 +92,6 @@ def why_not(
     reference: dict[str, Any], controls: list[dict[str, Any]], candidate: dict[str, Any]
 ) -> str:
     """Returns why these curves cannot be judged, "" where they can."""
-    if not reference["weights"]:
-        return "no module ran before the first step, so that no weights could be moved"
     if not reference["loss"] or not candidate["loss"]:
         return "no step was followed"
     if any(x is None for c in (reference, *controls) for x in c["loss"]):
@@ -100,17 +99,16 @@ def why_not(
             "in some step backward was called on no scalar, or the loss was not finite without the "
             "candidate's help"
         )
-    for what, other in (
-        *(("two runs of the script", c) for c in controls),
-        ("the reference and this run", candidate),
-    ):
-        for name in ("weights", "batch"):
-            if not _same(reference[name], other[name]):
-                words = {"weights": "start with other weights", "batch": "begin with other data"}
-                return f"{what} {words[name]}; seed torch, random, numpy and the data loader"
+    seed = "; seed torch, random, numpy and the data loader"
+    if not all(_same(reference["weights"], c["weights"], SAME) for c in controls):
+        return f"two runs of the script start with other weights{seed}"
+    if not all(_same(reference["gradients"], c["gradients"], SAME_DATA) for c in controls):
+        return f"two runs of the script have other gradients in their first step{seed}"
+    if not _same(reference["weights"], candidate["weights"], SAME):
+        return f"this run starts with other weights than the reference{seed}"
     return ""
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(a: Any, b: Any, limit: float) -> bool:
     x, y = np.array(a, np.float64), np.array(b, np.float64)
-    return x.shape == y.shape and bool((np.abs(x - y) < SAME).all())
+    return x.shape == y.shape and bool((np.abs(x - y) < limit).all())

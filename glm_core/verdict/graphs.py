@@ -1,5 +1,6 @@
-"""Notices CUDA graphs: operators that are captured into one have no values yet, and a replay runs
-kernels that no dispatcher sees."""
+"""Decides how programs are handled that run whole graphs: operators that are captured into a CUDA
+graph have no values yet, its replay runs kernels that no dispatcher sees, and a compiler's kernels
+are judged by the loss of a run without it."""
 
 from __future__ import annotations
 
@@ -9,6 +10,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+
+def eager() -> Any:
+    """Returns a context in which compiled functions run without the compiler: the second curve of
+    `--curve N --with glm_core.verdict:eager`."""
+    return torch.compiler.set_stance("force_eager")
 
 
 def captured(device_type: str) -> bool:

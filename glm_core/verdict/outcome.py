@@ -83,7 +83,7 @@ def _against(recorded: dict[str, Any], last: dict[str, Any], request: Request) -
     return judge_curve(recorded["reference"], recorded["controls"], last.get("curve", _NONE), rate)
 
 
-_NONE: dict[str, Any] = {"loss": [], "weights": [], "batch": []}
+_NONE: dict[str, Any] = {"loss": [], "weights": [], "gradients": []}
 
 
 def _with_controls(

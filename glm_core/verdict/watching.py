@@ -277,14 +277,14 @@ class watch:
 
     def _note_compiled(self) -> None:
         if _num_compiled() > self._compiled:
-            self.notes.append(
+            self._note(
                 f"functions were compiled in step {self.mode.step}: what ran inside them was not "
                 "judged; judge a later step"
             )
-        elif self._compiled and len(self.notes) == 0:
-            self.notes.append(
+        elif self._compiled:
+            self._note(
                 "compiled functions ran without the compiler in the captured steps: its kernels "
-                "were not judged"
+                "were not judged; --curve 20 --with glm_core.verdict:eager judges them by the loss"
             )
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

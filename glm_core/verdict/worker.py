@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.optimizer import Optimizer
 
 from glm_core.errors import BackendUnavailableError, ConfigError, GlmCoreError, TrainingError
 from glm_core.verdict.against import compare
@@ -91,13 +92,18 @@ class WatchedScript(watch):
             self.failure = error
             raise Complete from None
 
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        super()._before(optimizer, args, kwargs)
+        if self.curve is not None and optimizer is self.optimizer:
+            self.curve.begin_step(optimizer)
+
     def _device(self) -> str:
         others = sorted(self.docket.devices - {"cpu"})
         return self.request.device or (others[0] if others else "cpu")
 
     def _start_or_not(self) -> None:
         if self.curve is not None and self.done > len(self.curve.loss):
-            self.curve.end_step()
+            self.curve.end_step(self.optimizer)
             self.result["curve"] = self.curve.to_json()
             write(self.path, self.result)
         if self.done >= self.last:

@@ -96,7 +96,11 @@ def test_a_record_carries_its_curve_to_the_other_machine(tmp_path: Path) -> None
     ("old", "new", "reason"),
     [
         ("torch.manual_seed(0)", "torch.seed()", "start with other weights"),
-        ("    x = torch.randn(12, 8)", "    torch.seed(); x = torch.randn(12, 8)", "other data"),
+        (
+            "    x = torch.randn(12, 8)",
+            "    torch.seed(); x = torch.randn(12, 8)",
+            "other gradients",
+        ),
         (
             ".mean().backward()",
             ".sum(0).backward(torch.ones(4))",
@@ -133,7 +137,7 @@ def test_options_that_give_no_curve_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_curve_that_is_not_finite_is_outside() -> None:
-    curve = {"loss": [3.0, 2.0], "weights": [[0.1] * 3], "batch": [0.2] * 3}
+    curve = {"loss": [3.0, 2.0], "weights": [0.1] * 3, "gradients": [0.2] * 3}
     controls = [curve | {"loss": [3.0 + k * 1e-6, 2.0 - k * 1e-6]} for k in (1, -1, 2, -2)]
     bad = judge_curve(curve, controls, curve | {"loss": [3.0, None]}, 1e-3)
     assert bad.first_step == 2
@@ -148,9 +152,9 @@ def test_weights_move_by_a_unit(dtype: torch.dtype) -> None:
     layer.weight.data[0, 0] = 0
     before = copy.deepcopy(layer)
     state = torch.get_rng_state()
-    move(layer, 1, 0.0)
+    move(list(layer.parameters()), 1, 0.0)
     assert torch.equal(layer.weight, before.weight) == (dtype == torch.bfloat16)
-    move(layer, 2, torch.finfo(dtype).eps)
+    move(list(layer.parameters()), 2, torch.finfo(dtype).eps)
     change = ((layer.weight - before.weight).double() / before.weight.double()).nan_to_num()
     assert 0 < change.abs().max() < 4 * torch.finfo(dtype).eps
     assert 0.5 < (change != 0).double().mean() < 0.9

@@ -59,9 +59,10 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def every_case(backend: Backend) -> Iterator[Case]:
-    """Yields the cases of all ops in every dtype the backend claims and every mode that applies."""
-    for op in all_ops().values():
+def every_case(backend: Backend, only: str | None = None) -> Iterator[Case]:
+    """Yields the cases of all ops, or of one, in every dtype the backend claims and every mode that
+    applies."""
+    for op in all_ops().values() if only is None else (all_ops()[only],):
         samples = list(op.samples())
         for mode in MODES:
             for dtype in backend.dtypes:
@@ -132,7 +133,7 @@ def select(
     wanted = None if dtypes is None else set(dtypes)
     selected = [
         case
-        for case in every_case(backend)
+        for case in every_case(backend, op)
         if matches(case.id, modes, op, id)
         and (wanted is None or case.dtype in wanted)
         and (real or not (case.sample.real or case.sample.large))

@@ -27,9 +27,9 @@ from glm_core.backends.base import Backend
 from glm_core.config import DataConfig, ModelConfig, PolicyConfig, RunConfig, TrainConfig
 from glm_core.data.sampler import Batch
 from glm_core.diagnose import watchdog
-from glm_core.distributed import checkpoint, dry_run, mesh, straggler, watch
+from glm_core.distributed import checkpoint, comm, dry_run, mesh, straggler, watch
 from glm_core.distributed import run as planned
-from glm_core.distributed.checkpoint import Checkpoints, Shards, newest_checkpoint, shards_of
+from glm_core.distributed.checkpoint import Checkpoints, Shards, shards_of
 from glm_core.distributed.layout import splits_of, take
 from glm_core.distributed.parallel import ManyProcesses
 from glm_core.distributed.plan import parse, stage_layers, stages_of
@@ -39,6 +39,9 @@ from glm_core.model.glm import GLM
 from glm_core.training.live import Live
 from glm_core.training.trainer import Trainer
 
+FAULTY_STEP = 3
+LIMIT_S = 120.0
+"""no job waits for it; on a busy machine a first step's imports alone take many seconds"""
 MODEL = ModelConfig(
     num_layers=4,
     hidden=16,
@@ -145,7 +148,7 @@ def load_under(plan: str, folder: str, seed: int) -> None:
 def save_with_little_room(folder: str, max_bytes: int) -> None:
     """Step 1 fits; before step 2 rank 1 may no longer write so large a file."""
     join()
-    checkpoints = Checkpoints(Path(folder), timeout_s=20)
+    checkpoints = Checkpoints(Path(folder), timeout_s=LIMIT_S)
     x = torch.full((1000, 8), float(os.environ["RANK"]))
     state = {f"x{os.environ['RANK']}": shards_of(x)}
     checkpoints.save(1, state, {})
@@ -163,7 +166,7 @@ def save_with_little_room(folder: str, max_bytes: int) -> None:
 def die_in_save(folder: str, victim: int) -> None:
     """One rank is killed when its file of step 2 is complete but the checkpoint is not."""
     join()
-    checkpoints: Any = Checkpoints(Path(folder), timeout_s=20)
+    checkpoints: Any = Checkpoints(Path(folder), timeout_s=LIMIT_S)
     state = {"x": shards_of(torch.arange(8.0))}
     checkpoints.save(1, state, {})
     checkpoints.wait()
@@ -184,7 +187,7 @@ def training(folder: str, steps: int, fault: str, timeout_s: float, interval_s: 
     join()
     rank, out = dist.get_rank(), Path(folder)
     with watch.watched(out / "watch", rank, dist.get_world_size(), timeout_s, interval_s):
-        checkpoints = Checkpoints(out / "checkpoints", timeout_s=20)
+        checkpoints = Checkpoints(out / "checkpoints", timeout_s=LIMIT_S)
         weight, done = torch.zeros(4), 0
         resumed = (out / "checkpoints").exists()
         if resumed:
@@ -192,6 +195,9 @@ def training(folder: str, steps: int, fault: str, timeout_s: float, interval_s: 
         print(f"starts after step {done}", flush=True)
         with registry.use(faulty(fault if rank == 1 and not resumed else "", out)):
             for step in range(done + 1, steps + 1):
+                if step == FAULTY_STEP and not resumed:
+                    checkpoints.wait()  # the next start begins there
+                    dist.barrier()  # both ranks' limits begin now: the first to end tells of both
                 watchdog.beat(f"step {step}")
                 gradient = ops.global_norm([torch.full((4,), float(step))]) * torch.ones(4)
                 dist.all_reduce(gradient)
@@ -204,16 +210,14 @@ def training(folder: str, steps: int, fault: str, timeout_s: float, interval_s: 
 
 
 def faulty(fault: str, out: Path) -> Backend:
-    """Returns a backend of references whose third global_norm has the fault, once the checkpoint of
-    step 2 is complete and this rank's record names the op."""
+    """Returns a backend of references whose call of global_norm in the faulty step has the fault,
+    once this rank's record names the op."""
     backend, calls = Backend(name="weak", device_type="cpu", verified="in this test"), [0]
 
     @backend.implements(ops.global_norm)
     def global_norm(tensors: list[Tensor]) -> Tensor:
         calls[0] += 1
-        if calls[0] == 3 and fault:
-            while newest_checkpoint(out / "checkpoints") is None:
-                watchdog.beat("step 3")  # the save goes on in the background
+        if calls[0] == FAULTY_STEP and fault:
             while (watch.read(out / "watch/rank-1.json") or {}).get("what") != "op global_norm":
                 pass  # the sampler has not come by yet
             {"hang": hang, "hold": hold, "stop": stop, "kill": kill}[fault]()
@@ -304,7 +308,7 @@ def engine_steps(plan_text: str, start: str, out: str, steps: int, sparse: bool 
         train=TrainConfig(backend="reference", steps=9, global_batch=batch, warmup_steps=1),
     )
     parallel = ManyProcesses(config, plan, mesh.make(plan, "cpu"), registry.get("reference"))
-    checkpoints = Checkpoints(Path(out), keep=9, timeout_s=20)
+    checkpoints = Checkpoints(Path(out), keep=9, timeout_s=LIMIT_S)
     trainer = Trainer(config, Rows(), parallel, checkpoints)
     if start:
         trainer.restore(Checkpoints(Path(start)).open(Path(start)))
@@ -367,7 +371,7 @@ def run_under(plan: str, out: str, policy: dict[str, Any], bad: int, port: int) 
         sampler=Rows(bad),
         live=figures,
         tensorboard=bool(port),
-        timeout_s=20,
+        timeout_s=LIMIT_S,
     )
     print(f"ended at {result.checkpoint}")
     if figures is not None:
@@ -411,6 +415,21 @@ def align_with(bug: str, folder: str) -> None:
     """Does a rank's part of `align run --plan` with a bug planted."""
     with BUGS[bug]():
         planned_run.work(folder)
+
+
+def wrong_collectives() -> None:
+    """Breaks every result before it is checked: rank 1 prints how many elements are wrong before
+    and after, and the check must see each."""
+    with comm.process_group(registry.get("reference")) as me:
+        for name in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "p2p"):
+            case = comm.operation(name, 16, torch.bfloat16, me)
+            case.refill()
+            case.run()
+            good = case.wrong()
+            case.run()
+            case.refill()
+            if me.rank == 1:
+                print(name, good, case.wrong(), flush=True)
 
 
 def command(words: list[str]) -> None:

@@ -57,7 +57,7 @@ class Ranks:
     def run(
         self, function: str, world: int, *args: Any, folder: Path, timeout_s: float = 150.0
     ) -> Job:
-        """`module.function(*args)` on every rank; output goes through files in `folder`."""
+        """Runs `module.function(*args)` on every rank, in `folder`, where its output goes too."""
         request = {
             "function": function,
             "world": world,
@@ -97,6 +97,7 @@ def fork(request: dict[str, Any]) -> list[int | None]:
 
 def _child(request: dict[str, Any], rank: int) -> None:
     module, _, name = request["function"].rpartition(".")
+    os.chdir(request["folder"])
     work_and_exit(
         Path(request["folder"]) / f"rank-{rank}.out",
         lambda: getattr(importlib.import_module(module), name)(*request["args"]),

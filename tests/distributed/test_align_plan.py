@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import markov
@@ -13,12 +11,6 @@ from ranks import Ranks
 from glm_core import align
 from glm_core.align import explanation, planned_run
 from glm_core.errors import ConfigError
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with contextlib.closing(Ranks()) as forking:
-        yield forking
 
 
 @pytest.fixture(scope="module")

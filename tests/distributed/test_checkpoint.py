@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,14 +26,6 @@ from glm_core.distributed.checkpoint import (
 from glm_core.distributed.dcp_reader import METADATA, SafeReader, single_process_allowed
 from glm_core.distributed.layout import Split
 from glm_core.errors import CheckpointError
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    server = Ranks()
-    yield server
-    server.close()
-
 
 WORKERS = "elastic_workers"
 

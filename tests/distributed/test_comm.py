@@ -6,32 +6,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import process
 import pytest
 import torch
+from ranks import Ranks
 
 from glm_core.bench import comm as bench
 from glm_core.distributed import comm
 from glm_core.errors import ConfigError
 from glm_core.measure.timing import Timing
-
-# a worker that breaks every result before it is checked: the check must see every element
-LIAR = """
-import torch
-from glm_core.backends import registry
-from glm_core.distributed import comm
-with comm.process_group(registry.get("reference")) as me:
-    for name in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "p2p"):
-        case = comm.operation(name, 16, torch.bfloat16, me)
-        case.refill(); case.run()
-        good = case.wrong()
-        case.run()
-        case.refill()
-        if me.rank == 1:
-            print(name, good, case.wrong(), flush=True)
-"""
 
 
 @pytest.mark.parametrize(
@@ -87,15 +73,11 @@ def test_two_processes_of_its_own() -> None:
     assert all(r["time_us"] > 0 for r in result["rows"])
 
 
-def test_every_wrong_element_is_counted(tmp_path: Any) -> None:
-    script = tmp_path / "liar.py"
-    script.write_text(LIAR)
-    done = process.run(
-        [sys.executable, "-m", "glm_core.distributed.launch", "--nproc-per-node=2", str(script)],
-        PYTHONPATH=str(process.ROOT),
-    )
-    rows = [line.split() for line in done.stdout.splitlines()]
-    assert [r[1] for r in rows] == ["0"] * 5, done.stderr
+def test_every_wrong_element_is_counted(ranks: Ranks, tmp_path: Path) -> None:
+    job = ranks.run("elastic_workers.wrong_collectives", 2, folder=tmp_path)
+    assert job.codes == [0, 0], job.told
+    rows = [line.split() for line in job.outputs[1].splitlines()]
+    assert [r[1] for r in rows] == ["0"] * 5
     whole = {"all_gather": 16, "reduce_scatter": 8, "all_to_all": 16, "p2p": 16}
     # all_reduce is refilled with this rank's own values, which are the sum where rank 0 gave zero
     assert {r[0]: int(r[2]) for r in rows} == whole | {"all_reduce": zero_free(16)}

@@ -64,7 +64,7 @@ def executed(script: str, tmp_path: Path, **variables: str) -> list[str]:
         capture_output=True,
         text=True,
         check=True,
-        timeout=30,
+        timeout=120,
         env={"PATH": f"{tmp_path}:{os.environ['PATH']}", **variables},
     )
     return done.stdout.splitlines()

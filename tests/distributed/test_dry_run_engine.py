@@ -33,7 +33,6 @@ pytestmark = [
     ),
 ]
 CASES = [
-    ("glm4-34m", "tp=2", 1, 4, 64),
     ("glm4-34m", "tp=2,sp=true,recompute=full", 1, 8, 64),
     ("glm4-34m", "tp=2,pp=2,micro_batches=4", 1, 4, 64),
     ("glm4-34m", "pp=4,micro_batches=2", 0, 8, 512),
@@ -42,13 +41,12 @@ CASES = [
     ("glm4-34m", "dp=2,micro_batches=4", 0, 8, 512),
     ("glm4-34m", "tp=2,sp=true,dp=4,zero=1", 0, 8, 64),
     ("glm4-34m", "pp=2,virtual=2,schedule=interleaved,micro_batches=4", 0, 8, 64),
-    ("glm4-34m", "dp=4,zero=1", 1, 4, 256),
     ("glm4-34m", "dp=4,zero=2,micro_batches=2", 1, 16, 64),
     ("glm4-34m", "dp=4,zero=3", 1, 4, 256),
     ("glm-base", "dp=4,tp=2,zero=3,sp=true", 5, 8, 512),
     ("glm4-34m", "dp=2,pp=2,zero=3,micro_batches=4", 1, 8, 64),
     ("glm4-34m", "pp=2,schedule=gpipe,micro_batches=4", 1, 8, 64),
-    ("glm-130b", "tp=4,pp=8,dp=24,zero=1,micro_batches=8,recompute=full", 100, 192, 2048),
+    ("glm-130b", "tp=4,pp=8,dp=24,zero=1,micro_batches=6,recompute=full", 100, 144, 2048),
 ]
 
 
@@ -74,7 +72,7 @@ def test_memory_within_three_percent_and_collectives_exact(case: Any) -> None:
 )
 def test_more_micro_batches_take_no_more_memory(plan: str, rank: int) -> None:
     """A stage of torch would hold receive buffers for every micro-batch."""
-    few, many = (report("glm4-34m", f"{plan},micro_batches={m}", rank, m, 256) for m in (4, 8))
+    few, many = (report("glm4-34m", f"{plan},micro_batches={m}", rank, m, 256) for m in (4, 6))
     more = many.peak_bytes - few.peak_bytes
     assert 0 <= more < 4 * 256 * 100  # the rows: tokens, positions, ...; no [256, 512] among it
 
@@ -146,9 +144,9 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     result = json.loads(capsys.readouterr().out)
     assert result["collectives"]["all_reduce"] == result["predicted_collectives"]["all_reduce"]
     assert {"peak_bytes", "predicted_peak_bytes", "seconds", "placement"} <= set(result)
-    big = ["--global-batch", "1", "--preset", "glm-130b", "--plan", "tp=1", "--seq", "16"]
+    big = ["--global-batch", "1", "--preset", "glm-130b", "--plan", "pp=10", "--seq", "16"]
     assert main(["plan", "dry-run", *big]) == 1
-    assert "does not fit: 2" in capsys.readouterr().out
+    assert "does not fit: 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -170,19 +168,10 @@ def test_bad_plans_end_in_the_error_of_a_cluster(
     assert error.count("\n") == 1
 
 
-def test_stages_of_a_real_job_hold_what_the_dry_run_says(tmp_path: Path) -> None:
+def test_stages_of_a_real_job_hold_what_the_dry_run_says(ranks: Ranks, tmp_path: Path) -> None:
     """Four processes; the ends hold the embedding and fewer layers."""
-    server = Ranks()
-    try:
-        job = server.run(
-            "elastic_workers.measured_stage",
-            4,
-            "pp=4,micro_batches=6",
-            folder=tmp_path,
-            timeout_s=50,
-        )
-    finally:
-        server.close()
+    stage, plan = "elastic_workers.measured_stage", "pp=4,micro_batches=6"
+    job = ranks.run(stage, 4, plan, folder=tmp_path)
     assert job.codes == [0, 0, 0, 0], job.told
     peaks = [json.loads(output.splitlines()[-1]) for output in job.outputs]
     print(peaks)

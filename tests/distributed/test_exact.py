@@ -53,17 +53,14 @@ def alone(model: str, dtype: str) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+def folders(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """Does all runs of a number of processes in one job; returns its folder."""
-    server, found = Ranks(), {}
+    found = {}
     for world, runs in RUNS.items():
         able = [None if reason_to_skip(*run) else run for run in runs]
         folder = found[world] = tmp_path_factory.mktemp(f"exact-{world}")
-        job = server.run("exact_workers.train", world, able, STEPS, str(folder), folder=folder)
-        if job.codes != [0] * world:
-            server.close()
-            pytest.fail(job.told)
-    server.close()
+        job = ranks.run("exact_workers.train", world, able, STEPS, str(folder), folder=folder)
+        assert job.codes == [0] * world, job.told
     return found
 
 

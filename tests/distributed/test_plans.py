@@ -29,14 +29,20 @@ def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     return base if worker_id == "master" else base.parent
 
 
+READ: dict[Path, Any] = {}
+"""what this process has read of the shared folder"""
+
+
 def once(path: Path, make: Callable[[], T]) -> T:
-    """What `make` returns, made by the first that asks, whichever process it is."""
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            torch.save(make(), path)
-        made: T = torch.load(path, weights_only=False)
-        return made
+    """Returns what `make` returns. The first process that needs it makes it, each reads it once."""
+    if path not in READ:
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                torch.save(make(), path)
+            READ[path] = torch.load(path, weights_only=False)
+    made: T = READ[path]
+    return made
 
 
 @pytest.fixture

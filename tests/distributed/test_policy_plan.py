@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,6 @@ BAD = 36
 """a sequence of the fifth step"""
 
 
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    server = Ranks()
-    yield server
-    server.close()
-
-
 def planned(ranks: Ranks, tmp_path: Path, plan: str, policy: dict[str, Any], **more: int) -> Job:
     options = {"bad": BAD, "port": 0} | more
     return ranks.run(
@@ -38,7 +30,6 @@ def planned(ranks: Ranks, tmp_path: Path, plan: str, policy: dict[str, Any], **m
         policy,
         *options.values(),
         folder=tmp_path,
-        timeout_s=40,
     )
 
 

@@ -36,7 +36,7 @@ def curve(folder: Path) -> list[tuple[int, float, float]]:
 
 @needs("dp=2,zero=2")
 def test_a_run_under_one_plan_goes_on_under_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     text = "\n\n".join(list(pydoc_data.topics.topics.values())[:20])
@@ -46,19 +46,15 @@ def test_a_run_under_one_plan_goes_on_under_another(
     capfd.readouterr()
 
     def job(*more: str) -> str:
-        command = [*words, "--out", "job", "--timeout", "60", *more]
-        done = server.run("elastic_workers.command", 2, command, folder=tmp_path)
+        command = [*words, "--out", "job", "--timeout", "300", *more]
+        done = ranks.run("elastic_workers.command", 2, command, folder=tmp_path)
         assert done.codes == [0, 0], done.told
         return done.told
 
-    server = Ranks()  # after the change of folder, which it inherits
-    try:
-        told = job("--plan", "tp=2,micro_batches=2")
-        assert told.count("step 4: loss ") == 1  # rank 0 alone
-        shutil.rmtree("job/checkpoints/step-00000004")
-        job("--plan", "dp=2,zero=2", "--resume")
-    finally:
-        server.close()
+    told = job("--plan", "tp=2,micro_batches=2")
+    assert told.count("step 4: loss ") == 1  # rank 0 alone
+    shutil.rmtree("job/checkpoints/step-00000004")
+    job("--plan", "dp=2,zero=2", "--resume")
     alone, both = curve(Path("alone")), curve(Path("job"))
     assert [s for s, _, _ in both] == [1, 2, 3, 4]
     for (_, loss, norm), (_, mine, own) in zip(alone, both, strict=True):

@@ -3,7 +3,6 @@ sent."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 from typing import Any
 
@@ -24,11 +23,10 @@ NAMES_WHAT_IS_WRONG = {
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two ranks found."""
-    with contextlib.closing(Ranks()) as server:
-        folder = tmp_path_factory.mktemp("ranks")
-        job = server.run("verdict_workers.everything", 2, folder=folder)
+def both(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Returns what each of two ranks reports."""
+    folder = tmp_path_factory.mktemp("ranks")
+    job = ranks.run("verdict_workers.everything", 2, folder=folder)
     assert job.codes == [0, 0], job.told
     return [json.loads(o.partition("RESULT ")[2].splitlines()[0]) for o in job.outputs]
 

@@ -213,15 +213,15 @@ def forbidden() -> markov.Markov:
 
 
 def test_record_alone_brings_its_own_reference() -> None:
-    config = markov.config("bfloat16", steps=3)
-    trace = align.record(config, markov.backend(), sampler=markov.Markov, capture_steps=(1, 3))
-    assert trace.capture_steps == [1, 3]
+    config = markov.config("float32", steps=2)
+    trace = align.record(config, markov.backend(), sampler=markov.Markov, capture_steps=(2,))
+    assert trace.capture_steps == [2]
     assert trace.tests
-    assert trace.control_loss.shape == (0, 3)
+    assert trace.control_loss.shape == (0, 2)
     reference = align.record(
-        config, "reference", sampler=markov.Markov, controls=4, capture_steps=(3,)
+        config, "reference", sampler=markov.Markov, controls=4, capture_steps=(2,)
     )
-    assert reference.control_loss.shape == (4, 3)
+    assert reference.control_loss.shape == (4, 2)
     assert align.compare(reference, trace).verdict == "aligned"
 
 

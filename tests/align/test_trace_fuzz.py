@@ -34,7 +34,7 @@ from glm_core.errors import GlmCoreError, TraceError
 N, K, S, P, J, C, W = 6, 4, 2, 3, 4, 2, 8
 PLACE = {"step": 1, "call": 0, "op": "rope", "layer": "0", "direction": "forward", "tensor": "y"}
 FUZZ = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -397,7 +397,7 @@ def test_memory_is_bounded(tmp_path: Path, kind: str) -> None:
     else:
         path.write_bytes(written("[" + "[]," * 30_000_000 + "[]]"))
     done = subprocess.run(
-        [sys.executable, "-c", GIGABYTES, str(path)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", GIGABYTES, str(path)], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     assert "at most" in done.stdout

@@ -54,16 +54,18 @@ not"""
 @pytest.mark.skipif(STALE, reason="this triton's interpreter does not run on numpy 2.4")
 def test_kernels_conform_in_the_interpreter(tmp_path: Path) -> None:
     found = answer(tmp_path, "triton_judge.py", "float32,bfloat16", "2")
-    assert len(found) == 8 * 2 * 2 * 2  # ops, modes, dtypes, cases of each
+    assert len(found) == 8 * 2 * (2 + 1)  # ops, modes, cases of the dtypes
     assert not {id: what for id, what in found.items() if what}
 
 
 def test_attention_conforms_in_the_interpreter(tmp_path: Path) -> None:
-    samples = ("2x1x4x16-cache13", "2x6x2x8-empty-rows", "1x9x2x16-huge")
-    values = "attention-float32-2x3x6x36-mqa-values32-static40-test"  # of another head size
-    found = answer(tmp_path, "triton_judge.py", "float32,float16", "attention", *samples, values)
-    # dtypes, modes, samples; ways to split the keys; models whose keys are kept; latents
-    assert len(found) == 2 * 2 * len(samples) + 1 + 3 + 4 + 1
+    samples = ("2x1x4x16-cache13", "1x9x2x16-huge")
+    cases = [f"attention-float32-{s}-{mode}" for s in samples for mode in ("test", "grad")]
+    cases += ["attention-float32-2x3x6x36-mqa-values32-static40-test"]  # values of another size
+    halves = "2x6x2x8-empty-rows"  # in both dtypes
+    found = answer(tmp_path, "triton_judge.py", "float32,float16", "attention", *cases, halves)
+    # cases; ways to split the keys; models whose keys are kept; latents
+    assert len(found) == len(cases) + 2 * 2 + 3 + 4 + 1
     assert not {id: what for id, what in found.items() if what}
 
 

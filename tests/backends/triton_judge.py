@@ -1,10 +1,10 @@
 """Runs conformance of the Triton kernels in Triton's interpreter, on the CPU: `python
 triton_judge.py float32,bfloat16 MOST` prints {case: "" or what is wrong}, with at most MOST cases
-per op and mode in each dtype. `python triton_judge.py float32 attention [SAMPLE or CASE ...]` does
-so for attention, `python triton_judge.py float16 products [CASE ...]` for products with codes and
-these cases of the parts of a layer of experts, `python triton_judge.py - experts [CASE ...]` for
-those alone. A process of its own: whether kernels are interpreted is settled when Triton is
-imported."""
+per op and mode in each dtype; the first sample, with its NaN and infinity, in the first dtype
+alone. `python triton_judge.py float32 attention [SAMPLE or CASE ...]` does so for attention,
+`python triton_judge.py float16 products [CASE ...]` for products with codes and these cases of the
+parts of a layer of experts, `python triton_judge.py - experts [CASE ...]` for those alone. A
+process of its own: whether kernels are interpreted is settled when Triton is imported."""
 
 from __future__ import annotations
 
@@ -129,6 +129,8 @@ def judged(dtypes: str, most: int) -> dict[str, str]:
         if case.op.name not in triton_ops.OPS or dtype_name(case.dtype) not in wanted:
             continue
         taken[case.op.name, case.mode, case.dtype] += 1
+        if case.plain and dtype_name(case.dtype) != wanted[0]:
+            continue
         if taken[case.op.name, case.mode, case.dtype] <= most and not case.raises:
             found[case.id] = complaint(case, backend)
     return found

@@ -81,6 +81,7 @@ def test_device_lost_stays_lost_until_reset() -> None:
 
 def test_hang_ends_in_an_error_that_names_the_op() -> None:
     x = X.to("sim")
+    torch.sim.synchronize()
     torch.sim.set_timeout(0.05)
     vendor_sim.fault("hang", op="aten::exp")
     x.exp()
@@ -88,6 +89,7 @@ def test_hang_ends_in_an_error_that_names_the_op() -> None:
         with pytest.raises(AcceleratorError, match=r"aten::exp did not finish within 0.05 s"):
             use()
     vendor_sim.clear_faults()
+    torch.sim.set_timeout(30.0)
     assert torch.equal(x.exp().cpu(), X.exp())
 
 

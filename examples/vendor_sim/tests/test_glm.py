@@ -106,7 +106,8 @@ FAULTS = {
 
 @pytest.mark.parametrize("kind", FAULTS)
 def test_conformance_sees_the_fault(kind: str) -> None:
-    torch.sim.set_timeout(0.5)
+    if kind == "hang":
+        torch.sim.set_timeout(0.5)
     vendor_sim.fault(kind, **FAULTS[kind])  # type: ignore[arg-type]  # checked when it is set
     report = run("sim", op="geglu", mode="test", real=False, dtypes=[torch.float32])
     assert [r.id for r in report.results if r.outcome == "fail"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -52,10 +53,15 @@ ACQUITTED = Verdict()
 
 def by_conformance(backend: Backend, dtype: Dtype, real: bool = True) -> Verdict:
     """Runs the cases of the ops for which the backend has kernels, the large ones last and forward
-    first, until one fails. `real`: the large shapes too."""
-    chosen = getattr(torch, dtype)
+    first, until one fails: those in `dtype`, and those that conformance asks in one dtype only.
+    `real`: the large shapes too."""
+    every = [c for op in backend.kernels for c in select(backend, op=op, real=real)]
+    asked = Counter((c.op.name, c.sample.id, c.mode) for c in every)
+    once = {key for key, dtypes in asked.items() if dtypes == 1}
     cases = [
-        c for op in backend.kernels for c in select(backend, op=op, dtypes=(chosen,), real=real)
+        c
+        for c in every
+        if c.dtype == getattr(torch, dtype) or (c.op.name, c.sample.id, c.mode) in once
     ]
     for case in sorted(cases, key=lambda c: (c.sample.real or c.sample.large, c.mode == "grad")):
         result = run_case(case, backend)

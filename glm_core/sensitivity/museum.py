@@ -261,6 +261,6 @@ def row(name: str, e: Exhibit | None, verdict: Verdict, seconds: float) -> Row:
         expected=e.where if e else "",
         by=verdict.by,
         where=verdict.where,
-        why=verdict.why or (e.unseen if e and not verdict.by else ""),
+        why=verdict.why,
         seconds=seconds,
     )

@@ -6,9 +6,12 @@ import dataclasses
 
 import pytest
 
+from glm_core import ops
 from glm_core.errors import ConfigError
+from glm_core.faults.fault import Fault
+from glm_core.faults.kernels import changed
 from glm_core.faults.museum.hall import HALL
-from glm_core.faults.museum.own_kernels import fault_named
+from glm_core.faults.museum.own_kernels import fault_named, offset_wraps
 from glm_core.sensitivity import museum
 from glm_core.sensitivity.judges import ACQUITTED, Verdict, by_conformance, by_resuming, small_run
 
@@ -29,9 +32,13 @@ def test_a_wrong_kernel_is_found_and_named(name: str) -> None:
     assert (found.by, found.where) == ("conformance", e.where)
 
 
-def test_what_conformance_does_not_ask_is_missed() -> None:
-    fault = fault_named(EXHIBITS["offsets-in-32-bits"].fault)
-    assert by_conformance(fault.backend(), "float32", real=False) == ACQUITTED
+def test_cases_that_exist_in_one_dtype_are_asked_whatever_the_working_dtype() -> None:
+    wrapping = changed(ops.gelu, x=lambda a: offset_wraps(a["x"]))
+    backend = Fault("gelu", "offsets wrap", lambda: {"gelu": wrapping}).backend()
+    assert by_conformance(backend, "float32", real=False) == ACQUITTED
+    found = by_conformance(backend, "float32")
+    assert found.where == "gelu forward"
+    assert found.why.startswith("gelu-bfloat16-2x5x48-x-far-test: ")
 
 
 def test_a_forgotten_step_count_is_found_on_resume_and_an_honest_resume_is_not() -> None:

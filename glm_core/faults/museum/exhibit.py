@@ -41,8 +41,6 @@ class Exhibit:
     """working dtype of the run, or of the kernel's cases, that must find it"""
     plan: str = ""
     """of many processes: their plan"""
-    unseen: str = ""
-    """why no test finds it, where that is known"""
 
     @property
     def project(self) -> str:

@@ -21,6 +21,7 @@ from glm_core.align.capture import Call
 from glm_core.align.disguise import Regrouped, Rounded
 from glm_core.align.replay import LOW, Results, exact, replay
 from glm_core.align.statistics import CorrectResult, Grouping, Scores, Sums, quantile_bins
+from glm_core.align.verdict import NOT_FINITE
 from glm_core.faults.flash import flash_attention
 
 SAFETY_FACTOR = {"scale": 3.0, "offset": 3.0, "sign": 2.0, "size": 3.0, "peak": 4.0, "differ": 1.0}
@@ -247,8 +248,11 @@ def disguises(dtype: torch.dtype) -> dict[str, Runner]:
         rounded = flash_attention(32, rounding=True)
         runners["flash rounded"] = functools.partial(_flash, kernel=rounded)
         runners["rounded"] = lambda call: _rounded(call, dtype, None)
+        fewer = set[Call]()
         for which in range(MAX_ROUNDED):
-            runners[f"rounded {which}"] = functools.partial(_rounded, dtype=dtype, which=which)
+            runners[f"rounded {which}"] = functools.partial(
+                _rounded, dtype=dtype, which=which, fewer=fewer
+            )
     return runners
 
 
@@ -258,13 +262,23 @@ def _flash(call: Call, kernel: Callable[..., Tensor]) -> Results | None:
     return replay(call, kernel) if call.op is ops.attention else None
 
 
-def _rounded(call: Call, dtype: torch.dtype, which: int | None) -> Results | None:
+def _rounded(
+    call: Call, dtype: torch.dtype, which: int | None, fewer: set[Call] | None = None
+) -> Results | None:
+    """Rounds intermediate number `which` (None: all). `fewer` collects the calls that have no such
+    intermediate: they have none with a larger number either, and are not run again."""
     if call.op.mutates or not call.op.differentiable or call.op.choice is not None:
         return None  # float32 by contract
+    if fewer is not None and call in fewer:
+        return None
     first = next(t for t in _tensors(call) if t.is_floating_point())
     mode = Rounded(dtype, first.numel() // 2, which)
     results = replay(call, call.op.reference, mode)
-    return results if mode.seen > (which or 0) else None
+    if mode.seen > (which or 0):
+        return results
+    if fewer is not None:
+        fewer.add(call)
+    return None
 
 
 def benign_limits(items: list[Case], dtype: torch.dtype) -> dict[Key, float]:
@@ -322,7 +336,10 @@ def floor(statistic: str, dtype: torch.dtype, terms: int) -> float:
 
 
 def limit(limits: dict[Key, float], key: Key, dtype: torch.dtype, terms: int) -> float:
-    """Returns a candidate's limit: the benign range times its safety factor, at least the floor."""
+    """Returns a candidate's limit: the benign range times its safety factor, at least the floor.
+    No share of signs exceeds 1: where the limit would, the test convicts nobody, and the limit is
+    NOT_FINITE, so that its ratio is 0 and not that of a near conviction."""
     row_size = (key.grouping, key.statistic) == ("row", "size")
     factor = ROW_SAFETY_FACTOR if row_size else SAFETY_FACTOR[key.statistic]
-    return max(factor * limits.get(key, 0.0), floor(key.statistic, dtype, terms))
+    allowed = max(factor * limits.get(key, 0.0), floor(key.statistic, dtype, terms))
+    return NOT_FINITE if key.statistic == "sign" and allowed >= 1 else allowed

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import markov
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from glm_core import align, ops
-from glm_core.align import teacher_forcing
+from glm_core.align import statistics, teacher_forcing
 from glm_core.align.capture import Call, capture, copied
 from glm_core.align.disguise import Exact, Regrouped, Rounded
 from glm_core.align.replay import exact, replay
@@ -98,6 +99,34 @@ def test_one_weight_may_be_rounded_the_other_way_in_a_small_update(
     unit = 2.0**-23 / float(replay(small, small.op.reference)["change"].abs().max())
     allowed = teacher_forcing.limit(limits, key, torch.float32, 1)
     assert 1e-3 < unit < allowed < 3 * unit  # honest kernels round once more
+
+
+def test_a_sign_test_that_can_convict_nobody_has_no_ratio() -> None:
+    key = teacher_forcing.Key("rms_norm", "y", "row", "sign", pooled=False)
+
+    def ratio(range_of_signs: float) -> float:
+        limit = teacher_forcing.limit({key: range_of_signs}, key, torch.bfloat16, 1)
+        return float(statistics.excess(np.array([1.0]), np.array([0.01]), limit, z=1.0)[0])
+
+    assert ratio(0.45) == pytest.approx(0.96 / 0.9)
+    assert ratio(0.5) < 1e-20
+
+
+def test_a_call_without_a_further_intermediate_is_not_run_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    call, runs = first("linear", "bfloat16"), list[Call]()
+    replayed = teacher_forcing.replay
+    monkeypatch.setattr(
+        teacher_forcing, "replay", lambda c, *rest: [runs.append(c), replayed(c, *rest)][1]
+    )
+    runners = teacher_forcing.disguises(torch.bfloat16)
+    each = [f"rounded {which}" for which in range(teacher_forcing.MAX_ROUNDED)]
+    changed_something = [runners[name](call) is not None for name in each]
+    intermediates = sum(changed_something)
+    assert 0 < intermediates < len(each) - 1
+    assert changed_something == sorted(changed_something, reverse=True)
+    assert len(runs) == intermediates + 1
 
 
 def test_exact_keeps_the_contracts_roundings_and_no_others() -> None:

@@ -10,7 +10,13 @@ from glm_core.config import DataConfig, Dtype, ModelConfig, RunConfig, TrainConf
 from glm_core.data.sampler import Batch
 
 VOCAB, LENGTH, ROWS, STEPS = 64, 16, 8, 4
-SIZES: dict[str, Any] = {"num_layers": 4, "hidden": 32, "num_heads": 4, "vocab": VOCAB}
+SIZES: dict[str, Any] = {
+    "num_layers": 4,
+    "hidden": 32,
+    "num_heads": 4,
+    "vocab": VOCAB,
+    "init_std": 0.1,
+}
 SPARSE: dict[str, Any] = {
     "num_kv_heads": 2,
     "norm": "rms",

@@ -56,12 +56,12 @@ def by_conformance(backend: Backend, dtype: Dtype, real: bool = True) -> Verdict
     first, until one fails: those in `dtype`, and those that conformance asks in one dtype only.
     `real`: the large shapes too."""
     every = [c for op in backend.kernels for c in select(backend, op=op, real=real)]
-    asked = Counter((c.op.name, c.sample.id, c.mode) for c in every)
-    once = {key for key, dtypes in asked.items() if dtypes == 1}
+    dtypes_of = Counter((c.op.name, c.sample.id, c.mode) for c in every)
+    alone = {key for key, count in dtypes_of.items() if count == 1}
     cases = [
         c
         for c in every
-        if c.dtype == getattr(torch, dtype) or (c.op.name, c.sample.id, c.mode) in once
+        if c.dtype == getattr(torch, dtype) or (c.op.name, c.sample.id, c.mode) in alone
     ]
     for case in sorted(cases, key=lambda c: (c.sample.real or c.sample.large, c.mode == "grad")):
         result = run_case(case, backend)

@@ -22,7 +22,7 @@ class Curve:
     """The loss of each optimizer step so far: what `backward` was called on, summed over the step.
 
     control: 0, or the seed of a control run. unit: a control run moves the weights after its first
-    step by this share of themselves: a unit in the last place of the dtype that the program
+    step by half this share of themselves: a unit in the last place of the dtype that the program
     multiplies in. After each later step it moves float32 and float64 weights by a unit of their
     own. Nothing is hooked to modules, so that a compiler sees the program as it is."""
 
@@ -104,9 +104,9 @@ def sketch(tensors: list[Tensor]) -> list[float]:
 
 
 def move(weights: list[Tensor], seed: int, unit: float) -> None:
-    """Moves every weight by -1, 0 or 1 unit: `unit` times itself, but at least one unit in the last
-    place of its own dtype. Without `unit`, weights below float32 stay: their own unit is more than
-    an update."""
+    """Moves every weight by -1, 0 or 1 times half a `unit` of itself, as much as a rounding, but at
+    least by one unit in the last place of its own dtype. Without `unit`, weights below float32
+    stay: their own unit is more than an update."""
     generator = torch.Generator("cpu").manual_seed(seed)
     for weight in weights:
         if not weight.is_floating_point() or weight.is_meta or weight.layout != torch.strided:
@@ -115,5 +115,5 @@ def move(weights: list[Tensor], seed: int, unit: float) -> None:
         if not unit and own > torch.finfo(torch.float32).eps:
             continue
         steps = torch.randint(-1, 2, weight.shape, generator=generator, device="cpu")
-        factor = 1 + max(unit, own) * steps.to(weight.device, torch.float64)
+        factor = 1 + max(unit / 2, own) * steps.to(weight.device, torch.float64)
         weight.data.copy_((weight.data.double() * factor).to(weight.dtype))

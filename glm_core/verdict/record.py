@@ -31,7 +31,7 @@ MAX_BYTES, MAX_FIELDS = 2 * MAX_KEPT, 1 << 25
 """at most so many bytes in a file, and so many characters in its plain fields"""
 PER_SHAPE = 2
 """so many calls of an operator are kept for the same shapes and dtypes, and so many wrong ones"""
-ROWS = 1 << 18
+ROWS = 1 << 16
 """of larger results and factors, rows and columns of about so many elements are kept"""
 READABLE = (
     KeyError,

@@ -124,7 +124,7 @@ def test_a_record_is_bounded(path: Path) -> None:
         recorder.add(call, {"y": x @ w}, Place("", "f:1", "forward"), 1)
     assert len(recorder.rows) == 2
     held = sum(t.nbytes for t in recorder.tensors.values.values())
-    assert held < 2 * 4 * 3 * (1 << 18)
+    assert held < 2 * 4 * 3 * (1 << 16)
     kept = calls.recorded(recorder.rows[0], recorder.tensors)
     assert kept is not None
     torch.testing.assert_close(torch.mm(*kept.call.args), kept.results["y"])

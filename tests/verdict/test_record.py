@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from glm_core.errors import TraceError
 from glm_core.faults.aten import Planted, aten_fault
 from glm_core.verdict import calls, comparison, header, worker
 from glm_core.verdict.against import compare
-from glm_core.verdict.calls import Tensors
+from glm_core.verdict.calls import Recorded, Tensors
 from glm_core.verdict.comparison import Comparison
 from glm_core.verdict.oracle import Call
 from glm_core.verdict.places import Place
@@ -100,6 +101,19 @@ def test_honest_rounding_of_another_machine_is_acquitted(path: Path) -> None:
     result = compare(record, "cpu", 1e-3)
     assert result.ok, result.sentence()
     assert "1 differ by honest rounding" in result.sentence()
+
+
+def test_what_another_cpu_may_round_inside_is_left_to_its_own_machine(path: Path) -> None:
+    x = torch.randn(64, 96).bfloat16()
+    call = Call(torch.ops.aten.cumsum.default, (x, 1), {}, "cpu")
+    off = {"y": torch.cumsum(x, 1) * 1.1}
+    there = Recorded(call, off, Place("", "f:1", "forward"), 1)
+    record = dataclasses.replace(read(path), calls=[("aten::cumsum", there)])
+    result = compare(record, "cpu", 1e-3)
+    assert result.ok
+    assert "rounds inside" in result.not_compared[0].reason
+    there.call.device_type = "cuda"
+    assert compare(record, "cpu", 1e-3).sides() == {"aten::cumsum": "there"}
 
 
 def test_an_operator_that_is_missing_here_is_named(path: Path) -> None:

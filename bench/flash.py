@@ -4,7 +4,7 @@ glm_core.bench.flash FOLDER`.
 The checkpoint in FOLDER is made there if it is absent, part by part, with random values and as many
 of the 47 layers as requested; the first is dense, the others have 64 experts. A token reads 4 of
 them. `read` is what the faster of two readers of a large buffer takes. A token of all 47 layers is
-extrapolated: from that of these layers, another sparse layer's time for each that is missing.
+extrapolated: from that of these layers, a sparse layer's mean time for each that is missing.
 
 Nothing is extrapolated with `--layers 47`: 17 GB on disk and as much in memory."""
 
@@ -79,10 +79,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     layers = len(model.blocks)
     with registry.use("cpu", strict=True):
         turns = {"all": stepper(Runner(model, 1, args.context))}
-        one = copy.copy(model)  # without its last layer
-        one._modules = {**model._modules, "blocks": model.blocks[:-1]}
-        one.config = dataclasses.replace(model.config, num_layers=layers - 1)
-        turns["but one"] = stepper(Runner(one, 1, args.context))
+        one = copy.copy(model)  # its first layer alone, which is dense
+        one._modules = {**model._modules, "blocks": model.blocks[:1]}
+        one.config = dataclasses.replace(model.config, num_layers=1)
+        turns["first"] = stepper(Runner(one, 1, args.context))
         took = interleave({**turns, **readers()}, args.rounds)
     return {"machine": machine(), **figures(model, layers, took)}
 
@@ -91,7 +91,7 @@ def figures(model: GLM, layers: int, took: dict[str, Timing]) -> dict[str, Any]:
     """Returns medians over the rounds. A share is that of a round, whose machine was the same."""
     missing = WHOLE.num_layers - layers
     token = np.array(took["all"].seconds) / TURN
-    layer = token - np.array(took["but one"].seconds) / TURN
+    layer = (token - np.array(took["first"].seconds) / TURN) / (layers - 1)
     whole = token + missing * layer
     gb_s = READ_BYTES / 1e9 / np.minimum(took["sum"].seconds, took["product"].seconds)
     here, there = (token_bytes(model, n) for n in (layers, WHOLE.num_layers))
@@ -127,7 +127,10 @@ def main() -> int:
     parser.add_argument("--group", type=int, default=128, metavar="N", help="default %(default)s")
     parser.add_argument("--context", type=int, default=4096, metavar="N")
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="default %(default)s")
-    print(json.dumps(run(parser.parse_args()), indent=1))
+    args = parser.parse_args()
+    if args.layers < 2:
+        parser.error(f"--layers {args.layers}: the first is dense; give at least 2")
+    print(json.dumps(run(args), indent=1))
     return 0
 
 

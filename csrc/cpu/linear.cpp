@@ -57,6 +57,8 @@ void tile(const LinearFew<T>& a, int64_t f, int64_t apart, int64_t n) {
     vf part[R][M] = {}, odd[R][M] = {};
     int64_t i = begin;
     for (; i + SUMS * step <= end; i += SUMS * step) {
+      if (i % int64_t(line_bytes / sizeof(T)) == 0)
+        for (int r = 0; r < R; ++r) fetch_ahead(w[r] + i);
       add<PAIRS>(part, a, w, n, i, step);
       if constexpr (SUMS == 2) add<PAIRS>(odd, a, w, n, i + step, step);
     }

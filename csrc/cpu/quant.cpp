@@ -20,9 +20,6 @@ constexpr int FEATURES = 4, ROWS = 4;
 constexpr int FEATURES_OF_ROWS = REGISTERS == 32 ? 4 : 2;
 // Inputs that are summed by themselves: whole vectors of weights, and a part of a large group.
 constexpr int64_t SPAN = input_padding;
-// How far ahead of its use a weight is fetched. The CPU's own prefetching stops at the end of a
-// page, and keeps too little under way while the vector units are busy.
-constexpr int64_t AHEAD = 2048;
 
 // quantized_product's arguments without the type of bias and result, so that the many tiles below
 // are compiled once instead of once per type.
@@ -192,8 +189,7 @@ void tile(const Kind& kind, const Product& a, int64_t f, int64_t apart, int64_t 
   const auto span = [&](int64_t i, int64_t inputs, const float* size) GLM_INLINED {
     vf part[R][M] = {};
     for (int r = 0; r < R; ++r)
-      for (int64_t line = 0; line < SPAN * BITS / 8; line += 64)
-        __builtin_prefetch(w[r] + AHEAD + line);
+      for (int64_t line = 0; line < SPAN * BITS / 8; line += line_bytes) fetch_ahead(w[r] + line);
     for (int64_t j = 0; j < inputs; j += step) {
       kind.add(part, i + j, w, scale, n);
       for (int r = 0; r < R; ++r) w[r] += step * BITS / 8;
@@ -251,7 +247,7 @@ void rows(const Kind& kind, const Product& a, int64_t f, int64_t apart) {
 template <int BITS, Groups G, class Kind>
 void features(const Kind& kind, const Product& a, int64_t begin, int64_t end) {
   // Features lie far apart, so that each is one long stream. The CPU's own prefetching follows a
-  // few streams, and `AHEAD` of them is fetched; of neighbouring rows that reads half as fast.
+  // few streams, and `fetch_ahead` helps it; with neighbouring rows that reads half as fast.
   const int64_t apart = (end - begin) / FEATURES;
   for (int64_t i = 0; i < apart; ++i) rows<BITS, G, FEATURES>(kind, a, begin + i, apart);
   for (int64_t f = begin + FEATURES * apart; f < end; ++f) rows<BITS, G, 1>(kind, a, f, 1);

@@ -36,8 +36,6 @@ from glm_core.pretrained.weights.reading import open_checkpoint
 
 WHOLE = preset("glm-4.7-flash")
 PROMPT = causal(range(64))
-TURN = 4
-"""tokens of a turn"""
 
 
 def read_bytes(part: torch.nn.Module) -> float:
@@ -56,16 +54,16 @@ def token_bytes(model: GLM, num_layers: int) -> float:
 
 
 def stepper(runner: Runner) -> Any:
-    """Returns a call that decodes TURN tokens."""
+    """Returns a call that decodes one token: it takes about as long as a read, so that other
+    processes disturb both alike."""
     place = itertools.count(len(PROMPT.tokens))
 
-    def turn() -> None:
-        for _ in range(TURN):
-            n = next(place)
-            runner.decode([DecodeRow(7 + n % 64, PROMPT, n)])
+    def step() -> None:
+        n = next(place)
+        runner.decode([DecodeRow(7 + n % 64, PROMPT, n)])
 
     runner.prefill(0, [PROMPT])
-    return turn
+    return step
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -90,8 +88,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def figures(model: GLM, layers: int, took: dict[str, Timing]) -> dict[str, Any]:
     """Returns medians over the rounds. A share is that of a round, whose machine was the same."""
     missing = WHOLE.num_layers - layers
-    token = np.array(took["all"].seconds) / TURN
-    layer = (token - np.array(took["first"].seconds) / TURN) / (layers - 1)
+    token = np.array(took["all"].seconds)
+    layer = (token - np.array(took["first"].seconds)) / (layers - 1)
     whole = token + missing * layer
     gb_s = READ_BYTES / 1e9 / np.minimum(took["sum"].seconds, took["product"].seconds)
     here, there = (token_bytes(model, n) for n in (layers, WHOLE.num_layers))
@@ -126,7 +124,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=4, metavar="N", help="default %(default)s")
     parser.add_argument("--group", type=int, default=128, metavar="N", help="default %(default)s")
     parser.add_argument("--context", type=int, default=4096, metavar="N")
-    parser.add_argument("--rounds", type=int, default=20, metavar="N", help="default %(default)s")
+    parser.add_argument("--rounds", type=int, default=60, metavar="N", help="default %(default)s")
     args = parser.parse_args()
     if args.layers < 2:
         parser.error(f"--layers {args.layers}: the first is dense; give at least 2")

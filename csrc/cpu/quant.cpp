@@ -184,6 +184,7 @@ void tile(const Kind& kind, const Product& a, int64_t f, int64_t apart, int64_t 
   for (int r = 0; r < R; ++r) {
     w[r] = a.w.weight + (f + r * apart) * row_bytes;
     scale[r] = a.w.scale + (f + r * apart) * a.w.groups;
+    fetch_ahead(scale[r]);
   }
   vf total[R][M] = {};
   const auto span = [&](int64_t i, int64_t inputs, const float* size) GLM_INLINED {

@@ -19,6 +19,7 @@ constexpr int64_t LANES = exact_lanes, PANEL = exact_panel;
 // A register tile: ROWS x COLUMNS vectors of sums.
 constexpr int COLUMNS = NATIVE == 8 ? 1 : 2, ROWS = exact_group;
 constexpr int64_t STRIP = COLUMNS * NATIVE;  // columns of a tile; divides PANEL
+constexpr int64_t cache_bytes = 1 << 20;     // what a panel may take of the second-level cache
 
 // The order in which lanes come: neighbours in it are the lanes that are added to each other first.
 constexpr int64_t lane_at(int64_t i) {
@@ -82,88 +83,121 @@ void lay_out(const T* x, int64_t across, int64_t along, int64_t count, int64_t d
     }
 }
 
-// One panel's columns of b, laid out.
-class Panel {
+// Floats that are aligned for vectors.
+class Floats {
  public:
-  explicit Panel(int64_t depth)
-      : steps_(exact_depth(depth) / LANES),
-        values_(static_cast<float*>(aligned_alloc(64, size_t(steps_ * LANES * PANEL + 16) * 4))) {
+  explicit Floats(int64_t size)
+      : values_(static_cast<float*>(aligned_alloc(64, size_t(size / 16 + 1) * 64))) {
     if (!values_) throw std::bad_alloc();
   }
-  ~Panel() { free(values_); }
-  Panel(const Panel&) = delete;
-  Panel& operator=(const Panel&) = delete;
-  float* values() const { return values_; }
-  int64_t steps() const { return steps_; }
+  ~Floats() { free(values_); }
+  Floats(const Floats&) = delete;
+  Floats& operator=(const Floats&) = delete;
+  operator float*() const { return values_; }
 
  private:
-  int64_t steps_;
   float* values_;
 };
 
-// out [M, STRIP] = the products of M rows with a strip of a panel. A lane's sums are kept until
-// those that they are added to are there.
+// A lane's place among those whose sums are kept until the lane that they are added to is there:
+// the number of bits of `lane`. The last lane ends in place 0.
+constexpr int64_t LEVELS = 4;
+
+// Sums of rows and columns, by place: [LEVELS][rows][columns].
+struct Kept {
+  float* values;
+  int64_t level, row;  // strides
+};
+
+// Computes a lane's sums of M rows with a strip of a panel, and adds those that wait for it.
 template <int M>
-void tile(const float* a, const float* b, int64_t steps, float* out) {
-  alignas(64) float kept[4][M * STRIP];
-  int64_t top = 0;
-  for (int64_t lane = 0; lane < LANES; ++lane) {
-    nf acc[M][COLUMNS];
-    for (int m = 0; m < M; ++m)
-      for (int c = 0; c < COLUMNS; ++c) acc[m][c] = native(0.0f);
-    const float *x = a + lane * steps * ROWS, *y = b + lane * steps * PANEL;
-    for (int64_t k = 0; k < steps; ++k) {
-      nf column[COLUMNS];
-      for (int c = 0; c < COLUMNS; ++c) column[c] = load<nf>(y + k * PANEL + c * NATIVE);
-      GLM_UNROLLED
-      for (int m = 0; m < M; ++m) {
-        const nf value = native(x[k * ROWS + m]);
-        for (int c = 0; c < COLUMNS; ++c) acc[m][c] = fma(value, column[c], acc[m][c]);
-      }
+void chains(const float* a, const float* b, int64_t steps, int64_t lane, const Kept& kept) {
+  const float *x = a + lane * steps * ROWS, *y = b + lane * steps * PANEL;
+  nf acc[M][COLUMNS];
+  for (int m = 0; m < M; ++m)
+    for (int c = 0; c < COLUMNS; ++c) acc[m][c] = native(0.0f);
+  for (int64_t k = 0; k < steps; ++k) {
+    nf column[COLUMNS];
+    for (int c = 0; c < COLUMNS; ++c) column[c] = load<nf>(y + k * PANEL + c * NATIVE);
+    GLM_UNROLLED
+    for (int m = 0; m < M; ++m) {
+      const nf value = native(x[k * ROWS + m]);
+      for (int c = 0; c < COLUMNS; ++c) acc[m][c] = fma(value, column[c], acc[m][c]);
     }
-    for (int64_t bits = lane; bits & 1; bits >>= 1) {
-      const float* before = kept[--top];
-      for (int m = 0; m < M; ++m)
-        for (int c = 0; c < COLUMNS; ++c) acc[m][c] += load<nf>(before + m * STRIP + c * NATIVE);
-    }
-    float* place = lane + 1 == LANES ? out : kept[top++];
-    for (int m = 0; m < M; ++m)
-      for (int c = 0; c < COLUMNS; ++c) store(place + m * STRIP + c * NATIVE, acc[m][c]);
   }
+  float* place = kept.values + (lane % 2 + lane / 2 % 2 + lane / 4 % 2 + lane / 8) * kept.level;
+  for (int64_t bits = lane; bits & 1; bits >>= 1) {
+    place -= kept.level;
+    for (int m = 0; m < M; ++m)
+      for (int c = 0; c < COLUMNS; ++c) acc[m][c] += load<nf>(place + m * kept.row + c * NATIVE);
+  }
+  for (int m = 0; m < M; ++m)
+    for (int c = 0; c < COLUMNS; ++c) store(place + m * kept.row + c * NATIVE, acc[m][c]);
 }
 
+// Writes M rows of y from the last lane's sums.
 template <int M, class T>
-void rows(const ExactProduct<T>& a, int64_t n, const Panel& panel, int64_t first, int64_t strip) {
-  alignas(64) float out[M * STRIP];
-  const int64_t at = first + strip;
-  tile<M>(a.a + n * panel.steps() * LANES, panel.values() + strip, panel.steps(), out);
-  const int64_t columns = a.columns - at < STRIP ? a.columns - at : STRIP;
+void finish(const ExactProduct<T>& a, int64_t n, int64_t first, const Kept& kept) {
+  const int64_t columns = a.columns - first < STRIP ? a.columns - first : STRIP;
   for (int m = 0; m < M; ++m)
     sweep(columns, [&](int64_t c, int64_t count) GLM_INLINED {
-      const vf bias = a.bias ? take(a.bias + at + c, count) : all(0.0f);
-      give(a.y + (n + m) * a.columns + at + c, take(out + m * STRIP + c, count) + bias, count);
+      const vf bias = a.bias ? take(a.bias + first + c, count) : all(0.0f);
+      give(a.y + (n + m) * a.columns + first + c,
+           take(kept.values + m * kept.row + c, count) + bias, count);
     });
 }
 
-template <int M, class T>
-void rest_of_rows(int64_t left, const ExactProduct<T>& a, int64_t n, const Panel& panel,
-                  int64_t first, int64_t strip) {
-  if (left == M) return rows<M>(a, n, panel, first, strip);
-  if constexpr (M > 1) rest_of_rows<M - 1>(left, a, n, panel, first, strip);
+template <int M>
+struct Number {
+  static constexpr int value = M;
+};
+
+// Calls run(Number<count>()) for a count of at most M.
+template <int M, class Run>
+void with_number(int64_t count, const Run& run) {
+  if (count == M) return run(Number<M>());
+  if constexpr (M > 1) with_number<M - 1>(count, run);
 }
 
 template <class T>
-void unit(const ExactProduct<T>& a, Panel& panel, int64_t first, int64_t part) {
+void unit(const ExactProduct<T>& a, const Floats& panel, int64_t first, int64_t part) {
   const int64_t left = a.columns - first, columns = left < PANEL ? left : PANEL;
-  lay_out<PANEL>(a.b + first * a.column, a.column, a.step, columns, a.depth, panel.values());
+  const int64_t steps = exact_depth(a.depth) / LANES;
+  lay_out<PANEL>(a.b + first * a.column, a.column, a.step, columns, a.depth, panel);
   const int64_t groups = exact_groups(a.rows), last = groups * (part + 1) / a.parts * ROWS;
   const int64_t begin = groups * part / a.parts * ROWS, end = last < a.rows ? last : a.rows;
-  for (int64_t n = begin; n < end; n += ROWS)
-    for (int64_t strip = 0; strip < columns; strip += STRIP)
-      if (end - n >= ROWS)
-        rows<ROWS>(a, n, panel, first, strip);
-      else
-        rest_of_rows<ROWS - 1>(end - n, a, n, panel, first, strip);
+  // run(Number<rows>, row, strip) for every tile
+  const auto tiles = [&](const auto& run) {
+    for (int64_t n = begin; n < end; n += ROWS)
+      for (int64_t strip = 0; strip < columns; strip += STRIP)
+        with_number<ROWS>(end - n < ROWS ? end - n : ROWS,
+                          [&](auto number) { run(number, n, strip); });
+  };
+  const auto lane_of_tile = [&](auto number, int64_t n, int64_t strip, int64_t lane,
+                                const Kept& kept) {
+    chains<number.value>(a.a + n * steps * LANES, panel + strip, steps, lane, kept);
+  };
+  if (steps * LANES * PANEL * int64_t(sizeof(float)) <= cache_bytes || end - begin <= ROWS) {
+    tiles([&](auto number, int64_t n, int64_t strip) {
+      alignas(64) float values[LEVELS * number.value * STRIP];
+      const Kept kept{values, number.value * STRIP, STRIP};
+      for (int64_t lane = 0; lane < LANES; ++lane) lane_of_tile(number, n, strip, lane, kept);
+      finish<number.value>(a, n, first + strip, kept);
+    });
+    return;
+  }
+  // a panel that outgrows the cache is read once for each lane, not once for each tile
+  const Floats values(LEVELS * (end - begin) * PANEL);
+  const auto kept_of = [&](int64_t n, int64_t strip) {
+    return Kept{values + (n - begin) * PANEL + strip, (end - begin) * PANEL, PANEL};
+  };
+  for (int64_t lane = 0; lane < LANES; ++lane)
+    tiles([&](auto number, int64_t n, int64_t strip) {
+      lane_of_tile(number, n, strip, lane, kept_of(n, strip));
+    });
+  tiles([&](auto number, int64_t n, int64_t strip) {
+    finish<number.value>(a, n, first + strip, kept_of(n, strip));
+  });
 }
 
 }  // namespace
@@ -177,7 +211,7 @@ void exact_rows(const ExactRows<T>& a, int64_t begin, int64_t end) {
 
 template <class T>
 void exact_product(const ExactProduct<T>& a, int64_t begin, int64_t end) {
-  Panel panel(a.depth);
+  const Floats panel(exact_depth(a.depth) * PANEL);
   for (int64_t i = begin; i < end; ++i) unit(a, panel, i / a.parts * PANEL, i % a.parts);
 }
 

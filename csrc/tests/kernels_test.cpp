@@ -489,6 +489,7 @@ void all() {
   if (exact()) {  // its kernels for codes are the fast ones
     for (int64_t d : {1, 16, 517})
       for (bool transposed : {false, true}) exact_linear<T>(15, d, 67, 1 + transposed, transposed);
+    exact_linear<T>(15, 4112, 67, 1, true);  // a panel that outgrows the cache
     return;
   }
   for (bool rounded : {false, true})

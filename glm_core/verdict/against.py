@@ -43,6 +43,7 @@ def compare(record: Record, device: str, rate: float) -> Comparison:
             left_out[key] = left_out.get(key, 0) + 1
             continue
         total, equal = total + 1, equal + same
+    findings = {side: docket.findings() for side, docket in dockets.items()}
     return Comparison(
         record=record.path,
         program=record.report.program,
@@ -52,8 +53,10 @@ def compare(record: Record, device: str, rate: float) -> Comparison:
         here=device,
         calls=total,
         equal=equal,
-        there_is_wrong=not record.report.ok,
-        findings={side: docket.findings() for side, docket in dockets.items()},
+        only_there=sorted(
+            {f.operator for f in record.report.findings} - {f.operator for f in findings[THERE]}
+        ),
+        findings=findings,
         not_compared=[
             Unjudged(operator=name, calls=count, flops_share=0.0, reason=reason)
             for (name, reason), count in left_out.items()

@@ -10,6 +10,7 @@ from glm_core.verdict.report import Finding, Unjudged
 
 HERE, THERE = "here", "there"
 """the two sides: this machine, and the one that made the record"""
+WHERE = {HERE: "here", THERE: "there", "both": "on both machines"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,8 +32,9 @@ class Comparison:
     """that both machines computed"""
     equal: int
     """of these: calls whose results have the same bits"""
-    there_is_wrong: bool
-    """the record's own verdict"""
+    only_there: list[str]
+    """operators that were judged wrong there as they ran, and are not among the findings: a record
+    holds a sample"""
     findings: dict[str, list[Finding]]
     """by side: the worst call of each operator that is wrong there"""
     not_compared: list[Unjudged]
@@ -41,7 +43,7 @@ class Comparison:
     @property
     def ok(self) -> bool:
         """Says whether all differences are honest rounding."""
-        return not any(self.findings.values())
+        return not any(self.findings.values()) and not self.only_there
 
     def sides(self) -> dict[str, str]:
         """Returns where each guilty operator is wrong: here, there, or on both machines."""
@@ -60,14 +62,15 @@ class Comparison:
         what += f"on {self.here}, {self.equal} have the same bits"
         rest = f"; {sum(u.calls for u in self.not_compared)} were not compared"
         rest = rest if self.not_compared else ""
+        if self.only_there:
+            rest = f"; judged wrong there as they ran: {', '.join(self.only_there)}{rest}"
         if not self.calls:
             return f"against {self.record} ({there}): nothing was compared{rest}"
-        if self.ok:
+        wrong = [f"{name} is wrong {WHERE[side]}" for name, side in self.sides().items()]
+        if not wrong:
             differ = self.calls - self.equal
             honest = f" and {differ} differ by honest rounding" if differ else ""
             return f"{what}{honest}{rest}"
-        words = {"here": "here", "there": "there", "both": "on both machines"}
-        wrong = [f"{name} is wrong {words[side]}" for name, side in self.sides().items()]
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         return f"{what}; {', '.join(wrong[:3])}{more}{rest}"
 

@@ -69,6 +69,8 @@ def junit(
         for side, own in comparison.findings.items():
             for f in own:
                 _case(suite, f"verdict.against.{side}", f.operator, str(f))
+        for name in comparison.only_there:
+            _case(suite, "verdict.against.there", name, "judged wrong there as it ran")
         if comparison.ok:
             _case(suite, "verdict.against", "all recorded calls")
         for left in comparison.not_compared:

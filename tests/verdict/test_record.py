@@ -18,7 +18,7 @@ from torch import nn
 
 from glm_core.errors import TraceError
 from glm_core.faults.aten import Planted, aten_fault
-from glm_core.verdict import calls, comparison, header, worker
+from glm_core.verdict import calls, comparison, header, render, worker
 from glm_core.verdict.against import compare
 from glm_core.verdict.calls import Recorded, Tensors
 from glm_core.verdict.comparison import Comparison
@@ -83,6 +83,15 @@ def test_the_machine_that_is_wrong_is_named(
     text = " ".join([result.sentence(), *(f"{k} is wrong {v}" for k, v in where.items())])
     assert text.count("is wrong") == 2 * len(where)
     assert comparison.from_json(json.loads(json.dumps(result.to_json()))) == result
+
+
+def test_what_was_wrong_there_counts_where_no_kept_call_shows_it(wrong: Record) -> None:
+    kept = [c for c in wrong.calls if c[0] != "aten::gelu"]
+    result = compare(dataclasses.replace(wrong, calls=kept), "cpu", 1e-3)
+    assert not result.ok
+    assert "judged wrong there as they ran: aten::gelu" in result.sentence()
+    text = render.junit(wrong.report, result)
+    assert 'name="aten::gelu" classname="verdict.against.there"' in text
 
 
 def test_a_mistake_of_both_machines_is_named(wrong: Record) -> None:

@@ -1,10 +1,9 @@
 """Trains on two ranks, each with a device of its own, with the optimizer or the weights in main
-memory and without: `python ranks.py PORT FOLDER` prints a line of JSON per rank. The ranks are
-forked before the device starts, since a device does not outlive a fork."""
+memory and without: `python ranks.py PORT FOLDER` writes FOLDER/RANK.json. The ranks are forked
+before the device starts, since a device does not outlive a fork."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gc
 import hashlib
@@ -180,9 +179,8 @@ def main(port: str, folder: str) -> None:
     pids = []
     for rank in range(2):
         if not (pid := os.fork()):
-            with contextlib.redirect_stdout(sys.stderr):
-                result = work(rank, port, Path(folder))
-            os.write(1, (json.dumps(result) + "\n").encode())
+            result = work(rank, port, Path(folder))
+            (Path(folder) / f"{rank}.json").write_text(json.dumps(result))
             os._exit(0)
         pids.append(pid)
     os._exit(1 if any(os.waitpid(pid, 0)[1] for pid in pids) else 0)

@@ -201,16 +201,16 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         pytest.skip(reason)
     with socket.create_server(("localhost", 0)) as free:
         port = str(free.getsockname()[1])
-    command = [sys.executable, str(Path(__file__).with_name("ranks.py")), port]
+    folder = tmp_path_factory.mktemp("ranks")
     done = subprocess.run(
-        [*command, str(tmp_path_factory.mktemp("ranks"))],
+        [sys.executable, str(Path(__file__).with_name("ranks.py")), port, str(folder)],
         env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},  # it starts the device
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.mark.parametrize("run", ["zero 2", "zero 3", "plan 1", "plan 2", "plan 3"])
@@ -245,4 +245,4 @@ def test_between_steps_a_device_holds_only_what_is_not_in_main_memory(
     for rank in two_ranks:
         for run, expected in per_weight.items():
             received = {place: rank[run][place]["bytes"] / weights for place in expected}
-            assert received == pytest.approx(expected, rel=0.02), run
+            assert received == pytest.approx(expected, abs=0.1), run

@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 from collections import defaultdict
@@ -40,8 +41,15 @@ FORMULA = ("gpt2", "bert", "distilbert", "bloom", "mamba", "t5", *IMAGES)
 Key = tuple[str, str, str, int]
 
 
-def wanted(isa: str, seed: int) -> Iterator[Key]:
-    """Yields model, dtype, kind and seed of each run."""
+def wanted(isa: str, seed: int) -> list[Key]:
+    """Returns model, dtype, kind and seed of each run in a random order, so that a campaign that
+    was cut off is a fair sample of all."""
+    runs = list(_runs(isa, seed))
+    random.Random(seed).shuffle(runs)
+    return runs
+
+
+def _runs(isa: str, seed: int) -> Iterator[Key]:
     for name in MODELS:
         for dtype in ("float32", "bfloat16"):
             for kind in [isa] if isa else VARIANTS:

@@ -4,6 +4,7 @@ through the collective that is on trial."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 from collections import Counter
@@ -316,6 +317,19 @@ class Shown:
         wait(out)
         tensors = [self.chosen(x) for x in self.mine.received(out)]
         return tensors[: len(self.mine.sources)]
+
+
+def wait_for_readers() -> None:
+    """Waits until every rank has read what the others showed: the store may end with this one."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    store = c10d._get_default_store()
+    for group, count in _COUNT.items():
+        if group not in _SILENT:
+            ends = {rank: f"{group}/{count}/end/{rank}" for rank in group.split("/")[1].split(".")}
+            store.set(ends[str(dist.get_rank())], "")
+            with contextlib.suppress(RuntimeError):
+                store.wait(list(ends.values()), timedelta(seconds=PATIENCE_S))
 
 
 def rank_in_words() -> str:

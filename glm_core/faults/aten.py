@@ -223,9 +223,14 @@ def _other_gelu_backward(func: Any, g: Tensor, x: Tensor, *, approximate: str = 
     return func(g, x, approximate="none" if approximate == "tanh" else "tanh")
 
 
+def _silu(x: Tensor, slope: float) -> Tensor:
+    wide = x.float()  # in 16 bits the slope would be lost in the rounding of its product with x
+    return (wide * torch.sigmoid(slope * wide)).to(x.dtype)
+
+
 _fault("gelu", "gelu: the other formula, tanh for erf", _other_gelu, "float32")
 _fault("gelu_backward", "gelu_backward: the other formula's", _other_gelu_backward, "float32")
-_fault("silu", "silu: x sigmoid(1.002 x)", lambda f, x: x * torch.sigmoid(_times(1.002)(x)))
+_fault("silu", "silu: x sigmoid(1.002 x)", lambda f, x: _silu(x, 1.002))
 _fault(
     "silu_backward",
     "silu_backward: the second term is left out",

@@ -68,6 +68,8 @@ HOST_ROUNDS = {
     "aten::native_batch_norm",
     "aten::native_batch_norm_backward",
     "aten::max_pool2d_with_indices_backward",
+    "aten::convolution_backward",
+    "aten::nll_loss_forward",
     "aten::_log_softmax",
     "aten::pow",
 }

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 from glm_core.align.verdict import FALSE_ALARM_RATE
 from glm_core.conformance.oracle import EagerMode
-from glm_core.distributed.messages import MessagesError, rank_in_words
+from glm_core.distributed.messages import MessagesError, rank_in_words, wait_for_readers
 from glm_core.errors import ConfigError, NoRoomError, TrainingError
 from glm_core.measure import memory
 from glm_core.verdict import collectives, graphs, oracle, references
@@ -258,6 +258,7 @@ class watch:
         if self._begin is None:
             return
         self._active.close()
+        wait_for_readers()
         self.places.stop()
         self._note_compiled()
         if self.mode.num_short:

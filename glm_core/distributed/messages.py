@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import _resolve_process_group
 from torch.distributed import ProcessGroup
-from torch.distributed import _functional_collectives as functional
 from torch.distributed import distributed_c10d as c10d
 
 MOST = 1 << 18
@@ -243,7 +242,7 @@ def wait(out: Any) -> None:
         if isinstance(x, torch.ScriptObject):
             dist.Work.unbox(x).wait()
         elif isinstance(x, Tensor):
-            functional.wait_tensor(x)
+            torch.ops._c10d_functional.wait_tensor.default(x)
 
 
 def show(mine: Collective) -> Shown:

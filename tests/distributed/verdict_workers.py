@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as functional
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -22,7 +21,7 @@ from glm_core.verdict.report import Report
 
 def calls(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     """Every collective that is judged, by the operator that it calls."""
-    rank, world = dist.get_rank(), dist.group.WORLD
+    rank, group = dist.get_rank(), dist.group.WORLD.group_name
     x = torch.randn(6, 8, generator=torch.Generator().manual_seed(rank)).to(dtype)
     sent, arriving = [2, 4], [2, 2] if rank == 0 else [4, 4]  # rows to and from each rank
 
@@ -33,8 +32,9 @@ def calls(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
         dist.all_reduce(x.clone(), async_op=True).wait()
         dist.all_reduce(x.clone(), op=dist.ReduceOp.MAX)
 
-    def functionally(function: Callable[..., Tensor], *args: Any) -> Callable[[], Tensor]:
-        return lambda: functional.wait_tensor(function(x, *args, world))
+    def functionally(name: str, *args: Any) -> Callable[[], Tensor]:
+        functional = torch.ops._c10d_functional  # its Python functions load sympy, for 2 s of CPU
+        return lambda: functional.wait_tensor(getattr(functional, name)(x, *args, group))
 
     ours = {
         "allreduce_": reduce_twice,
@@ -49,14 +49,14 @@ def calls(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
         "alltoall_base_": lambda: dist.all_to_all_single(rows(sum(arriving)), x, arriving, sent),
     }
     functions = {
-        "all_reduce": functionally(functional.all_reduce, "sum"),
-        "broadcast": functionally(functional.broadcast, 0),
-        "all_gather_into_tensor": functionally(functional.all_gather_tensor, 0),
-        "reduce_scatter_tensor": functionally(functional.reduce_scatter_tensor, "sum", 0),
-        "all_to_all_single": functionally(functional.all_to_all_single, arriving, sent),
+        "all_reduce": ("sum",),
+        "broadcast": (0,),
+        "all_gather_into_tensor": (2,),
+        "reduce_scatter_tensor": ("sum", 2),
+        "all_to_all_single": (arriving, sent),
     }
     named = {f"c10d::{name}": work for name, work in ours.items()}
-    return named | {f"_c10d_functional::{name}": work for name, work in functions.items()}
+    return named | {f"_c10d_functional::{n}": functionally(n, *a) for n, a in functions.items()}
 
 
 def judged(work: list[Callable[[], Any]], fault: AtenFault | None) -> Report:

@@ -42,7 +42,8 @@ def define(parser: argparse.ArgumentParser) -> None:
         "--against",
         default="",
         metavar="FILE",
-        help="compute the calls of a record of another machine again, and judge both machines",
+        help="compute the calls of a record of another machine again, and judge both machines; "
+        "the script may be left out",
     )
     parser.add_argument(
         "--curve",
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     from glm_core.verdict.outcome import judge_all
     from glm_core.verdict.script import Request
 
-    script, words = _script(args.command_words)
+    script, words = _script(args.command_words, optional=bool(args.against and not args.record))
     request = Request(
         script=script,
         args=words,
@@ -93,15 +94,22 @@ def run(args: argparse.Namespace) -> int:
     if args.sarif:
         Path(args.sarif).write_text(render.sarif(report, comparison), encoding="utf-8")
     if args.report:
-        page.write(outcome, args.report, "glm-core verdict -- " + shlex.join([script, *words]))
+        page.write(
+            outcome,
+            args.report,
+            "glm-core verdict "
+            + shlex.join(["--", script, *words] if script else ["--against", args.against]),
+        )
     emit(args, outcome.to_json(), render.text(report, comparison, outcome.sentences()))
     return 0 if outcome.ok else EXIT_FAILED
 
 
-def _script(words: list[str]) -> tuple[str, list[str]]:
+def _script(words: list[str], optional: bool) -> tuple[str, list[str]]:
     from glm_core.errors import ConfigError
 
     words = words[1:] if words[:1] == ["--"] else words
+    if not words and optional:
+        return "", []
     if not words:
         raise ConfigError("verdict: no script; pass it after --: glm-core verdict -- train.py")
     return words[0], words[1:]

@@ -22,11 +22,13 @@ class Outcome:
     """All verdicts of one command."""
 
     report: Report
-    """on the last run: in the context where there is one"""
+    """on the last run: in the context where there is one; without a script, the record's own"""
     plain: Report | None = None
     """on the run without the context"""
     comparison: Comparison | None = None
     curve: CurveVerdict | None = None
+    alone: bool = False
+    """a record was judged without a script"""
 
     @property
     def ok(self) -> bool:
@@ -38,7 +40,8 @@ class Outcome:
         """Returns each verdict in one sentence."""
         plain = [f"without the context: {self.plain.sentence()}"] if self.plain else []
         others = [p.sentence() for p in (self.comparison, self.curve) if p is not None]
-        return [*plain, self.report.sentence(), *others]
+        where = "there: " if self.alone else ""
+        return [*plain, where + self.report.sentence(), *others]
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values: those of the report, and `plain`, `comparison`, `curve` where there
@@ -58,7 +61,7 @@ def judge_all(request: Request, controls: int, say: Callable[[str], None]) -> Ou
             "verdict: --curve has no second curve to compare with; pass --with, or --record here "
             "and --against there"
         )
-    if request.context:
+    if request.context and request.script:
         plain = script.run_script(dataclasses.replace(request, context="", record="", against=""))
         say(report.from_json(plain["report"]).sentence())
     last = script.run_script(request)
@@ -73,6 +76,7 @@ def judge_all(request: Request, controls: int, say: Callable[[str], None]) -> Ou
         report.from_json(plain["report"]) if plain else None,
         comparison.from_json(last["comparison"]) if "comparison" in last else None,
         curve,
+        alone=not request.script,
     )
 
 

@@ -27,7 +27,7 @@ ERRORS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """A script, and how it is to be judged."""
+    """A script, and how it is to be judged; without one, the record alone is."""
 
     script: str
     args: list[str]
@@ -54,7 +54,7 @@ def run_script(request: Request) -> dict[str, Any]:
     prints goes to standard error. Raises ConfigError where it cannot be started, TrainingError
     where it fails or ends before any captured step, BackendUnavailableError where the device is
     missing, TraceError for a record that cannot be read or written."""
-    if not Path(request.script).is_file():
+    if request.script and not Path(request.script).is_file():
         raise ConfigError(f"verdict: {request.script}: no such file; pass a script after --")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "result.json"

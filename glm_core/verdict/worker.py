@@ -152,9 +152,12 @@ def use_device(name: str) -> None:
 
 def run(request: Request, result: Path) -> None:
     """Runs the script under the watch. Raises GlmCoreError."""
+    record = read(request.against) if request.against else None
+    if record is not None and not request.script:
+        compare_alone(request, record, result)
+        return
     sys.path.insert(0, os.path.dirname(os.path.abspath(request.script)))
     sys.argv = [request.script, *request.args]
-    record = read(request.against) if request.against else None
     if record is not None and record.curve:
         steps = len(record.curve["reference"]["loss"])
         request = dataclasses.replace(request, curve_steps=steps)
@@ -174,6 +177,16 @@ def run(request: Request, result: Path) -> None:
     if not request.control:
         watched.report()  # raises where nothing was captured
         write(result, watched.result)
+
+
+def compare_alone(request: Request, record: Record, result: Path) -> None:
+    """Computes the calls of a record again, without a script."""
+    manager = context(request.context)
+    if request.device:
+        use_device(request.device)
+    with manager:
+        compared = compare(record, request.device or "cpu", request.false_alarm_rate)
+    write(result, {"report": record.report.to_json(), "comparison": compared.to_json()})
 
 
 def _run(request: Request, watched: WatchedScript) -> None:

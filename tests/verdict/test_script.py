@@ -121,12 +121,13 @@ def test_the_commands_of_the_page_run(
     request_for(tmp_path, SEEDED)
     page = (ROOT / "docs" / "verdict.md").read_text(encoding="utf-8")
     commands = re.findall(r"^\s*(?:- )?(?:run: )?glm-core (verdict .*)$", page, re.M)
-    assert len(commands) >= 7
+    assert len(commands) >= 9
     here = {"cuda": "cpu", "flag_gems:use_gems": "contexts_of_a_test:nothing"}
     for words in dict.fromkeys(commands):
         assert cli.main([here.get(word, word) for word in shlex.split(words)]) == 0, words
     out = capsys.readouterr().out
     assert "on cpu with contexts_of_a_test:nothing" in out
+    assert "there: train.py on cpu" in out
     assert "the loss curve is the reference's to the bit (20 steps, 6 control runs)" in out
     written = [p.name for p in tmp_path.iterdir() if p.name.startswith(("verdict.", "there."))]
     assert sorted(written) == sorted(

@@ -57,26 +57,44 @@ def _inference(config: ModelConfig, dtype: str) -> Any:
 
 
 def glm(config: ModelConfig, **more: Any) -> Any:
-    """Returns transformers' GlmForCausalLM in these sizes, float32, from a fixed seed. `more` goes
-    into its config."""
-    from transformers import GlmConfig, GlmForCausalLM
+    """Returns transformers' GlmForCausalLM in these sizes, or Glm4MoeForCausalLM of a model with
+    experts, float32, from a fixed seed. `more` goes into its config."""
+    import transformers
 
-    settings = GlmConfig(
-        vocab_size=config.vocab,
-        hidden_size=config.hidden,
-        intermediate_size=config.ffn,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        attention_bias=True,
-        max_position_embeddings=config.max_length,
-        pad_token_id=0,
-        eos_token_id=1,
-        **more,
-    )
+    sparse = bool(config.num_experts)
+    sizes = {
+        "vocab_size": config.vocab,
+        "hidden_size": config.hidden,
+        "intermediate_size": config.ffn,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "attention_bias": config.qkv_bias,
+        "max_position_embeddings": config.max_length,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    }
+    name = "Glm4Moe" if sparse else "Glm"
+    settings = getattr(transformers, f"{name}Config")
+    model = getattr(transformers, f"{name}ForCausalLM")
     torch.manual_seed(0)
-    return GlmForCausalLM(settings)
+    return model(settings(**sizes, **(_experts(config) if sparse else {}), **more))
+
+
+def _experts(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "n_routed_experts": config.num_experts,
+        "num_experts_per_tok": config.experts_per_token,
+        "moe_intermediate_size": config.expert_ffn,
+        "n_shared_experts": config.num_shared_experts,
+        "first_k_dense_replace": config.num_dense_layers,
+        "n_group": config.expert_groups,
+        "topk_group": config.top_groups,
+        "routed_scaling_factor": config.expert_scale,
+        "norm_topk_prob": config.normalize_experts,
+        "use_qk_norm": config.qk_norm,
+    }
 
 
 def _linear_bytes(model: Any) -> int:

@@ -1,13 +1,14 @@
 """Times a whole training step against transformers, in turn: `python -m glm_core.bench.step --peer
 transformers`.
 
-Both sides have the same GLM-4-style model (preset glm4-34m), batch and optimizer. In bfloat16 ours
-keeps bfloat16 weights and float32 masters; the peer runs autocast over float32 weights, as its
-users do."""
+Both sides have the same model, batch and optimizer: preset glm4-34m, or with experts tiny-moe,
+without its layer of multi-token prediction. In bfloat16 ours keeps bfloat16 weights and float32
+masters; the peer runs autocast over float32 weights, as its users do."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
@@ -32,6 +33,7 @@ from glm_core.training.optimizer import Optimizer
 BATCH, LENGTH = 4, 256
 SIZES = (BATCH, LENGTH)
 DTYPES = ("float32", "bfloat16")
+MODELS = ("glm4-34m", "tiny-moe")
 
 
 def inputs(vocab: int, sizes: tuple[int, int] = SIZES) -> tuple[Tensor, Tensor]:
@@ -91,7 +93,7 @@ def transformers_glm(
     device: torch.device = torch.device("cpu"),  # noqa: B008  # a constant
     sizes: tuple[int, int] = SIZES,
 ) -> Callable[[], float]:
-    """Returns one step of transformers' GlmForCausalLM with fused torch AdamW."""
+    """Returns one step of transformers' model with fused torch AdamW."""
     tokens = inputs(config.vocab, sizes)[0].to(device)
     ids, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     model = other.glm(config, use_cache=False).to(device)
@@ -125,7 +127,7 @@ def matmul_flops(config: ModelConfig, sizes: tuple[int, int] = SIZES) -> int:
 
     def count(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         nonlocal total
-        if op.name in ("linear", "linear_cross_entropy"):
+        if op.name in ("linear", "grouped_linear", "linear_cross_entropy"):
             cost = op.cost(*args, **kwargs)
             total += cost.flops + cost.backward_flops
         return run(op, args, kwargs)
@@ -138,11 +140,15 @@ def matmul_flops(config: ModelConfig, sizes: tuple[int, int] = SIZES) -> int:
 
 
 def measure(
-    dtype: str, rounds: int, peers: tuple[str, ...], backend: str = "cpu"
+    dtype: str,
+    rounds: int,
+    peers: tuple[str, ...],
+    backend: str = "cpu",
+    model: str = MODELS[0],
 ) -> dict[str, Any]:
     """Measures one dtype: medians in ms, ratios with quartiles, share of the GEMM ceiling of the
     same rounds."""
-    config = preset("glm4-34m")
+    config = dataclasses.replace(preset(model), num_mtp_layers=0)
     timing, losses = timed(config, dtype, rounds, peers, backend)
     ceiling = gemm_flops() / timing["gemm"].median_s
     reached = matmul_flops(config) / timing["ours"].median_s
@@ -218,12 +224,15 @@ def main() -> int:
     parser.add_argument("--eager-only", action="store_true", help="leave out the compiled peer")
     parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--backend", default="cpu")
+    parser.add_argument("--preset", default=MODELS[0], choices=MODELS)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     names = ("eager",) if args.eager_only else ("eager", "compiled")
     peers = names if args.peer == "transformers" else ()
-    result: dict[str, Any] = {d: measure(d, args.rounds, peers, args.backend) for d in args.dtype}
+    result: dict[str, Any] = {
+        d: measure(d, args.rounds, peers, args.backend, args.preset) for d in args.dtype
+    }
     result["machine"] = machine()
     if args.json:
         print(json.dumps(result))

@@ -321,22 +321,6 @@ void each_expert(const Tensor& counts_, int64_t rows, int64_t experts, F f) {
     if (count[e]) f(e, first, count[e]);
 }
 
-Tensor grouped_linear_forward(const Tensor& rows_, const Tensor& weight_, const Tensor& counts) {
-  const Tensor rows = rows_.contiguous(), weight = weight_.contiguous();
-  TORCH_CHECK_VALUE(rows.dim() == 2 && weight.dim() == 3 && rows.size(1) == weight.size(2),
-                    "grouped_linear: rows [M, D] need weight [X, F, D]; received rows ",
-                    rows.sizes(), ", weight ", weight.sizes());
-  const Tensor y = at::empty({rows.size(0), weight.size(1)}, rows.options());
-  each_expert(counts, rows.size(0), weight.size(0), [&](int64_t e, int64_t first, int64_t count) {
-    const Tensor x = rows.narrow(0, first, count), out = y.narrow(0, first, count);
-    if (count <= few_rows)
-      times_few(x, weight[e], out);
-    else
-      out.copy_(product(x, weight[e]));
-  });
-  return y;
-}
-
 // out = a b, rounded once.
 void times_into(const Tensor& out, const Tensor& a_, const Tensor& b_) {
   if (exact()) {
@@ -350,6 +334,22 @@ void times_into(const Tensor& out, const Tensor& a_, const Tensor& b_) {
   }
   Tensor target = out;
   at::mm_out(target, a, b);
+}
+
+Tensor grouped_linear_forward(const Tensor& rows_, const Tensor& weight_, const Tensor& counts) {
+  const Tensor rows = rows_.contiguous(), weight = weight_.contiguous();
+  TORCH_CHECK_VALUE(rows.dim() == 2 && weight.dim() == 3 && rows.size(1) == weight.size(2),
+                    "grouped_linear: rows [M, D] need weight [X, F, D]; received rows ",
+                    rows.sizes(), ", weight ", weight.sizes());
+  const Tensor y = at::empty({rows.size(0), weight.size(1)}, rows.options());
+  each_expert(counts, rows.size(0), weight.size(0), [&](int64_t e, int64_t first, int64_t count) {
+    const Tensor x = rows.narrow(0, first, count), out = y.narrow(0, first, count);
+    if (count <= few_rows)
+      times_few(x, weight[e], out);
+    else
+      times_into(out, x, weight[e].t());
+  });
+  return y;
 }
 
 // Returns drows [M, D] and dweight [X, F, D], empty where they are not wanted.

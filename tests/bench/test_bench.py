@@ -44,12 +44,12 @@ def test_matmul_flops_are_six_per_weight_and_token() -> None:
     assert step.matmul_flops(config) == 6 * weights * tokens + softmax
 
 
-def test_row_has_the_names_others_rely_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = preset(
-        "glm4-34m", num_layers=1, hidden=32, ffn=48, num_heads=2, num_kv_heads=2, vocab=64
-    )
+@pytest.mark.parametrize("name", step.MODELS)
+def test_row_has_the_names_others_rely_on(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"num_layers": 2, "hidden": 32, "ffn": 48, "num_heads": 2, "num_kv_heads": 2}
+    small = preset(name, vocab=64, **sizes)
     monkeypatch.setattr(step, "preset", lambda name: small)
-    row = step.measure("float32", 2, ("eager",), backend="reference")
+    row = step.measure("float32", 2, ("eager",), backend="reference", model=name)
     assert row["ratio_eager"] > 0
     assert 0 < row["gemm_share"] < 1
     losses = row["first_loss"]

@@ -25,7 +25,7 @@ from glm_core.distributed.plan import Plan
 from glm_core.errors import ConfigError
 from glm_core.training.optimizer import assign_gradient, own_part, sum_in_float32
 from glm_core.training.row_tree import RowTree, norm_of_all, sum_of_rows
-from glm_core.versions import torch_has, torch_version
+from glm_core.versions import torch_has
 
 TIED = 1
 """tag of the messages with a tied head's gradients; torch's schedules use 0"""
@@ -53,11 +53,10 @@ class ExactProcesses(ManyProcesses):
                     module.set_custom_reduce_scatter(TreeReduceScatter())  # type: ignore[arg-type]
 
     def _work(self) -> schedule.Work:
-        """Each sequence is a micro-batch. ZeRO 1 reduces gradients after each as ZeRO 2 does: they
-        could only wait as one sum."""
+        """Each sequence is a micro-batch. ZeRO 1, too, reduces gradients after each: they could
+        only wait as one sum."""
         rows = self.config.train.global_batch // self.plan.dp
-        zero = max(self.plan.zero, 2) if self.plan.zero else 0
-        plan = dataclasses.replace(self.plan, micro_batches=rows, zero=zero)
+        plan = dataclasses.replace(self.plan, micro_batches=rows)
         parts = (self.mesh, self.config.model, self.device, self.dtype)
         return schedule.Work(self.model.stages, plan, *parts, self._add)
 
@@ -180,28 +179,45 @@ class TreeReduceScatter:
 def _require_order(config: RunConfig, plan: Plan) -> None:
     """Raises ConfigError for a plan whose sums have another order than one process's."""
     t, model, label = config.train, config.model, plan.label()
-    rules = {
-        "ep adds an expert's gradients in the dtype of training; use dtype float32": plan.ep == 1
-        or t.dtype == "float32",
-        "sp cuts a position table's gradient; use sp=false": not plan.sp
-        or model.positions != "learned_2d",
-        "tp cuts sums over heads, latents or an expert's features; use tp=1": plan.tp == 1
-        or not (model.qk_norm or model.kv_latent or model.num_experts),
-        f"tp={plan.tp} does not divide hidden={model.hidden}; use tp=1": model.hidden % plan.tp
-        == 0,
-        f"schedule={plan.schedule} computes the weights' gradients apart; use 1f1b, gpipe or "
-        "interleaved": plan.schedule not in ("zero-bubble", "zbv"),
-        "ZeRO under a pipeline adds a rank's sequences up before the ranks'; use pp=1 or "
-        "zero=0": plan.pp == 1 or not plan.zero,
-        f"a tied head's gradient has two parts, which are not added in float32 with torch "
-        f"{torch_version()}; use dtype float32, or one process": _joins_tied(plan)
-        or not model.tied_head
-        or t.dtype == "float32",
-        "the experts' auxiliary loss is added stage by stage; use pp=1 or balance_weight=0": plan.pp
-        == 1
-        or not (model.num_experts and model.balance_weight),
-    }
-    if broken := [fact for fact, kept in rules.items() if not kept]:
+    low = t.dtype != "float32"
+    obstacles = (
+        (
+            plan.ep > 1 and low,
+            "ep adds an expert's gradients in the dtype of training; use dtype float32",
+        ),
+        (
+            plan.sp and model.positions == "learned_2d",
+            "sp cuts a position table's gradient; use sp=false",
+        ),
+        (
+            plan.tp > 1 and (model.qk_norm or model.kv_latent or model.num_experts),
+            "tp cuts sums over heads, latents or an expert's features; use tp=1",
+        ),
+        (
+            model.hidden % plan.tp > 0,
+            f"tp={plan.tp} does not divide hidden={model.hidden}; use tp=1",
+        ),
+        (
+            plan.schedule in ("zero-bubble", "zbv"),
+            f"schedule={plan.schedule} computes the weights' gradients apart; use 1f1b, gpipe or "
+            "interleaved",
+        ),
+        (
+            model.tied_head and low and not _joins_tied(plan),
+            "a tied head's gradient has two parts, which torch does not add in float32; use dtype "
+            "float32, or one process",
+        ),
+        (
+            model.tied_head and plan.pp > 1 and plan.zero,
+            "ZeRO adds a tied head's gradients over ranks before the pipeline's ends add theirs; "
+            "use pp=1 or zero=0",
+        ),
+        (
+            plan.pp > 1 and model.num_experts and model.balance_weight,
+            "the experts' auxiliary loss is added stage by stage; use pp=1 or balance_weight=0",
+        ),
+    )
+    if broken := [fact for is_there, fact in obstacles if is_there]:
         raise ConfigError(
             f"plan {label}: train.exact=True: {'; '.join(broken)}, or leave exact out"
         )

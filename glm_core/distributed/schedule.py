@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, schedules
@@ -95,11 +95,24 @@ STAGE: type[PipelineStage] = PipelineStage if torch_has("lean_receive_buffers") 
 class Followed(STAGE):  # type: ignore[misc, valid-type]  # chosen by the version of torch
     """A stage that calls `followed` after the backward pass of each micro-batch."""
 
-    followed: Callable[[], None]
+    followed: Callable[[], None] | None = None
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
         super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
-        self.followed()
+        if self.followed is not None:
+            self.followed()
+
+
+class Unsynced(nn.Module):
+    """Hides from torch's schedules that a stage is sharded. They let FSDP add up the gradients of
+    all micro-batches and then reduce the sum; now it reduces those of each."""
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__()
+        self.stage = stage
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.stage(*args, **kwargs)
 
 
 class FewMicroBatches(PipelineScheduleSingle):
@@ -165,10 +178,10 @@ class Work:
         config: ModelConfig,
         device: torch.device,
         dtype: torch.dtype,
-        followed: Callable[[Stage], None] = lambda stage: None,
+        followed: Callable[[Stage], None] | None = None,
     ) -> None:
         """followed: is called after each micro-batch's backward pass through a stage, with the
-        gradients in `.grad`; under ZeRO 2 and 3 they are summed over the ranks by then."""
+        gradients in `.grad`; under ZeRO they are summed over the ranks by then."""
         self.followed = followed
         self.stages, self.plan, self.mesh = stages, plan, mesh
         self.config, self.device, self.dtype = config, device, dtype
@@ -208,13 +221,15 @@ class Work:
         for i, part in enumerate(tokens.chunk(m)):
             if isinstance(stage, FSDPModule):
                 last = i == m - 1
-                stage.set_requires_gradient_sync(last or self.plan.zero > 1)
+                each = self.plan.zero > 1 or self.followed is not None
+                stage.set_requires_gradient_sync(last or each)
                 stage.set_reshard_after_backward(last or self.plan.zero == 3)
             out: Tensor = stage(part, **{name: x[i] for name, x in parts.items()})
             loss = out.sum()
             loss.backward()
             self.losses.append(loss.detach())
-            self.followed(stage)
+            if self.followed is not None:
+                self.followed(stage)
         return torch.stack(self.losses).sum()
 
     def _schedule(self, rows: int, length: int) -> PipelineScheduleSingle | PipelineScheduleMulti:
@@ -222,7 +237,7 @@ class Work:
         numbers = stages_of(self.plan, self.mesh.get_local_rank("pp"))
         stages = [
             Followed(
-                stage,
+                stage if self.followed is None else Unsynced(stage),
                 number,
                 self.plan.stages,
                 self.device,
@@ -232,8 +247,9 @@ class Work:
             )
             for stage, number in zip(self.stages, numbers, strict=True)
         ]
-        for stage in stages:
-            stage.followed = functools.partial(self.followed, stage.submod)
+        for stage, own in zip(stages, self.stages, strict=True):
+            if self.followed is not None:
+                stage.followed = functools.partial(self.followed, own)
         options: dict[str, Any] = {"loss_fn": _loss, "scale_grads": False}
         if self.plan.schedule in SINGLE:
             one = SINGLE[self.plan.schedule]

@@ -17,6 +17,7 @@ from glm_core.backends import registry
 from glm_core.backends.cuda.decode_graph import GraphDecodeStep
 from glm_core.backends.cuda.device import GpuBackend
 from glm_core.backends.registry import get, probe, use
+from glm_core.conformance import decode
 from glm_core.decode_step import Rows
 from glm_core.model.generate import generate
 from glm_core.model.glm import GLM
@@ -25,6 +26,7 @@ from glm_core.model.prompt import Prompt, causal
 from glm_core.model.quantize import Quantization, convert
 from glm_core.model.runner import DecodeRow, Runner, idle
 from glm_core.model.sample import Sampling
+from glm_core.spec import unsupported
 
 pytestmark = pytest.mark.skipif(not probe("cpu").ok, reason=probe("cpu").reason)
 V, LENGTH = 61, 40
@@ -167,6 +169,13 @@ def test_what_cannot_be_recorded_goes_on_op_by_op_and_says_why(
             raise RuntimeError("out of graphs\nsee the manual")
 
         monkeypatch.setattr(tapes_of["simulated"], "record", refuse)
+
+
+@pytest.mark.parametrize("name", ["glm-4.7", "glm-4.7-flash"])
+def test_experts_and_latents_are_not_recorded(name: str, gpu: SimulatedGpu) -> None:
+    step = decode.whole_step(decode.built(name, how=Quantization(bits=4)), gpu)
+    reason = "layer 0 has experts, latent attention or norms of the heads, which are not recorded"
+    assert step == unsupported(reason)
 
 
 def test_a_step_that_reads_a_value_is_not_recorded() -> None:

@@ -165,7 +165,7 @@ def test_a_deepspeed_script_trains_the_same_in_main_memory(
 
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.usefixtures("one_rank")
-@pytest.mark.filterwarnings("ignore:barrier")  # the device is not named; there is only one
+@pytest.mark.filterwarnings("ignore:barrier", "ignore:No device id")  # there is only one device
 def test_a_deepspeed_checkpoint_loads_both_ways(first: bool, tmp_path: Path) -> None:
     expected = updates(engine(2, False, True), 0, 6)
     begun = engine(2, first, True)

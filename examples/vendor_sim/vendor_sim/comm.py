@@ -73,18 +73,18 @@ _GLOO = (
 )
 for _name in _GLOO.split():
     setattr(Group, _name, _staged(_name))
-_SINCE_13 = {
+_NEWER = {
     "all_gather_single": "_allgather_base",
     "reduce_scatter_single": "_reduce_scatter_base",
     "all_to_all_single": "alltoall_base",
     "all_gather_single_coalesced": "all_gather_each",
     "reduce_scatter_single_coalesced": "reduce_scatter_each",
 }
-_BEFORE = {
+_OLDER = {
     "allgather_into_tensor_coalesced": "all_gather_each",
     "reduce_scatter_tensor_coalesced": "reduce_scatter_each",
 }
-for _name, _same in {**_SINCE_13, **_BEFORE}.items():
+for _name, _same in {**_NEWER, **_OLDER}.items():
     setattr(Group, _name, getattr(Group, _same))
 
 dist.Backend.register_backend("simccl", Group, devices=["sim"])

@@ -117,6 +117,7 @@ def work(queue: multiprocessing.Queue[float]) -> None:
     queue.put(float(torch.exp(torch.zeros(3)).sum()))
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12, of other threads
 def test_what_a_worker_process_computes_is_not_judged() -> None:
     context = multiprocessing.get_context("fork")
     with verdict.watch(steps=(1,)) as watch:

@@ -40,10 +40,14 @@ def record(name: str, dtype: torch.dtype, path: Path) -> dict[str, Any]:
     return {"calls": len(recorder.rows), "mib": path.stat().st_size / 2**20}
 
 
-def judge(there: Record) -> dict[str, Any]:
+def judge(there: Record, dtype: str) -> dict[str, Any]:
     """Compares a record honestly, then with each fault planted here. Returns the figures."""
     honest = compare(there, "cpu", FALSE_ALARM_RATE)
-    tried = [(f.name, outcome) for f in ATEN_FAULTS if (outcome := found(there, f)) is not None]
+    tried = [
+        (f.name, outcome)
+        for f in ATEN_FAULTS
+        if dtype in f.dtypes and (outcome := found(there, f)) is not None
+    ]
     return {
         "calls": honest.calls,
         "equal": honest.equal,
@@ -57,8 +61,7 @@ def judge(there: Record) -> dict[str, Any]:
 def found(there: Record, fault: AtenFault) -> bool | None:
     """Says whether a fault that is planted here is named; None where it changes no result."""
     own = [(n, c) for n, c in there.calls if n == fault.operator and c is not None]
-    dtypes = {str(y.dtype) for _, c in own for y in c.results.values()}
-    if not dtypes & {f"torch.{d}" for d in fault.dtypes}:
+    if not own:
         return None
     plain = [again(c, "cpu") for _, c in own]
     with Planted(fault):
@@ -88,7 +91,9 @@ def main() -> None:
         for dtype in args.dtypes.split(","):
             path, begin = args.folder / f"{name}.{dtype}.safetensors", time.process_time()
             figures = (
-                record(name, getattr(torch, dtype), path) if args.record else judge(read(path))
+                record(name, getattr(torch, dtype), path)
+                if args.record
+                else judge(read(path), dtype)
             )
             seconds = time.process_time() - begin
             row = {"model": name, "dtype": dtype, **figures, "cpu_s": seconds}

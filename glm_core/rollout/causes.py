@@ -96,7 +96,7 @@ def causes(
     before: GLM | None,
 ) -> Iterator[Cause]:
     """Yields every known mistake that can happen here. model: in a dtype beyond the working one;
-    base: its log probabilities; others: what they may be at near ties; slack: see `slack_of`;
+    base: its log probabilities; others: what they may be at near ties; slack: see `controls`;
     before: the weights before the last update."""
     yield from _shapings(model, replies, settings, how, base, others)
     for name, sentence, variant, noise in _variants(model, replies, settings, before):

@@ -18,13 +18,15 @@ from glm_core.model.glm import GLM
 from glm_core.rollout.distribution import Shaping, collect
 from glm_core.rollout.engine import generated, trained
 from glm_core.rollout.files import Array, Reply
-from glm_core.rollout.ties import Scored, Scoring
+from glm_core.rollout.ties import Scored, Scoring, moved_by
 
 _Way = tuple[str, Callable[[], AbstractContextManager[object]], Callable[..., Iterator[Tensor]]]
 NUM_ROUNDED = 6
 """controls below float32 whose intermediates are rounded once more, three of four, drawn anew"""
 ROUNDED_ELEMENTS = 1024
 """the smallest intermediate that a control rounds once more"""
+SCORE_FACTOR = 2.0
+"""a router's score may be moved this many times as far as the controls move it"""
 
 
 def _ways(dtype: torch.dtype) -> list[_Way]:
@@ -54,14 +56,16 @@ def wide(model: GLM) -> GLM:
 
 
 def controls(
-    model: GLM, replies: Sequence[Reply], how: Shaping
-) -> tuple[Array, list[list[Scored]]]:
-    """Returns the log probabilities [controls, tokens] that honest engines report, and the calls
-    in which each of them chose experts."""
-    found, calls = [], []
+    model: GLM, replies: Sequence[Reply], how: Shaping, exact: Sequence[Scored]
+) -> tuple[Array, list[Tensor]]:
+    """Returns the log probabilities [controls, tokens] that honest engines report, and of each of
+    the exact calls the slack of its rows' scores [N]: SCORE_FACTOR times what a control moves them
+    at most."""
+    found = []
+    slack = [torch.zeros(len(x.scores), dtype=torch.float64) for x in exact]
     for _, context, logits in _ways(model.embedding.dtype):
         scoring = Scoring()
         with context(), dispatch.intercept(scoring):
             found.append(collect(logits(model, replies), replies, [how])[0])
-        calls.append(scoring.calls)
-    return np.stack(found), calls
+        slack = list(map(torch.maximum, slack, moved_by(exact, scoring.calls)))
+    return np.stack(found), [SCORE_FACTOR * s for s in slack]

@@ -15,7 +15,7 @@ from glm_core.rollout.controls import controls, wide
 from glm_core.rollout.distribution import Draws, collect, draws, reported, sampled_from
 from glm_core.rollout.engine import ROWS, trained
 from glm_core.rollout.files import Array, Reply, Settings
-from glm_core.rollout.ties import Reading, slack_of
+from glm_core.rollout.ties import Reading
 
 Progress = Callable[[str, int, int], None]
 
@@ -90,8 +90,7 @@ def _of_step(
     _require_known(model, replies)
     how, exact = reported(settings), wide(model)
     right = Reading(exact, replies, how)
-    found, moved = controls(model, replies, how)
-    slack = slack_of(right.calls, moved)
+    found, slack = controls(model, replies, how, right.calls)
     others = right.others(slack, layers=len(slack) // -(-len(replies) // ROWS))
     drawn = None
     if settings.temperature:  # unknown, or greedy: no draws

@@ -26,8 +26,6 @@ from glm_core.rollout.distribution import Shaping, collect
 from glm_core.rollout.engine import PLAIN, Variant, trained
 from glm_core.rollout.files import Array, Reply
 
-SAFETY_FACTOR = 2.0
-"""a score may be moved this many times as far as the controls move it"""
 Way = tuple[Tensor, Tensor]
 """another choice of a call's rows [N, K], and which rows may make it, bool [N]"""
 
@@ -100,20 +98,12 @@ class _Flipping:
         return tuple(torch.where(near[:, None], y, x) for x, y in zip(results, given, strict=True))
 
 
-def slack_of(exact: Sequence[Scored], controls: Sequence[Sequence[Scored]]) -> list[Tensor]:
-    """Returns of each call how far its rows' scores may honestly be moved [N]. Controls that read
-    the replies in other batches have other calls, and are left out."""
-    found = [torch.zeros(len(x.scores), dtype=torch.float64) for x in exact]
-    for calls in controls:
-        if _shapes(calls) != _shapes(exact):
-            continue
-        for moved, x, y in zip(found, calls, exact, strict=True):
-            torch.maximum(moved, (x.scores - y.scores).abs().amax(-1), out=moved)
-    return [SAFETY_FACTOR * x for x in found]
-
-
-def _shapes(calls: Sequence[Scored]) -> list[torch.Size]:
-    return [x.scores.shape for x in calls]
+def moved_by(exact: Sequence[Scored], calls: Sequence[Scored]) -> list[Tensor]:
+    """Returns of each exact call how far another engine moves its rows' scores [N]: zeros where
+    that engine reads the replies in other batches, and so has other calls."""
+    if [x.scores.shape for x in calls] != [x.scores.shape for x in exact]:
+        return [torch.zeros(len(x.scores), dtype=torch.float64) for x in exact]
+    return [(x.scores - y.scores).abs().amax(-1) for x, y in zip(exact, calls, strict=True)]
 
 
 class Reading:
@@ -136,7 +126,7 @@ class Reading:
     def others(self, slack: Sequence[Tensor], layers: int) -> Array:
         """Returns by how much the log probabilities change [A, T] where tokens with near ties in
         one of so many layers go another way, for each way that any token has. slack: of each call,
-        see `slack_of`."""
+        see `controls`."""
         found = []
         for layer in range(layers):
             numbers = range(layer, len(self.calls), layers)
@@ -148,7 +138,7 @@ class Reading:
     def flipped(self, slack: Sequence[Tensor]) -> Array:
         """Returns by how much the log probabilities change [A, T] where every token with near ties,
         in whatever layer, goes its nearest other way; A = 0 where there are none. slack: see
-        `slack_of`; where the calls there were others, its largest value counts."""
+        `controls`; where the calls there were others, its largest value counts."""
         if [len(s) for s in slack] != [len(x.scores) for x in self.calls]:
             most = max(float(s.max()) for s in slack)
             slack = [torch.full((len(x.scores),), most, dtype=torch.float64) for x in self.calls]

@@ -20,7 +20,7 @@ from glm_core.rollout.engine import PLAIN, Variant
 from glm_core.rollout.files import Reply
 from glm_core.rollout.mistakes import moved_end
 from glm_core.rollout.planted import MODELS
-from glm_core.rollout.ties import Reading, Scored, settled, slack_of
+from glm_core.rollout.ties import Reading, Scored, moved_by, settled
 from glm_core.rollout.verdict import judge
 
 NUM, LENGTH, SLACK = 8, 12, 0.01
@@ -101,8 +101,8 @@ def test_only_controls_that_read_alike_say_how_far_scores_move() -> None:
         return [Scored(choose, torch.tensor([s], dtype=torch.float64), {}) for s in scores]
 
     exact, near = calls([1.0, 2.0], [3.0, 4.0]), calls([1.0, 2.25], [3.0, 4.0])
-    [first, second] = slack_of(exact, [near, calls([9.0, 9.0])])
-    assert (float(first), float(second)) == (0.5, 0.0)
+    assert [float(m) for m in moved_by(exact, near)] == [0.25, 0.0]
+    assert [float(m) for m in moved_by(exact, calls([9.0, 9.0]))] == [0.0, 0.0]
 
 
 def test_a_jump_is_honest_only_where_another_choice_gives_it() -> None:

@@ -37,7 +37,10 @@ def sampled_from(settings: Settings) -> Shaping:
 
 def reported(settings: Settings) -> Shaping:
     """Returns what the log probabilities belong to, as the settings state it."""
-    return sampled_from(settings) if settings.processed else OWN
+    if not settings.processed:
+        return OWN
+    drawn_from = sampled_from(settings)
+    return drawn_from._replace(top_p=1.0) if settings.before_top_p else drawn_from
 
 
 class Drawn(NamedTuple):

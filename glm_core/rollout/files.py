@@ -39,6 +39,8 @@ class Settings:
     processed: bool = False
     """whether the log probabilities belong to the distribution after penalty, temperature and
     top-p; False: to the model's own"""
+    before_top_p: bool = False
+    """whether processed log probabilities are those before top-p, as SGLang's are"""
     chunk: int = 0
     """tokens of a prompt that the engine reads at once; 0 = unknown"""
 
@@ -56,7 +58,14 @@ class Settings:
         )
 
 
-MUST_AGREE = ("tokenizer", "temperature", "top_p", "repetition_penalty", "processed")
+MUST_AGREE = (
+    "tokenizer",
+    "temperature",
+    "top_p",
+    "repetition_penalty",
+    "processed",
+    "before_top_p",
+)
 """settings that two files of the same tokens must share"""
 
 

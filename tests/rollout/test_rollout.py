@@ -15,7 +15,14 @@ from glm_core.cli import rollout as command
 from glm_core.errors import RolloutError
 from glm_core.rollout import evidence, files, mistakes
 from glm_core.rollout.campaign import Campaign, Row, judged
-from glm_core.rollout.distribution import Drawn, Shaping, of_tokens, shaped
+from glm_core.rollout.distribution import (
+    Drawn,
+    Shaping,
+    of_tokens,
+    reported,
+    sampled_from,
+    shaped,
+)
 from glm_core.rollout.evidence import gather
 from glm_core.rollout.files import Reply, Rollout, Settings
 from glm_core.rollout.paths import Paths
@@ -129,6 +136,23 @@ def test_a_distribution_is_shaped_as_the_sampler_shapes_it() -> None:
     assert torch.allclose(found[0, :2], top)
     assert found[0, 2] == found[0, 3] == -torch.inf
     assert of_tokens(tokens, Shaping(0.5, 0.9, 2.0))[0] == pytest.approx(float(top[1]))
+
+
+@pytest.mark.parametrize(
+    ("processed", "before_top_p", "wanted"),
+    [
+        (False, False, Shaping()),
+        (True, False, Shaping(0.5, 0.9, 1.2)),
+        (True, True, Shaping(0.5, 1.0, 1.2)),
+    ],
+)
+def test_the_settings_state_what_is_reported(
+    processed: bool, before_top_p: bool, wanted: Shaping
+) -> None:
+    how = {"processed": processed, "before_top_p": before_top_p}
+    stated = Settings(temperature=0.5, top_p=0.9, repetition_penalty=1.2, **how)
+    assert reported(stated) == wanted
+    assert sampled_from(stated) == Shaping(0.5, 0.9, 1.2)
 
 
 def test_no_two_known_mistakes_have_the_same_words(case: Case) -> None:

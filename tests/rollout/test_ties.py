@@ -21,7 +21,7 @@ from glm_core.rollout.files import Reply
 from glm_core.rollout.mistakes import moved_end
 from glm_core.rollout.planted import MODELS
 from glm_core.rollout.ties import Reading, Scored, moved_by, settled
-from glm_core.rollout.verdict import judge
+from glm_core.rollout.verdict import Judgement, judge
 
 NUM, LENGTH, SLACK = 8, 12, 0.01
 REPLIES = [
@@ -114,7 +114,7 @@ def test_a_jump_is_honest_only_where_another_choice_gives_it() -> None:
     jump = np.zeros(size)
     jump[5] = 0.5
 
-    def verdict(deviation: np.ndarray, causes: tuple[Cause, ...] = ()):
+    def verdict(deviation: np.ndarray, causes: tuple[Cause, ...] = ()) -> Judgement:
         return judge(base + deviation, base, base + noise[1:], REPLIES, causes, others)
 
     found = verdict(noise[0] + jump)

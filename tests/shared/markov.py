@@ -82,7 +82,7 @@ def calibration(dtype: Dtype) -> align.Calibration:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return align.calibrate(config(dtype), sampler=Markov, controls=6, capture_steps=(3, 8, 12))
+        return align.calibrate(config(dtype), sampler=Markov, controls=6, capture_steps=(3, 12))
     finally:
         torch.set_num_threads(threads)
 

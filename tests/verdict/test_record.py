@@ -142,7 +142,7 @@ def test_a_record_is_bounded(path: Path) -> None:
     assert {why for _, why, _ in record.left_out} == {"its tensors are too large for a record"}
     recorder = Recorder()
     for _ in range(3):
-        x, w = torch.randn(1000, 700), torch.randn(700, 900)
+        x, w = torch.randn(300, 280), torch.randn(280, 300)
         call = Call(torch.ops.aten.mm.default, (x, w), {}, "cpu")
         recorder.add(call, {"y": x @ w}, Place("", "f:1", "forward"), 1)
     assert len(recorder.rows) == 2

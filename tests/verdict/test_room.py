@@ -6,6 +6,7 @@ import multiprocessing
 import sys
 import types
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -154,3 +155,9 @@ def test_operators_that_are_captured_into_a_graph_have_no_values(
     monkeypatch.setattr(torch, "acme", acme, raising=False)
     assert graphs.captured("acme")
     assert not graphs.captured("unknown")
+
+
+def test_eager_is_torchs_stance_without_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "set_stance", nullcontext)  # the true one loads for seconds
+    with verdict.eager() as stance:
+        assert stance == "force_eager"

@@ -115,14 +115,15 @@ def test_the_command_judges_plain_and_with_the_context(
 def test_the_commands_of_the_page_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On the CPU, with a context of ours in place of FlagGems."""
+    """On the CPU, with a context of ours in place of FlagGems and of the compiler's."""
     monkeypatch.setattr(script, "run_script", lambda request: run_here(request, tmp_path))
     monkeypatch.chdir(tmp_path)
     request_for(tmp_path, SEEDED)
     page = (ROOT / "docs" / "verdict.md").read_text(encoding="utf-8")
     commands = re.findall(r"^\s*(?:- )?(?:run: )?glm-core (verdict .*)$", page, re.M)
     assert len(commands) >= 9
-    here = {"cuda": "cpu", "flag_gems:use_gems": "contexts_of_a_test:nothing"}
+    nothing = "contexts_of_a_test:nothing"
+    here = {"cuda": "cpu", "flag_gems:use_gems": nothing, "glm_core.verdict:eager": nothing}
     for words in dict.fromkeys(commands):
         assert cli.main([here.get(word, word) for word in shlex.split(words)]) == 0, words
     out = capsys.readouterr().out

@@ -21,9 +21,9 @@ from glm_core.align.gradients import (
     NUM_SKETCH,
     GradientErrors,
     Oracle,
+    Sketches,
     exact_gradients,
     gradient_errors,
-    gradient_norms_and_sketches,
 )
 from glm_core.align.machine import machine_facts
 from glm_core.align.replay import LOW
@@ -95,17 +95,16 @@ def calibrate(
         step_done = functools.partial(_report_step, report, f"control {k + 1} of {controls}", steps)
         controls_run[f"{k}: {name}"] = free_run(run, (), step_done)
     oracle = [exact_gradients(config, snapshot) for snapshot in curve.snapshots]
-    modes, rows = gradient_modes(config), []
+    modes, rows, sketches = gradient_modes(config), [], Sketches(sorted(weights))
     for number, mode in enumerate(modes.values()):
         report("captured steps", number * len(captured), len(modes) * len(captured))
         run = Run(config, make(), "reference", None, mode)
         none = GradientErrors(np.zeros(0), np.zeros((0, len(weights))), np.zeros(0))
-        rows.append(gradient_errors(run, curve.snapshots, oracle) if captured else none)
+        kept = None if number else sketches  # the plain reference's
+        rows.append(gradient_errors(run, curve.snapshots, oracle, kept) if captured else none)
     report("captured steps", len(modes) * len(captured), len(modes) * len(captured))
     items = list(teacher_forcing.cases(curve.calls))
     limits = teacher_forcing.benign_limits(items, getattr(torch, config.train.dtype))
-    names = sorted(weights)
-    plain = Run(config, make(), "reference")
     trace = Trace(
         config=to_dict(config),
         backend="reference",
@@ -116,8 +115,8 @@ def calibrate(
         control_loss=np.array([c.loss for c in controls_run.values()]).reshape(-1, steps),
         **loss_scales(config, curve, list(controls_run.values())),
         capture_steps=[s.step for s in curve.snapshots],
-        parameters=names,
-        **gradient_norms_and_sketches(plain, curve.snapshots, names),
+        parameters=sketches.names,
+        **sketches.fields(),
         loss_error=np.stack([r.loss for r in (rows[0], *rows)]),
         gradient_error=np.stack([r.gradient for r in (rows[0], *rows)]),
         moved_tokens=np.stack([r.moved for r in (rows[0], *rows)]),

@@ -73,8 +73,32 @@ class GradientErrors(NamedTuple):
     """tokens that have other experts, see `choices.moved_tokens` [S]; 0 without experts"""
 
 
-def gradient_errors(run: Run, snapshots: list[Snapshot], oracle: list[Oracle]) -> GradientErrors:
-    """Returns the errors of a run's captured steps; `oracle` holds the `exact_gradients` of each.
+class Sketches:
+    """The norm and the sketch of every parameter's gradient, as a trace keeps them."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+        self.norms, self.sketches = list[list[float]](), list[list[Array]]()
+
+    def add(self, gradients: dict[str, Tensor]) -> None:
+        """Adds a captured step."""
+        self.norms.append([float(gradients[n].norm()) for n in self.names])
+        self.sketches.append([sketch(gradients[n]) for n in self.names])
+
+    def fields(self) -> dict[str, Any]:
+        """Returns the trace's norms [S, P] and sketches [S, P, W]."""
+        shape = len(self.norms), len(self.names)
+        return {
+            "gradient_norm": np.array(self.norms).reshape(shape),
+            "gradient_sketch": np.array(self.sketches).reshape(*shape, NUM_SKETCH),
+        }
+
+
+def gradient_errors(
+    run: Run, snapshots: list[Snapshot], oracle: list[Oracle], sketches: Sketches | None = None
+) -> GradientErrors:
+    """Returns the errors of a run's captured steps; `oracle` holds the `exact_gradients` of each,
+    and `sketches` receives the gradients.
     Where the run chooses other experts, float64 follows it: what then follows from the choice is no
     error. The choices themselves are counted, and judged one by one where each op is."""
     losses, errors, moved = [], [], []
@@ -82,6 +106,8 @@ def gradient_errors(run: Run, snapshots: list[Snapshot], oracle: list[Oracle]) -
         load_snapshot(run, snapshot)
         with choices.recorded(run.model) as own:
             loss, gradients = run.gradients(snapshot.batches)
+        if sketches is not None:
+            sketches.add(gradients)
         tokens = 0
         if exact.chosen:
             layers = choices.by_layer(run.model, own)
@@ -99,20 +125,6 @@ def gradient_errors(run: Run, snapshots: list[Snapshot], oracle: list[Oracle]) -
 def distance(x: Tensor, of: Tensor) -> float:
     """Returns |x - of| / |of|, in the Euclidean norm; 0 where both are zero."""
     return float((x - of).norm() / of.norm().clamp(min=torch.finfo(of.dtype).tiny))
-
-
-def gradient_norms_and_sketches(
-    run: Run, snapshots: list[Snapshot], names: list[str]
-) -> dict[str, Any]:
-    """Returns the trace's norm [S, P] and sketch [S, P, W] of every parameter's gradient."""
-    norms = np.zeros((len(snapshots), len(names)))
-    sketches = np.zeros((len(snapshots), len(names), NUM_SKETCH))
-    for s, snapshot in enumerate(snapshots):
-        _, gradients = load_snapshot(run, snapshot).gradients(snapshot.batches)
-        for p, name in enumerate(names):
-            norms[s, p] = float(gradients[name].norm())
-            sketches[s, p] = sketch(gradients[name])
-    return {"gradient_norm": norms, "gradient_sketch": sketches}
 
 
 def sketch(x: Tensor) -> Array:

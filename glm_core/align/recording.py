@@ -22,8 +22,8 @@ from glm_core.align.carried import Carried
 from glm_core.align.choices import Figures
 from glm_core.align.gradients import (
     NUM_SKETCH,
+    Sketches,
     gradient_errors,
-    gradient_norms_and_sketches,
     sketch,
 )
 from glm_core.align.machine import machine_facts
@@ -156,11 +156,9 @@ def _no_teacher_fields(cal: Calibration, config: RunConfig, backend: Backend) ->
 
 def _teacher_fields(cal: Calibration, config: RunConfig, backend: Backend) -> Fields:
     run = Run(config, cal.sampler(), backend)
-    own, reference, routing = (
-        gradient_errors(run, cal.snapshots, cal.oracle),
-        cal.reference,
-        Figures(),
-    )
+    reference, routing = cal.reference, Figures()
+    sketches = Sketches(reference.parameters)
+    own = gradient_errors(run, cal.snapshots, cal.oracle, sketches)
     with registry.use(run.backend) as session:
         measured, results = teacher_forcing.measure(
             cal.cases, lambda call: routing.seen(call, replay_on(call, run.backend)), twice=True
@@ -169,7 +167,7 @@ def _teacher_fields(cal: Calibration, config: RunConfig, backend: Backend) -> Fi
     calls, digest = digests(cal.cases, results)
     fields = {
         "capture_steps": reference.capture_steps,
-        **gradient_norms_and_sketches(run, cal.snapshots, reference.parameters),
+        **sketches.fields(),
         "loss_error": np.concatenate((own.loss[None], reference.loss_error[1:])),
         "gradient_error": np.concatenate((own.gradient[None], reference.gradient_error[1:])),
         "moved_tokens": np.concatenate((own.moved[None], reference.moved_tokens[1:])),

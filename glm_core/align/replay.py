@@ -35,14 +35,18 @@ def replay(
     widen: bool = False,
 ) -> Results:
     """Runs `function` on copies of the call's arguments and differentiates it with the captured
-    output gradients. `mode` is active meanwhile; `device` receives the arguments; `widen` turns
-    float32 into float64 first. Returns the results on the CPU, a list of tensors as one flat
-    tensor."""
+    output gradients. The op's reference receives the arguments themselves where it does not write
+    them. `mode` is active meanwhile; `device` receives the arguments; `widen` turns float32 into
+    float64 first. Returns the results on the CPU, a list of tensors as one flat tensor."""
 
     def fresh(x: Any) -> Any:
         return x.to(device) if device is not None and isinstance(x, Tensor) else x
 
-    args = tree_map(lambda x: fresh(copied(x)), call.args)
+    def own(name: str, value: Any) -> Any:
+        kept = function is call.op.reference and name not in call.op.mutates
+        return tree_map(lambda x: fresh(alias(x) if kept else copied(x)), value)
+
+    args = {name: own(name, value) for name, value in call.args.items()}
     gradients = [None if g is None else fresh(g) for g in call.output_gradients]
     if widen:
         args, gradients = widened(args), widened(gradients)
@@ -58,6 +62,11 @@ def replay(
             results |= _backward(outputs, gradients, {n: args[n] for n in names})
     results |= {n: args[n] for n in call.op.mutates if args.get(n) is not None}
     return with_change(call, {n: real(flat(x).detach().cpu()) for n, x in results.items()})
+
+
+def alias(x: Any) -> Any:
+    """Returns the same values, of which no gradient is known yet."""
+    return x.detach() if isinstance(x, Tensor) else x
 
 
 def replay_on(call: Call, backend: Backend) -> Results:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pydoc_data.topics
+import re
 import signal
 import sys
 import time
@@ -154,5 +155,6 @@ def test_a_driver_without_timeout_is_ended_by_ours(tmp_path: Path) -> None:
         VENDOR_SIM_TIMEOUT_S="1e6",
     )
     assert done.returncode == 1, done.stderr
-    assert "backend sim: step 2: no progress for 5 s" in done.stderr
+    # step 2; on a machine so busy that 5 s pass before the hang, step 1
+    assert re.search("backend sim: step [12]: no progress for 5 s", done.stderr), done.stderr
     assert "then resume from trained/checkpoints" in done.stderr

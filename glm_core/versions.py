@@ -73,6 +73,8 @@ CHANGED = {
     "fsdp_sums": (2, 9),
     # gloo greets on standard error, if at all; 2.10 was not tried
     "quiet_gloo": (2, 11),
+    # an argument of c10d's operators tells which reduction it is; 2.10 was not tried
+    "named_reductions": (2, 11),
     # an option of a schedule's step; 2.9 hands it to the model, 2.10 was not tried
     "return_outputs": (2, 11),
     # the constructor that schedules with one stage per rank share; 2.10 was not tried

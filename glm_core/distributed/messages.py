@@ -19,6 +19,8 @@ from torch._C._distributed_c10d import _resolve_process_group
 from torch.distributed import ProcessGroup
 from torch.distributed import distributed_c10d as c10d
 
+from glm_core.versions import lack_of
+
 MOST = 1 << 18
 """elements of one collective that a rank shows the others; of longer parts a random choice"""
 PATIENCE_S = 60.0
@@ -226,8 +228,8 @@ def _group(values: dict[str, Any]) -> ProcessGroup:
 def _reduction(op: Any) -> str:
     if isinstance(op, str):
         name = op.lower()
-    elif "op" not in getattr(op, "_method_names", list)():
-        raise MessagesError("this torch does not tell which reduction it is; torch 2.11 does")
+    elif lack := lack_of("named_reductions", "to tell which reduction it is"):
+        raise MessagesError(lack)
     else:
         number = int(op.op())
         name = REDUCTIONS[number] if number < len(REDUCTIONS) else "premul_sum"

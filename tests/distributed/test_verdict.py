@@ -10,7 +10,10 @@ import pytest
 from ranks import Ranks
 
 from glm_core.faults.collectives import COLLECTIVE_FAULTS
+from glm_core.versions import lack_of
 
+LACK = lack_of("named_reductions", "to plant wrong reductions")
+pytestmark = pytest.mark.skipif(bool(LACK), reason=LACK)
 NAMES_WHAT_IS_WRONG = {
     "averages where it should sum": "averages where it should sum",
     "the last rank's message is left out": "the message of rank 1 is left out",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import sys
 import types
-from collections.abc import Iterator
 from contextlib import nullcontext
 
 import pytest
@@ -19,14 +18,6 @@ from glm_core.verdict import graphs, lists, room, slices
 from glm_core.verdict.judge import judge
 from glm_core.verdict.oracle import Call
 from glm_core.verdict.report import Report
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def judged(function: object, *args: object) -> Report:

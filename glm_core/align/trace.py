@@ -3,9 +3,7 @@ of bounded size, and read without torch."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
@@ -88,19 +86,8 @@ class Trace:
     def save(self, path: str | Path) -> None:
         """Writes the file, whole or not at all. Raises TraceError where the disk refuses it or the
         trace is larger than `load` accepts."""
-        path = Path(path)
         content = trace_format.encode(self)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(content)
-            os.replace(part, path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                part.unlink()
-            raise TraceError(
-                f"trace {path}: cannot be written ({error}); choose another path or free the disk"
-            ) from None
+        trace_format.write_whole(Path(path), "trace", lambda part: part.write_bytes(content))
 
     def __post_init__(self) -> None:
         trace_format.check(self)

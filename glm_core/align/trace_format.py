@@ -3,8 +3,10 @@ and when it is read. The format is described in docs/trace-format.md."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, get_args, get_origin, get_type_hints
 
@@ -206,6 +208,22 @@ def read(path: Path) -> dict[str, Any]:
     except (GlmCoreError, AttributeError) as error:
         raise TraceError(f"config: {error}") from None
     return {**arrays, **fields}
+
+
+def write_whole(path: Path, what: str, write: Callable[[Path], object]) -> None:
+    """Makes a file, whole or not at all: `write` writes it beside its place. Raises TraceError,
+    which names `what` is written, where the disk refuses it."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(part)
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise TraceError(
+            f"{what} {path}: cannot be written ({error}); choose another path or free the disk"
+        ) from None
 
 
 def _open(path: Path) -> tuple[dict[str, str], dict[str, NDArray[np.float64]]]:

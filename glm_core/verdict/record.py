@@ -3,10 +3,8 @@ the arguments and what was computed here."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from glm_core.align.trace_format import write_whole
 from glm_core.errors import TraceError
 from glm_core.verdict import calls, slices
 from glm_core.verdict.calls import Recorded, Tensors
@@ -91,17 +90,7 @@ class Recorder:
             "left_out": [[*key, count] for key, count in self.left_out.items()],
         }
         metadata = {"kind": KIND, "version": str(VERSION), "fields": json.dumps(fields)}
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(self.tensors.values, part, metadata)
-            os.replace(part, path)
-        except (OSError, SafetensorError) as error:
-            with contextlib.suppress(OSError):
-                part.unlink()
-            raise TraceError(
-                f"record {path}: cannot be written ({error}); choose another path or free the disk"
-            ) from None
+        write_whole(path, "record", lambda part: save_file(self.tensors.values, part, metadata))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import random
 import subprocess
@@ -21,6 +20,7 @@ import torch
 
 from glm_core.bench.verdict import MODELS, VARIANTS, train
 from glm_core.measure.timing import machine
+from glm_core.sensitivity.honest import interval
 
 ISAS = {
     "avx2": {
@@ -83,17 +83,6 @@ def measure(path: Path, isa: str, seed: int) -> None:
             print(json.dumps(row | {"variant": kind, "seed": number}), file=file, flush=True)
 
 
-def upper_bound(alarms: int, runs: int, confidence: float = 0.95) -> float:
-    """Returns the exact (Clopper and Pearson's) one-sided upper bound of a probability: the one at
-    which so few alarms would be seen with a probability of 1 - confidence."""
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        p = (low + high) / 2
-        seen = sum(math.comb(runs, k) * p**k * (1 - p) ** (runs - k) for k in range(alarms + 1))
-        low, high = (p, high) if seen > 1 - confidence else (low, p)
-    return high if alarms < runs else 1.0
-
-
 def table(rows: list[dict[str, Any]]) -> str:
     """Renders alarms and runs by kind, and every alarm."""
     kinds: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -106,7 +95,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         worst = max(r["worst_ratio"] for r in own)
         lines.append(f"| {kind:14} | {len(own)} | {alarms} | {calls} | {worst:.3g} |")
     alarms = sum(bool(r["guilty"]) for r in rows)
-    bound = 100 * upper_bound(alarms, len(rows))
+    bound = 100 * interval(alarms, len(rows), 0.9)[1]  # one side of it: 95 %
     lines.append(f"at 95 % confidence, at most {bound:.2g} % of honest runs are called wrong")
     lines += [f"ALARM {key(r)}: {'; '.join(r['guilty'])}" for r in rows if r["guilty"]]
     return "\n".join(lines)

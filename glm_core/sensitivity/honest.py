@@ -84,10 +84,10 @@ def group(row: Row) -> str:
     return "another way to run" if change.micro_batch or change.threads > 1 else "kernel"
 
 
-def interval(alarms: int, judged: int) -> tuple[float, float]:
+def interval(alarms: int, judged: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Returns the two-sided interval of Clopper and Pearson (1934): the rates at which so many
     alarms, or more, or fewer, are not yet improbable."""
-    tail = (1 - CONFIDENCE) / 2
+    tail = (1 - confidence) / 2
 
     def at_most(rate: float, count: int) -> float:
         each = (comb(judged, i) * rate**i * (1 - rate) ** (judged - i) for i in range(count + 1))

@@ -12,19 +12,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from glm_core import ops
 from glm_core.config import RunConfig
 from glm_core.distributed import apply, schedule
 from glm_core.distributed.collectives import all_reduce
-from glm_core.distributed.exact_tensor import gathered, tree_sum
+from glm_core.distributed.exact_tensor import gathered
+from glm_core.distributed.fsdp import whole
 from glm_core.distributed.layout import Place, is_expert, joined, splits_of
 from glm_core.distributed.parallel import ManyProcesses, messages
 from glm_core.distributed.pipeline import Stage
 from glm_core.distributed.plan import Plan
 from glm_core.errors import ConfigError
-from glm_core.training.optimizer import assign_gradient, own_part, sum_in_float32
-from glm_core.training.row_tree import RowTree, norm_of_all, sum_of_rows
+from glm_core.training.optimizer import assign_gradient, sum_in_float32
+from glm_core.training.row_tree import RowTree, norm_of_all, tree_sum
 from glm_core.versions import torch_has
 
 TIED = 1
@@ -130,7 +132,7 @@ class ExactProcesses(ManyProcesses):
             losses = all_reduce(losses, self.mesh.get_group("pp"))  # the other stages add zeros
         every = gathered(losses, self.mesh.get_group("dp"))
         ranks = torch.stack(every, 1 if self._takes_turns else 0)
-        return sum_of_rows(list(ranks.flatten()))
+        return tree_sum(ranks.flatten())
 
     def norm(self, grads: dict[str, Tensor]) -> Tensor:
         """Gathers one gradient after the other where it is cut: the norm of each is that of one
@@ -146,7 +148,7 @@ class ExactProcesses(ManyProcesses):
 
     def _whole(self, name: str, grad: Any) -> Tensor:
         """Returns all of a gradient that ZeRO and tensor parallelism may have cut."""
-        part: Tensor = grad if own_part(grad) is grad else grad.full_tensor()
+        part: Tensor = whole(grad) if isinstance(grad, DTensor) else grad
         if self.experts is not None and is_expert(name):
             group, axis, ranks = self.experts.get_group("ep"), "ep", self.plan.ep
         else:
@@ -173,7 +175,7 @@ class TreeReduceScatter:
     ) -> None:
         parts = torch.empty_like(input_tensor)
         dist.all_to_all_single(parts, input_tensor, group=group)
-        output_tensor.copy_(tree_sum(list(parts.chunk(group.size()))))
+        output_tensor.copy_(tree_sum(parts.chunk(group.size())))
 
 
 def _require_order(config: RunConfig, plan: Plan) -> None:

@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 from glm_core import dispatch, ops
 from glm_core.distributed.collectives import SEQUENCE, all_gather
 from glm_core.model.glm import Norm, normed
+from glm_core.training.row_tree import tree_sum
 
 Sections = tuple[int, ...]
 """lengths of a rank's features by section (q, k and v, or both halves of a gated layer): one
@@ -213,7 +214,7 @@ class _Copies(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return tree_sum([grad.clone() for grad in grads]), None
+        return tree_sum(grad.clone() for grad in grads), None
 
 
 def copies(x: Tensor, number: int) -> tuple[Tensor, ...]:
@@ -222,20 +223,9 @@ def copies(x: Tensor, number: int) -> tuple[Tensor, ...]:
     return every
 
 
-def tree_sum(every: list[Tensor]) -> Tensor:
-    """Returns the sum of a power of 2 of tensors, written over the first: neighbours first, then
-    pairs of neighbours."""
-    while len(every) > 1:
-        every = [a.add_(b) for a, b in zip(every[::2], every[1::2], strict=True)]
-    return every[0]
-
-
 def gathered(x: Tensor, group: ProcessGroup) -> list[Tensor]:
     """Returns every rank's tensor."""
-    own = x.contiguous()
-    every = [torch.empty_like(own) for _ in range(group.size())]
-    dist.all_gather(every, own, group=group)
-    return every
+    return list(all_gather(x, group, 0).chunk(group.size()))
 
 
 def _exchanged(x: Tensor, group: ProcessGroup) -> list[Tensor]:

@@ -136,10 +136,6 @@ def _scatter(a: _Arguments) -> Side:
     return sent, lambda _: a.values["output_tensors"], [[(root, a.rank)]]
 
 
-def _out(out: Any) -> list[Tensor]:
-    return _listed(out)
-
-
 _SIDES: dict[str, Callable[[_Arguments], Side]] = {
     "c10d::allreduce_": lambda a: _reduce(a, a.values["tensors"], lambda _: a.values["tensors"]),
     "c10d::reduce_": lambda a: _only_root(
@@ -194,8 +190,8 @@ def _functional(kind: str, side: Callable[[_Arguments, Any], Side]) -> None:
         )
 
 
-_functional("all_reduce", lambda a, x: _reduce(a, x, _out))
-_functional("broadcast", lambda a, x: _broadcast(a, x, _out))
+_functional("all_reduce", lambda a, x: _reduce(a, x, _listed))
+_functional("broadcast", lambda a, x: _broadcast(a, x, _listed))
 _functional("all_gather_into_tensor", lambda a, x: _gather(a, x, lambda out: _cut(a, out)))
 _functional(
     "reduce_scatter_tensor",

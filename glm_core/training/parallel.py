@@ -20,7 +20,7 @@ from glm_core.spec import Support
 from glm_core.training.batches import Batch, Sampler
 from glm_core.training.graph import RecordedLoss
 from glm_core.training.optimizer import Optimizer, sum_in_float32
-from glm_core.training.row_tree import RowTree, norm_of_all, sum_of_rows
+from glm_core.training.row_tree import RowTree, norm_of_all, tree_sum
 from glm_core.versions import lack_of
 
 
@@ -161,7 +161,7 @@ class SingleProcess:
         if self._tree is None:
             return loss
         losses, self._losses = self._losses, []
-        return sum_of_rows(losses)
+        return tree_sum(loss.clone() for loss in losses)
 
     def sum_counts(self, counts: Tensor) -> Tensor:
         return counts

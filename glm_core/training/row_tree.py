@@ -4,7 +4,7 @@ processes, and the norm over them (docs/exact.md)."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -65,11 +65,11 @@ class RowTree:
             assign_gradient(p, grad)
 
 
-def sum_of_rows(losses: Sequence[Tensor]) -> Tensor:
-    """Returns the sum of the sequences' losses, by the tree."""
+def tree_sum(leaves: Iterable[Tensor]) -> Tensor:
+    """Returns the sum of the leaves by a tree. They are written over."""
     tree = Tree()
-    for loss in losses:
-        tree.add([loss.clone()])
+    for leaf in leaves:
+        tree.add([leaf])
     [total] = tree.finish()
     assert total is not None
     return total

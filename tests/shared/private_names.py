@@ -25,36 +25,42 @@ HOLDERS = {"torch.distributed._functional_collectives"}
 """modules that are imported whole: what is used of them counts"""
 
 
-def sources() -> Iterator[tuple[str, ast.Module]]:
-    """Yields path and syntax tree of every module of the product."""
+def sources() -> Iterator[tuple[str, list[ast.AST]]]:
+    """Yields path and the nodes of the syntax tree of every module of the product."""
     for folder in ("glm_core", "backends", "bench"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             if not any(parent.is_symlink() for parent in path.parents):
-                yield str(path.relative_to(ROOT)), ast.parse(path.read_text(encoding="utf-8"))
+                yield str(path.relative_to(ROOT)), nodes_of(path.read_text(encoding="utf-8"))
+
+
+def nodes_of(source: str) -> list[ast.AST]:
+    """Returns the nodes of a text's syntax tree, outer ones before inner ones: walking costs more
+    than parsing."""
+    return list(ast.walk(ast.parse(source)))
 
 
 def used() -> dict[str, set[str]]:
     """Returns the files that use each private name of torch's. A name is `torch.module._name`; what
     belongs to an object whose type the syntax does not show is `._name`."""
-    trees = list(sources())
-    ours = {name for _, tree in trees for name in _defined(tree)} | PYTHONS
+    modules = list(sources())
+    ours = {name for _, nodes in modules for name in _defined(nodes)} | PYTHONS
     found: dict[str, set[str]] = defaultdict(set)
-    for path, tree in trees:
-        for name in _names(tree, ours):
+    for path, nodes in modules:
+        for name in _names(nodes, ours):
             found[name].add(path)
     return dict(found)
 
 
 def names_in(source: str) -> set[str]:
     """Returns the private names of torch's in this text."""
-    return set(_names(ast.parse(source), PYTHONS))
+    return set(_names(nodes_of(source), PYTHONS))
 
 
-def _names(tree: ast.Module, ours: set[str]) -> Iterator[str]:
-    imports = dict(_imports(tree))
+def _names(nodes: list[ast.AST], ours: set[str]) -> Iterator[str]:
+    imports = dict(_imports(nodes))
     yield from (n for n in imports.values() if _is_torchs(n) and is_private(n) and n not in HOLDERS)
-    inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    for node in ast.walk(tree):
+    inner = {id(node.value) for node in nodes if isinstance(node, ast.Attribute)}
+    for node in nodes:
         if isinstance(node, ast.ClassDef):
             yield from _replaced(node, imports)
         if not isinstance(node, ast.Attribute):
@@ -68,9 +74,9 @@ def _names(tree: ast.Module, ours: set[str]) -> Iterator[str]:
             yield f".{node.attr}"
 
 
-def _imports(tree: ast.Module) -> Iterator[tuple[str, str]]:
+def _imports(nodes: list[ast.AST]) -> Iterator[tuple[str, str]]:
     """Yields what each imported name stands for."""
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Import):
             for a in node.names:
                 yield (a.asname, a.name) if a.asname else (a.name.split(".")[0],) * 2
@@ -94,9 +100,9 @@ def _replaced(node: ast.ClassDef, imports: dict[str, str]) -> Iterator[str]:
         yield from (f"{name}.{m}" for m in methods if is_private(m) and hasattr(kind, m))
 
 
-def _defined(tree: ast.Module) -> Iterator[str]:
+def _defined(nodes: list[ast.AST]) -> Iterator[str]:
     """Yields every private name that this module of ours gives to something."""
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.name
         elif isinstance(node, ast.Attribute | ast.Name) and isinstance(node.ctx, ast.Store):

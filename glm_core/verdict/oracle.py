@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -17,6 +19,7 @@ from glm_core.align import statistics
 from glm_core.align.disguise import Regrouped, Rounded
 from glm_core.align.replay import LOW
 from glm_core.verdict import references
+from glm_core.verdict.honest_kernels import LibraryFunctions, RoundedExponentials
 
 Results = dict[str, Tensor]
 """by name: `y` or `y0`, `y1`, ..., and the arguments that the operator writes; a list of tensors as
@@ -174,13 +177,18 @@ def _with_rounded_numbers(call: Call, dtype: torch.dtype) -> Call:
     return dataclasses.replace(call, args=args, kwargs=kwargs)
 
 
-def moved(seed: int) -> Change:
+def moved(seed: int, alike: str = "") -> Change:
     """Returns a change that moves every element by -1, 0 or 1 unit in float32's last place, as a
-    rounding of the argument would: how far the result moves is the operator's condition."""
+    rounding of the argument would: how far the result moves is the operator's condition. `alike`
+    moves all `rows` or all `columns` in the same way: where rows are similar, a kernel rounds them
+    alike, and the errors of their sums lean to one side."""
     generator = torch.Generator("cpu").manual_seed(seed)
 
     def change(x: Tensor) -> Tensor:
-        steps = torch.randint(-1, 2, x.shape, generator=generator, device="cpu")
+        shape = list(x.shape)
+        if alike and x.ndim > 1:
+            shape = [1] * (x.ndim - 1) + shape[-1:] if alike == "rows" else [*shape[:-1], 1]
+        steps = torch.randint(-1, 2, shape, generator=generator, device="cpu")
         return x * (1 + statistics.EPS * steps.to(x.dtype))
 
     return change
@@ -226,6 +234,12 @@ def variations(call: Call, dtype: torch.dtype) -> Iterator[Results]:
         ways += [under(Rounded(dtype, numel, seed=s), by_steps) for s in (1, 2)]
     if by_steps is not None and not wide:
         ways.append(lambda: compute(call, None, None, by_steps))
+    for seed, alike in itertools.product(range(1, 5), ("rows", "columns")):
+        ways.append(functools.partial(compute, call, torch.float64, moved(seed, alike)))
+    if by_steps is not None:
+        ways += [under(LibraryFunctions(signs), by_steps) for signs in (1.0, -1.0)]
+        if wide:
+            ways += [under(RoundedExponentials(dtype, n), by_steps) for n in (16, 512)]
     if any(t.dtype in LOW for t in call.tensors()):
         ways += [lambda: _short_logarithms(call, 1.0), lambda: _short_logarithms(call, -1.0)]
     for way in ways:

@@ -50,8 +50,11 @@ class Grouping:
 
     def totals(self, fields: Sequence[Array]) -> list[Array]:
         """Sums each field [elements] over every group."""
-        shape = (-1, self.groups if self.bins is None else self.bins.size, self.inner)
-        parts: list[Array] = [f.reshape(shape).sum((0, 2)) for f in fields]
+        num_parts = self.groups if self.bins is None else self.bins.size
+        shape = (-1, num_parts, self.inner)
+        parts: list[Array] = [
+            f if f.size == num_parts else f.reshape(shape).sum((0, 2)) for f in fields
+        ]
         if self.bins is None:
             return parts
         g = self.bins.astype(np.intp)
@@ -158,9 +161,10 @@ class CorrectResult:
         """Returns D; 1e30 where the result is not finite, everywhere if it has another size."""
         if result.size != self.y.size:
             return np.full(self.y.size, 1e30)
-        return np.nan_to_num(
-            result.astype(np.float64) - self.y, nan=1e30, posinf=1e30, neginf=-1e30
-        )
+        errors: Array = result.astype(np.float64) - self.y
+        if not np.isfinite(errors.sum()):
+            np.nan_to_num(errors, copy=False, nan=1e30, posinf=1e30, neginf=-1e30)
+        return errors
 
 
 def copies(y: NDArray[np.floating], width: int) -> Array:

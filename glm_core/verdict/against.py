@@ -43,7 +43,7 @@ def compare(record: Record, device: str, rate: float) -> Comparison:
             left_out[key] = left_out.get(key, 0) + 1
             continue
         total, equal = total + 1, equal + same
-    findings = {side: docket.findings() for side, docket in dockets.items()}
+    findings = {side: docket.findings(docket.rate) for side, docket in dockets.items()}
     return Comparison(
         record=record.path,
         program=record.report.program,

@@ -41,9 +41,10 @@ class Docket:
             self.outside.append((name, place, step, judgement))
         self.ratios[name] = max(self.ratios[name], judgement.ratio)
 
-    def findings(self) -> list[Finding]:
-        """Returns the worst call of each guilty operator, the largest ratio first."""
-        z = statistics.critical_z(self.rate, self.num_tests)
+    def findings(self, rate: float) -> list[Finding]:
+        """Returns the worst call of each guilty operator, the largest ratio first. `rate` is the
+        share of the false-alarm rate that these calls have."""
+        z = statistics.critical_z(rate, self.num_tests)
         worst: dict[str, Finding] = {}
         calls: Counter[str] = Counter()
         for name, place, step, judgement in self.outside:

@@ -29,6 +29,8 @@ class Outcome:
     curve: CurveVerdict | None = None
     alone: bool = False
     """a record was judged without a script"""
+    elsewhere: bool = False
+    """rank 0 of the job gives this verdict with those of the other ranks"""
 
     @property
     def ok(self) -> bool:
@@ -77,6 +79,7 @@ def judge_all(request: Request, controls: int, say: Callable[[str], None]) -> Ou
         comparison.from_json(last["comparison"]) if "comparison" in last else None,
         curve,
         alone=not request.script,
+        elsewhere=bool(last.get("elsewhere")),
     )
 
 

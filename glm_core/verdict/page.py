@@ -53,12 +53,23 @@ def _findings(findings: Iterable[tuple[str, Finding]]) -> str:
             f"{f.effect:.2e}" if f.effect < 1e30 else "-",
             f"{f.limit:.1e}",
             f.calls,
+            ", ".join(map(str, f.ranks)) or "-",
         )
         for side, f in findings
     ]
     if not rows:
         return "<p>No operator is wrong.</p>"
-    head = ("operator", "machine", "where", "result", "test", "effect", "benign up to", "calls")
+    head = (
+        "operator",
+        "machine",
+        "where",
+        "result",
+        "test",
+        "effect",
+        "benign up to",
+        "calls",
+        "ranks",
+    )
     return "<h2>What is wrong</h2>" + table(head, rows)
 
 
@@ -86,10 +97,18 @@ def _curve(curve: CurveVerdict) -> str:
 
 def _operators(report: Report) -> str:
     rows = [
-        (r.operator, r.calls, r.guilty, f"{100 * r.flops_share:.3g}", f"{r.ratio:.3g}")
+        (
+            r.operator,
+            r.calls,
+            r.guilty,
+            f"{100 * r.flops_share:.3g}",
+            f"{r.ratio:.3g}",
+            *([r.rank] if report.ranks else []),
+        )
         for r in report.operators
     ]
-    head = ("operator", "calls", "wrong", "% of FLOPs", "share of what is allowed")
+    rank = ["rank"] if report.ranks else []
+    head = ("operator", "calls", "wrong", "% of FLOPs", "share of what is allowed", *rank)
     return "<h2>All judged operators</h2>" + HOW + table(head, rows)
 
 
@@ -111,5 +130,6 @@ def _facts(report: Report, command: str) -> str:
         ("date", datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")),
         ("command", command),
         *(("note", note) for note in report.notes),
+        *(("alone", sentence) for sentence in report.ranks),
     ]
     return "<h2>What was run</h2>" + table(("", ""), [r for r in rows if r[1]])

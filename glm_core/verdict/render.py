@@ -28,11 +28,12 @@ def text(
         lines += [f"WRONG {s}: {f}" for s, own in comparison.findings.items() for f in own]
     guilty = {f.operator for f in report.findings}
     rows = [r for i, r in enumerate(report.operators) if i < ROWS or r.operator in guilty]
-    lines.append(_row("operator", "calls", "wrong", "of allowed", "% of FLOPs"))
-    lines += [
-        _row(r.operator, r.calls, r.guilty, f"{r.ratio:.3g}", f"{100 * r.flops_share:.3g}")
-        for r in rows
-    ]
+    head = ("operator", "calls", "wrong", "of allowed", "% of FLOPs")
+    lines.append(_row(*head, *(["rank"] if report.ranks else [])))
+    for r in rows:
+        rank = [r.rank] if report.ranks else []
+        cells = (r.calls, r.guilty, f"{r.ratio:.3g}", f"{100 * r.flops_share:.3g}", *rank)
+        lines.append(_row(r.operator, *cells))
     if len(rows) < len(report.operators):
         lines.append(f"and {len(report.operators) - len(rows)} more; --json has them")
     lines += [
@@ -44,6 +45,7 @@ def text(
         left = comparison.not_compared
         lines += [f"not compared: {u.operator}, {u.calls} calls: {u.reason}" for u in left]
     lines += [f"note: {note}" for note in report.notes]
+    lines += [f"alone: {sentence}" for sentence in report.ranks]
     size = report.peak_memory_bytes / 2**20
     lines.append(f"captured steps: {report.seconds:.1f} s, {size:.0f} MiB at most")
     return "\n".join(lines)

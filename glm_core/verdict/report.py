@@ -34,6 +34,8 @@ class Finding:
     """share of what is allowed, significance included; above 1 is guilty"""
     calls: int = 1
     """guilty calls of this operator, of which this one is the worst"""
+    ranks: list[int] = dataclasses.field(default_factory=list)
+    """of a job: those where the operator is wrong, that of this call first"""
 
     def where(self) -> str:
         """Returns the place in words."""
@@ -46,7 +48,10 @@ class Finding:
         off = self.test
         if self.effect < NOT_FINITE:
             off += f" {self.effect:.2e}, benign up to {self.limit:.1e}"
-        return f"{self.operator} {self.where()}: {self.result} [{shape}] {self.dtype}: {off}"
+        where = self.where() + (f", rank {self.ranks[0]}" if self.ranks else "")
+        if len(self.ranks) > 1:
+            where += f" (also {', '.join(map(str, self.ranks[1:]))})"
+        return f"{self.operator} {where}: {self.result} [{shape}] {self.dtype}: {off}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +75,8 @@ class Row:
     ratio: float
     """the largest share of what is allowed"""
     flops_share: float
+    rank: int | None = None
+    """of a job: the one that has the largest share"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,6 +102,8 @@ class Report:
     torch: str = ""
     notes: list[str] = dataclasses.field(default_factory=list)
     """what else limits the verdict"""
+    ranks: list[str] = dataclasses.field(default_factory=list)
+    """of a job: the sentence of each rank's own verdict"""
 
     @property
     def ok(self) -> bool:

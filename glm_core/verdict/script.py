@@ -48,6 +48,11 @@ class Request:
     unit: float = 0.0
     """see `Curve`"""
 
+    @property
+    def alone(self) -> bool:
+        """Says whether one run of the script is all that is judged."""
+        return not (self.context or self.record or self.against or self.curve_steps)
+
 
 def run_script(request: Request) -> dict[str, Any]:
     """Runs the script until its last captured step and returns what `worker` wrote. What the script

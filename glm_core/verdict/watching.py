@@ -23,6 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from glm_core.align.verdict import FALSE_ALARM_RATE
 from glm_core.conformance.oracle import EagerMode
 from glm_core.distributed.messages import MessagesError, rank_in_words, wait_for_readers
+from glm_core.distributed.reports import num_ranks
 from glm_core.errors import ConfigError, NoRoomError, TrainingError
 from glm_core.measure import memory
 from glm_core.verdict import collectives, graphs, oracle, references
@@ -309,7 +310,8 @@ class watch:
                 f"verdict: {self.program} made {self.done} optimizer steps, none of {steps} was "
                 "captured; pass smaller numbers with --steps, or let the program run longer"
             )
-        findings = self.docket.findings()
+        rate = self.docket.rate / num_ranks()
+        findings = self.docket.findings(rate)
         return Report(
             program=", ".join(filter(None, (self.program, rank_in_words()))),
             devices=sorted(self.docket.devices),
@@ -318,7 +320,7 @@ class watch:
             operators=self.docket.rows(findings),
             not_judged=self.docket.not_judged(),
             num_tests=self.docket.num_tests,
-            false_alarm_rate=self.docket.rate,
+            false_alarm_rate=rate,
             seconds=self.seconds,
             peak_memory_bytes=memory.resident_peak_bytes(),
             context=context,

@@ -18,6 +18,7 @@ import torch
 from torch.optim.optimizer import Optimizer
 
 from glm_core.errors import BackendUnavailableError, ConfigError, GlmCoreError, TrainingError
+from glm_core.verdict import ranks
 from glm_core.verdict.against import compare
 from glm_core.verdict.curve import Curve
 from glm_core.verdict.record import Record, Recorder, read
@@ -81,6 +82,11 @@ class WatchedScript(watch):
         if self.finished or not self.docket.calls:
             return
         self.finished = True
+        if self.request.alone:
+            report = ranks.of_job(self.report())
+            self.result["elsewhere"] = report is None
+            if report is not None:
+                self.result["report"] = report.to_json()
         try:
             if self.mode.recorder is not None:
                 report = self.report(self.request.context)

@@ -1,11 +1,12 @@
-"""Runs the scripts once per session, for all tests of this folder."""
+"""Runs the scripts once per session, for all tests of this folder. What real DeepSpeed does is
+read from the witness; with `--deepspeed live` it runs too."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
+import fcntl
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,27 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from peer_runs import (
     CONTROLS,
-    HERE,
     LACK,
     OURS_2,
     OURS_4,
-    REAL,
     SCRIPTS,
     SCRIPTS_4,
     differences,
+    load,
     run,
 )
-from small import made_state
+from real_deepspeed import Live, Recorded, make_universal
 
 from glm_core.deepspeed import notices
-from glm_core.deepspeed.checkpoint import universal_checkpoint
-from glm_core.deepspeed.checkpoint.content import Content
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--deepspeed",
+        choices=("recorded", "live"),
+        default="recorded",
+        help="where real DeepSpeed's results come from: tests/deepspeed/witness, or it runs now",
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -40,83 +47,84 @@ def no_notice_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(notices, "_shown", set())
 
 
-def make_universal(place: Path) -> None:
-    """Writes a universal checkpoint of random numbers."""
-    state: dict[str, dict[str, Any]] = {
-        name: {"step": torch.tensor(4.0), **values} for name, values in made_state().items()
-    }
-    group = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=3e-3).param_groups[0]
-    groups = [{k: v for k, v in group.items() if k != "params"}]
-    module = {name: values["fp32"] for name, values in state.items()}
-    counters = {"global_steps": 4, "global_samples": 32, "skipped_steps": 0}
-    content = Content(module, state, groups, None, {}, counters, {"seen": 5})
-    universal_checkpoint.write(content, place)
+@pytest.fixture(scope="session")
+def once(
+    tmp_path_factory: pytest.TempPathFactory, worker_id: str
+) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Returns a function that returns a folder of all workers, which the first that needs it
+    fills."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base if worker_id == "master" else base.parent
+
+    def made(name: str, fill: Callable[[Path], object]) -> Path:
+        folder = shared / f"deepspeed-{name}"
+        with folder.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder / "complete").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                fill(folder)
+                (folder / "complete").touch()
+        return folder
+
+    return made
 
 
 @pytest.fixture(scope="session")
-def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], Path]:
-    """Returns what real DeepSpeed's run of the scripts saw, and the folder of its checkpoints."""
-    if LACK:
-        pytest.skip(LACK)
+def real(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Live | Recorded:
+    """Returns what real DeepSpeed does with the scripts."""
     folder = tmp_path_factory.mktemp("real")
-    make_universal(folder / "made" / "here")
-    seen = run("deepspeed", REAL, folder / "seen", SCRIPTS, folder)
-    return seen, folder / "deepspeed"
+    if request.config.getoption("deepspeed", "recorded") == "recorded":
+        return Recorded(folder)
+    if LACK:
+        pytest.fail(f"--deepspeed live: {LACK}")
+    return Live(folder)
 
 
 @pytest.fixture(scope="session")
-def ours(real: tuple[list[Any], Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Returns what our run of the same scripts saw, and of those that resume from DeepSpeed's
-    checkpoints."""
-    folder = tmp_path_factory.mktemp("ours")
-    python = Path(sys.executable)
-    make_universal(folder / "made" / "here")
-    seen = run("ours", python, folder / "seen", [*SCRIPTS, *OURS_2], real[1])
-    return seen, folder / "ours"
+def ours(real: Live | Recorded, once: Any) -> tuple[list[Any], Path]:
+    """Returns what each rank saw in our run of the scripts, of those that resume from DeepSpeed's
+    checkpoints, and of the controls with other roundings; and the folder of checkpoints."""
+    controls = [f"otherwise:{name}" for group in CONTROLS.values() for name in group]
+    scripts = [*SCRIPTS, *OURS_2, *controls]
+
+    def fill(folder: Path) -> None:
+        make_universal(folder / "made" / "here")
+        run("ours", sys.executable, folder / "seen", scripts, real.checkpoints)
+
+    folder = once("two", fill)
+    return load(folder / "seen", 2), folder / "ours"
 
 
 @pytest.fixture(scope="session")
-def spread(ours: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, float]:
+def ours_on_four(real: Live | Recorded, once: Any) -> list[Any]:
+    """Returns what each rank saw in our run of the scripts for four processes."""
+    scripts = [*SCRIPTS_4, *OURS_4]
+
+    def fill(folder: Path) -> None:
+        run("ours", sys.executable, folder / "seen", scripts, real.checkpoints, ranks=4)
+
+    return load(once("four", fill) / "seen", 4)
+
+
+@pytest.fixture(scope="session")
+def spread(ours: tuple[list[Any], Path]) -> dict[torch.dtype, float]:
     """Returns by dtype how far our own results move when only the order of sums changes, and in
     bfloat16 the dtype in which gradients are summed: the largest difference over the dtype's
     control scripts."""
-    folder = tmp_path_factory.mktemp("otherwise")
-    names = [name for group in CONTROLS.values() for name in group]
-    other = run("otherwise", Path(sys.executable), folder / "seen", names, folder)
     return {
         dtype: max(
-            max(differences(a[name], b[name]).values())
+            max(differences(rank[f"otherwise:{name}"], rank[name]).values())
             for name in group
-            for a, b in zip(other, ours[0], strict=True)
+            for rank in ours[0]
         )
         for dtype, group in CONTROLS.items()
     }
 
 
 @pytest.fixture(scope="session")
-def reference() -> dict[str, Any]:
+def reference(real: Live | Recorded) -> dict[str, Any]:
     """Returns the report of real_config.py."""
-    if LACK:
-        pytest.skip(LACK)
-    done = subprocess.run(
-        [REAL, HERE / "real_config.py"],
-        env={**os.environ, "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    line = next(t for t in done.stdout.splitlines() if t.startswith("REPORT"))
-    found: dict[str, Any] = json.loads(line.removeprefix("REPORT"))
-    return found
-
-
-@pytest.fixture(scope="session")
-def four(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], list[Any]]:
-    """Returns what real DeepSpeed's and our run of the scripts for four processes saw."""
-    if LACK:
-        pytest.skip(LACK)
-    folder = tmp_path_factory.mktemp("four")
-    theirs = run("deepspeed", REAL, folder / "theirs", SCRIPTS_4, folder, ranks=4)
-    scripts, foreign = [*SCRIPTS_4, *OURS_4], folder / "deepspeed"
-    mine = run("ours", Path(sys.executable), folder / "mine", scripts, foreign, ranks=4)
-    return theirs, mine
+    return real.report()

@@ -3,6 +3,7 @@ pattern of overflows, its partitions, and its schedules step by step."""
 
 import importlib
 import json
+from importlib import metadata
 
 import torch
 from deepspeed.runtime import constants, lr_schedules
@@ -89,6 +90,7 @@ print(
     "REPORT"
     + json.dumps(
         {
+            "versions": {p: metadata.version(p) for p in ("deepspeed", "torch")},
             "top": [getattr(constants, n) for n in TOP],
             "sections": {name: fields(path) for name, path in MODELS.items()},
             "scales": scales,

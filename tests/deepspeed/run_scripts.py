@@ -1,12 +1,17 @@
-"""One rank: runs scripts one after the other under one package and saves what they saw."""
+"""One rank: runs scripts one after the other under one package and saves what they saw. A script
+named `otherwise:NAME` runs with other roundings."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -20,22 +25,11 @@ def whole_weights(deepspeed: Any, engine: Any) -> dict[str, torch.Tensor]:
         return {n: p.detach().float().clone() for n, p in engine.module.named_parameters()}
 
 
-def consolidate(folder: Path) -> None:
-    """Writes DeepSpeed's own whole weights beside each of its checkpoints."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    for place in (p.parent for p in folder.glob("*/latest")):
-        if any(place.glob("*/layer_*")):
-            continue  # a pipeline's: its own script knows none
-        if place.name.startswith("parts"):
-            to_universal(place / "end", place / "universal" / "end")
-        torch.save(
-            dict(get_fp32_state_dict_from_zero_checkpoint(str(place))), place / "consolidated.pt"
-        )
-
-
-def sum_in_bfloat16(deepspeed: Any) -> None:
-    """Makes bfloat16 scripts sum gradients over ranks in bfloat16, as DeepSpeed does."""
+@contextlib.contextmanager
+def rounded_otherwise(deepspeed: Any) -> Iterator[None]:
+    """Turns the rows of micro-batches round, and makes bfloat16 scripts sum gradients over ranks in
+    bfloat16, as DeepSpeed does."""
+    small = importlib.import_module("small")
     usual = deepspeed.initialize
 
     def initialize(*args: Any, **kwargs: Any) -> Any:
@@ -43,26 +37,12 @@ def sum_in_bfloat16(deepspeed: Any) -> None:
             kwargs["config"] = {**kwargs["config"], "communication_data_type": "bf16"}
         return usual(*args, **kwargs)
 
-    deepspeed.initialize = initialize
-
-
-def to_universal(place: Path, out: Path) -> None:
-    """Runs DeepSpeed's own conversion."""
-    from argparse import Namespace
-
-    from deepspeed.checkpoint.ds_to_universal import main as convert
-
-    convert(
-        Namespace(
-            input_folder=str(place),
-            output_folder=str(out),
-            num_extract_workers=1,
-            num_merge_workers=1,
-            keep_temp_folder=False,
-            strict=True,
-            inject_missing_state=True,
-        )
-    )
+    with (
+        mock.patch.object(small, "otherwise", True),
+        mock.patch.object(deepspeed, "initialize", initialize),
+        mock.patch.dict(os.environ, CHECKPOINTS=f"{os.environ['CHECKPOINTS']}-otherwise"),
+    ):
+        yield
 
 
 def main(out: str, names: list[str]) -> None:
@@ -74,13 +54,13 @@ def main(out: str, names: list[str]) -> None:
     else:
         import glm_core.deepspeed as deepspeed
     sys.path.insert(0, str(HERE))
-    if os.environ["PEER"] == "otherwise":
-        sum_in_bfloat16(deepspeed)
     deepspeed.init_distributed("gloo")
     seen: dict[str, Any] = {}
     torch.save(seen, f"{out}.{dist.get_rank()}.part")
     for name in names:
-        script = runpy.run_path(str(next(HERE.glob(f"*/{name}.py"))))
+        how, _, file = name.rpartition(":")
+        with rounded_otherwise(deepspeed) if how else contextlib.nullcontext():
+            script = runpy.run_path(str(next(HERE.glob(f"*/{file}.py"))))
         if "engine" not in script:
             continue  # it checked itself
         weights = whole_weights(deepspeed, script["engine"])
@@ -88,7 +68,7 @@ def main(out: str, names: list[str]) -> None:
         seen[name] = {**{k: torch.tensor(v) for k, v in lists.items()}, "weights": weights}
         torch.save(seen, f"{out}.{dist.get_rank()}.part")
     if os.environ["PEER"] == "deepspeed" and dist.get_rank() == 0:
-        consolidate(Path(os.environ["CHECKPOINTS"]))
+        importlib.import_module("consolidate").consolidate(Path(os.environ["CHECKPOINTS"]))
     os.replace(f"{out}.{dist.get_rank()}.part", f"{out}.{dist.get_rank()}")
     dist.barrier()
     os._exit(0)  # DeepSpeed's exit handlers take seconds

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-OTHERWISE = os.environ.get("PEER") == "otherwise"
+otherwise = False
 """the rows of each micro-batch in the other order: the same numbers, rounded otherwise"""
 
 
@@ -34,7 +33,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(32, 5)
 
     def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        x, labels = (t.flip(0) if OTHERWISE else t for t in (x, labels))
+        x, labels = (t.flip(0) if otherwise else t for t in (x, labels))
         x = self.first(x)
         for block in self.blocks:
             x = block(x)

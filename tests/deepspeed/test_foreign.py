@@ -1,4 +1,4 @@
-"""Checkpoints that DeepSpeed wrote are read by us; the weights are compared with its own
+"""Reads checkpoints that DeepSpeed wrote, and compares the weights with those of its own
 zero_to_fp32."""
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from real_deepspeed import Live, Recorded
 
 from glm_core.deepspeed.checkpoint.files import load_file
 from glm_core.deepspeed.utils import zero_to_fp32
@@ -18,10 +19,11 @@ from glm_core.errors import CheckpointError
 
 @pytest.mark.parametrize("name", ["resume", "parts2", "zero3", "bf16_zero3"])
 def test_whole_weights_are_those_of_zero_to_fp32(
-    name: str, real: tuple[list[Any], Path], tmp_path: Path
+    name: str, real: Live | Recorded, tmp_path: Path
 ) -> None:
-    theirs = torch.load(real[1] / name / "consolidated.pt")
-    path = zero_to_fp32.convert_zero_checkpoint_to_fp32_state_dict(real[1] / name, tmp_path)
+    place = real.checkpoints / name
+    theirs = torch.load(place / "consolidated.pt")
+    path = zero_to_fp32.convert_zero_checkpoint_to_fp32_state_dict(place, tmp_path)
     mine = torch.load(path)
     assert mine.keys() == theirs.keys()
     for key, value in theirs.items():
@@ -38,8 +40,8 @@ def test_our_own_are_consolidated_too(name: str, ours: tuple[list[Any], Path]) -
     assert all(v.dtype == torch.float32 for v in weights.values())
 
 
-def test_a_missing_rank_is_named(real: tuple[list[Any], Path], tmp_path: Path) -> None:
-    for path in (real[1] / "zero3" / "global_step12").iterdir():
+def test_a_missing_rank_is_named(real: Live | Recorded, tmp_path: Path) -> None:
+    for path in (real.checkpoints / "zero3" / "global_step12").iterdir():
         if "rank_0_mp_rank_00_optim" not in path.name:
             (tmp_path / path.name).symlink_to(path)
     with pytest.raises(CheckpointError, match=r"ranks \[1\] only"):

@@ -7,16 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from peer_runs import LACK, OWN, run
+from peer_runs import OWN, run
+from real_deepspeed import Live, Recorded
 
 from glm_core.distributed import fsdp
 
 
 @pytest.mark.skipif(bool(fsdp.lack()), reason=fsdp.lack())
-def test_own_scripts(request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    # DeepSpeed's checkpoints are read too where it can run
-    theirs = request.getfixturevalue("real")[1] if not LACK else tmp_path / "none"
-    python = Path(sys.executable)
-    run("ours", python, tmp_path / "seen", OWN, theirs)
+def test_own_scripts(real: Live | Recorded, tmp_path: Path) -> None:
+    run("ours", sys.executable, tmp_path / "seen", OWN, real.checkpoints)
     # what two processes saved, on one
-    run("ours", python, tmp_path / "alone", ["alone"], tmp_path / "ours", ranks=1)
+    run("ours", sys.executable, tmp_path / "alone", ["alone"], tmp_path / "ours", ranks=1)

@@ -7,11 +7,12 @@ import math
 import random
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peer_runs import distance, run
+from peer_runs import distance, load, run
 from pipeline_own import BUGS
 from torch import nn
 
@@ -29,9 +30,13 @@ RATIO = 2
 
 
 @pytest.fixture(scope="module")
-def own(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("own")
-    return run("own", sys.executable, folder / "seen", [], folder, program="pipeline_own.py")
+def own(once: Any) -> list[Any]:
+    """Returns what each rank saw of pipeline_own.py."""
+
+    def fill(folder: Path) -> None:
+        run("own", sys.executable, folder / "seen", [], folder, program="pipeline_own.py")
+
+    return load(once("pipeline", fill) / "seen", 2)
 
 
 def apart(one: dict[str, Any], other: dict[str, Any]) -> float:

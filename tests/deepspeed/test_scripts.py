@@ -1,5 +1,5 @@
-"""Runs the same scripts under real DeepSpeed and under us, on two processes with different data,
-and compares losses, gradient norms, learning rates and final weights.
+"""Runs scripts under us, on two processes with different data, and compares losses, gradient norms,
+learning rates and final weights with those of real DeepSpeed: recorded (witness.py) or live.
 
 The difference that is allowed is measured, not set. Control scripts run once more with the rows of
 each micro-batch in the other order, which changes roundings alone, and in bfloat16 with gradients
@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from peer_runs import SCRIPTS, SCRIPTS_4, differences, distance
+from peer_runs import OURS_4, SCRIPTS, SCRIPTS_4, differences, distance
+from real_deepspeed import Live, Recorded
+from witness import LISTS
 
 RATIO = 2
-KEYS = ("losses", "norms", "rates")
 Spread = dict[torch.dtype, float]
 
 
@@ -25,11 +26,11 @@ def allowed(script: str, spread: Spread) -> float:
     return RATIO * spread[torch.bfloat16 if "bf16" in script else torch.float32]
 
 
-def compare(script: str, ours: list[Any], real: list[Any], spread: Spread) -> None:
+def compare(script: str, ours: list[Any], real: list[dict[str, Any]], spread: Spread) -> None:
     """Compares what every rank saw."""
     for theirs, mine in zip(real, ours, strict=True):
         assert len(mine[script]["losses"]) >= 12
-        seen = differences(mine[script], theirs[script])
+        seen = differences(mine[script], theirs)
         limit = allowed(script, spread)
         far = {k: v for k, v in seen.items() if v > limit}
         assert not far, f"{script}: {far}, allowed {limit:.1e}"
@@ -42,16 +43,16 @@ def test_the_spread_is_of_roundings(spread: Spread) -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_one_line_changed(
-    script: str, real: tuple[list[Any], Path], ours: tuple[list[Any], Path], spread: Spread
+    script: str, real: Live | Recorded, ours: tuple[list[Any], Path], spread: Spread
 ) -> None:
-    compare(script, ours[0], real[0], spread)
+    compare(script, ours[0], real.ranks(script), spread)
 
 
 @pytest.mark.parametrize("script", SCRIPTS_4)
 def test_one_line_changed_on_four_processes(
-    script: str, four: tuple[list[Any], list[Any]], spread: Spread
+    script: str, real: Live | Recorded, ours_on_four: list[Any], spread: Spread
 ) -> None:
-    compare(script, four[1], four[0], spread)
+    compare(script, ours_on_four, real.ranks(script), spread)
 
 
 def test_ranks_see_different_data(ours: tuple[list[Any], Path]) -> None:
@@ -61,27 +62,23 @@ def test_ranks_see_different_data(ours: tuple[list[Any], Path]) -> None:
 
 @pytest.mark.parametrize(
     ("half", "script", "steps"),
-    [("take_over", "resume", 6), ("pipeline_take_over", "pipeline_tied", 7)],
+    [
+        ("take_over", "resume", 6),
+        ("pipeline_take_over", "pipeline_tied", 7),
+        ("replicas_take_over", "pipeline_replicas", 6),
+    ],
 )
 def test_goes_on_from_deepspeeds_checkpoint(
     half: str,
     script: str,
     steps: int,
-    real: tuple[list[Any], Path],
+    real: Live | Recorded,
     ours: tuple[list[Any], Path],
+    ours_on_four: list[Any],
     spread: Spread,
 ) -> None:
-    for theirs, mine in zip(real[0], ours[0], strict=True):
-        for key in KEYS:
-            rest = theirs[script][key][steps:]
-            assert distance(mine[half][key], rest) <= allowed(script, spread), key
-
-
-def test_goes_on_from_a_checkpoint_of_stages_and_replicas(
-    four: tuple[list[Any], list[Any]], spread: Spread
-) -> None:
-    for theirs, mine in zip(*four, strict=True):
-        for key in KEYS:
-            rest = theirs["pipeline_replicas"][key][6:]
-            found = distance(mine["replicas_take_over"][key], rest)
-            assert found <= allowed("replicas", spread), key
+    mine = ours_on_four if half in OURS_4 else ours[0]
+    for theirs, rank in zip(real.ranks(script), mine, strict=True):
+        for key in LISTS:
+            rest = theirs[key][steps:]
+            assert distance(rank[half][key], rest) <= allowed(script, spread), key

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -103,14 +104,22 @@ def compiled(source: Path, flags: list[str], folder: Path) -> Path:
     return target
 
 
-def spoiled(source: str, file: str, right: str, wrong: str, folder: Path) -> Path:
-    """Builds the library with csrc/cuda/`source` compiled again after `right` in csrc/cuda/`file`
-    was replaced by `wrong`."""
+def spoiled(source: str, edits: Sequence[tuple[str, str, str]], folder: Path) -> Path:
+    """Builds the library with csrc/cuda/`source` compiled again after `right` was replaced by
+    `wrong` in csrc/cuda/`file`, for each (file, right, wrong). `planted(1)` in it is true where the
+    environment says PLANTED=1."""
     shutil.copytree(CSRC / "cuda", folder / "cuda")
-    text = (folder / "cuda" / file).read_text()
-    assert text.count(right) == 1, f"{file}: {text.count(right)} times {right!r}"
-    (folder / "cuda" / file).write_text(text.replace(right, wrong))
-    fresh = compiled(folder / "cuda" / source, KERNEL, folder)
+    for file, right, wrong in edits:
+        text = (folder / "cuda" / file).read_text()
+        assert text.count(right) == 1, f"{file}: {text.count(right)} times {right!r}"
+        (folder / "cuda" / file).write_text(text.replace(right, wrong))
+    switch = folder / "planted.h"
+    switch.write_text(
+        "#include <cstdlib>\ninline bool planted(int bug) {\n"
+        '  static const int chosen = std::atoi(std::getenv("PLANTED"));\n'
+        "  return bug == chosen;\n}\n"
+    )
+    fresh = compiled(folder / "cuda" / source, [*KERNEL, "-include", str(switch)], folder)
     others = [p for p in library().parent.glob("*.o") if p.name != fresh.name]
     return link([fresh, *others], folder / "spoiled.so")
 
@@ -126,4 +135,5 @@ def instrumented() -> dict[str, str]:
     )
     # torch holds memory until the end, which is no leak
     options = {"LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0"}
-    return {**os.environ, **options, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    path = f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'shared'}"
+    return {**os.environ, **options, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}

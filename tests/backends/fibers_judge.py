@@ -1,19 +1,24 @@
-"""Runs conformance of the GPU kernels executed on the CPU, one fiber per thread:
-`python fibers_judge.py LIBRARY SEED PATTERN 32:float32 64:bfloat16` prints {case: "" or
-what is wrong} and how often each kernel ran. A process of its own: the library is instrumented, and
-AddressSanitizer must come first."""
+"""Runs conformance of the GPU kernels executed on the CPU, one fiber per thread: `python
+fibers_judge.py LIBRARY SEED PATTERN 32:float32 64:bfloat16` prints {case: "" or what is wrong} and
+how often each kernel ran. With LIBRARY@BUG@BUG... it does so for each planted bug, by its number,
+in a fork, and prints a list; where AddressSanitizer ends the fork, its report. A process of its
+own: the library is instrumented, and AddressSanitizer must come first."""
 
 from __future__ import annotations
 
 import ctypes
 import json
+import os
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
 import torch
+from forked import work_and_exit
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from glm_core import ops
@@ -119,7 +124,7 @@ def sharing_errors() -> dict[str, str]:
     return errors
 
 
-def main(library: str, seed: str, pattern: str, *runs: str) -> None:
+def judged(library: str, seed: str, pattern: str, *runs: str) -> dict[str, Any]:
     """Judges each run: WAVE:DTYPE,DTYPE or, to limit the cases of an op and mode, WAVE:DTYPE:MOST,
     which leaves out the largest too."""
     backend = Backend(name="fibers", device_type="cpu", verified="executed on the CPU")
@@ -143,7 +148,26 @@ def main(library: str, seed: str, pattern: str, *runs: str) -> None:
             shared = wave == "32" and fnmatch("quantized_linear-shared", pattern)
             if shared and "wave32-int4-converted" not in found:
                 found |= {f"wave{wave}-{id}": what for id, what in sharing_errors().items()}
-    json.dump({"found": found, "calls": mode.calls}, sys.stdout)
+    return {"found": found, "calls": mode.calls}
+
+
+def forked(bug: str, *words: str) -> dict[str, Any]:
+    """Judges with a planted bug in a fork of this process, which some bugs end."""
+    with tempfile.TemporaryDirectory() as folder:
+        answer, log = Path(folder, "answer"), Path(folder, "log")
+        if not (pid := os.fork()):
+            os.environ["PLANTED"] = bug  # which the library reads once
+            work_and_exit(log, lambda: answer.write_text(json.dumps(judged(*words))))
+        os.waitpid(pid, 0)
+        ended = {"found": {"ended": log.read_text()}}
+        found: dict[str, Any] = json.loads(answer.read_text()) if answer.exists() else ended
+        return found
+
+
+def main(library: str, *words: str) -> None:
+    path, *bugs = library.split("@")
+    answers = [forked(bug, path, *words) for bug in bugs]
+    json.dump(answers if bugs else judged(path, *words), sys.stdout)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ pytestmark = [
 ]
 
 
-def judge(library: Path, pattern: str, *runs: str) -> subprocess.CompletedProcess[str]:
+def judge(library: Path | str, pattern: str, *runs: str) -> subprocess.CompletedProcess[str]:
     """Returns what the judge prints."""
     script = Path(__file__).parent / "fibers_judge.py"
     return subprocess.run(
@@ -52,29 +52,37 @@ REDUCE = (
     "  for (int mask = wave() / 2; mask; mask /= 2) x = f(x, swapped(x, mask));\n  if (lane == 0)"
 )
 BUGS = {
-    "missing barrier": ("device.h", "  __syncthreads();\n  return x;", "  return x;", ""),
-    "32 lanes assumed": ("device.h", REDUCE, REDUCE.replace("wave() / 2", "16"), ""),
-    "out of bounds": (
-        "norm.cu",
-        "take(a.bias + i, b)",
-        "take(a.bias + i + 1, b)",
-        "AddressSanitizer: heap-buffer-overflow",
+    "no bug": None,
+    "missing barrier": (
+        "device.h",
+        "  __syncthreads();\n  return x;",
+        "  if (!planted(1)) __syncthreads();\n  return x;",
     ),
+    "32 lanes assumed": (
+        "device.h",
+        REDUCE,
+        REDUCE.replace("wave() / 2", "planted(2) ? 16 : wave() / 2"),
+    ),
+    "out of bounds": ("norm.cu", "take(a.bias + i, b)", "take(a.bias + i + planted(3), b)"),
     "return before a barrier": (
         "norm.cu",
         "  float x[V], r[V], sum",
-        "  if (begin >= a.width) return;\n  float x[V], r[V], sum",
-        "at a shuffle, the others not",
+        "  if (planted(4) && begin >= a.width) return;\n  float x[V], r[V], sum",
     ),
 }
-"""name: (file, right, wrong, words of the finding)"""
+"""name: (file, right, wrong); `planted` takes its place in this table"""
 
 
-@pytest.mark.parametrize("bug", BUGS)
-def test_a_planted_bug_is_found(bug: str, tmp_path: Path) -> None:
-    file, right, wrong, words = BUGS[bug]
-    library = fibers_build.spoiled("norm.cu", file, right, wrong, tmp_path)
-    done = judge(library, "layer_norm-float32-5x130-mixed-test", "64:float32")
-    complaints = "".join(json.loads(done.stdout)["found"].values()) if done.stdout else done.stderr
-    assert complaints
-    assert words in complaints
+def test_planted_bugs_are_found(tmp_path: Path) -> None:
+    """One library holds them all; each is judged in a fork, and so is the library without any."""
+    edits = [edit for edit in BUGS.values() if edit]
+    library = fibers_build.spoiled("norm.cu", edits, tmp_path)
+    numbers = "@".join(map(str, range(len(BUGS))))
+    case = "layer_norm-float32-5x130-mixed-test"
+    done = judge(f"{library}@{numbers}", case, "64:float32")
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = dict(zip(BUGS, (a["found"] for a in json.loads(done.stdout)), strict=True))
+    assert found.pop("no bug") == {f"wave64-{case}": ""}
+    assert "AddressSanitizer: heap-buffer-overflow" in found.pop("out of bounds")["ended"]
+    assert "at a shuffle, the others not" in found["return before a barrier"][f"wave64-{case}"]
+    assert all(what[f"wave64-{case}"] for what in found.values()), found

@@ -1,6 +1,7 @@
 """Runs whole training and decode steps of the cuda backend on fake tensors, in a process whose
-torch sees a CUDA device (LD_PRELOAD of csrc/tests/fake_cuda.cpp): `python cuda_dry_run.py BACKEND
-DTYPE [STRAY]` prints the operators that each model of the family called."""
+torch sees a CUDA device (LD_PRELOAD of csrc/tests/fake_cuda.cpp): `python cuda_dry_run.py
+BACKEND:DTYPE[:STRAY] ...` prints, for each, the operators that each model of the family called, or
+the error that ended its run."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from glm_core.backends.cuda.decode_ops import Step, inputs, packed
 from glm_core.backends.cuda.kernels import share
 from glm_core.config import TrainConfig
 from glm_core.decode_step import Rows, Stack
+from glm_core.errors import UnsupportedOpError
 from glm_core.model.glm import GLM, Router
 from glm_core.model.presets import preset
 from glm_core.model.stack import angles, stack
@@ -84,12 +86,10 @@ def decode(model: GLM) -> torch.Tensor:
 FAMILY = ("glm-base", "glm-130b", "chatglm-6b", "chatglm2-6b", "glm-4-9b", "glm-4.7-flash")
 
 
-def main(backend: str, dtype: str, stray: str = "") -> None:
-    """Runs in strict mode: an op without a kernel for its arguments ends the run with the
-    reason."""
+def family(backend: str, dtype: str, stray: str = "") -> dict[str, Any]:
+    """Runs in strict mode: an op without a kernel for its arguments raises the reason."""
     chosen = registry.get(backend)
     share(chosen)  # as if the kernels were built: nothing is computed
-    attention.HAS_TRITON = experts.HAS_TRITON = True
     answer = {}
     for name in FAMILY:
         counted: Counter[str] = Counter()
@@ -102,7 +102,18 @@ def main(backend: str, dtype: str, stray: str = "") -> None:
         with FakeTensorMode(), use, dispatch.intercept(count):
             wrong = train(name, dtype, stray)
         answer[name] = {"ops": counted, "wrong": wrong}
-    json.dump(answer, sys.stdout)
+    return answer
+
+
+def main(*runs: str) -> None:
+    attention.HAS_TRITON = experts.HAS_TRITON = True
+    answers: dict[str, Any] = {}
+    for run in runs:
+        try:
+            answers[run] = family(*run.split(":"))
+        except UnsupportedOpError as error:
+            answers[run] = str(error)
+    json.dump(answers, sys.stdout)
 
 
 if __name__ == "__main__":

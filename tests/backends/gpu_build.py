@@ -18,7 +18,8 @@ from pathlib import Path
 import machine_code
 
 CSRC = Path(__file__).parents[2] / "csrc"
-SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
+TOGETHER = ("activation", "embedding", "loss", "norm", "optim", "quant", "rope")
+"""sources that are compiled as one: the compilers' own headers take most of the time"""
 NVIDIA_ONLY = ("tensor_rows",)
 """sources whose kernels HIP does not compile"""
 ARCHES = {"cuda": ("80", "90"), "hip": ("gfx906", "gfx90a")}
@@ -53,14 +54,19 @@ def run(command: list[str]) -> str:
     return done.stderr
 
 
+def sources(folder: Path) -> list[Path]:
+    """Returns what is compiled: the sources, those of TOGETHER as one, written into `folder`."""
+    together = folder / "together.cu"
+    together.write_text("".join(f'#include "{CSRC}/cuda/{name}.cu"\n' for name in TOGETHER))
+    return [together, *(s for s in (CSRC / "cuda").glob("*.cu") if s.stem not in TOGETHER)]
+
+
 def compiled(command: list[str], folder: Path) -> tuple[list[Path], str]:
     """Compiles every source by the command. Returns the objects, and what the compiler said."""
-    objects = [folder / f"{s.stem}.o" for s in SOURCES]
-    commands = [
-        [*command, "-c", str(s), "-o", str(o)] for s, o in zip(SOURCES, objects, strict=True)
-    ]
+    jobs = {s: folder / f"{s.stem}.o" for s in sources(folder)}
+    commands = [[*command, "-c", str(s), "-o", str(o)] for s, o in jobs.items()]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return objects, "".join(pool.map(run, commands))
+        return list(jobs.values()), "".join(pool.map(run, commands))
 
 
 def cuda(folder: Path, arches: Sequence[str] = ARCHES["cuda"]) -> list[Path]:
@@ -69,7 +75,7 @@ def cuda(folder: Path, arches: Sequence[str] = ARCHES["cuda"]) -> list[Path]:
     objects, messages = compiled([str(NVCC), *CUDA_FLAGS, *targets], folder)
     assert set(re.findall(r"for 'sm_(\d+)'", messages)) == set(arches)
     spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", messages)]
-    assert len(spilled) >= len(arches) * len(SOURCES)
+    assert len(spilled) >= len(arches) * len(objects)
     assert not any(spilled)
     target = folder / "kernels.so"
     words = ["-shared", "-cudart=static", *map(str, objects), "-o", str(target)]

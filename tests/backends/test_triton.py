@@ -32,51 +32,34 @@ def release(package: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def answer(cache: Path, script: str, *words: str) -> Any:
-    """Returns what a script of this folder prints."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+ALL = """
+import json, runpy, sys
+for sys.argv in json.loads(sys.argv[1]):
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    print()
+"""
+"""runs commands one after another in one process, which imports torch and Triton once"""
+
+
+def answers(cache: Path, *commands: list[str]) -> list[Any]:
+    """Returns what scripts of this folder print."""
+    here = Path(__file__).parent
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{here}", "OMP_NUM_THREADS": "1"}
+    paths = [[str(here / script), *words] for script, *words in commands]
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / script), *words],
+        [sys.executable, "-c", ALL, json.dumps(paths)],
         env=env | {"TRITON_CACHE_DIR": str(cache)},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 STALE = release("triton") < (3, 8) and release("numpy") >= (2, 4)
 """whether this Triton's interpreter takes arrays of one element for numbers, which this numpy does
 not"""
-
-
-@pytest.mark.skipif(STALE, reason="this triton's interpreter does not run on numpy 2.4")
-def test_kernels_conform_in_the_interpreter(tmp_path: Path) -> None:
-    found = answer(tmp_path, "triton_judge.py", "float32,bfloat16", "2")
-    assert len(found) == 8 * 2 * (2 + 1)  # ops, modes, cases of the dtypes
-    assert not {id: what for id, what in found.items() if what}
-
-
-def test_attention_conforms_in_the_interpreter(tmp_path: Path) -> None:
-    samples = ("2x1x4x16-cache13", "1x9x2x16-huge")
-    cases = [f"attention-float32-{s}-{mode}" for s in samples for mode in ("test", "grad")]
-    cases += ["attention-float32-2x3x6x36-mqa-values32-static40-test"]  # values of another size
-    halves = "2x6x2x8-empty-rows"  # in both dtypes
-    found = answer(tmp_path, "triton_judge.py", "float32,float16", "attention", *cases, halves)
-    # cases; ways to split the keys; models whose keys are kept; latents
-    assert len(found) == len(cases) + 2 * 2 + 3 + 4 + 1
-    assert not {id: what for id, what in found.items() if what}
-
-
-def test_attention_spills_nothing_and_takes_lengths_as_data(tmp_path: Path) -> None:
-    found = answer(tmp_path, "attention_build.py", "cuda-90", "128", "bfloat16")
-    assert found.pop("data") == ["keys", "parts", "queries", "splits"]
-    assert len(found) == 6
-    for name, used in found.items():
-        assert used["spilled_bytes"] == 0, name
-        assert not used["faults"], name
-        assert used["shared_bytes"] <= 99 * 1024, name
 
 
 EXPERTS = (
@@ -90,20 +73,45 @@ EXPERTS = (
 `python triton_judge.py - experts` judges all"""
 
 
-def test_products_with_codes_and_experts_conform_in_the_interpreter(tmp_path: Path) -> None:
+@pytest.mark.long
+def test_kernels_conform_in_the_interpreter(tmp_path: Path) -> None:
+    samples = ("2x1x4x16-cache13", "1x9x2x16-huge")
+    cases = [f"attention-float32-{s}-{mode}" for s in samples for mode in ("test", "grad")]
+    cases += ["attention-float32-2x3x6x36-mqa-values32-static40-test"]  # values of another size
+    halves = "2x6x2x8-empty-rows"  # in both dtypes
     experts = () if STALE else EXPERTS
-    found = answer(tmp_path, "triton_judge.py", "bfloat16,float16", "products", *experts)
-    assert len(found) >= 2 * 6 + 2  # cases of two dtypes; products of several blocks
-    assert set(experts) <= set(found)
-    assert not {id: what for id, what in found.items() if what}
+    commands = [
+        ["triton_judge.py", "float32,float16", "attention", *cases, halves],
+        ["triton_judge.py", "bfloat16,float16", "products", *experts],
+        *([] if STALE else [["triton_judge.py", "float32,bfloat16", "2"]]),
+    ]
+    attention, products, *rows = answers(tmp_path, *commands)
+    # cases; ways to split the keys; models whose keys are kept; latents
+    assert len(attention) == len(cases) + 2 * 2 + 3 + 4 + 1
+    assert len(products) >= 2 * 6 + 2  # cases of two dtypes; products of several blocks
+    assert set(experts) <= set(products)
+    assert [len(r) for r in rows] == ([] if STALE else [8 * 2 * (2 + 1)])  # ops, modes, cases
+    for found in (attention, products, *rows):
+        assert not {id: what for id, what in found.items() if what}
 
 
 def test_kernels_build_ahead_of_time(tmp_path: Path) -> None:
-    """`python triton_build.py` builds for the other chips."""
+    """Attention spills nothing and takes lengths as data. `python triton_build.py` and `python
+    attention_build.py` build for the other chips."""
     wanted = ["cuda-90", "hip-gfx90a"] if release("triton") >= (3, 5) else ["cuda-90"]
-    found = answer(tmp_path, "triton_build.py", *wanted)
-    assert list(found) == wanted
-    for target, kernels in found.items():
+    attention, built = answers(
+        tmp_path,
+        ["attention_build.py", "cuda-90", "128", "bfloat16"],
+        ["triton_build.py", *wanted],
+    )
+    assert attention.pop("data") == ["keys", "parts", "queries", "splits"]
+    assert len(attention) == 6
+    for name, used in attention.items():
+        assert used["spilled_bytes"] == 0, name
+        assert not used["faults"], name
+        assert used["shared_bytes"] <= 99 * 1024, name
+    assert list(built) == wanted
+    for target, kernels in built.items():
         assert len(kernels) == (9 if release("triton") >= (3, 6) else 7), target
         assert all(size for size, _ in kernels.values()), target
         assert not any(faults for _, faults in kernels.values()), (target, kernels)

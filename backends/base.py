@@ -8,11 +8,11 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from glm_core.backends.exact import Exact
 from glm_core.backends.graphs import Graphs
 from glm_core.decode_step import DecodeStep, Stack
 from glm_core.dispatch import Op
@@ -65,8 +65,8 @@ class Backend:
     """the backend has no kernels by design, so a reference that runs here is no fallback"""
     deterministic: bool = True
     """equal calls give equal bits; conformance checks a backend that claims it"""
-    exact: Callable[[], AbstractContextManager[None]] | None = None
-    """opens a block in which sums have the order of docs/exact.md; None: the backend has none"""
+    exact: Exact | None = None
+    """its kernels whose sums have the order of docs/exact.md; None: the backend has none"""
 
     def implements(
         self, op: Op, supports: Callable[..., Support] | None = None

@@ -6,7 +6,7 @@ import functools
 import importlib
 import pkgutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib import metadata
 
@@ -131,6 +131,26 @@ def require_dtype(backend: Backend, dtype: str) -> None:
         )
 
 
+def require_exact(backend: Backend, dtype: str, needed: Iterable[str], plan: bool) -> None:
+    """Raises ConfigError unless the backend sums exactly (docs/exact.md) in this working dtype, in
+    all ops needed, and under a plan of several processes where there is one."""
+    exact = backend.exact
+    if exact is None:  # `use` says so
+        return
+    lacks = sorted(set(needed) & set(exact.lacks))
+    dtypes = [str(d).removeprefix("torch.") for d in exact.dtypes]
+    for fact, broken in (
+        (f"has no exact kernel of {', '.join(lacks)}", bool(lacks)),
+        (f"sums exactly in {', '.join(dtypes)}, not in {dtype}", dtype not in dtypes),
+        ("was shown to sum exactly in one process alone", plan and not exact.plans),
+    ):
+        if broken:
+            raise ConfigError(
+                f"train.exact=True: backend {backend.name} {fact}; use backend cpu, or leave exact "
+                "out"
+            )
+
+
 @contextmanager
 def use(name: str | Backend, strict: bool = False, exact: bool = False) -> Iterator[Session]:
     """Runs every op of this thread on the backend. The session's `fallbacks` counts each op that
@@ -149,7 +169,7 @@ def use(name: str | Backend, strict: bool = False, exact: bool = False) -> Itera
             f"exact: backend {backend.name} sums in no fixed order; use backend cpu, or leave "
             "exact out"
         )
-    ordered = backend.exact() if exact and backend.exact is not None else nullcontext()
+    ordered = backend.exact.switch() if exact and backend.exact is not None else nullcontext()
     with ordered, dispatch.activate(backend, strict or exact) as session:
         session.exact = exact
         yield session

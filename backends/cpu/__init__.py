@@ -12,6 +12,7 @@ from glm_core.backends.base import Backend
 from glm_core.backends.cpu import fakes, supports
 from glm_core.backends.cpu.decode_step import CpuDecodeStep, supported
 from glm_core.backends.cpu.extension import exact, isa, isas, loaded, probe, select_isa
+from glm_core.backends.exact import Exact
 from glm_core.decode_step import DecodeStep, Stack
 from glm_core.ops.routing import check_choice
 from glm_core.spec import Support
@@ -36,7 +37,7 @@ backend = CpuBackend(
     verified="run on x86-64 CPUs; its kernels under emulation of Arm (qemu), never on an Arm chip",
     dtypes=supports.DTYPES,
     probe=probe,
-    exact=exact,
+    exact=Exact(exact, supports.DTYPES),
 )
 _ops = torch.ops.glm_core
 

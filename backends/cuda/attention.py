@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
+from glm_core import dispatch
 from glm_core.backends.cuda import probe
 from glm_core.spec import Support, unsupported
 
@@ -118,6 +119,9 @@ def attention(
     pb_relax: float = 0.0,
 ) -> Tensor:
     # layer_scale and pb_relax keep half-precision scores in range; the kernels' are float32
+    if dispatch.session().exact:
+        exact: Tensor = torch.ops.glm_core.attention.default(q, k, v, key_start, key_end, scale)
+        return exact
     if scale < 0:  # the kernels' maximum is that of q k^T
         q, scale = -q, -scale
     y: Tensor = _operators.attention.default(q, k, v, key_start, key_end, scale)[0]
@@ -174,7 +178,8 @@ def supports(takes: Callable[..., Support]) -> Callable[..., Support]:
         pb_relax: float = 0.0,
     ) -> Support:
         support = takes(q, k, v, key_start, key_end, scale, layer_scale, pb_relax)
-        reason = trouble(q, k, v) if support.ok else ""
+        ours = not dispatch.session().exact  # exact kernels take heads of any size
+        reason = trouble(q, k, v) if support.ok and ours else ""
         return unsupported(reason) if reason else support
 
     return attention

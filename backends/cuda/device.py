@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from glm_core import dispatch
 from glm_core.backends.base import Backend, Peak
 from glm_core.backends.cuda import peaks
 from glm_core.backends.cuda.decode_graph import CudaGraphs, GraphDecodeStep
 from glm_core.backends.cuda.decode_ops import recordable
 from glm_core.backends.graphs import Graphs
 from glm_core.decode_step import DecodeStep, Stack
-from glm_core.spec import Support
+from glm_core.spec import Support, unsupported
 
 
 class GpuBackend(Backend):
@@ -19,6 +20,8 @@ class GpuBackend(Backend):
 
     def decode_step(self, stack: Stack) -> DecodeStep | Support:
         """Returns the model's steps, to be recorded as graphs, or why they are not recorded."""
+        if dispatch.session().exact:
+            return unsupported("exact: the kernels of recorded steps sum in another order")
         support = recordable(stack)
         if not support.ok:
             return support

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glm_core import ops
+from glm_core import dispatch, ops
 from glm_core.backends.base import Backend
 from glm_core.backends.cpu import backend as cpu
+from glm_core.backends.cpu.extension import exact as exact_sums
 from glm_core.backends.cuda import attention, experts, quantized
 from glm_core.backends.cuda.extension import load
-from glm_core.backends.cuda.supports import takes
+from glm_core.backends.cuda.supports import EXACT, EXACT_DTYPES, takes
+from glm_core.backends.exact import Exact
 
 SHARED = (
     "rms_norm",
@@ -44,6 +46,9 @@ def equip(backend: Backend, module: str) -> None:
     """Gives the backend its kernels. Where `module` is not built, its ops refuse calls and say
     why."""
     trouble = load(module, backend.name)
+    if not trouble and backend.name == "cuda":
+        lacks = tuple(name for name in ops.all_ops() if name not in EXACT)
+        backend.exact = Exact(exact_sums, EXACT_DTYPES, lacks, plans=False)
     covered = _in_triton() if trouble else ()
     share(backend, lambda op: "" if op in covered else trouble)
     backend.implements(ops.linear, takes(backend, ops.linear))(linear if trouble else linear_few)
@@ -84,7 +89,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_few(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Calls our kernel for a few rows in half precision, as in decoding."""
+    """Calls our kernels for a few rows in half precision, as in decoding, and in exact runs."""
+    if dispatch.session().exact:
+        exact: Tensor = torch.ops.glm_core.linear.default(x, weight, bias)
+        return exact
     differentiated = any(t is not None and t.requires_grad for t in (x, weight, bias))
     few = x.dtype != torch.float32 and x.numel() <= FEW_ROWS * x.shape[-1]
     if (differentiated and torch.is_grad_enabled()) or not few:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glm_core import dispatch
 from glm_core.backends.base import Backend
 from glm_core.dispatch import Op
 from glm_core.spec import SUPPORTED, Support, unsupported
@@ -32,6 +33,13 @@ FIXED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
 }
 """op -> parameters whose dtype is not the working dtype -> the dtypes each may have"""
 
+EXACT = (
+    *("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", "gelu", "geglu", "swiglu"),
+    *("rope", "embedding", "linear", "attention", "linear_cross_entropy", "global_norm", "adamw"),
+)
+"""ops that have exact kernels (docs/exact.md)"""
+EXACT_DTYPES = (torch.float32,)
+
 
 def named(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """Yields every tensor of a call, those in lists too, with its parameter's name."""
@@ -51,6 +59,10 @@ def takes(
     def supports(*args: Any, **kwargs: Any) -> Support:
         if reason := trouble():
             return unsupported(reason)
+        exact = dispatch.session().exact
+        if exact and op.name not in EXACT:
+            return unsupported("the backend has no exact kernel of it; leave exact out")
+        dtypes = EXACT_DTYPES if exact else backend.dtypes
         first: Tensor | None = None
         working: torch.dtype | None = None
         for name, t in named(op, args, kwargs):
@@ -66,15 +78,13 @@ def takes(
                     kinds = " or ".join(map(str, fixed))
                     return unsupported(f"kernels take {name} in {kinds}, received {t.dtype}")
                 continue
-            if t.dtype not in backend.dtypes:
-                return unsupported(f"{_kinds(backend)}, received {t.dtype}")
+            if t.dtype not in dtypes:
+                kinds = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+                who = "exact kernels" if exact else "kernels"
+                return unsupported(f"{who} take {kinds}, received {t.dtype}")
             working = working or t.dtype
             if t.dtype != working:
                 return unsupported(f"kernels take one dtype, received {working} and {t.dtype}")
         return SUPPORTED
 
     return supports
-
-
-def _kinds(backend: Backend) -> str:
-    return "kernels take " + ", ".join(str(d).removeprefix("torch.") for d in backend.dtypes)

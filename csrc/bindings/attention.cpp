@@ -26,19 +26,6 @@ Heads<T> heads(const Tensor& x) {
   return {data<T>(x), x.stride(0), x.stride(1), x.stride(2)};
 }
 
-void check_shapes(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& key_start,
-                  const Tensor& key_end) {
-  const bool fit = q.dim() == 4 && k.dim() == 4 && v.dim() == 4 &&
-                   k.sizes().slice(0, 3) == v.sizes().slice(0, 3) && k.size(0) == q.size(0) &&
-                   k.size(3) == q.size(3) && k.size(2) > 0 && q.size(2) % k.size(2) == 0 &&
-                   key_start.sizes() == q.sizes().slice(0, 2) &&
-                   key_end.sizes() == key_start.sizes();
-  TORCH_CHECK_VALUE(
-      fit, "attention: q [B, L, H, E] needs k [B, S, K, E] and v [B, S, K, C] with K dividing H, ",
-      "key_start and key_end [B, L]; received q ", q.sizes(), ", k ", k.sizes(), ", v ", v.sizes(),
-      ", key_start ", key_start.sizes());
-}
-
 // The least units of work to divide among threads: where batch and heads give fewer, queries are
 // divided too. A constant, so that results do not depend on the number of threads.
 constexpr int64_t enough_units = 32;
@@ -56,7 +43,7 @@ int64_t shares_of_a_head(int64_t batch, int64_t queries, int64_t kv_heads, int64
 
 Tensor attention_forward(const Tensor& q_, const Tensor& k_, const Tensor& v_,
                          const Tensor& key_start_, const Tensor& key_end_, double scale) {
-  check_shapes(q_, k_, v_, key_start_, key_end_);
+  check_attention(q_, k_, v_, key_start_, key_end_);
   const Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_),
                v = with_contiguous_rows(v_);
   const Tensor key_start = key_start_.contiguous(), key_end = key_end_.contiguous();

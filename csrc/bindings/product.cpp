@@ -43,10 +43,14 @@ Tensor call_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& 
 
 Tensor rows_of(const Tensor& x) { return x.reshape({-1, x.size(-1)}); }  // [N, D]
 
+// a b; exact on whatever device they are.
+Tensor gradient(const Tensor& a, const Tensor& b) {
+  return exact() ? call_linear(a, b.t(), std::nullopt) : times(a, b);
+}
+
 // [N, F] -> [F]
 Tensor column_sums(const Tensor& x) {
-  if (!exact()) return at::sum(x, {0});
-  return exact_times(at::ones({1, x.size(0)}, x.options()), x)[0];
+  return exact() ? gradient(at::ones({1, x.size(0)}, x.options()), x)[0] : at::sum(x, {0});
 }
 
 struct LinearGrad : torch::autograd::Function<LinearGrad> {
@@ -63,7 +67,7 @@ struct LinearGrad : torch::autograd::Function<LinearGrad> {
     const Tensor& dy = grads[0];
     Tensor dx, dweight, dbias;
     if (ctx->needs_input_grad(0)) dx = call_linear(dy, s[1].t(), std::nullopt);
-    if (ctx->needs_input_grad(1)) dweight = times(rows_of(dy).t(), rows_of(s[0]));
+    if (ctx->needs_input_grad(1)) dweight = gradient(rows_of(dy).t(), rows_of(s[0]));
     if (ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(2))
       dbias = column_sums(rows_of(dy));
     return {dx, dweight, dbias};

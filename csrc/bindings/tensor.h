@@ -70,6 +70,28 @@ inline void check_indices(const Tensor& ids, int64_t size, const char* what) {
                       ": must lie in [0, ", size, ")");
 }
 
+// Raises ValueError unless shapes are as attention's.
+inline void check_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                            const Tensor& key_start, const Tensor& key_end) {
+  const bool fit = q.dim() == 4 && k.dim() == 4 && v.dim() == 4 &&
+                   k.sizes().slice(0, 3) == v.sizes().slice(0, 3) && k.size(0) == q.size(0) &&
+                   k.size(3) == q.size(3) && k.size(2) > 0 && q.size(2) % k.size(2) == 0 &&
+                   key_start.sizes() == q.sizes().slice(0, 2) &&
+                   key_end.sizes() == key_start.sizes();
+  TORCH_CHECK_VALUE(
+      fit, "attention: q [B, L, H, E] needs k [B, S, K, E] and v [B, S, K, C] with K dividing H, ",
+      "key_start and key_end [B, L]; received q ", q.sizes(), ", k ", k.sizes(), ", v ", v.sizes(),
+      ", key_start ", key_start.sizes());
+}
+
+// How many rows of logits exist at a time: few enough to stay in the last-level cache, enough for
+// efficient products. With several chunks each adds to the weight's gradient, so the order of exact
+// sums is in this, on every device.
+inline int64_t loss_chunk(int64_t rows, int64_t vocab, int64_t element_size) {
+  constexpr int64_t budget_bytes = 16 << 20, fewest = 128;
+  return std::min(rows, std::max(fewest, budget_bytes / (vocab * element_size)));
+}
+
 // Whether autograd must record this call.
 template <class... Tensors>
 bool wants_gradient(const Tensors&... xs) {

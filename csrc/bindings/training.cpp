@@ -19,13 +19,6 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using LossSignature = Three(const Tensor&, const Tensor&, const Tensor&, const Tensor&, bool);
 
-// How many rows of logits exist at a time: few enough to stay in the last-level cache, enough for
-// efficient products.
-int64_t loss_chunk(int64_t rows, int64_t vocab, int64_t element_size) {
-  constexpr int64_t budget_bytes = 16 << 20, fewest = 128;
-  return std::min(rows, std::max(fewest, budget_bytes / (vocab * element_size)));
-}
-
 // dweight [V, D] += dz^T x; bfloat16 products are summed in float32.
 void accumulate(const Tensor& sum, const Tensor& dz_, const Tensor& x_, bool first) {
   if (exact()) {

@@ -8,38 +8,6 @@ namespace glm::GLM_ISA {
 
 namespace {
 
-// A function's value and derivative at x.
-struct Slope {
-  vf y, dy;
-};
-
-// x sigmoid(2z) with z = sqrt(2/pi) (x + 0.044715 x^3): the same as x/2 (1 + tanh z).
-struct TanhGelu {
-  static constexpr float c = 0x1.988454p-1f, cubic = 0.044715f;
-  static vf twice_z(vf x) { return x * fma(x * x, 2 * c * cubic, 2 * c); }
-  static vf value(vf x) { return x * sigmoid(twice_z(x)); }
-  static Slope slope(vf x) {
-    vf s = sigmoid(twice_z(x)), dz = fma(x * x, 6 * c * cubic, 2 * c);
-    return {x * s, fma(x * dz, s * (1.0f - s), s)};
-  }
-};
-
-struct ErfGelu {
-  static vf value(vf x) { return x * normal(x).cdf; }
-  static Slope slope(vf x) {
-    Normal p = normal(x);
-    return {x * p.cdf, fma(x, p.density, p.cdf)};
-  }
-};
-
-struct Silu {
-  static vf value(vf x) { return x * sigmoid(x); }
-  static Slope slope(vf x) {
-    vf s = sigmoid(x);
-    return {x * s, s * fma(x, 1.0f - s, 1.0f)};
-  }
-};
-
 // y = gate(x[gate_at ...]) * x[other_at ...] for rows [begin, end).
 template <class Gate, class T>
 void gated_forward(const Activation<T>& a, int64_t begin, int64_t end, bool gate_first) {

@@ -34,19 +34,6 @@ float exponentials(T* z, int64_t size, float top) {
   return total[0];
 }
 
-// The logarithm of x >= 1, infinity or NaN, in arithmetic that is the same everywhere.
-float exact_log(float x) {
-  if (!(x <= 3.4e38f)) return x;
-  const uint32_t bits = bits_as<uint32_t>(x);
-  double exponent = double(int32_t(bits >> 23) - 127);
-  double m = double(bits_as<float>((bits & 0x7fffff) | 0x3f800000));
-  if (m > 1.4142135623730951) m *= 0.5, exponent += 1.0;
-  const double s = (m - 1.0) / (m + 1.0), square = s * s;  // log(m) = 2 atanh(s)
-  double series = 0.0;
-  for (int k = 19; k > 0; k -= 2) series = series * square + 1.0 / double(k);
-  return float(exponent * 0.6931471805599453 + 2.0 * s * series);
-}
-
 // The C library's functions differ from one release and machine to the next.
 float log_of(float x) { return EXACT ? exact_log(x) : std::log(x); }
 float exp_of(float x) { return EXACT ? exp(all(x))[0] : std::exp(x); }

@@ -1,6 +1,6 @@
 // GELU (tanh form), GeGLU (erf form, gate second) and SwiGLU (gate first). Shapes: N rows, F inner
 // width; the gated kinds read rows of 2F. Bound by memory: one pass, nothing kept but the input.
-#include "device.h"
+#include "exact.h"
 
 namespace glm::gpu {
 
@@ -16,7 +16,7 @@ __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 // x sigmoid(2z) with z = sqrt(2/pi) (x + 0.044715 x^3): the same as x/2 (1 + tanh z).
 struct TanhGelu {
   static constexpr float c = 0x1.988454p-1f, cubic = 0.044715f;
-  __device__ static Slope at(float x) {
+  __device__ static Slope slope(float x) {
     const float s = sigmoid(x * fmaf(x * x, 2 * c * cubic, 2 * c));
     const float dz = fmaf(x * x, 6 * c * cubic, 2 * c);
     return {x * s, fmaf(x * dz, s * (1.0f - s), s)};
@@ -25,14 +25,14 @@ struct TanhGelu {
 
 // Uses erfc, which keeps its digits where 1 + erf cancels.
 struct ErfGelu {
-  __device__ static Slope at(float x) {
+  __device__ static Slope slope(float x) {
     const float cdf = 0.5f * erfcf(x * -0x1.6a09e6p-1f);
     return {x * cdf, fmaf(x, expf(-0.5f * x * x) * 0x1.988454p-2f, cdf)};
   }
 };
 
 struct Silu {
-  __device__ static Slope at(float x) {
+  __device__ static Slope slope(float x) {
     const float s = sigmoid(x);
     return {x * s, s * fmaf(x, 1.0f - s, 1.0f)};
   }
@@ -47,7 +47,7 @@ __global__ void alone(Activation<T> a) {
   take(a.x + i, x);
   if (a.dy) take(a.dy + i, d);
   for (int j = 0; j < V; ++j) {
-    const Slope s = Gate::at(x[j]);
+    const auto s = Gate::slope(x[j]);
     x[j] = a.dy ? d[j] * s.dy : s.y;
   }
   give(a.y + i, x);
@@ -66,7 +66,7 @@ __global__ void gated(Activation<T> a) {
     take(a.x + other, o);
     if (a.dy) take(a.dy + row * a.width + i, d);
     for (int j = 0; j < V; ++j) {
-      const Slope s = Gate::at(g[j]);
+      const auto s = Gate::slope(g[j]);
       g[j] = a.dy ? d[j] * o[j] * s.dy : s.y * o[j];
       o[j] = a.dy ? d[j] * s.y : 0.0f;
     }
@@ -75,47 +75,55 @@ __global__ void gated(Activation<T> a) {
   }
 }
 
-template <class T, int V>
+// The functions as the platform computes them, and in the CPU's own arithmetic.
+struct Fast {
+  using Tanh = TanhGelu;
+  using Erf = ErfGelu;
+  using Sigmoid = Silu;
+};
+struct Exact {
+  using Tanh = exact::TanhGelu;
+  using Erf = exact::ErfGelu;
+  using Sigmoid = exact::Silu;
+};
+
+template <class Functions, class T, int V>
 void run(const Activation<T>& a, Kind kind, Stream stream) {
   const int64_t size = (kind == Kind::gelu ? a.rows * a.width : a.width) / V;
   const int threads = threads_for(size < 256 ? size : 256);
   const dim3 grid(unsigned(divided_up(size, threads)),
                   kind == Kind::gelu ? 1u : unsigned(a.rows < 65535 ? a.rows : 65535));
   if (kind == Kind::gelu)
-    launch(alone<TanhGelu, T, V>, grid, threads, stream, a);
+    launch(alone<typename Functions::Tanh, T, V>, grid, threads, stream, a);
   else if (kind == Kind::geglu)
-    launch(gated<ErfGelu, false, T, V>, grid, threads, stream, a);
+    launch(gated<typename Functions::Erf, false, T, V>, grid, threads, stream, a);
   else
-    launch(gated<Silu, true, T, V>, grid, threads, stream, a);
+    launch(gated<typename Functions::Sigmoid, true, T, V>, grid, threads, stream, a);
 }
 
-template <class T>
+template <class Functions, class T>
 void run(const Activation<T>& a, Kind kind, Stream stream) {
   if (!a.rows || !a.width) return;
   const int64_t width = kind == Kind::gelu ? a.rows * a.width : a.width;
   if (fits_wide<T>(width, a.x, a.dy, a.y))
-    run<T, wide<T>>(a, kind, stream);
+    run<Functions, T, wide<T>>(a, kind, stream);
   else
-    run<T, 1>(a, kind, stream);
+    run<Functions, T, 1>(a, kind, stream);
 }
 
 }  // namespace
 
 template <class T>
-void activation_forward(const Activation<T>& a, Kind kind, Stream stream) {
-  run(a, kind, stream);
+void activation(const Activation<T>& a, Kind kind, Stream stream) {
+  run<Fast>(a, kind, stream);
 }
 
-template <class T>
-void activation_backward(const Activation<T>& a, Kind kind, Stream stream) {
-  run(a, kind, stream);
+void exact_activation(const Activation<float>& a, Kind kind, Stream stream) {
+  run<Exact>(a, kind, stream);
 }
 
-#define GLM_ACTIVATION(T)                                                  \
-  template void activation_forward<T>(const Activation<T>&, Kind, Stream); \
-  template void activation_backward<T>(const Activation<T>&, Kind, Stream);
-GLM_ACTIVATION(float)
-GLM_ACTIVATION(bf16)
-GLM_ACTIVATION(f16)
+template void activation<float>(const Activation<float>&, Kind, Stream);
+template void activation<bf16>(const Activation<bf16>&, Kind, Stream);
+template void activation<f16>(const Activation<f16>&, Kind, Stream);
 
 }  // namespace glm::gpu

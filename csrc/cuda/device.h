@@ -168,8 +168,6 @@ __device__ inline T block_sum(T x) {
 
 // Host side.
 
-inline int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Threads for a row of `units` packs: whole waves of either size.
 inline int threads_for(int64_t units) {
   const int64_t waves = divided_up(units, 64);

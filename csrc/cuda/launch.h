@@ -14,6 +14,8 @@ namespace glm::gpu {
 // cudaStream_t or hipStream_t.
 using Stream = void*;
 
+inline int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // An index out of range ends the kernel, on a device by a trap.
 template <class T>
 struct Lookup {
@@ -90,6 +92,43 @@ struct QuantizedRows {
 
 enum class Kind { gelu, geglu, swiglu };
 
+// Exact kernels (docs/exact.md) take float32. They are kernels of their own where the fast ones sum
+// in another order.
+
+// Matrices of any strides: one for each member (a head) of each unit.
+struct Operand {
+  float* p;
+  int64_t unit, member, row, step;
+};
+
+// y[m][n] = sum over k of a[m][k] b[n][k]: the sums of `outer` members, from the first of a unit or
+// from each, in one chain.
+struct Products {
+  Operand a, b, y;
+  const float *bias, *factors;  // null: none. [columns]; [units, members, rows]
+  float factor;                 // of all rows, where there are no factors
+  int64_t rows, columns, depth, outer, members, units;
+};
+
+// A few kv heads of one batch element, `members` heads each. Scratch: scores and, backward, dscores
+// [units, members, L, S], forward shares [units, members, L]. key_start and key_end: [L].
+struct ExactAttention {
+  Operand q, k, v, y, dy, dq, dk, dv;  // y forward, dy to dv backward
+  const int32_t *key_start, *key_end;
+  float *scores, *dscores, *shares;
+  int64_t queries, keys, width, values, members, units;  // L, S, E, C, H / K
+  float scale;
+};
+
+// sums[first[t] + s]: sum of squares of the elements from s * exact_stretch on of tensor t.
+constexpr int64_t exact_stretch = 16384;
+struct ExactSquares {
+  const float* x[batch_size];
+  int64_t size[batch_size], first[batch_size];
+  double* sums;
+  int tensors;
+};
+
 template <class T>
 void norm_forward(const NormForward<T>&, Stream);
 // Fills dx and dresidual, and the partial sums of dweight and dbias.
@@ -98,9 +137,8 @@ void norm_backward(const NormBackward<T>&, Stream);
 template <class T>
 void sum_chunks(const SumChunks<T>&, Stream);
 template <class T>
-void activation_forward(const Activation<T>&, Kind, Stream);
-template <class T>
-void activation_backward(const Activation<T>&, Kind, Stream);
+void activation(const Activation<T>&, Kind, Stream);  // backward where dy is given
+void exact_activation(const Activation<float>&, Kind, Stream);
 template <class T>
 void rope_turn(const Turn<T>&, Stream);
 template <class T>
@@ -131,6 +169,21 @@ void dequantize(const Codes&, T* out, Stream);
 // x [rows, width] rounded to int8 steps of every 32 inputs, in float.
 template <class T>
 void round_activations(const T* x, float* out, int64_t rows, int64_t width, Stream);
+
+void exact_norm_forward(const NormForward<float>&, Stream);
+void exact_norm_backward(const NormBackward<float>&, Stream);
+void exact_cross_entropy(const Losses<float>&, Stream);
+// out = sum of x in double, in order.
+void exact_sum(const float* x, int64_t count, float* out, Stream);
+void exact_squares(const ExactSquares&, Stream);
+// out = sqrt(sum of sums), in order.
+void exact_root_of_sum(const double* sums, int64_t count, float* out, Stream);
+// In each of 16 lanes one chain of fma, lanes by halves, plus bias.
+void exact_product(const Products&, Stream);
+// One chain of fma, times a factor.
+void exact_chains(const Products&, Stream);
+void exact_attention_forward(const ExactAttention&, Stream);
+void exact_attention_backward(const ExactAttention&, Stream);
 
 #define GLM_GPU_INSTANTIATE(name, Args)                  \
   template void name<float>(const Args<float>&, Stream); \

@@ -2,7 +2,7 @@
 // Shapes: N rows (a chunk of the tokens), V vocabulary. One block per row; maximum and sum are
 // found in one pass (Milakov & Gimelshein 2018, algorithm 3), since a row does not stay in the
 // first-level cache.
-#include "device.h"
+#include "exact.h"
 
 namespace glm::gpu {
 
@@ -60,7 +60,46 @@ __global__ void row_losses(CrossEntropy<T> a) {
   }
 }
 
+__global__ void exact_row_losses(CrossEntropy<float> a) {
+  const int64_t row = blockIdx.x, label = a.labels[row];
+  if (label < 0 || label >= a.vocab)
+    return out_of_range("linear_cross_entropy: label", label, a.vocab);
+  float* z = a.logits + row * a.vocab;
+  const float hit = z[label], weight = a.token_weight[row];
+  float top = -INFINITY, sum[1];
+  for (int64_t i = threadIdx.x; i < a.vocab; i += blockDim.x) top = exact::Larger()(top, z[i]);
+  top = across_block(top, -INFINITY, exact::Larger());
+  exact::row_sums(a.vocab, sum, [&](int64_t i, float* s) {
+    const float e = exact::exp(z[i] - top);
+    z[i] = e;
+    s[0] += e;
+  });
+  const float lse = top + exact::exact_log(sum[0]);
+  if (threadIdx.x == 0) a.loss[row] = (lse - hit) * weight;
+  if (!a.gradient) return;
+  const float share = weight / sum[0];
+  for (int64_t i = threadIdx.x; i < a.vocab; i += blockDim.x)
+    z[i] = i == label ? weight * (exact::exp(hit - lse) - 1.0f) : z[i] * share;
+}
+
+__global__ void sum_in_order(const float* x, int64_t count, float* out) {
+  if (threadIdx.x) return;
+  double total = 0;
+  for (int64_t i = 0; i < count; ++i) total += double(x[i]);
+  *out = float(total);
+}
+
 }  // namespace
+
+void exact_cross_entropy(const Losses<float>& a, Stream stream) {
+  if (!a.rows) return;
+  const dim3 grid{unsigned(a.rows)};
+  launch(exact_row_losses, grid, exact::threads_for_row(a.of.vocab), stream, a.of);
+}
+
+void exact_sum(const float* x, int64_t count, float* out, Stream stream) {
+  launch(sum_in_order, dim3(1), 64, stream, x, count, out);
+}
 
 template <class T>
 void cross_entropy(const Losses<T>& a, Stream stream) {

@@ -3,7 +3,7 @@
 // block per row: its later passes find the row in the first-level cache (24 KB for D = 12288 in
 // half precision). The weight's gradient takes a second kernel with one thread per column, so that
 // it needs neither atomics nor shared memory and has the same bits every time.
-#include "device.h"
+#include "exact.h"
 
 namespace glm::gpu {
 
@@ -85,6 +85,54 @@ __global__ void backward_rows(NormBackward<T> a) {
   }
 }
 
+__global__ void exact_forward_rows(NormForward<float> a) {
+  const int64_t row = blockIdx.x, at = row * a.width;
+  const float* t = (a.residual ? a.total : a.x) + at;
+  if (a.residual) {
+    for (int64_t i = threadIdx.x; i < a.width; i += blockDim.x)
+      a.total[at + i] = fmaf(a.residual[at + i], a.alpha, a.x[at + i]);
+    __syncthreads();
+  }
+  float sum[1], center = 0.0f;
+  if (a.bias) {
+    exact::row_sums(a.width, sum, [&](int64_t i, float* s) { s[0] += t[i]; });
+    center = sum[0] / float(a.width);
+  }
+  exact::row_sums(a.width, sum, [&](int64_t i, float* s) {
+    const float d = t[i] - center;
+    s[0] = fmaf(d, d, s[0]);
+  });
+  const float scale = 1.0f / sqrtf(sum[0] / float(a.width) + a.eps);
+  if (threadIdx.x == 0) {
+    a.stats[row] = scale;
+    if (a.bias) a.stats[a.rows + row] = center;
+  }
+  for (int64_t i = threadIdx.x; i < a.width; i += blockDim.x) {
+    const float normed = (t[i] - center) * scale;
+    a.y[at + i] = a.bias ? fmaf(normed, a.weight[i], a.bias[i]) : normed * a.weight[i];
+  }
+}
+
+__global__ void exact_backward_rows(NormBackward<float> a) {
+  const int64_t row = blockIdx.x, at = row * a.width;
+  const float *dy = a.dy + at, *t = a.total + at;
+  const float scale = a.stats[row], center = a.dbias ? a.stats[a.rows + row] : 0.0f;
+  float sum[2];  // g h, g
+  exact::row_sums(a.width, sum, [&](int64_t i, float* s) {
+    const float g = dy[i] * a.weight[i];
+    s[0] = fmaf(g, (t[i] - center) * scale, s[0]);
+    s[1] += g;
+  });
+  const float gh = sum[0] / float(a.width), g0 = a.dbias ? sum[1] / float(a.width) : 0.0f;
+  for (int64_t i = threadIdx.x; i < a.width; i += blockDim.x) {
+    const float h = (t[i] - center) * scale;
+    float dx = (dy[i] * a.weight[i] - g0 - h * gh) * scale;
+    if (a.dtotal) dx += a.dtotal[at + i];
+    a.dx[at + i] = dx;
+    if (a.dresidual) a.dresidual[at + i] = a.alpha * dx;
+  }
+}
+
 // Sums a chunk's rows, V columns per thread: dweight = sum dy h, dbias = sum dy.
 template <class T, int V>
 __global__ void backward_columns(NormBackward<T> a) {
@@ -115,11 +163,16 @@ __global__ void sum_columns(SumChunks<T> a) {
 }
 
 template <class T, int V>
-void run_backward(const NormBackward<T>& a, Stream stream) {
+void run_columns(const NormBackward<T>& a, Stream stream) {
   const int64_t units = a.width / V;
-  launch(backward_rows<T, V>, dim3(unsigned(a.rows)), threads_for(units), stream, a);
   const dim3 grid(unsigned(divided_up(units, 64)), unsigned(divided_up(a.rows, a.chunk_rows)));
   launch(backward_columns<T, V>, grid, 64, stream, a);
+}
+
+template <class T, int V>
+void run_backward(const NormBackward<T>& a, Stream stream) {
+  launch(backward_rows<T, V>, dim3(unsigned(a.rows)), threads_for(a.width / V), stream, a);
+  run_columns<T, V>(a, stream);
 }
 
 }  // namespace
@@ -148,6 +201,17 @@ template <class T>
 void sum_chunks(const SumChunks<T>& a, Stream stream) {
   if (!a.width) return;
   launch(sum_columns<T>, dim3(unsigned(divided_up(a.width, 64))), 64, stream, a);
+}
+
+void exact_norm_forward(const NormForward<float>& a, Stream stream) {
+  if (!a.rows || !a.width) return;
+  launch(exact_forward_rows, dim3(unsigned(a.rows)), exact::threads_for_row(a.width), stream, a);
+}
+
+void exact_norm_backward(const NormBackward<float>& a, Stream stream) {
+  if (!a.rows || !a.width) return;
+  launch(exact_backward_rows, dim3(unsigned(a.rows)), exact::threads_for_row(a.width), stream, a);
+  run_columns<float, 1>(a, stream);
 }
 
 GLM_GPU_INSTANTIATE(norm_forward, NormForward)

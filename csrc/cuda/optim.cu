@@ -1,6 +1,6 @@
 // Optimizer arithmetic on lists of tensors: one launch works on batch_size tensors, which the
 // grid's second dimension counts. Blocks beyond the end of a small tensor return at once.
-#include "device.h"
+#include "exact.h"
 
 namespace glm::gpu {
 
@@ -24,6 +24,35 @@ __global__ void sum_squares(SquaresBatch<T> a) {
   }
   total = block_sum(total);
   if (threadIdx.x == 0) a.sums[int64_t(t) * a.blocks + blockIdx.x] = total;
+}
+
+// A block sums a stretch: threads the lanes of its blocks of 512, one thread all of them.
+__global__ void exact_stretches(ExactSquares a) {
+  GLM_SHARED(float, parts, exact_stretch / 32);
+  const int t = int(blockIdx.y);
+  const int64_t size = a.size[t], begin = int64_t(blockIdx.x) * exact_stretch;
+  if (begin >= size) return;
+  const float* x = a.x[t] + begin;
+  const int64_t count = size - begin < exact_stretch ? size - begin : exact_stretch;
+  const int64_t first = int64_t(threadIdx.x) / exact::lanes * exact::block_elements;
+  float part = 0.0f;
+  for (int k = 0; k < exact::block_elements; k += exact::lanes) {
+    const int64_t i = first + k + int(threadIdx.x) % exact::lanes;
+    if (i < count) part = fmaf(x[i], x[i], part);
+  }
+  parts[threadIdx.x] = part;
+  __syncthreads();
+  if (threadIdx.x) return;
+  double total = 0;
+  for (int i = 0; i < int(blockDim.x); ++i) total += double(parts[i]);
+  a.sums[a.first[t] + blockIdx.x] = total;
+}
+
+__global__ void exact_root(const double* sums, int64_t count, float* out) {
+  if (threadIdx.x) return;
+  double total = 0;
+  for (int64_t i = 0; i < count; ++i) total += sums[i];
+  *out = float(sqrt(total));
 }
 
 __global__ void root(const double* sums, int64_t count, float* out) {
@@ -63,6 +92,17 @@ template <class T>
 void squares(const SquaresBatch<T>& a, Stream stream) {
   const dim3 grid(unsigned(a.blocks), unsigned(a.tensors));
   launch(sum_squares<T>, grid, threads, stream, a);
+}
+
+void exact_squares(const ExactSquares& a, Stream stream) {
+  int64_t largest = 0;
+  for (int t = 0; t < a.tensors; ++t) largest = a.size[t] > largest ? a.size[t] : largest;
+  const dim3 grid(unsigned(divided_up(largest, exact_stretch)), unsigned(a.tensors));
+  launch(exact_stretches, grid, exact_stretch / 32, stream, a);
+}
+
+void exact_root_of_sum(const double* sums, int64_t count, float* out, Stream stream) {
+  launch(exact_root, dim3(1), 64, stream, sums, count, out);
 }
 
 void root_of_sum(const double* sums, int64_t count, float* out, Stream stream) {

@@ -6,11 +6,14 @@ namespace glm::gpu {
 
 namespace {
 
+// Neighbouring pairs are turned by a fma each in eights, a section's last ones without, as the CPU
+// does (docs/exact.md): `fused` says which.
+//
 // V pairs at a time, A elements per load. A unit is V pairs, or one load of elements that pass
 // unchanged.
 template <bool interleaved, class T, int V>
 __device__ inline void turn(const T* x, T* y, const float* cos, const float* sin, int64_t pairs,
-                            float sign) {
+                            float sign, bool fused) {
   constexpr int A = V == 1 ? 1 : interleaved ? 2 * V : V;
   float a[2 * V], c[V], s[V];
   take<V, 1>(cos, c);
@@ -26,8 +29,8 @@ __device__ inline void turn(const T* x, T* y, const float* cos, const float* sin
   }
   for (int j = 0; j < V; ++j) {
     const float p = a[2 * j], q = a[2 * j + 1], t = s[j] * sign;
-    a[2 * j] = p * c[j] - q * t;
-    a[2 * j + 1] = fmaf(q, c[j], p * t);
+    a[2 * j] = interleaved && fused ? fmaf(p, c[j], -(q * t)) : p * c[j] - q * t;
+    a[2 * j + 1] = !interleaved || fused ? fmaf(q, c[j], p * t) : q * c[j] + p * t;
   }
   if constexpr (interleaved) {
     give<2 * V, A>(y, a);
@@ -60,7 +63,7 @@ __global__ void turn_rows(Rope<T> a) {
     const int pair = k * V, section = pair / int(a.pairs), p = pair % int(a.pairs);
     const int64_t at = 2 * section * a.pairs + (interleaved ? 2 * p : p);
     turn<interleaved, T, V>(x + at, y + at, a.cos + angles + pair, a.sin + angles + pair, a.pairs,
-                            a.sign);
+                            a.sign, p / 8 < int(a.pairs) / 8);
   }
 }
 

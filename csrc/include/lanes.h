@@ -51,6 +51,7 @@ typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
 
+#define GLM_SPACE GLM_ISA  // of functions.h
 #define GLM_INLINE static inline __attribute__((always_inline))
 // Before a loop over a tile's sums: GCC keeps larger tiles than AVX2's in memory otherwise.
 #if defined(GLM_ARM)

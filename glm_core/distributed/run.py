@@ -28,6 +28,7 @@ from glm_core.training.batches import Sampler
 from glm_core.training.interrupt import stop_requests
 from glm_core.training.live import Live, memory_peak_bytes
 from glm_core.training.loop import Result, loop
+from glm_core.training.parallel import require_exact
 from glm_core.training.run import remedies, reporting
 from glm_core.training.trainer import Trainer
 
@@ -62,6 +63,7 @@ def run(
             "under plans; leave it out"
         )
     backend = registry.usable(t.backend)
+    require_exact(config, backend, plan=True)
     device = mesh.start(backend, timeout_s or 600.0)
     try:
         start = _starting_point(out, resume)

@@ -10,12 +10,17 @@ import math
 import torch
 from torch import Tensor
 
+from glm_core import dispatch
 from glm_core.config import ModelConfig
 
 
 def rotary_angles(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Returns cos and sin [B, L, G, P] float32 of the angles position * frequency, in float32 as
-    transformers does;  positions [B, 2, L]. YaRN's attention factor multiplies both."""
+    transformers does;  positions [B, 2, L]. YaRN's attention factor multiplies both. In an exact
+    session a CPU computes them: other devices have other powers, sines and cosines."""
+    if dispatch.session().exact and not positions.is_cpu:
+        cos, sin = rotary_angles(config, positions.cpu())
+        return cos.to(positions.device), sin.to(positions.device)
     rows = 2 if config.positions == "rope_2d" else 1
     used = positions[:, :rows].transpose(1, 2)[..., None]  # [B, L, G, 1]
     if config.rope_scaling == "dynamic":

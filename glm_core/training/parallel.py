@@ -100,6 +100,7 @@ class SingleProcess:
         self.device = backend.device()
         self.dtype: torch.dtype = getattr(torch, t.dtype)
         registry.require_dtype(backend, t.dtype)
+        require_exact(config, backend)
         _require_static(config, prefix=hasattr(model, "prefix"))
         self._weights = {} if model is not None else weights
         self.model = (model or GLM(config.model)).to(self.device, self.dtype)
@@ -199,6 +200,17 @@ class SingleProcess:
 
     def facts(self) -> dict[str, Any]:
         return {}
+
+
+EXPERT_OPS = ("route", "permute", "grouped_linear", "unpermute")
+"""what a layer of experts calls"""
+
+
+def require_exact(config: RunConfig, backend: Backend, plan: bool = False) -> None:
+    """Raises ConfigError where an exact run needs what the backend does not sum exactly."""
+    if config.train.exact:
+        needed = EXPERT_OPS if config.model.num_experts else ()
+        registry.require_exact(backend, config.train.dtype, needed, plan)
 
 
 def _require_static(config: RunConfig, prefix: bool) -> None:

@@ -62,7 +62,9 @@ def sources(folder: Path) -> dict[Path, list[str]]:
     torch's headers are read once."""
     kernels = [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "fibers" / "fibers.cpp"]
     bindings = folder / "bindings.cpp"
-    bindings.write_text('#include "ops.cpp"\n#include "quant.cpp"\n#include "training.cpp"\n')
+    bindings.write_text(
+        '#include "exact.cpp"\n#include "ops.cpp"\n#include "quant.cpp"\n#include "training.cpp"\n'
+    )
     return {**dict.fromkeys(kernels, KERNEL), bindings: BINDING}
 
 

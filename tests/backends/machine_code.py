@@ -16,7 +16,7 @@ from pathlib import Path
 
 STORES_BYTES: frozenset[str] = frozenset()
 """kernels that store bytes by design. None does: codes of quantised weights are only read"""
-PRINTS = {"gather", "row_losses"}
+PRINTS = {"gather", "row_losses", "exact_row_losses"}
 """kernels that end with a message where an index is out of range: its arguments lie in local
 memory, and HIP reads the format byte by byte"""
 READS_HALVES = {

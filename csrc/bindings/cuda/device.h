@@ -39,4 +39,15 @@ inline Tensor with_contiguous_rows(const Tensor& x) {
   return x.size(-1) <= 1 || x.stride(-1) == 1 ? x : x.contiguous();
 }
 
+// Whether sums have the order of docs/exact.md: the switch is the CPU's extension's.
+inline bool wants_exact() {
+  static const auto asked = op<bool()>("glm_core::exact");
+  return asked.call();
+}
+
+namespace bindings {
+// x weight^T + bias in float32, exact, whatever the strides.
+Tensor exact_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias = {});
+}  // namespace bindings
+
 }  // namespace glm::gpu

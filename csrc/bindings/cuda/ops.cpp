@@ -18,6 +18,15 @@ using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 // Rows in a partial sum of the weight's gradient: at most 128 sums, few enough to add up fast.
 int64_t rows_per_sum(int64_t rows) { return std::max<int64_t>(16, (rows + 127) / 128); }
 
+// Calls exact(a) for float32 in an exact run, and fast(a) otherwise: an exact run of one thread is
+// no matter of others in half precision.
+template <class T, class Exact, class Fast, class Args>
+void exactly(const Exact& exact, const Fast& fast, const Args& a) {
+  if constexpr (sizeof(T) == sizeof(float))
+    if (wants_exact()) return exact(a);
+  fast(a);
+}
+
 Three norm_forward(const Tensor& x_, const OptionalTensor& residual_, const Tensor& weight_,
                    const OptionalTensor& bias_, double eps, double alpha) {
   const OnDevice on(x_);
@@ -31,7 +40,8 @@ Three norm_forward(const Tensor& x_, const OptionalTensor& residual_, const Tens
     const NormForward<T> a{data<T>(x), data<T>(residual), data<T>(weight),    data<T>(bias),
                            data<T>(y), data<T>(total),    data<float>(stats), rows,
                            width,      float(eps),        float(alpha)};
-    gpu::norm_forward(a, on.stream);
+    exactly<T>([&](auto& all) { exact_norm_forward(all, on.stream); },
+               [&](auto& all) { gpu::norm_forward(all, on.stream); }, a);
   });
   return {y, total, stats};
 }
@@ -42,7 +52,8 @@ Four norm_backward(const Tensor& dy_, const OptionalTensor& dtotal_, const Tenso
   const OnDevice on(total_);
   const Tensor dy = dy_.contiguous(), total = total_.contiguous(), weight = weight_.contiguous();
   const OptionalTensor dtotal = contiguous(dtotal_);
-  const int64_t rows = num_rows(total), width = total.size(-1), per_sum = rows_per_sum(rows);
+  const int64_t rows = num_rows(total), width = total.size(-1);
+  const int64_t per_sum = wants_exact() ? chunk_rows(rows) : rows_per_sum(rows);
   const int64_t chunks = (rows + per_sum - 1) / per_sum;
   const bool scaled = residual && alpha != 1.0;  // otherwise the residual's gradient is dx
   Tensor dx = at::empty_like(total), dweight = at::empty_like(weight);
@@ -58,11 +69,18 @@ Four norm_backward(const Tensor& dy_, const OptionalTensor& dtotal_, const Tenso
     a.weight = data<T>(weight), a.stats = data<float>(stats), a.dx = data<T>(dx);
     a.dresidual = scaled ? data<T>(dresidual) : nullptr, a.dweight = sums, a.dbias = bias_sums;
     a.rows = rows, a.width = width, a.chunk_rows = per_sum, a.alpha = float(alpha);
-    gpu::norm_backward(a, on.stream);
+    exactly<T>([&](auto& all) { exact_norm_backward(all, on.stream); },
+               [&](auto& all) { gpu::norm_backward(all, on.stream); }, a);
     sum_chunks<T>({sums, data<T>(dweight), chunks, width}, on.stream);
     if (layer) sum_chunks<T>({bias_sums, data<T>(dbias), chunks, width}, on.stream);
   });
   return {dx, dresidual, dweight, dbias};
+}
+
+template <class T>
+void run_activation(const Activation<T>& a, Kind kind, Stream stream) {
+  exactly<T>([&](auto& all) { exact_activation(all, kind, stream); },
+             [&](auto& all) { activation(all, kind, stream); }, a);
 }
 
 Tensor activation_forward(const Tensor& x_, int64_t kind) {
@@ -76,8 +94,8 @@ Tensor activation_forward(const Tensor& x_, int64_t kind) {
   Tensor y = at::empty(shape, x.options());
   by_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    gpu::activation_forward<T>({data<T>(x), nullptr, data<T>(y), num_rows(y), y.size(-1)},
-                               Kind(kind), on.stream);
+    run_activation<T>({data<T>(x), nullptr, data<T>(y), num_rows(y), y.size(-1)}, Kind(kind),
+                      on.stream);
   });
   return y;
 }
@@ -88,8 +106,8 @@ Tensor activation_backward(const Tensor& dy_, const Tensor& x_, int64_t kind) {
   Tensor dx = at::empty_like(x);
   by_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    gpu::activation_backward<T>({data<T>(x), data<T>(dy), data<T>(dx), num_rows(dy), dy.size(-1)},
-                                Kind(kind), on.stream);
+    run_activation<T>({data<T>(x), data<T>(dy), data<T>(dx), num_rows(dy), dy.size(-1)}, Kind(kind),
+                      on.stream);
   });
   return dx;
 }

@@ -16,7 +16,7 @@ using Three = std::tuple<Tensor, Tensor, Tensor>;
 // How many rows of logits exist at a time: those of 256 MiB, or of 1/64 of the first device's
 // memory where that is more. With several chunks the weight's gradient is read and written once for
 // each of them, in float32.
-int64_t loss_chunk(int64_t rows, int64_t vocab, int64_t element_size) {
+int64_t fast_loss_chunk(int64_t rows, int64_t vocab, int64_t element_size) {
 #if defined(GLM_FIBERS)
   return std::min(rows, int64_t(32));  // several chunks in the tests' small cases
 #else
@@ -36,14 +36,43 @@ void accumulate(Tensor& sum, const Tensor& dz, const Tensor& x, bool first) {
     sum.addmm_(dz.t(), x);
 }
 
+// linear_cross_entropy_forward in the order of the CPU's, whose chunks it takes.
+Three exact_loss(const Tensor& x, const Tensor& weight, const Tensor& labels,
+                 const Tensor& token_weight, bool gradients, Stream stream) {
+  const int64_t rows = x.size(0), vocab = weight.size(0), none = 0;
+  const int64_t chunk = loss_chunk(rows, vocab, x.element_size());
+  const Tensor each = at::empty({rows}, x.options()), loss = at::empty({}, x.options());
+  Tensor dx = at::empty(gradients ? x.sizes() : at::IntArrayRef(none), x.options());
+  Tensor dweight = at::zeros(gradients ? weight.sizes() : at::IntArrayRef(none), x.options());
+  for (int64_t begin = 0; begin < rows; begin += chunk) {
+    const int64_t size = std::min(chunk, rows - begin);
+    const Tensor part = x.narrow(0, begin, size), z = exact_linear(part, weight);
+    const CrossEntropy<float> a{data<float>(z),
+                                data<int64_t>(labels) + begin,
+                                data<float>(token_weight) + begin,
+                                data<float>(each) + begin,
+                                vocab,
+                                gradients};
+    exact_cross_entropy({a, size}, stream);
+    if (!gradients) continue;
+    dx.narrow(0, begin, size).copy_(exact_linear(z, weight.t()));
+    const Tensor dw = exact_linear(z.t(), part.t());
+    begin ? dweight.add_(dw) : dweight = dw;
+  }
+  exact_sum(data<float>(each), rows, data<float>(loss), stream);
+  return {loss, dx, dweight};
+}
+
 // Computes the gradients with the loss, while a chunk's logits exist; they are empty unless
 // `gradients`.
 Three linear_cross_entropy_forward(const Tensor& x, const Tensor& weight, const Tensor& labels_,
                                    const Tensor& token_weight_, bool gradients) {
   const OnDevice on(x);
   const Tensor labels = labels_.contiguous(), token_weight = token_weight_.contiguous();
+  if (wants_exact() && x.scalar_type() == at::kFloat)
+    return exact_loss(x, weight, labels, token_weight, gradients, on.stream);
   const int64_t rows = x.size(0), vocab = weight.size(0), none = 0;
-  const int64_t chunk = loss_chunk(rows, vocab, x.element_size());
+  const int64_t chunk = fast_loss_chunk(rows, vocab, x.element_size());
   const auto of_sums = chunk < rows ? token_weight.options() : weight.options();
   Tensor each = at::empty({rows}, token_weight.options());
   Tensor logits = at::empty({chunk, vocab}, x.options());
@@ -98,9 +127,35 @@ void batches(const std::vector<Tensor>& tensors, F f) {
   }
 }
 
+bool all_float(const std::vector<Tensor>& tensors) {
+  return std::all_of(tensors.begin(), tensors.end(),
+                     [](const Tensor& t) { return t.scalar_type() == at::kFloat; });
+}
+
+Tensor exact_norm(const std::vector<Tensor>& tensors, Stream stream) {
+  int64_t count = 0;
+  for (const Tensor& t : tensors) count += divided_up(t.numel(), exact_stretch);
+  const auto options = tensors[0].options();
+  const Tensor sums = at::empty({count}, options.dtype(at::kDouble));
+  const Tensor norm = at::empty({}, options);
+  int64_t next = 0;
+  batches(tensors, [&](const std::vector<size_t>& batch, int64_t) {
+    ExactSquares a{};
+    a.sums = data<double>(sums), a.tensors = int(batch.size());
+    for (size_t k = 0; k < batch.size(); ++k) {
+      a.x[k] = data<float>(tensors[batch[k]]), a.size[k] = tensors[batch[k]].numel();
+      a.first[k] = next, next += divided_up(a.size[k], exact_stretch);
+    }
+    exact_squares(a, stream);
+  });
+  exact_root_of_sum(data<double>(sums), count, data<float>(norm), stream);
+  return norm;
+}
+
 Tensor global_norm(at::TensorList tensors_) {
   const OnDevice on(tensors_.front());
   const std::vector<Tensor> tensors = contiguous_all(tensors_);
+  if (wants_exact() && all_float(tensors)) return exact_norm(tensors, on.stream);
   int64_t count = 0;
   batches(tensors, [&](const std::vector<size_t>& batch, int64_t largest) {
     count += int64_t(batch.size()) * blocks_for(largest);

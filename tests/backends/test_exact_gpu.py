@@ -1,0 +1,108 @@
+"""Tests that exact float32 has the same bits on backend `cpu` and in the GPU kernels, whose sources
+are executed on the CPU, one fiber per thread; and that nvcc makes no other arithmetic of them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import fibers_build
+import gpu_build
+import pytest
+import torch
+
+from glm_core import ops
+from glm_core.backends import registry
+from glm_core.backends.base import Backend
+from glm_core.backends.cuda.kernels import share
+from glm_core.backends.cuda.supports import EXACT, EXACT_DTYPES
+from glm_core.backends.exact import Exact
+from glm_core.backends.registry import probe
+from glm_core.config import RunConfig, TrainConfig
+from glm_core.errors import ConfigError, UnsupportedOpError
+from glm_core.model.presets import preset
+from glm_core.training.parallel import SingleProcess, require_exact
+
+built = pytest.mark.skipif(not probe("cpu").ok, reason=probe("cpu").reason)
+
+
+@built
+@pytest.mark.long
+@pytest.mark.skipif(
+    shutil.which(fibers_build.COMPILER) is None, reason=f"no compiler {fibers_build.COMPILER}"
+)
+def test_the_same_bits_as_the_cpu() -> None:
+    """Every op with exact kernels, forward and backward, and a step of training."""
+    script = Path(__file__).with_name("exact_judge.py")
+    words = (str(fibers_build.library()), "64", "1", "glm-4-9b")
+    done = subprocess.run(
+        [sys.executable, str(script), *words],
+        env=fibers_build.instrumented(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    answer: dict[str, Any] = json.loads(done.stdout)
+    assert not {id: what for id, what in answer["found"].items() if what}
+    assert not {name: what for name, what in answer["models"].items() if what}
+    assert {id.partition("-")[0] for id in answer["found"]} == set(EXACT)
+    # the other arithmetic must differ, or nothing above could fail
+    assert answer["fast"]["swiglu"]
+    assert answer["fast"]["rms_norm"]
+
+
+KERNELS = ("exact_attention", "exact_product")
+"""sources that stand for all: the flags are the same"""
+OTHER_ARITHMETIC = re.compile(
+    r"\b(fma\.rn\.f(?:32|64)|mad\.\w*\.f\d+|\w+\.approx\S*|\w+\.full\S*|\w+\.\S*ftz\S*)"
+)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(gpu_build.NVCC is None, reason="no nvcc (CUDA toolkit)")
+def test_nvcc_multiplies_and_adds_at_once_only_where_it_is_written(tmp_path: Path) -> None:
+    """Our fmaf is replaced by one that rounds towards zero: no other fma may be left, nothing
+    approximate and nothing that flushes denormals."""
+    odd = tmp_path / "odd.h"
+    odd.write_text("#include <cuda_fp16.h>\n#include <cuda_runtime.h>\n#define fmaf __fmaf_rz\n")
+    flags = [f for f in gpu_build.CUDA_FLAGS if f != "-Xptxas=-v"]
+    written = 0
+    for name in KERNELS:
+        target = tmp_path / f"{name}.ptx"
+        source = str(gpu_build.CSRC / "cuda" / f"{name}.cu")
+        command = [str(gpu_build.NVCC), *flags, "-arch=compute_90", "-include", str(odd)]
+        gpu_build.run([*command, "-ptx", source, "-o", str(target)])
+        ptx = target.read_text()
+        written += ptx.count("fma.rz.f32")
+        assert not OTHER_ARITHMETIC.findall(ptx), name
+    assert written > 100
+
+
+def test_refused_by_name_before_the_run() -> None:
+    lacks = tuple(name for name in ops.all_ops() if name not in EXACT)
+    exact = Exact(lambda: registry.nullcontext(), EXACT_DTYPES, lacks, plans=False)
+    backend = Backend(name="elsewhere", device_type="meta", verified="shapes only", exact=exact)
+    share(backend)
+    train = TrainConfig(exact=True, dtype="bfloat16")
+    with pytest.raises(ConfigError, match=r"elsewhere sums exactly in float32, not in bfloat16"):
+        SingleProcess(RunConfig(model=preset("tiny"), train=train), backend)
+    experts = RunConfig(model=preset("tiny-moe"), train=TrainConfig(exact=True))
+    lack = "has no exact kernel of grouped_linear, permute, route, unpermute; use backend cpu"
+    with pytest.raises(ConfigError, match=lack):
+        SingleProcess(experts, backend)
+    dense = RunConfig(model=preset("tiny"), train=TrainConfig(exact=True))
+    with pytest.raises(ConfigError, match="in one process alone"):
+        require_exact(dense, backend, plan=True)
+    x = torch.empty(4, 8, device="meta")
+    codes = x.to(torch.int8), x[:, :1].half()
+    with (
+        registry.use(backend, exact=True),
+        pytest.raises(UnsupportedOpError, match=r"quantized_linear.*no exact kernel of it"),
+    ):
+        ops.quantized_linear(x, *codes)

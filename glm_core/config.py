@@ -346,7 +346,7 @@ class TrainConfig:
     """an op without a kernel is an error instead of falling back to its reference"""
     exact: bool = False
     """sums in an order that depends on their length alone, gradients by a fixed tree over the
-    sequences (docs/exact.md); backend cpu, float32 or bfloat16"""
+    sequences (docs/exact.md); backend cpu, or cuda in float32"""
     dtype: Dtype = "float32"
     """working dtype; below float32 the optimizer keeps float32 master weights"""
     seed: int = 0

@@ -18,7 +18,10 @@ from pathlib import Path
 import machine_code
 
 CSRC = Path(__file__).parents[2] / "csrc"
-TOGETHER = ("activation", "embedding", "loss", "norm", "optim", "quant", "rope")
+TOGETHER = (
+    *("activation", "embedding", "exact_attention", "exact_product", "loss", "norm", "optim"),
+    *("quant", "rope"),
+)
 """sources that are compiled as one: the compilers' own headers take most of the time"""
 NVIDIA_ONLY = ("tensor_rows",)
 """sources whose kernels HIP does not compile"""

@@ -152,7 +152,7 @@ def test_rules_that_do_not_exist_are_reported_together() -> None:
 def test_conversion_holds_little_beside_what_is_finished(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counts allocated bytes with torch's profiler: beyond what remains, one layer in bfloat16 and
     less than one more."""
-    config = ModelConfig(num_layers=6, hidden=256, num_heads=4, ffn=1024, vocab=64, max_length=32)
+    config = ModelConfig(num_layers=3, hidden=256, num_heads=4, ffn=1024, vocab=64, max_length=32)
     monkeypatch.setattr(quant, "WORKING_SET", 1 << 14)
 
     def read(name: str, shape: torch.Size) -> torch.Tensor:

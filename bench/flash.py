@@ -7,7 +7,10 @@ them. `read` is what the faster of two readers of a large buffer takes. A token 
 extrapolated: from that of these layers, for each that is missing a sparse layer's mean time, taken
 from the second half of them. Give as many layers as keep half of a token's bytes out of the caches.
 
-Nothing is extrapolated with `--layers 47`: 17 GB on disk and as much in memory."""
+Nothing is extrapolated with `--layers 47`: 17 GB on disk and as much in memory.
+
+`--peer llama` decodes the same shapes by llama.cpp in the same rounds, and needs the memory of both
+(`pip install llama-cpp-python gguf`)."""
 
 from __future__ import annotations
 
@@ -24,8 +27,9 @@ import numpy as np
 import torch
 
 from glm_core.backends import registry
-from glm_core.bench import folders
-from glm_core.bench.decode import READ_BYTES, readers
+from glm_core.bench import folders, llama
+from glm_core.bench.decode import READ_BYTES, REST_S, readers
+from glm_core.bench.peers import Engine
 from glm_core.measure.memory import resident_peak_bytes
 from glm_core.measure.timing import Timing, interleave, machine
 from glm_core.model.glm import GLM
@@ -84,8 +88,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         half._modules = {**model._modules, "blocks": model.blocks[: layers // 2]}
         half.config = dataclasses.replace(model.config, num_layers=layers // 2)
         turns["half"] = stepper(Runner(half, 1, args.context))
-        took = interleave({**turns, **readers()}, args.rounds * FASTEST_OF)
-    return {"machine": machine(), **figures(model, layers, took)}
+        peer = None
+        if args.peer:
+            peer = llama.llama(model.config, len(PROMPT.tokens), False, args.context)
+            turns["peer"] = peer.step
+        rest_s = REST_S if peer else 0.0
+        took = interleave({**turns, **readers()}, args.rounds * FASTEST_OF, rest_s=rest_s)
+    found = {"machine": machine(), **figures(model, layers, took)}
+    return found | (against(peer, took) if peer else {})
+
+
+def against(peer: Engine, took: dict[str, Timing]) -> dict[str, Any]:
+    """Returns the figures of another engine, whose token is that of the same layers."""
+    token, seconds = fastest(took["all"]), fastest(took["peer"])
+    return {
+        "peer": peer.name,
+        "peer_token_ms": float(np.median(seconds)) * 1e3,
+        "peer_token_bytes": peer.num_bytes,
+        "ours_is_faster": [float(x) for x in np.quantile(seconds / token, (0.25, 0.5, 0.75))],
+    }
 
 
 def fastest(timing: Timing) -> Any:
@@ -132,6 +153,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=4, metavar="N", help="default %(default)s")
     parser.add_argument("--group", type=int, default=128, metavar="N", help="default %(default)s")
     parser.add_argument("--context", type=int, default=4096, metavar="N")
+    parser.add_argument("--peer", choices=["llama"], help="another engine, in turn")
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="default %(default)s")
     args = parser.parse_args()
     if args.layers < 2:

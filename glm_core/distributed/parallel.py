@@ -140,8 +140,19 @@ class ManyProcesses:
                 loss = all_reduce(loss, self.mesh.get_group(axis))
         return loss
 
-    def sum_counts(self, counts: Tensor) -> Tensor:
-        return all_reduce(counts, self.mesh.get_group("dp")) if self.plan.dp > 1 else counts
+    def sum_counts(self, counts: dict[str, Tensor]) -> dict[str, Tensor]:
+        c = self.config.model
+        if not c.num_experts:
+            return counts
+        layers = range(c.num_dense_layers, c.num_layers + c.num_mtp_layers)
+        names = [f"blocks.{i}.mlp.router.bias" for i in layers]
+        whole = torch.zeros(len(names), c.num_experts, device=self.device)
+        for name, row in counts.items():
+            whole[names.index(name)] = row
+        for axis, size in (("dp", self.plan.dp), ("pp", self.plan.pp)):
+            if size > 1:
+                whole = all_reduce(whole, self.mesh.get_group(axis))
+        return dict(zip(names, whole, strict=True))
 
     def norm(self, grads: dict[str, Tensor]) -> Tensor:
         """Counts every element once, wherever it is held."""

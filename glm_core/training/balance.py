@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from glm_core.model.glm import Router
 from glm_core.training.optimizer import Optimizer
 
+Counts = dict[str, Tensor]
+"""by the router's bias: rows that each expert of a layer took [X], float32"""
+
 
 def moved_bias(bias: Tensor, counts: Tensor, rate: float) -> Tensor:
     """Returns the router's bias [X] after a step in which the experts took `counts` [X] rows. It is
@@ -42,14 +45,13 @@ class Balance:
         for router, row in zip(routers, self.counts, strict=True):
             router.register_forward_hook(_counter(row))
 
-    def loads(self, sum_over_processes: Callable[[Tensor], Tensor]) -> list[list[float]]:
-        """Adds up the counts of all processes, and returns them over their layer's mean."""
-        if not self.names:
-            return []
-        self.counts.copy_(sum_over_processes(self.counts))
-        mean = self.counts.mean(-1, keepdim=True).clamp(min=1e-9)
-        loads: list[list[float]] = (self.counts / mean).tolist()
-        return [[round(x, 4) for x in layer] for layer in loads]
+    def loads(self, sum_over_processes: Callable[[Counts], Counts]) -> list[list[float]]:
+        """Adds up the counts of all processes, and returns those of all layers of the model over
+        their layer's mean."""
+        whole = sum_over_processes(dict(zip(self.names, self.counts, strict=True)))
+        for name, counts in zip(self.names, self.counts, strict=True):
+            counts.copy_(whole[name])
+        return [[round(x, 4) for x in (c / c.mean()).tolist()] for c in whole.values() if c.any()]
 
     @torch.no_grad()
     def move_biases(self) -> None:

@@ -58,8 +58,9 @@ class Parallel(Protocol):
     def sum_loss(self, loss: Tensor) -> Tensor:
         """Adds up the parts of a loss that several processes have."""
 
-    def sum_counts(self, counts: Tensor) -> Tensor:
-        """Adds up what the processes with other sequences have counted in the same layers."""
+    def sum_counts(self, counts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Adds up what the processes have counted in their layers; by layer, in the model's
+        order. Returns the counts of all layers of the model."""
 
     def norm(self, grads: dict[str, Tensor]) -> Tensor:
         """The norm of the whole gradient, from this process's part by parameter."""
@@ -164,7 +165,7 @@ class SingleProcess:
         losses, self._losses = self._losses, []
         return tree_sum(loss.clone() for loss in losses)
 
-    def sum_counts(self, counts: Tensor) -> Tensor:
+    def sum_counts(self, counts: dict[str, Tensor]) -> dict[str, Tensor]:
         return counts
 
     def norm(self, grads: dict[str, Tensor]) -> Tensor:

@@ -89,6 +89,8 @@ def test_a_plan_trains_as_one_process(case: Case, told: list[dict[str, Any]], sh
     assert max(ratios.values()) <= 1, ratios
     assert apart == 0, "copies of a tensor differ between processes"
     assert all(t["loss"] == told[0]["loss"] and t["norm"] == told[0]["norm"] for t in told)
+    load = READ[shared / f"baseline-{case.model}-{case.dtype}.pt"].load
+    assert all(t["load"] == load for t in told), "loads of experts of all layers, on every rank"
 
 
 @pytest.mark.parametrize("case", marked(PLANTED))

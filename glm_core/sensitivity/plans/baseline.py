@@ -41,6 +41,8 @@ class Baseline:
     weights: dict[str, Tensor]
     """after the last step"""
     weight_bound: Array
+    load: list[list[float]]
+    """of the experts in the first step"""
 
     def ratios(self, curves: dict[str, Any], grads: Any, weights: Any) -> dict[str, float]:
         """Returns how far a run is from this one, each in units of its bound: above 1 is
@@ -76,15 +78,17 @@ class Baseline:
 
 
 class Kept(Run):
-    """A run that keeps its weights after the first step."""
+    """A run that keeps its weights after the first step, and that step's loads of experts."""
 
     first: dict[str, Tensor]
+    load: list[list[float]]
 
     def step(self) -> StepResult:
         """Does a step."""
         result = super().step()
         if self.steps_done == 1:
             self.first = {n: w.clone() for n, w in self.optimizer.master.items()}
+            self.load = result.expert_load
         return result
 
 
@@ -119,4 +123,5 @@ def make(model: str, dtype: Any) -> Baseline:
         error_bound(np.array(apart_first), EPS["float32"], RATE),
         last,
         error_bound(np.array(apart), EPS["float32"], RATE),
+        run.load,
     )

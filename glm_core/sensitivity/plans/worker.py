@@ -29,7 +29,8 @@ TIMEOUT_S = 60.0
 
 
 def train(case: dict[str, Any], backend: Any) -> dict[str, Any]:
-    """Returns losses and norms of all steps, the first step's gradients, the last weights."""
+    """Returns losses and norms of all steps, the first step's gradients and loads of experts, the
+    last weights."""
     plan, config = parse(case["plan"]), sample.config(case["model"], case["dtype"])
     axes = mesh.make(plan, backend.device_type, TIMEOUT_S)
     planted = bugs.BUGS[case["bug"]]() if case["bug"] else contextlib.nullcontext()
@@ -42,6 +43,7 @@ def train(case: dict[str, Any], backend: Any) -> dict[str, Any]:
             report["loss"].append(result.loss)
             report["norm"].append(result.grad_norm)
             if step == 0:
+                report["load"] = result.expert_load
                 named = dict(here.model.named_parameters())
                 grads = {
                     n: torch.zeros_like(own_part(p)) if p.grad is None else own_part(p.grad)

@@ -23,6 +23,7 @@ from glm_core.backends import registry
 from glm_core.config import RunConfig, from_dict, to_dict
 from glm_core.data.sampler import Batch
 from glm_core.distributed import apply, launch, mesh
+from glm_core.distributed.layout import take
 from glm_core.distributed.parallel import Chunk, ManyProcesses
 from glm_core.distributed.plan import parse
 from glm_core.errors import TrainingError
@@ -185,7 +186,10 @@ def work(folder: str) -> None:
 def _captured(run: Run, here: ManyProcesses, snapshot: Snapshot) -> dict[str, Any]:
     """Returns the loss of a captured step and this process's part of its gradients."""
     weights = apply.own_values(
-        here.model, here.config.model, here.place, lambda name, shape: snapshot.weights[name]
+        here.model,
+        here.config.model,
+        here.place,
+        lambda name, splits: take(snapshot.weights[name], splits),
     )
     run.loss_scale.scale = snapshot.loss_scale
     run.optimizer.load_masters({n: w.to(here.device) for n, w in weights.items()})

@@ -65,12 +65,13 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base",
         metavar="PATH",
-        help="checkpoint or run whose model stays unchanged beside --adapter",
+        help="checkpoint or run whose model stays unchanged beside --adapter, or is trained under "
+        "--plan",
     )
     parser.add_argument(
         "--pairs",
         metavar="FILE",
-        help="conversations whose replies the adapter learns, one JSON object a line "
+        help="conversations whose replies are learned, one JSON object a line "
         "(docs/checkpoints.md)",
     )
     parser.add_argument("--rank", type=int, default=8, metavar="R", help="rank of LoRA (default 8)")
@@ -128,15 +129,23 @@ def run_plan(args: argparse.Namespace, config: RunConfig) -> int:
     from glm_core.errors import ConfigError
 
     plan = parse(args.plan)
-    if misplaced := [f"--{k}" for k in ("adapter", "base", "pairs") if getattr(args, k)]:
+    if args.adapter:
+        raise ConfigError("train --plan: cannot be combined with --adapter; leave it out")
+    if bool(args.base) != bool(args.pairs):
         raise ConfigError(
-            f"train --plan: cannot be combined with {', '.join(misplaced)}; leave these out"
+            "train --plan: all weights of --base are trained on --pairs; give both or neither"
         )
     from glm_core.distributed import run as distributed
 
+    start: dict[str, Any] = {}
+    if args.base:
+        from glm_core.pretrained import finetune
+
+        config, start["sampler"], start["weights"] = finetune.planned(args.base, args.pairs, config)
+
     is_reporter = os.environ.get("RANK") == "0"
     with live_metrics(args, config, plan.world) if is_reporter else nullcontext() as live:
-        result = distributed.run(config, plan, args.out, live=live, **run_options(args))
+        result = distributed.run(config, plan, args.out, live=live, **start, **run_options(args))
     return report(args, result) if is_reporter else exit_code(result)
 
 

@@ -35,6 +35,9 @@ from glm_core.distributed.tensor_parallel import Ranks
 from glm_core.model.glm import GLM, Block, Experts, Router
 from glm_core.model.initial import initial_value
 
+Source = Callable[[str, layout.Splits], Tensor]
+"""returns a rank's part of a parameter, given its name in the whole model"""
+
 
 class Share(nn.ModuleList):
     """The stages one process holds, as one module whose parameters have the whole model's names."""
@@ -127,14 +130,13 @@ def own_values(
     share: Share,
     config: ModelConfig,
     place: layout.Place,
-    value: Callable[[str, torch.Size], Tensor],
+    part_of: Source,
 ) -> dict[str, Tensor]:
-    """Returns this process's part of the whole tensors `value(name, shape)`, by name. One whole
-    tensor exists at a time."""
-    shapes = whole_shapes(config)
+    """Returns this process's part of every parameter, by name. What ZeRO shares out is read
+    whole, one parameter at a time."""
     found = {}
     for name, p in share.named_parameters():
-        part = layout.take(value(name, shapes[name]), layout.splits_of(name, config, place))
+        part = part_of(name, layout.splits_of(name, config, place))
         start, rows = own_rows(p)
         found[name] = part[start : start + rows]
     return found
@@ -160,6 +162,9 @@ def initial_values(
     share: Share, config: ModelConfig, place: layout.Place, seed: int
 ) -> dict[str, Tensor]:
     """Returns this process's float32 starting weights, bit for bit those of a single process."""
-    return own_values(
-        share, config, place, lambda name, shape: initial_value(config, seed, name, shape).float()
-    )
+    shapes = whole_shapes(config)
+
+    def part_of(name: str, splits: layout.Splits) -> Tensor:
+        return layout.take(initial_value(config, seed, name, shapes[name]).float(), splits)
+
+    return own_values(share, config, place, part_of)

@@ -192,7 +192,8 @@ def _require_order(config: RunConfig, plan: Plan) -> None:
             "sp cuts a position table's gradient; use sp=false",
         ),
         (
-            plan.tp > 1 and (model.qk_norm or model.kv_latent or model.num_experts),
+            plan.tp > 1
+            and (model.qk_norm or model.kv_latent or model.num_experts or model.num_mtp_layers),
             "tp cuts sums over heads, latents or an expert's features; use tp=1",
         ),
         (

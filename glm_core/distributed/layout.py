@@ -107,6 +107,12 @@ def _even(dim: int, rank: int, lengths: tuple[int, ...], ranks: int) -> Split:
     return Split(dim, tuple(spans), ranks)
 
 
+def part_shape(whole: tuple[int, ...], splits: Splits) -> tuple[int, ...]:
+    """Returns the shape of a rank's part of a tensor of this shape."""
+    parts = {split.dim: split.ranks for split in splits}
+    return tuple(n // parts.get(dim, 1) for dim, n in enumerate(whole))
+
+
 def take(whole: Tensor, splits: Splits) -> Tensor:
     """Returns a rank's part of the whole tensor."""
     for split in splits:

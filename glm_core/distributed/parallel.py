@@ -45,8 +45,10 @@ class ManyProcesses:
         backend: Backend,
         device: torch.device | None = None,
         timeout_s: float | None = None,
+        weights: apply.Source | None = None,
     ) -> None:
-        """Weights start from config.train.seed, as on one process. timeout_s: that of the mesh.
+        """weights: to start from; by default those of config.train.seed, as on one process.
+        timeout_s: that of the mesh.
         Raises ConfigError where plan, model and job do not fit."""
         require_fit(
             plan,
@@ -56,6 +58,7 @@ class ManyProcesses:
             length=config.data.length,
         )
         self.config, self.plan, self.mesh, self.backend = config, plan, mesh, backend
+        self._weights = weights
         self.device = device or torch.device(mesh.device_type)
         self.dtype: torch.dtype = getattr(torch, config.train.dtype)
         self.experts = meshes.make_for_experts(plan, mesh, timeout_s)
@@ -87,7 +90,10 @@ class ManyProcesses:
 
     def initial_weights(self) -> dict[str, Tensor]:
         c = self.config
-        return apply.initial_values(self.model, c.model, self.place, c.train.seed)
+        if self._weights is None:
+            return apply.initial_values(self.model, c.model, self.place, c.train.seed)
+        own = apply.own_values(self.model, c.model, self.place, self._weights)
+        return {name: part.float() for name, part in own.items()}
 
     def batches(self, sampler: Sampler, sequences: int) -> list[Batch]:
         return [sampler.next(sequences)]

@@ -174,9 +174,10 @@ def _sparse_rules(plan: Plan, model: ModelConfig) -> dict[str, bool]:
         + divisors(num_experts): num_experts % plan.ep == 0,
         f"tp={t} does not divide expert_ffn={model.expert_ffn}; use "
         + divisors(model.expert_ffn): model.expert_ffn % t == 0,
-        f"tp={t}, pp={plan.pp}, zero={plan.zero}: multi-token prediction is trained by dp and ep "
-        "only; use tp=1,pp=1,zero=0, or num_mtp_layers=0": not model.num_mtp_layers
-        or (t, plan.pp, plan.zero) == (1, 1, 0),
+        f"pp={plan.pp}, zero={plan.zero}, sp={str(plan.sp).lower()}: multi-token prediction is "
+        "trained by tp, dp and ep only; use pp=1,zero=0,sp=false, or num_mtp_layers=0": not (
+            model.num_mtp_layers and (plan.pp > 1 or plan.zero or plan.sp)
+        ),
         f"schedule={plan.schedule}: torch cannot split the backward pass of experts; use 1f1b or "
         "interleaved": not num_experts or plan.schedule not in ("zero-bubble", "zbv"),
     }

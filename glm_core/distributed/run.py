@@ -16,6 +16,7 @@ from glm_core.backends import registry
 from glm_core.config import RunConfig
 from glm_core.diagnose import device_errors
 from glm_core.distributed import mesh, straggler
+from glm_core.distributed.apply import Source
 from glm_core.distributed.checkpoint import Checkpoints, newest_checkpoint
 from glm_core.distributed.exact import ExactProcesses
 from glm_core.distributed.parallel import ManyProcesses
@@ -49,13 +50,15 @@ def run(
     tensorboard: bool = False,
     live: Live | None = None,
     timeout_s: float = 600.0,
+    weights: Source | None = None,
 ) -> Result:
     """Trains to the last step; every process calls it alike and returns the same but for its own
     fallbacks. `out_dir`, which all hosts must see, gets what `training.run.run` writes, its
     checkpoints in torch.distributed.checkpoint's form, which any plan can resume, and
     `stragglers.json`. The plan's micro_batches decide, not train.micro_batch. resume: from step 0
     where there is no checkpoint yet. live: of rank 0. timeout_s: a step that takes longer ends the
-    job and names the rank that holds it up (0: never). Raises GlmCoreError."""
+    job and names the rank that holds it up (0: never). weights: to start from; by
+    default random ones. Raises GlmCoreError."""
     out, t = Path(out_dir), config.train
     if chosen := [option for option in ("compile", "graph") if getattr(t, option)]:
         raise ConfigError(
@@ -78,7 +81,7 @@ def run(
                 if sampler is None:
                     sampler = _open_data(config, cache_dir)
                 kind = ExactProcesses if t.exact else ManyProcesses
-                parallel = kind(config, plan, axes, backend, device, timeout_s or None)
+                parallel = kind(config, plan, axes, backend, device, timeout_s or None, weights)
                 checkpoints = Checkpoints(folder, t.keep, timeout_s or 600.0)
                 trainer = Trainer(config, sampler, parallel, checkpoints)
                 if start is not None:

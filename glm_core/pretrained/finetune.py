@@ -1,9 +1,11 @@
-"""Fine-tunes an adapter (LoRA or P-Tuning v2) beside a frozen base model."""
+"""Fine-tunes an adapter (LoRA or P-Tuning v2) beside a frozen base model, or prepares a plan to
+train all of its weights."""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,16 +18,18 @@ from glm_core import environment
 from glm_core.config import ModelConfig, RunConfig
 from glm_core.data.open import open_sampler
 from glm_core.data.tokenizer import Tokenizer
+from glm_core.distributed.apply import Source
 from glm_core.errors import ConfigError
 from glm_core.model.adapters import AdapterConfig, attach
 from glm_core.model.glm import GLM
 from glm_core.pretrained.adapters import FILE_NAME, save_adapter
 from glm_core.pretrained.chat_model import CausalModel, ChatModel
 from glm_core.pretrained.conversations import ExampleSampler, read_examples, to_example
-from glm_core.pretrained.load import from_path
+from glm_core.pretrained.load import Build, from_path
 from glm_core.pretrained.templates import Message
 from glm_core.pretrained.tokenizers import FILES, load_tokenizer
-from glm_core.pretrained.weights.reading import open_checkpoint
+from glm_core.pretrained.weights.plan_parts import read_part
+from glm_core.pretrained.weights.reading import Checkpoint, open_checkpoint
 from glm_core.training import checkpoint
 from glm_core.training.batches import Sampler
 from glm_core.training.live import Live
@@ -126,11 +130,28 @@ def prepare(
     return FinetuneJob(config=config, model=model, sampler=sampler, adapter=adapter)
 
 
+def planned(
+    base: str | Path, conversations: Conversations, config: RunConfig
+) -> tuple[RunConfig, Sampler, Source]:
+    """Returns what a plan needs to train all weights of a base on conversations: the config with
+    the base's model, the conversations in its chat format, and where each process reads its part of
+    the weights. No values are read before. Raises GlmCoreError."""
+    opened: list[Checkpoint] = []
+
+    def without_weights(checkpoint: Checkpoint) -> GLM:
+        opened.append(checkpoint)
+        with torch.device("meta"):
+            return GLM(checkpoint.config)
+
+    config, _, sampler = _with_conversations(base, conversations, config, without_weights)
+    return config, sampler, functools.partial(read_part, opened[0])
+
+
 def _with_conversations(
-    base: str | Path, source: Conversations, config: RunConfig
+    base: str | Path, source: Conversations, config: RunConfig, build: Build | None = None
 ) -> tuple[RunConfig, GLM, Sampler]:
     """Returns the base, and a sampler of conversations in the base's chat format."""
-    chat_model = from_path(base, getattr(torch, config.train.dtype))
+    chat_model = from_path(base, getattr(torch, config.train.dtype), build)
     _warn_of_date(chat_model)
     if isinstance(source, str | Path):
         examples = read_examples(chat_model, source)

@@ -37,6 +37,7 @@ HONEST = [
     Case("dp=4,ep=2,zero=3,micro_batches=2", "moe"),
     Case("tp=2,dp=2,ep=2,zero=2", "moe"),
     Case("pp=2,dp=2,ep=2,micro_batches=2", "moe"),
+    Case("tp=2,dp=2,ep=2", "mtp"),
 ]
 
 PLANTED = [

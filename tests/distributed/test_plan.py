@@ -73,7 +73,11 @@ def test_every_misfit_is_listed_at_once() -> None:
         ("dp=2,ep=2", {"num_experts": 0}, "ep=2 needs a model with experts; leave it out"),
         ("tp=2", {"expert_ffn": 87}, "tp=2 does not divide expert_ffn=87"),
         ("pp=2,schedule=zero-bubble,micro_batches=2", {}, "cannot split the backward pass"),
-        ("dp=2,zero=1", {"num_mtp_layers": 1}, "zero=1: multi-token prediction is trained by dp"),
+        (
+            "dp=2,zero=1",
+            {"num_mtp_layers": 1},
+            "zero=1, sp=false: multi-token prediction is",
+        ),
     ],
 )
 @pytest.mark.usefixtures("new_torch")

@@ -9,10 +9,18 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from folders import chatglm3
 from plans import needs
 from ranks import Ranks
 
 from glm_core import cli
+from glm_core.backends import registry
+from glm_core.config import load
+from glm_core.pretrained.finetune import planned
+from glm_core.pretrained.weights.reading import open_checkpoint
+from glm_core.training.parallel import SingleProcess
+from glm_core.training.trainer import Trainer
 
 SIZES = (
     "model.num_layers=2",
@@ -62,13 +70,35 @@ def test_a_run_under_one_plan_goes_on_under_another(
         assert own == pytest.approx(norm, rel=1e-5)
 
 
+def test_a_plan_trains_all_weights_of_a_base(
+    ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = chatglm3(tmp_path / "base")
+    line = {"prompt": "who runs?", "response": "the lazy dog"}
+    Path("pairs.jsonl").write_text(json.dumps(line))
+    words = ["train", "--plan", "tp=2", "--base", "base", "--pairs", "pairs.jsonl", "--out", "job"]
+    words += ["--backend", "reference", "--steps", "1", "--set", "data.length=48"]
+    words += ["--set", "train.micro_batch=2", "--set", "train.global_batch=2"]
+    done = ranks.run("elastic_workers.command", 2, words, folder=tmp_path)
+    assert done.codes == [0, 0], done.told
+    config = load(Path("job/config.toml"))
+    _, sampler, _ = planned(base, "pairs.jsonl", config)
+    alone = SingleProcess(config, model=open_checkpoint(base).load(torch.float32))
+    with registry.use("reference"):
+        result = Trainer(config, sampler, alone).step()
+    [(_, loss, norm)] = curve(Path("job"))
+    assert loss == pytest.approx(result.loss, rel=1e-6)
+    assert norm == pytest.approx(result.grad_norm, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         (["--plan", "tpp=2"], "unknown plan key 'tpp'"),
         (["--plan", "tp=2"], "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT not set"),
         (["--plan", "tp=2", "--compile"], "cannot be combined with train.compile=true"),
-        (["--plan", "tp=2", "--base", "x"], "cannot be combined with --base; leave these out"),
+        (["--plan", "tp=2", "--base", "x"], "are trained on --pairs; give both or neither"),
     ],
     ids=["key", "alone", "compile", "base"],
 )

@@ -94,18 +94,21 @@ class StoredTensor:
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def read(self) -> Tensor:
-        """Returns the values, memory-mapped where the format allows. Raises CheckpointError if the
-        file has changed or is damaged."""
+    def read(self, where: tuple[slice, ...] = ()) -> Tensor:
+        """Returns the values, or those that the slices select; memory-mapped where the format
+        allows. Raises CheckpointError if the file has changed or is damaged."""
         if self.file.is_dir():
-            return runs.read_sharded(self.file, self.key, self.shape, self.dtype)
+            return runs.read_sharded(self.file, self.key, self.shape, self.dtype)[where]
         if self.file.suffix == ".safetensors":
             with _safetensors(self.file) as file:
                 runs.verify(self.file, self.file.stat().st_mtime_ns)
-                tensor: Tensor = file.get_tensor(self.key)
+                stored = file.get_slice(self.key)
+                shape = tuple(stored.get_shape())
+                tensor: Tensor = stored[where] if where else file.get_tensor(self.key)
         else:
             tensor = _mapped.state(self.file, self.num_bytes)[self.key]
-        if tensor.shape != self.shape or tensor.dtype != self.dtype:
+            shape, tensor = tensor.shape, tensor[where]
+        if shape != self.shape or tensor.dtype != self.dtype:
             raise CheckpointError(f"{self.file}: {self.key} changed while it was read; read again")
         return tensor
 

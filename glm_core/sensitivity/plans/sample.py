@@ -1,7 +1,8 @@
-"""Makes tiny models of four GLMs and a text they can learn, the same in every process."""
+"""Makes tiny models of five GLMs and a text they can learn, the same in every process."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ MODELS = {
     ),
     "moe": ModelConfig(**SIZES, **SPARSE, ffn=48, experts_per_token=2, expert_ffn=24),
 }
+MODELS["mtp"] = dataclasses.replace(MODELS["moe"], num_layers=2, num_mtp_layers=1)
 
 
 class Text:

@@ -132,13 +132,14 @@ def own_values(
     place: layout.Place,
     part_of: Source,
 ) -> dict[str, Tensor]:
-    """Returns this process's part of every parameter, by name. What ZeRO shares out is read
-    whole, one parameter at a time."""
+    """Returns this process's part of every parameter, by name, in float32. What ZeRO shares out
+    is read whole, one parameter at a time."""
     found = {}
     for name, p in share.named_parameters():
         part = part_of(name, layout.splits_of(name, config, place))
         start, rows = own_rows(p)
-        found[name] = part[start : start + rows]
+        own = part[start : start + rows]
+        found[name] = own.to(torch.float32, copy=rows < len(part))  # not a view of what others hold
     return found
 
 

@@ -92,8 +92,7 @@ class ManyProcesses:
         c = self.config
         if self._weights is None:
             return apply.initial_values(self.model, c.model, self.place, c.train.seed)
-        own = apply.own_values(self.model, c.model, self.place, self._weights)
-        return {name: part.float() for name, part in own.items()}
+        return apply.own_values(self.model, c.model, self.place, self._weights)
 
     def batches(self, sampler: Sampler, sequences: int) -> list[Batch]:
         return [sampler.next(sequences)]

@@ -175,12 +175,17 @@ def _sparse_rules(plan: Plan, model: ModelConfig) -> dict[str, bool]:
         f"tp={t} does not divide expert_ffn={model.expert_ffn}; use "
         + divisors(model.expert_ffn): model.expert_ffn % t == 0,
         f"pp={plan.pp}, zero={plan.zero}, sp={str(plan.sp).lower()}: multi-token prediction is "
-        "trained by tp, dp and ep only; use pp=1,zero=0,sp=false, or num_mtp_layers=0": not (
-            model.num_mtp_layers and (plan.pp > 1 or plan.zero or plan.sp)
+        "trained by tp, dp and ep only; use pp=1,zero=0,sp=false, or num_mtp_layers=0": (
+            trains_mtp(plan) or not model.num_mtp_layers
         ),
         f"schedule={plan.schedule}: torch cannot split the backward pass of experts; use 1f1b or "
         "interleaved": not num_experts or plan.schedule not in ("zero-bubble", "zbv"),
     }
+
+
+def trains_mtp(plan: Plan) -> bool:
+    """Returns whether layers of multi-token prediction can be trained under a plan."""
+    return plan.pp == 1 and not plan.zero and not plan.sp
 
 
 def lacks(plan: Plan) -> list[str]:

@@ -6,10 +6,11 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -18,7 +19,7 @@ from glm_core import environment
 from glm_core.config import ModelConfig, RunConfig
 from glm_core.data.open import open_sampler
 from glm_core.data.tokenizer import Tokenizer
-from glm_core.distributed.apply import Source
+from glm_core.distributed.plan import Plan, trains_mtp
 from glm_core.errors import ConfigError
 from glm_core.model.adapters import AdapterConfig, attach
 from glm_core.model.glm import GLM
@@ -35,6 +36,9 @@ from glm_core.training.batches import Sampler
 from glm_core.training.live import Live
 from glm_core.training.loop import Result
 from glm_core.training.run import run
+
+if TYPE_CHECKING:  # its imports take a second
+    from glm_core.distributed.apply import Source
 
 Conversations = str | Path | Sequence[Sequence[Message]]
 """a JSONL file (docs/checkpoints.md), or conversations whose last message is the assistant's"""
@@ -131,11 +135,12 @@ def prepare(
 
 
 def planned(
-    base: str | Path, conversations: Conversations, config: RunConfig
+    base: str | Path, conversations: Conversations, config: RunConfig, plan: Plan
 ) -> tuple[RunConfig, Sampler, Source]:
     """Returns what a plan needs to train all weights of a base on conversations: the config with
     the base's model, the conversations in its chat format, and where each process reads its part of
-    the weights. No values are read before. Raises GlmCoreError."""
+    the weights. No values are read before. Layers of multi-token prediction that the plan cannot
+    train are left out, and rank 0 says so on stderr. Raises GlmCoreError."""
     opened: list[Checkpoint] = []
 
     def without_weights(checkpoint: Checkpoint) -> GLM:
@@ -144,6 +149,15 @@ def planned(
             return GLM(checkpoint.config)
 
     config, _, sampler = _with_conversations(base, conversations, config, without_weights)
+    if config.model.num_mtp_layers and not trains_mtp(plan):
+        if os.environ.get("RANK", "0") == "0":
+            print(
+                f"base {base}: its layers of multi-token prediction are left out, plan "
+                f"{plan.label()} cannot train them",
+                file=sys.stderr,
+            )
+        model = dataclasses.replace(config.model, num_mtp_layers=0)
+        config = dataclasses.replace(config, model=model)
     return config, sampler, functools.partial(read_part, opened[0])
 
 

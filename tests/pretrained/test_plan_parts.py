@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from glm_core.bench import folders
-from glm_core.config import ModelConfig, RunConfig
+from glm_core.config import DataConfig, ModelConfig, RunConfig
 from glm_core.distributed.layout import Place, splits_of, take
 from glm_core.distributed.plan import parse
 from glm_core.pretrained import finetune
@@ -96,10 +96,14 @@ def test_a_plan_leaves_out_what_it_cannot_train_and_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], plan: str, layers: int
 ) -> None:
     def opened(*args: Any) -> Any:
-        return RunConfig(model=GROUPED), args[-1](types.SimpleNamespace(config=GROUPED)), None
+        return (
+            RunConfig(model=GROUPED, data=DataConfig(vocab=64)),
+            args[-1](types.SimpleNamespace(config=GROUPED)),
+            None,
+        )
 
     monkeypatch.setattr(finetune, "_with_conversations", opened)
-    config, _, _ = finetune.planned("base", [], RunConfig(), parse(plan))
+    config, _, _ = finetune.planned("base", "pairs.jsonl", RunConfig(), parse(plan))
     assert config.model == dataclasses.replace(GROUPED, num_mtp_layers=layers)
     told = f"base base: its layers of multi-token prediction are left out, plan {plan} cannot"
     assert (told in capsys.readouterr().err) == (not layers)

@@ -73,18 +73,14 @@ def op(
     differentiable: tuple[str, ...] = (),
     mutates: tuple[str, ...] = (),
     choice: Choice | None = None,
+    may_keep_wide: str = "",
 ) -> Callable[[Callable[..., Any]], Op]:
     """Declares the decorated function as an op; its body is the reference: plain differentiable
     torch, right on every device and in float64. Arguments: see OpSpec."""
 
     def decorate(reference: Callable[..., Any]) -> Op:
-        facts = {
-            "samples": samples,
-            "cost": cost,
-            "differentiable": differentiable,
-            "mutates": mutates,
-            "choice": choice,
-        }
+        facts: dict[str, Any] = {"samples": samples, "cost": cost, "differentiable": differentiable}
+        facts |= {"mutates": mutates, "choice": choice, "may_keep_wide": may_keep_wide}
         return REGISTRY.setdefault(reference.__name__, Op(**declare(reference, **facts)))
 
     return decorate

@@ -30,8 +30,7 @@ def unsupported(reason: str) -> Support:
 
 
 class Cost(NamedTuple):
-    """Arithmetic and memory traffic of one call, every tensor moved once (the compulsory traffic
-    of the roofline model)."""
+    """Arithmetic and compulsory memory traffic of one call: every tensor is moved once."""
 
     flops: int
     """forward floating-point operations; a multiply-add counts as 2"""
@@ -71,8 +70,7 @@ class Sample:
     def make(
         self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
     ) -> dict[str, Any]:
-        """Returns the arguments, with the same values on every device. Values below float32 are
-        float32 draws, rounded."""
+        """Returns the arguments, the same values on every device: float32 draws, rounded."""
         draw = Draw(dtype, torch.device(device), torch.Generator().manual_seed(seed))
         return {k: realize(v, draw) for k, v in self.args.items()}
 
@@ -134,6 +132,8 @@ class OpSpec:
     """formula, shapes, dtype rule, source: the reference's docstring"""
     choice: Choice | None = None
     """how the op's first result is judged if it is a choice"""
+    may_keep_wide: str = ""
+    """what the reference rounds inside, and a kernel may keep in float32; empty: nothing"""
 
 
 def declare(reference: Callable[..., Any], **facts: Any) -> dict[str, Any]:

@@ -31,14 +31,17 @@ class Call:
     output_gradients: list[Tensor | None]
     """one per output, filled in by the backward pass; empty where nothing is differentiated"""
 
+    def tensors(self) -> list[Tensor]:
+        """Returns the tensors among the arguments, those in lists too."""
+        return [x for x in tree_leaves(self.args) if isinstance(x, Tensor)]
+
     def where(self, direction: str) -> str:
         """Returns the call in words: `op geglu forward in layer 0`."""
         return f"op {self.op.name} {direction}" + (f" in layer {self.layer}" if self.layer else "")
 
     def place(self, direction: str) -> dict[str, Any]:
         """Returns which call it is, and the dtype and shape of its first floating-point tensor."""
-        tensors = [x for x in tree_leaves(self.args) if isinstance(x, Tensor)]
-        first = next((x for x in tensors if x.is_floating_point()), torch.empty(0))
+        first = next((x for x in self.tensors() if x.is_floating_point()), torch.empty(0))
         return {
             "op": self.op.name,
             "direction": direction,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -129,10 +130,17 @@ def flat(x: Any) -> Tensor:
     return x if isinstance(x, Tensor) else torch.cat([t.flatten() for t in x])
 
 
-def exact(call: Call, like: Results, function: Callable[..., Any] | None = None) -> Results:
+def exact(
+    call: Call,
+    like: Results,
+    function: Callable[..., Any] | None = None,
+    unrounded: bool = False,
+) -> Results:
     """Computes the call, by the reference or `function`, in float64 and rounds once to the dtypes
-    of `like`: the best any kernel can return. Roundings that the op's contract asks for are kept;
-    autograd's own, of the gradient of a sum that is also an output, are not."""
+    of `like`: the best any kernel can return. Roundings that the op's contract asks for are kept,
+    unless `unrounded`; autograd's own, of the gradient of a sum that is also an output, are not."""
+    if unrounded:
+        call = dataclasses.replace(call, args=widened(call.args, LOW))
     passed_on = len(call.output_gradients) > 1  # an output is the op's own input further on
     wide = replay(call, function or call.op.reference, Exact(passed_on), widen=True)
     rounded = {n: x.to(like[n].dtype) if n in like else x for n, x in wide.items()}

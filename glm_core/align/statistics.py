@@ -251,19 +251,55 @@ def critical_z(false_alarm_rate: float, num_tests: int) -> float:
     return math.sqrt(2 * math.log(2 * max(num_tests, 1) / false_alarm_rate))
 
 
-def lower_bound(effect: Array, error: Array, deviations: float) -> Array:
-    """Returns |effect| minus so many standard errors."""
-    return np.abs(effect) - deviations * error
+def lower_bound(effect: Array, error: Array, deviations: float, share: bool = False) -> Array:
+    """Returns |effect| minus so many standard errors. Of a `share` of signs, which 1 / error^2
+    signs show: the smallest share that shows as much with probability exp(-deviations^2 / 2) or
+    more (Chernoff 1952); at least 0."""
+    if not share:
+        return np.abs(effect) - deviations * error
+    size, budget = np.minimum(np.abs(effect), 1.0), deviations**2 / 2 * error**2
+    bound = np.zeros_like(size)
+    at = np.flatnonzero(divergence(size, 0.0) > budget)
+    low, high, size, budget = np.zeros(at.size), size[at], size[at], budget[at]
+    for _ in range(30):
+        middle = (low + high) / 2
+        far = divergence(size, middle) > budget
+        low, high = np.where(far, middle, low), np.where(far, high, middle)
+    bound[at] = low
+    return bound
+
+
+def divergence(size: Array, share: float | Array) -> Array:
+    """Returns the relative entropy of signs with a share of `size` to signs with `share`: n of the
+    latter show the former with probability exp(-n divergence) at most."""
+    with np.errstate(divide="ignore", invalid="ignore"):  # 0 log 0 is 0
+        halves = [
+            (1 + s * size) / 2 * np.log((1 + s * size) / (1 + s * share)) for s in (1.0, -1.0)
+        ]
+    return np.nan_to_num(halves[0]) + np.nan_to_num(halves[1])
 
 
 def excess(
-    effect: Array, error: Array, limit: float | Array, z: float, caution: float = 4.0
+    effect: Array,
+    error: Array,
+    limit: float | Array,
+    z: float,
+    caution: float = 4.0,
+    share: bool = False,
 ) -> Array:
     """Returns how far outside each effect is: above 1 where it is significant (|effect| / error >
     z) and its lower bound exceeds the benign limit. It is the smaller of the two ratios; infinite
-    where one is NaN. `caution` is the number of standard errors of the lower bound."""
+    where one is NaN. `caution` is the number of standard errors of the lower bound. Of a `share` of
+    signs, both are Chernoff's."""
     with np.errstate(over="ignore", invalid="ignore"):  # 1e30 stands for results that are NaN
-        outside = lower_bound(effect, error, caution) / limit
-        significant = np.abs(effect) / np.maximum(error, 1e-300) / z
+        outside = lower_bound(effect, error, caution, share) / limit
+        size = np.sqrt(2 * divergence(np.minimum(np.abs(effect), 1.0), 0.0)) if share else effect
+        significant = np.abs(size) / np.maximum(error, 1e-300) / z
         ratio = np.where(error > 0, np.minimum(outside, significant), outside)
         return np.where(np.isnan(ratio), np.inf, ratio)
+
+
+def ratio_of(projection: str, effect: float, error: float, limit: float, z: float) -> float:
+    """Returns `excess` of one test, whose projection begins with its statistic."""
+    share = projection.startswith("sign")
+    return float(excess(np.array([effect]), np.array([error]), limit, z, share=share)[0])

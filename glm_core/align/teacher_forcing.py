@@ -5,24 +5,21 @@ benign range."""
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from glm_core import ops
 from glm_core.align import choices, statistics
 from glm_core.align.capture import Call
-from glm_core.align.disguise import Regrouped, Rounded
+from glm_core.align.honest_ways import Runner, disguises
 from glm_core.align.replay import LOW, Results, exact, replay
 from glm_core.align.statistics import CorrectResult, Grouping, Scores, Sums, quantile_bins
 from glm_core.align.verdict import NOT_FINITE
-from glm_core.faults.flash import flash_attention
 
 SAFETY_FACTOR = {"scale": 3.0, "offset": 3.0, "sign": 2.0, "size": 3.0, "peak": 4.0, "differ": 1.0}
 """by statistic: a candidate may show so many times the benign range, because a kernel may combine
@@ -30,8 +27,6 @@ changes that the range was measured with one by one"""
 ROW_SAFETY_FACTOR = 6.0
 """the safety factor for the size of a row's error: a row has few elements, and some rows are small
 because their terms cancel"""
-MAX_ROUNDED = 24
-"""at most so many intermediates of a call are rounded one by one"""
 DIFFER = 1e-12
 """the floor of whole numbers that differ: none may"""
 CALLS_PER_SHAPE = 4
@@ -64,8 +59,6 @@ class Scored(NamedTuple):
 
 Pool = dict[tuple[str, str, str], tuple[Sums, float]]
 """by op, tensor and grouping: the sums over all calls so far, and `CorrectResult.least`"""
-Runner = Callable[[Call], Results | None]
-"""computes a call's results; None where this way of computing them changes nothing"""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -81,11 +74,22 @@ class Case:
     """results that are infinite or NaN when correct: there is no arithmetic to judge"""
     whole: dict[str, Any] = dataclasses.field(default_factory=dict)
     """results that are whole numbers, such as an order or counts, and must be exact"""
+    unrounded: dict[str, CorrectResult] = dataclasses.field(default_factory=dict)
+    """the correct results of a kernel that keeps in float32 what the op's contract lets it keep;
+    empty where that changes nothing"""
+
+    def nearest(self, results: Results) -> dict[str, CorrectResult]:
+        """Returns the correct results that a kernel's are nearer to, all of them together: a kernel
+        rounds as the reference does, or nowhere inside."""
+        if not self.unrounded:
+            return self.correct
+        either = (self.correct, self.unrounded)
+        return min(either, key=lambda correct: _distance(correct, results))
 
     @property
     def terms(self) -> int:
         """Returns a bound on the number of terms in the op's longest sum."""
-        return max((t.numel() // t.shape[-1] for t in _tensors(self.call) if t.ndim > 1), default=1)
+        return max((t.numel() // t.shape[-1] for t in self.call.tensors() if t.ndim > 1), default=1)
 
     @property
     def change_rounding(self) -> float:
@@ -99,15 +103,11 @@ class Case:
         return half_unit / self.correct["change"].peak
 
 
-def _tensors(call: Call) -> list[Tensor]:
-    values = [v for a in call.args.values() for v in (a if isinstance(a, list) else [a])]
-    return [v for v in values if isinstance(v, Tensor)]
-
-
 def cases(calls: Iterable[Call]) -> Iterator[Case]:
     """Yields each call with its correct results: computed in float64 and rounded once."""
     for call in calls:
-        results = exact(call, replay(call, call.op.reference))
+        reference = replay(call, call.op.reference)
+        results = exact(call, reference)
         finite = {n: y for n, y in results.items() if y.isfinite().all()}
         # replay returns integers in float64: they are not rounded, and any error in one is wrong
         whole = [n for n, y in finite.items() if n.startswith("y") and y.dtype == torch.float64]
@@ -118,7 +118,25 @@ def cases(calls: Iterable[Call]) -> Iterator[Case]:
             {n: torch.int64 if n in whole else y.dtype for n, y in results.items()},
             [n for n in results if n not in finite],
             {n: _array(results[n]) for n in whole},
+            _unrounded(call, reference),
         )
+
+
+def _unrounded(call: Call, like: Results) -> dict[str, CorrectResult]:
+    low = any(t.dtype in LOW for t in call.tensors())
+    if not (call.op.may_keep_wide and low):
+        return {}
+    results = exact(call, like, unrounded=True)
+    if not all(y.isfinite().all() for y in results.values()):
+        return {}
+    return {n: _correct_result(call, n, y) for n, y in results.items()}
+
+
+def _distance(correct: dict[str, CorrectResult], results: Results) -> float:
+    """Returns the sum over all results of their mean square error, in shares of the result's own
+    mean square."""
+    errors = [(c, c.errors(_array(results[n]))) for n, c in correct.items() if n in results]
+    return sum(float(d @ d) / (float(np.vdot(c.y, c.y)) + 1e-30) for c, d in errors)
 
 
 def _correct_result(call: Call, name: str, y: Tensor) -> CorrectResult:
@@ -216,8 +234,9 @@ def _score(measured: Measures, case: Case, results: Results, pool: Pool) -> None
         if right.size:
             scores = {"differ": (np.array([share]), np.zeros(1))}
             measured.scored.append(Scored(case.call.op.name, name, "all", scores, case))
-    for name in (n for n in case.correct if n in results):
-        correct = case.correct[name]
+    for name, correct in case.nearest(results).items():
+        if name not in results:
+            continue
         errors = correct.errors(_array(results[name]))
         for grouping, s in zip(correct.groupings, statistics.sums(correct, errors), strict=True):
             place = (case.call.op.name, name, grouping.name)
@@ -228,57 +247,6 @@ def _score(measured: Measures, case: Case, results: Results, pool: Pool) -> None
             measured.scored.append(Scored(*place, scores, case))
             if grouping.groups == 1 or grouping.bins is not None:
                 pool[place] = (pool[place][0] + s if place in pool else s), correct.least
-
-
-def disguises(dtype: torch.dtype) -> dict[str, Runner]:
-    """Returns the honest ways to compute a call, by name: the plain reference, two other orders of
-    summation, attention as a flash kernel computes it, and below float32 the reference with its
-    intermediates rounded, all at once and each in turn."""
-
-    def regrouped(seed: int) -> Runner:
-        return lambda call: replay(call, call.op.reference, Regrouped(seed))
-
-    runners: dict[str, Runner] = {
-        "plain": lambda call: replay(call, call.op.reference),
-        "regrouped": regrouped(1),
-        "regrouped again": regrouped(2),
-        "flash": functools.partial(_flash, kernel=flash_attention(32, rounding=False)),
-    }
-    if dtype in LOW:
-        rounded = flash_attention(32, rounding=True)
-        runners["flash rounded"] = functools.partial(_flash, kernel=rounded)
-        runners["rounded"] = lambda call: _rounded(call, dtype, None)
-        fewer = set[Call]()
-        for which in range(MAX_ROUNDED):
-            runners[f"rounded {which}"] = functools.partial(
-                _rounded, dtype=dtype, which=which, fewer=fewer
-            )
-    return runners
-
-
-def _flash(call: Call, kernel: Callable[..., Tensor]) -> Results | None:
-    """The backward that forms the probabilities again, and takes each row's sum from the rounded
-    output: its errors are common to a row."""
-    return replay(call, kernel) if call.op is ops.attention else None
-
-
-def _rounded(
-    call: Call, dtype: torch.dtype, which: int | None, fewer: set[Call] | None = None
-) -> Results | None:
-    """Rounds intermediate number `which` (None: all). `fewer` collects the calls that have no such
-    intermediate: they have none with a larger number either, and are not run again."""
-    if call.op.mutates or not call.op.differentiable or call.op.choice is not None:
-        return None  # float32 by contract
-    if fewer is not None and call in fewer:
-        return None
-    first = next(t for t in _tensors(call) if t.is_floating_point())
-    mode = Rounded(dtype, first.numel() // 2, which)
-    results = replay(call, call.op.reference, mode)
-    if mode.seen > (which or 0):
-        return results
-    if fewer is not None:
-        fewer.add(call)
-    return None
 
 
 def benign_limits(items: list[Case], dtype: torch.dtype) -> dict[Key, float]:
@@ -296,8 +264,9 @@ def benign_limits(items: list[Case], dtype: torch.dtype) -> dict[Key, float]:
     for name, runner in disguises(dtype).items():
         measured, _ = measure(items if name == "plain" else chosen, runner)
         for key, effect, error, _ in measured.by_statistic():
-            noise = 3.0 if key.statistic == "sign" else 0.0
-            bound = float(statistics.lower_bound(effect, error, noise).max())
+            signs = key.statistic == "sign"
+            bounds = statistics.lower_bound(effect, error, 3.0 if signs else 0.0, share=signs)
+            bound = float(bounds.max())
             limits[key] = max(limits.get(key, 0.0), bound)
         for (op, tensor, grouping), (total, least) in measured.pool.items():
             unseen = max(1 - total.count.sum() / elements[op, tensor], 0.0) ** 0.5
@@ -317,7 +286,7 @@ def sample(items: list[Case]) -> list[Case]:
     """Returns at most CALLS_PER_SHAPE cases per op and shape, spread over layers and steps."""
     alike: dict[tuple[Any, ...], list[Case]] = {}
     for case in items:
-        shapes = tuple(t.shape for t in _tensors(case.call))
+        shapes = tuple(t.shape for t in case.call.tensors())
         alike.setdefault((case.call.op.name, shapes), []).append(case)
     return [group[i] for group in alike.values() for i in _spread(len(group), CALLS_PER_SHAPE)]
 

@@ -254,14 +254,13 @@ def findings(tests: list[OpTest], values: Array, num_tests: int, rate: float) ->
     z = statistics.critical_z(rate, num_tests)
     outcomes = []
     for test, (effect, error, limit) in zip(tests, values, strict=True):
-        outside = statistics.excess(np.array([effect]), np.array([error]), float(limit), z)
         outcomes.append(
             Finding(
                 **test,
                 z=float(abs(effect) / error) if error > 0 else 0.0,
                 effect=float(effect),
                 benign=float(limit),
-                ratio=float(outside[0]),
+                ratio=statistics.ratio_of(test["projection"], effect, error, limit, z),
             )
         )
     return sorted(outcomes, key=lambda f: -f.ratio)

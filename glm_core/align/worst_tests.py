@@ -53,7 +53,7 @@ def worst_tests(
         case = own_case or by_result[key.op, key.tensor]  # pooled: any case has the dtype and shape
         dtype = case.dtypes[key.tensor]
         limit = teacher_forcing.limit(limits, key, dtype, case.terms)
-        outside = statistics.excess(effect, error, limit, CRITICAL)
+        outside = statistics.excess(effect, error, limit, CRITICAL, share=key.statistic == "sign")
         group = int(np.argmax(outside))
         if key in worst and worst[key][0] >= outside[group]:
             continue
@@ -102,8 +102,8 @@ def fair_tests(
 def outside_first(tests: list[OpTest], values: Array) -> list[OpTest]:
     """Returns the tests outside their limit, the furthest first."""
     ratios = [
-        float(statistics.excess(effect[None], error[None], float(limit), CRITICAL)[0])
-        for effect, error, limit in values
+        statistics.ratio_of(test["projection"], *map(float, value), CRITICAL)
+        for test, value in zip(tests, values, strict=True)
     ]
     order = sorted(range(len(tests)), key=lambda i: -ratios[i])
     return [tests[i] for i in order if ratios[i] > 1]

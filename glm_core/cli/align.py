@@ -113,6 +113,12 @@ def define(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="judge N honest candidates on small models and say how often one is called diverged",
     )
+    sensitivity.add_argument(
+        "--keep",
+        default="",
+        metavar="FILE",
+        help="append each of --honest's rows to this file; a later call goes on after them",
+    )
     sensitivity.set_defaults(run=run_sensitivity)
     museum.define(actions.add_parser("museum", help=museum.HELP))
     rollout.define(actions.add_parser("rollout", help=rollout.HELP))
@@ -290,7 +296,7 @@ def run_sensitivity(args: argparse.Namespace) -> int:
     if args.honest:
         from glm_core.sensitivity.honest import false_alarms
 
-        honest = false_alarms(args.honest, progress=show)
+        honest = false_alarms(args.honest, kept=args.keep, progress=show)
         emit(args, honest.to_json(), honest.text())
         return EXIT_FAILED if any(r.convicted for r in honest.judged) else 0
     if args.bisect:

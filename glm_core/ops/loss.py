@@ -62,16 +62,18 @@ def linear_cross_entropy_cost(
     samples=linear_cross_entropy_samples,
     cost=linear_cross_entropy_cost,
     differentiable=("x", "weight"),
+    may_keep_wide="logits",
 )
 def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, token_weight: Tensor) -> Tensor:
     """Computes sum_n token_weight[n] * (logsumexp(z_n) - z_n[labels[n]]) with the logits z = x
     weight^T.
 
     Shapes: x [N, D], weight [V, D], labels [N] int64 in [0, V), token_weight [N] float32 (0 skips a
-    token) -> float32 scalar. Logits are rounded to x's dtype, as a linear layer's output is;
-    everything after them is float32. Accumulates in float32: logits over D, the loss over V and N,
-    the gradient of x over V, that of weight over N. Source: torch.nn.functional.cross_entropy of a
-    linear layer, weighted by token."""
+    token) -> float32 scalar. Logits are rounded to x's dtype, as a linear layer's output is; a
+    kernel may keep them in float32, forward and backward alike. Everything after them is float32.
+    Accumulates in float32: logits over D, the loss over V and N, the gradient of x over V, that of
+    weight over N. Source: torch.nn.functional.cross_entropy of a linear layer, weighted by
+    token."""
     z = wide(product(x, weight))  # [N, V]
     each = torch.nn.functional.cross_entropy(z, labels, reduction="none")
     return (each * token_weight.to(z.dtype)).sum()

@@ -4,10 +4,11 @@ each judged as any candidate is, and the interval in which the true rate lies.""
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -111,29 +112,50 @@ def false_alarms(
     *,
     first_seed: int = 0,
     cache_dir: str | Path = ".cache",
+    kept: str | Path = "",
     progress: Progress | None = None,
 ) -> Honest:
-    """Judges at least `count` honest comparisons on one thread, model after model."""
-    begin, rows, judged = time.perf_counter(), list[Row](), 0
+    """Judges at least `count` honest comparisons on one thread, model after model. Every row is
+    appended to the file `kept` as it is made; the rows that are there are not judged again."""
+    begin, rows = time.perf_counter(), stored(kept)
+    judged = sum(not r.skipped for r in rows)
     torch.set_num_threads(1)
     for seed in range(first_seed, first_seed + 10 * count):
-        for row in of_model(seed, cache_dir):
+        if judged >= count:
+            break
+        done = {r.name for r in rows if r.setup.split()[0] == str(seed)}
+        for row in of_model(seed, cache_dir, done):
             rows.append(row)
+            if kept:
+                with Path(kept).open("a") as file:
+                    file.write("\n" + json.dumps(dataclasses.asdict(row)))
             judged += not row.skipped
             if progress is not None:
                 progress(min(judged, count), count, row)
-        if judged >= count:
-            break
     return Honest(rows=rows, seconds=time.perf_counter() - begin)
 
 
-def of_model(seed: int, cache_dir: str | Path) -> Iterator[Row]:
-    """Calibrates model number `seed` and yields a row per honest change."""
+def stored(kept: str | Path) -> list[Row]:
+    """Returns the rows in the file; none where there is no file. A row that was cut off when its
+    run was stopped is left out."""
+    if not kept or not Path(kept).exists():
+        return []
+    lines = Path(kept).read_text().splitlines()
+    return [Row(**json.loads(line)) for line in lines if line.endswith("}")]
+
+
+def of_model(
+    seed: int, cache_dir: str | Path, done: Collection[str] = frozenset()
+) -> Iterator[Row]:
+    """Calibrates model number `seed` and yields a row per honest change that is not `done`."""
     run = model_of(seed)
+    left = [change for change in changes(seed, run.train.dtype) if change.name not in done]
+    if not left:
+        return
     drawn = draw(run, cache_dir)
     half = (STEPS // 2, STEPS)
     cal = align.calibrate(run, sampler=lambda: Drawn(drawn), controls=CONTROLS, capture_steps=half)
-    for change in changes(seed, run.train.dtype):
+    for change in left:
         yield dataclasses.replace(judge(change, run, cal), setup=f"{seed} {run.train.dtype}")
 
 

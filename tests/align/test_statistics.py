@@ -14,6 +14,7 @@ from glm_core.align.statistics import (
     CorrectResult,
     Grouping,
     critical_z,
+    divergence,
     excess,
     quantile_bins,
     scores,
@@ -177,6 +178,38 @@ def test_critical_z_keeps_its_rate_for_any_number_of_terms(terms: int, sizes: st
     d *= rng.choice([-1.0, 1.0], d.shape)
     z = d.sum(1) / np.sqrt((d**2).sum(1))
     assert (np.abs(z) > critical_z(rate, 1)).mean() <= rate
+
+
+@pytest.mark.parametrize(
+    "copies", [[1] * 20, [5] * 6, [7, 4, 4, *[1] * 12]], ids=["20", "6x5", "mixed"]
+)
+def test_a_share_of_signs_is_as_rare_as_its_bound_says(copies: list[int]) -> None:
+    total, squares = sum(copies), sum(c * c for c in copies)
+    chance = np.ones(1)  # of each sum of signs, exactly
+    for c in copies:
+        chance = np.convolve(chance, [0.5, *[0.0] * (2 * c - 1), 0.5])
+    at_least = chance[::-1].cumsum()[::-1]
+    share = np.arange(-total, total + 1) / total
+    bound = np.exp(-divergence(np.abs(share), 0.0) * total**2 / squares)
+    assert (at_least <= bound + 1e-12)[share > 0].all()
+    assert bound[-1] == pytest.approx(2.0 ** -(total**2 / squares))  # Hoeffding's is e^-(n / 2)
+
+
+def test_the_smallest_share_that_shows_as_much() -> None:
+    error = np.array([41**-0.5])
+    (low,) = statistics.lower_bound(np.array([0.967]), error, 4.0, share=True)
+    assert 41 * divergence(np.array([0.967]), low) == pytest.approx(8.0, rel=1e-5)
+    assert 0.967 - 4 * error[0] < 0.5 < low  # four standard errors know less
+    assert statistics.lower_bound(np.array([0.3]), error, 4.0, share=True) == 0
+
+
+def test_signs_alone_need_31_that_agree() -> None:
+    def ratio(projection: str, signs: int) -> float:
+        z = critical_z(1e-3 / 3, 300_000)
+        return statistics.ratio_of(projection, 1.0, signs**-0.5, 0.5, z)
+
+    assert ratio("sign in row 3", 30) < 1 < ratio("sign in row 3", 31)
+    assert ratio("scale in row 3", 42) < 1
 
 
 def test_critical_z_pays_for_the_number_of_tests() -> None:

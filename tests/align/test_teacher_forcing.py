@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from glm_core import align, ops
-from glm_core.align import statistics, teacher_forcing
+from glm_core.align import honest_ways, statistics, teacher_forcing
 from glm_core.align.capture import Call, capture, copied
 from glm_core.align.disguise import Exact, Regrouped, Rounded
 from glm_core.align.replay import exact, replay
@@ -116,12 +116,12 @@ def test_a_call_without_a_further_intermediate_is_not_run_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     call, runs = first("linear", "bfloat16"), list[Call]()
-    replayed = teacher_forcing.replay
+    replayed = honest_ways.replay
     monkeypatch.setattr(
-        teacher_forcing, "replay", lambda c, *rest: [runs.append(c), replayed(c, *rest)][1]
+        honest_ways, "replay", lambda c, *rest: [runs.append(c), replayed(c, *rest)][1]
     )
-    runners = teacher_forcing.disguises(torch.bfloat16)
-    each = [f"rounded {which}" for which in range(teacher_forcing.MAX_ROUNDED)]
+    runners = honest_ways.disguises(torch.bfloat16)
+    each = [f"rounded {which}" for which in range(honest_ways.MAX_ROUNDED)]
     changed_something = [runners[name](call) is not None for name in each]
     intermediates = sum(changed_something)
     assert 0 < intermediates < len(each) - 1
@@ -137,6 +137,40 @@ def test_exact_keeps_the_contracts_roundings_and_no_others() -> None:
     assert torch.equal(total, (x.double() + residual.double()).bfloat16())
     right = ops.layer_norm.reference(total.double(), weight.double(), bias.double()).bfloat16()
     assert torch.equal(y, right)
+
+
+@pytest.mark.parametrize(
+    ("error", "convicted"), [(0.0, False), (1e-3, True)], ids=["honest", "off by 1e-3"]
+)
+def test_a_loss_of_few_tokens_may_keep_its_logits_in_float32(error: float, convicted: bool) -> None:
+    generator = torch.Generator().manual_seed(4)
+    x, weight = (torch.randn(s, generator=generator).bfloat16() for s in ((12, 16), (40, 16)))
+    args = {"x": x, "weight": weight, "labels": torch.arange(12), "token_weight": torch.ones(12)}
+    call = Call(
+        op=ops.linear_cross_entropy,
+        index=0,
+        layer="",
+        step=1,
+        args=args,
+        output_gradients=[torch.ones(())],
+    )
+
+    def kept_wide(call: Call) -> dict[str, Tensor]:
+        low = ("d_x", "d_weight")
+        wide = dict(args, x=x.float(), weight=weight.float())
+        y = replay(dataclasses.replace(call, args=wide), call.op.reference)
+        return {
+            n: (t * (1 + error)).to(torch.bfloat16 if n in low else t.dtype) for n, t in y.items()
+        }
+
+    [case] = teacher_forcing.cases([call])
+    limits = teacher_forcing.benign_limits([case], torch.bfloat16)
+    _, values = worst_tests(measure([case], kept_wide)[0], [case], limits)
+    ratios = [abs(effect) / limit for effect, se, limit in values if se == 0]
+    assert (max(ratios) > 1) == convicted
+    assert convicted or max(ratios) < 0.1
+    rounded_logits = case.correct["y"].errors(kept_wide(call)["y"].numpy().reshape(-1))
+    assert abs(rounded_logits[0]) > 1e-5 * case.correct["y"].peak  # the two kinds do differ
 
 
 def test_the_gradient_of_a_sum_that_is_passed_on_is_rounded_once() -> None:

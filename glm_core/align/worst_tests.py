@@ -102,8 +102,8 @@ def fair_tests(
 def outside_first(tests: list[OpTest], values: Array) -> list[OpTest]:
     """Returns the tests outside their limit, the furthest first."""
     ratios = [
-        statistics.ratio_of(test["projection"], *map(float, value), CRITICAL)
-        for test, value in zip(tests, values, strict=True)
+        statistics.ratio_of(test["projection"], effect, error, limit, CRITICAL)
+        for test, (effect, error, limit) in zip(tests, values.tolist(), strict=True)
     ]
     order = sorted(range(len(tests)), key=lambda i: -ratios[i])
     return [tests[i] for i in order if ratios[i] > 1]

@@ -60,8 +60,17 @@ class Judgement:
 class _Result:
     """One result of a call, beside its correct value."""
 
-    def __init__(self, name: str, actual: Tensor, exact: Tensor, terms: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        actual: Tensor,
+        exact: Tensor,
+        terms: int,
+        only: tuple[str, ...] = (),
+    ) -> None:
         self.name, self.terms = name, terms
+        self.only = only
+        """the statistics that are judged; empty: all"""
         self.dtype, self.shape = actual.dtype, tuple(actual.shape)
         self.exact = exact
         self.worst = 0.0
@@ -114,6 +123,8 @@ class _Result:
                 scores["peak"] = (peak, np.zeros(1))
             if grouping.name == "bin of result":  # small by cancellation, their errors are not
                 del scores["size"]
+            if self.only:
+                scores = {n: s for n, s in scores.items() if n in self.only}
             scored[grouping.name] = scores
         return scored
 
@@ -181,7 +192,35 @@ def judge(call: Call, actual: Results, z: float) -> Judgement:
         elif result.correct is not None:
             later.append((result, result.scores(result.errors)))
     for result, scores in later:
-        _search(call, result, scores, judgement, z)
+        _search(oracle.variations(call, result.dtype), result, scores, judgement, z)
+    return judgement
+
+
+@np.errstate(all="ignore")
+def judge_sizes(
+    actual: Results,
+    exact: Results,
+    variations: Iterator[Results],
+    terms: int,
+    z: float,
+) -> Judgement:
+    """Judges the sizes and peaks of the errors of results that many operators computed. `terms`
+    bounds the number of terms in their longest sum."""
+    judgement = Judgement()
+    for name, value in actual.items():
+        y = exact.get(name)
+        if y is None or value.shape != y.shape:
+            judgement.outside.append(wrong(name, value, "missing or of another shape"))
+            continue
+        result = _Result(name, value, y, terms, only=("size", "peak"))
+        judgement.num_tests += 2 * sum(g.groups for g in _structure(result.shape))
+        if result.equal:
+            continue
+        if result.special_differs(value):
+            judgement.outside.append(wrong(name, value, "infinite or NaN elsewhere"))
+        elif result.correct is not None:
+            variations, own = itertools.tee(variations)
+            _search(own, result, result.scores(result.errors), judgement, z)
     return judgement
 
 
@@ -231,7 +270,11 @@ def _same_integers(
 
 
 def _search(
-    call: Call, result: _Result, scores: dict[str, Scores], judgement: Judgement, z: float
+    variations: Iterator[Results],
+    result: _Result,
+    scores: dict[str, Scores],
+    judgement: Judgement,
+    z: float,
 ) -> None:
     """Widens the benign range by one honest way after the other until the result is inside, and
     adds to the judgement what stays outside. The range only grows, so that an early end gives the
@@ -239,7 +282,7 @@ def _search(
     assert result.correct is not None
     judgement.num_tests += sum(g.groups for g in result.correct.groupings if g.bins is not None) * 3
     limits: dict[Key, float] = {}
-    for other in itertools.chain([None], oracle.variations(call, result.dtype)):
+    for other in itertools.chain([None], variations):
         if other is not None:
             if result.name not in other or other[result.name].shape != result.shape:
                 continue

@@ -26,11 +26,11 @@ from glm_core.distributed.messages import MessagesError, rank_in_words, wait_for
 from glm_core.distributed.reports import num_ranks
 from glm_core.errors import ConfigError, NoRoomError, TrainingError
 from glm_core.measure import memory
-from glm_core.verdict import collectives, graphs, oracle, references
+from glm_core.verdict import boundary, collectives, graphs, oracle, references
 from glm_core.verdict.docket import Docket
 from glm_core.verdict.judge import judge_drawn
 from glm_core.verdict.oracle import Call
-from glm_core.verdict.places import Places
+from glm_core.verdict.places import Places, source_line
 from glm_core.verdict.record import Recorder
 from glm_core.verdict.report import Report
 from glm_core.verdict.room import judge_in_room, out_of_memory
@@ -228,6 +228,7 @@ class watch:
         self._begin: float | None = None
         self._active = ExitStack()
         self._compiled = 0
+        self._kept: list[boundary.Kept] = []
         self._hooks: list[Any] = []
 
     def __enter__(self) -> watch:
@@ -253,6 +254,7 @@ class watch:
             if "torch._dynamo" in sys.modules:  # else nothing is compiled, and it loads for seconds
                 self._active.enter_context(torch.compiler.set_stance("force_eager"))
             self._active.enter_context(graphs.replays(self._note_replay))
+            self._kept = self._active.enter_context(boundary.kept_calls(source_line))
             self._active.enter_context(self.mode)
 
     def _stop(self) -> None:
@@ -262,6 +264,9 @@ class watch:
         wait_for_readers()
         self.places.stop()
         self._note_compiled()
+        for kept in self._kept:
+            boundary.enter(kept, self.docket, self.places, self.mode.step)
+        self._kept = []
         if self.mode.num_short:
             self._note("memory was short: of some calls, smaller parts than usual were judged")
         self.seconds += time.perf_counter() - self._begin
@@ -285,8 +290,9 @@ class watch:
             )
         elif self._compiled:
             self._note(
-                "compiled functions ran without the compiler in the captured steps: its kernels "
-                "were not judged; --curve 20 --with glm_core.verdict:eager judges them by the loss"
+                "compiled functions ran without the compiler in the captured steps; modules that "
+                "torch.compile returned were judged by their outputs and gradients, other compiled "
+                "functions are by the loss: --curve 20 --with glm_core.verdict:eager"
             )
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

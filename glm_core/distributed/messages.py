@@ -202,6 +202,8 @@ _functional(
 def collective(func: Any, args: Any, kwargs: dict[str, Any]) -> Collective:
     """Returns this rank's side of a collective that is about to run. Raises MessagesError."""
     name = func._schema.name
+    if name.startswith(("c10d::send", "c10d::recv")):
+        raise MessagesError("sent from one rank to another; only what a whole group does is judged")
     if name not in _SIDES:
         raise MessagesError("no collective whose messages can be compared")
     names = [a.name for a in func._schema.arguments]

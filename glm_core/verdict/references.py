@@ -82,6 +82,10 @@ LOGARITHMS = {"aten::_scaled_dot_product_flash_attention_for_cpu": "y1"}
 """by operator: its result that is a logarithm of sums of them, kept for the backward pass"""
 
 
+COPIES = {"fsdp::split_with_sizes_copy", "fsdp::chunk_cat"}
+"""operators of torch.distributed.fsdp that move numbers, and are their own reference"""
+
+
 def why_not(func: Any) -> str:
     """Returns why an operator cannot be judged, "" where it can."""
     name = func._schema.name
@@ -90,7 +94,7 @@ def why_not(func: Any) -> str:
     if torch.Tag.nondeterministic_seeded in func.tags and not _deterministic(name):
         return "random; its results are given to the next operator as they are"
     namespace = name.partition("::")[0]
-    if namespace not in ("aten", "prims"):
+    if namespace not in ("aten", "prims") and name not in COPIES:
         return f'no reference; give one with @glm_core.verdict.reference("{name}")'
     return ""
 
@@ -180,6 +184,15 @@ def attention_of_the_cpu_backward(
 def _summed(x: Tensor, like: Tensor) -> Tensor:
     """Sums over the query heads that share a head."""
     return x.unflatten(1, (like.shape[1], -1)).sum(2) if x.shape[1] != like.shape[1] else x
+
+
+@reference("fsdp::all_gather_copy_in")
+def sharded_weights(
+    all_gather_inputs: list[Tensor], *sizes: Any, **named_sizes: Any
+) -> tuple[Tensor]:
+    """Returns what a rank sends: its parts of all weights, one after the other. The buffer that it
+    is part of has no values yet."""
+    return (torch.cat([x.reshape(-1) for x in all_gather_inputs]),)
 
 
 @reference("aten::_grouped_mm")

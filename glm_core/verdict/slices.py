@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 from glm_core.verdict import lists
 from glm_core.verdict.oracle import Call, Results
 
-LARGE = 1 << 22
+LARGE = 1 << 21
 """results of more elements are judged by rows of about so many"""
 ROWS_OF = {
     "aten::mm": (0,),

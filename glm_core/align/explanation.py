@@ -82,7 +82,9 @@ def sentence(pair: Pair) -> str:
     """Returns the verdict on one candidate in one sentence, without its full stop."""
     start = f"{pair.dtype} on {pair.candidate}: {pair.verdict}{_routing(pair)}"
     if pair.verdict == "aligned":
-        return f"{start}; the largest deviation is {times(stated_ratio(pair))} of {HONEST}"
+        same = pair.envelope is not None and not pair.envelope.deviation.any()
+        curve = "; the curves are identical, every loss to the bit" if same else ""
+        return f"{start}{curve}; the largest deviation is {times(stated_ratio(pair))} of {HONEST}"
     ratio, subject = stated_ratio(pair), _subject(pair)
     if not ratio < NOT_FINITE:
         return f"{start}; {subject} is infinite, NaN, or so far off that its error overflows"

@@ -55,6 +55,12 @@ def test_an_honest_run_is_aligned(honest: Trace) -> None:
     assert 0 < pair.max_gradient_ratio < 1
     assert 0 < pair.max_op_ratio < 1
     assert 0.1 < np.median(pair.gradient_ratio) < 3
+    assert "identical" not in explanation.sentence(pair)
+
+
+def test_curves_with_the_same_bits_are_called_identical(honest: Trace) -> None:
+    pair = align.compare(reference(), changed(honest, loss=reference().loss))
+    assert "aligned; the curves are identical, every loss to the bit;" in explanation.sentence(pair)
 
 
 def test_a_bug_is_seen_by_all_three_ways_and_named() -> None:

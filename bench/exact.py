@@ -1,7 +1,8 @@
 """Times exact arithmetic against the fast one, in turn: `python -m glm_core.bench.exact`.
 
 A training step (backend `cpu`, the trainer's own), decoding, reading a prompt, and the ops that
-take the time, forward and backward. A ratio above 1 is what `exact` costs (docs/exact.md)."""
+take the time, forward and backward. Times are CPU time of all threads. A ratio above 1 is what
+`exact` costs (docs/exact.md)."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import argparse
 import itertools
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -91,11 +93,15 @@ def calls(
     c, rows = config, BATCH * LENGTH
     generator = torch.Generator().manual_seed(0)
 
-    def drawn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+    def drawn(*shape: int, std: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator) * std).to(dtype).requires_grad_()
+
+    def matrix(features: int) -> Tensor:
+        """Returns a weight whose products have the variance of their inputs."""
+        return drawn(features, c.hidden, std=c.hidden**-0.5)
 
     x, heads = drawn(BATCH, LENGTH, c.hidden), drawn(BATCH, LENGTH, c.num_heads, c.head_dim)
-    yield "linear", ops.linear, [x, drawn(2 * c.ffn, c.hidden)]
+    yield "linear", ops.linear, [x, matrix(2 * c.ffn)]
     end = torch.arange(1, LENGTH + 1, dtype=torch.int32).expand(BATCH, -1)
     start, scale = torch.zeros_like(end), c.head_dim**-0.5
     yield (
@@ -110,7 +116,7 @@ def calls(
     yield (
         "linear_cross_entropy",
         lambda h, w: ops.linear_cross_entropy(h, w, labels, weight),
-        [drawn(rows, c.hidden), drawn(c.vocab, c.hidden)],
+        [drawn(rows, c.hidden), matrix(c.vocab)],
     )
 
 
@@ -145,7 +151,7 @@ def measure(config: ModelConfig, dtype: str, rounds: int) -> list[dict[str, Any]
     """Returns a row for each piece of work: median times and the ratio exact / fast."""
     rows = []
     for name, works in contestants(config, dtype):
-        timing = interleave(works, rounds)
+        timing = interleave(works, rounds, clock=time.process_time)
         figures = ratio(timing["exact"], timing["fast"])
         times = {f"{k}_ms": round(t.median_s * 1e3, 3) for k, t in timing.items()}
         rows.append({"work": name, "dtype": dtype, **times, **figures})

@@ -150,7 +150,7 @@ float exponentials(float* row, int64_t size, Span seen, float scale) {
   const float m = largest(top);
   float total[1];
   sums(count, total, [&](int64_t i, int64_t n, vf* t) GLM_INLINED {
-    vf e = exp(take(p + i, n) - m);
+    vf e = without_denormals(exp(take(p + i, n) - m));
     give(p + i, e, n);
     t[0] += first(e, n);
   });
@@ -267,12 +267,13 @@ void score_gradients(float* p, float* dp, int64_t size, Span seen, float scale) 
   const int64_t count = seen.last - seen.first;
   float total[1];
   sums(count, total, [&](int64_t i, int64_t n, vf* s) GLM_INLINED {
-    vf x = take(p + i, n) * factor;
+    vf x = without_denormals(take(p + i, n) * factor);
     give(p + i, x, n);
     s[0] = fma(x, take(dp + i, n), s[0]);
   });
-  sweep(count, [&](int64_t i, int64_t n)
-                   GLM_INLINED { give(dp + i, take(p + i, n) * (take(dp + i, n) - total[0]), n); });
+  sweep(count, [&](int64_t i, int64_t n) GLM_INLINED {
+    give(dp + i, without_denormals(take(p + i, n) * (take(dp + i, n) - total[0])), n);
+  });
 }
 
 // Lays out the tile's probabilities and score gradients as words along and across queries. Returns

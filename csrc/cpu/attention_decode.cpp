@@ -128,7 +128,7 @@ float exponentials(float* p, int64_t size, float scale) {
   const float m = largest(top);
   float total[1];
   sums(size, total, [&](int64_t i, int64_t n, vf* t) GLM_INLINED {
-    const vf e = exp(take(p + i, n) - m);
+    const vf e = without_denormals(exp(take(p + i, n) - m));
     give(p + i, e, n);
     t[0] += first(e, n);
   });

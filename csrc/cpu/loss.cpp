@@ -50,7 +50,8 @@ void cross_entropy(const CrossEntropy<T>& a, int64_t begin, int64_t end) {
     if (!a.gradient) continue;
     sweep(a.vocab, [&](int64_t i, int64_t n) GLM_INLINED {
       const vf x = take(z + i, n);
-      give(z + i, keeps<T> ? x * (weight / total) : exp(x - lse) * weight, n);
+      const vf gradient = keeps<T> ? x * (weight / total) : exp(x - lse) * weight;
+      give(z + i, without_denormals(gradient), n);
     });
     put(hit, weight * (exp_of(logit - lse) - 1.0f));
   }

@@ -79,7 +79,8 @@ __global__ void exact_row_losses(CrossEntropy<float> a) {
   if (!a.gradient) return;
   const float share = weight / sum[0];
   for (int64_t i = threadIdx.x; i < a.vocab; i += blockDim.x)
-    z[i] = i == label ? weight * (exact::exp(hit - lse) - 1.0f) : z[i] * share;
+    z[i] = i == label ? weight * (exact::exp(hit - lse) - 1.0f)
+                      : exact::without_denormals(z[i] * share);
 }
 
 __global__ void sum_in_order(const float* x, int64_t count, float* out) {

@@ -215,6 +215,26 @@ void cross_entropy(int64_t rows, int64_t vocab) {
   expect("cross_entropy loss", loss, el), expect("cross_entropy dz", z, ez);
 }
 
+// Probabilities from 1 to below the smallest denormal leave no denormal for the products.
+template <class T>
+void sharp_cross_entropy() {
+  std::vector<T> z(220);
+  for (size_t v = 0; v < z.size(); ++v) set(z[v], double(v) / -2);
+  const int64_t label = 0;
+  const float weight = 0.5f;
+  float loss = 0;
+  kernels<T>().cross_entropy({z.data(), &label, &weight, &loss, 220, true}, 0, 1);
+  int denormal = 0, positive = 0;
+  for (const T& x : z) {
+    positive += value(x) > 0;
+    denormal += std::fpclassify(float(value(x))) == FP_SUBNORMAL;
+  }
+  if (denormal == 0 && positive > 160) return;
+  ++failures;
+  std::printf("FAILED %s: of a sharp row's gradients %d are denormal, %d positive\n", where,
+              denormal, positive);
+}
+
 struct Sizes {
   int64_t queries, keys, heads, kv_heads, width, values;
 };
@@ -473,6 +493,7 @@ void all() {
     for (int64_t sections : {1, 2})
       for (int64_t pairs : {1, 5, 16, 19}) rope<T>(interleaved, sections, pairs, pairs % 3);
   for (int64_t vocab : {1, 5, 64, 517}) cross_entropy<T>(5, vocab);
+  sharp_cross_entropy<T>();
   routing<T>(8, 1), routing<T>(37, 1), routing<T>(36, 4);
   for (Sizes n : {Sizes{1, 1, 1, 1, 1, 1},
                   {5, 5, 2, 2, 3, 3},

@@ -40,19 +40,23 @@ class Timing:
 
 
 def interleave(
-    contestants: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2, rest_s: float = 0.0
+    contestants: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    warmup: int = 2,
+    rest_s: float = 0.0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Times every contestant once in each round, in turn, so that a slow spell of a shared machine
     hits all alike. Rests `rest_s` before each, because other engines' threads spin on for a
-    while."""
+    while. With `clock=time.process_time` it counts the CPU time of all threads instead."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for i in range(warmup + rounds):
         for name, run in contestants.items():
             time.sleep(rest_s)
-            start = time.perf_counter()
+            start = clock()
             run()
             if i >= warmup:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
         if sys.stderr.isatty():
             print(f"\rround {i + 1}/{warmup + rounds}", end="\r", file=sys.stderr, flush=True)
     return {name: Timing(seconds=tuple(s)) for name, s in seconds.items()}

@@ -87,7 +87,7 @@ def assert_exact(model: GLM, rows: Sequence[Prompt], read: int, chunk: int) -> N
 @given(
     name=st.sampled_from(DENSE),
     dtype=st.sampled_from(DTYPES),
-    lengths=st.lists(st.integers(6, LENGTH - 1), min_size=1, max_size=10),
+    lengths=st.lists(st.integers(7, LENGTH - 1), min_size=1, max_size=10),
     read=st.integers(2, 6),
     chunk=st.integers(1, 7),
 )

@@ -41,7 +41,7 @@ __global__ void score_rows(ExactAttention a) {
   p += seen.from;
   float total[1];
   exact::row_sums(count, total, [&](int64_t i, float* sums) {
-    const float e = exact::exp(p[i] - top);
+    const float e = exact::without_denormals(exact::exp(p[i] - top));
     p[i] = e;
     sums[0] += e;
   });
@@ -51,11 +51,12 @@ __global__ void score_rows(ExactAttention a) {
   } else {
     dp += seen.from;
     exact::row_sums(count, total, [&](int64_t i, float* sums) {
-      const float x = p[i] * factor;
+      const float x = exact::without_denormals(p[i] * factor);
       p[i] = x;
       sums[0] = fmaf(x, dp[i], sums[0]);
     });
-    for (int64_t i = threadIdx.x; i < count; i += blockDim.x) dp[i] = p[i] * (dp[i] - total[0]);
+    for (int64_t i = threadIdx.x; i < count; i += blockDim.x)
+      dp[i] = exact::without_denormals(p[i] * (dp[i] - total[0]));
   }
 }
 

@@ -30,6 +30,7 @@ from peer_runs import (
 from real_deepspeed import Live, Recorded, make_universal
 
 from glm_core.deepspeed import notices
+from glm_core.distributed import fsdp
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -87,6 +88,8 @@ def real(
 def ours(real: Live | Recorded, once: Any) -> tuple[list[Any], Path]:
     """Returns what each rank saw in our run of the scripts, of those that resume from DeepSpeed's
     checkpoints, and of the controls with other roundings; and the folder of checkpoints."""
+    if reason := fsdp.lack():
+        pytest.skip(reason)
     controls = [f"otherwise:{name}" for group in CONTROLS.values() for name in group]
     scripts = [*SCRIPTS, *OURS_2, *controls]
 

@@ -38,7 +38,7 @@ def savers() -> list[str]:
 
 def saver_sources() -> list[Path]:
     """Returns the files that decide what the checkpoints are."""
-    return [*(sources(name)[0] for name in savers()), HERE / "small.py"]
+    return [*(sources(name)[0] for name in savers()), HERE / "small.py", HERE / "consolidate.py"]
 
 
 def make_universal(place: Path) -> None:

@@ -18,8 +18,6 @@ import torch
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "examples" / "vendor_sim"
 PARTS = ("csrc", "vendor_sim", "setup.py", "pyproject.toml")
-APART = ("test_offload", "test_verdicts")
-"""test files whose own processes are started beside those of the others, which share one"""
 
 
 @pytest.fixture(scope="session")
@@ -64,13 +62,10 @@ def _python(installed: Path, folder: Path, *arguments: str) -> subprocess.Comple
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)  # whole test files, and the commands they run
-@pytest.mark.parametrize("name", [*APART, "others"])
-def test_its_own_tests_pass(name: str, installed: Path, tmp_path: Path) -> None:
-    tests = sorted((PACKAGE / "tests").glob("test_*.py"))
-    chosen = [str(p) for p in tests if p.stem == name or (name == "others" and p.stem not in APART)]
-    assert chosen
-    done = _python(installed, tmp_path, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen)
+@pytest.mark.timeout(900)  # all its tests, and the commands they run
+def test_its_own_tests_pass(installed: Path, tmp_path: Path) -> None:
+    tests = str(PACKAGE / "tests")
+    done = _python(installed, tmp_path, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

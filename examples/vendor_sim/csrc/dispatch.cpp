@@ -124,7 +124,7 @@ Stack waited(const Call& call) {
 struct Sent {
   double calls = 0, seconds = 0, bytes = 0;
 };
-std::mutex mutex;
+std::mutex counting;
 std::map<std::string, Sent> sent_to_host;
 
 Stack on_host(const Call& call) {
@@ -145,7 +145,7 @@ Stack on_host(const Call& call) {
   const auto results = call.results(stack, to_sim);
   wait();
   const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
-  std::lock_guard lock(mutex);
+  std::lock_guard lock(counting);
   auto& [calls, seconds, moved] = sent_to_host[call.name];
   calls += 1;
   seconds += took.count();
@@ -253,14 +253,14 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
 }
 
 c10::Dict<std::string, std::vector<double>> fallbacks() {
-  std::lock_guard lock(mutex);
+  std::lock_guard lock(counting);
   c10::Dict<std::string, std::vector<double>> table;
   for (const auto& [op, sent] : sent_to_host)
     table.insert(op, std::vector{sent.calls, sent.seconds, sent.bytes});
   return table;
 }
 void reset_fallbacks() {
-  std::lock_guard lock(mutex);
+  std::lock_guard lock(counting);
   sent_to_host.clear();
 }
 

@@ -12,6 +12,11 @@ import vendor_sim
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the commands first: they are forks of this process, whose device has not started yet."""
+    items.sort(key=lambda item: item.path.stem != "test_verdicts")
+
+
 @pytest.fixture(autouse=True)
 def sound_device() -> Iterator[None]:
     """Removes all defects before and after every test."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 import pydoc_data.topics
 import re
@@ -85,9 +86,11 @@ def sound_device() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def imported() -> None:
-    """Imports torch's compiler, which the shapes of some operators on this device are computed
-    with: once for all forks, and outside of their time limits."""
+    """Imports what the commands need, and torch's compiler, which the shapes of some operators on
+    this device are computed with: once for all forks, and outside of their time limits."""
     torch.arange(1, device="meta")
+    for name in ("bisection", "fallbacks", "jobs", "report"):
+        importlib.import_module(f"glm_core.align.{name}")
 
 
 @dataclasses.dataclass(frozen=True)

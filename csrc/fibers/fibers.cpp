@@ -70,7 +70,10 @@ struct Fiber {
   Context at;
   std::unique_ptr<char[]> stack;
   State state = State::done;
-  uint64_t slot = 0;
+  // What it gives at its shuffles, in turn. It fills a slot again two shuffles later, and nobody
+  // reaches the one between before it has read the slot.
+  uint64_t slots[2] = {};
+  unsigned shuffles = 0;  // in this block
 };
 
 std::vector<std::unique_ptr<Fiber>> fibers;
@@ -194,7 +197,10 @@ void run_wave(int begin, int end) {
 
 void run_block(int threads) {
   for (const Region& r : shared()) memset(r.start, 0xff, r.size);
-  for (int t = 0; t < threads; ++t) fibers[size_t(t)]->state = State::ready;
+  for (int t = 0; t < threads; ++t) {
+    fibers[size_t(t)]->state = State::ready;
+    fibers[size_t(t)]->shuffles = 0;
+  }
   for (;;) {
     for (int w : shuffled(0, (threads + wave - 1) / wave))
       run_wave(w * wave, std::min(threads, (w + 1) * wave));
@@ -216,10 +222,11 @@ void barrier() { yield(State::at_barrier); }
 
 void exchange(void* value, size_t size, int mask) {
   const int partner = (current / wave) * wave + ((current % wave) ^ mask);
-  memcpy(&fibers[size_t(current)]->slot, value, size);
+  Fiber& mine = *fibers[size_t(current)];
+  const unsigned slot = mine.shuffles++ % 2;
+  memcpy(&mine.slots[slot], value, size);
   yield(State::at_shuffle);
-  memcpy(value, &fibers[size_t(partner)]->slot, size);
-  yield(State::at_shuffle);  // nobody writes a slot again before all have read
+  memcpy(value, &fibers[size_t(partner)]->slots[slot], size);
 }
 
 void run(dim3 grid, dim3 block, const std::function<void()>& thread) {

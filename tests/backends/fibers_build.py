@@ -43,6 +43,8 @@ KERNEL = [
     "-x",
     "c++",
 ]
+SCHEDULER = [*(flag for flag in KERNEL if flag not in SANITIZERS), "-O2", "-D__SANITIZE_ADDRESS__"]
+"""it tells AddressSanitizer of every switch, but is not examined itself: it runs all the time"""
 BINDING = [
     "-std=c++20",
     "-O0",
@@ -60,12 +62,13 @@ BINDING = [
 def sources(folder: Path) -> dict[Path, list[str]]:
     """Returns every source with its flags. The bindings are one source, written into `folder`:
     torch's headers are read once."""
-    kernels = [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "fibers" / "fibers.cpp"]
+    kernels = sorted((CSRC / "cuda").glob("*.cu"))
     bindings = folder / "bindings.cpp"
     bindings.write_text(
         '#include "exact.cpp"\n#include "ops.cpp"\n#include "quant.cpp"\n#include "training.cpp"\n'
     )
-    return {**dict.fromkeys(kernels, KERNEL), bindings: BINDING}
+    scheduler = CSRC / "fibers" / "fibers.cpp"
+    return {**dict.fromkeys(kernels, KERNEL), scheduler: SCHEDULER, bindings: BINDING}
 
 
 def run(command: list[str]) -> None:
@@ -84,8 +87,9 @@ def link(objects: list[Path], target: Path) -> Path:
 
 def library() -> Path:
     """Returns libfibers.so, whose objects lie beside it; one process builds it, others wait."""
-    digest = hashlib.sha256(f"{torch.__version__} {KERNEL} {BINDING}".encode())
-    for path in sorted(p for p in CSRC.rglob("*") if p.is_file()):
+    digest = hashlib.sha256(f"{torch.__version__} {KERNEL} {SCHEDULER} {BINDING}".encode())
+    parts = (CSRC / part for part in ("bindings", "cuda", "fibers", "include"))
+    for path in sorted(p for part in parts for p in part.rglob("*") if p.is_file()):
         digest.update(path.name.encode() + path.read_bytes())
     folder = ROOT / ".cache" / "fibers" / digest.hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)

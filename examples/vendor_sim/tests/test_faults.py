@@ -61,12 +61,6 @@ def test_missing_dtype() -> None:
     assert X.to("sim").half().cpu().dtype == torch.float16
 
 
-def test_backend_claims_no_missing_dtype() -> None:
-    code = "import vendor_sim.backend as b; print(*b.backend.dtypes)"
-    said = _run(code, VENDOR_SIM_FAULT="missing_dtype:dtype=bfloat16").stdout
-    assert said.split() == ["torch.float32", "torch.float16"]
-
-
 def test_device_lost_stays_lost_until_reset() -> None:
     x = X.to("sim")
     vendor_sim.fault("device_lost", op="aten::exp", call=2)
@@ -109,8 +103,8 @@ def _launch_many(x: torch.Tensor) -> None:
 
 def test_process_with_a_hung_device_ends() -> None:
     code = "import torch; torch.ones(3, device='sim').exp()"
-    done = _run(code, VENDOR_SIM_FAULT="hang:op=aten::exp", VENDOR_SIM_TIMEOUT_S="0.05")
-    assert done.returncode == 0
+    fault = {"VENDOR_SIM_FAULT": "hang:op=aten::exp", "VENDOR_SIM_TIMEOUT_S": "0.05"}
+    subprocess.run([sys.executable, "-c", code], env=os.environ | fault, check=True)
 
 
 def test_silent_cpu_fallback_is_counted() -> None:
@@ -133,10 +127,3 @@ def test_fault_names_what_is_known() -> None:
         vendor_sim.fault("bitflip")
     with pytest.raises(ValueError, match="unknown dtype 'bf16'"):
         vendor_sim.fault("missing_dtype", dtype="bf16")
-
-
-def _run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", code]
-    return subprocess.run(
-        command, env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )

@@ -69,11 +69,12 @@ def run_case(
     backend: Backend,
     entries: Iterable[KnownFailure] = (),
     keep: Keep | None = None,
+    values_only: bool = False,
 ) -> Result:
     """Runs one case and returns its result. A known failure becomes an xfail; a case that is known
-    to fail but does not becomes a failure."""
+    to fail but does not becomes a failure. `values_only` judges the results alone."""
     start = time.perf_counter()
-    outcome = _outcome(case, backend, keep)
+    outcome = _outcome(case, backend, keep, values_only)
     entry = known_for(case.id, entries)
     if entry is not None:
         outcome = as_known(outcome, entry)
@@ -98,7 +99,7 @@ def result_of(id: str, backend: Backend, outcome: Outcome, start: float) -> Resu
     )
 
 
-def _outcome(case: Case, backend: Backend, keep: Keep | None) -> Outcome:
+def _outcome(case: Case, backend: Backend, keep: Keep | None, values_only: bool) -> Outcome:
     try:
         args = case.sample.make(case.dtype, backend.device())
         support = backend.support(case.op, args)
@@ -108,7 +109,7 @@ def _outcome(case: Case, backend: Backend, keep: Keep | None) -> Outcome:
             return "pass", None, "", {}
         if case.mode == "perf":
             return "pass", None, "", measure(case, backend)
-        judgement = judge(case, backend, keep, args)
+        judgement = judge(case, backend, keep, args, values_only)
     except NoRoomError as lack:
         return "unsupported", None, str(lack), {}
     except CaseFailure as failure:

@@ -1,4 +1,5 @@
-"""Runs the pure Python path where a system lacks what Linux has: `elsewhere.py macos|windows`.
+"""Runs the pure Python path where a system lacks what Linux has: `elsewhere.py macos windows`. Each
+system is a fork of this process, with a folder of its own and its output in the file `log` there.
 
 Nothing is removed from torch or the standard library's own modules, which differ by system; what
 glm_core looks up itself raises as it would there."""
@@ -6,6 +7,7 @@ glm_core looks up itself raises as it would there."""
 from __future__ import annotations
 
 import builtins
+import functools
 import importlib
 import io
 import os
@@ -17,6 +19,8 @@ import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
+
+from forked import work_and_exit
 
 # third parties load before anything is taken away
 for third_party in ("torch._dynamo", "torch.distributed.run", "torch.distributed.tensor"):
@@ -128,4 +132,9 @@ def main(system: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    for system in sys.argv[1:]:
+        Path(system).mkdir()
+        if not (child := os.fork()):
+            os.chdir(system)
+            work_and_exit(Path("log"), functools.partial(main, system))
+        os.waitpid(child, 0)

@@ -54,14 +54,24 @@ def test_the_wheel_of_the_sdist_runs_outside_the_clone(sdist: Path, tmp_path: Pa
         archive.extractall(tmp_path / "site")
     assert "glm_core/planner/published.csv" in names
     assert not [n for n in names if n.startswith(("csrc", "tests", "backends", "bench"))]
-    assert "its C++ extension is not built; pip install" in run(tmp_path, "devices")
-    assert "pass" in run(tmp_path, "conformance --backend reference --op rms_norm --mode test")
+    devices, cases = run(
+        tmp_path, "devices", "conformance --backend reference --op rms_norm --mode test"
+    ).split(END)
+    assert "its C++ extension is not built; pip install" in devices
+    assert "pass" in cases
 
 
-def run(folder: Path, arguments: str) -> str:
-    """Runs a command of the package in `folder`/site; returns its standard output."""
+END = "END OF COMMAND"
+
+
+def run(folder: Path, *commands: str) -> str:
+    """Runs commands of the package in `folder`/site in one process; returns their standard
+    output, with END between them."""
+    code = "import sys\nfrom glm_core.cli import main\n"
+    calls = [f"code = main({command.split()!r})\nif code: sys.exit(code)\n" for command in commands]
+    code += f"print({END!r})\n".join(calls)
     done = subprocess.run(
-        [sys.executable, "-m", "glm_core.cli", *arguments.split()],
+        [sys.executable, "-c", code],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(folder / "site")},
         capture_output=True,

@@ -87,6 +87,18 @@ def test_llama_cpp_runs_the_shapes(prefill: bool) -> None:
     assert engine.num_bytes == WEIGHTS * 18 // 32
 
 
+def test_llama_cpp_runs_latent_attention_and_experts() -> None:
+    needs("llama_cpp", "gguf")
+    sizes = {"hidden": 128, "num_heads": 4, "head_dim": 96, "kv_latent": 64, "q_latent": 64}
+    sizes |= {"rope_head_dim": 32, "value_head_dim": 64, "ffn": 256, "vocab": 128}
+    sizes |= {"num_experts": 8, "experts_per_token": 2, "expert_ffn": 96, "num_mtp_layers": 0}
+    engine = llama.llama(preset("glm-4.7-flash", num_layers=2, **sizes), 16, False, context=64)
+    engine.step()
+    attention = 64 * 128 + 4 * 96 * 64 + 96 * 128 + 2 * 4 * 64 * 64 + 128 * 256
+    read = 2 * attention + 3 * 256 * 128 + 3 * 3 * 96 * 128 + 128 * 128  # of 8 experts 2, and 1
+    assert engine.num_bytes == read * 18 // 32
+
+
 def test_chatglm_cpp_runs_the_shapes() -> None:
     needs("chatglm_cpp", "transformers")
     engine = chatglm.chatglm(tiny(), 16, False)

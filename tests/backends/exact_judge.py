@@ -71,6 +71,7 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
         "two-tiles": heads(67, 67, 4, 2, 9, 7),
         "two-blocks": heads(3, 530, 2, 1, 5, 6),
         "one-query": heads(1, 70, 2, 2, 8, 8),
+        "sharp": {**heads(5, 40, 2, 1, 9, 7), "scale": 25.0},  # denormal probabilities
     },
     "add_layer_norm": {
         "three-blocks": {
@@ -90,7 +91,13 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
             "weight": normal(700, 20),
             "labels": integers(0, 700, 35),
             "token_weight": normal(35),
-        }
+        },
+        "sharp": {
+            "x": normal(4, 20, std=6.0),
+            "weight": normal(300, 20),
+            "labels": integers(0, 300, 4),
+            "token_weight": normal(4),
+        },
     },
     "global_norm": {"stretches": {"tensors": [normal(33000), normal(5), normal(16384)]}},
 }

@@ -50,7 +50,7 @@ def test_one_line_changed(
 
 @pytest.mark.parametrize("script", SCRIPTS_4)
 def test_one_line_changed_on_four_processes(
-    script: str, real: Live | Recorded, ours_on_four: list[Any], spread: Spread
+    script: str, real: Live | Recorded, spread: Spread, ours_on_four: list[Any]
 ) -> None:
     compare(script, ours_on_four, real.ranks(script), spread)
 

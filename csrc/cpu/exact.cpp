@@ -16,8 +16,10 @@ namespace glm::GLM_ISA {
 namespace {
 
 constexpr int64_t LANES = exact_lanes, PANEL = exact_panel;
-// A register tile: ROWS x COLUMNS vectors of sums.
-constexpr int COLUMNS = NATIVE == 8 ? 1 : 2, ROWS = exact_group;
+constexpr int64_t GROUP = exact_group;  // rows that are laid out together
+// A register tile: ROWS x COLUMNS vectors of sums. ROWS divides GROUP.
+constexpr int COLUMNS = 2, ROWS = NATIVE == 8 ? 6 : 12;
+static_assert(GROUP % ROWS == 0);
 constexpr int64_t STRIP = COLUMNS * NATIVE;  // columns of a tile; divides PANEL
 constexpr int64_t cache_bytes = 1 << 20;     // what a panel may take of the second-level cache
 
@@ -112,7 +114,7 @@ struct Kept {
 // Computes a lane's sums of M rows with a strip of a panel, and adds those that wait for it.
 template <int M>
 void chains(const float* a, const float* b, int64_t steps, int64_t lane, const Kept& kept) {
-  const float *x = a + lane * steps * ROWS, *y = b + lane * steps * PANEL;
+  const float *x = a + lane * steps * GROUP, *y = b + lane * steps * PANEL;
   nf acc[M][COLUMNS];
   for (int m = 0; m < M; ++m)
     for (int c = 0; c < COLUMNS; ++c) acc[m][c] = native(0.0f);
@@ -121,7 +123,7 @@ void chains(const float* a, const float* b, int64_t steps, int64_t lane, const K
     for (int c = 0; c < COLUMNS; ++c) column[c] = load<nf>(y + k * PANEL + c * NATIVE);
     GLM_UNROLLED
     for (int m = 0; m < M; ++m) {
-      const nf value = native(x[k * ROWS + m]);
+      const nf value = native(x[k * GROUP + m]);
       for (int c = 0; c < COLUMNS; ++c) acc[m][c] = fma(value, column[c], acc[m][c]);
     }
   }
@@ -164,8 +166,8 @@ void unit(const ExactProduct<T>& a, const Floats& panel, int64_t first, int64_t 
   const int64_t left = a.columns - first, columns = left < PANEL ? left : PANEL;
   const int64_t steps = exact_depth(a.depth) / LANES;
   lay_out<PANEL>(a.b + first * a.column, a.column, a.step, columns, a.depth, panel);
-  const int64_t groups = exact_groups(a.rows), last = groups * (part + 1) / a.parts * ROWS;
-  const int64_t begin = groups * part / a.parts * ROWS, end = last < a.rows ? last : a.rows;
+  const int64_t groups = exact_groups(a.rows), last = groups * (part + 1) / a.parts * GROUP;
+  const int64_t begin = groups * part / a.parts * GROUP, end = last < a.rows ? last : a.rows;
   // run(Number<rows>, row, strip) for every tile
   const auto tiles = [&](const auto& run) {
     for (int64_t n = begin; n < end; n += ROWS)
@@ -175,7 +177,8 @@ void unit(const ExactProduct<T>& a, const Floats& panel, int64_t first, int64_t 
   };
   const auto lane_of_tile = [&](auto number, int64_t n, int64_t strip, int64_t lane,
                                 const Kept& kept) {
-    chains<number.value>(a.a + n * steps * LANES, panel + strip, steps, lane, kept);
+    const float* group = a.a + n / GROUP * GROUP * steps * LANES;
+    chains<number.value>(group + n % GROUP, panel + strip, steps, lane, kept);
   };
   if (steps * LANES * PANEL * int64_t(sizeof(float)) <= cache_bytes || end - begin <= ROWS) {
     tiles([&](auto number, int64_t n, int64_t strip) {
@@ -204,9 +207,9 @@ void unit(const ExactProduct<T>& a, const Floats& panel, int64_t first, int64_t 
 
 template <class T>
 void exact_rows(const ExactRows<T>& a, int64_t begin, int64_t end) {
-  for (int64_t n = begin * ROWS; n < end * ROWS; n += ROWS)
-    lay_out<ROWS>(a.x + n * a.row, a.row, a.step, a.rows - n < ROWS ? a.rows - n : ROWS, a.depth,
-                  a.out + n * exact_depth(a.depth));
+  for (int64_t n = begin * GROUP; n < end * GROUP; n += GROUP)
+    lay_out<GROUP>(a.x + n * a.row, a.row, a.step, a.rows - n < GROUP ? a.rows - n : GROUP, a.depth,
+                   a.out + n * exact_depth(a.depth));
 }
 
 template <class T>

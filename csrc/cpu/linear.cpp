@@ -42,6 +42,41 @@ GLM_INLINE void add(vf (&part)[R][M], const LinearFew<T>& a, const T* const (&w)
   }
 }
 
+#if defined(GLM_WIDE)
+typedef uint16_t nh __attribute__((vector_size(NATIVE * 2)));
+GLM_INLINE nf part_of(const float* p) { return load<nf>(p); }
+GLM_INLINE nf part_of(const bf16* p) {
+  nh h;
+  memcpy(&h, p, sizeof h);
+  return bits_as<nf>(__builtin_convertvector(h, nu) << 16);
+}
+
+// part = weights times inputs 0 to `end`, a multiple of W, by the machine's own vectors: GCC keeps
+// longer ones in memory.
+template <int R, int M, class T>
+GLM_INLINE void by_parts(vf (&part)[R][M], const LinearFew<T>& a, const T* const (&w)[R],
+                         int64_t row, int64_t end) {
+  constexpr int PARTS = W / NATIVE;
+  nf total[R][M][PARTS];
+  for (auto& feature : total)
+    for (auto& sums : feature)
+      for (nf& sum : sums) sum = native(0.0f);
+  for (int64_t i = 0; i < end; i += W) {
+    if (i % int64_t(line_bytes / sizeof(T)) == 0)
+      for (int r = 0; r < R; ++r) fetch_ahead(w[r] + i);
+    for (int p = 0; p < PARTS; ++p)
+      for (int r = 0; r < R; ++r) {
+        const nf v = part_of(w[r] + i + p * NATIVE);
+        for (int m = 0; m < M; ++m) {
+          const nf x = load<nf>(a.x + (row + m) * a.width + i + p * NATIVE);
+          total[r][m][p] = fma(v, x, total[r][m][p]);
+        }
+      }
+  }
+  memcpy(part, total, sizeof part);
+}
+#endif
+
 // R features f, f + apart, ..., and rows n to n + M. The order in which a result is summed depends
 // on neither.
 template <bool PAIRS, int R, int M, class T>
@@ -56,6 +91,10 @@ void tile(const LinearFew<T>& a, int64_t f, int64_t apart, int64_t n) {
     const int64_t end = begin + block < a.width ? begin + block : a.width;
     vf part[R][M] = {}, odd[R][M] = {};
     int64_t i = begin;
+#if defined(GLM_WIDE)
+    i = end / W * W;
+    by_parts(part, a, w, n, i);
+#endif
     for (; i + SUMS * step <= end; i += SUMS * step) {
       if (i % int64_t(line_bytes / sizeof(T)) == 0)
         for (int r = 0; r < R; ++r) fetch_ahead(w[r] + i);

@@ -64,6 +64,17 @@ def test_an_all_reduce_of_ddp_that_averages_is_named(both: list[dict[str, Any]])
         assert finding["phase"] == "backward"
 
 
+def test_rank_0_gives_one_verdict_on_all_ranks(both: list[dict[str, Any]]) -> None:
+    job = both[0]["job"]
+    assert both[1]["job"] is None
+    assert job["program"] == "program, 2 ranks"
+    [finding] = job["findings"]
+    assert (finding["operator"], sorted(finding["ranks"])) == ("c10d::allreduce_", [0, 1])
+    assert len(job["ranks"]) == 2
+    assert job["num_tests"] == sum(own["wrong"]["num_tests"] for own in both)
+    assert job["false_alarm_rate"] == pytest.approx(1e-3)
+
+
 def test_ranks_that_do_not_watch_are_not_waited_for_twice(both: list[dict[str, Any]]) -> None:
     for name in ("alone", "alone again"):
         [left] = both[0][name]["not_judged"]

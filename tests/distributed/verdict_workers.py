@@ -16,6 +16,7 @@ from glm_core import verdict
 from glm_core.distributed import messages
 from glm_core.faults.aten import AtenFault, Planted
 from glm_core.faults.collectives import COLLECTIVE_FAULTS
+from glm_core.verdict.ranks import of_job
 from glm_core.verdict.report import Report
 
 
@@ -100,7 +101,10 @@ def data_parallel() -> dict[str, Any]:
         sgd.step()
 
     wrong = next(f for f in COLLECTIVE_FAULTS if f.name.startswith("c10d::allreduce_: averages"))
-    result = {"ddp": judged([step], None).to_json(), "wrong": judged([step], wrong).to_json()}
+    own = judged([step], wrong)
+    result = {"ddp": judged([step], None).to_json(), "wrong": own.to_json()}
+    job = of_job(own)
+    result["job"] = job.to_json() if job is not None else None
     messages.PATIENCE_S = 0.2
     for name in ("alone", "alone again"):
         if dist.get_rank():

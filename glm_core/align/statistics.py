@@ -296,7 +296,7 @@ def excess(
         size = np.sqrt(2 * divergence(np.minimum(np.abs(effect), 1.0), 0.0)) if share else effect
         significant = np.abs(size) / np.maximum(error, 1e-300) / z
         ratio = np.where(error > 0, np.minimum(outside, significant), outside)
-        return np.where(np.isnan(ratio), np.inf, ratio)
+        return np.where(np.isnan(ratio) | np.isnan(effect), np.inf, ratio)
 
 
 def ratio_of(projection: str, effect: float, error: float, limit: float, z: float) -> float:

@@ -210,6 +210,7 @@ def test_signs_alone_need_31_that_agree() -> None:
 
     assert ratio("sign in row 3", 30) < 1 < ratio("sign in row 3", 31)
     assert ratio("scale in row 3", 42) < 1
+    assert statistics.ratio_of("sign", math.nan, 0.1, 0.5, 6.0) == math.inf
 
 
 def test_critical_z_pays_for_the_number_of_tests() -> None:

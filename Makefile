@@ -8,7 +8,7 @@ PIP := $(PY) -m pip install -q --no-compile
 OLD_PLANS := 130b-float32-dp=2 glm4-float32-tp=2 10b-float32-pp=2,micro_batches=4
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: setup align test matrix oldest oldest-ready lint sanitize bench peers deepspeed openvino npu clean
+.PHONY: setup align test matrix oldest oldest-ready lint sanitize bench peers deepspeed deepspeed-record openvino npu clean
 .DEFAULT_GOAL := setup
 
 $(VENV)/torch.stamp:
@@ -22,7 +22,7 @@ setup: $(VENV)/ready.stamp ## everything the other targets need
 align: setup ## the main job: one GLM on every usable backend, one verdict
 	$(VENV)/bin/glm-core align run --out runs/align
 
-test: setup peers deepspeed openvino npu ## the whole suite
+test: setup peers openvino npu ## the whole suite
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 
 matrix: setup ## the whole suite with each torch of the window, each in an environment of its own (20 GB)
@@ -50,6 +50,9 @@ peers: setup ## SwissArmyTransformer's own GLM-130B, in an environment of its ow
 
 deepspeed: setup ## real DeepSpeed, in an environment of its own
 	test -d .venv-deepspeed || sh tests/deepspeed/setup_deepspeed.sh || echo "no DeepSpeed to be had here: its tests are skipped"
+
+deepspeed-record: deepspeed ## what real DeepSpeed does with the tests' scripts, recorded again
+	$(PY) tests/deepspeed/record.py
 
 openvino: setup ## ONNX Runtime's OpenVINO provider, in an environment of its own
 	test -d .venv-openvino || sh tests/backends/setup_openvino.sh

@@ -67,6 +67,11 @@ build_test() { # machine, compiler, flags
   $2 $common $3 cpu/isa.cpp "$at/test.o" "$at"/*_*.o -o "$at/kernels_test"
 }
 
+run() { # command of a test: keeps what it prints, for the comparison at the end
+  "$@" >"$build/printed" || { cat "$build/printed"; exit 1; }
+  tee -a "$build/all_printed" <"$build/printed"
+}
+
 emulated() { # machine, its name in qemu, flags, runs: "CPU instruction-sets", ...
   machine=$1 qemu="qemu-$2-static" compiler="$1-linux-gnu-g++" flags=$3
   shift 3
@@ -78,16 +83,21 @@ emulated() { # machine, its name in qemu, flags, runs: "CPU instruction-sets", .
   for run in "$@"; do
     echo "$machine, emulated ${run%% *}:"
     # shellcheck disable=SC2086 # the instruction sets are words of their own
-    "$qemu" -L "/usr/$machine-linux-gnu" -cpu "${run%% *}" "$build/$machine/kernels_test" ${run#* }
+    run "$qemu" -L "/usr/$machine-linux-gnu" -cpu "${run%% *}" "$build/$machine/kernels_test" ${run#* }
   done
 }
 
 # what these two would see AddressSanitizer sees too; they take a third of the time to compile
 build_test "$(uname -m)" "${CXX:-c++}" "-fsanitize=address,undefined -fno-sanitize=object-size,pointer-overflow"
-"$build/$(uname -m)/kernels_test"
+rm -f "$build/all_printed"
+run "$build/$(uname -m)/kernels_test"
 export ASAN_OPTIONS=detect_leaks=0 # leaks are looked for with ptrace, which is not emulated
 [ "$(uname -m)" = aarch64 ] || emulated aarch64 aarch64 "-fsanitize=address -static-libasan" \
   "cortex-a53 neon" "cortex-a76 dotprod" "max i8mm"
 emulated riscv64 riscv64 -static "rv64 scalar"
 emulated powerpc64le ppc64le -static "power9 scalar"
 emulated s390x s390x -static "max scalar"
+if [ "$(sed -n 's/.*exact results //p' "$build/all_printed" | sort -u | wc -l)" != 1 ]; then
+  echo "FAILED: exact results differ between machines"
+  exit 1
+fi

@@ -4,6 +4,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 # pip would compile every Python file; what is imported is compiled as it is imported
 PIP := $(PY) -m pip install -q --no-compile
+# whose byte code is then kept, even where the container forbids it: torch takes seconds to compile
+unexport PYTHONDONTWRITEBYTECODE
 # plans that every torch of the window can train
 OLD_PLANS := 130b-float32-dp=2 glm4-float32-tp=2 10b-float32-pp=2,micro_batches=4
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)

@@ -47,13 +47,8 @@ def _pieces(c: Checkpoint, name: str) -> Iterator[tuple[Place, tuple[int, ...], 
     for i, piece in enumerate(stored):
         row = row if i % each else 0
         place = (row, *(0,) * (len(piece.shape) - 1))
-        yield (
-            ((i // each, *place), (1, *piece.shape), piece)
-            if apart
-            else (
-                place,
-                piece.shape,
-                piece,
-            )
-        )
+        if apart:
+            yield (i // each, *place), (1, *piece.shape), piece
+        else:
+            yield place, piece.shape, piece
         row += piece.shape[0]

@@ -127,7 +127,7 @@ def false_alarms(
         for row in of_model(seed, cache_dir, done):
             rows.append(row)
             if kept:
-                with Path(kept).open("a") as file:
+                with Path(kept).open("a", encoding="utf-8") as file:
                     file.write("\n" + json.dumps(dataclasses.asdict(row)))
             judged += not row.skipped
             if progress is not None:
@@ -140,7 +140,7 @@ def stored(kept: str | Path) -> list[Row]:
     run was stopped is left out."""
     if not kept or not Path(kept).exists():
         return []
-    lines = Path(kept).read_text().splitlines()
+    lines = Path(kept).read_text(encoding="utf-8").splitlines()
     return [Row(**json.loads(line)) for line in lines if line.endswith("}")]
 
 

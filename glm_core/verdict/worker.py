@@ -10,7 +10,8 @@ import os
 import runpy
 import sys
 import traceback
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +145,13 @@ def context(name: str) -> AbstractContextManager[Any]:
     return value
 
 
-def use_device(name: str) -> None:
-    """Makes a device torch's default. Raises BackendUnavailableError."""
+@contextmanager
+def on_device(name: str) -> Iterator[None]:
+    """Makes a device torch's default in the block; "" changes nothing. Raises
+    BackendUnavailableError."""
+    if not name:
+        yield
+        return
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -154,6 +160,10 @@ def use_device(name: str) -> None:
             f"verdict: --on {name}: {first}; leave --on out to judge the script where it runs"
         ) from None
     torch.set_default_device(name)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
 
 
 def run(request: Request, result: Path) -> None:
@@ -168,12 +178,10 @@ def run(request: Request, result: Path) -> None:
         steps = len(record.curve["reference"]["loss"])
         request = dataclasses.replace(request, curve_steps=steps)
     manager = context(request.context)
-    if request.device:
-        use_device(request.device)
     watched = WatchedScript(request, result, record)
     watched.result["recorded_curve"] = record.curve if record is not None else {}
     try:
-        with manager, watched:
+        with on_device(request.device), manager, watched:
             _run(request, watched)
             watched.finish()
     except Complete:
@@ -187,10 +195,7 @@ def run(request: Request, result: Path) -> None:
 
 def compare_alone(request: Request, record: Record, result: Path) -> None:
     """Computes the calls of a record again, without a script."""
-    manager = context(request.context)
-    if request.device:
-        use_device(request.device)
-    with manager:
+    with on_device(request.device), context(request.context):
         compared = compare(record, request.device or "cpu", request.false_alarm_rate)
     write(result, {"report": record.report.to_json(), "comparison": compared.to_json()})
 

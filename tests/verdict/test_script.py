@@ -11,6 +11,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from rooms import ROOT
 
 from glm_core import cli
@@ -77,6 +78,15 @@ def test_a_script_is_judged_up_to_its_last_captured_step(tmp_path: Path) -> None
     assert (report.program, report.steps, report.devices) == ("train.py", [2], ["cpu"])
     assert "all" in report.sentence()
     assert report.sentence() in render.text(report)
+
+
+def test_the_default_device_is_the_scripts_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices: list[str | None] = []
+    monkeypatch.setattr(torch, "set_default_device", devices.append)
+    assert result_of(request_for(tmp_path, device="cpu"), tmp_path).ok
+    assert devices == ["cpu", None]
 
 
 def test_a_context_that_computes_wrong_is_named_at_its_line(tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from small_experts import LATENT, SMALL
 
 from glm_core.bench import folders
-from glm_core.config import DataConfig, ModelConfig, RunConfig
+from glm_core.config import DataConfig, RunConfig
 from glm_core.distributed.layout import Place, splits_of, take
 from glm_core.distributed.plan import parse
 from glm_core.pretrained import finetune
@@ -22,49 +23,13 @@ from glm_core.pretrained.weights.plan_parts import read_part
 from glm_core.pretrained.weights.reading import open_checkpoint
 from glm_core.pretrained.weights.writing import convert, target
 
-GROUPED = ModelConfig(
-    num_layers=2,
-    hidden=32,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    ffn=48,
-    vocab=64,
-    norm="rms",
-    placement="pre",
-    activation="swiglu",
-    rope_fraction=0.5,
-    linear_bias=False,
-    qkv_bias=True,
-    tied_head=False,
-    qk_norm=True,
-    num_experts=4,
-    experts_per_token=2,
-    expert_ffn=12,
-    num_shared_experts=1,
-    num_dense_layers=1,
-    num_mtp_layers=1,
-)
-LATENT = dataclasses.replace(
-    GROUPED,
-    num_kv_heads=4,
-    qkv_bias=False,
-    qk_norm=False,
-    kv_latent=12,
-    q_latent=20,
-    head_dim=12,
-    rope_head_dim=4,
-    rope_fraction=1.0,
-    rope_interleaved=True,
-    value_head_dim=8,
-)
-
 
 @pytest.mark.parametrize("layout", ["glm4_moe", "glm4_moe_lite_fused"])
 def test_a_rank_reads_its_part_alone(
     tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = GROUPED if layout == "glm4_moe" else LATENT
+    latent = dataclasses.replace(LATENT, rope_interleaved=True)
+    config = SMALL if layout == "glm4_moe" else latent
     folders.write(tmp_path / "own", config)
     convert(open_checkpoint(tmp_path / "own"), tmp_path / "hf", target(layout))
     checkpoint = open_checkpoint(tmp_path / "hf")
@@ -97,13 +62,13 @@ def test_a_plan_leaves_out_what_it_cannot_train_and_says_so(
 ) -> None:
     def opened(*args: Any) -> Any:
         return (
-            RunConfig(model=GROUPED, data=DataConfig(vocab=64)),
-            args[-1](types.SimpleNamespace(config=GROUPED)),
+            RunConfig(model=SMALL, data=DataConfig(vocab=64, length=32)),
+            args[-1](types.SimpleNamespace(config=SMALL)),
             None,
         )
 
     monkeypatch.setattr(finetune, "_with_conversations", opened)
     config, _, _ = finetune.planned("base", "pairs.jsonl", RunConfig(), parse(plan))
-    assert config.model == dataclasses.replace(GROUPED, num_mtp_layers=layers)
+    assert config.model == dataclasses.replace(SMALL, num_mtp_layers=layers)
     told = f"base base: its layers of multi-token prediction are left out, plan {plan} cannot"
     assert (told in capsys.readouterr().err) == (not layers)

@@ -31,7 +31,10 @@ class Group(dist.ProcessGroup):
 
     @property
     def _device_types(self) -> list[torch.device]:
-        return [torch.device("sim")]  # where torch puts the objects that ranks exchange
+        """Returns where torch puts the objects that ranks exchange; nothing before the group has
+        its name, because torch 2.15 then attaches a recorder, which only C++ can give a name."""
+        named = self in dist.distributed_c10d._world.pg_names
+        return [torch.device("sim")] if named else []
 
     def barrier(self, opts: Any = None) -> Any:
         """Waits for all ranks."""

@@ -68,6 +68,11 @@ class Event:
 class Stream:
     """The device's one queue, under as many names as a program makes."""
 
+    stream_id = 0
+    device_index = 0
+    device_type = int(torch._C._autograd.DeviceType.PrivateUse1)
+    """torch's number of the device; FSDP asks for these three from 2.15 on"""
+
     def __init__(self, device: object = None, priority: int = 0) -> None:
         """Takes what a stream of other devices takes; neither makes a difference."""
 

@@ -37,14 +37,6 @@ MOST = 2
 """how many of an op's samples; what they lack is in SHAPES"""
 
 
-class OnFibers(fibers_judge.OnFibers):
-    """A mode under which nothing is compiled, so that torch does not import its compiler."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False
-
-
 def ends(queries: int, keys: int) -> dict[str, Any]:
     """Returns intervals whose first keys are no multiples of anything; one query sees nothing."""
     first = torch.arange(queries).int()[None] % 5
@@ -170,7 +162,7 @@ def trained(name: str, backend: Backend, mode: Any, steps: int) -> Results:
 def main(library: str, wave: str, steps: str, *models: str) -> None:
     halves = (*fibers_judge.LEAVES, "linear_forward", "attention_forward", "attention_backward")
     with mock.patch.object(fibers_judge, "LEAVES", halves):
-        mode = OnFibers(library)
+        mode = fibers_judge.OnFibers(library)
     ctypes.CDLL(library).glm_fibers_configure(int(wave), ctypes.c_uint64(1))
     fibers, none = on_fibers(), nullcontext()
     found = {}

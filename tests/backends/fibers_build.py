@@ -3,7 +3,6 @@ UBSan. The result is kept in .cache until the sources change."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -14,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+import workers
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
@@ -94,8 +94,7 @@ def library() -> Path:
     folder = ROOT / ".cache" / "fibers" / digest.hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / "libfibers.so"
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with workers.locked(target):
         if not target.exists():
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 objects = list(pool.map(lambda s: compiled(*s, folder), sources(folder).items()))

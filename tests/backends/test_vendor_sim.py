@@ -4,7 +4,6 @@ torch holds one out-of-tree device."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import workers
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "examples" / "vendor_sim"
@@ -29,8 +29,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
             digest.update(path.name.encode() + path.read_bytes())
     target = ROOT / ".cache" / "vendor_sim" / digest.hexdigest()[:16]
     target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one worker builds, the others wait for it
+    with workers.locked(target):
         if not target.exists():
             _install(tmp_path_factory.mktemp("vendor_sim"), target)
     return target

@@ -3,7 +3,6 @@ read from the witness; with `--deepspeed live` it runs too."""
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 import sys
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import workers
 
 # importlib mode leaves sys.path alone; what several tests share lies beside them
 sys.path.insert(0, str(Path(__file__).parent))
@@ -50,17 +50,14 @@ def no_notice_shown(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def once(
-    tmp_path_factory: pytest.TempPathFactory, worker_id: str
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[str, Callable[[Path], object]], Path]:
     """Returns a function that returns a folder of all workers, which the first that needs it
     fills."""
-    base = tmp_path_factory.getbasetemp()
-    shared = base if worker_id == "master" else base.parent
 
     def made(name: str, fill: Callable[[Path], object]) -> Path:
-        folder = shared / f"deepspeed-{name}"
-        with folder.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        folder = workers.common(tmp_path_factory) / f"deepspeed-{name}"
+        with workers.locked(folder):
             if not (folder / "complete").exists():
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir()

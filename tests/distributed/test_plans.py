@@ -6,13 +6,13 @@ Prints a table of ratios to the bound (`-s`)."""
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 import torch
+import workers
 from cases import HONEST, PLANTED, Case
 from plans import lack, needs
 
@@ -23,10 +23,9 @@ pytestmark = pytest.mark.timeout(600)  # the first test of a job waits for all o
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that all of xdist's workers have in common."""
-    base = tmp_path_factory.getbasetemp()
-    return base if worker_id == "master" else base.parent
+    return workers.common(tmp_path_factory)
 
 
 READ: dict[Path, Any] = {}
@@ -36,8 +35,7 @@ READ: dict[Path, Any] = {}
 def once(path: Path, make: Callable[[], T]) -> T:
     """Returns what `make` returns. The first process that needs it makes it, each reads it once."""
     if path not in READ:
-        with path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with workers.locked(path):
             if not path.exists():
                 torch.save(make(), path)
             READ[path] = torch.load(path, weights_only=False)

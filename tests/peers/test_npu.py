@@ -5,7 +5,6 @@ training steps forward and backward, host tensors refused. What it cannot show: 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import subprocess
@@ -14,6 +13,7 @@ from typing import Any
 
 import peer_environments
 import pytest
+import workers
 
 from glm_core.backends.ascend.supports import NO_CALL
 
@@ -27,11 +27,8 @@ pytestmark = pytest.mark.skipif(bool(LACK), reason=LACK)
 @pytest.fixture(scope="session")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Returns what the dry run prints; one worker runs it, the others wait."""
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    result = shared / "npu_dry_run.json"
-    with open(result.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    result = workers.common(tmp_path_factory) / "npu_dry_run.json"
+    with workers.locked(result):
         if not result.exists():
             result.write_text(_dry_run())
     return json.loads(result.read_text())

@@ -24,7 +24,7 @@ from glm_core import ops
 from glm_core.backends import registry
 from glm_core.bench.plan_steps import alone_step, text
 from glm_core.config import ModelConfig
-from glm_core.measure.timing import machine
+from glm_core.measure.timing import interleave, machine
 from glm_core.model.presets import preset
 from glm_core.planner import cluster
 from glm_core.planner.cost import Work, ideal
@@ -81,14 +81,8 @@ def sparse() -> dict[str, Step]:
 
 def cpu_seconds(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     """Returns the CPU seconds of each call's fastest round, after one that does not count."""
-    best = dict.fromkeys(calls, float("inf"))
-    for i in range(rounds + 1):
-        for name, call in calls.items():
-            begin = time.process_time()
-            call()
-            taken = time.process_time() - begin
-            best[name] = min(best[name], taken) if i else best[name]
-    return best
+    took = interleave(calls, rounds, warmup=1, clock=time.process_time)
+    return {name: min(t.seconds) for name, t in took.items()}
 
 
 def nominal(model: ModelConfig, batch: int, here: cluster.Cluster) -> NDArray[np.float64]:

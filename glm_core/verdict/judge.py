@@ -184,12 +184,7 @@ def judge(call: Call, actual: Results, z: float) -> Judgement:
                 judgement.outside.append(wrong(name, value, "values differ"))
             continue
         result = _Result(name, value, y, terms(call, value))
-        judgement.num_tests += 4 * sum(g.groups for g in _structure(result.shape))
-        if result.equal:
-            continue
-        if result.special_differs(value):
-            judgement.outside.append(wrong(name, value, "infinite or NaN elsewhere"))
-        elif result.correct is not None:
+        if _has_errors(result, value, judgement):
             later.append((result, result.scores(result.errors)))
     for result, scores in later:
         _search(oracle.variations(call, result.dtype), result, scores, judgement, z)
@@ -213,15 +208,22 @@ def judge_sizes(
             judgement.outside.append(wrong(name, value, "missing or of another shape"))
             continue
         result = _Result(name, value, y, terms, only=("size", "peak"))
-        judgement.num_tests += 2 * sum(g.groups for g in _structure(result.shape))
-        if result.equal:
-            continue
-        if result.special_differs(value):
-            judgement.outside.append(wrong(name, value, "infinite or NaN elsewhere"))
-        elif result.correct is not None:
+        if _has_errors(result, value, judgement):
             variations, own = itertools.tee(variations)
             _search(own, result, result.scores(result.errors), judgement, z)
     return judgement
+
+
+def _has_errors(result: _Result, value: Tensor, judgement: Judgement) -> bool:
+    """Counts the tests of a result, and enters what is infinite or NaN in the wrong places; returns
+    whether errors are left to be judged."""
+    judgement.num_tests += (len(result.only) or 4) * sum(g.groups for g in _structure(result.shape))
+    if result.equal:
+        return False
+    if result.special_differs(value):
+        judgement.outside.append(wrong(result.name, value, "infinite or NaN elsewhere"))
+        return False
+    return result.correct is not None
 
 
 def judge_drawn(probability: float, drawn: Tensor) -> Judgement:

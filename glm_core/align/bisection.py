@@ -11,8 +11,6 @@ from typing import Any
 
 from glm_core.align import rerun_command, substitution, teacher_forcing
 from glm_core.align.calibration import (
-    MakeSampler,
-    Progress,
     calibrate,
     captured_steps,
     loss_scales,
@@ -20,6 +18,7 @@ from glm_core.align.calibration import (
     require_captured,
 )
 from glm_core.align.capture import Call
+from glm_core.align.controls import MakeSampler, Progress
 from glm_core.align.explanation import direction_of, finding_to_name
 from glm_core.align.overflow import overflow_check
 from glm_core.align.recording import record

@@ -7,16 +7,23 @@ import copy
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from glm_core.align import MIN_CONTROLS, NUM_CONTROLS, teacher_forcing
-from glm_core.align.disguise import Regrouped, Rounded
+from glm_core.align import NUM_CONTROLS, teacher_forcing
+from glm_core.align.controls import (
+    MakeSampler,
+    Progress,
+    check_controls,
+    train_control,
+    varied,
+    with_controls,
+)
 from glm_core.align.gradients import (
     NUM_SKETCH,
     GradientErrors,
@@ -26,20 +33,15 @@ from glm_core.align.gradients import (
     gradient_errors,
 )
 from glm_core.align.machine import machine_facts
-from glm_core.align.replay import LOW
 from glm_core.align.teacher_forcing import Case, Key
 from glm_core.align.trace import Trace
-from glm_core.align.training import Curve, Mode, Run, Snapshot, free_run, moved, weights_hash
+from glm_core.align.training import Curve, Mode, Run, Snapshot, free_run, weights_hash
 from glm_core.backends import registry
 from glm_core.config import RunConfig, to_dict
-from glm_core.errors import ConfigError, TraceError
-from glm_core.training.batches import Sampler
+from glm_core.errors import TraceError
 from glm_core.training.parallel import initial_weights
 
 Array = NDArray[np.float64]
-MakeSampler = Callable[[], Sampler]
-Progress = Callable[[str, int, int], None]
-"""called with what is being done, how many steps of it are done, and of how many"""
 NUM_VARIED = 10
 """disguises that the bound on the gradients is computed from"""
 
@@ -89,11 +91,6 @@ def calibrate(
     )
     if captured:
         require_captured(curve, config)
-    controls_run = {}
-    for k, (name, mode) in enumerate(control_modes(config, controls)):
-        run = Run(config, make(), "reference", moved(weights, k), mode)
-        step_done = functools.partial(_report_step, report, f"control {k + 1} of {controls}", steps)
-        controls_run[f"{k}: {name}"] = free_run(run, (), step_done)
     oracle = [exact_gradients(config, snapshot) for snapshot in curve.snapshots]
     modes, rows, sketches = gradient_modes(config), [], Sketches(sorted(weights))
     for number, mode in enumerate(modes.values()):
@@ -111,9 +108,9 @@ def calibrate(
         dtype=config.train.dtype,
         loss=curve.loss,
         grad_norm=curve.grad_norm,
-        control_names=list(controls_run),
-        control_loss=np.array([c.loss for c in controls_run.values()]).reshape(-1, steps),
-        **loss_scales(config, curve, list(controls_run.values())),
+        control_names=[],
+        control_loss=np.zeros((0, steps)),
+        **loss_scales(config, curve),
         capture_steps=[s.step for s in curve.snapshots],
         parameters=sketches.names,
         **sketches.fields(),
@@ -132,6 +129,8 @@ def calibrate(
         initial_weights=weights_hash(weights),
         seconds=time.perf_counter() - begin,
     )
+    trained = [train_control(config, k, controls, make, report) for k in range(controls)]
+    trace = with_controls(trace, config, trained)
     return Calibration(config, make, trace, curve.snapshots, oracle, items, limits)
 
 
@@ -147,18 +146,13 @@ def require_captured(curve: Curve, config: RunConfig) -> None:
     )
 
 
-def loss_scales(config: RunConfig, curve: Curve, controls: Sequence[Curve] = ()) -> dict[str, Any]:
+def loss_scales(config: RunConfig, curve: Curve) -> dict[str, Any]:
     """Returns the trace's fields about the loss scale; none where nothing scales the loss."""
     if config.train.dtype != "float16":
         return {}
-    of_controls = {"control_loss_scale": [c.loss_scale for c in controls]}
-    of_controls["control_skipped"] = [c.skipped for c in controls]
-    arrays = {n: np.array(x).reshape(-1, curve.loss.size) for n, x in of_controls.items()}
-    return {"loss_scale": curve.loss_scale, "skipped": curve.skipped, **arrays}
-
-
-def _report_step(report: Progress, what: str, steps: int, step: int) -> None:
-    report(what, step, steps)
+    none = np.zeros((0, curve.loss.size))
+    of_controls = {"control_loss_scale": none, "control_skipped": none}
+    return {"loss_scale": curve.loss_scale, "skipped": curve.skipped, **of_controls}
 
 
 def captured_steps(config: RunConfig, chosen: Sequence[int] | None = None) -> tuple[int, ...]:
@@ -177,38 +171,6 @@ def open_data(config: RunConfig, cache_dir: str) -> MakeSampler:
         config.data, config.train.seed, cache_dir, positions=config.model.positions
     )
     return lambda: copy.copy(first)  # the text's packing, a second or more, is planned once
-
-
-def check_controls(controls: int) -> None:
-    """Raises ConfigError for a number of control runs that nothing can be judged with. None at all
-    is for a run that is only a candidate, or whose curve is not judged."""
-    if controls and controls < MIN_CONTROLS:
-        raise ConfigError(
-            f"controls={controls}: the envelope needs at least {MIN_CONTROLS} control runs; use "
-            f"{NUM_CONTROLS}, or 0 for the trace of a candidate"
-        )
-
-
-def threshold(config: RunConfig) -> int:
-    """Returns the number of elements from which a float32 tensor of a whole step counts as an
-    intermediate and not as a row's statistic."""
-    return config.train.micro_batch * config.data.length * config.model.hidden // 4
-
-
-def control_modes(config: RunConfig, count: int) -> list[tuple[str, Mode]]:
-    """Returns the control runs' names and modes: `count` random draws of the honest variation that
-    moves the curve most, so that their spread predicts a further draw. Each control's weights
-    also start one ulp away."""
-    low = getattr(torch, config.train.dtype) in LOW
-    name = "one ulp, " + ("intermediates rounded" if low else "other summation order")
-    return [(name, functools.partial(varied, config, k)) for k in range(count)]
-
-
-def varied(config: RunConfig, seed: int) -> AbstractContextManager[object]:
-    """Returns the mode of one honest variation of the reference: below float32 three of four
-    intermediates are rounded, drawn at random; in float32 sums are taken in another order."""
-    dtype: torch.dtype = getattr(torch, config.train.dtype)
-    return Rounded(dtype, threshold(config), seed=seed) if dtype in LOW else Regrouped(seed)
 
 
 def gradient_modes(config: RunConfig) -> dict[str, Mode]:

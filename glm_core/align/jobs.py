@@ -5,32 +5,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from typing import IO, Any
+from typing import Any
 
-import torch
-
-import glm_core
 from glm_core import errors
 from glm_core.align import NUM_CONTROLS
-from glm_core.align.calibration import (
+from glm_core.align.calibration import calibrate, captured_steps, gradient_modes, open_data
+from glm_core.align.controls import (
+    Control,
     MakeSampler,
     Progress,
-    calibrate,
-    captured_steps,
     check_controls,
-    gradient_modes,
+    train_control,
+    with_controls,
 )
 from glm_core.align.explanation import headline
+from glm_core.align.processes import run_in_parallel
 from glm_core.align.recording import record
 from glm_core.align.trace import Trace, load
 from glm_core.align.verdict import FALSE_ALARM_RATE, Pair, Verdict, compare
@@ -44,9 +37,6 @@ from glm_core.errors import ConfigError
 WAY_OUT = "reset the device; glm-core align bisect waits for every call and names the op"
 """what a message about a step that takes too long advises"""
 REFERENCE = "reference"
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
-"""environment of the workers: glibc then keeps the memory of large tensors, which it would else
-fetch from the system and clear for every op: a seventh of the time"""
 PARTS = ("curve", "ops")
 """what `without` may leave out: the curve (the controls, nine tenths of the time), or the captured
 steps (gradients, op by op)"""
@@ -126,10 +116,10 @@ def run(
     ]
     report = WholeRun(progress or (lambda what, done, of: None), sum(job.steps for job in jobs))
     if len(jobs) > 1 and sampler is None and all(isinstance(b, str) for b in chosen.values()):
-        run_in_parallel(jobs, report)
-        recorded = [{n: load(path(out, n)) for n in job.names} for job in jobs]
+        controls_run = run_in_parallel(jobs, report)
     else:
-        recorded = [job.run(sampler, report) for job in jobs]
+        controls_run = [job.run_alone(sampler, report) for job in jobs]
+    recorded = [job.finish(of_job) for job, of_job in zip(jobs, controls_run, strict=True)]
     pairs = [
         compare(reference, candidate, false_alarm_rate=false_alarm_rate)
         for reference, *candidates in (list(traces.values()) for traces in recorded)
@@ -224,27 +214,44 @@ class Job:
         planned = (f"{backend} under {plan}" for backend, plan in self.plans)
         return [f"{name}-{dtype}" for name in (REFERENCE, *map(name_of, self.backends), *planned)]
 
-    def run(self, sampler: MakeSampler | None, progress: Progress) -> dict[str, Trace]:
-        """Records and saves every trace; returns them by name."""
+    def of_dtype(self, progress: Progress) -> Progress:
+        """Returns a progress whose parts name the dtype."""
+        dtype = self.config.train.dtype
+        return lambda what, done, of: progress(f"{dtype}: {what}", done, of)
 
-        def report(what: str, done: int, of: int) -> None:
-            progress(f"{self.config.train.dtype}: {what}", done, of)
+    def run_alone(self, sampler: MakeSampler | None, progress: Progress) -> list[Control]:
+        """Does the whole job in this process; returns its controls."""
+        make = sampler or open_data(self.config, self.cache_dir)
+        self.run(make, progress)
+        return [self.train_control(k, make, progress) for k in range(self.controls)]
 
+    def train_control(self, number: int, sampler: MakeSampler, progress: Progress) -> Control:
+        """Trains one of the controls."""
+        report = self.of_dtype(progress)
+        return train_control(self.config, number, self.controls, sampler, report)
+
+    def finish(self, controls: Sequence[Control]) -> dict[str, Trace]:
+        """Saves the reference's trace with its controls. Returns all traces by name."""
+        file = path(self.out_dir, self.names[0])
+        with_controls(load(file), self.config, controls).save(file)
+        return {name: load(path(self.out_dir, name)) for name in self.names}
+
+    def run(self, sampler: MakeSampler, progress: Progress) -> None:
+        """Records and saves every trace; the reference's has no controls yet."""
+        report = self.of_dtype(progress)
         cal = calibrate(
             self.config,
             sampler=sampler,
-            controls=self.controls,
-            cache_dir=self.cache_dir,
+            controls=0,
             capture_steps=self.captured,
             progress=report,
         )
-        traces = {self.names[0]: cal.reference}
         cal.reference.save(path(self.out_dir, self.names[0]))
         free, taught = "curve" not in self.without, "ops" not in self.without
         names = iter(self.names[1:])
         for backend, name in zip(self.backends, names, strict=False):
             with watchdog.guard(self.timeout_s, f"align: backend {name_of(backend)}", WAY_OUT):
-                traces[name] = record(
+                trace = record(
                     self.config,
                     backend,
                     calibration=cal,
@@ -252,13 +259,13 @@ class Job:
                     teacher_forcing=taught,
                     progress=report,
                 )
-            traces[name].save(path(self.out_dir, name))
+            trace.save(path(self.out_dir, name))
         for (backend, plan), name in zip(self.plans, names, strict=True):
             from glm_core.align.planned_run import record_plan  # loads torch's compiler
 
             steps = len(self.captured) + (self.config.train.steps if free else 0)
             report(f"{backend} under {plan}", 0, steps)
-            traces[name] = record_plan(
+            trace = record_plan(
                 cal,
                 backend,
                 plan,
@@ -266,9 +273,8 @@ class Job:
                 teacher_forcing=taught,
                 timeout_s=self.timeout_s,
             )
-            traces[name].save(path(self.out_dir, name))
+            trace.save(path(self.out_dir, name))
             report(f"{backend} under {plan}", steps, steps)
-        return traces
 
     def to_json(self) -> str:
         """Returns the job as text for another process. The backends must be names."""
@@ -285,49 +291,6 @@ class Job:
             "out_dir": Path(plain["out_dir"]),
         }
         return cls(**plain)
-
-
-def run_in_parallel(jobs: Sequence[Job], progress: Progress) -> None:
-    """Runs each job in a process of its own with its share of the threads, because a small model
-    keeps only one core busy. Raises the first worker's error."""
-    threads = max(1, torch.get_num_threads() // len(jobs))
-    root = str(Path(glm_core.__file__).parents[1])
-    env = {
-        **MALLOC,
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
-    }
-    command = [sys.executable, "-m", "glm_core.align.worker", str(threads)]
-    lines: SimpleQueue[str] = SimpleQueue()
-    with ExitStack() as stack:
-        running = []
-        for job in jobs:
-            process = stack.enter_context(
-                subprocess.Popen(
-                    [*command, job.to_json()], stdout=subprocess.PIPE, text=True, env=env
-                )
-            )
-            stack.callback(process.terminate)  # an error in one ends them all
-            reader = threading.Thread(target=_forward, args=(process.stdout, lines), daemon=True)
-            reader.start()
-            running.append((process, reader))
-        while any(reader.is_alive() for _, reader in running) or not lines.empty():
-            with suppress(Empty):
-                line = json.loads(lines.get(timeout=0.2))
-                if "error" in line:
-                    raise getattr(errors, line["kind"])(line["error"])
-                progress(line["what"], line["done"], line["of"])
-        for process, _ in running:
-            if process.wait():
-                raise errors.TrainingError(
-                    f"align: a worker process ended with exit code {process.returncode}; see its "
-                    "message above"
-                )
-
-
-def _forward(stream: IO[str], lines: SimpleQueue[str]) -> None:
-    for line in stream:
-        lines.put(line)
 
 
 def name_of(backend: str | Backend) -> str:

@@ -13,13 +13,12 @@ from numpy.typing import NDArray
 from glm_core.align import teacher_forcing
 from glm_core.align.calibration import (
     Calibration,
-    MakeSampler,
-    Progress,
     calibrate,
     loss_scales,
 )
 from glm_core.align.carried import Carried
 from glm_core.align.choices import Figures
+from glm_core.align.controls import MakeSampler, Progress
 from glm_core.align.gradients import (
     NUM_SKETCH,
     Sketches,

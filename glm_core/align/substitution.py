@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from glm_core import dispatch
-from glm_core.align.calibration import Calibration, MakeSampler, Progress
+from glm_core.align.calibration import Calibration
 from glm_core.align.capture import layers
+from glm_core.align.controls import MakeSampler, Progress
 from glm_core.align.gradients import gradient_errors, load_snapshot
 from glm_core.align.trace import Trace
 from glm_core.align.training import Run, Snapshot

@@ -21,7 +21,8 @@ import torch
 from glm_core import __version__, align
 from glm_core.align import report as align_report
 from glm_core.align import witness as step_witness
-from glm_core.align.calibration import check_controls, open_data
+from glm_core.align.calibration import open_data
+from glm_core.align.controls import check_controls
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
 from glm_core.bench import goals

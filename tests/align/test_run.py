@@ -14,6 +14,8 @@ import torch
 
 from glm_core import align, ops
 from glm_core.align import report
+from glm_core.align.calibration import open_data
+from glm_core.align.controls import train_control
 from glm_core.align.explanation import headline
 from glm_core.align.trace import load
 from glm_core.backends.base import Backend
@@ -97,13 +99,14 @@ def test_dtypes_run_side_by_side(tmp_path: Path) -> None:
         " ".join(words[(i * k + k * k) % len(words)] for k in range(60)) for i in range(60)
     )
     told, of = dict[str, int](), list[int]()
+    config, cache = of_text(tmp_path, text), str(tmp_path / "cache")
     found = align.run(
-        of_text(tmp_path, text),
+        config,
         ["reference:cpu"],
         dtypes=("float32", "bfloat16"),
         controls=4,
         out_dir=tmp_path / "out",
-        cache_dir=str(tmp_path / "cache"),
+        cache_dir=cache,
         capture_steps=(2,),
         progress=lambda what, done, total: (told.__setitem__(what, done), of.append(total))[0],
     )
@@ -116,6 +119,8 @@ def test_dtypes_run_side_by_side(tmp_path: Path) -> None:
     assert set(found.traces) == {
         f"{b}-{d}" for b in ("reference", "reference:cpu") for d in ("float32", "bfloat16")
     }
+    trained = train_control(config, 3, 4, open_data(config, cache), lambda *_: None)
+    assert found.trace("reference", "float32").control_loss[3].tolist() == trained.loss
 
 
 def test_a_workers_error_is_the_callers(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from glm_core.align.calibration import control_modes, gradient_modes
+from glm_core.align.calibration import gradient_modes
+from glm_core.align.controls import control_modes
 from glm_core.align.envelope import envelope, error_bound
 from glm_core.align.gradients import distance, exact_gradients, gradient_errors
 from glm_core.align.training import Run, free_run, moved

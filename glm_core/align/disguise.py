@@ -30,6 +30,10 @@ _ARITHMETIC = {
     aten.div,
     aten.embedding_dense_backward,
 }
+_KEPT = {aten._log_softmax.default, aten._to_copy.default}
+"""what is never rounded once more, as no view is"""
+_IN_PARTS = {aten.addmm.default, aten.mm.default, aten.sum.dim_IntList}
+"""what may be rounded inside"""
 
 
 def widened(value: Any, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Any:
@@ -86,7 +90,7 @@ class Regrouped(EagerMode):
         if a.shape[-1] < 2:
             return (a @ b).to(dtype)
         k = self.cut(a.shape[-1])
-        return (a[..., :k] @ b[..., :k, :] + a[..., k:] @ b[..., k:, :]).to(dtype)
+        return (a[..., :k] @ b[..., :k, :]).add_(a[..., k:] @ b[..., k:, :]).to(dtype)
 
     def total(self, func: Any, x: Tensor, dims: Any, *rest: Any, **kwargs: Any) -> Any:
         """Returns a sum or mean in another order: its longest dimension is cut in two and the parts
@@ -104,7 +108,7 @@ class Regrouped(EagerMode):
         if func is aten.addmm.default and not kwargs:
             bias, a, b = args
             wide = torch.promote_types(a.dtype, torch.float32)
-            return (self.product(a.to(wide), b.to(wide)) + bias).to(a.dtype)
+            return self.product(a.to(wide), b.to(wide)).add_(bias).to(a.dtype)
         if func in (aten.sum.dim_IntList, aten.mean.dim) and args[0].is_floating_point():
             return self.total(func, *args, **kwargs)
         return func(*args, **kwargs)
@@ -136,34 +140,41 @@ class Rounded(EagerMode):
         """Returns x with every value rounded, in its own dtype."""
         return x.to(self.dtype).to(x.dtype)
 
+    def round(self, x: Tensor) -> Tensor:
+        """Rounds every value of x, which nobody else holds, in place: a third less time. Returns
+        x."""
+        return x.copy_(x.to(self.dtype))
+
     def in_parts(self, func: Any, args: Any) -> Callable[[], Tensor] | None:
         """Returns a product with a weight, or a sum over its rows, with a rounding inside; None for
         any other function. Attention's products are batched: they are intermediates themselves."""
         if func is aten.addmm.default:
             bias, a, b = args
-            return lambda: self.rounded(a @ b) + bias
+            return lambda: self.round(a @ b).add_(bias)
         if func is aten.mm.default and args[0].shape[-1] > 1:
             a, b = args
             k = a.shape[-1] // 2
-            return lambda: self.rounded(a[:, :k] @ b[:k]) + self.rounded(a[:, k:] @ b[k:])
+            return lambda: self.round(a[:, :k] @ b[:k]).add_(self.round(a[:, k:] @ b[k:]))
         if func is aten.sum.dim_IntList and args[0].ndim == 2 and list(args[1]) == [0]:
             top, bottom = args[0].tensor_split(2)
-            return lambda: self.rounded(top.sum(*args[1:])) + self.rounded(bottom.sum(*args[1:]))
+            return lambda: self.round(top.sum(*args[1:])).add_(self.round(bottom.sum(*args[1:])))
         return None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        in_parts = self.in_parts(func, args)
-        if in_parts is not None and not kwargs:
+        if func.is_view or func in _KEPT:
+            return func(*args, **(kwargs or {}))
+        in_parts = self.in_parts(func, args) if func in _IN_PARTS and not kwargs else None
+        if in_parts is not None:
             return in_parts() if self.chosen() else func(*args)
         out = func(*args, **(kwargs or {}))
-        eligible = isinstance(out, Tensor) and out.dtype == torch.float32
-        if not eligible or out.numel() < self.numel or func.is_view:
-            return out
-        if func in (aten._log_softmax.default, aten._to_copy.default):
+        if not isinstance(out, Tensor) or out.dtype != torch.float32 or out.numel() < self.numel:
             return out
         if self.random is not None:
-            return self.rounded(out) if self.chosen() else out
+            if not self.chosen():
+                return out
+            written = func._schema.returns[0].alias_info is not None  # others hold it
+            return self.rounded(out) if written else self.round(out)
         rounded = self.rounded(out)
         return out if torch.equal(rounded, out) or not self.chosen() else rounded

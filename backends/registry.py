@@ -13,7 +13,7 @@ from importlib import metadata
 from glm_core import dispatch
 from glm_core.backends import __path__ as _folder
 from glm_core.backends.base import Backend, Probe
-from glm_core.errors import BackendUnavailableError, ConfigError, GlmCoreError, unknown
+from glm_core.errors import BackendUnavailableError, ConfigError, GlmCoreError, in_one_line, unknown
 from glm_core.ops import all_ops
 from glm_core.session import Session
 
@@ -86,9 +86,8 @@ def _explained(fact: str) -> Iterator[None]:
 def _in_one_line(error: BaseException) -> str:
     """Returns the error's message in one line, with its class unless the message speaks for
     itself."""
-    message = " ".join(str(error).split())[:300]
-    kind = type(error).__name__
-    return message if isinstance(error, ImportError) and message else f"{kind}: {message}"
+    text = in_one_line(error)
+    return text.partition(": ")[2] or text if isinstance(error, ImportError) else text
 
 
 def probe(name: str) -> Probe:

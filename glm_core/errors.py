@@ -76,6 +76,12 @@ class DeviceError(TrainingError):
         self.place = place
 
 
+def in_one_line(error: BaseException) -> str:
+    """Returns the kind and the beginning of the message of whatever foreign code raised."""
+    message = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """Returns a message such as `unknown backend 'cude'; known: cpu, cuda (did you mean cuda?)`."""
     known = sorted(known)

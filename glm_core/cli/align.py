@@ -19,6 +19,8 @@ from glm_core.cli.options import (
     add_timeout,
     columns,
     emit,
+    output_file,
+    output_folder,
     run_config,
     run_words,
 )
@@ -75,6 +77,7 @@ def define(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument(
         "--out",
+        type=output_folder,
         default="runs/align",
         metavar="DIR",
         help="folder for traces and report (default %(default)s)",
@@ -85,14 +88,16 @@ def define(parser: argparse.ArgumentParser) -> None:
     record.add_argument("--backend", required=True, metavar="NAME", help="backend to record")
     record.add_argument("--dtype", choices=DTYPES, default="float32", help=DTYPE)
     record.add_argument("--controls", type=int, default=NUM_CONTROLS, metavar="K", help=CONTROLS)
-    record.add_argument("--out", required=True, metavar="FILE", help="trace file to write")
+    record.add_argument(
+        "--out", type=output_file, required=True, metavar="FILE", help="trace file to write"
+    )
     record.set_defaults(run=run_record)
     compare = actions.add_parser(
         "compare", help="judge one trace file against another; needs neither device nor model"
     )
     compare.add_argument("reference", metavar="REFERENCE", help="trace of the reference")
     compare.add_argument("candidate", metavar="CANDIDATE", help="trace of the candidate")
-    compare.add_argument("--report", metavar="FILE", help="HTML report to write")
+    compare.add_argument("--report", type=output_file, metavar="FILE", help="HTML report to write")
     compare.set_defaults(run=run_compare)
     witness = actions.add_parser(
         "witness", help="judge the op calls in a witness file again; needs no device"
@@ -115,6 +120,7 @@ def define(parser: argparse.ArgumentParser) -> None:
     )
     sensitivity.add_argument(
         "--keep",
+        type=output_file,
         default="",
         metavar="FILE",
         help="append each of --honest's rows to this file; a later call goes on after them",

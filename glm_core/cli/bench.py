@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from glm_core.cli.exits import EXIT_FAILED
-from glm_core.cli.options import add_json, add_run, columns, emit, run_config
+from glm_core.cli.options import add_json, add_run, columns, emit, output_file, run_config
 
 if TYPE_CHECKING:
     import torch
@@ -50,12 +50,14 @@ def define(parser: argparse.ArgumentParser) -> None:
     compare.add_argument("a", metavar="A")
     compare.add_argument("b", metavar="B")
     _add_comparison(compare)
-    compare.add_argument("--html", metavar="FILE", help="page with verdicts and B's rooflines")
+    compare.add_argument(
+        "--html", type=output_file, metavar="FILE", help="page with verdicts and B's rooflines"
+    )
     add_json(compare)
     compare.set_defaults(run=run_compare)
     page = actions.add_parser("page", help="write files of rows as one HTML page")
     page.add_argument("files", nargs="+", metavar="FILE")
-    page.add_argument("--html", required=True, metavar="FILE")
+    page.add_argument("--html", type=output_file, required=True, metavar="FILE")
     page.set_defaults(run=run_page)
 
 
@@ -73,8 +75,10 @@ def _add_bench(
     parser.add_argument(
         "--dtype", action="append", choices=DTYPES, help="default: all of the backend"
     )
-    parser.add_argument("--out", metavar="FILE", help="append the rows, one JSON line each")
-    parser.add_argument("--html", metavar="FILE", help="page with rooflines")
+    parser.add_argument(
+        "--out", type=output_file, metavar="FILE", help="append the rows, one JSON line each"
+    )
+    parser.add_argument("--html", type=output_file, metavar="FILE", help="page with rooflines")
     parser.add_argument("--baseline", metavar="FILE", help="compare with these rows")
     _add_comparison(parser)
     add_json(parser)

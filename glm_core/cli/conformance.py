@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm_core.cli.exits import EXIT_FAILED
-from glm_core.cli.options import add_json, add_timeout, emit
+from glm_core.cli.options import add_json, add_timeout, emit, output_file
 from glm_core.cli.progress import ProgressLine
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", metavar="NAME", help="backend to judge")
     parser.add_argument(
         "--record",
+        type=output_file,
         metavar="FILE",
         help="witness file to write: what the device computed",
     )
@@ -60,8 +61,10 @@ def define(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="file of cases known to fail: a case id and the reason per line",
     )
-    parser.add_argument("--junit", metavar="FILE", help="JUnit XML report to write")
-    parser.add_argument("--html", metavar="FILE", help="HTML report to write")
+    parser.add_argument(
+        "--junit", type=output_file, metavar="FILE", help="JUnit XML report to write"
+    )
+    parser.add_argument("--html", type=output_file, metavar="FILE", help="HTML report to write")
     parser.add_argument(
         "--github", action="store_true", help="print GitHub annotations for failed cases"
     )

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -81,6 +85,47 @@ def quantization(args: argparse.Namespace) -> Quantization | None:
     if args.bits is None:
         return None
     return Quantization(bits=args.bits, group=args.group, activation_bits=args.activation_bits)
+
+
+def output_file(name: str) -> str:
+    """Returns the name of a file to write, with its folder made. As the `type` of an option it
+    refuses before any work what cannot be written. An empty name, a default, is no file."""
+    if not name:
+        return name
+    place = Path(name)
+    with _refused(name):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if place.is_dir():
+            raise OSError("it is a folder; name a file in it")
+        _require_writable(place if place.exists() else place.parent)
+    return name
+
+
+def output_folder(name: str) -> str:
+    """Returns the name of a folder that can be made and written to. See `output_file`."""
+    place = Path(name).absolute()
+    with _refused(name):
+        nearest = next(p for p in (place, *place.parents) if p.exists())
+        if not nearest.is_dir():
+            raise OSError(f"{nearest} is no folder")
+        _require_writable(nearest)
+    return name
+
+
+def _require_writable(place: Path) -> None:
+    if not os.access(place, os.W_OK):
+        raise OSError(f"{place} may not be written")
+
+
+@contextmanager
+def _refused(name: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        fact = error.strerror or str(error)
+        raise argparse.ArgumentTypeError(
+            f"{name}: cannot be written ({fact}); choose another path"
+        ) from None
 
 
 RESET = "reset the device; glm-core align bisect waits for every call and names the op"

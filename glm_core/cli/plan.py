@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from glm_core.cli.exits import EXIT_FAILED
-from glm_core.cli.options import add_json, columns, emit
+from glm_core.cli.options import add_json, columns, emit, output_file
 
 if TYPE_CHECKING:
     from glm_core.planner.cluster import Cluster
@@ -76,7 +76,10 @@ def define(parser: argparse.ArgumentParser) -> None:
         "--rounds", type=int, default=7, metavar="N", help="measure: default %(default)s"
     )
     parser.add_argument(
-        "--out", metavar="FILE", help="measure: write this machine as a --cluster file"
+        "--out",
+        type=output_file,
+        metavar="FILE",
+        help="measure: write this machine as a --cluster file",
     )
     parser.add_argument(
         "--link",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from glm_core.align import NUM_CONTROLS
 from glm_core.cli.exits import EXIT_FAILED
-from glm_core.cli.options import add_json, emit
+from glm_core.cli.options import add_json, emit, output_file
 
 
 def define(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +36,11 @@ def define(parser: argparse.ArgumentParser) -> None:
         help="probability that an honest run is called wrong (default %(default)g)",
     )
     parser.add_argument(
-        "--record", default="", metavar="FILE", help="write a sample of the calls, to compare with"
+        "--record",
+        type=output_file,
+        default="",
+        metavar="FILE",
+        help="write a sample of the calls, to compare with",
     )
     parser.add_argument(
         "--against",
@@ -60,9 +64,11 @@ def define(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="control runs for --curve (default %(default)s)",
     )
-    parser.add_argument("--report", metavar="FILE", help="HTML report to write")
-    parser.add_argument("--junit", metavar="FILE", help="JUnit XML report to write")
-    parser.add_argument("--sarif", metavar="FILE", help="SARIF report to write")
+    parser.add_argument("--report", type=output_file, metavar="FILE", help="HTML report to write")
+    parser.add_argument(
+        "--junit", type=output_file, metavar="FILE", help="JUnit XML report to write"
+    )
+    parser.add_argument("--sarif", type=output_file, metavar="FILE", help="SARIF report to write")
     add_json(parser)
     parser.add_argument("command_words", nargs=argparse.REMAINDER, metavar="-- SCRIPT ARGS")
     parser.set_defaults(run=run)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from glm_core.backends.base import Backend
 from glm_core.backends.registry import use
-from glm_core.conformance.case import Case, CaseFailure, in_one_line
+from glm_core.conformance.case import Case, CaseFailure
 from glm_core.conformance.oracle import (
     Results,
     forward,
@@ -24,7 +24,7 @@ from glm_core.conformance.oracle import (
     tensors_by_name,
 )
 from glm_core.conformance.tolerance import MAX_ERROR_RATIO, Allowance, deviation
-from glm_core.errors import UnsupportedOpError
+from glm_core.errors import UnsupportedOpError, in_one_line
 
 
 class Step(NamedTuple):

@@ -24,11 +24,6 @@ class CaseFailure(Exception):
     """The reason why a case fails, in one line."""
 
 
-def in_one_line(error: Exception) -> str:
-    """Returns the kind and the beginning of the message of whatever a vendor's code raised."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
 INDEXES = {"embedding": ("ids", "weight"), "linear_cross_entropy": ("labels", "weight")}
 """by op: the argument that holds indexes, and the argument whose rows they index. An index out of
 range must raise an error"""

@@ -15,10 +15,10 @@ from torch import Tensor
 from glm_core import dispatch
 from glm_core.backends.base import Backend
 from glm_core.backends.registry import use
-from glm_core.conformance.case import dtype_name, in_one_line, without
+from glm_core.conformance.case import dtype_name, without
 from glm_core.conformance.report import DECODE, Report
 from glm_core.conformance.run import Outcome, Progress, result_of
-from glm_core.errors import GlmCoreError
+from glm_core.errors import GlmCoreError, in_one_line
 from glm_core.measure.timing import machine
 from glm_core.model.glm import GLM
 from glm_core.model.presets import preset

@@ -11,13 +11,13 @@ import torch
 
 from glm_core.backends.base import Backend
 from glm_core.backends.registry import usable
-from glm_core.conformance.case import Case, CaseFailure, every_case, in_one_line, select
+from glm_core.conformance.case import Case, CaseFailure, every_case, select
 from glm_core.conformance.check import Judgement, Keep, judge
 from glm_core.conformance.known_failures import KnownFailure, known_for, load, unmatched
 from glm_core.conformance.perf import measure
 from glm_core.conformance.report import Report, Result
 from glm_core.diagnose import watchdog
-from glm_core.errors import NoRoomError
+from glm_core.errors import NoRoomError, in_one_line
 from glm_core.measure.timing import machine
 
 WAY_OUT = "reset the device; --skip ID leaves the case out"

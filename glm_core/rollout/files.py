@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glm_core.config import check
-from glm_core.errors import ConfigError, RolloutError, unknown
+from glm_core.errors import ConfigError, RolloutError, in_one_line, unknown
 
 Array = NDArray[np.float64]
 FORMAT = "glm-core rollout 1"
 """the value of `format` in the first line of a file"""
+DTYPES = ("float32", "bfloat16", "float16")
+TYPES = {
+    "engine": str,
+    "dtype": str,
+    "tokenizer": str,
+    "processed": bool,
+    "before_top_p": bool,
+    "chunk": int,
+}
+"""by setting: its type; the others are numbers"""
+WORDS = {str: "text", bool: "true or false", int: "a whole number"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +60,9 @@ class Settings:
         temperature = self.temperature
         check(
             self,
+            {k: type(getattr(self, k)) is t or f"must be {WORDS[t]}" for k, t in TYPES.items()},
             {
+                "dtype": self.dtype in ("", *DTYPES) or f"must be one of {', '.join(DTYPES)}",
                 "temperature": temperature is None
                 or (temperature > 0 or (temperature == 0 and not self.processed))
                 or "must be positive; 0 only where the log probabilities are not processed",
@@ -83,6 +97,10 @@ class Reply:
     """tokens of the prompt whose keys and values came from a prefix cache"""
 
     def __post_init__(self) -> None:
+        if strange := [n for n in (self.step, self.cached) if type(n) is not int or n < 0]:
+            raise RolloutError(
+                f"reply: step and cached must be whole numbers from 0, received {strange[0]!r}"
+            )
         if not self.prompt or not self.tokens:
             raise RolloutError("reply: prompt and tokens must not be empty; leave such replies out")
         if len(self.tokens) != len(self.logprobs):
@@ -167,7 +185,7 @@ def stated(rollout: Rollout, assignments: Sequence[str]) -> Rollout:
         if name not in known:
             raise ConfigError(unknown("setting", name, known))
         try:
-            values[name] = json.loads(raw)
+            values[name] = raw if TYPES.get(name) is str else json.loads(raw)
         except ValueError:
             values[name] = raw
     try:
@@ -186,7 +204,20 @@ def _replies(lines: list[Any], where: str) -> Iterator[Reply]:
                 f"{place}: not a reply; its keys are prompt, tokens, logprobs, and may be step, "
                 "cached"
             )
-        yield reply(place, **line)
+        with well_formed(place):
+            found = reply(place, **line)
+        yield found
+
+
+@contextmanager
+def well_formed(place: str) -> Iterator[None]:
+    """Raises RolloutError where fields of a file are of other types than its kind has."""
+    try:
+        yield
+    except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
+        raise RolloutError(
+            f"{place}: malformed fields ({in_one_line(error)}); docs/rollout.md says what is read"
+        ) from None
 
 
 def reply(

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from glm_core.errors import RolloutError
-from glm_core.rollout.files import Reply, Rollout, Settings, parsed, reply
+from glm_core.rollout.files import Reply, Rollout, Settings, parsed, reply, well_formed
 
 IDS = "ask vLLM or SGLang with return_token_ids=true, or SGLang's /generate"
 NO_LOGPROB = -9999.0
@@ -30,7 +30,10 @@ def load(path: str | Path) -> Rollout:
     lines = _objects(text, where)
     if "format" in lines[0]:
         return parsed(lines, where)
-    found = [r for number, line in enumerate(lines, 1) for r in _answer(line, where, number)]
+    found: list[Reply] = []
+    for number, line in enumerate(lines, 1):
+        with well_formed(f"{where}, answer {number}"):
+            found += _answer(line, where, number)
     return Rollout(Settings(engine=str(lines[0].get("model", ""))), tuple(found), where)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from glm_core.align import MIN_CONTROLS
 from glm_core.errors import ConfigError, GlmCoreError
 from glm_core.verdict import comparison, header, report, script
 from glm_core.verdict.comparison import Comparison
@@ -58,6 +59,7 @@ def judge_all(request: Request, controls: int, say: Callable[[str], None]) -> Ou
     plain: dict[str, Any] = {}
     if request.context and request.record:
         raise ConfigError("verdict: --with and --record; pass one: a record is of one run")
+    _require_numbers(request, controls)
     if request.curve_steps and not (request.context or request.record):
         raise ConfigError(
             "verdict: --curve has no second curve to compare with; pass --with, or --record here "
@@ -81,6 +83,19 @@ def judge_all(request: Request, controls: int, say: Callable[[str], None]) -> Ou
         alone=not request.script,
         elsewhere=bool(last.get("elsewhere")),
     )
+
+
+def _require_numbers(request: Request, controls: int) -> None:
+    """Raises ConfigError for numbers that nothing can be judged with, before the script runs."""
+    if not 0 < request.false_alarm_rate < 1:
+        given = f"--false-alarm-rate {request.false_alarm_rate:g}"
+        raise ConfigError(f"verdict: {given}; pass a probability between 0 and 1, such as 0.001")
+    if request.curve_steps < 0:
+        raise ConfigError(f"verdict: --curve {request.curve_steps}; pass a number of steps from 1")
+    if request.curve_steps and controls < MIN_CONTROLS:
+        raise ConfigError(
+            f"verdict: --controls {controls}; the envelope needs at least {MIN_CONTROLS}"
+        )
 
 
 def _against(recorded: dict[str, Any], last: dict[str, Any], request: Request) -> CurveVerdict:

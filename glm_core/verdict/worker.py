@@ -8,17 +8,24 @@ import importlib
 import json
 import os
 import runpy
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.optim.optimizer import Optimizer
 
-from glm_core.errors import BackendUnavailableError, ConfigError, GlmCoreError, TrainingError
+from glm_core.errors import (
+    BackendUnavailableError,
+    ConfigError,
+    GlmCoreError,
+    TrainingError,
+    in_one_line,
+)
 from glm_core.verdict import ranks
 from glm_core.verdict.against import compare
 from glm_core.verdict.curve import Curve
@@ -131,18 +138,38 @@ def context(name: str) -> AbstractContextManager[Any]:
     if not name:
         return nullcontext()
     module, _, path = name.partition(":")
-    try:
+    with _explained(name):
         value: Any = importlib.import_module(module)
         for part in path.split("."):
             value = getattr(value, part)
         value = value() if callable(value) else value
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise ConfigError(
-            f"verdict: --with {name}: {error}; pass MODULE:CONTEXT, such as flag_gems:use_gems"
-        ) from None
     if not hasattr(value, "__enter__"):
         raise ConfigError(f"verdict: --with {name}: this is no context manager; pass one")
     return value
+
+
+@contextmanager
+def entered(name: str) -> Iterator[None]:
+    """Is inside the context manager MODULE:CONTEXT in the block. Raises ConfigError where it cannot
+    be had or entered."""
+    manager = context(name)
+    with ExitStack() as stack:
+        with _explained(name):
+            stack.enter_context(manager)
+        yield
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Raises ConfigError in one line where a context of the user's raises anything, as a library
+    does that finds no device."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        raise ConfigError(
+            f"verdict: --with {name}: {in_one_line(error)}; pass MODULE:CONTEXT, such as "
+            "flag_gems:use_gems, that can be entered here"
+        ) from None
 
 
 @contextmanager
@@ -177,11 +204,10 @@ def run(request: Request, result: Path) -> None:
     if record is not None and record.curve:
         steps = len(record.curve["reference"]["loss"])
         request = dataclasses.replace(request, curve_steps=steps)
-    manager = context(request.context)
     watched = WatchedScript(request, result, record)
     watched.result["recorded_curve"] = record.curve if record is not None else {}
     try:
-        with on_device(request.device), manager, watched:
+        with on_device(request.device), entered(request.context), watched:
             _run(request, watched)
             watched.finish()
     except Complete:
@@ -195,7 +221,7 @@ def run(request: Request, result: Path) -> None:
 
 def compare_alone(request: Request, record: Record, result: Path) -> None:
     """Computes the calls of a record again, without a script."""
-    with on_device(request.device), context(request.context):
+    with on_device(request.device), entered(request.context):
         compared = compare(record, request.device or "cpu", request.false_alarm_rate)
     write(result, {"report": record.report.to_json(), "comparison": compared.to_json()})
 
@@ -212,8 +238,8 @@ def _run(request: Request, watched: WatchedScript) -> None:
     except Exception as error:
         traceback.print_exc()
         raise TrainingError(
-            f"verdict: {_name(request, watched)} failed: {type(error).__name__}: {error}; its "
-            "traceback is above; run it alone until it works"
+            f"verdict: {_name(request, watched)} failed: {in_one_line(error)}; its traceback is "
+            "above; run it alone until it works"
         ) from None
 
 
@@ -229,6 +255,8 @@ def main() -> None:
         run(request, result)
     except GlmCoreError as error:
         write(result, {"error": str(error), "kind": type(error).__name__})
+    except KeyboardInterrupt:  # the command that started this process says so
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

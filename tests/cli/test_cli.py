@@ -50,6 +50,32 @@ def test_help_loads_no_torch(command: list[str]) -> None:
     assert "usage: glm-core" in done.stdout
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "verdict --junit",
+        "verdict --sarif",
+        "verdict --report",
+        "verdict --record",
+        "align run --out",
+        "align record --backend cpu --out",
+        "align compare a b --report",
+        "conformance --junit",
+        "conformance --record",
+        "bench ops --html",
+        "bench ops --out",
+    ],
+)
+def test_a_result_that_cannot_be_written_is_refused_before_the_work(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file" / "x", tmp_path if "run" not in command else "/dev/null/x"):
+        with pytest.raises(SystemExit, match="2"):
+            main([*command.split(), str(place)])
+        assert f"{place}: cannot be written (" in capsys.readouterr().err
+
+
 def test_devices_names_every_backend_with_reason_or_usable(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

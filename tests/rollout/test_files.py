@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,6 +71,7 @@ BODY = {"prompt": [1], "tokens": [2], "logprobs": [-1.0]}
         pytest.param([HEAD, {**BODY, "prompt": []}], "must not be empty", id="empty"),
         pytest.param([{"choices": [{}]}], "no prompt_token_ids", id="no-prompt"),
         pytest.param([{"meta_info": {}}], "return_logprob=true", id="sglang"),
+        pytest.param([HEAD, {**BODY, "step": "a"}], "line 2: reply: step and cached", id="step"),
         pytest.param([3], "holds no JSON objects", id="number"),
     ],
 )
@@ -77,6 +80,48 @@ def test_a_bad_file_is_refused_in_one_line(tmp_path: Path, lines: list[Any], fac
         load(written(tmp_path, *lines))
     assert fact in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+LOGPROB = {"tokens": ["x"], "token_logprobs": [-1.0]}
+OPENAI = {
+    "choices": [{"prompt_token_ids": [1], "token_ids": [2], "logprobs": LOGPROB}],
+    "usage": {"prompt_tokens_details": {"cached_tokens": 0}},
+}
+SGLANG = {"meta_info": {"input_token_logprobs": [[None, 1]], "output_token_logprobs": [[-1.0, 2]]}}
+JUNK = (None, 3, -1.5, "x", [], {}, [None], [[1]], True)
+
+
+def changed(value: Any) -> Iterator[Any]:
+    """Yields a file's value with junk in the place of each of its parts, and with each left out."""
+    yield from JUNK
+    if isinstance(value, dict):
+        for key, part in value.items():
+            rest = {k: v for k, v in value.items() if k != key}
+            yield rest
+            yield from ({**rest, key: junk} for junk in changed(part))
+    elif isinstance(value, list):
+        for i, part in enumerate(value):
+            yield from ([*value[:i], junk, *value[i + 1 :]] for junk in changed(part))
+
+
+@pytest.mark.parametrize(
+    "lines", [[HEAD, BODY], [OPENAI], [SGLANG]], ids=["ours", "openai", "sglang"]
+)
+def test_whatever_a_field_holds_the_file_is_read_or_refused(
+    tmp_path: Path, lines: list[Any]
+) -> None:
+    assert load(written(tmp_path, *lines)).replies
+    for line in changed(lines[-1]):
+        with suppress(RolloutError):
+            files.per_token(load(written(tmp_path, *lines[:-1], line)).replies)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"dtype": "float99"}, {"dtype": 3}, {"chunk": "x"}, {"processed": 1}], ids=str
+)
+def test_settings_of_another_type_are_refused(tmp_path: Path, setting: dict[str, Any]) -> None:
+    with pytest.raises(RolloutError, match=f"line 1: Settings: {next(iter(setting))}=.* must be"):
+        load(written(tmp_path, {**HEAD, **setting}, BODY))
 
 
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
@@ -115,8 +160,8 @@ def test_the_first_difference_is_named(changes: dict[str, Any], fact: str) -> No
 
 def test_the_command_line_states_what_a_file_does_not(tmp_path: Path) -> None:
     first = load(written(tmp_path, HEAD, BODY))
-    found = files.stated(first, ["temperature=0.5", "processed=true", "dtype=bfloat16"]).settings
-    assert (found.temperature, found.processed, found.dtype) == (0.5, True, "bfloat16")
+    found = files.stated(first, ["temperature=0.5", "processed=true", "tokenizer=123"]).settings
+    assert (found.temperature, found.processed, found.tokenizer) == (0.5, True, "123")
     for words, fact in {
         "heat=1": "unknown setting",
         "top_p=2": "top_p",

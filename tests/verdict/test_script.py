@@ -28,7 +28,7 @@ for step in range(3):
     model(torch.ones(2, 8)).square().mean().backward()
     adam.step()
     if sys.argv[1:] == [str(step)]:
-        raise ValueError("bad batch")
+        raise ValueError("bad\\nbatch")
 raise RuntimeError("ran on after the last captured step")
 """
 SEEDED = """
@@ -46,6 +46,10 @@ from contextlib import nullcontext as nothing
 from glm_core.faults.aten import Planted, aten_fault
 wrong = lambda: Planted(aten_fault("addmm: the bias is left out"))
 number = 3
+def no_device(): raise OSError("no device\\nwas found")
+class Asleep:
+    def __enter__(self): raise RuntimeError("the device is asleep")
+    def __exit__(self, *error): pass
 """
 
 
@@ -154,6 +158,8 @@ def test_the_commands_of_the_page_run(
         ("x = 1", [], {}, TrainingError, "made 0 optimizer steps, none of 2 was captured"),
         (TRAIN, [], {"context": "contexts_of_a_test:no"}, ConfigError, "MODULE:CONTEXT"),
         (TRAIN, [], {"context": "contexts_of_a_test:number"}, ConfigError, "no context manager"),
+        (TRAIN, [], {"context": "contexts_of_a_test:no_device"}, ConfigError, "no device was fou"),
+        (TRAIN, [], {"context": "contexts_of_a_test:Asleep"}, ConfigError, "the device is asleep"),
         (TRAIN, [], {"device": "acme"}, BackendUnavailableError, "--on acme"),
     ],
 )
@@ -168,6 +174,18 @@ def test_a_script_without_a_verdict_says_why(
     request = request_for(tmp_path, text, *args, **options)
     with pytest.raises(error, match=message):
         worker.run(request, tmp_path / "result.json")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--false-alarm-rate", "2"], ["--curve", "-1"], ["--curve", "5", "--controls", "1"]],
+    ids=" ".join,
+)
+def test_numbers_that_judge_nothing_are_refused_before_the_script_runs(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["verdict", *words, "--record", "r.safetensors", "--", "no_script.py"]) == 2
+    assert f"verdict: {words[-2]} {words[-1]}; " in capsys.readouterr().err
 
 
 def test_a_script_that_ends_its_process_is_named(

@@ -16,6 +16,6 @@ class Exact(NamedTuple):
     """opens a block in which kernels sum in that order"""
     dtypes: tuple[torch.dtype, ...]
     lacks: tuple[str, ...] = ()
-    """ops without an exact kernel"""
+    """ops without an exact kernel, and settings of a run that sum without one"""
     plans: bool = True
     """whether plans over several processes were shown to keep the order"""

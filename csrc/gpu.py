@@ -18,9 +18,9 @@ from csrc import compiling
 from glm_core import environment
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNELS = "activation embedding exact_attention exact_product few_rows loss norm optim quant rope"
-KERNELS += " tensor_rows"
-BINDINGS = "exact library ops quant training"
+KERNELS = "activation embedding exact_attention exact_product experts few_rows loss norm optim"
+KERNELS += " quant rope tensor_rows"
+BINDINGS = "exact experts library ops quant training"
 SOURCES = [f"csrc/bindings/cuda/{name}.cpp" for name in BINDINGS.split()]
 COMPILERS = {"cuda": "nvcc", "rocm": "hipcc"}
 HOMES = {"cuda": ("CUDA_HOME",), "rocm": ("ROCM_HOME", "ROCM_PATH")}

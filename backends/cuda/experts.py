@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from glm_core import ops
+from glm_core import dispatch, ops
 from glm_core.backends.base import Backend
 from glm_core.backends.cpu import backend as cpu
 from glm_core.backends.cuda import probe
 from glm_core.backends.cuda.attention import HAS_TRITON, chip_trouble
-from glm_core.backends.cuda.supports import takes
+from glm_core.backends.cuda.supports import EXACT_DTYPES, takes
 from glm_core.spec import Support, unsupported
 
 MODULES = {
@@ -33,10 +33,14 @@ LEAST_GROUP = 32
 """inputs; a group of codes that share a scale is a multiple of it, or a whole row"""
 
 
-def _later(module: str, name: str) -> Callable[..., Any]:
-    """Returns a function that imports its kernels, and Triton with them, when it is called."""
+def device_half(module: str, name: str) -> Callable[..., Any]:
+    """Returns what runs an operator on a GPU: in exact runs csrc's kernels, else Triton's, which
+    are imported when it is called."""
 
     def call(*args: Any) -> Any:
+        ours = getattr(torch.ops.glm_core, f"exact_{name}", None)
+        if ours and args[0].dtype in EXACT_DTYPES and torch.ops.glm_core.exact():
+            return ours.default(*args)
         return getattr(import_module(f"glm_core.backends.cuda.{module}"), name)(*args)
 
     return call
@@ -48,7 +52,7 @@ def register() -> Any:
     library = torch.library.Library("glm_core", "IMPL")
     for op, module in MODULES.items():
         for name in (f"{op}_forward", f"{op}_backward"):
-            library.impl(name, _later(module, name), "CUDA")
+            library.impl(name, device_half(module, name), "CUDA")
     return library
 
 
@@ -69,6 +73,8 @@ def _supports(takes: Callable[..., Support], rule: Callable[..., str]) -> Callab
     def supports(*args: Any, **kwargs: Any) -> Support:
         support = takes(*args, **kwargs)
         if not support.ok:
+            return support
+        if dispatch.session().exact:  # whose kernels are not Triton's
             return support
         first = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
         reason = _trouble(first) or rule(*args, **kwargs)

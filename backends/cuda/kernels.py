@@ -47,8 +47,8 @@ def equip(backend: Backend, module: str) -> None:
     why."""
     trouble = load(module, backend.name)
     if not trouble and backend.name == "cuda":
-        lacks = tuple(name for name in ops.all_ops() if name not in EXACT)
-        backend.exact = Exact(exact_sums, EXACT_DTYPES, lacks, plans=False)
+        dtypes = tuple(d for d in EXACT_DTYPES if d in backend.dtypes)
+        backend.exact = Exact(exact_sums, dtypes, exact_lacks(), plans=False)
     covered = _in_triton() if trouble else ()
     share(backend, lambda op: "" if op in covered else trouble)
     backend.implements(ops.linear, takes(backend, ops.linear))(linear if trouble else linear_few)
@@ -58,6 +58,12 @@ def equip(backend: Backend, module: str) -> None:
     supports = attention.supports(takes(backend, ops.attention))
     backend.implements(ops.attention, supports)(attention.attention)
     experts.equip(backend)
+
+
+def exact_lacks() -> tuple[str, ...]:
+    """Returns the ops without exact kernels, and `balance_weight`: the experts' auxiliary loss is
+    written in torch's operators, whose sums differ from device to device."""
+    return (*(name for name in ops.all_ops() if name not in EXACT), "balance_weight")
 
 
 _registrations: list[Any] = []

@@ -36,9 +36,10 @@ FIXED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
 EXACT = (
     *("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", "gelu", "geglu", "swiglu"),
     *("rope", "embedding", "linear", "attention", "linear_cross_entropy", "global_norm", "adamw"),
+    *("route", "permute", "unpermute", "grouped_linear"),
 )
 """ops that have exact kernels (docs/exact.md)"""
-EXACT_DTYPES = (torch.float32,)
+EXACT_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def named(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -62,7 +63,7 @@ def takes(
         exact = dispatch.session().exact
         if exact and op.name not in EXACT:
             return unsupported("the backend has no exact kernel of it; leave exact out")
-        dtypes = EXACT_DTYPES if exact else backend.dtypes
+        dtypes = tuple(d for d in backend.dtypes if not exact or d in EXACT_DTYPES)
         first: Tensor | None = None
         working: torch.dtype | None = None
         for name, t in named(op, args, kwargs):

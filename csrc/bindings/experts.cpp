@@ -1,5 +1,7 @@
 // Bindings of route, permute, unpermute, grouped_linear and quantized_grouped_linear. Shapes: N
 // tokens, X experts, T chosen for a token, M = N T rows, D in, F out.
+#include "experts.h"
+
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -15,7 +17,6 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-using Two = std::tuple<Tensor, Tensor>;
 
 constexpr int64_t few_rows = 8;  // the most for which our own product reads a weight once
 
@@ -44,10 +45,7 @@ Three route_forward(const Tensor& x_, const Tensor& weight_, const Tensor& bias_
   const Tensor x = x_.to(at::kFloat).contiguous(), weight = weight_.contiguous();
   const Tensor bias = bias_.contiguous();
   const int64_t tokens = x.size(0), experts = weight.size(0);
-  TORCH_CHECK_VALUE(
-      x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1) && bias.numel() == experts,
-      "route: x [N, D] needs weight [X, D] and bias [X]; received x ", x.sizes(), ", weight ",
-      weight.sizes(), ", bias ", bias.sizes());
+  check_route(x, weight, bias);
   const auto floats = x.options(), ints = x.options().dtype(at::kLong);
   Tensor logits;
   if (tokens <= few_rows) {
@@ -156,9 +154,7 @@ Tensor inverse(const Tensor& order) {
 Three permute_forward(const Tensor& x_, const Tensor& experts_, int64_t num_experts) {
   const Tensor x = x_.contiguous(), experts = experts_.contiguous();
   const int64_t rows = experts.numel(), top_k = experts.size(1), width = x.size(1);
-  TORCH_CHECK_VALUE(x.dim() == 2 && experts.dim() == 2 && x.size(0) == experts.size(0),
-                    "permute: x [N, D] needs experts [N, T]; received x ", x.sizes(), ", experts ",
-                    experts.sizes());
+  check_permute(x, experts);
   check_indices(experts, num_experts, "permute: expert");
   const auto ints = experts.options();
   const Tensor order = at::empty({rows}, ints), token = at::empty({rows}, ints);
@@ -238,9 +234,7 @@ Tensor unpermute_forward(const Tensor& rows_, const Tensor& order_, const Tensor
   const Tensor rows = rows_.contiguous(), order = order_.contiguous();
   const Tensor weights = weights_.contiguous();
   const int64_t tokens = weights.size(0), top_k = weights.size(1), width = rows.size(1);
-  TORCH_CHECK_VALUE(rows.size(0) == weights.numel() && order.numel() == weights.numel(),
-                    "unpermute: weights [N, T] need N T rows and places; received rows ",
-                    rows.sizes(), ", order ", order.sizes(), ", weights ", weights.sizes());
+  check_unpermute(rows, order, weights);
   check_indices(order, rows.size(0), "unpermute: place");
   const Tensor back = inverse(order), y = at::empty({tokens, width}, rows.options());
   by_dtype(rows, [&](auto zero) {
@@ -303,24 +297,6 @@ Tensor unpermute(const Tensor& rows, const Tensor& order, const Tensor& weights)
 
 // grouped_linear -----------------------------------------------------------------------
 
-// Calls f(expert, first row, rows) for each expert with rows. Raises ValueError where the counts do
-// not fit.
-template <class F>
-void each_expert(const Tensor& counts_, int64_t rows, int64_t experts, F f) {
-  const Tensor counts = counts_.contiguous();
-  const int64_t* count = data<int64_t>(counts);
-  int64_t total = 0;
-  for (int64_t e = 0; e < counts.numel(); ++e) {
-    TORCH_CHECK_VALUE(count[e] >= 0, "grouped_linear: counts must not be negative");
-    total += count[e];
-  }
-  TORCH_CHECK_VALUE(counts.numel() == experts && total == rows, "grouped_linear: ", experts,
-                    " experts and ", rows, " rows need as many counts with that sum; received ",
-                    counts.numel(), " counts with sum ", total);
-  for (int64_t e = 0, first = 0; e < experts; first += count[e++])
-    if (count[e]) f(e, first, count[e]);
-}
-
 // out = a b, rounded once.
 void times_into(const Tensor& out, const Tensor& a_, const Tensor& b_) {
   if (exact()) {
@@ -338,9 +314,7 @@ void times_into(const Tensor& out, const Tensor& a_, const Tensor& b_) {
 
 Tensor grouped_linear_forward(const Tensor& rows_, const Tensor& weight_, const Tensor& counts) {
   const Tensor rows = rows_.contiguous(), weight = weight_.contiguous();
-  TORCH_CHECK_VALUE(rows.dim() == 2 && weight.dim() == 3 && rows.size(1) == weight.size(2),
-                    "grouped_linear: rows [M, D] need weight [X, F, D]; received rows ",
-                    rows.sizes(), ", weight ", weight.sizes());
+  check_grouped(rows, weight);
   const Tensor y = at::empty({rows.size(0), weight.size(1)}, rows.options());
   each_expert(counts, rows.size(0), weight.size(0), [&](int64_t e, int64_t first, int64_t count) {
     const Tensor x = rows.narrow(0, first, count), out = y.narrow(0, first, count);

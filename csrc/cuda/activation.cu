@@ -118,12 +118,15 @@ void activation(const Activation<T>& a, Kind kind, Stream stream) {
   run<Fast>(a, kind, stream);
 }
 
-void exact_activation(const Activation<float>& a, Kind kind, Stream stream) {
+template <class T>
+void exact_activation(const Activation<T>& a, Kind kind, Stream stream) {
   run<Exact>(a, kind, stream);
 }
 
 template void activation<float>(const Activation<float>&, Kind, Stream);
 template void activation<bf16>(const Activation<bf16>&, Kind, Stream);
 template void activation<f16>(const Activation<f16>&, Kind, Stream);
+template void exact_activation<float>(const Activation<float>&, Kind, Stream);
+template void exact_activation<bf16>(const Activation<bf16>&, Kind, Stream);
 
 }  // namespace glm::gpu

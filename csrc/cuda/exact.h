@@ -1,5 +1,5 @@
 // What exact kernels compute with (docs/exact.md): the CPU's own functions for single floats, and
-// sums in the order of its 16 lanes. All take float32.
+// sums in the order of its 16 lanes, all in float32.
 #pragma once
 
 #include "device.h"
@@ -26,6 +26,7 @@ GLM_INLINE To bits_as(From x) {
 }  // namespace glm::gpu::exact
 
 #include "functions.h"
+#include "routing.h"
 
 namespace glm::gpu::exact {
 

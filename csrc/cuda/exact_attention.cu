@@ -1,6 +1,6 @@
-// Attention in float32 in the order of docs/exact.md. Shapes: L queries, S keys, H heads, K kv
-// heads, E head dim, C head dim of the values. Scores [heads, L, S] lie in scratch, of a few kv
-// heads at a time: a maximum has to be known before the first exponential. Backward computes the
+// Attention in the order of docs/exact.md. Shapes: L queries, S keys, H heads, K kv heads, E head
+// dim, C head dim of the values. Scores [heads, L, S] lie in scratch in float32, of a few kv heads
+// at a time: a maximum has to be known before the first exponential. Backward computes the
 // probabilities again, and sums a key's gradient over the heads and queries that share it in one
 // chain.
 #include "exact.h"
@@ -14,7 +14,8 @@ struct Seen {
   int64_t from, to;
 };
 
-__device__ inline Seen seen_by(const ExactAttention& a, int64_t query) {
+template <class T>
+__device__ inline Seen seen_by(const ExactAttention<T>& a, int64_t query) {
   const int64_t start = a.key_start[query], end = a.key_end[query];
   const int64_t from = start < 0 ? 0 : start > a.keys ? a.keys : start;
   return {from, end < from ? from : end > a.keys ? a.keys : end};
@@ -23,8 +24,8 @@ __device__ inline Seen seen_by(const ExactAttention& a, int64_t query) {
 // Products q k of a query become e^(score - maximum), zero where it sees no key. With `gradients`
 // they become probabilities, and dy v becomes the gradient of the scores; otherwise `shares` gets
 // one over the sum.
-template <bool gradients>
-__global__ void score_rows(ExactAttention a) {
+template <bool gradients, class T>
+__global__ void score_rows(ExactAttention<T> a) {
   const int64_t row = blockIdx.x;
   const Seen seen = seen_by(a, row % a.queries);
   float *p = a.scores + row * a.keys, *dp = gradients ? a.dscores + row * a.keys : nullptr;
@@ -60,48 +61,56 @@ __global__ void score_rows(ExactAttention a) {
   }
 }
 
-template <bool gradients>
-void rows(const ExactAttention& a, Stream stream) {
+template <bool gradients, class T>
+void rows(const ExactAttention<T>& a, Stream stream) {
   const dim3 grid(unsigned(a.units * a.members * a.queries));
-  launch(score_rows<gradients>, grid, exact::threads_for_row(a.keys), stream, a);
+  launch(score_rows<gradients, T>, grid, exact::threads_for_row(a.keys), stream, a);
 }
 
 // [units, members, L, S] in scratch.
-Operand in_scratch(const ExactAttention& a, float* p) {
+template <class T>
+Operand<float> in_scratch(const ExactAttention<T>& a, float* p) {
   const int64_t head = a.queries * a.keys;
   return {p, a.members * head, head, a.keys, 1};
 }
 
-Operand turned(Operand x) { return {x.p, x.unit, x.member, x.step, x.row}; }
+template <class T>
+Operand<T> turned(Operand<T> x) {
+  return {x.p, x.unit, x.member, x.step, x.row};
+}
 
 // y = x b^T of every head.
-Products of_heads(const ExactAttention& a, Operand x, Operand b, Operand y, int64_t rows,
-                  int64_t columns, int64_t depth, float factor = 1.0f) {
+template <class T, class X, class Y>
+Products<X, T, Y> of_heads(const ExactAttention<T>& a, Operand<X> x, Operand<T> b, Operand<Y> y,
+                           int64_t rows, int64_t columns, int64_t depth, float factor = 1.0f) {
   return {x, b, y, nullptr, nullptr, factor, rows, columns, depth, 1, a.members, a.units};
 }
 
 // y = x^T b of every kv head, summed over its heads and their queries.
-Products of_groups(const ExactAttention& a, Operand x, Operand b, Operand y, int64_t columns,
-                   float factor) {
+template <class T>
+Products<float, T, T> of_groups(const ExactAttention<T>& a, Operand<float> x, Operand<T> b,
+                                Operand<T> y, int64_t columns, float factor) {
   return {turned(x), turned(b), y,         nullptr,   nullptr, factor,
           a.keys,    columns,   a.queries, a.members, 1,       a.units};
 }
 
 }  // namespace
 
-void exact_attention_forward(const ExactAttention& a, Stream stream) {
+template <class T>
+void exact_attention_forward(const ExactAttention<T>& a, Stream stream) {
   if (!a.units || !a.queries || !a.values) return;
-  const Operand scores = in_scratch(a, a.scores);
+  const Operand<float> scores = in_scratch(a, a.scores);
   exact_chains(of_heads(a, a.q, a.k, scores, a.queries, a.keys, a.width), stream);
   rows<false>(a, stream);
-  Products y = of_heads(a, scores, turned(a.v), a.y, a.queries, a.values, a.keys);
+  auto y = of_heads(a, scores, turned(a.v), a.y, a.queries, a.values, a.keys);
   y.factors = a.shares;
   exact_chains(y, stream);
 }
 
-void exact_attention_backward(const ExactAttention& a, Stream stream) {
+template <class T>
+void exact_attention_backward(const ExactAttention<T>& a, Stream stream) {
   if (!a.units) return;
-  const Operand p = in_scratch(a, a.scores), dp = in_scratch(a, a.dscores);
+  const Operand<float> p = in_scratch(a, a.scores), dp = in_scratch(a, a.dscores);
   if (a.queries && a.keys) {
     exact_chains(of_heads(a, a.q, a.k, p, a.queries, a.keys, a.width), stream);
     exact_chains(of_heads(a, a.dy, a.v, dp, a.queries, a.keys, a.values), stream);
@@ -111,5 +120,8 @@ void exact_attention_backward(const ExactAttention& a, Stream stream) {
   exact_chains(of_groups(a, dp, a.q, a.dk, a.width, a.scale), stream);
   exact_chains(of_heads(a, dp, turned(a.k), a.dq, a.queries, a.width, a.keys, a.scale), stream);
 }
+
+GLM_GPU_INSTANTIATE_EXACT(exact_attention_forward, ExactAttention)
+GLM_GPU_INSTANTIATE_EXACT(exact_attention_backward, ExactAttention)
 
 }  // namespace glm::gpu

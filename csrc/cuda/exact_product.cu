@@ -1,7 +1,7 @@
 // Products in float32 whose sums have an order that depends on the depth alone (docs/exact.md): of
-// rows and columns of any strides, without tensor cores. A block computes a square tile of y; a
-// thread holds one lane of R x R sums, whose rows and columns lie `side` apart so that the threads
-// of a wave read shared memory side by side.
+// rows and columns of any strides, float or bf16, without tensor cores. A block computes a square
+// tile of y; a thread holds one lane of R x R sums, whose rows and columns lie `side` apart so that
+// the threads of a wave read shared memory side by side.
 #include "exact.h"
 
 namespace glm::gpu {
@@ -19,13 +19,13 @@ struct Tile {
 };
 
 // Copies `count` rows of x, from depth 0 to `depth`, into shared memory; zeros where there is none.
-template <class T>
-__device__ inline void fill(float* tile, const float* x, int64_t count, int64_t depth, int64_t row,
+template <class Tile, class T>
+__device__ inline void fill(float* tile, const T* x, int64_t count, int64_t depth, int64_t row,
                             int64_t step) {
-  for (int i = int(threadIdx.x); i < T::size * depth_at_once; i += product_threads) {
-    const int r = step == 1 ? i / depth_at_once : i % T::size;
-    const int k = step == 1 ? i % depth_at_once : i / T::size;
-    tile[r * T::row + k] = r < count && k < depth ? x[r * row + k * step] : 0.0f;
+  for (int i = int(threadIdx.x); i < Tile::size * depth_at_once; i += product_threads) {
+    const int r = step == 1 ? i / depth_at_once : i % Tile::size;
+    const int k = step == 1 ? i % depth_at_once : i / Tile::size;
+    tile[r * Tile::row + k] = r < count && k < depth ? to_float(x[r * row + k * step]) : 0.0f;
   }
 }
 
@@ -42,8 +42,8 @@ __device__ inline float by_halves(const float (&x)[N]) {
   }
 }
 
-template <int LANES>
-__global__ void __launch_bounds__(product_threads) multiply(Products a) {
+template <int LANES, class A, class B, class Y>
+__global__ void __launch_bounds__(product_threads) multiply(Products<A, B, Y> a) {
   using T = Tile<LANES>;
   constexpr int R = T::R;
   GLM_SHARED(float, memory, 2 * T::size * T::row);
@@ -66,8 +66,8 @@ __global__ void __launch_bounds__(product_threads) multiply(Products a) {
     }
   };
   for (int64_t j = member; j < member + a.outer; ++j) {
-    const float* x = a.a.p + unit * a.a.unit + j * a.a.member + row * a.a.row;
-    const float* y = a.b.p + unit * a.b.unit + j * a.b.member + column * a.b.row;
+    const A* x = a.a.p + unit * a.a.unit + j * a.a.member + row * a.a.row;
+    const B* y = a.b.p + unit * a.b.unit + j * a.b.member + column * a.b.row;
     for (int64_t k = 0; k < a.depth; k += depth_at_once) {
       const int64_t depth = a.depth - k;
       fill<T>(left, x + k * a.a.step, a.rows - row, depth, a.a.row, a.a.step);
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(product_threads) multiply(Products a) {
     }
   }
   const int64_t z = blockIdx.z;
-  float* out = a.y.p + unit * a.y.unit + member * a.y.member;
+  Y* out = a.y.p + unit * a.y.unit + member * a.y.member;
   if constexpr (LANES == 1) {
     GLM_UNROLL
     for (int m = 0; m < R; ++m) {
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(product_threads) multiply(Products a) {
       GLM_UNROLL
       for (int n = 0; n < R; ++n) {
         const int64_t c = column + n0 + n * T::side;
-        if (c < a.columns) out[i * a.y.row + c * a.y.step] = sum[m][n] * factor;
+        if (c < a.columns) from_float(sum[m][n] * factor, out[i * a.y.row + c * a.y.step]);
       }
     }
   } else {
@@ -109,25 +109,39 @@ __global__ void __launch_bounds__(product_threads) multiply(Products a) {
         float x[LANES];
         GLM_UNROLL
         for (int l = 0; l < LANES; ++l) x[l] = memory[(owner * R + n) * (LANES + 1) + l];
-        out[i * a.y.row + c * a.y.step] = by_halves(x) + (a.bias ? a.bias[c] : 0.0f);
+        from_float(by_halves(x) + (a.bias ? to_float(a.bias[c]) : 0.0f),
+                   out[i * a.y.row + c * a.y.step]);
       }
       __syncthreads();
     }
   }
 }
 
-template <int LANES>
-void run(const Products& a, Stream stream) {
+template <int LANES, class A, class B, class Y>
+void run(const Products<A, B, Y>& a, Stream stream) {
   constexpr int size = Tile<LANES>::size;
   if (!a.rows || !a.columns || !a.units) return;
   const dim3 grid(unsigned(divided_up(a.columns, size)), unsigned(divided_up(a.rows, size)),
                   unsigned(a.units * a.members));
-  launch(multiply<LANES>, grid, product_threads, stream, a);
+  launch(multiply<LANES, A, B, Y>, grid, product_threads, stream, a);
 }
 
 }  // namespace
 
-void exact_product(const Products& a, Stream stream) { run<exact::lanes>(a, stream); }
-void exact_chains(const Products& a, Stream stream) { run<1>(a, stream); }
+template <class T>
+void exact_product(const Products<T, T, T>& a, Stream stream) {
+  run<exact::lanes>(a, stream);
+}
+
+template <class A, class B, class Y>
+void exact_chains(const Products<A, B, Y>& a, Stream stream) {
+  run<1>(a, stream);
+}
+
+template void exact_product(const Products<float, float, float>&, Stream);
+template void exact_product(const Products<bf16, bf16, bf16>&, Stream);
+template void exact_chains(const Products<float, float, float>&, Stream);
+template void exact_chains(const Products<bf16, bf16, float>&, Stream);
+template void exact_chains(const Products<float, bf16, bf16>&, Stream);
 
 }  // namespace glm::gpu

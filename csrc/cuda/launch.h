@@ -92,28 +92,34 @@ struct QuantizedRows {
 
 enum class Kind { gelu, geglu, swiglu };
 
-// Exact kernels (docs/exact.md) take float32. They are kernels of their own where the fast ones sum
-// in another order.
+// Exact kernels (docs/exact.md) compute in float32, and take float or bf16. They are kernels of
+// their own where the fast ones sum in another order.
 
 // Matrices of any strides: one for each member (a head) of each unit.
+template <class T>
 struct Operand {
-  float* p;
+  T* p;
   int64_t unit, member, row, step;
 };
 
 // y[m][n] = sum over k of a[m][k] b[n][k]: the sums of `outer` members, from the first of a unit or
 // from each, in one chain.
+template <class A, class B, class Y>
 struct Products {
-  Operand a, b, y;
-  const float *bias, *factors;  // null: none. [columns]; [units, members, rows]
-  float factor;                 // of all rows, where there are no factors
+  Operand<A> a;
+  Operand<B> b;
+  Operand<Y> y;
+  const Y* bias;         // null: none. [columns]
+  const float* factors;  // null: none. [units, members, rows]
+  float factor;          // of all rows, where there are no factors
   int64_t rows, columns, depth, outer, members, units;
 };
 
 // A few kv heads of one batch element, `members` heads each. Scratch: scores and, backward, dscores
 // [units, members, L, S], forward shares [units, members, L]. key_start and key_end: [L].
+template <class T>
 struct ExactAttention {
-  Operand q, k, v, y, dy, dq, dk, dv;  // y forward, dy to dv backward
+  Operand<T> q, k, v, y, dy, dq, dk, dv;  // y forward, dy to dv backward
   const int32_t *key_start, *key_end;
   float *scores, *dscores, *shares;
   int64_t queries, keys, width, values, members, units;  // L, S, E, C, H / K
@@ -122,8 +128,9 @@ struct ExactAttention {
 
 // sums[first[t] + s]: sum of squares of the elements from s * exact_stretch on of tensor t.
 constexpr int64_t exact_stretch = 16384;
+template <class T>
 struct ExactSquares {
-  const float* x[batch_size];
+  const T* x[batch_size];
   int64_t size[batch_size], first[batch_size];
   double* sums;
   int tensors;
@@ -138,7 +145,8 @@ template <class T>
 void sum_chunks(const SumChunks<T>&, Stream);
 template <class T>
 void activation(const Activation<T>&, Kind, Stream);  // backward where dy is given
-void exact_activation(const Activation<float>&, Kind, Stream);
+template <class T>
+void exact_activation(const Activation<T>&, Kind, Stream);
 template <class T>
 void rope_turn(const Turn<T>&, Stream);
 template <class T>
@@ -170,24 +178,42 @@ void dequantize(const Codes&, T* out, Stream);
 template <class T>
 void round_activations(const T* x, float* out, int64_t rows, int64_t width, Stream);
 
-void exact_norm_forward(const NormForward<float>&, Stream);
-void exact_norm_backward(const NormBackward<float>&, Stream);
-void exact_cross_entropy(const Losses<float>&, Stream);
+template <class T>
+void exact_norm_forward(const NormForward<T>&, Stream);
+template <class T>
+void exact_norm_backward(const NormBackward<T>&, Stream);
+template <class T>
+void exact_cross_entropy(const Losses<T>&, Stream);
 // out = sum of x in double, in order.
 void exact_sum(const float* x, int64_t count, float* out, Stream);
-void exact_squares(const ExactSquares&, Stream);
+template <class T>
+void exact_squares(const ExactSquares<T>&, Stream);
 // out = sqrt(sum of sums), in order.
 void exact_root_of_sum(const double* sums, int64_t count, float* out, Stream);
 // In each of 16 lanes one chain of fma, lanes by halves, plus bias.
-void exact_product(const Products&, Stream);
-// One chain of fma, times a factor.
-void exact_chains(const Products&, Stream);
-void exact_attention_forward(const ExactAttention&, Stream);
-void exact_attention_backward(const ExactAttention&, Stream);
+template <class T>
+void exact_product(const Products<T, T, T>&, Stream);
+// One chain of fma, times a factor; a or y is float.
+template <class A, class B, class Y>
+void exact_chains(const Products<A, B, Y>&, Stream);
+template <class T>
+void exact_attention_forward(const ExactAttention<T>&, Stream);
+template <class T>
+void exact_attention_backward(const ExactAttention<T>&, Stream);
+// For `tokens` tokens; dlogits must be zero before.
+void exact_choose(const Route<float>&, int64_t tokens, Stream);
+void exact_choose_backward(const RouteBackward<float>&, int64_t tokens, Stream);
+template <class T>
+void exact_weighted_rows(const WeightedRows<T>&, int64_t tokens, Stream);
+template <class T>
+void exact_weighted_rows_backward(const WeightedRowsBackward<T>&, int64_t tokens, Stream);
 
 #define GLM_GPU_INSTANTIATE(name, Args)                  \
   template void name<float>(const Args<float>&, Stream); \
   template void name<bf16>(const Args<bf16>&, Stream);   \
   template void name<f16>(const Args<f16>&, Stream);
+#define GLM_GPU_INSTANTIATE_EXACT(name, Args)            \
+  template void name<float>(const Args<float>&, Stream); \
+  template void name<bf16>(const Args<bf16>&, Stream);
 
 }  // namespace glm::gpu

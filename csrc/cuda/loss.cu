@@ -60,27 +60,34 @@ __global__ void row_losses(CrossEntropy<T> a) {
   }
 }
 
-__global__ void exact_row_losses(CrossEntropy<float> a) {
+// In float32 a row's exponentials overwrite its logits, which loses nothing.
+template <class T>
+__global__ void exact_row_losses(CrossEntropy<T> a) {
+  constexpr bool keeps = sizeof(T) == sizeof(float);
   const int64_t row = blockIdx.x, label = a.labels[row];
   if (label < 0 || label >= a.vocab)
     return out_of_range("linear_cross_entropy: label", label, a.vocab);
-  float* z = a.logits + row * a.vocab;
-  const float hit = z[label], weight = a.token_weight[row];
+  T* z = a.logits + row * a.vocab;
+  const float hit = to_float(z[label]), weight = a.token_weight[row];
   float top = -INFINITY, sum[1];
-  for (int64_t i = threadIdx.x; i < a.vocab; i += blockDim.x) top = exact::Larger()(top, z[i]);
+  for (int64_t i = threadIdx.x; i < a.vocab; i += blockDim.x)
+    top = exact::Larger()(top, to_float(z[i]));
   top = across_block(top, -INFINITY, exact::Larger());
   exact::row_sums(a.vocab, sum, [&](int64_t i, float* s) {
-    const float e = exact::exp(z[i] - top);
-    z[i] = e;
+    const float e = exact::exp(to_float(z[i]) - top);
+    if (keeps) from_float(e, z[i]);
     s[0] += e;
   });
   const float lse = top + exact::exact_log(sum[0]);
   if (threadIdx.x == 0) a.loss[row] = (lse - hit) * weight;
   if (!a.gradient) return;
   const float share = weight / sum[0];
-  for (int64_t i = threadIdx.x; i < a.vocab; i += blockDim.x)
-    z[i] = i == label ? weight * (exact::exp(hit - lse) - 1.0f)
-                      : exact::without_denormals(z[i] * share);
+  for (int64_t i = threadIdx.x; i < a.vocab; i += blockDim.x) {
+    const float x = to_float(z[i]), gradient = keeps ? x * share : exact::exp(x - lse) * weight;
+    from_float(
+        i == label ? weight * (exact::exp(hit - lse) - 1.0f) : exact::without_denormals(gradient),
+        z[i]);
+  }
 }
 
 __global__ void sum_in_order(const float* x, int64_t count, float* out) {
@@ -92,10 +99,11 @@ __global__ void sum_in_order(const float* x, int64_t count, float* out) {
 
 }  // namespace
 
-void exact_cross_entropy(const Losses<float>& a, Stream stream) {
+template <class T>
+void exact_cross_entropy(const Losses<T>& a, Stream stream) {
   if (!a.rows) return;
   const dim3 grid{unsigned(a.rows)};
-  launch(exact_row_losses, grid, exact::threads_for_row(a.of.vocab), stream, a.of);
+  launch(exact_row_losses<T>, grid, exact::threads_for_row(a.of.vocab), stream, a.of);
 }
 
 void exact_sum(const float* x, int64_t count, float* out, Stream stream) {
@@ -113,6 +121,7 @@ void cross_entropy(const Losses<T>& a, Stream stream) {
 }
 
 GLM_GPU_INSTANTIATE(cross_entropy, Losses)
+GLM_GPU_INSTANTIATE_EXACT(exact_cross_entropy, Losses)
 
 int64_t device_memory() {
   size_t total = 0;

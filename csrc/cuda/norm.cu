@@ -85,21 +85,23 @@ __global__ void backward_rows(NormBackward<T> a) {
   }
 }
 
-__global__ void exact_forward_rows(NormForward<float> a) {
+template <class T>
+__global__ void exact_forward_rows(NormForward<T> a) {
   const int64_t row = blockIdx.x, at = row * a.width;
-  const float* t = (a.residual ? a.total : a.x) + at;
+  const T* t = (a.residual ? a.total : a.x) + at;
   if (a.residual) {
     for (int64_t i = threadIdx.x; i < a.width; i += blockDim.x)
-      a.total[at + i] = fmaf(a.residual[at + i], a.alpha, a.x[at + i]);
+      from_float(fmaf(to_float(a.residual[at + i]), a.alpha, to_float(a.x[at + i])),
+                 a.total[at + i]);
     __syncthreads();
   }
   float sum[1], center = 0.0f;
   if (a.bias) {
-    exact::row_sums(a.width, sum, [&](int64_t i, float* s) { s[0] += t[i]; });
+    exact::row_sums(a.width, sum, [&](int64_t i, float* s) { s[0] += to_float(t[i]); });
     center = sum[0] / float(a.width);
   }
   exact::row_sums(a.width, sum, [&](int64_t i, float* s) {
-    const float d = t[i] - center;
+    const float d = to_float(t[i]) - center;
     s[0] = fmaf(d, d, s[0]);
   });
   const float scale = 1.0f / sqrtf(sum[0] / float(a.width) + a.eps);
@@ -108,28 +110,29 @@ __global__ void exact_forward_rows(NormForward<float> a) {
     if (a.bias) a.stats[a.rows + row] = center;
   }
   for (int64_t i = threadIdx.x; i < a.width; i += blockDim.x) {
-    const float normed = (t[i] - center) * scale;
-    a.y[at + i] = a.bias ? fmaf(normed, a.weight[i], a.bias[i]) : normed * a.weight[i];
+    const float normed = (to_float(t[i]) - center) * scale, w = to_float(a.weight[i]);
+    from_float(a.bias ? fmaf(normed, w, to_float(a.bias[i])) : normed * w, a.y[at + i]);
   }
 }
 
-__global__ void exact_backward_rows(NormBackward<float> a) {
+template <class T>
+__global__ void exact_backward_rows(NormBackward<T> a) {
   const int64_t row = blockIdx.x, at = row * a.width;
-  const float *dy = a.dy + at, *t = a.total + at;
+  const T *dy = a.dy + at, *t = a.total + at;
   const float scale = a.stats[row], center = a.dbias ? a.stats[a.rows + row] : 0.0f;
   float sum[2];  // g h, g
   exact::row_sums(a.width, sum, [&](int64_t i, float* s) {
-    const float g = dy[i] * a.weight[i];
-    s[0] = fmaf(g, (t[i] - center) * scale, s[0]);
+    const float g = to_float(dy[i]) * to_float(a.weight[i]);
+    s[0] = fmaf(g, (to_float(t[i]) - center) * scale, s[0]);
     s[1] += g;
   });
   const float gh = sum[0] / float(a.width), g0 = a.dbias ? sum[1] / float(a.width) : 0.0f;
   for (int64_t i = threadIdx.x; i < a.width; i += blockDim.x) {
-    const float h = (t[i] - center) * scale;
-    float dx = (dy[i] * a.weight[i] - g0 - h * gh) * scale;
-    if (a.dtotal) dx += a.dtotal[at + i];
-    a.dx[at + i] = dx;
-    if (a.dresidual) a.dresidual[at + i] = a.alpha * dx;
+    const float h = (to_float(t[i]) - center) * scale;
+    float dx = (to_float(dy[i]) * to_float(a.weight[i]) - g0 - h * gh) * scale;
+    if (a.dtotal) dx += to_float(a.dtotal[at + i]);
+    from_float(dx, a.dx[at + i]);
+    if (a.dresidual) from_float(a.alpha * dx, a.dresidual[at + i]);
   }
 }
 
@@ -203,19 +206,24 @@ void sum_chunks(const SumChunks<T>& a, Stream stream) {
   launch(sum_columns<T>, dim3(unsigned(divided_up(a.width, 64))), 64, stream, a);
 }
 
-void exact_norm_forward(const NormForward<float>& a, Stream stream) {
+template <class T>
+void exact_norm_forward(const NormForward<T>& a, Stream stream) {
   if (!a.rows || !a.width) return;
-  launch(exact_forward_rows, dim3(unsigned(a.rows)), exact::threads_for_row(a.width), stream, a);
+  launch(exact_forward_rows<T>, dim3(unsigned(a.rows)), exact::threads_for_row(a.width), stream, a);
 }
 
-void exact_norm_backward(const NormBackward<float>& a, Stream stream) {
+template <class T>
+void exact_norm_backward(const NormBackward<T>& a, Stream stream) {
   if (!a.rows || !a.width) return;
-  launch(exact_backward_rows, dim3(unsigned(a.rows)), exact::threads_for_row(a.width), stream, a);
-  run_columns<float, 1>(a, stream);
+  launch(exact_backward_rows<T>, dim3(unsigned(a.rows)), exact::threads_for_row(a.width), stream,
+         a);
+  run_columns<T, 1>(a, stream);
 }
 
 GLM_GPU_INSTANTIATE(norm_forward, NormForward)
 GLM_GPU_INSTANTIATE(norm_backward, NormBackward)
 GLM_GPU_INSTANTIATE(sum_chunks, SumChunks)
+GLM_GPU_INSTANTIATE_EXACT(exact_norm_forward, NormForward)
+GLM_GPU_INSTANTIATE_EXACT(exact_norm_backward, NormBackward)
 
 }  // namespace glm::gpu

@@ -27,18 +27,21 @@ __global__ void sum_squares(SquaresBatch<T> a) {
 }
 
 // A block sums a stretch: threads the lanes of its blocks of 512, one thread all of them.
-__global__ void exact_stretches(ExactSquares a) {
+template <class T>
+__global__ void exact_stretches(ExactSquares<T> a) {
   GLM_SHARED(float, parts, exact_stretch / 32);
   const int t = int(blockIdx.y);
   const int64_t size = a.size[t], begin = int64_t(blockIdx.x) * exact_stretch;
   if (begin >= size) return;
-  const float* x = a.x[t] + begin;
+  const T* x = a.x[t] + begin;
   const int64_t count = size - begin < exact_stretch ? size - begin : exact_stretch;
   const int64_t first = int64_t(threadIdx.x) / exact::lanes * exact::block_elements;
   float part = 0.0f;
   for (int k = 0; k < exact::block_elements; k += exact::lanes) {
     const int64_t i = first + k + int(threadIdx.x) % exact::lanes;
-    if (i < count) part = fmaf(x[i], x[i], part);
+    if (i >= count) break;
+    const float v = to_float(x[i]);
+    part = fmaf(v, v, part);
   }
   parts[threadIdx.x] = part;
   __syncthreads();
@@ -94,11 +97,12 @@ void squares(const SquaresBatch<T>& a, Stream stream) {
   launch(sum_squares<T>, grid, threads, stream, a);
 }
 
-void exact_squares(const ExactSquares& a, Stream stream) {
+template <class T>
+void exact_squares(const ExactSquares<T>& a, Stream stream) {
   int64_t largest = 0;
   for (int t = 0; t < a.tensors; ++t) largest = a.size[t] > largest ? a.size[t] : largest;
   const dim3 grid(unsigned(divided_up(largest, exact_stretch)), unsigned(a.tensors));
-  launch(exact_stretches, grid, exact_stretch / 32, stream, a);
+  launch(exact_stretches<T>, grid, exact_stretch / 32, stream, a);
 }
 
 void exact_root_of_sum(const double* sums, int64_t count, float* out, Stream stream) {
@@ -116,6 +120,7 @@ void adamw_update(const AdamWBatch<T>& a, Stream stream) {
 }
 
 GLM_GPU_INSTANTIATE(squares, SquaresBatch)
+GLM_GPU_INSTANTIATE_EXACT(exact_squares, ExactSquares)
 GLM_GPU_INSTANTIATE(adamw_update, AdamWBatch)
 
 }  // namespace glm::gpu

@@ -211,6 +211,8 @@ def require_exact(config: RunConfig, backend: Backend, plan: bool = False) -> No
     """Raises ConfigError where an exact run needs what the backend does not sum exactly."""
     if config.train.exact:
         needed = EXPERT_OPS if config.model.num_experts else ()
+        if config.model.balance_weight:
+            needed = (*needed, "balance_weight")
         registry.require_exact(backend, config.train.dtype, needed, plan)
 
 

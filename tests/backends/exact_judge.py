@@ -1,7 +1,7 @@
 """Compares the exact GPU kernels, executed on the CPU with one fiber per thread, with backend
-`cpu`, bit for bit: `python exact_judge.py LIBRARY WAVE STEPS MODEL ...` prints {case: the results
-that differ}, the same of models trained so many steps, and how often each kernel ran. A process of
-its own, as for fibers_judge."""
+`cpu`, bit for bit: `python exact_judge.py LIBRARY WAVE STEPS MODEL:DTYPE ...` prints {case: the
+results that differ}, the same of models trained so many steps, and how often each kernel ran. A
+process of its own, as for fibers_judge."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import ctypes
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 from unittest import mock
@@ -21,9 +21,9 @@ from glm_core import ops
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
 from glm_core.backends.cpu import backend as cpu
-from glm_core.backends.cuda import attention
+from glm_core.backends.cuda import attention, experts
 from glm_core.backends.cuda.kernels import linear_few, share
-from glm_core.backends.cuda.supports import EXACT
+from glm_core.backends.cuda.supports import EXACT, EXACT_DTYPES
 from glm_core.config import DataConfig, RunConfig, TrainConfig
 from glm_core.conformance.case import Case, select
 from glm_core.conformance.oracle import Results, compute
@@ -33,8 +33,16 @@ from glm_core.training.parallel import SingleProcess
 from glm_core.training.trainer import Trainer
 from tests.shared.toy import L, Sampler, V
 
-MOST = 2
+MOST = {torch.float32: 2, torch.bfloat16: 1}
 """how many of an op's samples; what they lack is in SHAPES"""
+OPERATORS = torch.ops.glm_core
+HALVES = {
+    f"{op}_{way}": module
+    for op, module in experts.MODULES.items()
+    if op in EXACT
+    for way in ("forward", "backward")
+}
+"""experts' operators, and the module of their Triton kernels"""
 
 
 def ends(queries: int, keys: int) -> dict[str, Any]:
@@ -82,18 +90,64 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
             "x": normal(35, 20),
             "weight": normal(700, 20),
             "labels": integers(0, 700, 35),
-            "token_weight": normal(35),
+            "token_weight": normal(35, wide=True),
         },
         "sharp": {
             "x": normal(4, 20, std=6.0),
             "weight": normal(300, 20),
             "labels": integers(0, 300, 4),
-            "token_weight": normal(4),
+            "token_weight": normal(4, wide=True),
         },
     },
     "global_norm": {"stretches": {"tensors": [normal(33000), normal(5), normal(16384)]}},
+    "route": {
+        "tails": {
+            "x": normal(21, 70),
+            "weight": normal(37, 70, std=0.1, wide=True),
+            "bias": normal(37, std=0.1, wide=True),
+            "top_k": 5,
+            "scale": 1.8,
+        },
+    },
+    "unpermute": {
+        "three-blocks": {
+            "rows": normal(15, 1100),
+            "order": lambda draw: torch.arange(15).roll(4),
+            "weights": normal(5, 3, wide=True),
+        },
+    },
+    "grouped_linear": {
+        "tails": {
+            "rows": normal(47, 70),
+            "weight": normal(4, 37, 70),
+            "counts": lambda draw: torch.tensor([1, 37, 0, 9]),
+        },
+    },
 }
 """op -> name -> arguments that reach past tiles, blocks and lanes"""
+
+
+class OnFibers(fibers_judge.OnFibers):
+    """Sends the operators of experts through `device_half`, as a GPU does."""
+
+    def __init__(self, library: str) -> None:
+        halves = ("linear_forward", "attention_forward", "attention_backward")
+        with mock.patch.object(fibers_judge, "LEAVES", (*fibers_judge.LEAVES, *halves)):
+            super().__init__(library)
+        self.calls |= dict.fromkeys(HALVES, 0)
+        self.own = torch.library.Library("glm_core", "FRAGMENT")
+        for name in (f"exact_{half}" for half in HALVES):
+            kernel = getattr(torch.ops.glm_core_fibers, name).default
+            self.own.define(str(kernel._schema).removeprefix("glm_core_fibers::"))
+            self.own.impl(name, kernel, "CPU")
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func.namespace == "glm_core" and func._opname in HALVES:
+            self.calls[func._opname] += 1
+            return experts.device_half(HALVES[func._opname], func._opname)(*args)
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def on_fibers() -> Backend:
@@ -102,22 +156,24 @@ def on_fibers() -> Backend:
     share(backend)
     backend.implements(ops.linear)(linear_few)
     backend.implements(ops.attention)(attention.attention)
+    experts.equip(backend)
     return backend
 
 
 def cases(backend: Backend) -> Iterator[Case]:
     """Yields the first samples of every op that has exact kernels, and our own."""
-    left = Counter[tuple[str, str]]()
-    for case in select(backend, dtypes=[torch.float32], real=False):
-        left[case.op.name, case.mode] += 1
-        wanted = left[case.op.name, case.mode] <= MOST or "tiny" in case.id
+    left = Counter[tuple[str, str, torch.dtype]]()
+    for case in select(backend, dtypes=EXACT_DTYPES, real=False):
+        key = case.op.name, case.mode, case.dtype
+        left[key] += 1
+        wanted = left[key] <= MOST[case.dtype] or "-ti" in case.id  # tiny, tied
         if case.op.name in EXACT and not case.raises and wanted:
             yield case
     for name, shapes in SHAPES.items():
         op = ops.all_ops()[name]
         for id, args in shapes.items():
             for mode in ("test", "grad") if op.differentiable else ("test",):
-                yield Case(op, Sample(id, args), torch.float32, mode)
+                yield from (Case(op, Sample(id, args), dtype, mode) for dtype in EXACT_DTYPES)
 
 
 def computed(case: Case, backend: Backend, mode: Any) -> Results:
@@ -143,12 +199,17 @@ MODELS = {
     "glm-130b": {"num_heads": 2},  # DeepNorm, geglu, rope
     "chatglm-6b": {"num_heads": 2},  # two rows of positions
     "glm-4-9b": {"num_heads": 4, "num_kv_heads": 2},  # RMS norm, swiglu, pairs of neighbours
+    "tiny-moe": {"num_heads": 4, "num_kv_heads": 2, "expert_ffn": 24, "balance_weight": 0.0},
 }
 
 
-def trained(name: str, backend: Backend, mode: Any, steps: int) -> Results:
-    """Returns losses, gradient norms and weights after a few steps of two sequences."""
-    train = TrainConfig(exact=True, micro_batch=1, global_batch=2, steps=steps, warmup_steps=1)
+def trained(what: str, backend: Backend, mode: Any, steps: int) -> Results:
+    """Returns losses, gradient norms and weights after a few steps of two sequences; `what` is
+    MODEL:DTYPE."""
+    name, dtype = what.split(":")
+    train = TrainConfig(
+        exact=True, micro_batch=1, global_batch=2, steps=steps, warmup_steps=1, dtype=dtype
+    )
     model = preset(name, **{**SMALL, "head_dim": None, **MODELS[name]})
     config = RunConfig(model=model, data=DataConfig(length=L, vocab=V), train=train)
     trainer = Trainer(config, Sampler(), parallel=SingleProcess(config, backend))
@@ -160,9 +221,7 @@ def trained(name: str, backend: Backend, mode: Any, steps: int) -> Results:
 
 
 def main(library: str, wave: str, steps: str, *models: str) -> None:
-    halves = (*fibers_judge.LEAVES, "linear_forward", "attention_forward", "attention_backward")
-    with mock.patch.object(fibers_judge, "LEAVES", halves):
-        mode = fibers_judge.OnFibers(library)
+    mode = OnFibers(library)
     ctypes.CDLL(library).glm_fibers_configure(int(wave), ctypes.c_uint64(1))
     fibers, none = on_fibers(), nullcontext()
     found = {}

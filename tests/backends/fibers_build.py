@@ -27,6 +27,7 @@ SANITIZERS = [
     "--param=asan-instrumentation-with-call-threshold=0",
 ]
 FOLDERS = [f"-I{CSRC}/include", f"-I{CSRC}/fibers"]
+BINDINGS = ("exact", "experts", "ops", "quant", "training")
 KERNEL = [
     "-std=c++17",
     "-O1",
@@ -64,9 +65,7 @@ def sources(folder: Path) -> dict[Path, list[str]]:
     torch's headers are read once."""
     kernels = sorted((CSRC / "cuda").glob("*.cu"))
     bindings = folder / "bindings.cpp"
-    bindings.write_text(
-        '#include "exact.cpp"\n#include "ops.cpp"\n#include "quant.cpp"\n#include "training.cpp"\n'
-    )
+    bindings.write_text("".join(f'#include "{name}.cpp"\n' for name in BINDINGS))
     scheduler = CSRC / "fibers" / "fibers.cpp"
     return {**dict.fromkeys(kernels, KERNEL), scheduler: SCHEDULER, bindings: BINDING}
 

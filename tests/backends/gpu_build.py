@@ -19,8 +19,8 @@ import machine_code
 
 CSRC = Path(__file__).parents[2] / "csrc"
 TOGETHER = (
-    *("activation", "embedding", "exact_attention", "exact_product", "loss", "norm", "optim"),
-    *("quant", "rope"),
+    *("activation", "embedding", "exact_attention", "exact_product", "experts", "loss", "norm"),
+    *("optim", "quant", "rope"),
 )
 """sources that are compiled as one: the compilers' own headers take most of the time"""
 NVIDIA_ONLY = ("tensor_rows",)

@@ -1,5 +1,6 @@
-"""Tests that exact float32 has the same bits on backend `cpu` and in the GPU kernels, whose sources
-are executed on the CPU, one fiber per thread; and that nvcc makes no other arithmetic of them."""
+"""Tests that exact runs have the same bits on backend `cpu` and in the GPU kernels, whose sources
+are executed on the CPU, one fiber per thread; and that nvcc and hipcc make no other arithmetic of
+them."""
 
 from __future__ import annotations
 
@@ -19,11 +20,12 @@ import torch
 from glm_core import ops
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
-from glm_core.backends.cuda.kernels import share
+from glm_core.backends.cuda.kernels import exact_lacks, share
 from glm_core.backends.cuda.supports import EXACT, EXACT_DTYPES
 from glm_core.backends.exact import Exact
 from glm_core.backends.registry import probe
 from glm_core.config import RunConfig, TrainConfig
+from glm_core.conformance.case import dtype_name
 from glm_core.errors import ConfigError, UnsupportedOpError
 from glm_core.model.presets import preset
 from glm_core.training.parallel import SingleProcess, require_exact
@@ -39,7 +41,7 @@ built = pytest.mark.skipif(not probe("cpu").ok, reason=probe("cpu").reason)
 def test_the_same_bits_as_the_cpu() -> None:
     """Every op with exact kernels, forward and backward, and a step of training."""
     script = Path(__file__).with_name("exact_judge.py")
-    words = (str(fibers_build.library()), "64", "1", "glm-4-9b")
+    words = (str(fibers_build.library()), "64", "1", "tiny-moe:float32", "glm-4-9b:bfloat16")
     done = subprocess.run(
         [sys.executable, str(script), *words],
         env=fibers_build.instrumented(),
@@ -51,7 +53,9 @@ def test_the_same_bits_as_the_cpu() -> None:
     answer: dict[str, Any] = json.loads(done.stdout)
     assert not {id: what for id, what in answer["found"].items() if what}
     assert not {name: what for name, what in answer["models"].items() if what}
-    assert {id.partition("-")[0] for id in answer["found"]} == set(EXACT)
+    assert {tuple(id.split("-")[:2]) for id in answer["found"]} == {
+        (op, dtype_name(dtype)) for op in EXACT for dtype in EXACT_DTYPES
+    }
     # the other arithmetic must differ, or nothing above could fail
     assert answer["fast"]["swiglu"]
     assert answer["fast"]["rms_norm"]
@@ -84,18 +88,55 @@ def test_nvcc_multiplies_and_adds_at_once_only_where_it_is_written(tmp_path: Pat
     assert written > 1000
 
 
+ODD_FMA = """\
+#include <hip/hip_runtime.h>
+extern "C" __device__ __attribute__((const)) float odd_fma(float, float, float);
+#define fmaf odd_fma
+"""
+LOOSE = re.compile(
+    r"(?:= f\w+|call) (?:fast|nnan|ninf|nsz|arcp|contract|afn|reassoc)\b|fmuladd|!fpmath"
+    r"|llvm\.(?:exp|log|sin|cos|pow|amdgcn\.(?:rcp|rsq\.f32|exp|log|fdiv|sqrt))\w*"
+)
+ROOTS = {"fma.f32": ("llvm.sqrt.f32", 2), "fma.f64": ("amdgcn.rsq.f64", 7)}
+"""the fused multiply-adds of a root: the intrinsic it begins with, and how many there are"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(gpu_build.HIPCC is None, reason="no hipcc (Debian: hipcc)")
+def test_hipcc_multiplies_and_adds_at_once_only_where_it_is_written(tmp_path: Path) -> None:
+    """Our fmaf is replaced by a call: in LLVM's form of the kernels the fused multiply-adds of
+    square roots are left alone. Divisions are rounded correctly, and denormals are kept."""
+    odd, target = tmp_path / "odd.h", tmp_path / "together.ll"
+    odd.write_text(ODD_FMA)
+    flags = [f for f in gpu_build.HIP_FLAGS if f not in ("-Xarch_host", "-O0")]
+    command = [str(gpu_build.HIPCC), "-w", *flags, "--offload-arch=gfx90a", "--cuda-device-only"]
+    command += ["-emit-llvm", "-S", "-include", str(odd), str(gpu_build.sources(tmp_path)[0])]
+    gpu_build.run([*command, "-o", str(target)])
+    text = target.read_text()
+    assert "denormal-fp-math" not in text
+    written, found = 0, set()
+    for kernel in text.split("amdgpu_kernel void @")[1:]:
+        name, body = kernel.partition("(")[0], kernel.partition("\n}\n")[0]
+        written += body.count("@odd_fma(")
+        counts = [(body.count(f), most * body.count(r)) for f, (r, most) in ROOTS.items()]
+        if LOOSE.search(body) or any(fused != allowed for fused, allowed in counts):
+            found.add(next((f for f in FAST if f in name and "exact" not in name), name))
+    assert found <= set(FAST)
+    assert written > 1000
+
+
 def test_refused_by_name_before_the_run() -> None:
-    lacks = tuple(name for name in ops.all_ops() if name not in EXACT)
-    exact = Exact(lambda: registry.nullcontext(), EXACT_DTYPES, lacks, plans=False)
+    exact = Exact(lambda: registry.nullcontext(), EXACT_DTYPES, exact_lacks(), plans=False)
     backend = Backend(name="elsewhere", device_type="meta", verified="shapes only", exact=exact)
     share(backend)
-    train = TrainConfig(exact=True, dtype="bfloat16")
-    with pytest.raises(ConfigError, match=r"elsewhere sums exactly in float32, not in bfloat16"):
+    train = TrainConfig(exact=True, dtype="float16")
+    which = "elsewhere sums exactly in float32, bfloat16, not in float16"
+    with pytest.raises(ConfigError, match=which):
         SingleProcess(RunConfig(model=preset("tiny"), train=train), backend)
-    experts = RunConfig(model=preset("tiny-moe"), train=TrainConfig(exact=True))
-    lack = "has no exact kernel of grouped_linear, permute, route, unpermute; use backend cpu"
+    balanced = preset("tiny-moe", balance_weight=1e-4)
+    lack = "has no exact kernel of balance_weight; use backend cpu"
     with pytest.raises(ConfigError, match=lack):
-        SingleProcess(experts, backend)
+        SingleProcess(RunConfig(model=balanced, train=TrainConfig(exact=True)), backend)
     dense = RunConfig(model=preset("tiny"), train=TrainConfig(exact=True))
     with pytest.raises(ConfigError, match="in one process alone"):
         require_exact(dense, backend, plan=True)

@@ -39,15 +39,31 @@ inline Tensor with_contiguous_rows(const Tensor& x) {
   return x.size(-1) <= 1 || x.stride(-1) == 1 ? x : x.contiguous();
 }
 
+// Whether exact kernels take x: an exact run of one thread is no matter of others in float16.
+inline bool has_exact(const Tensor& x) {
+  return x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16;
+}
+
 // Whether sums have the order of docs/exact.md: the switch is the CPU's extension's.
 inline bool wants_exact() {
   static const auto asked = op<bool()>("glm_core::exact");
   return asked.call();
 }
 
+// The same as by_dtype, for the exact kernels.
+template <class F>
+void by_exact_dtype(const Tensor& x, F f) {
+  TORCH_CHECK_NOT_IMPLEMENTED(has_exact(x), "exact: kernels take float32 and bfloat16; received ",
+                              x.scalar_type(), "; convert it or leave exact out");
+  x.scalar_type() == at::kFloat ? f(float{}) : f(bf16{});
+}
+
 namespace bindings {
-// x weight^T + bias in float32, exact, whatever the strides.
+// x weight^T + bias, exact, whatever the strides; all in one dtype.
 Tensor exact_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias = {});
+// The same, written into y [N, F]; x [N, D].
+void exact_linear_into(const Tensor& y, const Tensor& x, const Tensor& weight,
+                       const OptionalTensor& bias = {});
 }  // namespace bindings
 
 }  // namespace glm::gpu

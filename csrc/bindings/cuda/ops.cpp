@@ -18,11 +18,10 @@ using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 // Rows in a partial sum of the weight's gradient: at most 128 sums, few enough to add up fast.
 int64_t rows_per_sum(int64_t rows) { return std::max<int64_t>(16, (rows + 127) / 128); }
 
-// Calls exact(a) for float32 in an exact run, and fast(a) otherwise: an exact run of one thread is
-// no matter of others in half precision.
+// Calls exact(a) in an exact run where there is such a kernel, and fast(a) otherwise.
 template <class T, class Exact, class Fast, class Args>
 void exactly(const Exact& exact, const Fast& fast, const Args& a) {
-  if constexpr (sizeof(T) == sizeof(float))
+  if constexpr (!std::is_same_v<T, f16>)
     if (wants_exact()) return exact(a);
   fast(a);
 }
@@ -53,7 +52,8 @@ Four norm_backward(const Tensor& dy_, const OptionalTensor& dtotal_, const Tenso
   const Tensor dy = dy_.contiguous(), total = total_.contiguous(), weight = weight_.contiguous();
   const OptionalTensor dtotal = contiguous(dtotal_);
   const int64_t rows = num_rows(total), width = total.size(-1);
-  const int64_t per_sum = wants_exact() ? chunk_rows(rows) : rows_per_sum(rows);
+  const int64_t per_sum =
+      wants_exact() && has_exact(total_) ? chunk_rows(rows) : rows_per_sum(rows);
   const int64_t chunks = (rows + per_sum - 1) / per_sum;
   const bool scaled = residual && alpha != 1.0;  // otherwise the residual's gradient is dx
   Tensor dx = at::empty_like(total), dweight = at::empty_like(weight);

@@ -41,26 +41,31 @@ Three exact_loss(const Tensor& x, const Tensor& weight, const Tensor& labels,
                  const Tensor& token_weight, bool gradients, Stream stream) {
   const int64_t rows = x.size(0), vocab = weight.size(0), none = 0;
   const int64_t chunk = loss_chunk(rows, vocab, x.element_size());
-  const Tensor each = at::empty({rows}, x.options()), loss = at::empty({}, x.options());
+  const auto floats = token_weight.options();
+  const Tensor each = at::empty({rows}, floats), loss = at::empty({}, floats);
   Tensor dx = at::empty(gradients ? x.sizes() : at::IntArrayRef(none), x.options());
-  Tensor dweight = at::zeros(gradients ? weight.sizes() : at::IntArrayRef(none), x.options());
+  Tensor dweight = at::zeros(gradients ? weight.sizes() : at::IntArrayRef(none),
+                             chunk < rows ? floats : x.options());
   for (int64_t begin = 0; begin < rows; begin += chunk) {
     const int64_t size = std::min(chunk, rows - begin);
     const Tensor part = x.narrow(0, begin, size), z = exact_linear(part, weight);
-    const CrossEntropy<float> a{data<float>(z),
-                                data<int64_t>(labels) + begin,
-                                data<float>(token_weight) + begin,
-                                data<float>(each) + begin,
-                                vocab,
-                                gradients};
-    exact_cross_entropy({a, size}, stream);
+    by_exact_dtype(z, [&](auto zero) {
+      using T = decltype(zero);
+      const CrossEntropy<T> a{data<T>(z),
+                              data<int64_t>(labels) + begin,
+                              data<float>(token_weight) + begin,
+                              data<float>(each) + begin,
+                              vocab,
+                              gradients};
+      exact_cross_entropy<T>({a, size}, stream);
+    });
     if (!gradients) continue;
-    dx.narrow(0, begin, size).copy_(exact_linear(z, weight.t()));
+    exact_linear_into(dx.narrow(0, begin, size), z, weight.t());
     const Tensor dw = exact_linear(z.t(), part.t());
-    begin ? dweight.add_(dw) : dweight = dw;
+    begin ? dweight.add_(dw) : dweight.copy_(dw);
   }
   exact_sum(data<float>(each), rows, data<float>(loss), stream);
-  return {loss, dx, dweight};
+  return {loss, dx, dweight.to(weight.scalar_type())};
 }
 
 // Computes the gradients with the loss, while a chunk's logits exist; they are empty unless
@@ -69,7 +74,7 @@ Three linear_cross_entropy_forward(const Tensor& x, const Tensor& weight, const 
                                    const Tensor& token_weight_, bool gradients) {
   const OnDevice on(x);
   const Tensor labels = labels_.contiguous(), token_weight = token_weight_.contiguous();
-  if (wants_exact() && x.scalar_type() == at::kFloat)
+  if (wants_exact() && has_exact(x))
     return exact_loss(x, weight, labels, token_weight, gradients, on.stream);
   const int64_t rows = x.size(0), vocab = weight.size(0), none = 0;
   const int64_t chunk = fast_loss_chunk(rows, vocab, x.element_size());
@@ -127,26 +132,24 @@ void batches(const std::vector<Tensor>& tensors, F f) {
   }
 }
 
-bool all_float(const std::vector<Tensor>& tensors) {
-  return std::all_of(tensors.begin(), tensors.end(),
-                     [](const Tensor& t) { return t.scalar_type() == at::kFloat; });
-}
-
 Tensor exact_norm(const std::vector<Tensor>& tensors, Stream stream) {
   int64_t count = 0;
   for (const Tensor& t : tensors) count += divided_up(t.numel(), exact_stretch);
   const auto options = tensors[0].options();
   const Tensor sums = at::empty({count}, options.dtype(at::kDouble));
-  const Tensor norm = at::empty({}, options);
+  const Tensor norm = at::empty({}, options.dtype(at::kFloat));
   int64_t next = 0;
   batches(tensors, [&](const std::vector<size_t>& batch, int64_t) {
-    ExactSquares a{};
-    a.sums = data<double>(sums), a.tensors = int(batch.size());
-    for (size_t k = 0; k < batch.size(); ++k) {
-      a.x[k] = data<float>(tensors[batch[k]]), a.size[k] = tensors[batch[k]].numel();
-      a.first[k] = next, next += divided_up(a.size[k], exact_stretch);
-    }
-    exact_squares(a, stream);
+    by_exact_dtype(tensors[batch[0]], [&](auto zero) {
+      using T = decltype(zero);
+      ExactSquares<T> a{};
+      a.sums = data<double>(sums), a.tensors = int(batch.size());
+      for (size_t k = 0; k < batch.size(); ++k) {
+        a.x[k] = data<T>(tensors[batch[k]]), a.size[k] = tensors[batch[k]].numel();
+        a.first[k] = next, next += divided_up(a.size[k], exact_stretch);
+      }
+      exact_squares(a, stream);
+    });
   });
   exact_root_of_sum(data<double>(sums), count, data<float>(norm), stream);
   return norm;
@@ -155,7 +158,8 @@ Tensor exact_norm(const std::vector<Tensor>& tensors, Stream stream) {
 Tensor global_norm(at::TensorList tensors_) {
   const OnDevice on(tensors_.front());
   const std::vector<Tensor> tensors = contiguous_all(tensors_);
-  if (wants_exact() && all_float(tensors)) return exact_norm(tensors, on.stream);
+  if (wants_exact() && std::all_of(tensors.begin(), tensors.end(), has_exact))
+    return exact_norm(tensors, on.stream);
   int64_t count = 0;
   batches(tensors, [&](const std::vector<size_t>& batch, int64_t largest) {
     count += int64_t(batch.size()) * blocks_for(largest);

@@ -46,9 +46,8 @@ def equip(backend: Backend, module: str) -> None:
     """Gives the backend its kernels. Where `module` is not built, its ops refuse calls and say
     why."""
     trouble = load(module, backend.name)
-    if not trouble and backend.name == "cuda":
-        dtypes = tuple(d for d in EXACT_DTYPES if d in backend.dtypes)
-        backend.exact = Exact(exact_sums, dtypes, exact_lacks(), plans=False)
+    if not trouble:
+        backend.exact = exact_kernels(backend)
     covered = _in_triton() if trouble else ()
     share(backend, lambda op: "" if op in covered else trouble)
     backend.implements(ops.linear, takes(backend, ops.linear))(linear if trouble else linear_few)
@@ -60,10 +59,13 @@ def equip(backend: Backend, module: str) -> None:
     experts.equip(backend)
 
 
-def exact_lacks() -> tuple[str, ...]:
-    """Returns the ops without exact kernels, and `balance_weight`: the experts' auxiliary loss is
-    written in torch's operators, whose sums differ from device to device."""
-    return (*(name for name in ops.all_ops() if name not in EXACT), "balance_weight")
+def exact_kernels(backend: Backend) -> Exact:
+    """Returns what a backend with csrc's kernels sums exactly, in the dtypes it computes in. It
+    lacks `balance_weight`, too: the experts' auxiliary loss is written in torch's operators, whose
+    sums differ from device to device."""
+    dtypes = tuple(d for d in EXACT_DTYPES if d in backend.dtypes)
+    lacks = (*(name for name in ops.all_ops() if name not in EXACT), "balance_weight")
+    return Exact(exact_sums, dtypes, lacks, plans=False)
 
 
 _registrations: list[Any] = []

@@ -20,9 +20,8 @@ import torch
 from glm_core import ops
 from glm_core.backends import registry
 from glm_core.backends.base import Backend
-from glm_core.backends.cuda.kernels import exact_lacks, share
+from glm_core.backends.cuda.kernels import exact_kernels, share
 from glm_core.backends.cuda.supports import EXACT, EXACT_DTYPES
-from glm_core.backends.exact import Exact
 from glm_core.backends.registry import probe
 from glm_core.config import RunConfig, TrainConfig
 from glm_core.conformance.case import dtype_name
@@ -126,8 +125,8 @@ def test_hipcc_multiplies_and_adds_at_once_only_where_it_is_written(tmp_path: Pa
 
 
 def test_refused_by_name_before_the_run() -> None:
-    exact = Exact(lambda: registry.nullcontext(), EXACT_DTYPES, exact_lacks(), plans=False)
-    backend = Backend(name="elsewhere", device_type="meta", verified="shapes only", exact=exact)
+    backend = Backend(name="elsewhere", device_type="meta", verified="shapes only")
+    backend.exact = exact_kernels(backend)._replace(switch=registry.nullcontext)
     share(backend)
     train = TrainConfig(exact=True, dtype="float16")
     which = "elsewhere sums exactly in float32, bfloat16, not in float16"

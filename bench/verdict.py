@@ -24,8 +24,8 @@ from glm_core.align.verdict import FALSE_ALARM_RATE
 from glm_core.faults.aten import ATEN_FAULTS, AtenFault
 from glm_core.measure.timing import machine
 from glm_core.verdict import oracle, watch
+from glm_core.verdict.capture import Capture
 from glm_core.verdict.judge import judge
-from glm_core.verdict.watching import Capture
 
 CALLS_PER_FAULT = 3
 """a fault is tried on so many calls of its operator, until one shows it"""

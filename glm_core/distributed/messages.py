@@ -151,6 +151,11 @@ _SIDES: dict[str, Callable[[_Arguments], Side]] = {
     "c10d::allgather_": lambda a: _gather(
         a, a.values["input_tensors"], lambda _: a.values["output_tensors"][0]
     ),
+    "c10d::allgather_coalesced_": lambda a: _gather(
+        a,
+        a.values["input_list"],
+        lambda _: [y for own in zip(*a.values["output_lists"], strict=True) for y in own],
+    ),
     "c10d::gather_": lambda a: _only_root(
         a, _gather(a, a.values["input_tensors"], lambda _: a.values["output_tensors"][0])
     ),
@@ -202,17 +207,22 @@ _functional(
 def collective(func: Any, args: Any, kwargs: dict[str, Any]) -> Collective:
     """Returns this rank's side of a collective that is about to run. Raises MessagesError."""
     name = func._schema.name
-    if name.startswith(("c10d::send", "c10d::recv")):
-        raise MessagesError("sent from one rank to another; only what a whole group does is judged")
     if name not in _SIDES:
         raise MessagesError("no collective whose messages can be compared")
-    names = [a.name for a in func._schema.arguments]
-    values = dict(zip(names, args, strict=False)) | kwargs
-    group = _group(values)
+    values, group = arguments_of(func, args, kwargs)
     arguments = _Arguments(values, group)
     sent, received, sources = _SIDES[name](arguments)
     reduction = _reduction(values["reduce_op"]) if "reduce_op" in values else ""
     return Collective(name, group, group.rank(), list(sent), received, sources, reduction)
+
+
+def arguments_of(
+    func: Any, args: Any, kwargs: dict[str, Any]
+) -> tuple[dict[str, Any], ProcessGroup]:
+    """Returns the arguments of an operator by name, and its process group."""
+    names = [a.name for a in func._schema.arguments]
+    values = dict(zip(names, args, strict=False)) | kwargs
+    return values, _group(values)
 
 
 def _group(values: dict[str, Any]) -> ProcessGroup:
@@ -260,6 +270,17 @@ def show(mine: Collective) -> Shown:
     return shown
 
 
+def chosen(part: Tensor, most: int, seed: int) -> Tensor:
+    """Returns a tensor on the host: whole, or `most` random elements in order, the same on every
+    rank, the first and the last among them."""
+    if part.numel() <= most:
+        return part.detach().cpu().clone()
+    generator = torch.Generator("cpu").manual_seed(seed)
+    index = torch.randint(part.numel(), (most,), generator=generator, device="cpu")
+    index[0], index[-1] = 0, part.numel() - 1
+    return part.detach().reshape(-1)[index.sort().values.to(part.device)].cpu()
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Shown:
     """A collective whose messages the ranks show each other."""
@@ -280,15 +301,9 @@ class Shown:
         return f"{self.place}/{self.number}/{rank}"
 
     def chosen(self, part: Tensor) -> Tensor:
-        """Returns a part on the host: whole, or the same random elements on every rank, the first
-        and the last among them."""
+        """Returns a part on the host, see `chosen`."""
         most = max(MOST // max(len(self.mine.sent), self.mine.group.size()), 2)
-        if part.numel() <= most:
-            return part.detach().cpu().clone()
-        generator = torch.Generator("cpu").manual_seed(self.number)
-        index = torch.randint(part.numel(), (most,), generator=generator, device="cpu")
-        index[0], index[-1] = 0, part.numel() - 1
-        return part.detach().reshape(-1)[index.to(part.device)].cpu()
+        return chosen(part, most, self.number)
 
     def sent(self) -> list[list[Tensor]]:
         """Returns the parts that each rank sent. Raises MessagesError where one shows none."""
@@ -318,6 +333,15 @@ class Shown:
         return tensors[: len(self.mine.sources)]
 
 
+def unseen_groups() -> list[str]:
+    """Returns the classes of process groups that are written in Python. Torch calls them directly,
+    and not by operators."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return []
+    kinds = {type(group) for group in c10d._world.pg_map} - {ProcessGroup}
+    return sorted(kind.__qualname__ for kind in kinds)
+
+
 def wait_for_readers() -> None:
     """Waits until every rank has read what the others showed: the store may end with this one."""
     if not (dist.is_available() and dist.is_initialized()):
@@ -329,10 +353,3 @@ def wait_for_readers() -> None:
             store.set(ends[str(dist.get_rank())], "")
             with contextlib.suppress(RuntimeError):
                 store.wait(list(ends.values()), timedelta(seconds=PATIENCE_S))
-
-
-def rank_in_words() -> str:
-    """Returns `rank 1 of 4`, "" where there is no job."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return ""
-    return f"rank {dist.get_rank()} of {dist.get_world_size()}"

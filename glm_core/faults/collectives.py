@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glm_core.distributed.messages import Collective, collective, wait
+from glm_core.distributed.messages import Collective, arguments_of, collective, wait
 from glm_core.faults.aten import AtenFault
 
 Edit = Callable[[Collective, list[Tensor]], None]
@@ -28,6 +28,8 @@ GATHERING = (
 )
 EXCHANGING = ("c10d::alltoall_base_", "_c10d_functional::all_to_all_single")
 COLLECTIVE_FAULTS: list[AtenFault] = []
+TRANSFER_FAULTS: list[AtenFault] = []
+"""mistakes in messages from one rank to another"""
 
 
 def _arrived(edit: Edit) -> Callable[..., Any]:
@@ -97,6 +99,43 @@ def _not_received(mine: Collective, parts: list[Tensor]) -> None:
             part.zero_()
 
 
+def _other_message(edit: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Any]:
+    """Sends `edit(message, message before)`; the first message as it is. Waits for nothing, because
+    the other rank may not have begun to receive."""
+    before: dict[tuple[int, int], Tensor] = {}
+
+    def wrong(func: Any, tensors: list[Tensor], group: Any, peer: int, tag: int) -> Any:
+        if not tensors[0].is_floating_point():  # sizes of objects: the program would not run on
+            return func(tensors, group, peer, tag)
+        last = before.get((peer, tag))
+        before[peer, tag] = tensors[0].clone()
+        if last is None or (last.shape, last.dtype) != (tensors[0].shape, tensors[0].dtype):
+            last = tensors[0]
+        return func([edit(tensors[0], last)], group, peer, tag)
+
+    return wrong
+
+
+def _second_half_lost(message: Tensor, last: Tensor) -> Tensor:
+    edited = message.clone()
+    edited.view(-1)[message.numel() // 2 :] = 0
+    return edited
+
+
+def _into_another_buffer(func: Any, tensors: list[Tensor], *args: Any) -> Any:
+    return func([x.clone() for x in tensors], *args)
+
+
+def _from_another_rank(func: Any, tensors: list[Tensor], group: Any, peer: int, tag: int) -> Any:
+    """Receives from the third of three ranks."""
+    _, whole = arguments_of(func, (tensors, group, peer, tag), {})
+    return func(tensors, group, 3 - whole.rank() - peer, tag)
+
+
+def _transfer_fault(operator: str, name: str, wrong: Callable[..., Any]) -> None:
+    TRANSFER_FAULTS.append(AtenFault(operator, f"{operator}: {name}", wrong))
+
+
 def _fault(operators: tuple[str, ...], name: str, wrong: Callable[..., Any], *dtypes: str) -> None:
     for operator in operators:
         given = dtypes or ("float32", "bfloat16")
@@ -115,3 +154,11 @@ _fault(
     "only the root has it",
     _arrived(_not_received),
 )
+_transfer_fault(
+    "c10d::send", "the second half of the message is lost", _other_message(_second_half_lost)
+)
+_transfer_fault(
+    "c10d::send", "sends the message before again", _other_message(lambda _, last: last.clone())
+)
+_transfer_fault("c10d::recv_", "the message arrives in another buffer", _into_another_buffer)
+_transfer_fault("c10d::recv_", "receives from another rank", _from_another_rank)

@@ -1,5 +1,5 @@
-"""Judges what a collective delivered by what the ranks sent: parts that are moved must arrive bit
-by bit, parts that are combined must be as close to float64 as honest rounding is."""
+"""Judges what ranks received by what the others sent: parts that are moved must arrive bit by bit,
+parts that are combined must be as close to float64 as honest rounding is."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from glm_core.distributed.messages import Collective, MessagesError, Shown, collective, show
+from glm_core.distributed.transfers import Receive
 from glm_core.verdict import references
 from glm_core.verdict.judge import Judgement, judge, wrong
 from glm_core.verdict.oracle import Call
@@ -106,16 +107,50 @@ def _judge_part(
     return judgement
 
 
+def judge_transfer(receive: Receive) -> Judgement:
+    """Judges what arrived from another rank: it must be what that rank sent, bit by bit. Raises
+    MessagesError where that is not known."""
+    part, sent = receive.arrived(), receive.sent()
+    judgement = Judgement(num_tests=1)
+    if not same(part, sent):
+        mistakes = receive.mistakes()
+        what = next((text for text, other in mistakes if same(part, other)), "")
+        judgement.outside.append(wrong("y", receive.buffer, what or _cut_off(part, sent)))
+    receive.compared(sent)
+    return judgement
+
+
+def _cut_off(part: Tensor, sent: Tensor) -> str:
+    """Says which elements of a message are not what was sent."""
+    if part.numel() != sent.numel():
+        return f"{part.numel()} elements where {sent.numel()} were sent"
+    if part.dtype != sent.dtype:
+        return f"{part.dtype} where {sent.dtype} was sent"
+    off = _different(part, sent)
+    first, count = int(off.nonzero()[0]), int(off.sum())
+    if count == part.numel():
+        return f"none of {count} elements is what was sent"
+    if count > 1 and bool(off[first:].all()):
+        return f"cut off: the last {count} of {part.numel()} elements are not what was sent"
+    return f"{count} of {part.numel()} elements are not what was sent, the first at [{first}]"
+
+
 def _wide(x: Tensor) -> Tensor:
     return x.double() if x.is_floating_point() else x
 
 
 def same(x: Tensor, y: Tensor) -> bool:
-    """Says whether two tensors are equal, NaN being equal to NaN."""
+    """Says whether two tensors have the same bits."""
     if x.numel() != y.numel() or x.dtype != y.dtype:
         return False
-    x, y = x.reshape(-1), y.reshape(-1)
-    return bool(((x == y) | ((x != x) & (y != y))).all())
+    return not bool(_different(x, y).any())
+
+
+def _different(x: Tensor, y: Tensor) -> Tensor:
+    """Returns, flat, which elements of two tensors of one dtype differ in any bit."""
+    size = (x.numel(), x.element_size())
+    x, y = (t.reshape(-1).contiguous().view(torch.uint8).reshape(size) for t in (x, y))
+    return (x != y).any(1)
 
 
 def _known(mine: Collective, part: Tensor, parts: list[Tensor], sent: list[list[Tensor]]) -> str:

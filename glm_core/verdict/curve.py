@@ -91,7 +91,7 @@ def sketch(tensors: list[Tensor]) -> list[float]:
     """Returns three numbers that stay as they are where the tensors differ by rounding, and change
     by about 1 where they are others."""
     total, square = torch.zeros(3, dtype=torch.float64, device="cpu"), 0.0
-    for i, t in enumerate(tensors):
+    for i, t in enumerate(map(_own_part, tensors)):
         if t.is_meta or t.is_complex() or t.layout != torch.strided or not t.numel():
             continue
         flat = t.detach().reshape(-1)
@@ -103,12 +103,18 @@ def sketch(tensors: list[Tensor]) -> list[float]:
     return [float(v) for v in total / max(square, 1e-300) ** 0.5]
 
 
+def _own_part(x: Tensor) -> Tensor:
+    """Returns what this rank holds of a tensor that is spread over ranks; any other as it is."""
+    own: Tensor = x.to_local() if hasattr(x, "to_local") else x
+    return own
+
+
 def move(weights: list[Tensor], seed: int, unit: float) -> None:
     """Moves every weight by -1, 0 or 1 times half a `unit` of itself, as much as a rounding, but at
     least by one unit in the last place of its own dtype. Without `unit`, weights below float32
     stay: their own unit is more than an update."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    for weight in weights:
+    for i, weight in enumerate(map(_own_part, weights)):
+        generator = torch.Generator("cpu").manual_seed(seed + 1_000_003 * i)
         if not weight.is_floating_point() or weight.is_meta or weight.layout != torch.strided:
             continue
         own = torch.finfo(weight.dtype).eps

@@ -85,6 +85,7 @@ def results(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) 
         if schema.alias_info is None
     }
     fresh |= {name: argument(func, args, kwargs, name) for name in written(func)}
+    fresh.pop(references.UNFILLED.get(func._schema.name, ""), None)
     return {name: y for name, x in fresh.items() if (y := _flat(x)) is not None}
 
 

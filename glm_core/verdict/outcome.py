@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from glm_core.verdict.comparison import Comparison
 from glm_core.verdict.envelope import CurveVerdict, judge_curve, why_not
 from glm_core.verdict.report import Report
 from glm_core.verdict.script import Request
+
+RANK = "{rank}"
+"""stands for the rank's number in the names of records"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,6 +61,7 @@ def judge_all(request: Request, controls: int, say: Callable[[str], None]) -> Ou
     """Judges a script; the request's context is judged after a run without it. `say` gets each
     sentence as soon as it is known. Raises what `run_script` raises."""
     plain: dict[str, Any] = {}
+    request = of_this_rank(request)
     if request.context and request.record:
         raise ConfigError("verdict: --with and --record; pass one: a record is of one run")
     _require_numbers(request, controls)
@@ -98,6 +103,28 @@ def _require_numbers(request: Request, controls: int) -> None:
         )
 
 
+def of_this_rank(request: Request) -> Request:
+    """Returns the request with the rank's number in the names of its records. Raises ConfigError
+    where the ranks of a job would write the same file, or none knows which rank it is."""
+    rank, in_job = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "1") != "1"
+    if in_job and request.record and RANK not in request.record:
+        raise ConfigError(
+            f"verdict: --record {request.record}: every rank of this job would write it; put "
+            f"{RANK} into its name"
+        )
+    if in_job and not request.script:
+        raise ConfigError("verdict: --against without a script; start it alone, without a launcher")
+    if not rank and RANK in request.record + request.against:
+        raise ConfigError(
+            f"verdict: {RANK} in a record's name, but RANK is not set; start it with torchrun"
+        )
+    return dataclasses.replace(
+        request,
+        record=request.record.replace(RANK, rank),
+        against=request.against.replace(RANK, rank),
+    )
+
+
 def _against(recorded: dict[str, Any], last: dict[str, Any], request: Request) -> CurveVerdict:
     if not recorded:
         return CurveVerdict(missing="the record holds none; record with --curve STEPS")
@@ -127,7 +154,8 @@ def _with_controls(
             run = script.run_script(dataclasses.replace(base, control=number))
             curves.append(run["curve"])
             say(f"control run {number} of {controls} is complete")
-            if reason := why_not(first, curves, first):
+            in_job = "ranks" in run  # whose other ranks go on
+            if not in_job and (reason := why_not(first, curves, first)):
                 return CurveVerdict(missing=reason)  # the others would show the same
     except GlmCoreError as error:
         return CurveVerdict(missing=f"a control run gave no curve: {error}")

@@ -104,6 +104,8 @@ def _deterministic(name: str) -> bool:
     return "attention" in name
 
 
+UNFILLED = {"fsdp::all_gather_copy_in": "y1"}
+"""by operator: a result that has no values yet"""
 Mask = Tensor | None
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +51,11 @@ class Request:
     """number of a control run, in which nothing is captured; 0: no control run"""
     unit: float = 0.0
     """see `Curve`"""
+    run: int = 0
+    """number of the run, the same on all ranks of a job"""
 
-    @property
-    def alone(self) -> bool:
-        """Says whether one run of the script is all that is judged."""
-        return not (self.context or self.record or self.against or self.curve_steps)
+
+_RUNS = itertools.count(1)
 
 
 def run_script(request: Request) -> dict[str, Any]:
@@ -64,8 +68,10 @@ def run_script(request: Request) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "result.json"
         words = [sys.executable, "-m", "glm_core.verdict.worker", str(path)]
+        request = dataclasses.replace(request, run=next(_RUNS))
         words.append(json.dumps(dataclasses.asdict(request)))
-        code = subprocess.run(words, stdout=sys.stderr, check=False).returncode
+        with _ends_with_us():
+            code = subprocess.run(words, stdout=sys.stderr, check=False).returncode
         text = path.read_text(encoding="utf-8") if path.is_file() else "{}"
         result: dict[str, Any] = json.loads(text)
     if "error" in result:
@@ -73,6 +79,24 @@ def run_script(request: Request) -> dict[str, Any]:
     if "report" in result or (request.control and "curve" in result):
         return result
     raise TrainingError(f"verdict: {request.script} {_end(code)}")
+
+
+@contextmanager
+def _ends_with_us() -> Iterator[None]:
+    """Makes a launcher's SIGTERM an exception, on which `subprocess.run` ends the script's process:
+    it would wait for the other ranks of its job."""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _end(code: int) -> str:

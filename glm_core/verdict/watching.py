@@ -1,9 +1,7 @@
-"""Watches a training program: captures every ATen operator of chosen optimizer steps, below
-autograd, and has it judged at once, so that no more than one call is kept."""
+"""Watches a training program: chosen optimizer steps are captured, the others run as they are."""
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -11,183 +9,24 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import flop_registry
 
 from glm_core.align.verdict import FALSE_ALARM_RATE
-from glm_core.conformance.oracle import EagerMode
-from glm_core.distributed.messages import MessagesError, rank_in_words, wait_for_readers
-from glm_core.distributed.reports import num_ranks
-from glm_core.errors import ConfigError, NoRoomError, TrainingError
+from glm_core.distributed import transfers
+from glm_core.distributed.messages import unseen_groups, wait_for_readers
+from glm_core.distributed.reports import Job, job
+from glm_core.errors import ConfigError, TrainingError
 from glm_core.measure import memory
-from glm_core.verdict import boundary, collectives, graphs, oracle, references
+from glm_core.verdict import boundary, graphs
+from glm_core.verdict.capture import Capture
 from glm_core.verdict.docket import Docket
-from glm_core.verdict.judge import judge_drawn
-from glm_core.verdict.oracle import Call
 from glm_core.verdict.places import Places, source_line
-from glm_core.verdict.record import Recorder
 from glm_core.verdict.report import Report
-from glm_core.verdict.room import judge_in_room, out_of_memory
-from glm_core.verdict.slices import too_large
-
-MAX_ELEMENTS = 1 << 26
-"""a call with more elements in one tensor, of which no rows can be judged alone, is left out: its
-float64 copies would not fit"""
-
-
-COLLECTIVES = ("c10d", "_c10d_functional")
-"""namespaces of the operators that pass tensors between ranks"""
-DRAWN = torch.ops.aten.bernoulli_.float
-"""draws dropout's mask; its results have a distribution to be judged by"""
-
-
-class Capture(EagerMode):
-    """The mode that is active during captured steps."""
-
-    def __init__(self, docket: Docket, places: Places) -> None:
-        super().__init__()
-        self.docket, self.places = docket, places
-        self.step = 0
-        self.process = os.getpid()
-        self.recorder: Recorder | None = None
-        self.num_short = 0
-        """calls of which smaller parts than usual were judged"""
-        self.unit = 0.0
-        """the unit in the last place of the coarsest dtype that the program multiplies in"""
-
-    supports_higher_order_operators = True
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if os.getpid() != self.process:  # a worker of a data loader
-            return func(*args, **kwargs)
-        if any(t.__torch_dispatch__ is not Tensor.__torch_dispatch__ for t in types):
-            return NotImplemented  # the subclass is asked first; what it calls comes here
-        if not isinstance(func, torch._ops.OpOverload):
-            self.docket.leave_out(str(func), "higher-order operator; no reference", 0.0)
-            return func(*args, **kwargs)
-        if func.namespace in COLLECTIVES and func._schema.name not in references.NO_VALUES:
-            return self._collective(func, args, kwargs)
-        if not oracle.computes(func):
-            return func(*args, **kwargs)
-        drawn = func is DRAWN and len(args) > 1
-        reason = ("" if drawn else references.why_not(func)) or _unfit(args, kwargs)
-        try:
-            call = None if reason else _kept(func, args, kwargs)
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            call, reason = None, "no memory on its device for a copy of what it writes"
-        out = func(*args, **kwargs)
-        with oracle.alone():
-            flops = _flops(func, args, kwargs, out)
-            if call is None:
-                self.docket.leave_out(func._schema.name, reason, flops)
-            else:
-                self._judge(call, oracle.results(func, args, kwargs, out), flops)
-        return out
-
-    def _collective(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Runs a collective and judges it by what the ranks sent."""
-        name = func._schema.name
-        with oracle.alone():
-            shown = collectives.begin(func, args, kwargs)
-        out = func(*args, **kwargs)
-        with oracle.alone():
-            flops = _flops(func, args, kwargs, out)
-            try:
-                if isinstance(shown, str):
-                    raise MessagesError(shown)
-                judgement = collectives.judge_collective(shown, out, self.docket.least_z)
-            except MessagesError as error:
-                self.docket.leave_out(name, str(error), flops)
-            else:
-                self.docket.devices.add(shown.device_type)
-                self.docket.add(name, self.places.here(), self.step, judgement, flops)
-        return out
-
-    def _judge(self, call: Call, actual: oracle.Results, flops: float) -> None:
-        name = call.func._schema.name
-        place = self.places.here()
-        self.docket.devices.add(call.device_type)
-        if call.func.overloadpacket in flop_registry:
-            dtypes = [y.dtype for y in actual.values() if y.is_floating_point()]
-            self.unit = max([self.unit, *(torch.finfo(d).eps for d in dtypes)])
-        if too_large(call, MAX_ELEMENTS):
-            reason = f"a tensor of more than {MAX_ELEMENTS} elements, and no rows of their own"
-            self.docket.leave_out(name, reason, flops)
-            return
-        try:
-            if call.func is DRAWN:
-                judgement = judge_drawn(float(call.args[1]), actual["self"])
-            else:
-                seed, z = self.docket.num_tests, self.docket.least_z
-                judgement, smaller = judge_in_room(call, actual, seed, z)
-                self.num_short += smaller
-        except NoRoomError as error:
-            self.docket.leave_out(name, str(error), flops)
-            return
-        except Exception as error:  # the host has no kernel for it
-            text = str(error).strip().splitlines() or [type(error).__name__]
-            reason = f"the host cannot compute it in float64: {text[0]:.100}"
-            self.docket.leave_out(name, reason, flops)
-            return
-        self.docket.add(name, place, self.step, judgement, flops)
-        if self.recorder is not None and call.func is not DRAWN:
-            self.recorder.add(call, actual, place, self.step, wrong=bool(judgement.outside))
-
-
-def _unfit(args: Any, kwargs: dict[str, Any]) -> str:
-    """Returns why these arguments cannot be judged, "" where they can."""
-    for x in tree_leaves((args, kwargs)):
-        if not isinstance(x, Tensor):
-            continue
-        if x.is_meta or x.layout != torch.strided or x.is_quantized:
-            return "its tensors have no values, are sparse or quantized"
-        if x.device.type != "cpu" and graphs.captured(x.device.type):
-            return "it is captured into a graph and has no values yet"
-    return ""
-
-
-def _kept(func: Any, args: Any, kwargs: dict[str, Any]) -> Call:
-    """Returns the call with copies of what the operator writes, and of what shares memory with
-    it."""
-    names = oracle.written(func)
-    leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-    device_type = leaves[0].device.type if leaves else str(kwargs.get("device") or "cpu")
-    if names:
-        given = [oracle.argument(func, args, kwargs, n) for n in names]
-        owned = {t.untyped_storage().data_ptr() for t in tree_leaves(given) if _is_tensor(t)}
-
-        def copy(x: Any) -> Any:
-            shares = _is_tensor(x) and x.untyped_storage().data_ptr() in owned
-            return x.detach().clone() if shares else x
-
-        with oracle.alone():
-            args, kwargs = tree_map(copy, args), tree_map(copy, kwargs)
-    return Call(func, args, kwargs, device_type.partition(":")[0])
-
-
-def _is_tensor(x: Any) -> bool:
-    return isinstance(x, Tensor)
-
-
-def _flops(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> float:
-    """Returns the FLOPs of a call as torch counts them, one per element of the results where torch
-    has no count."""
-    count = flop_registry.get(func.overloadpacket)
-    if count is not None:
-        return float(count(*args, **kwargs, out_val=out))
-    values = out if out is not None else args
-    return float(sum(t.numel() for t in tree_leaves(values) if isinstance(t, Tensor)))
 
 
 def _num_compiled() -> int:
@@ -222,11 +61,12 @@ class watch:
         self.mode = Capture(self.docket, self.places)
         self.done = 0
         """optimizer steps so far"""
+        self.job: Job | None = None
         self.captured: list[int] = []
         self.seconds = 0.0
         self.notes: list[str] = []
         self._begin: float | None = None
-        self._active = ExitStack()
+        self._active, self._whole = ExitStack(), ExitStack()
         self._compiled = 0
         self._kept: list[boundary.Kept] = []
         self._hooks: list[Any] = []
@@ -236,6 +76,7 @@ class watch:
             register_optimizer_step_pre_hook(self._before),
             register_optimizer_step_post_hook(self._after),
         ]
+        self._whole.enter_context(transfers.counted())
         self._start_or_not()
         return self
 
@@ -243,6 +84,7 @@ class watch:
         for hook in self._hooks:
             hook.remove()
         self._stop()
+        self._whole.close()
 
     def _start_or_not(self) -> None:
         self.mode.step = self.done + 1
@@ -261,7 +103,13 @@ class watch:
         if self._begin is None:
             return
         self._active.close()
+        self.mode.end()
         wait_for_readers()
+        for name in unseen_groups():
+            self._note(
+                f"the process group {name} is written in Python: what it passes between ranks is "
+                "not seen, and not judged"
+            )
         self.places.stop()
         self._note_compiled()
         for kept in self._kept:
@@ -298,6 +146,7 @@ class watch:
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.optimizer = self.optimizer if self.optimizer is not None else optimizer
         self.places.optimizer = optimizer
+        self.job = self.job or job()
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.places.optimizer = None
@@ -316,10 +165,12 @@ class watch:
                 f"verdict: {self.program} made {self.done} optimizer steps, none of {steps} was "
                 "captured; pass smaller numbers with --steps, or let the program run longer"
             )
-        rate = self.docket.rate / num_ranks()
+        self.job = self.job or job()
+        rate = self.docket.rate / (self.job.world if self.job else 1)
+        rank = self.job.in_words() if self.job else ""
         findings = self.docket.findings(rate)
         return Report(
-            program=", ".join(filter(None, (self.program, rank_in_words()))),
+            program=", ".join(filter(None, (self.program, rank))),
             devices=sorted(self.docket.devices),
             steps=self.captured,
             findings=findings,

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import Optimizer
 
+from glm_core.distributed.reports import keys_apart
 from glm_core.errors import (
     BackendUnavailableError,
     ConfigError,
@@ -90,21 +91,28 @@ class WatchedScript(watch):
         if self.finished or not self.docket.calls:
             return
         self.finished = True
-        if self.request.alone:
-            report = ranks.of_job(self.report())
-            self.result["elsewhere"] = report is None
-            if report is not None:
-                self.result["report"] = report.to_json()
         try:
             if self.mode.recorder is not None:
                 report = self.report(self.request.context)
                 self.mode.recorder.save(Path(self.request.record), report)
             if self.record is not None:
-                comparison = compare(self.record, self._device(), self.rate)
+                comparison = compare(self.record, self._device(), self._share_of(self.rate))
                 self.result["comparison"] = comparison.to_json()
         except GlmCoreError as error:
             self.failure = error
             raise Complete from None
+
+    def share(self) -> None:
+        """Gives rank 0 of a job what this rank found; the others leave the verdict to it."""
+        if self.job is None or self.job.world == 1:
+            return
+        whole = ranks.of_job(self.job, self.result)
+        self.result |= {"elsewhere": True} if whole is None else whole
+        self.result["ranks"] = self.job.world
+        write(self.path, self.result)
+
+    def _share_of(self, rate: float) -> float:
+        return rate / (self.job.world if self.job else 1)
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         super()._before(optimizer, args, kwargs)
@@ -121,6 +129,7 @@ class WatchedScript(watch):
             self.result["curve"] = self.curve.to_json()
             write(self.path, self.result)
         if self.done >= self.last:
+            self.share()
             raise Complete
         super()._start_or_not()
 
@@ -207,9 +216,15 @@ def run(request: Request, result: Path) -> None:
     watched = WatchedScript(request, result, record)
     watched.result["recorded_curve"] = record.curve if record is not None else {}
     try:
-        with on_device(request.device), entered(request.context), watched:
+        with (
+            on_device(request.device),
+            keys_apart(request.run),
+            entered(request.context),
+            watched,
+        ):
             _run(request, watched)
             watched.finish()
+            watched.share()
     except Complete:
         if watched.failure is not None:
             raise watched.failure from None

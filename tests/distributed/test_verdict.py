@@ -4,12 +4,13 @@ sent."""
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from ranks import Ranks
 
-from glm_core.faults.collectives import COLLECTIVE_FAULTS
+from glm_core.faults.collectives import COLLECTIVE_FAULTS, TRANSFER_FAULTS
 from glm_core.versions import lack_of
 
 LACK = lack_of("named_reductions", "to plant wrong reductions")
@@ -22,6 +23,15 @@ NAMES_WHAT_IS_WRONG = {
     "ranks keep their own": "this rank's own message",
     "the ranks' parts change places": "another than belongs here",
     "only the root has it": "not what was sent",
+}
+
+TRANSFERS_ARE_WRONG = {
+    "the second half of the message is lost": (
+        "cut off: the last 24 of 48 elements are not what was sent"
+    ),
+    "sends the message before again": "the message before this one",
+    "the message arrives in another buffer": "nothing arrived: the buffer is as it was",
+    "receives from another rank": "what rank {other} sent, where rank {belongs}'s belongs",
 }
 
 
@@ -41,7 +51,7 @@ def test_every_collective_is_judged_by_what_the_ranks_sent(both: list[dict[str, 
             assert report["verdict"] == "honest", report["sentence"]
             assert report["program"] == f"program, rank {rank} of 2"
             assert not report["not_judged"]
-            assert sum("c10d" in row["operator"] for row in report["operators"]) == 15
+            assert sum("c10d" in row["operator"] for row in report["operators"]) == 17
 
 
 def test_planted_collectives_are_named_with_what_is_wrong(both: list[dict[str, Any]]) -> None:
@@ -79,3 +89,84 @@ def test_ranks_that_do_not_watch_are_not_waited_for_twice(both: list[dict[str, A
     for name in ("alone", "alone again"):
         [left] = both[0][name]["not_judged"]
         assert "watch the same steps on every rank" in left["reason"]
+
+
+@pytest.fixture(scope="module")
+def three(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Returns what each of three ranks reports that send each other messages."""
+    job = ranks.run("verdict_transfers.everything", 3, folder=tmp_path_factory.mktemp("transfers"))
+    assert job.codes == [0, 0, 0], job.told
+    return [json.loads(o.partition("RESULT ")[2].splitlines()[0]) for o in job.outputs]
+
+
+def received(report: dict[str, Any]) -> int:
+    rows = report["operators"]
+    return sum(row["calls"] for row in rows if "recv" in row["operator"])
+
+
+def test_messages_between_two_ranks_are_judged_by_what_was_sent(
+    three: list[dict[str, Any]],
+) -> None:
+    for rank, own in enumerate(three):
+        for report in own["honest"].values():
+            assert report["verdict"] == "honest", report["sentence"]
+            assert {u["operator"] for u in report["not_judged"]} <= {"aten::randn"}
+        assert received(own["honest"]["float32"]) == 4
+        assert received(own["honest"]["one by one"]) == (0, own["functional"] + 2, 2)[rank]
+
+
+def test_planted_messages_are_named_with_what_is_wrong(three: list[dict[str, Any]]) -> None:
+    for rank, own in enumerate(three):
+        assert len(own["planted"]) == 2 * len(TRANSFER_FAULTS)
+        for fault, findings in own["planted"].items():
+            [(operator, test)] = findings
+            assert operator == "c10d::recv_"
+            name = fault.partition(": ")[2].rpartition(" ")[0]
+            belongs, other = sorted({0, 1, 2} - {rank})
+            assert test == TRANSFERS_ARE_WRONG[name].format(other=other, belongs=belongs)
+
+
+def test_a_pipelines_messages_are_judged(three: list[dict[str, Any]]) -> None:
+    for own in three[:2]:
+        assert own["pipeline"]["verdict"] == "honest", own["pipeline"]["sentence"]
+        assert received(own["pipeline"]) == 4  # activations or gradients of four micro-batches
+        [finding] = own["wrong pipeline"]["findings"]
+        assert (finding["operator"], finding["calls"]) == ("c10d::recv_", 4)
+
+
+def test_messages_that_cross_steps_are_told_apart(three: list[dict[str, Any]]) -> None:
+    crossing = three[1]["crossing"]
+    assert crossing["verdict"] == "honest", crossing["sentence"]
+    [left] = crossing["not_judged"]
+    assert (left["calls"], received(crossing)) == (1, 1)
+    assert left["reason"] == "its sender did not capture the step in which it was sent"
+
+
+def test_the_command_runs_a_script_of_several_ranks_as_often_as_it_needs(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    job = ranks.run("verdict_commands.everything", 2, folder=tmp_path)
+    assert job.codes == [0, 0], job.told
+    first, other = (json.loads(o.partition("RESULT ")[2].splitlines()[0]) for o in job.outputs)
+    assert other == {
+        "with": [0, None],
+        "refused": [2, None],
+        "record": [0, None],
+        "against": [0, None],
+    }
+    code, whole = first["with"]
+    assert (code, whole["plain"]["verdict"]) == (1, "honest")
+    [finding] = whole["findings"]
+    assert (finding["test"], sorted(finding["ranks"])) == ("averages where it should sum", [0, 1])
+    assert first["refused"][0] == 2
+    assert "put {rank} into its name" in job.outputs[0]
+    code, whole = first["record"]
+    assert (code, whole["curve"]["missing"]) == (0, "it is recorded here, and judged by --against")
+    code, whole = first["against"]
+    compared = whole["comparison"]
+    assert (code, compared["program"], compared["only_there"]) == (0, "train.py, 2 ranks", [])
+    assert compared["calls"] >= compared["equal"] > 100
+    assert not compared["not_compared"]
+    assert whole["curve"]["loss"] == whole["curve"]["reference"]
+    assert len(whole["curve"]["controls"]) == 4
+    assert whole["curve"]["bound"][-1] > 0

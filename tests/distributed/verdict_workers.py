@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from glm_core import verdict
 from glm_core.distributed import messages
+from glm_core.distributed.reports import job
 from glm_core.faults.aten import AtenFault, Planted
 from glm_core.faults.collectives import COLLECTIVE_FAULTS
 from glm_core.verdict.ranks import of_job
@@ -22,7 +23,8 @@ from glm_core.verdict.report import Report
 
 def calls(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     """Every collective that is judged, by the operator that it calls."""
-    rank, group = dist.get_rank(), dist.group.WORLD.group_name
+    rank, whole = dist.get_rank(), dist.group.WORLD
+    group = whole.group_name
     x = torch.randn(6, 8, generator=torch.Generator().manual_seed(rank)).to(dtype)
     sent, arriving = [2, 4], [2, 2] if rank == 0 else [4, 4]  # rows to and from each rank
 
@@ -43,6 +45,10 @@ def calls(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
         "broadcast_": lambda: dist.broadcast(x.clone(), 0),
         "_allgather_base_": lambda: dist.all_gather_into_tensor(rows(12), x),
         "allgather_": lambda: dist.all_gather([rows(6), rows(6)], x),
+        "allgather_coalesced_": lambda: whole.allgather_coalesced(
+            [[rows(6), rows(6)], [rows(6), rows(6)]], [x, x + 1]
+        ).wait(),
+        "allreduce_coalesced_": lambda: whole.allreduce_coalesced([x.clone(), x + 1]).wait(),
         "gather_": lambda: dist.gather(x, None if rank else [rows(6), rows(6)]),
         "scatter_": lambda: dist.scatter(rows(3), None if rank else list(x.split(3))),
         "_reduce_scatter_base_": lambda: dist.reduce_scatter_tensor(rows(3), x),
@@ -103,8 +109,8 @@ def data_parallel() -> dict[str, Any]:
     wrong = next(f for f in COLLECTIVE_FAULTS if f.name.startswith("c10d::allreduce_: averages"))
     own = judged([step], wrong)
     result = {"ddp": judged([step], None).to_json(), "wrong": own.to_json()}
-    job = of_job(own)
-    result["job"] = job.to_json() if job is not None else None
+    whole = of_job(job(), {"report": own.to_json(), "unit": 0.0})
+    result["job"] = whole and whole["report"]
     messages.PATIENCE_S = 0.2
     for name in ("alone", "alone again"):
         if dist.get_rank():

@@ -2,9 +2,15 @@
 
 import dataclasses
 
+import pytest
+
+from glm_core.errors import ConfigError
 from glm_core.verdict import render
-from glm_core.verdict.ranks import merged
+from glm_core.verdict.comparison import Comparison
+from glm_core.verdict.outcome import of_this_rank
+from glm_core.verdict.ranks import merged, merged_comparisons, merged_curves
 from glm_core.verdict.report import Finding, Report, Row, Unjudged, from_json
+from glm_core.verdict.script import Request
 
 
 def finding(operator: str, ratio: float, calls: int) -> Finding:
@@ -84,3 +90,66 @@ def test_a_rank_that_gave_no_report_is_named() -> None:
     assert whole.program == "train.py, 2 of 3 ranks"
     assert whole.notes == ["short", "no report came from rank 1: it is not judged here"]
     assert "rank 1" in render.text(whole)
+
+
+def compared(rank: int, **findings: list[Finding]) -> Comparison:
+    return Comparison(
+        record=f"of-{rank}.safetensors",
+        program=f"train.py, rank {rank} of 2",
+        devices=["cpu"],
+        torch="2.13.0",
+        steps=[2],
+        here="cpu",
+        calls=10,
+        equal=8,
+        only_there=["aten::mm"] if rank else [],
+        findings={"here": [], "there": []} | findings,
+        not_compared=[Unjudged(operator="lib::op", calls=1, flops_share=0.0, reason="no")],
+        num_tests=50,
+    )
+
+
+def test_the_ranks_comparisons_are_one() -> None:
+    own = {0: compared(0), 1: compared(1, there=[finding("aten::gelu", 9.0, 2)])}
+    whole = merged_comparisons(own, 2)
+    assert (whole.program, whole.calls, whole.equal, whole.num_tests) == (
+        "train.py, 2 ranks",
+        20,
+        16,
+        100,
+    )
+    assert whole.only_there == ["aten::mm"]
+    assert [(f.operator, f.ranks) for f in whole.findings["there"]] == [("aten::gelu", [1])]
+    assert [(u.operator, u.calls) for u in whole.not_compared] == [("lib::op", 2)]
+
+
+def test_the_jobs_loss_is_the_mean_of_the_ranks_that_have_one() -> None:
+    first = {"loss": [None, None], "weights": [1.0], "gradients": [2.0]}  # an earlier stage
+    last = {"loss": [3.0, 1.0], "weights": [4.0], "gradients": []}
+    assert merged_curves([first, last]) == {
+        "loss": [3.0, 1.0],
+        "weights": [1.0, 4.0],
+        "gradients": [2.0],
+    }
+    assert merged_curves([last, last | {"loss": [5.0, None]}])["loss"] == [4.0, None]
+    assert merged_curves([first, first])["loss"] == [None, None]
+
+
+def test_each_rank_has_a_record_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(**names: str) -> Request:
+        fields = {"script": "train.py", "args": [], "steps": [2], "false_alarm_rate": 1e-3}
+        return of_this_rank(Request(**fields | names))  # type: ignore[arg-type]
+
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert asked(record="of.st", against="all.st").record == "of.st"
+    with pytest.raises(ConfigError, match="RANK is not set"):
+        asked(against="of-{rank}.st")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    own = asked(record="of-{rank}.st", against="all.st")
+    assert (own.record, own.against) == ("of-1.st", "all.st")
+    with pytest.raises(ConfigError, match="every rank of this job would write it"):
+        asked(record="of.st")
+    with pytest.raises(ConfigError, match="without a launcher"):
+        asked(script="", against="of-{rank}.st")

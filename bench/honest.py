@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from glm_core.bench.verdict import MODELS, VARIANTS, train
+from glm_core.bench.verdict import MODELS, VARIANTS, rows_of, train
 from glm_core.measure.timing import machine
 from glm_core.sensitivity.honest import interval
 
@@ -63,12 +63,6 @@ def _runs(isa: str, seed: int) -> Iterator[Key]:
 def key(row: dict[str, Any]) -> Key:
     """Returns what identifies a run."""
     return row["model"], row["dtype"], row["variant"], row["seed"]
-
-
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    """Returns the runs that a file holds."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [row for row in map(json.loads, lines) if "model" in row]
 
 
 def measure(path: Path, isa: str, seed: int) -> None:

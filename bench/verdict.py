@@ -2,7 +2,7 @@
 FILE]`. Tiny models of transformers are trained two steps each; the second is judged. The same run
 tries the planted faults of every operator on its first calls: each is judged as if the operator had
 computed it. What an operator's other calls show does not change with a fault, because each call is
-judged on its own arguments."""
+judged on its own arguments. A run that FILE has already is not made again."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -219,11 +220,21 @@ def train(
     return row
 
 
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """Returns the runs that a file holds."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [row for row in map(json.loads, lines) if "model" in row]
+
+
 def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yields the figures of each run."""
+    """Yields the figures of each run that the file does not have."""
+    held = rows_of(Path(args.out)) if args.out else []
+    done = {(row["model"], row["dtype"], row["variant"]) for row in held}
     for name in args.only.split(",") if args.only else MODELS:
         for dtype in args.dtypes.split(","):
             for variant in args.variants.split(","):
+                if (name, dtype, variant) in done:
+                    continue
                 try:
                     yield train(name, getattr(torch, dtype), variant, variant == "plain")
                 except (RuntimeError, TypeError, ValueError, AttributeError) as error:

@@ -70,7 +70,7 @@ def _replaced(kind: str) -> Iterator[None]:
     plain: Callable[..., Any] = getattr(ProcessGroup, kind)
 
     def call(group: ProcessGroup, tensors: Any, *args: int, **named: int) -> Any:
-        *peer, tag = (*args, *named.values())
+        *peer, tag = (*args, *(named[n] for n in ("dstRank", "srcRank", "tag") if n in named))
         if kind == "recv_anysource":
             _UNKNOWN.add((group.group_name, tag))
         else:
@@ -120,10 +120,13 @@ class Receive:
         """Returns what the sender has shown. Raises MessagesError where it has shown nothing."""
         if (self.channel.group, self.channel.tag) in _UNKNOWN:
             raise MessagesError("a receive from any rank; which message it gets is not known")
-        shown = _shown(self.channel, self.number)
-        if shown is None:
-            raise MessagesError("its sender did not capture the step in which it was sent")
-        c10d._get_default_store().delete_key(self.channel.key(self.number))
+        try:
+            shown = _shown(self.channel, self.number)
+            if shown is None:
+                raise MessagesError("its sender did not capture the step in which it was sent")
+            c10d._get_default_store().delete_key(self.channel.key(self.number))
+        except (RuntimeError, ValueError):
+            raise MessagesError("the job ended before it could be compared") from None
         return shown
 
     def compared(self, sent: Tensor) -> None:

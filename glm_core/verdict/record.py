@@ -147,7 +147,8 @@ def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]
                 raise TraceError(
                     f"{len(fields)} characters of fields, at most {MAX_FIELDS}; record again"
                 )
-            tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118  # no dict
+            # copies have the alignment of the program's tensors; a kernel's bits may depend on it
+            tensors = {n: file.get_tensor(n).clone() for n in file.keys()}  # noqa: SIM118  # no dict
             return tensors, dict(json.loads(fields)), dict(json.loads(curve))
     except (OSError, SafetensorError, MemoryError) as error:
         raise TraceError(f"cannot be read ({error!s:.200}); record again") from None

@@ -10,8 +10,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +68,7 @@ def run_script(request: Request) -> dict[str, Any]:
         words = [sys.executable, "-m", "glm_core.verdict.worker", str(path)]
         request = dataclasses.replace(request, run=next(_RUNS))
         words.append(json.dumps(dataclasses.asdict(request)))
-        with _ends_with_us():
-            code = subprocess.run(words, stdout=sys.stderr, check=False).returncode
+        code = process(words)
         text = path.read_text(encoding="utf-8") if path.is_file() else "{}"
         result: dict[str, Any] = json.loads(text)
     if "error" in result:
@@ -81,22 +78,30 @@ def run_script(request: Request) -> dict[str, Any]:
     raise TrainingError(f"verdict: {request.script} {_end(code)}")
 
 
-@contextmanager
-def _ends_with_us() -> Iterator[None]:
-    """Makes a launcher's SIGTERM an exception, on which `subprocess.run` ends the script's process:
-    it would wait for the other ranks of its job."""
+def process(words: list[str]) -> int:
+    """Runs the script's process and returns how it ended. A SIGTERM ends it too: a launcher sends
+    that, and the script would wait for the other ranks of its job. Raises SystemExit then."""
+    ended: list[int] = []
+    child: subprocess.Popen[bytes] | None = None
 
-    def leave(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
+    def end(number: int, frame: object) -> None:
+        ended.append(number)
+        if child is not None:
+            child.kill()
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, leave)
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, end) if in_main else None
     try:
-        yield
+        child = subprocess.Popen(words, stdout=sys.stderr)
+        if ended:
+            child.kill()
+        code = child.wait()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if in_main:
+            signal.signal(signal.SIGTERM, before)
+    if ended:
+        raise SystemExit(128 + ended[0])
+    return code
 
 
 def _end(code: int) -> str:

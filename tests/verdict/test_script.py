@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -186,6 +188,21 @@ def test_numbers_that_judge_nothing_are_refused_before_the_script_runs(
 ) -> None:
     assert cli.main(["verdict", *words, "--record", "r.safetensors", "--", "no_script.py"]) == 2
     assert f"verdict: {words[-2]} {words[-1]}; " in capsys.readouterr().err
+
+
+def test_a_launcher_that_ends_the_command_ends_the_script_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in, told = tmp_path / "slow", tmp_path / "pid"
+    stand_in.write_text(f"#!/bin/sh\necho $$ > {told}\nkill -TERM {os.getpid()}\nexec sleep 60\n")
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(stand_in))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        run_script(request_for(tmp_path))
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(told.read_text()), 0)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_script_that_ends_its_process_is_named(

@@ -120,8 +120,15 @@ def usable(name: str) -> Backend:
     return backend
 
 
+def require_values(backend: Backend) -> None:
+    """Raises ConfigError for a backend that computes shapes alone."""
+    if backend.device_type == "meta":
+        raise ConfigError(f"backend {backend.name}: computes shapes and no values; use another one")
+
+
 def require_dtype(backend: Backend, dtype: str) -> None:
-    """Raises ConfigError unless the backend computes in this working dtype."""
+    """Raises ConfigError unless the backend computes values in this working dtype."""
+    require_values(backend)
     known = [str(d).removeprefix("torch.") for d in backend.dtypes]
     if dtype not in known:
         raise ConfigError(

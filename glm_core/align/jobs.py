@@ -98,6 +98,10 @@ def run(
     begin, out = time.perf_counter(), Path(out_dir)
     chosen = {name_of(b): b for b in backends if name_of(b) != REFERENCE}
     dtypes = dtypes or (config.train.dtype,)
+    if not chosen and not plans:
+        raise ConfigError(
+            "align: the reference alone leaves nothing to judge; name another backend or a plan"
+        )
     check(list(chosen.values()), dtypes, controls, without)
     check_plans(config, backends, plans)
     jobs = [

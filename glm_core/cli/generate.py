@@ -154,7 +154,9 @@ def load_chat_model(
     from glm_core.pretrained.load import from_path
 
     require_memory_options(args)
-    device = registry.usable(args.backend).device()
+    backend = registry.usable(args.backend)
+    registry.require_values(backend)
+    device = backend.device()
     fits: list[Fit] = []
 
     def build(weights: Checkpoint) -> GLM:

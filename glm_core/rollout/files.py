@@ -179,7 +179,7 @@ def stated(rollout: Rollout, assignments: Sequence[str]) -> Rollout:
     """Returns the rollout with settings of the form `temperature=0.7`, for files that hold none.
     Raises ConfigError."""
     known = [field.name for field in dataclasses.fields(Settings)]
-    values = {}
+    values: dict[str, Any] = {}
     for item in assignments:
         name, _, raw = item.partition("=")
         if name not in known:

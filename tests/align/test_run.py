@@ -134,16 +134,16 @@ def test_a_workers_error_is_the_callers(tmp_path: Path) -> None:
         )
 
 
-def test_the_reference_alone_is_aligned_with_itself(tmp_path: Path) -> None:
-    found = align.run(
-        markov.config("float32", steps=2),
-        ["reference"],
-        controls=4,
-        out_dir=tmp_path,
-        sampler=markov.Markov,
-        capture_steps=(1,),
-    )
-    assert (found.verdict, found.pairs) == ("aligned", [])
+@pytest.mark.parametrize(
+    ("backends", "fact"),
+    [(["reference"], "nothing to judge"), ([], "nothing to judge"), (["null"], "no values")],
+    ids=str,
+)
+def test_what_leaves_nothing_to_judge_is_refused(
+    backends: list[str], fact: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=fact):
+        align.run(markov.config("float32", steps=2), backends, out_dir=tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from importlib import metadata
 from glm_core import dispatch
 from glm_core.backends import __path__ as _folder
 from glm_core.backends.base import Backend, Probe
+from glm_core.backends.exact import Exact
 from glm_core.errors import BackendUnavailableError, ConfigError, GlmCoreError, in_one_line, unknown
 from glm_core.ops import all_ops
 from glm_core.session import Session
@@ -140,9 +141,7 @@ def require_dtype(backend: Backend, dtype: str) -> None:
 def require_exact(backend: Backend, dtype: str, needed: Iterable[str], plan: bool) -> None:
     """Raises ConfigError unless the backend sums exactly (docs/exact.md) in this working dtype, in
     all ops needed, and under a plan of several processes where there is one."""
-    exact = backend.exact
-    if exact is None:  # `use` says so
-        return
+    exact = _ordered(backend)
     lacks = sorted(set(needed) & set(exact.lacks))
     dtypes = [str(d).removeprefix("torch.") for d in exact.dtypes]
     for fact, broken in (
@@ -152,9 +151,18 @@ def require_exact(backend: Backend, dtype: str, needed: Iterable[str], plan: boo
     ):
         if broken:
             raise ConfigError(
-                f"train.exact=True: backend {backend.name} {fact}; use backend cpu, or leave exact "
-                "out"
+                f"exact: backend {backend.name} {fact}; use backend cpu, or leave exact out"
             )
+
+
+def _ordered(backend: Backend) -> Exact:
+    """Returns the backend's exact kernels. Raises ConfigError where it has none."""
+    if backend.exact is None:
+        raise ConfigError(
+            f"exact: backend {backend.name} sums in no fixed order; use backend cpu, or leave "
+            "exact out"
+        )
+    return backend.exact
 
 
 @contextmanager
@@ -170,12 +178,7 @@ def use(name: str | Backend, strict: bool = False, exact: bool = False) -> Itera
     that every session records it, but at most 8 times (torch's recompile_limit). Keep one session
     open around all calls of a compiled function."""
     backend = usable(name) if isinstance(name, str) else name
-    if exact and backend.exact is None:
-        raise ConfigError(
-            f"exact: backend {backend.name} sums in no fixed order; use backend cpu, or leave "
-            "exact out"
-        )
-    ordered = backend.exact.switch() if exact and backend.exact is not None else nullcontext()
+    ordered = _ordered(backend).switch() if exact else nullcontext()
     with ordered, dispatch.activate(backend, strict or exact) as session:
         session.exact = exact
         yield session

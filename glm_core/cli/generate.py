@@ -156,6 +156,8 @@ def load_chat_model(
     require_memory_options(args)
     backend = registry.usable(args.backend)
     registry.require_values(backend)
+    if args.exact:
+        registry.require_exact(backend, args.dtype, (), plan=False)
     device = backend.device()
     fits: list[Fit] = []
 

@@ -100,9 +100,7 @@ class SingleProcess:
         self.backend = backend = backend or registry.usable(t.backend)
         self.device = backend.device()
         self.dtype: torch.dtype = getattr(torch, t.dtype)
-        registry.require_dtype(backend, t.dtype)
-        require_exact(config, backend)
-        _require_static(config, prefix=hasattr(model, "prefix"))
+        require_able(config, backend, prefix=hasattr(model, "prefix"))
         self._weights = {} if model is not None else weights
         self.model = (model or GLM(config.model)).to(self.device, self.dtype)
         if t.global_batch > t.micro_batch or t.exact:
@@ -116,8 +114,7 @@ class SingleProcess:
         self.recorded: RecordedLoss | None = None
         if t.graph:
             graphs = backend.graphs(self.device)
-            if isinstance(graphs, Support):
-                raise ConfigError(f"train.graph=True: {graphs.reason}; leave graph out")
+            assert not isinstance(graphs, Support)  # require_able
             self.recorded = RecordedLoss(self.model, self.loss, graphs)
 
     def initial_weights(self) -> dict[str, Tensor]:
@@ -205,6 +202,17 @@ class SingleProcess:
 
 EXPERT_OPS = ("route", "permute", "grouped_linear", "unpermute")
 """what a layer of experts calls"""
+
+
+def require_able(config: RunConfig, backend: Backend, prefix: bool = False) -> None:
+    """Raises ConfigError for what one process cannot train on the backend. Needs neither data nor
+    weights. prefix: whether the model has one (P-Tuning)."""
+    registry.require_dtype(backend, config.train.dtype)
+    require_exact(config, backend)
+    _require_static(config, prefix)
+    graphs = backend.graphs(backend.device()) if config.train.graph else None
+    if isinstance(graphs, Support):
+        raise ConfigError(f"train.graph=True: {graphs.reason}; leave graph out")
 
 
 def require_exact(config: RunConfig, backend: Backend, plan: bool = False) -> None:

@@ -17,7 +17,7 @@ from glm_core.training.interrupt import stop_requests
 from glm_core.training.live import Live
 from glm_core.training.loop import Result, loop
 from glm_core.training.metrics import Metrics
-from glm_core.training.parallel import SingleProcess
+from glm_core.training.parallel import SingleProcess, require_able
 from glm_core.training.trainer import Trainer
 
 
@@ -45,7 +45,8 @@ def run(
     (0: never). Raises GlmCoreError; whatever happens, the newest whole checkpoint stays."""
     out, t = Path(out_dir), config.train
     start = checkpoint.starting_point(out, resume)
-    registry.require_dtype(registry.usable(t.backend), t.dtype)  # before the data is tokenized
+    # before the data is tokenized
+    require_able(config, registry.usable(t.backend), prefix=hasattr(model, "prefix"))
     if sampler is None:
         # here, so that a sampler of the caller's own needs no sentencepiece
         from glm_core.data.open import open_sampler

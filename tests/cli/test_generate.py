@@ -86,6 +86,7 @@ def test_generate(run_dir: Path, capsys: Any) -> None:
         (["--temperature", "-1"], 2, "temperature"),
         (["--backend", "cpx"], 2, "did you mean cpu?"),
         (["--backend", "null"], 2, "backend null: computes shapes and no values"),
+        (["--exact", "--dtype", "float16"], 2, "exact: backend cpu sums exactly in float32"),
         (["--beams", "-1"], 2, "num_beams"),
         (["--head-bits", "3"], 2, "bits=3 must be 8 or 4"),
         (["--speculate", "2"], 2, "speculate=2: the model has no layer of multi-token prediction"),

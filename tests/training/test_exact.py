@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from glm_core.backends import registry
 from glm_core.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from glm_core.errors import ConfigError
 from glm_core.model.presets import preset
+from glm_core.training.run import run
 from glm_core.training.trainer import Trainer
 from tests.shared.toy import L, Sampler, V
 
@@ -65,3 +68,22 @@ def test_refused_by_name() -> None:
     compiled = dataclasses.replace(config.train, compile=True)
     with pytest.raises(ConfigError, match=r"train.compile=True: not together with train.exact"):
         Trainer(dataclasses.replace(config, train=compiled), Sampler())
+
+
+@pytest.mark.parametrize(
+    ("train", "fact"),
+    [
+        ({"exact": True, "backend": "reference"}, "reference sums in no fixed order"),
+        ({"exact": True, "compile": True}, "not together with train.exact"),
+        ({"graph": True}, "records no graphs"),
+        ({"backend": "null"}, "computes shapes and no values"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_trained_is_refused_before_the_data_is_read(
+    train: dict[str, Any], fact: str, tmp_path: Path
+) -> None:
+    data = dataclasses.replace(DATA, path=str(tmp_path / "no text"))
+    config = RunConfig(model=MODELS["dense"], data=data, train=TrainConfig(**train))
+    with pytest.raises(ConfigError, match=fact):
+        run(config, tmp_path / "out")

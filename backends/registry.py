@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib import metadata
 
+import torch
+
 from glm_core import dispatch
 from glm_core.backends import __path__ as _folder
 from glm_core.backends.base import Backend, Probe
@@ -104,11 +106,20 @@ def probe(name: str) -> Probe:
 
 
 def _probed(backend: Backend) -> Probe:
-    """Returns what the backend's own probe says; a probe that raises says no."""
+    """Returns what the backend's own probe says; a probe that raises says no, and so does a device
+    that torch does not know."""
     try:
-        return backend.probe()
+        state = backend.probe()
     except Exception as error:  # a vendor's runtime may raise anything
         return Probe(False, f"its probe failed: {_in_one_line(error)}")
+    try:
+        torch.device(backend.device_type)
+    except RuntimeError:
+        lack = (
+            f"torch knows no device {backend.device_type!r}; import the package that registers it"
+        )
+        return Probe(False, lack) if state.ok else state
+    return state
 
 
 def usable(name: str) -> Backend:

@@ -113,7 +113,11 @@ def test_devices_says_what_this_torch_cannot_do(
     assert main(["devices", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["notes"] == notes
     assert main(["devices"]) == 0
-    assert capsys.readouterr().out.splitlines()[len(registry.names()) + 1 :] == notes
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[len(lines) - len(notes) :] == notes
+    table = lines[: len(registry.names()) + 1]
+    assert [line.split()[0] for line in table] == ["backend", *registry.names()]
+    assert max(map(len, table)) < 80  # a terminal's width: reasons stand below the table
 
 
 def test_devices_lists_an_accelerator_that_has_no_backend(

@@ -209,6 +209,10 @@ BROKEN = {
         "backend = Backend(name='broken', device_type='cpu', verified='', probe=probe)",
         "its probe failed: RuntimeError: driver 3 < 4",
     ),
+    "device": (
+        f"{BACKEND}backend = Backend(name='broken', device_type='acme', verified='')",
+        "torch knows no device 'acme'; import the package that registers it",
+    ),
 }
 
 
@@ -223,7 +227,7 @@ def test_a_broken_third_party_backend_is_a_row_with_its_reason(
     assert not state.ok
     assert reason in state.reason
     cell = registry.table()["gelu"]["broken"]
-    assert cell == ("reference" if kind == "probe" else f"unsupported: {state.reason}")
+    assert cell == ("reference" if kind in ("probe", "device") else f"unsupported: {state.reason}")
     with pytest.raises(GlmCoreError, match=re.escape(reason)):
         registry.usable("broken")
     for command in ("devices", "ops"):

@@ -134,7 +134,7 @@ def usable(name: str) -> Backend:
 
 def require_values(backend: Backend) -> None:
     """Raises ConfigError for a backend that computes shapes alone."""
-    if backend.device_type == "meta":
+    if backend.device_type == "meta" and backend.references_only:
         raise ConfigError(f"backend {backend.name}: computes shapes and no values; use another one")
 
 

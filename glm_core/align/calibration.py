@@ -74,12 +74,14 @@ def calibrate(
     sampler: MakeSampler | None = None,
     controls: int = NUM_CONTROLS,
     capture_steps: Sequence[int] | None = None,
+    judges_ops: bool = True,
     cache_dir: str = ".cache",
     progress: Progress | None = None,
 ) -> Calibration:
     """Runs the reference on this machine's CPU and `controls` honest variations of it, captures
     `capture_steps` (default: an early, a middle and the last step) and compares them with float64.
-    `sampler` makes a fresh sampler for each run; the default opens the config's data."""
+    `judges_ops`: single op calls are judged too, which a plan's are not. `sampler` makes a fresh
+    sampler for each run; the default opens the config's data."""
     check_controls(controls)
     begin, report = time.perf_counter(), progress or (lambda what, done, of: None)
     make = sampler or open_data(config, cache_dir)
@@ -100,7 +102,7 @@ def calibrate(
         kept = None if number else sketches  # the plain reference's
         rows.append(gradient_errors(run, curve.snapshots, oracle, kept) if captured else none)
     report("captured steps", len(modes) * len(captured), len(modes) * len(captured))
-    items = list(teacher_forcing.cases(curve.calls))
+    items = list(teacher_forcing.cases(curve.calls if judges_ops else []))
     limits = teacher_forcing.benign_limits(items, getattr(torch, config.train.dtype))
     trace = Trace(
         config=to_dict(config),

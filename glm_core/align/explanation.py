@@ -54,6 +54,10 @@ USUALLY = {
     "curve": "an update of the weights, or a fault that struck between the captured steps",
 }
 """by statistic, group of elements or test: what such a deviation usually is"""
+PLAN_ALONE = (
+    "with --backends reference the same command judges the plan alone, without --plan the backend "
+    "alone"
+)
 KINDS = {
     "scale": ("scale", "formula"),
     "offset": ("eps", "formula"),
@@ -118,6 +122,10 @@ def stated_ratio(pair: Pair) -> float:
 
 
 def _subject(pair: Pair) -> str:
+    if pair.under_plan:
+        of_curve = pair.max_gradient_ratio <= 1 and pair.first_step
+        what = f"the loss, from step {pair.first_step} on," if of_curve else "a captured step"
+        return f"{what} ({pair.under_plan})"
     if pair.findings:
         f = finding_to_name(pair.findings)
         if BETWEEN_UPDATES in f.projection:
@@ -168,9 +176,9 @@ def details(
     text. `trace` is the candidate's, `options` the command line's (default: the trace's config)."""
     named = finding_to_name(pair.findings) if pair.findings else None
     rows = _of_op(named) if named else _of_run(pair)
-    if "plan" in trace.environment:
-        rows[-1] = ("usually", USUALLY["plan"])
     rows.insert(-1, ("rerun", rerun(pair, trace, options)))
+    if pair.under_plan and trace.environment.get("one process") != pair.reference:
+        rows.insert(-1, ("plan or backend", PLAN_ALONE))
     outside_ops = named is not None and BETWEEN_UPDATES in named.projection
     if named and not outside_ops and (examples := exhibits(named)):
         rows.append(("known examples", "; ".join(examples)))
@@ -208,6 +216,13 @@ def _of_op(f: Finding) -> list[tuple[str, str]]:
 
 def _of_run(pair: Pair) -> list[tuple[str, str]]:
     of_gradients = pair.max_gradient_ratio > 1
+    if pair.under_plan:
+        return [
+            ("where", pair.under_plan),
+            ("measured", "; ".join(pair.reasons)),
+            ("an honest plan", "computes what one process does, but for rounding"),
+            ("usually", USUALLY["plan"]),
+        ]
     honest = "leaves no op's error behind: a step's gradients stay within their bound"
     return [
         ("where", _subject(pair).rstrip(",")),
@@ -226,13 +241,12 @@ def rerun(pair: Pair, trace: Trace, options: Sequence[str] | None = None) -> str
     run: RunConfig = from_dict(RunConfig, trace.config)
     backend = trace.environment.get("one process", pair.candidate)
     words = rerun_command.command(run, backend, options)
+    again = ["glm-core", "align", "run", *words[3:-4], "--dtypes", pair.dtype]
+    again += ["--backends", backend]
     if "plan" in trace.environment:
-        dtype = ["--dtypes", pair.dtype, "--backends", "reference"]
-        words = ["glm-core", "align", "run", *words[3:-4], *dtype]
-        return shlex.join([*words, "--plan", trace.environment["plan"]])
+        return shlex.join([*again, "--plan", trace.environment["plan"]])
     if pair.findings and BETWEEN_UPDATES in finding_to_name(pair.findings).projection:
-        candidate = ["--dtypes", pair.dtype, "--backends", backend]
-        return shlex.join(["glm-core", "align", "run", *words[3:-4], *candidate])
+        return shlex.join(again)
     captured = [f for f in pair.findings if not f.projection.endswith(AS_IT_HAPPENED)]
     if not captured:
         return rerun_command.join(words, rerun_command.ANY_CALL)

@@ -62,6 +62,20 @@ def load_snapshot(run: Run, snapshot: Snapshot) -> Run:
     return run
 
 
+def following(
+    config: RunConfig, snapshot: Snapshot, exact: Oracle, chosen: list[Tensor]
+) -> tuple[Oracle, int]:
+    """Returns what float64 gives with the experts that a run has `chosen`, by layer, and how many
+    tokens have others than in `exact`."""
+    tokens = choices.moved_tokens(chosen, exact.chosen) if exact.chosen else 0
+    return (exact_gradients(config, snapshot, chosen) if tokens else exact), tokens
+
+
+def loss_error(loss: float, exact: Oracle) -> float:
+    """Returns how far a loss is from float64's, relative to it."""
+    return abs(loss - exact.loss) / max(abs(exact.loss), 1e-300)
+
+
 class GradientErrors(NamedTuple):
     """How far captured steps are from float64."""
 
@@ -108,14 +122,11 @@ def gradient_errors(
             loss, gradients = run.gradients(snapshot.batches)
         if sketches is not None:
             sketches.add(gradients)
-        tokens = 0
-        if exact.chosen:
-            layers = choices.by_layer(run.model, own)
-            tokens = choices.moved_tokens(layers, exact.chosen)
-        if tokens:
-            exact = exact_gradients(run.config, snapshot, layers)
+        exact, tokens = following(
+            run.config, snapshot, exact, choices.by_layer(run.model, own) if exact.chosen else []
+        )
         moved.append(float(tokens))
-        losses.append(abs(loss - exact.loss) / max(abs(exact.loss), 1e-300))
+        losses.append(loss_error(loss, exact))
         true = exact.gradients
         errors.append([distance(gradients[n], true[n]) for n in sorted(true)])
     shape = (len(snapshots), -1)

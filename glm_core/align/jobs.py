@@ -111,7 +111,7 @@ def run(
             out,
             0 if "curve" in without else controls,
             list(without),
-            [[str(backend), plan] for plan in plans for backend in backends],
+            [[str(backend), plan] for plan in dict.fromkeys(plans) for backend in backends],
             capture_steps,
             cache_dir,
             timeout_s,
@@ -155,12 +155,20 @@ def check(
 
 
 def check_plans(config: RunConfig, backends: Sequence[str | Backend], plans: Sequence[str]) -> None:
-    """Raises ConfigError for a plan that the model or the batch does not fit, or a backend that
-    other processes cannot find by its name."""
+    """Raises ConfigError for a plan that the model or a step's batch does not fit, for what no plan
+    trains with, and for a backend that other processes cannot find by its name."""
+    t = config.train
     for text in plans:
         plan = parse(text)
-        batch, length = config.train.global_batch, config.data.length
-        require_fit(plan, config.model, world=plan.world, global_batch=batch, length=length)
+        batches = range(t.ramp_from, t.global_batch, t.ramp_increment) if t.ramp_from else ()
+        for batch in (*batches, t.global_batch):
+            length = config.data.length
+            require_fit(plan, config.model, world=plan.world, global_batch=batch, length=length)
+    for option in ("exact", "compile", "graph"):
+        if plans and getattr(t, option):
+            raise ConfigError(
+                f"align under a plan: train.{option}=true is not judged under plans; leave it out"
+            )
     if plans and (nameless := [b.name for b in backends if not isinstance(b, str)]):
         raise ConfigError(
             f"align under a plan: backend {nameless[0]} is an object, which other processes cannot "
@@ -248,6 +256,7 @@ class Job:
             sampler=sampler,
             controls=0,
             capture_steps=self.captured,
+            judges_ops=bool(self.backends),
             progress=report,
         )
         cal.reference.save(path(self.out_dir, self.names[0]))

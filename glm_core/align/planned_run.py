@@ -1,5 +1,6 @@
 """Runs a candidate under a plan, in processes on this host, and records it as a candidate that is
-held to the reference's run on one process. Op calls are not judged: a plan changes none of them."""
+held to the reference's run on one process. Op calls are not judged: a plan changes none of them.
+What the ranks do with their gradients is: the norm, the copies and the update."""
 
 from __future__ import annotations
 
@@ -15,18 +16,25 @@ import torch
 from torch import Tensor
 
 from glm_core.align.calibration import Calibration, loss_scales
-from glm_core.align.gradients import NUM_SKETCH, distance, sketch
+from glm_core.align.gradients import NUM_SKETCH, Sketches, distance, following, loss_error
 from glm_core.align.machine import machine_facts
+from glm_core.align.plan_tests import (
+    assembled,
+    choice_of_all,
+    chosen_experts,
+    first_update,
+    plan_tests,
+)
 from glm_core.align.trace import Trace
 from glm_core.align.training import Run, Snapshot, free_run, split
+from glm_core.align.verdict import gradient_floor
 from glm_core.backends import registry
 from glm_core.config import RunConfig, from_dict, to_dict
-from glm_core.data.sampler import Batch
 from glm_core.distributed import apply, launch, mesh
 from glm_core.distributed.layout import take
-from glm_core.distributed.parallel import Chunk, ManyProcesses
+from glm_core.distributed.parallel import ManyProcesses
 from glm_core.distributed.plan import parse
-from glm_core.errors import TrainingError
+from glm_core.training.batches import Batch, global_batch
 from glm_core.training.optimizer import own_part
 
 Start = Callable[[int, Path], None]
@@ -53,15 +61,13 @@ def record_plan(
     """Returns the trace of the calibrated config on `backend` under `plan`: a free training run,
     and the gradients of the captured steps. Raises TrainingError where a process fails."""
     begin, config = time.perf_counter(), cal.config
-    steps = config.train.steps if free_run else 0
-    sampler = cal.sampler()
     with TemporaryDirectory(prefix="glm-core-align-") as name:
         folder = Path(name)
         request = {
             "config": to_dict(config),
             "backend": backend,
             "plan": plan,
-            "batches": [sampler.next(config.train.global_batch) for _ in range(steps)],
+            "batches": drawn(cal) if free_run else [],
             "snapshots": cal.snapshots if teacher_forcing else [],
             "timeout_s": timeout_s or TIMEOUT_S,
         }
@@ -81,7 +87,7 @@ def record_plan(
         loss=curve.loss if curve else np.zeros(0),
         grad_norm=curve.grad_norm if curve else np.zeros(0),
         control_names=[],
-        control_loss=np.zeros((0, steps)),
+        control_loss=np.zeros((0, config.train.steps if free_run else 0)),
         **(loss_scales(config, curve) if curve else {}),
         **_gradients(cal, ranks, teacher_forcing),
         parameters=reference.parameters,
@@ -99,51 +105,47 @@ def record_plan(
     )
 
 
+def drawn(cal: Calibration) -> list[Batch]:
+    """Returns the global batch of every step."""
+    sampler, train, batches = cal.sampler(), cal.config.train, list[Batch]()
+    for _ in range(train.steps):
+        seen = sum(len(batch.tokens) for batch in batches)
+        batches.append(sampler.next(global_batch(train, seen)))
+    return batches
+
+
 def _gradients(cal: Calibration, ranks: list[Any], judged: bool) -> dict[str, Any]:
     """Returns the trace's fields about the captured steps, from what the ranks hold."""
-    names = cal.reference.parameters
-    steps, p, j = len(cal.snapshots) if judged else 0, len(names), 1 + len(cal.reference.disguises)
-    norms, sketches = np.zeros((steps, p)), np.zeros((steps, p, NUM_SKETCH))
-    losses, errors = np.zeros((j, steps)), np.zeros((j, steps, p))
-    for s in range(steps):
-        true_loss, true, _ = cal.oracle[s]
-        chunks = [chunk for rank in ranks for chunk in rank["captured"][s]["chunks"]]
-        whole = assembled(chunks, {n: true[n].shape for n in names})
-        losses[0, s] = abs(ranks[0]["captured"][s]["loss"] - true_loss) / max(
-            abs(true_loss), 1e-300
-        )
-        errors[0, s] = [distance(whole[n], true[n]) for n in names]
-        norms[s] = [float(whole[n].norm()) for n in names]
-        sketches[s] = [sketch(whole[n]) for n in names]
-    if steps:
-        losses[1:], errors[1:] = cal.reference.loss_error[1:], cal.reference.gradient_error[1:]
+    reference, sketches = cal.reference, Sketches(cal.reference.parameters)
+    losses, errors, moved, tests = list[float](), list[list[float]](), list[int](), list[Any]()
+    floor = gradient_floor(reference)
+    for s, snapshot in enumerate(cal.snapshots if judged else []):
+        held = [rank["captured"][s] for rank in ranks]
+        exact, tokens = following(cal.config, snapshot, cal.oracle[s], choice_of_all(held))
+        shapes = {n: exact.gradients[n].shape for n in sketches.names}
+        whole = assembled([chunk for of_rank in held for chunk in of_rank["gradients"]], shapes)
+        losses.append(loss_error(held[0]["loss"], exact))
+        errors.append([distance(whole[n], exact.gradients[n]) for n in sketches.names])
+        moved.append(tokens)
+        sketches.add(whole)
+        train = cal.config.train
+        tests += plan_tests(snapshot.step, held, whole, snapshot.weights, train, floor)
+    shape = (1, len(losses), len(sketches.names))
+    steps = slice(len(losses))
     return {
-        "capture_steps": cal.reference.capture_steps if judged else [],
-        "gradient_norm": norms,
-        "gradient_sketch": sketches,
-        "loss_error": losses,
-        "gradient_error": errors,
+        "capture_steps": reference.capture_steps if judged else [],
+        **sketches.fields(),
+        "loss_error": np.concatenate(([losses], reference.loss_error[1:, steps])),
+        "gradient_error": np.concatenate(
+            (np.reshape(errors, shape), reference.gradient_error[1:, steps])
+        ),
+        "moved_tokens": np.concatenate(([moved], reference.moved_tokens[1:, steps])).astype(float),
+        "plan_tests": tests,
     }
 
 
-def assembled(chunks: list[Chunk], shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
-    """Returns the whole tensors in float64. Where copies of an element differ, the one furthest
-    from zero stays. Raises TrainingError where no process holds an element."""
-    whole = {n: torch.full(shape, torch.nan, dtype=torch.float64) for n, shape in shapes.items()}
-    for name, place, values in chunks:
-        at = tuple(slice(a, a + n) for a, n in zip(place, values.shape, strict=True))
-        part, new = whole[name][at], values.double()
-        part.copy_(torch.where(part.isnan() | (new.abs() > part.abs()), new, part))
-    if missing := [n for n, x in whole.items() if x.isnan().any()]:
-        raise TrainingError(
-            f"align under a plan: gradients of {', '.join(missing)} are not finite, or no process "
-            "holds all of them; look at the plan's own tests"
-        )
-    return whole
-
-
 class Drawn:
-    """A sampler over batches drawn beforehand."""
+    """A sampler over the batches that `drawn` returned."""
 
     def __init__(self, batches: list[Batch]) -> None:
         self.batches, self.index = batches, 0
@@ -184,22 +186,35 @@ def work(folder: str) -> None:
 
 
 def _captured(run: Run, here: ManyProcesses, snapshot: Snapshot) -> dict[str, Any]:
-    """Returns the loss of a captured step and this process's part of its gradients."""
+    """Returns the loss of a captured step, the experts it chose, the gradient norm, and this
+    process's part of the gradients and of the weights after a first update."""
     weights = apply.own_values(
         here.model,
         here.config.model,
         here.place,
         lambda name, splits: take(snapshot.weights[name], splits),
     )
-    run.loss_scale.scale = snapshot.loss_scale
+    run.loss_scale.scale = scale = snapshot.loss_scale
     run.optimizer.load_masters({n: w.to(here.device) for n, w in weights.items()})
-    with registry.use(here.backend):
-        loss = float(run.backward(split(snapshot.batches, here.config.train.global_batch)))
+    rows = sum(len(batch.tokens) for batch in snapshot.batches)
+    with registry.use(here.backend), chosen_experts(here) as chosen:
+        loss = float(run.backward(split(snapshot.batches, rows)))
+    named = dict(here.model.named_parameters())
     gradients: dict[str, Tensor] = {}
-    for name, p in here.model.named_parameters():
+    for name, p in named.items():
         own = own_part(p if p.grad is None else p.grad).detach().cpu().double()
-        gradients[name] = own * 0 if p.grad is None else own / snapshot.loss_scale
-    return {"loss": loss, "chunks": here.held(gradients)}
+        gradients[name] = own * 0 if p.grad is None else own / scale
+    with registry.use(here.backend):
+        norm = first_update(run.optimizer, scale)
+    return {
+        "loss": loss,
+        "chosen": chosen,
+        "tp_rank": here.place.tp_rank,
+        "gradients": here.held(gradients),
+        "norm": norm,
+        "updated": [name for name, p in named.items() if p.grad is not None],
+        "weights": here.held({n: w.cpu() for n, w in run.optimizer.master.items()}),
+    }
 
 
 if __name__ == "__main__":

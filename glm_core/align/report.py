@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from glm_core.align import explanation
+from glm_core.align import explanation, plan_findings
 from glm_core.align.charts import Band, Series, chart
 from glm_core.align.trace_format import per_million
 
@@ -192,7 +192,8 @@ def _facts(reference: Trace, command: str) -> str:
 def _pair(pair: Pair, reference: Trace, candidate: Trace) -> str:
     title = f"<h2>{escape(pair.candidate)}, {escape(pair.dtype)}: {_verdict(pair.verdict)}</h2>"
     parts = [title, _curves(pair, reference, candidate), _deviation(pair, reference)]
-    parts += [_gradients(pair, candidate), _routing(candidate), _findings(pair)]
+    parts += [_gradients(pair, candidate), _routing(candidate)]
+    parts.append(_plan(candidate) if "plan" in candidate.environment else _findings(pair))
     parts += [_fallbacks(candidate)]
     return "".join(parts) + _environments(reference, candidate)
 
@@ -260,6 +261,13 @@ def _routing(candidate: Trace) -> str:
         "where two scores lie within it: inside the margin. Any other flip is wrong.</p>"
     )
     return "<h3>Choice of experts</h3>" + table(head, rows) + note
+
+
+def _plan(candidate: Trace) -> str:
+    """Returns what the ranks made of their gradients, the step furthest outside of each test."""
+    note = "<p>Op calls are not judged again: a plan changes none of them.</p>"
+    rows = plan_findings.rows(candidate)
+    return (table(plan_findings.HEAD, rows) if rows else "") + note
 
 
 def _findings(pair: Pair) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glm_core.align import trace_format
-from glm_core.align.trace_format import FallbackCount, OpResult, OpTest, Routing
+from glm_core.align.trace_format import FallbackCount, OpResult, OpTest, PlanTest, Routing
 from glm_core.errors import TraceError
 
 Array = NDArray[np.float64]
@@ -79,9 +79,11 @@ class Trace:
     """[Q, M]"""
     moved_tokens: Array = dataclasses.field(default_factory=lambda: np.zeros((0, 0)))
     """[E, U], E = 1 + J and U = S: tokens that have other experts than in float64; rows as in
-    loss_error. Both are 0 in older traces and in those of a plan"""
+    loss_error. Both are 0 in older traces"""
     routing: list[Routing] = dataclasses.field(default_factory=list)
     """each captured router call of this run, judged by its margins; empty without experts"""
+    plan_tests: list[PlanTest] = dataclasses.field(default_factory=list)
+    """norm, copies and update of each captured step under a plan; empty on one process"""
 
     def save(self, path: str | Path) -> None:
         """Writes the file, whole or not at all. Raises TraceError where the disk refuses it or the

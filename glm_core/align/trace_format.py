@@ -99,6 +99,24 @@ class Routing(TypedDict):
     """those of them whose scores do not lie within rounding"""
 
 
+class PlanTest(TypedDict):
+    """Says how what a plan made of right gradients differs from what one process makes of them."""
+
+    step: int
+    test: str
+    """`norm`: of all gradients, over all ranks; `copies`: of a gradient that several ranks hold;
+    `update`: the first one of every rank's part"""
+    parameter: str
+    """the one that is furthest outside; "" for the norm"""
+    ranks: list[int]
+    """those that hold wrong values of it"""
+    outside: int
+    """parameters outside their limit"""
+    measured: float
+    """error relative to the norm, the gradient or the update's change"""
+    limit: float
+
+
 def per_million(call: Routing) -> float:
     """Returns the flips that are expected in a million tokens."""
     return 1e6 * call["expected"] / max(call["rows"], 1)
@@ -129,6 +147,7 @@ PLAIN: dict[str, Any] = {
     "num_tests": int,
     "fallbacks": [_kinds(FallbackCount)],
     "routing": [_kinds(Routing)],
+    "plan_tests": [_kinds(PlanTest)],
     "environment": dict,
     "data_order": str,
     "initial_weights": str,
@@ -262,7 +281,8 @@ def _fields(text: str) -> dict[str, Any]:
     try:
         values = json.loads(text)
         json.dumps(values, ensure_ascii=False).encode()  # fails on half of a surrogate pair
-        values.setdefault("routing", [])  # older traces have none
+        for later in ("routing", "plan_tests"):  # older traces have none
+            values.setdefault(later, [])
         return {name: values[name] for name in PLAIN} | {"seconds": float(values["seconds"])}
     except (
         ValueError,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_core.align import statistics
+from glm_core.align import plan_findings, statistics
 from glm_core.align.envelope import Envelope, envelope, error_bound
 from glm_core.align.overflow import overflow_check
 from glm_core.align.trace import Trace
@@ -106,6 +106,9 @@ class Pair:
     """[S, P]: error of each parameter's gradient / that of the plain reference"""
     gradient_excess: Array
     """[S, P]: error of each parameter's gradient / its bound"""
+    under_plan: str = ""
+    """the collective or the parameter that a deviation under a plan points to; empty on one
+    process, and where aligned"""
     routing: dict[str, float] = dataclasses.field(default_factory=dict)
     """tokens that routers chose experts for in the captured steps (`rows`), those that rounding was
     `expected` to send elsewhere, those `seen` elsewhere, and those `wrong`: outside their margin;
@@ -146,12 +149,16 @@ def compare(
     guilty = [f for f in tested if f.ratio > 1]
     overflow_ratio, overflow_reason = overflow_check(reference, candidate)
     envelope_ratio = max(float(curve.ratio.max()) if curve else 0.0, overflow_ratio)
-    gradient_ratio = float(max(x.max(initial=0.0) for x in (excess, loss_excess, moved_excess)))
+    planned = plan_findings.worst(candidate)
+    plan_ratios = np.array([plan_findings.ratio_of(test) for test in planned.values()])
+    of_gradients = (excess, loss_excess, moved_excess, plan_ratios)
+    gradient_ratio = float(max(x.max(initial=0.0) for x in of_gradients))
     reasons = [
         *_envelope_reason(curve),
         *overflow_reason,
         *_gradient_reason(candidate, excess, loss_excess),
         *_moved_reason(candidate, moved_excess),
+        *plan_findings.reasons(planned),
         *(str(f) for f in guilty[:3]),
     ]
     return Pair(
@@ -169,6 +176,9 @@ def compare(
         envelope=curve,
         gradient_ratio=ratio,
         gradient_excess=excess,
+        under_plan=plan_findings.place(reference, candidate, excess, loss_excess)
+        if reasons
+        else "",
         routing=_sums(candidate),
     )
 
@@ -187,7 +197,7 @@ def require_comparable(reference: Trace, candidate: Trace) -> None:
             f"traces cannot be compared: {reference.loss.size} steps in the reference and "
             f"{candidate.loss.size} in the candidate; record both with the same train.steps"
         )
-    if not candidate.loss.size and not candidate.tests:
+    if not candidate.loss.size and not candidate.capture_steps:
         raise TraceError(
             f"trace of {candidate.backend}: it holds neither a free run nor teacher forcing; "
             "record one of them"
@@ -201,8 +211,6 @@ def gradient_check(trace: Trace, rate: float) -> tuple[Array, Array, Array]:
     if not trace.capture_steps:
         empty = np.zeros((0, len(trace.parameters)))
         return empty, empty, np.zeros(0)
-    tokens = trace.config["data"]["length"] * trace.config["train"]["global_batch"]
-    floor = max(EPS[trace.dtype], EPS["float32"] * tokens**0.5)
     errors, losses = trace.gradient_error, trace.loss_error
     if len(errors) < 4 or not (np.isfinite(errors[1:]).all() and np.isfinite(losses[1:]).all()):
         raise TraceError(
@@ -210,18 +218,30 @@ def gradient_check(trace: Trace, rate: float) -> tuple[Array, Array, Array]:
             "finite; record again with a smaller train.lr, in float16 also train.loss_scale"
         )
     ratio = errors[0] / np.maximum(errors[1], 1e-30)
-    excess = errors[0] / error_bound(errors[2:], floor, rate / 2)
-    loss_floor = EPS["float32"] * tokens**0.5
+    excess = errors[0] / error_bound(errors[2:], gradient_floor(trace), rate / 2)
+    loss_floor = EPS["float32"] * tokens_of(trace) ** 0.5
     loss_excess = losses[0] / error_bound(losses[2:], loss_floor, rate / 2)
     excess, loss_excess = (np.where(np.isnan(x), np.inf, x) for x in (excess, loss_excess))
     return ratio, excess, loss_excess
+
+
+def tokens_of(trace: Trace) -> int:
+    """Returns the tokens of a step."""
+    tokens: int = trace.config["data"]["length"] * trace.config["train"]["global_batch"]
+    return tokens
+
+
+def gradient_floor(trace: Trace) -> float:
+    """Returns the least error that every gradient may have: one unit of the dtype, or that of a
+    naive sum over all tokens."""
+    return max(EPS[trace.dtype], EPS["float32"] * tokens_of(trace) ** 0.5)
 
 
 def moved_check(trace: Trace, rate: float) -> Array:
     """Returns the tokens that have other experts than in float64, over their bound [S]; empty where
     no disguise was counted. They take a third of the rate."""
     moved = trace.moved_tokens
-    if len(moved) < 4 or not trace.routing:
+    if len(moved) < 4 or not trace.config["model"]["num_experts"]:
         return np.zeros(0)
     return moved[0] / error_bound(moved[2:], FEW, rate / 3)
 

@@ -20,8 +20,7 @@ from glm_core.distributed import mesh as meshes
 from glm_core.distributed.checkpoint import shards_of
 from glm_core.distributed.collectives import all_reduce
 from glm_core.distributed.layout import chunks, is_expert, splits_of
-from glm_core.distributed.plan import Plan, require_fit
-from glm_core.distributed.tensor_parallel import partial, replicated
+from glm_core.distributed.plan import Plan, partial, replicated, require_fit
 from glm_core.errors import ConfigError
 from glm_core.training.batches import Batch, Sampler
 from glm_core.training.optimizer import Optimizer, own_part, sum_in_float32

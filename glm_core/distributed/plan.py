@@ -183,6 +183,23 @@ def _sparse_rules(plan: Plan, model: ModelConfig) -> dict[str, bool]:
     }
 
 
+def replicated(name: str) -> bool:
+    """Returns whether every rank holds this parameter whole. Under sequence parallelism each rank
+    then has only its tokens' share of the gradient, and the shares must be summed."""
+    table = name in ("embedding", "head")
+    split = ("qkv", "q", "q_b", "kv_b", "up", "experts_up", "experts_down")
+    matrix = any(f".{part}." in name for part in split)
+    return not (table or matrix or name.endswith(("out.weight", "down.weight")))
+
+
+def partial(name: str) -> bool:
+    """Returns whether every rank holds this parameter whole and has only its heads' or features'
+    share of the gradient, with or without sequence parallelism: norms of heads, routers, and what
+    makes the latents."""
+    latent = ("q_a", "q_a_norm", "kv_a", "kv_a_norm")
+    return any(f".{part}." in name for part in ("q_norm", "k_norm", "router", *latent))
+
+
 def trains_mtp(plan: Plan) -> bool:
     """Returns whether layers of multi-token prediction can be trained under a plan."""
     return plan.pp == 1 and not plan.zero and not plan.sp

@@ -123,7 +123,7 @@ def of_gradients(
     middle = float(np.median(factors))
     same = abs(middle - 1) > 0.05 and np.abs(factors - middle).max() < 0.05 * abs(middle)
     scaled = f"; they are {middle:.2f} times what they should be" if same else ""
-    apart = f"; copies on ranks {_ranks(copies)} differ: no sum makes them equal" if copies else ""
+    apart = f"; copies on {_ranks(copies)} differ: no sum makes them equal" if copies else ""
     return named + scaled + apart
 
 
@@ -156,19 +156,19 @@ def _common(plan: Plan, parameters: Sequence[str], wrong: Sequence[str]) -> str:
 def of_test(plan: Plan, test: PlanTest) -> str:
     """Names what a guilty test points to."""
     if test["test"] == "norm":
-        over = [axis for axis in ("tp", "pp", "dp") if axis != "dp" or plan.zero]
-        used = [axis for axis in over if getattr(plan, axis) > 1]
+        shared = "dp" if plan.zero else "ep"
+        used = [axis for axis in ("tp", "pp", shared) if getattr(plan, axis) > 1]
         over_axes = f"the all-reduce over {' and '.join(used)}, or " if used else ""
         return f"the gradient norm: {over_axes}what it counts twice"
-    where = f"{test['parameter']} on ranks {_ranks(test)}"
+    where = f"{test['parameter']} on {_ranks(test)}"
     others = f", and of {test['outside'] - 1} other parameters" if test["outside"] > 1 else ""
     if test["test"] == "copies":
         return f"copies of the gradient of {where}{others}: they should be equal"
     return f"the update of {where}{others}"
 
 
-def _ranks(test: PlanTest | None) -> str:
-    return " and ".join(map(str, test["ranks"])) if test else ""
+def _ranks(test: PlanTest) -> str:
+    return f"rank{'s'[: len(test['ranks']) - 1]} {' and '.join(map(str, test['ranks']))}"
 
 
 def rows(candidate: Trace) -> list[tuple[str, ...]]:

@@ -57,7 +57,7 @@ def test_an_honest_plan_is_acquitted(
     [
         ("dp=2", "mean_over_ranks", "every gradient: the all-reduce over dp; they are 0.50 times"),
         ("dp=2", "same_rows", "the forward pass: which rows each dp rank takes"),
-        ("dp=2,zero=1", "shard_not_updated", r"the update of \S+ on ranks 1, and of \d+ other"),
+        ("dp=2,zero=1", "shard_not_updated", r"the update of \S+ on rank 1, and of \d+ other"),
     ],
 )
 def test_a_mistake_of_a_plan_is_named(

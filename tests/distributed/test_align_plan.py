@@ -14,7 +14,7 @@ import torch
 from ranks import Ranks
 
 from glm_core import align
-from glm_core.align import explanation, plan_findings, plan_tests, planned_run
+from glm_core.align import explanation, plan_findings, plan_tests, planned_run, report
 from glm_core.distributed.plan import parse
 from glm_core.errors import ConfigError
 
@@ -50,6 +50,11 @@ def test_an_honest_plan_is_acquitted(
     assert len(trace.loss) == calibration.config.train.steps
     assert (pair.verdict, pair.under_plan) == ("aligned", "")
     assert {t["test"] for t in trace.plan_tests} == {"norm", "copies", "update"}
+    path = tmp_path / "report.html"
+    report.write_pair(pair, calibration.reference, trace, path)
+    text = path.read_text(encoding="utf-8")
+    assert text.index("reference under dp=2: ") < text.index("copies of a gradient on")
+    assert "No op is guilty" not in text  # none was judged
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from glm_core.align import MIN_CONTROLS, NUM_CONTROLS
-from glm_core.align.disguise import Regrouped, Rounded
+from glm_core.align.disguise import Regrouped, Rounded, unchanged_unseen
 from glm_core.align.replay import LOW
 from glm_core.align.trace import Trace
 from glm_core.align.training import Mode, Run, free_run, moved
@@ -81,7 +81,8 @@ def train_control(
     _, mode = control_modes(config, count)[number]
     run = Run(config, sampler(), "reference", moved(initial_weights(config), number), mode)
     what = f"control {number + 1} of {count}"
-    curve = free_run(run, (), lambda step: progress(what, step, steps))
+    with unchanged_unseen():
+        curve = free_run(run, (), lambda step: progress(what, step, steps))
     series = {name: getattr(curve, name).tolist() for name in ("loss", "loss_scale", "skipped")}
     return Control(**series, seconds=time.perf_counter() - begin)
 

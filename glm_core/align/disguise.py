@@ -5,11 +5,13 @@ do."""
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import Library, fallthrough_kernel
 from torch.utils._pytree import tree_map
 
 from glm_core.conformance.oracle import EagerMode
@@ -34,6 +36,27 @@ _KEPT = {aten._log_softmax.default, aten._to_copy.default}
 """what is never rounded once more, as no view is"""
 _IN_PARTS = {aten.addmm.default, aten.mm.default, aten.sum.dim_IntList}
 """what may be rounded inside"""
+_UNCHANGED = (
+    *("view", "t", "transpose.int", "permute", "detach", "alias", "expand", "unsqueeze"),
+    *("squeeze.dim", "squeeze.dims", "slice.Tensor", "select.int", "split.Tensor", "narrow"),
+    *("split_with_sizes", "unbind.int", "as_strided", "_reshape_alias", "_to_copy"),
+    *("empty_strided", "empty.memory_format", "empty_like", "copy_", "fill_.Scalar", "zero_"),
+)
+"""views and conversions, and what torch computes them with: more than half of a step's calls"""
+
+
+@contextmanager
+def unchanged_unseen() -> Iterator[None]:
+    """Keeps from every mode of the process, inside the block, the operators that no disguise here
+    changes: torch then calls no Python for them, and the results have the same bits. The block must
+    be a whole run, for torch's table of kernels is changed and changed back."""
+    library = Library("aten", "IMPL")
+    for name in _UNCHANGED:
+        library.impl(name, fallthrough_kernel, "Python")
+    try:
+        yield
+    finally:
+        del library  # with it go its kernels
 
 
 def widened(value: Any, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Any:

@@ -96,14 +96,14 @@ def run_in_parallel(jobs: Sequence[Job], progress: Progress) -> list[list[Contro
                     _require_success(worker.process)
                     running.remove(worker)
                     continue
-                said = json.loads(line)
-                if "error" in said:
-                    raise getattr(errors, said["kind"])(said["error"])
-                if "what" in said:
-                    progress(said["what"], said["done"], said["of"])
+                message = json.loads(line)
+                if "error" in message:
+                    raise getattr(errors, message["kind"])(message["error"])
+                if "what" in message:
+                    progress(message["what"], message["done"], message["of"])
                     continue
                 if worker.task.control is not None:
-                    trained[worker.task.job][worker.task.control] = Control(**said["control"])
+                    trained[worker.task.job][worker.task.control] = Control(**message["control"])
                 worker.next(tasks, jobs)
     return [[of_job[k] for k in range(len(of_job))] for of_job in trained]
 

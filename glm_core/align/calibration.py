@@ -24,6 +24,7 @@ from glm_core.align.controls import (
     varied,
     with_controls,
 )
+from glm_core.align.disguise import unchanged_unseen
 from glm_core.align.gradients import (
     NUM_SKETCH,
     GradientErrors,
@@ -100,7 +101,8 @@ def calibrate(
         run = Run(config, make(), "reference", None, mode)
         none = GradientErrors(np.zeros(0), np.zeros((0, len(weights))), np.zeros(0))
         kept = None if number else sketches  # the plain reference's
-        rows.append(gradient_errors(run, curve.snapshots, oracle, kept) if captured else none)
+        with unchanged_unseen(run.dtype):
+            rows.append(gradient_errors(run, curve.snapshots, oracle, kept) if captured else none)
     report("captured steps", len(modes) * len(captured), len(modes) * len(captured))
     items = list(teacher_forcing.cases(curve.calls if judges_ops else []))
     limits = teacher_forcing.benign_limits(items, getattr(torch, config.train.dtype))

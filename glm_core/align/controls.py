@@ -81,7 +81,7 @@ def train_control(
     _, mode = control_modes(config, count)[number]
     run = Run(config, sampler(), "reference", moved(initial_weights(config), number), mode)
     what = f"control {number + 1} of {count}"
-    with unchanged_unseen():
+    with unchanged_unseen(run.dtype):
         curve = free_run(run, (), lambda step: progress(what, step, steps))
     series = {name: getattr(curve, name).tolist() for name in ("loss", "loss_scale", "skipped")}
     return Control(**series, seconds=time.perf_counter() - begin)

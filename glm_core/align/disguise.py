@@ -43,15 +43,21 @@ _UNCHANGED = (
     *("empty_strided", "empty.memory_format", "empty_like", "copy_", "fill_.Scalar", "zero_"),
 )
 """views and conversions, and what torch computes them with: more than half of a step's calls"""
+_ELEMENTWISE = (
+    *("mul.Tensor", "mul.Scalar", "add.Tensor", "add_.Tensor", "sub.Tensor", "div.Tensor"),
+    *("div.Scalar", "neg", "rsqrt", "pow.Tensor_Scalar", "clone", "cat", "_unsafe_view"),
+    "to.dtype",
+)
+"""what another order of sums leaves alone, too"""
 
 
 @contextmanager
-def unchanged_unseen() -> Iterator[None]:
-    """Keeps from every mode of the process, inside the block, the operators that no disguise here
-    changes: torch then calls no Python for them, and the results have the same bits. The block must
-    be a whole run, for torch's table of kernels is changed and changed back."""
+def unchanged_unseen(dtype: torch.dtype) -> Iterator[None]:
+    """Keeps from every mode of the process, inside the block, operators that a control of this
+    dtype leaves unchanged: torch then calls no Python for them, and the results have the same bits.
+    The block must be a whole run, for torch's table of kernels is changed and changed back."""
     library = Library("aten", "IMPL")
-    for name in _UNCHANGED:
+    for name in (*_UNCHANGED, *(() if dtype in _LOW else _ELEMENTWISE)):
         library.impl(name, fallthrough_kernel, "Python")
     try:
         yield

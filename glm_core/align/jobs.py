@@ -208,11 +208,17 @@ class Job:
     @property
     def steps(self) -> int:
         """Returns the steps of the parts that report progress: the reference, its controls, the
-        captured steps' honest variations, and the candidates."""
-        candidates = len(self.backends) + len(self.plans)
+        captured steps' honest variations, and the candidates, whose steps have a weight."""
+        candidates = len(self.backends) * self.weight + len(self.plans)
         curves = 1 + self.controls + (0 if "curve" in self.without else candidates)
         captured = len(self.captured) * (len(gradient_modes(self.config)) + candidates)
         return curves * self.config.train.steps + captured
+
+    @property
+    def weight(self) -> int:
+        """Returns how many steps a candidate's step counts for: where it is watched, the reference
+        computes every call again."""
+        return 1 if self.without else 2
 
     @property
     def captured(self) -> tuple[int, ...]:
@@ -261,6 +267,10 @@ class Job:
         )
         cal.reference.save(path(self.out_dir, self.names[0]))
         free, taught = "curve" not in self.without, "ops" not in self.without
+
+        def weighted(what: str, done: int, of: int) -> None:
+            report(what, done * self.weight, of * self.weight)
+
         names = iter(self.names[1:])
         for backend, name in zip(self.backends, names, strict=False):
             with watchdog.guard(self.timeout_s, f"align: backend {name_of(backend)}", WAY_OUT):
@@ -270,7 +280,7 @@ class Job:
                     calibration=cal,
                     free_run=free,
                     teacher_forcing=taught,
-                    progress=report,
+                    progress=weighted,
                 )
             trace.save(path(self.out_dir, name))
         for (backend, plan), name in zip(self.plans, names, strict=True):

@@ -45,7 +45,8 @@ def replay(
 
     def own(name: str, value: Any) -> Any:
         kept = function is call.op.reference and name not in call.op.mutates
-        return tree_map(lambda x: fresh(alias(x) if kept else copied(x)), value)
+        make = lambda x: fresh(alias(x) if kept else copied(x))  # noqa: E731
+        return make(value) if isinstance(value, Tensor) else tree_map(make, value)
 
     args = {name: own(name, value) for name, value in call.args.items()}
     gradients = [None if g is None else fresh(g) for g in call.output_gradients]

@@ -79,7 +79,8 @@ def _keep(results: Results, name: str) -> Any:
 
 def cpu_copy(value: Any) -> Tensor:
     """Returns a copy on the CPU; a list of tensors becomes one flat tensor."""
-    return flat(value).detach().cpu().clone()
+    whole = flat(value).detach().cpu()
+    return whole.clone() if isinstance(value, Tensor) else whole  # the flat one is a copy
 
 
 class Watch:

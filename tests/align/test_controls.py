@@ -42,7 +42,7 @@ def test_a_control_has_the_bits_it_has_when_its_mode_sees_everything(dtype: Any)
     config = markov.config(dtype, steps=2)
     _, mode = control_modes(config, 4)[1]
     loss, weights = trained(config, mode, nullcontext)
-    _, same = trained(config, mode, unchanged_unseen)
+    _, same = trained(config, mode, lambda: unchanged_unseen(getattr(torch, dtype)))
     assert all(map(torch.equal, weights, same))
     _, plain = trained(config, nullcontext, nullcontext)
     assert not all(map(torch.equal, weights, plain)), "the mode does something"
@@ -51,12 +51,15 @@ def test_a_control_has_the_bits_it_has_when_its_mode_sees_everything(dtype: Any)
 
 def test_views_and_conversions_are_unseen_in_the_block_alone() -> None:
     x, seen = torch.ones(2, 3), Seen()
-    with seen, unchanged_unseen():
+    with seen, unchanged_unseen(torch.bfloat16):
         (x.t()[0].unflatten(0, (1, -1)).bfloat16() * 2).float()
     assert seen.names == ["mul"]
+    with seen, unchanged_unseen(torch.float32):
+        x.t() * 2
+    assert seen.names == ["mul"]
     with seen:
-        x.t()
-    assert seen.names == ["mul", "t"]
+        x.t() * 2
+    assert seen.names == ["mul", "t", "mul"]
 
 
 def test_what_others_hold_is_not_rounded_in_place() -> None:

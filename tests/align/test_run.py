@@ -115,7 +115,7 @@ def test_dtypes_run_side_by_side(tmp_path: Path) -> None:
         ("reference:cpu", "bfloat16", "aligned"),
     ]
     assert {"bfloat16: reference:cpu", "float32: control 4 of 4"} <= set(told)
-    assert max(told.values()) == of[0] == 2 * (2 * (1 + 4 + 1) + 12)
+    assert max(told.values()) == of[0] == 2 * (2 * (1 + 4 + 2) + 13)
     assert set(found.traces) == {
         f"{b}-{d}" for b in ("reference", "reference:cpu") for d in ("float32", "bfloat16")
     }

@@ -45,7 +45,10 @@ def replay(
 
     def own(name: str, value: Any) -> Any:
         kept = function is call.op.reference and name not in call.op.mutates
-        make = lambda x: fresh(alias(x) if kept else copied(x))  # noqa: E731
+
+        def make(x: Any) -> Any:
+            return fresh(alias(x) if kept else copied(x))
+
         return make(value) if isinstance(value, Tensor) else tree_map(make, value)
 
     args = {name: own(name, value) for name, value in call.args.items()}

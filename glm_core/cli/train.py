@@ -141,9 +141,7 @@ def run_plan(args: argparse.Namespace, config: RunConfig) -> int:
     if args.base:
         from glm_core.pretrained import finetune
 
-        config, start["sampler"], start["weights"] = finetune.planned(
-            args.base, args.pairs, config, plan
-        )
+        config, start["sampler"], start["weights"] = finetune.planned(args.base, args.pairs, config)
 
     is_reporter = os.environ.get("RANK") == "0"
     with live_metrics(args, config, plan.world) if is_reporter else nullcontext() as live:

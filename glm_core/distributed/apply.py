@@ -30,7 +30,7 @@ from glm_core.config import ModelConfig
 from glm_core.distributed import layout
 from glm_core.distributed.fsdp import sum_gradients
 from glm_core.distributed.pipeline import Stage
-from glm_core.distributed.plan import Plan, stages_of
+from glm_core.distributed.plan import Plan, at_both_ends, stages_of
 from glm_core.distributed.tensor_parallel import Ranks
 from glm_core.model.glm import GLM, Block, Experts, Router
 from glm_core.model.initial import initial_value
@@ -78,8 +78,9 @@ def build(
             give_memory(stage, device, dtype)
         stages.append(stage)
     first, last = stages[0], stages[-1]
-    if first is not last and first.is_first and last.is_last and config.tied_head:
-        last.embedding = first.embedding  # both ends of a V in one process: one parameter
+    if first is not last and first.is_first and last.is_last:
+        for name in at_both_ends(config):  # both ends of a V in one process: one parameter
+            setattr(last, name, getattr(first, name))
     return Share(stages)
 
 

@@ -23,14 +23,14 @@ from glm_core.distributed.fsdp import whole
 from glm_core.distributed.layout import Place, is_expert, joined, splits_of
 from glm_core.distributed.parallel import ManyProcesses, messages
 from glm_core.distributed.pipeline import Stage
-from glm_core.distributed.plan import Plan
+from glm_core.distributed.plan import Plan, at_both_ends
 from glm_core.errors import ConfigError
 from glm_core.training.optimizer import assign_gradient, sum_in_float32
 from glm_core.training.row_tree import RowTree, norm_of_all, tree_sum
 from glm_core.versions import torch_has
 
-TIED = 1
-"""tag of the messages with a tied head's gradients; torch's schedules use 0"""
+ENDS = 1
+"""tag of the messages between both ends of a pipeline; torch's schedules use 0"""
 
 
 class ExactProcesses(ManyProcesses):
@@ -74,8 +74,8 @@ class ExactProcesses(ManyProcesses):
 
     def _add(self, stage: Stage) -> None:
         """Adds a sequence's gradients to its stage's tree."""
-        if self._is_tied and stage.embedding is not None:
-            self._join_tied(stage.embedding, stage.is_first)
+        for weight in self._shared(stage):
+            self._join_ends(weight, stage.is_first)
         if self._takes_turns and not self.plan.zero:
             self._sum_ranks(stage)
         self._trees[stage].add()
@@ -86,39 +86,41 @@ class ExactProcesses(ManyProcesses):
         for group, own in self._copies(grads):
             _add_ranks(own, group)
 
-    @property
-    def _is_tied(self) -> bool:
-        """Whether this process holds one of two copies of the embedding."""
-        return self.ends is not None and self.config.model.tied_head
+    def _shared(self, stage: Stage) -> list[nn.Parameter]:
+        """Returns the stage's parameters that another process holds as well, at the other end."""
+        if self.ends is None:
+            return []
+        own = (getattr(stage, name) for name in at_both_ends(self.config.model))
+        return [weight for weight in own if weight is not None]
 
-    def _join_tied(self, weight: nn.Parameter, is_first: bool) -> None:
-        """Sends the last stage's share in a tied embedding's gradient to the first stage: one
+    def _join_ends(self, weight: nn.Parameter, is_first: bool) -> None:
+        """Sends the last stage's share in the gradient of an embedding to the first stage: one
         process adds both shares of a sequence before it adds sequences."""
         first, last = dist.get_process_group_ranks(self.ends)
         assert weight.grad is not None
         if is_first:
             share = torch.empty_like(weight.grad)
-            dist.recv(share, last, self.ends, TIED)
+            dist.recv(share, last, self.ends, ENDS)
             weight.grad += share
             return
         while len(self._sent) >= self.plan.pp:  # no more than the pipeline holds up
             self._sent.popleft()[0].wait()
-        self._sent.append((dist.isend(weight.grad, first, self.ends, TIED), weight.grad))
+        self._sent.append((dist.isend(weight.grad, first, self.ends, ENDS), weight.grad))
         weight.grad = None
 
     def sum_gradients(self) -> None:
         for tree in self._trees.values():
             tree.finish()
-        if self._is_tied:
-            self._return_tied()
+        for stage in self.model.stages:
+            for weight in self._shared(stage):
+                self._return(weight)
         if self.plan.dp > 1 and not self._takes_turns:
             self._sum_ranks(self.model)
 
-    def _return_tied(self) -> None:
-        """Sends the sum of a tied embedding's gradient back to the last stage."""
+    def _return(self, weight: nn.Parameter) -> None:
+        """Sends the sum of an embedding's gradient back to the last stage."""
         while self._sent:
             self._sent.popleft()[0].wait()
-        [weight] = [s.embedding for s in self.model.stages if s.embedding is not None]
         if weight.grad is None:
             assign_gradient(weight, torch.empty_like(weight, dtype=torch.float32))
         assert weight.grad is not None
@@ -139,7 +141,8 @@ class ExactProcesses(ManyProcesses):
         process."""
         norms = {name: torch.zeros(()) for name in self._shapes}
         for name, p in self.model.named_parameters():
-            if name in grads and (name != "embedding" or self.model.stages[0].is_first):
+            both = name in at_both_ends(self.config.model)
+            if name in grads and (not both or self.model.stages[0].is_first):
                 norms[name] = ops.global_norm([self._whole(name, p.grad)])
         values = torch.stack(list(norms.values()))
         if self.plan.pp > 1:
@@ -181,7 +184,8 @@ class TreeReduceScatter:
 def _require_order(config: RunConfig, plan: Plan) -> None:
     """Raises ConfigError for a plan whose sums have another order than one process's."""
     t, model, label = config.train, config.model, plan.label()
-    low = t.dtype != "float32"
+    low, shared = t.dtype != "float32", at_both_ends(model)
+    owner = "a tied head's" if model.tied_head else "the embedding's"
     obstacles = (
         (
             plan.ep > 1 and low,
@@ -206,13 +210,13 @@ def _require_order(config: RunConfig, plan: Plan) -> None:
             "interleaved",
         ),
         (
-            model.tied_head and low and not _joins_tied(plan),
-            "a tied head's gradient has two parts, which torch does not add in float32; use dtype "
+            shared and low and not _joins_tied(plan),
+            f"{owner} gradient has two parts, which torch does not add in float32; use dtype "
             "float32, or one process",
         ),
         (
-            model.tied_head and plan.pp > 1 and plan.zero,
-            "ZeRO adds a tied head's gradients over ranks before the pipeline's ends add theirs; "
+            shared and plan.pp > 1 and plan.zero,
+            f"ZeRO adds {owner} gradients over ranks before the pipeline's ends add theirs; "
             "use pp=1 or zero=0",
         ),
         (

@@ -25,10 +25,17 @@ class SplitExperts(Experts):
     """The feed-forward part of a sparse layer of which a rank holds some of the experts, or some
     features of each."""
 
-    def __init__(self, whole: Experts, ranks: Ranks | None, group: ProcessGroup | None) -> None:
+    def __init__(
+        self,
+        whole: Experts,
+        ranks: Ranks | None,
+        group: ProcessGroup | None,
+        padding: int = 0,
+    ) -> None:
         """whole: of the rank's features, all experts. ranks: the tensor-parallel group. group: the
-        expert-parallel one."""
+        expert-parallel one. padding: places at the end of every sequence that no expert gets."""
         nn.Module.__init__(self)
+        self.padding = padding
         self.config, self.activation = whole.config, whole.activation
         self.ranks, self.group = ranks, group
         self.router = whole.router
@@ -44,7 +51,11 @@ class SplitExperts(Experts):
         loss whole, and takes its share of the gradient."""
         if self.ranks is None:
             return super().routed(x)
-        y = self.ranks.leave(super().routed(self.ranks.enter(x)))
+        whole = self.ranks.enter(x)  # [B, L, D]
+        y = super().routed(whole[:, : whole.shape[1] - self.padding])
+        if self.padding:
+            y = nn.functional.pad(y, (0, 0, 0, self.padding))
+        y = self.ranks.leave(y)
         if self.balance is not None:
             share = self.balance / self.ranks.size
             self.balance = share + (self.balance - share).detach()

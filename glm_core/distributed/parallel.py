@@ -20,7 +20,7 @@ from glm_core.distributed import mesh as meshes
 from glm_core.distributed.checkpoint import shards_of
 from glm_core.distributed.collectives import all_reduce
 from glm_core.distributed.layout import chunks, is_expert, splits_of
-from glm_core.distributed.plan import Plan, partial, replicated, require_fit
+from glm_core.distributed.plan import Plan, at_both_ends, partial, replicated, require_fit
 from glm_core.errors import ConfigError
 from glm_core.training.batches import Batch, Sampler
 from glm_core.training.optimizer import Optimizer, own_part, sum_in_float32
@@ -123,8 +123,9 @@ class ManyProcesses:
         if self.plan.tp > 1:
             shares = replicated if self.plan.sp else partial
             add_up([g for n, g in grads.items() if shares(n)], self.mesh.get_group("tp"))
-        if self.ends is not None and self.config.model.tied_head and "embedding" in grads:
-            add_up([grads["embedding"]], self.ends)
+        if self.ends is not None:
+            both = at_both_ends(self.config.model)
+            add_up([grads[name] for name in both if name in grads], self.ends)
         if self.plan.dp > 1 and not self.plan.zero:
             for group, own in self._copies(grads):
                 add_up(own, group)
@@ -179,7 +180,7 @@ class ManyProcesses:
             return False
         if not (self.plan.zero or is_expert(name)) and self.place.ep_rank != 0:
             return False
-        return name != "embedding" or self.model.stages[0].is_first
+        return name not in at_both_ends(self.config.model) or self.model.stages[0].is_first
 
     def locate_nonfinite(self, backward: Callable[[], object]) -> tuple[str, str]:
         """Quotes the process in which numbers stopped being finite first."""

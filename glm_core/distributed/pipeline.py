@@ -8,7 +8,7 @@ sequence parallelism [B, L/t, D] travels."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,15 +21,16 @@ from glm_core.config import ModelConfig
 from glm_core.distributed import tensor_parallel as tensor
 from glm_core.distributed.exact_tensor import SequenceNorm
 from glm_core.distributed.expert_parallel import SplitExperts
-from glm_core.distributed.plan import Recompute, stage_layers
+from glm_core.distributed.plan import EMBEDDINGS, Recompute, at_both_ends, stage_layers
 from glm_core.distributed.tensor_parallel import Ranks
 from glm_core.model.glm import GLM, Block, Experts, NextToken, Stream
 
 
 class Stage(GLM):
-    """A GLM with the layers [first, last) alone. Only the first stage has the embedding, only the
-    last one norm, head and loss. Parameters have the names of the whole model and are
-    uninitialised, on the meta device."""
+    """A GLM with some of its layers. The first stage has the embedding. The last has norm, head,
+    loss, layers of multi-token prediction, and a copy of what these need of the embedding
+    (`plan.at_both_ends`). Parameters have the names of the whole model and are uninitialised, on
+    the meta device."""
 
     own_loss: Tensor | float = 0.0
     """the auxiliary losses of the experts of a stage that is not the last, since they were taken;
@@ -52,28 +53,28 @@ class Stage(GLM):
         self.config, self.ranks = config, ranks
         self.is_first, self.is_last = number == 0, number == stages - 1
         self._recompute: Recompute = "none"
-        layers = [*stage_layers(config.num_layers, stages)[number]]
-        if self.is_first and self.is_last:  # plan.require_fit refuses pipelines of the others
-            layers += range(config.num_layers, config.num_layers + config.num_mtp_layers)
+        further = config.num_mtp_layers
+        layers = [*stage_layers(config.num_layers, stages, further)[number]]
+        if self.is_last:
+            layers += range(config.num_layers, config.num_layers + further)
         held = {str(i): self.blocks[i] for i in layers}
         self.register_module("blocks", nn.ModuleDict(held))
-        if not self.is_first:
-            self.position_embedding = self.block_embedding = None
+        own = EMBEDDINGS if self.is_first else at_both_ends(config) if self.is_last else ()
+        for table in {*EMBEDDINGS[1:]}.difference(own):
+            setattr(self, table, None)
+        # behind the position tables: the gradient norm is summed in this order
         embedding = self._parameters.pop("embedding")
-        if self.is_first or (self.is_last and config.tied_head):
-            # behind the position tables: the gradient norm is summed in this order
-            self.register_parameter("embedding", embedding)
-        else:
-            self.register_parameter("embedding", None)
+        self.register_parameter("embedding", embedding if "embedding" in own else None)
         if not self.is_last:
             self.final_norm = self.head = None
         elif ranks and ranks.sp and self.final_norm is not None:
             self.final_norm = SequenceNorm(self.final_norm, ranks.group)
-        for block in self.own_blocks():
+        for layer, block in zip(layers, self.own_blocks(), strict=True):
             if ranks:
                 tensor.share(block, ranks)
             if (ranks or experts) and isinstance(block.mlp, Experts):
-                block.mlp = SplitExperts(block.mlp, ranks, experts)
+                padding = max(0, layer + 1 - config.num_layers) if ranks and ranks.sp else 0
+                block.mlp = SplitExperts(block.mlp, ranks, experts, padding)
 
     def own_blocks(self) -> list[Block]:
         """Returns the stage's blocks in order."""
@@ -82,10 +83,16 @@ class Stage(GLM):
     def layers(self) -> list[Callable[..., Stream]]:
         """Returns the blocks as `forward` calls them, computed again in the backward pass or
         not."""
-        held = [b for b in self.own_blocks() if not isinstance(b, NextToken)]
+        return self._called([b for b in self.own_blocks() if not isinstance(b, NextToken)])
+
+    def further_layers(self) -> list[Callable[..., Stream]]:
+        """Returns the layers of multi-token prediction in the same way."""
+        return self._called(super().further_layers())
+
+    def _called(self, blocks: Sequence[Callable[..., Stream]]) -> list[Callable[..., Stream]]:
         if self._recompute == "full":
-            return [functools.partial(recomputed, block) for block in held]
-        return list(held)
+            return [functools.partial(recomputed, block) for block in blocks]
+        return list(blocks)
 
     def recompute(self, what: Recompute) -> None:
         """Sets what is computed again in the backward pass rather than kept: whole blocks ("full"),
@@ -98,6 +105,7 @@ class Stage(GLM):
     def forward(  # type: ignore[override]  # torch's schedules call a stage with what travels
         self,
         *carried: Tensor,
+        tokens: Tensor,
         positions: Tensor,
         key_start: Tensor,
         key_end: Tensor,
@@ -106,15 +114,13 @@ class Stage(GLM):
     ) -> Stream | Tensor:
         """Returns delta and residual, on the last stage the loss sum(token_weight * cross-entropy)
         of the micro-batch as [1]. carried: the tokens on the first stage, delta and residual on the
-        others. Every stage gets the other tensors whole; shapes as in GLM.loss."""
+        others. Every stage gets the other tensors whole, and the tokens once more; shapes as in
+        GLM.loss."""
         begin = carried[0] if self.is_first else (carried[0], carried[1])
         out = super().forward(begin, positions, key_start, key_end)
         if isinstance(out, Tensor):
-            if not self.is_first:
-                loss = self.cross_entropy(out, labels, token_weight)
-                return self.balanced(loss, token_weight)[None]  # [1]
             mask = (key_start, key_end)
-            return self.loss_of(out, carried[0], positions, *mask, labels, token_weight)[None]
+            return self.loss_of(out, tokens, positions, *mask, labels, token_weight)[None]
         delta, residual = out
         own = self.balanced(token_weight.new_zeros(()), token_weight)
         if own.requires_grad:
@@ -137,6 +143,15 @@ class Stage(GLM):
     def add_positions(self, x: Tensor, positions: Tensor) -> Tensor:
         """Does as GLM.add_positions, to this rank's part of the sequence."""
         return super().add_positions(x, tensor.own_tokens(positions, self.ranks))
+
+    def one_ahead(self, hidden: Tensor, *of_tokens: Tensor) -> tuple[Tensor, ...]:
+        """Does as GLM.one_ahead. Where ranks share the sequence it keeps its length, which they
+        divide: a place without weight, which no other sees, repeats the last token."""
+        if self.ranks is None or not self.ranks.sp:
+            return super().one_ahead(hidden, *of_tokens)
+        *longer, token_weight = (torch.cat((x, x[..., -1:]), -1) for x in of_tokens)
+        token_weight[..., -1] = 0
+        return hidden, *super().one_ahead(hidden, *longer, token_weight)[1:]
 
     def cross_entropy(self, hidden: Tensor, labels: Tensor, token_weight: Tensor) -> Tensor:
         """Does as GLM.cross_entropy, with a head whose rows the ranks share out."""

@@ -11,6 +11,8 @@ from glm_core.versions import lack_of
 
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zero-bubble", "zbv"]
 Recompute = Literal["none", "selective", "full"]
+EMBEDDINGS = ("embedding", "position_embedding", "block_embedding")
+"""the parameters that embed a token"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,10 +153,10 @@ def require_fit(
         "fewer": plan.stages <= model.num_layers,
         f"sp: tp={t} does not divide length={length}; pad the sequences": not plan.sp
         or length % t == 0,
-        f"schedule=zbv with zero={plan.zero}: one process would shard the tied embedding in two "
+        f"schedule=zbv with zero={plan.zero}: one process would shard the embedding in two "
         "stages; use zero=0, or schedule zero-bubble": plan.schedule != "zbv"
         or not plan.zero
-        or not model.tied_head,
+        or not at_both_ends(model),
         f"dp * micro_batches = {rows} does not divide global_batch={global_batch}; use a "
         "multiple": global_batch % rows == 0,
         **_sparse_rules(plan, model),
@@ -165,8 +167,7 @@ def require_fit(
 
 
 def _sparse_rules(plan: Plan, model: ModelConfig) -> dict[str, bool]:
-    """Returns the rules of `require_fit` for experts, latent attention and multi-token
-    prediction."""
+    """Returns the rules of `require_fit` for experts and layers of multi-token prediction."""
     t, num_experts = plan.tp, model.num_experts
     return {
         f"ep={plan.ep} needs a model with experts; leave it out": plan.ep == 1 or num_experts > 0,
@@ -174,12 +175,12 @@ def _sparse_rules(plan: Plan, model: ModelConfig) -> dict[str, bool]:
         + divisors(num_experts): num_experts % plan.ep == 0,
         f"tp={t} does not divide expert_ffn={model.expert_ffn}; use "
         + divisors(model.expert_ffn): model.expert_ffn % t == 0,
-        f"pp={plan.pp}, zero={plan.zero}, sp={str(plan.sp).lower()}: multi-token prediction is "
-        "trained by tp, dp and ep only; use pp=1,zero=0,sp=false, or num_mtp_layers=0": (
-            trains_mtp(plan) or not model.num_mtp_layers
-        ),
-        f"schedule={plan.schedule}: torch cannot split the backward pass of experts; use 1f1b or "
-        "interleaved": not num_experts or plan.schedule not in ("zero-bubble", "zbv"),
+        # the first of two passes through an op frees what the second needs (torch 2.13)
+        f"schedule={plan.schedule}: torch's split backward pass would go twice through the layers "
+        f"of multi-token prediction, since num_mtp_layers={model.num_mtp_layers} and tied_head="
+        f"{str(model.tied_head).lower()}; use 1f1b or interleaved, or one such layer and an untied "
+        "head": plan.schedule not in ("zero-bubble", "zbv")
+        or model.num_mtp_layers <= int(not model.tied_head),
     }
 
 
@@ -200,9 +201,12 @@ def partial(name: str) -> bool:
     return any(f".{part}." in name for part in ("q_norm", "k_norm", "router", *latent))
 
 
-def trains_mtp(plan: Plan) -> bool:
-    """Returns whether layers of multi-token prediction can be trained under a plan."""
-    return plan.pp == 1 and not plan.zero and not plan.sp
+def at_both_ends(model: ModelConfig) -> tuple[str, ...]:
+    """Returns the parameters that the first and the last stage of a pipeline both hold: a tied
+    embedding, and whatever embeds the tokens of layers of multi-token prediction."""
+    if model.num_mtp_layers:
+        return EMBEDDINGS if model.positions == "learned_2d" else EMBEDDINGS[:1]
+    return EMBEDDINGS[: int(model.tied_head)]
 
 
 def lacks(plan: Plan) -> list[str]:
@@ -213,17 +217,29 @@ def lacks(plan: Plan) -> list[str]:
     return [reason for reason in reasons if reason]
 
 
-def stage_layers(num_layers: int, stages: int) -> list[range]:
+def stage_layers(num_layers: int, stages: int, further: int = 0) -> list[range]:
     """Returns the layers of every stage. Embedding and head count as a layer each, so the first and
     the last stage are lighter: 70 layers on 8 stages are 8, 9 x 6, 8, as GLM-130B has them (Zeng et
-    al. 2022, section 2.3). Where that would leave an end without a layer they do not count."""
+    al. 2022, section 2.3). Where that would leave an end without a layer they do not count.
+    further: layers of multi-token prediction, which the last stage holds besides; each counts as
+    two, itself and its pass through the head, or less where that leaves the stage no other."""
     ends = 1 if stages > 1 and num_layers + 2 >= 2 * stages else 0
-    base, extra = divmod(num_layers + 2 * ends, stages)
-    first_extra = (stages - extra) // 2  # what does not divide goes to the middle
-    sizes = [base + (first_extra <= s < first_extra + extra) for s in range(stages)]
-    sizes[0], sizes[-1] = sizes[0] - ends, sizes[-1] - ends
+    sizes = _stage_sizes(num_layers, stages, ends, 0)
+    for more in range(1, 2 * further * ends + 1):
+        heavier = _stage_sizes(num_layers, stages, ends, more)
+        sizes = heavier if heavier[-1] > 0 else sizes
     starts = [sum(sizes[:s]) for s in range(stages)]
     return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+
+
+def _stage_sizes(num_layers: int, stages: int, ends: int, further: int) -> list[int]:
+    """Returns the number of layers of every stage. Both ends count as `ends` layers, and what else
+    the last stage does as `further`."""
+    base, extra = divmod(num_layers + 2 * ends + further, stages)
+    first_extra = (stages - extra) // 2  # what does not divide goes to the middle
+    sizes = [base + (first_extra <= s < first_extra + extra) for s in range(stages)]
+    sizes[0], sizes[-1] = sizes[0] - ends, sizes[-1] - ends - further
+    return sizes
 
 
 def stages_of(plan: Plan, pp_rank: int) -> list[int]:

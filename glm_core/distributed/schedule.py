@@ -191,6 +191,7 @@ class Work:
     def run(self, tokens: Tensor, inputs: dict[str, Any]) -> Tensor:
         """Does forward and backward of this data-parallel rank's rows. Returns their loss where the
         last stage is held, and the auxiliary losses of the stages that are; a float32 scalar."""
+        inputs = {"tokens": tokens, **inputs}
         if self.plan.pp == 1:
             return self._accumulate(tokens, inputs)
         rows, length = tokens.shape

@@ -295,7 +295,7 @@ class Router(nn.Module):
         return ops.route(
             x,
             wide(self.weight),
-            self.bias,
+            self.bias.detach(),  # torch cannot split a backward pass where a weight gets nothing
             c.experts_per_token,
             c.expert_groups,
             c.top_groups,
@@ -418,10 +418,22 @@ class NextToken(Block):
         self.join = Linear(2 * config.hidden, config.hidden, False)
         self.final_norm = Norm(config)
 
-    def joined(self, embedded: Tensor, hidden: Tensor) -> Tensor:
-        """Returns the layer's input: the next tokens' embeddings beside the hidden states before
-        them, in this order (transformers' MtpLayer);  both [B, L, D] -> [B, L, D]."""
-        return self.join(torch.cat((self.embedding_norm(embedded), self.hidden_norm(hidden)), -1))
+    def forward(
+        self,
+        delta: Tensor | None,
+        residual: Tensor,
+        rotary: Rotary | None,
+        key_start: Tensor,
+        key_end: Tensor,
+        cache: Window | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Takes the next tokens' embeddings as delta, and as residual the hidden states before
+        them, and joins them in this order (transformers' MtpLayer). Returns the layer's own hidden
+        states, after its norm and before it;  all [B, L, D]."""
+        assert delta is not None
+        x = self.join(torch.cat((self.embedding_norm(delta), self.hidden_norm(residual)), -1))
+        delta, x = super().forward(None, x, rotary, key_start, key_end, cache)
+        return self.final_norm.add(delta, x, self.alpha)
 
 
 Stream = tuple[Tensor, Tensor]
@@ -507,6 +519,11 @@ class GLM(nn.Module):
         arguments."""
         return islice(self.blocks, self.config.num_layers)
 
+    def further_layers(self) -> list[Callable[..., Stream]]:
+        """Returns what is called for each layer of multi-token prediction that is held, with
+        NextToken.forward's arguments."""
+        return [block for block in self.blocks.children() if isinstance(block, NextToken)]
+
     def further(
         self,
         number: int,
@@ -526,12 +543,10 @@ class GLM(nn.Module):
                 f"num_mtp_layers={self.config.num_mtp_layers}: the model has no multi-token "
                 f"prediction layer {number}; use a checkpoint with it, or decode without"
             )
-        layer = [b for b in self.blocks.children() if isinstance(b, NextToken)][number]
         learned = self.config.positions == "learned_2d"
-        x = layer.joined(self.add_positions(self.embed(tokens), positions), hidden)
+        x = self.add_positions(self.embed(tokens), positions)
         rotary = None if learned else self.rotary(positions)
-        delta, x = layer(None, x, rotary, key_start, key_end, cache)
-        return layer.final_norm.add(delta, x, residual_scale(self.config))[0]
+        return self.further_layers()[number](x, hidden, rotary, key_start, key_end, cache)[0]
 
     def rotary(self, positions: Tensor) -> Rotary:
         """Returns cos and sin of this model's rotation."""
@@ -584,15 +599,22 @@ class GLM(nn.Module):
         total = self.cross_entropy(hidden, labels, token_weight)
         share = self.config.mtp_weight / max(self.config.num_mtp_layers, 1)
         for number in range(self.config.num_mtp_layers):
-            # place i now holds token i + 1 and what it sees: everything moves one place to the left
-            tokens, labels, token_weight = tokens[:, 1:], labels[:, 1:], token_weight[:, 1:]
-            positions = positions[..., 1:]
-            key_start, key_end = ((x[:, 1:] - 1).clamp(min=0) for x in (key_start, key_end))
-            hidden = self.further(
-                number, tokens, hidden[:, :-1].contiguous(), positions, key_start, key_end
+            hidden, tokens, positions, key_start, key_end, labels, token_weight = self.one_ahead(
+                hidden, tokens, positions, key_start, key_end, labels, token_weight
             )
+            hidden = self.further(number, tokens, hidden, positions, key_start, key_end)
             total = total + share * self.cross_entropy(hidden, labels, token_weight)
         return self.balanced(total, whole_weight)
+
+    def one_ahead(self, hidden: Tensor, *of_tokens: Tensor) -> tuple[Tensor, ...]:
+        """Returns hidden states and the other arguments of `loss_of` for the prediction of one
+        token further ahead: place i holds the hidden state of token i, and token i + 1 with what it
+        sees, so that there is a place less."""
+        tokens, positions, key_start, key_end, labels, token_weight = [
+            x[..., 1:] for x in of_tokens
+        ]
+        mask = [(x - 1).clamp(min=0) for x in (key_start, key_end)]
+        return hidden[:, :-1].contiguous(), tokens, positions, *mask, labels, token_weight
 
     def balanced(self, loss: Tensor, token_weight: Tensor) -> Tensor:
         """Returns the loss of a forward pass with the auxiliary loss of its sparse layers: each

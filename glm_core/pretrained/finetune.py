@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,6 @@ from glm_core import environment
 from glm_core.config import ModelConfig, RunConfig
 from glm_core.data.open import open_sampler
 from glm_core.data.tokenizer import Tokenizer
-from glm_core.distributed.plan import Plan, trains_mtp
 from glm_core.errors import ConfigError
 from glm_core.model.adapters import AdapterConfig, attach
 from glm_core.model.glm import GLM
@@ -135,12 +133,11 @@ def prepare(
 
 
 def planned(
-    base: str | Path, conversations: Conversations, config: RunConfig, plan: Plan
+    base: str | Path, conversations: Conversations, config: RunConfig
 ) -> tuple[RunConfig, Sampler, Source]:
     """Returns what a plan needs to train all weights of a base on conversations: the config with
     the base's model, the conversations in its chat format, and where each process reads its part of
-    the weights. No values are read before. Layers of multi-token prediction that the plan cannot
-    train are left out, and rank 0 says so on stderr. Raises GlmCoreError."""
+    the weights. No values are read before. Raises GlmCoreError."""
     opened: list[Checkpoint] = []
 
     def without_weights(checkpoint: Checkpoint) -> GLM:
@@ -149,15 +146,6 @@ def planned(
             return GLM(checkpoint.config)
 
     config, _, sampler = _with_conversations(base, conversations, config, without_weights)
-    if config.model.num_mtp_layers and not trains_mtp(plan):
-        if os.environ.get("RANK", "0") == "0":
-            print(
-                f"base {base}: its layers of multi-token prediction are left out, plan "
-                f"{plan.label()} cannot train them",
-                file=sys.stderr,
-            )
-        model = dataclasses.replace(config.model, num_mtp_layers=0)
-        config = dataclasses.replace(config, model=model)
     return config, sampler, functools.partial(read_part, opened[0])
 
 

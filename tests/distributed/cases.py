@@ -37,7 +37,16 @@ HONEST = [
     Case("dp=4,ep=2,zero=3,micro_batches=2", "moe"),
     Case("tp=2,dp=2,ep=2,zero=2", "moe"),
     Case("pp=2,dp=2,ep=2,micro_batches=2", "moe"),
+    Case("pp=2,schedule=zbv,virtual=2,micro_batches=4", "moe"),
+    Case("dp=2,zero=1,micro_batches=2", "mtp"),
+    Case("dp=2,zero=3,micro_batches=2,recompute=full", "mtp"),
+    Case("tp=2,sp=true", "mtp"),
+    Case("pp=2,schedule=zero-bubble,micro_batches=2", "mtp"),
+    Case("tp=2,sp=true,recompute=selective", "mtp2"),
+    Case("pp=2,micro_batches=2", "mtp2"),
     Case("tp=2,dp=2,ep=2", "mtp"),
+    Case("tp=2,pp=2,sp=true,micro_batches=2", "mtp"),
+    Case("pp=2,dp=2,ep=2,zero=2,schedule=zero-bubble,micro_batches=2", "mtp"),
 ]
 
 PLANTED = [
@@ -54,4 +63,6 @@ PLANTED = [
     Case("pp=2,micro_batches=2", bug="norm_of_a_part"),
     Case("dp=2,ep=2", "moe", bug="experts_over_all_ranks"),
     Case("dp=2,ep=2", "moe", bug="rows_to_the_wrong_rank"),
+    Case("pp=2,micro_batches=2", "mtp", bug="ends_apart"),
+    Case("tp=2,sp=true", "mtp", bug="padding_is_learned"),
 ]

@@ -66,6 +66,7 @@ SPARSE = dataclasses.replace(
     experts_per_token=2,
     expert_ffn=8,
     num_dense_layers=1,
+    num_mtp_layers=1,
 )
 TABLES = ("master", "exp_avg", "exp_avg_sq")
 

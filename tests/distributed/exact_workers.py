@@ -23,7 +23,7 @@ HEADS = {"num_heads": 4, "num_kv_heads": 4, "head_dim": 8, "init_std": 0.1}
 MODELS = {
     "tied": preset("tiny", ffn=48, **SMALL),
     "untied": preset("glm-4-0414-9b", ffn=48, **SMALL, **HEADS),
-    "experts": preset("tiny-moe", num_mtp_layers=0, **SMALL),
+    "experts": preset("tiny-moe", **SMALL),
 }
 
 

@@ -72,11 +72,15 @@ def test_every_misfit_is_listed_at_once() -> None:
         ("dp=3,ep=3", {}, "ep=3 does not divide num_experts=16; use 1, 2, 4, 8, 16"),
         ("dp=2,ep=2", {"num_experts": 0}, "ep=2 needs a model with experts; leave it out"),
         ("tp=2", {"expert_ffn": 87}, "tp=2 does not divide expert_ffn=87"),
-        ("pp=2,schedule=zero-bubble,micro_batches=2", {}, "cannot split the backward pass"),
         (
-            "dp=2,zero=1",
-            {"num_mtp_layers": 1},
-            "zero=1, sp=false: multi-token prediction is",
+            "pp=2,schedule=zero-bubble,micro_batches=2",
+            {"num_mtp_layers": 2},
+            "twice through the layers of multi-token prediction, since num_mtp_layers=2",
+        ),
+        (
+            "pp=2,schedule=zbv,virtual=2,micro_batches=2",
+            {"num_mtp_layers": 1, "tied_head": True},
+            "num_mtp_layers=1 and tied_head=true",
         ),
     ],
 )
@@ -122,13 +126,24 @@ def test_glm_130b_lies_on_eight_stages_as_published() -> None:
 
 @pytest.mark.parametrize("stages", range(1, 8))
 @pytest.mark.parametrize("layers", [7, 12, 28, 70])
-def test_stages_hold_every_layer_once_and_none_is_empty(layers: int, stages: int) -> None:
-    split = stage_layers(layers, stages)
+@pytest.mark.parametrize("further", [0, 1, 3])
+def test_stages_hold_every_layer_once_and_none_is_empty(
+    layers: int, stages: int, further: int
+) -> None:
+    split = stage_layers(layers, stages, further)
     assert [i for s in split for i in s] == list(range(layers))
     sizes = [len(s) for s in split]
     assert min(sizes) >= 1
+    if further:
+        return
     assert max(sizes) - min(sizes) <= 2
     assert max(sizes[0], sizes[-1]) <= max(sizes[1:-1], default=layers)
+
+
+def test_the_last_stage_has_fewer_layers_where_it_predicts_further_tokens() -> None:
+    """GLM-4.5's 92 layers; a layer of multi-token prediction counts as two."""
+    assert [len(s) for s in stage_layers(92, 8, 1)] == [11, 12, 12, 12, 12, 12, 12, 9]
+    assert [len(s) for s in stage_layers(2, 2, 1)] == [1, 1]
 
 
 @pytest.mark.parametrize("schedule", ["interleaved", "zbv"])
@@ -210,7 +225,7 @@ def test_a_stage_of_all_layers_predicts_further_tokens() -> None:
     mask = {"key_start": batch.key_start, "key_end": batch.key_end}
     learned = {"labels": batch.labels, "token_weight": batch.loss_weight / batch.loss_weight.sum()}
     rest = {"positions": batch.positions, **mask, **learned}
-    loss = stage(batch.tokens, **rest)
+    loss = stage(batch.tokens, tokens=batch.tokens, **rest)
     assert torch.equal(loss[0], whole.loss(batch.tokens, **rest))
     alone = whole.cross_entropy(whole(batch.tokens, batch.positions, *mask.values()), **learned)
     assert loss > alone  # and the further token's loss is in it

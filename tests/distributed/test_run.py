@@ -17,7 +17,6 @@ from ranks import Ranks
 from glm_core import cli
 from glm_core.backends import registry
 from glm_core.config import load
-from glm_core.distributed.plan import parse
 from glm_core.pretrained.finetune import planned
 from glm_core.pretrained.weights.reading import open_checkpoint
 from glm_core.training.parallel import SingleProcess
@@ -84,7 +83,7 @@ def test_a_plan_trains_all_weights_of_a_base(
     done = ranks.run("elastic_workers.command", 2, words, folder=tmp_path)
     assert done.codes == [0, 0], done.told
     config = load(Path("job/config.toml"))
-    _, sampler, _ = planned(base, "pairs.jsonl", config, parse("tp=2"))
+    _, sampler, _ = planned(base, "pairs.jsonl", config)
     alone = SingleProcess(config, model=open_checkpoint(base).load(torch.float32))
     with registry.use("reference"):
         result = Trainer(config, sampler, alone).step()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import types
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,7 @@ import torch
 from small_experts import LATENT, SMALL
 
 from glm_core.bench import folders
-from glm_core.config import DataConfig, RunConfig
 from glm_core.distributed.layout import Place, splits_of, take
-from glm_core.distributed.plan import parse
-from glm_core.pretrained import finetune
 from glm_core.pretrained.weights.files import StoredTensor
 from glm_core.pretrained.weights.plan_parts import read_part
 from glm_core.pretrained.weights.reading import open_checkpoint
@@ -54,21 +50,3 @@ def test_a_rank_reads_its_part_alone(
             assert torch.equal(part, take(values, splits)), name
             share = math.prod(split.ranks for split in splits)
             assert sum(x.numel() for x in read) * share == values.numel(), name
-
-
-@pytest.mark.parametrize(("plan", "layers"), [("tp=2,dp=2,ep=2", 1), ("dp=2,zero=3", 0)])
-def test_a_plan_leaves_out_what_it_cannot_train_and_says_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], plan: str, layers: int
-) -> None:
-    def opened(*args: Any) -> Any:
-        return (
-            RunConfig(model=SMALL, data=DataConfig(vocab=64, length=32)),
-            args[-1](types.SimpleNamespace(config=SMALL)),
-            None,
-        )
-
-    monkeypatch.setattr(finetune, "_with_conversations", opened)
-    config, _, _ = finetune.planned("base", "pairs.jsonl", RunConfig(), parse(plan))
-    assert config.model == dataclasses.replace(SMALL, num_mtp_layers=layers)
-    told = f"base base: its layers of multi-token prediction are left out, plan {plan} cannot"
-    assert (told in capsys.readouterr().err) == (not layers)

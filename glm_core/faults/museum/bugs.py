@@ -119,7 +119,7 @@ def own_logsumexp() -> AbstractContextManager[Any]:
 
 
 def ends_apart() -> AbstractContextManager[Any]:
-    """Leaves first and last stage their own gradients of the tied embedding."""
+    """Leaves first and last stage their own gradients of the embedding that both hold."""
     return mock.patch.object(mesh, "ends_group", return_value=None)
 
 
@@ -226,6 +226,18 @@ def rows_to_the_wrong_rank() -> AbstractContextManager[Any]:
     return mock.patch.object(collectives, "exchange", wrong)
 
 
+def padding_is_learned() -> AbstractContextManager[Any]:
+    """Gives the place that sequence parallelism pads for a layer of multi-token prediction the
+    weight of the last token."""
+    right = pipeline.Stage.one_ahead
+
+    def wrong(self: pipeline.Stage, hidden: Tensor, *of_tokens: Tensor) -> tuple[Tensor, ...]:
+        *longer, token_weight = right(self, hidden, *of_tokens)
+        return *longer, torch.cat((token_weight[..., :-1], of_tokens[-1][..., -1:]), -1)
+
+    return mock.patch.object(pipeline.Stage, "one_ahead", wrong)
+
+
 BUGS: dict[str, Bug] = {
     f.__name__: f
     for f in (
@@ -248,5 +260,6 @@ BUGS: dict[str, Bug] = {
         stale_parameters,
         experts_over_all_ranks,
         rows_to_the_wrong_rank,
+        padding_is_learned,
     )
 }

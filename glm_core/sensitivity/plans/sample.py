@@ -1,4 +1,4 @@
-"""Makes tiny models of five GLMs and a text they can learn, the same in every process."""
+"""Makes tiny models of several GLMs and a text they can learn, the same in every process."""
 
 from __future__ import annotations
 
@@ -54,6 +54,8 @@ MODELS = {
     "moe": ModelConfig(**SIZES, **SPARSE, ffn=48, experts_per_token=2, expert_ffn=24),
 }
 MODELS["mtp"] = dataclasses.replace(MODELS["moe"], num_layers=2, num_mtp_layers=1)
+MODELS["mtp2"] = dataclasses.replace(MODELS["10b"], num_mtp_layers=2)
+"""with everything that both ends of a pipeline can hold: a tied embedding and position tables"""
 
 
 class Text:

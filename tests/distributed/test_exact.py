@@ -109,6 +109,7 @@ def test_refused_by_name() -> None:
         (learned, "float32", "tp=2,sp=true", "sp cuts a position table's"),
         (balanced, "float32", "pp=2", "auxiliary loss"),
         (MODELS["tied"], "float32", "dp=2,pp=2,zero=1", "ZeRO adds a tied head's"),
+        (MODELS["experts"], "float32", "dp=2,pp=2,zero=1", "ZeRO adds the embedding's"),
     ):
         other = dataclasses.replace(config("tied", dtype), model=model)
         with pytest.raises(ConfigError, match=f"train.exact=True.*{fact}"):

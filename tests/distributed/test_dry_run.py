@@ -29,6 +29,7 @@ def dry(config: ModelConfig, plan: Plan, made: DeviceMesh) -> tuple[Share, tuple
     rows = torch.zeros(1, LENGTH, dtype=torch.int64)
     out = share.stages[0](
         *carried,
+        tokens=rows,
         positions=torch.zeros(1, 2, LENGTH, dtype=torch.int64),
         key_start=rows.int(),
         key_end=rows.int() + 1,

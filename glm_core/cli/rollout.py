@@ -91,10 +91,28 @@ def run(args: argparse.Namespace) -> int:
             f"align rollout: {len(args.files)} files; give the trainer's and the sampler's, or the "
             "sampler's with --model"
         )
+    require_together(args)
     result = judged(args)
     emit(args, result.to_json(), result.text())
     codes = {"diverged": EXIT_FAILED, "not judged": EXIT_USAGE}
     return codes.get(result.verdict, 0)
+
+
+def require_together(args: argparse.Namespace) -> None:
+    """Raises ConfigError for options that would do nothing, and BackendUnavailableError, before
+    anything is computed."""
+    from glm_core.backends import registry
+    from glm_core.errors import ConfigError
+
+    if args.model and args.control:
+        raise ConfigError(
+            "align rollout: --control stands in for --model; give one of them, not both"
+        )
+    for name in ("before", "backend", "exact"):
+        if getattr(args, name) and not args.model:
+            raise ConfigError(f"align rollout: --{name} needs the weights; give --model too")
+    if args.backend:
+        registry.usable(args.backend)
 
 
 def judged(args: argparse.Namespace) -> Report:

@@ -16,8 +16,8 @@ from glm_core.rollout.verdict import Check, Figures, Judgement, figures, judge
 MOST_STEPS = 10
 """steps whose deviations are printed; --json has all"""
 UNJUDGED = (
-    "not judged: what honest rounding may do is not known; give the weights with --model, or the "
-    "same tokens from an honest engine with --control"
+    "what honest rounding may do is not known; give the weights with --model, or the same tokens "
+    "from an honest engine with --control"
 )
 
 

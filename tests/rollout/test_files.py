@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from glm_core.cli import main
 from glm_core.errors import ConfigError, RolloutError
 from glm_core.rollout import files
 from glm_core.rollout.files import Reply, Rollout, Settings, require_same
@@ -169,6 +170,26 @@ def test_the_command_line_states_what_a_file_does_not(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(ConfigError, match=fact):
             files.stated(first, [words])
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "fact"),
+    [
+        ("--backend cpu", 2, "--backend needs the weights; give --model too"),
+        ("--before x", 2, "--before needs the weights"),
+        ("--exact", 2, "--exact needs the weights"),
+        ("--model x --control x", 2, "--control stands in for --model"),
+        ("--model x --backend cude", 2, "did you mean cuda?"),
+        ("--model x", 2, "x: no such checkpoint; give the folder of a run"),
+    ],
+    ids=str,
+)
+def test_options_that_would_do_nothing_are_refused_first(
+    words: str, code: int, fact: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(written(tmp_path, HEAD, BODY))
+    assert main(["align", "rollout", file, file, *words.split()]) == code
+    assert fact in capsys.readouterr().err
 
 
 def test_replies_of_another_number_do_not_match() -> None:

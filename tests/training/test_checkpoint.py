@@ -74,9 +74,7 @@ def test_every_flipped_bit_and_every_truncation_is_refused(tmp_path: Path) -> No
 @pytest.mark.parametrize("content", [b"", b"\x80\x02}q\x00.", b"# notes\n" * 100])
 def test_foreign_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "notes").write_bytes(content)
-    with pytest.raises(
-        CheckpointError, match=r"notes: truncated or not a checkpoint \(.*\); start"
-    ):
+    with pytest.raises(CheckpointError, match=r"notes: truncated or not a checkpoint \(.*\); give"):
         checkpoint.load(tmp_path / "notes")
 
 
@@ -90,7 +88,7 @@ def test_foreign_safetensors(tmp_path: Path) -> None:
 
 
 def test_missing(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="holds no checkpoint; start the run again"):
+    with pytest.raises(CheckpointError, match="holds no checkpoint; give the folder of a run"):
         checkpoint.load(tmp_path)
     path = save(tmp_path)
     with pytest.raises(CheckpointError, match=rf"no such checkpoint; use one of: .*{STEP}"):

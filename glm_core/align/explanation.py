@@ -88,11 +88,19 @@ def sentence(pair: Pair) -> str:
     if pair.verdict == "aligned":
         same = pair.envelope is not None and not pair.envelope.deviation.any()
         curve = "; the curves are identical, every loss to the bit" if same else ""
-        return f"{start}{curve}; the largest deviation is {times(stated_ratio(pair))} of {HONEST}"
+        largest = f"the largest deviation is {times(stated_ratio(pair))} of {HONEST}"
+        return f"{start}{curve}; {largest}{_left_out(pair)}"
     ratio, subject = stated_ratio(pair), _subject(pair)
     if not ratio < NOT_FINITE:
         return f"{start}; {subject} is infinite, NaN, or so far off that its error overflows"
     return f"{start}; {subject} deviates {times(ratio)} times as far as honest rounding does"
+
+
+def _left_out(pair: Pair) -> str:
+    """Returns which test was not made, as a part of the sentence; empty where all were."""
+    if pair.envelope is None:
+        return "; the curve was not judged"
+    return "" if pair.gradient_excess.size else "; gradients and ops were not judged"
 
 
 def _routing(pair: Pair) -> str:

@@ -157,8 +157,15 @@ def _explanation(steps: int, controls: int) -> str:
         else f"The curve covers {steps} steps; what comes later is not judged. Slower errors are "
         "left to gradients and ops."
     )
+    if not controls:
+        proof = (
+            "<strong>The curve was not judged.</strong> What needs many steps to show, or struck "
+            "between the captured steps, is not seen."
+        )
     items = {
-        "Curve": f"the reference is trained {controls} more times with changes that alter "
+        "Curve": "not judged here."
+        if not controls
+        else f"the reference is trained {controls} more times with changes that alter "
         "nothing but rounding (control runs). The envelope is how far such runs may stray from its "
         "loss curve; the number is the candidate's largest distance from the curve, as a share of "
         "that. First step is the first one outside.",
@@ -193,7 +200,9 @@ def _pair(pair: Pair, reference: Trace, candidate: Trace) -> str:
     title = f"<h2>{escape(pair.candidate)}, {escape(pair.dtype)}: {_verdict(pair.verdict)}</h2>"
     parts = [title, _curves(pair, reference, candidate), _deviation(pair, reference)]
     parts += [_gradients(pair, candidate), _routing(candidate)]
-    parts.append(_plan(candidate) if "plan" in candidate.environment else _findings(pair))
+    parts.append(
+        _plan(candidate) if "plan" in candidate.environment else _findings(pair, candidate)
+    )
     parts += [_fallbacks(candidate)]
     return "".join(parts) + _environments(reference, candidate)
 
@@ -227,7 +236,7 @@ def _deviation(pair: Pair, reference: Trace) -> str:
 def _gradients(pair: Pair, candidate: Trace) -> str:
     excess = pair.gradient_excess
     if not excess.size:
-        return "<p>No teacher forcing was recorded.</p>"
+        return "<p>Gradients were not judged.</p>"
     indices = range(1, excess.shape[1] + 1)
     colors = (BLUE, "#000", "#777") * len(excess)
     dots = [
@@ -270,9 +279,9 @@ def _plan(candidate: Trace) -> str:
     return (table(plan_findings.HEAD, rows) if rows else "") + note
 
 
-def _findings(pair: Pair) -> str:
+def _findings(pair: Pair, candidate: Trace) -> str:
     if not pair.findings:
-        return "<p>No op is guilty.</p>"
+        return f"<p>{'No op is guilty' if candidate.num_tests else 'Ops were not judged'}.</p>"
     rows = [
         (
             f.op,

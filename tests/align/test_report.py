@@ -164,7 +164,23 @@ def test_pair_report_without_free_run_or_teacher(tmp_path: Path) -> None:
         num_tests=0,
     )
     path = report.write_pair(compare(reference, bare), reference, bare, tmp_path / "pair.html")
-    assert "No teacher forcing was recorded" in path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
+    assert "gradients and ops were not judged.</h1>" in text
+    assert "Ops were not judged" in text
+    assert "No op is guilty" not in text
+
+
+def test_a_page_without_the_curve_says_so_first(page: Path, tmp_path: Path) -> None:
+    loss = np.linspace(8, 7, STEPS)
+    reference = trace("reference", loss, np.zeros((0, STEPS)))
+    candidate = trace("cpu", np.zeros(0), np.zeros((0, 0)))
+    pair = compare(reference, candidate)
+    assert pair.envelope is None
+    text = report.write_pair(pair, reference, candidate, tmp_path / "p.html").read_text("utf-8")
+    assert "the curve was not judged.</h1>" in text
+    assert "trained 0 more times" not in text
+    assert "prove little" not in text
+    assert "was not judged" not in page.read_text(encoding="utf-8").partition("</h1>")[0]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine; install chromium")

@@ -135,3 +135,18 @@ def test_every_python_of_the_window_is_a_classifier() -> None:
     [(oldest, newest)] = re.findall(r"^\| Python \| 3\.(\d+) \| 3\.(\d+) \|", VERSIONS, re.M)
     minors = [int(m) for m in re.findall(r"Python :: 3\.(\d+)", "\n".join(project["classifiers"]))]
     assert minors == list(range(int(oldest), int(newest) + 1))
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.stem
+)
+def test_the_options_of_a_shown_command_exist(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = path.read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(?:sh|bash|yaml)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    for line in re.findall(r"^(?:! |.*run: )?glm-core (.*)$", "\n".join(blocks), re.MULTILINE):
+        words = shlex.split(line.partition(" > ")[0], comments=True)
+        if "..." not in words:
+            cli.parser().parse_args(words)  # exits where one is unknown or missing

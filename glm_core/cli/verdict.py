@@ -40,7 +40,7 @@ def define(parser: argparse.ArgumentParser) -> None:
         type=output_file,
         default="",
         metavar="FILE",
-        help="write a sample of the calls, to compare with",
+        help="write a sample of the calls, to compare with; in a job, {rank} stands for the rank",
     )
     parser.add_argument(
         "--against",

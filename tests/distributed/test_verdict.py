@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from ranks import Ranks
 
+from glm_core import verdict
+from glm_core.distributed import messages
 from glm_core.faults.collectives import COLLECTIVE_FAULTS, TRANSFER_FAULTS
+from glm_core.verdict import watching
 from glm_core.versions import lack_of
 
 LACK = lack_of("named_reductions", "to plant wrong reductions")
@@ -91,6 +96,24 @@ def test_ranks_that_do_not_watch_are_not_waited_for_twice(both: list[dict[str, A
         assert "watch the same steps on every rank" in left["reason"]
 
 
+def test_process_groups_that_no_operator_calls_are_noted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Vendors(dist.ProcessGroup):
+        pass
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    groups = {Vendors(0, 1): None, dist.ProcessGroup(0, 1): None}
+    monkeypatch.setattr(type(messages.c10d._world), "pg_map", groups)
+    assert [name.rpartition(".")[2] for name in messages.unseen_groups()] == ["Vendors"]
+    monkeypatch.undo()
+    monkeypatch.setattr(watching, "unseen_groups", lambda: ["Vendors"])
+    with verdict.watch(steps=(1,)) as watch:
+        torch.ones(3).exp()
+    [note] = watch.report().notes
+    assert note.startswith("the process group Vendors is written in Python")
+
+
 @pytest.fixture(scope="module")
 def three(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Returns what each of three ranks reports that send each other messages."""
@@ -145,7 +168,7 @@ def test_messages_that_cross_steps_are_told_apart(three: list[dict[str, Any]]) -
 def test_the_command_runs_a_script_of_several_ranks_as_often_as_it_needs(
     ranks: Ranks, tmp_path: Path
 ) -> None:
-    job = ranks.run("verdict_commands.everything", 2, folder=tmp_path)
+    job = ranks.run("verdict_commands.everything", 2, folder=tmp_path, timeout_s=300.0)
     assert job.codes == [0, 0], job.told
     first, other = (json.loads(o.partition("RESULT ")[2].splitlines()[0]) for o in job.outputs)
     assert other == {

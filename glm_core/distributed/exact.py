@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from glm_core import ops
 from glm_core.config import RunConfig
-from glm_core.distributed import apply, schedule
+from glm_core.distributed import apply, exact_tensor, schedule
 from glm_core.distributed.collectives import all_reduce
 from glm_core.distributed.exact_tensor import gathered
 from glm_core.distributed.fsdp import whole
@@ -25,6 +26,7 @@ from glm_core.distributed.parallel import ManyProcesses, messages
 from glm_core.distributed.pipeline import Stage
 from glm_core.distributed.plan import Plan, at_both_ends
 from glm_core.errors import ConfigError
+from glm_core.training.batches import Batch
 from glm_core.training.optimizer import assign_gradient, sum_in_float32
 from glm_core.training.row_tree import RowTree, norm_of_all, tree_sum
 from glm_core.versions import torch_has
@@ -45,7 +47,9 @@ class ExactProcesses(ManyProcesses):
         _require_order(config, plan)
         super().__init__(config, plan, *args)
         sum_in_float32(self.model)
-        self._trees = {stage: RowTree(stage) for stage in self.model.stages}
+        # what else is added to one sequence's gradients must not find two sequences' there
+        pairs = not (self._takes_turns or self._is_tied)
+        self._trees = {stage: RowTree(stage, pairs) for stage in self.model.stages}
         self._shapes = apply.whole_shapes(config.model)
         self._sent: deque[tuple[Any, Tensor]] = deque()
         for stage in self.model.stages:
@@ -53,6 +57,11 @@ class ExactProcesses(ManyProcesses):
                 if isinstance(module, FSDPModule):
                     # torch's type of it is private
                     module.set_custom_reduce_scatter(TreeReduceScatter())  # type: ignore[arg-type]
+
+    def forward_backward(self, batch: Batch, token_weight: Tensor) -> Tensor:
+        """Without ZeRO, what tensor-parallel ranks need of each other's weights travels once."""
+        with nullcontext() if self.plan.zero else exact_tensor.keeping_parts():
+            return super().forward_backward(batch, token_weight)
 
     def _work(self) -> schedule.Work:
         """Each sequence is a micro-batch. ZeRO 1, too, reduces gradients after each: they could

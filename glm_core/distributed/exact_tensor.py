@@ -8,7 +8,8 @@ tokens, D width, F features of all ranks, V vocabulary, t ranks; S sections of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +25,31 @@ from glm_core.training.row_tree import tree_sum
 Sections = tuple[int, ...]
 """lengths of a rank's features by section (q, k and v, or both halves of a gated layer): one
 process has each section of all ranks before the next section"""
+
+_parts: list[dict[int, Tensor]] = []
+"""of the weights, by the address of a rank's own part: inside keeping_parts"""
+
+
+@contextmanager
+def keeping_parts() -> Iterator[None]:
+    """Keeps what ranks send each other of the weights in the block, where no weight may change: it
+    travels once, not once for each sequence. A rank then holds as much again as its own parts, and
+    the whole head."""
+    _parts.append({})
+    try:
+        yield
+    finally:
+        _parts.pop()
+
+
+def kept(weight: Tensor, exchange: Callable[[], Tensor]) -> Tensor:
+    """Returns what `exchange` returns for this weight."""
+    if not _parts:
+        return exchange()
+    known, key = _parts[-1], weight.data_ptr()
+    if key not in known:
+        known[key] = exchange()
+    return known[key]
 
 
 def column_linear(
@@ -50,10 +76,14 @@ class _ToInput(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         [weight] = ctx.saved_tensors
-        whole = _in_order(gathered(grads[0], ctx.group), ctx.sections)  # [..., F]
-        across = _in_order(_exchanged(weight.T, ctx.group), ctx.sections)  # [D/t, F]
+        whole = _in_order(gathered(grads[0], ctx.group), ctx.sections, -1)  # [..., F]
+
+        def columns() -> Tensor:
+            sent = torch.cat(weight.chunk(ctx.group.size(), 1))  # [t F/t, D/t]
+            return _in_order(_exchanged(sent, ctx.group), ctx.sections, 0)  # [F, D/t]
+
         with dispatch.resume(ctx.session), torch.no_grad():
-            own = ops.linear(whole, across)  # [..., D/t]
+            own = ops.linear(whole, kept(weight, columns).T)  # [..., D/t]
         return grads[0], torch.cat(gathered(own, ctx.group), -1), None, None, None
 
 
@@ -72,7 +102,7 @@ class _Row(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias)
         ctx.session = dispatch.session()
         whole = torch.cat(gathered(x, group), -1)  # [..., F]
-        rows = torch.cat(_exchanged(weight, group), -1)  # [D/t, F]
+        rows = kept(weight, lambda: torch.cat(_exchanged(weight, group), -1))  # [D/t, F]
         own = None if bias is None else bias.chunk(group.size())[group.rank()]
         return torch.cat(gathered(ops.linear(whole, rows, own), group), -1)
 
@@ -81,10 +111,9 @@ class _Row(torch.autograd.Function):
         x, weight, bias = ctx.saved_tensors
         dy = grads[0].flatten(0, -2)  # [N, D]
         with dispatch.resume(ctx.session), torch.no_grad():
-            dx = ops.linear(grads[0].contiguous(), weight.T.contiguous())
-            across = dy.T.contiguous()  # [D, N]
-            dweight = ops.linear(across, x.flatten(0, -2).T.contiguous())
-            dbias = None if bias is None else ops.linear(across, dy.new_ones(1, len(dy)))[:, 0]
+            dx = ops.linear(grads[0], weight.T)
+            dweight = ops.linear(dy.T, x.flatten(0, -2).T)
+            dbias = None if bias is None else ops.linear(dy.T, dy.new_ones(1, len(dy)))[:, 0]
         return dx, dweight, dbias, None
 
 
@@ -200,7 +229,7 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, own: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
-        return all_gather(own, group, 0)
+        return kept(own, lambda: all_gather(own, group, 0)).detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -236,7 +265,7 @@ def _exchanged(x: Tensor, group: ProcessGroup) -> list[Tensor]:
     return list(arrived.chunk(group.size()))
 
 
-def _in_order(parts: list[Tensor], sections: Sections) -> Tensor:
-    """Joins the ranks' features, along the last dim, as one process has them."""
-    cut = [part.split_with_sizes(sections, -1) for part in parts]
-    return torch.cat([part[s] for s in range(len(sections)) for part in cut], -1)
+def _in_order(parts: list[Tensor], sections: Sections, dim: int) -> Tensor:
+    """Joins the ranks' features, along `dim`, as one process has them."""
+    cut = [part.split_with_sizes(sections, dim) for part in parts]
+    return torch.cat([part[s] for s in range(len(sections)) for part in cut], dim)

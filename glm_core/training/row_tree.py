@@ -23,9 +23,9 @@ class Tree:
         self._held: list[tuple[int, Summands]] = []
         """subtrees that wait for their right neighbour: number of leaves, sums"""
 
-    def add(self, leaf: Summands) -> None:
-        """Takes the next leaf over: its tensors may be overwritten."""
-        self._held.append((1, leaf))
+    def add(self, leaf: Summands, leaves: int = 1) -> None:
+        """Takes the next leaf over, or the sum of the next two: its tensors may be overwritten."""
+        self._held.append((leaves, leaf))
         while len(self._held) > 1 and self._held[-1][0] == self._held[-2][0]:
             self._join()
 
@@ -49,18 +49,31 @@ def _sums(left: Summands, right: Summands) -> Summands:
 class RowTree:
     """Adds up the gradients of single sequences by a tree."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, pairs: bool = True) -> None:
+        """pairs: a first neighbour's gradients stay in `.grad`, where torch adds the second one's
+        to them. A gradient is then added while it is in the cache, and its memory is used again."""
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._tree = Tree()
+        self._together = 2 if pairs else 1
+        self._waiting = 0
+        """sequences whose sum lies in `.grad`"""
 
     def add(self) -> None:
-        """Takes over the gradients that lie in `.grad`, of one sequence."""
-        self._tree.add([p.grad for p in self._trained])
+        """Counts a sequence, whose gradients were added to `.grad`."""
+        self._waiting += 1
+        if self._waiting == self._together:
+            self._take()
+
+    def _take(self) -> None:
+        self._tree.add([p.grad for p in self._trained], self._waiting)
+        self._waiting = 0
         for p in self._trained:
             p.grad = None
 
     def finish(self) -> None:
         """Puts the sums into `.grad`. The tree is empty afterwards."""
+        if self._waiting:
+            self._take()
         for p, grad in zip(self._trained, self._tree.finish(), strict=True):
             assign_gradient(p, grad)
 

@@ -13,7 +13,7 @@ from ranks import Ranks
 from torch import Tensor
 from toy import Sampler
 
-from glm_core.distributed import exact
+from glm_core.distributed import exact, exact_tensor
 from glm_core.distributed.plan import lacks, parse
 from glm_core.errors import ConfigError
 from glm_core.training.trainer import Trainer
@@ -85,6 +85,24 @@ def test_plans(folders: dict[int, Path], world: int, run: int) -> None:
             assert torch.equal(weights[name][index], part), (rank, name)
             seen.add(name)
     assert seen == set(weights)
+
+
+def test_weights_travel_once() -> None:
+    weight = torch.ones(2, 2)
+    calls: list[Tensor] = []
+
+    def exchange() -> Tensor:
+        calls.append(weight)
+        return weight * 2
+
+    for _ in range(2):
+        with exact_tensor.keeping_parts():
+            for _ in range(3):
+                assert torch.equal(exact_tensor.kept(weight, exchange), weight * 2)
+    assert len(calls) == 2
+    exact_tensor.kept(weight, exchange)
+    exact_tensor.kept(weight, exchange)
+    assert len(calls) == 4
 
 
 def test_refused_by_name() -> None:

@@ -14,6 +14,7 @@ from glm_core.backends import registry
 from glm_core.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from glm_core.errors import ConfigError
 from glm_core.model.presets import preset
+from glm_core.training.row_tree import RowTree
 from glm_core.training.run import run
 from glm_core.training.trainer import Trainer
 from tests.shared.toy import L, Sampler, V
@@ -59,6 +60,25 @@ def test_the_fast_run_differs() -> None:
     """Otherwise nothing above could fail."""
     a, b = (curve(MODELS["dense"], "float32", m, exact=False) for m in (6, 1))
     assert not all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("sequences", [1, 2, 3, 6, 7])
+def test_pairs_are_added_in_place(sequences: int) -> None:
+    """Torch's sum of two neighbours is the tree's, and the tree holds one gradient for both."""
+    drawn = torch.randn(sequences, 1000, generator=torch.Generator().manual_seed(0))
+
+    def summed(pairs: bool) -> Tensor:
+        layer = torch.nn.Linear(1000, 1, bias=False)
+        tree = RowTree(layer, pairs)
+        for row in drawn:
+            layer(row).sum().backward()
+            tree.add()
+        assert (layer.weight.grad is not None) == (pairs and sequences % 2 == 1)
+        tree.finish()
+        assert layer.weight.grad is not None
+        return layer.weight.grad
+
+    assert torch.equal(summed(True), summed(False))
 
 
 def test_refused_by_name() -> None:

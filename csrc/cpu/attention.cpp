@@ -18,6 +18,7 @@
 
 #include "kernels.h"
 #include "product.h"
+#include "transpose.h"
 #include "vec.h"
 
 namespace glm::GLM_ISA {
@@ -100,7 +101,12 @@ void transposed(const T* x, int64_t stride, int64_t rows, int64_t width, float* 
     const int64_t count = rows - j < BLOCK ? rows - j : BLOCK;
     along_rows<Words>(x + j * stride, stride, count, width, scratch);
     memset(scratch + count * ld, 0, size_t((BLOCK - count) * ld) * sizeof(float));
-    for (int64_t e = 0; e < ld; ++e)
+    const int64_t squares = ld / SIDE * SIDE;
+    for (int64_t r = 0; r < BLOCK; r += SIDE)
+      for (int64_t e = 0; e < squares; e += SIDE)
+        transpose(scratch + r * ld + e, ld, SIDE,
+                  [&](int64_t j) GLM_INLINED { return out + (e + j) * BLOCK + r; });
+    for (int64_t e = squares; e < ld; ++e)
       for (int64_t r = 0; r < BLOCK; ++r) out[e * BLOCK + r] = scratch[r * ld + e];
   }
 }
@@ -167,9 +173,9 @@ void as_words(float* row, int64_t size) {
 
 // Turns two rows of floats into words across them, overwriting the upper row.
 void as_words_across(float* upper, const float* lower, int64_t size) {
-  for (int64_t i = 0; i < size; i += W) {
-    vu word = rounded(load(upper + i)) | rounded(load(lower + i)) << 16;
-    store(upper + i, bits_as<vf>(word));
+  for (int64_t i = 0; i < size; i += NATIVE) {
+    nu word = rounded(load<nf>(upper + i)) | rounded(load<nf>(lower + i)) << 16;
+    store(upper + i, bits_as<nf>(word));
   }
 }
 

@@ -43,14 +43,6 @@ GLM_INLINE void add(vf (&part)[R][M], const LinearFew<T>& a, const T* const (&w)
 }
 
 #if defined(GLM_WIDE)
-typedef uint16_t nh __attribute__((vector_size(NATIVE * 2)));
-GLM_INLINE nf part_of(const float* p) { return load<nf>(p); }
-GLM_INLINE nf part_of(const bf16* p) {
-  nh h;
-  memcpy(&h, p, sizeof h);
-  return bits_as<nf>(__builtin_convertvector(h, nu) << 16);
-}
-
 // part = weights times inputs 0 to `end`, a multiple of W, by the machine's own vectors: GCC keeps
 // longer ones in memory.
 template <int R, int M, class T>

@@ -1,9 +1,8 @@
 // The elementary functions of the CPU's kernels and of the GPU's exact ones, written once: for
 // vectors (vec.h) and for single floats (csrc/cuda/exact.h). Both define what is used here: vf, vi,
 // `all`, `bits_as`, `fma`, which rounds once, and GLM_INLINE. The same bits everywhere need a
-// compiler that contracts nothing, and divides and adds denormals as IEEE 754 says.
-#pragma once
-
+// compiler that contracts nothing, and divides and adds denormals as IEEE 754 says. Included once
+// for each type of vectors.
 namespace glm::GLM_SPACE {
 
 // A NaN in x survives; limits are never NaN.

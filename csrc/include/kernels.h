@@ -151,8 +151,8 @@ struct LinearFew {
 };
 
 // Rows x [N, D] of any strides, laid out for exact_product: float, sorted by the lane that sums
-// them, padded with zeros: [groups, lanes, exact_depth(D) / lanes, exact_group]. The range is one
-// of groups.
+// them, padded with zeros: [tiles of rows, lanes, exact_depth(D) / lanes, rows of a tile]. The
+// range is one of groups, which are whole tiles.
 template <class T>
 struct ExactRows {
   const T* x;

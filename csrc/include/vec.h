@@ -32,8 +32,9 @@ GLM_INLINE V load(const float* p) {
   return x;
 }
 
+#if !defined(GLM_WIDE)
 GLM_INLINE vf load(const bf16* p) {
-#if defined(GLM_ARM) && !defined(GLM_WIDE)
+#if defined(GLM_ARM)
   return upper_halves(p);
 #else
   vh h;
@@ -41,6 +42,7 @@ GLM_INLINE vf load(const bf16* p) {
   return bits_as<vf>(__builtin_convertvector(h, vu) << 16);
 #endif
 }
+#endif
 
 template <class V>
 GLM_INLINE void store(float* p, V x) {
@@ -49,13 +51,19 @@ GLM_INLINE void store(float* p, V x) {
 
 // The upper halves, rounded to nearest even, as integers; a NaN stays a NaN. Integer arithmetic,
 // because vcvtneps2bf16 flushes denormals and torch does not.
-GLM_INLINE vu rounded(vf x) {
-  vu u = bits_as<vu>(x);
-  return x == x ? (u + 0x7fff + ((u >> 16) & 1)) >> 16 : vu{} + 0x7fc0;
+GLM_INLINE nu rounded(nf x) {
+  nu u = bits_as<nu>(x);
+  return x == x ? (u + 0x7fff + ((u >> 16) & 1)) >> 16 : nu{} + 0x7fc0;
 }
 
 GLM_INLINE void store(bf16* p, vf x) {
-#if defined(GLM_ARM) && !defined(GLM_WIDE)
+#if defined(GLM_WIDE)
+  const Parts parts = bits_as<Parts>(x);
+  for (int i = 0; i < W / NATIVE; ++i) {
+    const nh h = __builtin_convertvector(rounded(parts.part[i]), nh);
+    memcpy(p + i * NATIVE, &h, sizeof h);
+  }
+#elif defined(GLM_ARM)
   store_lower_halves(p, rounded(x));
 #else
   vh h = __builtin_convertvector(rounded(x), vh);
@@ -119,7 +127,9 @@ GLM_INLINE void give(T* p, vf x, int64_t n) {
   n == W ? store(p, x) : store_n(p, x, n);
 }
 
+#if !defined(GLM_WIDE)
 GLM_INLINE vf larger(vf a, vf b) { return a < b ? b : a; }
+#endif
 
 // a * b + c, rounded once where the instruction set can. Spelled out, never left to the compiler
 // (-ffp-contract=off): contracted, dy * weight - mean(dy * weight) is not zero where it should be.
@@ -155,4 +165,8 @@ GLM_INLINE vi larger(vi a, vi b) { return a < b ? b : a; }
 }  // namespace GLM_ISA
 }  // namespace glm
 
+#if defined(GLM_WIDE)
+#include "functions_wide.h"
+#else
 #include "functions.h"
+#endif

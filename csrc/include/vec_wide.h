@@ -1,7 +1,9 @@
 // Vectors of 16 lanes on machines whose own are shorter, for the exact kernels (docs/exact.md).
-// Lanes are added up in the order that vec_x86.h has for AVX-512.
+// What compares or converts goes by the machine's own vectors: of longer ones GCC takes each lane
+// apart. Lanes are added up in the order that vec_x86.h has for AVX-512.
 #pragma once
 
+#include "bf16.h"
 #include "lanes.h"
 
 namespace glm::GLM_ISA {
@@ -25,13 +27,59 @@ GLM_INLINE vf fma(vf a, vf b, vf c) {
   return bits_as<vf>(z);
 }
 
-GLM_INLINE vf root(vf x) {
+// f of each of the machine's vectors.
+template <class F>
+GLM_INLINE vf by_parts(vf x, F f) {
   Parts p = bits_as<Parts>(x);
-  for (nf& part : p.part) part = root(part);
+  for (nf& part : p.part) part = f(part);
   return bits_as<vf>(p);
 }
 
+GLM_INLINE vf root(vf x) {
+  return by_parts(x, [](nf part) GLM_INLINED { return root(part); });
+}
+
+GLM_INLINE vf larger(vf a, vf b) {
+  const Parts x = bits_as<Parts>(a);
+  Parts y = bits_as<Parts>(b);
+  for (int i = 0; i < W / NATIVE; ++i) y.part[i] = x.part[i] < y.part[i] ? y.part[i] : x.part[i];
+  return bits_as<vf>(y);
+}
+
+typedef uint16_t nh __attribute__((vector_size(NATIVE * 2)));
+
+GLM_INLINE nf part_of(const float* p) {
+  nf x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+
+GLM_INLINE nf part_of(const bf16* p) {
+  nh h;
+  memcpy(&h, p, sizeof h);
+  return bits_as<nf>(__builtin_convertvector(h, nu) << 16);
+}
+
+GLM_INLINE vf load(const bf16* p) {
+  Parts x;
+  for (int i = 0; i < W / NATIVE; ++i) x.part[i] = part_of(p + i * NATIVE);
+  return bits_as<vf>(x);
+}
+
+#if defined(__AVX2__)
+GLM_INLINE nf halved(vf x) {
+  const Parts p = bits_as<Parts>(x);
+  return p.part[0] + p.part[1];
+}
+
 // Sum of the lanes in a fixed order: halves, quarters, ...
+GLM_INLINE float sum(vf x) { return sum(halved(x)); }
+
+// out[k] = sum(x[k]), the same bits.
+GLM_INLINE void sums(const vf (&x)[4], float* out) {
+  sums({halved(x[0]), halved(x[1]), halved(x[2]), halved(x[3])}, out);
+}
+#else
 GLM_INLINE float sum(vf x) {
   float lane[W];
   memcpy(lane, &x, sizeof x);
@@ -40,9 +88,9 @@ GLM_INLINE float sum(vf x) {
   return lane[0];
 }
 
-// out[k] = sum(x[k]), the same bits.
 GLM_INLINE void sums(const vf (&x)[4], float* out) {
   for (int k = 0; k < 4; ++k) out[k] = sum(x[k]);
 }
+#endif
 
 }  // namespace glm::GLM_ISA

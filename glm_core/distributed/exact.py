@@ -48,8 +48,10 @@ class ExactProcesses(ManyProcesses):
         super().__init__(config, plan, *args)
         sum_in_float32(self.model)
         # what else is added to one sequence's gradients must not find two sequences' there
-        pairs = not (self._takes_turns or self._is_tied)
-        self._trees = {stage: RowTree(stage, pairs) for stage in self.model.stages}
+        self._trees = {
+            stage: RowTree(stage, pairs=not (self._takes_turns or self._shared(stage)))
+            for stage in self.model.stages
+        }
         self._shapes = apply.whole_shapes(config.model)
         self._sent: deque[tuple[Any, Tensor]] = deque()
         for stage in self.model.stages:

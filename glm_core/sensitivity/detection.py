@@ -281,8 +281,9 @@ def outcomes(job: Job) -> Iterator[Row | float]:
 
 
 def judge(variant: Variant, run: RunConfig, calibration: align.Calibration) -> Row:
-    """Judges one variant, first by teacher forcing, then by the free run. The seconds of the row
-    end at the first conviction."""
+    """Judges one variant as `align.run` judges a candidate. A fault is tried by teacher forcing
+    first; only where that does not convict it, every call of its own run is watched. The seconds of
+    the row end at the first conviction."""
     try:
         backend = variant.backend()
         probe = backend.probe()
@@ -295,35 +296,36 @@ def judge(variant: Variant, run: RunConfig, calibration: align.Calibration) -> R
         micro_batch = variant.micro_batch or run.train.micro_batch
         train = dataclasses.replace(run.train, micro_batch=micro_batch)
         run = dataclasses.replace(run, train=train)
-    plant = variant.plant if isinstance(variant, Fault) else contextlib.nullcontext
-    start = time.perf_counter()
-    with plant():
-        forced = align.record(run, backend, calibration=calibration, free_run=False)
-    pair = align.compare(calibration.reference, forced)
-    seconds = time.perf_counter() - start
-    free = align.record(run, variant.backend(), calibration=calibration, teacher_forcing=False)
-    curve = align.compare(calibration.reference, free)
-    torch.set_num_threads(1)
-    by = [
-        name
-        for name, ratio in (
-            ("gradient", pair.max_gradient_ratio),
-            ("op-by-op", pair.max_op_ratio),
-            ("envelope", curve.max_envelope_ratio),
+    reference, start = calibration.reference, time.perf_counter()
+    with variant.plant() if isinstance(variant, Fault) else contextlib.nullcontext():
+        pairs = []
+        if isinstance(variant, Fault):
+            forced = align.record(run, backend, calibration=calibration, free_run=False)
+            pairs.append(align.compare(reference, forced))
+        seconds = time.perf_counter() - start
+        found = any(pair.verdict == "diverged" for pair in pairs)
+        free = align.record(
+            run, variant.backend(), calibration=calibration, teacher_forcing=not found
         )
-        if ratio > 1
-    ]
+        pairs.append(align.compare(reference, free))
+    torch.set_num_threads(1)
+    ratios = {
+        "gradient": max(pair.max_gradient_ratio for pair in pairs),
+        "op-by-op": max(pair.max_op_ratio for pair in pairs),
+        "envelope": max(pair.max_envelope_ratio for pair in pairs),
+    }
+    findings = [str(pair.findings[0]) for pair in pairs if pair.findings]
     return _row(
         variant,
-        convicted="diverged" in (pair.verdict, curve.verdict),
-        by=by,
-        margin=max(pair.max_gradient_ratio, pair.max_op_ratio, curve.max_envelope_ratio),
-        gradient_ratio=pair.max_gradient_ratio,
-        op_ratio=pair.max_op_ratio,
-        envelope_ratio=curve.max_envelope_ratio,
-        seconds=seconds if pair.verdict == "diverged" else time.perf_counter() - start,
-        mean_loss_difference=loss_difference(calibration.reference, free),
-        finding=str(pair.findings[0]) if pair.findings else "",
+        convicted=any(pair.verdict == "diverged" for pair in pairs),
+        by=[name for name, ratio in ratios.items() if ratio > 1],
+        margin=max(ratios.values()),
+        gradient_ratio=ratios["gradient"],
+        op_ratio=ratios["op-by-op"],
+        envelope_ratio=ratios["envelope"],
+        seconds=seconds if found else time.perf_counter() - start,
+        mean_loss_difference=loss_difference(reference, free),
+        finding=findings[0] if findings else "",
     )
 
 

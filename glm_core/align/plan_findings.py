@@ -143,7 +143,7 @@ def _common(plan: Plan, parameters: Sequence[str], wrong: Sequence[str]) -> str:
         ),
         "gradients of which every tp rank has a share (norms of heads, routers, latents): their "
         "all-reduce over tp": plan.tp > 1 and partial,
-        "the gradient of the tied embedding: its all-reduce over the first and the last stage": (
+        "the gradient of the embedding: its all-reduce over the first and the last stage": (
             plan.pp > 1 and (lambda n: n == "embedding")
         ),
     }

@@ -20,7 +20,8 @@ from glm_core.errors import TraceError
 Array = NDArray[np.float64]
 Verdict = Literal["aligned", "diverged"]
 EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-8, "float16": 2.0**-11}
-"""the relative rounding unit of each dtype, as in `torch.finfo(dtype).eps`"""
+"""the relative error of a result: in float32 `torch.finfo(dtype).eps`, which sums reach; in 16 bits
+half of it, what one rounding to nearest does at most"""
 MAX_FINDINGS = 20
 FALSE_ALARM_RATE = 1e-3
 """the default probability that an honest candidate is called diverged"""

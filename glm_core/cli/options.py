@@ -26,7 +26,7 @@ def add_exact(parser: argparse.ArgumentParser) -> None:
         "--exact",
         action="store_true",
         help="give a token the same bits alone, in a batch, in training and in decoding "
-        "(docs/exact.md; backends cpu and cuda)",
+        "(docs/exact.md; backends cpu, cuda and rocm)",
     )
 
 

@@ -136,8 +136,10 @@ def stage_experts(plan: Sizing, c: ModelConfig) -> float:
 
 def stage_shared(plan: Sizing, c: ModelConfig, stage: int = 0) -> float:
     """Returns the other parameters on a chip. The first stage holds the embedding and the last the
-    head, even where they are tied; a single stage holds tied weights once."""
-    tables = c.vocab * c.hidden * ((stage == 0) + (stage == plan.pp - 1))
+    head, even where they are tied; a single stage holds tied weights once. With multi-token
+    prediction the last stage has the embedding, too."""
+    last = 2 if c.num_mtp_layers and not c.tied_head else 1
+    tables = c.vocab * c.hidden * ((stage == 0) + last * (stage == plan.pp - 1))
     if plan.pp == 1:
         tables = embedding_parameters(c)
     return (num_layers(c) / plan.pp * shared_parameters(c) + tables) / plan.tp

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes .venv-openvino, the environment of tests/contract/test_onnxrt_openvino.py: onnxruntime-openvino
+# Makes .venv-openvino, the environment of tests/backends/test_onnxrt_provider.py: onnxruntime-openvino
 # replaces onnxruntime, so it lies alone on top of the packages that .venv already has. It always starts
 # afresh: about 5 s and 260 MB.
 set -eu

@@ -120,6 +120,13 @@ def test_experts_are_split_over_data_parallel_chips() -> None:
     assert cost.memory(whole, work)["optimizer"] == cost.memory(split, work)["optimizer"]
 
 
+def test_the_last_stage_embeds_the_tokens_of_multi_token_prediction() -> None:
+    model, plan = preset("glm-4.5-air"), Sizing(pp=2, global_batch=2)
+    without = dataclasses.replace(model, num_mtp_layers=0)
+    more = [cost.stage_shared(plan, c, 1) - cost.stage_shared(plan, c, 0) for c in (model, without)]
+    assert more == [model.vocab * model.hidden, 0]
+
+
 def test_rows_of_experts_travel_within_a_node_or_across() -> None:
     work, one = cost.Work(model=preset("glm-4.5-air"), seq=4096), cluster.preset("H100", 64)
     rows = 4 * 2 * 4096 * 8 * 4096 * 46 / 47  # four exchanges of a sparse layer

@@ -20,7 +20,7 @@ constexpr int COLUMNS = 2, ROWS = NATIVE == 8 ? 6 : 12;
 constexpr int64_t STRIP = COLUMNS * NATIVE;  // columns of a tile
 static_assert(exact_group % ROWS == 0 && PANEL % STRIP == 0);
 // Of this much of the depth a strip stays in the first-level cache, and so many rows in the second.
-constexpr int64_t BLOCK = (16 << 10) / (STRIP * int64_t(sizeof(float))), ROWS_AT_A_TIME = 132;
+constexpr int64_t DEPTH_BLOCK = (16 << 10) / (STRIP * int64_t(sizeof(float))), ROWS_AT_A_TIME = 132;
 static_assert(ROWS_AT_A_TIME % ROWS == 0);
 
 // The order in which lanes come: neighbours in it are the lanes that are added to each other first.
@@ -201,14 +201,14 @@ void with_number(int64_t count, const Run& run) {
 // Calls run(part) for the parts of the depth, in order.
 template <class Run>
 void in_parts(int64_t steps, const Run& run) {
-  if (steps > BLOCK) {
+  if (steps > DEPTH_BLOCK) {
     for (int64_t lane = 0; lane < LANES; ++lane)
-      for (int64_t k = 0; k < steps; k += BLOCK)
-        run(Part{lane, 1, k, steps - k < BLOCK ? steps - k : BLOCK});
+      for (int64_t k = 0; k < steps; k += DEPTH_BLOCK)
+        run(Part{lane, 1, k, steps - k < DEPTH_BLOCK ? steps - k : DEPTH_BLOCK});
     return;
   }
   int64_t lanes = LANES;
-  while (lanes > 1 && lanes * steps > BLOCK) lanes /= 2;
+  while (lanes > 1 && lanes * steps > DEPTH_BLOCK) lanes /= 2;
   for (int64_t lane = 0; lane < LANES; lane += lanes) run(Part{lane, lanes, 0, steps});
 }
 

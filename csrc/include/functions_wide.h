@@ -18,6 +18,8 @@ GLM_INLINE vf fma(vf a, float b, float c) { return fma(a, all(b), all(c)); }
 #undef GLM_SPACE
 #define GLM_SPACE GLM_ISA::narrow
 #include "functions.h"
+#undef GLM_SPACE
+#define GLM_SPACE GLM_ISA
 
 namespace glm::GLM_ISA {
 

@@ -68,10 +68,12 @@ def widened(x: Any) -> Any:
 
 
 def dot(self: Any, a: Any, b: Any, c: Any, *how: Any) -> Any:
-    """Multiplies two tiles as the chips do, exactly and summed in float32. The interpreter (3.9)
-    takes the bits of bfloat16 for integers."""
-    product = np.matmul(widened(a), widened(b), dtype=np.float32)
-    return interpreter.TensorHandle(product + c.data, c.dtype.scalar)
+    """Multiplies two tiles. The interpreter (3.9) takes the bits of bfloat16 for integers. A chip
+    sums in one order, whichever tile is transposed; numpy's library on some CPUs does not, so that
+    logits of 40,000 come out otherwise backward than forward. So sums are rounded to float32 once.
+    """
+    product = np.matmul(widened(a), widened(b), dtype=np.float64)
+    return interpreter.TensorHandle((product + c.data).astype(np.float32), c.dtype.scalar)
 
 
 interpreter.InterpreterBuilder.create_dot = dot

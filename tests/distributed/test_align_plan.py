@@ -86,7 +86,7 @@ NAMES = ["embedding", "blocks.0.norm1.weight", "blocks.0.attention.qkv.weight", 
     ("plan", "wrong", "named"),
     [
         ("tp=2,sp=true", [1], "what every tp rank holds whole"),
-        ("pp=2,micro_batches=2", [0], "the tied embedding"),
+        ("pp=2,micro_batches=2", [0], "the gradient of the embedding"),
         ("dp=2", [2], "the gradient of blocks.0.attention.qkv.weight"),
         ("dp=2,zero=3", [0, 1, 2, 3], "the reduce-scatter over dp"),
     ],

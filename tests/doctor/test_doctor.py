@@ -122,7 +122,7 @@ def test_a_part_that_fails_is_recorded_and_the_others_run(
         raise RuntimeError("device lost")
 
     monkeypatch.setattr(GLM, "loss", broken)
-    summary = examined("reference", small, tmp_path / "doctor")
+    summary = examined("reference:cpu", small, tmp_path / "doctor")
     assert not summary["ok"]
     assert summary["parts"]["conformance"]["ok"]
     assert "device lost" in summary["parts"]["alignment"]["error"]

@@ -68,6 +68,7 @@ def counted() -> Iterator[None]:
 @contextmanager
 def _replaced(kind: str) -> Iterator[None]:
     plain: Callable[..., Any] = getattr(ProcessGroup, kind)
+    method = vars(ProcessGroup)[kind]  # `plain` in its place would not be bound to a group
 
     def call(group: ProcessGroup, tensors: Any, *args: int, **named: int) -> Any:
         *peer, tag = (*args, *(named[n] for n in ("dstRank", "srcRank", "tag") if n in named))
@@ -81,7 +82,7 @@ def _replaced(kind: str) -> Iterator[None]:
     try:
         yield
     finally:
-        setattr(ProcessGroup, kind, plain)
+        setattr(ProcessGroup, kind, method)
 
 
 def _channel(group: str, own: int, kind: str, peer: int, tag: int) -> Channel:

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from glm_core.distributed import transfers
 from glm_core.errors import ConfigError
 from glm_core.verdict import render
 from glm_core.verdict.comparison import Comparison
@@ -133,6 +134,15 @@ def test_the_jobs_loss_is_the_mean_of_the_ranks_that_have_one() -> None:
     }
     assert merged_curves([last, last | {"loss": [5.0, None]}])["loss"] == [4.0, None]
     assert merged_curves([first, first])["loss"] == [None, None]
+
+
+def test_a_group_s_methods_are_its_own_again_after_the_count() -> None:
+    before = [vars(transfers.ProcessGroup)[kind] for kind in ("send", "recv", "recv_anysource")]
+    with transfers.counted():
+        assert vars(transfers.ProcessGroup)["send"] is not before[0]
+    assert [
+        vars(transfers.ProcessGroup)[kind] for kind in ("send", "recv", "recv_anysource")
+    ] == before
 
 
 def test_each_rank_has_a_record_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

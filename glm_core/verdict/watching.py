@@ -148,6 +148,10 @@ class watch:
         self.places.optimizer = optimizer
         self.job = self.job or job()
 
+    def _share_of(self, rate: float) -> float:
+        """Returns this rank's share of a job's false-alarm rate."""
+        return rate / (self.job.world if self.job else 1)
+
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.places.optimizer = None
         if optimizer is not self.optimizer:
@@ -166,7 +170,7 @@ class watch:
                 "captured; pass smaller numbers with --steps, or let the program run longer"
             )
         self.job = self.job or job()
-        rate = self.docket.rate / (self.job.world if self.job else 1)
+        rate = self._share_of(self.docket.rate)
         rank = self.job.in_words() if self.job else ""
         findings = self.docket.findings(rate)
         return Report(

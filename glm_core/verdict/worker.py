@@ -111,9 +111,6 @@ class WatchedScript(watch):
         self.result["ranks"] = self.job.world
         write(self.path, self.result)
 
-    def _share_of(self, rate: float) -> float:
-        return rate / (self.job.world if self.job else 1)
-
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         super()._before(optimizer, args, kwargs)
         if self.curve is not None and optimizer is self.optimizer:

@@ -191,9 +191,6 @@ def digest(tensors: Mapping[str, Tensor], text: str) -> str:
     return total.hexdigest()
 
 
-NEITHER = "give the folder of a run that has one; a run that has none starts without resume"
-
-
 def find(path: Path) -> Path:
     """Returns the checkpoint meant: the file itself, or the one that `latest` names in a folder of
     checkpoints or of a run. Raises CheckpointError where there is none."""
@@ -264,7 +261,9 @@ def _others(path: Path) -> str:
     """Says what to do instead: use another checkpoint of the folder."""
     folder = path if path.is_dir() else path.parent
     others = [str(p) for p in sorted(folder.glob(PATTERN)) if p != path]
-    return f"use one of: {', '.join(others)}" if others else NEITHER
+    if others:
+        return f"use one of: {', '.join(others)}"
+    return "give the folder of a run that has one; a run that has none starts without resume"
 
 
 def require_same(saved: dict[str, Any], config: RunConfig, path: Path) -> None:

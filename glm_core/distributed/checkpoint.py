@@ -153,11 +153,14 @@ class _Writer(FileSystemWriter):
         super().__init__(target.with_name(target.name + PART), sync_files=True)
         self.target, self.facts, self.keep = target, facts, keep
 
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        if is_coordinator:  # left by an earlier attempt that was killed
-            for old in self.target.parent.glob(f"*{PART}"):
-                shutil.rmtree(old)
-        super().set_up_storage_writer(is_coordinator, *args, **kwargs)
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan  # the coordinator alone makes the folder: it may have to remove another first
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        for left in self.target.parent.glob(f"*{PART}"):  # by an attempt that was killed
+            shutil.rmtree(left)
+        Path(self.path).mkdir()
+        return super().prepare_global_plan(plans)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         try:

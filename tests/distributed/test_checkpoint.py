@@ -12,12 +12,14 @@ import torch
 from elastic_workers import MODEL, SPARSE, shapes
 from plans import needs
 from ranks import Ranks
+from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from glm_core.align.gradients import distance
 from glm_core.distributed.checkpoint import (
     Checkpoints,
     Shards,
+    _Writer,
     complete_checkpoints,
     find_checkpoint,
     read_facts,
@@ -119,6 +121,21 @@ def test_full_disk_names_the_rank_and_leaves_the_step_before(ranks: Ranks, tmp_p
         assert "checkpoints before it are intact: make room" in output
     assert [p.name for p in complete_checkpoints(folder)] == ["step-00000001"]
     assert find_checkpoint(folder).name == "step-00000001"
+
+
+def test_what_a_kill_left_is_removed_before_any_rank_writes(tmp_path: Path) -> None:
+    """One rank may prepare its part while another still removes."""
+    left = tmp_path / "step-00000001.part"
+    left.mkdir()
+    (left / METADATA).touch()
+    coordinator, other = (_Writer(tmp_path / "step-00000001", "{}", 2) for _ in range(2))
+    plans = []
+    for writer in (other, coordinator):
+        writer.set_up_storage_writer(writer is coordinator)
+        plans.append(writer.prepare_local_plan(SavePlan([])))
+    coordinator.prepare_global_plan(plans)
+    assert list(tmp_path.iterdir()) == [left]
+    assert list(left.iterdir()) == []
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -9,7 +9,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from glm_core.cli.options import add_json, add_quantization, emit, quantization
+from glm_core.cli.options import add_json, add_quantization, emit, output_folder, quantization
 
 if TYPE_CHECKING:
     from glm_core.pretrained.weights.reading import Checkpoint
@@ -40,7 +40,7 @@ def define(parser: argparse.ArgumentParser) -> None:
         )
         add_json(action)
     inspect.set_defaults(run=run_inspect)
-    convert.add_argument("out", metavar="OUT", help="new folder")
+    convert.add_argument("out", type=output_folder, metavar="OUT", help="new folder")
     convert.add_argument("--to", metavar="LAYOUT", help=f"one of {LAYOUTS} (default: the same)")
     convert.add_argument(
         "--tp",

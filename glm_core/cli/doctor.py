@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from glm_core.cli.exits import EXIT_FAILED
-from glm_core.cli.options import add_json, add_run, emit, run_config
+from glm_core.cli.options import add_json, add_run, emit, output_folder, run_config
 
 STEPS = 60
 """default steps of the loss curves"""
@@ -41,7 +41,10 @@ def define(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="default %(default)s")
     parser.add_argument(
-        "--out", metavar="FOLDER", help="new folder to fill, default doctor-BACKEND; packed as .zip"
+        "--out",
+        type=output_folder,
+        metavar="FOLDER",
+        help="new folder to fill, default doctor-BACKEND; packed as .zip",
     )
     add_run(parser)
     add_json(parser)

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from glm_core.cli.generate import add_model, attach_adapter
-from glm_core.cli.options import add_json, add_quantization, emit, quantization
+from glm_core.cli.options import add_json, add_quantization, emit, output_folder, quantization
 
 if TYPE_CHECKING:
     from glm_core.pretrained.chat_model import ChatModel
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 def define(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
     add_model(parser)
-    parser.add_argument("out", metavar="OUT", help="new folder for model.onnx and its weights")
+    parser.add_argument(
+        "out", type=output_folder, metavar="OUT", help="new folder for model.onnx and its weights"
+    )
     parser.add_argument(
         "--dtype",
         default="float32",

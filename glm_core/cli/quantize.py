@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glm_core.cli.options import add_json, add_quantization, columns, emit
+from glm_core.cli.options import add_json, add_quantization, columns, emit, output_folder
 
 if TYPE_CHECKING:
     from glm_core.config import RunConfig
@@ -33,7 +33,10 @@ def define(parser: argparse.ArgumentParser) -> None:
         "%(default)s)",
     )
     parser.add_argument(
-        "--out", metavar="DIR", help="write the quantized model there, with its tokenizer"
+        "--out",
+        type=output_folder,
+        metavar="DIR",
+        help="write the quantized model there, with its tokenizer",
     )
     add_json(parser)
     parser.set_defaults(run=run)

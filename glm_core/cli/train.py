@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm_core.cli.exits import EXIT_INTERRUPTED
-from glm_core.cli.options import add_exact, add_json, add_run, add_timeout, emit, run_config
+from glm_core.cli.options import (
+    add_exact,
+    add_json,
+    add_run,
+    add_timeout,
+    emit,
+    output_folder,
+    run_config,
+)
 
 if TYPE_CHECKING:
     from glm_core.config import RunConfig
@@ -26,7 +34,11 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", metavar="NAME", help="backend that runs the ops (default cpu)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="working dtype")
     parser.add_argument(
-        "--out", default="runs/train", metavar="DIR", help="folder of results (default %(default)s)"
+        "--out",
+        type=output_folder,
+        default="runs/train",
+        metavar="DIR",
+        help="folder of results (default %(default)s)",
     )
     parser.add_argument("--resume", action="store_true", help="continue from DIR's last checkpoint")
     parser.add_argument(

@@ -147,6 +147,9 @@ def test_a_call_that_is_not_there_is_refused() -> None:
     only = align.CallFilter("geglu", layer="7")
     with pytest.raises(ConfigError, match=r"no captured call fits --op geglu --layer 7.*adamw"):
         bisect(markov.backend(), only=only, evidence=None, capture_steps=(1,))
+    late = align.CallFilter(step=99)
+    with pytest.raises(ConfigError, match=r"step 99 is not captured; choose one of \(1,\)"):
+        bisect(markov.backend(), only=late, evidence=None, capture_steps=(1,))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

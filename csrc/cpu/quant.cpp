@@ -4,6 +4,10 @@
 // A vector of weights has W words: 4 W codes of 8 bits, or 8 W codes of 4 bits. Once per call,
 // quantized_input rearranges the inputs to match the lanes of the weights, which are many more and
 // stay as they are.
+//
+// The exact product sums in 16 lanes on every machine, those that AVX-512 has anyway
+// (docs/exact.md). A shorter vector holds a part of them, and a span of inputs is gone through once
+// for each part.
 #include <type_traits>
 
 #include "codes.h"
@@ -15,11 +19,19 @@ namespace {
 
 enum Groups { ROW, SMALL, LARGE };  // inputs that share a scale: a whole row, 32, a multiple of 128
 
-constexpr int FEATURES = 4, ROWS = 4;
+#if defined(GLM_EXACT) && GLM_PORTABLE_OF(GLM_ISA)
+// where each fma may be a call, larger tiles take long to compile and gain little
+constexpr int FEATURES = 1;
+#else
+constexpr int FEATURES = 4;
+#endif
+constexpr int ROWS = 4;
 // sums of 2 features and 4 rows fill 16 registers
 constexpr int FEATURES_OF_ROWS = REGISTERS == 32 ? 4 : 2;
 // Inputs that are summed by themselves: whole vectors of weights, and a part of a large group.
 constexpr int64_t SPAN = input_padding;
+// The vectors that hold the lanes of one sum.
+constexpr int PARTS = EXACT ? exact_lanes / W : 1;
 
 // quantized_product's arguments without the type of bias and result, so that the many tiles below
 // are compiled once instead of once per type.
@@ -48,7 +60,7 @@ template <int BITS, Groups G, bool VNNI>
 struct Rounded {
   const Product& a;
   static constexpr int64_t inputs = per_vector(BITS);  // of one call of `add`
-  static constexpr bool features_in_lanes = false;
+  static constexpr bool features_in_lanes = false, has_all_parts = false;
   static constexpr int64_t step_lanes = BITS == 4 ? 8 : 4;
 
   GLM_INLINED static vi dot(vi start, vi words, vi x, vi second) {
@@ -59,7 +71,7 @@ struct Rounded {
 
   template <int R, int M>
   GLM_INLINED void add(vf (&part)[R][M], int64_t i, const int8_t* const* w,
-                       const uint16_t* const* scale, int64_t n) const {
+                       const uint16_t* const* scale, int64_t n, int) const {
     const int64_t block = i / rounded_block;
     vi words[R];
     vf size[R];
@@ -82,18 +94,18 @@ struct Rounded {
   }
 };
 
-#if defined(GLM_ARM)
+#if defined(GLM_ARM) && !defined(GLM_EXACT)
 // The same a block of inputs at a time. The sums of codes' products are exact, so a result has the
 // same bits whichever instruction made them. Lane r belongs to feature r.
 template <int BITS, Groups G>
 struct Blocks {
   const Product& a;
   static constexpr int64_t inputs = rounded_block;
-  static constexpr bool features_in_lanes = true;
+  static constexpr bool features_in_lanes = true, has_all_parts = false;
 
   template <int R, int M>
   GLM_INLINED void add(vf (&part)[R][M], int64_t i, const int8_t* const* w,
-                       const uint16_t* const* scale, int64_t n) const {
+                       const uint16_t* const* scale, int64_t n, int) const {
     Block weights[R], x[M];
     vf size = {};
     for (int r = 0; r < R; ++r) {
@@ -117,7 +129,8 @@ template <int BITS, Groups G>
 struct Whole {
   const Product& a;
   static constexpr int64_t inputs = per_vector(BITS);
-  static constexpr bool features_in_lanes = false;
+  // whether a vector of weights has inputs of every part's lanes
+  static constexpr bool features_in_lanes = false, has_all_parts = BITS == 8;
 
   template <int K, int R, int M>
   GLM_INLINED void nibbles(vf (&part)[R][M], const vi (&words)[R], const float* x) const {
@@ -132,7 +145,7 @@ struct Whole {
 
   template <int R, int M>
   GLM_INLINED void add(vf (&part)[R][M], int64_t i, const int8_t* const* w,
-                       const uint16_t* const* scale, int64_t n) const {
+                       const uint16_t* const* scale, int64_t n, int p) const {
     const float* x = a.values + n * a.padded + i;
     const int64_t groups = a.w.groups;
     if constexpr (BITS == 4) {
@@ -147,7 +160,7 @@ struct Whole {
       }
       return;
     }
-    for (int k = 0; k < 4; ++k)
+    for (int k = p; k < 4; k += PARTS)
       for (int r = 0; r < R; ++r) {
         vf v = bytes(w[r], k);
         if (G == SMALL) {  // exact: 8 bits times 11
@@ -172,6 +185,14 @@ GLM_INLINE void from_lanes(vf (&part)[R][M]) {
   }
 }
 
+GLM_INLINE float sum_of_lanes(vf x) {
+#if defined(GLM_ARM) && defined(GLM_EXACT)
+  return (x[0] + x[2]) + (x[1] + x[3]);  // by halves, as on other machines; `sum` adds neighbours
+#else
+  return sum(x);
+#endif
+}
+
 // R features f, f + apart, ..., and rows n to n + M. The order in which a result is summed depends
 // on neither: SPAN inputs are summed by themselves, which rounds less and scales a large group
 // once.
@@ -186,22 +207,35 @@ void tile(const Kind& kind, const Product& a, int64_t f, int64_t apart, int64_t 
     scale[r] = a.w.scale + (f + r * apart) * a.w.groups;
     fetch_ahead(scale[r]);
   }
-  vf total[R][M] = {};
+  vf totals[PARTS][R][M] = {};
   const auto span = [&](int64_t i, int64_t inputs, const float* size) GLM_INLINED {
-    vf part[R][M] = {};
     for (int r = 0; r < R; ++r)
       for (int64_t line = 0; line < SPAN * BITS / 8; line += line_bytes) fetch_ahead(w[r] + line);
-    for (int64_t j = 0; j < inputs; j += step) {
-      kind.add(part, i + j, w, scale, n);
-      for (int r = 0; r < R; ++r) w[r] += step * BITS / 8;
+    for (int p = 0; p < PARTS; ++p) {
+      vf part[R][M] = {};
+      vf(&total)[R][M] = totals[p];
+      if constexpr (PARTS == 1) {
+        for (int64_t j = 0; j < inputs; j += step) {
+          kind.add(part, i + j, w, scale, n, 0);
+          for (int r = 0; r < R; ++r) w[r] += step * BITS / 8;
+        }
+      } else {
+        constexpr bool all = Kind::has_all_parts;
+        for (int64_t j = all ? 0 : p * step; j < inputs; j += all ? step : PARTS * step) {
+          const int8_t* at[R];
+          for (int r = 0; r < R; ++r) at[r] = w[r] + j * BITS / 8;
+          kind.add(part, i + j, at, scale, n, p);
+        }
+      }
+      if constexpr (Kind::features_in_lanes) from_lanes(part);
+      for (int r = 0; r < R; ++r)
+        for (int m = 0; m < M; ++m)
+          if constexpr (G == LARGE)
+            total[r][m] = fma(part[r][m], size[r * W], total[r][m]);
+          else
+            total[r][m] += part[r][m];
     }
-    if constexpr (Kind::features_in_lanes) from_lanes(part);
-    for (int r = 0; r < R; ++r)
-      for (int m = 0; m < M; ++m)
-        if constexpr (G == LARGE)
-          total[r][m] = fma(part[r][m], size[r * W], total[r][m]);
-        else
-          total[r][m] += part[r][m];
+    for (int r = 0; PARTS > 1 && r < R; ++r) w[r] += SPAN * BITS / 8;
   };
   float sizes[R][W];  // scales of W large groups at a time
   const int64_t whole = width - width % SPAN, stretch = G == LARGE ? W * a.group : whole;
@@ -231,7 +265,9 @@ void tile(const Kind& kind, const Product& a, int64_t f, int64_t apart, int64_t 
   }
   for (int r = 0; r < R; ++r)
     for (int m = 0; m < M; ++m) {
-      const float s = sum(total[r][m]) * (G == ROW ? from_half(*scale[r]) : 1.0f);
+      for (int half = PARTS / 2; half; half /= 2)
+        for (int p = 0; p < half; ++p) totals[p][r][m] += totals[p + half][r][m];
+      const float s = sum_of_lanes(totals[0][r][m]) * (G == ROW ? from_half(*scale[r]) : 1.0f);
       a.is_bf16 ? a.write<bf16>(n + m, f + r * apart, s) : a.write<float>(n + m, f + r * apart, s);
     }
 }
@@ -240,8 +276,9 @@ template <int BITS, Groups G, int R, class Kind>
 void rows(const Kind& kind, const Product& a, int64_t f, int64_t apart) {
   int64_t n = 0;
   constexpr int some = R < FEATURES_OF_ROWS ? R : FEATURES_OF_ROWS;
-  for (; n + ROWS <= a.rows; n += ROWS)
-    for (int r = 0; r < R; r += some) tile<BITS, G, some, ROWS>(kind, a, f + r * apart, apart, n);
+  if constexpr (!EXACT || R > 1)  // fewer tiles to compile
+    for (; n + ROWS <= a.rows; n += ROWS)
+      for (int r = 0; r < R; r += some) tile<BITS, G, some, ROWS>(kind, a, f + r * apart, apart, n);
   for (; n < a.rows; ++n) tile<BITS, G, R, 1>(kind, a, f, apart, n);
 }
 
@@ -260,7 +297,7 @@ void by_kind(const Product& a, int64_t begin, int64_t end) {
 #if defined(__AVX512F__)
   if (has_byte_products()) return features<BITS, G>(Rounded<BITS, G, true>{a}, a, begin, end);
 #endif
-#if defined(GLM_ARM)
+#if defined(GLM_ARM) && !defined(GLM_EXACT)
   features<BITS, G>(Blocks<BITS, G>{a}, a, begin, end);
 #else
   features<BITS, G>(Rounded<BITS, G, false>{a}, a, begin, end);
@@ -323,6 +360,8 @@ void dequantize(const Dequantize<T>& a, int64_t begin, int64_t end) {
 }
 
 GLM_INSTANTIATE(quantized_product, QuantizedProduct)
+#if !defined(GLM_EXACT)
 GLM_INSTANTIATE(dequantize, Dequantize)
+#endif
 
 }  // namespace glm::GLM_ISA

@@ -2,6 +2,7 @@
 // 4 bytes; a vector of words holds the codes of W lanes.
 #pragma once
 
+#define GLM_CODES 1
 #include "vec.h"
 #if defined(GLM_ARM)
 #include "codes_arm.h"
@@ -109,6 +110,8 @@ GLM_INLINE vi add_unsigned(vi sum, vi u, vi s) {
 #elif defined(__AVX2__)
   const __m256i pairs = _mm256_maddubs_epi16(bits_as<__m256i>(u), bits_as<__m256i>(s));
   return sum + bits_as<vi>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#elif defined(GLM_ARM)
+  return add_words(sum, u, s);
 #else
   uint8_t a[4 * W];
   int8_t b[4 * W];
@@ -149,6 +152,8 @@ GLM_INLINE vi add_signed(vi sum, vi a, vi b) {
   const __m256i x = bits_as<__m256i>(a), y = bits_as<__m256i>(b);
   const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(y, x));
   return sum + bits_as<vi>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#elif defined(GLM_ARM)
+  return add_words(sum, a, b);
 #else
   int8_t x[4 * W], y[4 * W];
   memcpy(x, &a, sizeof x), memcpy(y, &b, sizeof y);

@@ -35,6 +35,18 @@ GLM_INLINE vf signed_bytes(const int8_t* p, int k) {
   return bits_as<vf>(vcvtq_n_f32_s32(to_top(x, index[k]), 24));
 }
 
+// sum += the products of each lane's four signed bytes; those of b are above -128.
+GLM_INLINE vi add_words(vi sum, vi a, vi b) {
+  const int8x16_t x = bits_as<int8x16_t>(a), y = bits_as<int8x16_t>(b);
+  const int32x4_t s = bits_as<int32x4_t>(sum);
+#if defined(__ARM_FEATURE_DOTPROD)
+  return bits_as<vi>(vdotq_s32(s, x, y));
+#else
+  const int16x8_t low = vmull_s8(vget_low_s8(x), vget_low_s8(y)), high = vmull_high_s8(x, y);
+  return bits_as<vi>(vpadalq_s16(s, vpaddq_s16(low, high)));
+#endif
+}
+
 // 32 codes, of weights or of inputs, that share a step of the inputs.
 struct Block {
   int8x16_t first, second;

@@ -286,8 +286,9 @@ struct WeightedRowsBackward {
 };
 
 // Every kernel and its arguments. All are called as name(arguments, begin, end). First those whose
-// vectors have W lanes; then those that the exact tables share with the fast ones, since only the
-// layout of codes decides how many lanes they have; then those that only the exact tables have.
+// vectors have W lanes; then the product with codes, whose exact form AVX-512's fast one is; then
+// those that sum no floats, which the exact tables share with the fast ones; then those that only
+// the exact tables have.
 #define GLM_LANE_KERNELS(K)                       \
   K(norm_forward, NormForward)                    \
   K(norm_backward, NormBackward)                  \
@@ -312,16 +313,17 @@ struct WeightedRowsBackward {
   K(weighted_rows_backward, WeightedRowsBackward) \
   K(squares, Squares)                             \
   K(adamw_update, AdamW)
-#define GLM_CODE_KERNELS(K)              \
-  K(quantized_input, QuantizedInput)     \
-  K(quantized_product, QuantizedProduct) \
-  K(dequantize, Dequantize)              \
+#define GLM_CODE_PRODUCTS(K) K(quantized_product, QuantizedProduct)
+#define GLM_CODE_KERNELS(K)          \
+  K(quantized_input, QuantizedInput) \
+  K(dequantize, Dequantize)          \
   K(round_activations, RoundActivations)
 #define GLM_EXACT_KERNELS(K) \
   K(exact_rows, ExactRows)   \
   K(exact_product, ExactProduct)
 #define GLM_KERNELS(K) \
   GLM_LANE_KERNELS(K)  \
+  GLM_CODE_PRODUCTS(K) \
   GLM_CODE_KERNELS(K)  \
   GLM_EXACT_KERNELS(K)
 

@@ -1,7 +1,8 @@
 // The lanes of every CPU kernel's vectors: W floats. The compiler flags of a file set NATIVE, the
 // floats in one of the machine's vectors: 16 with AVX-512, 8 with AVX2, else 4, which any 64-bit
 // machine has. W is as many, except in the exact kernels (GLM_EXACT, docs/exact.md): theirs is 16
-// on every machine, so that their sums have one order everywhere.
+// on every machine, so that their sums have one order everywhere. The products with codes keep the
+// machine's vectors, whose lanes they take for some of 16 (GLM_CODES, quant.cpp).
 #pragma once
 
 #include <cstdint>
@@ -34,12 +35,15 @@ constexpr int NATIVE = 4;
 
 #if defined(GLM_EXACT)
 constexpr bool EXACT = true;
+#else
+constexpr bool EXACT = false;
+#endif
+#if defined(GLM_EXACT) && !defined(GLM_CODES)
 constexpr int W = 16;
 #if !defined(__AVX512F__)
 #define GLM_WIDE 1  // a vector is several of the machine's
 #endif
 #else
-constexpr bool EXACT = false;
 constexpr int W = NATIVE;
 #endif
 

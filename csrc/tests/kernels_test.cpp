@@ -507,11 +507,10 @@ void all() {
     attention<T>(n);
   for (int64_t n : {1, 15, 16, 1037}) optimizer<T>(n);
   for (int64_t n : {1, 3, 6}) linear<T>(n, 517, 7);
-  if (exact()) {  // its kernels for codes are the fast ones
+  if (exact()) {
     for (int64_t d : {1, 16, 517})
       for (bool transposed : {false, true}) exact_linear<T>(15, d, 67, 1 + transposed, transposed);
     exact_linear<T>(15, 4112, 67, 1, true);  // a panel that outgrows the cache
-    return;
   }
   for (bool rounded : {false, true})
     for (int bits : {4, 8}) {

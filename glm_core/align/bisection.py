@@ -290,7 +290,8 @@ def _whole_run(
     if seen.guilty:
         return _once(finding_to_name(seen.guilty), evidence, backend, again)
     steps = [s.step for s in evidence.snapshots]
-    full = calibrate(config, sampler=make, capture_steps=steps, progress=report)
+    full = calibrate(config, sampler=make, capture_steps=steps, judges_ops=False, progress=report)
+    full = dataclasses.replace(full, cases=evidence.cases, limits=evidence.limits)
     taught = record(config, backend, calibration=full, free_run=False)
     fields = {"loss": curve.loss, "grad_norm": curve.grad_norm}
     fields |= {"control_loss": curve.loss[None][:0], **loss_scales(config, curve)}

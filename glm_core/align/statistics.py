@@ -260,6 +260,8 @@ def lower_bound(effect: Array, error: Array, deviations: float, share: bool = Fa
     size, budget = np.minimum(np.abs(effect), 1.0), deviations**2 / 2 * error**2
     bound = np.zeros_like(size)
     at = np.flatnonzero(divergence(size, 0.0) > budget)
+    if not at.size:
+        return bound
     low, high, size, budget = np.zeros(at.size), size[at], size[at], budget[at]
     for _ in range(30):
         middle = (low + high) / 2

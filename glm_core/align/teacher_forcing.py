@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from glm_core.align import choices, statistics
 from glm_core.align.capture import Call
 from glm_core.align.honest_ways import Runner, disguises
 from glm_core.align.replay import LOW, Results, exact, replay
-from glm_core.align.statistics import CorrectResult, Grouping, Scores, Sums, quantile_bins
+from glm_core.align.statistics import Array, CorrectResult, Grouping, Scores, Sums, quantile_bins
 from glm_core.align.verdict import NOT_FINITE
 
 SAFETY_FACTOR = {"scale": 3.0, "offset": 3.0, "sign": 2.0, "size": 3.0, "peak": 4.0, "differ": 1.0}
@@ -56,6 +56,10 @@ class Scored(NamedTuple):
     case: Case | None
     """the case it was seen in; None where all calls were pooled"""
 
+
+Tested = tuple[Key, Array, Array, "Case | None"]
+"""a family of tests with its effects and standard errors, one per group, and the case (None where
+all calls were pooled)"""
 
 Pool = dict[tuple[str, str, str], tuple[Sums, float]]
 """by op, tensor and grouping: the sums over all calls so far, and `CorrectResult.least`"""
@@ -185,9 +189,8 @@ class Measures:
     scored: list[Scored]
     pool: Pool = dataclasses.field(default_factory=dict)
 
-    def by_statistic(self) -> Iterator[tuple[Key, Any, Any, Case | None]]:
-        """Yields each family of tests with its effects and standard errors, one per group, and the
-        case (None where all calls were pooled)."""
+    def by_statistic(self) -> Iterator[Tested]:
+        """Yields each family of tests in each case."""
         for op, tensor, grouping, scores, case in self.scored:
             for statistic, (effect, error) in scores.items():
                 # results near zero are small by cancellation, their errors are not
@@ -197,6 +200,25 @@ class Measures:
     def count(self) -> int:
         """Returns the number of tests."""
         return sum(effect.size for _, effect, _, _ in self.by_statistic())
+
+
+def at_once(
+    tested: list[Tested], function: Callable[[Array, Array, Array, bool], Array]
+) -> list[Array]:
+    """Returns for each family what `function` gives for its effects, standard errors, the family's
+    number at each of them, and whether they are shares of signs. `function` computes number by
+    number, and is called with all families together: a step has thousands, most of them small."""
+    found = [np.zeros(0)] * len(tested)
+    for signs in (False, True):
+        chosen = [i for i, t in enumerate(tested) if (t[0].statistic == "sign") == signs]
+        if not chosen:
+            continue
+        sizes = [tested[i][1].size for i in chosen]
+        effect, error = (np.concatenate([tested[i][column] for i in chosen]) for column in (1, 2))
+        values = function(effect, error, np.repeat(chosen, sizes), signs)
+        for i, part in zip(chosen, np.split(values, np.cumsum(sizes)[:-1]), strict=True):
+            found[i] = part
+    return found
 
 
 def measure(
@@ -263,11 +285,9 @@ def benign_limits(items: list[Case], dtype: torch.dtype) -> dict[Key, float]:
         elements.update({(case.call.op.name, n): y.y.size for n, y in case.correct.items()})
     for name, runner in disguises(dtype).items():
         measured, _ = measure(items if name == "plain" else chosen, runner)
-        for key, effect, error, _ in measured.by_statistic():
-            signs = key.statistic == "sign"
-            bounds = statistics.lower_bound(effect, error, 3.0 if signs else 0.0, share=signs)
-            bound = float(bounds.max())
-            limits[key] = max(limits.get(key, 0.0), bound)
+        tested = list(measured.by_statistic())
+        for (key, *_), bounds in zip(tested, at_once(tested, _benign_bound), strict=True):
+            limits[key] = max(limits.get(key, 0.0), float(bounds.max()))
         for (op, tensor, grouping), (total, least) in measured.pool.items():
             unseen = max(1 - total.count.sum() / elements[op, tensor], 0.0) ** 0.5
             scored = statistics.scores(total, least)
@@ -280,6 +300,10 @@ def benign_limits(items: list[Case], dtype: torch.dtype) -> dict[Key, float]:
         if rounding := case.change_rounding:
             limits[key] = max(limits.get(key, 0.0), rounding)
     return limits
+
+
+def _benign_bound(effect: Array, error: Array, _: Array, signs: bool) -> Array:
+    return statistics.lower_bound(effect, error, 3.0 if signs else 0.0, share=signs)
 
 
 def sample(items: list[Case]) -> list[Case]:

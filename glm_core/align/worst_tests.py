@@ -49,11 +49,23 @@ def worst_tests(
     effect, standard error and limit [T, 3]."""
     worst: dict[Key, tuple[float, OpTest, list[float]]] = {}
     by_result = {(c.call.op.name, tensor): c for c in cases for tensor in c.dtypes}
-    for key, effect, error, own_case in measured.by_statistic():
-        case = own_case or by_result[key.op, key.tensor]  # pooled: any case has the dtype and shape
+    tested = list(measured.by_statistic())
+    # pooled: any case has the dtype and shape
+    of = [case or by_result[key.op, key.tensor] for key, _, _, case in tested]
+    limits_of = [
+        teacher_forcing.limit(limits, key, case.dtypes[key.tensor], case.terms)
+        for (key, *_), case in zip(tested, of, strict=True)
+    ]
+    limit_array = np.array(limits_of)
+
+    def excess(effect: Array, error: Array, family: Array, signs: bool) -> Array:
+        return statistics.excess(effect, error, limit_array[family], CRITICAL, share=signs)
+
+    excesses = teacher_forcing.at_once(tested, excess)
+    for (key, effect, error, _), case, limit, outside in zip(
+        tested, of, limits_of, excesses, strict=True
+    ):
         dtype = case.dtypes[key.tensor]
-        limit = teacher_forcing.limit(limits, key, dtype, case.terms)
-        outside = statistics.excess(effect, error, limit, CRITICAL, share=key.statistic == "sign")
         group = int(np.argmax(outside))
         if key in worst and worst[key][0] >= outside[group]:
             continue

@@ -28,15 +28,17 @@ H100 = Path(__file__).parents[1] / "conformance" / "witness" / "h100.safetensors
 
 
 def test_the_h100s_step_is_acquitted(capsys: pytest.CaptureFixture[str]) -> None:
-    assert judge(witness.load(H100))[0].ratio <= 0.7
     assert main(["align", "witness", str(H100)]) == 0
-    assert "cuda on NVIDIA H100 80GB HBM3: 0 of " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert float(out.split("largest ratio ")[1]) <= 0.7
+    assert "cuda on NVIDIA H100 80GB HBM3: 0 of " in out
 
 
 def test_a_scale_that_is_off_by_half_a_percent_is_guilty(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wrong = witness.load(H100)
+    wrong.calls = [row for row in wrong.calls if row["op"] == "attention"]
     name = "call|31|result|d_v"
     wrong.tensors[name] = (wrong.tensors[name].float() * 1.005).bfloat16()
     wrong.save(tmp_path / "wrong.safetensors")

@@ -234,7 +234,7 @@ def test_gradients_that_overwrite_those_of_the_micro_batch_before_are_found(tmp_
     """By default a step has two micro-batches, and each op call by itself is right."""
     assert TrainConfig().global_batch == 2 * TrainConfig().micro_batch
     [fault] = [f for f in FAULTS if f.mutant == "weight_gradient_overwritten"]
-    config = markov.config("float32", steps=2, micro_batch=2)
+    config = markov.config("float32", steps=1, micro_batch=2)
     found = align.run(
         config,
         [fault.backend()],

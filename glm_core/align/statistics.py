@@ -301,7 +301,12 @@ def excess(
         return np.where(np.isnan(ratio) | np.isnan(effect), np.inf, ratio)
 
 
-def ratio_of(projection: str, effect: float, error: float, limit: float, z: float) -> float:
-    """Returns `excess` of one test, whose projection begins with its statistic."""
-    share = projection.startswith("sign")
-    return float(excess(np.array([effect]), np.array([error]), limit, z, share=share)[0])
+def ratios_of(projections: Sequence[str], values: Array, z: float) -> Array:
+    """Returns `excess` of tests: their projections, which begin with their statistics, and their
+    effects, standard errors and limits [T, 3]."""
+    share = np.array([p.startswith("sign") for p in projections], dtype=bool)
+    ratios = np.zeros(len(share))
+    for signs in (False, True):
+        effect, error, limit = values[share == signs].T
+        ratios[share == signs] = excess(effect, error, limit, z, share=signs)
+    return ratios

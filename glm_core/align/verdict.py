@@ -274,14 +274,15 @@ def findings(tests: list[OpTest], values: Array, num_tests: int, rate: float) ->
     probability that an honest candidate has any guilty one."""
     z = statistics.critical_z(rate, num_tests)
     outcomes = []
-    for test, (effect, error, limit) in zip(tests, values, strict=True):
+    ratios = statistics.ratios_of([test["projection"] for test in tests], values, z).tolist()
+    for test, (effect, error, limit), ratio in zip(tests, values, ratios, strict=True):
         outcomes.append(
             Finding(
                 **test,
                 z=float(abs(effect) / error) if error > 0 else 0.0,
                 effect=float(effect),
                 benign=float(limit),
-                ratio=statistics.ratio_of(test["projection"], effect, error, limit, z),
+                ratio=ratio,
             )
         )
     return sorted(outcomes, key=lambda f: -f.ratio)

@@ -49,11 +49,12 @@ def worst_tests(
     effect, standard error and limit [T, 3]."""
     worst: dict[Key, tuple[float, OpTest, list[float]]] = {}
     by_result = {(c.call.op.name, tensor): c for c in cases for tensor in c.dtypes}
+    terms = {id(case): case.terms for case in cases}
     tested = list(measured.by_statistic())
     # pooled: any case has the dtype and shape
     of = [case or by_result[key.op, key.tensor] for key, _, _, case in tested]
     limits_of = [
-        teacher_forcing.limit(limits, key, case.dtypes[key.tensor], case.terms)
+        teacher_forcing.limit(limits, key, case.dtypes[key.tensor], terms[id(case)])
         for (key, *_), case in zip(tested, of, strict=True)
     ]
     limit_array = np.array(limits_of)
@@ -113,10 +114,7 @@ def fair_tests(
 
 def outside_first(tests: list[OpTest], values: Array) -> list[OpTest]:
     """Returns the tests outside their limit, the furthest first."""
-    ratios = [
-        statistics.ratio_of(test["projection"], effect, error, limit, CRITICAL)
-        for test, (effect, error, limit) in zip(tests, values.tolist(), strict=True)
-    ]
+    ratios = statistics.ratios_of([test["projection"] for test in tests], values, CRITICAL)
     order = sorted(range(len(tests)), key=lambda i: -ratios[i])
     return [tests[i] for i in order if ratios[i] > 1]
 

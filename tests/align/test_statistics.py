@@ -206,11 +206,16 @@ def test_the_smallest_share_that_shows_as_much() -> None:
 def test_signs_alone_need_31_that_agree() -> None:
     def ratio(projection: str, signs: int) -> float:
         z = critical_z(1e-3 / 3, 300_000)
-        return statistics.ratio_of(projection, 1.0, signs**-0.5, 0.5, z)
+        values = np.array([[1.0, signs**-0.5, 0.5]])
+        return float(statistics.ratios_of([projection], values, z)[0])
 
     assert ratio("sign in row 3", 30) < 1 < ratio("sign in row 3", 31)
     assert ratio("scale in row 3", 42) < 1
-    assert statistics.ratio_of("sign", math.nan, 0.1, 0.5, 6.0) == math.inf
+    both = np.array([[1e-3, 0.0, 1e-4], [math.nan, 0.1, 0.5]])
+    assert statistics.ratios_of(["size", "sign"], both, 6.0).tolist() == [
+        pytest.approx(10),
+        math.inf,
+    ]
 
 
 def test_critical_z_pays_for_the_number_of_tests() -> None:

@@ -6,24 +6,28 @@
 // the batch. The scores [R, S] of its queries lie in scratch. Keys, then values, are read in blocks
 // that stay in the cache while up to HEADS queries at a time pass over them. All arithmetic is
 // float, whatever T is, and results are rounded once; sums over keys are added up block by block.
+//
+// Exact, the sums are those of a prompt's attention (attention.cpp): a score is one chain over the
+// head dim, so a vector holds keys, and a value is one chain over all keys.
 #include <cmath>
 #include <cstdlib>
 #include <new>
 #include <type_traits>
 
 #include "kernels.h"
+#include "transpose.h"
 #include "vec.h"
 
 namespace glm::GLM_ISA {
 
 namespace {
 
-constexpr int64_t BLOCK = 128;                              // keys
-constexpr int HEADS = REGISTERS < 32 ? 2 : W == 4 ? 4 : 6;  // queries held in registers
-// Keys at a time for each of R such queries, and vectors of values at a time. Short vectors need
-// more sums under way to hide the latency of fma.
+constexpr int64_t BLOCK = EXACT ? 32 : 128;                      // keys
+constexpr int HEADS = REGISTERS < 32 ? 2 : NATIVE == 4 ? 4 : 6;  // queries held in registers
+// Keys at a time for each of R such queries, and vectors of values at a time; exact: vectors of
+// keys, too. Short vectors need more sums under way to hide the latency of fma.
 template <int R>
-constexpr int at_a_time = W == 4 && REGISTERS == 32 && R <= 2 ? 8 : 4;
+constexpr int at_a_time = NATIVE == 4 && REGISTERS == 32 && R <= 2 ? 8 : 4;
 
 int64_t padded(int64_t size) { return (size + W - 1) / W * W; }
 
@@ -87,20 +91,69 @@ void scores(const T* k, int64_t stride, int64_t keys, int64_t width, const float
   }
 }
 
+// out [width, BLOCK]: the transpose of n <= BLOCK keys [n, width]. `rest` [SIDE, width] takes the
+// last ones, which fill no square; out's columns behind them hold whatever it held before.
+template <class T>
+void transposed(const T* k, int64_t stride, int64_t n, int64_t width, float* out, T* rest) {
+  for (int64_t j = 0; j < n; j += SIDE, k += SIDE * stride) {
+    if (n - j < SIDE) {
+      for (int64_t i = 0; i < n - j; ++i)
+        memcpy(rest + i * width, k + i * stride, size_t(width) * sizeof(T));
+      k = rest, stride = width;
+    }
+    int64_t e = 0;
+    for (; e + SIDE <= width; e += SIDE) {
+      if (e % int64_t(line_bytes / sizeof(T)) == 0)
+        for (int64_t i = 0; i < SIDE; ++i)
+          fetch_ahead(k + i * stride + e, SIDE * stride * int64_t(sizeof(T)));
+      transpose(k + e, stride, SIDE,
+                [&](int64_t row) GLM_INLINED { return out + (e + row) * BLOCK + j; });
+    }
+    for (; e < width; ++e)
+      for (int64_t i = 0; i < SIDE; ++i) out[e * BLOCK + j + i] = get(k + i * stride + e);
+  }
+}
+
+// p [R, ldp] = q kt in one chain for each score;  q [R, ld], kt [width, BLOCK]. p has room for
+// BLOCK.
+template <int R>
+void chains(const float* kt, int64_t keys, int64_t width, const float* q, int64_t ld, float* p,
+            int64_t ldp) {
+  constexpr int most = int(BLOCK) / NATIVE, V = at_a_time<R> < most ? at_a_time<R> : most;
+  for (int64_t j = 0; j < keys; j += V * NATIVE) {
+    nf total[R][V];
+    for (auto& sums : total)
+      for (nf& sum : sums) sum = native(0.0f);
+    for (int64_t e = 0; e < width; ++e) {
+      nf x[V];
+      for (int v = 0; v < V; ++v) x[v] = load<nf>(kt + e * BLOCK + j + v * NATIVE);
+      for (int r = 0; r < R; ++r) {
+        const nf of_query = native(q[r * ld + e]);
+        for (int v = 0; v < V; ++v) total[r][v] = fma(of_query, x[v], total[r][v]);
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) store(p + r * ldp + j + v * NATIVE, total[r][v]);
+  }
+}
+
 // y [R, ld] += p v for C vectors of columns, the last of n columns.
 template <int R, int C, class T>
 void strip(const T* v, int64_t stride, int64_t keys, int64_t n, const float* p, int64_t ldp,
            float* y, int64_t ld) {
-  vf total[R][C] = {};
+  nf total[R][C];
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c)
+      total[r][c] = EXACT ? load<nf>(y + r * ld + c * NATIVE) : native(0.0f);
   for (int64_t j = 0; j < keys; ++j)
     for (int c = 0; c < C; ++c) {
-      const vf x = take(v + j * stride + c * W, C == 1 ? n : int64_t(W));
-      for (int r = 0; r < R; ++r) total[r][c] = fma(x, p[r * ldp + j], total[r][c]);
+      const nf x = part_of(v + j * stride + c * NATIVE, C == 1 ? n : int64_t(NATIVE));
+      for (int r = 0; r < R; ++r) total[r][c] = fma(x, native(p[r * ldp + j]), total[r][c]);
     }
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c) {
-      float* out = y + r * ld + c * W;
-      store(out, load(out) + total[r][c]);
+      float* out = y + r * ld + c * NATIVE;
+      store(out, EXACT ? total[r][c] : load<nf>(out) + total[r][c]);
     }
 }
 
@@ -109,12 +162,12 @@ void values(const T* v, int64_t stride, int64_t keys, int64_t width, const float
             float* y, int64_t ld) {
   constexpr int columns = at_a_time<R>;
   int64_t e = 0;
-  for (; e + columns * W <= width; e += columns * W)
-    strip<R, columns>(v + e, stride, keys, W, p, ldp, y + e, ld);
-  for (; columns > 4 && e + 4 * W <= width; e += 4 * W)
-    strip<R, 4>(v + e, stride, keys, W, p, ldp, y + e, ld);
-  for (; e < width; e += W)
-    strip<R, 1>(v + e, stride, keys, width - e < W ? width - e : W, p, ldp, y + e, ld);
+  for (; e + columns * NATIVE <= width; e += columns * NATIVE)
+    strip<R, columns>(v + e, stride, keys, NATIVE, p, ldp, y + e, ld);
+  for (; columns > 4 && e + 4 * NATIVE <= width; e += 4 * NATIVE)
+    strip<R, 4>(v + e, stride, keys, NATIVE, p, ldp, y + e, ld);
+  for (; e < width; e += NATIVE)
+    strip<R, 1>(v + e, stride, keys, width - e < NATIVE ? width - e : NATIVE, p, ldp, y + e, ld);
 }
 
 // Turns products q k into exponentials of the scores; returns their sum.
@@ -140,20 +193,30 @@ void decode_unit(const AttentionForward<T>& a, int64_t b, int64_t g) {
   const int64_t shared = a.heads / a.kv_heads, ld = padded(a.width), ldv = padded(a.values);
   const int64_t from = a.key_start[b] > 0 ? a.key_start[b] : 0;
   const int64_t to = a.key_end[b] < a.keys ? a.key_end[b] : a.keys;
-  const int64_t count = to > from ? to - from : 0, size = padded(count);
-  const Zeros zeros(shared * (ld + ldv + size + 1));
-  float *q = zeros.p, *y = q + shared * ld, *p = y + shared * ldv, *sum = p + shared * size;
+  const int64_t count = to > from ? to - from : 0;
+  // exact: whole blocks of scores, a block of keys transposed, and the last ones of it
+  const int64_t size = EXACT ? (count + BLOCK - 1) / BLOCK * BLOCK : padded(count);
+  const int64_t of_keys = EXACT ? BLOCK * a.width : 0, rest = EXACT ? SIDE * a.width : 0;
+  const Zeros zeros(of_keys + rest + shared * (ld + ldv + size + 1));
+  float *kt = zeros.p, *last = kt + of_keys, *q = last + rest, *y = q + shared * ld;
+  float *p = y + shared * ldv, *sum = p + shared * size;
   for (int64_t r = 0; r < shared; ++r) {
     const T* x = a.q.at(b, 0, g * shared + r);
     sweep(a.width,
           [&](int64_t e, int64_t n) GLM_INLINED { give(q + r * ld + e, take(x + e, n), n); });
   }
-  for (int64_t j = 0; j < count; j += BLOCK)
+  for (int64_t j = 0; j < count; j += BLOCK) {
+    const int64_t keys = count - j < BLOCK ? count - j : BLOCK;
+    const T* k = a.k.at(b, from + j, g);
+    if (EXACT) transposed(k, a.k.row, keys, a.width, kt, reinterpret_cast<T*>(last));
     in_groups(shared, [&](auto heads, int64_t r) {
-      const int64_t keys = count - j < BLOCK ? count - j : BLOCK;
-      scores<heads.value>(a.k.at(b, from + j, g), a.k.row, keys, a.width, q + r * ld, ld,
-                          p + r * size + j, size);
+      constexpr int R = heads.value;
+      if constexpr (EXACT)
+        chains<R>(kt, keys, a.width, q + r * ld, ld, p + r * size + j, size);
+      else
+        scores<R>(k, a.k.row, keys, a.width, q + r * ld, ld, p + r * size + j, size);
     });
+  }
   for (int64_t r = 0; r < shared; ++r)
     sum[r] = count ? exponentials(p + r * size, count, a.scale) : 1.0f;
   for (int64_t j = 0; j < count; j += BLOCK)
@@ -175,8 +238,6 @@ void decode_unit(const AttentionForward<T>& a, int64_t b, int64_t g) {
 // Units: B * K.
 template <class T>
 void attention_decode(const AttentionForward<T>& a, int64_t begin, int64_t end) {
-  // exact: with the sums of a prompt's, whose units are the same here
-  if constexpr (EXACT) return attention_forward(a, begin, end);
   for (int64_t unit = begin; unit < end; ++unit)
     decode_unit(a, unit / a.kv_heads, unit % a.kv_heads);
 }

@@ -7,8 +7,8 @@ namespace glm::GLM_ISA {
 
 namespace {
 
-constexpr int FEATURES = REGISTERS == 32 ? 4 : 2;
-constexpr int ROWS = 4;
+// Four streams of weights are read faster than two.
+constexpr int FEATURES = 4, ROWS = 4;
 // Short vectors need more sums under way to hide the latency of fma: each result has two, by turns.
 constexpr int SUMS = W == 4 && REGISTERS == 32 ? 2 : 1;
 
@@ -43,29 +43,31 @@ GLM_INLINE void add(vf (&part)[R][M], const LinearFew<T>& a, const T* const (&w)
 }
 
 #if defined(GLM_WIDE)
-// part = weights times inputs 0 to `end`, a multiple of W, by the machine's own vectors: GCC keeps
+// Sums weights times inputs in one chain for each lane, by the machine's own vectors: GCC keeps
 // longer ones in memory.
 template <int R, int M, class T>
-GLM_INLINE void by_parts(vf (&part)[R][M], const LinearFew<T>& a, const T* const (&w)[R],
-                         int64_t row, int64_t end) {
-  constexpr int PARTS = W / NATIVE;
-  nf total[R][M][PARTS];
+GLM_INLINE void add_all(Parts (&total)[R][M], const LinearFew<T>& a, const T* const (&w)[R],
+                        int64_t row) {
   for (auto& feature : total)
-    for (auto& sums : feature)
-      for (nf& sum : sums) sum = native(0.0f);
-  for (int64_t i = 0; i < end; i += W) {
+    for (Parts& sums : feature)
+      for (nf& sum : sums.part) sum = native(0.0f);
+  const auto add_part = [&](int p, int64_t i, int64_t n) GLM_INLINED {
+    for (int r = 0; r < R; ++r) {
+      const nf v = part_of(w[r] + i, n);
+      for (int m = 0; m < M; ++m) {
+        nf& sum = total[r][m].part[p];
+        sum = fma(v, part_of(a.x + (row + m) * a.width + i, n), sum);
+      }
+    }
+  };
+  int64_t i = 0;
+  for (; i + W <= a.width; i += W) {
     if (i % int64_t(line_bytes / sizeof(T)) == 0)
       for (int r = 0; r < R; ++r) fetch_ahead(w[r] + i);
-    for (int p = 0; p < PARTS; ++p)
-      for (int r = 0; r < R; ++r) {
-        const nf v = part_of(w[r] + i + p * NATIVE);
-        for (int m = 0; m < M; ++m) {
-          const nf x = load<nf>(a.x + (row + m) * a.width + i + p * NATIVE);
-          total[r][m][p] = fma(v, x, total[r][m][p]);
-        }
-      }
+    for (int p = 0; p < W / NATIVE; ++p) add_part(p, i + p * NATIVE, NATIVE);
   }
-  memcpy(part, total, sizeof part);
+  for (int p = 0; i < a.width; ++p, i += NATIVE)
+    add_part(p, i, a.width - i < NATIVE ? a.width - i : NATIVE);
 }
 #endif
 
@@ -73,20 +75,20 @@ GLM_INLINE void by_parts(vf (&part)[R][M], const LinearFew<T>& a, const T* const
 // on neither.
 template <bool PAIRS, int R, int M, class T>
 void tile(const LinearFew<T>& a, int64_t f, int64_t apart, int64_t n) {
+  const T* w[R];
+  for (int r = 0; r < R; ++r) w[r] = a.weight + (f + r * apart) * a.width;
+#if defined(GLM_WIDE)
+  Parts total[R][M];
+  add_all(total, a, w, n);
+#else
   constexpr int64_t step = PAIRS ? 2 * W : W;
   // a block is summed by itself, so that rounding errors stay small; exact: one chain in each lane
   constexpr int64_t block = EXACT ? int64_t(1) << 40 : 32 * SUMS * step;
-  const T* w[R];
-  for (int r = 0; r < R; ++r) w[r] = a.weight + (f + r * apart) * a.width;
   vf total[R][M] = {};
   for (int64_t begin = 0; begin < a.width; begin += block) {
     const int64_t end = begin + block < a.width ? begin + block : a.width;
     vf part[R][M] = {}, odd[R][M] = {};
     int64_t i = begin;
-#if defined(GLM_WIDE)
-    i = end / W * W;
-    by_parts(part, a, w, n, i);
-#endif
     for (; i + SUMS * step <= end; i += SUMS * step) {
       if (i % int64_t(line_bytes / sizeof(T)) == 0)
         for (int r = 0; r < R; ++r) fetch_ahead(w[r] + i);
@@ -96,8 +98,11 @@ void tile(const LinearFew<T>& a, int64_t f, int64_t apart, int64_t n) {
     for (; SUMS == 2 && i + step <= end; i += step) add<PAIRS>(part, a, w, n, i, step);
     if (i < end) add<PAIRS>(part, a, w, n, i, end - i);
     for (int r = 0; r < R; ++r)
-      for (int m = 0; m < M; ++m) total[r][m] += SUMS == 2 ? part[r][m] + odd[r][m] : part[r][m];
+      for (int m = 0; m < M; ++m)
+        total[r][m] =
+            EXACT ? part[r][m] : total[r][m] + (SUMS == 2 ? part[r][m] + odd[r][m] : part[r][m]);
   }
+#endif
   for (int r = 0; r < R; ++r)
     for (int m = 0; m < M; ++m) {
       const int64_t at = f + r * apart;
@@ -129,7 +134,8 @@ void features(const LinearFew<T>& a, int64_t begin, int64_t end) {
 
 template <bool PAIRS, class T>
 void fitting(const LinearFew<T>& a, int64_t begin, int64_t end) {
-  if (SUMS == 2 && a.rows > 2) return features<PAIRS, 2>(a, begin, end);  // sums fit the registers
+  constexpr bool many_registers = REGISTERS == 32 && SUMS == 1 && W == NATIVE;
+  if (!many_registers && a.rows > 2) return features<PAIRS, 2>(a, begin, end);  // sums fit them
   features<PAIRS, FEATURES>(a, begin, end);
 }
 

@@ -68,11 +68,12 @@ typedef uint16_t vh __attribute__((vector_size(W * 2)));
 
 constexpr int64_t line_bytes = 64;  // of a cache
 
-// Fetches the line that a stream of weights reaches 2 KB after p. The CPU's own prefetching stops
-// at the end of a page, and keeps too little under way while the vector units are busy. The address
-// may lie behind the weights: a prefetch never faults.
-GLM_INLINE void fetch_ahead(const void* p) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + 2048));
+// Fetches the line that a stream of weights reaches so many bytes after p. The CPU's own
+// prefetching stops at the end of a page, and keeps too little under way while the vector units are
+// busy. The address may lie behind the weights: a prefetch never faults.
+GLM_INLINE void fetch_ahead(const void* p, int64_t bytes = 2048) {
+  __builtin_prefetch(
+      reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + uintptr_t(bytes)));
 }
 
 template <class To, class From>

@@ -77,6 +77,23 @@ GLM_INLINE vi load_words(const void* p) {
   return x;
 }
 
+// Loads one of the machine's vectors.
+#if !defined(GLM_WIDE)
+template <class T>
+GLM_INLINE nf part_of(const T* p) {
+  return load(p);
+}
+#endif
+
+// The same of n elements; the other lanes are zero.
+template <class T>
+GLM_INLINE nf part_of(const T* p, int64_t n) {
+  if (n == NATIVE) return part_of(p);
+  T part[NATIVE] = {};
+  memcpy(part, p, size_t(n) * sizeof(T));
+  return part_of(part);
+}
+
 GLM_INLINE float get(const float* p) { return *p; }
 GLM_INLINE float get(const bf16* p) { return bits_as<float>(uint32_t(p->bits) << 16); }
 GLM_INLINE void put(float* p, float x) { *p = x; }

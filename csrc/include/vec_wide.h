@@ -67,12 +67,11 @@ GLM_INLINE vf load(const bf16* p) {
 }
 
 #if defined(__AVX2__)
-GLM_INLINE nf halved(vf x) {
-  const Parts p = bits_as<Parts>(x);
-  return p.part[0] + p.part[1];
-}
+GLM_INLINE nf halved(const Parts& p) { return p.part[0] + p.part[1]; }
+GLM_INLINE nf halved(vf x) { return halved(bits_as<Parts>(x)); }
 
 // Sum of the lanes in a fixed order: halves, quarters, ...
+GLM_INLINE float sum(const Parts& p) { return sum(halved(p)); }
 GLM_INLINE float sum(vf x) { return sum(halved(x)); }
 
 // out[k] = sum(x[k]), the same bits.
@@ -80,13 +79,14 @@ GLM_INLINE void sums(const vf (&x)[4], float* out) {
   sums({halved(x[0]), halved(x[1]), halved(x[2]), halved(x[3])}, out);
 }
 #else
-GLM_INLINE float sum(vf x) {
+GLM_INLINE float sum(const Parts& x) {
   float lane[W];
   memcpy(lane, &x, sizeof x);
   for (int half = W / 2; half; half /= 2)
     for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
   return lane[0];
 }
+GLM_INLINE float sum(vf x) { return sum(bits_as<Parts>(x)); }
 
 GLM_INLINE void sums(const vf (&x)[4], float* out) {
   for (int k = 0; k < 4; ++k) out[k] = sum(x[k]);

@@ -303,6 +303,10 @@ void attention(Sizes n) {
       }
   }
   if (n.queries == 1) expect("attention decode", alone, ey, 1, 2);
+  if (n.queries == 1 && exact() && memcmp(alone.p(), y.p(), size_t(ys) * sizeof(T))) {
+    ++failures;
+    std::printf("FAILED %s: attention decode: bits differ from a prompt's\n", where);
+  }
   expect("attention y", y, ey, 1, 2), expect("attention dq", dq, eq, 1, 2);
   expect("attention dk", dk, ek, 1, 2), expect("attention dv", dv, ev, 1, 2);
 }

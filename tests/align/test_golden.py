@@ -10,6 +10,7 @@ same to the bit. Recorded anew, after a deliberate change of the arithmetic, by
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -118,6 +119,12 @@ def trained(dtype: Dtype) -> Trace:
     )
 
 
+@functools.cache
+def unchanged(dtype: Dtype) -> Trace:
+    """Returns what today's reference trains to, trained once."""
+    return trained(dtype)
+
+
 @contextmanager
 def changed(op: Op, reference: Callable[..., Any]) -> Iterator[None]:
     """Replaces the op's reference, as an edit of its source would."""
@@ -131,7 +138,7 @@ def changed(op: Op, reference: Callable[..., Any]) -> Iterator[None]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_reference_still_trains_to_the_golden_curve(dtype: Dtype) -> None:
-    pair = align.compare(golden(dtype), trained(dtype))
+    pair = align.compare(golden(dtype), unchanged(dtype))
     assert pair.verdict == "aligned", pair.reasons
 
 
@@ -178,7 +185,7 @@ for dtype in {DTYPES!r}:
         pair = align.compare(golden(dtype), there)
         assert pair.verdict == "aligned", (dtype, pair.reasons)
         if torch.backends.cpu.get_cpu_capability() != "DEFAULT":
-            assert loss != trained(dtype).loss.tolist(), dtype
+            assert loss != unchanged(dtype).loss.tolist(), dtype
 
 
 def geglu_tanh(x: Tensor) -> Tensor:

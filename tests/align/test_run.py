@@ -33,12 +33,12 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> align.RunResult:
     honest.name, wrong.name = "honest", "wrong:positions"
     told: dict[str, tuple[int, int]] = {}
     found = align.run(
-        markov.config("float32", steps=6),
+        markov.config("float32", steps=3),
         ["reference", honest, wrong],
         controls=4,
         out_dir=tmp_path_factory.mktemp("run"),
         sampler=markov.Markov,
-        capture_steps=(2, 6),
+        capture_steps=(2, 3),
         progress=lambda what, done, of: told.__setitem__(what, (done, of)),
     )
     assert {f"float32: {w}" for w in WORK} <= set(told)

@@ -16,7 +16,10 @@ def test_python_example_runs(
     (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
     text = "\n".join(f"Sentence {i} says that {i} plus {i} is {2 * i}." for i in range(4000))
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
-    small = 'data=DataConfig(path="text.txt", vocab=512, length=32), train=TrainConfig(steps=4)'
+    small = (
+        'data=DataConfig(path="text.txt", vocab=512, length=32), '
+        "train=TrainConfig(steps=2, micro_batch=2, global_batch=2)"
+    )
     assert "train=TrainConfig(steps=100)" in code
     quick = code.replace("train=TrainConfig(steps=100)", small).replace(
         'preset("tiny")', 'preset("tiny", num_layers=1, hidden=32, ffn=48)'

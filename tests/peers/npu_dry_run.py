@@ -170,14 +170,14 @@ CODES = (ops.quantized_linear, ops.quantized_grouped_linear)
 
 
 def _asked(case: Case) -> bool:
-    """A schema and a meta kernel take every dtype alike: gradients are asked in bfloat16 alone, and
-    in float16 only where codes are."""
+    """A schema and a meta kernel take every dtype alike: all samples are asked in bfloat16, an op's
+    first one in float32 too, and in float16 only codes are."""
     if case.dtype == torch.bfloat16:
         return True
     return (
         case.dtype == torch.float16
         if case.op in CODES
-        else (case.dtype == torch.float32 and case.mode == "test")
+        else (case.dtype == torch.float32 and case.mode == "test" and case.plain)
     )
 
 

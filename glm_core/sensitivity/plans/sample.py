@@ -49,7 +49,12 @@ MODELS = {
         tied_head=False,
     ),
     "10b": ModelConfig(
-        **SIZES, ffn=64, placement="pre", activation="gelu", positions="learned_2d", max_length=32
+        **SIZES | {"num_layers": 2},
+        ffn=64,
+        placement="pre",
+        activation="gelu",
+        positions="learned_2d",
+        max_length=32,
     ),
     "moe": ModelConfig(**SIZES, **SPARSE, ffn=48, experts_per_token=2, expert_ffn=24),
 }

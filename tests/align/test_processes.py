@@ -55,9 +55,12 @@ def test_a_free_process_trains_the_controls_of_a_busy_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     os.mkfifo(tmp_path / "pipe")
+    # kept open, lest what one process writes be lost where it ends before the other opens the pipe
+    held = os.open(tmp_path / "pipe", os.O_RDWR | os.O_NONBLOCK)
     started_as(monkeypatch, "-c", WORKER, str(tmp_path / "pipe"))
     order = list[str]()
     both = processes.run_in_parallel(jobs(tmp_path), lambda what, *_: order.append(what))
+    os.close(held)
     assert [[c.loss for c in of_job] for of_job in both] == [[[0], [1]], [[0], [1]]]
     assert order == ["bfloat16 0", "bfloat16 1", "float32 0", "float32 1"], "the longest first"
 

@@ -162,8 +162,11 @@ def bisect(
     registry.require_dtype(chosen, config.train.dtype)
     make = sampler or open_data(config, cache_dir)
     steps = captured_steps(config, capture_steps)
-    if only.step and only.step not in steps:
-        raise ConfigError(f"align bisect: step {only.step} is not captured; choose one of {steps}")
+    if only.step > config.train.steps:  # any other may be captured, in place of one that overflows
+        total = config.train.steps
+        raise ConfigError(
+            f"align bisect: --step {only.step}: the run has {total}; choose one of {steps}"
+        )
     evidence = evidence or gather(config, make, steps, only, report)
     command = rerun_command.command(config, chosen.name, options)
     try:

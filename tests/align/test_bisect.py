@@ -148,7 +148,7 @@ def test_a_call_that_is_not_there_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"no captured call fits --op geglu --layer 7.*adamw"):
         bisect(markov.backend(), only=only, evidence=None, capture_steps=(1,))
     late = align.CallFilter(step=99)
-    with pytest.raises(ConfigError, match=r"step 99 is not captured; choose one of \(1,\)"):
+    with pytest.raises(ConfigError, match=r"--step 99: the run has \d+; choose one of \(1,\)"):
         bisect(markov.backend(), only=late, evidence=None, capture_steps=(1,))
 
 

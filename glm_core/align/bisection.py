@@ -160,6 +160,11 @@ def bisect(
     begin, report = time.perf_counter(), progress or (lambda what, done, of: None)
     chosen = registry.usable(backend) if isinstance(backend, str) else backend
     registry.require_dtype(chosen, config.train.dtype)
+    if config.train.exact:
+        raise ConfigError(
+            "align bisect: train.exact=true: single calls are judged in fast arithmetic; leave "
+            "train.exact out"
+        )
     make = sampler or open_data(config, cache_dir)
     steps = captured_steps(config, capture_steps)
     if only.step > config.train.steps:  # any other may be captured, in place of one that overflows

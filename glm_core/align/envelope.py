@@ -103,6 +103,14 @@ def envelope(reference: Array, controls: Array, candidate: Array, rate: float) -
     return Envelope(candidate - reference, factor * scale(deviations, reference))
 
 
+def same_bits(reference: Array, candidate: Array) -> Envelope:
+    """Returns the deviation of a curve [N] from one whose bits it must have: any at all is outside.
+    Raises TraceError for a curve of the reference that is not finite."""
+    if not np.isfinite(reference).all():
+        raise TraceError("reference trace: its loss is not finite; record with a smaller train.lr")
+    return Envelope(candidate - reference, np.full_like(reference, np.finfo(np.float64).tiny))
+
+
 def error_bound(benign: Array, floor: float, rate: float) -> Array:
     """Returns the bound on errors [...], given the errors of J honest runs [J, ...]: the root mean
     square of the honest errors (at least `floor`) times a factor that all errors keep at once."""

@@ -90,7 +90,7 @@ def measure(config: c.RunConfig, sampler: Sampler, backend: str | Backend) -> Fa
     and its operators on the host are counted. The op calls of the third are captured and then timed
     one by one."""
     run = Run(config, sampler, backend)
-    with registry.use(run.backend):
+    with registry.use(run.backend, exact=run.config.train.exact):
         run.step()
         before, begin = host_calls(run.backend), time.perf_counter()
         run.step()

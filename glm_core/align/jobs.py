@@ -33,6 +33,7 @@ from glm_core.config import Dtype, RunConfig, from_dict, to_dict
 from glm_core.diagnose import watchdog
 from glm_core.distributed.plan import parse, require_fit
 from glm_core.errors import ConfigError
+from glm_core.training.parallel import require_exact
 
 WAY_OUT = "reset the device; glm-core align bisect waits for every call and names the op"
 """what a message about a step that takes too long advises"""
@@ -102,11 +103,12 @@ def run(
         raise ConfigError(
             "align: the reference alone leaves nothing to judge; name another backend or a plan"
         )
-    check(list(chosen.values()), dtypes, controls, without)
+    configs = [with_dtype(config, dtype) for dtype in dtypes]
+    check(configs, list(chosen.values()), controls, without)
     check_plans(config, backends, plans)
     jobs = [
         Job(
-            dataclasses.replace(config, train=dataclasses.replace(config.train, dtype=dtype)),
+            of_dtype,
             list(chosen.values()),
             out,
             0 if "curve" in without else controls,
@@ -116,7 +118,7 @@ def run(
             cache_dir,
             timeout_s,
         )
-        for dtype in dtypes
+        for of_dtype in configs
     ]
     report = WholeRun(progress or (lambda what, done, of: None), sum(job.steps for job in jobs))
     if len(jobs) > 1 and sampler is None and all(isinstance(b, str) for b in chosen.values()):
@@ -133,17 +135,23 @@ def run(
     return RunResult(pairs=pairs, traces=traces, out_dir=out, seconds=time.perf_counter() - begin)
 
 
+def with_dtype(config: RunConfig, dtype: Dtype) -> RunConfig:
+    """Returns the config with this working dtype."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, dtype=dtype))
+
+
 def check(
+    configs: Sequence[RunConfig],
     backends: Sequence[str | Backend],
-    dtypes: Sequence[Dtype],
     controls: int,
     without: Sequence[str],
 ) -> None:
     """Raises BackendUnavailableError or ConfigError for what cannot end in a verdict."""
     for backend in backends:
         usable = registry.usable(backend) if isinstance(backend, str) else backend
-        for dtype in dtypes:
-            registry.require_dtype(usable, dtype)
+        for config in configs:
+            registry.require_dtype(usable, config.train.dtype)
+            require_exact(config, usable)
     if strange := [part for part in without if part not in PARTS]:
         raise ConfigError(errors.unknown("part", strange[0], PARTS))
     if set(without) == set(PARTS):

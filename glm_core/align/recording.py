@@ -38,7 +38,7 @@ from glm_core.backends.base import Backend
 from glm_core.config import RunConfig, to_dict
 from glm_core.diagnose import device_errors
 from glm_core.errors import TraceError
-from glm_core.training.parallel import initial_weights
+from glm_core.training.parallel import initial_weights, require_exact
 
 Array = NDArray[np.float64]
 
@@ -63,6 +63,8 @@ def record(
     only. Raises TraceError where it differs in more."""
     chosen = registry.usable(backend) if isinstance(backend, str) else backend
     registry.require_dtype(chosen, config.train.dtype)
+    if chosen.name != "reference":
+        require_exact(config, chosen)
     cal = calibration or calibrate(
         config,
         sampler=sampler,
@@ -158,7 +160,7 @@ def _teacher_fields(cal: Calibration, config: RunConfig, backend: Backend) -> Fi
     reference, routing = cal.reference, Figures()
     sketches = Sketches(reference.parameters)
     own = gradient_errors(run, cal.snapshots, cal.oracle, sketches)
-    with registry.use(run.backend) as session:
+    with registry.use(run.backend, exact=run.config.train.exact) as session:
         measured, results = teacher_forcing.measure(
             cal.cases, lambda call: routing.seen(call, replay_on(call, run.backend)), twice=True
         )

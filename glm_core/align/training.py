@@ -62,6 +62,9 @@ class Run(Trainer):
         process's part of a plan, by default one process."""
         if isinstance(backend, str):
             backend = registry.usable(backend)
+        if backend.exact is None:  # the reference: exact sums are a candidate's
+            fast = dataclasses.replace(config.train, exact=False)
+            config = dataclasses.replace(config, train=fast)
         alone = parallel or SingleProcess(config, backend, weights=weights)
         super().__init__(config, sampler, alone)
         self.mode = mode
@@ -86,7 +89,7 @@ class Run(Trainer):
         """Returns the loss, and the gradients in float64 on the CPU; makes no update."""
         watchdog.beat("gradients of a captured step")
         with (
-            registry.use(self.backend),
+            registry.use(self.backend, exact=self.config.train.exact),
             device_errors.explained(self.backend.name, "gradients of a captured step"),
         ):
             loss = float(self.backward(split(batches, self.config.train.micro_batch)))
@@ -138,7 +141,7 @@ def free_run(
     loss, grad_norm, loss_scale, skipped = np.full((4, steps), np.nan)
     curve = Curve(loss, grad_norm, loss_scale, skipped, [], "", [], [])
     wanted = False
-    with registry.use(run.backend) as session:
+    with registry.use(run.backend, exact=run.config.train.exact) as session:
         for step in range(1, steps + 1):
             watchdog.beat(f"step {step}")
             wanted = wanted or step in capture_steps

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glm_core.align import plan_findings, statistics
-from glm_core.align.envelope import Envelope, envelope, error_bound
+from glm_core.align.envelope import Envelope, envelope, error_bound, same_bits
 from glm_core.align.overflow import overflow_check
 from glm_core.align.trace import Trace
 from glm_core.align.trace_format import OpTest
@@ -133,13 +133,19 @@ def compare(
     reference: Trace, candidate: Trace, *, false_alarm_rate: float = FALSE_ALARM_RATE
 ) -> Pair:
     """Returns the verdict on `candidate`. The reference's trace has the control runs; the candidate
-    was recorded with the same config, data and weights, perhaps on another machine. The false-alarm
+    was recorded with the same config, data and weights, perhaps on another machine. Two exact runs
+    (`train.exact`), of which none is the reference, must have the same losses to the bit; they need
+    no controls. The false-alarm
     rate is split evenly between envelope, gradients and ops, and inside each over all steps,
     parameters and tests. Raises TraceError where the two cannot be compared."""
     require_comparable(reference, candidate)
     rate = false_alarm_rate / NUM_TESTS
     curve = None
-    if candidate.loss.size:
+    traces = (reference, candidate)
+    exact = all(t.config["train"].get("exact") and t.backend != "reference" for t in traces)
+    if candidate.loss.size and exact:
+        curve = same_bits(reference.loss, candidate.loss)
+    elif candidate.loss.size:
         curve = envelope(reference.loss, reference.control_loss, candidate.loss, rate)
     moved_excess = moved_check(candidate, rate)
     # where experts are chosen, their choice takes a third of the gradients' share of the rate
@@ -155,7 +161,7 @@ def compare(
     of_gradients = (excess, loss_excess, moved_excess, plan_ratios)
     gradient_ratio = float(max(x.max(initial=0.0) for x in of_gradients))
     reasons = [
-        *_envelope_reason(curve),
+        *_envelope_reason(curve, exact),
         *overflow_reason,
         *_gradient_reason(candidate, excess, loss_excess),
         *_moved_reason(candidate, moved_excess),
@@ -288,7 +294,7 @@ def findings(tests: list[OpTest], values: Array, num_tests: int, rate: float) ->
     return sorted(outcomes, key=lambda f: -f.ratio)
 
 
-def _envelope_reason(curve: Envelope | None) -> list[str]:
+def _envelope_reason(curve: Envelope | None, exact: bool) -> list[str]:
     if curve is None or curve.first_step is None:
         return []
     n = curve.first_step
@@ -296,7 +302,11 @@ def _envelope_reason(curve: Envelope | None) -> list[str]:
         return [f"step {n}: the loss is not finite, or the run broke off"]
     return [
         f"step {n}: the loss deviates by {curve.deviation[n - 1]:+.2e}, "
-        f"honest rounding by at most {curve.bound[n - 1]:.1e}"
+        + (
+            "exact runs by nothing"
+            if exact
+            else f"honest rounding by at most {curve.bound[n - 1]:.1e}"
+        )
     ]
 
 

@@ -66,8 +66,9 @@ def record_step(
     )
     left_out = []
     chosen = ("", "0", str(config.model.num_layers - 1))
-    curve = free_run(Run(config, sampler, backend), (STEP,), last=STEP)
-    with registry.use(backend):
+    run = Run(config, sampler, backend)
+    curve = free_run(run, (STEP,), last=STEP)
+    with registry.use(backend, exact=run.config.train.exact):
         for call in (c for c in curve.calls if c.layer in chosen):
             if not add(witness, call, replay_on(call, backend), dtype):
                 left_out.append(f"{call.op.name} {call.index}")

@@ -96,8 +96,7 @@ def envelope(reference: Array, controls: Array, candidate: Array, rate: float) -
             f"reference trace: {len(controls)} control runs, the envelope needs at least "
             f"{MIN_CONTROLS}; record the reference with controls={NUM_CONTROLS}"
         )
-    if not (np.isfinite(controls).all() and np.isfinite(reference).all()):
-        raise TraceError("reference trace: its loss is not finite; record with a smaller train.lr")
+    _require_finite(reference, controls)
     deviations = controls - reference
     factor = prediction_bound(peaks(deviations, reference), rate)
     return Envelope(candidate - reference, factor * scale(deviations, reference))
@@ -106,9 +105,13 @@ def envelope(reference: Array, controls: Array, candidate: Array, rate: float) -
 def same_bits(reference: Array, candidate: Array) -> Envelope:
     """Returns the deviation of a curve [N] from one whose bits it must have: any at all is outside.
     Raises TraceError for a curve of the reference that is not finite."""
-    if not np.isfinite(reference).all():
-        raise TraceError("reference trace: its loss is not finite; record with a smaller train.lr")
+    _require_finite(reference)
     return Envelope(candidate - reference, np.full_like(reference, np.finfo(np.float64).tiny))
+
+
+def _require_finite(*curves: Array) -> None:
+    if not all(np.isfinite(curve).all() for curve in curves):
+        raise TraceError("reference trace: its loss is not finite; record with a smaller train.lr")
 
 
 def error_bound(benign: Array, floor: float, rate: float) -> Array:

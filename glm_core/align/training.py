@@ -62,7 +62,7 @@ class Run(Trainer):
         process's part of a plan, by default one process."""
         if isinstance(backend, str):
             backend = registry.usable(backend)
-        if backend.exact is None:  # the reference: exact sums are a candidate's
+        if backend.name == "reference":  # exact sums are a candidate's
             fast = dataclasses.replace(config.train, exact=False)
             config = dataclasses.replace(config, train=fast)
         alone = parallel or SingleProcess(config, backend, weights=weights)

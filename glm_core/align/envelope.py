@@ -114,13 +114,18 @@ def _require_finite(*curves: Array) -> None:
         raise TraceError("reference trace: its loss is not finite; record with a smaller train.lr")
 
 
-def error_bound(benign: Array, floor: float, rate: float) -> Array:
+def error_bound(benign: Array, floor: float, rate: float, numbers: bool = False) -> Array:
     """Returns the bound on errors [...], given the errors of J honest runs [J, ...]: the root mean
-    square of the honest errors (at least `floor`) times a factor that all errors keep at once."""
+    square of the honest errors (at least `floor`) times a factor that all errors keep at once. For
+    errors of single `numbers`, not of norms, it is at least that of a normal error: Student's t
+    with J degrees of freedom."""
 
     def spread(rows: Array) -> Array:
         return np.maximum(np.sqrt((rows**2).mean(0)), floor)
 
     others = [np.delete(benign, j, 0) for j in range(len(benign))]
     tops = [float((b / spread(r)).max()) for b, r in zip(benign, others, strict=True)]
-    return spread(benign) * prediction_bound(np.array(tops), rate)
+    factor = prediction_bound(np.array(tops), rate)
+    if numbers:
+        factor = max(factor, student_t(1 - rate / 2 / max(benign[0].size, 1), len(benign)))
+    return spread(benign) * factor

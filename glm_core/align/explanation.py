@@ -24,6 +24,7 @@ MEASURED = {
     "scale": "too {large} by a common factor: {amount} of the result",
     "offset": "shifted {up} by a constant: {amount} of the result",
     "sign": "rounded {up} more often than {down}: by {amount} of the roundings that differ",
+    "lean": "rounded {up} more often than {down}: by {amount} of the many roundings that differ",
     "size": "off by {amount} of the result",
     "peak": "one element is off by {amount} of the largest",
     "differ": "other whole numbers than the reference's: {amount} of them",
@@ -36,6 +37,7 @@ USUALLY = {
     "that leans to one side",
     "sign": "a formula that is almost right: an approximate function, an epsilon in the wrong "
     "place, truncation",
+    "lean": "a formula that is almost right, or an intermediate that is always rounded to one side",
     "size": "sums in low precision, rows that are dropped or doubled, stale values",
     "peak": "a single wrong element: the edge of a tile, an index past the end, a race",
     "differ": "another order of sorting, another tie, or a choice outside its margin",
@@ -62,6 +64,7 @@ KINDS = {
     "scale": ("scale", "formula"),
     "offset": ("eps", "formula"),
     "sign": ("formula", "eps", "rounding"),
+    "lean": ("eps", "rounding", "formula"),
     "size": ("rows", "stale", "dtype", "mask"),
     "peak": ("rows", "rare shape", "stale"),
     "differ": ("formula", "rows"),

@@ -25,6 +25,8 @@ FLOOR = 8 * EPS
 inside"""
 SPARSE = 0.05
 """a kernel that rounds an intermediate changes more than this share of the elements"""
+SHARES = ("sign", "lean")
+"""the statistics that are shares of signs: Chernoff's bounds hold for them"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -220,16 +222,29 @@ def scores(s: Sums, least: float) -> Scores:
     rounding an intermediate is honest, frequent and biased. size: rms(D) / rms(Y), which has no
     standard error (0)."""
     n, yy = np.maximum(s.count, 1.0), measured_against(s.count, s.yy, least)
-    rms, differ = np.sqrt(yy / n), np.maximum(s.differ, 1.0)
-    sign = np.where(np.abs(s.sign) > np.abs(s.raw_sign), s.sign, s.raw_sign)
-    sign_error = np.sqrt(np.maximum(s.differ_copies, 1.0)) / differ
-    beyond = np.sign(sign) * np.maximum(np.abs(sign) - s.explained, 0.0)
+    rms = np.sqrt(yy / n)
+    sign, sign_error = _share_of_signs(s)
     return {
         "scale": (s.dy / yy, np.sqrt(s.dy2) / yy),
         "offset": (s.d / (n * rms), np.sqrt(s.d2_copies) / (n * rms)),
-        "sign": (beyond / differ * (s.differ < SPARSE * n), sign_error),
+        "sign": (sign * (s.differ < SPARSE * n), sign_error),
         "size": (np.sqrt(s.d2 / n) / rms, np.zeros_like(n)),
     }
+
+
+def lean(s: Sums) -> tuple[Array, Array]:
+    """Returns the share of signs that `scores` has where few elements differ, and its standard
+    error, where more than SPARSE of a whole tensor's do: a rounding of an intermediate errs to both
+    sides, a formula to one."""
+    share, error = _share_of_signs(s)
+    return share * (s.differ >= SPARSE * np.maximum(s.count, 1.0)), error
+
+
+def _share_of_signs(s: Sums) -> tuple[Array, Array]:
+    differ = np.maximum(s.differ, 1.0)
+    sign = np.where(np.abs(s.sign) > np.abs(s.raw_sign), s.sign, s.raw_sign)
+    beyond = np.sign(sign) * np.maximum(np.abs(sign) - s.explained, 0.0)
+    return beyond / differ, np.sqrt(np.maximum(s.differ_copies, 1.0)) / differ
 
 
 def spread(s: Sums, least: float) -> dict[str, Array]:
@@ -304,7 +319,7 @@ def excess(
 def ratios_of(projections: Sequence[str], values: Array, z: float) -> Array:
     """Returns `excess` of tests: their projections, which begin with their statistics, and their
     effects, standard errors and limits [T, 3]."""
-    share = np.array([p.startswith("sign") for p in projections], dtype=bool)
+    share = np.array([p.startswith(SHARES) for p in projections], dtype=bool)
     ratios = np.zeros(len(share))
     for signs in (False, True):
         effect, error, limit = values[share == signs].T

@@ -5,6 +5,7 @@ benign range."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -21,12 +22,15 @@ from glm_core.align.replay import LOW, Results, exact, replay
 from glm_core.align.statistics import Array, CorrectResult, Grouping, Scores, Sums, quantile_bins
 from glm_core.align.verdict import NOT_FINITE
 
-SAFETY_FACTOR = {"scale": 3.0, "offset": 3.0, "sign": 2.0, "size": 3.0, "peak": 4.0, "differ": 1.0}
+SAFETY_FACTOR = {"scale": 3.0, "offset": 3.0, "sign": 2.0, "lean": 3.0, "size": 3.0, "peak": 4.0}
+SAFETY_FACTOR |= {"differ": 1.0}
 """by statistic: a candidate may show so many times the benign range, because a kernel may combine
 changes that the range was measured with one by one"""
 ROW_SAFETY_FACTOR = 6.0
 """the safety factor for the size of a row's error: a row has few elements, and some rows are small
 because their terms cancel"""
+LEAN = 0.15
+"""the floor of a lean: twice what an op's disguises show whose roundings follow no pattern"""
 DIFFER = 1e-12
 """the floor of whole numbers that differ: none may"""
 CALLS_PER_SHAPE = 4
@@ -41,7 +45,7 @@ class Key(NamedTuple):
     """the op's result, see `trace_format.OpResult`"""
     grouping: str
     statistic: str
-    """scale, offset, sign, size or peak; of whole numbers `differ`, the share that does"""
+    """scale, offset, sign, lean, size or peak; of whole numbers `differ`, the share that does"""
     pooled: bool
     """over all calls of the op"""
 
@@ -210,7 +214,7 @@ def at_once(
     number, and is called with all families together: a step has thousands, most of them small."""
     found = [np.zeros(0)] * len(tested)
     for signs in (False, True):
-        chosen = [i for i, t in enumerate(tested) if (t[0].statistic == "sign") == signs]
+        chosen = [i for i, t in enumerate(tested) if (t[0].statistic in statistics.SHARES) == signs]
         if not chosen:
             continue
         sizes = [tested[i][1].size for i in chosen]
@@ -245,7 +249,10 @@ def measure(
             changed = {n: y for n, y in second.items() if not torch.equal(y, first[n])}
             _score(measured, case, changed, {})
     for place, (total, least) in pool.items():
-        measured.scored.append(Scored(*place, statistics.scores(total, least), None))
+        scores = statistics.scores(total, least)
+        if total.count.size == 1:
+            scores["lean"] = statistics.lean(total)
+        measured.scored.append(Scored(*place, scores, None))
     return measured, [results for _, results in first_pass]
 
 
@@ -265,7 +272,7 @@ def _score(measured: Measures, case: Case, results: Results, pool: Pool) -> None
             scores = statistics.scores(s, correct.least)
             if grouping.groups == 1:
                 peak = np.array([np.abs(errors).max(initial=0.0) / (correct.peak + 1e-300)])
-                scores["peak"] = (peak, np.zeros(1))
+                scores |= {"peak": (peak, np.zeros(1)), "lean": statistics.lean(s)}
             measured.scored.append(Scored(*place, scores, case))
             if grouping.groups == 1 or grouping.bins is not None:
                 pool[place] = (pool[place][0] + s if place in pool else s), correct.least
@@ -295,6 +302,11 @@ def benign_limits(items: list[Case], dtype: torch.dtype) -> dict[Key, float]:
                 key = Key(op, tensor, grouping, statistic, pooled=True)
                 bound = float((np.abs(scored[statistic][0]) + unseen * sizes).max())
                 limits[key] = max(limits.get(key, 0.0), bound)
+    for key in [k for k in limits if k.statistic == "lean"]:
+        # calls may lean to opposite sides, and a disguise be on the other side of SPARSE
+        alike = itertools.product(statistics.SHARES, (False, True))
+        of_alike = [key._replace(statistic=name, pooled=pooled) for name, pooled in alike]
+        limits[key] = max(limits.get(k, 0.0) for k in of_alike)
     for case in items:  # rare: no disguise may have met the largest value's other rounding
         key = Key(case.call.op.name, "change", "all", "peak", pooled=False)
         if rounding := case.change_rounding:
@@ -324,7 +336,7 @@ def floor(statistic: str, dtype: torch.dtype, terms: int) -> float:
     whose longest sum has so many terms."""
     # 4: a row that is small because two sums cancel has the rounding of both
     eps = torch.finfo(dtype).eps if dtype in LOW else 4 * statistics.EPS * max(1.0, terms**0.5)
-    floors = {"sign": 0.5, "size": eps, "peak": 4 * eps, "differ": DIFFER}
+    floors = {"sign": 0.5, "lean": LEAN, "size": eps, "peak": 4 * eps, "differ": DIFFER}
     return floors.get(statistic, statistics.FLOOR)
 
 
@@ -335,4 +347,4 @@ def limit(limits: dict[Key, float], key: Key, dtype: torch.dtype, terms: int) ->
     row_size = (key.grouping, key.statistic) == ("row", "size")
     factor = ROW_SAFETY_FACTOR if row_size else SAFETY_FACTOR[key.statistic]
     allowed = max(factor * limits.get(key, 0.0), floor(key.statistic, dtype, terms))
-    return NOT_FINITE if key.statistic == "sign" and allowed >= 1 else allowed
+    return NOT_FINITE if key.statistic in statistics.SHARES and allowed >= 1 else allowed

@@ -227,7 +227,7 @@ def gradient_check(trace: Trace, rate: float) -> tuple[Array, Array, Array]:
     ratio = errors[0] / np.maximum(errors[1], 1e-30)
     excess = errors[0] / error_bound(errors[2:], gradient_floor(trace), rate / 2)
     loss_floor = EPS["float32"] * tokens_of(trace) ** 0.5
-    loss_excess = losses[0] / error_bound(losses[2:], loss_floor, rate / 2)
+    loss_excess = losses[0] / error_bound(losses[2:], loss_floor, rate / 2, numbers=True)
     excess, loss_excess = (np.where(np.isnan(x), np.inf, x) for x in (excess, loss_excess))
     return ratio, excess, loss_excess
 

@@ -99,6 +99,22 @@ def test_signs_count_where_few_elements_differ() -> None:
     assert changed(np.arange(0, 10_000, 4), 1e-2) == 0.0  # rounding twice is biased, honestly
 
 
+def test_a_lean_is_seen_where_many_elements_differ() -> None:
+    b = correct_result((100, 100))
+
+    def lean(elements: np.ndarray, by: np.ndarray | float) -> float:
+        result = b.y.copy()
+        result[elements] *= 1 + by
+        found, error = statistics.lean(statistics.sums(b, b.errors(result))[0])
+        assert error[0] == pytest.approx(elements.size**-0.5)
+        return float(found[0])
+
+    many = np.arange(0, 10_000, 4)
+    assert lean(many, 1e-2) == pytest.approx(1.0, abs=0.1)
+    assert abs(lean(many, RNG(1).choice([-1e-2, 1e-2], many.size))) < 0.05
+    assert lean(np.arange(0, 10_000, 50), 1e-2) == 0.0  # the signs' own test sees these
+
+
 @pytest.mark.parametrize("leans", [1, 8])
 def test_signs_allow_what_a_lean_of_the_scales_floor_flips(leans: int) -> None:
     exact = RNG(0).standard_normal(400_000)

@@ -95,3 +95,17 @@ def test_error_bound_is_relative_to_the_honest_spread_and_has_a_floor() -> None:
     assert (honest < bound).all()
     assert (bound < 5e-3).all()
     assert e.error_bound(honest * 1e-6, 1e-3, 1e-3).min() >= 1e-3
+
+
+@pytest.mark.parametrize("numbers", [False, True])
+def test_losses_whose_errors_have_a_common_part_are_convicted_at_the_chosen_rate(
+    numbers: bool,
+) -> None:
+    """At two of three steps all honest runs are off alike, at one they are not: the spread of the
+    worst steps then says nothing about that one."""
+    rng, rate, trials = RNG(0), 0.01, 2000
+    common = np.array([3.0, 0.0, -3.0])
+    over = 0
+    for errors in np.abs(common + rng.standard_normal((trials, 11, 3))):
+        over += (errors[0] > e.error_bound(errors[1:], 1e-9, rate, numbers)).any()
+    assert over < 1.2 * rate * trials if numbers else over > 1.5 * rate * trials

@@ -6,6 +6,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from glm_core.config import RunConfig, TrainConfig
+
 if TYPE_CHECKING:
     from glm_core.align.bisection import Bisection, bisect
     from glm_core.align.calibration import Calibration, calibrate
@@ -24,6 +26,7 @@ __all__ = [
     "bisect",
     "calibrate",
     "compare",
+    "main_job",
     "record",
     "run",
 ]
@@ -46,6 +49,16 @@ _MODULE = {
     "Pair": "verdict",
     "compare": "verdict",
 }
+
+
+def main_job() -> RunConfig:
+    """Returns the config of a run that asks for no other: the preset tiny, and as many steps as its
+    loss needs to flatten. A step has as many tokens as in the experiments that the verdict's
+    sensitivity was measured with, in two micro-batches."""
+    from glm_core.model.presets import preset
+
+    train = TrainConfig(steps=100, micro_batch=2, global_batch=4)
+    return RunConfig(model=preset("tiny"), train=train)
 
 
 def __getattr__(name: str) -> Any:

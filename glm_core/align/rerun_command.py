@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import torch
 
+from glm_core.align import main_job
 from glm_core.align.capture import Call
 from glm_core.align.verdict import Finding
 from glm_core.backends.base import Backend
 from glm_core.config import RunConfig, to_dict
 from glm_core.conformance.case import select
 from glm_core.conformance.run import run_case
-from glm_core.model.presets import preset
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -55,9 +55,9 @@ class Rerun(NamedTuple):
 
 def command(config: RunConfig, backend: str, options: Sequence[str] | None = None) -> list[str]:
     """Returns `glm-core align bisect` for this run as a list of words. `options` describe the run;
-    the default is every field that is not at its default."""
+    the default is every field that is not the main job's."""
     if options is None:
-        base = to_dict(RunConfig(model=preset("tiny")))
+        base = to_dict(main_job())
         options = [
             word
             for table, values in to_dict(config).items()

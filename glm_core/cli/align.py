@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from glm_core.align.trace import Trace
     from glm_core.config import Dtype, RunConfig
 
-STEPS = 100
-"""steps of a run where neither --steps nor --config gives them: enough for the loss to flatten"""
 TARGET = 0.95
 """`bisect` must name the op of at least this share of the planted bugs"""
 DIRECTIONS = ("forward", "backward", "optimizer")
@@ -180,10 +178,10 @@ def run_all(args: argparse.Namespace) -> int:
 
 
 def config_of(args: argparse.Namespace, **train: str) -> RunConfig:
-    """Returns the config that the options describe, with STEPS steps where they give none."""
-    if args.steps is None and not args.config:
-        args.steps = STEPS
-    return run_config(args, **train)
+    """Returns the config that the options describe: the main job's where they do not."""
+    from glm_core.align import main_job
+
+    return run_config(args, main_job(), **train)
 
 
 def dtypes_of(args: argparse.Namespace) -> list[Dtype]:

@@ -150,12 +150,15 @@ def run_words(args: argparse.Namespace) -> list[str]:
     return options + [w for item in args.set for w in ("--set", item)]
 
 
-def run_config(args: argparse.Namespace, **train: Any) -> RunConfig:
-    """Returns the RunConfig of the options; flags override --set, which overrides the file."""
+def run_config(
+    args: argparse.Namespace, default: RunConfig | None = None, **train: Any
+) -> RunConfig:
+    """Returns the RunConfig of the options; flags override --set, which overrides the file.
+    `default` stands for a file where none is given."""
     from glm_core import config as c
     from glm_core.model.presets import preset
 
-    base = c.load(args.config) if args.config else c.RunConfig(model=preset("tiny"))
+    base = c.load(args.config) if args.config else default or c.RunConfig(model=preset("tiny"))
     values = c.to_dict(base)
     if args.preset:
         values["model"] = c.to_dict(preset(args.preset))

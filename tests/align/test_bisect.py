@@ -291,6 +291,19 @@ def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*small, "--backend", "reference:nowhere"]) == 3
 
 
+@pytest.mark.parametrize("config", [align.main_job(), RunConfig(), markov.config("float32")])
+def test_the_rerun_command_gives_the_config_again(config: RunConfig) -> None:
+    """Also where a field is at its own default and not at the main job's."""
+    from glm_core.align import rerun_command
+    from glm_core.cli import parser
+    from glm_core.cli.align import config_of
+
+    words = rerun_command.command(config, "cpu")
+    args = parser().parse_args(words[1:])
+    assert config_of(args, backend=config.train.backend, dtype=args.dtype) == config
+    assert config != align.main_job() or "--set" not in words
+
+
 def test_the_rerun_command_spells_the_run_out() -> None:
     from glm_core.align import rerun_command
 

@@ -134,6 +134,8 @@ class Watch:
                 continue
             if results[name].shape != correct.shape:
                 return True
+            if results[name].dtype == correct.dtype and torch.equal(results[name], correct):
+                continue  # as where the candidate has no kernel
             if not results[name].is_floating_point() and (results[name] != correct).any():
                 return True  # a choice, an order or counts: all or nothing
             y = correct.to(torch.promote_types(correct.dtype, torch.float32))

@@ -278,15 +278,15 @@ def _score(measured: Measures, case: Case, results: Results, pool: Pool) -> None
                 pool[place] = (pool[place][0] + s if place in pool else s), correct.least
 
 
-def benign_limits(items: list[Case], dtype: torch.dtype) -> dict[Key, float]:
+def benign_limits(items: list[Case], dtype: torch.dtype, sampled: bool = True) -> dict[Key, float]:
     """Returns for each family of tests the largest effect that any disguise shows. Signs are
     reduced by three standard errors, because a single error already has a sign of 1. The plain
     reference takes every call: one row whose sums cancel has many times the error of others, and
-    must not be new in the reference's own run. The other disguises take a sample, drawn without
-    replacement: to its range of all calls together its standard error is added, since calls may
-    lean to opposite sides and cancel in the sample."""
+    must not be new in the reference's own run. The other disguises take a sample where `sampled`,
+    drawn without replacement: to its range of all calls together its standard error is added,
+    since calls may lean to opposite sides and cancel in the sample."""
     limits: dict[Key, float] = {}
-    chosen = sample(items)
+    chosen = sample(items) if sampled else items
     elements: Counter[tuple[str, str]] = Counter()
     for case in items:
         elements.update({(case.call.op.name, n): y.y.size for n, y in case.correct.items()})

@@ -13,6 +13,9 @@ from torch.distributed.tensor import DTensor
 
 from glm_core.errors import GlmCoreError
 
+STRETCH = 1024
+"""elements whose squares may be added up one after another"""
+
 
 class GradientPart(NamedTuple):
     """A gradient, or the elements of one that this rank holds."""
@@ -58,16 +61,25 @@ def global_norm(
     sums: dict[int, list[Tensor]] = {}
     for tensor, copies in parts:
         if tensor.numel():
-            at_least_float32 = torch.promote_types(tensor.dtype, torch.float32)
-            norm = torch.linalg.vector_norm(tensor, dtype=at_least_float32)
-            sums.setdefault(copies, []).append(norm)
+            sums.setdefault(copies, []).extend(_norms(tensor))
     # float64: squares of float32 norms overflow and cancel in float32
     total = torch.zeros((), dtype=torch.float64, device=device)
     for copies, norms in sums.items():
-        total += (torch.stack(norms).double().square().sum() / copies).to(total.device)
+        total += (torch.cat(norms).double().square().sum() / copies).to(total.device)
     if dist.is_initialized():
         dist.all_reduce(total, group=group)
     return total.sqrt().float()
+
+
+def _norms(tensor: Tensor) -> list[Tensor]:
+    """Returns the norms of a tensor's stretches of STRETCH elements, in float32 at least, and of
+    what is left over. On CPUs torch adds up one square after another: of a whole embedding's it
+    loses the small ones."""
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    flat = tensor.reshape(-1)
+    whole = flat.numel() // STRETCH * STRETCH
+    stretches = (flat[:whole].view(-1, STRETCH), flat[whole:].view(1, -1))
+    return [torch.linalg.vector_norm(s, dim=1, dtype=dtype) for s in stretches if s.numel()]
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from glm_core import ops
 from glm_core.conformance.oracle import Results, leaf, tensors_by_name
+from glm_core.distributed import norm as distributed_norm
 
 N = 3000
 """summands: a sum of ones kept in bfloat16 stops at 256, in float16 at 2048"""
@@ -132,6 +133,21 @@ def test_the_reference_sums_in_float32(op: str, dtype: torch.dtype) -> None:
             scale = y.abs().amax().clamp(min=1.0)
             error = (got[name].double() - y).abs().max() / scale
             assert error <= 16 * torch.finfo(dtype).eps, f"{name} {list(y.shape)}: {error:.1e}"
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda x: ops.global_norm.reference([x]),
+        lambda x: distributed_norm.global_norm([distributed_norm.GradientPart(x, 1)]),
+    ],
+    ids=["reference", "of ranks"],
+)
+def test_the_gradient_norm_keeps_small_squares(norm: Callable[[Tensor], Tensor]) -> None:
+    """An embedding's gradient has large rows, of frequent tokens, and many small ones."""
+    rows = torch.exp(-torch.arange(4096) / 300)[:, None]
+    x = torch.randn(4096, 131, generator=torch.Generator().manual_seed(0)) * rows
+    assert float(norm(x)) == pytest.approx(float(x.double().norm()), rel=1e-6)  # naively 4e-5
 
 
 def _widened(x: Any) -> Any:

@@ -96,7 +96,11 @@ class Case:
 
     @property
     def terms(self) -> int:
-        """Returns a bound on the number of terms in the op's longest sum."""
+        """Returns a bound on the number of terms in the op's longest sum: of a list that is not
+        written, all elements."""
+        lists = [x for x in self.call.args.values() if isinstance(x, (list, tuple))]
+        if lists and not self.call.op.mutates:
+            return max(sum(t.numel() for t in x if isinstance(t, Tensor)) for x in lists)
         return max((t.numel() // t.shape[-1] for t in self.call.tensors() if t.ndim > 1), default=1)
 
     @property

@@ -14,6 +14,7 @@ import sysconfig
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from glm_core.data import cache
@@ -47,8 +48,17 @@ def read(cache_dir: Path) -> tuple[Texts, dict[str, str]]:
 
 
 def collect(cache_dir: Path) -> tuple[Texts, dict[str, str]]:
-    """Reads every source anew."""
-    texts: Texts = {"python topics": topics(), "python docstrings": list(docstrings())}
+    """Reads every source anew. Packages are fetched while Python's documentation is read."""
+    with ThreadPoolExecutor(1) as fetching:
+        packages = fetching.submit(debian, cache_dir)
+        texts: Texts = {"python topics": topics(), "python docstrings": list(docstrings())}
+        fetched, missing = packages.result()
+    return texts | fetched, missing
+
+
+def debian(cache_dir: Path) -> tuple[Texts, dict[str, str]]:
+    """Reads the Debian packages."""
+    texts: Texts = {}
     missing: dict[str, str] = {}
     for package, read_package in PACKAGES.items():
         with tempfile.TemporaryDirectory(dir=cache_dir) as folder:

@@ -101,6 +101,15 @@ def test_one_weight_may_be_rounded_the_other_way_in_a_small_update(
     assert 1e-3 < unit < allowed < 3 * unit  # honest kernels round once more
 
 
+def test_a_norms_longest_sum_is_over_all_tensors() -> None:
+    """A kernel may add up one square after another in float32: the contract asks no more."""
+    call = first("global_norm", "float32")
+    [case] = teacher_forcing.cases([call])
+    assert case.terms == sum(t.numel() for t in call.args["tensors"])
+    [update] = teacher_forcing.cases([first("adamw", "float32")])
+    assert update.terms < case.terms  # every element by itself
+
+
 def test_a_sign_test_that_can_convict_nobody_has_no_ratio() -> None:
     key = teacher_forcing.Key("rms_norm", "y", "row", "sign", pooled=False)
 

@@ -88,8 +88,8 @@ def hip_usage(made: Any) -> dict[str, int]:
     return {k: int(re.search(rf"\.{v}:\s+(\d+)", text)[1]) for k, v in names.items()}  # type: ignore[index]
 
 
-def build(name: str, target: str, dtype: str, e: int) -> dict[str, Any]:
-    """Compiles one kernel and returns what it uses, and the faults of its machine code."""
+def build(name: str, target: str, dtype: str, e: int) -> tuple[Any, dict[str, Any]]:
+    """Compiles one kernel and returns it with what it uses."""
     kernel, constants = KERNELS[name]
     call = launch.Call(1, 1, 1, 1, 1, e, LATENT.get(e, e), family(target, dtype), 1)
     options = call.options(call.cut(name.removesuffix("_split").replace("join_splits", "few_rows")))
@@ -104,7 +104,21 @@ def build(name: str, target: str, dtype: str, e: int) -> dict[str, Any]:
         options={"num_warps": warps, "num_stages": stages},
     )
     used = cuda_usage(made) if kind == "cuda" else hip_usage(made)
-    return {**used, "shared_bytes": made.metadata.shared, "faults": faults(made, kind)}
+    return made, {**used, "shared_bytes": made.metadata.shared}
+
+
+def with_faults(
+    target: str, dtype: str, built: dict[str, tuple[Any, dict[str, Any]]]
+) -> dict[str, dict[str, Any]]:
+    """Returns by target, dtype and kernel what it uses, and the faults of its machine code."""
+    wrong = faults([made for made, _ in built.values()], target.partition("-")[0])
+    found = {
+        f"{target} {dtype} {name}": used | {"faults": lines}
+        for (name, (_, used)), lines in zip(built.items(), wrong, strict=True)
+    }
+    for name, used in found.items():
+        print(name, used, file=sys.stderr, flush=True)
+    return found
 
 
 def data() -> list[str]:
@@ -121,10 +135,9 @@ def main(targets: str = "", sizes: str = "", dtypes: str = "float32,bfloat16,flo
             if (target, dtype) == ("hip-gfx906", "bfloat16"):
                 continue  # the chip has none
             for e in map(int, sizes.split(",")) if sizes else SIZES:
-                for name in (n for n in KERNELS if e not in LATENT or "grad" not in n):
-                    used = build(name, target, dtype, e)
-                    found[f"{target} {dtype} {e} {name}"] = used
-                    print(target, dtype, e, name, used, file=sys.stderr, flush=True)
+                names = [n for n in KERNELS if e not in LATENT or "grad" not in n]
+                built = {f"{e} {name}": build(name, target, dtype, e) for name in names}
+                found |= with_faults(target, dtype, built)
     json.dump(found, sys.stdout)
 
 

@@ -10,10 +10,10 @@ import sys
 from typing import Any
 
 import triton
-from attention_build import HALVES, cuda_usage, family, hip_usage
+from attention_build import HALVES, cuda_usage, family, hip_usage, with_faults
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton_build import TARGETS, faults
+from triton_build import TARGETS
 
 from glm_core.backends.cuda import expert_rows, grouped_codes, grouped_product, quantized
 
@@ -85,8 +85,8 @@ def signature(kernel: Any, constants: dict[str, Any], pointer: str) -> tuple[Any
     return types, sixteen
 
 
-def build(name: str, target: str, dtype: str) -> dict[str, Any]:
-    """Compiles one kernel and returns what it uses, and the faults of its machine code."""
+def build(name: str, target: str, dtype: str) -> tuple[Any, dict[str, Any]]:
+    """Compiles one kernel and returns it with what it uses."""
     kernel, constants = KERNELS[name]
     options: dict[str, int] = {}
     if kernel.__module__ != expert_rows.__name__:
@@ -100,7 +100,7 @@ def build(name: str, target: str, dtype: str) -> dict[str, Any]:
         options=options,
     )
     used = cuda_usage(made) if kind == "cuda" else hip_usage(made)
-    return {**used, "shared_bytes": made.metadata.shared, "faults": faults(made, kind)}
+    return made, {**used, "shared_bytes": made.metadata.shared}
 
 
 def main(targets: str = "", dtypes: str = "float32,bfloat16,float16", kernels: str = "") -> None:
@@ -111,10 +111,8 @@ def main(targets: str = "", dtypes: str = "float32,bfloat16,float16", kernels: s
         for dtype in dtypes.split(","):
             if (target, dtype) == ("hip-gfx906", "bfloat16"):
                 continue  # the chip has none
-            for name in kernels.split(",") if kernels else KERNELS:
-                used = build(name, target, dtype)
-                found[f"{target} {dtype} {name}"] = used
-                print(target, dtype, name, used, file=sys.stderr, flush=True)
+            names = kernels.split(",") if kernels else list(KERNELS)
+            found |= with_faults(target, dtype, {n: build(n, target, dtype) for n in names})
     json.dump(found, sys.stdout)
 
 

@@ -9,9 +9,11 @@ import re
 import shutil
 import struct
 import subprocess
+import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 STORES_BYTES: frozenset[str] = frozenset()
@@ -151,6 +153,39 @@ def cuda_kernels(built: Path) -> list[Kernel]:
     """Returns the kernels of an object or cubin file of nvcc."""
     sass = output(str(nvidia_tool("cuobjdump")), "-sass", str(built))
     return list(from_sass(output("c++filt", given=sass)))
+
+
+def code_of(cubin: bytes) -> tuple[str, bytes]:
+    """Returns name and machine code of the one kernel in a 64-bit ELF file: the section that is
+    called .text and its name."""
+    (headers,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    sections = [struct.unpack_from("<I20xQQ", cubin, headers + i * size) for i in range(count)]
+    text = {}
+    for at, offset, length in sections:
+        name, _, _ = cubin[sections[names][1] + at :].partition(b"\0")
+        if name.startswith(b".text."):
+            text[name.decode().removeprefix(".text.")] = cubin[offset : offset + length]
+    (kernel,) = text.items()
+    return kernel
+
+
+def triton_kernels(arch: str, cubins: Sequence[bytes]) -> list[Kernel]:
+    """Returns the kernels of Triton's cubins of one architecture, such as sm_90a, disassembled
+    together: nvdisasm takes nearly a second, whatever the size of a kernel."""
+    names, codes = zip(*map(code_of, cubins), strict=True)
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"".join(codes))
+        file.flush()
+        chip = arch.upper().replace("_", "").replace("A", "a")
+        text = output(str(nvidia_tool("nvdisasm")), "-ndf", "-b", chip, file.name)
+    lines = [m[1] for line in text.splitlines() if (m := SASS_LINE.match(line))]
+    ends = list(accumulate((len(code) // 16 for code in codes), initial=0))  # of an instruction
+    assert len(lines) == ends[-1], "some lines are no instructions, or some instructions no lines"
+    return [
+        Kernel(arch, name, tuple(lines[a:b]))
+        for name, (a, b) in zip(names, pairwise(ends), strict=True)
+    ]
 
 
 def hip_parts(built: bytes) -> Iterator[tuple[str, bytes]]:

@@ -7,8 +7,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-import tempfile
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import machine_code
@@ -60,22 +59,17 @@ KERNELS: dict[Any, dict[str, Any]] = {
 }
 
 
-def built(
-    kernel: Any, constants: dict[str, Any], target: tuple[Any, ...], half: str
-) -> tuple[int, list[str]]:
-    """Returns the bytes of a kernel's machine code, with tensors in `half`, and its faults."""
+def built(kernel: Any, constants: dict[str, Any], target: tuple[Any, ...], half: str) -> Any:
+    """Returns the compiled kernel, with tensors in `half`."""
     names = kernel.arg_names
     signature = {
         n: "constexpr" if n in constants else NUMBERS.get(n) or POINTERS.get(n, half) for n in names
     }
-    made = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget(*target))
-    return len(made.asm["cubin" if target[0] == "cuda" else "hsaco"]), faults(made, target[0])
+    return triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget(*target))
 
 
-def built_product(
-    target: tuple[Any, ...], half: str, bits: int, rows: int
-) -> tuple[int, list[str]]:
-    """Returns the same of the product with codes, for sizes that are multiples of 16."""
+def built_product(target: tuple[Any, ...], half: str, bits: int, rows: int) -> Any:
+    """Returns the compiled product with codes, for sizes that are multiples of 16."""
     kernel, kind = quantized_product.many_rows, target[0]
     cut = dict(quantized_product.cut_for(f"sm_{target[1]}" if kind == "cuda" else target[1], rows))
     options = {name: cut.pop(name) for name in ("num_warps", "num_stages")}
@@ -90,30 +84,25 @@ def built_product(
         if n in given and n != "rows"
     }
     source = ASTSource(kernel, ordered, constants, sixteen)
-    made = triton.compile(source, target=GPUTarget(*target), options=options)
-    return len(made.asm["cubin" if kind == "cuda" else "hsaco"]), faults(made, kind)
+    return triton.compile(source, target=GPUTarget(*target), options=options)
 
 
-def built_experts(kernel: str, target: str, half: str) -> tuple[int, list[str]]:
-    """Returns the registers of a product by experts, and its faults, spills among them."""
+def built_experts(kernel: str, target: str, half: str) -> tuple[Any, list[str]]:
+    """Returns the compiled product by experts, and what it spills."""
     from expert_build import HALVES, build
 
-    used = build(kernel, target, next(name for name, kind in HALVES.items() if kind == half))
-    spilled = [f"{used['spilled_bytes']} bytes spilled"] if used["spilled_bytes"] else []
-    return used["registers"], used["faults"] + spilled
+    made, used = build(kernel, target, next(name for name, kind in HALVES.items() if kind == half))
+    spilled = used["spilled_bytes"]
+    return made, [f"{spilled} bytes spilled"] if spilled else []
 
 
-def faults(made: Any, kind: str) -> list[str]:
-    """Returns the faults in the machine code of a built kernel."""
-    return nvidia_faults(made.asm["cubin"]) if kind == "cuda" else amd_faults(made.asm["amdgcn"])
-
-
-def nvidia_faults(cubin: bytes) -> list[str]:
-    """Returns what machine_code finds fault with."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(cubin)
-        return machine_code.faults(machine_code.cuda_kernels(path))
+def faults(made: Sequence[Any], kind: str) -> list[list[str]]:
+    """Returns the faults in the machine code of each of these kernels, built for one target."""
+    if kind != "cuda":
+        return [amd_faults(kernel.asm["amdgcn"]) for kernel in made]
+    (arch,) = {re.search(r"\.target (sm_\w+)", kernel.asm["ptx"])[1] for kernel in made}
+    kernels = machine_code.triton_kernels(arch, [kernel.asm["cubin"] for kernel in made])
+    return [machine_code.faults([kernel]) for kernel in kernels]
 
 
 def amd_faults(assembly: str) -> list[str]:
@@ -133,14 +122,18 @@ def main(*wanted: str) -> None:
             continue
         if target[1] in (80, "gfx906"):
             half = "*fp16"
-        found[name] = {
+        kernels = {
             kernel.__name__: built(kernel, constants, target, half)
             for kernel, constants in KERNELS.items()
         }
-        found[name]["rows of experts"] = built_experts("many", name, half)
+        kernels["rows of experts"], spilled = built_experts("many", name, half)
         if target[1] != "gfx906" and release >= quantized.TRITON_SINCE:  # gfx906: no matrix cores
-            found[name]["many_rows 4 bits"] = built_product(target, half, 4, 1024)
-            found[name]["many_rows 8 bits"] = built_product(target, half, 8, 128)
+            kernels["many_rows 4 bits"] = built_product(target, half, 4, 1024)
+            kernels["many_rows 8 bits"] = built_product(target, half, 8, 128)
+        code = "cubin" if target[0] == "cuda" else "hsaco"
+        wrong = dict(zip(kernels, faults(list(kernels.values()), target[0]), strict=True))
+        wrong["rows of experts"] += spilled
+        found[name] = {n: (len(made.asm[code]), wrong[n]) for n, made in kernels.items()}
     json.dump(found, sys.stdout)
 
 

@@ -106,7 +106,7 @@ def test_ci(tmp_path: Path, environment: dict[str, str]) -> None:
 
 
 def test_the_blocks_are_found_and_failures_are_demanded(
-    tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A page fails if a command fails, or if one that must fail succeeds."""
     monkeypatch.setattr(sys.modules[__name__], "DOCS", tmp_path)

@@ -30,6 +30,7 @@ PRELOADED = (
     "glm_core.align.report",
     "glm_core.conformance.run",
     "glm_core.training.loop",
+    "torch.fx.experimental.symbolic_shapes",  # and sympy: torch's own, for any gradient
 )
 """what most commands import, torch included: each of them then does not"""
 

@@ -22,8 +22,15 @@ from glm_core.align.replay import LOW, Results, exact, replay
 from glm_core.align.statistics import Array, CorrectResult, Grouping, Scores, Sums, quantile_bins
 from glm_core.align.verdict import NOT_FINITE
 
-SAFETY_FACTOR = {"scale": 3.0, "offset": 3.0, "sign": 2.0, "lean": 3.0, "size": 3.0, "peak": 4.0}
-SAFETY_FACTOR |= {"differ": 1.0}
+SAFETY_FACTOR = {
+    "scale": 3.0,
+    "offset": 3.0,
+    "sign": 2.0,
+    "lean": 3.0,
+    "size": 3.0,
+    "peak": 4.0,
+    "differ": 1.0,
+}
 """by statistic: a candidate may show so many times the benign range, because a kernel may combine
 changes that the range was measured with one by one"""
 ROW_SAFETY_FACTOR = 6.0

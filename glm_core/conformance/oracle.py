@@ -85,7 +85,7 @@ class Jitter(EagerMode):
 
     def _move(self, x: Tensor) -> None:
         steps = torch.randint(-1, 2, x.shape, generator=self.generator)
-        moved = x * (1 + steps * torch.finfo(x.dtype).eps)
+        moved = x * (1 + steps.to(x.dtype) * torch.finfo(x.dtype).eps)
         x.copy_(torch.where(moved.isfinite(), moved, x))
 
 

@@ -57,7 +57,7 @@ def collect(cache_dir: Path) -> tuple[Texts, dict[str, str]]:
 
 
 def debian(cache_dir: Path) -> tuple[Texts, dict[str, str]]:
-    """Reads the Debian packages."""
+    """Reads the Debian packages. Returns what `collect` does of them."""
     texts: Texts = {}
     missing: dict[str, str] = {}
     for package, read_package in PACKAGES.items():

@@ -114,7 +114,7 @@ class Benign:
     """it is right for arguments of ordinary size only; conformance, which asks for extreme ones
     too, rejects it rightly"""
     neutral: bool = False
-    """it changes no bit in a model this small: it runs, but is no evidence and is not counted"""
+    """it may change no bit in a model this small: it runs, but is no evidence and is not counted"""
 
     def backend(self) -> Backend:
         """Returns the changed backend. Raises BackendUnavailableError where a registered one is not

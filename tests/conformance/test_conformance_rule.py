@@ -17,6 +17,7 @@ from glm_core.backends.base import Backend
 from glm_core.backends.registry import get
 from glm_core.conformance.case import every_case, select
 from glm_core.conformance.known_failures import load
+from glm_core.conformance.oracle import Jitter
 from glm_core.conformance.report import Report
 from glm_core.conformance.run import run
 from glm_core.conformance.tolerance import MAX_ERROR_RATIO, allowance, deviation
@@ -29,6 +30,16 @@ def toy(**facts: Any) -> Backend:
     """A backend of this test with no kernels."""
     chosen = {"dtypes": (torch.float32,), **facts}
     return Backend(name="toy", device_type="cpu", verified="in this test", **chosen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_jitter_moves_what_is_between_by_one_unit(dtype: torch.dtype) -> None:
+    x = torch.ones(100, dtype=dtype)
+    with Jitter(seed=0):
+        moved = x * 1
+    units = (moved - 1) / torch.finfo(dtype).eps
+    assert set(units.tolist()) <= {-1.0, 0.0, 1.0}
+    assert units.abs().sum() > 30
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

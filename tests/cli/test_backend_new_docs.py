@@ -72,7 +72,7 @@ def run(page: str, folder: Path, environment: dict[str, str]) -> subprocess.Comp
         env=environment,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=500,
     )
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     assert "Traceback" not in done.stderr, done.stderr[-3000:]

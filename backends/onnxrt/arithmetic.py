@@ -55,6 +55,7 @@ COMPARE = {
     "ge": "GreaterOrEqual",
 }
 REDUCE = {
+    "sum": "ReduceSum",
     "mean": "ReduceMean",
     "amax": "ReduceMax",
     "amin": "ReduceMin",
@@ -98,11 +99,14 @@ def reduce(kind: str) -> Translation:
     def make(
         g: Graph, out: Any, self: Value, dim: Any = None, keepdim: bool = False, **_: Any
     ) -> str:
-        x = g.operand(self, out.dtype)
+        name = g.operand(self, out.dtype)
         dims = [dim] if isinstance(dim, int) else dim or range(len(self.shape))
         if not self.shape:
-            return x
-        name = g.node(kind, x, g.ints(dims), keepdims=int(keepdim or not out.shape))
+            return name
+        # the runtime adds up one element after another, and of a whole tensor's loses small ones
+        last_first = sorted((d % len(self.shape) for d in dims), reverse=True)
+        for part in [[d] for d in last_first] if kind == "ReduceSum" else [dims]:
+            name = g.node(kind, name, g.ints(part), keepdims=int(keepdim or not out.shape))
         return name if out.shape else g.reshape(name, out.shape)
 
     return make
@@ -115,19 +119,6 @@ TABLE.update({name: reduce(kind) for name, kind in REDUCE.items()})
 TABLE.update(
     {f"{p}_{name}": logical(k) for name, k in LOGICAL.items() for p in ("bitwise", "logical")}
 )
-
-
-@translation("sum")
-def total(g: Graph, out: Any, self: Value, dim: Any = None, keepdim: bool = False, **_: Any) -> str:
-    """Sums one dimension after the other: the runtime adds up one element after another, and of a
-    whole tensor's it would lose the small ones."""
-    dims = [dim] if isinstance(dim, int) else dim or range(len(self.shape))
-    if len(dims) < 2:
-        return str(reduce("ReduceSum")(g, out, self, dim, keepdim))
-    name = g.operand(self, out.dtype)
-    for d in sorted((d % len(self.shape) for d in dims), reverse=True):
-        name = g.node("ReduceSum", name, g.ints([d]), keepdims=1)
-    return g.reshape(name, out.shape)
 
 
 @translation("ne")
@@ -182,8 +173,8 @@ def var_mean(
     centred = g.node("Sub", g.operand(self, out[0].dtype), mean)
     count = self.fake.numel() // max(out[0].numel(), 1) - (1 if correction is None else correction)
     square = Value(g.node("Mul", centred, centred), self.fake.to(inside(out[0].dtype)))
-    summed = total(g, out[0], square, dim, keepdim)
-    variance = g.node("Div", summed, g.operand(float(count), out[0].dtype))
+    total = reduce("ReduceSum")(g, out[0], square, dim, keepdim)
+    variance = g.node("Div", total, g.operand(float(count), out[0].dtype))
     return [variance, mean if keepdim else g.reshape(mean, out[1].shape)]
 
 

@@ -266,12 +266,21 @@ def critical_z(false_alarm_rate: float, num_tests: int) -> float:
     return math.sqrt(2 * math.log(2 * max(num_tests, 1) / false_alarm_rate))
 
 
-def lower_bound(effect: Array, error: Array, deviations: float, share: bool = False) -> Array:
-    """Returns |effect| minus so many standard errors. Of a `share` of signs, which 1 / error^2
-    signs show: the smallest share that shows as much with probability exp(-deviations^2 / 2) or
-    more (Chernoff 1952); at least 0."""
-    if not share:
-        return np.abs(effect) - deviations * error
+def lower_bound(
+    effect: Array, error: Array, deviations: float | Array, share: bool | NDArray[np.bool_] = False
+) -> Array:
+    """Returns |effect| minus so many standard errors. Where it is a `share` of signs, which
+    1 / error^2 signs show: the smallest share that shows as much with probability
+    exp(-deviations^2 / 2) or more (Chernoff 1952); at least 0."""
+    bound: Array = np.abs(effect) - deviations * error
+    of_signs = np.broadcast_to(share, bound.shape)
+    if of_signs.any():
+        deviations = np.broadcast_to(deviations, bound.shape)
+        bound[of_signs] = _least_share(effect[of_signs], error[of_signs], deviations[of_signs])
+    return bound
+
+
+def _least_share(effect: Array, error: Array, deviations: Array) -> Array:
     size, budget = np.minimum(np.abs(effect), 1.0), deviations**2 / 2 * error**2
     bound = np.zeros_like(size)
     at = np.flatnonzero(divergence(size, 0.0) > budget)
@@ -302,15 +311,17 @@ def excess(
     limit: float | Array,
     z: float,
     caution: float = 4.0,
-    share: bool = False,
+    share: bool | NDArray[np.bool_] = False,
 ) -> Array:
     """Returns how far outside each effect is: above 1 where it is significant (|effect| / error >
     z) and its lower bound exceeds the benign limit. It is the smaller of the two ratios; infinite
-    where one is NaN. `caution` is the number of standard errors of the lower bound. Of a `share` of
-    signs, both are Chernoff's."""
+    where one is NaN. `caution` is the number of standard errors of the lower bound. Where it is a
+    `share` of signs, both are Chernoff's."""
     with np.errstate(over="ignore", invalid="ignore"):  # 1e30 stands for results that are NaN
         outside = lower_bound(effect, error, caution, share) / limit
-        size = np.sqrt(2 * divergence(np.minimum(np.abs(effect), 1.0), 0.0)) if share else effect
+        size = np.array(effect)
+        at = np.broadcast_to(share, size.shape)
+        size[at] = np.sqrt(2 * divergence(np.minimum(np.abs(size[at]), 1.0), 0.0))
         significant = np.abs(size) / np.maximum(error, 1e-300) / z
         ratio = np.where(error > 0, np.minimum(outside, significant), outside)
         return np.where(np.isnan(ratio) | np.isnan(effect), np.inf, ratio)
@@ -320,8 +331,5 @@ def ratios_of(projections: Sequence[str], values: Array, z: float) -> Array:
     """Returns `excess` of tests: their projections, which begin with their statistics, and their
     effects, standard errors and limits [T, 3]."""
     share = np.array([p.startswith(SHARES) for p in projections], dtype=bool)
-    ratios = np.zeros(len(share))
-    for signs in (False, True):
-        effect, error, limit = values[share == signs].T
-        ratios[share == signs] = excess(effect, error, limit, z, share=signs)
-    return ratios
+    effect, error, limit = values.T
+    return excess(effect, error, limit, z, share=share)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from glm_core.align import choices, statistics
@@ -218,22 +219,20 @@ class Measures:
 
 
 def at_once(
-    tested: list[Tested], function: Callable[[Array, Array, Array, bool], Array]
+    tested: list[Tested],
+    function: Callable[[Array, Array, NDArray[np.intp], NDArray[np.bool_]], Array],
 ) -> list[Array]:
     """Returns for each family what `function` gives for its effects, standard errors, the family's
     number at each of them, and whether they are shares of signs. `function` computes number by
     number, and is called with all families together: a step has thousands, most of them small."""
-    found = [np.zeros(0)] * len(tested)
-    for signs in (False, True):
-        chosen = [i for i, t in enumerate(tested) if (t[0].statistic in statistics.SHARES) == signs]
-        if not chosen:
-            continue
-        sizes = [tested[i][1].size for i in chosen]
-        effect, error = (np.concatenate([tested[i][column] for i in chosen]) for column in (1, 2))
-        values = function(effect, error, np.repeat(chosen, sizes), signs)
-        for i, part in zip(chosen, np.split(values, np.cumsum(sizes)[:-1]), strict=True):
-            found[i] = part
-    return found
+    if not tested:
+        return []
+    effect, error = (np.concatenate([t[column] for t in tested]) for column in (1, 2))
+    sizes = [t[1].size for t in tested]
+    family = np.repeat(np.arange(len(tested)), sizes)
+    of_signs = np.array([key.statistic in statistics.SHARES for key, *_ in tested])
+    values = function(effect, error, family, of_signs[family])
+    return np.split(values, np.cumsum(sizes)[:-1])
 
 
 def measure(
@@ -260,11 +259,13 @@ def measure(
             changed = {n: y for n, y in second.items() if not torch.equal(y, first[n])}
             _score(measured, case, changed, {})
     for place, (total, least) in pool.items():
-        scores = statistics.scores(total, least)
-        if total.count.size == 1:
-            scores["lean"] = statistics.lean(total)
-        measured.scored.append(Scored(*place, scores, None))
+        measured.scored.append(Scored(*place, _scores(total, least), None))
     return measured, [results for _, results in first_pass]
+
+
+def _scores(s: Sums, least: float) -> Scores:
+    whole = s.count.size == 1
+    return statistics.scores(s, least) | ({"lean": statistics.lean(s)} if whole else {})
 
 
 def _score(measured: Measures, case: Case, results: Results, pool: Pool) -> None:
@@ -280,10 +281,10 @@ def _score(measured: Measures, case: Case, results: Results, pool: Pool) -> None
         errors = correct.errors(_array(results[name]))
         for grouping, s in zip(correct.groupings, statistics.sums(correct, errors), strict=True):
             place = (case.call.op.name, name, grouping.name)
-            scores = statistics.scores(s, correct.least)
+            scores = _scores(s, correct.least)
             if grouping.groups == 1:
                 peak = np.array([np.abs(errors).max(initial=0.0) / (correct.peak + 1e-300)])
-                scores |= {"peak": (peak, np.zeros(1)), "lean": statistics.lean(s)}
+                scores["peak"] = (peak, np.zeros(1))
             measured.scored.append(Scored(*place, scores, case))
             if grouping.groups == 1 or grouping.bins is not None:
                 pool[place] = (pool[place][0] + s if place in pool else s), correct.least
@@ -325,8 +326,9 @@ def benign_limits(items: list[Case], dtype: torch.dtype, sampled: bool = True) -
     return limits
 
 
-def _benign_bound(effect: Array, error: Array, _: Array, signs: bool) -> Array:
-    return statistics.lower_bound(effect, error, 3.0 if signs else 0.0, share=signs)
+def _benign_bound(effect: Array, error: Array, _: Any, of_signs: NDArray[np.bool_]) -> Array:
+    deviations = np.where(of_signs, 3.0, 0.0)
+    return statistics.lower_bound(effect, error, deviations, share=of_signs)
 
 
 def sample(items: list[Case]) -> list[Case]:

@@ -59,8 +59,8 @@ def worst_tests(
     ]
     limit_array = np.array(limits_of)
 
-    def excess(effect: Array, error: Array, family: Array, signs: bool) -> Array:
-        return statistics.excess(effect, error, limit_array[family], CRITICAL, share=signs)
+    def excess(effect: Array, error: Array, family: Any, of_signs: NDArray[np.bool_]) -> Array:
+        return statistics.excess(effect, error, limit_array[family], CRITICAL, share=of_signs)
 
     excesses = teacher_forcing.at_once(tested, excess)
     for (key, effect, error, _), case, limit, outside in zip(
